@@ -31,6 +31,14 @@ setuptools.setup(
         "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
-    extras_require={"test": test, "parity": parity, "dev": test + parity},
+    package_data={"research.scaling": ["*.txtpb"]},
+    # `tpu` and `cuda` bring the compilers, which need no chip: `cuda` is several GB.
+    extras_require={
+        "test": test,
+        "parity": parity,
+        "dev": test + parity + ["jax[tpu]"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
     entry_points={"console_scripts": ["tessera=research.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""Which platform the kernels are picked for."""
+"""Which platform and chip the kernels are picked for."""
 
 import contextlib
 import contextvars
@@ -6,18 +6,30 @@ from collections.abc import Iterator
 
 import jax
 
-_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("target", default=None)
 
 
 def platform() -> str:
     """Returns `cpu`, `gpu` or `tpu`: the backend's, or the one that is compiled for on a machine without it."""
-    return _TARGET.get() or jax.default_backend()
+    target = _TARGET.get()
+    return jax.default_backend() if target is None else target[0]
+
+
+def chip() -> str:
+    """Returns the kind of device, as JAX spells it: `TPU v5 lite`, `NVIDIA H200`, `cpu`."""
+    target = _TARGET.get()
+    return jax.local_devices()[0].device_kind if target is None else target[1]
 
 
 @contextlib.contextmanager
-def compiling_for(name: str) -> Iterator[None]:
-    """Picks kernels for the platform `name` in what is traced inside, as a plan for another machine needs."""
-    token = _TARGET.set(name)
+def compiling_for(name: str, kind: str = "") -> Iterator[None]:
+    """Picks kernels for a platform in what is traced inside, as a plan for another machine needs.
+
+    Args:
+      name: `cpu`, `gpu` or `tpu`.
+      kind: the device's kind, as JAX spells it; empty where no kernel asks.
+    """
+    token = _TARGET.set((name, kind))
     try:
         yield
     finally:

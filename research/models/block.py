@@ -52,14 +52,11 @@ class Attention(nn.Module):
         v = Projection(kv_shape, kv_names, name="value", **options)(x)
         q = constrain(positional.rotate(model.position, q, positions), ("batch", "length", "heads", "head"))
         k = constrain(positional.rotate(model.position, k, positions), ("batch", "length", "kv_heads", "head"))
-        kv_positions = positions
         if cache is not None:
-            cache, kv_positions, mask = cache.append(k, v, positions)
+            cache, mask = cache.append(k, v, positions)
             k, v = cache.key, cache.value
-        bias = None
-        if model.position.kind == "alibi":
-            bias = positional.alibi_bias(c.num_heads, positions, kv_positions)
-        out = attention(q, k, v, mask=mask, bias=bias, implementation=c.implementation)
+        alibi = jnp.asarray(positional.alibi_slopes(c.num_heads)) if model.position.kind == "alibi" else None
+        out = attention(q, k, v, mask=mask, alibi=alibi, implementation=c.implementation)
         out = Projection(
             x.shape[-1:],
             ("heads", "head", "embed"),

@@ -22,8 +22,8 @@ class LayerCache:
 
     def append(
         self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple["LayerCache", Int[Array, "B S"], AttentionMask]:
-        """Writes T tokens of consecutive positions; returns the cache, its slots' positions, and who sees them."""
+    ) -> tuple["LayerCache", AttentionMask]:
+        """Writes T tokens of consecutive positions; returns the cache and who sees its slots."""
         write = jax.vmap(lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=0))
         start = positions[:, 0]
         cache = LayerCache(
@@ -32,7 +32,7 @@ class LayerCache:
         )
         batch, slots = self.key.shape[:2]
         slot_positions = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype), (batch, slots))
-        return cache, slot_positions, AttentionMask(causal=True, q_positions=positions, kv_positions=slot_positions)
+        return cache, AttentionMask(causal=True, q_positions=positions, kv_positions=slot_positions)
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, stacked: bool) -> LayerCache | tuple[LayerCache, ...]:

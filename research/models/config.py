@@ -87,7 +87,8 @@ class AttentionConfig:
       head_dim: head width H.
       qkv_bias: whether the query, key and value projections have a bias.
       out_bias: whether the output projection has one.
-      implementation: which kernel computes it, of those that know the segments of packed rows; `auto` picks by backend.
+      implementation: which kernel computes it; `auto` picks by backend, and `reference`, which holds all scores of a
+        layer, is taken by name only.
     """
 
     num_heads: int
@@ -95,7 +96,7 @@ class AttentionConfig:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    implementation: Literal["auto", "reference", "cpu"] = "auto"
+    implementation: Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):

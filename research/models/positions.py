@@ -62,11 +62,3 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, " N"]:
     slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
     more = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power), 2))
     return np.concatenate([slopes, more]).astype(np.float32)
-
-
-def alibi_bias(
-    num_heads: int, q_positions: Int[Array, "B T"], kv_positions: Int[Array, "B S"]
-) -> Float[Array, "B N T S"]:
-    """Returns −slope · distance, the bias that ALiBi adds to the scores."""
-    distance = (q_positions[:, :, None] - kv_positions[:, None, :]).astype(jnp.float32)
-    return -alibi_slopes(num_heads)[None, :, None, None] * distance[:, None]

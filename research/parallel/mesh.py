@@ -8,8 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from research.core.errors import UserError
-
-AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
+from research.core.mesh_axes import MESH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,5 +91,5 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes(config, len(devices))
-    shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = tuple(sizes[name] for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

@@ -9,19 +9,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from research.core.errors import UserError
+from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.core.trees import path_name
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used again, so activations,
 # whose batch takes `fsdp`, keep their width whole, while parameters shard it.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
     ("length", ("context",)),
     ("layers", ("pipeline",)),
     ("expert", ("expert",)),
-    ("vocab", ("tensor",)),
-    ("heads", ("tensor",)),
-    ("kv_heads", ("tensor",)),
-    ("mlp", ("tensor",)),
+    ("vocab", (TENSOR_AXIS,)),
+    ("heads", (TENSOR_AXIS,)),
+    ("kv_heads", (TENSOR_AXIS,)),
+    ("mlp", (TENSOR_AXIS,)),
     ("embed", ("fsdp",)),
     ("positions", ()),
     ("head", ()),

@@ -69,11 +69,11 @@ def test_cache_holds_a_token_in_the_slot_of_its_position():
     assert isinstance(cache, LayerCache)
     assert cache.key.shape == cache.value.shape == (2, 4, 2, 4)
     key = jnp.arange(2 * 2 * 2 * 4, dtype=jnp.float32).reshape(2, 2, 2, 4)
-    new, slots, mask = cache.append(key, -key, jnp.array([[0, 1], [2, 3]]))
+    new, mask = cache.append(key, -key, jnp.array([[0, 1], [2, 3]]))
     np.testing.assert_array_equal(new.key[0, :2], key[0])
     np.testing.assert_array_equal(new.key[1, 2:], key[1])
     np.testing.assert_array_equal(new.value, -new.key)
     assert not new.key[0, 2:].any()
-    np.testing.assert_array_equal(slots, [[0, 1, 2, 3]] * 2)
+    np.testing.assert_array_equal(mask.kv_positions, [[0, 1, 2, 3]] * 2)
     expected = [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
     np.testing.assert_array_equal(mask.dense(2, 4)[:, 0], expected)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ import pytest
 
 from research.core.trees import count, named_leaves
 from research.kernels.target import compiling_for
-from research.models.config import AttentionConfig, ModelConfig, NormConfig, PositionConfig
+from research.models.config import ModelConfig, NormConfig, PositionConfig
 from research.models.decoder import Decoder, init_params, scans_layers
 from tests.models.plain import plain_logits
 from tests.tiny import VOCAB, abstract_params, logits, random_params, random_tokens, stack, tiny_config
@@ -128,8 +128,8 @@ def test_initial_parameters_are_the_same_scanned_or_unrolled():
         np.testing.assert_array_equal(leaf, named_leaves(scanned)[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", get_args(get_type_hints(AttentionConfig)["implementation"]))
-def test_every_attention_on_offer_takes_packed_rows(name: str, params, packed):
+@pytest.mark.parametrize("name", ["auto", "reference", "cpu"])
+def test_every_attention_of_this_platform_takes_packed_rows(name: str, params, packed):
     found = logits(tiny_config(attention={"implementation": name}), params, **packed)
     np.testing.assert_allclose(found, logits(tiny_config(), params, **packed), atol=1e-5)
 

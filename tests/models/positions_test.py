@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.models.config import PositionConfig, RopeScalingConfig
-from research.models.positions import alibi_bias, alibi_slopes, rotary_frequencies, rotate, sinusoidal
+from research.models.positions import alibi_slopes, rotary_frequencies, rotate, sinusoidal
 
 ROTARY = PositionConfig(kind="rotary")
 
@@ -72,9 +72,3 @@ def test_alibi_slopes_are_those_of_the_paper():
     np.testing.assert_allclose(alibi_slopes(8), eight)
     np.testing.assert_allclose(alibi_slopes(12), [*eight, *[2.0 ** -(i + 0.5) for i in range(4)]], rtol=1e-6)
     np.testing.assert_allclose(alibi_slopes(1), [2.0**-8])
-
-
-def test_alibi_bias_falls_with_the_distance():
-    bias = alibi_bias(8, jnp.array([[4]]), jnp.array([[0, 3, 4]]))
-    assert bias.shape == (1, 8, 1, 3)
-    np.testing.assert_allclose(bias[0, 1, 0], [-1.0, -0.25, 0.0])

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
+from research.core.mesh_axes import MESH_AXES
 from research.parallel.distributed import DistributedConfig
-from research.parallel.mesh import AXES, MeshConfig, make_mesh, resolve_sizes
+from research.parallel.mesh import MeshConfig, make_mesh, resolve_sizes
 
 
 def sizes(devices: int, **fields: int) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ def test_impossible_size_is_refused(fields: dict[str, int], message: str):
 
 def test_mesh_has_every_axis_and_each_device_once():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    assert mesh.axis_names == AXES
+    assert mesh.axis_names == MESH_AXES
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "pipeline": 1, "context": 1, "expert": 1, "tensor": 2}
     assert sorted(device.id for device in mesh.devices.flat) == [device.id for device in jax.devices()]
     assert make_mesh(MeshConfig(), jax.devices()[:3]).shape["data"] == 3

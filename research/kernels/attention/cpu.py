@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.kernels.attention.mask import AttentionMask
+from research.kernels.attention.terms import ScoreTerms
 from research.kernels.row_major import swap_last
 
 MIN_TILE = 128
@@ -81,8 +82,26 @@ def _forward(
     return jnp.concatenate(outs, axis=2), jnp.concatenate(log_totals, axis=2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def refusal(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
+) -> str | None:
+    """Returns the term that it does not know."""
+    return f"{terms.given[0]}, which it does not know" if terms.given else None
+
+
 def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+) -> Float[Array, "B T N H"]:
+    """Attention by tiles of queries; see the face of the package for the equation."""
+    return _attention(q, k, v, mask, terms.scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -127,4 +146,4 @@ def _attention_bwd(scale: float, saved: tuple, g: Float[Array, "B T N H"]) -> tu
     return dq, dk, dv, None
 
 
-attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)

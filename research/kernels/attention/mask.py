@@ -2,16 +2,14 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from research.core.errors import UserError
-
-LEAVES = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
-STATIC = ("causal", "window")
+from research.core.trees import node
 
 
+@node(static=("causal", "window"))
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
     """Says which keys a query sees.
@@ -79,6 +77,16 @@ class AttentionMask:
             visible &= (q_segments == kv_segments) & (kv_segments != 0)
         return visible[:, None]
 
+    def distance(self, queries: slice, keys: slice) -> Float[Array, "B 1 T S"]:
+        """Returns |p_t − p_s| of part of the mask, in float32; B is 1 where the positions are the indices.
+
+        Args:
+          queries: from `start` to `stop`.
+          keys: from `start` to `stop`.
+        """
+        p_t, p_s = _positions(self.q_positions, queries), _positions(self.kv_positions, keys)
+        return jnp.abs(p_t[:, None, :, None] - p_s[:, None, None, :]).astype(jnp.float32)
+
     def reach(self, start: int, stop: int, key_length: int) -> slice:
         """Returns the keys outside which queries `start` to `stop` see nothing, as far as the indices alone tell."""
         if self.prefix is not None or self.q_positions is not None or self.kv_positions is not None:
@@ -94,19 +102,3 @@ class AttentionMask:
 
 def _positions(given: Int[Array, "B L"] | None, part: slice) -> Int[Array, "B P"]:
     return jnp.arange(part.start, part.stop)[None] if given is None else given[:, part]
-
-
-def _flatten(mask: AttentionMask) -> tuple:
-    leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(mask, name)) for name in LEAVES)
-    return leaves, tuple(getattr(mask, name) for name in STATIC)
-
-
-def _unflatten(static: tuple, leaves: tuple) -> AttentionMask:
-    # Past `__init__` and its checks: jax puts shapes, specs and placeholders where the arrays were.
-    mask = object.__new__(AttentionMask)
-    for name, value in zip((*STATIC, *LEAVES), (*static, *leaves), strict=True):
-        object.__setattr__(mask, name, value)
-    return mask
-
-
-jax.tree_util.register_pytree_with_keys(AttentionMask, _flatten, _unflatten)

@@ -5,7 +5,6 @@ Under a mesh each share of the tokens has chunks of its own, and the gradients o
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from research.core.mesh_axes import BATCH_AXES
+from research.kernels.mesh import shared_axes
 from research.kernels.row_major import row_major, swap_last
 from research.kernels.target import platform
 
-# The mesh axes that share out the tokens.
-BATCH_AXES = ("data", "fsdp")
 # float32 logits of a chunk and the fewest tokens in it. On CPU they stay in its caches; elsewhere a chunk must outweigh
 # reading the kernel and adding to its gradient.
 CPU_CHUNK_ELEMENTS, CPU_MIN_TOKENS = 2**22, 128
@@ -34,14 +33,6 @@ def default_token_chunk(vocab_size: int) -> int:
     return max(MIN_TOKENS, CHUNK_ELEMENTS // vocab_size)
 
 
-def _batch_axes(tokens: int) -> tuple[str, ...]:
-    """Returns the axes of the mesh in context that share out so many tokens evenly: all of `BATCH_AXES` or none."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
-    shares = math.prod(mesh.shape[name] for name in axes)
-    return axes if shares > 1 and tokens % shares == 0 else ()
-
-
 def _vocab_slices(vocab_size: int, vocab_chunk: int) -> Iterator[slice]:
     for start in range(0, vocab_size, vocab_chunk):
         yield slice(start, min(start + vocab_chunk, vocab_size))
@@ -54,7 +45,7 @@ def _over_tokens(
 
     Returns the sum of the shares' carries, and what the body returns for each token, in the order of the arrays.
     """
-    axes = _batch_axes(arrays[0].shape[0])
+    axes = shared_axes(BATCH_AXES, arrays[0].shape[0])
 
     def share(kernel: Array, carry: Any, *arrays: Array) -> tuple[Any, Any]:
         tokens = arrays[0].shape[0]

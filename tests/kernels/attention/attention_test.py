@@ -172,9 +172,11 @@ def test_reference_extras_equal_their_equations():
     q, k, v, _ = inputs(1, 5, 5, 2, 1, 4)
     rng = np.random.default_rng(1)
     bias, sinks = jnp.asarray(rng.normal(size=(1, 2, 5, 5)), jnp.float32), jnp.array([0.5, -1.0])
-    out = attention(q, k, v, mask=AttentionMask(), bias=bias, softcap=2.0, sinks=sinks, scale=0.7)
+    slopes, distance = jnp.array([0.5, 0.25]), np.abs(np.arange(5)[:, None] - np.arange(5))
+    terms = {"bias": bias, "alibi": slopes, "softcap": 2.0, "sinks": sinks, "scale": 0.7}
+    out = attention(q, k, v, mask=AttentionMask(), implementation="reference", **terms)
     scores = 0.7 * np.einsum("tnh,sh->nts", q[0], k[0, :, 0])
-    weights = np.exp(2.0 * np.tanh(scores / 2.0) + bias[0])
+    weights = np.exp(2.0 * np.tanh(scores / 2.0) + bias[0] - slopes[:, None, None] * distance)
     weights /= weights.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]
     np.testing.assert_allclose(out[0], np.einsum("nts,sh->tnh", weights, v[0, :, 0]), atol=1e-5)
 
@@ -193,13 +195,13 @@ def test_causal_cpu_attention_computes_less_than_full():
 def test_what_a_body_does_not_know_is_named():
     q, k, v, _ = inputs(1, 4, 4, 2, 1, 8)
     mask = AttentionMask()
-    with pytest.raises(UserError, match=r"implementation = 'cpu' does not know softcap"):
+    with pytest.raises(UserError, match=r"'cpu' refuses softcap"):
         attention(q, k, v, mask=mask, softcap=1.0, implementation="cpu")
-    with pytest.raises(UserError, match=r"implementation = 'tpu' is not available: use auto, reference"):
+    with pytest.raises(UserError, match=r"'tpu' refuses"):
         attention(q, k, v, mask=mask, implementation="tpu")
-    with pytest.raises(UserError, match=r"'cudnn' does not know prefix"):
+    with pytest.raises(UserError, match=r"'cudnn' refuses prefix"):
         attention(q, k, v, mask=AttentionMask(prefix=jnp.array([1])), implementation="cudnn")
-    with pytest.raises(UserError, match=r"'cudnn' takes bfloat16 or float16, not float32"):
+    with pytest.raises(UserError, match=r"'cudnn' refuses float32: it takes bfloat16 or float16"):
         attention(q, k, v, mask=mask, implementation="cudnn")
     with pytest.raises(UserError, match=r"num_kv_heads = 3 does not divide num_heads = 4"):
         attention(*inputs(1, 4, 4, 4, 3, 8)[:3], mask=mask)

@@ -1,0 +1,43 @@
+"""A body of attention on each device's share of the batch and the heads, for bodies that no partitioner can cut."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.kernels.attention.mask import AttentionMask
+from research.kernels.attention.terms import ScoreTerms
+from research.kernels.mesh import shared_axes
+
+
+def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns `body`, called once a device under a mesh, on its rows of the batch and its heads."""
+
+    @functools.wraps(body)
+    def call(
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        mask: AttentionMask,
+        terms: ScoreTerms,
+    ) -> Float[Array, "B T N H"]:
+        if jax.sharding.get_abstract_mesh().size <= 1:
+            return body(q, k, v, mask, terms)
+        batch = shared_axes(BATCH_AXES, q.shape[0]) or None
+        heads = shared_axes((TENSOR_AXIS,), q.shape[2], k.shape[2]) or None
+        tokens = PartitionSpec(batch, None, heads)
+
+        def term_spec(term: Array) -> PartitionSpec:
+            if term.ndim == 1:
+                return PartitionSpec(heads)
+            return PartitionSpec(batch if term.shape[0] > 1 else None, heads if term.shape[1] > 1 else None)
+
+        specs = (jax.tree.map(lambda _: PartitionSpec(batch), mask), jax.tree.map(term_spec, terms))
+        cut = jax.shard_map(body, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False)
+        # Axes that share out nothing here stay with the partitioner, which only compiled code has.
+        return jax.jit(cut)(q, k, v, mask, terms)
+
+    return call

@@ -1,0 +1,85 @@
+"""Devices that are not here: what the TPU and GPU compilers need to compile for them on a CPU machine."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from research.core.errors import UserError, nearest
+from research.kernels.target import compiling_for
+
+# The smallest topology of each TPU generation.
+TPU_TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+H200 = pathlib.Path(__file__).with_name("h200.txtpb")
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Returns the devices of a TPU topology, to compile for.
+
+    Args:
+      topology: a generation of `TPU_TOPOLOGIES`, or a generation with its shape as the compiler spells it, `v5e:4x4`.
+
+    Raises:
+      UserError: the compiler is not installed, or does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("no TPU compiler is installed: pip install -c constraints.txt -e '.[tpu]'.")
+    generation = topology.partition(":")[0]
+    if generation not in TPU_TOPOLOGIES:
+        raise UserError(f"topology = {topology!r} is no TPU generation. {nearest(generation, TPU_TOPOLOGIES)}")
+    return _devices("tpu", TPU_TOPOLOGIES.get(topology, topology))
+
+
+def gpu_devices() -> list[Any]:
+    """Returns eight H200 GPUs to compile for.
+
+    Raises:
+      UserError: the compiler is not installed.
+    """
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise UserError("no GPU compiler is installed: pip install -c constraints.txt -e '.[cuda]'.")
+    return _devices("cuda", "h200", target_config=H200.read_text(), topology="1x1x8")
+
+
+@functools.cache
+def _devices(platform: str, topology_name: str, **options: str) -> list[Any]:
+    # Compiling needs no chip, so any number of processes may hold the compiler, and none asks a cloud for its host.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        found = topologies.get_topology_desc(platform=platform, topology_name=topology_name, **options)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"topology = {topology_name!r} does not exist for {platform}: {first_line}") from error
+    return list(found.devices)
+
+
+def compile_on(device: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Compiles `function` for one device that need not be here, with the kernels that are picked there.
+
+    Args:
+      device: of `tpu_devices` or `gpu_devices`.
+      function: to be jitted.
+      arguments: pytrees of `jax.ShapeDtypeStruct`, or arrays in their place.
+
+    Returns:
+      What `jax.jit(function).lower(...).compile()` returns; it cannot be called here.
+    """
+    platform = "tpu" if device.platform == "tpu" else "gpu"
+    here = SingleDeviceSharding(device)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+    with compiling_for(platform, device.device_kind):
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu" if platform == "tpu" else "cuda",))
+    return lowered.compile()
