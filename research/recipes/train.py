@@ -29,8 +29,9 @@ from research.training.clock import Clock
 from research.training.evaluation import evaluate
 from research.training.plots import plot_loss
 from research.training.program import build_program
+from research.training.self_check import check_attention
 from research.training.state import TrainState
-from research.training.step import place_batch
+from research.training.step import Batch, place_batch
 
 logger = logging.getLogger("tessera")
 
@@ -103,7 +104,13 @@ def train(config: ExperimentConfig, workdir: pathlib.Path) -> TrainState:
             batches = map(place, heldout_rows(config, prepared, part))
             return evaluate(eval_step, state.eval_params(), batches, prepared.bytes_per_target)
 
-        run = loop.Run(step, loader, place, held_out, checkpoints, writer, clock, _throughput(config, program.mesh))
+        def check(state: TrainState, batch: Batch) -> None:
+            if config.train.self_check:
+                check_attention(config.model, state.params, batch, program.mesh)
+
+        run = loop.Run(
+            step, loader, place, check, held_out, checkpoints, writer, clock, _throughput(config, program.mesh)
+        )
         state = loop.train(state, run, config.train, owed)
     logger.info("time: %s", clock.report())
     if jax.process_index() == 0:
@@ -132,17 +139,6 @@ def _restore(
 
 
 def _throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> loop.Throughput:
-    model = config.model
-    flops = train_flops_per_token(
-        num_layers=model.num_layers,
-        embed_dim=model.embed_dim,
-        num_heads=model.attention.num_heads,
-        head_dim=model.attention.head_dim,
-        num_kv_heads=model.attention.num_kv_heads,
-        mlp_dim=model.mlp.hidden_dim,
-        gated=model.mlp.gated,
-        vocab_size=model.vocab_size,
-        sequence_length=config.train.sequence_length,
-    )
-    peak = peak_flops(mesh.devices.flat[0].device_kind, model.dtype)
+    flops = train_flops_per_token(config.model, config.train.sequence_length)
+    peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
     return loop.Throughput(flops, None if peak is None else peak * mesh.size, mesh.size)

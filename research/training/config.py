@@ -20,6 +20,7 @@ class TrainConfig:
       eval_every: steps between evaluations on held-out text; 0 evaluates at the end only.
       eval_batches: held-out batches an evaluation at most; 0 takes them all.
       max_skipped: this many steps in a row without a finite loss stop the run.
+      self_check: whether the first batch is also taken through the plain attention, and drift stops the run.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class TrainConfig:
     eval_every: int = 0
     eval_batches: int = 0
     max_skipped: int = 5
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length", "accumulation", "log_every", "max_skipped"):

@@ -65,6 +65,7 @@ class Run:
       step: compiled.
       batches: of this process.
       place: puts a host batch on the devices.
+      check: looks at the first batch and the state that meets it, and raises where the kernels cannot be trusted.
       evaluate: held-out metrics of a state.
       checkpoints: where the state is kept.
       writer: where metrics go.
@@ -75,6 +76,7 @@ class Run:
     step: Step
     batches: Batches
     place: Callable[[dict[str, np.ndarray]], Batch]
+    check: Callable[[TrainState, Batch], None]
     evaluate: Callable[[TrainState], dict[str, float]]
     checkpoints: Checkpoints
     writer: MetricsWriter
@@ -133,6 +135,9 @@ def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: boo
         for index in range(first, config.steps):
             with clock.measure("data"):
                 batch = run.place(next(batches))
+            if index == first:
+                with clock.measure("compile"):
+                    run.check(state, batch)
             with clock.measure("compute"):
                 state, metrics = run.step(state, batch)
                 if pending is not None:

@@ -4,39 +4,27 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 from research.scaling.accounting import matmul_parameters, train_flops_per_token
 
-GPT2_SMALL = {
-    "num_layers": 12,
-    "embed_dim": 768,
-    "num_heads": 12,
-    "head_dim": 64,
-    "num_kv_heads": 12,
-    "mlp_dim": 3072,
-    "gated": False,
-    "vocab_size": 50257,
-}
+
+def config(num_layers, embed_dim, heads, kv_heads, head_dim, mlp_dim, gated, vocab_size):
+    attention = AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    mlp = MlpConfig(hidden_dim=mlp_dim, gated=gated)
+    return ModelConfig(vocab_size, num_layers, embed_dim, 1024, attention, mlp)
 
 
 def test_gpt2_small_by_hand():
+    gpt2 = config(12, 768, 12, 12, 64, 3072, False, 50257)
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768 * 50257
-    assert matmul_parameters(**GPT2_SMALL) == weights == 123_532_032
+    assert matmul_parameters(gpt2) == weights == 123_532_032
     attention = 3 * 12 * (2 * 1024 * 768 + 2 * 1024 * 768)
-    assert train_flops_per_token(**GPT2_SMALL, sequence_length=1024, causal=False) == 6 * weights + attention
-    assert train_flops_per_token(**GPT2_SMALL, sequence_length=1024) == 6 * weights + attention // 2
+    assert train_flops_per_token(gpt2, 1024, causal=False) == 6 * weights + attention
+    assert train_flops_per_token(gpt2, 1024) == 6 * weights + attention // 2
 
 
 def test_llama3_8b_by_hand():
-    weights = matmul_parameters(
-        num_layers=32,
-        embed_dim=4096,
-        num_heads=32,
-        head_dim=128,
-        num_kv_heads=8,
-        mlp_dim=14336,
-        gated=True,
-        vocab_size=128256,
-    )
+    weights = matmul_parameters(config(32, 4096, 32, 8, 128, 14336, True, 128256))
     assert weights == 8_030_261_248 - 128256 * 4096 - 65 * 4096  # all, less the lookup table and the norms
 
 
@@ -73,17 +61,6 @@ def test_count_equals_that_of_xla_for_a_model_of_matrix_products(gated):
 
     lowered = jax.jit(step).lower(params, tokens, shape(batch, length, vocabulary))
     counted = lowered.cost_analysis()["flops"] / (batch * length)
-    expected = train_flops_per_token(
-        num_layers=layers,
-        embed_dim=d,
-        num_heads=n,
-        head_dim=h,
-        num_kv_heads=k,
-        mlp_dim=f,
-        gated=gated,
-        vocab_size=vocabulary,
-        sequence_length=length,
-        causal=False,
-    )
+    expected = train_flops_per_token(config(layers, d, n, k, h, f, gated, vocabulary), length, causal=False)
     # XLA also counts the additions where gradients meet, and those of the embedding's gradient.
     assert expected <= counted <= 1.01 * expected

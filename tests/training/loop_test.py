@@ -34,6 +34,7 @@ class Bench:
 
     def __init__(self, workdir: pathlib.Path, every: int = 100):
         self.workdir, self.events, self.time, self.given = workdir, [], 0.0, 0
+        self.checked: list[int] = []
         self.bad: set[int] = set()
         self.at: dict[int, Callable[[], None]] = {}
         self.checkpoints = Checkpoints(workdir, CheckpointConfig(every=every))
@@ -66,6 +67,9 @@ class Bench:
     def state(self) -> dict[str, Any]:
         return {"given": self.given}
 
+    def check(self, state: TrainState, batch: Any) -> None:
+        self.checked.append(int(state.step))
+
     def evaluate(self, state: TrainState) -> dict[str, float]:
         self.time += 100
         self.events.append(f"evaluate {int(state.step)}")
@@ -74,7 +78,9 @@ class Bench:
     def train(self, owed: bool = False, **config: Any) -> TrainState:
         place = lambda batch: jax.tree.map(jnp.asarray, batch)  # noqa: E731
         throughput = Throughput(flops_per_token=10, peak_flops=100.0, num_devices=4)
-        run = Run(self.step, self, place, self.evaluate, self.checkpoints, self.writer, self.clock, throughput)
+        run = Run(
+            self.step, self, place, self.check, self.evaluate, self.checkpoints, self.writer, self.clock, throughput
+        )
         try:
             return train(first_state(), run, TrainConfig(batch_size=2, sequence_length=3, **config), owed)
         finally:
@@ -153,6 +159,12 @@ def test_owed_evaluation_comes_before_the_next_step(tmp_path):
     bench = Bench(tmp_path)
     bench.train(steps=2, owed=True)
     assert bench.events == ["evaluate 0", "step 1", "step 2", "evaluate 2"]
+
+
+def test_first_batch_alone_is_checked_before_its_step(tmp_path):
+    bench = Bench(tmp_path)
+    bench.train(steps=3)
+    assert bench.checked == [0]
 
 
 def test_state_is_saved_before_it_is_evaluated(tmp_path, monkeypatch):

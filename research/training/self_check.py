@@ -1,0 +1,99 @@
+"""The first batch through the attention that was picked, beside the plain one: a body that is wrong stops the run.
+
+A known way to lose a run: a backend that ignores segment ids trains on documents that leak into each other, and every
+curve looks a little better than it should.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from research.core.errors import UserError
+from research.core.mesh_axes import BATCH_AXES
+from research.core.trees import named_leaves
+from research.models.config import ModelConfig
+from research.models.decoder import Decoder, scans_layers
+from research.training.step import Batch
+
+# Of each device's rows one is looked at, and of that no more than so many tokens, since the reference holds all scores.
+MAX_TOKENS = 1024
+# A relative difference is drift above so much, and so many times what rounding does to the reference itself.
+FLOOR, ROUNDINGS = 1e-3, 4.0
+
+
+def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) -> None:
+    """Compares the first layer's output and gradients on a slice of a batch, by the attention picked and by the plain.
+
+    Both are measured against the plain one in float32, so that the bound is what the type's rounding explains.
+
+    Args:
+      config: the model.
+      params: all its parameters; only the embeddings and the first layer are read.
+      batch: on the devices of `mesh`.
+      mesh: the devices.
+
+    Raises:
+      UserError: the attention that was picked is further from the truth than rounding explains.
+    """
+    if config.attention.implementation == "reference":
+        return
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    with jax.set_mesh(mesh):
+        errors = jax.jit(functools.partial(_errors, config, shards))(_first_layer(config, params), batch)
+    errors = {name: (float(picked), float(plain)) for name, (picked, plain) in jax.device_get(errors).items()}
+    drift = {name: picked for name, (picked, plain) in errors.items() if not picked <= ROUNDINGS * plain + FLOOR}
+    if drift:
+        body, worst = config.attention.implementation, max(drift, key=drift.get)
+        raise UserError(
+            f"model.attention.implementation = {body!r} drifts from the reference on the first batch: {worst} is off by "
+            f"{drift[worst]:.2g} of its norm, where rounding explains {errors[worst][1]:.2g}. Use 'reference', or "
+            f"train.self_check = False to train all the same."
+        )
+
+
+def _first_layer(config: ModelConfig, params: Any) -> Any:
+    """Returns the parameters of the same model with one layer, unrolled."""
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers")}
+    first = jax.tree.map(lambda leaf: leaf[0], params["layers"]) if scans_layers(config) else params["layers_0"]
+    return rest | {"layers_0": first}
+
+
+def _errors(
+    config: ModelConfig, shards: int, params: Any, batch: Batch
+) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
+    """Returns how far the attention picked, and the plain one, are from the plain one in float32, relative to norms."""
+    rows = {name: x.reshape(shards, -1, x.shape[1])[:, 0, :MAX_TOKENS] for name, x in batch.items()}
+    plain = dataclasses.replace(config.attention, implementation="reference")
+    single = dataclasses.replace(config, num_layers=1, layer_loop="unroll", remat="none")
+    with jax.default_matmul_precision("highest"):
+        exact = _outputs(dataclasses.replace(single, attention=plain, dtype="float32"), params, rows)
+    sides = [_outputs(side, params, rows) for side in (single, dataclasses.replace(single, attention=plain))]
+
+    def error(side: Array, truth: Array) -> Float[Array, ""]:
+        return jnp.linalg.norm(side.ravel() - truth.ravel()) / jnp.maximum(jnp.linalg.norm(truth.ravel()), 1e-30)
+
+    return {name: tuple(error(side[name], truth) for side in sides) for name, truth in exact.items()}
+
+
+def _outputs(config: ModelConfig, params: Any, batch: dict[str, Int[Array, "B T"]]) -> dict[str, Float[Array, "..."]]:
+    """Returns the hidden states of real tokens, and the gradients of one layer's attention under a random cotangent."""
+    shape = (*batch["tokens"].shape, config.embed_dim)
+    cotangent = jax.random.normal(jax.random.key(0), shape) * (batch["segments"] != 0)[..., None]
+
+    def objective(attention: Any) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
+        with_these = params | {"layers_0": params["layers_0"] | {"attention": attention}}
+        hidden, _ = Decoder(config).apply(
+            {"params": with_these}, batch["tokens"], batch["positions"], batch["segments"]
+        )
+        hidden = hidden.astype(jnp.float32)
+        return jnp.sum(hidden * cotangent), hidden * (batch["segments"] != 0)[..., None]
+
+    gradients, hidden = jax.grad(objective, has_aux=True)(params["layers_0"]["attention"])
+    gradients = {f"the gradient of {name}": leaf.astype(jnp.float32) for name, leaf in named_leaves(gradients).items()}
+    return {"the output of a layer": hidden} | gradients
