@@ -13,14 +13,14 @@ import pytest
 from research.scaling.scalar_program import words
 from research.scaling.schedule import kernels, run
 
-# A loop of `limit` rounds, `limit` being the first word of operand 0, around a region that every other round leaves out.
+# A loop of `limit` rounds, `limit` being the first word of operand 0, around a region that every other round skips.
 PROGRAM = """\
 = control target key start
 LB: loop body
 = control target key end
 
-     0   :  { %s1_s0 = inlined_call_operand.hbm [shape: s32[3], index: 0, kind: input, shape index: {}] /* operand */  ;;  %s2_s1 = smov [#allocation3] }
-   0x1   :  { %3 = dma.hbm_to_smem /*hbm=*/%s1_s0, /*size_in_granules=*/2, /*smem=*/%s2_s1, /*dst_syncflagno=*/[#allocation2] }
+     0   :  { %s1_s0 = inlined_call_operand.hbm [index: 0, shape index: {}]  ;;  %s2_s1 = smov [#allocation3] }
+   0x1   :  { %3 = dma.hbm_to_smem /*hbm=*/%s1_s0, /*size*/2, /*smem=*/%s2_s1, [#allocation2] }
    0x2   :  { %s4_s2 = sld [smem:[#allocation3]]  ;;  %s5_s3 = smov 4294967295 }
    0x3   :  { %s6_s4 = sand.u32 7, %s4_s2  ;;  %s6_s5 = smov 0 } /* Start region 1 */
    0x4 LB: > { %s7_s5 = sphi %s6_s5, %s8_s5  ;;  %s9_s6 = sand.u32 1, %s7_s5 } /* Start region 2 */
