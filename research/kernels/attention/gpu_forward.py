@@ -26,7 +26,6 @@ from research.kernels.attention.gpu_tile import (
     arrange_schedule,
     feed,
     launch,
-    my_rows,
     product,
     scores,
     spread,
@@ -103,8 +102,8 @@ def _block(plan: Plan, names: tuple[str, ...], q_ref: Any, k_ref: Any, v_ref: An
         extras = dict(zip(names, given, strict=True))
         out, log_total = _compute(plan, extras, q_ref, (batch, tile, head), visit, (whole, total), scratch)
         row = tile * TILE + warpgroup * ROWS
-        store(plan, out.astype(out_ref.dtype), scratch["q_smem"].at[warpgroup], out_ref.at[batch, pl.ds(row, ROWS), head])
-        store(plan, log_total, scratch["log_smem"].at[warpgroup], log_ref.at[batch, head, pl.ds(row, ROWS)])
+        store(out.astype(out_ref.dtype), scratch["q_smem"].at[warpgroup], out_ref.at[batch, pl.ds(row, ROWS), head])
+        store(log_total, scratch["log_smem"].at[warpgroup], log_ref.at[batch, head, pl.ds(row, ROWS)])
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
@@ -124,8 +123,8 @@ def _compute(
 ) -> tuple[Float[Array, "M H"], Float[Array, "M"]]:
     """Returns the result of a warpgroup's queries, and the log₂ of their denominators."""
     (batch, tile, head), (whole, total) = at, counts
-    warpgroup, offset = my_rows()
-    row = tile * TILE + offset
+    warpgroup = lax.axis_index("warpgroup")
+    row = tile * TILE + warpgroup * ROWS
     width, turns = q_ref.shape[-1], scratch["turns"]
     q_smem = scratch["q_smem"].at[warpgroup]
     plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, ROWS), head], q_smem, scratch["q_full"].at[warpgroup])

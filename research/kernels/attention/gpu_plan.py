@@ -55,7 +55,9 @@ def _whole(length: int, unit: int) -> int:
 
 def _fill(x: Array, *sizes: int) -> Array:
     """Pads the trailing axes with zeros up to `sizes`, copying nothing where they are reached."""
-    amounts = [(0, 0)] * (x.ndim - len(sizes)) + [(0, b - a) for a, b in zip(x.shape[-len(sizes) :], sizes, strict=True)]
+    amounts = [(0, 0)] * (x.ndim - len(sizes)) + [
+        (0, b - a) for a, b in zip(x.shape[-len(sizes) :], sizes, strict=True)
+    ]
     return jnp.pad(x, amounts) if any(after for _, after in amounts) else x
 
 

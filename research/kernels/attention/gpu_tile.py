@@ -51,11 +51,11 @@ class Tile:
         return int(self.transposed)
 
 
-def swizzled(plan_shape: tuple[int, ...], dtype: Any) -> Any:
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Returns shared memory laid out for the copy engine and the matmul."""
     elements = SWIZZLED * 2 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(plan_shape, dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def launch(plan: Plan, body: Callable, out_type: Any, scratch: dict[str, Any], **grid: int) -> Callable:
@@ -230,11 +230,9 @@ def _all(conditions: list[Array]) -> Array:
 def _bias(plan: Plan, ref: Any, tile: Tile) -> Array:
     """Returns the bias of a tile; a ref of a transposed tile is transposed too."""
     sizes = tuple(ref.shape)
-    q_axis = tile.query_axis
     starts = (tile.key, tile.query) if tile.transposed else (tile.query, tile.key)
     index = [tile.batch if sizes[0] > 1 else 0, tile.head if sizes[1] > 1 else 0]
     index += [pl.ds(start, n) if size > 1 else 0 for start, n, size in zip(starts, tile.shape, sizes[2:], strict=True)]
-    del q_axis
     long = [axis for axis in (0, 1) if sizes[2 + axis] > 1]
     if not long:
         return ref[tuple(index)].astype(jnp.float32)
@@ -278,18 +276,9 @@ def feed(total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array
                 plgpu.barrier_wait(barrier.at[slot])
 
 
-def store(plan: Plan, value: Array, buffer: Any, target: Any, dtype: Any = None) -> None:
-    """Writes a tile or a vector to device memory through shared memory; `finish_stores` waits for it."""
-    buffer[...] = value if dtype is None else value.astype(dtype)
+def store(value: Array, buffer: Any, target: Any) -> None:
+    """Writes a tile or a vector to device memory through shared memory, and waits until it is there."""
+    buffer[...] = value
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffer, target)
     plgpu.wait_smem_to_gmem(0)
-
-
-def my_rows() -> tuple[Array, Array]:
-    """Returns the index of this warpgroup and where its rows start in the block's tile."""
-    warpgroup = lax.axis_index("warpgroup")
-    return warpgroup, warpgroup * ROWS
-
-
-
