@@ -1,7 +1,7 @@
 """Attention for Hopper GPUs: Pallas kernels for what cuDNN does not know, forward and backward.
 
-The kernels take whole tiles: tokens and head widths that are not are padded with zeros here, and padded keys are hidden.
-Which blocks meet is found out beforehand from one number a block; those that the mask rules out are never visited.
+The kernels take whole tiles: tokens and head widths that are not are padded with zeros here, and padded keys hidden.
+Which blocks meet is found out beforehand from a few numbers a block; those that the mask rules out are never visited.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """What a warpgroup computes on one tile of scores: loads, matmuls, the terms, the mask.
 
 On a GPU values are spread over the registers of a warpgroup as its matmul wants them, and every load says so. JAX's
-interpreter of GPU kernels knows neither layouts, nor matmuls with an operand in registers, nor slices at a start that is
-computed: there the same functions use plain values, and all else (copies, barriers, warpgroups, loops) is the kernel's.
+interpreter of GPU kernels knows neither layouts, nor matmuls with an operand in registers, nor slices that start where
+a number says: there the same functions use plain values. All else (copies, barriers, warpgroups, loops) is the same.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 # Not public before JAX 0.11.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from jax import lax
 from jaxtyping import Array, Float
 
-from research.kernels.attention.gpu_plan import ROWS, SWIZZLED, WARPGROUPS, Plan
+from research.kernels.attention.gpu_plan import SWIZZLED, WARPGROUPS, Plan
 
 LOG2E = math.log2(math.e)
 # exp2 gives 0 for it whatever is subtracted, and differences with it stay finite.
