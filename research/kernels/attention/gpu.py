@@ -2,6 +2,7 @@
 
 The kernels take whole tiles: tokens and head widths that are not are padded with zeros here, and padded keys hidden.
 Which blocks meet is found out beforehand from a few numbers a block; those that the mask rules out are never visited.
+Memory is linear in length but for those lists, which take four bytes a pair of blocks: a scores' array over 8,192.
 """
 
 import functools

@@ -77,13 +77,15 @@ def forward(
         jax.ShapeDtypeStruct(q.shape, v.dtype),
         jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     ]
-    body = functools.partial(_block, plan, tuple(extras))
+    body = functools.partial(_forward_block, plan, tuple(extras))
     kernel = launch(plan, body, out_type, scratch, head=heads, tile=queries // TILE, batch=batch)
     out, log_total = kernel(q, k, v, order, counts, *extras.values())
     return out, log_total
 
 
-def _block(plan: Plan, names: tuple[str, ...], q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, **scratch: Any) -> None:
+def _forward_block(
+    plan: Plan, names: tuple[str, ...], q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, **scratch: Any
+) -> None:
     order_ref, counts_ref, *given, out_ref, log_ref = refs
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     # Late tiles of a causal mask have the most to do: they start first.

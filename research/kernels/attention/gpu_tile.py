@@ -6,6 +6,7 @@ a number says: there the same functions use plain values. All else (copies, barr
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def launch(plan: Plan, body: Callable, out_type: Any, scratch: dict[str, Any], **grid: int) -> Callable:
+def launch(plan: Plan, body: functools.partial, out_type: Any, scratch: dict[str, Any], **grid: int) -> Callable:
     """Returns `body` as a kernel of two warpgroups that compute and one that copies.
 
     Args:
@@ -68,6 +69,7 @@ def launch(plan: Plan, body: Callable, out_type: Any, scratch: dict[str, Any], *
       scratch: what a block shares.
       **grid: the size of each axis of the grid by name, the fastest first.
     """
+    body.__name__ = body.func.__name__.strip("_")  # what profilers show
     return plgpu.kernel(
         body,
         out_type=out_type,
