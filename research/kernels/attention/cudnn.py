@@ -7,25 +7,59 @@ from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.kernels.target import platform
 
+# JAX's wrapper takes 256 from Hopper on, but asks the chip that is here, so that no other machine could plan for it.
+MAX_WIDTH = 128
+
 
 def refusal(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> str | None:
-    """Returns the rule of cuDNN that a call breaks, with the nearest value that it allows."""
+    """Returns the rule of cuDNN that a call breaks, with the nearest value that it allows.
+
+    Nothing here knows whether a gradient will be taken, so the rules are those of training. Packed documents are
+    refused too: cuDNN takes them as offsets and lengths, which say less than a segment a token.
+    """
     described = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
     unknown = [name for name in described if getattr(mask, name) is not None]
     unknown += [name for name in terms.given if name != "bias"]
-    if mask.window is not None and not mask.causal:
-        unknown.append("window without causal")
     if unknown:
         return f"{unknown[0]}, which it does not know"
+    if mask.window is not None and not mask.causal:
+        return f"window = {mask.window} without causal: it takes a window with causal = True"
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"{q.dtype.name}: it takes bfloat16 or float16"
+    if k.dtype != q.dtype:
+        return f"keys in {k.dtype.name}: it takes them in the queries' {q.dtype.name}"
     width = q.shape[-1]
-    if width > 128 or width % 8:
-        return f"head_dim = {width}: it takes multiples of 8 up to 128, such as {min(128, -(-width // 8) * 8)}"
+    if width > MAX_WIDTH or width % 8:
+        nearest = min(MAX_WIDTH, -(-width // 8) * 8)
+        return f"head_dim = {width}: it takes multiples of 8 up to {MAX_WIDTH}, such as {nearest}"
+    queries, keys = q.shape[1], k.shape[1]
+    if mask.causal and queries != keys:
+        # Which corner its diagonal starts from is not its contract.
+        return f"{queries} queries and {keys} keys with causal: it takes as many queries as keys, such as {keys}"
+    if terms.bias is not None and (why := _bias_refusal(q, k, terms.bias)):
+        return why
     if platform() != "gpu":
         return f"{platform()}: it needs a GPU"
+    return None
+
+
+def _bias_refusal(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], bias: Float[Array, "#B #N #T #S"]
+) -> str | None:
+    """Returns the rule that a bias breaks whose gradient is wanted."""
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    if batch > 1:
+        return f"bias at batch = {batch}: it gives its gradient at batch = 1"
+    if bias.shape != (1, heads, queries, keys):
+        return f"bias of shape {bias.shape}: it takes {(1, heads, queries, keys)}, with nothing broadcast"
+    if bias.dtype != q.dtype:
+        return f"bias in {bias.dtype.name}: it takes it in the queries' {q.dtype.name}"
+    if queries % 2 or keys % 2:
+        even = (queries + queries % 2, keys + keys % 2)
+        return f"bias of {queries} queries and {keys} keys: it takes even lengths, such as {even[0]} and {even[1]}"
     return None
 
 
