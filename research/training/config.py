@@ -16,7 +16,7 @@ class TrainConfig:
       sequence_length: tokens of a row.
       accumulation: microbatches that a batch is taken in; divides the batch size.
       z_loss: coefficient of the z-loss; 0 leaves it out.
-      label_smoothing: share of the target distribution that is spread over the vocabulary, in [0, 1); not in evaluation.
+      label_smoothing: share of the target spread over the vocabulary, in [0, 1); evaluation has none.
       log_every: steps between lines of the log.
       eval_every: steps between evaluations on held-out text; 0 evaluates at the end only.
       eval_batches: held-out batches an evaluation at most; 0 takes them all.
