@@ -16,6 +16,7 @@ class TrainConfig:
       sequence_length: tokens of a row.
       accumulation: microbatches that a batch is taken in; divides the batch size.
       z_loss: coefficient of the z-loss; 0 leaves it out.
+      label_smoothing: share of the target spread over the vocabulary, in [0, 1); evaluation has none.
       log_every: steps between lines of the log.
       eval_every: steps between evaluations on held-out text; 0 evaluates at the end only.
       eval_batches: held-out batches an evaluation at most; 0 takes them all.
@@ -29,6 +30,7 @@ class TrainConfig:
     sequence_length: int = 256
     accumulation: int = 1
     z_loss: float = 0.0
+    label_smoothing: float = 0.0
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 0
@@ -42,6 +44,8 @@ class TrainConfig:
         for name in ("eval_every", "eval_batches", "z_loss"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} = {getattr(self, name)} must not be below 0.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1).")
         # Random keys read no further bits: a larger seed would be another one in disguise.
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed = {self.seed} must lie in [0, 2147483648).")

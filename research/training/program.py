@@ -77,7 +77,7 @@ def build_program(
     axes = logical_axes(jax.eval_shape(init, jax.random.key(0)))
     optimizer, schedule = build_optimizer(optim, axes, train.steps)
     state = abstract_state(init, optimizer, place, keep_ema=optim.ema_decay is not None)
-    loss = language_model_loss(model, train.z_loss)
+    loss = language_model_loss(model, train.z_loss, train.label_smoothing)
     train_step = make_train_step(
         loss,
         optimizer,
@@ -93,7 +93,7 @@ def build_program(
         batch=abstract_batch(train.batch_size, train.sequence_length, batch_sharding(place)),
         create=functools.partial(create_state, init, optimizer, state),
         train_step=train_step,
-        eval_step=make_eval_step(loss),
+        eval_step=make_eval_step(language_model_loss(model)),
     )
 
 

@@ -25,7 +25,7 @@ Loss = Callable[[Any, Batch, jax.Array | None], tuple[Float[Array, ""], Metrics]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0) -> Loss:
+def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_smoothing: float = 0.0) -> Loss:
     """Returns the weighted cross-entropy of a decoder, in nats, summed over tokens, plus z-loss.
 
     The output projection is taken in chunks, so float32 logits of the whole batch never exist. A loss called without a
@@ -34,6 +34,7 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0) -> Loss
     Args:
       config: the model.
       z_coefficient: of the z-loss, 0 for none.
+      label_smoothing: in [0, 1), part of the reported loss; 0 leaves it plain, as evaluation needs it.
     """
     model = Decoder(config)
 
@@ -44,7 +45,7 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0) -> Loss
 
         rngs = {} if key is None else {"dropout": key}
         hidden, kernel = model.apply({"params": params}, rngs=rngs, method=apply)
-        nll, log_z = cross_entropy(hidden, kernel, batch["targets"])
+        nll, log_z = cross_entropy(hidden, kernel, batch["targets"], label_smoothing=label_smoothing)
         nll_sum = weighted_sum(nll, batch["weights"])
         z_sum = weighted_sum(z_loss(log_z, z_coefficient), batch["weights"]) if z_coefficient else jnp.zeros(())
         return nll_sum + z_sum, {"loss": nll_sum, "z_loss": z_sum}

@@ -13,6 +13,7 @@ from research.training.config import TrainConfig
         ("batch_size", 0, "must be at least 1."),
         ("accumulation", 3, "does not divide batch_size = 16."),
         ("z_loss", -0.1, "must not be below 0."),
+        ("label_smoothing", 1.0, "must lie in [0, 1)."),
         ("eval_every", -1, "must not be below 0."),
         ("seed", -1, "must lie in [0, 2147483648)."),
         ("seed", 2**31, "must lie in [0, 2147483648)."),

@@ -266,6 +266,15 @@ def test_language_model_loss_is_weighted_cross_entropy_and_z_loss():
     assert float(total) == pytest.approx(float(sums["loss"] + sums["z_loss"]), rel=1e-6)
 
 
+def test_label_smoothing_mixes_the_loss_with_the_mean_of_the_vocabulary():
+    config, params, batch, z = language()
+    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    wanted = np.take_along_axis(log_p, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+    smooth = -(0.9 * wanted + 0.1 * log_p.mean(axis=-1))
+    total, _ = jax.jit(language_model_loss(config, label_smoothing=0.1))(params, batch, None)
+    assert float(total) == pytest.approx((np.asarray(batch["weights"]) * smooth).sum(), rel=1e-5)
+
+
 def test_evaluation_gives_sums_and_their_weight():
     config, params, batch, _ = language()
     step = jax.jit(make_eval_step(language_model_loss(config, 0.01)))

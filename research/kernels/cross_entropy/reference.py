@@ -10,6 +10,7 @@ def cross_entropy(
     kernel: Float[Array, "D V"],
     targets: Int[Array, "M"],
     softcap: float | None,
+    label_smoothing: float,
 ) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
     """Negative log-likelihood and log-partition of each token, holding float32 `[M, V]`."""
     logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
@@ -17,4 +18,5 @@ def cross_entropy(
         logits = softcap * jnp.tanh(logits / softcap)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return log_z - target_logits, log_z
+    wanted = (1 - label_smoothing) * target_logits + label_smoothing * logits.mean(axis=-1)
+    return log_z - wanted, log_z

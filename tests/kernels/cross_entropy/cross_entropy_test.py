@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,59 +120,143 @@ def test_chunks_equal_the_reference_on_a_mesh_that_splits(name, batch):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
-def loop_collectives(name):
-    """Returns (operation, elements) of each collective in the loops of the compiled gradient."""
-    hidden, table, targets, cotangents = inputs((16, 32), vocab=64)
-    mesh, hidden, table = on_mesh(name, hidden, table)
+def compiled_gradient(mesh, hidden, table, targets, cotangents, **options):
+    """Returns the HLO of the compiled gradient on a mesh."""
 
     def loss(hidden, table):
-        nll, log_z = cross_entropy(hidden, table.T, targets, token_chunk=4)
+        nll, log_z = cross_entropy(hidden, table.T, targets, **options)
         return jnp.vdot(nll, cotangents[0]) + jnp.vdot(log_z, cotangents[1])
 
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table).compile().as_text()
-    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
-    assert len(bodies) == 2, "one loop forward, one backward"
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table).compile().as_text()
+
+
+def collectives(text):
+    """Returns (operation, elements) of each collective in HLO."""
     found = []
-    for computation in text.split("\n\n"):
-        if computation.strip().split(" ")[0].lstrip("%") not in bodies:
-            continue
-        for line in computation.splitlines():
-            match = re.search(r"= (.*?) (all-\w+|reduce-scatter|collective-permute)(-start)?\(", line)
-            if match:
-                shapes = re.findall(r"\[([\d,]*)\]", match.group(1))
-                found += [(match.group(2), math.prod(int(n) for n in shape.split(",") if n)) for shape in shapes]
+    for line in text.splitlines():
+        match = re.search(r"= (.*?) (all-\w+|reduce-scatter|collective-permute)(-start)?\(", line)
+        if match:
+            shapes = re.findall(r"\[([\d,]*)\]", match.group(1))
+            found += [(match.group(2), math.prod(int(n) for n in shape.split(",") if n)) for shape in shapes]
     return found
 
 
-def test_loops_over_chunks_send_nothing_but_sums_over_the_vocabulary():
+def loop_collectives(name):
+    """Returns the collectives in the loops over chunks."""
+    hidden, table, targets, cotangents = inputs((16, 32), vocab=64)
+    mesh, hidden, table = on_mesh(name, hidden, table)
+    text = compiled_gradient(mesh, hidden, table, targets, cotangents, token_chunk=4)
+    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
+    assert len(bodies) == 2, "one loop forward, one backward"
+    loops = [part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in bodies]
+    return collectives("\n".join(loops))
+
+
+def test_loops_over_chunks_send_nothing_but_the_gradient_of_the_hidden_states():
     assert loop_collectives("tokens twice, width") == []
-    found = loop_collectives("tokens, vocabulary")
-    assert {operation for operation, _ in found} == {"all-reduce"}
-    assert max(elements for _, elements in found) == 4 * D
+    assert loop_collectives("tokens, vocabulary") == [("all-reduce", 4 * D)]
 
 
-def one_loop(body, kernel, carry, arrays, chunk):
-    """Scans chunks of the whole batch, each of which takes as many tokens of every device."""
-
-    def split(x):
-        return x.reshape(-1, 16, *x.shape[1:]).swapaxes(0, 1)
-
-    carry, outs = jax.lax.scan(lambda c, xs: body(kernel, c, *xs), carry, tuple(map(split, arrays)))
-    return carry, jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), outs)
+SHARDED = {
+    "tensor 4": ((4,), ("tensor",)),
+    "data 2, tensor 4": ((2, 4), ("data", "tensor")),
+    "data 2, fsdp 2, tensor 2": ((2, 2, 2), ("data", "fsdp", "tensor")),
+}
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_one_loop_for_all_devices_sends_the_gradient_of_the_kernel_each_time(name, monkeypatch):
-    monkeypatch.setattr(chunked, "_over_tokens", one_loop)
-    assert max(elements for _, elements in loop_collectives(name)) >= D * 64 // 2
+def with_sharded_vocabulary(name, vocab):
+    """Returns the mesh, and inputs on it: tokens over the batch axes, vocabulary over `tensor`, width over `fsdp`."""
+    sizes, names = SHARDED[name]
+    mesh = jax.make_mesh(
+        sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: math.prod(sizes)]
+    )
+    hidden, table, targets, cotangents = inputs((8, 32), vocab=vocab)
+    batch = tuple(axis for axis in names if axis != "tensor") or None
+    columns = "tensor" if vocab % mesh.shape["tensor"] == 0 else None
+    table_spec = PartitionSpec(columns, "fsdp" if "fsdp" in names else None)
+    hidden = jax.device_put(hidden, NamedSharding(mesh, PartitionSpec(batch)))
+    return mesh, hidden, jax.device_put(table, NamedSharding(mesh, table_spec)), targets, cotangents
 
 
-def test_a_chunk_is_larger_where_there_is_no_cache_to_fit():
-    assert chunked.default_token_chunk(128_256) == 128
+@pytest.mark.parametrize("vocab", [104, 101], ids=["evenly", "not at all"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_vocabulary_equals_one_device(name, vocab):
+    options = {"label_smoothing": 0.1, "softcap": 5.0}
+    expected = value_and_gradients(*inputs((8, 32), vocab=vocab), implementation="reference", **options)
+    mesh, *args = with_sharded_vocabulary(name, vocab)
+    with jax.set_mesh(mesh):
+        got = value_and_gradients(*args, token_chunk=7, vocab_chunk=10, **options)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def sharded_sizes(name, **options):
+    """Returns the most elements gathered at once, and the most of any float32 value, of the compiled gradient."""
+    text = compiled_gradient(*with_sharded_vocabulary(name, 1024), **options)
+    values = [math.prod(int(n) for n in shape.split(",") if n) for shape in re.findall(r"f32\[([\d,]*)\]", text)]
+    gathered = [elements for operation, elements in collectives(text) if operation in ("all-gather", "all-to-all")]
+    return max(gathered, default=0), max(values)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_columns_and_logits_stay_on_their_device(name):
+    mesh = with_sharded_vocabulary(name, 1024)[0]
+    columns, tokens = 1024 // mesh.shape["tensor"], 256 // (mesh.size // mesh.shape["tensor"])
+    gathered, largest = sharded_sizes(name, token_chunk=16, vocab_chunk=64)
+    # The width over `fsdp` is put together, for the device's own columns.
+    assert gathered == (D * columns if "fsdp" in mesh.axis_names else 0)
+    assert largest <= max(D * columns, tokens * D)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_columns_or_logits_leave_it_where_tensor_shares_out_nothing(name, monkeypatch):
+    monkeypatch.setattr(chunked, "TENSOR_AXIS", "no such axis")
+    gathered, largest = sharded_sizes(name, token_chunk=16, vocab_chunk=64)
+    assert max(gathered, largest) >= D * 1024
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("width", [512, 1024])
+def test_temporaries_are_under_a_twentieth_of_the_logits(width, dtype):
+    tokens, vocab = 8192, 128_256
+
+    def loss(hidden, kernel, targets):
+        nll, log_z = cross_entropy(hidden, kernel, targets, label_smoothing=0.1)
+        return (nll + 1e-4 * log_z**2).mean()
+
+    shapes = ((tokens, width), dtype), ((width, vocab), jnp.float32), ((tokens,), jnp.int32)
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 0.05 * tokens * vocab * 4
+
+
+@pytest.mark.parametrize("chunks", [{}, {"token_chunk": 5, "vocab_chunk": 30}, {"implementation": "reference"}])
+def test_label_smoothing_equals_optax(chunks):
+    hidden, table, targets, cotangents = inputs((3, 7))
+    got = value_and_gradients(hidden, table, targets, cotangents, label_smoothing=0.2, **chunks)
+
+    def plain(hidden, table):
+        logits = hidden @ table.T
+        labels = optax.smooth_labels(jax.nn.one_hot(targets, V), 0.2)
+        return optax.softmax_cross_entropy(logits, labels), jax.nn.logsumexp(logits, axis=-1)
+
+    out, pull = jax.vjp(plain, hidden, table)
+    for a, b in zip(got, (*out, *pull(cotangents)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_label_smoothing_of_one_is_refused():
+    hidden, table, targets, _ = inputs((3,))
+    with pytest.raises(UserError, match=r"label_smoothing = 1.0 must lie in \[0, 1\)"):
+        cross_entropy(hidden, table.T, targets, label_smoothing=1.0)
+
+
+def test_a_tile_is_larger_where_there_is_no_cache_to_fit():
+    assert chunked.default_vocab_chunk(128_256) == 4096
+    assert chunked.default_vocab_chunk(101) == 101
+    assert chunked.default_token_chunk(4096) == 1024
     with compiling_for("tpu"):
-        assert chunked.default_token_chunk(128_256) == 1024
-        assert chunked.default_token_chunk(32_768) == 2048
+        assert chunked.default_token_chunk(4096) == 4096
 
 
 def test_a_chunk_below_one_is_refused():
