@@ -62,7 +62,7 @@ def backward(
         dqs.append(dq)
         dk, dv = (dk_share, dv_share) if dk is None else (dk + dk_share, dv + dv_share)
         # One chunk after the other, so that the shares of one alone are held.
-        g, dk, dv = jax.lax.optimization_barrier((g, dk, dv))
+        q, g, dk, dv = jax.lax.optimization_barrier((q, g, dk, dv))
 
     def per_key(shares: Array, like: Array) -> Array:
         whole = shares.reshape(*like.shape[:2], -1, *like.shape[2:]).sum(axis=2) if grouped else shares
