@@ -80,6 +80,8 @@ def compile_on(device: Any, function: Callable[..., Any], *arguments: Any) -> An
     platform = "tpu" if device.platform == "tpu" else "gpu"
     here = SingleDeviceSharding(device)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+    # A function of its own for each device: one that was traced before would come back with another chip's kernels.
+    own = functools.partial(function)
     with compiling_for(platform, device.device_kind):
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu" if platform == "tpu" else "cuda",))
+        lowered = jax.jit(own).trace(*shapes).lower(lowering_platforms=("tpu" if platform == "tpu" else "cuda",))
     return lowered.compile()

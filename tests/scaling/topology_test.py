@@ -31,6 +31,19 @@ def test_a_matmul_is_compiled_for_a_tpu_that_is_not_here(libtpu, generation):
     assert platform() == jax.default_backend()
 
 
+def test_a_function_is_traced_anew_for_each_chip(libtpu):
+    seen = []
+
+    def program(x):
+        seen.append(chip())
+        return x + 1
+
+    devices = [tpu_devices(generation)[0] for generation in ("v4", "v6e")]
+    for device in devices:
+        compile_on(device, program, jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    assert seen == [device.device_kind for device in devices]
+
+
 def test_a_matmul_is_compiled_for_an_h200_that_is_not_here():
     pytest.importorskip("jax_cuda12_plugin", reason="needs the extra `cuda`")
     compiled = compile_on(gpu_devices()[0], lambda x: x @ x, jax.ShapeDtypeStruct((256, 256), jnp.bfloat16))
