@@ -7,10 +7,12 @@ import statistics
 EXAMPLES = """\
   tessera bench train
   tessera bench train --dtype=float32 --rounds=5
-  tessera bench loader"""
+  tessera bench loader
+  tessera bench attention --target=cpu
+  tessera bench attention --target=tpu-schedule --chips=v5e --lengths=4096"""
 
 # Each is a module `bench_NAME` of this package with `add_arguments` and `main`.
-BENCHES = ("train", "loader")
+BENCHES = ("train", "loader", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,17 +1,14 @@
 """Training steps of this project and of `transformers` GPT-2 on torch, in turns on the same machine."""
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import pathlib
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 
 from research.core.errors import UserError
 from research.recipes.bench import spread
+from research.recipes.bench_sides import interleave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +68,11 @@ def run(dtype: str, rounds: int, steps: int, same_allocator: bool = False) -> di
       steps: training steps a turn.
       same_allocator: whether torch too keeps freed memory (`core.backend.keep_memory`).
     """
-    commands = {"tessera": ["tessera", dtype], "torch": ["torch", dtype] + ["--keep_memory"] * same_allocator}
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
-    with contextlib.ExitStack() as stack:
-        workers = {side: stack.enter_context(_worker(commands[side])) for side in SIDES}
-        for turn in range(rounds + 1):
-            for side, ask in workers.items():
-                seconds = ask(steps)
-                if turn:
-                    rates[side].append(SHAPE.tokens * steps / seconds)
+    module = "research.recipes.bench_train_sides"
+    commands = {"tessera": [module, "tessera", dtype], "torch": [module, "torch", dtype]}
+    commands["torch"] += ["--keep_memory"] * same_allocator
+    seconds = interleave(commands, rounds, steps)
+    rates = {side: [SHAPE.tokens * steps / taken for taken in turns] for side, turns in seconds.items()}
     peer = "eager" if dtype == "float32" else "autocast, compiled"
     print(f"{dtype}: {dataclasses.asdict(SHAPE)}, {rounds} turns of {steps} steps; torch: {peer}")
     for side in SIDES:
@@ -87,27 +80,3 @@ def run(dtype: str, rounds: int, steps: int, same_allocator: bool = False) -> di
     ratios = [us / them for us, them in zip(*(rates[side] for side in SIDES), strict=True)]
     print(f"  ratio    {spread(ratios, 2)} tessera / torch, turn by turn", flush=True)
     return rates
-
-
-@contextlib.contextmanager
-def _worker(command: list[str]) -> Iterator[Callable[[int], float]]:
-    """Starts a side in a process of its own, and gives a function that lets it take steps and returns the seconds."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "research.recipes.bench_train_sides", *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def ask(steps: int) -> float:
-        process.stdin.write(f"{steps}\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        assert answer, f"{command[0]} stopped"
-        return float(answer)
-
-    try:
-        yield ask
-    finally:
-        process.stdin.close()
-        process.wait()

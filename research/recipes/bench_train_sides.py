@@ -4,10 +4,10 @@ Each imports its own framework only, inside its function, so that the threads of
 """
 
 import sys
-import time
 from collections.abc import Callable
 
 from research.core import backend
+from research.recipes.bench_sides import serve
 from research.recipes.bench_train import BETAS, LEARNING_RATE, SHAPE, WEIGHT_DECAY
 
 
@@ -112,11 +112,7 @@ def main(side: str, dtype: str, *flags: str) -> None:
         if "--keep_memory" in flags:
             backend.keep_memory()
         take = torch_step(dtype)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(int(line)):
-            take()
-        print(time.perf_counter() - start, flush=True)
+    serve(take)
 
 
 if __name__ == "__main__":

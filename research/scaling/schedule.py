@@ -57,6 +57,11 @@ class Schedule:
         """Returns the share of a unit's slots that are taken, over the whole run."""
         return float((self.counts * self.used[unit]).sum() / (self.cycles * self.slots[unit]))
 
+    def steady(self, unit: str) -> float:
+        """Returns the share of a unit's slots that are taken in the stretch that takes the most cycles."""
+        first, length, _ = max(self.regions(), key=lambda region: region[1] * region[2])
+        return float(self.used[unit][first : first + length].sum() / (length * self.slots[unit]))
+
     def regions(self) -> list[tuple[int, int, int]]:
         """Returns (first bundle, bundles, times) of each stretch that is issued equally often, in program order."""
         edges = [0, *(np.flatnonzero(np.diff(self.counts)) + 1).tolist(), len(self.counts)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.recipes import bench_train, bench_train_sides
+from research.recipes import bench_sides, bench_train, bench_train_sides
 
 TINY = bench_train.Shape(layers=1, width=16, heads=2, length=8, batch=2, vocabulary=32)
 
@@ -43,7 +43,7 @@ def test_turns_alternate_and_the_report_holds_each(monkeypatch, tmp_path, capsys
 
     class Worker:
         def __init__(self, command):
-            self.side = command[0]
+            self.side = command[1]
 
         def __enter__(self):
             return lambda steps: asked.append(self.side) or (1.0 if self.side == "tessera" else 2.0)
@@ -51,7 +51,7 @@ def test_turns_alternate_and_the_report_holds_each(monkeypatch, tmp_path, capsys
         def __exit__(self, *exception):
             pass
 
-    monkeypatch.setattr(bench_train, "_worker", Worker)
+    monkeypatch.setattr(bench_sides, "worker", Worker)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     bench_train.main(arguments("--rounds=2", "--steps=1", "--dtype=float32", f"--json={tmp_path / 'out.json'}"))
     assert asked == ["tessera", "torch"] * 3

@@ -12,10 +12,20 @@ from jaxtyping import Array, Float
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.kernels.attention.tpu_operands import Operands, bias_tile, gather
-from research.kernels.attention.tpu_plan import Blocks, cover, plan, visibility
+from research.kernels.attention.tpu_plan import Blocks, Tiles, cover, plan, visibility
 from research.kernels.attention.tpu_tile import HIDDEN, LANES, LEAST, LOG2E, Rules, Side, scores, side, spread
 
 VMEM_LIMIT = 100 * 2**20
+
+
+def _chunk(keys: int, blocks: Blocks) -> int:
+    """Returns how many tiles of keys are resident."""
+    return min(blocks.resident // blocks.keys, cover(keys, blocks.keys))
+
+
+def forward_tiles(mask: AttentionMask, queries: int, keys: int, blocks: Blocks) -> Tiles:
+    """Returns the tiles of keys that each block of queries visits, in each resident chunk."""
+    return plan(*visibility(mask, queries, keys, blocks), _chunk(keys, blocks))
 
 
 def forward(
@@ -34,8 +44,8 @@ def forward(
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
     rules = Rules.of(mask, terms, queries, keys)
-    chunk = min(blocks.resident // blocks.keys, cover(keys, blocks.keys))
-    tiles = plan(*visibility(mask, queries, keys, blocks), chunk)
+    tiles = forward_tiles(mask, queries, keys, blocks)
+    chunk = _chunk(keys, blocks)
     resident = chunk * blocks.keys
     grid = (batch, heads, cover(queries, blocks.queries), cover(keys, resident))
     group = heads // kv_heads

@@ -1,0 +1,60 @@
+"""The sides of `tessera bench attention` that are timed; each imports its own framework only."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from research.core import backend
+from research.recipes.bench_sides import serve
+
+
+def jax_side(side: str, dtype: str, batch: int, length: int, heads: int, width: int) -> Callable[[], Any]:
+    """Returns forward plus backward of this project (`tessera`), `jax.nn` or cuDNN through it (`cudnn`)."""
+    import jax
+
+    from research.kernels.attention import AttentionMask, attention
+
+    if side == "tessera":
+        mask = AttentionMask(causal=True)
+        call = lambda q, k, v: attention(q, k, v, mask=mask)  # noqa: E731
+    else:
+        implementation = "cudnn" if side == "cudnn" else "xla"
+        call = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)  # noqa: E731
+    q, k, v, g = (
+        jax.random.normal(key, (batch, length, heads, width), dtype) for key in jax.random.split(jax.random.key(0), 4)
+    )
+
+    @jax.jit
+    def step(q: Any, k: Any, v: Any, g: Any) -> Any:
+        out, pull = jax.vjp(call, q, k, v)
+        return out, pull(g)
+
+    return lambda: jax.block_until_ready(step(q, k, v, g))
+
+
+def torch_side(dtype: str, batch: int, length: int, heads: int, width: int) -> Callable[[], Any]:
+    """Returns forward plus backward of torch's scaled dot-product attention."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    q, k, v = (torch.randn(batch, heads, length, width, dtype=kind, requires_grad=True) for _ in range(3))
+    g = torch.randn(batch, heads, length, width, dtype=kind)
+
+    def step() -> Any:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch.autograd.grad(out, (q, k, v), g)
+
+    return step
+
+
+def main(side: str, dtype: str, *sizes: str) -> None:
+    """Serves turns of a side until its input ends."""
+    if side == "torch":
+        serve(torch_side(dtype, *map(int, sizes)))
+        return
+    backend.configure()
+    serve(jax_side(side, dtype, *map(int, sizes)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
