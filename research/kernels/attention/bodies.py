@@ -26,7 +26,7 @@ Body = Callable[..., Float[Array, "B T N H"]]
 
 BODIES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "tpu": tpu, "gpu": gpu, "cudnn": cudnn}
 # The fast bodies of each platform, the preferred one first.
-PREFERRED = {"cpu": ("cpu", "reference"), "tpu": ("tpu",), "gpu": ("cudnn", "gpu")}
+PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("cudnn", "gpu")}
 # What the partitioner may cut by itself; the others run once a device on its share.
 PARTITIONED = ("reference", "cpu")
 

@@ -1,0 +1,83 @@
+"""`tessera bench attention`: what it refuses, that its sides compute the same, and what its counts are made of."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.recipes import bench_attention, bench_attention_sides, bench_sides
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    bench_attention.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_what_cannot_be_benched_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"--rounds = 0 must be at least 1"):
+        bench_attention.main(arguments("--rounds=0"))
+    with pytest.raises(UserError, match=r"--target = gpu needs a GPU: the backend is 'cpu'"):
+        bench_attention.main(arguments("--target=gpu"))
+    with pytest.raises(UserError, match=r"--lengths = 4096,many must be multiples of 2048"):
+        bench_attention.main(arguments("--target=tpu-schedule", "--lengths=4096,many"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[tpu\]'"):
+        bench_attention.main(arguments("--target=tpu-schedule"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sides_return_value_and_gradients_of_the_same_attention(dtype):
+    ours, theirs = (bench_attention_sides.jax_side(side, dtype, 1, 64, 2, 8)() for side in ("tessera", "jax.nn"))
+    for got, want in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True):
+        difference = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
+        assert difference < (1e-5 if dtype == "float32" else 0.1)
+
+
+def test_turns_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    class Worker:
+        def __init__(self, command):
+            self.side = command[1]
+
+        def __enter__(self):
+            return lambda count: asked.append(self.side) or {"tessera": 1.0, "jax.nn": 3.0}[self.side]
+
+        def __exit__(self, *exception):
+            pass
+
+    monkeypatch.setattr(bench_sides, "worker", Worker)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_attention, "CPU_SHAPES", ((1, 4096, 1, 8),))
+    bench_attention.main(arguments("--target=cpu", "--rounds=2", f"--json={tmp_path / 'out.json'}"))
+    assert asked == ["tessera", "jax.nn"] * 6
+    printed = capsys.readouterr().out
+    assert "torch is left out" in printed
+    assert "3.00 (3.00 to 3.00) times the speed of jax.nn" in printed
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["float32 batch 1, 4096 tokens, 1 heads of 8"] == {"tessera": [1000.0] * 2, "jax.nn": [3000.0] * 2}
+
+
+def test_our_schedule_is_counted_to_be_shorter_than_splash_s(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    cycles = {}
+    for side, blocks in (("tessera", ()), ("splash", (1024, 1024, 512, 1))):
+        folder = tmp_path / side
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        command = [sys.executable, "-m", bench_attention.COUNT, str(folder), side, "v5e", "4096", *map(str, blocks)]
+        environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        cycles[side] = json.loads(found.stdout.splitlines()[-1])
+    for part, products in (("forward", 2), ("backward", 5)):
+        ours, theirs = (cycles[side][part] for side in ("tessera", "splash"))
+        # No fewer than the matrix units need: four of 128 × 128 on a v5e.
+        assert ours["cycles"] > products * 16 * 4096 * 4097 / 2 * 128 / (4 * 128 * 128)
+        assert ours["cycles_per_mac"] < theirs["cycles_per_mac"]
+        assert 0.5 < ours["busy"] <= 1
