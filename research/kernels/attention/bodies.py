@@ -1,4 +1,4 @@
-"""Which body computes attention: see `research.kernels.choice` for what a body is."""
+"""The bodies of attention: each is `attention(q, k, v, mask, terms)` and `refusal(q, k, mask, terms)`."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -16,7 +16,6 @@ Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"]
 Body = Callable[..., Float[Array, "B T N H"]]
 
 BODIES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "tpu": tpu, "gpu": gpu, "cudnn": cudnn}
-# The fast bodies of each platform, the preferred one first.
 PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("cudnn", "gpu")}
 # What the partitioner may cut by itself; the others run once a device on its share.
 PARTITIONED = ("reference", "cpu")
@@ -34,6 +33,6 @@ def choose(
     Raises:
       UserError: the body named, or every fast body of this platform, refuses the call.
     """
-    name = choice.choose("attention", implementation, BODIES, PREFERRED, (q, k, mask, terms))
+    name = choice.choose("attention", implementation, BODIES, PREFERRED, q, k, mask, terms)
     body = BODIES[name].attention
     return body if name in PARTITIONED else per_device(body)

@@ -35,7 +35,7 @@ def choose(
     Raises:
       UserError: the body named, or the fast body of this platform, refuses the call.
     """
-    name = choice.choose("decode attention", implementation, BODIES, PREFERRED, (q, pages, window, terms))
+    name = choice.choose("decode attention", implementation, BODIES, PREFERRED, q, pages, window, terms)
     body = BODIES[name].decode_attention
     return body if name == "reference" else per_device(body)
 
