@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
@@ -35,7 +36,7 @@ def decode_attention(
     row of negative position, as in a sequence of length 0, gets zeros. There is no gradient.
 
     Args:
-      q: queries of tokens whose keys are in the pages already; N is a multiple of K.
+      q: queries of tokens whose keys are in the pages already; N is a multiple of K, and H at most that of the pages.
       pages: keys and values; those that no row sees are not read, but for the page that the window begins in.
       table: the page of each `page_size` tokens; places past a sequence's length may hold anything.
       lengths: tokens of each sequence, from 0 to pages_per_sequence · page_size.
@@ -48,7 +49,7 @@ def decode_attention(
         the keys and values of all sequences in full length and is taken by name only.
 
     Raises:
-      UserError: N is no multiple of K, H is not that of the pages, the window is below 1, the cap not above 0, or the
+      UserError: N is no multiple of K, H is above that of the pages, the window is below 1, the cap not above 0, or the
         body is not there or does not take what is asked; the message names the rule and the nearest value it allows.
 
     Source: Kwon et al. 2023 (PagedAttention), arXiv:2309.06180, equation 4; the terms are those of
@@ -56,11 +57,13 @@ def decode_attention(
     """
     if q.shape[2] % pages.kv_heads:
         raise UserError(f"num_kv_heads = {pages.kv_heads} does not divide num_heads = {q.shape[2]}.")
-    if q.shape[3] != pages.key.shape[3]:
-        raise UserError(f"head_dim = {q.shape[3]} of the queries is not that of the pages, {pages.key.shape[3]}.")
+    width = q.shape[3]
+    if width > pages.head_dim:
+        raise UserError(f"head_dim = {width} of the queries is above that of the pages, {pages.head_dim}.")
     if window is not None and window < 1:
         raise UserError(f"window = {window} must be at least 1: a row sees at least its own key.")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = 1.0 / math.sqrt(width) if scale is None else scale
     terms = ScoreTerms(None, alibi, sinks, softcap, scale)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))
     body = choose(implementation, q, pages, window, terms)
-    return body(q, pages, table.astype("int32"), lengths.astype("int32"), window, terms)
+    return body(q, pages, table.astype(jnp.int32), lengths.astype(jnp.int32), window, terms)[..., :width]

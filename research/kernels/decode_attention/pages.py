@@ -48,6 +48,11 @@ class KVPages:
         return self.key.shape[1]
 
     @property
+    def head_dim(self) -> int:
+        """H, of the pages: narrower heads end in zeros."""
+        return self.key.shape[3]
+
+    @property
     def quantized(self) -> bool:
         """Whether there are scales."""
         return self.key_scale is not None
@@ -60,7 +65,7 @@ def empty_pages(pages: int, page_size: int, kv_heads: int, head_dim: int, dtype:
       pages: P.
       page_size: C, tokens a page.
       kv_heads: K.
-      head_dim: H.
+      head_dim: H; that of the model or above, where a body wants it so.
       dtype: `bfloat16`, `float16`, `float32`, `int8` or `float8_e4m3fn`.
 
     Raises:
@@ -103,9 +108,10 @@ def write(
       table: page of each `page_size` tokens. A token whose page id is not in 0 to P - 1, or that lies past the table,
         is written nowhere: -1 marks sequences that stand still.
       lengths: tokens that each sequence holds so far.
-      key, value: the new tokens.
+      key, value: the new tokens; zeros are added where the pages are wider.
     """
-    count, _, size, _ = pages.key.shape
+    count, _, size, width = pages.key.shape
+    key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3]))) for x in (key, value))
     positions = lengths[:, None] + jnp.arange(key.shape[1])
     places = positions // size
     ids = jnp.take_along_axis(table, jnp.minimum(places, table.shape[1] - 1), axis=1)

@@ -1,11 +1,182 @@
-"""Decode attention for TPU: not there yet."""
+"""Decode attention for TPU: a Pallas kernel that fetches the pages itself."""
 
-from jaxtyping import Array, Float
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import ScoreTerms
-from research.kernels.decode_attention.pages import KVPages
+from research.kernels.decode_attention.pages import KVPages, needed
+from research.kernels.decode_attention.rows import by_row, fold, unfold
+from research.kernels.decode_attention.tpu_kernel import LANES, SUBLANES, Plan, kernel
+from research.kernels.target import chip, platform
+
+# Tokens of a block; bytes that both halves of its buffers may take of a core's fast memory, and those of the sums.
+BLOCK = 512
+BUFFERS, SUMS = 8 * 2**20, 4 * 2**20
+MAX_PAGE = 2048
+# Query rows of a key/value head: what a matmul takes at a time, twice.
+MAX_ROWS = 256
+# Chips whose two cores share one memory and one program.
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+# Heads that are computed beside each other.
+UNROLLED = 4
 
 
-def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> str:
-    """Takes nothing yet."""
-    return "every call: it is not there yet"
+def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> str | None:
+    """Returns the rule that a call breaks, with the nearest value that it allows."""
+    kv_heads, size, width = pages.key.shape[1:]
+    rows, unit = q.shape[1] * q.shape[2] // kv_heads, LANES if pages.quantized else SUBLANES
+    if platform() != "tpu":
+        return f"{platform()}: it needs a TPU"
+    for name, dtype in (("queries", q.dtype), ("pages", pages.key.dtype)):
+        if dtype == jnp.float16:
+            return f"{name} in float16: it takes them in bfloat16 or float32"
+    # Rows of memory that are not full lie in another order, and all pages would be copied at every call.
+    if width % LANES:
+        return f"pages of head_dim = {width}: it takes multiples of {LANES}, such as {_up(width, LANES)}, with zeros"
+    if size % unit or size > MAX_PAGE:
+        nearest = min(_up(size, unit), MAX_PAGE)
+        return f"page_size = {size} in {pages.key.dtype.name}: it takes multiples of {unit}, such as {nearest}"
+    # So it is with rows of scales.
+    if pages.quantized and kv_heads not in (1, 2, 4) and kv_heads % SUBLANES:
+        nearest = _up(kv_heads, 4 if kv_heads < 4 else SUBLANES)
+        return f"num_kv_heads = {kv_heads} in {pages.key.dtype.name}: it takes 1, 2, 4 or multiples of 8, as {nearest}"
+    if rows > MAX_ROWS:
+        return f"{rows} query rows a key/value head: it takes at most {MAX_ROWS}"
+    return None
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms) -> Plan:
+    """Returns the plan of a call for the chip that is compiled for.
+
+    Args:
+      q, pages, window, terms: of the call.
+      places: pages of a sequence in the table.
+    """
+    kv_heads, size, width = pages.key.shape[1:]
+    group = q.shape[2] // kv_heads
+    # Rows fill whole tiles of fast memory.
+    height = _up(q.shape[1] * group, SUBLANES * 4 // q.dtype.itemsize)
+    a_page = 4 * size * _up(width, LANES) * pages.key.dtype.itemsize
+    a_sum = 4 * height * (2 * LANES + 3 * width)
+    most = kv_heads // 2 if chip() in TWO_CORES and kv_heads % 2 == 0 else kv_heads
+    fitting = (n for n in range(most, 1, -1) if not kv_heads % n and n * a_page <= BUFFERS and n * a_sum <= SUMS)
+    heads = next(fitting, 1)
+    return Plan(
+        rows=q.shape[1],
+        group=group,
+        height=height,
+        heads=heads,
+        unrolled=math.gcd(heads, UNROLLED),
+        page_size=size,
+        block_pages=max(1, min(places, BLOCK // size, BUFFERS // (heads * a_page))),
+        window=window,
+        softcap=terms.softcap,
+        scale=terms.scale,
+        given=tuple(name for name in ("alibi", "sinks") if getattr(terms, name) is not None),
+        quantized=pages.quantized,
+    )
+
+
+def decode_attention(
+    q: Float[Array, "B R N H"],
+    pages: KVPages,
+    table: Int[Array, "B pages_per_sequence"],
+    lengths: Int[Array, "B"],
+    window: int | None,
+    terms: ScoreTerms,
+) -> Float[Array, "B R N H"]:
+    """Decode attention page by page; see the face of the package for the equation."""
+    plan = plan_for(q, pages, table.shape[1], window, terms)
+    return paged_attention(q, pages, table, lengths, terms, plan, False)
+
+
+def paged_attention(
+    q: Float[Array, "B R N H"],
+    pages: KVPages,
+    table: Int[Array, "B pages_per_sequence"],
+    lengths: Int[Array, "B"],
+    terms: ScoreTerms,
+    plan: Plan,
+    interpret: Any,
+) -> Float[Array, "B R N H"]:
+    """Decode attention by a given plan.
+
+    Args:
+      q, pages, table, lengths, terms: as of the face.
+      plan: block sizes and rules.
+      interpret: what `pallas_call` takes by that name; False compiles.
+    """
+    batch, places = table.shape
+    kv_heads, size, width = pages.key.shape[1:]
+    parts, count = kv_heads // plan.heads, plan.rows * plan.group
+    grown = ((0, 0), (0, 0), (0, plan.height - count), (0, 0))
+    folded = jnp.pad(fold(q, kv_heads), grown)
+    columns = [by_row(getattr(terms, name), kv_heads, plan.rows)[None, :, :, None] for name in plan.given]
+    columns = [jnp.pad(x, grown) for x in columns]
+
+    first, end = needed(lengths, plan.rows, size, plan.window)
+    blocks = (end - first + plan.block_pages - 1) // plan.block_pages
+    before = jnp.cumsum(blocks) - blocks
+    busy = jnp.where(blocks > 0, jnp.arange(batch, dtype=jnp.int32), batch)
+    following = jax.lax.cummin(jnp.append(busy[1:], batch), reverse=True)
+
+    def rows(part: Any, row: Any, *_: Any) -> tuple:
+        return row, part, 0, 0
+
+    def table_row(of: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, places), lambda part, row, *s: (of(row, s[4]), 0, 0), memory_space=pltpu.SMEM)
+
+    stored = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None]
+    buffers = [
+        pltpu.VMEM((2, plan.heads, plan.block, width) if x.ndim == 4 else (2, kv_heads, plan.block), x.dtype)
+        for x in stored
+    ]
+    column = pltpu.VMEM((plan.heads, plan.height, LANES), jnp.float32)
+    out = pl.pallas_call(
+        functools.partial(kernel, plan),
+        out_shape=jax.ShapeDtypeStruct(folded.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(parts, batch),
+            in_specs=[
+                table_row(lambda row, following: row),
+                table_row(lambda row, following: jnp.minimum(following[row], batch - 1)),
+                pl.BlockSpec((1, plan.heads, plan.height, width), rows),
+                *(
+                    pl.BlockSpec((1, plan.heads, plan.height, 1), lambda part, row, *_: (0, part, 0, 0))
+                    for _ in columns
+                ),
+                *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in stored),
+            ],
+            out_specs=pl.BlockSpec((1, plan.heads, plan.height, width), rows),
+            scratch_shapes=[
+                *buffers,
+                pltpu.SemaphoreType.DMA((2,)),
+                column,
+                column,
+                pltpu.VMEM((plan.heads, plan.height, width), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="tessera_decode_attention",
+        interpret=interpret,
+    )(
+        *(x.astype(jnp.int32) for x in (lengths, first, end, before, following)),
+        table[:, None],
+        table[:, None],
+        folded,
+        *columns,
+        *stored,
+    )
+    return unfold(out[:, :, :count], plan.rows)
