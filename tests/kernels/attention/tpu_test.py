@@ -1,7 +1,5 @@
 """The TPU kernels: equal to the reference in interpret mode, compiled for every generation, linear in memory."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +31,7 @@ def both_sides(q, k, v, g, mask, terms, blocks=SMALL):
     """Returns value and gradients, by the tiles and by the reference, as lists."""
     sides = []
     for body in (
-        lambda q, k, v, terms: tiled_attention(q, k, v, mask, terms, blocks, True),
+        lambda q, k, v, terms: tiled_attention(q, k, v, mask, terms, (blocks, blocks), True),
         lambda q, k, v, terms: reference.attention(q, k, v, mask, terms),
     ):
 
@@ -104,7 +102,7 @@ def test_forgotten_segments_are_seen_by_the_comparison():
     mask = AttentionMask(causal=True, q_segments=ids, kv_segments=ids)
     q, k, v = (array(rng, 2, 300, 2, 32) for _ in range(3))
     terms = ScoreTerms(scale=0.2)
-    leaking = tiled_attention(q, k, v, AttentionMask(causal=True), terms, SMALL, True)
+    leaking = tiled_attention(q, k, v, AttentionMask(causal=True), terms, (SMALL, SMALL), True)
     with pytest.raises(AssertionError):
         close(leaking, reference.attention(q, k, v, mask, terms))
 
@@ -115,15 +113,17 @@ def test_tiles_that_the_mask_rules_out_are_never_read(window):
     q, k, v, g = (array(rng, 1, 512, 1, 32) for _ in range(4))
     mask = AttentionMask(causal=True, window=window)
     first = slice(0, 128)
-    out, pull = jax.vjp(lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), SMALL, True)[:, first], q)
+    out, pull = jax.vjp(
+        lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), (SMALL, SMALL), True)[:, first], q
+    )
     poisoned = [x.at[:, 128:].set(jnp.nan) for x in (k, v)]
     other, other_pull = jax.vjp(
-        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), SMALL, True)[:, first], q
+        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), (SMALL, SMALL), True)[:, first], q
     )
     np.testing.assert_array_equal(other, out)
     np.testing.assert_array_equal(other_pull(g[:, first])[0][:, first], pull(g[:, first])[0][:, first])
     # The control: queries that may see the poisoned keys.
-    assert jnp.isnan(tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), SMALL, True)[:, 128:]).any()
+    assert jnp.isnan(tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), (SMALL, SMALL), True)[:, 128:]).any()
 
 
 def test_plan_visits_what_is_visible_and_masks_what_is_mixed():
@@ -235,7 +235,7 @@ def test_kernels_run_once_a_device_under_a_mesh(monkeypatch):
 
     def body(q, k, v, mask, terms):
         calls.append(q.shape)
-        return tiled_attention(q, k, v, mask, terms, SMALL, True)
+        return tiled_attention(q, k, v, mask, terms, (SMALL, SMALL), True)
 
     monkeypatch.setattr(tpu, "attention", body)
     monkeypatch.setattr(tpu, "refusal", lambda *_: None)
@@ -263,8 +263,12 @@ def test_blocks_of_a_smaller_memory_hold_less():
     sizes = {}
     for kind in ("TPU v4", "TPU v5"):
         with compiling_for("tpu", kind):
-            sizes[kind] = tpu.choose_blocks(128, 2, False).resident
-            assert tpu.choose_blocks(256, 4, False).resident * 4 == sizes[kind]
-            assert tpu.choose_blocks(128, 2, True).resident <= tpu.RESIDENT_WITH_BIAS
+            forward, backward = tpu.choose_blocks(128, 2, False)
+            assert forward == backward
+            sizes[kind] = forward.resident
+            assert tpu.choose_blocks(256, 4, False)[0].resident * 4 == sizes[kind]
+            assert tpu.choose_blocks(128, 2, True)[0].resident <= tpu.RESIDENT_WITH_BIAS
     assert sizes["TPU v4"] < sizes["TPU v5"]
-    assert dataclasses.replace(Blocks(), resident=sizes["TPU v5"]) == Blocks()
+    with compiling_for("tpu", "TPU v6 lite"):
+        forward, backward = tpu.choose_blocks(128, 2, False)
+        assert (forward.queries, backward.queries) == (1024, 512)
