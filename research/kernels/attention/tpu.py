@@ -21,6 +21,8 @@ MAX_WIDTH = 256
 # Bytes of one resident operand: what a head's queries or keys may take of a core's fast memory, several times over.
 RESIDENT_BYTES = {"TPU v4": 2**19}
 DEFAULT_RESIDENT_BYTES = 2**22
+# Chips whose matrix units are 256 wide.
+KEYS_DOWN = ("TPU v6 lite", "TPU7x")
 # A block of the bias is as long as what is resident, and as wide as a tile.
 RESIDENT_WITH_BIAS = 2048
 
@@ -48,7 +50,7 @@ def choose_blocks(width: int, itemsize: int, bias: bool) -> Blocks:
       itemsize: bytes of an element of q.
       bias: whether there is one.
     """
-    blocks = Blocks()
+    blocks = Blocks(keys_down=chip() in KEYS_DOWN)
     resident = RESIDENT_BYTES.get(chip(), DEFAULT_RESIDENT_BYTES) // (max(width, 128) * itemsize)
     resident = min(resident, RESIDENT_WITH_BIAS) if bias else resident
     return dataclasses.replace(blocks, resident=max(blocks.queries, blocks.keys, resident))

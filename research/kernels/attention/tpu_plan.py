@@ -16,11 +16,13 @@ class Blocks:
       queries: rows of a tile.
       keys: columns of a tile.
       resident: keys (forward) or queries (backward) that stay in fast memory together, a multiple of both.
+      keys_down: whether a tile of the forward pass has its keys as rows and its queries as columns.
     """
 
     queries: int = 512
     keys: int = 512
     resident: int = 16384
+    keys_down: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,10 +60,11 @@ def close(got, want, tolerance=1e-5):
     extra=st.sampled_from(["none", "prefix", "segments", "positions"]),
     given_terms=st.sets(st.sampled_from(["softcap", "sinks", "alibi"])),
     bias=st.sampled_from([None, (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 0, 0, 1)]),
+    keys_down=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_value_and_every_gradient_equal_the_reference(
-    lengths, heads, width, causal, window, extra, given_terms, bias, seed
+    lengths, heads, width, causal, window, extra, given_terms, bias, keys_down, seed
 ):
     rng, (queries, keys), (n, k_heads) = np.random.default_rng(seed), lengths, heads
     operands = {}
@@ -83,7 +84,8 @@ def test_value_and_every_gradient_equal_the_reference(
         terms["bias"] = array(rng, *(1 if one else size for one, size in zip(bias, whole, strict=True)))
     q, g = (array(rng, 2, queries, n, width) for _ in range(2))
     k, v = (array(rng, 2, keys, k_heads, width) for _ in range(2))
-    for got, want in both_sides(q, k, v, g, mask, ScoreTerms(**terms)):
+    blocks = dataclasses.replace(SMALL, keys_down=keys_down)
+    for got, want in both_sides(q, k, v, g, mask, ScoreTerms(**terms), blocks):
         close(got, want)
 
 
