@@ -230,7 +230,8 @@ def test_full_disk_is_one_line_and_spares_the_checkpoints_before(tiny: pathlib.P
     lines = capfd.readouterr().err.splitlines()
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert "No space left on device; it was not written. Earlier checkpoints are whole." in lines[-1]
-    whole = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    # What was cut off may leave an unfinished folder, which a later run does not take for a checkpoint.
+    whole = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
     assert whole == list(range(1, len(whole) + 1))
     shutil.copytree(workdir, disk.parent / "roomy")
     runs.assert_same_state(runs.run(tiny, disk.parent / "roomy"), unbroken.state)

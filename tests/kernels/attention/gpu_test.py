@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
+from research.kernels import choice
 from research.kernels.attention import AttentionMask, ScoreTerms, attention, bodies, cudnn, gpu, reference
 from research.kernels.attention.gpu_plan import Plan, block_kinds, visits
 from research.kernels.target import compiling_for
@@ -235,7 +236,7 @@ def test_refusal_names_the_rule_and_the_nearest_value(body, given, rule):
 def test_auto_prefers_cudnn_then_the_kernel_and_says_why_once(caplog):
     q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
     prefixed = AttentionMask(causal=True, prefix=jnp.array([3]))
-    bodies._report.cache_clear()
+    choice._report.cache_clear()
     with compiling_for("gpu", H200), caplog.at_level(logging.INFO, logger="tessera"):
         for _ in range(2):
             jax.eval_shape(lambda q, k, v: attention(q, k, v, mask=prefixed), q, q, q)

@@ -1,0 +1,69 @@
+"""The matmul of tokens with their experts' weights: rows sorted by expert, none dropped, no row padded."""
+
+import functools
+from types import ModuleType
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from research.kernels.choice import choose
+from research.kernels.grouped_matmul import cpu, gpu, reference, tpu
+
+__all__ = ["Implementation", "grouped_matmul"]
+
+Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu"]
+
+BODIES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "tpu": tpu, "gpu": gpu}
+PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu",)}
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"],
+    kernels: Float[Array, "E D F"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: Implementation = "auto",
+) -> Float[Array, "M F"]:
+    """Returns x_e W_e for the rows x_e of each expert e.
+
+    The first `group_sizes[0]` rows meet `kernels[0]`, the next `group_sizes[1]` rows `kernels[1]`, and so on; rows past
+    the last group give zeros, whatever they hold. Products are summed in float32. The gradients are those of the
+    equation, summed in float32 as well, and zero for the kernels of empty groups.
+
+    Under a mesh the fast bodies are called inside a `shard_map`, each device with its own rows and group sizes.
+
+    Args:
+      x: rows sorted by expert.
+      kernels: rounded to the type of `x`; where they are float32, so is their gradient.
+      group_sizes: rows of each expert, at least 0, together at most M.
+      implementation: the body; `auto` picks by backend.
+
+    Returns:
+      `[M, F]` in the type of `x`.
+
+    Raises:
+      UserError: the body is not there or does not take what is asked.
+
+    Source: Gale et al. 2022 (MegaBlocks), arXiv:2211.15841, for experts of any load.
+    """
+    name = choose("grouped matmul", implementation, BODIES, PREFERRED, x, kernels)
+    return _grouped(x, kernels, group_sizes, name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x: Array, kernels: Array, group_sizes: Array, name: str) -> Array:
+    return BODIES[name].grouped_matmul(x, kernels.astype(x.dtype), group_sizes)
+
+
+def _forward(x: Array, kernels: Array, group_sizes: Array, name: str) -> tuple[Array, tuple[Array, ...]]:
+    return _grouped(x, kernels, group_sizes, name), (x, kernels, group_sizes)
+
+
+def _backward(name: str, saved: tuple[Array, ...], g: Float[Array, "M F"]) -> tuple[Array, Array, None]:
+    x, kernels, group_sizes = saved
+    dx = BODIES[name].grouped_matmul(g, kernels.astype(x.dtype).swapaxes(1, 2), group_sizes)
+    return dx, BODIES[name].outer_products(x, g, group_sizes).astype(kernels.dtype), None
+
+
+_grouped.defvjp(_forward, _backward)

@@ -1,0 +1,130 @@
+"""The grouped matmul: every body equals plain NumPy, whatever the load of the experts."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research.core.errors import UserError
+from research.kernels.grouped_matmul import cpu, grouped_matmul, reference, tpu
+from research.kernels.grouped_matmul.visits import visits
+from research.kernels.target import compiling_for
+from research.scaling.topology import TPU_TOPOLOGIES, compile_on, gpu_devices, tpu_devices
+
+BLOCKS = tpu.Blocks(rows=16, inner=128, outer=128)
+BODIES = {
+    "reference": (reference.grouped_matmul, reference.outer_products),
+    "cpu": (cpu.grouped_matmul, cpu.outer_products),
+    "tpu": tuple(
+        functools.partial(part, blocks=BLOCKS, interpret=True) for part in (tpu.grouped_matmul, tpu.outer_products)
+    ),
+}
+
+
+def plain(x, kernels, sizes):
+    y, start = np.zeros((len(x), kernels.shape[2]), np.float32), 0
+    for kernel, size in zip(kernels, sizes, strict=True):
+        y[start : start + size] = x[start : start + size] @ kernel
+        start += size
+    return y
+
+
+def plain_outer(x, g, sizes):
+    starts = np.cumsum(sizes) - sizes
+    return np.stack([x[a : a + n].T @ g[a : a + n] for a, n in zip(starts, sizes, strict=True)])
+
+
+@pytest.mark.parametrize("body", BODIES)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    sizes=st.sampled_from([[5, 0, 30, 5], [0, 0, 0, 0], [40, 0, 0, 0], [0, 0, 0, 33], [16, 16, 7, 1], [1, 1, 1, 1]]),
+    widths=st.sampled_from([(8, 12), (200, 140)]),
+    seed=st.integers(0, 9),
+)
+def test_bodies_equal_numpy(body, sizes, widths, seed):
+    rng, (width, features) = np.random.default_rng(seed), widths
+    x, g = rng.normal(size=(40, width)), rng.normal(size=(40, features))
+    # What stands past the last group is never looked at.
+    x[sum(sizes) :] = g[sum(sizes) :] = np.nan
+    x, g, kernels = (jnp.asarray(a, jnp.float32) for a in (x, g, rng.normal(size=(4, width, features))))
+    product, outer = BODIES[body]
+    group_sizes = jnp.array(sizes)
+    np.testing.assert_allclose(
+        product(x, kernels, group_sizes), plain(*map(np.asarray, (x, kernels)), sizes), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        outer(x, g, group_sizes), plain_outer(*map(np.asarray, (x, g)), np.array(sizes)), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_those_of_the_equation(dtype):
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((600, 16), (600, 24)))
+    kernels, sizes = jnp.asarray(rng.normal(size=(3, 16, 24)), jnp.float32), jnp.array([300, 0, 290])
+
+    def equation(x, kernels):
+        rows = reference.members(sizes, 600)[:, :, None]
+        return jnp.einsum("emd,edf->mf", jnp.where(rows, x, 0).astype(dtype), kernels.astype(dtype))
+
+    results = []
+    for call in (functools.partial(grouped_matmul, group_sizes=sizes), equation):
+        y, pull = jax.vjp(call, x, kernels)
+        results.append((y, *pull(g)))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(
+            got.astype(np.float32), want.astype(np.float32), atol=1e-4 if dtype == "float32" else 0.2
+        )
+    assert np.all(np.asarray(results[0][2])[1] == 0)
+    # Summed in float32 from bfloat16 products, and not rounded to bfloat16.
+    exact = plain_outer(np.float32(x), np.float32(g), np.array(sizes))
+    np.testing.assert_allclose(results[0][2], exact, atol=1e-3)
+
+
+def test_each_further_expert_costs_at_most_one_visit():
+    def number(experts):
+        return visits(jnp.zeros(experts, jnp.int32), 8192, cpu.TILE, every_group=False).group.shape[0]
+
+    assert number(4) == 8192 // cpu.TILE + 4
+    assert number(64) == 8192 // cpu.TILE + 64
+
+
+def test_what_a_body_refuses_is_named():
+    x, kernels, sizes = jnp.zeros((4, 8)), jnp.zeros((2, 8, 8)), jnp.array([2, 2])
+    with pytest.raises(UserError, match="'tpu' refuses cpu: it needs a TPU"):
+        grouped_matmul(x, kernels, sizes, implementation="tpu")
+    with pytest.raises(UserError, match="'gpu' refuses cpu: it needs a GPU"):
+        grouped_matmul(x, kernels, sizes, implementation="gpu")
+    with compiling_for("tpu"), pytest.raises(UserError, match="'tpu' refuses float16: it takes bfloat16 or float32"):
+        grouped_matmul(x.astype(jnp.float16), kernels, sizes)
+
+
+def value_and_gradients(x, kernels, g, group_sizes):
+    y, pull = jax.vjp(lambda x, kernels: grouped_matmul(x, kernels, group_sizes), x, kernels)
+    return y, pull(g)
+
+
+def arguments(rows, width, features, experts):
+    shapes = (("bfloat16", rows, width), ("float32", experts, width, features), ("bfloat16", rows, features))
+    return [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in (*shapes, ("int32", experts))]
+
+
+@pytest.mark.parametrize("generation", TPU_TOPOLOGIES)
+@pytest.mark.parametrize("sizes", [(2048, 1024, 2048, 8), (1000, 200, 300, 5)])
+def test_kernels_are_compiled_for_every_generation(generation, sizes):
+    pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    text = compile_on(tpu_devices(generation)[0], value_and_gradients, *arguments(*sizes)).as_text()
+    assert "tessera_grouped_matmul" in text
+    assert "tessera_grouped_outer_products" in text
+
+
+def test_it_is_compiled_for_an_h200():
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("needs the extra `cuda`")
+    compile_on(gpu_devices()[0], value_and_gradients, *arguments(2048, 1024, 2048, 8))
