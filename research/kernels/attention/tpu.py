@@ -22,7 +22,8 @@ MAX_WIDTH = 256
 RESIDENT_BYTES = {"TPU v4": 2**19}
 DEFAULT_RESIDENT_BYTES = 2**22
 # Chips whose matrix units are 256 wide.
-KEYS_DOWN = ("TPU v6 lite", "TPU7x")
+WIDE_UNITS = ("TPU v6 lite", "TPU7x")
+DOWN = 1024
 # A block of the bias is as long as what is resident, and as wide as a tile.
 RESIDENT_WITH_BIAS = 2048
 
@@ -50,7 +51,7 @@ def choose_blocks(width: int, itemsize: int, bias: bool) -> Blocks:
       itemsize: bytes of an element of q.
       bias: whether there is one.
     """
-    blocks = Blocks(keys_down=chip() in KEYS_DOWN)
+    blocks = Blocks(down=DOWN if chip() in WIDE_UNITS else 0)
     resident = RESIDENT_BYTES.get(chip(), DEFAULT_RESIDENT_BYTES) // (max(width, 128) * itemsize)
     resident = min(resident, RESIDENT_WITH_BIAS) if bias else resident
     return dataclasses.replace(blocks, resident=max(blocks.queries, blocks.keys, resident))

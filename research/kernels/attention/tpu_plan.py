@@ -16,13 +16,18 @@ class Blocks:
       queries: rows of a tile.
       keys: columns of a tile.
       resident: keys (forward) or queries (backward) that stay in fast memory together, a multiple of both.
-      keys_down: whether a tile of the forward pass has its keys as rows and its queries as columns.
+      down: queries of a forward tile that has its keys as rows and its queries as columns; 0 is the other way round,
+        with `queries` of them.
     """
 
     queries: int = 512
     keys: int = 512
     resident: int = 16384
-    keys_down: bool = False
+    down: int = 0
+
+    def forward(self, queries: int) -> "Blocks":
+        """Returns the blocks of the forward pass over so many queries."""
+        return dataclasses.replace(self, queries=self.down) if queries > self.queries and self.down else self
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,11 +60,10 @@ def close(got, want, tolerance=1e-5):
     extra=st.sampled_from(["none", "prefix", "segments", "positions"]),
     given_terms=st.sets(st.sampled_from(["softcap", "sinks", "alibi"])),
     bias=st.sampled_from([None, (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 0, 0, 1)]),
-    keys_down=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_value_and_every_gradient_equal_the_reference(
-    lengths, heads, width, causal, window, extra, given_terms, bias, keys_down, seed
+    lengths, heads, width, causal, window, extra, given_terms, bias, seed
 ):
     rng, (queries, keys), (n, k_heads) = np.random.default_rng(seed), lengths, heads
     operands = {}
@@ -84,8 +83,37 @@ def test_value_and_every_gradient_equal_the_reference(
         terms["bias"] = array(rng, *(1 if one else size for one, size in zip(bias, whole, strict=True)))
     q, g = (array(rng, 2, queries, n, width) for _ in range(2))
     k, v = (array(rng, 2, keys, k_heads, width) for _ in range(2))
-    blocks = dataclasses.replace(SMALL, keys_down=keys_down)
-    for got, want in both_sides(q, k, v, g, mask, ScoreTerms(**terms), blocks):
+    for got, want in both_sides(q, k, v, g, mask, ScoreTerms(**terms)):
+        close(got, want)
+
+
+@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("down", [128, 256])
+def test_keys_as_rows_give_what_the_reference_gives(case, down):
+    rng = np.random.default_rng(case)
+    queries, keys, width = [(300, 300, 32), (130, 400, 80), (400, 129, 192), (1, 200, 32), (512, 512, 80)][case]
+    ids = packed(rng, 2, 400)
+    mask = [
+        AttentionMask(causal=True),
+        AttentionMask(causal=True, window=100, q_segments=ids[:, :130], kv_segments=ids),
+        AttentionMask(window=100, prefix=jnp.array([5, 180])),
+        AttentionMask(),
+        AttentionMask(
+            causal=True,
+            q_positions=jnp.asarray(rng.permuted(np.tile(np.arange(512), (2, 1)), axis=1)) + 20,
+            kv_positions=jnp.asarray(rng.permuted(np.tile(np.arange(512), (2, 1)), axis=1)),
+        ),
+    ][case]
+    terms = [
+        ScoreTerms(sinks=array(rng, 4), scale=0.2),
+        ScoreTerms(softcap=3.0, bias=array(rng, 1, 4, 130, 400), scale=0.2),
+        ScoreTerms(bias=array(rng, 2, 1, 1, 129), sinks=array(rng, 4), scale=0.2),
+        ScoreTerms(alibi=jnp.abs(array(rng, 4)), bias=array(rng, 1, 4, 1, 1), scale=0.2),
+        ScoreTerms(bias=array(rng, 1, 1, 512, 1), scale=0.2),
+    ][case]
+    q, g = (array(rng, 2, queries, 4, width) for _ in range(2))
+    k, v = (array(rng, 2, keys, 2, width) for _ in range(2))
+    for got, want in both_sides(q, k, v, g, mask, terms, dataclasses.replace(SMALL, down=down)):
         close(got, want)
 
 
@@ -111,21 +139,23 @@ def test_forgotten_segments_are_seen_by_the_comparison():
         close(leaking, reference.attention(q, k, v, mask, terms))
 
 
+@pytest.mark.parametrize("down", [0, 128])
 @pytest.mark.parametrize("window", [None, 100])
-def test_tiles_that_the_mask_rules_out_are_never_read(window):
+def test_tiles_that_the_mask_rules_out_are_never_read(window, down):
+    blocks = dataclasses.replace(SMALL, down=down)
     rng = np.random.default_rng(0)
     q, k, v, g = (array(rng, 1, 512, 1, 32) for _ in range(4))
     mask = AttentionMask(causal=True, window=window)
     first = slice(0, 128)
-    out, pull = jax.vjp(lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), SMALL, True)[:, first], q)
+    out, pull = jax.vjp(lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), blocks, True)[:, first], q)
     poisoned = [x.at[:, 128:].set(jnp.nan) for x in (k, v)]
     other, other_pull = jax.vjp(
-        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), SMALL, True)[:, first], q
+        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[:, first], q
     )
     np.testing.assert_array_equal(other, out)
     np.testing.assert_array_equal(other_pull(g[:, first])[0][:, first], pull(g[:, first])[0][:, first])
     # The control: queries that may see the poisoned keys.
-    assert jnp.isnan(tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), SMALL, True)[:, 128:]).any()
+    assert jnp.isnan(tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[:, 128:]).any()
 
 
 def test_plan_visits_what_is_visible_and_masks_what_is_mixed():
