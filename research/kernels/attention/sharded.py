@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.mesh import shared_axes
+from research.kernels.mesh import once_a_device, shared_axes
 
 
 def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
@@ -36,8 +36,6 @@ def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
             return PartitionSpec(batch if term.shape[0] > 1 else None, heads if term.shape[1] > 1 else None)
 
         specs = (jax.tree.map(lambda _: PartitionSpec(batch), mask), jax.tree.map(term_spec, terms))
-        cut = jax.shard_map(body, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False)
-        # Axes that share out nothing here stay with the partitioner, which only compiled code has.
-        return jax.jit(cut)(q, k, v, mask, terms)
+        return once_a_device(body, (tokens, tokens, tokens, *specs), tokens)(q, k, v, mask, terms)
 
     return call

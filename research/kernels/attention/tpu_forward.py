@@ -26,7 +26,7 @@ def _chunk(keys: int, blocks: Blocks) -> int:
 
 def forward_tiles(mask: AttentionMask, queries: int, keys: int, blocks: Blocks) -> Tiles:
     """Returns the tiles of keys that each block of queries visits, in each resident chunk."""
-    return plan(*visibility(mask, queries, keys, blocks.forward(queries)), _chunk(keys, blocks))
+    return plan(*visibility(mask, queries, keys, blocks), _chunk(keys, blocks))
 
 
 def forward(
@@ -45,7 +45,7 @@ def forward(
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
     rules = Rules.of(mask, terms, queries, keys)
-    tiles, blocks = forward_tiles(mask, queries, keys, blocks), blocks.forward(queries)
+    tiles = forward_tiles(mask, queries, keys, blocks)
     chunk = _chunk(keys, blocks)
     resident = chunk * blocks.keys
     grid = (batch, heads, cover(queries, blocks.queries), cover(keys, resident))

@@ -16,18 +16,13 @@ class Blocks:
       queries: rows of a tile.
       keys: columns of a tile.
       resident: keys (forward) or queries (backward) that stay in fast memory together, a multiple of both.
-      down: queries of a forward tile that has its keys as rows and its queries as columns; 0 is the other way round,
-        with `queries` of them.
+      down: whether keys are the rows of a forward tile and queries its columns, and not the other way round.
     """
 
     queries: int = 512
     keys: int = 512
     resident: int = 16384
-    down: int = 0
-
-    def forward(self, queries: int) -> "Blocks":
-        """Returns the blocks of the forward pass over so many queries."""
-        return dataclasses.replace(self, queries=self.down) if queries > self.queries and self.down else self
+    down: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""Attention of a few new tokens over a paged cache: one face, one body a backend."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from research.core.errors import UserError
+from research.kernels.attention import ScoreTerms
+from research.kernels.decode_attention.bodies import Implementation, choose
+from research.kernels.decode_attention.pages import KVPages, empty_pages, gather, quantize, write
+
+__all__ = ["Implementation", "KVPages", "decode_attention", "empty_pages", "gather", "quantize", "write"]
+
+
+def decode_attention(
+    q: Float[Array, "B R N H"],
+    pages: KVPages,
+    table: Int[Array, "B pages_per_sequence"],
+    lengths: Int[Array, "B"],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    alibi: Float[Array, "N"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "B R N H"]:
+    """Grouped-query attention of the R newest tokens of each sequence over all of it, through a table of pages.
+
+        s = cap(scale · q kᵀ) − alibi · (p_t − p_s)
+        out = Σ_visible exp(s) v / (Σ_visible exp(s) + exp(sink))
+
+    with cap(x) = softcap · tanh(x / softcap). Row r has position lengths − R + r, and sees the keys from there back to
+    the start of the sequence or of the window. Accumulation and softmax are float32; the result has the type of `q`. A
+    row of negative position, as in a sequence of length 0, gets zeros. There is no gradient.
+
+    Args:
+      q: queries of tokens whose keys are in the pages already; N is a multiple of K, and H at most that of the pages.
+      pages: keys and values; those that no row sees are not read, but for the page that the window begins in.
+      table: the page of each `page_size` tokens; places past a sequence's length may hold anything.
+      lengths: tokens of each sequence, from 0 to pages_per_sequence · page_size.
+      window: a row sees so many newest keys, its own included; None is all.
+      softcap: bound of the scores, above 0; None is no bound.
+      sinks: a logit a head that takes part in the denominator only.
+      alibi: the slope of each head.
+      scale: factor on the scores; None is 1 / √H.
+      implementation: the body; `auto` takes the fastest that knows what is asked, and never `reference`, which holds
+        the keys and values of all sequences in full length and is taken by name only.
+
+    Raises:
+      UserError: N is no multiple of K, H is above that of the pages, the window is below 1, the cap not above 0, or the
+        body is not there or does not take what is asked; the message names the rule and the nearest value it allows.
+
+    Source: Kwon et al. 2023 (PagedAttention), arXiv:2309.06180, equation 4; the terms are those of
+    `research.kernels.attention`.
+    """
+    if q.shape[2] % pages.kv_heads:
+        raise UserError(f"num_kv_heads = {pages.kv_heads} does not divide num_heads = {q.shape[2]}.")
+    width = q.shape[3]
+    if width > pages.head_dim:
+        raise UserError(f"head_dim = {width} of the queries is above that of the pages, {pages.head_dim}.")
+    if window is not None and window < 1:
+        raise UserError(f"window = {window} must be at least 1: a row sees at least its own key.")
+    scale = 1.0 / math.sqrt(width) if scale is None else scale
+    terms = ScoreTerms(None, alibi, sinks, softcap, scale)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))
+    body = choose(implementation, q, pages, window, terms)
+    return body(q, pages, table.astype(jnp.int32), lengths.astype(jnp.int32), window, terms)[..., :width]

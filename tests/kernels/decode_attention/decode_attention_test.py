@@ -1,0 +1,196 @@
+"""Decode attention: pages hold what was written, and the plain bodies give what the words of the face say."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research.core.errors import UserError
+from research.kernels.attention import ScoreTerms
+from research.kernels.decode_attention import cpu, decode_attention, empty_pages, gather, quantize, reference, write
+from research.kernels.decode_attention.pages import KVPages, needed
+from research.kernels.target import compiling_for
+from tests.kernels.decode_attention.cases import by_words, cache, calls, poisoned
+
+BODIES = {"reference": reference.decode_attention, "cpu": cpu.decode_attention}
+TYPES = ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
+
+
+def run(body, q, pages, table, lengths, window, terms):
+    return jax.jit(lambda *arrays: body(*arrays, window, terms))(q, pages, table, lengths)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(call=calls([4, 16], [8], ["float32"]))
+def test_reference_equals_numpy_loops(call):
+    (q, pages, table, lengths, window, terms), tokens = call
+    expected = by_words(q, *tokens, lengths, window, terms)
+    np.testing.assert_allclose(reference.decode_attention(q, pages, table, lengths, window, terms), expected, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(call=calls([4, 16, 200], [8], TYPES))
+def test_cpu_equals_the_reference(call):
+    arguments, _ = call
+    expected = reference.decode_attention(*arguments)
+    np.testing.assert_allclose(run(cpu.decode_attention, *arguments), expected, atol=2e-5)
+
+
+def test_a_mean_of_the_pages_is_told_from_attention():
+    """The control: the tolerance of the comparisons sees a wrong weight."""
+    rng = np.random.default_rng(0)
+    pages, table, (_, v) = cache(rng, [9], 3, 4, 1, 8)
+    q = jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32)
+    out = decode_attention(q, pages, table, jnp.array([9]))
+    assert np.abs(np.asarray(v[:, :9].mean(axis=1)) - out[:, 0]).max() > 0.01
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
+def test_slots_that_no_sequence_filled_do_not_matter(body, dtype):
+    rng, lengths = np.random.default_rng(0), [0, 3, 8, 11]
+    pages, table, _ = cache(rng, lengths, 3, 4, 2, 8, dtype)
+    q = jnp.asarray(rng.normal(size=(4, 2, 4, 8)), jnp.float32)
+    call = functools.partial(decode_attention, q, table=table, lengths=jnp.array(lengths), implementation=body)
+    spoiled = poisoned(pages, table, lengths)
+    np.testing.assert_array_equal(call(spoiled), call(pages))
+    np.testing.assert_array_equal(call(pages)[0], 0)
+    if dtype == "float32":
+        assert jnp.isnan(gather(spoiled, table)[0]).any()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_cpu_reads_no_page_before_the_window(rows):
+    rng, lengths = np.random.default_rng(0), jnp.array([3, 9, 17])
+    pages, table, _ = cache(rng, lengths, 5, 4, 1, 8)
+    q = jnp.asarray(rng.normal(size=(3, rows, 1, 8)), jnp.float32)
+    first, end = needed(lengths, rows, 4, 6)
+    assert (first <= end).all()
+    call = functools.partial(decode_attention, q, table=table, lengths=lengths, window=6, implementation="cpu")
+    spoiled = poisoned(pages, table, lengths, first)
+    np.testing.assert_array_equal(call(spoiled), call(pages))
+    # The control: without the window those pages are read.
+    assert jnp.isnan(decode_attention(q, spoiled, table, lengths, implementation="cpu")).any()
+
+
+@pytest.mark.parametrize(("window", "first"), [(None, [0, 0, 0]), (1, [0, 0, 3]), (5, [0, 0, 2]), (6, [0, 0, 1])])
+def test_needed_pages_are_those_of_the_window(window, first):
+    found = needed(jnp.array([0, 4, 14]), 2, 4, window)
+    np.testing.assert_array_equal(found, [first, [0, 1, 4]])
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=2, max_size=2),
+    new=st.sampled_from([1, 3]),
+    dtype=st.sampled_from(TYPES),
+    seed=st.integers(0, 100),
+)
+def test_written_tokens_are_found_after_those_before_them(lengths, new, dtype, seed):
+    rng = np.random.default_rng(seed)
+    pages, table, _ = cache(rng, [24, 24], 6, 4, 2, 8, dtype)
+    before = gather(pages, table)
+    added = [jnp.asarray(rng.normal(size=(2, new, 2, 8)), jnp.float32) for _ in range(2)]
+    after = gather(jax.jit(write)(pages, table, jnp.array(lengths), *added), table)
+    for old, tokens, found in zip(before, added, after, strict=True):
+        if dtype in ("int8", "float8_e4m3fn"):
+            numbers, scale = quantize(tokens, dtype)
+            tokens = numbers.astype(jnp.float32) * scale[..., None]
+        expected = np.array(old)
+        for row, length in enumerate(lengths):
+            expected[row, length : length + new] = tokens[row].astype(old.dtype)
+        np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(np.float32), rtol=1e-6)
+
+
+def test_tokens_past_the_table_or_without_a_page_are_written_nowhere():
+    ones = jnp.ones((3, 2, 1, 4))
+    table, lengths = jnp.array([[0, 1], [2, -1], [7, 3]]), jnp.array([7, 3, 0])
+    pages = write(empty_pages(5, 4, 1, 4, "float32"), table, lengths, ones, ones)
+    written = np.asarray(pages.key).sum(axis=(1, 3)) / 4
+    expected = np.zeros((5, 4))
+    expected[1, 3] = expected[2, 3] = 1
+    np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantized_numbers_are_within_their_bound(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(50, 64)) * np.exp(rng.normal(size=(50, 1)) * 5), jnp.float32).at[0].set(0)
+    numbers, scale = quantize(x, dtype)
+    error = jnp.abs(numbers.astype(jnp.float32) * scale[:, None] - x)
+    bound = scale[:, None] / 2 if dtype == "int8" else jnp.maximum(jnp.abs(x) / 16, scale[:, None] / 1024)
+    assert (error <= bound * (1 + 1e-5)).all()
+    assert (error > bound / 3).any(), "the bound is not a loose one"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_attention_over_quantized_pages_is_within_the_bound_of_its_numbers(dtype):
+    rng, lengths = np.random.default_rng(0), [40, 17]
+    q = jnp.asarray(rng.normal(size=(2, 1, 4, 32)), jnp.float32)
+    narrow, table, (k, v) = cache(rng, lengths, 10, 4, 2, 32, dtype)
+    lengths = jnp.array(lengths)
+    plain, _, _ = cache(np.random.default_rng(0), [40, 17], 10, 4, 2, 32)
+    plain = write(plain, table, 0 * lengths, k[:, :40], v[:, :40])
+    error = jnp.abs(decode_attention(q, narrow, table, lengths) - decode_attention(q, plain, table, lengths)).max()
+    # A score is off by at most ε, so weights by e^2ε, and the values by δ.
+    relative = 1 / 254 if dtype == "int8" else 1 / 16
+    score = float(jnp.abs(q).sum(-1).max() * jnp.abs(k).max() * relative / np.sqrt(32))
+    value = float(jnp.abs(v).max())
+    assert 0 < error <= value * (np.expm1(2 * score) + relative)
+    if dtype == "int8":
+        assert error < 0.02 * value
+
+
+def test_mistakes_are_named_with_their_rule():
+    q, pages = jnp.zeros((1, 1, 4, 8)), empty_pages(2, 4, 2, 8, "float32")
+    rest = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
+    for changed, options, rule in (
+        (q[:, :, :3], {}, "num_kv_heads = 2 does not divide num_heads = 3"),
+        (jnp.pad(q, ((0, 0),) * 3 + ((0, 1),)), {}, "head_dim = 9 of the queries is above that of the pages, 8"),
+        (q, {"window": 0}, "window = 0 must be at least 1"),
+        (q, {"softcap": 0.0}, "softcap = 0.0 must be above 0"),
+        (q, {"implementation": "tpu"}, "'tpu' refuses .* take implementation = 'reference' by name"),
+    ):
+        with pytest.raises(UserError, match=rule):
+            decode_attention(changed, pages, *rest, **options)
+    with pytest.raises(UserError, match="dtype = 'int4' is not one of bfloat16"):
+        empty_pages(1, 4, 1, 8, "int4")
+
+
+def test_bodies_run_once_a_device_under_a_mesh(monkeypatch):
+    rng, lengths = np.random.default_rng(0), jnp.array([0, 5, 12, 9])
+    pages, table, _ = cache(rng, lengths, 3, 4, 2, 8, "int8")
+    q = jnp.asarray(rng.normal(size=(4, 2, 4, 8)), jnp.float32)
+    sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
+    expected = decode_attention(q, pages, table, lengths, sinks=sinks, implementation="reference")
+    calls, body = [], cpu.decode_attention
+    monkeypatch.setattr(cpu, "decode_attention", lambda q, *rest: calls.append(q.shape) or body(q, *rest))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda *a: decode_attention(*a, sinks=sinks))(q, pages, table, lengths)
+    assert calls[0] == (2, 2, 2, 8)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_pages_are_a_tree_of_their_arrays():
+    pages = empty_pages(2, 4, 1, 8, "int8")
+    assert len(jax.tree.leaves(pages)) == 4
+    assert len(jax.tree.leaves(empty_pages(2, 4, 1, 8))) == 2
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), pages)
+    assert isinstance(stacked, KVPages)
+    with compiling_for("cpu"):
+        shapes = jax.eval_shape(lambda p: p, stacked)
+    assert shapes.key.shape == (2, 2, 1, 4, 8)
+
+
+def test_no_compiled_temporary_is_as_large_as_the_pages():
+    """The pages are read where they lie, also those of a type that the CPU widens."""
+    pages = empty_pages(256, 16, 2, 64, "bfloat16")
+    table, q = jnp.zeros((4, 64), jnp.int32), jnp.zeros((4, 1, 4, 64), jnp.bfloat16)
+    call = lambda *a: cpu.decode_attention(*a, None, ScoreTerms(scale=0.1))  # noqa: E731
+    compiled = jax.jit(call).lower(q, pages, table, jnp.zeros(4, jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < pages.key.nbytes / 2
