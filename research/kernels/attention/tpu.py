@@ -18,11 +18,13 @@ from research.kernels.attention.tpu_tile import LOG2E
 from research.kernels.target import chip, platform
 
 MAX_WIDTH = 256
+# Rows and columns of a tile of scores: the first that holds all of a short sequence, or the last.
+TILES = (128, 256, 512)
 # Bytes of one resident operand: what a head's queries or keys may take of a core's fast memory, several times over.
 RESIDENT_BYTES = {"TPU v4": 2**19}
 DEFAULT_RESIDENT_BYTES = 2**22
-# Chips whose matrix units are so fast that the forward pass wants more rows for each tile of keys that it loads.
-TALL_FORWARD = ("TPU v6 lite",)
+# Chips whose matrix units are 256 wide: see `tpu_forward_down`.
+WIDE_UNITS = ("TPU v6 lite", "TPU7x")
 # A block of the bias is as long as what is resident, and as wide as a tile.
 RESIDENT_WITH_BIAS = 2048
 
@@ -42,19 +44,23 @@ def refusal(
     return None
 
 
-def choose_blocks(width: int, itemsize: int, bias: bool) -> tuple[Blocks, Blocks]:
+def choose_blocks(width: int, itemsize: int, bias: bool, queries: int, keys: int) -> tuple[Blocks, Blocks]:
     """Returns the tile sizes of the forward and of the backward pass, for the chip that is compiled for.
 
     Args:
       width: head width H.
       itemsize: bytes of an element of q.
       bias: whether there is one.
+      queries, keys: T and S.
     """
     resident = RESIDENT_BYTES.get(chip(), DEFAULT_RESIDENT_BYTES) // (max(width, 128) * itemsize)
     resident = min(resident, RESIDENT_WITH_BIAS) if bias else resident
-    blocks = Blocks(resident=max(Blocks().queries, Blocks().keys, resident))
-    taller = chip() in TALL_FORWARD and width <= 128 and itemsize == 2 and not bias
-    return (dataclasses.replace(blocks, queries=2 * blocks.queries) if taller else blocks), blocks
+    backward = Blocks(*(next(size for size in TILES if size >= min(x, TILES[-1])) for x in (queries, keys)))
+    backward = dataclasses.replace(backward, resident=max(backward.queries, backward.keys, resident))
+    if chip() not in WIDE_UNITS:
+        return backward, backward
+    tall = 2 * backward.queries if queries > backward.queries else backward.queries
+    return dataclasses.replace(backward, queries=tall, down=True), backward
 
 
 def attention(
@@ -65,7 +71,7 @@ def attention(
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
     """Attention a tile at a time; see the face of the package for the equation."""
-    blocks = choose_blocks(q.shape[-1], q.dtype.itemsize, terms.bias is not None)
+    blocks = choose_blocks(q.shape[-1], q.dtype.itemsize, terms.bias is not None, q.shape[1], k.shape[1])
     return tiled_attention(q, k, v, mask, terms, blocks, False)
 
 
