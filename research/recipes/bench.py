@@ -9,10 +9,11 @@ EXAMPLES = """\
   tessera bench train --dtype=float32 --rounds=5
   tessera bench loader
   tessera bench attention --target=cpu
-  tessera bench attention --target=tpu-schedule --chips=v5e --lengths=4096"""
+  tessera bench attention --target=tpu-schedule --chips=v5e --lengths=4096
+  tessera bench kernels --only=cross_entropy,decode_attention"""
 
 # Each is a module `bench_NAME` of this package with `add_arguments` and `main`.
-BENCHES = ("train", "loader", "attention")
+BENCHES = ("train", "loader", "attention", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -70,18 +70,18 @@ def compile_on(device: Any, function: Callable[..., Any], *arguments: Any) -> An
     """Compiles `function` for one device that need not be here, with the kernels that are picked there.
 
     Args:
-      device: of `tpu_devices` or `gpu_devices`.
+      device: of `tpu_devices`, `gpu_devices` or this machine's CPU.
       function: to be jitted.
       arguments: pytrees of `jax.ShapeDtypeStruct`, or arrays in their place.
 
     Returns:
       What `jax.jit(function).lower(...).compile()` returns; it cannot be called here.
     """
-    platform = "tpu" if device.platform == "tpu" else "gpu"
+    platform = device.platform if device.platform in ("cpu", "tpu") else "gpu"
     here = SingleDeviceSharding(device)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
     # A function of its own for each device: one that was traced before would come back with another chip's kernels.
     own = functools.partial(function)
     with compiling_for(platform, device.device_kind):
-        lowered = jax.jit(own).trace(*shapes).lower(lowering_platforms=("tpu" if platform == "tpu" else "cuda",))
+        lowered = jax.jit(own).trace(*shapes).lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
     return lowered.compile()

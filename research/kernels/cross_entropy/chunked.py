@@ -57,20 +57,28 @@ def default_token_chunk(vocab_chunk: int) -> int:
     return max(LANES, (CPU_TILE_ELEMENTS if platform() == "cpu" else TILE_ELEMENTS) // vocab_chunk)
 
 
-def _scan_tokens(
-    body: Callable[..., Any], carry: Any, arrays: tuple[Array, ...], chunk: int, unrolled: int
-) -> tuple[Any, Any]:
-    """Scans `body(carry, *arrays)` over even chunks of the arrays' first axis; the last one is filled up with zeros."""
-    tokens = arrays[0].shape[0]
-    count = -(-tokens // chunk)
-    pad = -tokens % count
+def _in_chunks(x: Array, chunk: int) -> Array:
+    """Returns `x` cut into even chunks of its first axis, the last one filled up with zeros."""
+    count = -(-x.shape[0] // chunk)
+    pad = -x.shape[0] % count
+    return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(count, -1, *x.shape[1:])
 
-    def split(x: Array) -> Array:
-        return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(count, -1, *x.shape[1:])
 
-    unroll = count if count <= unrolled else 1
-    carry, outs = jax.lax.scan(lambda c, xs: body(c, *xs), carry, tuple(map(split, arrays)), unroll=unroll)
-    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:tokens], outs)
+def _joined(x: Array, tokens: int) -> Array:
+    return x.reshape(-1, *x.shape[2:])[:tokens]
+
+
+def _over_tokens(tile: Callable[..., Any], total: Any, state: Any, arrays: tuple[Array, ...], unrolled: int) -> Any:
+    """Folds `total, state[i] = tile(total, state[i], *arrays[i])` over chunks i of tokens; the state stays in place."""
+    count = arrays[0].shape[0]
+
+    def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        total, state = carry
+        mine, *here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (state, *arrays))
+        total, mine = tile(total, mine, *here)
+        return total, jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis=0), state, mine)
+
+    return jax.lax.fori_loop(0, count, step, (total, state), unroll=count <= unrolled)
 
 
 def _over_vocabulary(tile: Callable[[Any, Any, int], Any], carry: Any, columns: int, chunk: int) -> Any:
@@ -116,7 +124,9 @@ def _local_targets(targets: Int[Array, "M"], tensor: tuple[str, ...], columns: i
 
 
 def _columns(kernel: Float[Array, "D V"], start: Any, size: int, dtype: Any) -> Float[Array, "D P"]:
-    return jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1).astype(dtype)
+    part = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
+    # A mere conversion compilers move out of the loop, and round all of the kernel before it.
+    return jax.lax.reduce_precision(part, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant).astype(dtype)
 
 
 def _logits(hidden: Float[Array, "C D"], columns: Float[Array, "D P"], softcap: float | None) -> Float[Array, "C P"]:
@@ -136,26 +146,29 @@ def cross_entropy(
     vocab_size = kernel.shape[1]
 
     def share(_: Any, tensor: tuple[str, ...], kernel: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
-        columns = kernel.shape[1]
+        tokens, columns = hidden.shape[0], kernel.shape[1]
+        arrays = (hidden, _local_targets(targets, tensor, columns))
+        arrays = tuple(_in_chunks(x, terms.token_chunk) for x in arrays)
 
-        def body(_: None, hidden: Array, targets: Array) -> tuple[None, tuple[Array, ...]]:
-            def tile(carry: tuple[Array, ...], start: Any, size: int) -> tuple[Array, ...]:
-                top, total, wanted = carry
-                logits = _logits(hidden, _columns(kernel, start, size, hidden.dtype), terms.softcap)
+        def over_tokens(state: Any, start: Any, size: int) -> Any:
+            part = _columns(kernel, start, size, hidden.dtype)
+
+            def tile(_: None, state: tuple[Array, ...], hidden: Array, targets: Array) -> tuple[None, Any]:
+                top, total, wanted = state
+                logits = _logits(hidden, part, terms.softcap)
                 new_top = jnp.maximum(top, logits.max(axis=-1))
                 total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=-1)
                 hits = jnp.where(_is_target(targets, start, size), logits, 0.0)
                 wanted += (1 - terms.label_smoothing) * hits.sum(axis=-1)
                 if terms.label_smoothing:
                     wanted += terms.label_smoothing / vocab_size * logits.sum(axis=-1)
-                return new_top, total, wanted
+                return None, (new_top, total, wanted)
 
-            zeros = jnp.zeros(targets.shape)
-            return None, _over_vocabulary(tile, (zeros - jnp.inf, zeros, zeros), columns, terms.vocab_chunk)
+            return _over_tokens(tile, None, state, arrays, _unrolled(columns, terms.vocab_chunk))[1]
 
-        arrays = (hidden, _local_targets(targets, tensor, columns))
-        unrolled = _unrolled(columns, terms.vocab_chunk)
-        _, (top, total, wanted) = _scan_tokens(body, None, arrays, terms.token_chunk, unrolled)
+        zeros = jnp.zeros(arrays[1].shape)
+        state = _over_vocabulary(over_tokens, (zeros - jnp.inf, zeros, zeros), columns, terms.vocab_chunk)
+        top, total, wanted = (_joined(x, tokens) for x in state)
         if tensor:
             local_top, top = top, jax.lax.pmax(top, tensor)
             total, wanted = jax.lax.psum((total * jnp.exp(local_top - top), wanted), tensor)
@@ -177,33 +190,36 @@ def _bwd(terms: Terms, saved: tuple[Array, ...], g: tuple[Array, Array]) -> tupl
     dtype, vocab_size, smoothing = kernel.dtype, kernel.shape[1], terms.label_smoothing
 
     def share(batch: tuple[str, ...], tensor: tuple[str, ...], kernel: Array, hidden: Array, *arrays: Array) -> Any:
-        columns = kernel.shape[1]
+        tokens, columns = hidden.shape[0], kernel.shape[1]
+        arrays = (hidden, _local_targets(arrays[0], tensor, columns), *arrays[1:])
+        arrays = tuple(_in_chunks(x, terms.token_chunk) for x in arrays)
 
-        def body(dkernel: Array, hidden: Array, targets: Array, log_z: Array, g_nll: Array, g_log_z: Array) -> Any:
-            def tile(carry: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
-                dkernel, dhidden = carry
-                part = _columns(kernel, start, size, hidden.dtype)
-                logits = _logits(hidden, part, terms.softcap)
+        def over_tokens(carry: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
+            dkernel, dhidden = carry
+            part = _columns(kernel, start, size, hidden.dtype)
+
+            def tile(dpart: Array, dhidden: Array, hidden: Array, targets: Array, log_z: Array, *g: Array) -> Any:
+                (g_nll, g_log_z), logits = g, _logits(hidden, part, terms.softcap)
                 wanted = jnp.where(_is_target(targets, start, size), 1 - smoothing, 0.0) + smoothing / vocab_size
                 dlogits = jnp.exp(logits - log_z[:, None]) * (g_nll + g_log_z)[:, None] - wanted * g_nll[:, None]
                 if terms.softcap is not None:
                     dlogits *= 1 - jnp.square(logits / terms.softcap)
                 dlogits = jax.lax.optimization_barrier(dlogits.astype(hidden.dtype))
                 dhidden += jnp.einsum("CV,DV->CD", dlogits, part, preferred_element_type=jnp.float32)
-                product = row_major(jnp.dot(swap_last(hidden), dlogits, preferred_element_type=jnp.float32))
-                # In place: a sum of whole gradients would need a second one.
-                product += jax.lax.dynamic_slice_in_dim(dkernel, start, size, axis=1)
-                return jax.lax.dynamic_update_slice_in_dim(dkernel, product, start, axis=1), dhidden
+                dpart += row_major(jnp.dot(swap_last(hidden), dlogits, preferred_element_type=jnp.float32))
+                return dpart, dhidden
 
-            carry = (dkernel, jnp.zeros(hidden.shape, jnp.float32))
-            dkernel, dhidden = _over_vocabulary(tile, carry, columns, terms.vocab_chunk)
-            dhidden = jax.lax.psum(dhidden, tensor) if tensor else dhidden
-            return dkernel, dhidden.astype(hidden.dtype)
+            zeros, unrolled = jnp.zeros(part.shape, jnp.float32), _unrolled(columns, terms.vocab_chunk)
+            dpart, dhidden = _over_tokens(tile, zeros, dhidden, arrays, unrolled)
+            return jax.lax.dynamic_update_slice_in_dim(dkernel, dpart.astype(dkernel.dtype), start, axis=1), dhidden
 
-        arrays = (hidden, _local_targets(arrays[0], tensor, columns), *arrays[1:])
-        zeros, unrolled = jnp.zeros(kernel.shape, jnp.float32), _unrolled(columns, terms.vocab_chunk)
-        dkernel, dhidden = _scan_tokens(body, zeros, arrays, terms.token_chunk, unrolled)
-        return dhidden, jax.lax.psum(dkernel, batch) if batch else dkernel
+        # What devices have yet to add up is not rounded.
+        dkernel = jnp.zeros(kernel.shape, jnp.float32 if batch else kernel.dtype)
+        dhidden = jnp.zeros(arrays[0].shape, jnp.float32)
+        dkernel, dhidden = _over_vocabulary(over_tokens, (dkernel, dhidden), columns, terms.vocab_chunk)
+        dhidden = _joined(dhidden, tokens)
+        dhidden = jax.lax.psum(dhidden, tensor) if tensor else dhidden
+        return dhidden.astype(hidden.dtype), jax.lax.psum(dkernel, batch) if batch else dkernel
 
     dhidden, dkernel = _per_device(share, kernel, hidden, targets, log_z, *g, sums_kernel=True)
     return dhidden, dkernel.astype(dtype), None

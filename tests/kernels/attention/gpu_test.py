@@ -16,7 +16,7 @@ from research.kernels import choice
 from research.kernels.attention import AttentionMask, ScoreTerms, attention, bodies, cudnn, gpu, reference
 from research.kernels.attention.gpu_plan import Plan, block_kinds, visits
 from research.kernels.target import compiling_for
-from research.scaling.topology import compile_on, gpu_devices
+from research.scaling.topology import compile_on
 
 H200 = "NVIDIA H200"
 
@@ -136,12 +136,6 @@ def test_blocks_that_the_mask_rules_out_are_never_visited(mask):
 def shapes(queries, keys, heads, width, dtype=jnp.bfloat16):
     tokens = [(1, queries, heads, width), (1, keys, heads, width), (1, keys, heads, width), (1, queries, heads, width)]
     return [jax.ShapeDtypeStruct(shape, dtype) for shape in tokens]
-
-
-@pytest.fixture(scope="module")
-def h200():
-    pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs jax[cuda12]")
-    return gpu_devices()[0]
 
 
 @pytest.mark.parametrize(

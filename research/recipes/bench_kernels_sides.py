@@ -1,0 +1,138 @@
+"""The sides of `tessera bench kernels`, each in a process of its own.
+
+`python -m research.recipes.bench_kernels_sides turns|temporaries KERNEL SIDE DTYPE SIZES…` serves turns, or prints the
+bytes of the compiled temporaries.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from research.core import backend
+from research.recipes.bench_sides import serve
+
+if __name__ == "__main__":
+    backend.configure()
+
+# The environment must stand before JAX starts.
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.kernels import cross_entropy as cross_entropies
+from research.kernels.decode_attention import KVPages, decode_attention, gather
+from research.kernels.grouped_matmul import grouped_matmul
+from research.kernels.target import platform
+
+PAGE = 64
+# What is timed, and what makes its arguments.
+Side = tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]
+
+
+def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabulary: int) -> Side:
+    """Mean loss and gradients of hidden states and float32 kernel: `tessera`, or `plain` with all float32 logits."""
+
+    def ours(hidden: Any, kernel: Any, targets: Any) -> Any:
+        return cross_entropies.cross_entropy(hidden, kernel, targets)[0].mean()
+
+    def plain(hidden: Any, kernel: Any, targets: Any) -> Any:
+        logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def arguments() -> tuple[Any, ...]:
+        kernel = _normal(1, (width, vocabulary), "float32") * width**-0.5
+        return (
+            _normal(0, (tokens, width), dtype),
+            kernel,
+            jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary),
+        )
+
+    return jax.value_and_grad(ours if side == "tessera" else plain, argnums=(0, 1)), arguments
+
+
+def group_sizes(rows: int, experts: int) -> list[int]:
+    """Returns rows of each expert, all rows together; the last expert has nearly twice its even share."""
+    ends = [rows * index * (index + 1) // (experts * (experts + 1)) for index in range(experts + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def grouped_matmul_side(side: str, dtype: str, rows: int, width: int, features: int, experts: int) -> Side:
+    """Product and gradients of rows and kernels: `tessera`, or `ragged_dot` of JAX."""
+    product = grouped_matmul if side == "tessera" else jax.lax.ragged_dot
+
+    def step(x: Any, kernels: Any, sizes: Any, g: Any) -> Any:
+        y, pull = jax.vjp(lambda x, kernels: product(x, kernels, sizes), x, kernels)
+        return y, pull(g)
+
+    def arguments() -> tuple[Any, ...]:
+        kernels = _normal(1, (experts, width, features), dtype)
+        sizes = jnp.asarray(group_sizes(rows, experts), jnp.int32)
+        return _normal(0, (rows, width), dtype), kernels, sizes, _normal(2, (rows, features), dtype)
+
+    return step, arguments
+
+
+def sequence_lengths(batch: int, length: int) -> list[int]:
+    """Returns tokens of each sequence, from half of the longest on."""
+    return [length - length // 2 * index // batch for index in range(batch)]
+
+
+def page_bytes(dtype: str, batch: int, length: int, kv_heads: int, head_width: int) -> int:
+    """Returns the bytes of keys and values in all pages that the sequences fill or begin."""
+    pages = sum(-(-tokens // PAGE) for tokens in sequence_lengths(batch, length))
+    return 2 * pages * PAGE * kv_heads * head_width * jnp.dtype(dtype).itemsize
+
+
+def decode_attention_side(
+    side: str, dtype: str, batch: int, length: int, heads: int, kv_heads: int, head_width: int
+) -> Side:
+    """One new token a sequence: `tessera` over scattered pages, `jax.nn` over a dense cache, or a `copy` as large."""
+    lengths = jnp.asarray(sequence_lengths(batch, length), jnp.int32)
+    places = -(-length // PAGE)
+
+    def paged() -> tuple[Any, ...]:
+        shape = (batch * places, kv_heads, PAGE, head_width)
+        pages = KVPages(_normal(1, shape, dtype), _normal(2, shape, dtype))
+        table = jax.random.permutation(jax.random.key(3), shape[0]).reshape(batch, places)
+        return _normal(0, (batch, 1, heads, head_width), dtype), pages, table, lengths
+
+    def dense() -> tuple[Any, ...]:
+        q, pages, table, _ = paged()
+        k, v = gather(pages, table)
+        return q, k[:, :length], v[:, :length], lengths
+
+    def plain(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+        implementation = "cudnn" if platform() == "gpu" and dtype == "bfloat16" else "xla"
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+
+    def cache() -> tuple[Any, ...]:
+        return (jnp.zeros(page_bytes(dtype, batch, length, kv_heads, head_width) // 4, jnp.float32),)
+
+    sides = {"tessera": (decode_attention, paged), "jax.nn": (plain, dense), "copy": (lambda x: x + 1, cache)}
+    return sides[side]
+
+
+BUILDERS = {
+    "cross_entropy": cross_entropy_side,
+    "grouped_matmul": grouped_matmul_side,
+    "decode_attention": decode_attention_side,
+}
+
+
+def main(action: str, kernel: str, side: str, dtype: str, *sizes: str) -> None:
+    """Serves turns of a side until its input ends, or prints its temporaries."""
+    function, arguments = BUILDERS[kernel](side, dtype, *map(int, sizes))
+    if action == "temporaries":
+        print(jax.jit(function).lower(*jax.eval_shape(arguments)).compile().memory_analysis().temp_size_in_bytes)
+        return
+    step, operands = jax.jit(function), jax.jit(arguments)()
+    serve(lambda: jax.block_until_ready(step(*operands)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

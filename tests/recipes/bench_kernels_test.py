@@ -1,0 +1,110 @@
+"""`tessera bench kernels`: what it refuses, that its sides compute the same, and what it makes of their times."""
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.recipes import bench_kernels, bench_kernels_sides, bench_sides
+
+TINY = {"cross_entropy": (24, 8, 40), "grouped_matmul": (24, 8, 16, 3), "decode_attention": (3, 100, 4, 2, 8)}
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    bench_kernels.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_what_cannot_be_benched_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"--rounds = 0 must be at least 1"):
+        bench_kernels.main(arguments("--rounds=0"))
+    with pytest.raises(UserError, match=r"--only = 'cross-entropy' is no kernel .* Did you mean 'cross_entropy'"):
+        bench_kernels.main(arguments("--only=grouped_matmul,cross-entropy"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="needs a CPU or a GPU: no two processes share a TPU"):
+        bench_kernels.main(arguments())
+
+
+def result(kernel, side, dtype):
+    function, make = bench_kernels_sides.BUILDERS[kernel](side, dtype, *TINY[kernel])
+    return jax.tree.leaves(jax.jit(function)(*make()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", TINY)
+def test_sides_return_the_same(kernel, dtype):
+    ours, theirs = (result(kernel, side, dtype) for side in ("tessera", bench_kernels.PEERS[kernel][0]))
+    for got, want in zip(ours, theirs, strict=True):
+        scale = np.abs(np.asarray(want, np.float32)).max()
+        difference = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
+        assert difference < (1e-5 if dtype == "float32" else 0.02) * scale
+
+
+def test_work_is_ragged_and_all_of_it_counted():
+    sizes = bench_kernels_sides.group_sizes(4096, 8)
+    assert (sum(sizes), len(sizes)) == (4096, 8)
+    assert min(sizes) < 4096 / 8 < max(sizes)
+    assert bench_kernels_sides.sequence_lengths(4, 4096) == [4096, 3584, 3072, 2560]
+    # Pages of 64 tokens: 2 and 1 of them, keys and values, 2 heads of 8, bfloat16.
+    assert bench_kernels_sides.page_bytes("bfloat16", 2, 65, 2, 8) == 2 * (2 + 1) * 64 * 2 * 8 * 2
+
+
+class Worker:
+    """A side that says how many seconds it took: as few as it must, and the same each turn."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, command):
+        self.side = command[3]
+
+    def __enter__(self):
+        return lambda count: self.asked.append(self.side) or {"tessera": 1.0, "copy": 0.5}.get(self.side, 4.0)
+
+    def __exit__(self, *exception):
+        pass
+
+
+def test_turns_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_sides, "worker", Worker)
+    monkeypatch.setattr(Worker, "asked", [])
+    monkeypatch.setattr(bench_kernels, "TURN_FLOPS", 1)
+    for kernel, sizes in TINY.items():
+        monkeypatch.setitem(bench_kernels.SMALL, kernel, dict(zip(bench_kernels.SMALL[kernel], sizes, strict=True)))
+    out = tmp_path / "out.json"
+    bench_kernels.main(arguments("--rounds=2", "--only=grouped_matmul,decode_attention", f"--json={out}"))
+    assert Worker.asked == 2 * (["tessera", "ragged_dot"] * 3) + 2 * (["tessera", "jax.nn", "copy"] * 3)
+    printed = capsys.readouterr().out
+    assert "grouped_matmul, float32, rows 24, width 8, features 16, experts 3" in printed
+    assert "0.25 (0.25 to 0.25) times the time of ragged_dot" in printed
+    assert "0.25 (0.25 to 0.25) of the copy's bandwidth" in printed
+    matmul, decode = json.loads(out.read_text())[::2]
+    assert matmul["milliseconds"] == {"tessera": [1000.0] * 2, "ragged_dot": [4000.0] * 2}
+    assert matmul["gigaflops"]["tessera"] == pytest.approx([6 * 24 * 8 * 16 / 1e9] * 2)
+    assert decode["gigabytes_a_second"]["tessera"] == pytest.approx([decode["page_bytes"] / 1e9] * 2)
+    assert decode["gigabytes_a_second"]["copy"] == pytest.approx([4 * decode["page_bytes"] / 1e9] * 2)
+
+
+def test_cross_entropy_is_measured_with_its_temporaries(monkeypatch, capsys):
+    sizes = {"tokens": 512, "width": 8, "vocabulary": 40_000}
+    monkeypatch.setattr(bench_kernels, "TURN_FLOPS", 1)
+    report = bench_kernels.measure("cross_entropy", "float32", sizes, 1)
+    assert min(report["milliseconds"]["tessera"] + report["milliseconds"]["plain"]) > 0
+    taken = report["temporary_bytes"]
+    assert taken["tessera"] < report["logits_bytes"] == 512 * 40_000 * 4 <= taken["plain"]
+    share = f"{taken['tessera'] / report['logits_bytes']:.1%} of the float32 logits"
+    assert share in capsys.readouterr().out
+
+
+def test_it_runs_without_the_packages_for_data():
+    missing = "sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets', 'ml_collections', 'torch')))"
+    run = "runpy.run_module('research.recipes.bench_kernels', run_name='__main__')"
+    code = f"import runpy, sys; {missing}; sys.argv = ['bench', '--help']; {run}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--only" in found.stdout, found.stderr
