@@ -6,6 +6,8 @@ be is fixed when it is compiled. The parts are joined by their greatest scores a
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import ScoreTerms
 from research.kernels.attention.gpu import HOPPER
-from research.kernels.decode_attention.gpu_kernel import STEP, Plan, join_kernel, part_kernel, scratch
+from research.kernels.decode_attention.gpu_kernel import BAND, STEP, Plan, join_kernel, part_kernel, scratch
 from research.kernels.decode_attention.pages import QUANTIZED, KVPages, needed
 from research.kernels.decode_attention.rows import by_row, fold, unfold
 from research.kernels.target import chip, platform
@@ -28,10 +30,11 @@ WIDTH, MAX_WIDTH = 64, 256
 MAX_ROWS, COLUMNS = 64, 8
 # Pages of 8-bit numbers come with scales of 4 bytes a token, which are copied 128 bytes at a time.
 LEAST_PAGE, LEAST_QUANTIZED_PAGE = 8, 32
-# Parts: four for each of the two blocks on each of an H200's 132 processors, of at least two steps.
-PARTS, LEAST_SHARE = 4 * 2 * 132, 2
-# Bytes of shared memory for pages: two blocks share 227 KiB; and steps, of which more hide nothing more.
-RING, MAX_STAGES = 96 * 2**10, 6
+# Blocks that may lie on one of an H200's 132 processors; parts that each of them computes, of at least so many steps.
+BLOCKS, PROCESSORS, ROUNDS, LEAST_SHARE = 3, 132, 2, 2
+# Bytes of a processor's shared memory, and those of each block that are not spoken of here; steps, of which more than
+# so many hide nothing more.
+SHARED, RESERVED, MAX_STAGES = 228 * 2**10, 4 * 2**10, 6
 
 
 def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> str | None:
@@ -48,13 +51,11 @@ def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, term
     if width % WIDTH or width > MAX_WIDTH:
         nearest = min(_up(width, WIDTH), MAX_WIDTH)
         return f"pages of head_dim = {width}: it takes multiples of {WIDTH} up to {MAX_WIDTH}, such as {nearest}"
-    least = LEAST_QUANTIZED_PAGE if pages.quantized else LEAST_PAGE
-    if size % STEP and (STEP % size or size < least):
-        fitting = ", ".join(str(n) for n in (8, 16, 32) if n >= least)
-        nearest = next((n for n in (8, 16, 32) if n >= max(size, least)), _up(size, STEP))
-        return (
-            f"page_size = {size} in {pages.key.dtype.name}: it takes {fitting} or multiples of {STEP}, such as {nearest}"
-        )
+    fitting = [n for n in (8, 16, 32) if n >= (LEAST_QUANTIZED_PAGE if pages.quantized else LEAST_PAGE)]
+    if size % STEP and size not in fitting:
+        sizes = f"{', '.join(map(str, fitting))} or multiples of {STEP}"
+        nearest = next((n for n in fitting if n > size), _up(size, STEP))
+        return f"page_size = {size} in {pages.key.dtype.name}: it takes {sizes}, such as {nearest}"
     return None
 
 
@@ -67,12 +68,13 @@ def plan_for(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, ter
     _, kv_heads, size, width = pages.key.shape
     count = q.shape[1] * q.shape[2] // kv_heads
     tiles = -(-count // MAX_ROWS)
+    height = _up(-(-count // tiles), COLUMNS)
     return Plan(
         rows=q.shape[1],
         tiles=tiles,
-        height=_up(-(-count // tiles), COLUMNS),
+        height=height,
         page_size=size,
-        stages=max(2, min(MAX_STAGES, RING // (2 * STEP * width * pages.key.dtype.itemsize))),
+        stages=_stages(height, width, pages),
         window=window,
         softcap=terms.softcap,
         scale=float(terms.scale),
@@ -80,6 +82,15 @@ def plan_for(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, ter
         largest=QUANTIZED[pages.key.dtype.name] if pages.quantized else None,
         interpret=platform() != "gpu",
     )
+
+
+def _stages(height: int, width: int, pages: KVPages) -> int:
+    """Returns how many steps a block holds so that as many blocks as may be lie beside each other."""
+    scale = 4 if pages.quantized else 0
+    step = 2 * STEP * (width * pages.key.dtype.itemsize + scale)
+    own = 2 * (height * (width + STEP) + (STEP * width if pages.quantized else 0))
+    fitting = ((SHARED // blocks - RESERVED - own) // step for blocks in range(BLOCKS, 0, -1))
+    return min(MAX_STAGES, next(stages for stages in fitting if stages >= 2))
 
 
 def decode_attention(
@@ -107,7 +118,7 @@ def decode_attention(
         return pieces(by_row(x, kv_heads, plan.rows)[..., None])[..., 0]
 
     starts = needed(lengths, plan.rows, plan.copied, window)[0] * plan.copied
-    most, target = -(-places * plan.page_size // STEP), -(-PARTS // heads)
+    most, target = -(-places * plan.page_size // STEP), -(-ROUNDS * BLOCKS * PROCESSORS // heads)
     work, spans = shares(lengths, starts, most, target)
     extras = [numbers(terms.alibi)] if terms.alibi is not None else []
     stored = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None]
@@ -120,14 +131,21 @@ def decode_attention(
         scratch(plan, width, q.dtype, pages.key.dtype),
     )(work, table, pieces(fold(q, kv_heads)), *extras, *stored)
     sinks = [numbers(terms.sinks)] if terms.sinks is not None else []
-    grid = {"head": heads, "sequence": batch}
+    grid = {"band": width // BAND, "head": heads, "sequence": batch}
     (out,) = _launch(plan, join_kernel, [(batch, heads, width, plan.height)], q.dtype, grid)(spans, *sums, *sinks)
     out = jnp.swapaxes(out, 2, 3).reshape(batch, kv_heads, plan.tiles * plan.height, width)
     return unfold(out[:, :, :count], plan.rows)
 
 
-def _launch(plan, kernel, shapes, dtype, grid, shared=None):
-    """Returns a kernel of the names of its grid's axes, the fastest first."""
+def _launch(
+    plan: Plan,
+    kernel: Callable[..., None],
+    shapes: list[tuple[int, ...]],
+    dtype: Any,
+    grid: dict[str, int],
+    shared: dict[str, Any] | None = None,
+) -> Callable[..., list[Array]]:
+    """Returns a kernel of `gpu_kernel`, for a grid of the axes of these names, the fastest first."""
     body = functools.partial(kernel, plan)
     body.__name__ = f"decode_attention_{kernel.__name__}"  # what profilers show
     return plgpu.kernel(
@@ -136,8 +154,6 @@ def _launch(plan, kernel, shapes, dtype, grid, shared=None):
         scratch_types=shared or {},
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=1 if shared is None else 2,
-        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=InterpretGPUParams() if plan.interpret else None,
     )

@@ -1,12 +1,13 @@
 """The kernels of decode attention for Hopper GPUs: one adds up a part of a sequence, one joins the parts.
 
-A block of threads holds the rows of one key/value head and walks some steps of one sequence, each of `STEP` tokens. One
-warpgroup copies their pages into a ring of shared memory, as many steps ahead as there is room; the other computes.
-Two blocks or more lie on each processor, so that while one starts or ends the memory is busy with another's pages.
+A block, of one warpgroup, holds the rows of one key/value head and walks some steps of one sequence, each of `STEP`
+tokens. Their pages are copied into a ring of shared memory, as many steps ahead as there is room, by the copy engine:
+the threads only tell it to go on whenever they are done with a buffer. Several blocks lie on each processor, so that
+the memory is busy with one's pages while another starts, computes or ends.
 
 The tensor cores take 64 rows at a time, and a few queries would fill them with nothing. So the scores are computed
-transposed, k qᵀ, and so is the result, vᵀ wᵀ: keys and head width are the 64 rows, and the queries are the columns, of
-which there may be as few as eight. All that is done a score is thereby done no more often than it must be.
+transposed, k qᵀ, and so is the result, vᵀ wᵀ: keys and head width are the rows, and the queries are the columns, of
+which there may be as few as eight. What is done for each score is thereby done no more often than it must be.
 
 Source: Dao et al. 2023 (Flash-Decoding), https://pytorch.org/blog/flash-decoding, for the parts of a sequence.
 """
@@ -26,9 +27,8 @@ from research.kernels.attention.gpu_tile import HIDDEN, LOG2E, along, load, prod
 
 # Tokens of a step: the rows of a warpgroup's matmul.
 STEP = 64
-# Parts whose sums are loaded together when they are joined.
-TOGETHER = 4
-COMPUTE, COPY = 0, 1
+# Columns of the head width that a block joins; the rows of all parts whose sums it loads at a time.
+BAND, TOGETHER = 64, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def scratch(plan: Plan, width: int, dtype: Any, stored: Any) -> dict[str, Any]:
-    """Returns what the warpgroups of a block share.
+    """Returns the shared memory of a block, and its barriers.
 
     Args:
       plan: the static plan.
@@ -82,20 +82,63 @@ def scratch(plan: Plan, width: int, dtype: Any, stored: Any) -> dict[str, Any]:
       dtype: of the matmuls' operands.
       stored: of the pages.
     """
-    pieces = STEP // plan.copied
     found = {"q": tiled((plan.height, width), dtype), "weights": tiled((plan.height, STEP), dtype)}
     found["q_full"] = plgpu.Barrier()
+    arrivals = STEP // plan.copied * (1 if plan.largest is None else 2)
     for name in ("k", "v"):
         found[name] = tiled((plan.stages, STEP, width), stored)
-        arrivals = pieces
+        found[f"{name}_full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages)
         if plan.largest is not None:
             found[f"{name}_scale"] = plgpu.SMEM((plan.stages, STEP), jnp.float32)
-            arrivals *= 2
-        found[f"{name}_full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages)
-        found[f"{name}_free"] = plgpu.Barrier(num_barriers=plan.stages)
     if plan.largest is not None:
         found["wide"] = tiled((STEP, width), dtype)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a sequence and the rows that look at it, and how its pages come into shared memory.
+
+    Attributes:
+      plan: the static plan.
+      head: of the pieces of rows.
+      begin, steps, length: the first token, how many steps, and the tokens of the whole sequence.
+      table: its row of the table.
+      stored: the pages.
+      shared: of `scratch`.
+    """
+
+    plan: Plan
+    head: Array
+    begin: Array
+    steps: Array
+    length: Array
+    table: Any
+    stored: dict[str, Any]
+    shared: dict[str, Any]
+
+    def ids(self, step: Array | int) -> tuple[Array, ...]:
+        """Returns the pages of a step, one a copy."""
+        size = jnp.int32(self.plan.page_size)
+        place, last = lax.div(self.begin + step * STEP, size), lax.div(self.length - 1, size)
+        # Past the last page it is read again: what the table holds there is anything.
+        return tuple(self.table[jnp.minimum(place + n, last)] for n in range(STEP // self.plan.copied))
+
+    def copy(self, which: str, step: Array | int, pages: tuple[Array, ...]) -> None:
+        """Starts the copies of the keys, `k`, or the values, `v`, of a step, if the part has it."""
+        copied, size = self.plan.copied, jnp.int32(self.plan.page_size)
+        slot = lax.rem(jnp.int32(step), jnp.int32(self.plan.stages))
+        source = pl.ds(lax.rem(self.begin + step * STEP, size) if self.plan.page_size > STEP else 0, copied)
+
+        @pl.when(step < self.steps)
+        def _() -> None:
+            for name in [name for name in self.stored if name[0] == which]:
+                for n, page in enumerate(pages):
+                    plgpu.copy_gmem_to_smem(
+                        self.stored[name].at[page, lax.div(self.head, jnp.int32(self.plan.tiles)), source],
+                        self.shared[name].at[slot, pl.ds(n * copied, copied)],
+                        self.shared[f"{which}_full"].at[slot],
+                    )
 
 
 def part_kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
@@ -103,113 +146,88 @@ def part_kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
     work, table, q_ref, *rest = refs
     extras = dict(zip(plan.given, rest, strict=False))
     *stored, out_ref, sums_ref = rest[len(plan.given) :]
-    part, head, warpgroup = (lax.axis_index(name) for name in ("part", "head", "warpgroup"))
-    row, begin, steps, length = (work[part, column] for column in range(4))
+    index, head = lax.axis_index("part"), lax.axis_index("head")
+    row, begin, steps, length = (work[index, column] for column in range(4))
+    stored = dict(zip(("k", "v", "k_scale", "v_scale"), stored, strict=False))
+    part = _Part(plan, head, begin, steps, length, table.at[row], stored, shared)
 
-    @pl.when((warpgroup == COMPUTE) & (steps > 0))
+    @pl.when(steps > 0)
     def _() -> None:
         plgpu.copy_gmem_to_smem(q_ref.at[row, head], shared["q"], shared["q_full"])
+        for step, pages in enumerate([part.ids(step) for step in range(plan.stages)]):
+            part.copy("k", step, pages)
+            part.copy("v", step, pages)
+        slopes = load(plan, extras["alibi"], (head, pl.ds(0, plan.height)), 1) if "alibi" in extras else None
         plgpu.barrier_wait(shared["q_full"])
-        out, top, total = _sums(plan, extras, (head, begin, steps, length), shared)
-        out_ref[part, head] = out
-        sums_ref[part, head, 0] = top
-        sums_ref[part, head, 1] = total
-
-    @pl.when((warpgroup == COPY) & (steps > 0))
-    def _() -> None:
-        kv_head = lax.div(head, jnp.int32(plan.tiles))
-        _feed(plan, stored, (table.at[row], kv_head, begin, steps, length), shared)
+        out_ref[index, head], sums_ref[index, head, 0], sums_ref[index, head, 1] = _sums(part, slopes)
 
 
-def _feed(plan: Plan, stored: list[Any], at: tuple, shared: dict[str, Any]) -> None:
-    """Copies the pages of a part, each as soon as there is room."""
-    table, kv_head, begin, steps, length = at
-    copied, size = plan.copied, jnp.int32(plan.page_size)
-    last = lax.div(length - 1, size)
-    names = ("k", "v", "k_scale", "v_scale")[: len(stored)]
-
-    def ids(step: Array) -> tuple[Array, ...]:
-        place = lax.div(begin + step * STEP, size)
-        # Past the last page it is read again: what the table holds there is anything.
-        return tuple(table[jnp.minimum(place + piece, last)] for piece in range(STEP // copied))
-
-    def copy(step: Array, pages: tuple[Array, ...]) -> tuple[Array, ...]:
-        # A step ahead, so that no copy waits for the id of its page.
-        following = ids(step + 1)
-        slot = lax.rem(step, jnp.int32(plan.stages))
-        source = pl.ds(lax.rem(begin + step * STEP, size) if plan.page_size > STEP else 0, copied)
-
-        @pl.when(step >= plan.stages)
-        def _() -> None:
-            for name in ("k", "v"):
-                plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
-
-        for name, ref in zip(names, stored, strict=True):
-            for piece, page in enumerate(pages):
-                target = shared[name].at[slot, pl.ds(piece * copied, copied)]
-                full = shared[f"{name[0]}_full"].at[slot]
-                plgpu.copy_gmem_to_smem(ref.at[page, kv_head, source], target, full)
-        return following
-
-    lax.fori_loop(0, steps, copy, ids(jnp.int32(0)))
-    for slot in range(plan.stages):
-
-        @pl.when(slot < steps)
-        def _(slot: int = slot) -> None:
-            for name in ("k", "v"):
-                plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
-
-
-def _sums(plan: Plan, extras: dict[str, Any], at: tuple, shared: dict[str, Any]) -> tuple[Array, Array, Array]:
+def _sums(part: _Part, slopes: Float[Array, "rows"] | None) -> tuple[Array, Array, Array]:
     """Returns of a part Σ 2^(s − top) v, the greatest score `top` in units of log 2, and Σ 2^(s − top), by row."""
-    head, begin, steps, length = at
+    plan, shared = part.plan, part.shared
     height, width = shared["q"].shape
     tile = (STEP, height)
-    slopes = load(plan, extras["alibi"], (head, pl.ds(0, height)), 1) if "alibi" in extras else None
 
     def step(index: Array, carry: tuple) -> tuple:
-        out, top, total = carry
-        slot = lax.rem(index, jnp.int32(plan.stages))
-        key = begin + index * STEP
-        plgpu.barrier_wait(shared["k_full"].at[slot])
-        k = shared["k"].at[slot] if plan.largest is None else _wide(plan, shared["k"], slot, shared["q"].dtype)
-        raw = product(plan, k, shared["q"], transpose_b=True)
-        if plan.largest is not None:
-            raw *= along(load(plan, shared["k_scale"], (slot, pl.ds(0, STEP)), 0), 0, tile)
-        plgpu.barrier_arrive(shared["k_free"].at[slot])
-        s, seen = _scores(plan, raw, (head, key, length), slopes)
+        (out, top, total), pages = carry
+        ahead, slot = index + plan.stages, lax.rem(index, jnp.int32(plan.stages))
+        # They are asked for a step before they are needed.
+        following = part.ids(ahead + 1)
+        raw = _raw_scores(part, slot)
+        part.copy("k", ahead, pages)
+        s, seen = _scores(part, raw, part.begin + index * STEP, slopes)
         new_top = jnp.maximum(top, jnp.max(s, axis=0))
         weights = jnp.exp2(s - along(new_top, 1, tile))
         shrink = jnp.exp2(top - new_top)
-        # Rows of different keys are added up at the end only.
+        # Keys that lie in different rows of a step are added up at the end only.
         total = total * along(shrink, 1, tile) + weights
-        plgpu.barrier_wait(shared["v_full"].at[slot])
-        values = shared["v"].at[slot]
-        if plan.largest is not None:
-            # Times the largest number they are of the values' own size, and no type is too narrow for them.
-            scale = load(plan, shared["v_scale"], (slot, pl.ds(0, STEP)), 0) * plan.largest
-            weights = jnp.where(seen, weights * along(scale, 0, tile), 0.0)
-            shared["wide"][...] = _wide(plan, shared["v"], slot, shared["q"].dtype)
-            values = shared["wide"]
-
-        @pl.when(key + STEP > length)
-        def _() -> None:
-            # Values that no token has may be anything, which times a weight of zero is not zero.
-            down = spread(plan, lax.broadcasted_iota(jnp.int32, (STEP, width), 0))
-            v = load(plan, values, (pl.ds(0, STEP), pl.ds(0, width)))
-            values[...] = jnp.where(down < length - key, v.astype(jnp.float32), 0.0).astype(v.dtype)
-
-        _store_turned(plan, weights.astype(shared["q"].dtype), shared["weights"])
-        plgpu.commit_smem()
-        out = out * along(shrink, 1, out.shape)
-        out = product(plan, values, shared["weights"], out, transpose_a=True, transpose_b=True)
-        plgpu.barrier_arrive(shared["v_free"].at[slot])
-        return out, new_top, total
+        out = _add_values(part, out * along(shrink, 1, out.shape), weights, seen, index)
+        part.copy("v", ahead, pages)
+        return (out, new_top, total), following
 
     least = spread(plan, jnp.full((height,), HIDDEN / 2, jnp.float32), axis=1)
     start = zeros(plan, width, height), least, zeros(plan, *tile)
-    out, top, total = lax.fori_loop(0, steps, step, start)
+    (out, top, total), _ = lax.fori_loop(0, part.steps, step, (start, part.ids(plan.stages)))
     return out, top, jnp.sum(total, axis=0)
+
+
+def _raw_scores(part: _Part, slot: Array) -> Float[Array, "S rows"]:
+    """Returns k qᵀ of a step as soon as its keys are there."""
+    plan, shared = part.plan, part.shared
+    plgpu.barrier_wait(shared["k_full"].at[slot])
+    if plan.largest is None:
+        return product(plan, shared["k"].at[slot], shared["q"], transpose_b=True)
+    raw = product(plan, _wide(plan, shared["k"], slot, shared["q"].dtype), shared["q"], transpose_b=True)
+    return raw * along(load(plan, shared["k_scale"], (slot, pl.ds(0, STEP)), 0), 0, raw.shape)
+
+
+def _add_values(
+    part: _Part, out: Float[Array, "H rows"], weights: Float[Array, "S rows"], seen: Array, index: Array
+) -> Float[Array, "H rows"]:
+    """Returns out + vᵀ weights of a step as soon as its values are there."""
+    plan, shared = part.plan, part.shared
+    slot, dtype = lax.rem(index, jnp.int32(plan.stages)), shared["q"].dtype
+    there = part.length - part.begin - index * STEP
+    plgpu.barrier_wait(shared["v_full"].at[slot])
+    values = shared["v"].at[slot]
+    if plan.largest is not None:
+        # Times the largest number they are of the values' own size, and no type is too narrow for them.
+        scale = load(plan, shared["v_scale"], (slot, pl.ds(0, STEP)), 0) * plan.largest
+        weights = jnp.where(seen, weights * along(scale, 0, weights.shape), 0.0)
+        values = shared["wide"]
+        values[...] = _wide(plan, shared["v"], slot, dtype)
+
+    @pl.when(there < STEP)
+    def _() -> None:
+        # What is no token's value may be anything, which times a weight of zero is not zero.
+        shape = tuple(values.shape)
+        v = load(plan, values, tuple(pl.ds(0, size) for size in shape))
+        tokens = spread(plan, lax.broadcasted_iota(jnp.int32, shape, 0))
+        values[...] = jnp.where(tokens < there, v.astype(jnp.float32), 0.0).astype(dtype)
+
+    _store_turned(plan, weights.astype(dtype), shared["weights"])
+    plgpu.commit_smem()
+    return product(plan, values, shared["weights"], out, transpose_a=True, transpose_b=True)
 
 
 def _wide(plan: Plan, ref: Any, slot: Array, dtype: Any) -> Array:
@@ -231,17 +249,16 @@ def _store_turned(plan: Plan, x: Array, ref: Any) -> None:
 
 
 def _scores(
-    plan: Plan, raw: Float[Array, "S rows"], at: tuple, slopes: Float[Array, "rows"] | None
+    part: _Part, raw: Float[Array, "S rows"], key: Array, slopes: Float[Array, "rows"] | None
 ) -> tuple[Float[Array, "S rows"], Array]:
     """Returns the scores of a step times log₂e, `HIDDEN` where a row does not see a key, and where it does."""
-    head, key, length = at
+    plan = part.plan
     row = spread(plan, lax.broadcasted_iota(jnp.int32, raw.shape, 1))
-    if plan.rows > 1:
-        row = lax.rem(row + lax.rem(head, jnp.int32(plan.tiles)) * plan.height, jnp.int32(plan.rows))
-    else:
-        row = row * 0
+    if plan.tiles > 1:
+        row += lax.rem(part.head, jnp.int32(plan.tiles)) * plan.height
+    row = lax.rem(row, jnp.int32(plan.rows))
     down = spread(plan, lax.broadcasted_iota(jnp.int32, raw.shape, 0))
-    distance = row - down + (length - plan.rows - key)
+    distance = row - down + (part.length - plan.rows - key)
     seen = distance >= 0
     if plan.window is not None:
         seen &= distance < plan.window
@@ -255,42 +272,40 @@ def _scores(
 
 
 def join_kernel(plan: Plan, *refs: Any) -> None:
-    """Joins the parts of one sequence for one piece of the rows of a key/value head."""
+    """Joins the parts of one sequence for one piece of the rows of a key/value head, a band of its width."""
     spans, parts_ref, sums_ref, *sinks, out_ref = refs
-    head, row = lax.axis_index("head"), lax.axis_index("sequence")
+    head, row, band = (lax.axis_index(name) for name in ("head", "sequence", "band"))
     first, end = spans[row, 0], spans[row, 1]
-    width, height = parts_ref.shape[2:]
-
-    def sums(part: Array, which: int) -> Array:
-        return load(plan, sums_ref, (part, head, which, pl.ds(0, height)), 1)
+    columns, rows, together = pl.ds(band * BAND, BAND), pl.ds(0, plan.height), max(1, TOGETHER // plan.height)
+    tile = (BAND, plan.height)
 
     def step(index: Array, carry: tuple) -> tuple:
         out, top, total = carry
-        begin = first + index * TOGETHER
+        places = [first + index * together + offset for offset in range(together)]
         # Past the last part it is read again, and weighs nothing.
-        parts = [jnp.minimum(begin + offset, end - 1) for offset in range(TOGETHER)]
-        there = [jnp.where(begin + offset < end, 1.0, 0.0) for offset in range(TOGETHER)]
-        tops = [sums(part, 0) for part in parts]
+        parts = [jnp.minimum(place, end - 1) for place in places]
+        there = [jnp.where(place < end, 1.0, 0.0) for place in places]
+        tops, totals = ([load(plan, sums_ref, (part, head, which, rows), 1) for part in parts] for which in (0, 1))
+        sums = [load(plan, parts_ref, (part, head, columns, rows)) for part in parts]
         new_top = functools.reduce(jnp.maximum, tops, top)
         shrink = jnp.exp2(top - new_top)
-        out, total = out * along(shrink, 1, out.shape), total * shrink
-        for part, weight, its_top in zip(parts, there, tops, strict=True):
+        out, total = out * along(shrink, 1, tile), total * shrink
+        for weight, its_top, its_total, its_out in zip(there, tops, totals, sums, strict=True):
             factor = jnp.exp2(its_top - new_top) * weight
-            total += sums(part, 1) * factor
-            more = load(plan, parts_ref, (part, head, pl.ds(0, width), pl.ds(0, height)))
-            out += more * along(factor, 1, out.shape)
+            total += its_total * factor
+            out += its_out * along(factor, 1, tile)
         return out, new_top, total
 
-    least = spread(plan, jnp.full((height,), HIDDEN / 2, jnp.float32), axis=1)
-    start = zeros(plan, width, height), least, zeros(plan, height, axis=1)
-    steps = lax.div(end - first + (TOGETHER - 1), jnp.int32(TOGETHER))
+    least = spread(plan, jnp.full((plan.height,), HIDDEN / 2, jnp.float32), axis=1)
+    start = zeros(plan, *tile), least, zeros(plan, plan.height, axis=1)
+    steps = lax.div(end - first + (together - 1), jnp.int32(together))
     out, top, total = lax.fori_loop(0, steps, step, start)
     seen = total > 0
     if sinks:
-        sink = load(plan, sinks[0], (head, pl.ds(0, height)), 1) * LOG2E
+        sink = load(plan, sinks[0], (head, rows), 1) * LOG2E
         higher = jnp.maximum(top, sink)
         shrink = jnp.exp2(top - higher)
         total = total * shrink + jnp.exp2(sink - higher)
-        out *= along(shrink, 1, out.shape)
+        out *= along(shrink, 1, tile)
     factor = 1.0 / (jnp.where(seen, total, 1.0) * (plan.largest or 1.0))
-    out_ref[row, head] = (out * along(factor, 1, out.shape)).astype(out_ref.dtype)
+    out_ref[row, head, columns] = (out * along(factor, 1, tile)).astype(out_ref.dtype)
