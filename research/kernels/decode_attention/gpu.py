@@ -35,6 +35,8 @@ BLOCKS, PROCESSORS, ROUNDS, LEAST_SHARE = 3, 132, 2, 2
 # Bytes of a processor's shared memory, and those of each block that are not spoken of here; steps, of which more than
 # so many hide nothing more.
 SHARED, RESERVED, MAX_STAGES = 228 * 2**10, 4 * 2**10, 6
+# Rows of all parts whose sums are loaded at a time when they are joined: what registers hold.
+JOINED = 128
 
 
 def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> str | None:
@@ -63,8 +65,13 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def plan_for(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> Plan:
-    """Returns the plan of a call."""
+def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms) -> Plan:
+    """Returns the plan of a call.
+
+    Args:
+      q, pages, window, terms: of the call.
+      places: pages of a sequence in the table.
+    """
     _, kv_heads, size, width = pages.key.shape
     count = q.shape[1] * q.shape[2] // kv_heads
     tiles = -(-count // MAX_ROWS)
@@ -75,6 +82,7 @@ def plan_for(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, ter
         height=height,
         page_size=size,
         stages=_stages(height, width, pages),
+        together=max(1, min(JOINED // height, -(-_most(size, places) // LEAST_SHARE))),
         window=window,
         softcap=terms.softcap,
         scale=float(terms.scale),
@@ -82,6 +90,11 @@ def plan_for(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, ter
         largest=QUANTIZED[pages.key.dtype.name] if pages.quantized else None,
         interpret=platform() != "gpu",
     )
+
+
+def _most(page_size: int, places: int) -> int:
+    """Returns the steps of a sequence that fills its table."""
+    return -(-places * page_size // STEP)
 
 
 def _stages(height: int, width: int, pages: KVPages) -> int:
@@ -105,8 +118,8 @@ def decode_attention(
 
     On another platform than a GPU it runs in JAX's interpreter of GPU kernels, for tests.
     """
-    plan = plan_for(q, pages, window, terms)
     batch, places = table.shape
+    plan = plan_for(q, pages, places, window, terms)
     kv_heads, width = pages.kv_heads, pages.head_dim
     count, heads = q.shape[1] * q.shape[2] // kv_heads, kv_heads * plan.tiles
 
@@ -118,8 +131,8 @@ def decode_attention(
         return pieces(by_row(x, kv_heads, plan.rows)[..., None])[..., 0]
 
     starts = needed(lengths, plan.rows, plan.copied, window)[0] * plan.copied
-    most, target = -(-places * plan.page_size // STEP), -(-ROUNDS * BLOCKS * PROCESSORS // heads)
-    work, spans = shares(lengths, starts, most, target)
+    target = -(-ROUNDS * BLOCKS * PROCESSORS // heads)
+    work, spans = shares(lengths, starts, _most(plan.page_size, places), target)
     extras = [numbers(terms.alibi)] if terms.alibi is not None else []
     stored = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None]
     sums = _launch(

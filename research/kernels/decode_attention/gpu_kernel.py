@@ -27,8 +27,8 @@ from research.kernels.attention.gpu_tile import HIDDEN, LOG2E, along, load, prod
 
 # Tokens of a step: the rows of a warpgroup's matmul.
 STEP = 64
-# Columns of the head width that a block joins; the rows of all parts whose sums it loads at a time.
-BAND, TOGETHER = 64, 128
+# Columns of the head width that a block joins.
+BAND = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Plan:
       height: rows of a piece, padded.
       page_size: C.
       stages: steps that shared memory holds.
+      together: parts whose sums are loaded at a time when they are joined.
       window, softcap, scale: of the call.
       given: names of the arrays there are: `alibi`, `sinks`.
       largest: the largest number of the pages' type if they are quantized, or None.
@@ -52,6 +53,7 @@ class Plan:
     height: int
     page_size: int
     stages: int
+    together: int
     window: int | None
     softcap: float | None
     scale: float
@@ -276,12 +278,11 @@ def join_kernel(plan: Plan, *refs: Any) -> None:
     spans, parts_ref, sums_ref, *sinks, out_ref = refs
     head, row, band = (lax.axis_index(name) for name in ("head", "sequence", "band"))
     first, end = spans[row, 0], spans[row, 1]
-    columns, rows, together = pl.ds(band * BAND, BAND), pl.ds(0, plan.height), max(1, TOGETHER // plan.height)
-    tile = (BAND, plan.height)
+    columns, rows, tile = pl.ds(band * BAND, BAND), pl.ds(0, plan.height), (BAND, plan.height)
 
     def step(index: Array, carry: tuple) -> tuple:
         out, top, total = carry
-        places = [first + index * together + offset for offset in range(together)]
+        places = [first + index * plan.together + offset for offset in range(plan.together)]
         # Past the last part it is read again, and weighs nothing.
         parts = [jnp.minimum(place, end - 1) for place in places]
         there = [jnp.where(place < end, 1.0, 0.0) for place in places]
@@ -298,7 +299,7 @@ def join_kernel(plan: Plan, *refs: Any) -> None:
 
     least = spread(plan, jnp.full((plan.height,), HIDDEN / 2, jnp.float32), axis=1)
     start = zeros(plan, *tile), least, zeros(plan, plan.height, axis=1)
-    steps = lax.div(end - first + (together - 1), jnp.int32(together))
+    steps = lax.div(end - first + (plan.together - 1), jnp.int32(plan.together))
     out, top, total = lax.fori_loop(0, steps, step, start)
     seen = total > 0
     if sinks:
