@@ -28,10 +28,10 @@ HEADS, WIDTH = 16, 128
 def tessera_schedule(length: int) -> tuple[Callable[..., Any], tuple[int, ...], dict[str, Sequence[Any]]]:
     """Returns value and gradients, the shape of q, and the scalars that each kernel is handed beforehand."""
     mask = AttentionMask(causal=True)
-    blocks = tpu.choose_blocks(WIDTH, 2, False)
+    forward, backward = tpu.choose_blocks(WIDTH, 2, False, length, length)
     tiles = {
-        "forward": forward_tiles(mask, length, length, blocks),
-        "backward": backward_tiles(mask, length, length, blocks)[0],
+        "forward": forward_tiles(mask, length, length, forward),
+        "backward": backward_tiles(mask, length, length, backward)[0],
     }
 
     def step(q: Any, k: Any, v: Any, g: Any) -> Any:

@@ -18,9 +18,13 @@ from research.kernels.attention.tpu_tile import LOG2E
 from research.kernels.target import chip, platform
 
 MAX_WIDTH = 256
+# Rows and columns of a tile of scores: the first that holds all of a short sequence, or the last.
+TILES = (128, 256, 512)
 # Bytes of one resident operand: what a head's queries or keys may take of a core's fast memory, several times over.
 RESIDENT_BYTES = {"TPU v4": 2**19}
 DEFAULT_RESIDENT_BYTES = 2**22
+# Chips whose matrix units are 256 wide: see `tpu_forward_down`.
+WIDE_UNITS = ("TPU v6 lite", "TPU7x")
 # A block of the bias is as long as what is resident, and as wide as a tile.
 RESIDENT_WITH_BIAS = 2048
 
@@ -40,18 +44,23 @@ def refusal(
     return None
 
 
-def choose_blocks(width: int, itemsize: int, bias: bool) -> Blocks:
-    """Returns the tile sizes for the chip that is compiled for.
+def choose_blocks(width: int, itemsize: int, bias: bool, queries: int, keys: int) -> tuple[Blocks, Blocks]:
+    """Returns the tile sizes of the forward and of the backward pass, for the chip that is compiled for.
 
     Args:
       width: head width H.
       itemsize: bytes of an element of q.
       bias: whether there is one.
+      queries, keys: T and S.
     """
-    blocks = Blocks()
     resident = RESIDENT_BYTES.get(chip(), DEFAULT_RESIDENT_BYTES) // (max(width, 128) * itemsize)
     resident = min(resident, RESIDENT_WITH_BIAS) if bias else resident
-    return dataclasses.replace(blocks, resident=max(blocks.queries, blocks.keys, resident))
+    backward = Blocks(*(next(size for size in TILES if size >= min(x, TILES[-1])) for x in (queries, keys)))
+    backward = dataclasses.replace(backward, resident=max(backward.queries, backward.keys, resident))
+    if chip() not in WIDE_UNITS:
+        return backward, backward
+    tall = 2 * backward.queries if queries > backward.queries else backward.queries
+    return dataclasses.replace(backward, queries=tall, down=True), backward
 
 
 def attention(
@@ -62,7 +71,7 @@ def attention(
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
     """Attention a tile at a time; see the face of the package for the equation."""
-    blocks = choose_blocks(q.shape[-1], q.dtype.itemsize, terms.bias is not None)
+    blocks = choose_blocks(q.shape[-1], q.dtype.itemsize, terms.bias is not None, q.shape[1], k.shape[1])
     return tiled_attention(q, k, v, mask, terms, blocks, False)
 
 
@@ -73,14 +82,14 @@ def tiled_attention(
     v: Float[Array, "B S K H"],
     mask: AttentionMask,
     terms: ScoreTerms,
-    blocks: Blocks,
+    blocks: tuple[Blocks, Blocks],
     interpret: Any,
 ) -> Float[Array, "B T N H"]:
     """Attention in tiles of a given size.
 
     Args:
       q, k, v, mask, terms: as of the face.
-      blocks: tile sizes.
+      blocks: tile sizes of the forward and of the backward pass.
       interpret: what `pallas_call` takes by that name; False compiles.
     """
     return _forward(q, k, v, mask, terms, blocks, interpret)[0]
@@ -91,18 +100,18 @@ def _heads_first(x: Float[Array, "B L N H"]) -> Float[Array, "B N L H"]:
 
 
 def _forward(
-    q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms, blocks: Blocks, interpret: Any
+    q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms, blocks: tuple[Blocks, Blocks], interpret: Any
 ) -> tuple[Array, tuple]:
     q, k, v = map(_heads_first, (q, k, v))
-    out, log_total = forward(q, k, v, mask, terms, blocks, interpret)
+    out, log_total = forward(q, k, v, mask, terms, blocks[0], interpret)
     return _heads_first(out), (q, k, v, mask, terms, out, log_total)
 
 
-def _backward(blocks: Blocks, interpret: Any, saved: tuple, g: Float[Array, "B T N H"]) -> tuple:
+def _backward(blocks: tuple[Blocks, Blocks], interpret: Any, saved: tuple, g: Float[Array, "B T N H"]) -> tuple:
     q, k, v, mask, terms, out, log_total = saved
     g = _heads_first(g)
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
-    arguments = (q, k, v, g.astype(v.dtype), log_total, delta, mask, terms, blocks, interpret)
+    arguments = (q, k, v, g.astype(v.dtype), log_total, delta, mask, terms, blocks[1], interpret)
     dq, dk, dv = map(_heads_first, backward(*arguments))
     shares: dict[str, Array] = {}
     if terms.bias is not None:

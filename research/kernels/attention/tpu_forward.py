@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from research.kernels.attention import tpu_forward_down as down
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.kernels.attention.tpu_operands import Operands, bias_tile, gather
@@ -57,9 +58,9 @@ def forward(
     operands.add_tokens("q", blocks.queries, lambda b, n, i, c: i)
     operands.add_tokens("kv", resident, lambda b, n, i, c: c)
     operands.add_bias(blocks.queries, resident, lambda b, n, i, c: (b, n, i, c))
-    kernel = functools.partial(_kernel, rules, blocks, chunk, tiles.rows, operands.names)
+    kernel, scratch = (down.kernel, down.scratch) if blocks.down else (_kernel, _scratch)
     out, log_total = pl.pallas_call(
-        kernel,
+        functools.partial(kernel, rules, blocks, chunk, tiles.rows, operands.names),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, v.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
@@ -72,11 +73,7 @@ def forward(
                 operands.spec((1, 1, blocks.queries, width), lambda b, n, i, c: (b, n, i, 0)),
                 operands.spec((1, 1, 1, blocks.queries), lambda b, n, i, c: (b, n, 0, i)),
             ),
-            scratch_shapes=[
-                pltpu.VMEM((blocks.queries, LANES), jnp.float32),
-                pltpu.VMEM((blocks.queries, LANES), jnp.float32),
-                pltpu.VMEM((blocks.queries, width), jnp.float32),
-            ],
+            scratch_shapes=scratch(blocks, width),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -85,6 +82,10 @@ def forward(
         interpret=interpret,
     )(tiles.counts, tiles.order, *operands.arrays)
     return out, log_total
+
+
+def _scratch(blocks: Blocks, width: int) -> list[Any]:
+    return [pltpu.VMEM((blocks.queries, across), jnp.float32) for across in (LANES, LANES, width)]
 
 
 def _kernel(
@@ -110,7 +111,14 @@ def _kernel(
         _tile(rules, blocks, refs, tokens, part * (chunk * blocks.keys) + at, at, masked, (top_ref, total_ref, sum_ref))
 
     unmasked, visited = counts[2 * visit], counts[2 * visit + 1]
-    jax.lax.fori_loop(0, unmasked, functools.partial(tile, False), None)
+
+    def two(index: Any, _: None) -> None:
+        for each in range(2):
+            tile(False, 2 * index + each, None)
+
+    # In pairs, so that the matrix units take up the second tile while the vector units finish the first.
+    jax.lax.fori_loop(0, jax.lax.shift_right_logical(unmasked, 1), two, None)
+    jax.lax.fori_loop(unmasked & -2, unmasked, functools.partial(tile, False), None)
     jax.lax.fori_loop(unmasked, visited, functools.partial(tile, True), None)
 
     @pl.when(part == pl.num_programs(3) - 1)

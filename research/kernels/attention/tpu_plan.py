@@ -16,11 +16,13 @@ class Blocks:
       queries: rows of a tile.
       keys: columns of a tile.
       resident: keys (forward) or queries (backward) that stay in fast memory together, a multiple of both.
+      down: whether keys are the rows of a forward tile and queries its columns, and not the other way round.
     """
 
     queries: int = 512
     keys: int = 512
     resident: int = 16384
+    down: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

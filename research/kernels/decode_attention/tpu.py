@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -117,66 +118,72 @@ def paged_attention(
       plan: block sizes and rules.
       interpret: what `pallas_call` takes by that name; False compiles.
     """
-    batch, places = table.shape
-    kv_heads, size, width = pages.key.shape[1:]
-    parts, count = kv_heads // plan.heads, plan.rows * plan.group
+    kv_heads, count = pages.kv_heads, plan.rows * plan.group
     grown = ((0, 0), (0, 0), (0, plan.height - count), (0, 0))
     folded = jnp.pad(fold(q, kv_heads), grown)
     columns = [by_row(getattr(terms, name), kv_heads, plan.rows)[None, :, :, None] for name in plan.given]
-    columns = [jnp.pad(x, grown) for x in columns]
-
-    first, end = needed(lengths, plan.rows, size, plan.window)
-    blocks = (end - first + plan.block_pages - 1) // plan.block_pages
-    before = jnp.cumsum(blocks) - blocks
-    busy = jnp.where(blocks > 0, jnp.arange(batch, dtype=jnp.int32), batch)
-    following = jax.lax.cummin(jnp.append(busy[1:], batch), reverse=True)
-
-    def rows(part: Any, row: Any, *_: Any) -> tuple:
-        return row, part, 0, 0
-
-    def table_row(of: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, places), lambda part, row, *s: (of(row, s[4]), 0, 0), memory_space=pltpu.SMEM)
-
     stored = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None]
-    buffers = [
-        pltpu.VMEM((2, plan.heads, plan.block, width) if x.ndim == 4 else (2, kv_heads, plan.block), x.dtype)
-        for x in stored
-    ]
-    column = pltpu.VMEM((plan.heads, plan.height, LANES), jnp.float32)
+    walk = _walk(lengths, plan)
     out = pl.pallas_call(
         functools.partial(kernel, plan),
         out_shape=jax.ShapeDtypeStruct(folded.shape, q.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
-            grid=(parts, batch),
-            in_specs=[
-                table_row(lambda row, following: row),
-                table_row(lambda row, following: jnp.minimum(following[row], batch - 1)),
-                pl.BlockSpec((1, plan.heads, plan.height, width), rows),
-                *(
-                    pl.BlockSpec((1, plan.heads, plan.height, 1), lambda part, row, *_: (0, part, 0, 0))
-                    for _ in columns
-                ),
-                *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in stored),
-            ],
-            out_specs=pl.BlockSpec((1, plan.heads, plan.height, width), rows),
-            scratch_shapes=[
-                *buffers,
-                pltpu.SemaphoreType.DMA((2,)),
-                column,
-                column,
-                pltpu.VMEM((plan.heads, plan.height, width), jnp.float32),
-            ],
-        ),
+        grid_spec=_grid(plan, table.shape, kv_heads, len(walk), stored),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="tessera_decode_attention",
         interpret=interpret,
-    )(
-        *(x.astype(jnp.int32) for x in (lengths, first, end, before, following)),
-        table[:, None],
-        table[:, None],
-        folded,
-        *columns,
-        *stored,
-    )
+    )(*walk, table[:, None], table[:, None], folded, *(jnp.pad(x, grown) for x in columns), *stored)
     return unfold(out[:, :, :count], plan.rows)
+
+
+def _walk(lengths: Int[Array, "B"], plan: Plan) -> list[Int[Array, "B"]]:
+    """Returns what each program must know of its sequence.
+
+    Its length, its first page and the one past its last, the blocks of all sequences before it, and the next sequence
+    that has any.
+    """
+    batch = lengths.shape[0]
+    first, end = needed(lengths, plan.rows, plan.page_size, plan.window)
+    blocks = (end - first + plan.block_pages - 1) // plan.block_pages
+    before = jnp.cumsum(blocks) - blocks
+    busy = jnp.where(blocks > 0, jnp.arange(batch), batch)
+    following = jax.lax.cummin(jnp.append(busy[1:], batch), reverse=True)
+    return [x.astype(jnp.int32) for x in (lengths, first, end, before, following)]
+
+
+def _grid(
+    plan: Plan, table: tuple[int, int], kv_heads: int, walk: int, stored: Sequence[Array]
+) -> pltpu.PrefetchScalarGridSpec:
+    """Returns a program for each sequence and part of the heads, and what it finds in fast memory.
+
+    Args:
+      plan: of the call.
+      table: its shape.
+      kv_heads: K.
+      walk: arrays that say what a program walks; the last one names the next sequence.
+      stored: the arrays of the pages, which stay where they are.
+    """
+    (batch, places), width = table, stored[0].shape[3]
+
+    def table_row(of: Callable[..., Any]) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, places), lambda part, row, *s: (of(row, s[-1]), 0, 0), memory_space=pltpu.SMEM)
+
+    rows = pl.BlockSpec((1, plan.heads, plan.height, width), lambda part, row, *_: (row, part, 0, 0))
+    column = pl.BlockSpec((1, plan.heads, plan.height, 1), lambda part, row, *_: (0, part, 0, 0))
+    halves = {4: (2, plan.heads, plan.block, width), 3: (2, kv_heads, plan.block)}
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=walk,
+        grid=(kv_heads // plan.heads, batch),
+        in_specs=[
+            table_row(lambda row, following: row),
+            table_row(lambda row, following: jnp.minimum(following[row], batch - 1)),
+            rows,
+            *(column for _ in plan.given),
+            *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in stored),
+        ],
+        out_specs=rows,
+        scratch_shapes=[
+            *(pltpu.VMEM(halves[x.ndim], x.dtype) for x in stored),
+            pltpu.SemaphoreType.DMA((2,)),
+            *(pltpu.VMEM((plan.heads, plan.height, across), jnp.float32) for across in (LANES, LANES, width)),
+        ],
+    )

@@ -71,7 +71,7 @@ def kernel(plan: Plan, *refs: Any) -> None:
     blocks = _blocks(plan, stop - start)
     copies = functools.partial(_copies, plan, part, pages, buffers, semaphores)
 
-    def fetch(table: Any, place: Array, past: Array, slot: Array) -> None:
+    def fetch(table: Any, place: Array, past: Array, slot: Array | int) -> None:
         def page(index: Array, _: None) -> None:
             for copy in copies(table[0, 0, place + index], index, slot):
                 copy.start()
@@ -124,7 +124,14 @@ def _blocks(plan: Plan, pages: Array) -> Array:
 
 
 def _copies(
-    plan: Plan, part: Array, pages: Any, buffers: Any, semaphores: Any, page: Array | int, index: Array, slot: Array
+    plan: Plan,
+    part: Array,
+    pages: Any,
+    buffers: Any,
+    semaphores: Any,
+    page: Array | int,
+    index: Array,
+    slot: Array | int,
 ) -> list[Any]:
     """Returns the copies of one page into its place in a block: keys, values, and their scales."""
     found = []

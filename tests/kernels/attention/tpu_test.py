@@ -17,6 +17,7 @@ from research.kernels.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 
 SMALL = Blocks(queries=128, keys=128, resident=256)
+DOWN = dataclasses.replace(SMALL, down=True)
 
 
 def array(rng, *shape, dtype=jnp.float32):
@@ -29,7 +30,7 @@ def packed(rng, batch, length):
     return jnp.asarray(np.where(np.arange(length) < length - rng.integers(0, 30, (batch, 1)), ids, 0))
 
 
-def both_sides(q, k, v, g, mask, terms, blocks=SMALL):
+def both_sides(q, k, v, g, mask, terms, blocks=(SMALL, SMALL)):
     """Returns value and gradients, by the tiles and by the reference, as lists."""
     sides = []
     for body in (
@@ -50,7 +51,7 @@ def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(got, want, atol=tolerance * max(1.0, float(jnp.abs(want).max())))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     lengths=st.sampled_from([(300, 300), (130, 400), (400, 129), (1, 200), (256, 256)]),
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
@@ -60,10 +61,11 @@ def close(got, want, tolerance=1e-5):
     extra=st.sampled_from(["none", "prefix", "segments", "positions"]),
     given_terms=st.sets(st.sampled_from(["softcap", "sinks", "alibi"])),
     bias=st.sampled_from([None, (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 0, 0, 1)]),
+    forward=st.sampled_from([SMALL, DOWN, dataclasses.replace(DOWN, queries=256)]),
     seed=st.integers(0, 100),
 )
 def test_value_and_every_gradient_equal_the_reference(
-    lengths, heads, width, causal, window, extra, given_terms, bias, seed
+    lengths, heads, width, causal, window, extra, given_terms, bias, forward, seed
 ):
     rng, (queries, keys), (n, k_heads) = np.random.default_rng(seed), lengths, heads
     operands = {}
@@ -83,7 +85,7 @@ def test_value_and_every_gradient_equal_the_reference(
         terms["bias"] = array(rng, *(1 if one else size for one, size in zip(bias, whole, strict=True)))
     q, g = (array(rng, 2, queries, n, width) for _ in range(2))
     k, v = (array(rng, 2, keys, k_heads, width) for _ in range(2))
-    for got, want in both_sides(q, k, v, g, mask, ScoreTerms(**terms)):
+    for got, want in both_sides(q, k, v, g, mask, ScoreTerms(**terms), (forward, SMALL)):
         close(got, want)
 
 
@@ -104,26 +106,28 @@ def test_forgotten_segments_are_seen_by_the_comparison():
     mask = AttentionMask(causal=True, q_segments=ids, kv_segments=ids)
     q, k, v = (array(rng, 2, 300, 2, 32) for _ in range(3))
     terms = ScoreTerms(scale=0.2)
-    leaking = tiled_attention(q, k, v, AttentionMask(causal=True), terms, SMALL, True)
+    leaking = tiled_attention(q, k, v, AttentionMask(causal=True), terms, (SMALL, SMALL), True)
     with pytest.raises(AssertionError):
         close(leaking, reference.attention(q, k, v, mask, terms))
 
 
+@pytest.mark.parametrize("forward", [SMALL, DOWN])
 @pytest.mark.parametrize("window", [None, 100])
-def test_tiles_that_the_mask_rules_out_are_never_read(window):
+def test_tiles_that_the_mask_rules_out_are_never_read(window, forward):
+    blocks = forward, SMALL
     rng = np.random.default_rng(0)
     q, k, v, g = (array(rng, 1, 512, 1, 32) for _ in range(4))
     mask = AttentionMask(causal=True, window=window)
     first = slice(0, 128)
-    out, pull = jax.vjp(lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), SMALL, True)[:, first], q)
+    out, pull = jax.vjp(lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), blocks, True)[:, first], q)
     poisoned = [x.at[:, 128:].set(jnp.nan) for x in (k, v)]
     other, other_pull = jax.vjp(
-        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), SMALL, True)[:, first], q
+        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[:, first], q
     )
     np.testing.assert_array_equal(other, out)
     np.testing.assert_array_equal(other_pull(g[:, first])[0][:, first], pull(g[:, first])[0][:, first])
     # The control: queries that may see the poisoned keys.
-    assert jnp.isnan(tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), SMALL, True)[:, 128:]).any()
+    assert jnp.isnan(tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[:, 128:]).any()
 
 
 def test_plan_visits_what_is_visible_and_masks_what_is_mixed():
@@ -235,7 +239,7 @@ def test_kernels_run_once_a_device_under_a_mesh(monkeypatch):
 
     def body(q, k, v, mask, terms):
         calls.append(q.shape)
-        return tiled_attention(q, k, v, mask, terms, SMALL, True)
+        return tiled_attention(q, k, v, mask, terms, (SMALL, SMALL), True)
 
     monkeypatch.setattr(tpu, "attention", body)
     monkeypatch.setattr(tpu, "refusal", lambda *_: None)
@@ -260,11 +264,28 @@ def test_kernels_run_once_a_device_under_a_mesh(monkeypatch):
 
 
 def test_blocks_of_a_smaller_memory_hold_less():
-    sizes = {}
+    long, sizes = (8192, 8192), {}
     for kind in ("TPU v4", "TPU v5"):
         with compiling_for("tpu", kind):
-            sizes[kind] = tpu.choose_blocks(128, 2, False).resident
-            assert tpu.choose_blocks(256, 4, False).resident * 4 == sizes[kind]
-            assert tpu.choose_blocks(128, 2, True).resident <= tpu.RESIDENT_WITH_BIAS
+            forward, backward = tpu.choose_blocks(128, 2, False, *long)
+            assert forward == backward
+            sizes[kind] = forward.resident
+            assert tpu.choose_blocks(256, 4, False, *long)[0].resident * 4 == sizes[kind]
+            assert tpu.choose_blocks(128, 2, True, *long)[0].resident <= tpu.RESIDENT_WITH_BIAS
     assert sizes["TPU v4"] < sizes["TPU v5"]
-    assert dataclasses.replace(Blocks(), resident=sizes["TPU v5"]) == Blocks()
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "forward", "backward"),
+    [
+        ("TPU v5", (8192, 8192), (512, 512, False), (512, 512)),
+        ("TPU v5", (1, 200), (128, 256, False), (128, 256)),
+        ("TPU v6 lite", (8192, 8192), (1024, 512, True), (512, 512)),
+        ("TPU v6 lite", (300, 130), (512, 256, True), (512, 256)),
+    ],
+)
+def test_tiles_are_no_longer_than_a_short_sequence_needs(kind, lengths, forward, backward):
+    with compiling_for("tpu", kind):
+        first, second = tpu.choose_blocks(128, 2, False, *lengths)
+    assert (first.queries, first.keys, first.down) == forward
+    assert (second.queries, second.keys, second.down) == (*backward, False)

@@ -150,7 +150,7 @@ def test_mistakes_are_named_with_their_rule():
     rest = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
     for changed, options, rule in (
         (q[:, :, :3], {}, "num_kv_heads = 2 does not divide num_heads = 3"),
-        (q[..., :4], {}, "head_dim = 4 of the queries is not that of the pages, 8"),
+        (jnp.pad(q, ((0, 0),) * 3 + ((0, 1),)), {}, "head_dim = 9 of the queries is above that of the pages, 8"),
         (q, {"window": 0}, "window = 0 must be at least 1"),
         (q, {"softcap": 0.0}, "softcap = 0.0 must be above 0"),
         (q, {"implementation": "tpu"}, "'tpu' refuses .* take implementation = 'reference' by name"),
