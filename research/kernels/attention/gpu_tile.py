@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -26,6 +26,13 @@ LOG2E = math.log2(math.e)
 # exp2 gives 0 for it whatever is subtracted, and differences with it stay finite.
 HIDDEN = -1e30
 WGMMA = plgpu.Layout.WGMMA
+
+
+@runtime_checkable
+class Interpreted(Protocol):
+    """A plan, of this kernel or another, that says where it runs."""
+
+    interpret: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +90,14 @@ def launch(plan: Plan, body: functools.partial, out_type: Any, scratch: dict[str
     )
 
 
-def spread(plan: Plan, x: Array, axis: int | None = None) -> Array:
+def spread(plan: Interpreted, x: Array, axis: int | None = None) -> Array:
     """Returns a value made in the kernel in the matmul's layout; a vector lies along `axis` of a tile."""
     if plan.interpret:
         return x
     return plgpu.layout_cast(x, WGMMA if axis is None else WGMMA.reduce(1 - axis))
 
 
-def load(plan: Plan, ref: Any, index: tuple, axis: int | None = None) -> Array:
+def load(plan: Interpreted, ref: Any, index: tuple, axis: int | None = None) -> Array:
     """Loads a tile, or a vector that lies along `axis` of a tile, from device memory.
 
     Args:
@@ -114,42 +121,45 @@ def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:
 
 
 def product(
-    plan: Plan,
+    plan: Interpreted,
     a: Any,
     b: Any,
     start: Float[Array, "M P"] | None = None,
     *,
+    transpose_a: bool = False,
     transpose_b: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Float[Array, "M P"]:
-    """Returns start + a b, or start + a bᵀ, in float32.
+    """Returns start + a b in float32, with either of them transposed or not.
 
     Args:
       plan: the static plan.
       a: a ref in shared memory or a value.
       b: a ref in shared memory.
       start: None is zero.
+      transpose_a: whether a, a ref then, is read transposed.
       transpose_b: whether b is read transposed.
       meanwhile: done after the matmul is given to the tensor cores and before its result is awaited.
     """
     if plan.interpret:
-        numbers = (((1,), (1 if transpose_b else 0,)), ((), ()))
+        numbers = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
         out = lax.dot_general(a[...], b[...], numbers, preferred_element_type=jnp.float32)
         meanwhile()
         return out if start is None else start + out
+    left = a.transpose((1, 0)) if transpose_a else a
     right = b.transpose((1, 0)) if transpose_b else b
 
     def multiply(accumulator: Any) -> Any:
-        plgpu.wgmma(accumulator, a, right)
+        plgpu.wgmma(accumulator, left, right)
         meanwhile()
         return accumulator[...] if start is None else None
 
     if start is None:
-        return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], right.shape[1]), jnp.float32))
+        return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
     return pl.run_state(multiply)(plgpu.ACC.init(start))
 
 
-def zeros(plan: Plan, *shape: int, axis: int | None = None) -> Array:
+def zeros(plan: Interpreted, *shape: int, axis: int | None = None) -> Array:
     """Returns zeros in the matmul's layout; a vector lies along `axis` of a tile."""
     return spread(plan, jnp.zeros(shape, jnp.float32), axis)
 
