@@ -13,7 +13,7 @@ from research.kernels.decode_attention import bodies, empty_pages, gather, gpu, 
 from research.kernels.decode_attention.gpu_kernel import STEP
 from research.kernels.decode_attention.pages import needed
 from research.kernels.target import compiling_for
-from research.scaling.topology import compile_on, gpu_devices
+from research.scaling.topology import compile_on
 from tests.kernels.decode_attention.cases import cache, calls, poisoned
 
 H200 = "NVIDIA H200"
@@ -84,12 +84,6 @@ def test_parts_hold_each_step_of_each_sequence_once(lengths, target, window):
     np.testing.assert_array_equal(work[spans[-1, 1] :, 2], 0)
     # No part has more than its share, but for the least that is worth one.
     assert work[:, 2].max() <= max(gpu.LEAST_SHARE, -(-work[:, 2].sum() // target))
-
-
-@pytest.fixture(scope="module")
-def h200():
-    pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs jax[cuda12]")
-    return gpu_devices()[0]
 
 
 def compiled(device, dtype, page_size, heads, width, *, window=None, terms=None, rows=1, batch=4, places=16, count=64):
