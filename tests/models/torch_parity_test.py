@@ -10,6 +10,7 @@ import pytest
 from research.interop.architecture import Architecture, Tensor, params_from
 from research.interop.gpt2 import GPT2
 from research.kernels.attention import AttentionMask
+from research.kernels.attention.mask import Span
 from research.models.block import ACTIVATIONS
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, PositionConfig
 from research.models.layers import Norm
@@ -102,7 +103,7 @@ def test_alibi_equals_bloom_s_up_to_a_constant_a_query(heads):
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom", reason="needs the extra `parity`")
     keys = bloom.build_alibi_tensor(torch.ones(1, 9), heads, torch.float32).numpy()[:, 0]
     np.testing.assert_allclose(alibi_slopes(heads), keys[:, 1], rtol=1e-6)
-    bias = -alibi_slopes(heads)[:, None] * np.asarray(AttentionMask().distance(slice(8, 9), slice(0, 9)))[0, 0]
+    bias = -alibi_slopes(heads)[:, None] * np.asarray(AttentionMask().distance(Span(8, 1), Span(0, 9)))[0, 0]
     # Bloom gives a key its position times the slope; a query's softmax does not see the constant between the two.
     np.testing.assert_allclose(bias - bias[:, :1], keys, rtol=1e-5, atol=1e-6)
 

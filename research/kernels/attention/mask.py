@@ -1,12 +1,21 @@
 """What attention may see, as a description: a few integers a token, never a `[T, S]` array."""
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from research.core.errors import UserError
 from research.core.trees import node
+
+
+class Span(NamedTuple):
+    """Tokens that follow each other: where they start, which may be traced, and how many they are, which is static."""
+
+    start: int | Int[Array, ""]
+    size: int
 
 
 @node(static=("causal", "window"))
@@ -54,18 +63,18 @@ class AttentionMask:
           query_length: T.
           key_length: S.
         """
-        return self.block(slice(0, query_length), slice(0, key_length))
+        return self.block(Span(0, query_length), Span(0, key_length))
 
-    def block(self, queries: slice, keys: slice) -> Bool[Array, "B 1 T S"]:
+    def block(self, queries: Span, keys: Span) -> Bool[Array, "B 1 T S"]:
         """Returns the part of the dense mask that a kernel needs at a time.
 
         Args:
-          queries: from `start` to `stop`.
-          keys: from `start` to `stop`.
+          queries: those of the part, all of them given tokens.
+          keys: those of the part, all of them given tokens.
         """
         p_t = _positions(self.q_positions, queries)[:, :, None]
         p_s = _positions(self.kv_positions, keys)[:, None, :]
-        visible = jnp.ones((1, queries.stop - queries.start, keys.stop - keys.start), dtype=bool)
+        visible = jnp.ones((1, queries.size, keys.size), dtype=bool)
         if self.causal:
             visible &= p_t >= p_s
         if self.window is not None:
@@ -73,16 +82,17 @@ class AttentionMask:
         if self.prefix is not None:
             visible |= p_s < self.prefix[:, None, None]
         if self.q_segments is not None:
-            q_segments, kv_segments = self.q_segments[:, queries, None], self.kv_segments[:, None, keys]
+            q_segments = _cut(self.q_segments, queries)[:, :, None]
+            kv_segments = _cut(self.kv_segments, keys)[:, None, :]
             visible &= (q_segments == kv_segments) & (kv_segments != 0)
         return visible[:, None]
 
-    def distance(self, queries: slice, keys: slice) -> Float[Array, "B 1 T S"]:
+    def distance(self, queries: Span, keys: Span) -> Float[Array, "B 1 T S"]:
         """Returns |p_t − p_s| of part of the mask, in float32; B is 1 where the positions are the indices.
 
         Args:
-          queries: from `start` to `stop`.
-          keys: from `start` to `stop`.
+          queries: those of the part, all of them given tokens.
+          keys: those of the part, all of them given tokens.
         """
         p_t, p_s = _positions(self.q_positions, queries), _positions(self.kv_positions, keys)
         return jnp.abs(p_t[:, None, :, None] - p_s[:, None, None, :]).astype(jnp.float32)
@@ -100,5 +110,9 @@ class AttentionMask:
         return slice(min(first, key_length - 1), max(last, min(first, key_length - 1) + 1))
 
 
-def _positions(given: Int[Array, "B L"] | None, part: slice) -> Int[Array, "B P"]:
-    return jnp.arange(part.start, part.stop)[None] if given is None else given[:, part]
+def _positions(given: Int[Array, "B L"] | None, part: Span) -> Int[Array, "B P"]:
+    return part.start + jnp.arange(part.size)[None] if given is None else _cut(given, part)
+
+
+def _cut(given: Int[Array, "B L"], part: Span) -> Int[Array, "B P"]:
+    return jax.lax.dynamic_slice_in_dim(given, part.start, part.size, axis=1)

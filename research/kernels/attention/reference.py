@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from research.kernels.attention.mask import AttentionMask
+from research.kernels.attention.mask import AttentionMask, Span
 from research.kernels.attention.terms import ScoreTerms
 
 
@@ -32,7 +32,7 @@ def attention(
         scores += bias.reshape(scores.shape)
     if terms.alibi is not None:
         slopes = jax.lax.stop_gradient(terms.alibi).astype(jnp.float32).reshape(kv_heads, group, 1, 1)
-        scores -= slopes * mask.distance(slice(0, queries), slice(0, keys))[:, :, None]
+        scores -= slopes * mask.distance(Span(0, queries), Span(0, keys))[:, :, None]
 
     visible = mask.dense(queries, keys)[:, :, None]
     top = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=jnp.finfo(jnp.float32).min)
