@@ -66,7 +66,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def launch(plan: Plan, body: functools.partial, out_type: Any, scratch: dict[str, Any], **grid: int) -> Callable:
+def launch(plan: Interpreted, body: functools.partial, out_type: Any, scratch: dict[str, Any], **grid: int) -> Callable:
     """Returns `body` as a kernel of two warpgroups that compute and one that copies.
 
     Args:

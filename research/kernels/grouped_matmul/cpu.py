@@ -45,6 +45,13 @@ def grouped_matmul(
     return jax.lax.fori_loop(0, plan.group.shape[0], add, y)[:rows].astype(x.dtype)
 
 
+def transposed_matmul(
+    g: Float[Array, "M F"], kernels: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "M D"]:
+    """Returns each row times the transposed kernel of its group."""
+    return grouped_matmul(g, kernels.swapaxes(1, 2), group_sizes)
+
+
 def outer_products(
     x: Float[Array, "M D"], g: Float[Array, "M F"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:

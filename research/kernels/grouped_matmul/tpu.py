@@ -110,6 +110,13 @@ def grouped_matmul(
     )(plan.group, plan.tile, plan.start, plan.stop, x, kernels)
 
 
+def transposed_matmul(
+    g: Float[Array, "M F"], kernels: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "M D"]:
+    """Returns each row times the transposed kernel of its group."""
+    return grouped_matmul(g, kernels.swapaxes(1, 2), group_sizes)
+
+
 def outer_products(
     x: Float[Array, "M D"],
     g: Float[Array, "M F"],

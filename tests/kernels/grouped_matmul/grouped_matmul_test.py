@@ -1,7 +1,6 @@
 """The grouped matmul: every body equals plain NumPy, whatever the load of the experts."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.kernels.grouped_matmul import cpu, grouped_matmul, reference, tpu
+from research.kernels.grouped_matmul import cpu, grouped_matmul, reference, tpu, xla
 from research.kernels.grouped_matmul.visits import visits
 from research.kernels.target import compiling_for
-from research.scaling.topology import TPU_TOPOLOGIES, compile_on, gpu_devices, tpu_devices
+from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 
 BLOCKS = tpu.Blocks(rows=16, inner=128, outer=128)
 BODIES = {
     "reference": (reference.grouped_matmul, reference.outer_products),
     "cpu": (cpu.grouped_matmul, cpu.outer_products),
+    "xla": (xla.grouped_matmul, xla.outer_products),
     "tpu": tuple(
         functools.partial(part, blocks=BLOCKS, interpret=True) for part in (tpu.grouped_matmul, tpu.outer_products)
     ),
@@ -122,9 +122,3 @@ def test_kernels_are_compiled_for_every_generation(generation, sizes):
     text = compile_on(tpu_devices(generation)[0], value_and_gradients, *arguments(*sizes)).as_text()
     assert "tessera_grouped_matmul" in text
     assert "tessera_grouped_outer_products" in text
-
-
-def test_it_is_compiled_for_an_h200():
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        pytest.skip("needs the extra `cuda`")
-    compile_on(gpu_devices()[0], value_and_gradients, *arguments(2048, 1024, 2048, 8))
