@@ -1,6 +1,8 @@
 """Settings that must stand before JAX starts: the compilation cache, the compiler's flags, the memory allocator."""
 
 import ctypes
+import glob
+import importlib.util
 import os
 import pathlib
 import sys
@@ -11,8 +13,9 @@ from research.core.errors import UserError
 
 # Options of the C library's `mallopt`, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-# What a TPU or a GPU looks like from outside.
-ACCELERATORS = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0")
+# What a TPU or a GPU looks like from outside, and what makes a device on the bus a TPU: who made it.
+ACCELERATORS = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+VENDORS, GOOGLE = "/sys/bus/pci/devices/*/vendor", "0x1ae0"
 # Bytes free, above which speed is worth memory.
 AMPLE_MEMORY = 12e9
 # Free pieces that lie ready for small allocations: how many, and the bytes of each.
@@ -39,6 +42,14 @@ def configure() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(os.path.exists(device) for device in ACCELERATORS):
         keep_memory()
+        if importlib.util.find_spec("libtpu") is not None and not tpu_on_bus():
+            # It is here to compile for TPUs; asked for one, it would say in six lines that there is none.
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def tpu_on_bus() -> bool:
+    """Returns whether Linux sees a TPU."""
+    return any(pathlib.Path(path).read_text().strip() == GOOGLE for path in glob.glob(VENDORS))
 
 
 def keep_memory() -> None:

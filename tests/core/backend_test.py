@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from research.core import backend
+
 # Takes and fills 64 MiB ten times over, and says how many pages had to be mapped after the first time.
 FAULTS = """
 import resource, sys
@@ -32,3 +34,26 @@ def test_freed_memory_stays_mapped_unless_the_user_says_otherwise():
     assert faults("kept") < 100
     assert faults("plain") > 100
     assert faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > 100
+
+
+@pytest.mark.parametrize(
+    ("installed", "vendors", "given", "expected"),
+    [
+        (True, ["0x8086"], None, "cpu"),
+        (True, ["0x8086"], "tpu", "tpu"),
+        (True, ["0x8086", "0x1ae0"], None, None),
+        (False, ["0x8086"], None, None),
+    ],
+    ids=["a compiler only", "said by the user", "a TPU", "nothing"],
+)
+def test_the_tpu_compiler_alone_is_no_tpu(installed, vendors, given, expected, monkeypatch, tmp_path):
+    for index, vendor in enumerate(vendors):
+        (tmp_path / str(index)).write_text(f"{vendor}\n")
+    monkeypatch.setattr(backend, "VENDORS", str(tmp_path / "*"))
+    monkeypatch.setattr(backend, "ACCELERATORS", ())
+    monkeypatch.setattr(backend, "keep_memory", lambda: None)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: installed or None)
+    environment = {} if given is None else {"JAX_PLATFORMS": given}
+    monkeypatch.setattr(backend.os, "environ", environment)
+    backend.configure()
+    assert environment.get("JAX_PLATFORMS") == expected
