@@ -18,11 +18,9 @@ from research.kernels.attention.gpu_plan import ROWS, TILE, Plan, block_kinds, e
 from research.kernels.attention.gpu_tile import LOG2E
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.target import chip, platform
+from research.kernels.target import not_hopper, platform
 
 MAX_WIDTH = 256
-# The chips whose tensor cores take these kernels' instructions; those before and after have others.
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def refusal(
@@ -35,11 +33,7 @@ def refusal(
         return f"keys in {k.dtype.name}: it takes them in the queries' {q.dtype.name}"
     if q.shape[-1] > MAX_WIDTH:
         return f"head_dim = {q.shape[-1]}: it takes 1 to {MAX_WIDTH}, such as {MAX_WIDTH}"
-    if platform() != "gpu":
-        return f"{platform()}: it needs a GPU"
-    if not any(name in chip() for name in HOPPER):
-        return f"{chip() or 'a GPU that is not named'}: it needs a Hopper GPU, such as an H200"
-    return None
+    return not_hopper()
 
 
 def attention(

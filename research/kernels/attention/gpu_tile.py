@@ -20,7 +20,7 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jaxtyping import Array, Float
 
-from research.kernels.attention.gpu_plan import SWIZZLED, WARPGROUPS, Plan
+from research.kernels.attention.gpu_plan import WARPGROUPS, Plan
 
 LOG2E = math.log2(math.e)
 # exp2 gives 0 for it whatever is subtracted, and differences with it stay finite.
@@ -61,8 +61,9 @@ class Tile:
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Returns shared memory laid out for the copy engine and the matmul."""
-    elements = SWIZZLED * 2 // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128))
+    size = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd(128, shape[-1] * size)
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

@@ -18,11 +18,10 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import ScoreTerms
-from research.kernels.attention.gpu import HOPPER
 from research.kernels.decode_attention.gpu_kernel import BAND, STEP, Plan, join_kernel, part_kernel, scratch
 from research.kernels.decode_attention.pages import QUANTIZED, KVPages, needed
 from research.kernels.decode_attention.rows import by_row, fold, unfold
-from research.kernels.target import chip, platform
+from research.kernels.target import not_hopper, platform
 
 # Head widths: whole swizzles of shared memory, up to what registers hold of the result.
 WIDTH, MAX_WIDTH = 64, 256
@@ -42,10 +41,8 @@ JOINED = 128
 def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
     size, width = pages.key.shape[2:]
-    if platform() != "gpu":
-        return f"{platform()}: it needs a GPU"
-    if not any(name in chip() for name in HOPPER):
-        return f"{chip() or 'a GPU that is not named'}: it needs a Hopper GPU, such as an H200"
+    if (reason := not_hopper()) is not None:
+        return reason
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"queries in {q.dtype.name}: it takes bfloat16 or float16"
     if not pages.quantized and pages.key.dtype != q.dtype:

@@ -14,7 +14,6 @@ Source: Dao et al. 2023 (Flash-Decoding), https://pytorch.org/blog/flash-decodin
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from research.kernels.attention.gpu_tile import HIDDEN, LOG2E, along, load, product, spread, zeros
+from research.kernels.attention.gpu_tile import HIDDEN, LOG2E, along, load, product, spread, swizzled, zeros
 
 # Tokens of a step: the rows of a warpgroup's matmul.
 STEP = 64
@@ -67,14 +66,6 @@ class Plan:
         return min(self.page_size, STEP)
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Returns shared memory laid out for the copy engine and the matmul."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = math.gcd(128, shape[-1] * size)
-    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def scratch(plan: Plan, width: int, dtype: Any, stored: Any) -> dict[str, Any]:
     """Returns the shared memory of a block, and its barriers.
 
@@ -84,16 +75,16 @@ def scratch(plan: Plan, width: int, dtype: Any, stored: Any) -> dict[str, Any]:
       dtype: of the matmuls' operands.
       stored: of the pages.
     """
-    found = {"q": tiled((plan.height, width), dtype), "weights": tiled((plan.height, STEP), dtype)}
+    found = {"q": swizzled((plan.height, width), dtype), "weights": swizzled((plan.height, STEP), dtype)}
     found["q_full"] = plgpu.Barrier()
     arrivals = STEP // plan.copied * (1 if plan.largest is None else 2)
     for name in ("k", "v"):
-        found[name] = tiled((plan.stages, STEP, width), stored)
+        found[name] = swizzled((plan.stages, STEP, width), stored)
         found[f"{name}_full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages)
         if plan.largest is not None:
             found[f"{name}_scale"] = plgpu.SMEM((plan.stages, STEP), jnp.float32)
     if plan.largest is not None:
-        found["wide"] = tiled((STEP, width), dtype)
+        found["wide"] = swizzled((STEP, width), dtype)
     return found
 
 

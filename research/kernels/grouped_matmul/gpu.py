@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from research.kernels.attention.gpu import HOPPER
 from research.kernels.attention.gpu_plan import TILE
 from research.kernels.attention.gpu_tile import launch
 from research.kernels.grouped_matmul.gpu_kernel import (
@@ -23,7 +22,7 @@ from research.kernels.grouped_matmul.gpu_kernel import (
     rows_scratch,
 )
 from research.kernels.grouped_matmul.visits import visits
-from research.kernels.target import chip, platform
+from research.kernels.target import not_hopper, platform
 
 # Widths are padded to multiples of it: tiles of the result have so many columns, or twice as many.
 WIDTH = 128
@@ -33,10 +32,8 @@ BAND = 8
 
 def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
-    if platform() != "gpu":
-        return f"{platform()}: it needs a GPU"
-    if not any(name in chip() for name in HOPPER):
-        return f"{chip() or 'a GPU that is not named'}: it needs a Hopper GPU, such as an H200"
+    if (reason := not_hopper()) is not None:
+        return reason
     if x.dtype.name not in ("bfloat16", "float16"):
         return f"{x.dtype.name}: it takes bfloat16 or float16"
     return None
