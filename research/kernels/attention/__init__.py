@@ -31,7 +31,7 @@ def attention(
         out = Σ_visible exp(s) v / (Σ_visible exp(s) + exp(sink))
 
     with cap(x) = softcap · tanh(x / softcap) and p the mask's positions. Accumulation and softmax are float32; the
-    result has the type of `v`. A query that sees nothing gets zeros, and so do its gradients.
+    result has the type of `q`. A query that sees nothing gets zeros, and so do its gradients.
 
     Args:
       q: queries; N is a multiple of K, and query head n reads key head n // (N / K).
@@ -47,8 +47,8 @@ def attention(
         `[B, N, T, S]` and is taken by name only.
 
     Raises:
-      UserError: N is no multiple of K, or the body is not there or does not take what is asked; the message names the
-        rule and the nearest value that it allows.
+      UserError: N is no multiple of K, q, k and v differ in type, or the body is not there or does not take what is
+        asked; the message names the rule and the nearest value that it allows.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; groups: Ainslie et al. 2023, arXiv:2305.13245; ALiBi:
     Press et al. 2021, arXiv:2108.12409; cap: Gemma 2, arXiv:2408.00118, section 2; sinks: gpt-oss model card,
@@ -56,6 +56,9 @@ def attention(
     """
     if q.shape[2] % k.shape[2]:
         raise UserError(f"num_kv_heads = {k.shape[2]} does not divide num_heads = {q.shape[2]}.")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise UserError(f"{name} in {x.dtype.name} must have the type of q, {q.dtype.name}.")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     terms = ScoreTerms(bias, alibi, sinks, softcap, scale)
     body = choose(implementation, q, k, mask, terms)

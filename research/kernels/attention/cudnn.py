@@ -28,8 +28,6 @@ def refusal(
         return f"window = {mask.window} without causal: it takes a window with causal = True"
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"{q.dtype.name}: it takes bfloat16 or float16"
-    if k.dtype != q.dtype:
-        return f"keys in {k.dtype.name}: it takes them in the queries' {q.dtype.name}"
     width = q.shape[-1]
     if width > MAX_WIDTH or width % 8:
         nearest = min(MAX_WIDTH, -(-width // 8) * 8)

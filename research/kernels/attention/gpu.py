@@ -29,8 +29,6 @@ def refusal(
     """Returns the rule that a call breaks, with the nearest value that it allows."""
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"{q.dtype.name}: it takes bfloat16 or float16"
-    if k.dtype != q.dtype:
-        return f"keys in {k.dtype.name}: it takes them in the queries' {q.dtype.name}"
     if q.shape[-1] > MAX_WIDTH:
         return f"head_dim = {q.shape[-1]}: it takes 1 to {MAX_WIDTH}, such as {MAX_WIDTH}"
     return not_hopper()

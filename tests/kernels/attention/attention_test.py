@@ -250,5 +250,7 @@ def test_what_a_body_does_not_know_is_named():
         attention(q, k, v, mask=mask, implementation="cudnn")
     with pytest.raises(UserError, match=r"num_kv_heads = 3 does not divide num_heads = 4"):
         attention(*inputs(1, 4, 4, 4, 3, 8)[:3], mask=mask)
+    with pytest.raises(UserError, match=r"v in bfloat16 must have the type of q, float32"):
+        attention(q, k, v.astype(jnp.bfloat16), mask=mask)
     with pytest.raises(UserError, match=r"window = 0 must be at least 1"):
         AttentionMask(window=0)
