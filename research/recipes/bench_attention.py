@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from research.core.errors import UserError
+from research.core.errors import UserError, nearest
 from research.recipes.bench import spread
 from research.recipes.bench_sides import interleave
-from research.scaling.topology import tpu_devices
+from research.scaling.topology import TPU_TOPOLOGIES, tpu_devices
 
 SIDES, COUNT = "research.recipes.bench_attention_sides", "research.recipes.bench_attention_count"
 TARGETS = ("cpu", "gpu", "tpu-schedule")
@@ -40,11 +40,19 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.rounds < 1:
         raise UserError(f"--rounds = {arguments.rounds} must be at least 1.")
     if arguments.target == "tpu-schedule":
-        report: Any = schedules(arguments.chips.split(","), _lengths(arguments.lengths))
+        report: Any = schedules(_chips(arguments.chips), _lengths(arguments.lengths))
     else:
         report = measurements(arguments.target, arguments.rounds)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _chips(text: str) -> list[str]:
+    chips = text.split(",")
+    for chip in chips:
+        if chip not in TPU_TOPOLOGIES:
+            raise UserError(f"--chips = {text} names {chip!r}, no TPU generation. {nearest(chip, TPU_TOPOLOGIES)}")
+    return chips
 
 
 def _lengths(text: str) -> list[int]:

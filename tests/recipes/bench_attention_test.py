@@ -27,6 +27,8 @@ def test_what_cannot_be_benched_is_one_line(monkeypatch):
         bench_attention.main(arguments("--target=gpu"))
     with pytest.raises(UserError, match=r"--lengths = 4096,many must be multiples of 2048"):
         bench_attention.main(arguments("--target=tpu-schedule", "--lengths=4096,many"))
+    with pytest.raises(UserError, match=r"--chips = v5e,v6 names 'v6', no TPU generation. Did you mean 'v6e'"):
+        bench_attention.main(arguments("--target=tpu-schedule", "--chips=v5e,v6"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[tpu\]'"):
         bench_attention.main(arguments("--target=tpu-schedule"))
