@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
-from research.kernels.cross_entropy import chunked, reference
+from research.kernels.cross_entropy import chunked, reference, tiles
 
 __all__ = ["Implementation", "cross_entropy"]
 
@@ -53,9 +53,9 @@ def cross_entropy(
     batch = targets.shape
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if vocab_chunk is None:
-        vocab_chunk = chunked.default_vocab_chunk(chunked.vocabulary_share(kernel.shape[1]))
+        vocab_chunk = tiles.default_vocab_chunk(tiles.vocabulary_share(kernel.shape[1]))
     if token_chunk is None:
-        token_chunk = chunked.default_token_chunk(vocab_chunk)
+        token_chunk = tiles.default_token_chunk(vocab_chunk)
     if min(token_chunk, vocab_chunk) < 1:
         raise UserError(f"token_chunk = {token_chunk} and vocab_chunk = {vocab_chunk} must be at least 1.")
     if not 0 <= label_smoothing < 1:
@@ -63,6 +63,6 @@ def cross_entropy(
     if implementation == "reference":
         nll, log_z = reference.cross_entropy(hidden, kernel, targets, softcap, label_smoothing)
     else:
-        terms = chunked.Terms(softcap, label_smoothing, token_chunk, vocab_chunk)
+        terms = tiles.Terms(softcap, label_smoothing, token_chunk, vocab_chunk)
         nll, log_z = chunked.cross_entropy(hidden, kernel, targets, terms)
     return nll.reshape(batch), log_z.reshape(batch)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research.core.errors import UserError
-from research.kernels.cross_entropy import chunked, cross_entropy
+from research.kernels.cross_entropy import cross_entropy, tiles
 from research.kernels.target import compiling_for
 from research.scaling.topology import compile_on, tpu_devices
 
@@ -214,7 +214,7 @@ def test_columns_and_logits_stay_on_their_device(name):
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_columns_or_logits_leave_it_where_tensor_shares_out_nothing(name, monkeypatch):
-    monkeypatch.setattr(chunked, "TENSOR_AXIS", "no such axis")
+    monkeypatch.setattr(tiles, "TENSOR_AXIS", "no such axis")
     gathered, largest = sharded_sizes(name, token_chunk=16, vocab_chunk=64)
     assert max(gathered, largest) >= D * 1024
 
@@ -273,11 +273,11 @@ def test_label_smoothing_of_one_is_refused():
 
 
 def test_a_tile_is_larger_where_there_is_no_cache_to_fit():
-    assert chunked.default_vocab_chunk(128_256) == 4096
-    assert chunked.default_vocab_chunk(101) == 101
-    assert chunked.default_token_chunk(4096) == 1024
+    assert tiles.default_vocab_chunk(128_256) == 4096
+    assert tiles.default_vocab_chunk(101) == 101
+    assert tiles.default_token_chunk(4096) == 1024
     with compiling_for("tpu"):
-        assert chunked.default_token_chunk(4096) == 4096
+        assert tiles.default_token_chunk(4096) == 4096
 
 
 def test_a_chunk_below_one_is_refused():
