@@ -291,8 +291,8 @@ def feed(total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array
 
 
 def store(value: Array, buffer: Any, target: Any) -> None:
-    """Writes a tile or a vector to device memory through shared memory, and waits until it is there."""
+    """Writes a tile or a vector to device memory through shared memory, which is free when it returns."""
     buffer[...] = value
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffer, target)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
