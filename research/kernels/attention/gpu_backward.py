@@ -233,7 +233,9 @@ def _key_sums(
         plgpu.barrier_wait(scratch["q_full"].at[slot])
         raw = product(plan, k_smem, q_smem, transpose_b=True)
         plgpu.barrier_wait(scratch["g_full"].at[slot])
-        dweights = product(plan, v_smem, g_smem, transpose_b=True)
+        # The values' gradient does not ask for it, and no compiler leaves a matmul of the tensor cores out.
+        asked = "dk" in outs
+        dweights = product(plan, v_smem, g_smem, transpose_b=True) if asked else zeros(plan, ROWS, block)
         own = _statistics(plan, statistics, here)
         weights, dscores, draw = _weights(plan, extras, raw, dweights, own, here, masked)
         sums = dict(sums)

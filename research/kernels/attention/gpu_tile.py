@@ -78,12 +78,13 @@ def launch(plan: Interpreted, body: functools.partial, out_type: Any, scratch: d
       **grid: the size of each axis of the grid by name, the fastest first.
     """
     body.__name__ = body.func.__name__.strip("_")  # what profilers show
+    names = tuple(reversed(grid))  # Of a kernel's grid the last axis is the fastest.
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=tuple(grid[name] for name in names),
+        grid_names=names,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -290,8 +291,8 @@ def feed(total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array
 
 
 def store(value: Array, buffer: Any, target: Any) -> None:
-    """Writes a tile or a vector to device memory through shared memory, and waits until it is there."""
+    """Writes a tile or a vector to device memory through shared memory, which is free when it returns."""
     buffer[...] = value
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffer, target)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

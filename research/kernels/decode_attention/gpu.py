@@ -158,12 +158,13 @@ def _launch(
     """Returns a kernel of `gpu_kernel`, for a grid of the axes of these names, the fastest first."""
     body = functools.partial(kernel, plan)
     body.__name__ = f"decode_attention_{kernel.__name__}"  # what profilers show
+    names = tuple(reversed(grid))  # Of a kernel's grid the last axis is the fastest.
     return plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
         scratch_types=shared or {},
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=tuple(grid[name] for name in names),
+        grid_names=names,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=InterpretGPUParams() if plan.interpret else None,
     )

@@ -215,12 +215,17 @@ def _add_values(
         # What is no token's value may be anything, which times a weight of zero is not zero.
         shape = tuple(values.shape)
         v = load(plan, values, tuple(pl.ds(0, size) for size in shape))
-        tokens = spread(plan, lax.broadcasted_iota(jnp.int32, shape, 0))
+        tokens = _count(plan, 0, shape)
         values[...] = jnp.where(tokens < there, v.astype(jnp.float32), 0.0).astype(dtype)
 
     _store_turned(plan, weights.astype(dtype), shared["weights"])
     plgpu.commit_smem()
     return product(plan, values, shared["weights"], out, transpose_a=True, transpose_b=True)
+
+
+def _count(plan: Plan, axis: int, shape: tuple[int, int]) -> Array:
+    """Returns 0, 1, … along `axis` of a tile, whose other side need be no power of two: none of it is divided by."""
+    return along(spread(plan, lax.broadcasted_iota(jnp.int32, shape[axis : axis + 1], 0), axis), axis, shape)
 
 
 def _wide(plan: Plan, ref: Any, slot: Array, dtype: Any) -> Array:
@@ -246,11 +251,11 @@ def _scores(
 ) -> tuple[Float[Array, "S rows"], Array]:
     """Returns the scores of a step times log₂e, `HIDDEN` where a row does not see a key, and where it does."""
     plan = part.plan
-    row = spread(plan, lax.broadcasted_iota(jnp.int32, raw.shape, 1))
+    row = _count(plan, 1, raw.shape)
     if plan.tiles > 1:
         row += lax.rem(part.head, jnp.int32(plan.tiles)) * plan.height
     row = lax.rem(row, jnp.int32(plan.rows))
-    down = spread(plan, lax.broadcasted_iota(jnp.int32, raw.shape, 0))
+    down = _count(plan, 0, raw.shape)
     distance = row - down + (part.length - plan.rows - key)
     seen = distance >= 0
     if plan.window is not None:

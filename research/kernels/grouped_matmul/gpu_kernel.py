@@ -165,7 +165,7 @@ def _column(plan: Plan) -> Array:
 
 
 def _store_rows(value: Array, buffer: Any, target: Any, at: tuple[Array, pl.Slice], begin: Array, end: Array) -> None:
-    """Writes some rows of a tile to device memory, and waits until they are there.
+    """Writes some rows of a tile to device memory through shared memory, which is free when it returns.
 
     The copy engine copies as many rows as was known when it was compiled: here the powers of two that add up to them.
 
@@ -188,7 +188,7 @@ def _store_rows(value: Array, buffer: Any, target: Any, at: tuple[Array, pl.Slic
             plgpu.copy_smem_to_gmem(buffer.at[pl.ds(begin, size)], target.at[pl.ds(first + begin, size), columns])
 
         begin, size = begin + some, size // 2
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def grouped_outer(plan: Plan, spans_ref: Any, x_ref: Any, g_ref: Any, out_ref: Any, **shared: Any) -> None:
