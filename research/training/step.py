@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, Shaped
 
 from research.core.random import step_key
-from research.kernels.cross_entropy import cross_entropy
+from research.kernels.cross_entropy import summed_cross_entropy
 from research.kernels.target import platform
 from research.losses.token import weighted_sum, z_loss
 from research.models.config import ModelConfig
@@ -38,6 +38,11 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
     """
     model = Decoder(config)
 
+    def objective(nll: Array, log_z: Array, weights: Array) -> tuple[Float[Array, ""], Metrics]:
+        nll_sum = weighted_sum(nll, weights)
+        z_sum = weighted_sum(z_loss(log_z, z_coefficient), weights) if z_coefficient else jnp.zeros(())
+        return nll_sum + z_sum, {"loss": nll_sum, "z_loss": z_sum}
+
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, ""], Metrics]:
         def apply(module: Decoder) -> tuple[Array, Array]:
             hidden, _ = module(batch["tokens"], batch["positions"], batch["segments"], deterministic=key is None)
@@ -45,10 +50,8 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
 
         rngs = {} if key is None else {"dropout": key}
         hidden, kernel = model.apply({"params": params}, rngs=rngs, method=apply)
-        nll, log_z = cross_entropy(hidden, kernel, batch["targets"], label_smoothing=label_smoothing)
-        nll_sum = weighted_sum(nll, batch["weights"])
-        z_sum = weighted_sum(z_loss(log_z, z_coefficient), batch["weights"]) if z_coefficient else jnp.zeros(())
-        return nll_sum + z_sum, {"loss": nll_sum, "z_loss": z_sum}
+        options = {"label_smoothing": label_smoothing}
+        return summed_cross_entropy(objective, hidden, kernel, batch["targets"], batch["weights"], **options)
 
     return loss
 

@@ -92,12 +92,12 @@ def test_turns_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, 
 
 
 def test_cross_entropy_is_measured_with_its_temporaries(monkeypatch, capsys):
-    sizes = {"tokens": 512, "width": 8, "vocabulary": 40_000}
+    sizes = {"tokens": 2048, "width": 8, "vocabulary": 40_000}
     monkeypatch.setattr(bench_kernels, "TURN_FLOPS", 1)
     report = bench_kernels.measure("cross_entropy", "float32", sizes, 1)
     assert min(report["milliseconds"]["tessera"] + report["milliseconds"]["plain"]) > 0
     taken = report["temporary_bytes"]
-    assert taken["tessera"] < report["logits_bytes"] == 512 * 40_000 * 4 <= taken["plain"]
+    assert taken["tessera"] < report["logits_bytes"] == 2048 * 40_000 * 4 <= taken["plain"]
     share = f"{taken['tessera'] / report['logits_bytes']:.1%} of the float32 logits"
     assert share in capsys.readouterr().out
 

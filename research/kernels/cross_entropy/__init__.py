@@ -1,15 +1,20 @@
 """The loss of a language model from its last hidden states, without float32 logits of the whole batch."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
-from research.kernels.cross_entropy import chunked, reference, tiles
+from research.kernels.cross_entropy import chunked, fused, reference
+from research.kernels.cross_entropy.fused import Objective
+from research.kernels.cross_entropy.tiles import Terms, default_token_chunk, default_vocab_chunk, vocabulary_share
+from research.kernels.target import platform
 
-__all__ = ["Implementation", "cross_entropy"]
+__all__ = ["Implementation", "Objective", "SummedImplementation", "cross_entropy", "summed_cross_entropy"]
 
 Implementation = Literal["auto", "reference", "chunked"]
+SummedImplementation = Literal["auto", "reference", "chunked", "fused"]
 
 
 def cross_entropy(
@@ -52,17 +57,69 @@ def cross_entropy(
     """
     batch = targets.shape
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    terms = _terms(kernel.shape[1], softcap, label_smoothing, token_chunk, vocab_chunk)
+    if implementation == "reference":
+        nll, log_z = reference.cross_entropy(hidden, kernel, targets, softcap, label_smoothing)
+    else:
+        nll, log_z = chunked.cross_entropy(hidden, kernel, targets, terms)
+    return nll.reshape(batch), log_z.reshape(batch)
+
+
+def summed_cross_entropy(
+    objective: Objective,
+    hidden: Float[Array, "*batch D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "*batch"],
+    *per_token: Float[Array, "*batch"],
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    implementation: SummedImplementation = "auto",
+) -> tuple[Float[Array, ""], Any]:
+    """What an objective makes of the cross-entropy of all tokens: `objective(*cross_entropy(…), *per_token)`.
+
+    Told beforehand what becomes of each token's loss, it can make the gradient while the logits are there, and has no
+    need to make them twice.
+
+    Args:
+      objective: takes nll, log_z and `per_token`, all of them `[M]`, and returns a sum over tokens and anything else.
+        It may see some tokens at a time, so what it makes of one may not depend on others. It may not close over arrays
+        that are traced.
+      hidden, kernel, targets: as of `cross_entropy`.
+      *per_token: more arrays over tokens, such as weights. They have no gradient.
+      softcap, label_smoothing: as of `cross_entropy`.
+      implementation: `fused` makes the gradient beside the loss, and wants the whole vocabulary on each device;
+        `chunked` and `reference` are those of `cross_entropy`; `auto` is `fused` on CPU, where products are what takes
+        the time, and `chunked` elsewhere, where tiles of few tokens would spend it on reading the kernel.
+
+    Returns:
+      What `objective` returns. Only the sum has a gradient.
+
+    Raises:
+      UserError: as of `cross_entropy`, or `fused` for a vocabulary that is shared out.
+    """
+    vocab_size = kernel.shape[1]
+    shared = vocabulary_share(vocab_size) < vocab_size
+    if implementation == "fused" and shared:
+        raise UserError("implementation = 'fused' needs the whole vocabulary on each device: take 'chunked'.")
+    hidden, (targets, *per_token) = hidden.reshape(-1, hidden.shape[-1]), (x.reshape(-1) for x in (targets, *per_token))
+    if implementation == "fused" or (implementation == "auto" and platform() == "cpu" and not shared):
+        terms = _terms(vocab_size, softcap, label_smoothing, fused.token_chunk(vocab_size), None)
+        return fused.objective_of_tokens(objective, hidden, kernel, targets, tuple(per_token), terms)
+    options = {"softcap": softcap, "label_smoothing": label_smoothing, "implementation": implementation}
+    losses = cross_entropy(hidden, kernel, targets, **options)
+    total, more = objective(*losses, *map(jax.lax.stop_gradient, per_token))
+    return total, jax.lax.stop_gradient(more)
+
+
+def _terms(
+    vocab_size: int, softcap: float | None, label_smoothing: float, token_chunk: int | None, vocab_chunk: int | None
+) -> Terms:
     if vocab_chunk is None:
-        vocab_chunk = tiles.default_vocab_chunk(tiles.vocabulary_share(kernel.shape[1]))
+        vocab_chunk = default_vocab_chunk(vocabulary_share(vocab_size))
     if token_chunk is None:
-        token_chunk = tiles.default_token_chunk(vocab_chunk)
+        token_chunk = default_token_chunk(vocab_chunk)
     if min(token_chunk, vocab_chunk) < 1:
         raise UserError(f"token_chunk = {token_chunk} and vocab_chunk = {vocab_chunk} must be at least 1.")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"label_smoothing = {label_smoothing} must lie in [0, 1).")
-    if implementation == "reference":
-        nll, log_z = reference.cross_entropy(hidden, kernel, targets, softcap, label_smoothing)
-    else:
-        terms = tiles.Terms(softcap, label_smoothing, token_chunk, vocab_chunk)
-        nll, log_z = chunked.cross_entropy(hidden, kernel, targets, terms)
-    return nll.reshape(batch), log_z.reshape(batch)
+    return Terms(softcap, label_smoothing, token_chunk, vocab_chunk)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research.core.errors import UserError
-from research.kernels.cross_entropy import cross_entropy, tiles
+from research.kernels.cross_entropy import cross_entropy, fused, summed_cross_entropy, tiles
 from research.kernels.target import compiling_for
 from research.scaling.topology import compile_on, tpu_devices
 
@@ -219,17 +219,93 @@ def test_columns_or_logits_leave_it_where_tensor_shares_out_nothing(name, monkey
     assert max(gathered, largest) >= D * 1024
 
 
+def summed(implementation, inputs, weights, **options):
+    hidden, table, targets, _ = inputs
+
+    def call(hidden, table):
+        return summed_cross_entropy(
+            with_z_loss, hidden, table.T, targets, weights, implementation=implementation, **options
+        )
+
+    (total, nll_sum), gradients = jax.jit(jax.value_and_grad(call, argnums=(0, 1), has_aux=True))(hidden, table)
+    return jnp.stack([total, nll_sum]), *gradients
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    batch=st.sampled_from([(1,), (3, 7), (5, 8)]),
+    logits=st.sampled_from([4 * V, 2**25]),
+    tile=st.sampled_from([(2**22, 2**12), (64, 40)]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    softcap=st.sampled_from([None, 2.0]),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+)
+def test_a_gradient_made_beside_the_loss_equals_the_reference(batch, logits, tile, dtype, softcap, label_smoothing):
+    given = inputs(batch, dtype)
+    weights = jnp.asarray(np.random.default_rng(1).integers(0, 3, batch), jnp.float32)
+    options = {"softcap": softcap, "label_smoothing": label_smoothing}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "LOGITS", logits)
+        patch.setattr(tiles, "CPU_TILE_ELEMENTS", tile[0])
+        patch.setattr(tiles, "TILE_VOCABULARY", tile[1])
+        found = summed("fused", given, weights, **options)
+    expected = summed("reference", given, weights, **options)
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.02
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.float32(a), np.float32(b)
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
+
+
+def test_a_gradient_made_beside_the_loss_makes_the_logits_once():
+    def products(implementation):
+        hidden, table, targets, _ = inputs((64,), vocab=128)
+        call = lambda hidden, table: summed_cross_entropy(  # noqa: E731
+            with_z_loss, hidden, table.T, targets, jnp.ones(64), implementation=implementation
+        )[0]
+        return jax.jit(jax.grad(call, argnums=(0, 1))).lower(hidden, table).cost_analysis()["flops"]
+
+    product = 2 * 64 * 128 * D
+    assert products("fused") < 3.9 * product < products("chunked")
+
+
+def test_tokens_may_be_shared_out_where_the_gradient_is_made_beside_the_loss_but_not_the_vocabulary():
+    given = inputs((16, 32), vocab=64)
+    weights = jnp.ones((16, 32))
+    expected = summed("reference", given, weights)
+    mesh, hidden, table = on_mesh("tokens twice, width", *given[:2])
+    with jax.set_mesh(mesh):
+        for a, b in zip(summed("fused", (hidden, table, *given[2:]), weights), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+    mesh, hidden, table = on_mesh("tokens, vocabulary", *given[:2])
+    with jax.set_mesh(mesh):
+        with pytest.raises(UserError, match="'fused' needs the whole vocabulary on each device: take 'chunked'"):
+            summed("fused", (hidden, table, *given[2:]), weights)
+        for a, b in zip(summed("auto", (hidden, table, *given[2:]), weights), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
 TOKENS, VOCABULARY = 8192, 128_256
 
 
-def temporaries(device, width, dtype):
+def with_z_loss(nll, log_z, weights):
+    """Returns what training minimizes and reports, summed over tokens."""
+    return jnp.vdot(nll + 0.01 * log_z**2, weights), jnp.vdot(nll, weights)
+
+
+def temporaries(device, width, dtype, implementation="auto"):
     """Returns the bytes of the gradient's temporaries at the size of a large model, as a share of float32 logits."""
 
-    def loss(hidden, kernel, targets):
-        nll, log_z = cross_entropy(hidden, kernel, targets, label_smoothing=0.1)
-        return (nll + 1e-4 * log_z**2).mean()
+    def loss(hidden, kernel, targets, weights):
+        options = {"label_smoothing": 0.1, "implementation": implementation}
+        return summed_cross_entropy(with_z_loss, hidden, kernel, targets, weights, **options)[0]
 
-    shapes = ((TOKENS, width), dtype), ((width, VOCABULARY), jnp.float32), ((TOKENS,), jnp.int32)
+    shapes = (
+        ((TOKENS, width), dtype),
+        ((width, VOCABULARY), jnp.float32),
+        ((TOKENS,), jnp.int32),
+        ((TOKENS,), jnp.float32),
+    )
     arguments = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
     compiled = compile_on(device, jax.grad(loss, argnums=(0, 1)), *arguments)
     return compiled.memory_analysis().temp_size_in_bytes / (4 * TOKENS * VOCABULARY)
@@ -237,8 +313,9 @@ def temporaries(device, width, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("width", [512, 1024])
-def test_temporaries_are_under_a_twentieth_of_the_logits(width, dtype):
-    assert temporaries(jax.devices()[0], width, dtype) < 0.05
+@pytest.mark.parametrize("implementation", ["fused", "chunked"])
+def test_temporaries_are_under_a_twentieth_of_the_logits(implementation, width, dtype):
+    assert temporaries(jax.devices()[0], width, dtype, implementation) < 0.05
 
 
 def test_temporaries_are_as_small_on_tpu():
