@@ -24,6 +24,8 @@ from research.kernels.grouped_matmul.gpu_kernel import (
 from research.kernels.grouped_matmul.visits import visits
 from research.kernels.target import not_hopper, platform
 
+# Blocks of a GPU's grid along any axis but its first.
+MAX_VISITS = 2**16 - 1
 # Widths are padded to multiples of it: tiles of the result have so many columns, or twice as many.
 WIDTH = 128
 # Tiles of columns that are made one after the other for the same rows, so that caches hold what they share.
@@ -36,6 +38,9 @@ def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | Non
         return reason
     if x.dtype.name not in ("bfloat16", "float16"):
         return f"{x.dtype.name}: it takes bfloat16 or float16"
+    most = (MAX_VISITS - kernels.shape[0]) * TILE
+    if x.shape[0] > most:
+        return f"{x.shape[0]} rows: it takes at most {most} on a device"
     return None
 
 

@@ -123,13 +123,15 @@ REFUSED = [
     ({"chip": ""}, "a GPU that is not named: it needs a Hopper GPU"),
     ({"dtype": "float32"}, "float32: it takes bfloat16 or float16"),
     ({"width": 7}, None),
+    ({"rows": 2**23, "width": 8}, "8388608 rows: it takes at most 8388224 on a device"),
 ]
 
 
 @pytest.mark.parametrize(("given", "rule"), REFUSED)
 def test_refusal_names_the_rule_and_the_nearest_value(given, rule):
-    call = {"platform": "gpu", "chip": H200, "dtype": "bfloat16", "width": 64} | given
-    x, kernels = (jnp.zeros(shape, call["dtype"]) for shape in ((4, call["width"]), (2, call["width"], 8)))
+    call = {"platform": "gpu", "chip": H200, "dtype": "bfloat16", "rows": 4, "width": 64} | given
+    shapes = (call["rows"], call["width"]), (2, call["width"], 8)
+    x, kernels = (jnp.zeros(shape, call["dtype"]) for shape in shapes)
     arguments = (x, kernels, jnp.array([2, 2]))
     with compiling_for(call["platform"], call["chip"]):
         if rule is None:
