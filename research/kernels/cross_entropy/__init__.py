@@ -89,7 +89,8 @@ def summed_cross_entropy(
       softcap, label_smoothing: as of `cross_entropy`.
       implementation: `fused` makes the gradient beside the loss, and wants the whole vocabulary on each device;
         `chunked` and `reference` are those of `cross_entropy`; `auto` is `fused` on CPU, where products are what takes
-        the time, and `chunked` elsewhere, where tiles of few tokens would spend it on reading the kernel.
+        the time, but for bfloat16 with more than 65,536 entries, and `chunked` elsewhere, where tiles of few tokens
+        would spend it on reading the kernel.
 
     Returns:
       What `objective` returns. Only the sum has a gradient.
@@ -102,7 +103,8 @@ def summed_cross_entropy(
     if implementation == "fused" and shared:
         raise UserError("implementation = 'fused' needs the whole vocabulary on each device: take 'chunked'.")
     hidden, (targets, *per_token) = hidden.reshape(-1, hidden.shape[-1]), (x.reshape(-1) for x in (targets, *per_token))
-    if implementation == "fused" or (implementation == "auto" and platform() == "cpu" and not shared):
+    fast = platform() == "cpu" and not shared and fused.is_fast(vocab_size, hidden.dtype)
+    if implementation == "fused" or (implementation == "auto" and fast):
         terms = _terms(vocab_size, softcap, label_smoothing, fused.token_chunk(vocab_size), None)
         return fused.objective_of_tokens(objective, hidden, kernel, targets, tuple(per_token), terms)
     options = {"softcap": softcap, "label_smoothing": label_smoothing, "implementation": implementation}

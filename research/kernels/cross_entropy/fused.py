@@ -30,8 +30,9 @@ from research.kernels.cross_entropy.tiles import (
 )
 from research.kernels.row_major import row_major, swap_last
 
-# float32 logits that there are at once, and tokens, more of which gain nothing.
-LOGITS, TOKENS = 2**25, 2**11
+# float32 logits that there are at once; tokens, more of which gain nothing; tokens, fewer of which make too little of a
+# kernel that must be rounded for them.
+LOGITS, TOKENS, FEW_TOKENS = 2**25, 2**11, 2**9
 
 # What is made of the losses and log-partitions of tokens, and other arrays over them: a sum over tokens, and more.
 Objective = Callable[..., tuple[Float[Array, ""], Any]]
@@ -40,6 +41,11 @@ Objective = Callable[..., tuple[Float[Array, ""], Any]]
 def token_chunk(vocab_size: int) -> int:
     """Returns how many tokens have all of their logits at once."""
     return max(1, min(TOKENS, LOGITS // vocab_size))
+
+
+def is_fast(vocab_size: int, dtype: Any) -> bool:
+    """Returns whether this takes less time than two passes, for hidden states of a type, on a CPU."""
+    return dtype == jnp.float32 or token_chunk(vocab_size) >= FEW_TOKENS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))

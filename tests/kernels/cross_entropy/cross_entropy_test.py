@@ -1,5 +1,6 @@
 """Cross-entropy in chunks: equal to the plain one, and without logits of the whole batch."""
 
+import contextlib
 import math
 import re
 
@@ -267,6 +268,29 @@ def test_a_gradient_made_beside_the_loss_makes_the_logits_once():
 
     product = 2 * 64 * 128 * D
     assert products("fused") < 3.9 * product < products("chunked")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "platform", "expected"),
+    [
+        (101, "bfloat16", "cpu", True),
+        (2**17, "float32", "cpu", True),
+        (2**17, "bfloat16", "cpu", False),
+        (101, "float32", "tpu", False),
+    ],
+)
+def test_auto_makes_the_gradient_beside_the_loss_where_that_is_fast(vocab, dtype, platform, expected, monkeypatch):
+    class FusedError(Exception):
+        pass
+
+    def taken(*_):
+        raise FusedError
+
+    monkeypatch.setattr(fused, "objective_of_tokens", taken)
+    hidden, table, targets, _ = jax.eval_shape(lambda: inputs((64,), dtype, vocab))
+    call = lambda h, t, y: summed_cross_entropy(with_z_loss, h, t.T, y, jnp.ones(64))  # noqa: E731
+    with compiling_for(platform), pytest.raises(FusedError) if expected else contextlib.nullcontext():
+        jax.eval_shape(call, hidden, table, targets)
 
 
 def test_tokens_may_be_shared_out_where_the_gradient_is_made_beside_the_loss_but_not_the_vocabulary():
