@@ -107,7 +107,7 @@ def _even_cuts(size: int, parts: int) -> list[slice]:
     return [slice(start, min(start + length, size)) for start in range(0, size, length)]
 
 
-def _put_together(parts: list[list[Float[Array, "b T n H"]]]) -> Float[Array, "B T N H"]:
+def _put_together(parts: list[list[Float[Array, "_ T _ H"]]]) -> Float[Array, "B T N H"]:
     return jnp.concatenate([jnp.concatenate(row, axis=2) for row in parts])
 
 

@@ -116,10 +116,11 @@ def test_reach_leaves_out_nothing_visible_and_blocks_above_the_diagonal():
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     # Sizes as they are, or so small that shares, bands of several tiles and what is left of them all come to pass.
-    sizes=st.sampled_from([{}, {"TILE": 16, "MAX_BANDS": 3, "SHARE_SCORES": 64}]),
+    sizes=st.sampled_from([{}, {"TILE": 16, "MAX_BANDS": 3, "SHARES": 2, "SHARE_SCORES": 64}]),
+    batch=st.sampled_from([1, 3]),
     queries=st.sampled_from([1, 60, 150, 300]),
     keys=st.sampled_from([40, 300]),
-    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    heads=st.sampled_from([(1, 1), (6, 3), (3, 1)]),
     causal=st.booleans(),
     window=st.sampled_from([None, 1, 50]),
     packed=st.booleans(),
@@ -128,16 +129,16 @@ def test_reach_leaves_out_nothing_visible_and_blocks_above_the_diagonal():
     seed=st.integers(0, 100),
 )
 def test_cpu_equals_reference_in_value_and_gradients(
-    sizes, queries, keys, heads, causal, window, packed, terms, bias, seed
+    sizes, batch, queries, keys, heads, causal, window, packed, terms, bias, seed
 ):
     rng = np.random.default_rng(seed)
-    q, k, v, g = inputs(2, queries, keys, *heads, 8, seed=seed)
-    longest = segments(2, max(queries, keys), seed)
+    q, k, v, g = inputs(batch, queries, keys, *heads, 8, seed=seed)
+    longest = segments(batch, max(queries, keys), seed)
     ids = {"q_segments": longest[:, :queries], "kv_segments": longest[:, :keys]} if packed else {}
     mask = AttentionMask(causal=causal, window=window, **ids)
     arrays = {name: jnp.asarray(rng.random(heads[0]), jnp.float32) for name in sorted(terms - {"softcap"})}
     if bias is not None:
-        whole = (2, heads[0], queries, keys)
+        whole = (batch, heads[0], queries, keys)
         shape = [1 if one else size for one, size in zip(bias, whole, strict=True)]
         arrays["bias"] = jnp.asarray(rng.normal(size=shape), jnp.float32)
     softcap = 2.0 if "softcap" in terms else None
