@@ -1,13 +1,13 @@
 """What the GPU kernels of attention are built from: a static plan, padded operands, and which blocks meet which."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
+from research.kernels.rounding import round_up
 
 # Rows of one warpgroup's matmul, and the two warpgroups that compute in a block.
 ROWS = 64
@@ -41,16 +41,12 @@ class Plan:
     @property
     def padded_queries(self) -> int:
         """T in whole tiles."""
-        return _whole(self.queries, TILE)
+        return round_up(self.queries, TILE)
 
     @property
     def padded_keys(self) -> int:
         """S in whole tiles."""
-        return _whole(self.keys, TILE)
-
-
-def _whole(length: int, unit: int) -> int:
-    return math.ceil(length / unit) * unit
+        return round_up(self.keys, TILE)
 
 
 def _fill(x: Array, *sizes: int) -> Array:
@@ -64,7 +60,7 @@ def _fill(x: Array, *sizes: int) -> Array:
 def pad_tokens(x: Array) -> Array:
     """Returns `[B, T, N, H]` in whole tiles of tokens and whole swizzles of the head width."""
     _, length, heads, width = x.shape
-    return _fill(x, _whole(length, TILE), heads, _whole(width, SWIZZLED))
+    return _fill(x, round_up(length, TILE), heads, round_up(width, SWIZZLED))
 
 
 def extras(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str, Array]:

@@ -21,6 +21,7 @@ from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention.gpu_kernel import BAND, STEP, Plan, join_kernel, part_kernel, scratch
 from research.kernels.decode_attention.pages import QUANTIZED, KVPages, needed
 from research.kernels.decode_attention.rows import by_row, fold, unfold
+from research.kernels.rounding import round_up
 from research.kernels.target import not_hopper, platform
 
 # Head widths: whole swizzles of shared memory, up to what registers hold of the result.
@@ -48,18 +49,14 @@ def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, term
     if not pages.quantized and pages.key.dtype != q.dtype:
         return f"pages in {pages.key.dtype.name}: it takes the queries' {q.dtype.name}, int8 or float8_e4m3fn"
     if width % WIDTH or width > MAX_WIDTH:
-        nearest = min(_up(width, WIDTH), MAX_WIDTH)
+        nearest = min(round_up(width, WIDTH), MAX_WIDTH)
         return f"pages of head_dim = {width}: it takes multiples of {WIDTH} up to {MAX_WIDTH}, such as {nearest}"
     fitting = [n for n in (8, 16, 32) if n >= (LEAST_QUANTIZED_PAGE if pages.quantized else LEAST_PAGE)]
     if size % STEP and size not in fitting:
         sizes = f"{', '.join(map(str, fitting))} or multiples of {STEP}"
-        nearest = next((n for n in fitting if n > size), _up(size, STEP))
+        nearest = next((n for n in fitting if n > size), round_up(size, STEP))
         return f"page_size = {size} in {pages.key.dtype.name}: it takes {sizes}, such as {nearest}"
     return None
-
-
-def _up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms) -> Plan:
@@ -72,7 +69,7 @@ def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: in
     _, kv_heads, size, width = pages.key.shape
     count = q.shape[1] * q.shape[2] // kv_heads
     tiles = -(-count // MAX_ROWS)
-    height = _up(-(-count // tiles), COLUMNS)
+    height = round_up(-(-count // tiles), COLUMNS)
     return Plan(
         rows=q.shape[1],
         tiles=tiles,

@@ -15,6 +15,7 @@ from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention.pages import KVPages, needed
 from research.kernels.decode_attention.rows import by_row, fold, unfold
 from research.kernels.decode_attention.tpu_kernel import LANES, SUBLANES, Plan, kernel
+from research.kernels.rounding import round_up
 from research.kernels.target import chip, platform
 
 # Tokens of a block; bytes that both halves of its buffers may take of a core's fast memory, and those of the sums.
@@ -40,21 +41,19 @@ def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, term
             return f"{name} in float16: it takes them in bfloat16 or float32"
     # Rows of memory that are not full lie in another order, and all pages would be copied at every call.
     if width % LANES:
-        return f"pages of head_dim = {width}: it takes multiples of {LANES}, such as {_up(width, LANES)}, with zeros"
+        return (
+            f"pages of head_dim = {width}: it takes multiples of {LANES}, such as {round_up(width, LANES)}, with zeros"
+        )
     if size % unit or size > MAX_PAGE:
-        nearest = min(_up(size, unit), MAX_PAGE)
+        nearest = min(round_up(size, unit), MAX_PAGE)
         return f"page_size = {size} in {pages.key.dtype.name}: it takes multiples of {unit}, such as {nearest}"
     # So it is with rows of scales.
     if pages.quantized and kv_heads not in (1, 2, 4) and kv_heads % SUBLANES:
-        nearest = _up(kv_heads, 4 if kv_heads < 4 else SUBLANES)
+        nearest = round_up(kv_heads, 4 if kv_heads < 4 else SUBLANES)
         return f"num_kv_heads = {kv_heads} in {pages.key.dtype.name}: it takes 1, 2, 4 or multiples of 8, as {nearest}"
     if rows > MAX_ROWS:
         return f"{rows} query rows a key/value head: it takes at most {MAX_ROWS}"
     return None
-
-
-def _up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms) -> Plan:
@@ -67,8 +66,8 @@ def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: in
     kv_heads, size, width = pages.key.shape[1:]
     group = q.shape[2] // kv_heads
     # Rows fill whole tiles of fast memory.
-    height = _up(q.shape[1] * group, SUBLANES * 4 // q.dtype.itemsize)
-    a_page = 4 * size * _up(width, LANES) * pages.key.dtype.itemsize
+    height = round_up(q.shape[1] * group, SUBLANES * 4 // q.dtype.itemsize)
+    a_page = 4 * size * round_up(width, LANES) * pages.key.dtype.itemsize
     a_sum = 4 * height * (2 * LANES + 3 * width)
     most = kv_heads // 2 if chip() in TWO_CORES and kv_heads % 2 == 0 else kv_heads
     fitting = (n for n in range(most, 1, -1) if not kv_heads % n and n * a_page <= BUFFERS and n * a_sum <= SUMS)
