@@ -138,19 +138,19 @@ def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: boo
             if index == first:
                 with clock.measure("compile"):
                     run.check(state, batch)
+            # The devices compute while the host keeps its books, so that is no time of its own.
             with clock.measure("compute"):
                 state, metrics = run.step(state, batch)
                 if pending is not None:
                     meter.read(*pending)
-            step, pending = index + 1, (index + 1, metrics)
-            progress.advance()
-            last, stop = step == config.steps, _agreed_stop(signals, index)
-            evaluates = last or (config.eval_every > 0 and step % config.eval_every == 0)
-            saves = last or stop or run.checkpoints.due(step)
-            if evaluates or saves:
-                with clock.measure("compute"):
+                step, pending = index + 1, (index + 1, metrics)
+                progress.advance()
+                last, stop = step == config.steps, _agreed_stop(signals, index)
+                evaluates = last or (config.eval_every > 0 and step % config.eval_every == 0)
+                saves = last or stop or run.checkpoints.due(step)
+                if evaluates or saves:
                     meter.read(*pending)
-                pending = None
+                    pending = None
             if meter.diverged:
                 raise UserError(meter.diverged)
             if saves:
