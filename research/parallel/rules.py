@@ -26,6 +26,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed", ("fsdp",)),
     ("positions", ()),
     ("head", ()),
+    ("latent", ()),
+    ("types", ()),
+    ("buckets", ()),
+    ("classes", ()),
 )
 
 
