@@ -6,6 +6,7 @@ passes through a few hundred megabytes.
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import re
@@ -130,6 +131,15 @@ class Source:
             for cut in placed.cuts(limit):
                 for name, values in zip(placed.ours, placed.unpack(self.tensors, cut), strict=True):
                     yield Piece(name, placed.box(cut), values)
+
+    def read(self, name: str, box: Box) -> Float32[np.ndarray, "..."]:
+        """Returns a part of one parameter."""
+        placed = self._homes[name]
+        return placed.unpack(self.tensors, None)[placed.ours.index(name)][box]
+
+    @functools.cached_property
+    def _homes(self) -> dict[str, Placed]:
+        return {name: placed for placed in self.placed for name in placed.ours}
 
 
 def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Any]) -> Source:

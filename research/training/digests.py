@@ -93,9 +93,7 @@ def _bits(x: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
     return jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
 
 
-def _index(
-    shape: tuple[int, ...], start: UInt32[Array, "axes"] | None, whole: tuple[int, ...]
-) -> UInt32[Array, "..."]:
+def _index(shape: tuple[int, ...], start: UInt32[Array, "axes"] | None, whole: tuple[int, ...]) -> UInt32[Array, "..."]:
     """The row-major index in the whole array, modulo 2³², of each element of a part."""
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
