@@ -12,12 +12,21 @@ from jaxtyping import Shaped
 from research.core.errors import UserError, nearest
 from research.interop import mapping
 from research.interop.architecture import Architecture, choose, config_from
+from research.interop.deepseek import DEEPSEEK_V3
+from research.interop.dense import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from research.interop.gemma import GEMMA2, GEMMA3_TEXT
 from research.interop.gpt2 import GPT2
 from research.interop.llama import LLAMA
+from research.interop.mixtures import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from research.interop.safetensors_files import Stored, Writer, read_header
 from research.models.config import ModelConfig
 
-ARCHITECTURES = {architecture.model_type: architecture for architecture in (GPT2, LLAMA)}
+# The first one that holds a model is what it is written as, where nothing says what it was.
+_ALL = (
+    *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3),
+)
+ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # The most bytes of a file, as transformers has it.
 SHARD_BYTES = 5 * 10**9
