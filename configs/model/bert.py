@@ -1,14 +1,13 @@
 """BERT, with the heads that it was trained with: `configs/model/bert.py:base`, `large-cased`, `tiny`, `4x256`, …
 
-Sources: Devlin et al. 2018, arXiv:1810.04805, section 3; Turc et al. 2019, arXiv:1908.08962, table 1, for the small ones
-(`LxD`: 2 to 12 layers of width 128 to 768); the vocabularies, the norm's epsilon, the activation and the biases from the
-files released with the weights. `base` and `large` are lowercase. Parameters, with the transform and bias of the masked
-words' head and the two classes of the next sentence, which the papers' 110M and 340M are without:
+Sources: Devlin et al. 2018, arXiv:1810.04805, section 3; Turc et al. 2019, arXiv:1908.08962, for the small ones (`LxD`:
+2 to 12 layers of width 128 to 768); the vocabularies, the norm's epsilon, the activation and the biases from the files
+released with the weights. `base` and `large` are lowercase. Parameters, both heads (masked words, next sentence) with
+them, where the papers say 110M and 340M for the two first and 4.4M, 11.3M, 29.1M and 41.7M for the four last:
 
-    base 110,106,428    base-cased 108,932,934    base-chinese 102,882,442... base-multilingual-cased …
-    large 336,226,108   large-cased 334,661,958   large-wwm as large
-
-    without heads and pooler …
+    base 110,106,428          large 336,226,108          base-cased 108,932,934    large-cased 334,661,958
+    base-chinese 102,882,442  base-multilingual 168,055,961, -cased 178,566,653
+    tiny 4,433,468            mini 11,267,900            small 29,058,876          medium 41,668,412
 """
 
 import ml_collections

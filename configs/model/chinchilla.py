@@ -5,8 +5,8 @@ et al. 2019, arXiv:1901.02860), the vocabulary of 32,000 and 2,048 tokens of con
 arXiv:2112.11446, section 3.1.
 
 Neither paper says which projections have biases or whether embeddings are tied; the counts do: with biases everywhere
-and tied embeddings they agree with the table to one million in every row. The activation is not stated; GELU is GPT-2's,
-whose design Gopher follows.
+and tied embeddings they agree with the table to one million in every row. The activation is not stated; GELU is
+GPT-2's, whose design Gopher follows.
 """
 
 import ml_collections

@@ -8,7 +8,7 @@ with the weights. Parameters:
     3  270m 268,098,176     1b 999,885,952       4b 3,880,263,168     12b 11,766,034,176     27b 27,009,346,304
 
 Gemma 3 of 4B and more sees pictures too; this is its text tower, with the 64 rows of the vocabulary that pictures need.
-Queries are scaled by 1/√H but for the two 27B, where it is one over the root of the model's width per head.
+Queries are scaled by 1 / √H but for the two 27B, where it is one over the root of the model's width per head.
 """
 
 import math
@@ -20,7 +20,7 @@ from research.core.errors import UserError, nearest
 
 
 def _three(max_length: int, window: int, factor: float | None, vocab_size: int = 262_208) -> dict[str, Any]:
-    """Returns what Gemma 3 has: norms of queries and keys, five local layers to one global one with its own rotary base."""
+    """Returns what Gemma 3 has: normalized queries and keys, and five local layers to a global one of another base."""
     local = {"window": window, "position": {"kind": "rotary", "theta": 1e4}}
     scaling = None if factor is None else {"kind": "linear", "factor": factor}
     return {

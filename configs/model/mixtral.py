@@ -1,8 +1,8 @@
 """Mixtral: `configs/model/mixtral.py:8x7b`, `8x22b`.
 
-Sources: Jiang et al. 2024, arXiv:2401.04088, table 1 (8x7B); the model cards and `config.json` released with the weights.
-The weight of the loss that balances the experts is `router_aux_loss_coef` there. Parameters: 46,702,792,704, of which a
-token uses 12.9 billion; 140,630,071,296 (39 billion).
+Sources: Jiang et al. 2024, arXiv:2401.04088, table 1 (8x7B); the model cards and `config.json` released with the
+weights, whose `router_aux_loss_coef` is the weight of the loss that balances the experts. Parameters: 46,702,792,704,
+of which a token uses 12.9 billion; 140,630,071,296, of which it uses 39.
 """
 
 import ml_collections

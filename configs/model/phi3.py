@@ -1,8 +1,8 @@
 """Phi-3 and 3.5: `configs/model/phi3.py:mini-4k`, `mini-128k`, `medium-4k`, `medium-128k`, `3.5-mini`.
 
-Sources: Abdin et al. 2024, arXiv:2404.14219, section 2; the padded vocabulary, windows, epsilon and LongRoPE's divisors from the
-`config.json` released with the weights (for `mini-128k` the update of June 2024), the divisors as the float32 numbers that
-they are read as. Parameters: mini and 3.5-mini 3,821,079,552; medium 13,960,238,080.
+Sources: Abdin et al. 2024, arXiv:2404.14219, section 2; the padded vocabulary, windows, epsilon and LongRoPE's divisors
+from the `config.json` released with the weights (for `mini-128k` its update of June 2024), the divisors as the float32
+numbers that they are read as. Parameters: mini and 3.5-mini 3,821,079,552; medium 13,960,238,080.
 
 Left out: Phi-3-small, whose attention is block-sparse, and Phi-3.5-MoE, whose router samples.
 """

@@ -10,7 +10,7 @@ weights. Where base and chat model differ, it is the base model. Parameters:
     3    0.6b 596,049,920      1.7b 1,720,574,976     4b 4,022,468,096      8b 8,190,735,360
          14b 14,768,307,200    32b 32,762,123,264
          30b-a3b 30,532,122,624    235b-a22b 235,093,634,560    480b-a35b 480,154,875,392
-    2    57b-a14b 57,409,011,200   1.5: moe-a2.7b 14,315,784,192
+    2    57b-a14b 57,408,658,944   1.5: moe-a2.7b 14,315,784,192
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ SHORT = {"max_length": 8192}
 LAX = {"norm": {"epsilon": 1e-5}}
 CODER = {"max_length": 262_144, "position": {"theta": 1e7}}
 
-# what its generation has, then layers, width, heads, key/value heads, head width, MLP width (of an expert, where there are any)
+# what its generation has, then layers, width, heads, key/value heads, head width, width of the MLP or of an expert
 SIZES = {
     "2.5-0.5b": (BIASED | TIED, 24, 896, 14, 2, 64, 4864),
     "2.5-1.5b": (LONG | TIED, 28, 1536, 12, 2, 128, 8960),

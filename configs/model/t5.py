@@ -1,15 +1,15 @@
 """T5, T5 1.1 and UL2: `configs/model/t5.py:base`, `11b`, `1.1-xl`, `ul2-20b`, …
 
-Sources: Raffel et al. 2020, arXiv:1910.10683, sections 2.1 and 3.7 (T5); Shazeer 2020, arXiv:2002.05202, and the list of
-released checkpoints of text-to-text-transfer-transformer (1.1, and Flan-T5 with it: Chung et al. 2022, arXiv:2210.11416);
-Tay et al. 2022, arXiv:2205.05131, section 4 (UL2, and Flan-UL2 with it); epsilons and the padded vocabulary from the
-`config.json` released with the weights. Parameters:
+Sources: Raffel et al. 2020, arXiv:1910.10683, sections 2.1 and 3.7 (T5); Shazeer 2020, arXiv:2002.05202, and the list
+of released checkpoints of text-to-text-transfer-transformer (1.1; Flan-T5, Chung et al. 2022, arXiv:2210.11416, is the
+same); Tay et al. 2022, arXiv:2205.05131, section 4 (UL2; Flan-UL2 is the same); the epsilon and the padded vocabulary
+from the `config.json` released with the weights. Parameters:
 
     T5     small 60,506,624    base 222,903,552    large 737,668,096    3b 2,851,598,336    11b 11,307,321,344
     1.1    small 76,961,152    base 247,577,856    large 783,150,080    xl 2,849,757,184    xxl 11,135,332,352
-    UL2    ul2-20b 19,459,284,992...
+    UL2    20b 19,591,209,984
 
-Dropout is that of pre-training: 0.1 for T5, none for the others. 512 is the length trained on, positions have no end.
+Dropout is that of pre-training: 0.1 for T5, none for the others. 512 is the length trained on; positions have no end.
 """
 
 import math
