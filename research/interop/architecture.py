@@ -20,8 +20,9 @@ from research.core.config import bind, first_difference, plain
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.config import ModelConfig
-from research.models.decoder import init_params, scans_layers
 from research.models.layer_stack import stack_layers, unstack_layers
+from research.models.stack import scans_layers
+from research.models.transformer import init_params
 
 logger = logging.getLogger("tessera")
 

@@ -11,9 +11,8 @@ from research.interop.architecture import Architecture, Tensor, params_from
 from research.interop.gpt2 import GPT2
 from research.kernels.attention import AttentionMask
 from research.kernels.attention.mask import Span
-from research.models.block import ACTIVATIONS
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, PositionConfig
-from research.models.layers import Norm
+from research.models.layers import ACTIVATIONS, Norm
 from research.models.positions import alibi_slopes, sinusoidal
 from tests.interop import cases
 from tests.interop.folders import TOLERANCE, logits_of
@@ -133,7 +132,7 @@ def test_activation_equals_torch_s(name, function, options):
 
 
 def test_every_activation_is_tested():
-    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "relu", "silu"}
+    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "gelu_sigmoid", "relu", "silu"}
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
