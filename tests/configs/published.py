@@ -1,12 +1,12 @@
 """How large the models of the presets are, as published.
 
-`RELEASED` holds the parameters in the released weights, each tied matrix once: exactly what `transformers` builds from
-the `config.json` beside them, but for what `model_test.py` names. LLaMA 1's are those of the weights in Hugging Face's
-form, which arXiv:2302.13971, table 2, gives as 6.7B, 13.0B, 32.5B and 65.2B. The card of Ministral 8B states
-the number.
+`RELEASED` holds the parameters in the released weights, each tied matrix once: what `transformers` builds from the
+`config.json` beside them, with the output projection of T5 1.1 and UL2, which it ties, and the selection biases of
+DeepSeek-V3, which it does not count. The card of Ministral 8B states the number itself; arXiv:2302.13971, table 2,
+gives LLaMA 1's as 6.7B, 13.0B, 32.5B and 65.2B.
 
-`PAPERS` holds what a paper says where no weights were released, in millions, and how far a preset may be from it: half a
-unit of the last digit where nothing else is said.
+`PAPERS` holds what a paper says where no weights were released, in millions, and how far a preset may be from it: half
+a unit of the last digit where nothing else is said.
 """
 
 RELEASED = {
