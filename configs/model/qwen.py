@@ -2,8 +2,8 @@
 
 Sources: Qwen Team 2024, arXiv:2412.15115, table 1 (2.5); Qwen Team 2025, arXiv:2505.09388, tables 1 and 2 (3); Yang et
 al. 2024, arXiv:2407.10671, table 1 (2-57b-a14b); the model cards of 1.5-MoE and of Qwen3-Coder (480B); the sizes of
-the vocabularies, epsilons and rotary bases from the `config.json` released with the weights. Where base and chat model
-differ, it is the base model. No paper says how much a loss for the load of the experts weighs. Parameters:
+the vocabularies, epsilons and rotary bases from the `config.json` released with the weights, of the base model where
+there is one. No paper says how much a loss for the load of the experts weighs, and none is set. Parameters:
 
     2.5  0.5b 494,032,768      1.5b 1,543,714,304     3b 3,085,938,688      7b 7,615,616,512
          14b 14,770,033,664    32b 32,763,876,352     72b 72,706,203,648
@@ -42,6 +42,7 @@ THREE = {"vocab_size": 151_936, "max_length": 32_768, "attention": {"qk_norm": "
 TIED = {"tied_embeddings": True}
 SHORT = {"max_length": 8192}
 LAX = {"norm": {"epsilon": 1e-5}}
+CHAT = {"max_length": 40_960}
 CODER = {"max_length": 262_144, "position": {"theta": 1e7}}
 
 # what its generation has, then layers, width, heads, key/value heads, head width, width of the MLP or of an expert
@@ -58,9 +59,9 @@ SIZES = {
     "3-4b": (THREE | TIED, 36, 2560, 32, 8, 128, 9728),
     "3-8b": (THREE, 36, 4096, 32, 8, 128, 12_288),
     "3-14b": (THREE, 40, 5120, 40, 8, 128, 17_408),
-    "3-32b": (THREE, 64, 5120, 64, 8, 128, 25_600),
+    "3-32b": (THREE | CHAT, 64, 5120, 64, 8, 128, 25_600),
     "3-30b-a3b": (THREE | _experts(128, 8, 768), 48, 2048, 32, 4, 128, 768),
-    "3-235b-a22b": (THREE | _experts(128, 8, 1536), 94, 4096, 64, 4, 128, 1536),
+    "3-235b-a22b": (THREE | CHAT | _experts(128, 8, 1536), 94, 4096, 64, 4, 128, 1536),
     "3-480b-a35b": (THREE | CODER | _experts(160, 8, 2560), 62, 6144, 96, 8, 128, 2560),
     "2-57b-a14b": (LONG | _experts(64, 8, 2560, shared=20_480), 28, 3584, 28, 4, 128, 2560),
     "1.5-moe-a2.7b": (BIASED | SHORT | _experts(60, 4, 1408, shared=5632), 24, 2048, 16, 16, 128, 1408),
