@@ -74,6 +74,9 @@ def beam_generate(
     """
     if not prompts:
         raise UserError("--prompt: at least one prompt is needed.")
+    num_ids = min(tokenizer.vocab_size, config.vocab_size)
+    if beams.num_beams > num_ids:
+        raise UserError(f"num_beams = {beams.num_beams} must be at most {num_ids}, the ids of the vocabulary.")
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = check_room(encoded, beams.max_tokens, config)
     padded = np.zeros((len(encoded), min(bucket(longest), config.max_length)), np.int32)
@@ -87,7 +90,7 @@ def beam_generate(
         encoded,
         beams,
         slots=slots,
-        num_ids=min(tokenizer.vocab_size, config.vocab_size),
+        num_ids=num_ids,
         eos_id=tokenizer.eos_id,
     )
     return [[_read(tokenizer, ids, one) for one in best] for ids, best in zip(encoded, found, strict=True)]

@@ -9,7 +9,7 @@ are the places of a sequence, prompt included.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -65,13 +65,13 @@ class BeamConfig:
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"lie in [0, max_tokens = {self.max_tokens}]"),
             ("length_penalty", np.isfinite(self.length_penalty), "be finite"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "not be below 0"),
-            ("early_stopping", self.early_stopping in (False, True, "never"), "be False, True or 'never'"),
             ("num_return", 1 <= self.num_return <= self.num_beams, f"lie in [1, num_beams = {self.num_beams}]"),
         ):
             if not holds:
                 raise UserError(f"{name} = {getattr(self, name)!r} must {constraint}.")
 
 
+@runtime_checkable
 class BeamModel(Protocol):
     """What is searched: a value, hashable and equal where its fields are, so that it compiles once for all searches.
 
@@ -296,9 +296,9 @@ def beam_search(
         lengths=jnp.asarray(lengths),
         tokens=jnp.asarray(tokens),
         # At first all beams of a prompt are the same one: only the first counts.
-        scores=jnp.full(shape, -jnp.inf).at[:, 0].set(0.0),
+        scores=jnp.full(shape, -jnp.inf, jnp.float32).at[:, 0].set(0.0),
         done_tokens=jnp.zeros(tokens.shape, jnp.int32),
-        done_scores=jnp.full(shape, -jnp.inf),
+        done_scores=jnp.full(shape, -jnp.inf, jnp.float32),
         done_made=jnp.zeros(shape, jnp.int32),
         open=jnp.ones(len(prompts), bool),
     )
@@ -319,8 +319,6 @@ def beam_search(
 
 def _check_ids(beams: BeamConfig, num_ids: int, eos_id: int | None) -> None:
     """Raises UserError where the settings do not fit the ids."""
-    if beams.num_beams > num_ids:
-        raise UserError(f"num_beams = {beams.num_beams} must be at most {num_ids}, the number of ids.")
     bos = () if beams.forced_bos is None else (beams.forced_bos,)
     for name, ids in (("forced_prefix", beams.forced_prefix), ("forced_bos", bos)):
         for i in ids:

@@ -49,6 +49,7 @@ def _grid() -> list[BeamConfig]:
         dataclasses.replace(plain, length_penalty=-1.0),
         dataclasses.replace(plain, length_penalty=-1.0, early_stopping="never"),
         dataclasses.replace(plain, length_penalty=1.0, forced_eos=True),
+        dataclasses.replace(plain, length_penalty=1.0, forced_bos=8, forced_prefix=(3,), early_stopping=True),
         # The prompts hold 50 21 once or twice, so the prefix repeats what must not be repeated.
         dataclasses.replace(plain, num_beams=3, num_return=3, no_repeat_ngram=2, forced_prefix=(50, 21, 50, 21)),
     ]
@@ -57,9 +58,12 @@ def _grid() -> list[BeamConfig]:
 GRID = _grid()
 
 
-def stored(name: str) -> list[list[list[Hypothesis] | None]]:
-    """Returns the hypotheses of transformers by setting and prompt; None where a rounding error could change them."""
-    return [
-        [None if best is None else [Hypothesis(tuple(tokens), score) for tokens, score in best] for best in by_prompt]
-        for by_prompt in json.loads(GOLDENS.read_text())[name]
-    ]
+def prompts(beams: BeamConfig) -> tuple[list[int], ...]:
+    """Returns those that transformers takes: after longer ones than one token it does not heed `forced_bos`."""
+    return PROMPTS if beams.forced_bos is None else PROMPTS[:1]
+
+
+def stored(name: str) -> list[list[list[Hypothesis]]]:
+    """Returns the hypotheses of transformers by setting and prompt, of those that it takes."""
+    by_setting = json.loads(GOLDENS.read_text())[name]
+    return [[[Hypothesis(tuple(ids), score) for ids, score in best] for best in by_prompt] for by_prompt in by_setting]

@@ -11,7 +11,7 @@ from research.inference.beams import BeamConfig
 from tests.inference import beam_cases
 from tests.interop import make_goldens
 
-# Beams that noise of this size in log p changes are no goldens: other float32 arithmetic could change them too.
+# Beams that noise of this size in log p changes were no goldens: other float32 arithmetic could change them too.
 NOISE, DRAWS = 1e-4, 3
 
 
@@ -38,7 +38,8 @@ def search(
     model: Any, prompt: Sequence[int], beams: BeamConfig, eos_id: int, noise: int | None = None
 ) -> list[tuple[list[int], float]]:
     """Returns new ids and score of each hypothesis of one prompt, best first."""
-    prefix, start = list(beams.forced_prefix), len(prompt)
+    bos = [] if beams.forced_bos is None else [beams.forced_bos]
+    prefix, start = bos + list(beams.forced_prefix), len(prompt)
 
     def allowed(_: int, ids: torch.Tensor) -> list[int]:
         made = len(ids) - start
@@ -55,6 +56,7 @@ def search(
         length_penalty=beams.length_penalty,
         no_repeat_ngram_size=beams.no_repeat_ngram,
         early_stopping=beams.early_stopping,
+        forced_bos_token_id=beams.forced_bos,
         forced_eos_token_id=eos_id if beams.forced_eos else None,
         eos_token_id=eos_id,
         pad_token_id=eos_id,
@@ -68,17 +70,18 @@ def search(
     return [(row[:end], float(score)) for row, end, score in zip(rows, ends, found.sequences_scores, strict=True)]
 
 
-def compute(name: str) -> list[list[list[tuple[list[int], float]] | None]]:
-    """Returns the hypotheses of a model by setting and prompt; None where noise changes them."""
+def compute(name: str) -> list[list[list[tuple[list[int], float]]]]:
+    """Returns the hypotheses of a model by setting and prompt."""
     model, eos_id = load(name), beam_cases.MODELS[name][1]
 
-    def certain(prompt: Sequence[int], beams: BeamConfig) -> list[tuple[list[int], float]] | None:
+    def certain(prompt: Sequence[int], beams: BeamConfig) -> list[tuple[list[int], float]]:
         best = search(model, prompt, beams, eos_id)
-        noisy = [search(model, prompt, beams, eos_id, seed) for seed in range(DRAWS)]
-        same = all([ids for ids, _ in other] == [ids for ids, _ in best] for other in noisy)
-        return [(ids, round(score, 6)) for ids, score in best] if same else None
+        for seed in range(DRAWS):
+            noisy = search(model, prompt, beams, eos_id, seed)
+            assert [ids for ids, _ in noisy] == [ids for ids, _ in best], f"{beams}: a near tie after {prompt}"
+        return [(ids, round(score, 6)) for ids, score in best]
 
-    return [[certain(prompt, beams) for prompt in beam_cases.PROMPTS] for beams in beam_cases.GRID]
+    return [[certain(prompt, beams) for prompt in beam_cases.prompts(beams)] for beams in beam_cases.GRID]
 
 
 def main() -> None:
