@@ -29,7 +29,7 @@ class RopeScalingConfig:
 
     kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope"] = "llama3"
     factor: float = 1.0
-    original_length: int = 1
+    original_length: int = 0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     beta_fast: float = 32.0
@@ -42,8 +42,8 @@ class RopeScalingConfig:
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise UserError(f"factor = {self.factor} must be at least 1.")
-        if self.original_length < 1:
-            raise UserError(f"original_length = {self.original_length} must be at least 1.")
+        if self.original_length < (0 if self.kind == "linear" else 1):
+            raise UserError(f"original_length = {self.original_length} must be at least 1 for kind = {self.kind!r}.")
         if not 0 < self.low_frequency_factor < self.high_frequency_factor:
             raise UserError(
                 f"low_frequency_factor = {self.low_frequency_factor} must lie between 0 and "

@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("positions", ()),
     ("head", ()),
     ("latent", ()),
+    ("router", ()),
     ("types", ()),
     ("buckets", ()),
     ("classes", ()),

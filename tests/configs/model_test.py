@@ -13,7 +13,7 @@ from research.interop.architecture import fields_from
 from research.interop.gpt2 import GPT2
 from research.interop.llama import LLAMA
 from research.models.config import ModelConfig
-from research.models.decoder import init_params
+from research.models.transformer import init_params
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "model"
 
