@@ -14,9 +14,9 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beams import BeamConfig, Hypothesis, beam_search
 from research.inference.generate import Generated, Reader, bucket, check_room, encode_prompt, next_logits
-from research.models.cache import empty_cache
+from research.models.cache import Cache, empty_cache
 from research.models.config import ModelConfig
-from research.models.decoder import Cache, scans_layers
+from research.models.stack import scans_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,8 @@ class DecoderSteps:
         return next_logits(self.config, params, tokens[:, None], positions[:, None], state, zero)
 
     def take(self, state: Cache, rows: Int[Array, "R"]) -> Cache:
-        """Returns the cache of `rows`; scanned layers lie before the rows."""
-        axis = 1 if scans_layers(self.config) else 0
-        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis, mode="clip"), state)
+        """Returns the cache of `rows`, which are the fourth axis from the end, after scanned layers."""
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=leaf.ndim - 4, mode="clip"), state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
