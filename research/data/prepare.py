@@ -14,6 +14,7 @@ from research.core.config import plain
 from research.core.errors import UserError
 from research.data import tokenizers
 from research.data.corpus import Corpus, build_corpora
+from research.data.objectives import ObjectiveConfig
 from research.data.sources import SourceConfig, documents, fingerprint
 from research.data.tokenizers import Tokenizer, TokenizerConfig
 
@@ -27,6 +28,7 @@ class DataConfig:
     Attributes:
       sources: where the text comes from; at least one.
       tokenizer: what turns it into ids.
+      objective: what is learned from it.
       block_documents: documents that are packed together, at least 1; more leave less padding.
       workers: processes that make batches; 0: threads of this process.
       prefetch: batches that are made ahead, at least 1.
@@ -34,6 +36,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     tokenizer: TokenizerConfig = TokenizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     block_documents: int = 16_384
     workers: int = 0
     prefetch: int = 4

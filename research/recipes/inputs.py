@@ -40,6 +40,7 @@ def make_loader(config: ExperimentConfig, prepared: Prepared, part: tuple[int, i
     loader = Loader(
         prepared.train,
         config.data,
+        prepared.tokenizer,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,
         seed=config.train.seed,
@@ -55,6 +56,7 @@ def heldout_rows(config: ExperimentConfig, prepared: Prepared, part: tuple[int, 
     return heldout_batches(
         prepared.heldout,
         config.data,
+        prepared.tokenizer,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,
         part_index=part[0],
