@@ -11,12 +11,14 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.loader import Loader, heldout_batches
+from research.data.objectives import ObjectiveConfig, build
 from research.data.packing import PackedRows
 from research.data.prepare import DataConfig
 from research.data.sources import SourceConfig
-from tests.data.text import corpora
+from tests.data.text import MarkedBytes, corpora
 
 B, T, SEED = 8, 32, 11
+TOKENIZER = MarkedBytes()
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ CONFIG = DataConfig(sources=SOURCES, block_documents=32)
 
 def loader(pair, config=CONFIG, **options) -> Loader:
     values = {"batch_size": B, "sequence_length": T, "seed": SEED} | options
-    return Loader([splits["train"] for splits in pair], config, **values)
+    return Loader([splits["train"] for splits in pair], config, TOKENIZER, **values)
 
 
 def take(batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -105,8 +107,10 @@ def test_an_epoch_holds_every_row_once_and_the_next_has_another_order(pair):
     config = DataConfig(block_documents=32)
     one = loader(pair[:1], config, batch_size=1)
     epochs = [rows_of(joined(take(one, one.rows_per_epoch))) for _ in range(3)]
-    packed = PackedRows(pair[0]["train"], sequence_length=T, seed=SEED, block_documents=32)
-    everything = collections.Counter(rows_of(packed.batch(np.arange(len(packed)))))
+    objective = build(ObjectiveConfig(), TOKENIZER, T)
+    packed = PackedRows(pair[0]["train"], objective=objective, seed=SEED, block_documents=32)
+    rows = np.arange(len(packed))
+    everything = collections.Counter(rows_of(packed.batch(rows, np.zeros_like(rows))))
     assert all(collections.Counter(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert one.padding == pytest.approx(packed.plan.padding)
@@ -125,7 +129,7 @@ def test_sources_without_text_are_left_out(pair, tmp_path):
 def test_evaluation_sees_every_heldout_pair_exactly_once(pair, batch, count):
     heldout = [splits["heldout"] for splits in pair]
     options = {"batch_size": batch, "sequence_length": T, "part_count": count}
-    parts = [list(heldout_batches(heldout, CONFIG, part_index=p, **options)) for p in range(count)]
+    parts = [list(heldout_batches(heldout, CONFIG, TOKENIZER, part_index=p, **options)) for p in range(count)]
     assert len({len(part) for part in parts}) == 1
     assert all(values["tokens"].shape == (batch // count, T) for part in parts for values in part)
     everything = joined([values for part in parts for values in part])
@@ -143,11 +147,11 @@ def test_evaluation_sees_every_heldout_pair_exactly_once(pair, batch, count):
 
 def test_evaluation_can_stop_early_and_needs_text(pair):
     heldout = [splits["heldout"] for splits in pair]
-    batches = list(heldout_batches(heldout, CONFIG, batch_size=4, sequence_length=T, max_batches=2))
-    whole = list(heldout_batches(heldout, CONFIG, batch_size=4, sequence_length=T))
+    batches = list(heldout_batches(heldout, CONFIG, TOKENIZER, batch_size=4, sequence_length=T, max_batches=2))
+    whole = list(heldout_batches(heldout, CONFIG, TOKENIZER, batch_size=4, sequence_length=T))
     assert_same(joined(batches), joined(whole[:2]))
     with pytest.raises(UserError, match="no document is held out"):
-        list(heldout_batches([], CONFIG, batch_size=4, sequence_length=T))
+        list(heldout_batches([], CONFIG, TOKENIZER, batch_size=4, sequence_length=T))
 
 
 @pytest.mark.parametrize(

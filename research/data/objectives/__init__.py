@@ -13,6 +13,7 @@ from research.core.config import plain
 from research.core.errors import UserError
 from research.data.objectives.base import Batch, Ids, Objective, Pieces
 from research.data.objectives.config import (
+    CAUSAL,
     ENCODED,
     UL2,
     InfillConfig,
@@ -25,6 +26,7 @@ from research.data.objectives.single import Causal, Masked, Prefix, causal_batch
 from research.data.tokenizers import Tokenizer
 
 __all__ = [
+    "CAUSAL",
     "UL2",
     "Batch",
     "Ids",
@@ -92,7 +94,7 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
     def needed(name: str) -> Any:
         value = getattr(tokenizer, name)
         if value in (None, ()):
-            raise UserError(f"objective.kind = {config.kind!r} needs a tokenizer with {name}; this one has none.")
+            raise UserError(f"data.objective.kind = {config.kind!r} needs a tokenizer with {name}; this one has none.")
         return value
 
     pad = 0 if tokenizer.pad_id is None else tokenizer.pad_id

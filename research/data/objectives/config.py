@@ -145,3 +145,6 @@ class ObjectiveConfig:
     def predicts_all_text(self) -> bool:
         """Whether every token of the text is predicted once, so that the loss is that of so many bytes."""
         return self.kind == "causal"
+
+
+CAUSAL = ObjectiveConfig()
