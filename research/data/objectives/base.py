@@ -111,11 +111,11 @@ class Layout:
     row_sizes: Int[np.ndarray, "B"]
     width: int
 
-    def arrays(self, prefix: str = "", **flat: tuple[Shaped[np.ndarray, "_"], int | float]) -> Batch:
+    def arrays(self, side: str = "", **flat: tuple[Shaped[np.ndarray, "_"], int | float]) -> Batch:
         """Returns `[B, width]` arrays of flat (values, fill), with `positions` and `segments`.
 
         Args:
-          prefix: put before every name.
+          side: put before every name.
           flat: a value for each token, piece by piece, and what fills the rest; float32 where they are floating.
         """
         rows = len(self.row_sizes)
@@ -129,7 +129,7 @@ class Layout:
         for name, (values, fill) in flat.items():
             spread = np.full(rows * self.width, fill, np.float32 if values.dtype.kind == "f" else np.int32)
             spread[place] = values
-            batch[prefix + name] = spread.reshape(rows, self.width)
+            batch[side + name] = spread.reshape(rows, self.width)
         return batch
 
 
