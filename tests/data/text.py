@@ -33,7 +33,7 @@ class MarkedBytes(ByteTokenizer):
 
 
 # Above every token of `store`.
-HEAD, TAIL, PAD, START, MASK, STOP, MODE = 50_000, 50_001, 50_002, 50_003, 50_004, 50_005, 50_006
+HEAD, TAIL, PAD, MASK, STOP, MODE = range(50_000, 50_006)
 SENTINELS = tuple(range(50_199, 50_099, -1))
 VOCAB = 50_200
 

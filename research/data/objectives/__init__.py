@@ -66,8 +66,13 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
     """Returns the objective for rows of T tokens.
 
     Raises:
-      UserError: the tokenizer lacks an id that the objective puts in.
+      UserError: the tokenizer lacks an id that the objective puts in, or has no such id.
     """
+    for denoiser in (config.span, *config.denoisers):
+        if denoiser.mode_id is not None and denoiser.mode_id >= tokenizer.vocab_size:
+            raise UserError(
+                f"data.objective: mode_id = {denoiser.mode_id} must lie in the tokenizer's [0, {tokenizer.vocab_size})."
+            )
     ids, widths = special_ids(config, tokenizer), (sequence_length, encoder_length(config, sequence_length))
     match config.kind:
         case "causal":

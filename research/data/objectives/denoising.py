@@ -62,7 +62,8 @@ class Spans(Objective):
         text     t₁ t₂ t₃ t₄ t₅ t₆        encoder  [mode] t₁ ⟨0⟩ t₄ t₅ ⟨1⟩ EOS      decoder  ⟨0⟩ t₂ t₃ ⟨1⟩ t₆ EOS
 
     With several denoisers each piece has one, fixed when the rows are planned; its spans change with the epoch. There
-    are never more spans than sentinels: the spans of very long pieces are longer.
+    are never more spans than sentinels: the spans of very long pieces are longer. A piece too short for two spans loses
+    its end.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4; Tay et al. 2022, arXiv:2205.05131, section 3.1.2.
     """
