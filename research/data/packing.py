@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Int
 
 from research.core.errors import UserError
-from research.data.chance import fraction, hash64, ragged_arange
+from research.data.chance import hash64, ragged_arange
 from research.data.corpus import Corpus
-from research.data.objectives import Batch, Objective, Pieces
+from research.data.objectives import Batch, Objective, Pieces, Runs
 from research.data.sources import stable_hash
 
 PADDING_ROW = -1
-# What the seed is hashed with for the order of the documents, and for what is noted of each piece.
-ORDER, NOTE = 0, 1
+ORDER = 0  # what the seed is hashed with for the order of the documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Plan:
       notes: what else the objective must know of each piece.
       row_starts: first piece of each of the R rows, then P.
       padding: share of all positions that hold no token.
+      left_out: documents that may not be cut, and are too long for a row.
     """
 
     starts: Int[np.ndarray, "P"]
@@ -41,6 +41,7 @@ class Plan:
     notes: Int[np.ndarray, "P"]
     row_starts: Int[np.ndarray, "_"]
     padding: float
+    left_out: int
 
     @property
     def num_rows(self) -> int:
@@ -60,83 +61,34 @@ def plan_rows(offsets: Int[np.ndarray, "_"], objective: Objective, *, seed: int,
     Raises:
       UserError: rows too short for a piece of one token.
     """
-    starts, lengths = objective.contents(offsets)
-    longest = longest_pieces(objective)
-    order = np.argsort(hash64(np.arange(len(lengths)), seed, ORDER), kind="stable")
-    order = order[lengths[order] > 0]
+    documents = objective.documents(offsets)
+    order = np.argsort(hash64(np.arange(len(documents)), seed, ORDER), kind="stable")
+    order = order[documents.lengths[order] > 0]
     blocks = [order[first : first + block_documents] for first in range(0, len(order), block_documents)]
-    plans = [_pack_block(starts[block], lengths[block], objective, longest, seed) for block in blocks]
+    plans = [_pack_block(documents[block], objective, seed) for block in blocks]
     none = np.zeros(0, np.int64)
     *pieces, row_sizes = [np.concatenate([none, *parts]) for parts in zip(*plans, strict=True)] or [none] * 4
     places = len(row_sizes) * (objective.sequence_length + objective.encoder_length)
     padding = 1.0 - int(objective.widths(*pieces[1:]).sum()) / max(places, 1)
-    return Plan(*pieces, np.concatenate([[0], np.cumsum(row_sizes)]), padding)
-
-
-def longest_pieces(objective: Objective) -> Int[np.ndarray, "_"]:
-    """Returns the length of the longest piece that a row has room for, for each note that a piece may have.
-
-    Raises:
-      UserError: not even a piece of one token.
-    """
-    rooms = np.array([[objective.sequence_length], [objective.encoder_length]])
-    lengths = np.arange(1, rooms.sum() + 1)  # a token of a piece is in one of the rows at least
-    notes = [np.full(len(lengths), note) for note in range(len(objective.shares))]
-    # Widths never fall, so those that fit come first.
-    longest = np.array([(objective.widths(lengths, note) <= rooms).all(axis=0).sum() for note in notes])
-    if longest.min() == 0:
-        wide, encoder = objective.widths(np.ones(1, np.int64), np.array([longest.argmin()]))[:, 0]
-        need = f"{wide}" + (f", and encoder_length = {rooms[1, 0]} at least {encoder}" if encoder else "")
-        raise UserError(f"sequence_length = {rooms[0, 0]} must be at least {need}: that is what a single token takes.")
-    return longest
-
-
-def _cut(
-    starts: Int[np.ndarray, "D"],
-    lengths: Int[np.ndarray, "D"],
-    shares: tuple[float, ...],
-    longest: Int[np.ndarray, "_"],
-    seed: int,
-) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
-    """Returns starts, lengths and notes of the pieces of documents: all but the last of each as long as its note lets.
-
-    A piece's note is drawn from the shares.
-    """
-    most = -(-lengths // longest.min())
-    number, document = ragged_arange(most), np.repeat(np.arange(len(lengths)), most)
-    if len(shares) == 1:
-        notes = np.zeros(len(number), np.int64)
-    else:
-        draws = fraction(hash64(starts[document] + number, seed, NOTE))
-        notes = np.searchsorted(np.cumsum(shares[:-1]) / sum(shares), draws, side="right")
-    taken = longest[notes]
-    ends = np.cumsum(taken)
-    begins = ends - taken
-    begins = begins - np.repeat(begins[np.cumsum(most) - most], most)
-    left = lengths[document] - begins
-    real = left > 0
-    return (starts[document] + begins)[real], np.minimum(taken, left)[real], notes[real]
+    left_out = len(order) - len(pieces[0]) if objective.whole else 0
+    return Plan(*pieces, np.concatenate([[0], np.cumsum(row_sizes)]), padding, left_out)
 
 
 def _pack_block(
-    starts: Int[np.ndarray, "D"],
-    lengths: Int[np.ndarray, "D"],
-    objective: Objective,
-    longest: Int[np.ndarray, "_"],
-    seed: int,
+    documents: Runs, objective: Objective, seed: int
 ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "R"]]:
     """Returns starts, lengths, notes and pieces a row of one block: the full rows first, then the packed rests."""
-    starts, lengths, notes = _cut(starts, lengths, objective.shares, longest, seed)
-    full = lengths == longest[notes]
+    pieces, full = objective.cut(documents, seed)
     full_pieces, rest = np.flatnonzero(full), np.flatnonzero(~full)
     rooms = np.array([objective.sequence_length, objective.encoder_length])
-    widths = objective.widths(lengths[rest], notes[rest])
+    widths = objective.widths(pieces.lengths[rest], pieces.notes[rest])
     tight = int(np.argmax(widths.sum(axis=1) / np.maximum(rooms, 1)))  # the room that runs out first
     longest_first = np.argsort(-widths[tight], kind="stable")
     rest, widths = rest[longest_first], widths[:, longest_first].tolist()
     row = best_fit(widths[tight], int(rooms[tight]), widths[1 - tight], int(rooms[1 - tight]))
     order = np.concatenate([full_pieces, rest[np.argsort(row, kind="stable")]])
-    return starts[order], lengths[order], notes[order], np.concatenate([np.ones_like(full_pieces), np.bincount(row)])
+    pieces, row_sizes = pieces[order], np.concatenate([np.ones_like(full_pieces), np.bincount(row)])
+    return pieces.starts, pieces.lengths, pieces.notes, row_sizes
 
 
 def best_fit(lengths: list[int], capacity: int, others: list[int], other_capacity: int) -> Int[np.ndarray, "P"]:

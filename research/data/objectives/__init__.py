@@ -11,7 +11,7 @@ from typing import Any
 
 from research.core.config import plain
 from research.core.errors import UserError
-from research.data.objectives.base import Batch, Ids, Objective, Pieces
+from research.data.objectives.base import Batch, Ids, Objective, Pieces, Runs
 from research.data.objectives.config import (
     CAUSAL,
     ENCODED,
@@ -35,6 +35,7 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "Pieces",
+    "Runs",
     "SpanConfig",
     "batch_shapes",
     "build",

@@ -4,9 +4,10 @@ import abc
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt
+from jaxtyping import Bool, Int, Shaped, UInt
 
-from research.data.chance import hash64, ragged_arange
+from research.core.errors import UserError
+from research.data.chance import fraction, hash64, ragged_arange
 
 Batch = dict[str, Shaped[np.ndarray, "B _"]]
 
@@ -33,6 +34,27 @@ class Ids:
     mask: int | None = None
     sentinels: tuple[int, ...] = ()
     stop: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Runs of the token store: documents, or pieces of them.
+
+    Attributes:
+      starts: where each of the N runs begins.
+      lengths: how long each is, in the objective's own measure.
+      notes: what else the objective must know of each; its own affair.
+    """
+
+    starts: Int[np.ndarray, "N"]
+    lengths: Int[np.ndarray, "N"]
+    notes: Int[np.ndarray, "N"]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Shaped[np.ndarray, "_"]) -> "Runs":
+        return Runs(self.starts[index], self.lengths[index], self.notes[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +87,9 @@ class Pieces:
         return hash64(np.repeat(self.starts, lengths) + ragged_arange(lengths), np.repeat(self.salts, lengths), purpose)
 
 
+NOTE = 1  # what the seed is hashed with for the note of a piece; the plan's own draws have 0
+
+
 class Objective(abc.ABC):
     """Makes batches of pieces. The widths of a piece are known from its length and note, before anything is drawn.
 
@@ -74,16 +99,64 @@ class Objective(abc.ABC):
       ids: what it puts in.
     """
 
-    # What decides the note of a piece: the share of each note, or one note for all.
+    # What pieces may have noted, by number, and how often each is.
     shares: tuple[float, ...] = (1.0,)
+    # Whether a document may not be cut.
+    whole = False
 
     def __init__(self, ids: Ids, sequence_length: int, encoder_length: int = 0):
         self.ids, self.sequence_length, self.encoder_length = ids, sequence_length, encoder_length
 
-    def contents(self, offsets: Int[np.ndarray, "_"]) -> tuple[Int[np.ndarray, "D"], Int[np.ndarray, "D"]]:
-        """Returns where the text of each framed document begins in the store, and its tokens."""
+    def documents(self, offsets: Int[np.ndarray, "_"]) -> Runs:
+        """Returns the text of each framed document.
+
+        Args:
+          offsets: where each begins in the store, then the store's size.
+        """
         head, tail = int(self.ids.head is not None), int(self.ids.tail is not None)
-        return offsets[:-1] + head, np.maximum(np.diff(offsets) - head - tail, 0)
+        lengths = np.maximum(np.diff(offsets) - head - tail, 0)
+        return Runs(offsets[:-1] + head, lengths, np.zeros_like(lengths))
+
+    def cut(self, documents: Runs, seed: int) -> tuple[Runs, Bool[np.ndarray, "P"]]:
+        """Returns the pieces of documents, and which of them fill a row: all but the last of each do.
+
+        Raises:
+          UserError: rows too short for a piece of one token.
+        """
+        longest = self.longest_pieces()
+        starts, lengths = documents.starts, documents.lengths
+        most = -(-lengths // longest.min())
+        number, document = ragged_arange(most), np.repeat(np.arange(len(lengths)), most)
+        if len(self.shares) == 1:
+            notes = np.zeros(len(number), np.int64)
+        else:
+            draws = fraction(hash64(starts[document] + number, seed, NOTE))
+            notes = np.searchsorted(np.cumsum(self.shares[:-1]) / sum(self.shares), draws, side="right")
+        taken = longest[notes]
+        begins = np.cumsum(taken) - taken
+        begins = begins - np.repeat(begins[np.cumsum(most) - most], most)
+        left = lengths[document] - begins
+        pieces = Runs(starts[document] + begins, np.minimum(taken, left), notes)[left > 0]
+        return pieces, pieces.lengths == longest[pieces.notes]
+
+    def longest_pieces(self) -> Int[np.ndarray, "_"]:
+        """Returns the length of the longest piece that a row has room for, for each note.
+
+        Raises:
+          UserError: not even a piece of one token.
+        """
+        rooms = np.array([[self.sequence_length], [self.encoder_length]])
+        lengths = np.arange(1, rooms.sum() + 1)  # a token of a piece is in one of the rows at least
+        notes = [np.full(len(lengths), note) for note in range(len(self.shares))]
+        # Widths never fall, so those that fit come first.
+        longest = np.array([(self.widths(lengths, note) <= rooms).all(axis=0).sum() for note in notes])
+        if longest.min() == 0:
+            wide, encoder = self.widths(np.ones(1, np.int64), np.array([longest.argmin()]))[:, 0]
+            need = f"{wide}" + (f", and encoder_length = {self.encoder_length} at least {encoder}" if encoder else "")
+            raise UserError(
+                f"sequence_length = {self.sequence_length} must be at least {need}: that is what a single token takes."
+            )
+        return longest
 
     @abc.abstractmethod
     def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from research.data.chance import below, choose, fraction, ragged_arange
-from research.data.objectives.base import Batch, Ids, Layout, Objective, Pieces, woven
+from research.data.objectives.base import Batch, Ids, Layout, Objective, Pieces, Runs, woven
 from research.data.objectives.config import MaskedConfig
 
 CHOICE, TREATMENT, REPLACEMENT = range(3)
@@ -45,9 +45,10 @@ def causal_batch(
 class Causal(Objective):
     """Each token from those before it."""
 
-    def contents(self, offsets: Int[np.ndarray, "_"]) -> tuple[Int[np.ndarray, "D"], Int[np.ndarray, "D"]]:
-        """Returns where the pairs of each framed document begin, and how many they are."""
-        return offsets[:-1], np.maximum(np.diff(offsets) - 1, 0)
+    def documents(self, offsets: Int[np.ndarray, "_"]) -> Runs:
+        """Returns the pairs of each framed document."""
+        lengths = np.maximum(np.diff(offsets) - 1, 0)
+        return Runs(offsets[:-1], lengths, np.zeros_like(lengths))
 
     def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
         return np.stack([lengths, np.zeros_like(lengths)])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.data.objectives import UL2, InfillConfig, SpanConfig
-from research.data.packing import longest_pieces
 from tests.data.objectives.examples import Piece, drawn, epoch, objective_of, packed, pieces, text_of
 from tests.data.text import HEAD, MASK, MODE, PAD, SENTINELS, STOP, TAIL, store
 
@@ -88,7 +87,7 @@ def test_a_leak_a_loss_or_a_wrong_order_is_noticed(damage):  # the control
 def test_lengths_are_those_that_t5_published():
     """512 tokens for the encoder come from 568 of text and give 114 to the decoder (T5's own input pipeline)."""
     objective = objective_of("span", 512)
-    assert longest_pieces(objective).tolist() == [568]
+    assert objective.longest_pieces().tolist() == [568]
     assert objective.widths(np.array([568]), np.array([0])).tolist() == [[114], [512]]
 
 
