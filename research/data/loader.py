@@ -97,6 +97,11 @@ class Loader:
         empty = sum(rows.plan.padding * len(rows) for rows in self._rows)
         return empty / self.rows_per_epoch
 
+    @property
+    def left_out(self) -> int:
+        """Documents of all sources that may not be cut, and are too long for a row."""
+        return sum(rows.plan.left_out for rows in self._rows)
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 

@@ -140,7 +140,8 @@ class PackedRows:
         self.corpus, self._objective = corpus, objective
         self.plan = plan_rows(np.asarray(corpus.offsets), objective, seed=seed, block_documents=block_documents)
         if self.plan.num_rows == 0:
-            raise UserError(f"{corpus.folder} holds no text to learn from.")
+            long = f": its {self.plan.left_out} pairs are all too long for a row" if self.plan.left_out else ""
+            raise UserError(f"{corpus.folder} holds no text to learn from{long}.")
         self._seed = stable_hash(f"{seed}/{corpus.digest}")  # the same places of two corpora draw differently
 
     def __len__(self) -> int:

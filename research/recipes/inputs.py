@@ -48,6 +48,8 @@ def make_loader(config: ExperimentConfig, prepared: Prepared, part: tuple[int, i
         part_count=part[1],
     )
     logger.info("data: %s rows an epoch, %.2f %% padding", f"{loader.rows_per_epoch:,}", 100 * loader.padding)
+    if loader.left_out:
+        logger.warning("data: %s pairs are left out: too long for a row", f"{loader.left_out:,}")
     return loader
 
 

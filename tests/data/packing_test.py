@@ -34,6 +34,24 @@ def test_best_fit_fills_the_bins_as_the_plain_search_does(lengths, capacity):
     assert sorted(capacity - filled) == reference_best_fit(lengths, capacity)
 
 
+SIZES = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=SIZES, capacity=st.integers(12, 30), other=st.integers(9, 20))
+def test_best_fit_keeps_both_rooms(sizes, capacity, other):
+    lengths, others = map(list, zip(*sizes, strict=True))
+    bins = best_fit(lengths, capacity, others, other)
+    assert np.bincount(bins, weights=lengths).max() <= capacity
+    assert np.bincount(bins, weights=others).max() <= other
+    assert set(bins) == set(range(bins.max() + 1))
+
+
+def test_best_fit_by_one_room_overflows_the_other():  # the control
+    assert best_fit([3, 3], 8, [0, 0], 5).tolist() == [0, 0]
+    assert best_fit([3, 3], 8, [4, 4], 5).tolist() == [0, 1]
+
+
 def store(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Token k of document d is 100 d + k, so a token says where it comes from; ids start at 1000."""
     tokens = np.concatenate([1000 + 100 * d + np.arange(n) for d, n in enumerate(lengths)])

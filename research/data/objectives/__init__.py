@@ -22,6 +22,7 @@ from research.data.objectives.config import (
     SpanConfig,
 )
 from research.data.objectives.denoising import Infill, Spans
+from research.data.objectives.pairs import Translate
 from research.data.objectives.single import Causal, Masked, Prefix, causal_batch
 from research.data.tokenizers import Tokenizer
 
@@ -88,6 +89,8 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
             return Spans(config.denoisers, ids, *widths)
         case "infill":
             return Infill(config.infill, ids, *widths)
+        case "translate":
+            return Translate(ids, *widths)
 
 
 def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:

@@ -225,3 +225,21 @@ def shifted(targets: Int[np.ndarray, "_"], lengths: Int[np.ndarray, "P"], start:
     tokens[1:] = targets[:-1]
     tokens[np.cumsum(lengths) - lengths] = start
     return tokens
+
+
+def encoder_decoder_batch(
+    objective: Objective,
+    encoder: Int[np.ndarray, "_"],
+    encoder_lengths: Int[np.ndarray, "P"],
+    targets: Int[np.ndarray, "_"],
+    target_lengths: Int[np.ndarray, "P"],
+    row_sizes: Int[np.ndarray, "B"],
+) -> Batch:
+    """Returns the batch of an encoder-decoder from the flat ids of both sides, piece by piece."""
+    ids = objective.ids
+    tokens = shifted(targets, target_lengths, ids.start)
+    read = Layout(encoder_lengths, row_sizes, objective.encoder_length)
+    given = Layout(target_lengths, row_sizes, objective.sequence_length)
+    return given.arrays(
+        tokens=(tokens, ids.pad), targets=(targets, ids.pad), weights=(np.ones(len(targets), np.float32), 0.0)
+    ) | read.arrays("encoder_", tokens=(encoder, ids.pad))

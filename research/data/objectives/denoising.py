@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt
 
 from research.data.chance import below, choose, ragged_arange, shuffled
-from research.data.objectives.base import Batch, Ids, Layout, Objective, Pieces, shifted, woven
+from research.data.objectives.base import Batch, Ids, Objective, Pieces, encoder_decoder_batch, woven
 from research.data.objectives.config import InfillConfig, SpanConfig
 
 SEGMENTATION, GAPS, LENGTHS, SENTENCES = range(4)
@@ -169,21 +169,3 @@ class Infill(Objective):
         ends = np.cumsum(lengths)
         frame = [(ends - lengths, self.ids.head)] if self.ids.head is not None else []
         return woven(int(lengths.sum()), [*marks, *frame, (ends - 1, self.ids.tail)], text)
-
-
-def encoder_decoder_batch(
-    objective: Objective,
-    encoder: Int[np.ndarray, "_"],
-    encoder_lengths: Int[np.ndarray, "P"],
-    targets: Int[np.ndarray, "_"],
-    target_lengths: Int[np.ndarray, "P"],
-    row_sizes: Int[np.ndarray, "B"],
-) -> Batch:
-    """Returns the batch of an encoder-decoder from the flat ids of both sides, piece by piece."""
-    ids = objective.ids
-    tokens = shifted(targets, target_lengths, ids.start)
-    read = Layout(encoder_lengths, row_sizes, objective.encoder_length)
-    given = Layout(target_lengths, row_sizes, objective.sequence_length)
-    return given.arrays(
-        tokens=(tokens, ids.pad), targets=(targets, ids.pad), weights=(np.ones(len(targets), np.float32), 0.0)
-    ) | read.arrays("encoder_", tokens=(encoder, ids.pad))
