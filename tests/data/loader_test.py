@@ -149,18 +149,10 @@ def test_heldout_rows_are_drawn_in_one_way(pair, kind):
 
 
 def test_an_objective_needs_its_tokens(pair):
-    class NoMask(MarkedBytes):
-        mask_id = None
-
+    config, tokenizer = DataConfig(objective=ObjectiveConfig("masked")), MarkedBytes()
+    tokenizer.mask_id = None
     with pytest.raises(UserError, match=r"^data\.objective\.kind = 'masked' needs a tokenizer with mask_id"):
-        Loader(
-            [pair[0]["train"]],
-            DataConfig(objective=ObjectiveConfig("masked")),
-            NoMask(),
-            batch_size=1,
-            sequence_length=T,
-            seed=0,
-        )
+        Loader([pair[0]["train"]], config, tokenizer, batch_size=1, sequence_length=T, seed=0)
 
 
 def test_a_state_of_other_data_or_seed_is_refused(pair):

@@ -27,9 +27,9 @@ def corpora(folder: pathlib.Path, count: int, seed: int = 1, heldout_fraction: f
 class MarkedBytes(ByteTokenizer):
     """Bytes, and what the objectives put in beside them."""
 
-    vocab_size = 300
-    mask_id = 259
-    sentinel_ids = tuple(range(299, 259, -1))
+    def __init__(self):
+        super().__init__()
+        self.vocab_size, self.mask_id, self.sentinel_ids = 300, 259, tuple(range(299, 259, -1))
 
 
 # Above every token of `store`.

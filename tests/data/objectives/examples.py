@@ -15,9 +15,10 @@ from tests.data.text import HEAD, MASK, PAD, SENTINELS, STOP, TAIL, VOCAB
 class FullTokenizer(ByteTokenizer):
     """Has every id; its texts are the store's."""
 
-    vocab_size = VOCAB
-    bos_id, eos_id, pad_id = HEAD, TAIL, PAD
-    mask_id, sentinel_ids = MASK, SENTINELS
+    def __init__(self):
+        super().__init__()
+        self.vocab_size, self.mask_id, self.sentinel_ids = VOCAB, MASK, SENTINELS
+        self.bos_id, self.eos_id, self.pad_id = HEAD, TAIL, PAD
 
     def encode(self, text: str) -> list[int]:
         assert text.endswith(".")
