@@ -98,7 +98,14 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
             raise UserError(f"{name} = {value!r} is a field of {a.model_type!r} that is not supported.")
         if name in a.dropouts and value:
             logger.warning("%s = %s is left out: Tessera drops nothing there. Only training would differ.", name, value)
-    return bind(ModelConfig, a.read({**a.defaults, **fields}))
+    try:
+        values = a.read({**a.defaults, **fields})
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"a field of {a.model_type!r} has a value that makes no model: {said}.") from error
+    return bind(ModelConfig, values)
 
 
 def fields_from(architecture: Architecture, config: ModelConfig) -> dict[str, Any]:

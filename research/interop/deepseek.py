@@ -99,8 +99,8 @@ def _read_scale(fields: Mapping[str, Any]) -> dict[str, Any]:
     weight = rope.get("mscale_all_dim") if rope_kind(rope) == "yarn" else None
     if not weight:
         return values
-    width = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
-    return values | {"attention.scale": yarn_amplitude(rope["factor"], weight) ** 2 / math.sqrt(width)}
+    factor, width = values["position.scaling"]["factor"], fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
+    return values | {"attention.scale": yarn_amplitude(factor, weight) ** 2 / math.sqrt(width)}
 
 
 def _write_scale(config: ModelConfig) -> dict[str, Any]:

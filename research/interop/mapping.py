@@ -54,6 +54,7 @@ class Piece(NamedTuple):
     values: Float32[np.ndarray, "..."]
 
 
+@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a deep model takes a second
 def abstract_params(config: ModelConfig) -> Any:
     """Returns the shapes of a model's parameters, as a tree."""
     return jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))

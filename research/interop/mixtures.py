@@ -172,6 +172,12 @@ def _all_experts(theirs: str, leaf: str, *ours: str) -> Tensor:
     )
 
 
+def _read_clamp(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields["swiglu_limit"] is None:
+        raise UserError("swiglu_limit, which is mlp.clamp, must be set.")
+    return {"mlp.clamp": fields["swiglu_limit"], "mlp.hidden_dim": fields["intermediate_size"]}
+
+
 GPT_OSS = decoder(
     "gpt_oss",
     "GptOssForCausalLM",
@@ -191,13 +197,15 @@ GPT_OSS = decoder(
             "intermediate_size": "experts.hidden_dim",
             "num_local_experts": "experts.num_experts",
             "num_experts_per_tok": "experts.experts_per_token",
-            "swiglu_limit": "mlp.clamp",
         },
         num_local_experts=128,
         num_experts_per_tok=4,
-        swiglu_limit=7.0,
     ),
-    Part(read=lambda fields: {"mlp.hidden_dim": fields["intermediate_size"]}),
+    Part(
+        read=_read_clamp,
+        write=lambda config: {"swiglu_limit": config.mlp.clamp},
+        defaults={"swiglu_limit": 7.0},
+    ),
     fixed(
         {
             "attention.sinks": True,

@@ -122,7 +122,7 @@ def _scaling(kind: str, given: Mapping[str, Any], longest: int) -> dict[str, Any
     return values
 
 
-def _amplitude(kind: str, factor: float, given: Mapping[str, Any]) -> float:
+def _amplitude(kind: str, factor: float | int, given: Mapping[str, Any]) -> float:
     """The factor on cosines and sines where none is given: arXiv:2309.00071, section 3.4; arXiv:2402.13753, 3.3."""
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(given[ORIGINAL])) if factor > 1 else 1.0
@@ -131,7 +131,7 @@ def _amplitude(kind: str, factor: float, given: Mapping[str, Any]) -> float:
     return yarn_amplitude(factor, 1)
 
 
-def yarn_amplitude(factor: float, weight: float) -> float:
+def yarn_amplitude(factor: float | int, weight: float | int) -> float:
     """Returns 0.1 · weight · ln(factor) + 1: Peng et al. 2023, arXiv:2309.00071, equation 22."""
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
