@@ -30,13 +30,6 @@ def off_by(config, params, name):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_logits_equal_torch(name, tmp_path):
-    config, params = from_hugging_face(golden_folder(tmp_path, name))
-    assert np.abs(cases.golden_logits(name)).max() > 0.5
-    assert off_by(config, params, name) < TOLERANCE
-
-
-@pytest.mark.parametrize("name", cases.CASES)
 def test_preset_is_what_the_config_file_says(name):
     architecture = GPT2 if name.startswith("gpt2") else LLAMA
     read = config_from(architecture, cases.stored()[name]["config"])

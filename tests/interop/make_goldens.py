@@ -79,7 +79,7 @@ def _rope(kind: str, **rest: Any) -> dict[str, Any]:
 
 
 WINDOW = 8
-YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 1.0, "beta_slow": 0.1}
 LONG = {"original_max_position_embeddings": 16}
 LONG |= {"short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.0, 2.0, 3.5, 6.0]}
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -118,7 +118,6 @@ CONFIGS = {
     "mixtral": _sized(transformers.MixtralConfig, num_local_experts=4),
     "gemma2": _sized(
         transformers.Gemma2Config,
-        layers=3,
         head_dim=12,
         query_pre_attn_scalar=10,
         sliding_window=WINDOW,
@@ -141,9 +140,7 @@ CONFIGS = {
     "qwen2-windows": _sized(
         transformers.Qwen2Config, layers=3, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
-    "qwen2-moe": _sized(
-        transformers.Qwen2MoeConfig, layers=3, shared_expert_intermediate_size=40, mlp_only_layers=[0], **MIXED
-    ),
+    "qwen2-moe": _sized(transformers.Qwen2MoeConfig, shared_expert_intermediate_size=40, mlp_only_layers=[0], **MIXED),
     "qwen3": _sized(transformers.Qwen3Config, head_dim=12, rope_parameters=_rope("default") | {"rope_theta": 1e6}),
     "qwen3-moe": _sized(transformers.Qwen3MoeConfig, head_dim=12, norm_topk_prob=True, **MIXED),
     "olmo2": _sized(transformers.Olmo2Config),
@@ -157,7 +154,6 @@ CONFIGS = {
     ),
     "gpt-oss": _sized(
         transformers.GptOssConfig,
-        layers=4,
         head_dim=12,
         sliding_window=WINDOW,
         num_local_experts=4,
@@ -167,10 +163,9 @@ CONFIGS = {
     ),
     "deepseek-v3": _sized(
         transformers.DeepseekV3Config,
-        layers=3,
         q_lora_rank=16,
         first_k_dense_replace=1,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=1e-4,
         rope_parameters=_rope("yarn", mscale=1.0, mscale_all_dim=1.0, **YARN),
         **DEEPSEEK,
     ),
