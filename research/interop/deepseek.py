@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from research.core.errors import UserError
-from research.interop.llama import CORE, LAYER, MLP, OURS, PRE_NORMS, activation, decoder, linear, norm
+from research.interop.llama import LAYER, MLP, OURS, PRE_NORMS, RMS, SIZES, activation, decoder, linear, norm
 from research.interop.mixtures import LOADS, experts
 from research.interop.parts import Part, fixed, named
 from research.interop.rotary import read_rotary, rope_fields, rope_kind, rotary, write_rotary, yarn_amplitude
@@ -79,6 +79,12 @@ ATTENTION = (
         order=_key_value_order,
     ),
     *linear("self_attn.o_proj", "attention/out", num_inputs=2),
+)
+# The head width of its config.json is what is turned of a head.
+HEADS = Part(
+    read=lambda fields: {"attention.num_kv_heads": fields["num_attention_heads"]},
+    write=lambda config: {"num_key_value_heads": config.attention.num_kv_heads},
+    inert=("num_key_value_heads", "head_dim"),
 )
 LATENT = named(
     {
@@ -153,7 +159,9 @@ DEEPSEEK_V3 = decoder(
         *linear("mlp.shared_experts.up_proj", "mlp/shared/up"),
         *linear("mlp.shared_experts.down_proj", "mlp/shared/down"),
     ),
-    *CORE,
+    SIZES,
+    RMS,
+    HEADS,
     LATENT,
     named(
         {

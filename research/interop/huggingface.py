@@ -28,6 +28,7 @@ _ALL = (
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+NO_TOKENS = dict.fromkeys(("bos", "eos", "pad"))
 # The most bytes of a file, as transformers has it.
 SHARD_BYTES = 5 * 10**9
 
@@ -87,6 +88,7 @@ def to_hugging_face(
     params: Any,
     folder: str | pathlib.Path,
     token_ids: Mapping[str, int | None] | None = None,
+    model_type: str | None = None,
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
@@ -94,13 +96,15 @@ def to_hugging_face(
       config: the model.
       params: its parameters, layers scanned or unrolled.
       folder: made where it is missing.
-      token_ids: `bos`, `eos` and `pad` of its tokenizer; None leaves them to `transformers`.
+      token_ids: `bos`, `eos` and `pad` of its tokenizer; None says that there are none, where `transformers` would
+        take those of the family's own tokenizer, which may lie outside of the vocabulary.
+      model_type: the architecture to try before all others.
 
     Raises:
       UserError: no architecture holds this model; of the nearest ones the field that each cannot have is named.
     """
-    architecture, fields = choose(ARCHITECTURES.values(), config)
-    write_hugging_face(architecture, fields, config, mapping.reader(config, params), folder, token_ids or {})
+    architecture, fields = choose(ARCHITECTURES.values(), config, first=model_type)
+    write_hugging_face(architecture, fields, config, mapping.reader(config, params), folder, token_ids or NO_TOKENS)
 
 
 def write_hugging_face(
