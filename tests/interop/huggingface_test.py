@@ -159,7 +159,7 @@ def test_all_wrong_tensors_are_named_at_once():
     ("name", "fields", "message"),
     [
         (LLAMA_1, {"model_type": "mamba"}, "model_type = 'mamba' is not supported"),
-        (LLAMA_1, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn' is not supported"),
+        (LLAMA_1, {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type = 'ntk' is not supported"),
         (
             LLAMA_1,
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
