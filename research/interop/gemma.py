@@ -1,10 +1,13 @@
 """Gemma 2 and 3 in Hugging Face's form, of Gemma 3 the text."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from research.core.config import plain
 from research.core.errors import UserError
+from research.interop.architecture import config_from
 from research.interop.llama import ATTENTION, CORE, DENSE, MLP, QK_NORM, activation, biases, decoder, norm
 from research.interop.parts import Part, fixed, named
 from research.interop.rotary import position, rotary, write_position
@@ -100,4 +103,47 @@ GEMMA3_TEXT = decoder(
         },
     ),
     layer_windows(4096, _local, sliding_window_pattern=None, _sliding_window_pattern=6),
+)
+
+
+def _read_text(fields: Mapping[str, Any]) -> dict[str, Any]:
+    text = fields["text_config"]
+    if not isinstance(text, dict):
+        raise UserError("text_config is missing.")
+    return plain(config_from(GEMMA3_TEXT, {**TEXT_DEFAULTS, **text}))
+
+
+def _refuse(_: ModelConfig) -> dict[str, Any]:
+    raise UserError("it sees pictures, too")
+
+
+# What released folders leave out of `text_config`.
+TEXT_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131_072,
+}
+# Of 4B and more, which see pictures, the text alone; it is written as `gemma3_text`.
+GEMMA3 = dataclasses.replace(
+    GEMMA3_TEXT,
+    model_type="gemma3",
+    model_class="Gemma3ForConditionalGeneration",
+    # Elder folders have the whole text model under one name, newer ones its parts under two.
+    spellings=(
+        (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
+        (r"^language_model\.lm_head", "lm_head"),
+    ),
+    ignored=GEMMA3_TEXT.ignored
+    | {r"(model\.)?(vision_tower|multi_modal_projector)\..*": "what sees pictures, which Tessera does not"},
+    required=(),
+    defaults={"text_config": None},
+    inert=(
+        *("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"),
+        *("initializer_range", "tie_word_embeddings"),
+    ),
+    read=_read_text,
+    write=_refuse,
 )

@@ -14,7 +14,7 @@ from research.interop import mapping
 from research.interop.architecture import Architecture, choose, config_from
 from research.interop.deepseek import DEEPSEEK_V3
 from research.interop.dense import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
-from research.interop.gemma import GEMMA2, GEMMA3_TEXT
+from research.interop.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from research.interop.gpt2 import GPT2
 from research.interop.llama import LLAMA
 from research.interop.mixtures import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
@@ -24,7 +24,7 @@ from research.models.config import ModelConfig
 # The first one that holds a model is what it is written as, where nothing says what it was.
 _ALL = (
     *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3, GEMMA3),
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
 
-from research.interop.huggingface import from_hugging_face, to_hugging_face  # noqa: E402
+from research.interop.huggingface import from_hugging_face, open_hugging_face, to_hugging_face  # noqa: E402
 from tests.interop import cases, make_goldens  # noqa: E402
 from tests.interop.families_test import GRADIENTS, LOGITS, NAMES  # noqa: E402
 from tests.interop.folders import TOLERANCE, golden_folder, logits_of  # noqa: E402
@@ -44,3 +45,23 @@ def test_a_folder_that_transformers_saved_is_read(name, tmp_path):
     with torch.no_grad():
         wanted = model(torch.from_numpy(cases.tokens()).long()).logits.numpy()
     np.testing.assert_allclose(logits_of(*from_hugging_face(tmp_path), cases.tokens()), wanted, atol=TOLERANCE)
+
+
+def test_the_text_of_a_model_that_sees_pictures_is_read(tmp_path, caplog):
+    text = make_goldens.CONFIGS["gemma3"].to_dict()
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config=sight | {"image_size": 28, "patch_size": 14})
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(cases.tokens()).long()).logits.numpy()
+    caplog.set_level("INFO", logger="tessera")
+    config, params = from_hugging_face(tmp_path)
+    assert "what sees pictures" in caplog.text
+    np.testing.assert_allclose(logits_of(config, params, cases.tokens()), wanted, atol=TOLERANCE)
+    to_hugging_face(config, params, tmp_path / "out", model_type="gemma3")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
+    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    newer = {name.replace("language_model.model.", "model.language_model."): value for name, value in weights.items()}
+    safetensors.numpy.save_file(newer, tmp_path / "model.safetensors")
+    open_hugging_face(tmp_path)
