@@ -107,7 +107,8 @@ def test_mistakes_are_named(folder, tmp_path):
     for arguments, message in (
         ((str(folder), out, "tesera", None), "Did you mean 'tessera'"),
         ((str(tmp_path / "none"), out, None, None), "--from = .* is neither"),
-        ((str(folder), out, None, str(folder)), "--tokenizer = .* is not a tokenizer.json"),
+        ((str(folder), out, None, str(folder / "config.json")), "config.json is not a tokenizer.json"),
+        ((str(folder), out, None, str(tmp_path)), "holds no tokenizer"),
         ((str(folder), out, None, "none.json"), "cannot be read"),
     ):
         with pytest.raises(UserError, match=message):

@@ -10,7 +10,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.data.tokenizers import exports, vocabularies
 from research.data.tokenizers.base import ROLES, SENTINEL, Tokenizer
-from research.data.tokenizers.huggingface import HuggingFaceTokenizer
+from research.data.tokenizers.huggingface import HuggingFaceTokenizer, known_specials
 from research.data.tokenizers.pieces import SentencePieceTokenizer
 
 # The files from which a tokenizer of each kind is read, and where there are several: the first, which says most.
@@ -129,8 +129,9 @@ def _from_vocabulary(form: str, data: bytes, path: pathlib.Path, settings: Setti
     names = {role: vocabularies.token_name(token) for role, token in specials.items()}
     if form not in CLASSES:
         return HuggingFaceTokenizer(data, names or None)
-    # A class of its own gives each role that the files do not name a token of the usual name.
-    tokenizer = HuggingFaceTokenizer(data, HuggingFaceTokenizer(data).specials | names)
+    # Their classes give each role that the files do not name a token of the usual name.
+    added = {token["content"] for token in json.loads(data)["added_tokens"]}
+    tokenizer = HuggingFaceTokenizer(data, known_specials(added) | names)
     _check_added(tokenizer, settings)
     return tokenizer
 
@@ -157,9 +158,7 @@ def read_settings(folder: pathlib.Path) -> Settings:
         else:
             added = {token["content"]: int(i) for i, token in held.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}: the added tokens of its tokenizer_config.json are not readable: {error!r}."
-        ) from error
+        raise UserError(f"{folder}: its added tokens are not readable: {error!r}.") from error
     return Settings(values, added, _chat_templates(folder, values))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -142,7 +142,7 @@ def _hide_control(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"model": content["model"] | {"vocab": vocab}, "added_tokens": renamed}
 
 
-def known_specials(tokens: Mapping[str, Any]) -> dict[str, str]:
+def known_specials(tokens: Container[str]) -> dict[str, str]:
     """Returns the token of each role that has one of its usual names among `tokens`."""
     found = {role: next((name for name in KNOWN[role] if name in tokens), None) for role in ROLES}
     return {role: name for role, name in found.items() if name is not None}
