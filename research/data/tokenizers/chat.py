@@ -5,7 +5,8 @@ sees plain JSON values only.
 
 What people write must not become a control token. So before the template runs, a private character, the guard, breaks
 every spelling of a control token in the inputs; in the text that comes out, only the template's own control tokens are
-whole, and another private character, the mark, goes before each. Then the guards can go.
+whole, and another private character, the mark, goes before each. Then the guards can go. A template that takes letters
+out of the middle of a message could still join a token; none that is published does.
 """
 
 import datetime
@@ -142,13 +143,14 @@ def unused_characters(source: str, inputs: Mapping[str, Any]) -> tuple[str, str]
 def guarded(value: Any, tokens: Sequence[str], guard: str) -> Any:
     """Returns plain values in which no text spells a control token, whatever is put after it: `guard` is in between."""
     tokens = _breakable(tokens)
-    spelt = re.compile("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens))
-    beginnings = {token[:end] for token in tokens for end in range(1, len(token))}
+    pattern = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens)
+    spelt = re.compile(pattern, re.IGNORECASE)  # templates change case
+    beginnings = {token[:end].lower() for token in tokens for end in range(1, len(token))}
     longest = max(map(len, beginnings), default=0)
 
     def guard_text(text: str) -> str:
         body = text.rstrip()  # templates strip what they get
-        if any(body[-length:] in beginnings for length in range(1, min(longest, len(body)) + 1)):
+        if any(body[-length:].lower() in beginnings for length in range(1, min(longest, len(body)) + 1)):
             text = body + guard + text[len(body) :]
         return spelt.sub(guard, text)
 

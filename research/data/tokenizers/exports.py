@@ -26,10 +26,12 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """
     models_held = [*tokenizer.files().values()]
     library = _from_sentencepiece(models_held[0]) if models_held else _from_bytes()
-    control = sorted(tokenizer.control_tokens.items(), key=lambda item: item[1])
-    library.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name, _ in control])
-    assert all(library.token_to_id(name) == i for name, i in control), "control tokens lie where they lay"
-    specials = tokenizer.specials
+    control, specials = tokenizer.control_tokens, tokenizer.specials
+    if "unk" in specials:  # text that spells it is not unknown
+        control = {specials["unk"]: tokenizer.unk_id, **control}
+    names = sorted(control, key=control.__getitem__)
+    library.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in names])
+    assert all(library.token_to_id(name) == i for name, i in control.items()), "control tokens lie where they lay"
     if "bos" in specials:
         library.post_processor = _framing(library, f"{specials['bos']} $A", specials["bos"])
     elif tokenizer.sentinel_ids and "eos" in specials:
