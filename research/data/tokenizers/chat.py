@@ -123,7 +123,7 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item, where) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, list | tuple):
         return [_plain(item, where) for item in value]
     # A subclass of str or int can carry methods that the sandbox does not know.
     if value is None or type(value) in (str, int, float, bool):

@@ -46,7 +46,8 @@ class Settings:
         """Returns the token of each role that the files name: a string, or the dict of an added token."""
         found = {role: self.values.get(f"{role}_token") for role in ROLES}
         for role, token in found.items():
-            if not isinstance(token.get("content") if isinstance(token, dict) else token, str | None):
+            name = token.get("content", 0) if isinstance(token, dict) else token
+            if not isinstance(name, str | None):
                 raise UserError(f"beside a tokenizer_config.json whose {role}_token = {token!r} is not a token.")
         return {role: token for role, token in found.items() if token is not None}
 
@@ -111,7 +112,7 @@ def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int 
 
 def _class_name(values: Mapping[str, Any]) -> str | None:
     name = values.get("tokenizer_class")
-    return None if name is None else name.removesuffix("Fast").removesuffix("Tokenizer") or name
+    return None if name is None else str(name).removesuffix("Fast").removesuffix("Tokenizer")
 
 
 def _from_model(data: bytes, settings: Settings, sentinels: int) -> Tokenizer:

@@ -54,7 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._control = {name: token["id"] for name, token in added.items() if token["special"]}
         self._marked: tuple[str, tokenizers.Tokenizer, dict[int, int]] | None = None
         # Ids may have gaps, so the count of tokens is not the bound of the ids.
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         # BERT begins and ends with what it calls by other names.
         self.bos_id, self.eos_id = self._id("bos", "cls"), self._id("eos", "sep")
         self.pad_id, self.unk_id, self.mask_id = (self._id(role) for role in ("pad", "unk", "mask"))

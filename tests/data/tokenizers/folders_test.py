@@ -239,6 +239,7 @@ def test_files_that_cannot_be_read_are_named(shared_data, tmp_path):
         ({"vocab.txt": "\xff"}, "is not a vocab.txt"),
         ({"vocab.txt": words, "tokenizer_config.json": '{"do_lower_case": "yes"}'}, "do_lower_case = 'yes'"),
         ({"vocab.txt": words, "tokenizer_config.json": '{"unk_token": 7}'}, "unk_token = 7 is not a token"),
+        ({"vocab.txt": words, "tokenizer_config.json": '{"unk_token": {}}'}, "unk_token = {} is not a token"),
         ({"vocab.txt": words, "tokenizer_config.json": "[]"}, "is not a JSON object"),
         ({"vocab.txt": words, "tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
         ({"vocab.txt": words, "added_tokens.json": '{"[NEW]": 9}'}, "no '[NEW]' with id 9"),
