@@ -167,7 +167,11 @@ class Tokenizer(abc.ABC):
         return {f"{role}_token": token for role, token in self.specials.items()} | inputs
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """Encodes text in which `mark` before the spelling of a control token makes it that token."""
+        """Encodes text in which `mark` before the spelling of a control token makes it that token.
+
+        Each stretch of text between them is a text of its own: SentencePiece puts its space before every one, as the
+        published code of LLaMA does.
+        """
         ids: list[int] = []
         for piece in chat.split(text, list(self.control_tokens), mark):
             control = self.control_tokens[piece[1:]] if piece.startswith(mark) else None

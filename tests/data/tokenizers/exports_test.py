@@ -78,6 +78,22 @@ def test_an_exported_folder_frames_a_text_as_its_model_reads_it(shared_data, tmp
     assert reference.decode(reference.encode("a")).replace(" ", "") == framed.replace(" ", "")
 
 
+@pytest.mark.parametrize("name", ["llama", "bpe", "bytes"])
+def test_an_exported_folder_encodes_the_same_chats(shared_data, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = make(shared_data, name)
+    template = "{% for m in messages %}{{ bos_token }}[INST] {{ m.content }} [/INST] ok {{ eos_token }}{% endfor %}"
+    tokenizer.chat_templates = {"default": template}
+    for file, data in folders.to_hugging_face_files(tokenizer).items():
+        (tmp_path / file).write_bytes(data)
+    chat = [{"role": "user", "content": "Once  upon a time"}, {"role": "user", "content": "naïve \n 😀 "}]
+    ids = tokenizer.encode_chat(chat)
+    assert ids.count(tokenizer.bos_id) == ids.count(tokenizer.eos_id) == 2
+    assert folders.from_folder(tmp_path).encode_chat(chat) == ids
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert reference.apply_chat_template(chat, return_dict=False) == ids
+
+
 def test_an_exported_model_is_kept_as_it_was(shared_data):
     files = folders.to_hugging_face_files(make(shared_data, "llama"))
     assert files["tokenizer.model"] == (shared_data / LOADED["llama"]).read_bytes()
