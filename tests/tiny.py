@@ -12,7 +12,7 @@ from jax.tree_util import tree_map_with_path
 
 from research.core.trees import path_name
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
-from research.models.decoder import Decoder, init_params
+from research.models.transformer import Transformer, init_params
 
 VOCAB = 48
 
@@ -24,7 +24,7 @@ def tiny_config(attention: dict[str, Any] | None = None, mlp: dict[str, Any] | N
         num_layers=2,
         embed_dim=16,
         max_length=64,
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, **(attention or {})),
+        attention=AttentionConfig(**({"num_heads": 4, "num_kv_heads": 2, "head_dim": 4} | (attention or {}))),
         mlp=dataclasses.replace(MlpConfig(hidden_dim=24), **(mlp or {})),
         init_stddev=0.3,
     )
@@ -68,10 +68,10 @@ def logits(config: ModelConfig, params: Any, tokens: Any, positions: Any = None,
     """Float32 logits `[B, T, V]`; positions count from 0 and rows are whole where nothing else is said."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
 
-    def apply(module: Decoder) -> jax.Array:
+    def apply(module: Transformer) -> jax.Array:
         return module.logits(module(tokens, positions, segments)[0])
 
-    return Decoder(config).apply({"params": params}, method=apply)
+    return Transformer(config).apply({"params": params}, method=apply)
 
 
 def stack(params: Any, num_layers: int) -> Any:

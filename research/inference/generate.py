@@ -15,9 +15,10 @@ from research.core.errors import UserError
 from research.core.progress import track
 from research.data.tokenizers import StreamDecoder, Tokenizer
 from research.inference.sampling import SamplingConfig, draw
-from research.models.cache import empty_cache
+from research.models.cache import Cache, empty_cache
 from research.models.config import ModelConfig
-from research.models.decoder import Cache, Decoder, scans_layers
+from research.models.stack import scans_layers
+from research.models.transformer import Transformer
 
 # Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
@@ -111,12 +112,12 @@ def _logits(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Returns the logits of one place in each sequence, and the cache with the tokens in it."""
 
-    def apply(module: Decoder) -> tuple[Array, Cache]:
-        hidden, new_cache = module(tokens, positions, cache=cache)
-        hidden = jnp.take_along_axis(hidden, which[:, None, None], axis=1)
-        return module.logits(hidden)[:, 0], new_cache
+    def apply(module: Transformer) -> tuple[Array, Cache]:
+        output = module(tokens, positions, cache=cache)
+        hidden = jnp.take_along_axis(output.hidden, which[:, None, None], axis=1)
+        return module.logits(hidden)[:, 0], output.cache
 
-    return Decoder(config).apply({"params": params}, method=apply)
+    return Transformer(config).apply({"params": params}, method=apply)
 
 
 def _advance(state: DecodeState, logits: Float[Array, "B V"], cache: Cache, sampling: SamplingConfig) -> DecodeState:

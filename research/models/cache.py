@@ -15,31 +15,60 @@ class LayerCache:
 
     Slots after a sequence's newest token hold left-overs (of padding, say). No query sees them, since a query sees
     only slots up to its own position, and they are overwritten before it gets there.
+
+    Attributes:
+      key: keys; with latent attention the latents of keys and values, `K` being 1.
+      value: values; with latent attention the turned part of the keys.
+      memory_key, memory_value: what cross-attention reads of the encoder, written when it is first read; None without
+        an encoder.
     """
 
     key: Float[Array, "*L B S K H"]
-    value: Float[Array, "*L B S K H"]
+    value: Float[Array, "*L B S K J"]
+    memory_key: Float[Array, "*L B M K H"] | None = None
+    memory_value: Float[Array, "*L B M K H"] | None = None
 
     def append(
-        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K J"], positions: Int[Array, "B T"]
     ) -> tuple["LayerCache", AttentionMask]:
         """Writes T tokens of consecutive positions; returns the cache and who sees its slots."""
         write = jax.vmap(lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=0))
         start = positions[:, 0]
-        cache = LayerCache(
-            write(self.key, key.astype(self.key.dtype), start),
-            write(self.value, value.astype(self.value.dtype), start),
+        cache = self.replace(
+            key=write(self.key, key.astype(self.key.dtype), start),
+            value=write(self.value, value.astype(self.value.dtype), start),
         )
         batch, slots = self.key.shape[:2]
         slot_positions = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype), (batch, slots))
         return cache, AttentionMask(causal=True, q_positions=positions, kv_positions=slot_positions)
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, stacked: bool) -> LayerCache | tuple[LayerCache, ...]:
-    """Returns a cache of zeros: one `LayerCache` with a leading layer axis where `stacked`, else one a layer."""
-    shape = (batch, slots, config.attention.num_kv_heads, config.attention.head_dim)
-    if stacked:
-        shape = (config.num_layers, *shape)
-        return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-    zeros = [LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))]
-    return tuple(zeros * config.num_layers)
+# One a layer; of a scanned model, one each of its first layers and then one with a leading layer axis.
+Cache = tuple[LayerCache, ...]
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, stacked: bool, memory: int = 0) -> Cache:
+    """Returns a cache of zeros.
+
+    Args:
+      config: the model.
+      batch: sequences.
+      slots: tokens that it can hold of each.
+      stacked: whether layers are scanned.
+      memory: tokens of the encoder, for models that have one.
+    """
+    c = config.attention
+    key, value = (c.num_kv_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+    if c.latent is not None:
+        key, value = (1, c.latent.kv_dim), (1, c.latent.rope_dim)
+
+    def zeros(*layers: int) -> LayerCache:
+        own = (jnp.zeros((*layers, batch, slots, *shape), config.dtype) for shape in (key, value))
+        if config.structure != "encoder_decoder":
+            return LayerCache(*own)
+        others = (jnp.zeros((*layers, batch, memory, *key), config.dtype) for _ in range(2))
+        return LayerCache(*own, *others)
+
+    first = len(config.first_layers) if stacked else config.num_layers
+    alone = tuple(zeros() for _ in range(first))
+    return (*alone, zeros(config.num_layers - first)) if stacked and config.num_layers > first else alone

@@ -1,59 +1,25 @@
-"""What a model is: frozen configs, validated where they are made."""
+"""What a model is: frozen configs, validated where they are made. A family is a value of them, never a branch."""
 
 import dataclasses
 from typing import Literal
 
 from research.core.errors import UserError
+from research.models.position_config import PositionConfig, RopeScalingConfig
+from research.models.sublayer_config import AttentionConfig, ExpertsConfig, LatentConfig, MlpConfig, at_least
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScalingConfig:
-    """Stretched rotary frequencies, as LLaMA 3.1 uses them to reach longer contexts.
-
-    Attributes:
-      factor: how many times longer the slow waves become.
-      low_frequency_factor: waves longer than `original_length / low_frequency_factor` are stretched fully.
-      high_frequency_factor: waves shorter than `original_length / high_frequency_factor` stay as they are.
-      original_length: tokens that the unstretched model was trained on.
-    """
-
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_length: int
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise UserError(f"factor = {self.factor} must be at least 1.")
-        if self.original_length < 1:
-            raise UserError(f"original_length = {self.original_length} must be at least 1.")
-        if not 0 < self.low_frequency_factor < self.high_frequency_factor:
-            raise UserError(
-                f"low_frequency_factor = {self.low_frequency_factor} must lie between 0 and "
-                f"high_frequency_factor = {self.high_frequency_factor}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class PositionConfig:
-    """How the model knows where a token stands.
-
-    Attributes:
-      kind: `learned` and `sinusoidal` are added to the embeddings, `rotary` turns queries and keys, `alibi` biases
-        the scores, `none` leaves it to the causal mask.
-      theta: base of the rotary wavelengths.
-      scaling: stretched rotary frequencies, or None.
-    """
-
-    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi"] = "rotary"
-    theta: float = 10_000.0
-    scaling: RopeScalingConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.theta <= 0:
-            raise UserError(f"theta = {self.theta} must be above 0.")
-        if self.scaling is not None and self.kind != "rotary":
-            raise UserError(f"scaling needs kind = 'rotary', not {self.kind!r}.")
+__all__ = [
+    "AttentionConfig",
+    "EmbeddingConfig",
+    "ExpertsConfig",
+    "HeadConfig",
+    "LatentConfig",
+    "LayerConfig",
+    "MlpConfig",
+    "ModelConfig",
+    "NormConfig",
+    "PositionConfig",
+    "RopeScalingConfig",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,84 +28,131 @@ class NormConfig:
 
     Attributes:
       kind: `layernorm` subtracts the mean, `rmsnorm` does not.
-      placement: `pre` normalizes what a sublayer reads (and once at the end), `post` what the residual sum gives.
+      placement: where a sublayer f is normalized: `pre` x + f(norm(x)); `post` norm(x + f(x)); `sandwich`
+        x + norm(f(norm(x))) (Gemma 2); `output` x + norm(f(x)) (OLMo 2); `parallel` adds both sublayers of one
+        norm(x) at once (Falcon 7B), `parallel_pair` of a norm each (Falcon 40B). All but `post` end with a norm.
       epsilon: added to the variance.
       bias: whether a learned offset follows the scale.
+      unit_offset: whether the learned scale is counted from one, (1 + scale), as in Gemma.
     """
 
     kind: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    placement: Literal["pre", "post"] = "pre"
+    placement: Literal["pre", "post", "sandwich", "output", "parallel", "parallel_pair"] = "pre"
     epsilon: float = 1e-5
     bias: bool = False
+    unit_offset: bool = False
 
     def __post_init__(self) -> None:
         if self.epsilon < 0:
             raise UserError(f"epsilon = {self.epsilon} must not be below 0.")
 
+    @property
+    def reads_normalized(self) -> bool:
+        """Whether sublayers read a normalized stream."""
+        return self.placement in ("pre", "sandwich", "parallel", "parallel_pair")
+
+    @property
+    def writes_normalized(self) -> bool:
+        """Whether what a sublayer gives is normalized before it is added."""
+        return self.placement in ("sandwich", "output")
+
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention.
+class LayerConfig:
+    """What one layer does otherwise than the model says.
 
     Attributes:
-      num_heads: query heads N.
-      num_kv_heads: key/value heads K: N is multi-head, 1 is multi-query, between them grouped-query attention.
-      head_dim: head width H.
-      qkv_bias: whether the query, key and value projections have a bias.
-      out_bias: whether the output projection has one.
-      implementation: which kernel computes it; `auto` picks by backend, and `reference`, which holds all scores of a
-        layer, is taken by name only.
+      window: tokens at this distance or further are hidden, or None.
+      position: the layer's own positions, or None for the model's.
+      experts: whether it has the experts, where the model has them.
+      attention_norm: whether its attention reads a normalized stream, where the model's does.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qkv_bias: bool = False
-    out_bias: bool = False
-    implementation: Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"] = "auto"
+    window: int | None = None
+    position: PositionConfig | None = None
+    experts: bool = True
+    attention_norm: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1.")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}.")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"window = {self.window} must be at least 1.")
+        if self.position is not None and self.position.kind not in ("none", "rotary"):
+            raise UserError(f"position.kind = {self.position.kind!r} of a layer must be 'none' or 'rotary'.")
 
 
 @dataclasses.dataclass(frozen=True)
-class MlpConfig:
-    """The feed-forward sublayer.
+class EmbeddingConfig:
+    """What happens to the embeddings of the tokens.
 
     Attributes:
-      hidden_dim: width F.
-      activation: `gelu` is exact, `gelu_tanh` its tanh approximation.
-      gated: whether a second projection is activated and multiplied in (SwiGLU with `silu`, GeGLU with `gelu`).
-      bias: whether its projections have biases.
+      norm: whether they are normalized, positions and types included.
+      num_types: kinds of segments that have an embedding each (BERT's sentence A and B); 0 is none.
     """
 
-    hidden_dim: int
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
-    gated: bool = True
+    norm: bool = False
+    num_types: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "num_types")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """From the last hidden states to logits.
+
+    Attributes:
+      transform: whether a projection, the MLP's activation and a norm come before the output projection (BERT).
+      transform_bias: whether that projection has a bias.
+      bias: whether the logits have one.
+      scale: factor on the hidden states (T5's tied embeddings: 1 / √D).
+      softcap: bound of the logits, softcap · tanh(logit / softcap), or None.
+      pooler: whether the first token's state, projected and squashed by tanh, stands for the sequence (BERT).
+      num_classes: classes that a projection of the pooled state tells apart; 0 is none.
+      num_future: further tokens that are predicted, each by a layer of its own (DeepSeek-V3, arXiv:2412.19437,
+        section 2.2); training only.
+      future_weight: of their mean loss.
+    """
+
+    transform: bool = False
+    transform_bias: bool = True
     bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+    pooler: bool = False
+    num_classes: int = 0
+    num_future: int = 0
+    future_weight: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.hidden_dim < 1:
-            raise UserError(f"hidden_dim = {self.hidden_dim} must be at least 1.")
+        at_least(self, 0, "num_classes", "num_future", "future_weight")
+        if self.scale <= 0 or (self.softcap is not None and self.softcap <= 0):
+            raise UserError(f"scale = {self.scale} and softcap = {self.softcap} must be above 0.")
+        if self.num_classes and not self.pooler:
+            raise UserError("num_classes needs pooler = True.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer.
+    """A transformer.
 
     Attributes:
       vocab_size: rows V of the embedding.
-      num_layers: blocks L.
+      num_layers: blocks L; of the decoder, where there is an encoder too.
       embed_dim: model width D.
       max_length: the longest sequence in tokens; learned positions have this many rows.
       attention: the attention sublayer.
       mlp: the feed-forward sublayer.
       norm: the normalization.
       position: where positions enter.
+      structure: `decoder` sees what came before; `encoder` sees all; `prefix` sees all of a prefix and what came before
+        (Raffel et al. 2020, arXiv:1910.10683, section 3.2.1); `encoder_decoder` is a decoder that also sees what an
+        encoder of `encoder_layers` layers made of another sequence.
+      encoder_layers: blocks of the encoder; 0 but for `encoder_decoder`.
+      first_layers: what the leading layers do otherwise; they may have other parameters than the rest.
+      pattern: the same for the layers after them, over and over; these all have the same parameters.
+      experts: a mixture of experts in the place of the feed-forward sublayer, or None.
+      embedding: what happens to the embeddings.
+      head: from hidden states to logits.
       tied_embeddings: whether the embedding is also the output projection.
       scale_embeddings: whether embeddings are multiplied by √D, as with sinusoidal positions (Vaswani et al. 2017).
       dropout: rate on embeddings and on what each sublayer adds.
@@ -159,6 +172,13 @@ class ModelConfig:
     mlp: MlpConfig
     norm: NormConfig = NormConfig()
     position: PositionConfig = PositionConfig()
+    structure: Literal["decoder", "encoder", "prefix", "encoder_decoder"] = "decoder"
+    encoder_layers: int = 0
+    first_layers: tuple[LayerConfig, ...] = ()
+    pattern: tuple[LayerConfig, ...] = (LayerConfig(),)
+    experts: ExpertsConfig | None = None
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    head: HeadConfig = HeadConfig()
     tied_embeddings: bool = False
     scale_embeddings: bool = False
     dropout: float = 0.0
@@ -168,12 +188,60 @@ class ModelConfig:
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "embed_dim", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1.")
+        at_least(self, 1, "vocab_size", "num_layers", "embed_dim", "max_length")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout = {self.dropout} must lie in [0, 1).")
         if self.init_stddev < 0:
             raise UserError(f"init_stddev = {self.init_stddev} must not be below 0.")
-        if self.position.kind == "rotary" and self.attention.head_dim % 2:
-            raise UserError(f"attention.head_dim = {self.attention.head_dim} must be even for rotary positions.")
+        self._check_layers()
+        self._check_positions()
+
+    def _check_layers(self) -> None:
+        if (self.encoder_layers > 0) != (self.structure == "encoder_decoder"):
+            raise UserError(
+                f"encoder_layers = {self.encoder_layers} must be above 0 for structure = 'encoder_decoder' and 0 else."
+            )
+        if len(self.first_layers) > self.num_layers:
+            raise UserError(f"first_layers are {len(self.first_layers)}, more than num_layers = {self.num_layers}.")
+        if not self.pattern:
+            raise UserError("pattern must name at least one layer.")
+        if len({(layer.experts, layer.attention_norm) for layer in self.pattern}) > 1:
+            raise UserError("pattern: its layers must agree in experts and attention_norm; first_layers may differ.")
+        if self.structure == "encoder" and self.head.num_future:
+            raise UserError(f"head.num_future = {self.head.num_future} needs a decoder.")
+
+    def _check_positions(self) -> None:
+        latent = self.attention.latent
+        rotated = self.attention.head_dim if latent is None else latent.rope_dim
+        for position in (self.position, *(layer.position for layer in (*self.first_layers, *self.pattern))):
+            if position is None or position.kind != "rotary":
+                continue
+            width = rotated if position.rotary_dim is None else position.rotary_dim
+            if width % 2:
+                raise UserError(f"attention.head_dim = {rotated} must be even for rotary positions.")
+            if width > rotated:
+                raise UserError(f"position.rotary_dim = {width} is more than attention.head_dim = {rotated}.")
+            if position.scaling is not None and len(position.scaling.long_factors) not in (0, width // 2):
+                raise UserError(
+                    f"position.scaling.long_factors are {len(position.scaling.long_factors)}, not {width // 2}."
+                )
+        if latent is not None and self.position.kind not in ("rotary", "none"):
+            raise UserError(f"position.kind = {self.position.kind!r} must be 'rotary' or 'none' with attention.latent.")
+        windows = any(layer.window is not None for layer in (*self.first_layers, *self.pattern))
+        if self.structure == "prefix" and (windows or self.position.kind == "alibi"):
+            raise UserError("structure = 'prefix' takes neither windows nor position.kind = 'alibi'.")
+
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """Returns what each layer of the decoder (or the only stack) does, L of them."""
+        rest = self.num_layers - len(self.first_layers)
+        return (*self.first_layers, *(self.pattern[i % len(self.pattern)] for i in range(rest)))
+
+    def encoder(self) -> "ModelConfig":
+        """Returns the encoder of an encoder-decoder as a model of its own."""
+        return dataclasses.replace(
+            self, structure="encoder", num_layers=self.encoder_layers, encoder_layers=0, head=HeadConfig()
+        )
+
+    def position_of(self, layer: LayerConfig) -> PositionConfig:
+        """Returns the positions of a layer."""
+        return self.position if layer.position is None else layer.position

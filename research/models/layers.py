@@ -11,6 +11,15 @@ from research.kernels.projection import project
 from research.models.config import NormConfig
 from research.parallel.rules import constrain
 
+# In float32, whatever the type: a bfloat16 chain is rounded at each of its steps, which on CPU takes most of the time.
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype),
+    "gelu_tanh": lambda x: jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype),
+    "gelu_sigmoid": lambda x: (x.astype(jnp.float32) * jax.nn.sigmoid(1.702 * x.astype(jnp.float32))).astype(x.dtype),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
 
 class Projection(nn.Module):
     """A linear map x W + b over the last axes of x, with named axes.
@@ -46,22 +55,31 @@ class Projection(nn.Module):
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), in float32.
 
-    y = (x − μ) / √(σ² + ε) · scale + bias, where RMSNorm takes μ = 0 and σ² = mean(x²).
+    y = (x − μ) / √(σ² + ε) · scale + bias, where RMSNorm takes μ = 0 and σ² = mean(x²), and a scale with
+    `unit_offset` is counted from one.
+
+    Attributes:
+      config: which norm.
+      names: logical names of the trailing axes that are normalized together.
     """
 
     config: NormConfig
+    names: tuple[str, ...] = ("embed",)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c, width = self.config, x.shape[-1:]
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        c, axes = self.config, tuple(range(-len(self.names), 0))
+        shape = x.shape[axes[0] :]
         y = x.astype(jnp.float32)
         if c.kind == "layernorm":
-            y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + c.epsilon)
-        y = y * self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), width, jnp.float32)
+            y = y - y.mean(axis=axes, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + c.epsilon)
+        start = nn.initializers.zeros if c.unit_offset else nn.initializers.ones
+        scale = self.param("scale", nn.with_logical_partitioning(start, self.names), shape, jnp.float32)
+        y = y * (1 + scale if c.unit_offset else scale)
         if c.bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-            y = y + self.param("bias", init, width, jnp.float32)
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.names)
+            y = y + self.param("bias", init, shape, jnp.float32)
         return y.astype(x.dtype)
 
 
@@ -84,6 +102,6 @@ class Embedding(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), tuple(self.names))
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
 
-    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         # Whole rows first: a lookup in a table whose rows are split makes the partitioner copy the table everywhere.
         return constrain(self.embedding, (self.names[0], None))[ids]

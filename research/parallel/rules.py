@@ -26,6 +26,11 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed", ("fsdp",)),
     ("positions", ()),
     ("head", ()),
+    ("latent", ()),
+    ("router", ()),
+    ("types", ()),
+    ("buckets", ()),
+    ("classes", ()),
 )
 
 

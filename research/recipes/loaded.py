@@ -20,7 +20,7 @@ from research.data.tokenizers import Tokenizer
 from research.inference.generate import Generated, generate
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
-from research.models.decoder import Decoder, init_params
+from research.models.transformer import Transformer, init_params
 from research.recipes.workdir import local_path, read_config
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 
@@ -81,10 +81,10 @@ class LoadedModel:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, tokens: Array, positions: Array, segments: Array | None) -> Array:
-    def apply(module: Decoder) -> Array:
-        return module.logits(module(tokens, positions, segments)[0])
+    def apply(module: Transformer) -> Array:
+        return module.logits(module(tokens, positions, segments).hidden)
 
-    return Decoder(config).apply({"params": params}, method=apply)
+    return Transformer(config).apply({"params": params}, method=apply)
 
 
 def load(workdir: str | pathlib.Path) -> LoadedModel:

@@ -9,7 +9,7 @@ import jax
 
 from research.core.random import key_for
 from research.models.config import ModelConfig
-from research.models.decoder import init_params
+from research.models.transformer import init_params
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import batch_sharding, check_batch, logical_axes

@@ -18,7 +18,8 @@ from research.core.errors import UserError
 from research.core.mesh_axes import BATCH_AXES
 from research.core.trees import named_leaves
 from research.models.config import ModelConfig
-from research.models.decoder import Decoder, scans_layers
+from research.models.stack import scans_layers
+from research.models.transformer import Transformer, model_inputs
 from research.training.step import Batch
 
 # Of each device's rows one is looked at, and of that no more than so many tokens, since the reference holds all scores.
@@ -88,10 +89,7 @@ def _outputs(config: ModelConfig, params: Any, batch: dict[str, Int[Array, "B T"
 
     def objective(attention: Any) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
         with_these = params | {"layers_0": params["layers_0"] | {"attention": attention}}
-        hidden, _ = Decoder(config).apply(
-            {"params": with_these}, batch["tokens"], batch["positions"], batch["segments"]
-        )
-        hidden = hidden.astype(jnp.float32)
+        hidden = Transformer(config).apply({"params": with_these}, **model_inputs(batch)).hidden.astype(jnp.float32)
         return jnp.sum(hidden * cotangent), hidden * (batch["segments"] != 0)[..., None]
 
     gradients, hidden = jax.grad(objective, has_aux=True)(params["layers_0"]["attention"])

@@ -14,7 +14,7 @@ from research.kernels.cross_entropy import summed_cross_entropy
 from research.kernels.target import platform
 from research.losses.token import weighted_sum, z_loss
 from research.models.config import ModelConfig
-from research.models.decoder import Decoder
+from research.models.transformer import Transformer, model_inputs
 from research.training.state import TrainState
 
 Batch = dict[str, Shaped[Array, "B T"]]
@@ -26,17 +26,19 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_smoothing: float = 0.0) -> Loss:
-    """Returns the weighted cross-entropy of a decoder, in nats, summed over tokens, plus z-loss.
+    """Returns the weighted cross-entropy of a model, in nats, summed over tokens, plus the terms that training adds.
 
-    The output projection is taken in chunks, so float32 logits of the whole batch never exist. A loss called without a
-    key is deterministic: no dropout.
+    These are z-loss, the experts' router loss and the loss of tokens further on, where the config has them. The output
+    projection is taken in chunks, so float32 logits of the whole batch never exist. A loss called without a key is
+    deterministic: no dropout.
 
     Args:
       config: the model.
       z_coefficient: of the z-loss, 0 for none.
       label_smoothing: in [0, 1), part of the reported loss; 0 leaves it plain, as evaluation needs it.
     """
-    model = Decoder(config)
+    model = Transformer(config)
+    options = {"softcap": config.head.softcap, "label_smoothing": label_smoothing}
 
     def objective(nll: Array, log_z: Array, weights: Array) -> tuple[Float[Array, ""], Metrics]:
         nll_sum = weighted_sum(nll, weights)
@@ -44,16 +46,43 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
         return nll_sum + z_sum, {"loss": nll_sum, "z_loss": z_sum}
 
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, ""], Metrics]:
-        def apply(module: Decoder) -> tuple[Array, Array]:
-            hidden, _ = module(batch["tokens"], batch["positions"], batch["segments"], deterministic=key is None)
-            return hidden, module.unembedding()
+        further = _further(batch, config.head.num_future)
+
+        def apply(module: Transformer) -> tuple[Any, list[Any], Array]:
+            output = module(**model_inputs(batch), deterministic=key is None)
+            following = [each["tokens"] for each in further]
+            states = []
+            if further:
+                states = module.predict_future(output.hidden, following, batch["positions"], batch["segments"])
+            return module.projection(output.hidden), [module.projection(state) for state in states], output.router_loss
 
         rngs = {} if key is None else {"dropout": key}
-        hidden, kernel = model.apply({"params": params}, rngs=rngs, method=apply)
-        options = {"label_smoothing": label_smoothing}
-        return summed_cross_entropy(objective, hidden, kernel, batch["targets"], batch["weights"], **options)
+        (hidden, kernel), states, router_loss = model.apply({"params": params}, rngs=rngs, method=apply)
+        total, sums = summed_cross_entropy(objective, hidden, kernel, batch["targets"], batch["weights"], **options)
+        for (hidden, kernel), each in zip(states, further, strict=True):
+            later, _ = summed_cross_entropy(objective, hidden, kernel, each["targets"], each["weights"], **options)
+            total = total + config.head.future_weight / len(further) * later
+        if config.experts is not None:
+            # Of a batch's mean, for the step divides by its weight.
+            routed = router_loss * jnp.sum(batch["weights"])
+            total, sums = total + routed, {**sums, "router_loss": routed}
+        return total, sums
 
     return loss
+
+
+def _further(batch: Batch, depth: int) -> list[Batch]:
+    """Returns, for each depth k from 1, the tokens k places further on, and the targets and weights behind them."""
+    parts = []
+    for k in range(1, depth + 1):
+
+        def shifted(name: str, by: int) -> Shaped[Array, "B T"]:
+            return jnp.pad(batch[name], ((0, 0), (0, by)))[:, by:]
+
+        same = shifted("segments", k) == batch["segments"]
+        weights = jnp.where(same, shifted("weights", k), 0.0)
+        parts.append({"tokens": shifted("targets", k - 1), "targets": shifted("targets", k), "weights": weights})
+    return parts
 
 
 def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> dict[str, Shaped[Array, "micro T"]]:

@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from research.models.config import ModelConfig
-from research.models.decoder import Decoder
+from research.models.transformer import Transformer
 from tests.interop import cases
 
 # Of logits up to 6. Float32 itself puts torch's own logits up to 1.4e-5 from those it computes in float64.
@@ -35,7 +35,7 @@ def logits_of(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarra
     """Returns float32 logits `[B, T, V]` of whole sequences."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
-    def apply(module: Decoder) -> Any:
+    def apply(module: Transformer) -> Any:
         return module.logits(module(jnp.asarray(tokens, jnp.int32), positions)[0])
 
-    return np.asarray(jax.jit(lambda params: Decoder(config).apply({"params": params}, method=apply))(params))
+    return np.asarray(jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(params))

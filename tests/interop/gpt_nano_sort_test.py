@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from research.core.trees import named_leaves
-from research.interop.architecture import config_from, params_from
+from research.interop.architecture import config_from
 from research.interop.gpt2 import GPT2
-from research.models.decoder import Decoder
+from research.interop.mapping import params_from
+from research.models.transformer import Transformer
 
 # minGPT is GPT-2 with torch's `Linear` instead of `Conv1D`: outputs first.
 MINGPT = dataclasses.replace(
@@ -65,10 +66,10 @@ def trained(shared_data):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def apply(module):
-        hidden, _ = module(tokens, positions)
+        hidden = module(tokens, positions).hidden
         return module.logits(hidden)
 
-    logits, seen = nn.apply(apply, Decoder(config), capture_intermediates=True)(
+    logits, seen = nn.apply(apply, Transformer(config), capture_intermediates=True)(
         {"params": params_from(MINGPT, config, tensors)}
     )
     return wanted, np.asarray(logits), named_leaves(seen["intermediates"])

@@ -12,10 +12,11 @@ import safetensors.numpy
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
-from research.interop.architecture import config_from, fields_from, params_from, tensors_from
+from research.interop.architecture import config_from, fields_from
 from research.interop.gpt2 import GPT2
 from research.interop.huggingface import from_hugging_face, to_hugging_face
 from research.interop.llama import LLAMA
+from research.interop.mapping import params_from, tensors_from
 from research.models.config import NormConfig, PositionConfig
 from tests.interop import cases
 from tests.interop.folders import TOLERANCE, golden_folder, logits_of, write_folder

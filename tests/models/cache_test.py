@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.cache import LayerCache, empty_cache
+from research.models.cache import Cache, LayerCache, empty_cache
 from research.models.config import ModelConfig, PositionConfig
-from research.models.decoder import Cache, Decoder, scans_layers
+from research.models.stack import scans_layers
+from research.models.transformer import Transformer
 from tests.tiny import logits, random_params, random_tokens, stack, tiny_config
 
 LENGTHS, WIDTH, TOTAL, SLOTS = np.array([5, 9, 1]), 10, 14, 16
@@ -19,11 +20,11 @@ LENGTHS, WIDTH, TOTAL, SLOTS = np.array([5, 9, 1]), 10, 14, 16
 
 @functools.partial(jax.jit, static_argnums=0)
 def read(config: ModelConfig, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[jax.Array, Cache]:
-    def apply(module: Decoder) -> tuple[jax.Array, Cache]:
-        hidden, new_cache = module(tokens, positions, cache=cache)
-        return module.logits(hidden), new_cache
+    def apply(module: Transformer) -> tuple[jax.Array, Cache]:
+        output = module(tokens, positions, cache=cache)
+        return module.logits(output.hidden), output.cache
 
-    return Decoder(config).apply({"params": params}, method=apply)
+    return Transformer(config).apply({"params": params}, method=apply)
 
 
 def read_by_token(config: ModelConfig, params: Any, tokens: np.ndarray) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from tests.tiny import tiny_config
         ("attention.head_dim", 3, "model.attention.head_dim = 3 must be even for rotary positions."),
         ("mlp.activation", "swish", "model.mlp.activation = 'swish' is not one of"),
         ("mlp.hidden_dim", 0, "model.mlp.hidden_dim = 0 must be at least 1."),
-        ("position.scaling", {"factor": 8.0}, "model.position.scaling.low_frequency_factor is missing"),
+        ("position.scaling", {"factor": 8.0}, "model.position.scaling.original_length = 0 must be at least 1"),
         ("position.theta", 0.0, "model.position.theta = 0.0 must be above 0."),
         ("norm.epsilon", -1.0, "model.norm.epsilon = -1.0 must not be below 0."),
         ("init_stddev", -0.1, "model.init_stddev = -0.1 must not be below 0."),

@@ -13,7 +13,8 @@ import pytest
 from research.core.trees import count, named_leaves
 from research.kernels.target import compiling_for
 from research.models.config import ModelConfig, NormConfig, PositionConfig
-from research.models.decoder import Decoder, init_params, scans_layers
+from research.models.stack import scans_layers
+from research.models.transformer import Transformer, init_params
 from tests.models.plain import plain_logits
 from tests.tiny import VOCAB, abstract_params, logits, random_params, random_tokens, stack, tiny_config
 
@@ -205,7 +206,7 @@ def test_rematerialization_multiplies_out_again_what_is_not_kept(layer_loop: str
 def hidden(config: ModelConfig, params: Any, key: jax.Array | None) -> jax.Array:
     tokens, positions = jnp.asarray(random_tokens(1, 14)), jnp.arange(14)[None]
     rngs = {} if key is None else {"dropout": key}
-    return Decoder(config).apply({"params": params}, tokens, positions, deterministic=key is None, rngs=rngs)[0]
+    return Transformer(config).apply({"params": params}, tokens, positions, deterministic=key is None, rngs=rngs)[0]
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])

@@ -53,7 +53,7 @@ def test_other_kinds_leave_queries_alone(kind: str):
 
 
 def test_stretched_frequencies_slow_long_waves_and_keep_short_ones():
-    scaling = RopeScalingConfig(8.0, 1.0, 4.0, 8192)
+    scaling = RopeScalingConfig("llama3", 8.0, 8192, 1.0, 4.0)
     plain = rotary_frequencies(PositionConfig(theta=500_000.0), 128)
     found = rotary_frequencies(PositionConfig(theta=500_000.0, scaling=scaling), 128)
     wavelengths = 2 * np.pi / plain

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.config import NormConfig, PositionConfig
-from research.models.decoder import init_params
+from research.models.transformer import init_params
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import (

@@ -4,6 +4,7 @@ import abc
 import hashlib
 import json
 import pathlib
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ class Tokenizer(abc.ABC):
     unk_id: int | None = None
     mask_id: int | None = None
     sentinel_ids: tuple[int, ...] = ()
-    chat_templates: Mapping[str, str] = {}
+    chat_templates: Mapping[str, str] = types.MappingProxyType({})
 
     @abc.abstractmethod
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
@@ -164,7 +165,8 @@ class Tokenizer(abc.ABC):
 
     def _named(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Returns a template's variables with those that name this tokenizer's special tokens."""
-        return {f"{role}_token": token for role, token in self.specials.items()} | inputs
+        names = {f"{role}_token": token for role, token in self.specials.items()}
+        return {"documents": None} | names | inputs
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """Encodes text in which `mark` before the spelling of a control token makes it that token.

@@ -143,7 +143,10 @@ def unused_characters(source: str, inputs: Mapping[str, Any]) -> tuple[str, str]
 def guarded(value: Any, tokens: Sequence[str], guard: str) -> Any:
     """Returns plain values in which no text spells a control token, whatever is put after it: `guard` is in between."""
     tokens = _breakable(tokens)
-    pattern = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens)
+    rests: dict[str, list[str]] = {}
+    for token in tokens:
+        rests.setdefault(re.escape(token[0]), []).append(re.escape(token[1:]))
+    pattern = "|".join(f"(?<={first})(?={'|'.join(rest)})" for first, rest in rests.items())
     spelt = re.compile(pattern, re.IGNORECASE)  # templates change case
     beginnings = {token[:end].lower() for token in tokens for end in range(1, len(token))}
     longest = max(map(len, beginnings), default=0)

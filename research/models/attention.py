@@ -1,0 +1,209 @@
+"""The attention sublayers: over the sequence itself, and over what an encoder made of another one."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+from research.core.trees import node
+from research.kernels.attention import AttentionMask, attention
+from research.models import positions as positional
+from research.models.cache import LayerCache
+from research.models.config import LayerConfig, ModelConfig, NormConfig
+from research.models.layers import Norm, Projection
+from research.parallel.rules import constrain
+
+
+@node(static=())
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What each layer of a stack is told beside its input.
+
+    Attributes:
+      positions: of each token in its document.
+      mask: who sees whom, without a layer's window.
+      lengths: of each token's document, for rotary frequencies that go by it.
+      bias: added to the scores of every layer, or None.
+      memory: what the encoder made of its sequence, or None where there is none or the cache holds it.
+      memory_mask: who sees it.
+      key: of the layers' dropout; None drops nothing.
+    """
+
+    positions: Int[Array, "B T"]
+    mask: AttentionMask
+    lengths: Int[Array, "B T"] | None = None
+    bias: Float[Array, "#B N T S"] | None = None
+    memory: Float[Array, "B M D"] | None = None
+    memory_mask: AttentionMask | None = None
+    key: Key[Array, ""] | None = None
+
+    def real(self) -> Shaped[Array, "B T"] | None:
+        """Returns which tokens are no padding; None is all of them."""
+        return None if self.mask.q_segments is None else self.mask.q_segments != 0
+
+
+def residual_stddev(config: ModelConfig) -> float:
+    """Returns the initial deviation of projections into the residual stream, which 2L of them add to."""
+    return config.init_stddev / math.sqrt(2 * config.num_layers)
+
+
+def project_heads(config: ModelConfig, name: str) -> Projection:
+    """Returns the projection D → heads of `query`, `key` or `value`; a submodule of the module that is being called."""
+    c = config.attention
+    heads, axis = (c.num_heads, "heads") if name == "query" else (c.num_kv_heads, "kv_heads")
+    return Projection(
+        (heads, c.head_dim),
+        ("embed", axis, "head"),
+        use_bias=c.qkv_bias,
+        stddev=config.init_stddev,
+        dtype=config.dtype,
+        name=name,
+    )
+
+
+def project_out(config: ModelConfig) -> Projection:
+    """Returns the projection of the heads back to D."""
+    return Projection(
+        (config.embed_dim,),
+        ("heads", "head", "embed"),
+        num_inputs=2,
+        use_bias=config.attention.out_bias,
+        stddev=residual_stddev(config),
+        dtype=config.dtype,
+        name="out",
+    )
+
+
+def head_norm(config: ModelConfig, names: tuple[str, ...], name: str) -> Norm:
+    """Returns an RMS norm inside attention, with the epsilon of the model's."""
+    rms = NormConfig(kind="rmsnorm", epsilon=config.norm.epsilon, unit_offset=config.norm.unit_offset)
+    return Norm(rms, names, name=name)
+
+
+def attend(
+    config: ModelConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    **terms: Any,
+) -> Float[Array, "B T N H"]:
+    """Calls the attention that the config names, with its scale and soft cap."""
+    c = config.attention
+    return attention(q, k, v, mask=mask, scale=c.scale, softcap=c.softcap, implementation=c.implementation, **terms)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: softmax(q kᵀ / √H + bias) v, then the output projection.
+
+    Source: Ainslie et al. 2023, arXiv:2305.13245, section 2. With K = N it is multi-head attention.
+    """
+
+    config: ModelConfig
+    layer: LayerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        model, c = self.config, self.config.attention
+        position, positions = model.position_of(self.layer), context.positions
+        q, k, v = (project_heads(model, name)(x) for name in ("query", "key", "value"))
+        if c.qk_norm != "none":
+            together = {"head": ("head",), "all": ("heads", "head")}[c.qk_norm]
+            q = head_norm(model, together, "query_norm")(q)
+            k = head_norm(model, together if c.qk_norm == "head" else ("kv_heads", "head"), "key_norm")(k)
+        q = positional.rotate(position, q, positions, context.lengths)
+        k = positional.rotate(position, k, positions, context.lengths)
+        q = constrain(q, ("batch", "length", "heads", "head"))
+        k = constrain(k, ("batch", "length", "kv_heads", "head"))
+        mask = context.mask
+        if cache is not None:
+            cache, mask = _append(cache, k, v, context)
+            k, v = cache.key, cache.value
+        bias = context.bias
+        if position.kind == "relative":
+            q, bias = RelativeScores(model, name="relative")(q, *places(context, None if cache is None else k.shape[1]))
+        alibi = jnp.asarray(positional.alibi_slopes(c.num_heads)) if position.kind == "alibi" else None
+        sinks = None
+        if c.sinks:
+            init = nn.with_logical_partitioning(nn.initializers.normal(model.init_stddev), ("heads",))
+            sinks = self.param("sinks", init, (c.num_heads,), jnp.float32)
+        mask = dataclasses.replace(mask, window=self.layer.window)
+        out = attend(model, q, k, v, mask, bias=bias, alibi=alibi, sinks=sinks)
+        return project_out(model)(out), cache
+
+
+def _append(
+    cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], context: Context
+) -> tuple[LayerCache, AttentionMask]:
+    """Writes keys and values into the cache; what the context's mask says of a prefix goes on in the cache's."""
+    cache, mask = cache.append(k, v, context.positions)
+    return cache, dataclasses.replace(mask, prefix=context.mask.prefix)
+
+
+def places(context: Context, slots: int | None) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
+    """Returns where queries and keys stand, as far as distances go: in a row their indices, else their cache slots."""
+    if slots is None:
+        index = jnp.arange(context.positions.shape[1])[None]
+        return index, index
+    return context.positions, jnp.arange(slots)[None]
+
+
+class RelativeScores(nn.Module):
+    """Scores by distance that depend on the query: (q + b) · R(t − s), with R the projected waves of a distance.
+
+    Returns the query that meets the keys, q + a, and those scores as a bias, which takes [B, N, T, S].
+
+    Source: Dai et al. 2019 (Transformer-XL), arXiv:1901.02860, section 3.3: a and b are its u and v.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, q: Float[Array, "B T N H"], query_places: Int[Array, "#B T"], key_places: Int[Array, "1 S"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
+        model, c = self.config, self.config.attention
+        shape, names = (c.num_heads, c.head_dim), ("heads", "head")
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
+        content = self.param("content", zeros, shape, jnp.float32)
+        distance = self.param("distance", zeros, shape, jnp.float32)
+        keys = key_places.shape[1]
+        reach = max(keys, q.shape[1])
+        waves = positional.sinusoidal(jnp.arange(-reach + 1, reach), model.embed_dim)
+        options = {"stddev": model.init_stddev, "dtype": model.dtype, "name": "projection"}
+        r = Projection(shape, ("embed", *names), **options)(waves)
+        scores = jnp.einsum("btnh,rnh->bntr", q + distance.astype(q.dtype), r, preferred_element_type=jnp.float32)
+        which = jnp.clip(query_places[:, :, None] - key_places[:, None, :] + reach - 1, 0, 2 * reach - 2)
+        which = jnp.broadcast_to(which[:, None], (*scores.shape[:3], keys))
+        scale = 1 / math.sqrt(c.head_dim) if c.scale is None else c.scale
+        return q + content.astype(q.dtype), scale * jnp.take_along_axis(scores, which, axis=-1)
+
+
+class CrossAttention(nn.Module):
+    """Attention over the encoder's last states: softmax(q kᵀ / √H) v; positions do not enter.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        model = self.config
+        q = constrain(project_heads(model, "query")(x), ("batch", "length", "heads", "head"))
+        if context.memory is None:
+            assert cache is not None, "neither an encoder's output nor a cache that holds it"
+            k, v = cache.memory_key, cache.memory_value
+        else:
+            k, v = (project_heads(model, name)(context.memory) for name in ("key", "value"))
+            if cache is not None:
+                cache = cache.replace(memory_key=k, memory_value=v)
+        out = attend(model, q, k, v, context.memory_mask)
+        return project_out(model)(out), cache

@@ -1,0 +1,71 @@
+"""What stands on the last hidden states beside the output projection."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from research.models.attention import Context
+from research.models.block import Block
+from research.models.config import ModelConfig
+from research.models.layers import ACTIVATIONS, Norm, Projection
+
+
+class Transform(nn.Module):
+    """norm(act(x W + b)), before the output projection of a masked language model.
+
+    Source: Devlin et al. 2019 (BERT), arXiv:1810.04805, as released.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        c = self.config
+        y = Projection(
+            x.shape[-1:],
+            ("embed", "mlp"),
+            use_bias=c.head.transform_bias,
+            stddev=c.init_stddev,
+            dtype=c.dtype,
+            name="projection",
+        )(x)
+        return Norm(c.norm, name="norm")(ACTIVATIONS[c.mlp.activation](y))
+
+
+class Pooler(nn.Module):
+    """tanh(x₀ W + b) of each row's first token, and the logits of the classes where there are any.
+
+    Source: Devlin et al. 2019 (BERT), arXiv:1810.04805, section 3.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
+        c = self.config
+        options = {"use_bias": True, "stddev": c.init_stddev, "dtype": c.dtype}
+        pooled = jnp.tanh(Projection(x.shape[-1:], ("embed", "mlp"), name="projection", **options)(x[:, 0]))
+        if not c.head.num_classes:
+            return pooled, None
+        return pooled, Projection((c.head.num_classes,), ("embed", "classes"), name="classes", **options)(pooled)
+
+
+class FuturePredictor(nn.Module):
+    """One step further: block([norm(h); norm(e)] W), with e the embedding of the token that follows.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv:2412.19437, section 2.2, equations 21 and 22; embedding and output
+    projection are the model's.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "B T D"]:
+        c = self.config
+        both = [Norm(c.norm, name="hidden_norm")(hidden), Norm(c.norm, name="embed_norm")(embedded)]
+        options = {"stddev": c.init_stddev, "dtype": c.dtype, "name": "projection"}
+        x = Projection((c.embed_dim,), ("mlp", "embed"), **options)(jnp.concatenate(both, axis=-1))
+        x, _, _ = Block(c, c.layers()[-1], name="block")(x, None, context)
+        return Norm(c.norm, name="final_norm")(x)

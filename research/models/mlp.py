@@ -1,0 +1,236 @@
+"""The feed-forward sublayers: dense, and a mixture of experts without dropped tokens."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.kernels.grouped_matmul import grouped_matmul
+from research.kernels.mesh import once_a_device, shared_axes
+from research.models.attention import residual_stddev
+from research.models.config import ExpertsConfig, MlpConfig, ModelConfig
+from research.models.layers import ACTIVATIONS, Projection
+from research.parallel.rules import constrain
+
+
+def activate(
+    config: MlpConfig, up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None
+) -> Float[Array, "*rows F"]:
+    """Returns act(up), or act(gate) ⊙ (up + offset) where gated, both clamped where the config says so."""
+    act = ACTIVATIONS[config.activation]
+    if gate is None:
+        return act(up)
+    if config.clamp is not None:
+        gate, up = jnp.minimum(gate, config.clamp), jnp.clip(up, -config.clamp, config.clamp)
+    return act(gate) * (up + config.up_offset if config.up_offset else up)
+
+
+class Mlp(nn.Module):
+    """The feed-forward sublayer: act(x U) D, or (act(x G) ⊙ x U) D where gated.
+
+    Attributes:
+      config: the model.
+      hidden_dim: width F; None is the config's.
+
+    Source: Shazeer 2020, arXiv:2002.05202, equations 5 and 6.
+    """
+
+    config: ModelConfig
+    hidden_dim: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c, model = self.config.mlp, self.config
+        width = c.hidden_dim if self.hidden_dim is None else self.hidden_dim
+        options = {"use_bias": c.bias, "dtype": model.dtype}
+        inner = {"features": (width,), "names": ("embed", "mlp"), "stddev": model.init_stddev}
+        up = Projection(name="up", **inner, **options)(x)
+        gate = Projection(name="gate", **inner, **options)(x) if c.gated else None
+        h = constrain(activate(c, up, gate), ("batch", "length", "mlp"))
+        return Projection(x.shape[-1:], ("mlp", "embed"), stddev=residual_stddev(model), name="down", **options)(h)
+
+
+class Experts(nn.Module):
+    """A mixture of experts: Σ_e w_e · expert_e(x) over the chosen experts e, plus the shared expert.
+
+    Returns the sum, and the loss of the router for its load, weighed as the config says.
+
+    Source: Shazeer et al. 2017, arXiv:1701.06538, equation 1; dropless as in Gale et al. 2022, arXiv:2211.15841; shared
+    experts, sigmoid scores and groups: DeepSeek-AI 2024, arXiv:2412.19437, equations 12 to 16.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        model, c = self.config, self.config.experts
+        assert c is not None
+        # The router is small and its choice is sharp, so it is computed in float32 whatever the type.
+        logits = Projection(
+            (c.num_experts,), ("embed", "router"), use_bias=c.router_bias, stddev=model.init_stddev, name="router"
+        )(x.astype(jnp.float32))
+        selection = None
+        if c.selection_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("router",))
+            selection = self.param("selection_bias", init, (c.num_experts,), jnp.float32)
+        chosen, weights, loss = route(c, logits, selection, real)
+        kernels = ExpertKernels(model, name="experts")()
+        y = _mix(model.mlp, x, chosen, weights.astype(x.dtype), kernels)
+        if c.shared_dim:
+            shared = Mlp(model, c.shared_dim, name="shared")(x)
+            if c.shared_gate:
+                options = {"stddev": model.init_stddev, "dtype": model.dtype, "name": "shared_gate"}
+                shared = shared * jax.nn.sigmoid(Projection((1,), ("embed", "types"), **options)(x))
+            y = y + shared
+        return y, loss
+
+
+def route(
+    config: ExpertsConfig,
+    logits: Float[Array, "B T E"],
+    selection: Float[Array, "E"] | None,
+    real: Bool[Array, "B T"] | None,
+) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, ""]]:
+    """Returns the experts of each token, best first, their weights, and the router's loss.
+
+    Args:
+      config: the mixture.
+      logits: of the router, float32.
+      selection: added to the scores for the choice alone.
+      real: tokens that count for the loss; None is all of them.
+    """
+    scores = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
+    ranked = scores if selection is None else scores + jax.lax.stop_gradient(selection)
+    if config.num_groups > 1:
+        grouped = ranked.reshape(*ranked.shape[:-1], config.num_groups, -1)
+        best_two = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+        _, groups = jax.lax.top_k(best_two, config.groups_per_token)
+        allowed = jax.nn.one_hot(groups, config.num_groups, dtype=bool).any(axis=-2)
+        ranked = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+    _, chosen = jax.lax.top_k(ranked, config.experts_per_token)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if config.renormalize:
+        # The small number is for sigmoids that are all zero.
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return chosen, weights * config.scale, _router_loss(config, logits, scores, chosen, real)
+
+
+def _router_loss(
+    config: ExpertsConfig,
+    logits: Float[Array, "B T E"],
+    scores: Float[Array, "B T E"],
+    chosen: Int[Array, "B T k"],
+    real: Bool[Array, "B T"] | None,
+) -> Float[Array, ""]:
+    """Returns balance_weight · E Σ_e f_e P_e + z_weight · mean(logsumexp²), f the share of choices, P of scores."""
+    weight = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)
+    weight = weight / jnp.maximum(weight.sum(), 1.0)
+    loss = jnp.zeros(())
+    if config.balance_weight:
+        picked = jax.nn.one_hot(chosen, config.num_experts).mean(axis=-2)
+        share = jnp.einsum("bt,bte->e", weight, scores / scores.sum(axis=-1, keepdims=True))
+        even = config.num_experts * jnp.sum(jnp.einsum("bt,bte->e", weight, picked) * share)
+        loss = loss + config.balance_weight * even
+    if config.z_weight:
+        loss = loss + config.z_weight * jnp.sum(weight * jax.nn.logsumexp(logits, axis=-1) ** 2)
+    return loss
+
+
+class ExpertKernels(nn.Module):
+    """The projections of all experts: `up`, `gate` [E, D, F] and `down` [E, F, D], each with its bias or None."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> dict[str, tuple[Float[Array, "E I O"], Float[Array, "E O"] | None]]:
+        model, c = self.config, self.config.experts
+        assert c is not None
+        inward = ((model.embed_dim, c.hidden_dim), ("embed", "mlp"), model.init_stddev)
+        outward = ((c.hidden_dim, model.embed_dim), ("mlp", "embed"), residual_stddev(model))
+        wanted = {"up": inward, **({"gate": inward} if model.mlp.gated else {}), "down": outward}
+        return {
+            name: ExpertKernel(c.num_experts, *of, use_bias=model.mlp.bias, name=name)() for name, of in wanted.items()
+        }
+
+
+class ExpertKernel(nn.Module):
+    """One projection of all experts, and its bias or None."""
+
+    num_experts: int
+    shape: tuple[int, int]
+    names: tuple[str, str]
+    stddev: float
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "E I O"], Float[Array, "E O"] | None]:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), ("expert", *self.names))
+        kernel = self.param("kernel", init, (self.num_experts, *self.shape), jnp.float32)
+        if not self.use_bias:
+            return kernel, None
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("expert", self.names[1]))
+        return kernel, self.param("bias", init, (self.num_experts, self.shape[1]), jnp.float32)
+
+
+def _mix(
+    config: MlpConfig,
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    kernels: dict[str, Any],
+) -> Float[Array, "B T D"]:
+    """Returns the weighed sum of the chosen experts' outputs.
+
+    On a mesh each device takes its own tokens through all experts, of whose width it has its share.
+    """
+    batch = shared_axes(BATCH_AXES, x.shape[0])
+    width = shared_axes((TENSOR_AXIS,), kernels["up"][0].shape[2])
+    if not batch and not width:
+        return _mix_local(config, x, chosen, weights, kernels)
+    tokens = PartitionSpec(batch or None)
+    columns, rows = PartitionSpec(None, None, width or None), PartitionSpec(None, width or None)
+    specs = {"up": (columns, rows), "gate": (columns, rows), "down": (rows, PartitionSpec())}
+
+    def local(x: Array, chosen: Array, weights: Array, kernels: dict[str, Any]) -> Array:
+        if not width:
+            return _mix_local(config, x, chosen, weights, kernels)
+        kernel, bias = kernels["down"]
+        if bias is not None:  # which is added once, not by every share of the width
+            kernels = kernels | {"down": (kernel, jnp.where(jax.lax.axis_index(width) == 0, bias, 0.0))}
+        return jax.lax.psum(_mix_local(config, x, chosen, weights, kernels), width)
+
+    specs = {name: specs[name] if bias is not None else (specs[name][0], None) for name, (_, bias) in kernels.items()}
+    return once_a_device(local, (tokens, tokens, tokens, specs), tokens)(x, chosen, weights, kernels)
+
+
+def _mix_local(
+    config: MlpConfig,
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    kernels: dict[str, Any],
+) -> Float[Array, "B T D"]:
+    """Sorts the choices by expert, takes each run of rows through its expert, and puts them back."""
+    per_token, num_experts = chosen.shape[-1], kernels["up"][0].shape[0]
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    rows = x.reshape(-1, x.shape[-1])[order // per_token]
+    sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
+    sorted_expert = expert[order]
+
+    def project(name: str, rows: Float[Array, "M I"]) -> Float[Array, "M O"]:
+        kernel, bias = kernels[name]
+        y = grouped_matmul(rows, kernel, sizes)
+        return y if bias is None else y + bias[sorted_expert].astype(y.dtype)
+
+    h = activate(config, project("up", rows), project("gate", rows) if "gate" in kernels else None)
+    y = project("down", h)
+    back = jnp.argsort(order)  # a gather, where scattering would add in no certain order
+    y = y[back].reshape(*chosen.shape, -1)
+    return jnp.einsum("btkd,btk->btd", y, weights)

@@ -1,0 +1,202 @@
+"""Layers on top of each other: what an encoder, a decoder and both of an encoder-decoder are made of."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from research.kernels.attention import AttentionMask
+from research.kernels.target import platform
+from research.models.attention import Context, places
+from research.models.block import Block
+from research.models.cache import Cache, LayerCache
+from research.models.config import LayerConfig, ModelConfig
+from research.models.layers import Embedding, Norm
+from research.models.positions import distance_buckets, document_lengths, sinusoidal
+from research.parallel.rules import constrain
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scans_layers(config: ModelConfig) -> bool:
+    """Whether the layers are one scanned block: XLA for CPU runs the body of a loop at about half speed."""
+    if config.layer_loop == "auto":
+        return platform() != "cpu"
+    return config.layer_loop == "scan"
+
+
+def layer_name(config: ModelConfig, index: int) -> str:
+    """Returns the name of an unrolled layer's parameters: `first_layers_i`, then `layers_i`, each from 0."""
+    first = len(config.first_layers)
+    return f"first_layers_{index}" if index < first else f"layers_{index - first}"
+
+
+class Stack(nn.Module):
+    """Embedded tokens in, hidden states out: positions, layers, the final norm.
+
+    The layers of `pattern` are one loop where layers are scanned; the first layers, which may be built otherwise, are
+    always unrolled.
+
+    Attributes:
+      config: the model, or `ModelConfig.encoder()` of it.
+      bare: whether to leave its layers out, whose parameters `init_params` makes one by one.
+    """
+
+    config: ModelConfig
+    bare: bool = False
+
+    def setup(self) -> None:
+        self.setup_stack()
+
+    def setup_stack(self) -> None:
+        """Makes the submodules, for `setup` of this class and of those that are more than a stack."""
+        c = self.config
+        if c.position.kind == "learned":
+            rows = c.max_length + c.position.offset
+            self.position_embed = Embedding(rows, c.embed_dim, ("positions", "embed"), c.init_stddev)
+        if c.position.kind == "buckets":
+            names = ("buckets", "heads")
+            self.position_bias = Embedding(c.position.num_buckets, c.attention.num_heads, names, c.init_stddev)
+        if c.embedding.num_types:
+            self.type_embed = Embedding(c.embedding.num_types, c.embed_dim, ("types", "embed"), c.init_stddev)
+        if c.embedding.norm:
+            self.embed_norm = Norm(c.norm)
+        self.embed_dropout = nn.Dropout(c.dropout)
+        kinds, first = ((), 0) if self.bare else (c.layers(), len(c.first_layers))
+        block: Any = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat])
+        self.first_layers = [block(c, kind) for kind in kinds[:first]]
+        if not scans_layers(c):
+            self.layers = [block(c, kind) for kind in kinds[first:]]
+        if c.norm.placement != "post":
+            self.final_norm = Norm(c.norm)
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        mask: AttentionMask,
+        positions: Int[Array, "B T"],
+        cache: Cache | None,
+        *,
+        types: Int[Array, "B T"] | None,
+        memory: Float[Array, "B M D"] | None,
+        memory_mask: AttentionMask | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
+        """Returns the hidden states, the cache with these tokens in it, and the mean loss of the routers."""
+        c = self.config
+        x = self._place(x, positions, types)
+        drop_key = None if key is None else jax.random.fold_in(key, 0)
+        x = self.embed_dropout(x.astype(c.dtype), deterministic=key is None, rng=drop_key)
+        x = constrain(x, ("batch", "length", "embed"))
+        by_length = any(
+            scaling is not None and scaling.by_length
+            for scaling in (c.position_of(kind).scaling for kind in c.layers())
+        )
+        context = Context(
+            positions=positions,
+            mask=mask,
+            lengths=document_lengths(positions) if by_length else None,
+            memory=memory,
+            memory_mask=memory_mask,
+            key=None if key is None else jax.random.fold_in(key, 1),
+        )
+        if c.position.kind == "buckets":
+            context = dataclasses.replace(context, bias=self._bucket_bias(context, cache))
+        x, cache, losses = self._layers(x, cache, context)
+        routed = sum(kind.experts for kind in c.layers()) if c.experts is not None else 0
+        x = self.final_norm(x) if c.norm.placement != "post" else x
+        return x, cache, losses / max(routed, 1)
+
+    def _place(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], types: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        c = self.config
+        if c.scale_embeddings:
+            x = x * math.sqrt(c.embed_dim)
+        if c.position.kind == "learned":
+            x = x + self.position_embed(positions + c.position.offset)
+        elif c.position.kind == "sinusoidal":
+            x = x + sinusoidal(positions, c.embed_dim)
+        if c.embedding.num_types:
+            x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
+        return self.embed_norm(x) if c.embedding.norm else x
+
+    def _bucket_bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N T S"]:
+        """Returns the learned bias of each distance, which all layers share (Raffel et al. 2020, section 2.1)."""
+        query_places, key_places = places(context, None if cache is None else cache[0].key.shape[-3])
+        distances = key_places[:, None, :] - query_places[:, :, None]
+        buckets = distance_buckets(self.config.position, distances, bidirectional=not context.mask.causal)
+        return jnp.moveaxis(self.position_bias(buckets), -1, 1)
+
+    def _layers(
+        self, x: Float[Array, "B T D"], cache: Cache | None, context: Context
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
+        blocks, total = [*self.first_layers, *(() if scans_layers(self.config) else self.layers)], jnp.zeros(())
+        caches = []
+        for index, block in enumerate(blocks):
+            x, layer_cache, loss = block(x, None if cache is None else cache[index], _at_layer(context, index))
+            caches.append(layer_cache)
+            total = total + loss
+        if scans_layers(self.config) and not self.bare:
+            stacked = None if cache is None else cache[-1]
+            x, stacked, loss = self._scan(x, stacked, context)
+            caches.append(stacked)
+            total = total + loss
+        return x, None if cache is None else tuple(caches), total
+
+    def _scan(
+        self, x: Float[Array, "B T D"], cache: LayerCache | None, context: Context
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, ""]]:
+        """Takes the stream through the layers of `pattern`, whose parameters and caches have a leading layer axis.
+
+        One turn of the loop is one round of the pattern. Layers after the last whole round are unrolled; only then are
+        the others' parameters cut out of the stack, which copies them.
+        """
+        c, first = self.config, len(self.config.first_layers)
+        count, period = c.num_layers - first, len(c.pattern)
+        if not count:
+            return x, cache, jnp.zeros(())
+        stacked = (self.get_variable("params", "layers"), cache)
+
+        def layer(x: Any, leaves: Any, kind: LayerConfig, index: Any) -> tuple[Any, LayerCache | None, Any]:
+            params, layer_cache = leaves
+            module = Block(c, kind, parent=None)
+            return module.apply({"params": params}, x, layer_cache, _at_layer(context, first + index))
+
+        def round_of(carry: Any, leaves: Any) -> tuple[Any, LayerCache | None]:
+            (x, total), (turn, leaves), caches = carry, leaves, []
+            for i, kind in enumerate(c.pattern):
+                own = jax.tree.map(lambda leaf, i=i: leaf[i], leaves)
+                x, layer_cache, loss = layer(x, own, kind, turn * period + i)
+                total = total + loss
+                caches.append(layer_cache)
+            return (x, total), jax.tree.map(lambda *each: jnp.stack(each), *caches)
+
+        if c.remat != "none":
+            round_of = jax.checkpoint(round_of, policy=_REMAT_POLICIES[c.remat], prevent_cse=False)
+        rounds = count // period
+        whole = jax.tree.map(lambda leaf: leaf[: rounds * period].reshape(rounds, period, *leaf.shape[1:]), stacked)
+        (x, total), caches = jax.lax.scan(round_of, (x, jnp.zeros(())), (jnp.arange(rounds), whole))
+        parts = [jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), caches)]
+        for index in range(rounds * period, count):
+            own = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+            x, layer_cache, loss = layer(x, own, c.pattern[index - rounds * period], index)
+            total = total + loss
+            parts.append(jax.tree.map(lambda leaf: leaf[None], layer_cache))
+        cache = jax.tree.map(lambda *each: jnp.concatenate(each), *parts) if len(parts) > 1 else parts[0]
+        return x, cache, total
+
+
+def _at_layer(context: Context, index: Any) -> Context:
+    """Returns the context with the layer's own key."""
+    return context if context.key is None else dataclasses.replace(context, key=jax.random.fold_in(context.key, index))

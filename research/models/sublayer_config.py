@@ -1,0 +1,166 @@
+"""What the sublayers of a block are: frozen configs, validated where they are made."""
+
+import dataclasses
+from typing import Any, Literal
+
+from research.core.errors import UserError
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raises UserError where one of these fields is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise UserError(f"{name} = {getattr(config, name)} must be at least {least}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention: queries, keys and values come from narrow latents (DeepSeek-V2, arXiv:2405.04434).
+
+    A head then has `head_dim` columns without position and `rope_dim` turned ones, whose key all heads share.
+
+    Attributes:
+      kv_dim: width of the latent of keys and values.
+      q_dim: width of the queries' latent; None projects queries directly.
+      rope_dim: turned columns of a head, even.
+      value_dim: width of a head's values.
+    """
+
+    kv_dim: int
+    q_dim: int | None
+    rope_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "kv_dim", "value_dim", *(("q_dim",) if self.q_dim is not None else ()))
+        if self.rope_dim < 2 or self.rope_dim % 2:
+            raise UserError(f"rope_dim = {self.rope_dim} must be even and at least 2.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention.
+
+    Attributes:
+      num_heads: query heads N.
+      num_kv_heads: key/value heads K: N is multi-head, 1 is multi-query, between them grouped-query attention.
+      head_dim: head width H.
+      qkv_bias: whether the query, key and value projections have a bias.
+      out_bias: whether the output projection has one.
+      scale: factor on the scores; None is 1 / √H. T5 has 1.
+      softcap: bound of the scores, softcap · tanh(score / softcap), or None.
+      sinks: whether each head has a learned logit that takes part in the softmax's denominator only (gpt-oss).
+      qk_norm: RMS norm of queries and keys before they are turned: of each `head` (Qwen 3), of all of them together as
+        one vector (`all`, OLMo 2), or `none`.
+      latent: multi-head latent attention, or None.
+      implementation: which kernel computes it; `auto` picks by backend, and `reference`, which holds all scores of a
+        layer, is taken by name only.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"
+    latent: LatentConfig | None = None
+    implementation: Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"] = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_heads", "num_kv_heads", "head_dim")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}.")
+        for name in ("scale", "softcap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name} = {value} must be above 0.")
+        if self.latent is not None and self.num_kv_heads != self.num_heads:
+            raise UserError(f"num_kv_heads = {self.num_kv_heads} must be num_heads = {self.num_heads} with `latent`.")
+        if self.latent is not None and (self.qkv_bias or self.sinks or self.qk_norm != "none"):
+            raise UserError("latent has neither qkv_bias, sinks nor qk_norm.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    """The feed-forward sublayer.
+
+    Attributes:
+      hidden_dim: width F.
+      activation: `gelu` is exact, `gelu_tanh` its tanh approximation, `gelu_sigmoid` x · sigmoid(1.702 x).
+      gated: whether a second projection is activated and multiplied in (SwiGLU with `silu`, GeGLU with `gelu`).
+      bias: whether its projections have biases.
+      clamp: bound of what is activated (from above) and of what it is multiplied with (gpt-oss), or None.
+      up_offset: added to what the activated projection is multiplied with (gpt-oss has 1).
+    """
+
+    hidden_dim: int
+    activation: Literal["gelu", "gelu_tanh", "gelu_sigmoid", "relu", "silu"] = "silu"
+    gated: bool = True
+    bias: bool = False
+    clamp: float | None = None
+    up_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "hidden_dim")
+        if self.clamp is not None and self.clamp <= 0:
+            raise UserError(f"clamp = {self.clamp} must be above 0.")
+        if not self.gated and (self.clamp is not None or self.up_offset):
+            raise UserError("clamp and up_offset need gated = True.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in the place of the feed-forward sublayer, which says how each expert is built.
+
+    Every token goes to `experts_per_token` experts, whatever their load: none is dropped.
+
+    Attributes:
+      num_experts: E.
+      experts_per_token: how many a token goes to.
+      hidden_dim: width F of an expert.
+      shared_dim: width of the expert that every token goes to; 0 is none.
+      shared_gate: whether the shared expert is weighed by a learned sigmoid (Qwen 2).
+      score: what the router's logits become: a `softmax` over the experts, or a `sigmoid` each (DeepSeek-V3).
+      renormalize: whether the weights of the chosen experts are divided by their sum.
+      router_bias: whether the router's logits have a learned bias.
+      selection_bias: whether a bias that only the choice sees is added to the scores (DeepSeek-V3); it has no gradient.
+      num_groups: groups of experts, of which a token may use `groups_per_token`, those with the best two experts.
+      groups_per_token: see `num_groups`.
+      scale: factor on the weights of the chosen experts.
+      balance_weight: of the loss that keeps the load even (Fedus et al. 2021, arXiv:2101.03961, equation 4).
+      z_weight: of the router's z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5).
+    """
+
+    num_experts: int
+    experts_per_token: int
+    hidden_dim: int
+    shared_dim: int = 0
+    shared_gate: bool = False
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True
+    router_bias: bool = False
+    selection_bias: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    scale: float = 1.0
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_experts", "experts_per_token", "hidden_dim", "num_groups", "groups_per_token")
+        at_least(self, 0, "shared_dim", "balance_weight", "z_weight")
+        if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
+            raise UserError(
+                f"num_groups = {self.num_groups} must divide num_experts = {self.num_experts}, and be at least "
+                f"groups_per_token = {self.groups_per_token}."
+            )
+        within = self.num_experts // self.num_groups * self.groups_per_token
+        if self.experts_per_token > within:
+            raise UserError(f"experts_per_token = {self.experts_per_token} must be at most {within}.")
+        if self.shared_gate and not self.shared_dim:
+            raise UserError("shared_gate needs shared_dim above 0.")
+        if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
+            raise UserError(f"num_groups = {self.num_groups} leaves fewer than two experts a group.")
