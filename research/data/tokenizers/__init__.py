@@ -73,6 +73,8 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     from research.data.tokenizers import folders  # brings a library that tokenizers trained here do not need
 
     path = pathlib.Path(config.path)
+    if not path.exists():
+        raise UserError(f"path = {config.path!r} cannot be read: there is no such file or folder.")
     try:
         path = folders.find(path, folders.FILES[config.kind]) if path.is_dir() else path
         return folders.from_path(path, config.kind, config.sentinels)
