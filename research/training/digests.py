@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped, UInt32
 
 # Bytes of which a running digest makes one call.
-_SLAB_BYTES = 2**24
+_SLAB_BYTES = 2**22
 # Per sum: (odd multiplier and offset of the index, shifts and multipliers of the bijection).
 _MIXES = (
     (0x9E3779B1, 0x7F4A7C15, (16, 0x85EBCA6B, 13, 0xC2B2AE35, 16)),
