@@ -20,7 +20,7 @@ from research.recipes.bench import spread
 from research.recipes.bench_convert_sides import SIDES
 
 # Of one layer with the widths below, and of the embeddings.
-LAYER, EMBEDDINGS = 60_821_504, 2 * 32_000 * 2048
+LAYER, EMBEDDINGS = 60_821_504, 2 * 1024 * 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
     """Makes a Hugging Face folder of about `size` bytes of weights, and returns how many it has."""
     layers = max(1, round((size / np.dtype(dtype).itemsize - EMBEDDINGS) / LAYER))
     config = ModelConfig(
-        vocab_size=32_000,
+        vocab_size=1024,
         num_layers=layers,
         embed_dim=2048,
         max_length=2048,
