@@ -158,7 +158,7 @@ class _Store:
             str(tuple(parts)): {
                 "key_metadata": [{"key": part, "key_type": 2} for part in parts],
                 "value_metadata": {
-                    "value_type": "jax.Array",
+                    "value_type": "np.ndarray",
                     "skip_deserialize": False,
                     "write_shape": list(self.arrays[name].shape),
                 },
