@@ -147,10 +147,40 @@ def test_a_source_that_fails_leaves_nothing(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
+def test_a_checkpoint_is_converted_from_before_the_damaged_one(workdir, tmp_path, caplog):
+    source = tmp_path / "source"
+    shutil.copytree(workdir, source)
+    shutil.copytree(source / "checkpoints" / "0", source / "checkpoints" / "7")
+    largest = max((source / "checkpoints" / "7" / "arrays" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    convert(str(source), str(tmp_path / "out"), "hf", None)
+    assert "Trying the one before" in caplog.text
+    assert from_hugging_face(tmp_path / "out")[0] == research.load(workdir).config
+    shutil.rmtree(source / "checkpoints" / "0")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        convert(str(source), str(tmp_path / "none"), "hf", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_the_source_s_architecture_is_remembered(workdir):
+    assert json.loads((workdir / "config.json").read_text())["source"] == {"model_type": "llama"}
+
+
+def test_a_folder_becomes_another_folder_of_bfloat16(folder, tmp_path):
+    convert(str(folder), str(tmp_path / "out"), "hf", None, "bfloat16")
+    found, source = (safetensors.numpy.load_file(path / "model.safetensors") for path in (tmp_path / "out", folder))
+    for name, value in source.items():
+        np.testing.assert_array_equal(found[name], value.astype(found[name].dtype), err_msg=name)
+
+
 def test_mistakes_are_named(folder, tmp_path):
     out = str(tmp_path / "out")
     for arguments, message in (
         ((str(folder), out, "tesera", None), "Did you mean 'tessera'"),
+        ((str(folder), out, "hf", None, "int8"), "--dtype = 'int8' is not known"),
+        ((str(folder), out, None, None, "bfloat16"), "--dtype = 'bfloat16' needs --format=hf"),
         ((str(tmp_path / "none"), out, None, None), "--from = .* is neither"),
         ((str(folder), out, None, str(folder / "config.json")), "config.json is not a tokenizer.json"),
         ((str(folder), out, None, str(tmp_path)), "holds no tokenizer"),
