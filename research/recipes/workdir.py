@@ -16,7 +16,7 @@ import jax
 from research.core import config as configs
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
-from research.recipes.experiment import ExperimentConfig
+from research.recipes.experiment import ExperimentConfig, completed
 
 logger = logging.getLogger("tessera")
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
@@ -54,7 +54,7 @@ def check(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     except OSError as error:
         raise UserError(f"--workdir = {workdir} cannot be written: {error.strerror}.") from error
     if (workdir / "config.json").exists():
-        held, wanted = read_config(workdir), configs.plain(config)
+        held, wanted = completed(read_config(workdir)), configs.plain(config)
         difference = configs.first_difference(_fixed(held), _fixed(wanted))
         if difference is not None:
             raise UserError(
