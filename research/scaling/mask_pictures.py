@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,21 +21,27 @@ from research.scaling.wording import sight
 DOCUMENTS, ENCODER_DOCUMENTS = (9, 5), (6, 8)
 # A document's prefix is one part in this many.
 PREFIX_SHARE = 3
-# Rows without windows have this many tokens, others this many windows.
-PLAIN_LENGTH, WINDOWS = 32, 3
-SHORTEST, MOST_CELLS = 16, 64
-PANELS_A_ROW = 3
-# What a cell may be: its number in `MaskPicture.cells`, its colour, its name.
-HIDDEN, PADDING, FIRST, SECOND, FIRST_PREFIX, SECOND_PREFIX = range(6)
-_COLOURS = ("#eef0f2", "#c4c8cc", "#4477aa", "#ee7733", "#88bbdd", "#f7b98b")
-_NAMES = (
-    "hidden",
-    "padding",
-    "seen in document 1",
-    "seen in document 2",
-    "seen ahead, in the prefix",
-    "seen ahead, in the prefix",
-)
+# Tokens of a row without windows; how many times the widest window others have; bounds of what is drawn.
+PLAIN_LENGTH, WINDOWS, SHORTEST, MOST_CELLS = 32, 4, 16, 64
+# What a cell may be.
+HIDDEN, PADDING, FIRST, SECOND, FIRST_AHEAD, SECOND_AHEAD = range(6)
+_LOOKS = {
+    FIRST: ("#4477aa", "document 1"),
+    FIRST_AHEAD: ("#99bbdd", "ahead, in its prefix"),
+    SECOND: ("#dd7744", "document 2"),
+    SECOND_AHEAD: ("#f2bb99", "ahead, in its prefix"),
+    HIDDEN: ("#f0f1f3", "hidden"),
+    PADDING: ("#c9cdd2", "padding"),
+}
+_PANELS_A_ROW = 3
+
+
+class Row(NamedTuple):
+    """A packed row: of each token its document (1, 2, or 0 for padding), its place there, and whether in its prefix."""
+
+    segments: Int[np.ndarray, "T"]
+    positions: Int[np.ndarray, "T"]
+    prefix: Int[np.ndarray, "T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,7 @@ class MaskPicture:
       keys: the same of each key.
       step: tokens from one row or column to the next.
       key_label: what the keys are.
+      ahead: whether keys after a query, which a prefix alone shows it, look different.
     """
 
     layers: str
@@ -59,24 +66,16 @@ class MaskPicture:
     keys: Int[np.ndarray, "S"]
     step: int
     key_label: str = "key position"
+    ahead: bool = False
 
-    def cells(self, ahead: bool = False) -> Int[np.ndarray, "T S"]:
-        """Returns what is drawn in each cell.
-
-        Args:
-          ahead: whether keys after a query, which only a prefix shows it, are marked.
-        """
-        padding = (self.queries == 0)[:, None] | (self.keys == 0)[None]
-        documents = np.broadcast_to(np.where(self.queries == 1, FIRST, SECOND)[:, None], self.visible.shape)
-        if ahead:
-            later = np.arange(len(self.keys))[None] > np.arange(len(self.queries))[:, None]
-            documents = np.where(later, documents + FIRST_PREFIX - FIRST, documents)
-        return np.where(self.visible, documents, np.where(padding, PADDING, HIDDEN))
-
-
-def longest_row(config: ModelConfig) -> int:
-    """Returns the tokens of the longest row that may be drawn: none of its documents is longer than the model's."""
-    return max(SHORTEST, config.max_length * 16 // DOCUMENTS[0])
+    def cells(self) -> Int[np.ndarray, "T S"]:
+        """Returns what is drawn in each cell."""
+        seen = np.where(self.queries == 1, FIRST, SECOND)[:, None]
+        if self.ahead:
+            later = np.arange(len(self.keys)) > np.arange(len(self.queries))[:, None]
+            seen = np.where(later, seen + FIRST_AHEAD - FIRST, seen)
+        padding = (self.queries == 0)[:, None] | (self.keys == 0)
+        return np.where(self.visible, seen, np.where(padding, PADDING, HIDDEN))
 
 
 def row_length(config: ModelConfig, length: int | None) -> int:
@@ -87,16 +86,16 @@ def row_length(config: ModelConfig, length: int | None) -> int:
       length: as the user wants it; None is enough to see windows open and close.
 
     Raises:
-      UserError: a length out of range.
+      UserError: a length at which the documents are too short to show anything, or longer than the model's.
     """
-    longest = longest_row(config)
+    longest = max(SHORTEST, config.max_length * 16 // DOCUMENTS[0])
     if length is None:
         widest = max((layer.window for layer in config.layers() if layer.window is not None), default=0)
         return min(longest, max(PLAIN_LENGTH, WINDOWS * widest))
     if not SHORTEST <= length <= longest:
         raise UserError(
-            f"--length = {length} must lie in [{SHORTEST}, {longest}]: a row holds two documents of up to "
-            f"max_length = {config.max_length} tokens."
+            f"--length = {length} must lie in [{SHORTEST}, {longest}]: the longer of its two documents must fit "
+            f"max_length = {config.max_length}."
         )
     return length
 
@@ -106,46 +105,57 @@ def mask_pictures(config: ModelConfig, length: int) -> list[MaskPicture]:
 
     Args:
       config: the model.
-      length: tokens of the row, at least `SHORTEST`. Of a long one every step-th token is drawn, and windows are as
-        much narrower: those tokens see each other as they do in the whole row.
+      length: tokens of the row, at least `SHORTEST`. Of a long row every step-th token is drawn; they see each other
+        as they do in the whole row.
     """
     step = math.ceil(length / MOST_CELLS)
-    cells = length // step
+    row = packed_row(length // step, DOCUMENTS)
     if config.structure != "encoder_decoder":
-        return _self_attention(config, "", _segments(cells, DOCUMENTS), step)
-    queries, memory = _segments(cells, DOCUMENTS), _segments(cells, ENCODER_DOCUMENTS)
-    seen = _dense(memory_mask(jnp.asarray(queries)[None], jnp.asarray(queries)[None], jnp.asarray(memory)[None]), cells)
-    layers = layers_name(list(range(config.num_layers)))
-    says = "sees its document's encoder tokens"
-    cross = MaskPicture(f"cross-attention, {layers}", says, seen, queries, memory, step, "key position in the encoder")
+        return _self_attention(config, "", row, step)
+    memory = packed_row(length // step, ENCODER_DOCUMENTS)
+    segments = jnp.asarray(row.segments)[None]
+    cross = MaskPicture(
+        f"cross-attention, {layers_name(list(range(config.num_layers)))}",
+        "sees its document in the encoder",
+        _dense(memory_mask(segments, segments, jnp.asarray(memory.segments)[None]), len(row.segments)),
+        row.segments,
+        memory.segments,
+        step,
+        "key position in the encoder",
+    )
     encoder = _self_attention(config.encoder(), "encoder, ", memory, step)
-    return [*encoder, *_self_attention(config, "decoder, ", queries, step), cross]
+    return [*encoder, *_self_attention(config, "decoder, ", row, step), cross]
 
 
-def _segments(cells: int, sixteenths: tuple[int, int]) -> Int[np.ndarray, "T"]:
-    first, second = (cells * part // 16 for part in sixteenths)
-    return np.repeat([1, 2, 0], [first, second, cells - first - second])
+def packed_row(tokens: int, sixteenths: tuple[int, int]) -> Row:
+    """Returns a row of two documents, each with a prefix, and padding.
+
+    Args:
+      tokens: of the row.
+      sixteenths: of the row that each document takes.
+    """
+    first, second = (tokens * part // 16 for part in sixteenths)
+    lengths = (first, second, tokens - first - second)
+    positions = [np.arange(length) for length in lengths]
+    prefix = [place < len(place) // PREFIX_SHARE for place in positions]
+    return Row(np.repeat([1, 2, 0], lengths), np.concatenate(positions), np.concatenate(prefix).astype(np.int32))
 
 
-def _self_attention(
-    config: ModelConfig, stack: str, segments: Int[np.ndarray, "T"], step: int
-) -> list[MaskPicture]:
-    index = np.arange(len(segments))
-    positions = index - np.searchsorted(np.where(segments == 0, 3, segments), np.where(segments == 0, 3, segments))
-    lengths = np.array([np.sum(segments == segment) for segment in segments])
-    prefix = jnp.asarray(positions < lengths // PREFIX_SHARE, jnp.int32)[None]
-    given = jnp.asarray(segments)[None]
-    whole = sequence_mask(config, jnp.asarray(positions)[None], given, prefix, cached=False)
+def _self_attention(config: ModelConfig, stack: str, row: Row, step: int) -> list[MaskPicture]:
+    segments, positions, prefix = (jnp.asarray(values)[None] for values in row)
+    whole = sequence_mask(config, positions, segments, prefix, cached=False)
     by_window: dict[int | None, list[int]] = {}
     for number, layer in enumerate(config.layers()):
         by_window.setdefault(layer.window, []).append(number)
     pictures = []
-    for window, layers in by_window.items():
-        # |i - j| · step < window exactly where |i - j| < ⌈window / step⌉.
+    for window, numbers in by_window.items():
+        # |i − j| · step < window just where |i − j| < ⌈window / step⌉.
         mask = dataclasses.replace(whole, window=None if window is None else math.ceil(window / step))
-        seen = _dense(mask, len(segments))
-        name = f"{stack}{layers_name(layers)}"
-        pictures.append(MaskPicture(name, sight(config, window), seen, segments, segments, step))
+        seen = _dense(mask, len(row.segments))
+        name, ahead = f"{stack}{layers_name(numbers)}", config.structure == "prefix"
+        pictures.append(
+            MaskPicture(name, sight(config, window), seen, row.segments, row.segments, step, ahead=ahead)
+        )
     return pictures
 
 
@@ -166,25 +176,41 @@ def draw_masks(pictures: list[MaskPicture], title: str, path: pathlib.Path) -> N
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    columns = min(len(pictures), PANELS_A_ROW)
+    columns = min(len(pictures), _PANELS_A_ROW)
     rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(max(4.4 * columns, 5.5), 4.9 * rows + 0.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.2 * columns + 0.6, 4.4 * rows + 0.9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    used: set[int] = set()
-    for axes, picture in zip(grid, pictures, strict=False):
-        used |= _draw(axes, picture)
-    for axes in grid[len(pictures) :]:
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, picture in zip(panels, pictures, strict=False):
+        _draw(axes, picture)
+    for axes in panels[len(pictures) :]:
         axes.set_visible(False)
-    step = pictures[0].step
-    ordinal = "" if step == 1 else f"\none cell in {step} tokens each way"
-    figure.suptitle(f"{title}{ordinal}", fontsize=11)
-    names = {_NAMES[cell]: _COLOURS[cell] for cell in sorted(used, reverse=True)}
-    handles = [Patch(facecolor=colour, label=name) for name, colour in names.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5)
+    length, step = len(pictures[0].queries) * pictures[0].step, pictures[0].step
+    every = "" if step == 1 else f", one in {step} drawn"
+    figure.suptitle(f"{title}\na row of {length:,} tokens{every}", fontsize=11)
+    used = {int(cell) for picture in pictures for cell in np.unique(picture.cells())}
+    handles = [Patch(color=colour, label=name) for cell, (colour, name) in _LOOKS.items() if cell in used]
+    places = {"loc": "outside lower center", "ncols": len(handles) if columns > 1 else math.ceil(len(handles) / 2)}
+    figure.legend(handles=handles, frameon=False, fontsize=9, **places)
     figure.savefig(path)
 
 
-def _draw(axes: Any, picture: MaskPicture) -> set[int]:
-    """Draws one picture and returns what its cells are."""
-    return set()
+def _draw(axes: Any, picture: MaskPicture) -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.ticker import MaxNLocator
+
+    cells, step = picture.cells(), picture.step
+    colours = np.array([to_rgb(_LOOKS[cell][0]) for cell in sorted(_LOOKS)])
+    height, width = cells.shape[0] * step, cells.shape[1] * step
+    axes.imshow(colours[cells], extent=(0, width, height, 0), interpolation="none")
+    for lines, segments, end in ((axes.hlines, picture.queries, width), (axes.vlines, picture.keys, height)):
+        lines(np.arange(1, len(segments)) * step, 0, end, color="white", linewidth=0.5)
+        lines((np.flatnonzero(np.diff(segments)) + 1) * step, 0, end, color="#333333", linewidth=1)
+    axes.set_title(f"{picture.layers}\n{picture.sight}", fontsize=9.5)
+    axes.set_xlabel(picture.key_label)
+    axes.set_ylabel("query position")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(length=2, labelsize=8)
+    axes.spines[:].set_visible(False)
