@@ -153,9 +153,7 @@ def _self_attention(config: ModelConfig, stack: str, row: Row, step: int) -> lis
         mask = dataclasses.replace(whole, window=None if window is None else math.ceil(window / step))
         seen = _dense(mask, len(row.segments))
         name, ahead = f"{stack}{layers_name(numbers)}", config.structure == "prefix"
-        pictures.append(
-            MaskPicture(name, sight(config, window), seen, row.segments, row.segments, step, ahead=ahead)
-        )
+        pictures.append(MaskPicture(name, sight(config, window), seen, row.segments, row.segments, step, ahead=ahead))
     return pictures
 
 
@@ -205,7 +203,7 @@ def _draw(axes: Any, picture: MaskPicture) -> None:
     axes.imshow(colours[cells], extent=(0, width, height, 0), interpolation="none")
     for lines, segments, end in ((axes.hlines, picture.queries, width), (axes.vlines, picture.keys, height)):
         lines(np.arange(1, len(segments)) * step, 0, end, color="white", linewidth=0.5)
-        lines((np.flatnonzero(np.diff(segments)) + 1) * step, 0, end, color="#333333", linewidth=1)
+        lines((np.flatnonzero(np.diff(segments)) + 1) * step, 0, end, color="#333333", linewidth=1, zorder=3)
     axes.set_title(f"{picture.layers}\n{picture.sight}", fontsize=9.5)
     axes.set_xlabel(picture.key_label)
     axes.set_ylabel("query position")

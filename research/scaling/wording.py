@@ -172,14 +172,13 @@ def _mlp(mlp: MlpConfig) -> str:
 
 
 def _experts(experts: ExpertsConfig) -> str:
-    groups = f"of {experts.groups_per_token} of {experts.num_groups} groups" if experts.num_groups > 1 else ""
+    groups = f" out of {experts.groups_per_token} of {experts.num_groups} groups" if experts.num_groups > 1 else ""
     gated = ", weighed by a sigmoid" if experts.shared_gate else ""
     return _listed(
         _chosen(experts),
         f"width {experts.hidden_dim:,}",
         f"a shared one of width {experts.shared_dim:,}{gated}" if experts.shared_dim else "",
-        f"chosen by {experts.score}",
-        groups,
+        f"chosen by {experts.score}{groups}",
     )
 
 
