@@ -126,7 +126,7 @@ def sums(config: ModelConfig, model: Part) -> dict[str, str]:
     return said
 
 
-def _short(number: float) -> str:
+def _short(number: int) -> str:
     """Returns a number with three digits or four and the letter of its thousands."""
-    power = min(4, max(0, (len(str(int(number))) - 1) // 3))
+    power = min(4, max(0, (len(str(number)) - 1) // 3))
     return f"{number / 1000**power:,.{1 if power else 0}f} {'kMGT'[power - 1] if power else ''}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from research.core.trees import count
 from research.models.cache import empty_cache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.stack import layer_name
@@ -187,7 +188,8 @@ def cache_numbers(config: ModelConfig) -> tuple[int, int]:
     """Returns the numbers that the KV cache holds for a token of the model, and for one of its encoder."""
 
     def size(slots: int, memory: int) -> int:
-        cache = jax.eval_shape(lambda: empty_cache(config, 1, slots, stacked=True, memory=memory))
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
+        return count(
+            jax.eval_shape(lambda: jax.tree.leaves(empty_cache(config, 1, slots, stacked=True, memory=memory)))
+        )
 
     return size(1, 0), size(0, 1)

@@ -104,7 +104,7 @@ def test_layers_are_named_by_runs():
 
 def who_changes(config: ModelConfig, batch: dict[str, jnp.ndarray], name: str) -> np.ndarray:
     """[T, S]: whether the state of token t changes with token s of the input `name`."""
-    params = random_params(config)
+    params = jax.tree.map(jnp.asarray, random_params(config))
 
     @jax.jit
     def hidden(tokens: jax.Array) -> jax.Array:
