@@ -5,10 +5,11 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
-from research.interop.architecture import Architecture, Tensor
+from research.interop.architecture import Architecture
+from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
-_LAYER, _OURS = "transformer.h.{layer}", "layers_{layer}"
+_LAYER, _OURS = "transformer.h.{layer}", "{layer}"
 
 
 def _heads(leaf: str) -> tuple[str, ...]:
@@ -66,7 +67,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 GPT2 = Architecture(
     model_type="gpt2",
     model_class="GPT2LMHeadModel",
-    prefix="transformer.",
+    prefixes=("transformer.",),
     tensors=(
         Tensor("transformer.wte.weight", ("embed/embedding",), num_inputs=1),
         Tensor("transformer.wpe.weight", ("position_embed/embedding",), num_inputs=1),
@@ -86,8 +87,8 @@ GPT2 = Architecture(
         Tensor("transformer.ln_f.bias", ("final_norm/bias",)),
         Tensor("lm_head.weight", ("unembed",), num_inputs=1, transposed=True),
     ),
-    tied=("lm_head.weight", "transformer.wte.weight"),
-    buffers=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+    copies={"lm_head.weight": "transformer.wte.weight"},
+    ignored={r"transformer\.h\.\d+\.attn\.(bias|masked_bias)": "the causal mask, which is no parameter"},
     required=("vocab_size", "n_layer", "n_embd", "n_head", "n_positions"),
     defaults={
         "n_inner": None,

@@ -1,31 +1,49 @@
 """Folders in Hugging Face's form: `config.json` and `*.safetensors`, read and written."""
 
-import contextlib
+import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
+from jaxtyping import Shaped
 
 from research.core.errors import UserError, nearest
-from research.interop.architecture import config_from, fields_from, params_from, tensors_from
+from research.interop import mapping
+from research.interop.architecture import Architecture, choose, config_from
 from research.interop.gpt2 import GPT2
 from research.interop.llama import LLAMA
+from research.interop.safetensors_files import Stored, Writer, read_header
 from research.models.config import ModelConfig
 
 ARCHITECTURES = {architecture.model_type: architecture for architecture in (GPT2, LLAMA)}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# The most bytes of a file, as transformers has it.
+SHARD_BYTES = 5 * 10**9
 
 
-def from_hugging_face(folder: str | pathlib.Path) -> tuple[ModelConfig, Any]:
-    """Returns the model of a folder and its float32 parameters. Pickled weights are never opened.
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The model of a folder; its weights are still on disk.
+
+    Attributes:
+      architecture: what it was.
+      config: what it is here.
+      source: its weights.
+    """
+
+    architecture: Architecture
+    config: ModelConfig
+    source: mapping.Source
+
+
+def open_hugging_face(folder: str | pathlib.Path) -> Model:
+    """Returns the model of a folder; all that can be wrong with it is found, but no weights are read.
 
     Raises:
       UserError: an architecture or a feature that is not supported, a file that is missing or broken, or tensors that
-        are not those of the config; what is wrong is named.
+        are not those of the config; what is wrong is named. Pickled weights are never opened.
     """
     folder = pathlib.Path(folder)
     fields = _read_json(folder / CONFIG)
@@ -34,18 +52,25 @@ def from_hugging_face(folder: str | pathlib.Path) -> tuple[ModelConfig, Any]:
     model_type = fields["model_type"]
     if model_type not in ARCHITECTURES:
         raise UserError(
-            f"{folder / CONFIG}: model_type = {model_type!r} is not supported. {nearest(model_type, ARCHITECTURES)}"
+            f"{folder / CONFIG}: model_type = {model_type!r} is not supported. "
+            f"{nearest(str(model_type), ARCHITECTURES)} Known: {', '.join(sorted(ARCHITECTURES))}."
         )
     architecture = ARCHITECTURES[model_type]
     try:
         config = config_from(architecture, fields)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    with _Tensors(folder) as tensors:
-        try:
-            return config, params_from(architecture, config, tensors)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
+    tensors = _tensors(folder)
+    try:
+        return Model(architecture, config, mapping.find(architecture, config, tensors))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def from_hugging_face(folder: str | pathlib.Path) -> tuple[ModelConfig, Any]:
+    """Returns the model of a folder and its float32 parameters in memory; raises as `open_hugging_face`."""
+    model = open_hugging_face(folder)
+    return model.config, mapping.parameters(model.config, model.source.pieces())
 
 
 def to_hugging_face(
@@ -63,86 +88,127 @@ def to_hugging_face(
       token_ids: `bos`, `eos` and `pad` of its tokenizer; None leaves them to `transformers`.
 
     Raises:
-      UserError: no architecture holds this model; for each the field that it cannot have is named.
+      UserError: no architecture holds this model; of the nearest ones the field that each cannot have is named.
     """
-    refusals = []
-    for architecture in ARCHITECTURES.values():
-        try:
-            fields = fields_from(architecture, config)
-        except UserError as error:
-            refusals.append(str(error).rstrip("."))
-            continue
-        break
-    else:
-        raise UserError(f"no Hugging Face architecture holds this model: {'; '.join(refusals)}.")
-    fields |= {f"{role}_token_id": token for role, token in (token_ids or {}).items()}
+    architecture, fields = choose(ARCHITECTURES.values(), config)
+    write_hugging_face(architecture, fields, config, mapping.reader(config, params), folder, token_ids or {})
+
+
+def write_hugging_face(
+    architecture: Architecture,
+    fields: Mapping[str, Any],
+    config: ModelConfig,
+    read: mapping.Read,
+    folder: str | pathlib.Path,
+    token_ids: Mapping[str, int | None],
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder, piece by piece.
+
+    Args:
+      architecture: what the model is to be.
+      fields: its config.json, as `choose` gives it.
+      config: the model.
+      read: returns parts of its parameters.
+      folder: made where it is missing.
+      token_ids: see `to_hugging_face`.
+      dtype: `float32`, or `bfloat16`, which rounds.
+      shard_bytes: the most bytes of a file, unless one tensor has more.
+
+    Raises:
+      UserError: a file that cannot be written.
+    """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = tensors_from(architecture, config, params)
+    fields = {**fields, "dtype": dtype, **{f"{role}_token_id": token for role, token in token_ids.items()}}
+    placed = mapping.placements(architecture, config)
+    kind = np.dtype(dtype)
+    files = _shards(mapping.shapes_of(placed), kind.itemsize, shard_bytes)
     try:
-        # `format` tells transformers that the tensors lie as torch has them.
-        safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be written: {error}.") from error
-    (folder / WEIGHTS).chmod(0o644)  # the library writes for the owner's eyes only
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        _write_files(folder, files, kind, mapping.write(placed, read, kind))
+        if len(files) > 1:
+            places = {name: file for file, shapes in files.items() for name in shapes}
+            size = kind.itemsize * sum(_count(shape) for shapes in files.values() for shape in shapes.values())
+            index = {"metadata": {"total_size": size}, "weight_map": places}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
 
 
-class _Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder by name, each read when it is asked for; a context manager."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._stack = contextlib.ExitStack()
-        self._files: dict[str, Any] = {}
-        for path in _weight_files(folder):
-            try:
-                file = self._stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except (OSError, safetensors.SafetensorError) as error:
-                self._stack.close()
-                raise UserError(f"{path} cannot be read: {error}.") from error
-            for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
-                if name in self._files:
-                    raise UserError(f"{path}: {name} is in another file of the folder, too.")
-                self._files[name] = file
-
-    def __enter__(self) -> "_Tensors":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, dict[str, Any]]:
+    """Returns files -> the shapes of their tensors, in order."""
+    shards, room = [{}], limit
+    for name, shape in shapes.items():
+        size = itemsize * _count(shape)
+        if size > room and shards[-1]:
+            shards.append({})
+            room = limit
+        shards[-1][name] = shape
+        room -= size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files that hold the weights, all of them in the folder itself."""
+def _write_files(
+    folder: pathlib.Path,
+    files: Mapping[str, Mapping[str, tuple[int, ...]]],
+    dtype: np.dtype,
+    parts: Iterable[tuple[str, Shaped[np.ndarray, "..."]]],
+) -> None:
+    parts = iter(parts)
+    for file, shapes in files.items():
+        left = dtype.itemsize * sum(map(_count, shapes.values()))
+        with Writer(folder / file, shapes, dtype) as writer:
+            while left:
+                name, rows = next(parts)
+                writer.write(name, rows)
+                left -= rows.nbytes
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=object))
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, Stored]:
+    """Returns the tensors of a folder by name, file after file."""
+    files, places = _weight_files(folder)
+    tensors: dict[str, Stored] = {}
+    for path in files:
+        for name, tensor in read_header(path).items():
+            if name in tensors:
+                raise UserError(f"{path}: {name} is in {tensors[name].path.name}, too.")
+            tensors[name] = tensor
+    lost = sorted(name for name, file in places.items() if name not in tensors or tensors[name].path.name != file)
+    if lost:
+        raise UserError(f"{folder / INDEX}: not in the files that it names: {', '.join(lost)}.")
+    return tensors
+
+
+def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """Returns the files that hold the weights, all of them in the folder itself, and what an index says is where."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
             pickled = sorted(path.name for path in folder.glob("*.bin"))
             hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code." if pickled else ""
             raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
-        return [folder / WEIGHTS]
+        return [folder / WEIGHTS], {}
     index = _read_json(folder / INDEX)
     if not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{folder / INDEX}: weight_map is missing.")
-    names = sorted(set(map(str, index["weight_map"].values())))
-    for name in names:
-        if pathlib.PurePath(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder / INDEX}: {name!r} is not a file of this folder.")
-    return [folder / name for name in names]
+    places = {name: str(file) for name, file in index["weight_map"].items()}
+    for file in sorted(set(places.values())):
+        if pathlib.PurePath(file).name != file or not (folder / file).is_file():
+            raise UserError(f"{folder / INDEX}: {file!r} is not a file of this folder.")
+    return [folder / file for file in sorted(set(places.values()))], places
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object.")

@@ -5,10 +5,11 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
-from research.interop.architecture import Architecture, Tensor
+from research.interop.architecture import Architecture
+from research.interop.tensor import Tensor
 from research.models.config import ModelConfig, PositionConfig
 
-_LAYER, _OURS = "model.layers.{layer}", "layers_{layer}"
+_LAYER, _OURS = "model.layers.{layer}", "{layer}"
 # Their name of a rotary scaling's field, and ours.
 _SCALING = {
     "factor": "factor",
@@ -106,7 +107,7 @@ def _linear(theirs: str, ours: str, num_inputs: int = 1) -> tuple[Tensor, Tensor
 LLAMA = Architecture(
     model_type="llama",
     model_class="LlamaForCausalLM",
-    prefix="model.",
+    prefixes=("model.",),
     tensors=(
         Tensor("model.embed_tokens.weight", ("embed/embedding",), num_inputs=1),
         Tensor(f"{_LAYER}.input_layernorm.weight", (f"{_OURS}/attention_norm/scale",)),
@@ -121,8 +122,8 @@ LLAMA = Architecture(
         Tensor("model.norm.weight", ("final_norm/scale",)),
         Tensor("lm_head.weight", ("unembed",), num_inputs=1, transposed=True),
     ),
-    tied=("lm_head.weight", "model.embed_tokens.weight"),
-    buffers=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    copies={"lm_head.weight": "model.embed_tokens.weight"},
+    ignored={r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies that the config gives"},
     required=(
         *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
         "max_position_embeddings",
@@ -140,7 +141,6 @@ LLAMA = Architecture(
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
     },
-    only={},
     # How many pieces a product was once taken in; the sum is the same.
     inert=("pretraining_tp",),
     dropouts=("attention_dropout",),

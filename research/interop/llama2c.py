@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from research.core.errors import UserError
-from research.interop.architecture import params_from
 from research.interop.llama import LLAMA
+from research.interop.mapping import params_from
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, PositionConfig
 
 HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")

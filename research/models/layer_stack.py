@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from research.core.trees import named_leaves
 
-_LAYER = re.compile(r"(?P<before>(?:.*?/)?layers)_(?P<index>\d+)/(?P<after>.*)")
+_LAYER = re.compile(r"(?P<before>(?:.*?/)?[^/]*layers)_(?P<index>\d+)/(?P<after>.*)")
 
 
 def stack_layers(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +61,15 @@ def unstack_layers(stacked: Mapping[str, Array], like: Mapping[str, jax.ShapeDty
         for stack, names in stacks.items():
             result.update(zip(names, layers[stack], strict=True))
     return {name: result[name] for name in like}
+
+
+def places(named: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """Returns where each leaf of an unrolled model lies on disk: the canonical name, and its layer's index there.
+
+    The index is None where the leaf lies alone, not in a stack.
+    """
+    stacked = {name: (stack, i) for stack, names in _stacks(named).items() for i, name in enumerate(names)}
+    return {name: stacked.get(name, (name, None)) for name in named}
 
 
 def canonical(tree: Any) -> dict[str, Any]:

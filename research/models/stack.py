@@ -47,12 +47,10 @@ class Stack(nn.Module):
 
     Attributes:
       config: the model, or `ModelConfig.encoder()` of it.
-      cross: whether its layers read an encoder.
       bare: whether to leave its layers out, whose parameters `init_params` makes one by one.
     """
 
     config: ModelConfig
-    cross: bool = False
     bare: bool = False
 
     def setup(self) -> None:
@@ -76,9 +74,9 @@ class Stack(nn.Module):
         block: Any = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat])
-        self.first_layers = [block(c, kind, self.cross) for kind in kinds[:first]]
+        self.first_layers = [block(c, kind) for kind in kinds[:first]]
         if not scans_layers(c):
-            self.layers = [block(c, kind, self.cross) for kind in kinds[first:]]
+            self.layers = [block(c, kind) for kind in kinds[first:]]
         if c.norm.placement != "post":
             self.final_norm = Norm(c.norm)
 
@@ -135,7 +133,7 @@ class Stack(nn.Module):
 
     def _bucket_bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N T S"]:
         """Returns the learned bias of each distance, which all layers share (Raffel et al. 2020, section 2.1)."""
-        query_places, key_places = places(context, None if cache is None else cache[0].key.shape[-3])
+        query_places, key_places = places(context, None if cache is None else cache.layers[0].key.shape[-3])
         distances = key_places[:, None, :] - query_places[:, :, None]
         buckets = distance_buckets(self.config.position, distances, bidirectional=not context.mask.causal)
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
@@ -146,15 +144,15 @@ class Stack(nn.Module):
         blocks, total = [*self.first_layers, *(() if scans_layers(self.config) else self.layers)], jnp.zeros(())
         caches = []
         for index, block in enumerate(blocks):
-            x, layer_cache, loss = block(x, None if cache is None else cache[index], _at_layer(context, index))
+            x, layer_cache, loss = block(x, None if cache is None else cache.layers[index], _at_layer(context, index))
             caches.append(layer_cache)
             total = total + loss
         if scans_layers(self.config) and not self.bare:
-            stacked = None if cache is None else cache[-1]
+            stacked = None if cache is None else cache.layers[-1]
             x, stacked, loss = self._scan(x, stacked, context)
             caches.append(stacked)
             total = total + loss
-        return x, None if cache is None else tuple(caches), total
+        return x, None if cache is None else cache.replace(layers=tuple(caches)), total
 
     def _scan(
         self, x: Float[Array, "B T D"], cache: LayerCache | None, context: Context
@@ -172,7 +170,7 @@ class Stack(nn.Module):
 
         def layer(x: Any, leaves: Any, kind: LayerConfig, index: Any) -> tuple[Any, LayerCache | None, Any]:
             params, layer_cache = leaves
-            module = Block(c, kind, self.cross, parent=None)
+            module = Block(c, kind, parent=None)
             return module.apply({"params": params}, x, layer_cache, _at_layer(context, first + index))
 
         def round_of(carry: Any, leaves: Any) -> tuple[Any, LayerCache | None]:

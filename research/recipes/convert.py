@@ -1,25 +1,19 @@
 """`tessera convert`: bring a model in from another format, or out to it."""
 
 import argparse
-import contextlib
-import json
 import logging
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
-from typing import Any
 
 from research.core.errors import UserError, nearest
 from research.core.trees import count
-from research.data import tokenizers
-from research.data.tokenizers import Tokenizer, TokenizerConfig
-from research.interop.huggingface import from_hugging_face, to_hugging_face
-from research.interop.llama2c import from_llama2c
-from research.models.config import ModelConfig
-from research.recipes import loaded
+from research.data.tokenizers import Tokenizer, folders
+from research.interop.architecture import choose
+from research.interop.huggingface import ARCHITECTURES, write_hugging_face
+from research.recipes.model_source import ModelSource, candidates
+from research.recipes.new_folder import new_folder
 from research.recipes.workdir import local_path, write_config
-from research.training.checkpoints import CheckpointConfig, Checkpoints
+from research.training.checkpoint_files import Damaged
+from research.training.checkpoint_stream import write_params
 
 logger = logging.getLogger("tessera")
 
@@ -28,11 +22,7 @@ EXAMPLES = """\
   tessera convert --from=stories260K.bin --tokenizer=tok512.model --to=runs/stories
   tessera convert --from=runs/stdlib --to=stdlib-hf --format=hf"""
 
-FORMATS = ("tessera", "hf")
-# Where a tokenizer may lie beside a model, the likeliest first; and what its file is called in a Hugging Face folder.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.model", "tok*.model")
-HUGGING_FACE_NAMES = {"tokenizer.json": "tokenizer.json", "sentencepiece.model": "tokenizer.model"}
-KINDS = {".json": "huggingface", ".model": "sentencepiece"}
+FORMATS, DTYPES = ("tessera", "hf"), ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,22 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", dest="target", required=True, help="the folder to make")
     parser.add_argument("--format", help="tessera (a workdir, the default) or hf (a Hugging Face folder)")
-    parser.add_argument("--tokenizer", help="tokenizer.json or *.model, where it does not lie beside the model")
+    parser.add_argument("--dtype", help="of --format=hf: float32 (the default) or bfloat16, which rounds")
+    parser.add_argument("--tokenizer", help="its file or folder, where it does not lie beside the model")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Converts."""
-    convert(arguments.source, arguments.target, arguments.format, arguments.tokenizer)
+    convert(arguments.source, arguments.target, arguments.format, arguments.tokenizer, arguments.dtype)
 
 
-def convert(source: str, target: str, format: str | None, tokenizer: str | None) -> None:
-    """Reads a model in any known form and writes it, whole or not at all.
+def convert(source: str, target: str, format: str | None, tokenizer: str | None, dtype: str | None = None) -> None:
+    """Reads a model in any known form and writes it, whole or not at all, a piece at a time.
 
     Args:
       source: a Hugging Face folder, a llama2.c `.bin`, or a workdir.
       target: a folder that does not exist or is empty.
       format: `tessera` or None for a workdir, `hf` for a Hugging Face folder.
-      tokenizer: the tokenizer's file, or None to take the one beside the model.
+      tokenizer: the tokenizer's file or folder, or None to take the one beside the model.
+      dtype: of the tensors of a Hugging Face folder, None for float32; a workdir's are float32.
 
     Raises:
       UserError: a source that is no model, a target that holds something, an unknown format, a tokenizer that is
@@ -65,79 +57,62 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None)
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"--format = {format!r} is not known. {nearest(format, FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype = {dtype!r} is not known. {nearest(dtype, DTYPES)}")
+    if dtype is not None and format != "hf":
+        raise UserError(f"--dtype = {dtype!r} needs --format=hf: parameters in a workdir are float32.")
     origin = local_path("--from", source)
-    with _new_folder(local_path("--to", target)) as folder:
-        config, params, held = _read(origin)
-        found = held if tokenizer is None and held is not None else _tokenizer(origin, tokenizer)
-        if found.vocab_size > config.vocab_size:
-            raise UserError(
-                f"--tokenizer: its vocabulary of {found.vocab_size} does not fit the model's vocab_size = "
-                f"{config.vocab_size}."
-            )
-        write = _write_hugging_face if format == "hf" else _write_workdir
-        write(folder, config, params, found)
-    logger.info("%s: %s parameters, %d layers", target, f"{count(params):,}", config.num_layers)
+    write = _write_hugging_face if format == "hf" else _write_workdir
+    faults: list[str] = []
+    for open_model in candidates(origin):
+        try:
+            with new_folder(local_path("--to", target)) as folder:
+                model = open_model()
+                write(folder, model, _fitting_tokenizer(model, origin, tokenizer), dtype or "float32")
+                model.check()
+        except Damaged as damage:
+            faults.append(str(damage))
+            logger.warning("Damaged checkpoint in %s: %s. Trying the one before.", origin, damage)
+            continue
+        logger.info("%s: %s parameters, %d layers", target, f"{count(model.shapes):,}", model.config.num_layers)
+        return
+    raise UserError(f"--from = {origin}: no checkpoint is whole: {'; '.join(faults)}.")
 
 
-@contextlib.contextmanager
-def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder beside `target` that takes its name when all is written, and vanishes when not."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to = {target} exists already and is not an empty folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        # mkdtemp's folders are their owner's alone; a workdir is like any other folder.
-        folder.chmod(0o755)
-        yield folder
-        folder.replace(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _read(source: pathlib.Path) -> tuple[ModelConfig, Any, Tokenizer | None]:
-    """Returns config, parameters, and the tokenizer where the source has one of Tessera's."""
-    if (source / "checkpoints").is_dir():
-        model = loaded.load(source)
-        return model.config, model.params, model.tokenizer
-    if (source / "config.json").is_file():
-        return *from_hugging_face(source), None
-    if source.is_file() and source.suffix == ".bin":
-        return *from_llama2c(source), None
-    raise UserError(f"--from = {source} is neither a Hugging Face folder, a workdir, nor a llama2.c .bin file.")
+def _fitting_tokenizer(model: ModelSource, origin: pathlib.Path, given: str | None) -> Tokenizer:
+    found = model.tokenizer if given is None and model.tokenizer is not None else _tokenizer(origin, given)
+    if found.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"--tokenizer: its vocabulary of {found.vocab_size} does not fit the model's vocab_size = "
+            f"{model.config.vocab_size}."
+        )
+    return found
 
 
 def _tokenizer(source: pathlib.Path, given: str | None) -> Tokenizer:
-    """Returns the tokenizer of the file `given`, or of the first one beside the model."""
-    folder = source if source.is_dir() else source.parent
-    paths = [path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))]
-    path = local_path("--tokenizer", given) if given is not None else next(iter(paths), None)
-    if path is None:
-        raise UserError(f"--tokenizer is missing: {folder} has none of {', '.join(TOKENIZER_FILES)}.")
-    if path.suffix not in KINDS:
-        raise UserError(f"--tokenizer = {path} is not a tokenizer.json or a SentencePiece *.model.")
-    return tokenizers.build(TokenizerConfig(kind=KINDS[path.suffix], path=str(path)), ())
-
-
-def _write_workdir(folder: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokenizer) -> None:
-    write_config(folder, {"model": config})
-    tokenizer.save(folder / "tokenizer")
-    checkpoints = Checkpoints(folder, CheckpointConfig(asynchronous=False))
+    """Returns the tokenizer of the file or folder `given`, or of the files beside the model."""
+    if given is not None:
+        path = local_path("--tokenizer", given)
+        return folders.from_folder(path) if path.is_dir() else folders.from_path(path)
     try:
-        checkpoints.save(0, {"params": params}, {})
-    finally:
-        checkpoints.close()
+        path = folders.find(source if source.is_dir() else source.parent)
+    except UserError as error:
+        raise UserError(f"--tokenizer is missing: {error}") from error
+    return folders.from_path(path)
 
 
-def _write_hugging_face(folder: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokenizer) -> None:
+def _write_workdir(folder: pathlib.Path, model: ModelSource, tokenizer: Tokenizer, dtype: str) -> None:
+    values = {"model": model.config}
+    if model.model_type is not None:
+        values["source"] = {"model_type": model.model_type}  # the way back tries it first
+    write_config(folder, values)
+    tokenizer.save(folder / "tokenizer")
+    write_params(folder, 0, model.shapes, model.pieces())
+
+
+def _write_hugging_face(folder: pathlib.Path, model: ModelSource, tokenizer: Tokenizer, dtype: str) -> None:
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    to_hugging_face(config, params, folder, ids)
-    for name, data in tokenizer.files().items():
-        (folder / HUGGING_FACE_NAMES[name]).write_bytes(data)
-    if not tokenizer.files():
-        logger.warning("Hugging Face has no file for a %s tokenizer: the folder holds the model alone.", tokenizer.kind)
-    if tokenizer.kind == "huggingface":
-        specials = {f"{role}_token": token for role, token in tokenizer.options()["specials"].items()}
-        values = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
-        (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
+    architecture, fields = choose(ARCHITECTURES.values(), model.config, first=model.model_type)
+    write_hugging_face(architecture, fields, model.config, model.read, folder, ids, dtype)
+    for name, data in folders.to_hugging_face_files(tokenizer).items():
+        (folder / name).write_bytes(data)

@@ -1,6 +1,7 @@
 """`tessera describe`: what a config makes: layers, shapes and counts as a tree, attention masks as a picture."""
 
 import argparse
+import dataclasses
 import logging
 import pathlib
 import re
@@ -13,6 +14,7 @@ from research.models.config import ModelConfig
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.recipes.workdir import local_path, read_config
 from research.scaling import anatomy, wording
+from research.scaling.accounting import train_flops_per_token
 from research.scaling.anatomy import Part
 from research.scaling.mask_pictures import draw_masks, mask_pictures, row_length
 
@@ -107,15 +109,17 @@ def _table(rows: dict[str, str]) -> list[str]:
 def sums(config: ModelConfig, model: Part) -> dict[str, str]:
     """Returns what the model comes to, by name."""
     tables = sum(part.count for part in model.parts if part.name in ("embed", "unembed"))
-    own, encoder = anatomy.forward_flops(config, model)
+    plain = dataclasses.replace(config, head=dataclasses.replace(config.head, num_future=0))
+    whole = config.max_length if config.structure == "encoder_decoder" else 0
+    forward = round(train_flops_per_token(plain, config.max_length, whole) / 3)
     said = {
         "parameters": f"{model.count:,}",
         "embedding": f"{tables:,} of them, {tables / model.count:.1%}"
         + ("" if config.tied_embeddings else ", the output projection with it"),
         "memory": ", ".join(f"{_short(size * model.count)}B in {dtype}" for dtype, size in BYTES.items()),
-        "forward": f"{_short(own)}FLOP a token" + (f", {_short(encoder)}FLOP one of the encoder" if encoder else ""),
+        "forward": f"{_short(forward)}FLOP a token of a sequence of {config.max_length:,}"
+        + (", which reads as many of the encoder" if whole else ""),
     }
-    said["forward"] += ", without the scores of attention"
     if config.experts is not None:
         active = anatomy.active_parameters(config, model)
         said["active"] = f"{active:,} a token, {active / model.count:.1%}: its experts and all that is no expert"

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from research.core.trees import count
 from research.models.cache import empty_cache
@@ -165,31 +166,11 @@ def _share(config: ModelConfig, part: Part) -> Fraction:
     return Fraction(config.experts.experts_per_token, config.experts.num_experts)
 
 
-def forward_flops(config: ModelConfig, model: Part) -> tuple[int, int]:
-    """Returns the FLOPs of all matrices that a token of the model, and one of its encoder, is multiplied with.
-
-    Two a weight. Not counted: the scores of attention, which go by the context, what reads a whole row (the pooler,
-    projected distances) and what predicts further tokens in training.
-    """
-    own, encoder = config.embed_dim * config.vocab_size, 0
-    for path, part, number in model.parameters():
-        modules = path.split("/")[1:]
-        if part.name != "kernel" or modules[0].startswith(("pooler", "future_")) or "relative" in modules:
-            continue
-        weights = int(part.each * number * _share(config, part))
-        if modules[0] == "encoder" or modules[-3:-1] in (["cross_attention", "key"], ["cross_attention", "value"]):
-            encoder += weights
-        else:
-            own += weights
-    return 2 * own, 2 * encoder
-
-
 def cache_numbers(config: ModelConfig) -> tuple[int, int]:
     """Returns the numbers that the KV cache holds for a token of the model, and for one of its encoder."""
 
     def size(slots: int, memory: int) -> int:
-        return count(
-            jax.eval_shape(lambda: jax.tree.leaves(empty_cache(config, 1, slots, stacked=True, memory=memory)))
-        )
+        segments = jnp.ones((1, memory), jnp.int32) if config.structure == "encoder_decoder" else None
+        return count(jax.eval_shape(lambda: jax.tree.leaves(empty_cache(config, 1, slots, True, segments).layers)))
 
     return size(1, 0), size(0, 1)

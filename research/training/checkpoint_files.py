@@ -44,16 +44,23 @@ def checkpointer() -> ocp.AsyncCheckpointer:
 
 def contents(step: int, arrays: Mapping[str, Array], extra: Mapping[str, Any]) -> ocp.args.Composite:
     """Returns what is to be written, digests included; every process must call this."""
-    described = {
-        name: {"shape": list(arrays[name].shape), "dtype": str(arrays[name].dtype), "digest": digest}
-        for name, digest in digests(arrays).items()
-    }
-    content = {"format": FORMAT, "step": step, "arrays": described, "extra": extra}
-    content = json.loads(json.dumps(content))  # as it will be read: string keys, lists
-    manifest = {"sha256": _sha256(content), "content": content}
+    manifest = manifest_of(step, arrays, digests(arrays), extra)
     return ocp.args.Composite(
         **{ARRAYS: ocp.args.PyTreeSave(_nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)},
     )
+
+
+def manifest_of(
+    step: int, arrays: Mapping[str, Any], digests_of: Mapping[str, str], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the manifest of arrays (or their shapes) with these digests."""
+    described = {
+        name: {"shape": list(arrays[name].shape), "dtype": str(arrays[name].dtype), "digest": digest}
+        for name, digest in digests_of.items()
+    }
+    content = {"format": FORMAT, "step": step, "arrays": described, "extra": extra}
+    content = json.loads(json.dumps(content))  # as it will be read: string keys, lists
+    return {"sha256": _sha256(content), "content": content}
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from research.core.trees import named_leaves
-from research.interop.architecture import config_from, params_from
+from research.interop.architecture import config_from
 from research.interop.gpt2 import GPT2
+from research.interop.mapping import params_from
 from research.models.transformer import Transformer
 
 # minGPT is GPT-2 with torch's `Linear` instead of `Conv1D`: outputs first.

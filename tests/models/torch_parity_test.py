@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.interop.architecture import Architecture, Tensor, params_from
+from research.interop.architecture import Architecture
 from research.interop.gpt2 import GPT2
+from research.interop.mapping import params_from
+from research.interop.tensor import Tensor
 from research.kernels.attention import AttentionMask
 from research.kernels.attention.mask import Span
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, PositionConfig
@@ -17,7 +19,7 @@ from research.models.positions import alibi_slopes, sinusoidal
 from tests.interop import cases
 from tests.interop.folders import TOLERANCE, logits_of
 
-_LAYER, _OURS = "transformer.blocks.{layer}", "layers_{layer}"
+_LAYER, _OURS = "transformer.blocks.{layer}", "{layer}"
 _RENAMED = {"transformer.wte.": "transformer.tokens_embed.", "transformer.wpe.": "transformer.positions_embed."}
 
 # Radford et al. 2018: GPT-2's tensors, but for the last norm, which post-norm does not have.

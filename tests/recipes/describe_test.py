@@ -25,7 +25,7 @@ from tests.recipes import runs
 from tests.tiny import abstract_params, random_params, tiny_config
 
 MODELS = runs.ROOT / "configs" / "model"
-PRESETS = ("gpt2.py:xl", "llama.py:3-8b", "llama.py:3.1-405b", "chinchilla.py:70b")
+PRESETS = ("llama.py:3.1-405b", "deepseek.py:v3-671b-mtp", "t5.py:base", "gemma.py:3-1b", "modernbert.py:base")
 # Variants that sum up what masks depend on.
 SIGHTED = ("windows", "local encoder", "prefix", "encoder-decoder")
 
@@ -76,10 +76,20 @@ def test_tree_of_a_preset_holds_every_parameter(preset: str):
     assert anatomy.take_apart(config).count == count(nn.unbox(abstract_params(scanned)))
 
 
-def test_forward_flops_of_a_plain_decoder_are_those_of_the_accounting():
-    for config in (tiny_config(), tiny_config(tied_embeddings=True, mlp={"gated": False, "bias": True})):
-        own, encoder = anatomy.forward_flops(config, anatomy.take_apart(config))
-        assert (own, encoder) == (2 * matmul_parameters(config), 0)
+def matrices(config: ModelConfig) -> int:
+    """Weights of the tree that a token is multiplied with, of experts those that it goes to, and the head's."""
+    total = config.embed_dim * config.vocab_size
+    for path, part, number in anatomy.take_apart(config).parameters():
+        if part.name == "kernel" and "pooler" not in path:
+            idle = config.experts is not None and "expert" in part.axes
+            share = config.experts.experts_per_token / config.experts.num_experts if idle else 1
+            total += round(part.each * number * share)
+    return total
+
+
+@pytest.mark.parametrize("name", ["soft caps", "shared experts", "latent", "latent, direct queries", "encoder"])
+def test_matrices_of_the_tree_are_those_that_flops_are_counted_of(name: str):
+    assert matrices(VARIANTS[name]) == matmul_parameters(VARIANTS[name])
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet():
@@ -112,7 +122,7 @@ def who_changes(config: ModelConfig, batch: dict[str, jnp.ndarray], name: str) -
 
     tokens = batch[name]
     changed = jax.vmap(lambda s: hidden(tokens.at[0, s].set((tokens[0, s] + 7) % 48)))(jnp.arange(tokens.shape[1]))
-    return np.asarray(jnp.abs(changed - hidden(tokens)).max(axis=-1) > 1e-6).T
+    return np.asarray(jnp.abs(changed - hidden(tokens)).max(axis=-1) > 1e-4).T
 
 
 @functools.cache

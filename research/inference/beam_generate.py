@@ -1,0 +1,86 @@
+"""Prompts in, the likeliest continuations out: beam search over a decoder, with or without an encoder."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from research.core.errors import UserError
+from research.data.tokenizers import Tokenizer
+from research.inference.beams import BeamConfig, Hypothesis, beam_search
+from research.inference.generate import Generated, Reader, text_before
+from research.inference.prompts import encode, next_logits, read_prompts
+from research.models.cache import Cache
+from research.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam(Generated):
+    """A continuation that was searched.
+
+    Attributes:
+      score: Σ log p of its tokens / number of tokens^length_penalty.
+    """
+
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A transformer as a `BeamModel`; its state is the cache."""
+
+    config: ModelConfig
+
+    def step(
+        self, params: Any, state: Cache, tokens: Int[Array, "R"], positions: Int[Array, "R"]
+    ) -> tuple[Float[Array, "R V"], Cache]:
+        """Returns the logits after one more token a row, and the cache with it."""
+        zero = jnp.zeros_like(tokens)
+        return next_logits(self.config, params, tokens[:, None], positions[:, None], state, zero)
+
+    def take(self, state: Cache, rows: Int[Array, "R"]) -> Cache:
+        """Returns the cache of `rows`."""
+        return state.take(rows)
+
+
+def beam_generate(
+    config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], beams: BeamConfig
+) -> list[list[Beam]]:
+    """Returns the best continuations of each prompt, best first; they do not depend on the other prompts.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokenizer: the one it was trained with.
+      prompts: any number, of any lengths.
+      beams: how they are searched.
+
+    Raises:
+      UserError: no prompts, one that does not fit the model's positions, or settings that do not fit its ids.
+    """
+    num_ids = min(tokenizer.vocab_size, config.vocab_size)
+    if beams.num_beams > num_ids:
+        raise UserError(f"num_beams = {beams.num_beams} must be at most {num_ids}, the ids of the vocabulary.")
+    read, slots = encode(config, tokenizer, prompts, beams.max_tokens)
+    found = beam_search(
+        Steps(config),
+        params,
+        read_prompts(params, read, config=config, slots=slots)[1],
+        read.rows(),
+        beams,
+        slots=slots,
+        num_ids=num_ids,
+        eos_id=tokenizer.eos_id,
+    )
+    before = text_before(config, read)
+    return [[_read(tokenizer, ids, one) for one in best] for ids, best in zip(before, found, strict=True)]
+
+
+def _read(tokenizer: Tokenizer, prompt: Sequence[int], found: Hypothesis) -> Beam:
+    reader = Reader(tokenizer, prompt, stop=())
+    for token in found.tokens:
+        reader.take(token)
+    text = reader.result()
+    return Beam(text.text, text.tokens, text.finish, found.score)

@@ -1,0 +1,296 @@
+"""The conversion engine: which numbers of a checkpoint are which of a model, both ways, a piece at a time.
+
+It knows no architecture and no file: tensors come from any mapping of names to arrays, and parameters go, named as an
+unrolled model names them, wherever the caller puts them. A piece is a part of one tensor, so that a model of any size
+passes through a few hundred megabytes.
+"""
+
+import dataclasses
+import functools
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, Shaped
+
+from research.core.ahead import ahead
+from research.core.errors import UserError
+from research.core.trees import named_leaves
+from research.interop.architecture import Architecture
+from research.interop.tensor import Placed, Shape, Tensor
+from research.models.config import ModelConfig
+from research.models.layer_stack import stack_layers, unstack_layers
+from research.models.stack import scans_layers
+from research.models.transformer import init_params
+
+logger = logging.getLogger("tessera")
+
+# The most bytes of a piece, as float32: small enough that its memory is used again and not given back in between.
+PIECE_BYTES = 2**25
+# Names that only quantized weights have: the scales beside them, or the packed numbers themselves.
+_QUANTIZED = re.compile(r".*(_scale_inv|_scales|_blocks|\.qweight|\.qzeros|\.scales|\.absmax|\.weight_scale)")
+_LAYER = re.compile(r"(?P<first>first_)?layers_(?P<index>\d+)")
+
+Box = tuple[slice, ...]
+Read = Callable[[str, Box], Float[np.ndarray, "..."]]
+
+
+class Piece(NamedTuple):
+    """A part of a parameter.
+
+    Attributes:
+      name: of the parameter in an unrolled model.
+      box: the part; () is all of it.
+      values: its numbers.
+    """
+
+    name: str
+    box: Box
+    values: Float32[np.ndarray, "..."]
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Returns the shapes of a model's parameters, as a tree."""
+    return jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+
+
+def unrolled_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shape of each parameter of the unrolled model, by name."""
+    return named_leaves(abstract_params(dataclasses.replace(config, layer_loop="unroll")))
+
+
+def layer_names(names: Iterable[str], before: str) -> list[str]:
+    """Returns the subtrees of a stack of layers, in the order in which they are run.
+
+    Args:
+      names: of all parameters.
+      before: what is before the layer in the names of its parameters, `encoder/` for instance.
+    """
+    subtrees = {name.removeprefix(before).partition("/")[0] for name in names if name.startswith(before)}
+    layers = [match for match in map(_LAYER.fullmatch, subtrees) if match]
+    return [match[0] for match in sorted(layers, key=lambda match: (match["first"] is None, int(match["index"])))]
+
+
+def placements(architecture: Architecture, config: ModelConfig) -> list[Placed]:
+    """Returns the tensors of a model, those of a layer after each other.
+
+    Raises:
+      UserError: parameters that the architecture has no place for, all of them named.
+    """
+    shapes = {name: shape.shape for name, shape in unrolled_shapes(config).items()}
+    placed = []
+    for before, group in itertools.groupby(architecture.tensors, key=_stack_of):
+        tensors = list(group)
+        layers = [""] if before is None else layer_names(shapes, before)
+        for number, layer in enumerate(layers):
+            placed += [each for tensor in tensors for each in _place(tensor, number, layer, shapes, config)]
+    homeless = sorted(set(shapes) - {name for each in placed for name in each.ours})
+    if homeless:
+        raise UserError(f"a {architecture.model_type} checkpoint has no place for {', '.join(homeless)}.")
+    return placed
+
+
+def _stack_of(tensor: Tensor) -> str | None:
+    before, layer, _ = tensor.ours[0].partition("{layer}")
+    return before if layer else None
+
+
+def _place(
+    tensor: Tensor, number: int, layer: str, shapes: Mapping[str, Shape], config: ModelConfig
+) -> Iterator[Placed]:
+    ours = tuple(name.replace("{layer}", layer) for name in tensor.ours)
+    if not all(name in shapes for name in ours):
+        return
+    held = tuple(shapes[name] for name in ours)
+    theirs = tensor.theirs.replace("{layer}", str(number))
+    names = [theirs.replace("{expert}", str(expert)) for expert in range(held[0][0] if "{expert}" in theirs else 1)]
+    order = None if tensor.order is None else np.asarray(tensor.order(config))
+    yield Placed(tensor, tuple(names), ours, held, order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The tensors of a checkpoint, found to be those of a model.
+
+    Attributes:
+      placed: where each goes.
+      tensors: by the names that `placed` has; arrays, or what `np.asarray` makes one.
+    """
+
+    placed: tuple[Placed, ...]
+    tensors: Mapping[str, Any]
+
+    def pieces(self, limit: int = PIECE_BYTES) -> Iterator[Piece]:
+        """Yields all parameters, piece by piece, in the order in which their tensors lie in the checkpoint."""
+        rank = {name: i for i, name in enumerate(self.tensors)}
+        for placed in sorted(self.placed, key=lambda each: rank[each.theirs[0]]):
+            for cut in placed.cuts(limit):
+                for name, values in zip(placed.ours, placed.unpack(self.tensors, cut), strict=True):
+                    yield Piece(name, placed.box(cut), values)
+
+    def read(self, name: str, box: Box) -> Float32[np.ndarray, "..."]:
+        """Returns a part of one parameter."""
+        placed = self._homes[name]
+        return placed.unpack(self.tensors, None)[placed.ours.index(name)][box]
+
+    @functools.cached_property
+    def _homes(self) -> dict[str, Placed]:
+        return {name: placed for placed in self.placed for name in placed.ours}
+
+
+def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Any]) -> Source:
+    """Returns the tensors of a model in a checkpoint; no number is read but those of copies.
+
+    Args:
+      architecture: whose tensors they are.
+      config: the model.
+      tensors: by name, in the order in which they lie; each has `shape` and `dtype`, and `np.asarray` reads it.
+
+    Raises:
+      UserError: tensors that are missing, not known, of another shape or quantized, all of them named.
+    """
+    placed = placements(architecture, config)
+    wanted = shapes_of(placed)
+    found, left, faults = _recognize(architecture, wanted.keys(), tensors)
+    quantized = [name for name in tensors if _is_quantized(name, tensors[name].dtype)]
+    if quantized:
+        raise UserError(
+            f"{quantized[0]} is quantized, and {len(quantized) - 1} others are: only plain floating weights are read."
+        )
+    for name, shape in wanted.items():
+        if name not in found:
+            faults.append(f"{name} is missing")
+            continue
+        tensor = tensors[found[name]]
+        if tuple(tensor.shape) != shape:
+            faults.append(f"{found[name]} has the shape {list(tensor.shape)}, not {list(shape)}")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            faults.append(f"{found[name]} has the type {tensor.dtype}, not a floating one")
+    faults += _leftovers(architecture, found, left, tensors)
+    if faults:
+        raise UserError(f"not a {architecture.model_type} checkpoint of this config: {'; '.join(faults)}.")
+    order = {name: i for i, name in enumerate(tensors)}
+    names = sorted(wanted, key=lambda name: order[found[name]])
+    return Source(tuple(placed), {name: tensors[found[name]] for name in names})
+
+
+def _is_quantized(name: str, dtype: Any) -> bool:
+    return _QUANTIZED.fullmatch(name) is not None or np.dtype(dtype).name.startswith("float8")
+
+
+def _recognize(
+    architecture: Architecture, wanted: Iterable[str], tensors: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Returns full names -> names of the wanted tensors that are there, the same of others, and what is double."""
+    wanted = set(wanted)
+    known = wanted | architecture.copies.keys()
+    ignored = [re.compile(pattern) for pattern in architecture.ignored]
+    found, left, faults = {}, {}, []
+    for name in tensors:
+        spelled = name
+        for pattern, replacement in architecture.spellings:
+            spelled = re.sub(pattern, replacement, spelled)
+        candidates = [spelled, *(prefix + spelled for prefix in architecture.prefixes)]
+        candidates += [spelled.removeprefix(prefix) for prefix in architecture.prefixes]
+        full = next((each for each in candidates if each in known), None) or next(
+            (each for each in candidates if any(pattern.fullmatch(each) for pattern in ignored)), name
+        )
+        into = found if full in wanted else left
+        if full in into:
+            faults.append(f"{name} and {into[full]} are the same tensor")
+        into[full] = name
+    for copy, original in architecture.copies.items():
+        if original in wanted and original not in found and copy in left:
+            found[original] = left.pop(copy)
+    return found, left, faults
+
+
+def _leftovers(
+    architecture: Architecture, found: Mapping[str, str], left: Mapping[str, str], tensors: Mapping[str, Any]
+) -> list[str]:
+    """Returns what is wrong with the tensors that no parameter takes."""
+    faults, reasons = [], {}
+    for full, name in left.items():
+        reason = next((why for pattern, why in architecture.ignored.items() if re.fullmatch(pattern, full)), None)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+        elif full not in architecture.copies:
+            faults.append(f"{name} is not known")
+        elif architecture.copies[full] in found:
+            original = found[architecture.copies[full]]
+            if not _same(tensors[name], tensors[original]):
+                faults.append(f"{name} differs from {original}, which it repeats (tie_word_embeddings)")
+    for reason, names in reasons.items():
+        logger.info("%s%s left out: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
+    return faults
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two tensors have the same bits; a slice of them at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits, a, b = f"u{a.dtype.itemsize}", np.asarray(a), np.asarray(b)
+    rows = max(1, PIECE_BYTES // max(1, a[:1].nbytes))
+    return all(np.array_equal(a[i : i + rows].view(bits), b[i : i + rows].view(bits)) for i in range(0, len(a), rows))
+
+
+def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:
+    """Returns the tree of parameters, in the form that `config` has in memory, that pieces make."""
+    named = {name: np.empty(shape.shape, shape.dtype) for name, shape in unrolled_shapes(config).items()}
+    for name, box, values in pieces:
+        named[name][box] = values
+    named = jax.tree.map(jnp.asarray, named)
+    if scans_layers(config):
+        named = stack_layers(named)
+    abstract = abstract_params(config)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [named[name] for name in named_leaves(abstract)])
+
+
+def reader(config: ModelConfig, params: Any) -> Read:
+    """Returns what reads parts of a tree of parameters by the names of the unrolled model; inverse of `parameters`."""
+    named = unstack_layers(stack_layers(named_leaves(params)), unrolled_shapes(config))
+    return lambda name, box: np.asarray(named[name])[box]
+
+
+def write(
+    placed: Iterable[Placed], read: Read, dtype: Any, limit: int = PIECE_BYTES
+) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    """Yields names of tensors and the next rows of each, tensor after tensor in the order of `shapes_of`.
+
+    Args:
+      placed: the model's `placements`.
+      read: returns a part of a parameter; each number is asked for once.
+      dtype: of the tensors.
+      limit: the most bytes of a piece, as float32.
+    """
+    cuts = ((each, cut) for each in placed for cut in each.cuts(limit))
+    for each, cut, values in ahead(
+        (each, cut, [read(name, each.box(cut)) for name in each.ours]) for each, cut in cuts
+    ):
+        yield from each.pack(values, cut, np.dtype(dtype))
+
+
+def shapes_of(placed: Iterable[Placed]) -> dict[str, Shape]:
+    """Returns the shape of each tensor."""
+    return {name: each.shape() for each in placed for name in each.theirs}
+
+
+def params_from(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Any]) -> Any:
+    """Returns float32 parameters, as `find` and `parameters` make them of tensors in memory."""
+    return parameters(config, find(architecture, config, tensors).pieces())
+
+
+def tensors_from(architecture: Architecture, config: ModelConfig, params: Any) -> dict[str, Float32[np.ndarray, "..."]]:
+    """Returns the tensors of a model in memory; the inverse of `params_from`."""
+    placed = placements(architecture, config)
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, rows in write(placed, reader(config, params), np.float32):
+        parts.setdefault(name, []).append(rows)
+    shapes = shapes_of(placed)
+    return {name: np.concatenate(rows).reshape(shapes[name]) for name, rows in parts.items()}

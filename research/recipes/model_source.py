@@ -1,0 +1,102 @@
+"""The model that `convert` reads, wherever it lies: a Hugging Face folder, a llama2.c file, a workdir."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterable
+
+import jax
+
+from research.core import config as configs
+from research.core.errors import UserError
+from research.data import tokenizers
+from research.data.tokenizers import Tokenizer
+from research.interop import mapping
+from research.interop.huggingface import open_hugging_face
+from research.interop.llama2c import from_llama2c
+from research.interop.mapping import Piece, Read
+from research.models.config import ModelConfig
+from research.recipes.workdir import read_config
+from research.training.checkpoint_stream import ParamsReader
+from research.training.checkpoints import CheckpointConfig, Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model whose numbers are read when they are asked for, each once: by `pieces`, or by `read`.
+
+    Attributes:
+      config: what it is.
+      shapes: of its parameters, unrolled.
+      pieces: yields all of them.
+      read: returns a part of one.
+      check: raises `Damaged` when what was read is not what was saved.
+      model_type: what it was called by Hugging Face, where it came from there.
+      tokenizer: its own, where that lies with it in Tessera's form.
+    """
+
+    config: ModelConfig
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    pieces: Callable[[], Iterable[Piece]]
+    read: Read
+    check: Callable[[], None] = lambda: None
+    model_type: str | None = None
+    tokenizer: Tokenizer | None = None
+
+
+def candidates(path: pathlib.Path) -> list[Callable[[], ModelSource]]:
+    """Returns what opens the model of a path; of a workdir each checkpoint, the newest first.
+
+    Raises:
+      UserError: there is no model; opening one raises UserError for a model that is not supported or broken, and
+        `Damaged` for a checkpoint that is not what was saved.
+    """
+    if (path / "checkpoints").is_dir():
+        checkpoints = Checkpoints(path, CheckpointConfig())
+        steps = checkpoints.steps()
+        checkpoints.close()
+        if not steps:
+            raise UserError(f"{path / 'checkpoints'} has no checkpoint.")
+        return [functools.partial(_workdir, path, step) for step in reversed(steps)]
+    if (path / "config.json").is_file():
+        return [functools.partial(_hugging_face, path)]
+    if path.is_file() and path.suffix == ".bin":
+        return [functools.partial(_llama2c, path)]
+    raise UserError(f"--from = {path} is neither a Hugging Face folder, a workdir, nor a llama2.c .bin file.")
+
+
+def _hugging_face(path: pathlib.Path) -> ModelSource:
+    model = open_hugging_face(path)
+    return ModelSource(
+        config=model.config,
+        shapes=mapping.unrolled_shapes(model.config),
+        pieces=model.source.pieces,
+        read=model.source.read,
+        model_type=model.architecture.model_type,
+    )
+
+
+def _llama2c(path: pathlib.Path) -> ModelSource:
+    config, params = from_llama2c(path)
+    shapes, read = mapping.unrolled_shapes(config), mapping.reader(config, params)
+    return ModelSource(config, shapes, functools.partial(_pieces, shapes, read), read, model_type="llama")
+
+
+def _workdir(path: pathlib.Path, step: int) -> ModelSource:
+    values = read_config(path)
+    config = configs.bind(ModelConfig, values["model"], "model")
+    shapes = mapping.unrolled_shapes(config)
+    reader = ParamsReader(path, step, shapes, fields=("ema", "params"))
+    return ModelSource(
+        config=config,
+        shapes=shapes,
+        pieces=functools.partial(_pieces, shapes, reader.read),
+        read=reader.read,
+        check=reader.check,
+        model_type=values["source"]["model_type"] if "source" in values else None,
+        tokenizer=tokenizers.load(path / "tokenizer"),
+    )
+
+
+def _pieces(shapes: Iterable[str], read: Read) -> Iterable[Piece]:
+    return (Piece(name, (), read(name, ())) for name in shapes)
