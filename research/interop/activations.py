@@ -6,12 +6,13 @@ _TESSERA = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_sigmoid",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
 }
 # The name to write.
-THEIRS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
+THEIRS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "gelu_sigmoid": "quick_gelu", "relu": "relu", "silu": "silu"}
 
 
 def to_tessera(name: str, field: str) -> str:

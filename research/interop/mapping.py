@@ -104,7 +104,7 @@ def _place(
     tensor: Tensor, number: int, layer: str, shapes: Mapping[str, Shape], config: ModelConfig
 ) -> Iterator[Placed]:
     ours = tuple(name.replace("{layer}", layer) for name in tensor.ours)
-    if not all(name in shapes for name in ours):
+    if not all(name in shapes for name in ours) or (tensor.when is not None and not tensor.when(config)):
         return
     held = tuple(shapes[name] for name in ours)
     theirs = tensor.theirs.replace("{layer}", str(number))

@@ -31,6 +31,7 @@ class Tensor:
       order: returns for a model which of the parameters' joined outputs each output of the tensor is; None where they
         lie as they are.
       unsqueezed: whether the tensor has one more axis of size 1 in front.
+      when: tells the models that have it, where its parameters alone do not; None is all.
     """
 
     theirs: str
@@ -40,6 +41,7 @@ class Tensor:
     experts: bool = False
     order: Callable[[ModelConfig], Int[np.ndarray, "outputs"]] | None = None
     unsqueezed: bool = False
+    when: Callable[[ModelConfig], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

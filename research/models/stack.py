@@ -16,7 +16,7 @@ from research.models.block import Block
 from research.models.cache import Cache, LayerCache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.layers import Embedding, Norm
-from research.models.positions import distance_buckets, document_lengths, sinusoidal
+from research.models.positions import distance_buckets, document_lengths, rounded_alibi, sinusoidal
 from research.parallel.rules import constrain
 
 _REMAT_POLICIES = {
@@ -114,6 +114,10 @@ class Stack(nn.Module):
         )
         if c.position.kind == "buckets":
             context = dataclasses.replace(context, bias=self._bucket_bias(context, cache))
+        if c.position.kind == "alibi_bfloat16":
+            keys = positions if cache is None else places(context, cache[0].key.shape[-3])[1]
+            bias = rounded_alibi(keys, c.attention.num_heads, c.attention.head_dim)
+            context = dataclasses.replace(context, bias=bias)
         x, cache, losses = self._layers(x, cache, context)
         routed = sum(kind.experts for kind in c.layers()) if c.experts is not None else 0
         x = self.final_norm(x) if c.norm.placement != "post" else x

@@ -77,6 +77,21 @@ def stored() -> dict[str, dict[str, Any]]:
     return json.loads((GOLDENS / "cases.json").read_text())
 
 
+def facts(gradients: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns what stands for the gradients, by name: the norm of each, and its product with a seeded random tensor."""
+    random = np.random.RandomState(1)
+    rows = []
+    for name in sorted(gradients):
+        gradient = gradients[name].astype(np.float64)
+        rows.append((np.linalg.norm(gradient), np.vdot(gradient, random.standard_normal(gradient.shape))))
+    return np.array(rows)
+
+
+def golden_gradients(name: str) -> np.ndarray:
+    """Returns the facts `[tensors, 2]` of the gradients that torch computed."""
+    return np.load(GOLDENS / "gradients.npz")[name]
+
+
 def golden_logits(name: str) -> np.ndarray:
     """Returns the float32 logits `[B, T, V]` that torch computed."""
     return np.load(GOLDENS / "logits.npz")[name]
