@@ -1,13 +1,12 @@
 """Chinchilla: the fifty models of the scaling study, 44M to 16183M parameters, and the 70B: `…/chinchilla.py:70b`.
 
-Source: Hoffmann et al. 2022, arXiv:2203.15556, table A9 (the study) and table 4 (70B); RMSNorm, the vocabulary of
-32,000 and 2,048 tokens of context are Gopher's, Rae et al. 2021, arXiv:2112.11446, section 3.1.
+Source: Hoffmann et al. 2022, arXiv:2203.15556, table A9 (the study) and table 4 (70B); RMSNorm, relative positions (Dai
+et al. 2019, arXiv:1901.02860), the vocabulary of 32,000 and 2,048 tokens of context are Gopher's, Rae et al. 2021,
+arXiv:2112.11446, section 3.1.
 
-Where this deviates: the paper's relative positions (Dai et al. 2019, arXiv:1901.02860) cost each layer a projection
-D → N·H and two biases of N·H; here positions are rotary and cost nothing, so a model has L·(D + 2)·N·H parameters fewer
-than the table says. Neither paper says which projections have biases or whether embeddings are tied; the counts do:
-with biases everywhere and tied embeddings they agree with the table to one million in every row. The activation is not
-stated; GELU is GPT-2's, whose design Gopher follows.
+Neither paper says which projections have biases or whether embeddings are tied; the counts do: with biases everywhere
+and tied embeddings they agree with the table to one million in every row. The activation is not stated; GELU is
+GPT-2's, whose design Gopher follows.
 """
 
 import ml_collections
@@ -90,7 +89,7 @@ def get_config(size: str = "70b") -> ml_collections.ConfigDict:
             },
             "mlp": {"hidden_dim": 4 * width, "activation": "gelu_tanh", "gated": False, "bias": True},
             "norm": {"kind": "rmsnorm", "placement": "pre"},
-            "position": {"kind": "rotary"},
+            "position": {"kind": "relative"},
             "tied_embeddings": True,
         }
     )

@@ -2,7 +2,7 @@
 
 A corpus folder holds `tokens.bin` (uint16 or uint32, the framed documents one after the other), `offsets.npy`,
 `bytes.npy` and `corpus.json`. It is written under another name and renamed when whole, so a build that is killed
-leaves nothing that could be read.
+leaves nothing that could be read. A pair of texts is two documents: what is read, then what is made from it.
 """
 
 import dataclasses
@@ -138,9 +138,10 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, final: pathlib.Path) -> N
         try:
             with Progress(f"tokenize {source.kind} {source.path}".strip(), size_bytes(source), "bytes") as progress:
                 for batch in _batches(split_documents(source, report)):
-                    encoded = tokenizer.encode_batch([document.text for _, document in batch])
-                    for (split, document), ids in zip(batch, encoded, strict=True):
-                        progress.advance(writers[split].add(document, tokenizer.frame(ids)))
+                    texts = [(split, text) for split, document in batch for text in document.texts]
+                    encoded = tokenizer.encode_batch([text for _, text in texts])
+                    for (split, text), ids in zip(texts, encoded, strict=True):
+                        progress.advance(writers[split].add(text, tokenizer.frame(ids)))
         finally:
             for writer in writers.values():
                 writer.close()
@@ -161,7 +162,7 @@ def _batches(pairs: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Spl
     size = 0
     for pair in pairs:
         batch.append(pair)
-        size += len(pair[1].text)
+        size += sum(map(len, pair[1].texts))
         if size >= ENCODE_BYTES:
             yield batch
             batch, size = [], 0
@@ -181,13 +182,13 @@ class _Writer:
         self._lengths: list[int] = []
         self._bytes: list[int] = []
 
-    def add(self, document: Document, ids: Int[np.ndarray, "_"]) -> int:
-        """Writes one framed document and returns the bytes of its text."""
+    def add(self, text: str, ids: Int[np.ndarray, "_"]) -> int:
+        """Writes one framed text and returns its bytes."""
         data = ids.astype(self._dtype).tobytes()
         self._file.write(data)
         self._hash.update(data)
         self._lengths.append(len(ids))
-        self._bytes.append(len(document.text.encode("utf-8")))
+        self._bytes.append(len(text.encode("utf-8")))
         return self._bytes[-1]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Batches of packed rows: the row at global index i depends on the seed and i alone.
+"""Batches of packed rows: the row at global index i, with all that is drawn in it, depends on the seed and i alone.
 
 Row i of the stream goes to batch i // B. Of that batch, part p of P holds the rows p·B/P to (p+1)·B/P, so the number
 of hosts, of workers and the shape of the mesh change who makes a row and never which row it is.
@@ -17,9 +17,10 @@ from research.core.errors import UserError
 from research.core.progress import track
 from research.data.corpus import Corpus
 from research.data.mixing import row_stream
-from research.data.objectives import Batch
+from research.data.objectives import Batch, build, identity
 from research.data.packing import PADDING_ROW, PackedRows
 from research.data.prepare import DataConfig
+from research.data.tokenizers import Tokenizer
 
 # Held-out rows are packed and ordered in one way, whatever the seed of the run: runs are compared on them.
 HELDOUT_SEED = 0
@@ -38,6 +39,7 @@ class Loader:
         self,
         corpora: Sequence[Corpus],
         config: DataConfig,
+        tokenizer: Tokenizer,
         *,
         batch_size: int,
         sequence_length: int,
@@ -50,16 +52,18 @@ class Loader:
 
         Args:
           corpora: one for each of `config.sources`; those without text are left out of the mixture.
-          config: weights, packing blocks, workers.
+          config: weights, objective, packing blocks, workers.
+          tokenizer: what made the corpora; some objectives put its control tokens in.
           batch_size: rows of a batch over all processes, B.
           sequence_length: T.
-          seed: of the packing and the shuffle.
+          seed: of the packing, the shuffle, and what the objective draws.
           part_index: p, in [0, P); processes whose devices lie in one part of the batch read the same one.
           part_count: P, a divisor of B.
           start: global index of the first row.
 
         Raises:
-          UserError: a batch that does not divide, or no text at all.
+          UserError: a batch that does not divide, rows that are too short, no text at all, or a tokenizer without
+            what the objective needs.
         """
         _check_sizes(batch_size, sequence_length, part_count)
         kept = [
@@ -69,14 +73,15 @@ class Loader:
         ]
         if not kept:
             raise UserError("sources hold no text to train on.")
+        objective = build(config.objective, tokenizer, sequence_length)
         self._rows = [
-            PackedRows(c, sequence_length=sequence_length, seed=seed, block_documents=config.block_documents)
-            for c, _ in kept
+            PackedRows(c, objective=objective, seed=seed, block_documents=config.block_documents) for c, _ in kept
         ]
         self._stream = row_stream([len(rows) for rows in self._rows], [weight for _, weight in kept], seed)
         self._config, self._batch_size = config, batch_size
         self._part_index, self._part_count = part_index, part_count
         order = [seed, sequence_length, config.block_documents, [(c.digest, weight) for c, weight in kept]]
+        order += identity(config.objective, objective)
         self._order = hashlib.sha256(json.dumps(order).encode()).hexdigest()
         self._iterator: grain.DatasetIterator | None = None
         self.position = start
@@ -91,6 +96,11 @@ class Loader:
         """Share of positions without a token, over one epoch of all sources."""
         empty = sum(rows.plan.padding * len(rows) for rows in self._rows)
         return empty / self.rows_per_epoch
+
+    @property
+    def left_out(self) -> int:
+        """Documents of all sources that may not be cut, and are too long for a row."""
+        return sum(rows.plan.left_out for rows in self._rows)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -126,11 +136,11 @@ class Loader:
         """Goes on from a saved state; batch size, processes and workers may have changed since.
 
         Raises:
-          UserError: the state belongs to other data, another seed or another sequence length.
+          UserError: the state belongs to other data, another objective, seed or sequence length.
         """
         if state["order"] != self._order:
             raise UserError(
-                "data: the checkpoint was made with other data, weights, packing, seed or sequence_length;"
+                "data: the checkpoint was made with other data, weights, objective, packing, seed or sequence_length;"
                 " its position in the samples means nothing here."
             )
         self.close()
@@ -146,6 +156,7 @@ class Loader:
 def heldout_batches(
     corpora: Sequence[Corpus],
     config: DataConfig,
+    tokenizer: Tokenizer,
     *,
     batch_size: int,
     sequence_length: int,
@@ -159,7 +170,8 @@ def heldout_batches(
 
     Args:
       corpora: the held-out corpora; empty ones are passed over.
-      config: packing blocks.
+      config: objective, packing blocks.
+      tokenizer: as in `Loader`.
       batch_size: rows of a batch over all processes.
       sequence_length: T.
       part_index: which part of each batch; as in `Loader`.
@@ -170,14 +182,15 @@ def heldout_batches(
       UserError: a batch that does not divide, or nothing held out.
     """
     _check_sizes(batch_size, sequence_length, part_count)
+    objective = build(config.objective, tokenizer, sequence_length)
     rows = [
-        PackedRows(c, sequence_length=sequence_length, seed=HELDOUT_SEED, block_documents=config.block_documents)
+        PackedRows(c, objective=objective, seed=HELDOUT_SEED, block_documents=config.block_documents)
         for c in corpora
         if c.num_targets > 0
     ]
     if not rows:
         raise UserError("sources: no document is held out; raise heldout_fraction or add text.")
-    table = [(source, row) for source, packed in enumerate(rows) for row in range(len(packed))]
+    table = [(source, row, 0) for source, packed in enumerate(rows) for row in range(len(packed))]
     stream = grain.MapDataset.source(table).shuffle(seed=HELDOUT_SEED)
     gather = _Gather(rows)
     size = batch_size // part_count
@@ -185,7 +198,7 @@ def heldout_batches(
     for g in track(range(count if max_batches is None else min(count, max_batches)), "evaluate", unit="batches"):
         first = g * batch_size + part_index * size
         wanted = [stream[i] for i in range(first, min(first + size, len(table)))]
-        yield gather(wanted + [(0, PADDING_ROW)] * (size - len(wanted)))
+        yield gather(wanted + [(0, PADDING_ROW, 0)] * (size - len(wanted)))
 
 
 def _check_sizes(batch_size: int, sequence_length: int, part_count: int) -> None:
@@ -196,15 +209,15 @@ def _check_sizes(batch_size: int, sequence_length: int, part_count: int) -> None
 
 
 class _Gather:
-    """Makes a batch of (source, row) pairs. A class, because workers receive it by pickle."""
+    """Makes a batch of (source, row, epoch) triples. A class, because workers receive it by pickle."""
 
     def __init__(self, rows: Sequence[PackedRows]):
         self._rows = list(rows)
 
-    def __call__(self, pairs: Sequence[tuple[int, int]]) -> Batch:
-        sources, rows = np.array(pairs).T
+    def __call__(self, triples: Sequence[tuple[int, int, int]]) -> Batch:
+        sources, rows, epochs = np.array(triples).T
         places = [(source, np.flatnonzero(sources == source)) for source in np.unique(sources)]
-        parts = [self._rows[source].batch(rows[here]) for source, here in places]
+        parts = [self._rows[source].batch(rows[here], epochs[here]) for source, here in places]
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(np.concatenate([here for _, here in places]))

@@ -14,6 +14,7 @@ from research.core.config import plain
 from research.core.errors import UserError
 from research.data import tokenizers
 from research.data.corpus import Corpus, build_corpora
+from research.data.objectives import ObjectiveConfig
 from research.data.sources import SourceConfig, documents, fingerprint
 from research.data.tokenizers import Tokenizer, TokenizerConfig
 
@@ -27,6 +28,7 @@ class DataConfig:
     Attributes:
       sources: where the text comes from; at least one.
       tokenizer: what turns it into ids.
+      objective: what is learned from it.
       block_documents: documents that are packed together, at least 1; more leave less padding.
       workers: processes that make batches; 0: threads of this process.
       prefetch: batches that are made ahead, at least 1.
@@ -34,6 +36,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     tokenizer: TokenizerConfig = TokenizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     block_documents: int = 16_384
     workers: int = 0
     prefetch: int = 4
@@ -43,6 +46,13 @@ class DataConfig:
             raise UserError("sources = () must name at least one source.")
         if all(source.heldout_fraction == 1 for source in self.sources):
             raise UserError("sources: every source has heldout_fraction = 1.0, so nothing is left to train on.")
+        for index, source in enumerate(self.sources):
+            if (self.objective.kind == "translate") != bool(source.pair_field):
+                need = "name the other text of a pair" if not source.pair_field else "be empty"
+                raise UserError(
+                    f"sources.{index}.pair_field = {source.pair_field!r} must {need} for objective.kind = "
+                    f"{self.objective.kind!r}."
+                )
         for name, least in (("block_documents", 1), ("workers", 0), ("prefetch", 1)):
             value = getattr(self, name)
             if value < least:
@@ -157,7 +167,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
         left = config.tokenizer.training_bytes * source.weight / total
         with _naming(f"sources.{config.sources.index(source)}"):
             for document in documents(source, "train"):
-                yield document.text
-                left -= len(document.text.encode("utf-8"))
+                yield from document.texts
+                left -= sum(len(text.encode("utf-8")) for text in document.texts)
                 if left <= 0:
                     break

@@ -33,6 +33,8 @@ class SourceConfig:
         `parquet`, or `tfds` (a prepared dataset, or text files that are prepared as one).
       path: file, folder (searched recursively) or glob pattern; not used by `stdlib`.
       field: the field of a JSON object, the column of a Parquet file or the feature of a TFDS example with the text.
+      pair_field: the field of a JSON object with the text from which the one in `field` is made: a pair of texts for
+        `data.objective.kind = "translate"`; empty: documents are single texts.
       separator: where to cut a text file into several documents; empty: one document a file.
       tfds_split: the TFDS split that is read.
       weight: share of this source in the training mixture, relative to the other weights; above 0.
@@ -43,6 +45,7 @@ class SourceConfig:
     kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds"] = "stdlib"
     path: str = ""
     field: str = "text"
+    pair_field: str = ""
     separator: str = ""
     tfds_split: str = "train"
     weight: float = 1.0
@@ -55,6 +58,8 @@ class SourceConfig:
             raise UserError(f"path = {self.path!r} {need} for kind = {self.kind!r}.")
         if not self.field:
             raise UserError("field = '' must name the field that holds the text.")
+        if self.pair_field and self.kind != "jsonl":
+            raise UserError(f"pair_field = {self.pair_field!r} must be empty for kind = {self.kind!r}.")
         if not 0 < self.weight < float("inf"):
             raise UserError(f"weight = {self.weight} must be above 0 and finite.")
         for name in ("heldout_fraction", "max_bad_fraction"):
@@ -65,10 +70,22 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and the name by which messages and the split know it."""
+    """A text and the name by which messages and the split know it.
+
+    Attributes:
+      name: file, or file and line.
+      text: what it says.
+      source: of a pair, what the text is made from; None: it is no pair.
+    """
 
     name: str
     text: str
+    source: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The source, where there is one, and the text."""
+        return (self.text,) if self.source is None else (self.source, self.text)
 
 
 @dataclasses.dataclass
@@ -212,25 +229,29 @@ def _read_text(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 
 
 def _read_jsonl(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
+    fields = (config.field, config.pair_field) if config.pair_field else (config.field,)
     for name, path in find_files(config.path):
         with opened(path) as file:
             for number, line in enumerate(file, start=1):
-                text = _json_text(line, config.field, report, f"{path}:{number}") if line.strip() else None
-                if text:
-                    yield text, Document(f"{name}:{number}", text)
+                texts = _json_texts(line, fields, report, f"{path}:{number}") if line.strip() else None
+                if texts and all(texts):
+                    yield "\n".join(texts), Document(f"{name}:{number}", *texts)
 
 
-def _json_text(line: bytes, field: str, report: SourceReport, where: str) -> str | None:
-    """Returns the text of one JSON line, or None where the line is bad."""
+def _json_texts(line: bytes, fields: tuple[str, ...], report: SourceReport, where: str) -> list[str] | None:
+    """Returns the texts of one JSON line, or None where the line is bad."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return report.skip(where, f"bad UTF-8 at byte {error.start}")
     except (json.JSONDecodeError, RecursionError) as error:
         return report.skip(where, f"broken JSON: {error}")
-    if not isinstance(record, dict) or field not in record:
-        return report.skip(where, f"no field {field!r}")
-    return _checked(record[field], field, report, where)
+    texts = []
+    for field in fields:
+        if not isinstance(record, dict) or field not in record:
+            return report.skip(where, f"no field {field!r}")
+        texts.append(_checked(record[field], field, report, where))
+    return None if None in texts else texts
 
 
 def _checked(text: object, field: str, report: SourceReport, where: str) -> str | None:

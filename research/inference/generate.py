@@ -85,7 +85,7 @@ def prefill(
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
     cache = empty_cache(config, batch, slots, stacked=scans_layers(config))
-    logits, cache = _logits(config, params, tokens, positions, cache, lengths - 1)
+    logits, cache = next_logits(config, params, tokens, positions, cache, lengths - 1)
     real = positions < lengths[:, None]
     rows = jnp.arange(batch)[:, None]
     seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, tokens].max(real)
@@ -98,11 +98,11 @@ def decode_step(
 ) -> DecodeState:
     """Feeds the newest token of each sequence and draws the next one, below `num_ids`."""
     zero = jnp.zeros_like(state.position)
-    logits, cache = _logits(config, params, state.token[:, None], state.position[:, None], state.cache, zero)
+    logits, cache = next_logits(config, params, state.token[:, None], state.position[:, None], state.cache, zero)
     return _advance(state, logits[:, :num_ids], cache, sampling)
 
 
-def _logits(
+def next_logits(
     config: ModelConfig,
     params: Any,
     tokens: Int[Array, "B T"],
@@ -153,20 +153,20 @@ def generate(
     seeds = range(sampling.seed, sampling.seed + len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise UserError(f"seeds: {len(seeds)} of them for {len(prompts)} prompts; give one a prompt.")
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    longest = _check_room(encoded, sampling, config)
-    width = min(_bucket(longest), config.max_length)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = check_room(encoded, sampling.max_tokens, config)
+    width = min(bucket(longest), config.max_length)
     padded = np.zeros((len(encoded), width), np.int32)
     for row, ids in enumerate(encoded):
         padded[row, : len(ids)] = ids
     keys = jax.vmap(jax.random.key)(jnp.asarray(list(seeds), jnp.int32))
     lengths = jnp.asarray([len(ids) for ids in encoded], jnp.int32)
-    slots = min(_bucket(longest + sampling.max_tokens), config.max_length)
+    slots = min(bucket(longest + sampling.max_tokens), config.max_length)
     # Stop strings and the seed are the host's business: they must not compile anything anew.
     drawn = dataclasses.replace(sampling, stop=(), seed=0, max_tokens=1)
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     state = prefill(params, padded, lengths, keys, config=config, sampling=drawn, slots=slots, num_ids=num_ids)
-    readers = [_Reader(tokenizer, ids, sampling.stop) for ids in encoded]
+    readers = [Reader(tokenizer, ids, sampling.stop) for ids in encoded]
     for count in track(range(sampling.max_tokens), "sample", unit="tokens"):
         for reader, token in zip(readers, np.asarray(state.token).tolist(), strict=True):
             reader.take(token)
@@ -176,7 +176,7 @@ def generate(
     return [reader.result() for reader in readers]
 
 
-def _check_room(encoded: Sequence[Sequence[int]], sampling: SamplingConfig, config: ModelConfig) -> int:
+def check_room(encoded: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> int:
     """Returns the length of the longest prompt; raises UserError where it and its new tokens do not fit."""
     longest = max(len(ids) for ids in encoded)
     if longest >= config.max_length:
@@ -184,19 +184,20 @@ def _check_room(encoded: Sequence[Sequence[int]], sampling: SamplingConfig, conf
             f"--prompt: a prompt of {longest} tokens leaves no room within the model's max_length = "
             f"{config.max_length}. Use a shorter one."
         )
-    if longest + sampling.max_tokens > config.max_length:
+    if longest + max_tokens > config.max_length:
         raise UserError(
-            f"max_tokens = {sampling.max_tokens} after a prompt of {longest} tokens is more than the model's "
+            f"max_tokens = {max_tokens} after a prompt of {longest} tokens is more than the model's "
             f"max_length = {config.max_length}. Use at most {config.max_length - longest}."
         )
     return longest
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
+    """Returns `length` rounded up to a size that is compiled."""
     return -(-length // BUCKET) * BUCKET
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Returns a prompt's ids as training saw the beginning of a document."""
     ids = [] if tokenizer.start_id is None else [tokenizer.start_id]
     ids += [int(i) for i in tokenizer.encode(prompt)]
@@ -205,7 +206,7 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-class _Reader:
+class Reader:
     """Collects one sequence's tokens and text until an end-of-text id or a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):

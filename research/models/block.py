@@ -24,12 +24,10 @@ class Block(nn.Module):
     Attributes:
       config: the model.
       layer: what this layer does otherwise.
-      cross: whether it reads an encoder.
     """
 
     config: ModelConfig
     layer: LayerConfig = LayerConfig()
-    cross: bool = False
 
     @nn.compact
     def __call__(
@@ -63,7 +61,7 @@ class Block(nn.Module):
             x = x + self._drop(y, context, 0)
         else:
             x = self._sublayer("attention", x, attend, context, 0)
-            if self.cross:
+            if c.structure == "encoder_decoder":
                 x = self._sublayer("cross_attention", x, read_encoder, context, 1)
             x = self._sublayer("mlp", x, feed_forward, context, 2)
         return constrain(x, ("batch", "length", "embed")), cache, router_loss

@@ -47,12 +47,10 @@ class Stack(nn.Module):
 
     Attributes:
       config: the model, or `ModelConfig.encoder()` of it.
-      cross: whether its layers read an encoder.
       bare: whether to leave its layers out, whose parameters `init_params` makes one by one.
     """
 
     config: ModelConfig
-    cross: bool = False
     bare: bool = False
 
     def setup(self) -> None:
@@ -76,9 +74,9 @@ class Stack(nn.Module):
         block: Any = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat])
-        self.first_layers = [block(c, kind, self.cross) for kind in kinds[:first]]
+        self.first_layers = [block(c, kind) for kind in kinds[:first]]
         if not scans_layers(c):
-            self.layers = [block(c, kind, self.cross) for kind in kinds[first:]]
+            self.layers = [block(c, kind) for kind in kinds[first:]]
         if c.norm.placement != "post":
             self.final_norm = Norm(c.norm)
 
@@ -176,7 +174,7 @@ class Stack(nn.Module):
 
         def layer(x: Any, leaves: Any, kind: LayerConfig, index: Any) -> tuple[Any, LayerCache | None, Any]:
             params, layer_cache = leaves
-            module = Block(c, kind, self.cross, parent=None)
+            module = Block(c, kind, parent=None)
             return module.apply({"params": params}, x, layer_cache, _at_layer(context, first + index))
 
         def round_of(carry: Any, leaves: Any) -> tuple[Any, LayerCache | None]:

@@ -233,21 +233,21 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
         module.logits(hidden)
 
     params = dict(nn.init(touch, Transformer(config, bare=True))(key)["params"])
-    params |= _init_layers(config, key, cross=config.structure == "encoder_decoder")
+    params |= _init_layers(config, key)
     if config.structure == "encoder_decoder":
-        encoder = _init_layers(config.encoder(), jax.random.fold_in(key, 2**31), cross=False)
+        encoder = _init_layers(config.encoder(), jax.random.fold_in(key, 2**31))
         params["encoder"] = {**params["encoder"], **encoder} if "encoder" in params else encoder
     return params
 
 
-def _init_layers(config: ModelConfig, key: jax.Array, cross: bool) -> dict[str, Any]:
+def _init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Returns the parameters of a stack's layers by name."""
     tokens, hidden = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.embed_dim), config.dtype)
-    memory = {"memory": hidden, "memory_mask": AttentionMask()} if cross else {}
+    memory = {"memory": hidden, "memory_mask": AttentionMask()} if config.structure == "encoder_decoder" else {}
     context = Context(tokens, AttentionMask(causal=True), lengths=tokens, **memory)
 
     def init_layer(index: Int[Array, ""] | int, kind: LayerConfig) -> Any:
-        return Block(config, kind, cross).init(jax.random.fold_in(key, index), hidden, None, context)["params"]
+        return Block(config, kind).init(jax.random.fold_in(key, index), hidden, None, context)["params"]
 
     kinds, first = config.layers(), len(config.first_layers)
     alone = first if scans_layers(config) else config.num_layers

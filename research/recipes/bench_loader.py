@@ -26,11 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Measures both sides in turns on the embedded corpus, and prints rates and ratios with their spread."""
     config = DataConfig(workers=arguments.workers)
-    corpora = prepare(config, cache_folder() / "data").train
+    prepared = prepare(config, cache_folder() / "data")
+    corpora = prepared.train
     print(f"loader: packed, shuffled, resumable rows with segments; {arguments.workers or 'no'} workers")
     print("crops:  random windows of the same token file, without documents, epochs or a position to resume from")
     for batch_size, sequence_length in SHAPES:
-        loader = Loader(corpora, config, batch_size=batch_size, sequence_length=sequence_length, seed=0)
+        loader = Loader(
+            corpora, config, prepared.tokenizer, batch_size=batch_size, sequence_length=sequence_length, seed=0
+        )
         rng = np.random.default_rng(0)
 
         def crops(tokens=corpora[0].tokens, rows=batch_size, length=sequence_length, rng=rng) -> Batch:

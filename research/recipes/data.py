@@ -29,9 +29,13 @@ def main(arguments: argparse.Namespace) -> None:
     loader = make_loader(config, prepared)
     batch = next(loader)
     loader.close()
-    logger.info("data: the held-out text has %.3f bytes a token", prepared.bytes_per_target)
+    if config.data.objective.predicts_all_text:
+        logger.info("data: the held-out text has %.3f bytes a token", prepared.bytes_per_target)
+    sides = [name.removesuffix("tokens") for name in batch if name.endswith("tokens")]
     for row in range(min(arguments.rows, config.train.batch_size)):
-        segments = batch["segments"][row]
-        print(f"row {row}: {int(segments.max())} documents, {int((segments == 0).sum())} of {len(segments)} padding")
-        for segment in np.unique(segments[segments > 0]):
-            print(repr(prepared.tokenizer.decode(batch["tokens"][row][segments == segment].tolist())))
+        for side in sides:
+            tokens, segments = batch[f"{side}tokens"][row], batch[f"{side}segments"][row]
+            empty = int((segments == 0).sum())
+            print(f"{side}row {row}: {int(segments.max())} documents, {empty} of {len(segments)} padding")
+            for segment in np.unique(segments[segments > 0]):
+                print(repr(prepared.tokenizer.decode(tokens[segments == segment].tolist())))

@@ -40,6 +40,7 @@ def make_loader(config: ExperimentConfig, prepared: Prepared, part: tuple[int, i
     loader = Loader(
         prepared.train,
         config.data,
+        prepared.tokenizer,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,
         seed=config.train.seed,
@@ -47,6 +48,8 @@ def make_loader(config: ExperimentConfig, prepared: Prepared, part: tuple[int, i
         part_count=part[1],
     )
     logger.info("data: %s rows an epoch, %.2f %% padding", f"{loader.rows_per_epoch:,}", 100 * loader.padding)
+    if loader.left_out:
+        logger.warning("data: %s pairs are left out: too long for a row", f"{loader.left_out:,}")
     return loader
 
 
@@ -55,6 +58,7 @@ def heldout_rows(config: ExperimentConfig, prepared: Prepared, part: tuple[int, 
     return heldout_batches(
         prepared.heldout,
         config.data,
+        prepared.tokenizer,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,
         part_index=part[0],

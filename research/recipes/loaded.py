@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,8 @@ from research.core import config as configs
 from research.core.errors import UserError
 from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
+from research.inference.beam_generate import Beam, beam_generate
+from research.inference.beams import BeamConfig
 from research.inference.generate import Generated, generate
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
@@ -67,16 +69,49 @@ class LoadedModel:
             positions = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
         return _logits(self.config, self.params, jnp.asarray(tokens), positions, segments)
 
-    def generate(
-        self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **sampling: Any
-    ) -> list[Generated]:
-        """Continues prompts, each with its own seed; further arguments are the fields of `SamplingConfig`.
+    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **fields: Any) -> list[Generated]:
+        """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that beam search finds.
+
+        Args:
+          prompts: any number, of any lengths.
+          seeds: of the draws, one a prompt.
+          fields: those of `SamplingConfig`, or of `BeamConfig`.
 
         Raises:
           UserError: a field that is not known or out of range, or prompts that do not fit.
         """
-        config = configs.bind(SamplingConfig, sampling)
-        return generate(self.config, self.params, self.tokenizer, prompts, config, seeds)
+        how = decoding(fields)
+        if isinstance(how, SamplingConfig):
+            return generate(self.config, self.params, self.tokenizer, prompts, how, seeds)
+        if seeds is not None:
+            raise UserError(f"seeds: num_beams = {how.num_beams} searches and draws nothing; leave them out.")
+        return [best[0] for best in self.beams(prompts, **fields)]
+
+    def beams(self, prompts: Sequence[str], **fields: Any) -> list[list[Beam]]:
+        """Returns the `num_return` best continuations of each prompt; `fields` are those of `BeamConfig`.
+
+        Raises:
+          UserError: a field that is not known or out of range, or prompts that do not fit.
+        """
+        how = configs.bind(BeamConfig, fields)
+        return beam_generate(self.config, self.params, self.tokenizer, prompts, how)
+
+
+def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
+    """Returns how text is made: searched where `num_beams` is there and not 1, else drawn.
+
+    Raises:
+      UserError: a field that is not known, out of range, or of the other way.
+    """
+    searches = "num_beams" in fields and fields["num_beams"] != 1
+    wanted, other = (BeamConfig, SamplingConfig) if searches else (SamplingConfig, BeamConfig)
+    fields = {name: value for name, value in fields.items() if searches or name != "num_beams"}
+    names = {field.name for field in dataclasses.fields(wanted)}
+    for field in dataclasses.fields(other):
+        if field.name in fields and field.name not in names:
+            why = f"draws, and num_beams = {fields['num_beams']} searches" if searches else "needs num_beams above 1"
+            raise UserError(f"{field.name} = {fields[field.name]!r} {why}.")
+    return configs.bind(wanted, fields)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,7 +5,9 @@ import dataclasses
 import logging
 import re
 import time
+from typing import Any
 
+from research.inference.beams import BeamConfig
 from research.inference.sampling import SamplingConfig
 from research.recipes import loaded
 from research.recipes.workdir import local_path
@@ -15,31 +17,47 @@ logger = logging.getLogger("tessera")
 EXAMPLES = """\
   tessera sample --workdir=runs/stdlib --prompt="def main(" --temperature=0.8
   tessera sample --workdir=runs/stdlib --prompt="class " --prompt="import " --max_tokens=64 --top_p=0.9
-  tessera sample --workdir=runs/stdlib --prompt="The " --temperature=0 --stop="." """
+  tessera sample --workdir=runs/stdlib --prompt="The " --temperature=0 --stop="."
+  tessera sample --workdir=runs/stdlib --prompt="def " --num_beams=4 --no_repeat_ngram=3 --forced_prefix="main" """
+
+# Fields of `BeamConfig` that are flags; texts are searched where `--num_beams` is above 1, and drawn else.
+BEAM_FLAGS = ("num_beams", "length_penalty", "no_repeat_ngram")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the fields of `SamplingConfig` as flags."""
+    """Adds the fields of `SamplingConfig` and some of `BeamConfig` as flags."""
     parser.add_argument("--workdir", required=True, help="folder of a trained model")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
-    parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
-    says = dict(re.findall(r"^ +(\w+): (.+)\.$", SamplingConfig.__doc__, re.MULTILINE))
-    for field in dataclasses.fields(SamplingConfig):
-        if field.name != "stop":
-            says_it = f"{says[field.name]} (default {field.default})"
-            parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=says_it, metavar="X")
+    parser.add_argument("--stop", action="append", help="a string that ends the text; may be repeated")
+    drawn = [field for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
+    searched = [field for field in dataclasses.fields(BeamConfig) if field.name in BEAM_FLAGS]
+    for config, fields in ((SamplingConfig, drawn), (BeamConfig, searched)):
+        says = dict(re.findall(r"^ +(\w+): (.+)\.$", config.__doc__, re.MULTILINE))
+        for field in fields:
+            default = 1 if field.name == "num_beams" else field.default
+            says_it = f"{says[field.name]} (default {default})"
+            parser.add_argument(f"--{field.name}", type=field.type, help=says_it, metavar="X")
+    parser.add_argument("--forced_prefix", help="text that every continuation found by beam search begins with")
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields that flags name, but for `--forced_prefix`, which a tokenizer must read."""
+    names = [field.name for field in dataclasses.fields(SamplingConfig)] + list(BEAM_FLAGS)
+    fields = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return {name: tuple(value) if name == "stop" else value for name, value in fields.items()}
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Prints each prompt with its continuation, and adds them to `samples.txt` of the workdir."""
-    names = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
-    values = {name: getattr(arguments, name) for name in names}
-    sampling = SamplingConfig(**values, stop=tuple(arguments.stop))
+    fields = given(arguments)
+    loaded.decoding(fields)  # what is wrong is said before a model is loaded
     workdir = local_path("--workdir", arguments.workdir)
     model = loaded.load(workdir)
     prompts = arguments.prompt or [""]
+    if arguments.forced_prefix is not None:
+        fields["forced_prefix"] = tuple(model.tokenizer.encode(arguments.forced_prefix))
     start = time.monotonic()
-    texts = model.generate(prompts, **dataclasses.asdict(sampling))
+    texts = model.generate(prompts, **fields)
     count, seconds = sum(len(text.tokens) for text in texts), time.monotonic() - start
     shown = "\n\n".join(prompt + text.text for prompt, text in zip(prompts, texts, strict=True))
     print(shown, flush=True)
@@ -47,6 +65,6 @@ def main(arguments: argparse.Namespace) -> None:
     kept = workdir / "samples.txt"
     try:
         with kept.open("a", encoding="utf-8") as file:
-            file.write(f"step {model.step}, {sampling}\n{shown}\n\n")
+            file.write(f"step {model.step}, {loaded.decoding(fields)}\n{shown}\n\n")
     except OSError as error:  # a model that one may only read is a model all the same
         logger.warning("%s cannot be written: %s", kept, error.strerror)

@@ -72,7 +72,7 @@ def train(config: ExperimentConfig, workdir: pathlib.Path) -> TrainState:
     clock = Clock()
     with clock.measure("compile"):
         distributed.initialize(config.distributed)
-        program = build_program(config.model, config.optim, config.train, config.mesh)
+        program = build_program(config.model, config.optim, config.train, config.mesh, objective=config.data.objective)
         part = process_rows(program.batch["tokens"].sharding, config.train.batch_size)
         workdirs.check(workdir, config)
     with clock.measure("data"):
@@ -99,10 +99,11 @@ def train(config: ExperimentConfig, workdir: pathlib.Path) -> TrainState:
             writer = held.enter_context(metrics.MetricsWriter(workdir, int(state.step)))
         held.callback(loader.close)
         place = functools.partial(place_batch, like=program.batch)
+        bytes_per_target = prepared.bytes_per_target if config.data.objective.predicts_all_text else None
 
         def held_out(state: TrainState) -> dict[str, float]:
             batches = map(place, heldout_rows(config, prepared, part))
-            return evaluate(eval_step, state.eval_params(), batches, prepared.bytes_per_target)
+            return evaluate(eval_step, state.eval_params(), batches, bytes_per_target)
 
         def check(state: TrainState, batch: Batch) -> None:
             if config.train.self_check:

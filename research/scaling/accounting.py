@@ -1,41 +1,95 @@
 """How many FLOPs training takes, counted from the model's sizes.
 
 One multiplication and one addition are two FLOPs. Only matrix products are counted, as is usual for model FLOPs
-utilization: not norms, activations, softmax or the optimizer, and not what rematerialization computes again.
+utilization: not norms, activations, softmax or the optimizer, and not what rematerialization computes again; nor the
+waves of Transformer-XL's relative positions.
 """
 
-from research.models.config import ModelConfig
+from research.models.config import LayerConfig, ModelConfig
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Returns the number of weights that every token is multiplied with.
+    """Returns the number of weights that every token is multiplied with, in a decoder or an encoder.
 
-        L · (D·H·(2N + 2K) + (3 if gated else 2)·D·F) + D·V
+        Σ_layers (D·H·(2N + 2K) + (3 if gated else 2)·D·F) + D·V
 
-    The embedding table is not counted, for it is looked up; the head is, tied to that table or not.
+    Of experts, those that a token goes to are counted, and the router. The embedding table is not counted, for it is
+    looked up; the head is, tied to that table or not. Of an encoder-decoder this is the decoder.
     """
-    attention, mlp = model.attention, model.mlp
-    per_layer = model.embed_dim * attention.head_dim * (2 * attention.num_heads + 2 * attention.num_kv_heads)
-    per_layer += (3 if mlp.gated else 2) * model.embed_dim * mlp.hidden_dim
-    return model.num_layers * per_layer + model.embed_dim * model.vocab_size
+    layers = model.layers()
+    total = sum(_layer_weights(model, layer) for layer in layers) + _head_weights(model)
+    further = _layer_weights(model, layers[-1]) + 2 * model.embed_dim**2 + _head_weights(model)
+    return total + model.head.num_future * further
 
 
-def train_flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = True) -> int:
-    """Returns the FLOPs of one training step of a decoder, per token.
+def _head_weights(model: ModelConfig) -> int:
+    return model.embed_dim * model.vocab_size + (model.embed_dim**2 if model.head.transform else 0)
 
-        6 · matmul_parameters + 12 · L · N · H · T · (1/2 if causal)
 
-    Forward, each weight costs a token 2 FLOPs, and each of the T keys costs it 2·N·H for its score and 2·N·H for its
-    part of the sum; backward costs twice that. A causal token sees half of the keys on average, and is counted so,
-    whether or not a kernel skips the other half.
+def _layer_weights(model: ModelConfig, layer: LayerConfig) -> int:
+    c, width = model.attention, model.embed_dim
+    if c.latent is None:
+        weights = width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    else:
+        queries = c.num_heads * (c.head_dim + c.latent.rope_dim)
+        weights = width * queries if c.latent.q_dim is None else c.latent.q_dim * (width + queries)
+        weights += width * (c.latent.kv_dim + c.latent.rope_dim)
+        weights += c.latent.kv_dim * c.num_heads * (c.head_dim + c.latent.value_dim)
+        weights += c.num_heads * c.latent.value_dim * width
+    if model.structure == "encoder_decoder":
+        weights += 2 * width * c.num_heads * c.head_dim  # keys and values are the encoder's, which pays for them
+    matrices = 3 if model.mlp.gated else 2
+    if model.experts is None or not layer.experts:
+        return weights + matrices * width * model.mlp.hidden_dim
+    e = model.experts
+    per_token = e.experts_per_token * e.hidden_dim + e.shared_dim
+    return weights + width * (e.num_experts + (1 if e.shared_gate else 0)) + matrices * width * per_token
+
+
+def keys_seen(model: ModelConfig, layer: LayerConfig, length: int) -> float:
+    """Returns how many keys a token of a sequence of `length` sees on average; causal attention sees half."""
+    window = length if layer.window is None else min(layer.window, length)
+    one_side = window - window**2 / (2 * length)
+    return 2 * one_side if model.structure == "encoder" else one_side
+
+
+def train_flops_per_token(
+    model: ModelConfig, sequence_length: int, encoder_length: int = 0, visible_only: bool = True
+) -> float:
+    """Returns the FLOPs of one training step, per token of the decoder (or of the only stack).
+
+        6 · matmul_parameters + 6 · Σ_layers N · (H_k + H_v) · keys
+
+    Forward, each weight costs a token 2 FLOPs, and each key costs it 2·N·H_k for its score and 2·N·H_v for its part of
+    the sum; backward costs twice that. A token's keys are those that it sees on average: half of T where attention is
+    causal, fewer behind a window, whether or not a kernel skips the others; all M of the encoder.
 
     Args:
-      model: the decoder.
-      sequence_length: T, keys as well as queries; a packed row of shorter documents is counted as one sequence.
-      causal: whether a token sees only what comes before it.
+      model: the model.
+      sequence_length: T; a packed row of shorter documents is counted as one sequence.
+      encoder_length: M, tokens of the encoder beside T of the decoder.
+      visible_only: whether keys that the mask hides are left out.
 
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1 (with the head counted); Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B (which counts causal attention in full).
     """
-    attention = 12 * model.num_layers * model.attention.num_heads * model.attention.head_dim * sequence_length
-    return 6 * matmul_parameters(model) + (attention // 2 if causal else attention)
+    length, c = sequence_length, model.attention
+    per_key = c.num_heads * 2 * c.head_dim
+    if c.latent is not None:
+        per_key = c.num_heads * (c.head_dim + c.latent.rope_dim + c.latent.value_dim)
+    keys = sum(keys_seen(model, layer, length) if visible_only else length for layer in model.layers())
+    keys += model.head.num_future * (keys_seen(model, model.layers()[-1], length) if visible_only else length)
+    flops = 6 * matmul_parameters(model) + 6 * per_key * keys
+    if model.structure != "encoder_decoder":
+        return float(flops)
+    encoder = model.encoder()
+    of_encoder = 6 * (matmul_parameters(encoder) - _head_weights(encoder))
+    of_encoder += (
+        6
+        * per_key
+        * sum(
+            keys_seen(encoder, layer, encoder_length) if visible_only else encoder_length for layer in encoder.layers()
+        )
+    )
+    of_encoder += 6 * model.num_layers * 2 * model.embed_dim * c.num_kv_heads * c.head_dim
+    return flops + 6 * per_key * model.num_layers * encoder_length + of_encoder * encoder_length / length

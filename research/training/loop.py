@@ -42,7 +42,7 @@ class Throughput:
       num_devices: of the run.
     """
 
-    flops_per_token: int
+    flops_per_token: float
     peak_flops: float | None
     num_devices: int
 

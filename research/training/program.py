@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from research.core.random import key_for
+from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
 from research.optim.optimizers import OptimConfig, build_optimizer
@@ -65,6 +66,7 @@ def build_program(
     train: TrainConfig,
     mesh: MeshConfig,
     devices: Sequence[jax.Device] | None = None,
+    objective: ObjectiveConfig = CAUSAL,
 ) -> Program:
     """Returns the run's functions on `devices` (all by default); nothing is compiled and no array is made.
 
@@ -90,16 +92,16 @@ def build_program(
     return Program(
         mesh=place,
         state=state,
-        batch=abstract_batch(train.batch_size, train.sequence_length, batch_sharding(place)),
+        batch=abstract_batch(objective, train.batch_size, train.sequence_length, batch_sharding(place)),
         create=functools.partial(create_state, init, optimizer, state),
         train_step=train_step,
         eval_step=make_eval_step(language_model_loss(model)),
     )
 
 
-def abstract_batch(batch_size: int, sequence_length: int, sharding: jax.sharding.Sharding) -> AbstractBatch:
+def abstract_batch(
+    objective: ObjectiveConfig, batch_size: int, sequence_length: int, sharding: jax.sharding.Sharding
+) -> AbstractBatch:
     """Returns shapes, types and sharding of a batch."""
-    names = ("tokens", "targets", "positions", "segments", "weights")
-    dtypes = {name: "float32" if name == "weights" else "int32" for name in names}
-    shape = (batch_size, sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    shapes = batch_shapes(objective, batch_size, sequence_length)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}

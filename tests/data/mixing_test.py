@@ -7,8 +7,8 @@ from research.data.mixing import row_stream
 
 def test_a_mixture_keeps_its_weights_and_every_source_its_epochs():
     rows = [row_stream([50, 30, 20], [5.0, 3.0, 2.0], seed=1)[i] for i in range(100)]
-    assert sorted(rows) == [(source, row) for source, n in enumerate([50, 30, 20]) for row in range(n)]
-    half = collections.Counter(source for source, _ in rows[:50])
+    assert sorted(rows) == [(source, row, 0) for source, n in enumerate([50, 30, 20]) for row in range(n)]
+    half = collections.Counter(source for source, _, _ in rows[:50])
     assert half == {0: 25, 1: 15, 2: 10}
 
 
@@ -17,9 +17,9 @@ def test_sources_and_seeds_are_shuffled_apart():
     stream = row_stream([40], [1.0], seed=1)
     other = row_stream([40], [1.0], seed=2)
     second_epoch = [stream[i] for i in range(40, 80)]
-    assert second_epoch != [other[i] for i in range(40)]
-    assert sorted(second_epoch) == [(0, row) for row in range(40)]
+    assert [row for _, row, _ in second_epoch] != [other[i][1] for i in range(40)]
+    assert sorted(second_epoch) == [(0, row, 1) for row in range(40)]
 
 
 def test_one_row_is_enough():
-    assert [row_stream([1], [1.0], seed=0)[i] for i in range(3)] == [(0, 0)] * 3
+    assert [row_stream([1], [1.0], seed=0)[i] for i in range(3)] == [(0, 0, epoch) for epoch in range(3)]

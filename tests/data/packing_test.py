@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.data.objectives import causal_batch
+from research.data.objectives import CAUSAL, build, causal_batch
 from research.data.packing import PADDING_ROW, PackedRows, best_fit, plan_rows
-from tests.data.text import corpora
+from tests.data.text import MarkedBytes, corpora
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)
 
@@ -29,9 +29,27 @@ def reference_best_fit(lengths: list[int], capacity: int) -> list[int]:
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 12), max_size=40), capacity=st.integers(12, 30))
 def test_best_fit_fills_the_bins_as_the_plain_search_does(lengths, capacity):
-    bins = best_fit(lengths, capacity)
+    bins = best_fit(lengths, capacity, [0] * len(lengths), 0)
     filled = np.bincount(bins, weights=lengths).astype(int) if lengths else np.array([], int)
     assert sorted(capacity - filled) == reference_best_fit(lengths, capacity)
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=SIZES, capacity=st.integers(12, 30), other=st.integers(9, 20))
+def test_best_fit_keeps_both_rooms(sizes, capacity, other):
+    lengths, others = map(list, zip(*sizes, strict=True))
+    bins = best_fit(lengths, capacity, others, other)
+    assert np.bincount(bins, weights=lengths).max() <= capacity
+    assert np.bincount(bins, weights=others).max() <= other
+    assert set(bins) == set(range(bins.max() + 1))
+
+
+def test_best_fit_by_one_room_overflows_the_other():  # the control
+    assert best_fit([3, 3], 8, [0, 0], 5).tolist() == [0, 0]
+    assert best_fit([3, 3], 8, [4, 4], 5).tolist() == [0, 1]
 
 
 def store(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +63,7 @@ def store(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
 def test_every_pair_comes_exactly_once_and_rows_keep_the_contract(lengths, width, block, seed):
     tokens, offsets = store(lengths)
     pairs = np.maximum(np.diff(offsets) - 1, 0)
-    plan = plan_rows(pairs, offsets[:-1], sequence_length=width, seed=seed, block_documents=block)
+    plan = plan_rows(offsets, build(CAUSAL, MarkedBytes(), width), seed=seed, block_documents=block)
     sizes = np.diff(plan.row_starts)
     batch = causal_batch(tokens, plan.starts, plan.lengths, sizes, width, pad_id=7)
     for name, values in batch.items():
@@ -79,31 +97,38 @@ def check_row(row: dict[str, np.ndarray]) -> None:
         assert len(set(row["targets"][here] // 100)) == 1
 
 
+def packed(corpus, seed: int, width: int, block: int = 64) -> PackedRows:
+    return PackedRows(corpus, objective=build(CAUSAL, MarkedBytes(), width), seed=seed, block_documents=block)
+
+
+def first(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first rows, in the first epoch."""
+    return np.arange(count), np.zeros(count, int)
+
+
 def test_a_row_depends_on_the_seed_and_not_on_what_else_is_asked(tmp_path):
     train = corpora(tmp_path, 80)["train"]
-    rows = PackedRows(train, sequence_length=32, seed=3, block_documents=16)
-    again = PackedRows(train, sequence_length=32, seed=3, block_documents=16)
-    other = PackedRows(train, sequence_length=32, seed=4, block_documents=16)
-    whole = rows.batch(np.arange(len(rows)))
+    rows, again, other = (packed(train, seed, 32, block=16) for seed in (3, 3, 4))
+    whole = rows.batch(*first(len(rows)))
     for i in (0, 5, len(rows) - 1):
-        for name, values in again.batch(np.array([i])).items():
+        for name, values in again.batch(np.array([i]), np.array([0])).items():
             np.testing.assert_array_equal(values[0], whole[name][i])
-    assert any((other.batch(np.array([i]))["tokens"][0] != whole["tokens"][i]).any() for i in range(5))
+    assert (other.batch(*first(5))["tokens"] != whole["tokens"][:5]).any()
 
 
 def test_a_padding_row_holds_nothing(tmp_path):
-    rows = PackedRows(corpora(tmp_path, 40)["train"], sequence_length=16, seed=0, block_documents=64)
-    batch = rows.batch(np.array([0, PADDING_ROW, 1, PADDING_ROW]))
+    rows = packed(corpora(tmp_path, 40)["train"], 0, 16)
+    batch = rows.batch(np.array([0, PADDING_ROW, 1, PADDING_ROW]), np.zeros(4, int))
     for row in (1, 3):
         assert batch["weights"][row].sum() == batch["segments"][row].sum() == 0
         assert (batch["tokens"][row] == rows.corpus.pad_id).all()
-    np.testing.assert_array_equal(batch["tokens"][2], rows.batch(np.array([1]))["tokens"][0])
+    np.testing.assert_array_equal(batch["tokens"][2], rows.batch(*first(2))["tokens"][1])
 
 
 def test_larger_blocks_leave_less_padding():
     pairs = np.arange(4000) * 7919 % 300 + 1
     plans = [
-        plan_rows(pairs, np.cumsum(pairs + 1), sequence_length=512, seed=0, block_documents=block)
+        plan_rows(np.cumsum([0, *(pairs + 1)]), build(CAUSAL, MarkedBytes(), 512), seed=0, block_documents=block)
         for block in (4, 64, 4000)
     ]
     assert plans[0].padding > plans[1].padding > plans[2].padding
@@ -113,4 +138,4 @@ def test_larger_blocks_leave_less_padding():
 def test_a_corpus_without_text_is_refused(tmp_path):
     empty = corpora(tmp_path, 5, heldout_fraction=0.0)["heldout"]
     with pytest.raises(UserError, match="no text to learn from"):
-        PackedRows(empty, sequence_length=8, seed=0, block_documents=8)
+        packed(empty, 0, 8)

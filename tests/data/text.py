@@ -1,9 +1,11 @@
-"""A small tokenized corpus for the tests of this folder."""
+"""Small tokenized corpora for the tests of this folder, and a tokenizer with every control token."""
 
 import pathlib
 
+import numpy as np
+
 from research.data.corpus import Corpus, build_corpora
-from research.data.sources import SourceConfig
+from research.data.sources import SourceConfig, SourceReport
 from research.data.tokenizers.byte import ByteTokenizer
 
 
@@ -20,3 +22,29 @@ def corpora(folder: pathlib.Path, count: int, seed: int = 1, heldout_fraction: f
         (source / f"{i:04}.txt").write_text(text)
     config = SourceConfig(kind="text", path=str(source), heldout_fraction=heldout_fraction)
     return build_corpora(config, ByteTokenizer(), folder / "cache")
+
+
+class MarkedBytes(ByteTokenizer):
+    """Bytes, and what the objectives put in beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.vocab_size, self.mask_id, self.sentinel_ids = 300, 259, tuple(range(299, 259, -1))
+
+
+# Above every token of `store`.
+HEAD, TAIL, PAD, MASK, STOP, MODE = range(50_000, 50_006)
+SENTINELS = tuple(range(50_199, 50_099, -1))
+VOCAB = 50_200
+
+
+def store(lengths: list[int]) -> Corpus:
+    """Returns framed documents of these lengths. A token of the text is its place in the store: no two are equal."""
+    documents, place = [], 0
+    for n in lengths:
+        documents.append(np.array([HEAD, *range(place + 1, place + 1 + n), TAIL]))
+        place += n + 2
+    tokens = np.concatenate(documents).astype(np.uint16)
+    assert place < HEAD
+    offsets = np.concatenate([[0], np.cumsum([n + 2 for n in lengths])])
+    return Corpus(pathlib.Path("store"), tokens, offsets, np.array(lengths), PAD, "digest", SourceReport())

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from research.core.trees import named_leaves
-from research.models.config import ModelConfig
+from research.models.cache import Cache, empty_cache
+from research.models.config import LayerConfig, ModelConfig
 from research.models.layer_stack import canonical, unstack_layers
 from research.models.transformer import Transformer
+from research.training.step import language_model_loss
 from tests.models.variants import VARIANTS, pack, rows, unpacked
-from tests.tiny import abstract_params, random_params
+from tests.tiny import abstract_params, random_params, tiny_config
 
 LENGTHS = [9, 5, 7]
 
@@ -58,3 +60,111 @@ def test_scanned_layers_give_the_same(name: str):
     expected = logits(config, params, inputs)
     found = logits(*scanned(config, params), inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(config: ModelConfig, params: Any, inputs: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
+    def apply(module: Transformer) -> tuple[jax.Array, Cache]:
+        output = module(**inputs, cache=cache)
+        return module.logits(output.hidden), output.cache
+
+    return Transformer(config).apply({"params": params}, method=apply)
+
+
+LOOPS = ["windows", "first layers", "latent", "shared experts", "buckets", "encoder-decoder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [(name, "unroll") for name, config in VARIANTS.items() if config.structure != "encoder"]
+    + [(name, "scan") for name in LOOPS],
+)
+def test_cached_steps_give_the_training_logits(name: str, loop: str):
+    config = VARIANTS[name]
+    params, (document,) = random_params(config), rows(config, [9])
+    expected = np.asarray(logits(config, params, document))[0]
+    if loop == "scan":
+        config, params = scanned(config, params)
+    memory = document["encoder_tokens"].shape[1] if "encoder_tokens" in document else 0
+    cache = empty_cache(config, 1, 12, stacked=loop == "scan", memory=memory)
+    prompt = {key: array if key.startswith("encoder") else array[:, :6] for key, array in document.items()}
+    first, cache = read(config, params, prompt, cache)
+    found = list(np.asarray(first)[0])
+    later = ("tokens", "positions", "types")  # the encoder and the prefix are in the cache
+    for place in range(6, 9):
+        step = {key: document[key][:, place : place + 1] for key in later if key in document}
+        new, cache = read(config, params, step, cache)
+        found.append(np.asarray(new)[0, 0])
+    # Rules that go by a document's length turn its earlier keys otherwise once it has outgrown its context.
+    by_length = config.position.scaling is not None and config.position.scaling.by_length
+    end = 6 if by_length else 9
+    if by_length:
+        expected = np.asarray(logits(config, params, prompt))[0]
+    np.testing.assert_allclose(found[:end], expected[:end], atol=1e-5 * np.abs(expected).max())
+
+
+def changed(config: ModelConfig, inputs: dict[str, Any], name: str, place: int) -> list[int]:
+    """The places whose logits change when one token does."""
+    params = random_params(config)
+    other = {key: np.array(array) for key, array in inputs.items()}
+    other[name][0, place] = (other[name][0, place] + 1) % config.vocab_size
+    difference = np.abs(logits(config, params, inputs) - logits(config, params, other))[0].max(axis=-1)
+    return np.flatnonzero(difference > 1e-7).tolist()
+
+
+def test_a_decoder_sees_what_came_before_and_not_more():
+    config = VARIANTS["sinks"]
+    (document,) = rows(config, [10])
+    assert changed(config, document, "tokens", 4) == list(range(4, 10))
+
+
+def test_an_encoder_sees_all():
+    config = VARIANTS["encoder"]
+    (document,) = rows(config, [10])
+    for place in (0, 4, 9):
+        assert changed(config, document, "tokens", place) == list(range(10))
+
+
+@pytest.mark.parametrize(("structure", "seen"), [("decoder", range(6, 9)), ("encoder", range(4, 9))])
+def test_a_window_hides_what_is_as_far_as_it_is_wide(structure: str, seen: range):
+    config = tiny_config(num_layers=1, structure=structure, pattern=(LayerConfig(window=3),))
+    (document,) = rows(config, [12])
+    assert changed(config, document, "tokens", 6) == list(seen)
+
+
+def test_layers_with_windows_pass_on_what_they_see():
+    two = tiny_config(num_layers=2, pattern=(LayerConfig(window=3),))
+    (document,) = rows(two, [12])
+    assert changed(two, document, "tokens", 3) == list(range(3, 8))
+    one_global = tiny_config(num_layers=2, pattern=(LayerConfig(window=3), LayerConfig()))
+    assert changed(one_global, document, "tokens", 3) == list(range(3, 12))
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix in a packed row"])
+def test_a_prefix_is_seen_in_both_directions(name: str):
+    config = VARIANTS["prefix"]
+    documents = rows(config, [8, 8])  # of each, four tokens are the prefix
+    start, inputs = (0, documents[0]) if name == "prefix" else (8, pack(documents))
+    assert changed(config, inputs, "tokens", start + 2) == list(range(start, start + 8))
+    assert changed(config, inputs, "tokens", start + 5) == list(range(start + 5, start + 8))
+
+
+def test_a_decoder_sees_the_whole_encoder_of_its_own_document():
+    config = VARIANTS["encoder-decoder"]
+    inputs = pack(rows(config, [5, 6]))  # their encoders read seven and eight tokens
+    assert changed(config, inputs, "encoder_tokens", 1) == list(range(5))
+    assert changed(config, inputs, "encoder_tokens", 9) == list(range(5, 11))
+    assert changed(config, inputs, "tokens", 7) == list(range(7, 11))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "future tokens"])
+def test_every_parameter_has_a_gradient(name: str):
+    config = VARIANTS[name]
+    params, inputs = random_params(config), pack(rows(config, LENGTHS))
+    targets = jnp.roll(inputs["tokens"], -1, axis=1)
+    weights = (inputs["segments"] != 0).astype(jnp.float32)
+    batch = {**inputs, "targets": targets, "weights": weights}
+    gradients = jax.jit(jax.grad(lambda params: language_model_loss(config)(params, batch, None)[0]))(params)
+    still = {name for name, leaf in named_leaves(gradients).items() if not np.abs(leaf).max() > 0}
+    # The pooler is not part of the loss of a language model, and the selection bias is set by rule.
+    assert {each for each in still if not each.startswith("pooler/") and "selection_bias" not in each} == set()

@@ -123,3 +123,23 @@ def test_generate_refuses_what_cannot_be(model, sampling):
 def test_generate_refuses_no_prompts(model):
     with pytest.raises(UserError, match="at least one prompt"):
         model.generate([])
+
+
+def test_more_beams_than_one_are_searched(model):
+    fields = {"num_beams": 3, "max_tokens": 5, "num_return": 2}
+    texts = model.generate(["the", "cat"], **fields)
+    for (best, second), text in zip(model.beams(["the", "cat"], **fields), texts, strict=True):
+        assert text == best
+        assert best.score >= second.score
+
+
+def test_one_beam_is_no_search(model):
+    drawn = {"max_tokens": 5, "seed": 3}
+    assert model.generate(["the"], num_beams=1, **drawn) == model.generate(["the"], **drawn)
+    with pytest.raises(UserError, match=r"forced_prefix = \(1,\) needs num_beams above 1"):
+        model.generate(["the"], forced_prefix=(1,))
+
+
+def test_search_takes_no_seeds(model):
+    with pytest.raises(UserError, match="seeds: num_beams = 3 searches"):
+        model.generate(["the"], seeds=[1], num_beams=3)

@@ -2,6 +2,8 @@
 
 import shutil
 
+import pytest
+
 from research import cli
 from tests.recipes.fixtures import Unbroken
 
@@ -38,3 +40,28 @@ def test_samples_that_cannot_be_kept_are_printed_all_the_same(unbroken: Unbroken
     out, err = capsys.readouterr()
     assert out.startswith("the")
     assert "samples.txt cannot be written: Is a directory" in err
+
+
+def test_beams_are_searched_where_there_is_more_than_one(unbroken: Unbroken, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken.workdir, workdir)
+    argv = ["sample", f"--workdir={workdir}", "--prompt=the", "--prompt=cat", "--max_tokens=8", "--num_beams=3"]
+    assert cli.main([*argv, "--forced_prefix= sat", "--length_penalty=0.5", "--no_repeat_ngram=3"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("the sat")
+    assert second.startswith("cat sat")
+    assert "step 12, BeamConfig(num_beams=3" in (workdir / "samples.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_beams=3", "--temperature=0.5"], "temperature = 0.5 draws, and num_beams = 3 searches."),
+        (["--num_beams=3", "--stop=x"], "stop = ('x',) draws, and num_beams = 3 searches."),
+        (["--length_penalty=2"], "length_penalty = 2.0 needs num_beams above 1."),
+        (["--num_beams=0"], "num_beams = 0 must be at least 1."),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_in_a_line(flags: list[str], said: str, capsys):
+    assert cli.main(["sample", "--workdir=nowhere", *flags]) == 2
+    assert capsys.readouterr().err == f"tessera: error: {said}\n"

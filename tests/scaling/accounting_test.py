@@ -1,11 +1,14 @@
 """FLOPs of a training step: claims about `scaling.accounting`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from research.models.config import AttentionConfig, MlpConfig, ModelConfig
-from research.scaling.accounting import matmul_parameters, train_flops_per_token
+from research.models.config import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig, ModelConfig
+from research.scaling.accounting import keys_seen, matmul_parameters, train_flops_per_token
 
 
 def config(num_layers, embed_dim, heads, kv_heads, head_dim, mlp_dim, gated, vocab_size):
@@ -19,7 +22,7 @@ def test_gpt2_small_by_hand():
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768 * 50257
     assert matmul_parameters(gpt2) == weights == 123_532_032
     attention = 3 * 12 * (2 * 1024 * 768 + 2 * 1024 * 768)
-    assert train_flops_per_token(gpt2, 1024, causal=False) == 6 * weights + attention
+    assert train_flops_per_token(gpt2, 1024, visible_only=False) == 6 * weights + attention
     assert train_flops_per_token(gpt2, 1024) == 6 * weights + attention // 2
 
 
@@ -61,6 +64,34 @@ def test_count_equals_that_of_xla_for_a_model_of_matrix_products(gated):
 
     lowered = jax.jit(step).lower(params, tokens, shape(batch, length, vocabulary))
     counted = lowered.cost_analysis()["flops"] / (batch * length)
-    expected = train_flops_per_token(config(layers, d, n, k, h, f, gated, vocabulary), length, causal=False)
+    expected = train_flops_per_token(config(layers, d, n, k, h, f, gated, vocabulary), length, visible_only=False)
     # XLA also counts the additions where gradients meet, and those of the embedding's gradient.
     assert expected <= counted <= 1.01 * expected
+
+
+def test_windows_count_what_they_show():
+    base = config(2, 64, 4, 4, 16, 128, True, 100)
+    local = dataclasses.replace(base, pattern=(LayerConfig(window=4), LayerConfig()))
+    seen = np.tril(np.ones((64, 64))) * (np.subtract.outer(np.arange(64), np.arange(64)) < 4)
+    # To half a key, as causal attention is counted as T / 2, not (T + 1) / 2.
+    assert keys_seen(local, local.pattern[0], 64) == pytest.approx(seen.sum() / 64, abs=0.5)
+    difference = train_flops_per_token(base, 64) - train_flops_per_token(local, 64)
+    assert difference == 12 * 4 * 16 * (32 - keys_seen(local, local.pattern[0], 64))
+    encoder = dataclasses.replace(base, structure="encoder")
+    assert keys_seen(encoder, LayerConfig(), 64) == 64
+
+
+def test_experts_count_those_that_a_token_goes_to():
+    base = config(2, 64, 4, 4, 16, 128, True, 100)
+    experts = ExpertsConfig(num_experts=8, experts_per_token=2, hidden_dim=64)
+    mixed = dataclasses.replace(base, experts=experts)
+    assert matmul_parameters(mixed) == matmul_parameters(base) + 2 * 8 * 64  # and the router
+
+
+def test_encoder_decoder_counts_each_stack_for_its_own_tokens():
+    both = dataclasses.replace(config(2, 64, 4, 4, 16, 128, True, 100), structure="encoder_decoder", encoder_layers=3)
+    stack = 4 * 64 * 64 + 3 * 64 * 128
+    decoder = 2 * (stack + 2 * 64 * 64) + 64 * 100
+    encoder = 3 * stack + 2 * 2 * 64 * 64
+    attention = 12 * 64 * (2 * 16 + 2 * 48 + 3 * 48 * 1.5)
+    assert train_flops_per_token(both, 32, 48) == 6 * decoder + 6 * encoder * 1.5 + attention

@@ -1,0 +1,126 @@
+"""What a model learns from a piece of a document: an objective makes examples, and examples make the batch.
+
+The batch contract, shared by every objective: a dict of `[B, T]` arrays `tokens`, `targets`, `positions`, `segments`
+(int32) and `weights` (float32). Segment 0 is padding; weight 0 means no loss. The prefix objective adds `prefix`
+(int32, 1 inside a piece's prefix). With an encoder there are also `encoder_tokens`, `encoder_positions` and
+`encoder_segments`, `[B, S]`; a document has the same segment number in both.
+"""
+
+import dataclasses
+from typing import Any
+
+from research.core.config import plain
+from research.core.errors import UserError
+from research.data.objectives.base import Batch, Ids, Objective, Pieces, Runs
+from research.data.objectives.config import (
+    CAUSAL,
+    ENCODED,
+    UL2,
+    InfillConfig,
+    MaskedConfig,
+    ObjectiveConfig,
+    SpanConfig,
+)
+from research.data.objectives.denoising import Infill, Spans
+from research.data.objectives.pairs import Translate
+from research.data.objectives.single import Causal, Masked, Prefix, causal_batch
+from research.data.tokenizers import Tokenizer
+
+__all__ = [
+    "CAUSAL",
+    "UL2",
+    "Batch",
+    "Ids",
+    "InfillConfig",
+    "MaskedConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "Pieces",
+    "Runs",
+    "SpanConfig",
+    "batch_shapes",
+    "build",
+    "causal_batch",
+    "identity",
+]
+
+
+def batch_shapes(
+    config: ObjectiveConfig, batch_size: int, sequence_length: int
+) -> dict[str, tuple[tuple[int, int], str]]:
+    """Returns (shape, dtype) of every array of a batch, B rows of T (and S)."""
+    names = ["tokens", "targets", "positions", "segments", "weights"] + ["prefix"] * (config.kind == "prefix")
+    shapes = {name: ((batch_size, sequence_length), "float32" if name == "weights" else "int32") for name in names}
+    if config.kind in ENCODED:
+        wide = (batch_size, encoder_length(config, sequence_length))
+        shapes |= {f"encoder_{name}": (wide, "int32") for name in ("tokens", "positions", "segments")}
+    return shapes
+
+
+def encoder_length(config: ObjectiveConfig, sequence_length: int) -> int:
+    """Returns S, the width of the encoder's rows; 0 without an encoder."""
+    if config.kind not in ENCODED:
+        return 0
+    return sequence_length if config.encoder_length is None else config.encoder_length
+
+
+def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -> Objective:
+    """Returns the objective for rows of T tokens.
+
+    Raises:
+      UserError: the tokenizer lacks an id that the objective puts in, or has no such id.
+    """
+    for denoiser in (config.span, *config.denoisers):
+        if denoiser.mode_id is not None and denoiser.mode_id >= tokenizer.vocab_size:
+            raise UserError(
+                f"data.objective: mode_id = {denoiser.mode_id} must lie in the tokenizer's [0, {tokenizer.vocab_size})."
+            )
+    ids, widths = special_ids(config, tokenizer), (sequence_length, encoder_length(config, sequence_length))
+    match config.kind:
+        case "causal":
+            return Causal(ids, *widths)
+        case "prefix":
+            return Prefix(ids, *widths)
+        case "masked":
+            return Masked(config.masked, ids, sequence_length)
+        case "span":
+            return Spans((config.span,), ids, *widths)
+        case "denoise":
+            return Spans(config.denoisers, ids, *widths)
+        case "infill":
+            return Infill(config.infill, ids, *widths)
+        case "translate":
+            return Translate(ids, *widths)
+
+
+def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
+    """Returns the tokenizer's ids that the objective puts in.
+
+    Raises:
+      UserError: it lacks one.
+    """
+
+    def needed(name: str) -> Any:
+        value = getattr(tokenizer, name)
+        if value in (None, ()):
+            raise UserError(f"data.objective.kind = {config.kind!r} needs a tokenizer with {name}; this one has none.")
+        return value
+
+    pad = 0 if tokenizer.pad_id is None else tokenizer.pad_id
+    ids = Ids(pad, tokenizer.vocab_size, tokenizer.start_id, tokenizer.eos_id)
+    if config.kind in ("masked", "infill"):
+        ids = dataclasses.replace(ids, mask=needed("mask_id"))
+    if config.kind in ("span", "denoise"):
+        ids = dataclasses.replace(ids, sentinels=tuple(needed("sentinel_ids")))
+    if config.kind in ENCODED:
+        needed("eos_id")
+        ids = dataclasses.replace(ids, start=needed(f"{config.decoder_start}_id"))
+    if config.kind == "infill" and config.infill.permute:
+        ids = dataclasses.replace(ids, stop=tokenizer.encode(".")[-1])
+    return ids
+
+
+def identity(config: ObjectiveConfig, objective: Objective) -> list[Any]:
+    """Returns what of an objective decides the content of a row, beside the corpus and T; as JSON holds it."""
+    # A causal row has nothing of its own, and its runs are older than the other objectives.
+    return [] if config.kind == "causal" else [plain(config), dataclasses.asdict(objective.ids)]
