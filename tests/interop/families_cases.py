@@ -49,26 +49,35 @@ def _tokens(random: np.random.RandomState, length: int, padded: bool, prefix: st
     return {f"{prefix}tokens": tokens, f"{prefix}positions": positions, f"{prefix}segments": (positions < real) * 1}
 
 
-def compute(config: ModelConfig, params: Any, given: Batch) -> tuple[tuple[np.ndarray, np.ndarray | None], Any]:
-    """Returns the logits of the words and of the classes, if any, and the gradient of their mean cross-entropies."""
+@functools.cache
+def computation(config: ModelConfig) -> Any:
+    """Returns a function of parameters and batch: the gradient of the mean cross-entropies, the logits of `logits_of`.
 
-    def apply(module: Transformer) -> Any:
-        hidden = module(**model_inputs(given)).hidden
-        classes = module.pooled(hidden)[1] if config.head.pooler else None
-        return module.logits(hidden), classes
+    Some families have equal models.
+    """
 
-    def loss(params: Any) -> Any:
-        words, classes = nn.apply(apply, Transformer(config))({"params": params})
+    def loss(params: Any, given: Any) -> Any:
+        words, classes = logits_of(config, params, given)
         total = _cross_entropy(words, given["targets"], given["weights"])
         if classes is not None:
-            total += _cross_entropy(classes, given["classes"], np.ones(classes.shape[:1], np.float32))
+            total += _cross_entropy(classes, given["classes"], jnp.ones(classes.shape[0]))
         return total, (words, classes)
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return jax.tree.map(np.asarray, found), gradients
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
-def _cross_entropy(logits: Any, targets: np.ndarray, weights: np.ndarray) -> Any:
+def logits_of(config: ModelConfig, params: Any, given: Batch) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the logits of the words and of the classes, if any."""
+    inputs = model_inputs(jax.tree.map(jnp.asarray, given))
+
+    def apply(module: Transformer) -> Any:
+        hidden = module(**inputs).hidden
+        return module.logits(hidden), module.pooled(hidden)[1] if config.head.pooler else None
+
+    return nn.apply(apply, Transformer(config))({"params": params})
+
+
+def _cross_entropy(logits: Any, targets: Any, weights: Any) -> Any:
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     return jnp.sum(losses * weights) / weights.sum()
 
@@ -98,10 +107,10 @@ def ours(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns the same of Tessera, and the gradients by the tensors' names."""
     architecture, config, tensors = model(name)
     given = batch(name, config)
-    (words, classes), gradients = compute(config, params_from(architecture, config, tensors), given)
+    gradients, (words, classes) = computation(config)(params_from(architecture, config, tensors), given)
     gradients = tensors_from(architecture, config, gradients)
-    found = {"logits": words[given["weights"] > 0], "gradients": cases.facts(gradients)}
-    return found | ({} if classes is None else {"classes": classes}), gradients
+    found = {"logits": np.asarray(words)[given["weights"] > 0], "gradients": cases.facts(gradients)}
+    return found | ({} if classes is None else {"classes": np.asarray(classes)}), gradients
 
 
 def off_by(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -110,9 +119,11 @@ def off_by(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def gradients_off_by(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Returns the largest difference between facts, in units of the gradient's norm."""
-    norms = wanted[:, :1]
-    assert (norms > 0).all()
+    """Returns the largest difference between facts, in units of the gradient's norm.
+
+    That of a key's bias is zero but for rounding, as the softmax does not see it; so small ones count by the largest.
+    """
+    norms = np.maximum(wanted[:, :1], 1e-3 * wanted[:, 0].max())
     return float((np.abs(found - wanted) / norms).max())
 
 

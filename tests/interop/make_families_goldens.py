@@ -35,11 +35,12 @@ T5 = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
+SHORT = {"num_layers": 2, "num_decoder_layers": 1}
 BART = {
     **SIZES,
     "d_model": 32,
     "encoder_layers": 2,
-    "decoder_layers": 3,
+    "decoder_layers": 1,
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "encoder_attention_heads": 4,
@@ -69,11 +70,11 @@ MODELS = {
             tie_word_embeddings=False,
         ),
     ),
-    # Six heads, whose slopes are not all powers of two, so that rounding them tells.
+    # Twelve heads, whose slopes are not all powers of two, so that rounding them tells.
     "falcon-rw": (
         hf.FalconForCausalLM,
         hf.FalconConfig(
-            **(FALCON | {"hidden_size": 36, "num_attention_heads": 6}),
+            **(FALCON | {"hidden_size": 48, "num_attention_heads": 12}),
             alibi=True,
             bias=True,
             multi_query=False,
@@ -89,21 +90,21 @@ MODELS = {
         hf.XLMRobertaForMaskedLM,
         hf.XLMRobertaConfig(**ENCODER, type_vocab_size=1, layer_norm_eps=1e-5),
     ),
-    # More tokens than the window on both sides, five layers: full, local, local, full, local.
+    # More tokens than the window on both sides; layers that are full, local, local and full.
     "modernbert": (
         hf.ModernBertForMaskedLM,
-        hf.ModernBertConfig(**(ENCODER | {"num_hidden_layers": 5}), cls_token_id=0, sep_token_id=0, local_attention=8),
+        hf.ModernBertConfig(**(ENCODER | {"num_hidden_layers": 4}), cls_token_id=0, sep_token_id=0, local_attention=8),
     ),
     "t5": (hf.T5ForConditionalGeneration, hf.T5Config(**T5)),
     "t5-1.1": (
         hf.T5ForConditionalGeneration,
-        hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        hf.T5Config(**T5 | SHORT, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     ),
     "ul2": (
         hf.T5ForConditionalGeneration,
-        hf.T5Config(**T5, feed_forward_proj="gated-silu", tie_word_embeddings=False),
+        hf.T5Config(**T5 | SHORT, feed_forward_proj="gated-silu", tie_word_embeddings=False),
     ),
-    "mt5": (hf.MT5ForConditionalGeneration, hf.MT5Config(**T5)),
+    "mt5": (hf.MT5ForConditionalGeneration, hf.MT5Config(**T5 | SHORT)),
     "bart": (hf.BartForConditionalGeneration, hf.BartConfig(**BART)),
     "mbart": (hf.MBartForConditionalGeneration, hf.MBartConfig(**BART, scale_embedding=True)),
 }
@@ -126,9 +127,7 @@ def write_seeded(name: str, folder: pathlib.Path) -> dict[str, Any]:
 
 def load(name: str, folder: pathlib.Path) -> hf.PreTrainedModel:
     """Returns the model of a folder, none of whose tensors is missing or too many."""
-    model, report = MODELS[name][0].from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
+    model, report = MODELS[name][0].from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not report["missing_keys"], report["missing_keys"]
     assert not report["unexpected_keys"], report["unexpected_keys"]
     return model.eval()
