@@ -3,7 +3,7 @@
 import setuptools
 
 parity = ["torch==2.13.0", "transformers>=5"]
-test = ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "ruff>=0.6"]
+test = ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "ruff>=0.6", "safetensors>=0.5"]
 
 setuptools.setup(
     name="tessera",
@@ -17,17 +17,20 @@ setuptools.setup(
         "grain>=0.2.15",
         "jax>=0.10",
         "jaxtyping>=0.3",
+        "jinja2>=3.1.6",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "protobuf>=5",
         "psutil>=6",
         "pyarrow>=17",
-        "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
+        "tensorstore>=0.1.80",
         "tokenizers>=0.21",
         "tqdm>=4.66",
     ],

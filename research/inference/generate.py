@@ -14,14 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from research.core.errors import UserError
 from research.core.progress import track
 from research.data.tokenizers import StreamDecoder, Tokenizer
+from research.inference.prompts import Prompts, encode, next_logits, read_prompts
 from research.inference.sampling import SamplingConfig, draw
-from research.models.cache import Cache, empty_cache
+from research.models.cache import Cache
 from research.models.config import ModelConfig
-from research.models.stack import scans_layers
-from research.models.transformer import Transformer
-
-# Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
-BUCKET = 64
 
 
 @flax.struct.dataclass
@@ -61,8 +57,7 @@ class Generated:
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "slots", "num_ids"))
 def prefill(
     params: Any,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    prompts: Prompts,
     keys: Key[Array, "B"],
     *,
     config: ModelConfig,
@@ -74,22 +69,20 @@ def prefill(
 
     Args:
       params: of the model.
-      tokens: prompts, padded on the right.
-      lengths: tokens of each prompt, at least 1.
+      prompts: in rows.
       keys: one a sequence.
       config: the model.
       sampling: how tokens are drawn.
       slots: tokens that the cache can hold.
       num_ids: ids that may be drawn, where the tokenizer has fewer than the model; None is all.
     """
-    batch, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    cache = empty_cache(config, batch, slots, stacked=scans_layers(config))
-    logits, cache = next_logits(config, params, tokens, positions, cache, lengths - 1)
-    real = positions < lengths[:, None]
+    logits, cache = read_prompts(params, prompts, config=config, slots=slots)
+    batch, width = prompts.tokens.shape
+    real = jnp.arange(width) < prompts.lengths[:, None]
     rows = jnp.arange(batch)[:, None]
-    seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, tokens].max(real)
-    return _advance(DecodeState(cache, tokens[:, 0], lengths - 1, keys, seen), logits[:, :num_ids], cache, sampling)
+    seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(real)
+    state = DecodeState(cache, prompts.tokens[:, 0], prompts.lengths - 1, keys, seen)
+    return _advance(state, logits[:, :num_ids], cache, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "num_ids"), donate_argnames=("state",))
@@ -100,24 +93,6 @@ def decode_step(
     zero = jnp.zeros_like(state.position)
     logits, cache = next_logits(config, params, state.token[:, None], state.position[:, None], state.cache, zero)
     return _advance(state, logits[:, :num_ids], cache, sampling)
-
-
-def next_logits(
-    config: ModelConfig,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    which: Int[Array, "B"],
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Returns the logits of one place in each sequence, and the cache with the tokens in it."""
-
-    def apply(module: Transformer) -> tuple[Array, Cache]:
-        output = module(tokens, positions, cache=cache)
-        hidden = jnp.take_along_axis(output.hidden, which[:, None, None], axis=1)
-        return module.logits(hidden)[:, 0], output.cache
-
-    return Transformer(config).apply({"params": params}, method=apply)
 
 
 def _advance(state: DecodeState, logits: Float[Array, "B V"], cache: Cache, sampling: SamplingConfig) -> DecodeState:
@@ -148,25 +123,16 @@ def generate(
     Raises:
       UserError: a prompt and its new tokens do not fit the model's positions, no prompts, or not as many seeds.
     """
-    if not prompts:
-        raise UserError("--prompt: at least one prompt is needed.")
+    read, slots = encode(config, tokenizer, prompts, sampling.max_tokens)
     seeds = range(sampling.seed, sampling.seed + len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise UserError(f"seeds: {len(seeds)} of them for {len(prompts)} prompts; give one a prompt.")
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    longest = check_room(encoded, sampling.max_tokens, config)
-    width = min(bucket(longest), config.max_length)
-    padded = np.zeros((len(encoded), width), np.int32)
-    for row, ids in enumerate(encoded):
-        padded[row, : len(ids)] = ids
     keys = jax.vmap(jax.random.key)(jnp.asarray(list(seeds), jnp.int32))
-    lengths = jnp.asarray([len(ids) for ids in encoded], jnp.int32)
-    slots = min(bucket(longest + sampling.max_tokens), config.max_length)
     # Stop strings and the seed are the host's business: they must not compile anything anew.
     drawn = dataclasses.replace(sampling, stop=(), seed=0, max_tokens=1)
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
-    state = prefill(params, padded, lengths, keys, config=config, sampling=drawn, slots=slots, num_ids=num_ids)
-    readers = [Reader(tokenizer, ids, sampling.stop) for ids in encoded]
+    state = prefill(params, read, keys, config=config, sampling=drawn, slots=slots, num_ids=num_ids)
+    readers = [Reader(tokenizer, ids, sampling.stop) for ids in text_before(config, read)]
     for count in track(range(sampling.max_tokens), "sample", unit="tokens"):
         for reader, token in zip(readers, np.asarray(state.token).tolist(), strict=True):
             reader.take(token)
@@ -176,34 +142,9 @@ def generate(
     return [reader.result() for reader in readers]
 
 
-def check_room(encoded: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> int:
-    """Returns the length of the longest prompt; raises UserError where it and its new tokens do not fit."""
-    longest = max(len(ids) for ids in encoded)
-    if longest >= config.max_length:
-        raise UserError(
-            f"--prompt: a prompt of {longest} tokens leaves no room within the model's max_length = "
-            f"{config.max_length}. Use a shorter one."
-        )
-    if longest + max_tokens > config.max_length:
-        raise UserError(
-            f"max_tokens = {max_tokens} after a prompt of {longest} tokens is more than the model's "
-            f"max_length = {config.max_length}. Use at most {config.max_length - longest}."
-        )
-    return longest
-
-
-def bucket(length: int) -> int:
-    """Returns `length` rounded up to a size that is compiled."""
-    return -(-length // BUCKET) * BUCKET
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns a prompt's ids as training saw the beginning of a document."""
-    ids = [] if tokenizer.start_id is None else [tokenizer.start_id]
-    ids += [int(i) for i in tokenizer.encode(prompt)]
-    if not ids:
-        raise UserError("--prompt = '' is empty, and the tokenizer has no begin-of-text token to start from.")
-    return ids
+def text_before(config: ModelConfig, prompts: Prompts) -> list[list[int]]:
+    """Returns the ids that stand before the new ones in each text; a decoder's start id is no text."""
+    return [[] if config.structure == "encoder_decoder" else row for row in prompts.rows()]
 
 
 class Reader:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
+from research.core.ahead import ahead
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
@@ -30,8 +31,8 @@ from research.models.transformer import init_params
 
 logger = logging.getLogger("tessera")
 
-# The most bytes of a piece, as float32.
-PIECE_BYTES = 2**28
+# The most bytes of a piece, as float32: small enough that its memory is used again and not given back in between.
+PIECE_BYTES = 2**25
 # Names that only quantized weights have: the scales beside them, or the packed numbers themselves.
 _QUANTIZED = re.compile(r".*(_scale_inv|_scales|_blocks|\.qweight|\.qzeros|\.scales|\.absmax|\.weight_scale)")
 _LAYER = re.compile(r"(?P<first>first_)?layers_(?P<index>\d+)")
@@ -268,9 +269,11 @@ def write(
       dtype: of the tensors.
       limit: the most bytes of a piece, as float32.
     """
-    for each in placed:
-        for cut in each.cuts(limit):
-            yield from each.pack([read(name, each.box(cut)) for name in each.ours], cut, np.dtype(dtype))
+    cuts = ((each, cut) for each in placed for cut in each.cuts(limit))
+    for each, cut, values in ahead(
+        (each, cut, [read(name, each.box(cut)) for name in each.ours]) for each, cut in cuts
+    ):
+        yield from each.pack(values, cut, np.dtype(dtype))
 
 
 def shapes_of(placed: Iterable[Placed]) -> dict[str, Shape]:

@@ -64,7 +64,8 @@ class Stored:
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
         # Mapped anew each time: the pages of what was read before are given back with its array.
-        return np.memmap(self.path, self.dtype, "r", self.start, self.shape).view(np.ndarray)
+        mapped = np.memmap(self.path, self.dtype, "r", self.start, math.prod(self.shape))
+        return mapped.view(np.ndarray).reshape(self.shape)
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:

@@ -43,11 +43,31 @@ class LayerCache:
         return cache, AttentionMask(causal=True, q_positions=positions, kv_positions=slot_positions)
 
 
-# One a layer; of a scanned model, one each of its first layers and then one with a leading layer axis.
-Cache = tuple[LayerCache, ...]
+@flax.struct.dataclass
+class Cache:
+    """What later tokens need of earlier ones.
+
+    Attributes:
+      layers: one a layer; of a scanned model, one each of its first layers and then one with a leading layer axis.
+      memory_segments: which of the encoder's tokens are real, not 0; None without an encoder.
+    """
+
+    layers: tuple[LayerCache, ...]
+    memory_segments: Int[Array, "B M"] | None = None
+
+    def take(self, rows: Int[Array, "R"]) -> "Cache":
+        """Returns the cache of `rows`, in this order."""
+
+        def pick(leaf: Array, axis: int) -> Array:
+            return jnp.take(leaf, rows, axis=axis, mode="clip")
+
+        layers = jax.tree.map(lambda leaf: pick(leaf, leaf.ndim - 4), self.layers)
+        return Cache(layers, None if self.memory_segments is None else pick(self.memory_segments, 0))
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, stacked: bool, memory: int = 0) -> Cache:
+def empty_cache(
+    config: ModelConfig, batch: int, slots: int, stacked: bool, memory_segments: Int[Array, "B M"] | None = None
+) -> Cache:
     """Returns a cache of zeros.
 
     Args:
@@ -55,7 +75,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, stacked: bool, memo
       batch: sequences.
       slots: tokens that it can hold of each.
       stacked: whether layers are scanned.
-      memory: tokens of the encoder, for models that have one.
+      memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models that have one.
     """
     c = config.attention
     key, value = (c.num_kv_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
@@ -64,11 +84,14 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, stacked: bool, memo
 
     def zeros(*layers: int) -> LayerCache:
         own = (jnp.zeros((*layers, batch, slots, *shape), config.dtype) for shape in (key, value))
-        if config.structure != "encoder_decoder":
+        if memory_segments is None:
             return LayerCache(*own)
-        others = (jnp.zeros((*layers, batch, memory, *key), config.dtype) for _ in range(2))
+        others = (jnp.zeros((*layers, batch, memory_segments.shape[1], *key), config.dtype) for _ in range(2))
         return LayerCache(*own, *others)
 
+    assert (memory_segments is not None) == (config.structure == "encoder_decoder"), "an encoder needs its segments"
     first = len(config.first_layers) if stacked else config.num_layers
-    alone = tuple(zeros() for _ in range(first))
-    return (*alone, zeros(config.num_layers - first)) if stacked and config.num_layers > first else alone
+    layers = tuple(zeros() for _ in range(first))
+    if stacked and config.num_layers > first:
+        layers = (*layers, zeros(config.num_layers - first))
+    return Cache(layers, memory_segments)

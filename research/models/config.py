@@ -148,6 +148,7 @@ class ModelConfig:
         (Raffel et al. 2020, arXiv:1910.10683, section 3.2.1); `encoder_decoder` is a decoder that also sees what an
         encoder of `encoder_layers` layers made of another sequence.
       encoder_layers: blocks of the encoder; 0 but for `encoder_decoder`.
+      start_id: what the decoder of an encoder-decoder begins with; others begin with their prompt.
       first_layers: what the leading layers do otherwise; they may have other parameters than the rest.
       pattern: the same for the layers after them, over and over; these all have the same parameters.
       experts: a mixture of experts in the place of the feed-forward sublayer, or None.
@@ -174,6 +175,7 @@ class ModelConfig:
     position: PositionConfig = PositionConfig()
     structure: Literal["decoder", "encoder", "prefix", "encoder_decoder"] = "decoder"
     encoder_layers: int = 0
+    start_id: int = 0
     first_layers: tuple[LayerConfig, ...] = ()
     pattern: tuple[LayerConfig, ...] = (LayerConfig(),)
     experts: ExpertsConfig | None = None
@@ -197,6 +199,8 @@ class ModelConfig:
         self._check_positions()
 
     def _check_layers(self) -> None:
+        if not 0 <= self.start_id < self.vocab_size:
+            raise UserError(f"start_id = {self.start_id} must lie in [0, vocab_size = {self.vocab_size}).")
         if (self.encoder_layers > 0) != (self.structure == "encoder_decoder"):
             raise UserError(
                 f"encoder_layers = {self.encoder_layers} must be above 0 for structure = 'encoder_decoder' and 0 else."

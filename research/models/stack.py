@@ -137,7 +137,7 @@ class Stack(nn.Module):
 
     def _bucket_bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N T S"]:
         """Returns the learned bias of each distance, which all layers share (Raffel et al. 2020, section 2.1)."""
-        query_places, key_places = places(context, None if cache is None else cache[0].key.shape[-3])
+        query_places, key_places = places(context, None if cache is None else cache.layers[0].key.shape[-3])
         distances = key_places[:, None, :] - query_places[:, :, None]
         buckets = distance_buckets(self.config.position, distances, bidirectional=not context.mask.causal)
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
@@ -148,15 +148,15 @@ class Stack(nn.Module):
         blocks, total = [*self.first_layers, *(() if scans_layers(self.config) else self.layers)], jnp.zeros(())
         caches = []
         for index, block in enumerate(blocks):
-            x, layer_cache, loss = block(x, None if cache is None else cache[index], _at_layer(context, index))
+            x, layer_cache, loss = block(x, None if cache is None else cache.layers[index], _at_layer(context, index))
             caches.append(layer_cache)
             total = total + loss
         if scans_layers(self.config) and not self.bare:
-            stacked = None if cache is None else cache[-1]
+            stacked = None if cache is None else cache.layers[-1]
             x, stacked, loss = self._scan(x, stacked, context)
             caches.append(stacked)
             total = total + loss
-        return x, None if cache is None else tuple(caches), total
+        return x, None if cache is None else cache.replace(layers=tuple(caches)), total
 
     def _scan(
         self, x: Float[Array, "B T D"], cache: LayerCache | None, context: Context

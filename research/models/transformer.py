@@ -112,7 +112,7 @@ class Transformer(Stack):
             cache,
             types=types,
             memory=memory,
-            memory_mask=_memory_mask(tokens, segments, encoder_segments),
+            memory_mask=_memory_mask(tokens, segments, encoder_segments if cache is None else cache.memory_segments),
             key=key,
         )
         return Output(x, cache, loss)

@@ -10,10 +10,11 @@ EXAMPLES = """\
   tessera bench loader
   tessera bench attention --target=cpu
   tessera bench attention --target=tpu-schedule --chips=v5e --lengths=4096
-  tessera bench kernels --only=cross_entropy,decode_attention"""
+  tessera bench kernels --only=cross_entropy,decode_attention
+  tessera bench convert --megabytes=3000 --dtype=bfloat16"""
 
 # Each is a module `bench_NAME` of this package with `add_arguments` and `main`.
-BENCHES = ("train", "loader", "attention", "kernels")
+BENCHES = ("train", "loader", "attention", "kernels", "convert")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

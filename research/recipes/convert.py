@@ -1,14 +1,12 @@
 """`tessera convert`: bring a model in from another format, or out to it."""
 
 import argparse
-import json
 import logging
 import pathlib
 
 from research.core.errors import UserError, nearest
 from research.core.trees import count
-from research.data import tokenizers
-from research.data.tokenizers import Tokenizer, TokenizerConfig
+from research.data.tokenizers import Tokenizer, folders
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, write_hugging_face
 from research.recipes.model_source import ModelSource, candidates
@@ -25,10 +23,6 @@ EXAMPLES = """\
   tessera convert --from=runs/stdlib --to=stdlib-hf --format=hf"""
 
 FORMATS, DTYPES = ("tessera", "hf"), ("float32", "bfloat16")
-# Where a tokenizer may lie beside a model, the likeliest first; and what its file is called in a Hugging Face folder.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.model", "tok*.model")
-HUGGING_FACE_NAMES = {"tokenizer.json": "tokenizer.json", "sentencepiece.model": "tokenizer.model"}
-KINDS = {".json": "huggingface", ".model": "sentencepiece"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", dest="target", required=True, help="the folder to make")
     parser.add_argument("--format", help="tessera (a workdir, the default) or hf (a Hugging Face folder)")
     parser.add_argument("--dtype", help="of --format=hf: float32 (the default) or bfloat16, which rounds")
-    parser.add_argument("--tokenizer", help="tokenizer.json or *.model, where it does not lie beside the model")
+    parser.add_argument("--tokenizer", help="its file or folder, where it does not lie beside the model")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -54,7 +48,7 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
       source: a Hugging Face folder, a llama2.c `.bin`, or a workdir.
       target: a folder that does not exist or is empty.
       format: `tessera` or None for a workdir, `hf` for a Hugging Face folder.
-      tokenizer: the tokenizer's file, or None to take the one beside the model.
+      tokenizer: the tokenizer's file or folder, or None to take the one beside the model.
       dtype: of the tensors of a Hugging Face folder, None for float32; a workdir's are float32.
 
     Raises:
@@ -96,15 +90,15 @@ def _fitting_tokenizer(model: ModelSource, origin: pathlib.Path, given: str | No
 
 
 def _tokenizer(source: pathlib.Path, given: str | None) -> Tokenizer:
-    """Returns the tokenizer of the file `given`, or of the first one beside the model."""
-    folder = source if source.is_dir() else source.parent
-    paths = [path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))]
-    path = local_path("--tokenizer", given) if given is not None else next(iter(paths), None)
-    if path is None:
-        raise UserError(f"--tokenizer is missing: {folder} has none of {', '.join(TOKENIZER_FILES)}.")
-    if path.suffix not in KINDS:
-        raise UserError(f"--tokenizer = {path} is not a tokenizer.json or a SentencePiece *.model.")
-    return tokenizers.build(TokenizerConfig(kind=KINDS[path.suffix], path=str(path)), ())
+    """Returns the tokenizer of the file or folder `given`, or of the files beside the model."""
+    if given is not None:
+        path = local_path("--tokenizer", given)
+        return folders.from_folder(path) if path.is_dir() else folders.from_path(path)
+    try:
+        path = folders.find(source if source.is_dir() else source.parent)
+    except UserError as error:
+        raise UserError(f"--tokenizer is missing: {error}") from error
+    return folders.from_path(path)
 
 
 def _write_workdir(folder: pathlib.Path, model: ModelSource, tokenizer: Tokenizer, dtype: str) -> None:
@@ -120,11 +114,5 @@ def _write_hugging_face(folder: pathlib.Path, model: ModelSource, tokenizer: Tok
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     architecture, fields = choose(ARCHITECTURES.values(), model.config, first=model.model_type)
     write_hugging_face(architecture, fields, model.config, model.read, folder, ids, dtype)
-    for name, data in tokenizer.files().items():
-        (folder / HUGGING_FACE_NAMES[name]).write_bytes(data)
-    if not tokenizer.files():
-        logger.warning("Hugging Face has no file for a %s tokenizer: the folder holds the model alone.", tokenizer.kind)
-    if tokenizer.kind == "huggingface":
-        specials = {f"{role}_token": token for role, token in tokenizer.options()["specials"].items()}
-        values = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
-        (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
+    for name, data in folders.to_hugging_face_files(tokenizer).items():
+        (folder / name).write_bytes(data)

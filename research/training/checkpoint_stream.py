@@ -21,6 +21,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Shaped
 
+from research.core.ahead import ahead
 from research.core.errors import UserError
 from research.models.layer_stack import places, stack_layers
 from research.training import checkpoint_files as files
@@ -31,7 +32,7 @@ from research.training.digests import RunningDigest
 # sharded model reads little more than its part.
 CHUNK_BYTES = 2**22
 # Bytes on their way to the disk while the next part is made.
-_IN_FLIGHT = 2**28
+_IN_FLIGHT = 2**27
 _FIELD = "params"
 
 Box = tuple[slice, ...]
@@ -57,7 +58,7 @@ def write_params(
     store = _Store(temporary / files.ARRAYS, shapes)
     try:
         with _explained(folder):
-            for name, box, values in parts:
+            for name, box, values in ahead(parts):
                 store.write(name, box, values)
             digests = store.finish()
             manifest = files.manifest_of(step, store.arrays, digests, {})
@@ -66,6 +67,7 @@ def write_params(
             _sync(temporary)
             temporary.rename(folder)
     except BaseException:
+        store.abandon()
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -156,7 +158,7 @@ class _Store:
             str(tuple(parts)): {
                 "key_metadata": [{"key": part, "key_type": 2} for part in parts],
                 "value_metadata": {
-                    "value_type": "jax.Array",
+                    "value_type": "np.ndarray",
                     "skip_deserialize": False,
                     "write_shape": list(self.arrays[name].shape),
                 },
@@ -172,6 +174,11 @@ class _Store:
         }
         (self._folder / "_METADATA").write_text(json.dumps(account))
         return {name: digest.text() for name, digest in self._digests.items()}
+
+    def abandon(self) -> None:
+        """Returns when nothing more is written."""
+        while self._pending:
+            self._pending.popleft()[1].exception()
 
     def _wait(self, room: int) -> None:
         """Waits until no more than so many bytes are under way."""

@@ -13,7 +13,7 @@ hash functions".
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped, UInt32
 
-# Bytes of which a running digest makes one call.
-_SLAB_BYTES = 2**24
+# Elements that a running digest takes at a time: few enough to stay in the cache between its steps.
+_BLOCK = 2**16
 # Per sum: (odd multiplier and offset of the index, shifts and multipliers of the bijection).
 _MIXES = (
     (0x9E3779B1, 0x7F4A7C15, (16, 0x85EBCA6B, 13, 0xC2B2AE35, 16)),
@@ -37,35 +37,63 @@ def digests(named: Mapping[str, Array]) -> dict[str, str]:
 
 
 class RunningDigest:
-    """The digest of an array that comes in parts, each once and in any order."""
+    """The digest of an array that comes in parts, each element once and in any order.
+
+    It is taken with NumPy: parts have many shapes, and are on the host.
+    """
 
     def __init__(self, shape: tuple[int, ...]):
-        self._shape, self._sums, self._left = shape, np.zeros(2, np.uint32), math.prod(shape)
+        self._shape, self._sums, self._left = shape, [0, 0], math.prod(shape)
 
     def add(self, part: Shaped[np.ndarray, "..."], start: tuple[int, ...]) -> None:
-        """Adds the part whose first element lies at the indices `start` of the array."""
+        """Adds the part whose first element has the indices `start` in the array."""
         self._left -= part.size
-        for slab, offset in _slabs(part):
-            place = np.array([a + b for a, b in zip(start, offset, strict=True)], np.uint32)
-            self._sums += np.asarray(_one_part(slab, place, self._shape))
+        # The part as rows that lie without gaps in the array: its last cut axis, and those after it.
+        cut = [axis for axis, size in enumerate(part.shape) if size != self._shape[axis]]
+        lead = cut[-1] if cut else 0
+        rows = math.prod(part.shape[:lead])
+        bits = np.ascontiguousarray(part).reshape(rows, part.size // max(rows, 1))
+        bits = bits.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[part.dtype.itemsize])
+        starts = self._indices(part.shape[:lead], start)
+        width = max(1, min(bits.shape[1], _BLOCK))
+        height = _BLOCK // width
+        for row in range(0, rows, height):
+            for column in range(0, bits.shape[1], width):
+                block = bits[row : row + height, column : column + width]
+                self._add(block, starts[row : row + height] + np.uint32(column % 2**32))
 
     def text(self) -> str:
         """Returns what `digests` gives for the whole array."""
         assert self._left == 0, "every element comes once"
-        return _text(self._sums)
+        return _text(np.array(self._sums, np.uint32))
+
+    def _indices(self, lead: tuple[int, ...], start: tuple[int, ...]) -> UInt32[np.ndarray, "rows"]:
+        """The index of the first element of each row of a part."""
+        strides = [math.prod(self._shape[axis + 1 :]) for axis in range(len(self._shape))]
+        first = sum(a * b for a, b in zip(start, strides, strict=True))
+        index = np.full(lead, first % 2**32, np.uint32)
+        for axis, size in enumerate(lead):
+            along = np.arange(size, dtype=np.uint32) * np.uint32(strides[axis] % 2**32)
+            index += along.reshape(-1, *[1] * (len(lead) - axis - 1))
+        return index.reshape(-1)
+
+    def _add(self, bits: Shaped[np.ndarray, "rows columns"], starts: UInt32[np.ndarray, "rows"]) -> None:
+        mixed, shifted = np.empty(bits.shape, np.uint32), np.empty(bits.shape, np.uint32)
+        for i, (spread, offset, steps) in enumerate(_MIXES):
+            first = starts * np.uint32(spread) + np.uint32(offset)
+            np.add(first[:, None], _ramp(spread, bits.shape[1]), out=mixed)
+            np.bitwise_xor(mixed, bits, out=mixed)
+            for shift, multiplier in zip(steps[::2], (*steps[1::2], None), strict=True):
+                np.right_shift(mixed, np.uint32(shift), out=shifted)
+                np.bitwise_xor(mixed, shifted, out=mixed)
+                if multiplier is not None:
+                    np.multiply(mixed, np.uint32(multiplier), out=mixed)
+            self._sums[i] = (self._sums[i] + int(mixed.sum(dtype=np.uint32))) % 2**32
 
 
-def digest_sums(
-    x: Shaped[Array, "..."], start: UInt32[Array, "axes"] | None = None, whole: tuple[int, ...] | None = None
-) -> UInt32[Array, "2"]:
-    """Returns both sums of one array, or of one part of it; pure, for use under `jit`.
-
-    Args:
-      x: the array or the part.
-      start: the indices of the part's first element in the array; None for 0.
-      whole: the array's shape; None for that of `x`.
-    """
-    bits, index = _bits(x), _index(x.shape, start, x.shape if whole is None else whole)
+def digest_sums(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
+    """Returns both sums of one array; pure, for use under `jit`."""
+    bits, index = _bits(x), _index(x.shape)
     mixed = [_mix(bits ^ (index * jnp.uint32(spread) + jnp.uint32(offset)), m) for spread, offset, m in _MIXES]
     zero = jnp.uint32(0)
     # One reduction of both: XLA for CPU vectorizes it, and does not vectorize one of each.
@@ -75,7 +103,6 @@ def digest_sums(
 
 
 _one_device = jax.jit(digest_sums)
-_one_part = functools.partial(jax.jit, static_argnums=2)(digest_sums)
 
 
 def _digest_on_its_devices(x: Array) -> UInt32[Array, "2"]:
@@ -93,32 +120,13 @@ def _bits(x: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
     return jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
 
 
-def _index(shape: tuple[int, ...], start: UInt32[Array, "axes"] | None, whole: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """The row-major index in the whole array, modulo 2³², of each element of a part."""
+def _index(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """The row-major index of each element modulo 2³²."""
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
-        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index += (along if start is None else along + start[axis]) * jnp.uint32(stride % 2**32)
-        stride *= whole[axis]
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
     return index
-
-
-def _slabs(part: Shaped[np.ndarray, "..."]) -> Iterator[tuple[Shaped[np.ndarray, "..."], tuple[int, ...]]]:
-    """Yields a part cut across its first long axis, and where each piece starts in it: JAX copies what it is given."""
-    axis = next((axis for axis, size in enumerate(part.shape) if size > 1), None)
-    if axis is None or part.nbytes <= _SLAB_BYTES:
-        yield part, (0,) * part.ndim
-        return
-    rows = max(1, _SLAB_BYTES * part.shape[axis] // part.nbytes)
-    before = (slice(None),) * axis
-    for first in range(0, part.shape[axis], rows):
-        slab = part[(*before, slice(first, first + rows))]
-        for piece, offset in _slabs(slab) if rows == 1 else [(slab, (0,) * part.ndim)]:
-            yield piece, (*offset[:axis], first, *offset[axis + 1 :])
-
-
-def _text(sums: UInt32[np.ndarray, "2"]) -> str:
-    return "".join(f"{int(word):08x}" for word in sums)
 
 
 def _mix(x: UInt32[Array, "..."], steps: tuple[int, int, int, int, int]) -> UInt32[Array, "..."]:
@@ -126,3 +134,12 @@ def _mix(x: UInt32[Array, "..."], steps: tuple[int, int, int, int, int]) -> UInt
     x = (x ^ (x >> first)) * jnp.uint32(multiplier)
     x = (x ^ (x >> second)) * jnp.uint32(other)
     return x ^ (x >> third)
+
+
+@functools.lru_cache(8)
+def _ramp(spread: int, width: int) -> UInt32[np.ndarray, "columns"]:
+    return np.arange(width, dtype=np.uint32) * np.uint32(spread)
+
+
+def _text(sums: UInt32[np.ndarray, "2"]) -> str:
+    return "".join(f"{int(word):08x}" for word in sums)

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.beam_generate import Beam, DecoderSteps, beam_generate, read_prompts
+from research.inference.beam_generate import Beam, Steps, beam_generate
 from research.inference.beams import BeamConfig, Hypothesis, beam_search, beam_step
 from research.inference.generate import generate
+from research.inference.prompts import Prompts, read_prompts
 from research.inference.sampling import SamplingConfig
 from research.interop.huggingface import from_hugging_face
 from research.models.config import ModelConfig
@@ -42,10 +44,11 @@ def golden_search(name: str, model: tuple[ModelConfig, Any], beams: BeamConfig) 
     padded = np.zeros((len(beam_cases.PROMPTS), 8), np.int32)
     for row, ids in enumerate(beam_cases.PROMPTS):
         padded[row, : len(ids)] = ids
+    prompts = Prompts(jnp.asarray(padded), jnp.asarray([len(ids) for ids in beam_cases.PROMPTS]))
     return beam_search(
-        DecoderSteps(config),
+        Steps(config),
         params,
-        read_prompts(params, padded, config=config, slots=20),
+        read_prompts(params, prompts, config=config, slots=20)[1],
         beam_cases.PROMPTS,
         beams,
         slots=20,

@@ -11,6 +11,7 @@ import pytest
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.generate import Generated, decode_step, generate, prefill
+from research.inference.prompts import Prompts
 from research.inference.sampling import SamplingConfig
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig
 from tests.tiny import logits, random_params, tiny_config
@@ -133,7 +134,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     assert run((config, params), ["a"])[0].text == "b"
     key = jax.vmap(jax.random.key)(jnp.arange(1))
     tokens = jnp.array([[ord("a")]])
-    free = prefill(params, tokens, jnp.array([1]), key, config=config, sampling=GREEDY, slots=8)
+    free = prefill(params, Prompts(tokens, jnp.array([1])), key, config=config, sampling=GREEDY, slots=8)
     assert int(free.token[0]) >= BYTES.vocab_size
 
 
@@ -141,7 +142,7 @@ def test_tokens_of_prompt_and_text_are_seen_and_padding_is_not(model):
     config, params = model
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     tokens, lengths = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1])
-    state = prefill(params, tokens, lengths, keys, config=config, sampling=GREEDY, slots=8)
+    state = prefill(params, Prompts(tokens, lengths), keys, config=config, sampling=GREEDY, slots=8)
     for row, prompt in enumerate(([5, 6, 7], [8])):
         assert set(np.flatnonzero(state.seen[row]).tolist()) == {*prompt, int(state.token[row])}
     np.testing.assert_array_equal(state.position, lengths)

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
-from research.interop.architecture import config_from, fields_from
+from research.interop.architecture import choose, config_from, fields_from
 from research.interop.gpt2 import GPT2
 from research.interop.huggingface import from_hugging_face, to_hugging_face
 from research.interop.llama import LLAMA
@@ -234,3 +234,20 @@ def test_a_model_that_no_architecture_holds_is_refused_by_field(changes, field, 
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=field):
         fields_from(LLAMA, config)
+
+
+def test_of_many_refusals_the_nearest_are_shown():
+    config = dataclasses.replace(config_from(LLAMA, cases.stored()[LLAMA_1]["config"]), scale_embeddings=True)
+    many = [dataclasses.replace(GPT2, model_type=f"gpt{i}") for i in range(9)]
+    with pytest.raises(UserError) as error:
+        choose([*many, LLAMA], config)
+    assert str(error.value).count(";") == 2
+    assert "this model: scale_embeddings is not what 'llama' has; " in str(error.value)
+
+
+def test_the_architecture_that_a_model_came_from_is_tried_first():
+    config = config_from(LLAMA, cases.stored()[LLAMA_1]["config"])
+    twin = dataclasses.replace(LLAMA, model_type="twin")
+    assert choose([LLAMA, twin], config)[0] is LLAMA
+    assert choose([LLAMA, twin], config, first="twin")[0] is twin
+    assert choose([LLAMA, twin], config, first="gone")[0] is LLAMA

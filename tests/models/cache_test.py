@@ -66,7 +66,7 @@ def test_left_over_slots_are_never_seen():
 
 
 def test_cache_holds_a_token_in_the_slot_of_its_position():
-    cache = empty_cache(tiny_config(num_layers=1), 2, 4, stacked=False)[0]
+    cache = empty_cache(tiny_config(num_layers=1), 2, 4, stacked=False).layers[0]
     assert isinstance(cache, LayerCache)
     assert cache.key.shape == cache.value.shape == (2, 4, 2, 4)
     key = jnp.arange(2 * 2 * 2 * 4, dtype=jnp.float32).reshape(2, 2, 2, 4)

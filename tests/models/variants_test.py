@@ -85,8 +85,8 @@ def test_cached_steps_give_the_training_logits(name: str, loop: str):
     expected = np.asarray(logits(config, params, document))[0]
     if loop == "scan":
         config, params = scanned(config, params)
-    memory = document["encoder_tokens"].shape[1] if "encoder_tokens" in document else 0
-    cache = empty_cache(config, 1, 12, stacked=loop == "scan", memory=memory)
+    memory = jnp.ones_like(document["encoder_tokens"]) if "encoder_tokens" in document else None
+    cache = empty_cache(config, 1, 12, loop == "scan", memory)
     prompt = {key: array if key.startswith("encoder") else array[:, :6] for key, array in document.items()}
     first, cache = read(config, params, prompt, cache)
     found = list(np.asarray(first)[0])

@@ -1,11 +1,13 @@
 """`tessera convert`: a model's way in and out."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -13,6 +15,7 @@ import research
 from research import cli
 from research.core.errors import UserError
 from research.core.trees import named_leaves
+from research.data.tokenizers import folders
 from research.interop.huggingface import from_hugging_face
 from research.recipes.convert import convert
 from tests.interop import cases
@@ -20,6 +23,7 @@ from tests.interop.folders import TOLERANCE, logits_of, write_folder
 
 VOCAB = 260
 TEXT = "naïve tiles\n"
+TEMPLATE = "{% for message in messages %}<s>{{ message.content }}\r\n ü</s>{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,8 @@ def folder(tmp_path_factory):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
 
 
@@ -62,6 +67,8 @@ def test_workdir_has_the_tokenizer_of_its_source(workdir):
     tokenizer = research.load(workdir).tokenizer
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert (tokenizer.bos_id, tokenizer.eos_id) == (256, 257)
+    chat = [{"role": "user", "content": "a</s>"}]
+    assert tokenizer.encode_chat(chat) == [256, *tokenizer.encode("a</s>\n ü"), 257]  # Jinja has one end of line
 
 
 def test_the_way_back_is_bitwise(folder, workdir, tmp_path):
@@ -72,8 +79,46 @@ def test_the_way_back_is_bitwise(folder, workdir, tmp_path):
         np.testing.assert_array_equal(back[name], source[name], err_msg=name)
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     specials = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
-    assert (specials["bos_token"], specials["eos_token"]) == ("<s>", "</s>")
+    assert (specials["bos_token"], specials["eos_token"], specials["chat_template"]) == ("<s>", "</s>", TEMPLATE)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["bos_token_id"] == 256
+
+
+def word_pieces(folder):
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nnai\n##ve\ntiles\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
+
+
+def byte_pairs(folder):
+    signs = {sign: i for i, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    (folder / "vocab.json").write_text(json.dumps(signs | {"ti": 256, "<|endoftext|>": 257}))
+    (folder / "merges.txt").write_text("#version: 0.2\nt i\n")
+
+
+def sentence_pieces(folder):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 9), model_writer=model, vocab_size=16, model_type="bpe", minloglevel=2
+    )
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+
+
+@pytest.mark.parametrize("write", [word_pieces, byte_pairs, sentence_pieces])
+def test_a_tokenizer_goes_there_and_back_in_every_form(folder, tmp_path, write):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source, ignore=shutil.ignore_patterns("tokenizer*"))
+    write(source)
+    convert(str(source), str(tmp_path / "workdir"), None, None)
+    convert(str(tmp_path / "workdir"), str(tmp_path / "back"), "hf", None)
+    wanted = folders.from_folder(source)
+    held, back = research.load(tmp_path / "workdir").tokenizer, folders.from_folder(tmp_path / "back")
+    for tokenizer in (held, back):
+        assert tokenizer.encode(TEXT) == wanted.encode(TEXT)
+        for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "mask_id", "sentinel_ids"):
+            assert getattr(tokenizer, name) == getattr(wanted, name), name
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert reference.encode(TEXT, add_special_tokens=False) == wanted.encode(TEXT)
 
 
 def test_a_target_that_holds_something_is_refused_and_kept(folder, tmp_path):
@@ -102,12 +147,43 @@ def test_a_source_that_fails_leaves_nothing(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
+def test_a_checkpoint_is_converted_from_before_the_damaged_one(workdir, tmp_path, caplog):
+    source = tmp_path / "source"
+    shutil.copytree(workdir, source)
+    shutil.copytree(source / "checkpoints" / "0", source / "checkpoints" / "7")
+    largest = max((source / "checkpoints" / "7" / "arrays" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    convert(str(source), str(tmp_path / "out"), "hf", None)
+    assert "Trying the one before" in caplog.text
+    assert from_hugging_face(tmp_path / "out")[0] == research.load(workdir).config
+    shutil.rmtree(source / "checkpoints" / "0")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        convert(str(source), str(tmp_path / "none"), "hf", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_the_source_s_architecture_is_remembered(workdir):
+    assert json.loads((workdir / "config.json").read_text())["source"] == {"model_type": "llama"}
+
+
+def test_a_folder_becomes_another_folder_of_bfloat16(folder, tmp_path):
+    convert(str(folder), str(tmp_path / "out"), "hf", None, "bfloat16")
+    found, source = (safetensors.numpy.load_file(path / "model.safetensors") for path in (tmp_path / "out", folder))
+    for name, value in source.items():
+        np.testing.assert_array_equal(found[name], value.astype(found[name].dtype), err_msg=name)
+
+
 def test_mistakes_are_named(folder, tmp_path):
     out = str(tmp_path / "out")
     for arguments, message in (
         ((str(folder), out, "tesera", None), "Did you mean 'tessera'"),
+        ((str(folder), out, "hf", None, "int8"), "--dtype = 'int8' is not known"),
+        ((str(folder), out, None, None, "bfloat16"), "--dtype = 'bfloat16' needs --format=hf"),
         ((str(tmp_path / "none"), out, None, None), "--from = .* is neither"),
-        ((str(folder), out, None, str(folder)), "--tokenizer = .* is not a tokenizer.json"),
+        ((str(folder), out, None, str(folder / "config.json")), "config.json is not a tokenizer.json"),
+        ((str(folder), out, None, str(tmp_path)), "holds no tokenizer"),
         ((str(folder), out, None, "none.json"), "cannot be read"),
     ):
         with pytest.raises(UserError, match=message):

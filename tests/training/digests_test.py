@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.training.digests import digest_sums, digests
+from research.training.digests import RunningDigest, _ramp, digest_sums, digests
 
 SHAPE = (3, 5)
 
@@ -72,3 +72,42 @@ def test_exchanged_elements_and_rows_change_the_digest():
     x = array("float32")
     found = [digests({"x": jnp.asarray(y)})["x"] for y in (x, x[::-1], x[:, ::-1], np.roll(x, 1), x.T.reshape(SHAPE))]
     assert len(set(found)) == len(found)
+
+
+PARTS = {
+    "layers": [(slice(i, i + 1),) for i in range(6)],
+    "columns of layers": [(slice(i, i + 1), slice(None), slice(j, j + 3)) for i in range(6) for j in (0, 3, 6)],
+    "planes": [(slice(None), slice(j, j + 1)) for j in range(5)],
+    "blocks": [(slice(i, i + 2), slice(j, j + 3), slice(None)) for i in (0, 2, 4) for j in (0, 3)],
+    "all of it": [()],
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_digest_of_parts_in_any_order_is_that_of_the_whole(parts, dtype, monkeypatch):
+    monkeypatch.setattr("research.training.digests._BLOCK", 7)
+    _ramp.cache_clear()
+    raw = np.random.default_rng(3).integers(0, 256, size=(6, 5, 8, jnp.dtype(dtype).itemsize), dtype=np.uint8)
+    x = raw.view(jnp.dtype(dtype))[..., 0]
+    running = RunningDigest(x.shape)
+    for box in reversed(PARTS[parts]):
+        starts = [each.indices(size)[0] for each, size in zip(box, x.shape, strict=False)]
+        running.add(x[box], (*starts, *[0] * (x.ndim - len(starts))))
+    assert running.text() == reference(x) == digests({"x": jnp.asarray(x)})["x"]
+    _ramp.cache_clear()
+
+
+def test_a_running_digest_starts_anywhere_beyond_32_bits_of_index():
+    whole, part = (3, 2**31), np.arange(6, dtype=np.uint32).reshape(1, 6)
+    one, other = RunningDigest(whole), RunningDigest(whole)
+    one.add(part, (2, 5))  # the index 2³² + 5
+    other.add(part, (0, 5))
+    assert one._sums == other._sums != [0, 0]
+
+
+def test_a_running_digest_that_lacks_a_part_is_refused():
+    running = RunningDigest((4, 4))
+    running.add(np.zeros((3, 4), np.float32), (0, 0))
+    with pytest.raises(AssertionError, match="every element"):
+        running.text()

@@ -24,25 +24,38 @@ class TokenizerConfig:
     """Which tokenizer.
 
     Attributes:
-      kind: `bpe` or `unigram` (trained on the sources with SentencePiece), `bytes`, or a file to load: `huggingface`
-        (`tokenizer.json`) or `sentencepiece` (`*.model`).
-      vocab_size: ids of a trained tokenizer, at least 300; the others have their own.
-      path: the file to load, or the folder that holds it under its usual name.
+      kind: `bpe` or `unigram` (trained on the sources with SentencePiece), `bytes`, or files to load: `huggingface`
+        (`tokenizer.json`, `vocab.txt`, or `vocab.json` with `merges.txt`) or `sentencepiece` (`*.model`).
+      vocab_size: ids of a trained tokenizer, at least 300 beside the mask and the sentinels; the others have their own.
+      path: the file to load, or the folder that holds it under its usual name; files beside it tell its special tokens
+        and chat templates.
       training_bytes: how much text to train on, above 0; shared by the sources in proportion to their weights.
+      mask: whether `bpe`, `unigram` or `bytes` have a MASK, for masked objectives.
+      sentinels: how many sentinels they have, for span objectives; of `sentencepiece`, how many follow its own ids, 0
+        for as many as the files beside it tell.
     """
 
     kind: Literal["bpe", "unigram", "bytes", "huggingface", "sentencepiece"] = "bpe"
     vocab_size: int = 4096
     path: str = ""
     training_bytes: int = 20_000_000
+    mask: bool = False
+    sentinels: int = 0
 
     def __post_init__(self):
         loaded = self.kind in ("huggingface", "sentencepiece")
         if loaded != bool(self.path):
             need = "must name the file to load" if loaded else "must be empty"
             raise UserError(f"path = {self.path!r} {need} for kind = {self.kind!r}.")
-        if self.vocab_size < MIN_TRAINED_VOCAB:
-            raise UserError(f"vocab_size = {self.vocab_size} must be at least {MIN_TRAINED_VOCAB}.")
+        if self.sentinels < 0:
+            raise UserError(f"sentinels = {self.sentinels} must not be negative.")
+        if loaded and self.mask:
+            raise UserError(f"mask = True has no place in a tokenizer that is loaded: kind = {self.kind!r}.")
+        if self.kind == "huggingface" and self.sentinels:
+            raise UserError(f"sentinels = {self.sentinels} must be 0 for kind = 'huggingface': its file has its own.")
+        least = MIN_TRAINED_VOCAB + (self.mask + self.sentinels if self.kind in TRAINED else 0)
+        if self.vocab_size < least:
+            raise UserError(f"vocab_size = {self.vocab_size} must be at least {least}.")
         if self.training_bytes <= 0:
             raise UserError(f"training_bytes = {self.training_bytes} must be above 0.")
 
@@ -54,30 +67,19 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
       UserError: no text to train on, no such file, or a file of another kind.
     """
     if config.kind in TRAINED:
-        return pieces.train(config.kind, texts, config.vocab_size)
+        return pieces.train(config.kind, texts, config.vocab_size, config.mask, config.sentinels)
     if config.kind == "bytes":
-        return ByteTokenizer()
-    usual = {"huggingface": "tokenizer.json", "sentencepiece": "sentencepiece.model"}[config.kind]
+        return ByteTokenizer(config.mask, config.sentinels)
+    from research.data.tokenizers import folders  # brings a library that tokenizers trained here do not need
+
     path = pathlib.Path(config.path)
-    path = path / usual if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"path = {config.path!r} cannot be read: there is no such file or folder.")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"path = {config.path!r} cannot be read: {error.strerror}.") from error
-    try:
-        return _from_file(config.kind, data, path)
+        path = folders.find(path, folders.FILES[config.kind]) if path.is_dir() else path
+        return folders.from_path(path, config.kind, config.sentinels)
     except UserError as error:
-        raise UserError(f"path = {config.path!r} is {error}") from error
-
-
-def _from_file(kind: str, data: bytes, path: pathlib.Path) -> Tokenizer:
-    if kind == "sentencepiece":
-        return pieces.SentencePieceTokenizer(data)
-    from research.data.tokenizers import huggingface  # the library is needed by this kind only
-
-    config = path.with_name("tokenizer_config.json")
-    specials = huggingface.specials_of(config.read_bytes()) if config.is_file() else None
-    return huggingface.HuggingFaceTokenizer(data, specials)
+        raise UserError(f"path = {config.path!r}: {error}") from error
 
 
 def load(folder: str | pathlib.Path) -> Tokenizer:
@@ -90,19 +92,21 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     try:
         descriptor = json.loads((folder / DESCRIPTOR).read_text())
         kind, options, digests = descriptor["kind"], descriptor["options"], descriptor["files"]
+        templates = descriptor.get("chat_templates", {})  # only those that have some tell
         files = [(folder / name).read_bytes() for name in digests]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} does not hold a saved tokenizer: {error}.") from error
     for (name, digest), data in zip(digests.items(), files, strict=True):
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"{folder / name} is not the file that was saved: its digest differs.")
+    classes = {cls.kind: cls for cls in (ByteTokenizer, pieces.SentencePieceTokenizer)}
     if kind == "huggingface":
         from research.data.tokenizers import huggingface  # the library is needed by this kind only
 
-        return huggingface.HuggingFaceTokenizer(*files, **options)
-    classes = {cls.kind: cls for cls in (ByteTokenizer, pieces.SentencePieceTokenizer)}
+        classes[kind] = huggingface.HuggingFaceTokenizer
     if kind not in classes:
-        raise UserError(
-            f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {nearest(kind, [*classes, 'huggingface'])}"
-        )
-    return classes[kind](*files, **options)
+        known = nearest(kind, [*classes, "huggingface"])
+        raise UserError(f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {known}")
+    tokenizer = classes[kind](*files, **options)
+    tokenizer.chat_templates = templates
+    return tokenizer

@@ -4,26 +4,39 @@ import abc
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int, Integer
 
 from research.core.errors import UserError
+from research.data.tokenizers import chat
 
 DESCRIPTOR = "descriptor.json"
+# The parts that Hugging Face's files name tokens for (`bos_token`, …).
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# How the tokens that stand for a masked-out span are spelt (Raffel et al. 2020, arXiv:1910.10683).
+SENTINEL = "<extra_id_{}>"
 
 
 class Tokenizer(abc.ABC):
     """Text to ids and back.
 
-    The ids of the control tokens (`bos_id`, `eos_id`, `pad_id`; None where there is none) are put in by code only:
-    text that spells `<s>` or `<|endoftext|>` is encoded as the plain characters that it is.
+    Control tokens are put in by code only: text that spells `<s>`, `[MASK]` or `<|endoftext|>` is encoded as the plain
+    characters that it is. Where there is no such token, its id is None.
 
     Attributes:
       kind: the name of the class in a descriptor.
       vocab_size: number of ids, V; every id is in [0, V).
+      bos_id: what begins a text; BERT's `[CLS]`.
+      eos_id: what ends it; BERT's `[SEP]`.
+      pad_id: what fills a row.
+      unk_id: what stands for text that the vocabulary cannot spell. Text does produce it.
+      mask_id: what stands for a token to be guessed.
+      sentinel_ids: what stands for the first, second, … span to be guessed; empty where there are none.
+      chat_templates: Jinja templates by name, the usual one under `default`; kept with the tokenizer's files.
     """
 
     kind: ClassVar[str]
@@ -31,6 +44,10 @@ class Tokenizer(abc.ABC):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    unk_id: int | None = None
+    mask_id: int | None = None
+    sentinel_ids: tuple[int, ...] = ()
+    chat_templates: Mapping[str, str] = types.MappingProxyType({})
 
     @abc.abstractmethod
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
@@ -38,7 +55,17 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        """Decodes ids in [0, V) that are not control ids."""
+        """Decodes ids in [0, V), none of them BOS, EOS or PAD; other control ids as they are spelt."""
+
+    @property
+    @abc.abstractmethod
+    def specials(self) -> dict[str, str]:
+        """The spelling of the tokens that have a part to play, by their `ROLES`."""
+
+    @property
+    @abc.abstractmethod
+    def control_tokens(self) -> dict[str, int]:
+        """The ids of all control tokens, by their spelling."""
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
@@ -63,7 +90,7 @@ class Tokenizer(abc.ABC):
         return self._encode_batch(texts)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
-        """Returns the text of `ids`; control ids are silent, bytes that are not UTF-8 become U+FFFD.
+        """Returns the text of `ids`; BOS, EOS and PAD are silent, bytes that are not UTF-8 become U+FFFD.
 
         Raises:
           UserError: an id outside [0, V).
@@ -77,18 +104,87 @@ class Tokenizer(abc.ABC):
 
     @property
     def start_id(self) -> int | None:
-        """What begins a document: BOS, or EOS where there is no BOS (as GPT-2 does), or nothing."""
-        return self.bos_id if self.bos_id is not None else self.eos_id
+        """What begins a document: BOS; where there is none EOS, as for GPT-2, but nothing where T5's sentinels are."""
+        if self.bos_id is None and not self.sentinel_ids:
+            return self.eos_id
+        return self.bos_id
 
     def frame(self, ids: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
         """Returns one document as a model reads it: [start] ids [end]; the end is EOS, or nothing."""
         marks = [np.array([] if mark is None else [mark], np.int32) for mark in (self.start_id, self.eos_id)]
         return np.concatenate([marks[0], ids, marks[1]])
 
+    def render_chat(
+        self,
+        messages: Sequence[Any],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """Returns a conversation as the text that the model's chat template makes of it.
+
+        Args:
+          messages: dicts of `role`, `content` and whatever else the template reads; plain JSON values.
+          add_generation_prompt: whether the text ends with what begins the assistant's next turn.
+          tools: JSON schemas of functions that the model may call.
+          template: the name of one of `chat_templates`; None takes `tool_use` where tools are given, or `default`.
+          variables: further variables of the template.
+
+        Raises:
+          UserError: no such template, messages that are no plain JSON, or a template that refuses them or fails.
+        """
+        inputs = chat.plain(
+            {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        )
+        return chat.render(chat.choose(self.chat_templates, template, tools is not None), self._named(inputs))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Any],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Returns the ids of a conversation: control tokens that the template writes become control ids.
+
+        Messages, tools and variables that spell a control token stay plain text, so nobody can end a turn or begin
+        another from within one. For all others the ids are those of `transformers`' `apply_chat_template`.
+
+        Args, Raises: as `render_chat`.
+        """
+        source = chat.choose(self.chat_templates, template, tools is not None)
+        inputs = chat.plain(
+            {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        )
+        tokens = list(self.control_tokens)
+        guard, mark = chat.unused_characters(source, inputs)
+        rendered = chat.render(source, self._named(chat.guarded(inputs, tokens, guard)))
+        return self._encode_marked(chat.marked(rendered, tokens, mark).replace(guard, ""), mark)
+
+    def _named(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Returns a template's variables with those that name this tokenizer's special tokens."""
+        names = {f"{role}_token": token for role, token in self.specials.items()}
+        return {"documents": None} | names | inputs
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """Encodes text in which `mark` before the spelling of a control token makes it that token.
+
+        Each stretch of text between them is a text of its own: SentencePiece puts its space before every one, as the
+        published code of LLaMA does.
+        """
+        ids: list[int] = []
+        for piece in chat.split(text, list(self.control_tokens), mark):
+            control = self.control_tokens[piece[1:]] if piece.startswith(mark) else None
+            ids += self.encode(piece) if control is None else [control]
+        return ids
+
     def descriptor(self) -> dict[str, Any]:
         """Returns the small JSON from which `load` makes the tokenizer again."""
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.files().items())}
-        return {"kind": self.kind, "options": self.options(), "files": digests}
+        templates = {"chat_templates": dict(self.chat_templates)} if self.chat_templates else {}
+        return {"kind": self.kind, "options": self.options(), "files": digests, **templates}
 
     def digest(self) -> str:
         """Returns a hash of all that decides how this tokenizer encodes."""

@@ -1,6 +1,8 @@
 """Tokenizers of the Hugging Face library, read from a `tokenizer.json`."""
 
 import json
+import secrets
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,14 +10,18 @@ import tokenizers
 from jaxtyping import Int
 
 from research.core.errors import UserError
-from research.data.tokenizers.base import Tokenizer
+from research.data.tokenizers.base import ROLES, SENTINEL, Tokenizer
 
-# A tokenizer.json does not say which token ends a text; where the tokenizer_config.json beside it does not either,
-# these names decide (GPT-2, LLaMA 1 and 2, LLaMA 3, Gemma, BERT, Qwen).
+# A tokenizer.json does not say which token begins or ends a text; where the files beside it do not either, these names
+# decide (GPT-2, LLaMA 1 and 2, RoBERTa, BART, T5, LLaMA 3, Gemma, BERT, Qwen).
 KNOWN = {
-    "bos": ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]"),
-    "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]"),
+    "bos": ("<|begin_of_text|>", "<s>", "<bos>"),
+    "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"),
+    "unk": ("<unk>", "[UNK]"),
+    "sep": ("[SEP]",),
     "pad": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
+    "cls": ("[CLS]",),
+    "mask": ("<mask>", "[MASK]"),
 }
 
 
@@ -24,8 +30,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind: ClassVar[str] = "huggingface"
 
-    def __init__(self, data: bytes, specials: dict[str, str | None] | None = None):
-        """Args: data: the `tokenizer.json`. specials: the tokens of `bos`, `eos` and `pad`; None: by known names.
+    def __init__(self, data: bytes, specials: Mapping[str, str | None] | None = None):
+        """Args: data: the `tokenizer.json`. specials: the token of each of `ROLES`; None: by known names.
 
         Raises:
           UserError: not a tokenizer.json, or a special token that it does not have.
@@ -35,35 +41,72 @@ class HuggingFaceTokenizer(Tokenizer):
             added = {token["content"]: token for token in content["added_tokens"]}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"not a tokenizer.json: {error}.") from error
-        if specials is None:
-            specials = {role: next((name for name in names if name in added), None) for role, names in KNOWN.items()}
-        for name in specials.values():
+        specials = known_specials(added) if specials is None else specials
+        sentinels = _sentinels(added)
+        for name in (*specials.values(), *sentinels):
             if name in added:  # some files forget to mark them, and then text could spell them
                 added[name]["special"] = True
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"not a tokenizer.json: {error}.") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # "treat special tokens in the text as text"
-        self._data, self._specials = data, specials
+        self._tokenizer = _library(content)
+        is_unigram = content["model"].get("type") == "Unigram"
+        self._encoder = _library(_hide_control(content)) if is_unigram else self._tokenizer
+        self._data = data
+        self._specials = {role: token for role, token in specials.items() if token is not None}
+        self._control = {name: token["id"] for name, token in added.items() if token["special"]}
+        self._marked: tuple[str, tokenizers.Tokenizer, dict[int, int]] | None = None
         # Ids may have gaps, so the count of tokens is not the bound of the ids.
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.bos_id, self.eos_id, self.pad_id = (self._id(role) for role in ("bos", "eos", "pad"))
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        # BERT begins and ends with what it calls by other names.
+        self.bos_id, self.eos_id = self._id("bos", "cls"), self._id("eos", "sep")
+        self.pad_id, self.unk_id, self.mask_id = (self._id(role) for role in ("pad", "unk", "mask"))
+        self.sentinel_ids = tuple(added[name]["id"] for name in sentinels)
 
-    def _id(self, role: str) -> int | None:
-        name = self._specials[role]
-        if name is None:
-            return None
-        found = self._tokenizer.token_to_id(name)
-        if found is None:
-            raise UserError(f"{role} = {name!r} is not a token of this tokenizer.json.")
-        return found
+    def _id(self, *roles: str) -> int | None:
+        """Returns the id of the first of these roles that has a token."""
+        for role in roles:
+            if role in self._specials:
+                found = self._tokenizer.token_to_id(self._specials[role])
+                if found is None:
+                    raise UserError(f"{role} = {self._specials[role]!r} is not a token of this tokenizer.json.")
+                return found
+        return None
+
+    @property
+    def specials(self) -> dict[str, str]:
+        """The spelling of the tokens that have a part to play, by their `ROLES`."""
+        return dict(self._specials)
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """The ids of the tokens that the file marks as special."""
+        return self._control
 
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """Lets the library find the tokens, which may take the spaces beside them, under their marked spelling."""
+        if self._marked is None or self._marked[0] != mark:
+            self._marked = (mark, *self._marking(mark))
+        _, marking, originals = self._marked
+        return [originals.get(i, i) for i in marking.encode(text, add_special_tokens=False).ids]
+
+    def _marking(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """Returns a copy of the tokenizer that knows each control token as `mark` and its name; ids to the real ones.
+
+        The copies are not special, because special tokens are text to both.
+        """
+        marking = tokenizers.Tokenizer.from_str(self._encoder.to_str())
+        marking.encode_special_tokens = True
+        tokens = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        copies = [
+            tokenizers.AddedToken(
+                mark + token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False
+            )
+            for token in tokens.values()
+        ]
+        marking.add_tokens(copies)
+        return marking, {marking.token_to_id(mark + token.content): i for i, token in tokens.items()}
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -72,17 +115,42 @@ class HuggingFaceTokenizer(Tokenizer):
         return {"tokenizer.json": self._data}
 
     def options(self) -> dict[str, Any]:
-        return {"specials": self._specials}
+        return {"specials": self.specials}
 
 
-def specials_of(config: bytes) -> dict[str, str | None] | None:
-    """Returns the special tokens that a `tokenizer_config.json` names, or None where it names none."""
+def _library(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Returns the library's tokenizer, to which special tokens in text are text."""
     try:
-        values = json.loads(config)
-    except ValueError as error:
-        raise UserError(f"tokenizer_config.json is not JSON: {error}.") from error
-    found: dict[str, str | None] = {}
-    for role in ("bos", "eos", "pad"):
-        token = values.get(f"{role}_token")  # a foreign file: a missing token means that there is none
-        found[role] = token["content"] if isinstance(token, dict) else token
-    return found if any(found.values()) else None
+        library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"not a tokenizer.json: {error}.") from error
+    library.no_padding()
+    library.no_truncation()
+    library.encode_special_tokens = True
+    return library
+
+
+def _hide_control(content: dict[str, Any]) -> dict[str, Any]:
+    """Renames the control tokens of a unigram model, which would take them out of text (T5's `</s>` is a piece).
+
+    Nobody can know their new names. Their scores stay, because the least score tells what is unknown.
+    """
+    added = content["added_tokens"]
+    names = {token["content"]: token["content"] + secrets.token_hex(16) for token in added if token["special"]}
+    vocab = [[names.get(piece, piece), score] for piece, score in content["model"]["vocab"]]
+    renamed = [token | {"content": names.get(token["content"], token["content"])} for token in added]
+    return content | {"model": content["model"] | {"vocab": vocab}, "added_tokens": renamed}
+
+
+def known_specials(tokens: Container[str]) -> dict[str, str]:
+    """Returns the token of each role that has one of its usual names among `tokens`."""
+    found = {role: next((name for name in KNOWN[role] if name in tokens), None) for role in ROLES}
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def _sentinels(tokens: Mapping[str, Any]) -> list[str]:
+    """Returns the spellings of the sentinels among `tokens`, in their order."""
+    names: list[str] = []
+    while SENTINEL.format(len(names)) in tokens:
+        names.append(SENTINEL.format(len(names)))
+    return names

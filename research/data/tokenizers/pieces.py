@@ -5,6 +5,7 @@ Richardson 2018, arXiv:1808.06226 (SentencePiece).
 """
 
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
@@ -14,13 +15,14 @@ import sentencepiece
 from jaxtyping import Int
 
 from research.core.errors import UserError
-from research.data.tokenizers.base import Tokenizer
+from research.data.tokenizers.base import SENTINEL, Tokenizer
 
 # SentencePiece writes a space as this character, and so would read this character as a space.
 META_SPACE = "\u2581"
 MAX_LINE_BYTES = 1 << 16
 # Part of the result of unigram training, whose sums are taken thread by thread: a constant, never the machine's count.
 TRAINING_THREADS = 4
+MASKS = ("<mask>", "[MASK]")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -33,8 +35,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind: ClassVar[str] = "sentencepiece"
 
-    def __init__(self, model: bytes, exact: bool = False):
-        """Args: model: the serialized model. exact: whether `train` made it.
+    def __init__(self, model: bytes, exact: bool = False, sentinels: int = 0):
+        """Reads a model.
+
+        Args:
+          model: the serialized model.
+          exact: whether `train` made it.
+          sentinels: ids after the model's own, the first sentinel having the last, as T5's 100; a model that holds
+            sentinels among its pieces needs none.
 
         Raises:
           UserError: `model` is not a SentencePiece model.
@@ -44,9 +52,21 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise UserError(f"not a SentencePiece model: {error}.") from error
         self._model, self._exact = model, exact
-        self.vocab_size = self._processor.get_piece_size()
-        ids = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
-        self.bos_id, self.eos_id, self.pad_id = (None if i < 0 else i for i in ids)
+        self._pieces, self._appended = self._processor.get_piece_size(), sentinels
+        self.vocab_size = self._pieces + sentinels
+        processor = self._processor
+        ids = (processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id())
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (None if i < 0 else i for i in ids)
+        controls = {processor.id_to_piece(i): i for i in range(self._pieces) if processor.is_control(i)}
+        self.mask_id = next((controls[name] for name in MASKS if name in controls), None)
+        held = itertools.takewhile(controls.__contains__, map(SENTINEL.format, itertools.count()))
+        self.sentinel_ids = (
+            tuple(controls[name] for name in held)
+            if sentinels == 0
+            else tuple(range(self.vocab_size - 1, self._pieces - 1, -1))
+        )
+        self._control = controls | {SENTINEL.format(n): i for n, i in enumerate(self.sentinel_ids)}
+        self._spelt = {i: name for name, i in self._control.items()}
         self._threads = os.cpu_count() or 1
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
         self._meta_space = np.array(pieces, np.int32)
@@ -69,23 +89,50 @@ class SentencePieceTokenizer(Tokenizer):
             joined += [self._meta_space, part]
         return np.concatenate(joined)
 
+    @property
+    def specials(self) -> dict[str, str]:
+        """The spelling of the tokens that have a part to play, by their `ROLES`."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id, "mask": self.mask_id}
+        return {role: self._processor.id_to_piece(i) for role, i in ids.items() if i is not None}
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """The ids of the control pieces and the sentinels."""
+        return self._control
+
     def _decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        text = ""
+        for is_control, run in itertools.groupby(ids, key=self._spelt.__contains__):
+            if is_control:
+                text += "".join(self._spelt[i] for i in run)
+            else:
+                text += self._text(list(run), first=not text)
+        return text
+
+    def _text(self, ids: list[int], first: bool) -> str:
+        """Decodes pieces; the library drops the space that they begin with, which is right only for the first ones."""
+        text = self._processor.decode(ids)
+        spaced = self._processor.id_to_piece(ids[0]).startswith(META_SPACE)
+        return text if first or not spaced or text.startswith(" ") else " " + text
 
     def files(self) -> dict[str, bytes]:
         return {"sentencepiece.model": self._model}
 
     def options(self) -> dict[str, Any]:
-        return {"exact": self._exact}
+        return {"exact": self._exact, "sentinels": self._appended}
 
 
-def train(kind: Literal["bpe", "unigram"], texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+def train(
+    kind: Literal["bpe", "unigram"], texts: Iterable[str], vocab_size: int, mask: bool = False, sentinels: int = 0
+) -> SentencePieceTokenizer:
     """Trains an exact tokenizer; the same texts in the same order give the same bytes.
 
     Args:
       kind: byte pairs or unigram.
       texts: the documents.
       vocab_size: largest number of ids; a small corpus gives fewer.
+      mask: whether there is a MASK among them.
+      sentinels: how many there are among them.
 
     Raises:
       UserError: no text, or a vocabulary too small for the bytes and the characters of the corpus.
@@ -110,6 +157,7 @@ def train(kind: Literal["bpe", "unigram"], texts: Iterable[str], vocab_size: int
             bos_id=1,
             eos_id=2,
             pad_id=3,
+            control_symbols=[*MASKS[: int(mask)], *map(SENTINEL.format, range(sentinels))],
             minloglevel=2,
         )
     except RuntimeError as error:

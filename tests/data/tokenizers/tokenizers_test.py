@@ -169,11 +169,39 @@ def test_a_stream_ends_with_the_bytes_that_stay_broken(kinds):
         ({"kind": "bpe", "path": "x"}, "path = 'x' must be empty"),
         ({"vocab_size": 299}, "vocab_size = 299"),
         ({"training_bytes": 0}, "training_bytes = 0"),
+        ({"sentinels": -1}, "sentinels = -1"),
+        ({"vocab_size": 310, "sentinels": 10, "mask": True}, "vocab_size = 310 must be at least 311"),
+        ({"kind": "huggingface", "path": "x", "mask": True}, "mask = True"),
+        ({"kind": "huggingface", "path": "x", "sentinels": 1}, "sentinels = 1 must be 0"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(values, message):
     with pytest.raises(UserError, match=message):
         TokenizerConfig(**values)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "bytes"])
+def test_trained_tokenizers_reserve_a_mask_and_sentinels(kind, tmp_path):
+    spelt = "<mask> <extra_id_0> <extra_id_2>"
+    tokenizer = build(TokenizerConfig(kind=kind, vocab_size=400, mask=True, sentinels=3), [*TEXTS, spelt * 9])
+    control = (tokenizer.mask_id, *tokenizer.sentinel_ids)
+    named = [tokenizer.control_tokens[name] for name in ("<mask>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>")]
+    assert [*control] == named
+    assert len({*control, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}) == 7
+    for text in [*NASTY, spelt]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {*control} & {*ids}
+        assert max(ids, default=0) < tokenizer.vocab_size
+    ids = [tokenizer.sentinel_ids[2], *tokenizer.encode(" a"), tokenizer.mask_id, tokenizer.eos_id]
+    assert tokenizer.decode(ids) == "<extra_id_2> a<mask>"
+    tokenizer.save(tmp_path)
+    assert (load(tmp_path).mask_id, load(tmp_path).sentinel_ids) == (tokenizer.mask_id, tokenizer.sentinel_ids)
+
+
+def test_nothing_is_reserved_that_is_not_asked_for(kinds):
+    for kind in ("bpe", "unigram", "bytes"):
+        assert (kinds[kind].mask_id, kinds[kind].sentinel_ids) == (None, ())
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):

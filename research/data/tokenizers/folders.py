@@ -1,0 +1,221 @@
+"""Tokenizer files as they lie beside a model: which there are, what they say, and how to write them again."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.core.errors import UserError
+from research.data.tokenizers import exports, vocabularies
+from research.data.tokenizers.base import ROLES, SENTINEL, Tokenizer
+from research.data.tokenizers.huggingface import HuggingFaceTokenizer, known_specials
+from research.data.tokenizers.pieces import SentencePieceTokenizer
+
+# The files from which a tokenizer of each kind is read, and where there are several: the first, which says most.
+FILES = {
+    "huggingface": ("tokenizer.json", "vocab.json", "vocab.txt"),
+    "sentencepiece": ("tokenizer.model", "spiece.model", "sentencepiece.model", "tok*.model"),
+}
+ALL_FILES = ("tokenizer.json", *FILES["sentencepiece"], "vocab.json", "vocab.txt")
+# The classes of `transformers` that do with such a file what is done here; others have rules that no file tells.
+CLASSES = {
+    ".model": ("T5", "Llama", "CodeLlama", "Gemma", "SentencePieceBackend", "PreTrained", "TokenizersBackend"),
+    "vocab.json": ("GPT2", "Roberta", "Bart", "PreTrained", "TokenizersBackend"),
+    "vocab.txt": ("Bert", "DistilBert", "Electra", "MobileBert", "PreTrained", "TokenizersBackend"),
+}
+T5_SENTINELS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the small JSON files beside a tokenizer say; foreign files, so anything may be missing.
+
+    Attributes:
+      values: `tokenizer_config.json`, over `special_tokens_map.json`.
+      added: the ids of tokens beyond the vocabulary, by their spelling.
+      chat_templates: by name, from `chat_template.jinja` and `chat_templates/*.jinja` or else from `values`.
+    """
+
+    values: Mapping[str, Any]
+    added: Mapping[str, int]
+    chat_templates: Mapping[str, str]
+
+    def specials(self) -> dict[str, Any]:
+        """Returns the token of each role that the files name: a string, or the dict of an added token."""
+        found = {role: self.values.get(f"{role}_token") for role in ROLES}
+        for role, token in found.items():
+            name = token.get("content", 0) if isinstance(token, dict) else token
+            if not isinstance(name, str | None):
+                raise UserError(f"beside a tokenizer_config.json whose {role}_token = {token!r} is not a token.")
+        return {role: token for role, token in found.items() if token is not None}
+
+    def sentinels(self) -> int:
+        """Returns how many sentinels a SentencePiece model has after its own ids."""
+        named = {*self.added, *map(str, self.values.get("additional_special_tokens") or ())}
+        count = next(n for n in itertools.count() if SENTINEL.format(n) not in named)
+        stated = self.values.get("extra_ids", T5_SENTINELS if _class_name(self.values) == "T5" else 0)
+        if type(stated) is not int or stated < 0:
+            raise UserError(f"beside a tokenizer_config.json whose extra_ids = {stated!r} is not a count.")
+        return count or stated
+
+
+def from_folder(folder: str | pathlib.Path) -> Tokenizer:
+    """Returns the tokenizer of a Hugging Face folder, with its special tokens and chat templates.
+
+    Raises:
+      UserError: none of the known files, or one that cannot be read.
+    """
+    return from_path(find(pathlib.Path(folder)))
+
+
+def find(folder: pathlib.Path, names: Sequence[str] = ALL_FILES) -> pathlib.Path:
+    """Returns the file of a folder from which its tokenizer is read, the first that is there of `names`."""
+    found = next((path for name in names for path in sorted(folder.glob(name))), None)
+    if found is None:
+        raise UserError(f"{folder} holds no tokenizer: it has none of {', '.join(names)}.")
+    return found
+
+
+def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int = 0) -> Tokenizer:
+    """Returns the tokenizer of a file, as it and the files beside it say.
+
+    Args:
+      path: a tokenizer.json, a *.model, a vocab.txt, or a vocab.json with its merges.txt beside it.
+      kind: `huggingface` or `sentencepiece`; None: as the file's name tells.
+      sentinels: ids after those of a *.model; 0: as the files beside it say.
+
+    Raises:
+      UserError: no such file, not one of these, or a tokenizer that these files do not describe whole.
+    """
+    path = pathlib.Path(path)
+    data, settings = _read(path), read_settings(path.parent)
+    kind = kind or ("sentencepiece" if path.suffix == ".model" else "huggingface")
+    form = ".model" if kind == "sentencepiece" else path.name
+    known = CLASSES.get(form, ())
+    if known and _class_name(settings.values) not in (None, *known):
+        raise UserError(
+            f"{path}: tokenizer_class = {settings.values['tokenizer_class']!r} does more than this file says: save it "
+            f"with a tokenizer.json."
+        )
+    try:
+        if form == ".model":
+            tokenizer = _from_model(data, settings, sentinels)
+        else:
+            tokenizer = _from_vocabulary(form, data, path, settings)
+    except UserError as error:
+        raise UserError(f"{path} is {error}") from error
+    tokenizer.chat_templates = settings.chat_templates
+    return tokenizer
+
+
+def _class_name(values: Mapping[str, Any]) -> str | None:
+    name = values.get("tokenizer_class")
+    return None if name is None else str(name).removesuffix("Fast").removesuffix("Tokenizer")
+
+
+def _from_model(data: bytes, settings: Settings, sentinels: int) -> Tokenizer:
+    tokenizer = SentencePieceTokenizer(data, sentinels=sentinels or settings.sentinels())
+    _check_added(tokenizer, settings)
+    return tokenizer
+
+
+def _from_vocabulary(form: str, data: bytes, path: pathlib.Path, settings: Settings) -> Tokenizer:
+    specials = settings.specials()
+    if form == "vocab.json":
+        data = vocabularies.from_byte_pairs(data, _read(path.with_name("merges.txt")), specials, settings.values)
+    elif form == "vocab.txt":
+        data = vocabularies.from_word_pieces(data, specials, settings.values)
+    names = {role: vocabularies.token_name(token) for role, token in specials.items()}
+    if form not in CLASSES:
+        return HuggingFaceTokenizer(data, names or None)
+    # Their classes give each role that the files do not name a token of the usual name.
+    added = {token["content"] for token in json.loads(data)["added_tokens"]}
+    tokenizer = HuggingFaceTokenizer(data, known_specials(added) | names)
+    _check_added(tokenizer, settings)
+    return tokenizer
+
+
+def _check_added(tokenizer: Tokenizer, settings: Settings) -> None:
+    """Raises UserError where the files beside a vocabulary name a token that it has not, or has under another id."""
+    ids = tokenizer.control_tokens
+    for name, i in settings.added.items():
+        if i >= tokenizer.vocab_size or (name in ids and ids[name] != i):
+            raise UserError(f"not whole: it has no {name!r} with id {i}. Save it with a tokenizer.json.")
+
+
+def read_settings(folder: pathlib.Path) -> Settings:
+    """Reads the small files that lie beside a tokenizer.
+
+    Raises:
+      UserError: one of them is not JSON, or not the object that it should be.
+    """
+    values = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    try:
+        held = values.get("added_tokens_decoder")
+        if held is None:
+            added = {str(token): int(i) for token, i in _read_json(folder / "added_tokens.json").items()}
+        else:
+            added = {token["content"]: int(i) for i, token in held.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its added tokens are not readable: {error!r}.") from error
+    return Settings(values, added, _chat_templates(folder, values))
+
+
+def _chat_templates(folder: pathlib.Path, values: Mapping[str, Any]) -> dict[str, str]:
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / "chat_templates").glob("*.jinja"))}
+    found = {name: _read(path).decode("utf-8", errors="replace") for name, path in files.items() if path.is_file()}
+    if found:
+        return found
+    stated = values.get("chat_template")
+    if stated is None:
+        return {}
+    if isinstance(stated, str):
+        return {"default": stated}
+    try:
+        found = {item["name"]: item["template"] for item in stated}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor a list.") from error
+    if not all(isinstance(text, str) for item in found.items() for text in item):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template is a list of other things than texts.")
+    return found
+
+
+def to_hugging_face_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Returns the files, by name, from which `transformers` loads a tokenizer with the same ids and chat templates.
+
+    A SentencePiece model goes both as it is and as a tokenizer.json.
+    """
+    files = tokenizer.files()
+    if "tokenizer.json" not in files:
+        files = {name.replace("sentencepiece", "tokenizer"): data for name, data in files.items()}
+        files["tokenizer.json"] = exports.to_tokenizer_json(tokenizer)
+    templates = [{"name": name, "template": text} for name, text in tokenizer.chat_templates.items()]
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    values |= {f"{role}_token": token for role, token in tokenizer.specials.items()}
+    if templates:
+        values["chat_template"] = templates if [*tokenizer.chat_templates] != ["default"] else templates[0]["template"]
+    files["tokenizer_config.json"] = (json.dumps(values, indent=2) + "\n").encode("utf-8")
+    return files
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object of a JSON file; one that is not there says nothing."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return values

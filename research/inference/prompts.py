@@ -1,0 +1,166 @@
+"""Prompts as a model reads them, and what it has read of them before the first new token."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from research.core.errors import UserError
+from research.data.tokenizers import Tokenizer
+from research.models.cache import Cache, empty_cache
+from research.models.config import ModelConfig
+from research.models.stack import scans_layers
+from research.models.transformer import Transformer
+
+# Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
+BUCKET = 64
+
+
+@flax.struct.dataclass
+class Prompts:
+    """Prompts in rows, padded on the right.
+
+    Attributes:
+      tokens: what the decoder reads: the prompts, or the start id where an encoder reads them.
+      lengths: tokens of each, at least 1.
+      encoder_tokens: what the encoder reads, where there is one.
+      encoder_lengths: tokens of each of these.
+    """
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    encoder_tokens: Int[Array, "B M"] | None = None
+    encoder_lengths: Int[Array, "B"] | None = None
+
+    def rows(self) -> list[list[int]]:
+        """Returns the ids of each row of the decoder, without padding."""
+        rows = zip(np.asarray(self.tokens), np.asarray(self.lengths), strict=True)
+        return [row[:length].tolist() for row, length in rows]
+
+
+def encode(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> tuple[Prompts, int]:
+    """Returns the prompts in rows, and the slots that a cache needs for them and `max_tokens` new tokens.
+
+    Raises:
+      UserError: no prompts, one that does not fit the model's positions, or a model that makes no text.
+    """
+    if config.structure == "encoder":
+        raise UserError("model.structure = 'encoder' makes no text: it has no decoder. It gives logits and states.")
+    if not prompts:
+        raise UserError("--prompt: at least one prompt is needed.")
+    if config.structure != "encoder_decoder":
+        encoded = [_document(tokenizer, prompt) for prompt in prompts]
+        longest = check_room(encoded, max_tokens, config)
+        read = Prompts(*_pad(encoded, config.max_length))
+    else:
+        sources = [_source(tokenizer, prompt) for prompt in prompts]
+        check_room(sources, 0, config)
+        encoded = [[config.start_id]] * len(prompts)
+        longest = check_room(encoded, max_tokens, config)
+        read = Prompts(
+            *(jnp.asarray(array) for array in (encoded, [1] * len(prompts))), *_pad(sources, config.max_length)
+        )
+    return read, min(bucket(longest + max_tokens), config.max_length)
+
+
+def check_room(encoded: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> int:
+    """Returns the length of the longest prompt; raises UserError where it and its new tokens do not fit."""
+    longest, room = max(len(ids) for ids in encoded), config.max_length
+    if longest > room or (max_tokens and longest == room):
+        leaves = "leaves no room within" if max_tokens else "is longer than"
+        raise UserError(
+            f"--prompt: a prompt of {longest} tokens {leaves} the model's max_length = {room}. Use a shorter one."
+        )
+    if longest + max_tokens > room:
+        raise UserError(
+            f"max_tokens = {max_tokens} after a prompt of {longest} tokens is more than the model's "
+            f"max_length = {room}. Use at most {room - longest}."
+        )
+    return longest
+
+
+def bucket(length: int) -> int:
+    """Returns `length` rounded up to whole buckets."""
+    return -(-length // BUCKET) * BUCKET
+
+
+def _pad(encoded: Sequence[Sequence[int]], max_length: int) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    lengths = [len(ids) for ids in encoded]
+    padded = np.zeros((len(encoded), min(bucket(max(lengths)), max_length)), np.int32)
+    for row, ids in enumerate(encoded):
+        padded[row, : len(ids)] = ids
+    return jnp.asarray(padded), jnp.asarray(lengths, jnp.int32)
+
+
+def _document(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns a prompt's ids as training saw the beginning of a document."""
+    ids = [] if tokenizer.start_id is None else [tokenizer.start_id]
+    ids += tokenizer.encode(prompt)
+    if not ids:
+        raise UserError("--prompt = '' is empty, and the tokenizer has no begin-of-text token to start from.")
+    return ids
+
+
+def _source(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns a prompt's ids as an encoder reads them: with a begin of text where there is one, and an end."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id]
+    return [i for i in ids if i is not None]
+
+
+def next_logits(
+    config: ModelConfig,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    which: Int[Array, "B"],
+    **inputs: Int[Array, "B _"],
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Returns the logits of one place in each sequence, and the cache with the tokens in it.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens: consecutive ones of each sequence.
+      positions: of the tokens.
+      cache: of the tokens before.
+      which: the place, in [0, T).
+      **inputs: what else `Transformer` reads the first time.
+    """
+
+    def apply(module: Transformer) -> tuple[Array, Cache]:
+        output = module(tokens, positions, cache=cache, **inputs)
+        hidden = jnp.take_along_axis(output.hidden, which[:, None, None], axis=1)
+        return module.logits(hidden)[:, 0], output.cache
+
+    return Transformer(config).apply({"params": params}, method=apply)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
+def read_prompts(
+    params: Any, prompts: Prompts, *, config: ModelConfig, slots: int
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Returns the logits after each prompt, and the cache. What stands there for padding is never seen.
+
+    Args:
+      params: of the model.
+      prompts: from `encode`.
+      config: the model.
+      slots: tokens that the cache can hold.
+    """
+    index = jnp.arange(prompts.tokens.shape[1], dtype=jnp.int32)
+    positions = jnp.broadcast_to(index, prompts.tokens.shape)
+    inputs, segments = {}, None
+    if config.structure == "prefix":  # all of a prompt is seen from all of it
+        inputs = {"prefix": (positions < prompts.lengths[:, None]).astype(jnp.int32)}
+    if prompts.encoder_tokens is not None:
+        places = jnp.arange(prompts.encoder_tokens.shape[1])
+        segments = (places < prompts.encoder_lengths[:, None]).astype(jnp.int32)
+        inputs = {"encoder_tokens": prompts.encoder_tokens, "encoder_segments": segments}
+    cache = empty_cache(config, len(prompts.tokens), slots, scans_layers(config), segments)
+    return next_logits(config, params, prompts.tokens, positions, cache, prompts.lengths - 1, **inputs)

@@ -1,0 +1,44 @@
+"""Items come in order, one ahead: claims about `core.ahead`."""
+
+import threading
+
+import pytest
+
+from research.core.ahead import ahead
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_items_come_in_order_and_none_twice(count):
+    assert list(ahead(iter(range(count)))) == list(range(count))
+
+
+def test_the_next_item_is_made_while_this_one_is_used():
+    made = [threading.Event() for _ in range(3)]
+
+    def items():
+        for event in made:
+            event.set()
+            yield event
+
+    for i, _ in enumerate(ahead(items())):
+        if i < 2:
+            assert made[i + 1].wait(timeout=10)
+        assert not any(event.is_set() for event in made[i + 2 :])
+
+
+def test_an_error_comes_where_its_item_would():
+    def items():
+        yield 1
+        raise ValueError("second")
+
+    found = ahead(items())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="second"):
+        next(found)
+
+
+def test_no_thread_outlives_a_loop_that_ends_early():
+    before = threading.active_count()
+    for _ in ahead(range(10)):
+        break
+    assert threading.active_count() == before

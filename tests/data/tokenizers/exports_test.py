@@ -1,0 +1,112 @@
+"""What is written for `transformers`: its AutoTokenizer loads the folder and gives the same ids."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+
+from research.core.errors import UserError
+from research.data.tokenizers import Tokenizer, TokenizerConfig, build, exports, folders
+from tests.data.tokenizers import references
+from tests.data.tokenizers.make_goldens import HARD
+
+TEXTS = ["the cat sat on the mat, naïve 12 x == y\n" * 3 + f"word{i % 7} {i}" for i in range(60)]
+LOADED = {
+    "wordpiece": "tok-bert-uncased/vocab.txt",
+    "gpt2": "tok-gpt2/vocab.json",
+    "t5": "tok-t5-base/t5-base.model",
+    "llama": "stories260K/tok512.model",
+    "unigram": "tok-sentencepiece-tests/test_model.model",
+}
+TRAINED = {
+    "bpe": TokenizerConfig(kind="bpe", vocab_size=400, mask=True),
+    "trained_unigram": TokenizerConfig(kind="unigram", vocab_size=400, sentinels=2),
+    "bytes": TokenizerConfig(kind="bytes", mask=True, sentinels=2),
+}
+CHARACTERS = 300
+
+
+def make(shared_data, name) -> Tokenizer:
+    if name in TRAINED:
+        return build(TRAINED[name], TEXTS)
+    return folders.from_path(shared_data / LOADED[name], sentinels=100 if name == "t5" else 0)
+
+
+@pytest.fixture(scope="module")
+def texts(shared_data):
+    """Hard and real texts, but for U+2581: it is a space to SentencePiece, and only exact models tell it from one."""
+    real = (blocks[0] for _, blocks in references.texts(shared_data, CHARACTERS))
+    return [text for text in [*HARD, *TEXTS[:3], *real] if "▁" not in text]
+
+
+@pytest.mark.parametrize("name", [*LOADED, *TRAINED])
+def test_an_exported_folder_loads_with_the_same_ids(shared_data, texts, tmp_path, name):
+    tokenizer = make(shared_data, name)
+    tokenizer.chat_templates = {"default": "{{ messages[0]['content'] }}\r\n  é"}
+    for file, data in folders.to_hugging_face_files(tokenizer).items():
+        (tmp_path / file).write_bytes(data)
+    again = folders.from_folder(tmp_path)
+    for attribute in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "mask_id", "sentinel_ids"):
+        assert getattr(again, attribute) == getattr(tokenizer, attribute), attribute
+    assert again.chat_templates == tokenizer.chat_templates
+    ids = [row.tolist() for row in tokenizer.encode_batch(texts)]
+    assert [row.tolist() for row in again.encode_batch(texts)] == ids
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(reference) == tokenizer.vocab_size
+    assert reference.chat_template == tokenizer.chat_templates["default"]
+    for role in ("bos", "eos", "pad", "unk", "mask", "cls", "sep"):
+        assert getattr(reference, f"{role}_token") == tokenizer.specials.get(role), role
+    # To `transformers` text that spells a special token is that token.
+    plain = [not any(token in text for token in again.control_tokens) for text in texts]
+    found = reference(texts, add_special_tokens=False)["input_ids"]
+    assert [row for row, held in zip(found, plain, strict=True) if held] == [
+        row for row, held in zip(ids, plain, strict=True) if held
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "framed"), [("wordpiece", "[CLS] a [SEP]"), ("t5", "a</s>"), ("llama", "<s> a"), ("bytes", "<s>a")]
+)
+def test_an_exported_folder_frames_a_text_as_its_model_reads_it(shared_data, tmp_path, name, framed):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = make(shared_data, name)
+    for file, data in folders.to_hugging_face_files(tokenizer).items():
+        (tmp_path / file).write_bytes(data)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert reference.decode(reference.encode("a")).replace(" ", "") == framed.replace(" ", "")
+
+
+@pytest.mark.parametrize("name", ["llama", "bpe", "bytes"])
+def test_an_exported_folder_encodes_the_same_chats(shared_data, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = make(shared_data, name)
+    template = "{% for m in messages %}{{ bos_token }}[INST] {{ m.content }} [/INST] ok {{ eos_token }}{% endfor %}"
+    tokenizer.chat_templates = {"default": template}
+    for file, data in folders.to_hugging_face_files(tokenizer).items():
+        (tmp_path / file).write_bytes(data)
+    chat = [{"role": "user", "content": "Once  upon a time"}, {"role": "user", "content": "naïve \n 😀 "}]
+    ids = tokenizer.encode_chat(chat)
+    assert ids.count(tokenizer.bos_id) == ids.count(tokenizer.eos_id) == 2
+    assert folders.from_folder(tmp_path).encode_chat(chat) == ids
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert reference.apply_chat_template(chat, return_dict=False) == ids
+
+
+def test_an_exported_model_is_kept_as_it_was(shared_data):
+    files = folders.to_hugging_face_files(make(shared_data, "llama"))
+    assert files["tokenizer.model"] == (shared_data / LOADED["llama"]).read_bytes()
+    assert set(files) == {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
+    assert json.loads(files["tokenizer_config.json"])["bos_token"] == "<s>"
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, model_type="char", vocab_size=40, minloglevel=2
+    )
+    (tmp_path / "char.model").write_bytes(model.getvalue())
+    tokenizer = folders.from_path(tmp_path / "char.model")
+    with pytest.raises(UserError, match=r"cannot be written as a tokenizer\.json"):
+        exports.to_tokenizer_json(tokenizer)

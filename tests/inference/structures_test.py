@@ -1,0 +1,86 @@
+"""Generation by every structure: prefix decoders and encoder-decoders continue as their logits say; encoders refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.data.tokenizers.byte import ByteTokenizer
+from research.inference.beam_generate import beam_generate
+from research.inference.beams import BeamConfig
+from research.inference.generate import generate
+from research.inference.sampling import SamplingConfig
+from research.models.config import ModelConfig
+from research.models.transformer import Transformer
+from tests.models.variants import VARIANTS
+from tests.tiny import random_params
+
+BYTES, GREEDY = ByteTokenizer(), SamplingConfig(temperature=0.0, max_tokens=5)
+PROMPTS = ["ab", "a longer prompt"]
+STRUCTURES = ("prefix", "encoder-decoder", "post-norm encoder-decoder", "sinusoidal encoder-decoder")
+
+
+def model(name: str) -> tuple[ModelConfig, dict]:
+    config = dataclasses.replace(VARIANTS[name], vocab_size=BYTES.vocab_size, start_id=3 * ("encoder" in name))
+    params = random_params(config)
+    if config.encoder_layers:  # random weights make what the encoder says too faint to change a text
+        for layer in range(config.num_layers):
+            params[f"layers_{layer}"]["cross_attention"]["out"]["kernel"] *= 8
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+def greedy_by_hand(config: ModelConfig, params: dict, prompt: str) -> list[int]:
+    """Reads everything anew for each token, one prompt alone, without cache and padding."""
+    source = [i for i in (BYTES.bos_id, *BYTES.encode(prompt), BYTES.eos_id) if i is not None]
+    ids = [config.start_id] if config.encoder_layers else [BYTES.start_id, *BYTES.encode(prompt)]
+    inputs = {"encoder_tokens": jnp.asarray([source])} if config.encoder_layers else {}
+    found: list[int] = []
+    for _ in range(GREEDY.max_tokens):
+        tokens = jnp.asarray([ids + found])
+        if config.structure == "prefix":
+            inputs = {"prefix": (jnp.arange(tokens.shape[1]) < len(ids)).astype(jnp.int32)[None]}
+
+        def apply(module: Transformer, tokens=tokens, inputs=inputs) -> jax.Array:
+            return module.logits(module(tokens, jnp.arange(tokens.shape[1])[None], **inputs).hidden)[0, -1]
+
+        logits = Transformer(config).apply({"params": params}, method=apply)
+        found.append(int(jnp.argmax(logits[: BYTES.vocab_size])))
+        if found[-1] == BYTES.eos_id:
+            break
+    return found
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_greedy_text_is_what_whole_reading_gives(name: str):
+    config, params = model(name)
+    found = generate(config, params, BYTES, PROMPTS, GREEDY)
+    expected = [greedy_by_hand(config, params, prompt) for prompt in PROMPTS]
+    assert [list(text.tokens) for text in found] == expected
+    assert expected[0] != expected[1]
+    with_one_beam = beam_generate(config, params, BYTES, PROMPTS, BeamConfig(num_beams=1, max_tokens=5))
+    assert [list(best[0].tokens) for best in with_one_beam] == expected
+
+
+@pytest.mark.parametrize("name", STRUCTURES[1:])
+def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
+    config, params = model(name)
+    beams = BeamConfig(num_beams=3, max_tokens=5, num_return=2, no_repeat_ngram=2)
+    together = beam_generate(config, params, BYTES, PROMPTS, beams)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        (alone,) = beam_generate(config, params, BYTES, [prompt], beams)
+        assert [beam.tokens for beam in found] == [beam.tokens for beam in alone]
+        np.testing.assert_allclose([beam.score for beam in found], [beam.score for beam in alone], atol=1e-5)
+    assert together[0][0].tokens != together[1][0].tokens
+
+
+def test_an_encoder_asked_for_text_says_what_it_is():
+    config, params = model("encoder")
+    for ask in (
+        lambda: generate(config, params, BYTES, PROMPTS, GREEDY),
+        lambda: beam_generate(config, params, BYTES, PROMPTS, BeamConfig()),
+    ):
+        with pytest.raises(UserError, match=r"model.structure = 'encoder' makes no text"):
+            ask()
