@@ -8,7 +8,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, linear, norm, projections, table
+from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
@@ -29,13 +29,7 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "encoder_layers": fields["encoder_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"],
-        "attention": {
-            "num_heads": num_heads,
-            "num_kv_heads": num_heads,
-            "head_dim": width // num_heads,
-            "qkv_bias": True,
-            "out_bias": True,
-        },
+        "attention": multi_head(width, num_heads, bias=True),
         "mlp": {
             "hidden_dim": fields["encoder_ffn_dim"],
             "activation": to_tessera(fields["activation_function"], "activation_function"),

@@ -8,7 +8,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import linear, norm, projections, table
+from research.interop.modules import linear, multi_head, norm, projections, table
 from research.interop.tensor import Tensor
 from research.models.config import HeadConfig, ModelConfig
 
@@ -34,13 +34,7 @@ def _read(heads: Heads, offset: int, fields: Mapping[str, Any]) -> dict[str, Any
         "num_layers": fields["num_hidden_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"] - offset,
-        "attention": {
-            "num_heads": num_heads,
-            "num_kv_heads": num_heads,
-            "head_dim": width // num_heads,
-            "qkv_bias": True,
-            "out_bias": True,
-        },
+        "attention": multi_head(width, num_heads, bias=True),
         "mlp": {
             "hidden_dim": fields["intermediate_size"],
             "activation": to_tessera(fields["hidden_act"], "hidden_act"),

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, joined, linear, norm, table
+from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
 from research.interop.rope_theta import theta_of
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
@@ -24,13 +24,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": fields["num_hidden_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"],
-        "attention": {
-            "num_heads": num_heads,
-            "num_kv_heads": _kv_heads(fields),
-            "head_dim": width // num_heads,
-            "qkv_bias": fields["bias"],
-            "out_bias": fields["bias"],
-        },
+        "attention": multi_head(width, num_heads, fields["bias"]) | {"num_kv_heads": _kv_heads(fields)},
         "mlp": {
             "hidden_dim": 4 * width if fields["ffn_hidden_size"] is None else fields["ffn_hidden_size"],
             "activation": to_tessera(fields["activation"], "activation"),

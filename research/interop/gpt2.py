@@ -6,7 +6,7 @@ from typing import Any
 from research.core.errors import UserError, nearest
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, joined, norm, table
+from research.interop.modules import UNEMBED, joined, multi_head, norm, table
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
@@ -24,13 +24,7 @@ def _model(fields: Mapping[str, Any], hidden_dim: int, activation: str, placemen
         "num_layers": fields["n_layer"],
         "embed_dim": width,
         "max_length": fields["n_positions"],
-        "attention": {
-            "num_heads": num_heads,
-            "num_kv_heads": num_heads,
-            "head_dim": width // num_heads,
-            "qkv_bias": True,
-            "out_bias": True,
-        },
+        "attention": multi_head(width, num_heads, bias=True),
         "mlp": {"hidden_dim": hidden_dim, "activation": activation, "gated": False, "bias": True},
         "norm": {"kind": "layernorm", "placement": placement, "epsilon": fields["layer_norm_epsilon"], "bias": True},
         "position": {"kind": "learned"},

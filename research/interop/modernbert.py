@@ -6,7 +6,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import joined, linear, norm, table
+from research.interop.modules import joined, linear, multi_head, norm, table
 from research.interop.rope_theta import theta_of
 from research.interop.tensor import Tensor
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
@@ -38,13 +38,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": fields["num_hidden_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"],
-        "attention": {
-            "num_heads": num_heads,
-            "num_kv_heads": num_heads,
-            "head_dim": width // num_heads,
-            "qkv_bias": fields["attention_bias"],
-            "out_bias": fields["attention_bias"],
-        },
+        "attention": multi_head(width, num_heads, fields["attention_bias"]),
         "mlp": {
             "hidden_dim": fields["intermediate_size"],
             "activation": to_tessera(activation, "hidden_activation"),

@@ -1,6 +1,7 @@
-"""How the modules that torch models are made of lie in a checkpoint."""
+"""What torch models are made of: how their modules lie in a checkpoint, and their attention as configuration."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
@@ -44,6 +45,17 @@ def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[T
 def joined(leaf: str) -> tuple[str, ...]:
     """Returns the parameters of a layer's queries, keys and values, which one tensor may hold."""
     return tuple(f"{{layer}}/attention/{part}/{leaf}" for part in PARTS)
+
+
+def multi_head(width: int, num_heads: int, bias: bool) -> dict[str, Any]:
+    """Returns the values of an `AttentionConfig` whose heads have a key and a value each, and together the width."""
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": width // num_heads,
+        "qkv_bias": bias,
+        "out_bias": bias,
+    }
 
 
 # The output projection of a model whose embedding is not tied to it.

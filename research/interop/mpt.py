@@ -5,7 +5,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.interop.architecture import INERT, Architecture
-from research.interop.modules import UNEMBED, joined, linear, norm, table
+from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
@@ -30,12 +30,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": fields["n_layers"],
         "embed_dim": width,
         "max_length": fields["max_seq_len"],
-        "attention": {
-            "num_heads": num_heads,
-            "num_kv_heads": num_heads,
-            "head_dim": width // num_heads,
-            "scale": attention["softmax_scale"],
-        },
+        "attention": multi_head(width, num_heads, bias=False) | {"scale": attention["softmax_scale"]},
         "mlp": {"hidden_dim": 4 * width, "activation": "gelu", "gated": False},
         "norm": {"kind": "layernorm", "placement": "pre", "epsilon": fields["layer_norm_epsilon"]},
         "position": {"kind": "alibi"},
