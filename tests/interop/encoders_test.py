@@ -17,30 +17,30 @@ from research.interop.mapping import find, params_from, reader, tensors_from
 from research.interop.safetensors_files import read_header
 from research.models.config import HeadConfig, PositionConfig
 from research.recipes.convert import convert
-from tests.interop import families_cases as families
+from tests.interop import encoders_cases as encoders
 from tests.interop.folders import write_folder
 
 # In units of the largest logit, and of a gradient's norm. Measured: up to 5e-6 and 2e-5.
 LOGITS, GRADIENTS = 3e-5, 1e-4
-NAMES = tuple(families.stored())
+NAMES = tuple(encoders.stored())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_torch(name):
-    found, wanted = families.ours(name)[0], families.golden(name)
+    found, wanted = encoders.ours(name)[0], encoders.golden(name)
     assert np.abs(wanted["logits"]).max() > 0.5
-    assert families.off_by(found["logits"], wanted["logits"]) < LOGITS
+    assert encoders.off_by(found["logits"], wanted["logits"]) < LOGITS
 
 
 def test_logits_of_the_pooled_classes_equal_torch():
-    found, wanted = families.ours("bert")[0], families.golden("bert")
-    assert families.off_by(found["classes"], wanted["classes"]) < LOGITS
+    found, wanted = encoders.ours("bert")[0], encoders.golden("bert")
+    assert encoders.off_by(found["classes"], wanted["classes"]) < LOGITS
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_torch(name):
-    found, wanted = families.ours(name)[0], families.golden(name)
-    assert families.gradients_off_by(found["gradients"], wanted["gradients"]) < GRADIENTS
+    found, wanted = encoders.ours(name)[0], encoders.golden(name)
+    assert encoders.gradients_off_by(found["gradients"], wanted["gradients"]) < GRADIENTS
 
 
 def changed(config, **changes):
@@ -75,39 +75,39 @@ def window(config, width):
     ],
 )
 def test_another_model_is_seen_by_the_comparison(name, change):
-    architecture, config, tensors = families.model(name)
-    given, params = families.batch(name, config), params_from(architecture, config, tensors)
-    words = jax.jit(lambda params: families.logits_of(change(config), params, given)[0])(params)
+    architecture, config, tensors = encoders.model(name)
+    given, params = encoders.batch(name, config), params_from(architecture, config, tensors)
+    words = jax.jit(lambda params: encoders.logits_of(change(config), params, given)[0])(params)
     found = np.asarray(words)[given["weights"] > 0]
-    assert families.off_by(found, families.golden(name)["logits"]) > 5 * LOGITS
+    assert encoders.off_by(found, encoders.golden(name)["logits"]) > 5 * LOGITS
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip_is_bitwise(name, tmp_path):
-    architecture, config, tensors = families.model(name)
-    config, params = from_hugging_face(write_folder(tmp_path / "in", families.stored()[name]["config"], tensors))
-    assert config == families.model(name)[1]
+    architecture, config, tensors = encoders.model(name)
+    config, params = from_hugging_face(write_folder(tmp_path / "in", encoders.stored()[name]["config"], tensors))
+    assert config == encoders.model(name)[1]
     chosen, fields = choose(ARCHITECTURES.values(), config, first=architecture.model_type)
     assert chosen is architecture
     assert config_from(architecture, fields) == config
     write_hugging_face(architecture, fields, config, reader(config, params), tmp_path / "out", {"pad": None})
     back = {name: np.asarray(stored) for name, stored in read_header(tmp_path / "out" / "model.safetensors").items()}
-    assert families.same(back, tensors)
+    assert encoders.same(back, tensors)
     again, same = from_hugging_face(tmp_path / "out")
     assert again == config
-    assert families.same(families.leaves(same), families.leaves(params))
+    assert encoders.same(encoders.leaves(same), encoders.leaves(params))
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_convert_streams_there_and_back(name, tmp_path):
-    _, config, tensors = families.model(name)
-    folder = write_folder(tmp_path / "in", families.stored()[name]["config"], tensors)
+    _, config, tensors = encoders.model(name)
+    folder = write_folder(tmp_path / "in", encoders.stored()[name]["config"], tensors)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "tile": 1}, unk_token="[UNK]"))
     words.save(str(folder / "tokenizer.json"))
     convert(str(folder), str(tmp_path / "workdir"), None, None)
     convert(str(tmp_path / "workdir"), str(tmp_path / "out"), "hf", None)
     back = {name: np.asarray(stored) for name, stored in read_header(tmp_path / "out" / "model.safetensors").items()}
-    assert families.same(back, tensors)
+    assert encoders.same(back, tensors)
     assert open_hugging_face(tmp_path / "out").config == config
     assert research.load(tmp_path / "workdir").config == config
 
@@ -117,7 +117,7 @@ def test_convert_streams_there_and_back(name, tmp_path):
 
 def read(name, fields, tensors):
     """Reads tensors as `open_hugging_face` does, and returns the config and the tensors as they are written."""
-    architecture = families.model(name)[0]
+    architecture = encoders.model(name)[0]
     if architecture.classes:
         fields = {**fields, "architectures": [class_of(architecture, tensors)]}
     config = config_from(architecture, fields)
@@ -133,42 +133,42 @@ def renamed(tensors, pattern, replacement):
 
 
 def test_elder_names_of_norms_copies_and_buffers_of_bert_are_read():
-    _, config, tensors = families.model("bert")
+    _, config, tensors = encoders.model("bert")
     elder = renamed(tensors, r"LayerNorm\.weight", "LayerNorm.gamma")
     elder = renamed(elder, r"LayerNorm\.bias", "LayerNorm.beta")
     elder["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     elder["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
     elder["bert.embeddings.position_ids"] = np.arange(40)[None]
     # As bert-base-uncased, whose config.json names a class with fewer heads.
-    fields = families.stored()["bert"]["config"] | {
+    fields = encoders.stored()["bert"]["config"] | {
         "architectures": ["BertForMaskedLM"],
         "position_embedding_type": "absolute",
         "gradient_checkpointing": False,
     }
     found, written = read("bert", fields, elder)
     assert found == config
-    assert families.same(written, tensors)
+    assert encoders.same(written, tensors)
 
 
 def test_encoders_without_head_are_read():
     for name, root, heads in (("bert", "bert", r"^cls\."), ("modernbert", "model", r"^(head|decoder)\.")):
-        _, config, tensors = families.model(name)
+        _, config, tensors = encoders.model(name)
         body = renamed(without(tensors, heads), rf"^{root}\.", "")
-        found, written = read(name, families.stored()[name]["config"], body)
+        found, written = read(name, encoders.stored()[name]["config"], body)
         assert found.head == HeadConfig(pooler=name == "bert")
         assert dataclasses.replace(found, head=config.head) == config
-        assert families.same(written, without(tensors, heads))
-        assert fields_from(families.model(name)[0], found)["architectures"][0].endswith("Model")
+        assert encoders.same(written, without(tensors, heads))
+        assert fields_from(encoders.model(name)[0], found)["architectures"][0].endswith("Model")
 
 
 def test_a_pooler_without_classes_is_left_out_beside_a_head_of_words():
-    _, config, tensors = families.model("roberta")
+    _, config, tensors = encoders.model("roberta")
     width = config.embed_dim
     pooler = {"roberta.pooler.dense.weight": np.ones((width, width)), "roberta.pooler.dense.bias": np.ones(width)}
     copy = {"lm_head.decoder.bias": tensors["lm_head.bias"]}
-    found, written = read("roberta", families.stored()["roberta"]["config"], tensors | pooler | copy)
+    found, written = read("roberta", encoders.stored()["roberta"]["config"], tensors | pooler | copy)
     assert found == config
-    assert families.same(written, tensors)
+    assert encoders.same(written, tensors)
 
 
 def test_elder_fields_are_read():
@@ -179,14 +179,14 @@ def test_elder_fields_are_read():
     }
     new = ("rope_parameters", "layer_types", "scale_decoder_outputs", "dense_act_fn", "is_gated_act")
     for name, fields in elder.items():
-        architecture, config, _ = families.model(name)
-        fields = {key: value for key, value in families.stored()[name]["config"].items() if key not in new} | fields
+        architecture, config, _ = encoders.model(name)
+        fields = {key: value for key, value in encoders.stored()[name]["config"].items() if key not in new} | fields
         assert config_from(architecture, fields) == config
 
 
 def test_layers_of_modernbert_are_read_by_name():
-    architecture, config, _ = families.model("modernbert")
-    fields = families.stored()["modernbert"]["config"]
+    architecture, config, _ = encoders.model("modernbert")
+    fields = encoders.stored()["modernbert"]["config"]
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     windows = [layer.window for layer in config_from(architecture, fields | {"layer_types": kinds}).layers()]
     assert windows == [5, None, 5, None]
@@ -197,30 +197,30 @@ def test_layers_of_modernbert_are_read_by_name():
 
 
 def test_copies_and_leftovers_of_t5_and_bart_are_read():
-    _, config, tensors = families.model("t5")
+    _, config, tensors = encoders.model("t5")
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     more = dict.fromkeys(copies, tensors["shared.weight"])
     more["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((32, 4), np.float32)
-    found, written = read("t5", families.stored()["t5"]["config"], tensors | more)
+    found, written = read("t5", encoders.stored()["t5"]["config"], tensors | more)
     assert found == config
-    assert families.same(written, tensors)
+    assert encoders.same(written, tensors)
     # As bart-base: saved without head, so without the prefix and the bias of the logits.
-    _, config, tensors = families.model("bart")
+    _, config, tensors = encoders.model("bart")
     body = without(tensors, "final_logits_bias")
     more = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), tensors["model.shared.weight"])
-    fields = families.stored()["bart"]["config"] | {"normalize_before": False, "num_beams": 4}
+    fields = encoders.stored()["bart"]["config"] | {"normalize_before": False, "num_beams": 4}
     found, written = read("bart", fields, renamed(body, r"^model\.", "") | more)
     assert found == dataclasses.replace(config, head=HeadConfig())
-    assert families.same(written, body)
+    assert encoders.same(written, body)
 
 
 def test_names_without_prefix_and_masks_of_gpt_are_read():
-    _, config, tensors = families.model("gpt")
+    _, config, tensors = encoders.model("gpt")
     bare = renamed(tensors, r"^transformer\.", "") | {"h.0.attn.bias": np.tril(np.ones((1, 1, 32, 32)))}
-    fields = families.stored()["gpt"]["config"] | {"n_ctx": 32, "n_special": 40, "predict_special_tokens": True}
+    fields = encoders.stored()["gpt"]["config"] | {"n_ctx": 32, "n_special": 40, "predict_special_tokens": True}
     found, written = read("gpt", fields, bare)
     assert found == config
-    assert families.same(written, tensors)
+    assert encoders.same(written, tensors)
 
 
 @pytest.mark.parametrize(
@@ -247,26 +247,26 @@ def test_names_without_prefix_and_masks_of_gpt_are_read():
 )
 def test_a_feature_that_is_not_supported_is_named(name, fields, message):
     with pytest.raises(UserError) as error:
-        config_from(families.model(name)[0], families.stored()[name]["config"] | fields)
+        config_from(encoders.model(name)[0], encoders.stored()[name]["config"] | fields)
     assert message in str(error.value)
 
 
 def test_a_head_that_no_class_has_is_refused_by_field():
-    architecture, config, _ = families.model("bert")
+    architecture, config, _ = encoders.model("bert")
     with pytest.raises(UserError, match=r"head\.num_classes"):
         fields_from(architecture, changed(config, head__num_classes=3))
     with pytest.raises(UserError, match=r"head\.scale"):
-        fields_from(ARCHITECTURES["t5"], changed(families.model("t5")[1], head__scale=1.0))
+        fields_from(ARCHITECTURES["t5"], changed(encoders.model("t5")[1], head__scale=1.0))
 
 
 def test_an_activation_that_an_architecture_has_no_name_for_is_refused_by_field():
-    architecture, config, _ = families.model("gpt")
+    architecture, config, _ = encoders.model("gpt")
     with pytest.raises(UserError, match=r"mlp\.activation"):
         fields_from(architecture, changed(config, mlp__activation="gelu_sigmoid"))
 
 
 def test_missing_tensors_of_both_stacks_are_named():
-    architecture, config, tensors = families.model("bart")
+    architecture, config, tensors = encoders.model("bart")
     with pytest.raises(UserError) as error:
         find(architecture, config, without(tensors, r"layers\.0\.fc1\.bias"))
     for stack in ("encoder", "decoder"):

@@ -84,7 +84,7 @@ def _cross_entropy(logits: Any, targets: Any, weights: Any) -> Any:
 
 def stored() -> dict[str, dict[str, Any]]:
     """Returns, by case, the `config` and the `tensors` (shapes by name) that transformers wrote."""
-    return json.loads((cases.GOLDENS / "families.json").read_text())
+    return json.loads((cases.GOLDENS / "encoders.json").read_text())
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def model(name: str) -> tuple[Any, ModelConfig, dict[str, np.ndarray]]:
 @functools.cache
 def golden(name: str) -> dict[str, np.ndarray]:
     """Returns what torch computed: `logits`, `classes` where there are any, and the `gradients`' facts."""
-    with np.load(cases.GOLDENS / "families.npz") as arrays:
+    with np.load(cases.GOLDENS / "encoders.npz") as arrays:
         return {key.partition("/")[2]: arrays[key] for key in arrays if key.partition("/")[0] == name}
 
 

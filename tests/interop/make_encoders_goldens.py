@@ -1,4 +1,4 @@
-"""Computes their goldens with torch and transformers: `python -m tests.interop.make_families_goldens` (`parity`)."""
+"""Computes their goldens with torch and transformers: `python -m tests.interop.make_encoders_goldens` (`parity`)."""
 
 import json
 import pathlib
@@ -12,8 +12,8 @@ import transformers as hf
 
 from research.interop.architecture import config_from
 from research.interop.huggingface import ARCHITECTURES
-from tests.interop import cases, families_cases
-from tests.interop.families_cases import Batch
+from tests.interop import cases, encoders_cases
+from tests.interop.encoders_cases import Batch
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 SIZES = {"vocab_size": cases.VOCAB, **TOKENS}
@@ -172,19 +172,19 @@ def _inputs(model: hf.PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[s
 
 
 def main() -> None:
-    """Writes `goldens/families.*`."""
+    """Writes `goldens/encoders.*`."""
     described, arrays = [], {}
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             description = write_seeded(name, pathlib.Path(folder))
             fields = description["config"]
             config = config_from(ARCHITECTURES[fields["model_type"]], fields)
-            outputs, gradients = compute(load(name, pathlib.Path(folder)), families_cases.batch(name, config))
+            outputs, gradients = compute(load(name, pathlib.Path(folder)), encoders_cases.batch(name, config))
         described.append(f"{json.dumps(name)}: {json.dumps(description)}")
         arrays |= {f"{name}/{key}": value for key, value in outputs.items()}
         arrays[f"{name}/gradients"] = cases.facts(gradients)
-    (cases.GOLDENS / "families.json").write_text("{\n" + ",\n".join(described) + "\n}\n")
-    np.savez_compressed(cases.GOLDENS / "families.npz", **arrays)
+    (cases.GOLDENS / "encoders.json").write_text("{\n" + ",\n".join(described) + "\n}\n")
+    np.savez_compressed(cases.GOLDENS / "encoders.npz", **arrays)
 
 
 if __name__ == "__main__":
