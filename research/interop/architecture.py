@@ -5,6 +5,7 @@ An architecture is a value, as a family is a value of `ModelConfig`: nothing her
 
 import dataclasses
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -23,8 +24,15 @@ INERT = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "return_dict", "task_specific_params"),
     *("tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache"),
 )
-# What a checkpoint's config does not settle: where and how it runs, and dropout, which only training sees.
-NOT_CONVERTED = ("dropout", "dtype", "layer_loop", "remat")
+# What a checkpoint's config does not settle: where and how it runs, and what only training sees.
+NOT_CONVERTED = {
+    "": ("dropout", "dtype", "layer_loop", "remat"),
+    "attention": ("implementation",),
+    "experts": ("balance_weight", "z_weight"),
+    "head": ("future_weight",),
+}
+# Numbers this near to each other are the same: config.json may hold another function of one, as a rounded decimal.
+_NEAR = 1e-9
 # How many refusals a message shows.
 _NEAREST = 3
 
@@ -95,7 +103,14 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
             raise UserError(f"{name} = {value!r} is a field of {a.model_type!r} that is not supported.")
         if name in a.dropouts and value:
             logger.warning("%s = %s is left out: Tessera drops nothing there. Only training would differ.", name, value)
-    return bind(ModelConfig, a.read({**a.defaults, **fields}))
+    try:
+        values = a.read({**a.defaults, **fields})
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"a field of {a.model_type!r} has a value that makes no model: {said}.") from error
+    return bind(ModelConfig, values)
 
 
 def class_of(architecture: Architecture, names: Iterable[str]) -> str:
@@ -158,14 +173,28 @@ def _try(architecture: Architecture, config: ModelConfig) -> tuple[dict[str, Any
 
 
 def _settled(config: ModelConfig) -> dict[str, Any]:
-    values = {name: value for name, value in plain(config).items() if name not in NOT_CONVERTED}
-    values["attention"].pop("implementation")
-    return values
+    """Returns what a checkpoint's config settles; each layer by itself, however the model counts them."""
+    values = plain(config)
+    for group, names in NOT_CONVERTED.items():
+        for name in names:
+            ((values[group] if group else values) or {}).pop(name, None)
+    if config.experts is not None and all(layer.experts for layer in config.layers()):
+        values["mlp"].pop("hidden_dim")  # of an MLP that no layer has
+    del values["first_layers"], values["pattern"]
+    layers = {
+        str(number): plain(layer) | {"position": plain(config.position_of(layer))}
+        for number, layer in enumerate(config.layers())
+    }
+    return values | {"layers": layers}
 
 
 def _differences(a: Any, b: Any, where: str = "") -> list[str]:
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [where]
-    return [
-        each for key in {**a, **b} for each in _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-    ]
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            each
+            for key in {**a, **b}
+            for each in _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+        ]
+    if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=_NEAR):
+        return []
+    return [] if a == b else [where]

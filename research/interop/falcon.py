@@ -10,7 +10,7 @@ from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
-from research.interop.rope_theta import theta_of
+from research.interop.rotary import position, rope_fields, rope_kind, write_rotary
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
@@ -37,11 +37,20 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "epsilon": fields["layer_norm_epsilon"],
             "bias": True,
         },
-        "position": {"kind": "alibi_bfloat16"} if fields["alibi"] else {"kind": "rotary", "theta": theta_of(fields)},
+        "position": _position(fields),
         "tied_embeddings": fields["tie_word_embeddings"],
         "dropout": fields["hidden_dropout"],
         "init_stddev": fields["initializer_range"],
     }
+
+
+def _position(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields["alibi"]:
+        return {"kind": "alibi_bfloat16"}
+    rope = rope_fields(fields)
+    if rope_kind(rope) == "dynamic":
+        raise UserError("rope_type = 'dynamic' is not supported.")
+    return position(rope, fields["max_position_embeddings"])
 
 
 def _kv_heads(fields: Mapping[str, Any]) -> int:
@@ -73,7 +82,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     attention, placement = config.attention, config.norm.placement
     # The elder design does not know two parallel norms, nor a number of key/value heads between one and all.
     elder = placement != "parallel_pair" and attention.num_kv_heads in (1, attention.num_heads)
-    own = {"rope_theta": config.position.theta} if config.position.kind == "rotary" else {}
+    own = write_rotary(config) if config.position.kind == "rotary" else {}
     return own | {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,

@@ -14,24 +14,28 @@ from research.interop import mapping
 from research.interop.architecture import Architecture, choose, class_of, config_from
 from research.interop.bart import BART, MBART
 from research.interop.bert import BERT, ROBERTA, XLM_ROBERTA
+from research.interop.deepseek import DEEPSEEK_V3
+from research.interop.dense import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from research.interop.falcon import FALCON
+from research.interop.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from research.interop.gpt2 import GPT, GPT2
 from research.interop.llama import LLAMA
+from research.interop.mixtures import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from research.interop.modernbert import MODERNBERT
 from research.interop.mpt import MPT
 from research.interop.safetensors_files import Stored, Writer, read_header
 from research.interop.t5 import MT5, T5
 from research.models.config import ModelConfig
 
-ARCHITECTURES = {
-    architecture.model_type: architecture
-    for architecture in (
-        *(GPT2, LLAMA, GPT, FALCON, MPT),
-        *(BERT, ROBERTA, XLM_ROBERTA, MODERNBERT),
-        *(T5, MT5, BART, MBART),
-    )
-}
+# The first one that holds a model is what it is written as, where nothing says what it was.
+_ALL = (
+    *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3, GEMMA3),
+    *(GPT, FALCON, MPT, BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, T5, MT5, BART, MBART),
+)
+ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+NO_TOKENS = dict.fromkeys(("bos", "eos", "pad"))
 # The most bytes of a file, as transformers has it.
 SHARD_BYTES = 5 * 10**9
 
@@ -93,6 +97,7 @@ def to_hugging_face(
     params: Any,
     folder: str | pathlib.Path,
     token_ids: Mapping[str, int | None] | None = None,
+    model_type: str | None = None,
 ) -> None:
     """Writes a folder that `from_pretrained` of `transformers` loads.
 
@@ -100,13 +105,15 @@ def to_hugging_face(
       config: the model.
       params: its parameters, layers scanned or unrolled.
       folder: made where it is missing.
-      token_ids: `bos`, `eos` and `pad` of its tokenizer; None leaves them to `transformers`.
+      token_ids: `bos`, `eos` and `pad` of its tokenizer; None says that there are none, where `transformers` would
+        take those of the family's own tokenizer, which may lie outside of the vocabulary.
+      model_type: the architecture to try before all others.
 
     Raises:
       UserError: no architecture holds this model; of the nearest ones the field that each cannot have is named.
     """
-    architecture, fields = choose(ARCHITECTURES.values(), config)
-    write_hugging_face(architecture, fields, config, mapping.reader(config, params), folder, token_ids or {})
+    architecture, fields = choose(ARCHITECTURES.values(), config, first=model_type)
+    write_hugging_face(architecture, fields, config, mapping.reader(config, params), folder, token_ids or NO_TOKENS)
 
 
 def write_hugging_face(

@@ -1,149 +1,148 @@
-"""LLaMA 1, 2 and 3 in Hugging Face's form (`transformers.LlamaForCausalLM`)."""
+"""LLaMA 1, 2 and 3 in Hugging Face's form, and what the many decoders have that are built like it."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
+from research.interop.parts import Part, architecture, fixed, named
+from research.interop.rotary import rotary
 from research.interop.tensor import Tensor
-from research.models.config import ModelConfig, PositionConfig
 
-_LAYER, _OURS = "model.layers.{layer}", "{layer}"
-# Their name of a rotary scaling's field, and ours.
-_SCALING = {
-    "factor": "factor",
-    "low_freq_factor": "low_frequency_factor",
-    "high_freq_factor": "high_frequency_factor",
-    "original_max_position_embeddings": "original_length",
-}
+LAYER, OURS = "model.layers.{layer}", "{layer}"
 
 
-def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    width, heads = fields["hidden_size"], fields["num_attention_heads"]
-    return {
-        "vocab_size": fields["vocab_size"],
-        "num_layers": fields["num_hidden_layers"],
-        "embed_dim": width,
-        "max_length": fields["max_position_embeddings"],
-        "attention": {
-            "num_heads": heads,
-            "num_kv_heads": heads if fields["num_key_value_heads"] is None else fields["num_key_value_heads"],
-            "head_dim": width // heads if fields["head_dim"] is None else fields["head_dim"],
-            "qkv_bias": fields["attention_bias"],
-            "out_bias": fields["attention_bias"],
-        },
-        "mlp": {
-            "hidden_dim": fields["intermediate_size"],
-            "activation": to_tessera(fields["hidden_act"], "hidden_act"),
-            "gated": True,
-            "bias": fields["mlp_bias"],
-        },
-        "norm": {"kind": "rmsnorm", "placement": "pre", "epsilon": fields["rms_norm_eps"], "bias": False},
-        "position": _read_rotary(fields),
-        "tied_embeddings": fields["tie_word_embeddings"],
-        "init_stddev": fields["initializer_range"],
-    }
-
-
-def _read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of its elders."""
-    rope = {"rope_theta": fields["rope_theta"]}
-    for group in ("rope_scaling", "rope_parameters"):
-        if not isinstance(fields[group], dict | None):
-            raise UserError(f"{group} = {fields[group]!r} must be a group of fields.")
-        rope |= fields[group] or {}
-    theta = rope.pop("rope_theta")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    wanted = {"default": (), "llama3": tuple(_SCALING)}
-    if kind not in wanted:
-        raise UserError(f"rope_type = {kind!r} is not supported: {' and '.join(map(repr, wanted))} are.")
-    for name in {*rope, *wanted[kind]}:
-        if name not in rope:
-            raise UserError(f"{name} of rope_type = {kind!r} is missing.")
-        if name not in wanted[kind]:
-            raise UserError(f"{name} = {rope[name]!r} of rope_type = {kind!r} is not supported.")
-    scaling = {ours: rope[theirs] for theirs, ours in _SCALING.items()} if kind == "llama3" else None
-    return {"kind": "rotary", "theta": theta, "scaling": scaling}
-
-
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.embed_dim,
-        "max_position_embeddings": config.max_length,
-        "num_attention_heads": config.attention.num_heads,
-        "num_key_value_heads": config.attention.num_kv_heads,
-        "head_dim": config.attention.head_dim,
-        "attention_bias": config.attention.qkv_bias,
-        "intermediate_size": config.mlp.hidden_dim,
-        "hidden_act": THEIRS[config.mlp.activation],
-        "mlp_bias": config.mlp.bias,
-        "rms_norm_eps": config.norm.epsilon,
-        **_write_rotary(config.position),
-        "tie_word_embeddings": config.tied_embeddings,
-        "initializer_range": config.init_stddev,
-    }
-
-
-def _write_rotary(position: PositionConfig) -> dict[str, Any]:
-    """Writes the elder form, which every version of transformers reads."""
-    scaling = None
-    if position.scaling is not None:
-        values = {theirs: getattr(position.scaling, ours) for theirs, ours in _SCALING.items()}
-        scaling = {"rope_type": "llama3", **values}
-    return {"rope_theta": position.theta, "rope_scaling": scaling}
-
-
-def _linear(theirs: str, ours: str, num_inputs: int = 1) -> tuple[Tensor, Tensor]:
-    """Returns the weight of a torch `Linear`, and the bias that some checkpoints have."""
+def linear(theirs: str, ours: str, num_inputs: int = 1) -> tuple[Tensor, Tensor]:
+    """Returns the weight of a torch `Linear` of a layer, and the bias that some checkpoints have."""
     return (
-        Tensor(f"{_LAYER}.{theirs}.weight", (f"{_OURS}/{ours}/kernel",), num_inputs, transposed=True),
-        Tensor(f"{_LAYER}.{theirs}.bias", (f"{_OURS}/{ours}/bias",)),
+        Tensor(f"{LAYER}.{theirs}.weight", (f"{OURS}/{ours}/kernel",), num_inputs, transposed=True),
+        Tensor(f"{LAYER}.{theirs}.bias", (f"{OURS}/{ours}/bias",)),
     )
 
 
-LLAMA = Architecture(
-    model_type="llama",
-    model_class="LlamaForCausalLM",
-    prefixes=("model.",),
-    tensors=(
+def norm(theirs: str, ours: str) -> Tensor:
+    """Returns the scale of a norm of a layer."""
+    return Tensor(f"{LAYER}.{theirs}.weight", (f"{OURS}/{ours}/scale",))
+
+
+ATTENTION = (
+    *linear("self_attn.q_proj", "attention/query"),
+    *linear("self_attn.k_proj", "attention/key"),
+    *linear("self_attn.v_proj", "attention/value"),
+    *linear("self_attn.o_proj", "attention/out", num_inputs=2),
+)
+QK_NORM = (norm("self_attn.q_norm", "attention/query_norm"), norm("self_attn.k_norm", "attention/key_norm"))
+MLP = (
+    *linear("mlp.gate_proj", "mlp/gate"),
+    *linear("mlp.up_proj", "mlp/up"),
+    *linear("mlp.down_proj", "mlp/down"),
+)
+PRE_NORMS = (norm("input_layernorm", "attention_norm"), norm("post_attention_layernorm", "mlp_norm"))
+
+SIZES = named(
+    {
+        "vocab_size": "vocab_size",
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "embed_dim",
+        "max_position_embeddings": "max_length",
+        "num_attention_heads": "attention.num_heads",
+        "rms_norm_eps": "norm.epsilon",
+        "tie_word_embeddings": "tied_embeddings",
+        "initializer_range": "init_stddev",
+    },
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    initializer_range=0.02,
+)
+RMS = fixed({"norm.kind": "rmsnorm", "norm.placement": "pre", "norm.bias": False, "mlp.gated": True})
+
+
+def _read_heads(fields: Mapping[str, Any]) -> dict[str, Any]:
+    heads, kv_heads, width = (fields[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    return {
+        "attention.num_kv_heads": heads if kv_heads is None else kv_heads,
+        "attention.head_dim": fields["hidden_size"] // heads if width is None else width,
+    }
+
+
+HEADS = Part(
+    read=_read_heads,
+    write=lambda config: {
+        "num_key_value_heads": config.attention.num_kv_heads,
+        "head_dim": config.attention.head_dim,
+    },
+    defaults={"num_key_value_heads": None, "head_dim": None},
+)
+DENSE = named({"intermediate_size": "mlp.hidden_dim"})
+
+
+def activation(field: str = "hidden_act", default: str = "silu", gelu_tanh: str = "gelu_new") -> Part:
+    """Returns the part of the activation.
+
+    Args:
+      field: its field.
+      default: where that is missing.
+      gelu_tanh: which of its names that one is written with.
+    """
+    theirs = THEIRS | {"gelu_tanh": gelu_tanh}
+    return Part(
+        read=lambda fields: {"mlp.activation": to_tessera(fields[field], field)},
+        write=lambda config: {field: theirs[config.mlp.activation]},
+        defaults={field: default},
+    )
+
+
+def biases(default: bool, out: bool = False, field: str = "attention_bias") -> Part:
+    """Returns the part of the biases of attention.
+
+    Args:
+      default: whether there are any where no field says it.
+      out: whether the output projection has one, too.
+      field: the field.
+    """
+
+    def read(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"attention.qkv_bias": fields[field], "attention.out_bias": out and fields[field]}
+
+    return Part(read=read, write=lambda config: {field: config.attention.qkv_bias}, defaults={field: default})
+
+
+CORE = (SIZES, RMS, HEADS)
+
+
+def decoder(model_type: str, model_class: str, layer: tuple[Tensor, ...], *parts: Part, **rest: Any) -> Architecture:
+    """Returns an architecture built as LLaMA is: an embedding, layers, a last norm, an output projection.
+
+    Args:
+      model_type, model_class, rest: see `Architecture`.
+      layer: the tensors of a layer.
+      parts: of its config.json.
+    """
+    options = {
+        "prefixes": ("model.",),
+        "copies": {"lm_head.weight": "model.embed_tokens.weight"},
+        "ignored": {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies that the config gives"},
+        "dropouts": ("attention_dropout",),
+    }
+    tensors = (
         Tensor("model.embed_tokens.weight", ("embed/embedding",), num_inputs=1),
-        Tensor(f"{_LAYER}.input_layernorm.weight", (f"{_OURS}/attention_norm/scale",)),
-        *_linear("self_attn.q_proj", "attention/query"),
-        *_linear("self_attn.k_proj", "attention/key"),
-        *_linear("self_attn.v_proj", "attention/value"),
-        *_linear("self_attn.o_proj", "attention/out", num_inputs=2),
-        Tensor(f"{_LAYER}.post_attention_layernorm.weight", (f"{_OURS}/mlp_norm/scale",)),
-        *_linear("mlp.gate_proj", "mlp/gate"),
-        *_linear("mlp.up_proj", "mlp/up"),
-        *_linear("mlp.down_proj", "mlp/down"),
+        *layer,
         Tensor("model.norm.weight", ("final_norm/scale",)),
         Tensor("lm_head.weight", ("unembed",), num_inputs=1, transposed=True),
-    ),
-    copies={"lm_head.weight": "model.embed_tokens.weight"},
-    ignored={r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies that the config gives"},
-    required=(
-        *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
-        "max_position_embeddings",
-    ),
-    defaults={
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000.0,
-        "rope_scaling": None,
-        "rope_parameters": None,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-    },
+    )
+    return architecture(model_type, model_class, tensors, parts, **{**options, **rest})
+
+
+LLAMA = decoder(
+    "llama",
+    "LlamaForCausalLM",
+    (*PRE_NORMS, *ATTENTION, *MLP),
+    *CORE,
+    DENSE,
+    activation(),
+    biases(default=False, out=True),
+    named({"mlp_bias": "mlp.bias"}, mlp_bias=False),
+    rotary(),
     # How many pieces a product was once taken in; the sum is the same.
-    inert=("pretraining_tp",),
-    dropouts=("attention_dropout",),
-    read=_read,
-    write=_write,
+    Part(inert=("pretraining_tp",)),
 )

@@ -55,6 +55,7 @@ class Piece(NamedTuple):
     values: Float32[np.ndarray, "..."]
 
 
+@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a deep model takes a second
 def abstract_params(config: ModelConfig) -> Any:
     """Returns the shapes of a model's parameters, as a tree."""
     return jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
@@ -245,10 +246,9 @@ def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:
     named = {name: np.empty(shape.shape, shape.dtype) for name, shape in unrolled_shapes(config).items()}
     for name, box, values in pieces:
         named[name][box] = values
-    named = jax.tree.map(jnp.asarray, named)
-    if scans_layers(config):
-        named = stack_layers(named)
-    abstract = abstract_params(config)
+    named, abstract = jax.tree.map(jnp.asarray, named), abstract_params(config)
+    if scans_layers(config):  # all but the first layers
+        named = unstack_layers(stack_layers(named), named_leaves(abstract))
     return jax.tree.unflatten(jax.tree.structure(abstract), [named[name] for name in named_leaves(abstract)])
 
 

@@ -7,7 +7,7 @@ from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import joined, linear, multi_head, norm, table
-from research.interop.rope_theta import theta_of
+from research.interop.rotary import position, rope_fields, write_position
 from research.interop.tensor import Tensor
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
 
@@ -51,7 +51,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "epsilon": fields["norm_eps"],
             "bias": fields["norm_bias"],
         },
-        "position": {"kind": "rotary", "theta": _theta(fields, _FULL)},
+        "position": _position(fields, _FULL),
         "first_layers": [{**first, "attention_norm": False}],
         "pattern": rest,
         "embedding": {"norm": True},
@@ -74,7 +74,7 @@ def _layers(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     local = {
         # Tokens at half of this width are the last that are seen.
         "window": fields["local_attention"] // 2 + 1,
-        "position": {"kind": "rotary", "theta": _theta(fields, _SLIDING)},
+        "position": _position(fields, _SLIDING),
     }
     return [local if kind == _SLIDING else {} for kind in (kinds[0], *pattern)]
 
@@ -85,16 +85,17 @@ def _shortest_pattern(kinds: list[str]) -> list[str]:
     return kinds[: next((n for n in lengths if kinds[n:] == kinds[:-n]), 1)] or [_FULL]
 
 
-def _theta(fields: Mapping[str, Any], kind: str) -> float:
+def _position(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     elder = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}[kind]
     named = (fields["rope_parameters"] or {}).get(kind)
-    return theta_of({"rope_theta": fields[elder], "rope_scaling": None, "rope_parameters": named})
+    rope = rope_fields({"rope_theta": fields[elder], "rope_scaling": None, "rope_parameters": named})
+    return position(rope, fields["max_position_embeddings"])
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     layers = config.layers()
     local = next((layer for layer in layers if layer.window is not None), _LOCAL)
-    theta = config.position_of(local).theta
+    own = config.position_of(local)
     return {
         "architectures": [_WITH_HEAD if config.head.transform else _WITHOUT],
         "vocab_size": config.vocab_size,
@@ -115,11 +116,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "layer_types": [_FULL if layer.window is None else _SLIDING for layer in layers],
         "local_attention": 2 * (local.window - 1),
         "global_rope_theta": config.position.theta,
-        "local_rope_theta": theta,
-        "rope_parameters": {
-            _FULL: {"rope_type": "default", "rope_theta": config.position.theta},
-            _SLIDING: {"rope_type": "default", "rope_theta": theta},
-        },
+        "local_rope_theta": own.theta,
+        "rope_parameters": {_FULL: write_position(config.position), _SLIDING: write_position(own)},
         "initializer_range": config.init_stddev,
     }
 

@@ -77,9 +77,10 @@ def project_out(config: ModelConfig) -> Projection:
     )
 
 
-def head_norm(config: ModelConfig, names: tuple[str, ...], name: str) -> Norm:
-    """Returns an RMS norm inside attention, with the epsilon of the model's."""
-    rms = NormConfig(kind="rmsnorm", epsilon=config.norm.epsilon, unit_offset=config.norm.unit_offset)
+def head_norm(config: ModelConfig, names: tuple[str, ...], name: str, epsilon: float | None = None) -> Norm:
+    """Returns an RMS norm inside attention; None is the epsilon of the model's norms."""
+    epsilon = config.norm.epsilon if epsilon is None else epsilon
+    rms = NormConfig(kind="rmsnorm", epsilon=epsilon, unit_offset=config.norm.unit_offset)
     return Norm(rms, names, name=name)
 
 

@@ -41,13 +41,13 @@ class LatentAttention(nn.Module):
         source, axis = x, "embed"
         if latent.q_dim is not None:
             narrow = Projection((latent.q_dim,), ("embed", "latent"), name="query_down", **options)(x)
-            source, axis = head_norm(model, ("latent",), "query_norm")(narrow), "latent"
+            source, axis = head_norm(model, ("latent",), "query_norm", latent.epsilon)(narrow), "latent"
         width = c.head_dim + latent.rope_dim
         q = Projection((c.num_heads, width), (axis, "heads", "head"), name="query", **options)(source)
         q = jnp.concatenate([q[..., : c.head_dim], turn(q[..., c.head_dim :])], axis=-1)
 
         states = Projection((latent.kv_dim,), ("embed", "latent"), name="latent", **options)(x)
-        states = head_norm(model, ("latent",), "latent_norm")(states)
+        states = head_norm(model, ("latent",), "latent_norm", latent.epsilon)(states)
         turned = turn(Projection((1, latent.rope_dim), ("embed", "types", "head"), name="turned_key", **options)(x))
         mask = context.mask
         if cache is not None:

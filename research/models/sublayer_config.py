@@ -24,15 +24,18 @@ class LatentConfig:
       q_dim: width of the queries' latent; None projects queries directly.
       rope_dim: turned columns of a head, even.
       value_dim: width of a head's values.
+      epsilon: added to the variance of the latents, which the released code does not take from the model's norms.
     """
 
     kv_dim: int
     q_dim: int | None
     rope_dim: int
     value_dim: int
+    epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         at_least(self, 1, "kv_dim", "value_dim", *(("q_dim",) if self.q_dim is not None else ()))
+        at_least(self, 0, "epsilon")
         if self.rope_dim < 2 or self.rope_dim % 2:
             raise UserError(f"rope_dim = {self.rope_dim} must be even and at least 2.")
 

@@ -61,12 +61,12 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
         raise UserError(f"--dtype = {dtype!r} is not known. {nearest(dtype, DTYPES)}")
     if dtype is not None and format != "hf":
         raise UserError(f"--dtype = {dtype!r} needs --format=hf: parameters in a workdir are float32.")
-    origin = local_path("--from", source)
+    origin, place = local_path("--from", source), local_path("--to", target)
     write = _write_hugging_face if format == "hf" else _write_workdir
     faults: list[str] = []
     for open_model in candidates(origin):
         try:
-            with new_folder(local_path("--to", target)) as folder:
+            with new_folder(place) as folder:
                 model = open_model()
                 write(folder, model, _fitting_tokenizer(model, origin, tokenizer), dtype or "float32")
                 model.check()

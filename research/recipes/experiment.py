@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from research.core import config as configs
 from research.core.errors import UserError
+from research.data.objectives import encoder_length
 from research.data.prepare import DataConfig
 from research.models.config import ModelConfig
 from research.optim.optimizers import OptimConfig
@@ -13,6 +15,18 @@ from research.parallel.distributed import DistributedConfig
 from research.parallel.mesh import MeshConfig
 from research.training.checkpoints import CheckpointConfig
 from research.training.config import TrainConfig
+
+# Which structures an objective's batches are for.
+_BOTH_STACKS = ("encoder_decoder",)
+STRUCTURES = {
+    "causal": ("decoder",),
+    "masked": ("encoder",),
+    "prefix": ("prefix",),
+    "span": _BOTH_STACKS,
+    "denoise": _BOTH_STACKS,
+    "infill": _BOTH_STACKS,
+    "translate": _BOTH_STACKS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +42,17 @@ class ExperimentConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
+        kind, structure = self.data.objective.kind, self.model.structure
+        if structure not in STRUCTURES[kind]:
+            fitting = " or ".join(repr(kind) for kind, structures in STRUCTURES.items() if structure in structures)
+            raise UserError(
+                f"data.objective.kind = {kind!r} does not train model.structure = {structure!r}. Use {fitting}."
+            )
+        if encoder_length(self.data.objective, self.train.sequence_length) > self.model.max_length:
+            raise UserError(
+                f"data.objective.encoder_length = {self.data.objective.encoder_length} is longer than "
+                f"model.max_length = {self.model.max_length}."
+            )
         if self.train.sequence_length > self.model.max_length:
             raise UserError(
                 f"train.sequence_length = {self.train.sequence_length} is longer than "
@@ -51,3 +76,11 @@ def load_experiment(spec: str, overrides: Sequence[tuple[str, str]]) -> Experime
         return configs.bind(ExperimentConfig, values)
     except UserError as error:
         raise UserError(f"{spec.partition(':')[0]}: {error}") from error
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a plain config that a workdir holds with the fields that are newer than it, at their defaults."""
+    try:
+        return configs.plain(configs.bind(ExperimentConfig, values))
+    except UserError:  # of a converted model, or of a version that had other fields: taken as it stands
+        return values

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from research.core.backend import cache_folder
 from research.core.errors import UserError
 from research.data.loader import Loader, heldout_batches
-from research.data.objectives import Batch
+from research.data.objectives import Batch, special_ids
 from research.data.prepare import Prepared, prepare
 from research.recipes.experiment import ExperimentConfig
 
@@ -30,6 +30,13 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
             f"model.vocab_size = {config.model.vocab_size} is below the tokenizer's {prepared.tokenizer.vocab_size} "
             f"ids. Use at least that."
         )
+    if config.model.structure == "encoder_decoder":
+        start = special_ids(config.data.objective, prepared.tokenizer).start
+        if start != config.model.start_id:
+            raise UserError(
+                f"model.start_id = {config.model.start_id} is not the id {start} that data.objective.decoder_start = "
+                f"{config.data.objective.decoder_start!r} begins the decoder with. Make them agree."
+            )
     if not any(corpus.num_targets for corpus in prepared.heldout):
         raise UserError("data.sources: no document is held out; raise heldout_fraction or add text.")
     return prepared

@@ -1,7 +1,6 @@
 """A trained model in one object, for the verbs that read one, notebooks and scripts."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -20,9 +18,10 @@ from research.data.tokenizers import Tokenizer
 from research.inference.beam_generate import Beam, beam_generate
 from research.inference.beams import BeamConfig
 from research.inference.generate import Generated, generate
+from research.inference.logits import logits, rows_of
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
-from research.models.transformer import Transformer, init_params
+from research.models.transformer import init_params
 from research.recipes.workdir import local_path, read_config
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 
@@ -43,31 +42,39 @@ class LoadedModel:
     tokenizer: Tokenizer
     step: int
 
-    def logits(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> Float[Array, "B T V"]:
+    def logits(
+        self,
+        tokens: ArrayLike,
+        segments: ArrayLike | None = None,
+        *,
+        encoder_tokens: ArrayLike | None = None,
+        encoder_segments: ArrayLike | None = None,
+        **inputs: ArrayLike,
+    ) -> Float[Array, "B T V"]:
         """Returns float32 logits of whole sequences.
 
         Args:
           tokens: ids [B, T] below the vocabulary's size, as lists or an array.
           segments: [B, T], of packed rows, 0 for padding; positions start anew in each. None: a row is one sequence.
+          encoder_tokens: ids [B, M] that an encoder-decoder's encoder reads.
+          encoder_segments: [B, M], as `segments`, and of the same documents.
+          inputs: `types` or `prefix` [B, T], for models that read them (`Transformer.__call__`).
 
         Raises:
-          UserError: not rows of ids, an id out of range, or rows longer than the model's positions.
+          UserError: not rows of ids, an id out of range, rows longer than the model's positions, or an encoder's
+            tokens missing or too many.
         """
-        tokens = np.asarray(tokens, np.int32)
-        if tokens.ndim != 2:
-            raise UserError(f"tokens: shape {tokens.shape} must be [rows, ids]: one row is [[1, 2, 3]].")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            bad = tokens.min() if tokens.min() < 0 else tokens.max()
-            raise UserError(f"tokens: id {bad} is out of range: it must lie in [0, {self.config.vocab_size}).")
-        if tokens.shape[1] > self.config.max_length:
-            raise UserError(f"tokens: {tokens.shape[1]} is longer than model.max_length = {self.config.max_length}.")
-        index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        positions = index
-        if segments is not None:
-            segments = jnp.asarray(segments, jnp.int32)
-            starts = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments, axis=1)], axis=1) != 0
-            positions = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-        return _logits(self.config, self.params, jnp.asarray(tokens), positions, segments)
+        if (encoder_tokens is None) == (self.config.structure == "encoder_decoder"):
+            need = "is missing" if encoder_tokens is None else "is given"
+            raise UserError(f"encoder_tokens {need} for model.structure = {self.config.structure!r}.")
+        read = {
+            **rows_of(self.config, "tokens", tokens, segments),
+            **{name: jnp.asarray(x) for name, x in inputs.items()},
+        }
+        if encoder_tokens is not None:
+            encoded = rows_of(self.config, "encoder_tokens", encoder_tokens, encoder_segments)
+            read |= {f"encoder_{name}": array for name, array in encoded.items()}
+        return logits(self.config, self.params, read)
 
     def generate(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **fields: Any) -> list[Generated]:
         """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that beam search finds.
@@ -112,14 +119,6 @@ def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
             why = f"draws, and num_beams = {fields['num_beams']} searches" if searches else "needs num_beams above 1"
             raise UserError(f"{field.name} = {fields[field.name]!r} {why}.")
     return configs.bind(wanted, fields)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, params: Any, tokens: Array, positions: Array, segments: Array | None) -> Array:
-    def apply(module: Transformer) -> Array:
-        return module.logits(module(tokens, positions, segments).hidden)
-
-    return Transformer(config).apply({"params": params}, method=apply)
 
 
 def load(workdir: str | pathlib.Path) -> LoadedModel:

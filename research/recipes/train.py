@@ -16,6 +16,7 @@ from research.core.errors import Interrupted
 from research.core.random import key_for
 from research.core.trees import count
 from research.data.loader import Loader
+from research.data.objectives import encoder_length
 from research.parallel import distributed
 from research.parallel.rules import process_rows
 from research.recipes import workdir as workdirs
@@ -140,6 +141,7 @@ def _restore(
 
 
 def _throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> loop.Throughput:
-    flops = train_flops_per_token(config.model, config.train.sequence_length)
+    length = config.train.sequence_length
+    flops = train_flops_per_token(config.model, length, encoder_length(config.data.objective, length))
     peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
     return loop.Throughput(flops, None if peak is None else peak * mesh.size, mesh.size)

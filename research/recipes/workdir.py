@@ -16,7 +16,7 @@ import jax
 from research.core import config as configs
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
-from research.recipes.experiment import ExperimentConfig
+from research.recipes.experiment import ExperimentConfig, completed
 
 logger = logging.getLogger("tessera")
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
@@ -54,21 +54,13 @@ def check(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     except OSError as error:
         raise UserError(f"--workdir = {workdir} cannot be written: {error.strerror}.") from error
     if (workdir / "config.json").exists():
-        held, wanted = _bound(read_config(workdir)), configs.plain(config)
+        held, wanted = completed(read_config(workdir)), configs.plain(config)
         difference = configs.first_difference(_fixed(held), _fixed(wanted))
         if difference is not None:
             raise UserError(
                 f"--workdir = {workdir} belongs to another config: {difference} is {_at(held, difference)} there, "
                 f"{_at(wanted, difference)} here. Use another workdir, or delete this one."
             )
-
-
-def _bound(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a workdir's config with the fields that have come since it was made, at their defaults."""
-    try:
-        return configs.plain(configs.bind(ExperimentConfig, values))
-    except UserError:  # of a converted model, or of a version that had other fields: compared as it stands
-        return values
 
 
 def _at(values: Any, name: str) -> str:

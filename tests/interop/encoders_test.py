@@ -230,7 +230,7 @@ def test_names_without_prefix_and_masks_of_gpt_are_read():
         ("falcon-7b", {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn = False"),
         ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),
         ("falcon-7b", {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads = 2 must be num_attention_heads = 4"),
-        ("falcon-7b", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters = "),
+        ("falcon-7b", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "attn_config.clip_qkv = 6.0"),
         ("mpt", {"attn_config": {"alibi": False}}, "attn_config.alibi = False"),
         ("mpt", {"logit_scale": "inv_sqrt_d_model"}, "logit_scale = 'inv_sqrt_d_model' is not supported"),

@@ -31,11 +31,28 @@ def write_folder(folder: pathlib.Path, fields: dict[str, Any], tensors: dict[str
     return folder
 
 
-def logits_of(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """Returns float32 logits `[B, T, V]` of whole sequences."""
+def measured(config: ModelConfig, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Returns float32 logits `[B, T, V]` and the gradient of the next token's mean cross-entropy."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+
+    def loss(params: Any) -> Any:
+        logits = _apply(config, params, tokens)
+        log_probabilities = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean(), logits
+
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return np.asarray(logits), gradients
+
+
+def _apply(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
     def apply(module: Transformer) -> Any:
-        return module.logits(module(jnp.asarray(tokens, jnp.int32), positions)[0])
+        return module.logits(module(tokens, positions).hidden)
 
-    return np.asarray(jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(params))
+    return Transformer(config).apply({"params": params}, method=apply)
+
+
+def logits_of(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarray:
+    """Returns float32 logits `[B, T, V]` of whole sequences."""
+    return np.asarray(jax.jit(lambda params: _apply(config, params, jnp.asarray(tokens, jnp.int32)))(params))

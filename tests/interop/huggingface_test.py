@@ -30,13 +30,6 @@ def off_by(config, params, name):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_logits_equal_torch(name, tmp_path):
-    config, params = from_hugging_face(golden_folder(tmp_path, name))
-    assert np.abs(cases.golden_logits(name)).max() > 0.5
-    assert off_by(config, params, name) < TOLERANCE
-
-
-@pytest.mark.parametrize("name", cases.CASES)
 def test_preset_is_what_the_config_file_says(name):
     architecture = GPT2 if name.startswith("gpt2") else LLAMA
     read = config_from(architecture, cases.stored()[name]["config"])
@@ -166,7 +159,7 @@ def test_all_wrong_tensors_are_named_at_once():
     ("name", "fields", "message"),
     [
         (LLAMA_1, {"model_type": "mamba"}, "model_type = 'mamba' is not supported"),
-        (LLAMA_1, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn' is not supported"),
+        (LLAMA_1, {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type = 'ntk' is not supported"),
         (
             LLAMA_1,
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},

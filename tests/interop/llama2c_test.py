@@ -1,5 +1,7 @@
 """Files of llama2.c: claims about `interop.llama2c`."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from research.data import tokenizers
 from research.data.tokenizers import TokenizerConfig
 from research.inference.generate import generate
 from research.inference.sampling import SamplingConfig
+from research.interop.huggingface import from_hugging_face, to_hugging_face
 from research.interop.llama2c import from_llama2c
 from tests.interop import cases
 from tests.interop.folders import TOLERANCE, logits_of
@@ -75,11 +78,17 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
         from_llama2c(tmp_path / "none.bin")
 
 
-@pytest.fixture(scope="module")
-def stories(shared_data):
+@pytest.fixture(scope="module", params=["as it is", "through Hugging Face's form"])
+def stories(shared_data, request, tmp_path_factory):
     folder = shared_data / "stories260K"
     tokenizer = tokenizers.build(TokenizerConfig(kind="sentencepiece", path=str(folder / "tok512.model")), ())
-    return *from_llama2c(folder / "stories260K.bin"), tokenizer
+    config, params = from_llama2c(folder / "stories260K.bin")
+    if request.param != "as it is":
+        out = tmp_path_factory.mktemp("stories")
+        to_hugging_face(config, params, out)
+        assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+        config, params = from_hugging_face(out)
+    return config, params, tokenizer
 
 
 def test_stories260k_continues_as_its_authors_run_does(stories):

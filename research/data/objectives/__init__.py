@@ -41,7 +41,9 @@ __all__ = [
     "batch_shapes",
     "build",
     "causal_batch",
+    "encoder_length",
     "identity",
+    "special_ids",
 ]
 
 

@@ -1,0 +1,208 @@
+"""DeepSeek-V3 in Hugging Face's form; also R1, V3.1 and what else has its model_type."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from research.core.errors import UserError
+from research.interop.llama import LAYER, MLP, OURS, PRE_NORMS, RMS, SIZES, activation, decoder, linear, norm
+from research.interop.mixtures import LOADS, experts
+from research.interop.parts import Part, fixed, named
+from research.interop.rotary import read_rotary, rope_fields, rope_kind, rotary, write_rotary, yarn_amplitude
+from research.interop.tensor import Tensor
+from research.models.config import LatentConfig, ModelConfig
+
+
+def _latent(config: ModelConfig) -> LatentConfig:
+    if config.attention.latent is None:
+        raise UserError("attention.latent is not set")
+    return config.attention.latent
+
+
+def _neighbours(width: int) -> Int[np.ndarray, "width"]:
+    """Returns which column of halves each is, where the columns that are turned together lie beside each other."""
+    return np.arange(width).reshape(2, -1).T.reshape(-1)
+
+
+def _query_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
+    plain, turned = config.attention.head_dim, _latent(config).rope_dim
+    head = np.concatenate([np.arange(plain), plain + _neighbours(turned)])
+    return (np.arange(config.attention.num_heads)[:, None] * (plain + turned) + head).reshape(-1)
+
+
+def _latent_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
+    latent = _latent(config)
+    return np.concatenate([np.arange(latent.kv_dim), latent.kv_dim + _neighbours(latent.rope_dim)])
+
+
+def _key_value_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
+    """Head by head, its key and then its value."""
+    heads, keys = config.attention.num_heads, config.attention.num_heads * config.attention.head_dim
+    values = heads * _latent(config).value_dim
+    parts = [np.arange(keys).reshape(heads, -1), keys + np.arange(values).reshape(heads, -1)]
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def _query(theirs: str, narrow: bool) -> Tensor:
+    """Returns the projection of the queries, whose name tells whether it reads a latent of their own."""
+    return Tensor(
+        f"{LAYER}.self_attn.{theirs}.weight",
+        (f"{OURS}/attention/query/kernel",),
+        num_inputs=1,
+        transposed=True,
+        order=_query_order,
+        when=lambda config: (_latent(config).q_dim is not None) == narrow,
+    )
+
+
+ATTENTION = (
+    *linear("self_attn.q_a_proj", "attention/query_down"),
+    norm("self_attn.q_a_layernorm", "attention/query_norm"),
+    _query("q_b_proj", narrow=True),
+    _query("q_proj", narrow=False),
+    Tensor(
+        f"{LAYER}.self_attn.kv_a_proj_with_mqa.weight",
+        (f"{OURS}/attention/latent/kernel", f"{OURS}/attention/turned_key/kernel"),
+        num_inputs=1,
+        transposed=True,
+        order=_latent_order,
+    ),
+    norm("self_attn.kv_a_layernorm", "attention/latent_norm"),
+    Tensor(
+        f"{LAYER}.self_attn.kv_b_proj.weight",
+        (f"{OURS}/attention/key/kernel", f"{OURS}/attention/value/kernel"),
+        num_inputs=1,
+        transposed=True,
+        order=_key_value_order,
+    ),
+    *linear("self_attn.o_proj", "attention/out", num_inputs=2),
+)
+# The head width of its config.json is what is turned of a head.
+HEADS = Part(
+    read=lambda fields: {"attention.num_kv_heads": fields["num_attention_heads"]},
+    write=lambda config: {"num_key_value_heads": config.attention.num_kv_heads},
+    inert=("num_key_value_heads", "head_dim"),
+)
+LATENT = named(
+    {
+        "kv_lora_rank": "attention.latent.kv_dim",
+        "q_lora_rank": "attention.latent.q_dim",
+        "qk_nope_head_dim": "attention.head_dim",
+        "qk_rope_head_dim": "attention.latent.rope_dim",
+        "v_head_dim": "attention.latent.value_dim",
+    },
+    q_lora_rank=1536,
+)
+
+
+def _read_scale(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the positions, and the factor on the scores that comes with their scaling (`mscale_all_dim`)."""
+    rope = rope_fields(fields)
+    values = read_rotary(fields)
+    weight = rope.get("mscale_all_dim") if rope_kind(rope) == "yarn" else None
+    if not weight:
+        return values
+    factor, width = values["position.scaling"]["factor"], fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
+    return values | {"attention.scale": yarn_amplitude(factor, weight) ** 2 / math.sqrt(width)}
+
+
+def _write_scale(config: ModelConfig) -> dict[str, Any]:
+    fields, scale, scaling = write_rotary(config), config.attention.scale, config.position.scaling
+    if scale is None:
+        return fields
+    if scaling is None or scaling.kind != "yarn" or scaling.factor == 1:
+        raise UserError("attention.scale needs position.scaling of kind 'yarn'")
+    raised = math.sqrt(scale * math.sqrt(config.attention.head_dim + _latent(config).rope_dim)) - 1
+    # Twelve digits, so that 1 is written as 1: the root and its square are not inverse to the last bit.
+    weight = float(f"{raised / (0.1 * math.log(scaling.factor)):.12g}")
+    rope = fields["rope_scaling"] | {"mscale_all_dim": weight}
+    if scaling.amplitude == 1:  # in the authors' words, which their own code reads, too
+        del rope["attention_factor"]
+        rope["mscale"] = weight
+    return fields | {"rope_scaling": rope}
+
+
+def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
+    first, count = fields["first_k_dense_replace"], fields["num_hidden_layers"]
+    width = fields["intermediate_size" if first else "moe_intermediate_size"]
+    return {
+        "layers.experts": [i >= first for i in range(count)],
+        "mlp.hidden_dim": width,
+        "experts.shared_dim": fields["n_shared_experts"] * fields["moe_intermediate_size"],
+    }
+
+
+def _write_dense(config: ModelConfig) -> dict[str, Any]:
+    if config.experts is None or config.experts.shared_dim % config.experts.hidden_dim:
+        raise UserError("experts.shared_dim is not a multiple of experts.hidden_dim")
+    return {
+        "first_k_dense_replace": sum(not layer.experts for layer in config.layers()),
+        "intermediate_size": config.mlp.hidden_dim,
+        "n_shared_experts": config.experts.shared_dim // config.experts.hidden_dim,
+    }
+
+
+DEEPSEEK_V3 = decoder(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    (
+        *PRE_NORMS,
+        *ATTENTION,
+        *MLP,
+        *linear("mlp.gate", "mlp/router"),
+        Tensor(f"{LAYER}.mlp.gate.e_score_correction_bias", (f"{OURS}/mlp/selection_bias",)),
+        *experts("mlp", "gate_proj", "up_proj", "down_proj"),
+        *linear("mlp.shared_experts.gate_proj", "mlp/shared/gate"),
+        *linear("mlp.shared_experts.up_proj", "mlp/shared/up"),
+        *linear("mlp.shared_experts.down_proj", "mlp/shared/down"),
+    ),
+    SIZES,
+    RMS,
+    HEADS,
+    LATENT,
+    named(
+        {
+            "n_routed_experts": "experts.num_experts",
+            "num_experts_per_tok": "experts.experts_per_token",
+            "moe_intermediate_size": "experts.hidden_dim",
+            "norm_topk_prob": "experts.renormalize",
+            "n_group": "experts.num_groups",
+            "topk_group": "experts.groups_per_token",
+            "routed_scaling_factor": "experts.scale",
+        },
+        norm_topk_prob=True,
+        n_group=8,
+        topk_group=4,
+        routed_scaling_factor=2.5,
+    ),
+    fixed({"experts.score": "sigmoid", "experts.selection_bias": True}),
+    Part(
+        read=_read_dense,
+        write=_write_dense,
+        required=("intermediate_size",),
+        defaults={"n_shared_experts": 1, "first_k_dense_replace": 3},
+    ),
+    activation(),
+    Part(read=_read_scale, write=_write_scale, defaults=rotary().defaults),
+    LOADS,
+    Part(
+        only={
+            "rope_interleave": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_layer_freq": 1,
+        },
+        # Sizes that others give; how training balances the experts and where they run; the layer left out below.
+        inert=(
+            *("qk_head_dim", "auto_map", "aux_loss_alpha", "ep_size", "seq_aux", "pretraining_tp"),
+            *("num_nextn_predict_layers", "num_mtp_layers"),
+        ),
+    ),
+    ignored={
+        # transformers leaves it out by this number, too.
+        r"model\.layers\.61\..*": "the layer that predicts a further token, which no config.json can ask for",
+    },
+)

@@ -1,0 +1,151 @@
+"""A config.json in parts: groups of fields that several architectures share, each readable and writable by itself."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from research.core.errors import UserError
+from research.interop.architecture import Architecture
+from research.interop.tensor import Tensor
+from research.models.config import ModelConfig
+
+# What `read` of a part calls the fields of each layer: `layers.window` is a list of L windows.
+_LAYERS = "layers."
+
+
+def _nothing(_: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some fields of a config.json and what they say of a model.
+
+    Attributes:
+      read: returns values by the dotted names of a `ModelConfig`'s fields, or lists of them, one a layer, by the names
+        of a `LayerConfig`'s behind `layers.`.
+      write: returns the fields; raises UserError for a model that they have no words for.
+      required, defaults, only, inert: see `Architecture`.
+    """
+
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    write: Callable[[ModelConfig], dict[str, Any]] = _nothing
+    required: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inert: tuple[str, ...] = ()
+
+
+def named(names: Mapping[str, str], **defaults: Any) -> Part:
+    """Returns the part of fields that are those of a `ModelConfig` by another name.
+
+    Args:
+      names: of the fields -> dotted names.
+      defaults: of the fields that may be missing.
+    """
+    return Part(
+        read=lambda fields: {ours: fields[theirs] for theirs, ours in names.items()},
+        write=lambda config: {theirs: _value(config, ours) for theirs, ours in names.items()},
+        required=tuple(name for name in names if name not in defaults),
+        defaults=defaults,
+    )
+
+
+def either(field: str, elder: str, name: str, default: Any) -> Part:
+    """Returns the part of a field that has had two names, of which the first is written.
+
+    Args:
+      field, elder: its names.
+      name: the dotted name.
+      default: where neither is there.
+    """
+
+    def read(fields: Mapping[str, Any]) -> dict[str, Any]:
+        given = [fields[each] for each in (field, elder) if fields[each] is not None]
+        if len(set(given)) > 1:
+            raise UserError(f"{field} = {given[0]!r} must equal {elder} = {given[1]!r}.")
+        return {name: given[0] if given else default}
+
+    return Part(read=read, write=lambda config: {field: _value(config, name)}, defaults={field: None, elder: None})
+
+
+def fixed(values: Mapping[str, Any]) -> Part:
+    """Returns what all models of an architecture are, by dotted names; no field says it."""
+    return Part(read=lambda _: dict(values))
+
+
+def _value(config: ModelConfig, name: str) -> Any:
+    *groups, last = name.split(".")
+    group: Any = config
+    for each in groups:
+        group = getattr(group, each)
+        if group is None:
+            raise UserError(f"{each} is not set")
+    return getattr(group, last)
+
+
+def architecture(
+    model_type: str, model_class: str, tensors: tuple[Tensor, ...], parts: Sequence[Part], **rest: Any
+) -> Architecture:
+    """Returns an architecture whose config.json consists of parts.
+
+    Args:
+      model_type, model_class, tensors, rest: see `Architecture`.
+      parts: where two say something of the same, the later one holds.
+    """
+
+    def read(fields: Mapping[str, Any]) -> dict[str, Any]:
+        values = _merged(part.read(fields) for part in parts)
+        columns = {name.removeprefix(_LAYERS): values.pop(name) for name in list(values) if name.startswith(_LAYERS)}
+        if columns:
+            layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            values |= shortest_pattern(layers)
+        return _nested(values)
+
+    defaults = _merged(part.defaults for part in parts)
+    return Architecture(
+        model_type=model_type,
+        model_class=model_class,
+        tensors=tensors,
+        required=tuple(name for part in parts for name in part.required if name not in defaults),
+        defaults=defaults,
+        only=_merged(part.only for part in parts),
+        inert=tuple(name for part in parts for name in part.inert),
+        read=read,
+        write=lambda config: _merged(part.write(config) for part in parts),
+        **rest,
+    )
+
+
+def _merged(groups: Any) -> dict[str, Any]:
+    return functools.reduce(lambda merged, group: {**merged, **group}, groups, {})
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
+    return nested
+
+
+def shortest_pattern(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the `first_layers` and the `pattern` that give these layers and are the fewest together.
+
+    Args:
+      layers: the values of a `LayerConfig` each; those of a pattern agree in `experts`.
+    """
+    best = None
+    for first in range(len(layers)):
+        rest = layers[first:]
+        period = next(n for n in range(1, len(rest) + 1) if all(each == rest[i % n] for i, each in enumerate(rest)))
+        alike = all(each.get("experts") == rest[0].get("experts") for each in rest[:period])
+        if alike and (best is None or first + period < sum(best)):
+            best = (first, period)
+    assert best is not None, "the last layer alone is a pattern"
+    first, period = best
+    return {"first_layers": list(layers[:first]), "pattern": list(layers[first : first + period])}

@@ -1,0 +1,151 @@
+"""Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` before it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError, nearest
+from research.interop.parts import Part
+from research.models.config import ModelConfig, PositionConfig, RopeScalingConfig
+
+ORIGINAL = "original_max_position_embeddings"
+# Their name of a scaling's field, and ours.
+_OURS = {
+    "factor": "factor",
+    ORIGINAL: "original_length",
+    "low_freq_factor": "low_frequency_factor",
+    "high_freq_factor": "high_frequency_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "truncate": "truncate",
+    "attention_factor": "amplitude",
+    "short_factor": "short_factors",
+    "long_factor": "long_factors",
+}
+# What each kind of scaling needs, and what it may have beside.
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (ORIGINAL,),
+    "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor", ORIGINAL),
+}
+_ALLOWED = {
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor"),
+}
+
+
+def rotary(theta: float = 10_000.0, default: Mapping[str, Any] | None = None) -> Part:
+    """Returns the part of rotary positions that all layers share.
+
+    Args:
+      theta: the base where no field says it.
+      default: the `rope_parameters` where there are none.
+    """
+    return Part(
+        read=read_rotary,
+        write=write_rotary,
+        defaults={"rope_theta": theta, "rope_scaling": None, "rope_parameters": default},
+    )
+
+
+def read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the positions, by dotted names, and the longest sequence where a scaling changes it."""
+    rope = rope_fields(fields)
+    values = {f"position.{name}": value for name, value in position(rope, fields["max_position_embeddings"]).items()}
+    if rope_kind(rope) == "dynamic":  # whose maximum is that of the unstretched model
+        values["max_length"] = round(fields["max_position_embeddings"] * rope["factor"])
+    return values
+
+
+def write_rotary(config: ModelConfig) -> dict[str, Any]:
+    """Writes the elder form, which every version of transformers reads."""
+    scaling = config.position.scaling
+    fields = {"rope_theta": config.position.theta, "rope_scaling": write_scaling(scaling)}
+    if scaling is not None and scaling.kind == "dynamic":
+        fields["max_position_embeddings"] = scaling.original_length
+    return fields
+
+
+def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of rotary positions as one group, `rope_theta` and all."""
+    for group in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields[group], dict | None):
+            raise UserError(f"{group} = {fields[group]!r} must be a group of fields.")
+    return {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or fields["rope_parameters"] or {})}
+
+
+def rope_kind(rope: Mapping[str, Any]) -> Any:
+    """Returns the name of the scaling; the elder form calls it `type`."""
+    return rope["rope_type"] if "rope_type" in rope else rope.get("type", "default")
+
+
+def position(rope: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Returns the values of a `PositionConfig`.
+
+    Args:
+      rope: what `rope_fields` gives.
+      longest: `max_position_embeddings`, which some scalings fall back to.
+    """
+    kind = rope_kind(rope)
+    if kind not in _NEEDED:
+        raise UserError(f"rope_type = {kind!r} is not supported. {nearest(str(kind), _NEEDED)}")
+    given = {
+        name: value
+        for name, value in rope.items()
+        if name not in ("rope_theta", "rope_type", "type") and value is not None
+    }
+    if given.get("partial_rotary_factor") == 1:
+        del given["partial_rotary_factor"]
+    if ORIGINAL in _NEEDED[kind]:
+        given = {ORIGINAL: longest, **given}
+    for name in {**given, **dict.fromkeys(_NEEDED[kind])}:
+        if name not in given:
+            raise UserError(f"{name} of rope_type = {kind!r} is missing.")
+        if name not in (*_NEEDED[kind], *_ALLOWED.get(kind, ())):
+            raise UserError(f"{name} = {given[name]!r} of rope_type = {kind!r} is not supported.")
+    scaling = None if kind == "default" else _scaling(kind, given, longest)
+    return {"kind": "rotary", "theta": rope["rope_theta"], "scaling": scaling}
+
+
+def _scaling(kind: str, given: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    values = {"kind": kind, **{_OURS[name]: value for name, value in given.items() if name in _OURS}}
+    if kind == "dynamic":
+        values["original_length"] = longest
+    if kind in _ALLOWED:  # its default, where there is one, is how many times longer the context became
+        factor = values.setdefault("factor", longest / given[ORIGINAL])
+        values.setdefault("amplitude", _amplitude(kind, factor, given))
+    if kind == "longrope":  # which reads no factor but for the amplitude
+        del values["factor"]
+    return values
+
+
+def _amplitude(kind: str, factor: float | int, given: Mapping[str, Any]) -> float:
+    """The factor on cosines and sines where none is given: arXiv:2309.00071, section 3.4; arXiv:2402.13753, 3.3."""
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(given[ORIGINAL])) if factor > 1 else 1.0
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return yarn_amplitude(factor, given["mscale"]) / yarn_amplitude(factor, given["mscale_all_dim"])
+    return yarn_amplitude(factor, 1)
+
+
+def yarn_amplitude(factor: float | int, weight: float | int) -> float:
+    """Returns 0.1 · weight · ln(factor) + 1: Peng et al. 2023, arXiv:2309.00071, equation 22."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def write_scaling(scaling: RopeScalingConfig | None) -> dict[str, Any] | None:
+    """Returns the fields of a scaling."""
+    if scaling is None:
+        return None
+    names = dict.fromkeys((*_NEEDED[scaling.kind], *_ALLOWED.get(scaling.kind, ())))
+    if scaling.kind == "longrope":
+        del names["factor"]
+    return {"rope_type": scaling.kind} | {name: getattr(scaling, _OURS[name]) for name in names if name in _OURS}
+
+
+def write_position(position: PositionConfig) -> dict[str, Any]:
+    """Returns the fields of a position as one group, as transformers 5 has them for a kind of layers each."""
+    return {"rope_theta": position.theta, **(write_scaling(position.scaling) or {"rope_type": "default"})}
