@@ -220,7 +220,8 @@ def _mix_local(
     per_token, num_experts = chosen.shape[-1], kernels["up"][0].shape[0]
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    rows = x.reshape(-1, x.shape[-1])[order // per_token]
+    back = jnp.argsort(order)
+    rows = _permute(jnp.repeat(x.reshape(-1, x.shape[-1]), per_token, axis=0), order, back)
     sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
     sorted_expert = expert[order]
 
@@ -230,7 +231,22 @@ def _mix_local(
         return y if bias is None else y + bias[sorted_expert].astype(y.dtype)
 
     h = activate(config, project("up", rows), project("gate", rows) if "gate" in kernels else None)
-    y = project("down", h)
-    back = jnp.argsort(order)  # a gather, where scattering would add in no certain order
-    y = y[back].reshape(*chosen.shape, -1)
+    y = _permute(project("down", h), back, order).reshape(*chosen.shape, -1)
     return jnp.einsum("btkd,btk->btd", y, weights)
+
+
+@jax.custom_vjp
+def _permute(x: Float[Array, "M D"], order: Int[Array, "M"], back: Int[Array, "M"]) -> Float[Array, "M D"]:
+    """Returns x[order]; `back` undoes the order, so that the gradient is picked too, where it would be scattered."""
+    return x[order]
+
+
+def _permute_forward(x: Array, order: Array, back: Array) -> tuple[Array, Array]:
+    return x[order], back
+
+
+def _permute_backward(back: Array, g: Array) -> tuple[Array, None, None]:
+    return g[back], None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)

@@ -107,12 +107,12 @@ class Transformer(Stack):
             memory = self.encode(encoder_tokens, encoder_positions, encoder_segments, key)
         x, cache, loss = self.run(
             self.embed(tokens),
-            self._mask(positions, segments, prefix, cached=cache is not None),
+            sequence_mask(self.config, positions, segments, prefix, cached=cache is not None),
             positions,
             cache,
             types=types,
             memory=memory,
-            memory_mask=_memory_mask(tokens, segments, encoder_segments if cache is None else cache.memory_segments),
+            memory_mask=memory_mask(tokens, segments, encoder_segments if cache is None else cache.memory_segments),
             key=key,
         )
         return Output(x, cache, loss)
@@ -131,24 +131,6 @@ class Transformer(Stack):
         key = None if key is None else jax.random.fold_in(key, -1)
         options = {"types": None, "memory": None, "memory_mask": None, "key": key}
         return self.encoder.run(self.embed(tokens), mask, positions, None, **options)[0]
-
-    def _mask(
-        self,
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"] | None,
-        prefix: Int[Array, "B T"] | None,
-        cached: bool,
-    ) -> AttentionMask:
-        causal = self.config.structure != "encoder"
-        mask = AttentionMask(causal=causal, q_segments=segments, kv_segments=segments)
-        if prefix is None or self.config.structure != "prefix":
-            return mask
-        if cached:  # then a row is one sequence
-            return dataclasses.replace(mask, prefix=prefix.sum(axis=1))
-        # To the mask, all tokens of a prefix stand where their sequence begins: none of them comes later than another.
-        index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=positions.dtype), positions.shape)
-        places = jnp.where(prefix != 0, index - positions, index)
-        return dataclasses.replace(mask, q_positions=places, kv_positions=places)
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
         """Returns the state that stands for each row, from its first token, and the logits of its class, if any."""
@@ -200,7 +182,33 @@ class Transformer(Stack):
         return constrain(z, ("batch", "length", "vocab"))
 
 
-def _memory_mask(
+def sequence_mask(
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None,
+    prefix: Int[Array, "B T"] | None,
+    cached: bool,
+) -> AttentionMask:
+    """Returns which tokens of its sequence each token sees, but for a layer's window.
+
+    Args:
+      config: the model, whose structure decides.
+      positions, segments, prefix: as of `Transformer`.
+      cached: whether keys lie in a cache.
+    """
+    causal = config.structure != "encoder"
+    mask = AttentionMask(causal=causal, q_segments=segments, kv_segments=segments)
+    if prefix is None or config.structure != "prefix":
+        return mask
+    if cached:  # then a row is one sequence
+        return dataclasses.replace(mask, prefix=prefix.sum(axis=1))
+    # To the mask, all tokens of a prefix stand where their sequence begins: none of them comes later than another.
+    index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=positions.dtype), positions.shape)
+    places = jnp.where(prefix != 0, index - positions, index)
+    return dataclasses.replace(mask, q_positions=places, kv_positions=places)
+
+
+def memory_mask(
     tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None, encoder_segments: Int[Array, "B M"] | None
 ) -> AttentionMask:
     """Returns which of the encoder's tokens each token sees: those of its segment, or the real ones."""

@@ -11,10 +11,11 @@ EXAMPLES = """\
   tessera bench attention --target=cpu
   tessera bench attention --target=tpu-schedule --chips=v5e --lengths=4096
   tessera bench kernels --only=cross_entropy,decode_attention
-  tessera bench convert --megabytes=3000 --dtype=bfloat16"""
+  tessera bench convert --megabytes=3000 --dtype=bfloat16
+  tessera bench families --only=gemma,mixtral,t5"""
 
 # Each is a module `bench_NAME` of this package with `add_arguments` and `main`.
-BENCHES = ("train", "loader", "attention", "kernels", "convert")
+BENCHES = ("train", "loader", "attention", "kernels", "convert", "families")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

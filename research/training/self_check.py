@@ -46,7 +46,8 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
         return
     shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
     with jax.set_mesh(mesh):
-        errors = jax.jit(functools.partial(_errors, config, shards))(_first_layer(config, params), batch)
+        single, first = _first_layer(config, params)
+        errors = jax.jit(functools.partial(_errors, single, shards))(first, batch)
     errors = {name: (float(picked), float(plain)) for name, (picked, plain) in jax.device_get(errors).items()}
     drift = {name: picked for name, (picked, plain) in errors.items() if not picked <= ROUNDINGS * plain + FLOOR}
     if drift:
@@ -58,11 +59,26 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
         )
 
 
-def _first_layer(config: ModelConfig, params: Any) -> Any:
-    """Returns the parameters of the same model with one layer, unrolled."""
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers")}
-    first = jax.tree.map(lambda leaf: leaf[0], params["layers"]) if scans_layers(config) else params["layers_0"]
-    return rest | {"layers_0": first}
+def _first_layer(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    """Returns the same model with one layer of its pattern, and one of its encoder, unrolled; and its parameters."""
+    single, layers = _one_layer(config, params)
+    if config.structure == "encoder_decoder":
+        _, encoder = _one_layer(config.encoder(), params["encoder"])
+        single, layers = dataclasses.replace(single, encoder_layers=1), layers | {"encoder": encoder}
+    return single, layers
+
+
+def _one_layer(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith(("layers", "first_layers"))}
+    kind = config.pattern[0]
+    if len(config.first_layers) == config.num_layers:
+        kind, first = config.first_layers[0], params["first_layers_0"]
+    elif scans_layers(config):
+        first = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    else:
+        first = params["layers_0"]
+    changes = {"num_layers": 1, "first_layers": (), "pattern": (kind,), "layer_loop": "unroll", "remat": "none"}
+    return dataclasses.replace(config, **changes), rest | {"layers_0": first}
 
 
 def _errors(
@@ -71,10 +87,9 @@ def _errors(
     """Returns how far the attention picked, and the plain one, are from the plain one in float32, relative to norms."""
     rows = {name: x.reshape(shards, -1, x.shape[1])[:, 0, :MAX_TOKENS] for name, x in batch.items()}
     plain = dataclasses.replace(config.attention, implementation="reference")
-    single = dataclasses.replace(config, num_layers=1, layer_loop="unroll", remat="none")
     with jax.default_matmul_precision("highest"):
-        exact = _outputs(dataclasses.replace(single, attention=plain, dtype="float32"), params, rows)
-    sides = [_outputs(side, params, rows) for side in (single, dataclasses.replace(single, attention=plain))]
+        exact = _outputs(dataclasses.replace(config, attention=plain, dtype="float32"), params, rows)
+    sides = [_outputs(side, params, rows) for side in (config, dataclasses.replace(config, attention=plain))]
 
     def error(side: Array, truth: Array) -> Float[Array, ""]:
         return jnp.linalg.norm(side.ravel() - truth.ravel()) / jnp.maximum(jnp.linalg.norm(truth.ravel()), 1e-30)

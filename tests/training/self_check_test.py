@@ -12,16 +12,17 @@ from research.kernels.attention import cpu
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import batch_sharding
 from research.training.self_check import check_attention
+from tests.models.variants import VARIANTS, pack, rows
 from tests.tiny import random_params, stack, tiny_config
 
 
-def packed_batch(mesh, rows=8, length=24):
+def packed_batch(mesh, count=8, length=24):
     rng = np.random.default_rng(0)
-    segments = np.repeat([[1, 2, 3, 0]], rows, axis=0).repeat(length // 4, axis=1)
-    tokens = rng.integers(0, 16, (rows, length))
-    positions = np.tile(np.arange(length // 4), (rows, 4))
+    segments = np.repeat([[1, 2, 3, 0]], count, axis=0).repeat(length // 4, axis=1)
+    tokens = rng.integers(0, 16, (count, length))
+    positions = np.tile(np.arange(length // 4), (count, 4))
     batch = {"tokens": tokens, "targets": tokens, "positions": positions, "segments": segments}
-    batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()} | {"weights": jnp.ones((rows, length))}
+    batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()} | {"weights": jnp.ones((count, length))}
     return jax.device_put(batch, batch_sharding(mesh))
 
 
@@ -37,6 +38,15 @@ def test_sound_attention_passes(dtype, loop, mesh):
     params = random_params(tiny_config())
     params = stack(params, config.num_layers) if loop == "scan" else params
     check_attention(config, params, packed_batch(mesh), mesh)
+
+
+@pytest.mark.parametrize("name", ["windows", "shared experts", "latent", "encoder", "encoder-decoder", "prefix"])
+def test_sound_attention_of_every_structure_passes(name):
+    config = VARIANTS[name]
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = pack(rows(config, [9, 5, 7]))
+    batch |= {"targets": batch["tokens"], "weights": jnp.ones(batch["tokens"].shape)}
+    check_attention(config, jax.tree.map(jnp.asarray, random_params(config)), batch, one)
 
 
 def without_segments(body):

@@ -1,0 +1,119 @@
+"""Training steps of every family beside those of a plain decoder: how much of its speed each keeps, by model FLOPs."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import research
+from research.core import config as configs
+from research.core.errors import UserError, nearest
+from research.models.config import LayerConfig, ModelConfig, PositionConfig
+from research.recipes.bench import spread
+from research.recipes.bench_sides import interleave
+from research.scaling.accounting import train_flops_per_token
+
+PRESETS = pathlib.Path(research.__file__).parent.parent / "configs" / "model"
+# What all are measured against, and the sizes to which all are shrunk.
+DECODER = "gpt2"
+LENGTH, BATCH, WIDTH, HEADS, LAYERS, VOCABULARY, WINDOW, EXPERTS = 256, 16, 384, 6, 6, 4096, 64, 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this bench."""
+    parser.add_argument("--only", help="presets, separated by commas: files of configs/model, as gemma.py:3-1b")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
+    parser.add_argument("--steps", type=int, default=2, help="training steps a turn (default 2)")
+    parser.add_argument("--json", metavar="FILE", help="where to write every turn as JSON")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measures each family in turns with the decoder, and prints the ratios of their FLOPs a second."""
+    if min(arguments.rounds, arguments.steps) < 1:
+        raise UserError(f"--rounds = {arguments.rounds} and --steps = {arguments.steps} must be at least 1.")
+    known = sorted(path.stem for path in PRESETS.glob("*.py") if path.stem != "__init__")
+    wanted = arguments.only.split(",") if arguments.only else [name for name in known if name != DECODER]
+    for spec in wanted:
+        if spec.partition(":")[0].removesuffix(".py") not in known:
+            raise UserError(f"--only = {spec!r} is not a preset. {nearest(spec, known)}")
+    base = flops(load(DECODER, arguments.dtype))
+    results = {}
+    for spec in wanted:
+        module, steps = "research.recipes.bench_families_side", arguments.steps
+        sides = {name: [module, name, arguments.dtype] for name in (DECODER, spec)}
+        seconds = interleave(sides, arguments.rounds, steps)
+        own = flops(load(spec, arguments.dtype))
+        ratios = [own / us / (base / them) for us, them in zip(seconds[spec], seconds[DECODER], strict=True)]
+        results[spec] = ratios
+        print(f"{spec:24} {spread(ratios, 2)} of the decoder's FLOPs a second", flush=True)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def flops(model: ModelConfig) -> float:
+    """Returns the FLOPs of a step."""
+    return BATCH * LENGTH * train_flops_per_token(model, LENGTH, LENGTH)
+
+
+def load(spec: str, dtype: str) -> ModelConfig:
+    """Returns a preset, `NAME` or `NAME.py:SIZE`, shrunk to the sizes of this bench."""
+    name, colon, size = spec.partition(":")
+    path = PRESETS / f"{name.removesuffix('.py')}.py"
+    model = configs.bind(ModelConfig, configs.load_file(f"{path}{colon}{size}"))
+    return dataclasses.replace(shrunk(model), dtype=dtype)
+
+
+def shrunk(model: ModelConfig) -> ModelConfig:
+    """Returns a model of the same build and proportions, and small sizes."""
+    c, scale = model.attention, WIDTH / model.embed_dim
+    heads = [fitting for fitting in range(1, HEADS + 1) if HEADS % fitting == 0]
+    kv_heads = min(heads, key=lambda n: abs(n / HEADS - c.num_kv_heads / c.num_heads))
+    latent = c.latent and dataclasses.replace(
+        c.latent, kv_dim=128, q_dim=c.latent.q_dim and 192, rope_dim=32, value_dim=WIDTH // HEADS
+    )
+    attention = dataclasses.replace(
+        c, num_heads=HEADS, num_kv_heads=kv_heads, head_dim=WIDTH // HEADS - (32 if latent else 0), latent=latent
+    )
+    first = tuple(_shrunk_layer(layer) for layer in model.first_layers[:1])
+    pattern = tuple(_shrunk_layer(layer) for layer in model.pattern)
+    experts = model.experts and dataclasses.replace(
+        model.experts,
+        num_experts=EXPERTS,
+        experts_per_token=min(model.experts.experts_per_token, 2),
+        hidden_dim=max(128, _wide(scale * model.experts.hidden_dim)),
+        shared_dim=model.experts.shared_dim and _wide(scale * model.experts.shared_dim),
+        num_groups=1,
+        groups_per_token=1,
+    )
+    return dataclasses.replace(
+        model,
+        vocab_size=VOCABULARY,
+        num_layers=len(first) + max(LAYERS, len(pattern)),
+        encoder_layers=model.encoder_layers and LAYERS,
+        embed_dim=WIDTH,
+        max_length=LENGTH,
+        attention=attention,
+        mlp=dataclasses.replace(model.mlp, hidden_dim=_wide(scale * model.mlp.hidden_dim)),
+        position=_shrunk_position(model.position),
+        first_layers=first,
+        pattern=pattern,
+        experts=experts,
+        start_id=0,
+        dropout=0.0,
+    )
+
+
+def _wide(width: float) -> int:
+    return max(32, round(width / 32) * 32)
+
+
+def _shrunk_layer(layer: LayerConfig) -> LayerConfig:
+    position = layer.position and _shrunk_position(layer.position)
+    return dataclasses.replace(layer, window=layer.window and min(layer.window, WINDOW), position=position)
+
+
+def _shrunk_position(position: PositionConfig) -> PositionConfig:
+    """Returns positions without what belongs to long contexts and wide heads."""
+    rotary_dim = None if position.rotary_dim is None else WIDTH // HEADS // 2
+    return dataclasses.replace(position, scaling=None, rotary_dim=rotary_dim)

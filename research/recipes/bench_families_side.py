@@ -1,0 +1,53 @@
+"""One side of `tessera bench families`, a process: the training step of one preset."""
+
+import sys
+
+from research.core import backend
+from research.recipes.bench_sides import serve
+
+
+def main(spec: str, dtype: str) -> None:
+    """Serves steps until the input ends."""
+    backend.configure()
+    import jax  # after the settings, which it reads when it starts
+    import numpy as np
+
+    from research.data.objectives import ObjectiveConfig, batch_shapes
+    from research.optim.optimizers import OptimConfig
+    from research.optim.schedules import ScheduleConfig
+    from research.parallel.mesh import MeshConfig
+    from research.recipes.bench_families import BATCH, LENGTH, VOCABULARY, load
+    from research.training.config import TrainConfig
+    from research.training.program import build_program
+    from research.training.step import place_batch
+
+    model = load(spec, dtype)
+    kinds = {"decoder": "causal", "encoder": "masked", "prefix": "prefix", "encoder_decoder": "span"}
+    objective = ObjectiveConfig(kind=kinds[model.structure])
+    optim = OptimConfig(learning_rate=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=None)
+    train = TrainConfig(steps=1_000_000, batch_size=BATCH, sequence_length=LENGTH)
+    program = build_program(model, optim, train, MeshConfig(), jax.devices()[:1], objective)
+    step, state = program.compile_train_step(), program.create(jax.random.key(0))
+    random = np.random.default_rng(0)
+    rows = {}
+    for name, (shape, kind) in batch_shapes(objective, BATCH, LENGTH).items():
+        if name.endswith("positions"):
+            rows[name] = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape)
+        elif name.endswith(("tokens", "targets")):
+            rows[name] = random.integers(VOCABULARY, size=shape, dtype=np.int32)
+        elif name == "prefix":
+            rows[name] = np.broadcast_to((np.arange(LENGTH) < LENGTH // 2).astype(np.int32), shape)
+        else:  # segments and weights: whole rows
+            rows[name] = np.ones(shape, kind)
+    batch = place_batch(rows, program.batch)
+
+    def take() -> float:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
+
+    serve(take)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
