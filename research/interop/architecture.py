@@ -6,6 +6,7 @@ An architecture is a value, as a family is a value of `ModelConfig`: nothing her
 import dataclasses
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -44,6 +45,9 @@ class Architecture:
       model_type: its name in config.json.
       model_class: the class of `transformers` that has a language model's head; `write` may name another one.
       tensors: where each tensor goes; one whose parameters a model does not have is not there.
+      classes: class of `transformers` -> regular expression of a tensor that only it has, the fullest class first. The
+        tensors, not `architectures` of config.json, say which it is: some folders hold more than the class that they
+        were saved for.
       prefixes: of tensor names, that some folders have and others leave out.
       spellings: (regular expression, replacement) of names that elder folders have for the same tensors.
       copies: tensor -> the tensor that it repeats. Copies are not written; read, they must be equal, and one stands in
@@ -62,6 +66,7 @@ class Architecture:
     model_type: str
     model_class: str
     tensors: tuple[Tensor, ...]
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -106,6 +111,15 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
         said = " ".join(str(error).split())
         raise UserError(f"a field of {a.model_type!r} has a value that makes no model: {said}.") from error
     return bind(ModelConfig, values)
+
+
+def class_of(architecture: Architecture, names: Iterable[str]) -> str:
+    """Returns the class of `transformers` whose tensors these are; the last of the classes where none is certain."""
+    names = list(names)
+    for name, pattern in architecture.classes.items():
+        if any(re.search(pattern, each) for each in names):
+            return name
+    return next(reversed(architecture.classes), architecture.model_class)
 
 
 def fields_from(architecture: Architecture, config: ModelConfig) -> dict[str, Any]:

@@ -11,20 +11,27 @@ from jaxtyping import Shaped
 
 from research.core.errors import UserError, nearest
 from research.interop import mapping
-from research.interop.architecture import Architecture, choose, config_from
+from research.interop.architecture import Architecture, choose, class_of, config_from
+from research.interop.bart import BART, MBART
+from research.interop.bert import BERT, ROBERTA, XLM_ROBERTA
 from research.interop.deepseek import DEEPSEEK_V3
 from research.interop.dense import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from research.interop.falcon import FALCON
 from research.interop.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
-from research.interop.gpt2 import GPT2
+from research.interop.gpt2 import GPT, GPT2
 from research.interop.llama import LLAMA
 from research.interop.mixtures import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from research.interop.modernbert import MODERNBERT
+from research.interop.mpt import MPT
 from research.interop.safetensors_files import Stored, Writer, read_header
+from research.interop.t5 import MT5, T5
 from research.models.config import ModelConfig
 
 # The first one that holds a model is what it is written as, where nothing says what it was.
 _ALL = (
     *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3, GEMMA3),
+    *(GPT, FALCON, MPT, BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, T5, MT5, BART, MBART),
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -66,11 +73,13 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
             f"{nearest(str(model_type), ARCHITECTURES)} Known: {', '.join(sorted(ARCHITECTURES))}."
         )
     architecture = ARCHITECTURES[model_type]
+    tensors = _tensors(folder)
+    if architecture.classes:
+        fields = {**fields, "architectures": [class_of(architecture, tensors)]}
     try:
         config = config_from(architecture, fields)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    tensors = _tensors(folder)
     try:
         return Model(architecture, config, mapping.find(architecture, config, tensors))
     except UserError as error:
@@ -90,7 +99,7 @@ def to_hugging_face(
     token_ids: Mapping[str, int | None] | None = None,
     model_type: str | None = None,
 ) -> None:
-    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a folder that `from_pretrained` of `transformers` loads.
 
     Args:
       config: the model.
@@ -133,7 +142,8 @@ def write_hugging_face(
       UserError: a file that cannot be written.
     """
     folder = pathlib.Path(folder)
-    fields = {**fields, "dtype": dtype, **{f"{role}_token_id": token for role, token in token_ids.items()}}
+    # What the architecture itself says of a token wins: some count positions from it.
+    fields = {**{f"{role}_token_id": token for role, token in token_ids.items()}, **fields, "dtype": dtype}
     placed = mapping.placements(architecture, config)
     kind = np.dtype(dtype)
     files = _shards(mapping.shapes_of(placed), kind.itemsize, shard_bytes)

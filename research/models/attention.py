@@ -35,7 +35,7 @@ class Context:
     positions: Int[Array, "B T"]
     mask: AttentionMask
     lengths: Int[Array, "B T"] | None = None
-    bias: Float[Array, "#B N T S"] | None = None
+    bias: Float[Array, "#B N #T S"] | None = None
     memory: Float[Array, "B M D"] | None = None
     memory_mask: AttentionMask | None = None
     key: Key[Array, ""] | None = None

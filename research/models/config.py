@@ -232,8 +232,10 @@ class ModelConfig:
         if latent is not None and self.position.kind not in ("rotary", "none"):
             raise UserError(f"position.kind = {self.position.kind!r} must be 'rotary' or 'none' with attention.latent.")
         windows = any(layer.window is not None for layer in (*self.first_layers, *self.pattern))
-        if self.structure == "prefix" and (windows or self.position.kind == "alibi"):
-            raise UserError("structure = 'prefix' takes neither windows nor position.kind = 'alibi'.")
+        if self.structure == "prefix" and (windows or self.position.kind.startswith("alibi")):
+            raise UserError(f"structure = 'prefix' takes neither windows nor position.kind = {self.position.kind!r}.")
+        if self.structure != "decoder" and self.position.kind == "alibi_bfloat16":
+            raise UserError(f"position.kind = 'alibi_bfloat16' needs structure = 'decoder', not {self.structure!r}.")
 
     def layers(self) -> tuple[LayerConfig, ...]:
         """Returns what each layer of the decoder (or the only stack) does, L of them."""

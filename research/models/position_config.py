@@ -71,8 +71,10 @@ class PositionConfig:
 
     Attributes:
       kind: `learned` and `sinusoidal` are added to the embeddings, `rotary` turns queries and keys, `alibi` biases
-        the scores by distance, `buckets` by a learned number a bucket of distances (T5), `relative` by a product of
-        the query with projected waves of the distance (Transformer-XL); `none` leaves it to the causal mask.
+        the scores by distance, `alibi_bfloat16` by what that becomes where slopes, positions and their products are
+        rounded to bfloat16 and divided by √H (Falcon-RW), `buckets` by a learned number a bucket of distances (T5),
+        `relative` by a product of the query with projected waves of the distance (Transformer-XL); `none` leaves it
+        to the causal mask.
       theta: base of the rotary wavelengths.
       scaling: changed rotary frequencies, or None.
       rotary_dim: leading columns of a head that are turned, even; None is all of them.
@@ -81,7 +83,9 @@ class PositionConfig:
       max_distance: from which on all distances share a bucket.
     """
 
-    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "buckets", "relative"] = "rotary"
+    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "alibi_bfloat16", "buckets", "relative"] = (
+        "rotary"
+    )
     theta: float = 10_000.0
     scaling: RopeScalingConfig | None = None
     rotary_dim: int | None = None

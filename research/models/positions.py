@@ -140,6 +140,23 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, " N"]:
     return np.concatenate([slopes, more]).astype(np.float32)
 
 
+def rounded_alibi(places: Int[Array, "B S"], num_heads: int, head_dim: int) -> Float[Array, "B N 1 S"]:
+    """Returns slope · place / √H of each key, slopes, places and products rounded to bfloat16.
+
+    A causal softmax does not see what all keys of a query have in common, so without the rounding this is ALiBi.
+
+    Source: the code released with Falcon-RW, which was trained so (Penedo et al. 2023, arXiv:2306.01116).
+    """
+
+    def rounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
+        # Not a cast: XLA may leave out casts that only lose precision.
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+    slopes = rounded(jnp.asarray(alibi_slopes(num_heads)))
+    products = rounded(slopes[:, None] * rounded(places.astype(jnp.float32))[:, None])
+    return products[:, :, None] / math.sqrt(head_dim)
+
+
 def distance_buckets(config: PositionConfig, distances: Int[Array, "..."], bidirectional: bool) -> Int[Array, "..."]:
     """Returns the bucket of each distance p_s − p_t: one a distance while they are small, then growing with its log.
 

@@ -16,7 +16,7 @@ from research.models.block import Block
 from research.models.cache import Cache, LayerCache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.layers import Embedding, Norm
-from research.models.positions import distance_buckets, document_lengths, sinusoidal
+from research.models.positions import distance_buckets, document_lengths, rounded_alibi, sinusoidal
 from research.parallel.rules import constrain
 
 _REMAT_POLICIES = {
@@ -110,8 +110,7 @@ class Stack(nn.Module):
             memory_mask=memory_mask,
             key=None if key is None else jax.random.fold_in(key, 1),
         )
-        if c.position.kind == "buckets":
-            context = dataclasses.replace(context, bias=self._bucket_bias(context, cache))
+        context = dataclasses.replace(context, bias=self._bias(context, cache))
         x, cache, losses = self._layers(x, cache, context)
         routed = sum(kind.experts for kind in c.layers()) if c.experts is not None else 0
         x = self.final_norm(x) if c.norm.placement != "post" else x
@@ -131,11 +130,18 @@ class Stack(nn.Module):
             x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
         return self.embed_norm(x) if c.embedding.norm else x
 
-    def _bucket_bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N T S"]:
-        """Returns the learned bias of each distance, which all layers share (Raffel et al. 2020, section 2.1)."""
-        query_places, key_places = places(context, None if cache is None else cache.layers[0].key.shape[-3])
+    def _bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N #T S"] | None:
+        """Returns what is added to the scores of all layers, if anything: by distance (T5), or by key (Falcon-RW)."""
+        c, slots = self.config, None if cache is None else cache.layers[0].key.shape[-3]
+        query_places, key_places = places(context, slots)
+        if c.position.kind == "alibi_bfloat16":
+            keys = context.positions if slots is None else key_places
+            return rounded_alibi(keys, c.attention.num_heads, c.attention.head_dim)
+        if c.position.kind != "buckets":
+            return None
+        # Raffel et al. 2020, arXiv:1910.10683, section 2.1: learned, and shared by all layers.
         distances = key_places[:, None, :] - query_places[:, :, None]
-        buckets = distance_buckets(self.config.position, distances, bidirectional=not context.mask.causal)
+        buckets = distance_buckets(c.position, distances, bidirectional=not context.mask.causal)
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
 
     def _layers(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.models.config import PositionConfig, RopeScalingConfig
-from research.models.positions import alibi_slopes, rotary_frequencies, rotate, sinusoidal
+from research.models.positions import alibi_slopes, rotary_frequencies, rotate, rounded_alibi, sinusoidal
 
 ROTARY = PositionConfig(kind="rotary")
 
@@ -72,3 +72,13 @@ def test_alibi_slopes_are_those_of_the_paper():
     np.testing.assert_allclose(alibi_slopes(8), eight)
     np.testing.assert_allclose(alibi_slopes(12), [*eight, *[2.0 ** -(i + 0.5) for i in range(4)]], rtol=1e-6)
     np.testing.assert_allclose(alibi_slopes(1), [2.0**-8])
+
+
+def test_rounded_alibi_is_what_its_rounding_makes_of_alibi():
+    slopes, places = alibi_slopes(12), np.arange(300)
+    found = np.asarray(rounded_alibi(jnp.asarray(places)[None], 12, 16))[0, :, 0]
+    rounded = slopes.astype(jnp.bfloat16)[:, None] * places.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(found, rounded.astype(np.float32) / 4)
+    exact = slopes[:, None] * places / 4
+    np.testing.assert_allclose(found, exact, rtol=2**-6)
+    assert np.abs(found - exact).max() > 0.1  # the control: what is near 50 is rounded to a quarter

@@ -48,6 +48,7 @@ VARIANTS: dict[str, ModelConfig] = {
         position=_rotary(kind="longrope", original_length=6, short_factors=(1.0, 1.2), long_factors=(2.0, 3.0))
     ),
     "buckets": tiny_config(position=PositionConfig(kind="buckets", num_buckets=8, max_distance=8)),
+    "rounded alibi": tiny_config(position=PositionConfig(kind="alibi_bfloat16")),
     "relative": tiny_config(position=PositionConfig(kind="relative"), attention={"num_kv_heads": 4}),
     "learned with offset": tiny_config(
         position=PositionConfig(kind="learned", offset=2), embedding=EmbeddingConfig(True)

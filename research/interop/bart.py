@@ -1,0 +1,149 @@
+"""BART and mBART in Hugging Face's form (`transformers.BartForConditionalGeneration`)."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+from research.interop.activations import THEIRS, to_tessera
+from research.interop.architecture import Architecture
+from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table
+from research.interop.tensor import Tensor
+from research.models.config import ModelConfig
+
+# The first rows of the positions' tables, which no token reads.
+_OFFSET = 2
+
+
+def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    width, num_heads = fields["d_model"], fields["encoder_attention_heads"]
+    for name in ("ffn_dim", "attention_heads"):
+        ours, theirs = fields[f"encoder_{name}"], fields[f"decoder_{name}"]
+        if ours != theirs:
+            raise UserError(f"decoder_{name} = {theirs} must equal encoder_{name} = {ours}.")
+    return {
+        "structure": "encoder_decoder",
+        "vocab_size": fields["vocab_size"],
+        "num_layers": fields["decoder_layers"],
+        "encoder_layers": fields["encoder_layers"],
+        "embed_dim": width,
+        "max_length": fields["max_position_embeddings"],
+        "attention": multi_head(width, num_heads, bias=True),
+        "mlp": {
+            "hidden_dim": fields["encoder_ffn_dim"],
+            "activation": to_tessera(fields["activation_function"], "activation_function"),
+            "gated": False,
+            "bias": True,
+        },
+        "norm": {"kind": "layernorm", "placement": placement, "epsilon": 1e-5, "bias": True},
+        "position": {"kind": "learned", "offset": _OFFSET},
+        "embedding": {"norm": True},
+        "head": {"bias": fields["architectures"][0].endswith("ForConditionalGeneration")},
+        "tied_embeddings": fields["tie_word_embeddings"],
+        "scale_embeddings": fields["scale_embedding"],
+        "dropout": fields["dropout"],
+        "init_stddev": fields["init_std"],
+    }
+
+
+def _write(architecture: str, config: ModelConfig) -> dict[str, Any]:
+    attention, mlp = config.attention, config.mlp
+    return {
+        "architectures": [f"{architecture}{'ForConditionalGeneration' if config.head.bias else 'Model'}"],
+        "vocab_size": config.vocab_size,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.num_layers,
+        "d_model": config.embed_dim,
+        "max_position_embeddings": config.max_length,
+        "encoder_attention_heads": attention.num_heads,
+        "decoder_attention_heads": attention.num_heads,
+        "encoder_ffn_dim": mlp.hidden_dim,
+        "decoder_ffn_dim": mlp.hidden_dim,
+        "activation_function": THEIRS[mlp.activation],
+        "scale_embedding": config.scale_embeddings,
+        "tie_word_embeddings": config.tied_embeddings,
+        "dropout": config.dropout,
+        "attention_dropout": 0.0,
+        "init_std": config.init_stddev,
+        "is_encoder_decoder": True,
+    }
+
+
+def _stack(theirs: str, ours: str, attentions: tuple[tuple[str, str], ...]) -> tuple[Tensor, ...]:
+    """Returns the tensors of a stack whose layers have these attentions, and an MLP."""
+    layer, of_layer = f"{theirs}.layers.{{layer}}", f"{ours}{{layer}}"
+    tensors = []
+    for name, attention in attentions:
+        tensors += projections(f"{layer}.{name}.{{part}}_proj", f"{of_layer}/{attention}", "qkv")
+        tensors += linear(f"{layer}.{name}.out_proj", f"{of_layer}/{attention}/out", num_inputs=2)
+        tensors += norm(f"{layer}.{name}_layer_norm", f"{of_layer}/{attention}_norm")
+    return (
+        table(f"{theirs}.embed_positions", f"{ours}position_embed"),
+        *norm(f"{theirs}.layernorm_embedding", f"{ours}embed_norm"),
+        *tensors,
+        *linear(f"{layer}.fc1", f"{of_layer}/mlp/up"),
+        *linear(f"{layer}.fc2", f"{of_layer}/mlp/down"),
+        *norm(f"{layer}.final_layer_norm", f"{of_layer}/mlp_norm"),
+        *norm(f"{theirs}.layer_norm", f"{ours}final_norm"),
+    )
+
+
+_SELF, _CROSS = ("self_attn", "attention"), ("encoder_attn", "cross_attention")
+
+BART = Architecture(
+    model_type="bart",
+    model_class="BartForConditionalGeneration",
+    classes={"BartForConditionalGeneration": "final_logits_bias", "BartModel": ""},
+    prefixes=("model.",),
+    tensors=(
+        Tensor("final_logits_bias", ("logit_bias",), unsqueezed=True),
+        table("model.shared", "embed"),
+        *_stack("model.encoder", "encoder/", (_SELF,)),
+        *_stack("model.decoder", "", (_SELF, _CROSS)),
+        UNEMBED,
+    ),
+    copies={
+        "model.encoder.embed_tokens.weight": "model.shared.weight",
+        "model.decoder.embed_tokens.weight": "model.shared.weight",
+        "lm_head.weight": "model.shared.weight",
+    },
+    required=(
+        *("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"),
+        *("encoder_attention_heads", "decoder_attention_heads"),
+    ),
+    defaults={
+        "architectures": ["BartForConditionalGeneration"],
+        "max_position_embeddings": 1024,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+        "tie_word_embeddings": True,
+        "dropout": 0.1,
+        "init_std": 0.02,
+    },
+    only={
+        **{"is_encoder_decoder": True, "is_decoder": False, "normalize_embedding": True, "extra_pos_embeddings": 2},
+        **{"add_final_layer_norm": False, "normalize_before": False, "static_position_embeddings": False},
+    },
+    inert=(
+        # How text is generated, and with which tokens.
+        *("decoder_start_token_id", "early_stopping", "forced_bos_token_id", "forced_eos_token_id", "length_penalty"),
+        *("force_bos_token_to_be_generated", "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "prefix"),
+        # Fields that others repeat, and those of other tasks and of the fine-tuning.
+        *("num_hidden_layers", "output_past", "classif_dropout", "classifier_dropout", "add_bias_logits", "save_step"),
+    ),
+    dropouts=("attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop"),
+    read=functools.partial(_read, "post"),
+    write=functools.partial(_write, "Bart"),
+)
+
+MBART = dataclasses.replace(
+    BART,
+    model_type="mbart",
+    model_class="MBartForConditionalGeneration",
+    classes={"MBartForConditionalGeneration": "final_logits_bias", "MBartModel": ""},
+    defaults={**BART.defaults, "architectures": ["MBartForConditionalGeneration"]},
+    only={**BART.only, "add_final_layer_norm": True, "normalize_before": True},
+    read=functools.partial(_read, "pre"),
+    write=functools.partial(_write, "MBart"),
+)

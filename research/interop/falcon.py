@@ -1,0 +1,170 @@
+"""Falcon and Falcon 2 in Hugging Face's form (`transformers.FalconForCausalLM`)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from research.core.errors import UserError
+from research.interop.activations import THEIRS, to_tessera
+from research.interop.architecture import Architecture
+from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
+from research.interop.rotary import position, rope_fields, rope_kind, write_rotary
+from research.interop.tensor import Tensor
+from research.models.config import ModelConfig
+
+_LAYER, _OURS = "transformer.h.{layer}", "{layer}"
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+    return {
+        "vocab_size": fields["vocab_size"],
+        "num_layers": fields["num_hidden_layers"],
+        "embed_dim": width,
+        "max_length": fields["max_position_embeddings"],
+        "attention": multi_head(width, num_heads, fields["bias"]) | {"num_kv_heads": _kv_heads(fields)},
+        "mlp": {
+            "hidden_dim": 4 * width if fields["ffn_hidden_size"] is None else fields["ffn_hidden_size"],
+            "activation": to_tessera(fields["activation"], "activation"),
+            "gated": False,
+            "bias": fields["bias"],
+        },
+        "norm": {
+            "kind": "layernorm",
+            "placement": _placement(fields),
+            "epsilon": fields["layer_norm_epsilon"],
+            "bias": True,
+        },
+        "position": _position(fields),
+        "tied_embeddings": fields["tie_word_embeddings"],
+        "dropout": fields["hidden_dropout"],
+        "init_stddev": fields["initializer_range"],
+    }
+
+
+def _position(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields["alibi"]:
+        return {"kind": "alibi_bfloat16"}
+    rope = rope_fields(fields)
+    if rope_kind(rope) == "dynamic":
+        raise UserError("rope_type = 'dynamic' is not supported.")
+    return position(rope, fields["max_position_embeddings"])
+
+
+def _kv_heads(fields: Mapping[str, Any]) -> int:
+    num_heads, kv_heads = fields["num_attention_heads"], fields["num_kv_heads"]
+    if fields["new_decoder_architecture"]:
+        return num_heads if kv_heads is None else kv_heads
+    if fields["multi_query"]:
+        return 1
+    if kv_heads not in (None, num_heads):
+        raise UserError(f"num_kv_heads = {kv_heads} must be num_attention_heads = {num_heads} without multi_query.")
+    return num_heads
+
+
+def _placement(fields: Mapping[str, Any]) -> str:
+    norms, new, parallel = (
+        fields[name] for name in ("num_ln_in_parallel_attn", "new_decoder_architecture", "parallel_attn")
+    )
+    if (new and not parallel) or norms not in ((None, 1, 2) if new else (None, 1)):
+        raise UserError(
+            f"num_ln_in_parallel_attn = {norms} and parallel_attn = {parallel} are not supported with "
+            f"new_decoder_architecture = {new}."
+        )
+    if new:
+        return "parallel" if norms == 1 else "parallel_pair"
+    return "parallel" if parallel else "pre"
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    attention, placement = config.attention, config.norm.placement
+    # The elder design does not know two parallel norms, nor a number of key/value heads between one and all.
+    elder = placement != "parallel_pair" and attention.num_kv_heads in (1, attention.num_heads)
+    own = write_rotary(config) if config.position.kind == "rotary" else {}
+    return own | {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed_dim,
+        "max_position_embeddings": config.max_length,
+        "num_attention_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "new_decoder_architecture": not elder,
+        "multi_query": attention.num_kv_heads == 1,
+        "parallel_attn": placement.startswith("parallel"),
+        "num_ln_in_parallel_attn": None if elder else 1 + (placement == "parallel_pair"),
+        "bias": attention.qkv_bias,
+        "ffn_hidden_size": config.mlp.hidden_dim,
+        "activation": THEIRS[config.mlp.activation],
+        "layer_norm_epsilon": config.norm.epsilon,
+        "alibi": config.position.kind == "alibi_bfloat16",
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_dropout": config.dropout,
+        "attention_dropout": 0.0,
+        "initializer_range": config.init_stddev,
+    }
+
+
+def _by_group(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
+    """Returns the order of the joined queries, keys and values: each key/value head has its queries before it."""
+    c = config.attention
+    queries = np.arange(c.num_heads).reshape(c.num_kv_heads, -1)
+    keys = c.num_heads + np.arange(c.num_kv_heads)[:, None]
+    groups = np.concatenate([queries, keys, keys + c.num_kv_heads], axis=1).reshape(-1, 1)
+    return (groups * c.head_dim + np.arange(c.head_dim)).reshape(-1)
+
+
+def _placed(*placements: str) -> Callable[[ModelConfig], bool]:
+    return lambda config: config.norm.placement in placements
+
+
+FALCON = Architecture(
+    model_type="falcon",
+    model_class="FalconForCausalLM",
+    prefixes=("transformer.",),
+    tensors=(
+        table("transformer.word_embeddings", "embed"),
+        *norm(f"{_LAYER}.input_layernorm", f"{_OURS}/attention_norm", _placed("pre", "parallel")),
+        *norm(f"{_LAYER}.ln_attn", f"{_OURS}/attention_norm", _placed("parallel_pair")),
+        Tensor(
+            f"{_LAYER}.self_attention.query_key_value.weight", joined("kernel"), 1, transposed=True, order=_by_group
+        ),
+        Tensor(f"{_LAYER}.self_attention.query_key_value.bias", joined("bias"), order=_by_group),
+        *linear(f"{_LAYER}.self_attention.dense", f"{_OURS}/attention/out", num_inputs=2),
+        *norm(f"{_LAYER}.post_attention_layernorm", f"{_OURS}/mlp_norm", _placed("pre")),
+        *norm(f"{_LAYER}.ln_mlp", f"{_OURS}/mlp_norm", _placed("parallel_pair")),
+        *linear(f"{_LAYER}.mlp.dense_h_to_4h", f"{_OURS}/mlp/up"),
+        *linear(f"{_LAYER}.mlp.dense_4h_to_h", f"{_OURS}/mlp/down"),
+        *norm("transformer.ln_f", "final_norm"),
+        UNEMBED,
+    ),
+    copies={"lm_head.weight": "transformer.word_embeddings.weight"},
+    ignored={r"transformer\.h\.\d+\.self_attention\.rotary_emb\.inv_freq": "frequencies that the config gives"},
+    required=("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads"),
+    defaults={
+        "num_kv_heads": None,
+        "new_decoder_architecture": False,
+        "multi_query": True,
+        "parallel_attn": True,
+        "num_ln_in_parallel_attn": None,
+        "bias": False,
+        "alibi": False,
+        "ffn_hidden_size": None,
+        "activation": "gelu",
+        "layer_norm_epsilon": 1e-5,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10_000.0,
+        "rope_scaling": None,
+        "rope_parameters": None,
+        "tie_word_embeddings": True,
+        "hidden_dropout": 0.0,
+        "initializer_range": 0.02,
+    },
+    only={"apply_residual_connection_post_layernorm": False},
+    # Where code of the release lies; a factor that ffn_hidden_size repeats.
+    inert=("auto_map", "ff_factor"),
+    dropouts=("attention_dropout",),
+    read=_read,
+    write=_write,
+)

@@ -1,0 +1,181 @@
+"""ModernBERT in Hugging Face's form (`transformers.ModernBertForMaskedLM`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+from research.interop.activations import THEIRS, to_tessera
+from research.interop.architecture import Architecture
+from research.interop.modules import joined, linear, multi_head, norm, table
+from research.interop.rotary import position, rope_fields, write_position
+from research.interop.tensor import Tensor
+from research.models.config import LayerConfig, ModelConfig, PositionConfig
+
+_LAYER, _OURS = "model.layers.{layer}", "{layer}"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_WITH_HEAD, _WITHOUT = "ModernBertForMaskedLM", "ModernBertModel"
+
+
+def _gate_and_up(leaf: str) -> tuple[str, str]:
+    return f"{_OURS}/mlp/gate/{leaf}", f"{_OURS}/mlp/up/{leaf}"
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+    name, activation = fields["architectures"][0], fields["hidden_activation"]
+    if name not in (_WITH_HEAD, _WITHOUT):
+        raise UserError(f"architectures = [{name!r}] is not supported: {_WITH_HEAD} and {_WITHOUT} are.")
+    if fields["classifier_activation"] != activation:
+        raise UserError(
+            f"classifier_activation = {fields['classifier_activation']!r} must be hidden_activation = {activation!r}."
+        )
+    head = {"transform": True, "transform_bias": fields["classifier_bias"], "bias": fields["decoder_bias"]}
+    # Attention of the first layer reads the embeddings, which are normalized already.
+    first, *rest = _layers(fields)
+    return {
+        "structure": "encoder",
+        "vocab_size": fields["vocab_size"],
+        "num_layers": fields["num_hidden_layers"],
+        "embed_dim": width,
+        "max_length": fields["max_position_embeddings"],
+        "attention": multi_head(width, num_heads, fields["attention_bias"]),
+        "mlp": {
+            "hidden_dim": fields["intermediate_size"],
+            "activation": to_tessera(activation, "hidden_activation"),
+            "gated": True,
+            "bias": fields["mlp_bias"],
+        },
+        "norm": {
+            "kind": "layernorm",
+            "placement": "pre",
+            "epsilon": fields["norm_eps"],
+            "bias": fields["norm_bias"],
+        },
+        "position": _position(fields, _FULL),
+        "first_layers": [{**first, "attention_norm": False}],
+        "pattern": rest,
+        "embedding": {"norm": True},
+        "head": head if name == _WITH_HEAD else {},
+        "tied_embeddings": True,
+        "init_stddev": fields["initializer_range"],
+    }
+
+
+def _layers(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what the first layer does, and what the others do over and over."""
+    period, count, named = fields["global_attn_every_n_layers"], fields["num_hidden_layers"], fields["layer_types"]
+    if not isinstance(period, int) or period < 1:
+        raise UserError(f"global_attn_every_n_layers = {period!r} must be a whole number of at least 1.")
+    stated = [_SLIDING if i % period else _FULL for i in range(max(count, period + 1))]
+    kinds = stated[:count] if named is None else list(named)
+    if len(kinds) != count or not {*kinds} <= {_FULL, _SLIDING}:
+        raise UserError(f"layer_types = {named!r} must name {count} layers, each {_FULL!r} or {_SLIDING!r}.")
+    pattern = stated[1 : period + 1] if kinds == stated[:count] else _shortest_pattern(kinds[1:])
+    local = {
+        # Tokens at half of this width are the last that are seen.
+        "window": fields["local_attention"] // 2 + 1,
+        "position": _position(fields, _SLIDING),
+    }
+    return [local if kind == _SLIDING else {} for kind in (kinds[0], *pattern)]
+
+
+def _shortest_pattern(kinds: list[str]) -> list[str]:
+    """Returns the fewest leading kinds that repeated give all; at least one."""
+    lengths = range(1, len(kinds) + 1)
+    return kinds[: next((n for n in lengths if kinds[n:] == kinds[:-n]), 1)] or [_FULL]
+
+
+def _position(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    elder = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}[kind]
+    named = (fields["rope_parameters"] or {}).get(kind)
+    rope = rope_fields({"rope_theta": fields[elder], "rope_scaling": None, "rope_parameters": named})
+    return position(rope, fields["max_position_embeddings"])
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    layers = config.layers()
+    local = next((layer for layer in layers if layer.window is not None), _LOCAL)
+    own = config.position_of(local)
+    return {
+        "architectures": [_WITH_HEAD if config.head.transform else _WITHOUT],
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed_dim,
+        "max_position_embeddings": config.max_length,
+        "num_attention_heads": config.attention.num_heads,
+        "attention_bias": config.attention.qkv_bias,
+        "intermediate_size": config.mlp.hidden_dim,
+        "hidden_activation": THEIRS[config.mlp.activation],
+        "classifier_activation": THEIRS[config.mlp.activation],
+        "mlp_bias": config.mlp.bias,
+        "norm_eps": config.norm.epsilon,
+        "norm_bias": config.norm.bias,
+        "classifier_bias": config.head.transform_bias,
+        "decoder_bias": config.head.bias,
+        "global_attn_every_n_layers": len(config.pattern),
+        "layer_types": [_FULL if layer.window is None else _SLIDING for layer in layers],
+        "local_attention": 2 * (local.window - 1),
+        "global_rope_theta": config.position.theta,
+        "local_rope_theta": own.theta,
+        "rope_parameters": {_FULL: write_position(config.position), _SLIDING: write_position(own)},
+        "initializer_range": config.init_stddev,
+    }
+
+
+# What is written of local attention where no layer has it.
+_LOCAL = LayerConfig(window=65, position=PositionConfig(theta=10_000.0))
+
+MODERNBERT = Architecture(
+    model_type="modernbert",
+    model_class=_WITH_HEAD,
+    classes={_WITH_HEAD: r"head\.dense", _WITHOUT: ""},
+    prefixes=("model.",),
+    tensors=(
+        table("model.embeddings.tok_embeddings", "embed"),
+        *norm("model.embeddings.norm", "embed_norm"),
+        *norm(f"{_LAYER}.attn_norm", f"{_OURS}/attention_norm"),
+        Tensor(f"{_LAYER}.attn.Wqkv.weight", joined("kernel"), num_inputs=1, transposed=True),
+        Tensor(f"{_LAYER}.attn.Wqkv.bias", joined("bias")),
+        *linear(f"{_LAYER}.attn.Wo", f"{_OURS}/attention/out", num_inputs=2),
+        *norm(f"{_LAYER}.mlp_norm", f"{_OURS}/mlp_norm"),
+        Tensor(f"{_LAYER}.mlp.Wi.weight", _gate_and_up("kernel"), num_inputs=1, transposed=True),
+        Tensor(f"{_LAYER}.mlp.Wi.bias", _gate_and_up("bias")),
+        *linear(f"{_LAYER}.mlp.Wo", f"{_OURS}/mlp/down"),
+        *norm("model.final_norm", "final_norm"),
+        *linear("head.dense", "transform/projection"),
+        *norm("head.norm", "transform/norm"),
+        Tensor("decoder.bias", ("logit_bias",)),
+    ),
+    copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+    required=("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+    defaults={
+        "architectures": [_WITH_HEAD],
+        "max_position_embeddings": 8192,
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_bias": False,
+        "classifier_bias": False,
+        "decoder_bias": True,
+        "norm_eps": 1e-5,
+        "global_attn_every_n_layers": 3,
+        "layer_types": None,
+        "local_attention": 128,
+        "global_rope_theta": 160_000.0,
+        "local_rope_theta": 10_000.0,
+        "rope_parameters": None,
+        "initializer_range": 0.02,
+    },
+    only={"tie_word_embeddings": True},
+    inert=(
+        # How weights begin, how sparse losses and kernels are run, a head for other tasks.
+        *("initializer_cutoff_factor", "sparse_prediction", "sparse_pred_ignore_index", "reference_compile"),
+        *("deterministic_flash_attn", "repad_logits_with_grad", "classifier_pooling", "classifier_dropout"),
+        # The positions' kind and an epsilon, which other fields say; tokens that the tokenizer has.
+        *("position_embedding_type", "layer_norm_eps", "cls_token_id", "sep_token_id"),
+    ),
+    dropouts=("attention_dropout", "embedding_dropout", "mlp_dropout"),
+    read=_read,
+    write=_write,
+)

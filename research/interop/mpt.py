@@ -1,0 +1,105 @@
+"""MPT in Hugging Face's form (`transformers.MptForCausalLM`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+from research.interop.architecture import INERT, Architecture
+from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
+from research.interop.tensor import Tensor
+from research.models.config import ModelConfig
+
+_LAYER, _OURS = "transformer.blocks.{layer}", "{layer}"
+# Fields of `attn_config` that have one supported value each, and those that change no logit.
+_ATTENTION = {
+    "alibi": True,
+    "alibi_bias_max": 8,
+    "attn_type": "multihead_attention",
+    "clip_qkv": None,
+    "prefix_lm": False,
+    "qk_ln": False,
+}
+_ATTENTION_INERT = (*INERT, "attn_impl", "attn_pdrop", "attn_uses_sequence_id")
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    attention = _attention(fields["attn_config"])
+    width, num_heads = fields["d_model"], fields["n_heads"]
+    return {
+        "vocab_size": fields["vocab_size"],
+        "num_layers": fields["n_layers"],
+        "embed_dim": width,
+        "max_length": fields["max_seq_len"],
+        "attention": multi_head(width, num_heads, bias=False) | {"scale": attention["softmax_scale"]},
+        "mlp": {"hidden_dim": 4 * width, "activation": "gelu", "gated": False},
+        "norm": {"kind": "layernorm", "placement": "pre", "epsilon": fields["layer_norm_epsilon"]},
+        "position": {"kind": "alibi"},
+        "tied_embeddings": fields["tie_word_embeddings"],
+        "dropout": fields["resid_pdrop"],
+        "init_stddev": fields["initializer_range"],
+    }
+
+
+def _attention(given: Any) -> dict[str, Any]:
+    """Returns the fields of `attn_config`, all but one of which say nothing new."""
+    if not isinstance(given, dict | None):
+        raise UserError(f"attn_config = {given!r} must be a group of fields.")
+    fields = {"softmax_scale": None, **(given or {})}
+    for name, value in fields.items():
+        known = name == "softmax_scale" or name in _ATTENTION_INERT or value in (None, False)
+        if value != _ATTENTION[name] if name in _ATTENTION else not known:
+            raise UserError(f"attn_config.{name} = {value!r} is not supported.")
+    return fields
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "n_layers": config.num_layers,
+        "d_model": config.embed_dim,
+        "max_seq_len": config.max_length,
+        "n_heads": config.attention.num_heads,
+        "attn_config": {"model_type": "", **_ATTENTION, "softmax_scale": config.attention.scale},
+        "expansion_ratio": 4,
+        "layer_norm_epsilon": config.norm.epsilon,
+        "no_bias": True,
+        "tie_word_embeddings": config.tied_embeddings,
+        "resid_pdrop": config.dropout,
+        "initializer_range": config.init_stddev,
+    }
+
+
+MPT = Architecture(
+    model_type="mpt",
+    model_class="MptForCausalLM",
+    prefixes=("transformer.",),
+    tensors=(
+        table("transformer.wte", "embed"),
+        *norm(f"{_LAYER}.norm_1", f"{_OURS}/attention_norm"),
+        Tensor(f"{_LAYER}.attn.Wqkv.weight", joined("kernel"), num_inputs=1, transposed=True),
+        *linear(f"{_LAYER}.attn.out_proj", f"{_OURS}/attention/out", num_inputs=2),
+        *norm(f"{_LAYER}.norm_2", f"{_OURS}/mlp_norm"),
+        *linear(f"{_LAYER}.ffn.up_proj", f"{_OURS}/mlp/up"),
+        *linear(f"{_LAYER}.ffn.down_proj", f"{_OURS}/mlp/down"),
+        *norm("transformer.norm_f", "final_norm"),
+        UNEMBED,
+    ),
+    copies={"lm_head.weight": "transformer.wte.weight"},
+    required=("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"),
+    defaults={
+        "attn_config": None,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+    },
+    only={"expansion_ratio": 4, "logit_scale": None, "no_bias": True},
+    inert=(
+        # How it was trained and run; with ALiBi there are no learned positions whatever this field says.
+        *("embedding_fraction", "init_config", "init_device", "norm_type", "verbose", "learned_pos_emb"),
+        *("auto_map", "tokenizer_name", "fc_type"),
+    ),
+    dropouts=("emb_pdrop",),
+    read=_read,
+    write=_write,
+)

@@ -1,0 +1,168 @@
+"""T5, T5 1.1, Flan-T5, UL2 and mT5 in Hugging Face's form (`transformers.T5ForConditionalGeneration`)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+from research.interop.activations import THEIRS, to_tessera
+from research.interop.architecture import Architecture
+from research.interop.modules import UNEMBED, linear, norm, projections, table
+from research.interop.tensor import Tensor
+from research.models.config import ModelConfig
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    width, layers = fields["d_model"], fields["num_layers"]
+    # The first T5 scales the states that meet its embedding; later ones have an output projection of their own.
+    # transformers 5 calls all of them tied, and has another field for the scale.
+    first = fields["tie_word_embeddings"] and fields["scale_decoder_outputs"]
+    return {
+        "structure": "encoder_decoder",
+        "vocab_size": fields["vocab_size"],
+        "num_layers": layers if fields["num_decoder_layers"] is None else fields["num_decoder_layers"],
+        "encoder_layers": layers,
+        "embed_dim": width,
+        "max_length": fields["n_positions"],
+        "attention": {
+            "num_heads": fields["num_heads"],
+            "num_kv_heads": fields["num_heads"],
+            "head_dim": fields["d_kv"],
+            "scale": 1.0,
+        },
+        "mlp": {"hidden_dim": fields["d_ff"], **_read_activation(fields)},
+        "norm": {"kind": "rmsnorm", "placement": "pre", "epsilon": fields["layer_norm_epsilon"]},
+        "position": {
+            "kind": "buckets",
+            "num_buckets": fields["relative_attention_num_buckets"],
+            "max_distance": fields["relative_attention_max_distance"],
+        },
+        "head": {"scale": 1 / math.sqrt(width)} if first else {},
+        "tied_embeddings": first,
+        "dropout": fields["dropout_rate"],
+        "init_stddev": fields["initializer_range"],
+    }
+
+
+def _read_activation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    name = fields["feed_forward_proj"]
+    kind, _, activation = str(name).rpartition("-")
+    if kind not in ("", "gated"):
+        raise UserError(f"feed_forward_proj = {name!r} must be an activation, or `gated-` and one.")
+    # The exact GELU was never meant: `gated-gelu` is a name from before the approximation had one.
+    activation = "gelu_new" if name == "gated-gelu" else activation
+    if fields["dense_act_fn"] not in (None, activation) or fields["is_gated_act"] not in (None, kind == "gated"):
+        raise UserError(
+            f"dense_act_fn = {fields['dense_act_fn']!r} and is_gated_act = {fields['is_gated_act']} must agree with "
+            f"feed_forward_proj = {name!r}."
+        )
+    return {"activation": to_tessera(activation, "feed_forward_proj"), "gated": kind == "gated"}
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    activation = THEIRS[config.mlp.activation]
+    if config.mlp.gated:
+        activation = "gated-gelu" if activation == "gelu_new" else f"gated-{activation}"
+    return {
+        "vocab_size": config.vocab_size,
+        "num_layers": config.encoder_layers,
+        "num_decoder_layers": config.num_layers,
+        "d_model": config.embed_dim,
+        "n_positions": config.max_length,
+        "num_heads": config.attention.num_heads,
+        "d_kv": config.attention.head_dim,
+        "d_ff": config.mlp.hidden_dim,
+        "feed_forward_proj": activation,
+        "layer_norm_epsilon": config.norm.epsilon,
+        "relative_attention_num_buckets": config.position.num_buckets,
+        "relative_attention_max_distance": config.position.max_distance,
+        "tie_word_embeddings": config.tied_embeddings,
+        "dropout_rate": config.dropout,
+        "initializer_range": config.init_stddev,
+        "is_encoder_decoder": True,
+        # A decoder of this family starts with the padding token.
+        "decoder_start_token_id": 0,
+    }
+
+
+def _gated(config: ModelConfig) -> bool:
+    return config.mlp.gated
+
+
+def _not_gated(config: ModelConfig) -> bool:
+    return not config.mlp.gated
+
+
+def _stack(theirs: str, ours: str, sublayers: tuple[tuple[str, str], ...]) -> tuple[Tensor, ...]:
+    """Returns the tensors of a stack whose layers have these sublayers of attention, and an MLP."""
+    layer, of_layer = f"{theirs}.block.{{layer}}.layer", f"{ours}{{layer}}"
+    mlp = f"{layer}.{len(sublayers)}.DenseReluDense"
+    tensors = []
+    for number, (name, attention) in enumerate(sublayers):
+        at = f"{layer}.{number}"
+        tensors += projections(f"{at}.{name}.{{part}}", f"{of_layer}/{attention}", "qkv")
+        tensors += linear(f"{at}.{name}.o", f"{of_layer}/{attention}/out", num_inputs=2)
+        tensors += norm(f"{at}.layer_norm", f"{of_layer}/{attention}_norm")
+    up, gate = (f"{of_layer}/mlp/up/kernel",), (f"{of_layer}/mlp/gate/kernel",)
+    return (
+        table(f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{ours}position_bias"),
+        *tensors,
+        Tensor(f"{mlp}.wi.weight", up, num_inputs=1, transposed=True, when=_not_gated),
+        Tensor(f"{mlp}.wi_0.weight", gate, num_inputs=1, transposed=True),
+        Tensor(f"{mlp}.wi_1.weight", up, num_inputs=1, transposed=True, when=_gated),
+        *linear(f"{mlp}.wo", f"{of_layer}/mlp/down"),
+        *norm(f"{layer}.{len(sublayers)}.layer_norm", f"{of_layer}/mlp_norm"),
+        *norm(f"{theirs}.final_layer_norm", f"{ours}final_norm"),
+    )
+
+
+_SELF, _CROSS = ("SelfAttention", "attention"), ("EncDecAttention", "cross_attention")
+
+T5 = Architecture(
+    model_type="t5",
+    model_class="T5ForConditionalGeneration",
+    tensors=(
+        table("shared", "embed"),
+        *_stack("encoder", "encoder/", (_SELF,)),
+        *_stack("decoder", "", (_SELF, _CROSS)),
+        UNEMBED,
+    ),
+    copies={
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+        "lm_head.weight": "shared.weight",
+    },
+    ignored={
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": "no position enters there"
+    },
+    required=("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+    defaults={
+        "num_decoder_layers": None,
+        "n_positions": 512,
+        "feed_forward_proj": "relu",
+        "dense_act_fn": None,
+        "is_gated_act": None,
+        "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "tie_word_embeddings": True,
+        "scale_decoder_outputs": True,
+        "dropout_rate": 0.1,
+        "initializer_range": 0.02,
+    },
+    only={"is_encoder_decoder": True, "is_decoder": False},
+    # Tensors start with deviations of their own, which this field stretches; what generation begins with.
+    inert=("initializer_factor", "decoder_start_token_id", "output_past"),
+    dropouts=("classifier_dropout",),
+    read=_read,
+    write=_write,
+)
+
+MT5 = dataclasses.replace(
+    T5,
+    model_type="mt5",
+    model_class="MT5ForConditionalGeneration",
+    # Its output projection is always its own; transformers 5 writes that it is tied nonetheless.
+    defaults={**T5.defaults, "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False},
+)
