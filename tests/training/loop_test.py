@@ -77,7 +77,7 @@ class Bench:
 
     def train(self, owed: bool = False, **config: Any) -> TrainState:
         place = lambda batch: jax.tree.map(jnp.asarray, batch)  # noqa: E731
-        throughput = Throughput(flops_per_token=10, peak_flops=100.0, num_devices=4)
+        throughput = Throughput(flops_per_token=10.0, peak_flops=100.0, num_devices=4)
         run = Run(
             self.step, self, place, self.check, self.evaluate, self.checkpoints, self.writer, self.clock, throughput
         )
