@@ -21,6 +21,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "structure": "encoder_decoder",
+            "start_id": 2,  # the end of text
             "vocab_size": 50_265,
             "num_layers": layers,
             "encoder_layers": layers,

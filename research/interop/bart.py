@@ -40,6 +40,8 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "position": {"kind": "learned", "offset": _OFFSET},
         "embedding": {"norm": True},
         "head": {"bias": fields["architectures"][0].endswith("ForConditionalGeneration")},
+        # BART starts with its end of text; None is transformers' way of saying so.
+        "start_id": 2 if fields["decoder_start_token_id"] is None else fields["decoder_start_token_id"],
         "tied_embeddings": fields["tie_word_embeddings"],
         "scale_embeddings": fields["scale_embedding"],
         "dropout": fields["dropout"],
@@ -67,6 +69,7 @@ def _write(architecture: str, config: ModelConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "init_std": config.init_stddev,
         "is_encoder_decoder": True,
+        "decoder_start_token_id": config.start_id,
     }
 
 
@@ -120,6 +123,7 @@ BART = Architecture(
         "tie_word_embeddings": True,
         "dropout": 0.1,
         "init_std": 0.02,
+        "decoder_start_token_id": None,
     },
     only={
         **{"is_encoder_decoder": True, "is_decoder": False, "normalize_embedding": True, "extra_pos_embeddings": 2},
@@ -127,7 +131,7 @@ BART = Architecture(
     },
     inert=(
         # How text is generated, and with which tokens.
-        *("decoder_start_token_id", "early_stopping", "forced_bos_token_id", "forced_eos_token_id", "length_penalty"),
+        *("early_stopping", "forced_bos_token_id", "forced_eos_token_id", "length_penalty"),
         *("force_bos_token_to_be_generated", "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "prefix"),
         # Fields that others repeat, and those of other tasks and of the fine-tuning.
         *("num_hidden_layers", "output_past", "classif_dropout", "classifier_dropout", "add_bias_logits", "save_step"),

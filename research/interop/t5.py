@@ -39,6 +39,8 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "max_distance": fields["relative_attention_max_distance"],
         },
         "head": {"scale": 1 / math.sqrt(width)} if first else {},
+        # A decoder of this family starts with the padding token.
+        "start_id": fields["decoder_start_token_id"] or 0,
         "tied_embeddings": first,
         "dropout": fields["dropout_rate"],
         "init_stddev": fields["initializer_range"],
@@ -81,8 +83,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "dropout_rate": config.dropout,
         "initializer_range": config.init_stddev,
         "is_encoder_decoder": True,
-        # A decoder of this family starts with the padding token.
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": config.start_id,
     }
 
 
@@ -150,10 +151,11 @@ T5 = Architecture(
         "scale_decoder_outputs": True,
         "dropout_rate": 0.1,
         "initializer_range": 0.02,
+        "decoder_start_token_id": None,
     },
     only={"is_encoder_decoder": True, "is_decoder": False},
-    # Tensors start with deviations of their own, which this field stretches; what generation begins with.
-    inert=("initializer_factor", "decoder_start_token_id", "output_past"),
+    # Tensors start with deviations of their own, which this field stretches.
+    inert=("initializer_factor", "output_past"),
     dropouts=("classifier_dropout",),
     read=_read,
     write=_write,

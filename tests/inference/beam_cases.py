@@ -7,11 +7,14 @@ import pathlib
 import numpy as np
 
 from research.inference.beams import BeamConfig, Hypothesis
-from tests.interop import cases
+from tests.interop import cases, encoders_cases
 
 GOLDENS = pathlib.Path(__file__).parent / "beam_goldens.json"
 # Of the golden models: the norm that logits are a product of, and an id that ends texts here, one that is likely.
 MODELS = {"gpt2-small": ("transformer.ln_f.", 58), "llama-3.2-1b": ("model.norm.", 1)}
+# The same of encoder-decoders, whose decoders begin with `START`, and what their encoders read.
+ENCODER_DECODERS = {"t5": ("decoder.final_layer_norm.", 5), "bart": ("model.decoder.layers.0.final_layer_norm.", 19)}
+START, SOURCES = 0, ([5, 9, 33], [17, 4, 50, 21, 8, 50, 21, 40, 61], [12])
 # The logits of the golden models are nearly flat: times this, the best beam and the greedy text often differ.
 SHARPNESS = 4.0
 PROMPTS = ([5], [9, 33, 2], [17, 4, 50, 21, 8, 50, 21])
@@ -20,8 +23,9 @@ MAX_TOKENS = 10
 
 def tensors(name: str) -> dict[str, np.ndarray]:
     """Returns the weights of a golden model, its logits sharpened."""
-    values = cases.weights(cases.stored()[name]["tensors"])
-    final = MODELS[name][0]
+    held = encoders_cases.stored() if name in ENCODER_DECODERS else cases.stored()
+    values = cases.weights(held[name]["tensors"])
+    final = (MODELS | ENCODER_DECODERS)[name][0]
     return {key: value * np.float32(SHARPNESS if key.startswith(final) else 1.0) for key, value in values.items()}
 
 
@@ -58,8 +62,20 @@ def _grid() -> list[BeamConfig]:
 GRID = _grid()
 
 
-def prompts(beams: BeamConfig) -> tuple[list[int], ...]:
+def eos_id(name: str) -> int:
+    """Returns the id that ends texts of a model."""
+    return (MODELS | ENCODER_DECODERS)[name][1]
+
+
+def grid(name: str) -> list[BeamConfig]:
+    """Returns the settings of a model: of encoder-decoders, a part."""
+    return [*GRID[::5], *GRID[48:]] if name in ENCODER_DECODERS else GRID
+
+
+def prompts(name: str, beams: BeamConfig) -> tuple[list[int], ...]:
     """Returns those that transformers takes: after longer ones than one token it does not heed `forced_bos`."""
+    if name in ENCODER_DECODERS:
+        return SOURCES
     return PROMPTS if beams.forced_bos is None else PROMPTS[:1]
 
 

@@ -15,9 +15,10 @@ from research.inference.generate import generate
 from research.inference.prompts import Prompts, read_prompts
 from research.inference.sampling import SamplingConfig
 from research.interop.huggingface import from_hugging_face
+from research.interop.mapping import params_from
 from research.models.config import ModelConfig
 from tests.inference import beam_cases
-from tests.interop import cases
+from tests.interop import cases, encoders_cases
 from tests.interop.folders import write_folder
 from tests.tiny import random_params, stack, tiny_config
 
@@ -69,6 +70,28 @@ def test_beams_equal_transformers(name, tmp_path):
         assert [[one.tokens for one in best] for best in found] == [[one.tokens for one in best] for best in wanted]
         scores = [np.array([one.score for best in texts for one in best]) for texts in (found, wanted)]
         np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
+
+
+@pytest.mark.parametrize("name", beam_cases.ENCODER_DECODERS)
+def test_beams_of_encoder_decoders_equal_transformers(name):
+    architecture, config, _ = encoders_cases.model(name)
+    params = params_from(architecture, config, beam_cases.tensors(name))
+    sources, lengths = np.zeros((len(beam_cases.SOURCES), 16), np.int32), []
+    for row, ids in enumerate(beam_cases.SOURCES):
+        sources[row, : len(ids)] = ids
+        lengths.append(len(ids))
+    starts = [[beam_cases.START]] * len(lengths)
+    prompts = Prompts(jnp.asarray(starts), jnp.ones(len(lengths), int), jnp.asarray(sources), jnp.asarray(lengths))
+    cache = read_prompts(params, prompts, config=config, slots=16)[1]
+    told_apart = set()
+    for beams, wanted in zip(beam_cases.grid(name), beam_cases.stored(name), strict=True):
+        options = {"slots": 16, "num_ids": cases.VOCAB, "eos_id": beam_cases.eos_id(name)}
+        found = beam_search(Steps(config), params, cache, starts, beams, **options)
+        assert [[one.tokens for one in best] for best in found] == [[one.tokens for one in best] for best in wanted]
+        scores = [np.array([one.score for best in texts for one in best]) for texts in (found, wanted)]
+        np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
+        told_apart.add(str([best[0].tokens for best in found]))
+    assert len(told_apart) > 6
 
 
 @pytest.mark.parametrize("name", beam_cases.MODELS)

@@ -9,7 +9,7 @@ import transformers
 
 from research.inference.beams import BeamConfig
 from tests.inference import beam_cases
-from tests.interop import make_goldens
+from tests.interop import make_encoders_goldens, make_goldens
 
 # Beams that noise of this size in log p changes were no goldens: other float32 arithmetic could change them too.
 NOISE, DRAWS = 1e-4, 3
@@ -25,9 +25,18 @@ class _Noise(transformers.LogitsProcessor):
 
 def load(name: str) -> Any:
     """Returns a golden model with the weights of the golden beams."""
+    tensors = beam_cases.tensors(name)
+    if name in beam_cases.ENCODER_DECODERS:
+        kind, config = make_encoders_goldens.MODELS[name]
+        model = kind._from_config(config, dtype=torch.float32).eval()
+        # Rules that a family's generation has of its own are no part of the comparison.
+        model.generation_config = transformers.GenerationConfig(decoder_start_token_id=beam_cases.START)
+        tensors |= {"final_logits_bias": tensors["final_logits_bias"]} if "final_logits_bias" in tensors else {}
+        model.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()}, strict=False)
+        model.tie_weights()
+        return model
     config = make_goldens.CONFIGS[name]
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    tensors = beam_cases.tensors(name)
     with torch.no_grad():
         for key, value in model.named_parameters():
             value.copy_(torch.from_numpy(tensors[key]))
@@ -37,9 +46,9 @@ def load(name: str) -> Any:
 def search(
     model: Any, prompt: Sequence[int], beams: BeamConfig, eos_id: int, noise: int | None = None
 ) -> list[tuple[list[int], float]]:
-    """Returns new ids and score of each hypothesis of one prompt, best first."""
+    """Returns new ids and score of the hypotheses of a prompt, which the encoder reads if there is one."""
     bos = [] if beams.forced_bos is None else [beams.forced_bos]
-    prefix, start = bos + list(beams.forced_prefix), len(prompt)
+    prefix, start = bos + list(beams.forced_prefix), 1 if model.config.is_encoder_decoder else len(prompt)
 
     def allowed(_: int, ids: torch.Tensor) -> list[int]:
         made = len(ids) - start
@@ -47,7 +56,7 @@ def search(
 
     found = model.generate(
         torch.tensor([prompt]),
-        attention_mask=torch.ones(1, start, dtype=torch.long),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         do_sample=False,
         num_beams=beams.num_beams,
         num_return_sequences=beams.num_return,
@@ -72,7 +81,7 @@ def search(
 
 def compute(name: str) -> list[list[list[tuple[list[int], float]]]]:
     """Returns the hypotheses of a model by setting and prompt."""
-    model, eos_id = load(name), beam_cases.MODELS[name][1]
+    model, eos_id = load(name), beam_cases.eos_id(name)
 
     def certain(prompt: Sequence[int], beams: BeamConfig) -> list[tuple[list[int], float]]:
         best = search(model, prompt, beams, eos_id)
@@ -81,13 +90,13 @@ def compute(name: str) -> list[list[list[tuple[list[int], float]]]]:
             assert [ids for ids, _ in noisy] == [ids for ids, _ in best], f"{beams}: a near tie after {prompt}"
         return [(ids, round(score, 6)) for ids, score in best]
 
-    return [[certain(prompt, beams) for prompt in beam_cases.prompts(beams)] for beams in beam_cases.GRID]
+    return [[certain(prompt, beams) for prompt in beam_cases.prompts(name, beams)] for beams in beam_cases.grid(name)]
 
 
 def main() -> None:
     """Writes the goldens, a setting a line."""
     blocks = []
-    for name in beam_cases.MODELS:
+    for name in (*beam_cases.MODELS, *beam_cases.ENCODER_DECODERS):
         lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in compute(name))
         blocks.append(f"{json.dumps(name)}: [\n{lines}\n]")
     beam_cases.GOLDENS.write_text("{" + ",\n".join(blocks) + "}\n")
