@@ -59,7 +59,9 @@ def main(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     texts = model.generate(prompts, **fields)
     count, seconds = sum(len(text.tokens) for text in texts), time.monotonic() - start
-    shown = "\n\n".join(prompt + text.text for prompt, text in zip(prompts, texts, strict=True))
+    # What an encoder reads is not continued but answered.
+    between = "\n" if model.config.structure == "encoder_decoder" else ""
+    shown = "\n\n".join(prompt + between + text.text for prompt, text in zip(prompts, texts, strict=True))
     print(shown, flush=True)
     logger.info("%d tokens in %.1f s, compilation included; step %d", count, seconds, model.step)
     kept = workdir / "samples.txt"
