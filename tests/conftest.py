@@ -10,7 +10,9 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
+import gc
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -33,6 +35,14 @@ def shared_data() -> pathlib.Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("real data is not beside the checkout (../shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Drops the compiled programs of each file of tests: a process may hold so many mappings of memory and no more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_unconfigure() -> None:

@@ -34,12 +34,11 @@ def test_a_corpus_holds_every_document_framed_and_its_bytes(tmp_path):
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path):
-    class Wide(ByteTokenizer):
-        vocab_size = 70_000
-
+    wide = ByteTokenizer()
+    wide.vocab_size = 70_000
     (tmp_path / "a.txt").write_text("abc")
     source = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), heldout_fraction=0.0)
-    corpus = build_corpora(source, Wide(), tmp_path / "cache")["train"]
+    corpus = build_corpora(source, wide, tmp_path / "cache")["train"]
     assert corpus.tokens.dtype == np.uint32
     assert corpus.tokens.tolist() == [256, 97, 98, 99, 257]
 
