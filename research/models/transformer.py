@@ -128,7 +128,7 @@ class Transformer(Stack):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         mask = AttentionMask(q_segments=segments, kv_segments=segments)
-        key = None if key is None else jax.random.fold_in(key, -1)
+        key = None if key is None else jax.random.fold_in(key, 2)  # the decoder's keys are 0 and 1 of it
         options = {"types": None, "memory": None, "memory_mask": None, "key": key}
         return self.encoder.run(self.embed(tokens), mask, positions, None, **options)[0]
 
