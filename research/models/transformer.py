@@ -93,7 +93,7 @@ class Transformer(Stack):
           tokens: ids below `vocab_size`.
           positions: of each token in its own sequence, below `max_length`.
           segments: which sequence of a packed row a token belongs to, 0 for padding; None where a row is one sequence.
-          cache: keys and values of earlier tokens; then `positions` of a row must be consecutive.
+          cache: keys and values of earlier tokens; then `positions` of a row must be consecutive, then padding.
           types: kind of segment of each token, where the model has such embeddings; None is 0.
           prefix: 1 where a token belongs to its sequence's prefix, of the structure `prefix`; None has no prefix.
           encoder_tokens: what the encoder reads, of the structure `encoder_decoder`; None where the cache holds it.
@@ -150,8 +150,8 @@ class Transformer(Stack):
           following: of each depth k, from 1, the tokens k places further on.
           positions, segments: as of `__call__`.
         """
-        context = Context(positions, AttentionMask(causal=True, q_segments=segments, kv_segments=segments))
-        states = []
+        mask = AttentionMask(causal=True, q_segments=segments, kv_segments=segments)
+        context, states = self.context(positions, mask, None), []
         for predictor, tokens in zip(self.future, following, strict=True):
             hidden = predictor(hidden, self.embed(tokens).astype(hidden.dtype), context)
             states.append(hidden)
@@ -214,9 +214,10 @@ def memory_mask(
     """Returns which of the encoder's tokens each token sees: those of its segment, or the real ones."""
     if encoder_segments is None:
         return AttentionMask()
-    return AttentionMask(
-        q_segments=jnp.ones_like(tokens) if segments is None else segments, kv_segments=encoder_segments
-    )
+    if segments is None:
+        real = (encoder_segments != 0).astype(tokens.dtype)
+        return AttentionMask(q_segments=jnp.ones_like(tokens), kv_segments=real)
+    return AttentionMask(q_segments=segments, kv_segments=encoder_segments)
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
