@@ -37,7 +37,7 @@ class Output(NamedTuple):
     Attributes:
       hidden: the last states, which `projection` and `logits` read.
       cache: with these tokens in it, where one was given.
-      router_loss: the mean loss of the experts' routers; 0 without experts.
+      router_loss: the mean loss of the experts' routers, an encoder's added to a decoder's; 0 without experts.
     """
 
     hidden: Float[Array, "B T D"]
@@ -102,9 +102,9 @@ class Transformer(Stack):
           deterministic: False drops activations, with the random stream `dropout`.
         """
         key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
-        memory = None
+        memory, of_encoder = None, jnp.zeros(())
         if encoder_tokens is not None:
-            memory = self.encode(encoder_tokens, encoder_positions, encoder_segments, key)
+            memory, of_encoder = self.encode(encoder_tokens, encoder_positions, encoder_segments, key)
         x, cache, loss = self.run(
             self.embed(tokens),
             sequence_mask(self.config, positions, segments, prefix, cached=cache is not None),
@@ -115,7 +115,7 @@ class Transformer(Stack):
             memory_mask=memory_mask(tokens, segments, encoder_segments if cache is None else cache.memory_segments),
             key=key,
         )
-        return Output(x, cache, loss)
+        return Output(x, cache, loss + of_encoder)
 
     def encode(
         self,
@@ -123,14 +123,18 @@ class Transformer(Stack):
         positions: Int[Array, "B M"] | None = None,
         segments: Int[Array, "B M"] | None = None,
         key: jax.Array | None = None,
-    ) -> Float[Array, "B M D"]:
-        """Returns what the encoder of an encoder-decoder makes of its tokens; arguments as `__call__`."""
+    ) -> tuple[Float[Array, "B M D"], Float[Array, ""]]:
+        """Returns what the encoder of an encoder-decoder makes of its tokens, and the mean loss of its routers.
+
+        Arguments are those of `__call__`.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         mask = AttentionMask(q_segments=segments, kv_segments=segments)
         key = None if key is None else jax.random.fold_in(key, 2)  # the decoder's keys are 0 and 1 of it
         options = {"types": None, "memory": None, "memory_mask": None, "key": key}
-        return self.encoder.run(self.embed(tokens), mask, positions, None, **options)[0]
+        x, _, loss = self.encoder.run(self.embed(tokens), mask, positions, None, **options)
+        return x, loss
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
         """Returns the state that stands for each row, from its first token, and the logits of its class, if any."""

@@ -178,7 +178,7 @@ def test_dropout_reaches_both_stacks_of_an_encoder_decoder():
     def states(params: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         def apply(module: Transformer) -> tuple[jax.Array, jax.Array]:
             whole = module(**document, deterministic=key is None).hidden
-            return module.encode(document["encoder_tokens"], key=key), whole
+            return module.encode(document["encoder_tokens"], key=key)[0], whole
 
         return Transformer(config).apply({"params": params}, rngs={} if key is None else {"dropout": key}, method=apply)
 
@@ -236,3 +236,20 @@ def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
     batch = {**inputs, "targets": inputs["tokens"], "weights": jnp.ones(inputs["tokens"].shape)}
     loss = jax.jit(lambda params: language_model_loss(by_length)(params, batch, None)[0])
     assert np.isfinite(loss(random_params(by_length)))
+
+
+def test_routers_of_an_encoder_are_kept_even_too():
+    config = dataclasses.replace(VARIANTS["encoder-decoder"], experts=VARIANTS["experts"].experts)
+    document, params = pack(rows(config, [9])), jax.tree.map(jnp.asarray, random_params(config))
+
+    @jax.jit
+    def routed(encoder_router: jax.Array) -> jax.Array:
+        layer = params["encoder"]["layers_2"]  # whose router tells the decoder next to nothing
+        layer = layer | {"mlp": layer["mlp"] | {"router": {"kernel": encoder_router}}}
+        encoder = params["encoder"] | {"layers_2": layer}
+        return Transformer(config).apply({"params": params | {"encoder": encoder}}, **document).router_loss
+
+    even = jnp.zeros_like(params["encoder"]["layers_2"]["mlp"]["router"]["kernel"])
+    # Scores that are all alike have the least z-loss, log(4)², and a steep router has more.
+    steep = routed(even + 30 * jnp.arange(4.0)[None])
+    assert steep - routed(even) > 0.1
