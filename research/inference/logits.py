@@ -14,6 +14,44 @@ from research.models.config import ModelConfig
 from research.models.transformer import Transformer
 
 
+def read_inputs(
+    config: ModelConfig,
+    tokens: ArrayLike,
+    segments: ArrayLike | None,
+    encoder_tokens: ArrayLike | None,
+    encoder_segments: ArrayLike | None,
+    *,
+    types: ArrayLike | None,
+    prefix: ArrayLike | None,
+) -> dict[str, Int[Array, "B _"]]:
+    """Returns the keywords of `Transformer` for whole sequences, all looked at.
+
+    Raises:
+      UserError: what `rows_of` and `beside` refuse, or something that the model does not read, or is missing.
+    """
+    structure, kinds = config.structure, config.embedding.num_types
+    if prefix is not None and structure != "prefix":
+        raise UserError(f"prefix is given for model.structure = {structure!r}.")
+    if types is not None and not kinds:
+        raise UserError("types are given for model.embedding.num_types = 0.")
+    if (encoder_tokens is None) == (structure == "encoder_decoder"):
+        need = "is missing" if encoder_tokens is None else "is given"
+        raise UserError(f"encoder_tokens {need} for model.structure = {structure!r}.")
+    read = rows_of(config, "tokens", tokens, segments)
+    if types is not None:
+        read["types"] = beside("types", types, read["tokens"], kinds)
+    if prefix is not None:
+        read["prefix"] = beside("prefix", prefix, read["tokens"], 2)
+    if encoder_tokens is None:
+        return read
+    encoded, count = rows_of(config, "encoder_tokens", encoder_tokens, encoder_segments), len(read["tokens"])
+    if len(encoded["tokens"]) != count:
+        raise UserError(f"encoder_tokens: {len(encoded['tokens'])} rows must be {count}, one a row of tokens.")
+    if segments is not None and encoder_segments is None:
+        raise UserError("encoder_segments is missing: segments alone do not say who sees which of its tokens.")
+    return read | {f"encoder_{name}": array for name, array in encoded.items()}
+
+
 def rows_of(
     config: ModelConfig, name: str, tokens: ArrayLike, segments: ArrayLike | None
 ) -> dict[str, Int[Array, "B T"]]:

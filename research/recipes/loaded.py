@@ -17,7 +17,7 @@ from research.data.tokenizers import Tokenizer
 from research.inference.beam_generate import Beam, beam_generate
 from research.inference.beams import BeamConfig
 from research.inference.generate import Generated, generate
-from research.inference.logits import beside, logits, rows_of
+from research.inference.logits import logits, read_inputs
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
@@ -65,27 +65,8 @@ class LoadedModel:
           UserError: not rows of ids, a number out of range, rows longer than the model's positions, or something
             that the model does not read, or is missing.
         """
-        kinds = self.config.embedding.num_types
-        if prefix is not None and self.config.structure != "prefix":
-            raise UserError(f"prefix is given for model.structure = {self.config.structure!r}.")
-        if types is not None and not kinds:
-            raise UserError("types are given for model.embedding.num_types = 0.")
-        if (encoder_tokens is None) == (self.config.structure == "encoder_decoder"):
-            need = "is missing" if encoder_tokens is None else "is given"
-            raise UserError(f"encoder_tokens {need} for model.structure = {self.config.structure!r}.")
-        read = rows_of(self.config, "tokens", tokens, segments)
-        if types is not None:
-            read["types"] = beside("types", types, read["tokens"], kinds)
-        if prefix is not None:
-            read["prefix"] = beside("prefix", prefix, read["tokens"], 2)
-        if encoder_tokens is not None:
-            encoded = rows_of(self.config, "encoder_tokens", encoder_tokens, encoder_segments)
-            count = len(read["tokens"])
-            if len(encoded["tokens"]) != count:
-                raise UserError(f"encoder_tokens: {len(encoded['tokens'])} rows must be {count}, one a row of tokens.")
-            if segments is not None and encoder_segments is None:
-                raise UserError("encoder_segments is missing: segments alone do not say who sees which of its tokens.")
-            read |= {f"encoder_{name}": array for name, array in encoded.items()}
+        beside = {"types": types, "prefix": prefix}
+        read = read_inputs(self.config, tokens, segments, encoder_tokens, encoder_segments, **beside)
         return logits(self.config, self.params, read)
 
     def generate(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **fields: Any) -> list[Generated]:
