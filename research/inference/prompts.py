@@ -108,8 +108,10 @@ def _document(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def _source(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Returns a prompt's ids as an encoder reads them: with a begin of text where there is one, and an end."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id]
-    return [i for i in ids if i is not None]
+    ids = [i for i in (tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id) if i is not None]
+    if not ids:
+        raise UserError("--prompt = '' is empty, and the tokenizer has no begin or end of text to read in its place.")
+    return ids
 
 
 def next_logits(
