@@ -14,6 +14,44 @@ from research.models.config import ModelConfig
 from research.models.transformer import Transformer
 
 
+def read_inputs(
+    config: ModelConfig,
+    tokens: ArrayLike,
+    segments: ArrayLike | None,
+    encoder_tokens: ArrayLike | None,
+    encoder_segments: ArrayLike | None,
+    *,
+    types: ArrayLike | None,
+    prefix: ArrayLike | None,
+) -> dict[str, Int[Array, "B _"]]:
+    """Returns the keywords of `Transformer` for whole sequences, all looked at.
+
+    Raises:
+      UserError: what `rows_of` and `beside` refuse, or something that the model does not read, or is missing.
+    """
+    structure, kinds = config.structure, config.embedding.num_types
+    if prefix is not None and structure != "prefix":
+        raise UserError(f"prefix is given for model.structure = {structure!r}.")
+    if types is not None and not kinds:
+        raise UserError("types are given for model.embedding.num_types = 0.")
+    if (encoder_tokens is None) == (structure == "encoder_decoder"):
+        need = "is missing" if encoder_tokens is None else "is given"
+        raise UserError(f"encoder_tokens {need} for model.structure = {structure!r}.")
+    read = rows_of(config, "tokens", tokens, segments)
+    if types is not None:
+        read["types"] = beside("types", types, read["tokens"], kinds)
+    if prefix is not None:
+        read["prefix"] = beside("prefix", prefix, read["tokens"], 2)
+    if encoder_tokens is None:
+        return read
+    encoded, count = rows_of(config, "encoder_tokens", encoder_tokens, encoder_segments), len(read["tokens"])
+    if len(encoded["tokens"]) != count:
+        raise UserError(f"encoder_tokens: {len(encoded['tokens'])} rows must be {count}, one a row of tokens.")
+    if segments is not None and encoder_segments is None:
+        raise UserError("encoder_segments is missing: segments alone do not say who sees which of its tokens.")
+    return read | {f"encoder_{name}": array for name, array in encoded.items()}
+
+
 def rows_of(
     config: ModelConfig, name: str, tokens: ArrayLike, segments: ArrayLike | None
 ) -> dict[str, Int[Array, "B T"]]:
@@ -26,23 +64,52 @@ def rows_of(
       segments: of packed rows, 0 for padding; positions start anew in each. None: a row is one sequence.
 
     Raises:
-      UserError: not rows of ids, an id out of range, or rows longer than the model's positions.
+      UserError: not rows of ids, an id out of range, rows longer than the model's positions, or segments that are not
+        one a token.
     """
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2:
-        raise UserError(f"{name}: shape {tokens.shape} must be [rows, ids]: one row is [[1, 2, 3]].")
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
-        bad = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise UserError(f"{name}: id {bad} is out of range: it must lie in [0, {config.vocab_size}).")
-    if tokens.shape[1] > config.max_length:
-        raise UserError(f"{name}: {tokens.shape[1]} is longer than model.max_length = {config.max_length}.")
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    ids = _whole_numbers(name, tokens)
+    if ids.ndim != 2 or not ids.size:
+        raise UserError(f"{name}: shape {ids.shape} must be [rows, ids]: one row is [[1, 2, 3]].")
+    _check_range(name, ids, config.vocab_size)
+    if ids.shape[1] > config.max_length:
+        raise UserError(f"{name}: {ids.shape[1]} is longer than model.max_length = {config.max_length}.")
+    rows = jnp.asarray(ids, jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
     if segments is None:
-        return {"tokens": jnp.asarray(tokens), "positions": index}
-    segments = jnp.asarray(segments, jnp.int32)
-    starts = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments, axis=1)], axis=1) != 0
+        return {"tokens": rows, "positions": index}
+    numbers = beside(name.replace("tokens", "segments"), segments, rows, 2**31)
+    starts = jnp.concatenate([jnp.ones_like(numbers[:, :1]), jnp.diff(numbers, axis=1)], axis=1) != 0
     positions = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    return {"tokens": jnp.asarray(tokens), "positions": positions, "segments": segments}
+    return {"tokens": rows, "positions": positions, "segments": numbers}
+
+
+def beside(name: str, values: ArrayLike, tokens: Int[Array, "B T"], limit: int) -> Int[Array, "B T"]:
+    """Returns numbers that say something of each token.
+
+    Raises:
+      UserError: they are not one a token, or out of [0, limit).
+    """
+    numbers = _whole_numbers(name, values)
+    if numbers.shape != tokens.shape:
+        raise UserError(f"{name}: shape {numbers.shape} must be {tokens.shape}, that of the tokens.")
+    _check_range(name, numbers, limit)
+    return jnp.asarray(numbers, jnp.int32)
+
+
+def _whole_numbers(name: str, values: ArrayLike) -> Int[np.ndarray, "..."]:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # of rows that differ in length
+        raise UserError(f"{name}: rows must be equally long; fill them up and give segments.") from error
+    if array.size and array.dtype.kind not in "iu":
+        raise UserError(f"{name}: must be whole numbers, not {array.dtype.name}.")
+    return array.astype(np.int64)
+
+
+def _check_range(name: str, numbers: Int[np.ndarray, "B T"], limit: int) -> None:
+    if not 0 <= numbers.min() <= numbers.max() < limit:
+        bad = numbers.min() if numbers.min() < 0 else numbers.max()
+        raise UserError(f"{name}: id {bad} is out of range: it must lie in [0, {limit}).")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -108,8 +108,10 @@ def _document(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def _source(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Returns a prompt's ids as an encoder reads them: with a begin of text where there is one, and an end."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id]
-    return [i for i in ids if i is not None]
+    ids = [i for i in (tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id) if i is not None]
+    if not ids:
+        raise UserError("--prompt = '' is empty, and the tokenizer has no begin or end of text to read in its place.")
+    return ids
 
 
 def next_logits(
@@ -154,10 +156,12 @@ def read_prompts(
       slots: tokens that the cache can hold.
     """
     index = jnp.arange(prompts.tokens.shape[1], dtype=jnp.int32)
-    positions = jnp.broadcast_to(index, prompts.tokens.shape)
+    real = index < prompts.lengths[:, None]
+    # Positions count on to a prompt's end and not through its padding: rotary rules that go by length read it there.
+    positions = jnp.where(real, index, 0)
     inputs, segments = {}, None
     if config.structure == "prefix":  # all of a prompt is seen from all of it
-        inputs = {"prefix": (positions < prompts.lengths[:, None]).astype(jnp.int32)}
+        inputs = {"prefix": real.astype(jnp.int32)}
     if prompts.encoder_tokens is not None:
         places = jnp.arange(prompts.encoder_tokens.shape[1])
         segments = (places < prompts.encoder_lengths[:, None]).astype(jnp.int32)

@@ -123,7 +123,7 @@ class Attention(nn.Module):
         k = constrain(k, ("batch", "length", "kv_heads", "head"))
         mask = context.mask
         if cache is not None:
-            cache, mask = _append(cache, k, v, context)
+            cache, mask = append(cache, k, v, context)
             k, v = cache.key, cache.value
         bias = context.bias
         if position.kind == "relative":
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         return project_out(model)(out), cache
 
 
-def _append(
+def append(
     cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], context: Context
 ) -> tuple[LayerCache, AttentionMask]:
     """Writes keys and values into the cache; what the context's mask says of a prefix goes on in the cache's."""

@@ -25,13 +25,13 @@ class LayerCache:
 
     key: Float[Array, "*L B S K H"]
     value: Float[Array, "*L B S K J"]
-    memory_key: Float[Array, "*L B M K H"] | None = None
-    memory_value: Float[Array, "*L B M K H"] | None = None
+    memory_key: Float[Array, "*L B M heads width"] | None = None
+    memory_value: Float[Array, "*L B M heads width"] | None = None
 
     def append(
         self, key: Float[Array, "B T K H"], value: Float[Array, "B T K J"], positions: Int[Array, "B T"]
     ) -> tuple["LayerCache", AttentionMask]:
-        """Writes T tokens of consecutive positions; returns the cache and who sees its slots."""
+        """Writes T tokens of consecutive positions, then padding; returns the cache and who sees its slots."""
         write = jax.vmap(lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=0))
         start = positions[:, 0]
         cache = self.replace(
@@ -78,7 +78,7 @@ def empty_cache(
       memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models that have one.
     """
     c = config.attention
-    key, value = (c.num_kv_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+    heads = key = value = (c.num_kv_heads, c.head_dim)
     if c.latent is not None:
         key, value = (1, c.latent.kv_dim), (1, c.latent.rope_dim)
 
@@ -86,7 +86,7 @@ def empty_cache(
         own = (jnp.zeros((*layers, batch, slots, *shape), config.dtype) for shape in (key, value))
         if memory_segments is None:
             return LayerCache(*own)
-        others = (jnp.zeros((*layers, batch, memory_segments.shape[1], *key), config.dtype) for _ in range(2))
+        others = (jnp.zeros((*layers, batch, memory_segments.shape[1], *heads), config.dtype) for _ in range(2))
         return LayerCache(*own, *others)
 
     assert (memory_segments is not None) == (config.structure == "encoder_decoder"), "an encoder needs its segments"

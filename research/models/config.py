@@ -211,8 +211,14 @@ class ModelConfig:
             raise UserError("pattern must name at least one layer.")
         if len({(layer.experts, layer.attention_norm) for layer in self.pattern}) > 1:
             raise UserError("pattern: its layers must agree in experts and attention_norm; first_layers may differ.")
-        if self.structure == "encoder" and self.head.num_future:
-            raise UserError(f"head.num_future = {self.head.num_future} needs a decoder.")
+        if self.structure == "encoder_decoder" and len(self.first_layers) > self.encoder_layers:
+            raise UserError(
+                f"first_layers are {len(self.first_layers)}, more than encoder_layers = {self.encoder_layers}."
+            )
+        if self.structure != "decoder" and self.head.num_future:
+            raise UserError(
+                f"head.num_future = {self.head.num_future} needs structure = 'decoder', not {self.structure!r}."
+            )
 
     def _check_positions(self) -> None:
         latent = self.attention.latent
@@ -225,6 +231,8 @@ class ModelConfig:
                 raise UserError(f"attention.head_dim = {rotated} must be even for rotary positions.")
             if width > rotated:
                 raise UserError(f"position.rotary_dim = {width} is more than attention.head_dim = {rotated}.")
+            if position.scaling is not None and position.scaling.kind == "dynamic" and width < 4:
+                raise UserError(f"position.scaling.kind = 'dynamic' turns at least 4 columns of a head, not {width}.")
             if position.scaling is not None and len(position.scaling.long_factors) not in (0, width // 2):
                 raise UserError(
                     f"position.scaling.long_factors are {len(position.scaling.long_factors)}, not {width // 2}."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.models import positions as positional
-from research.models.attention import Context, attend, head_norm, project_out
+from research.models.attention import Context, append, attend, head_norm, project_out
 from research.models.cache import LayerCache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.layers import Projection
@@ -51,7 +51,7 @@ class LatentAttention(nn.Module):
         turned = turn(Projection((1, latent.rope_dim), ("embed", "types", "head"), name="turned_key", **options)(x))
         mask = context.mask
         if cache is not None:
-            cache, mask = cache.append(states[:, :, None], turned, context.positions)
+            cache, mask = append(cache, states[:, :, None], turned, context)
             states, turned = cache.key[:, :, 0], cache.value
         k = Projection((c.num_heads, c.head_dim), ("latent", "heads", "head"), name="key", **options)(states)
         v = Projection((c.num_heads, latent.value_dim), ("latent", "heads", "head"), name="value", **options)(states)

@@ -94,8 +94,8 @@ class PositionConfig:
     max_distance: int = 128
 
     def __post_init__(self) -> None:
-        if self.theta <= 0:
-            raise UserError(f"theta = {self.theta} must be above 0.")
+        if self.theta <= 1:
+            raise UserError(f"theta = {self.theta} must be above 1.")
         if self.scaling is not None and self.kind != "rotary":
             raise UserError(f"scaling needs kind = 'rotary', not {self.kind!r}.")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):

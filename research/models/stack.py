@@ -98,23 +98,24 @@ class Stack(nn.Module):
         drop_key = None if key is None else jax.random.fold_in(key, 0)
         x = self.embed_dropout(x.astype(c.dtype), deterministic=key is None, rng=drop_key)
         x = constrain(x, ("batch", "length", "embed"))
-        by_length = any(
-            scaling is not None and scaling.by_length
-            for scaling in (c.position_of(kind).scaling for kind in c.layers())
-        )
-        context = Context(
-            positions=positions,
-            mask=mask,
-            lengths=document_lengths(positions) if by_length else None,
+        context = dataclasses.replace(
+            self.context(positions, mask, cache),
             memory=memory,
             memory_mask=memory_mask,
             key=None if key is None else jax.random.fold_in(key, 1),
         )
-        context = dataclasses.replace(context, bias=self._bias(context, cache))
         x, cache, losses = self._layers(x, cache, context)
         routed = sum(kind.experts for kind in c.layers()) if c.experts is not None else 0
         x = self.final_norm(x) if c.norm.placement != "post" else x
         return x, cache, losses / max(routed, 1)
+
+    def context(self, positions: Int[Array, "B T"], mask: AttentionMask, cache: Cache | None) -> Context:
+        """Returns what positions tell each layer, for `run` and for layers that come after it."""
+        c = self.config
+        scalings = [c.position_of(kind).scaling for kind in c.layers()]
+        by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
+        context = Context(positions, mask, lengths=document_lengths(positions) if by_length else None)
+        return dataclasses.replace(context, bias=self._bias(context, cache))
 
     def _place(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], types: Int[Array, "B T"] | None

@@ -37,7 +37,7 @@ class Output(NamedTuple):
     Attributes:
       hidden: the last states, which `projection` and `logits` read.
       cache: with these tokens in it, where one was given.
-      router_loss: the mean loss of the experts' routers; 0 without experts.
+      router_loss: the mean loss of the experts' routers, an encoder's added to a decoder's; 0 without experts.
     """
 
     hidden: Float[Array, "B T D"]
@@ -93,7 +93,7 @@ class Transformer(Stack):
           tokens: ids below `vocab_size`.
           positions: of each token in its own sequence, below `max_length`.
           segments: which sequence of a packed row a token belongs to, 0 for padding; None where a row is one sequence.
-          cache: keys and values of earlier tokens; then `positions` of a row must be consecutive.
+          cache: keys and values of earlier tokens; then `positions` of a row must be consecutive, then padding.
           types: kind of segment of each token, where the model has such embeddings; None is 0.
           prefix: 1 where a token belongs to its sequence's prefix, of the structure `prefix`; None has no prefix.
           encoder_tokens: what the encoder reads, of the structure `encoder_decoder`; None where the cache holds it.
@@ -102,9 +102,9 @@ class Transformer(Stack):
           deterministic: False drops activations, with the random stream `dropout`.
         """
         key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
-        memory = None
+        memory, of_encoder = None, jnp.zeros(())
         if encoder_tokens is not None:
-            memory = self.encode(encoder_tokens, encoder_positions, encoder_segments, key)
+            memory, of_encoder = self.encode(encoder_tokens, encoder_positions, encoder_segments, key)
         x, cache, loss = self.run(
             self.embed(tokens),
             sequence_mask(self.config, positions, segments, prefix, cached=cache is not None),
@@ -115,7 +115,7 @@ class Transformer(Stack):
             memory_mask=memory_mask(tokens, segments, encoder_segments if cache is None else cache.memory_segments),
             key=key,
         )
-        return Output(x, cache, loss)
+        return Output(x, cache, loss + of_encoder)
 
     def encode(
         self,
@@ -123,14 +123,18 @@ class Transformer(Stack):
         positions: Int[Array, "B M"] | None = None,
         segments: Int[Array, "B M"] | None = None,
         key: jax.Array | None = None,
-    ) -> Float[Array, "B M D"]:
-        """Returns what the encoder of an encoder-decoder makes of its tokens; arguments as `__call__`."""
+    ) -> tuple[Float[Array, "B M D"], Float[Array, ""]]:
+        """Returns what the encoder of an encoder-decoder makes of its tokens, and the mean loss of its routers.
+
+        Arguments are those of `__call__`.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         mask = AttentionMask(q_segments=segments, kv_segments=segments)
-        key = None if key is None else jax.random.fold_in(key, -1)
+        key = None if key is None else jax.random.fold_in(key, 2)  # the decoder's keys are 0 and 1 of it
         options = {"types": None, "memory": None, "memory_mask": None, "key": key}
-        return self.encoder.run(self.embed(tokens), mask, positions, None, **options)[0]
+        x, _, loss = self.encoder.run(self.embed(tokens), mask, positions, None, **options)
+        return x, loss
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
         """Returns the state that stands for each row, from its first token, and the logits of its class, if any."""
@@ -150,8 +154,8 @@ class Transformer(Stack):
           following: of each depth k, from 1, the tokens k places further on.
           positions, segments: as of `__call__`.
         """
-        context = Context(positions, AttentionMask(causal=True, q_segments=segments, kv_segments=segments))
-        states = []
+        mask = AttentionMask(causal=True, q_segments=segments, kv_segments=segments)
+        context, states = self.context(positions, mask, None), []
         for predictor, tokens in zip(self.future, following, strict=True):
             hidden = predictor(hidden, self.embed(tokens).astype(hidden.dtype), context)
             states.append(hidden)
@@ -214,9 +218,10 @@ def memory_mask(
     """Returns which of the encoder's tokens each token sees: those of its segment, or the real ones."""
     if encoder_segments is None:
         return AttentionMask()
-    return AttentionMask(
-        q_segments=jnp.ones_like(tokens) if segments is None else segments, kv_segments=encoder_segments
-    )
+    if segments is None:
+        real = (encoder_segments != 0).astype(tokens.dtype)
+        return AttentionMask(q_segments=jnp.ones_like(tokens), kv_segments=real)
+    return AttentionMask(q_segments=segments, kv_segments=encoder_segments)
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -18,7 +17,7 @@ from research.data.tokenizers import Tokenizer
 from research.inference.beam_generate import Beam, beam_generate
 from research.inference.beams import BeamConfig
 from research.inference.generate import Generated, generate
-from research.inference.logits import logits, rows_of
+from research.inference.logits import logits, read_inputs
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
@@ -49,7 +48,8 @@ class LoadedModel:
         *,
         encoder_tokens: ArrayLike | None = None,
         encoder_segments: ArrayLike | None = None,
-        **inputs: ArrayLike,
+        types: ArrayLike | None = None,
+        prefix: ArrayLike | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits of whole sequences.
 
@@ -57,23 +57,16 @@ class LoadedModel:
           tokens: ids [B, T] below the vocabulary's size, as lists or an array.
           segments: [B, T], of packed rows, 0 for padding; positions start anew in each. None: a row is one sequence.
           encoder_tokens: ids [B, M] that an encoder-decoder's encoder reads.
-          encoder_segments: [B, M], as `segments`, and of the same documents.
-          inputs: `types` or `prefix` [B, T], for models that read them (`Transformer.__call__`).
+          encoder_segments: [B, M], as `segments`, and of the same documents; packed rows need both.
+          types: kind of segment of each token [B, T], for models with `embedding.num_types`; None is 0.
+          prefix: 1 where a token belongs to its document's prefix [B, T], for `structure` prefix; None has no prefix.
 
         Raises:
-          UserError: not rows of ids, an id out of range, rows longer than the model's positions, or an encoder's
-            tokens missing or too many.
+          UserError: not rows of ids, a number out of range, rows longer than the model's positions, or something
+            that the model does not read, or is missing.
         """
-        if (encoder_tokens is None) == (self.config.structure == "encoder_decoder"):
-            need = "is missing" if encoder_tokens is None else "is given"
-            raise UserError(f"encoder_tokens {need} for model.structure = {self.config.structure!r}.")
-        read = {
-            **rows_of(self.config, "tokens", tokens, segments),
-            **{name: jnp.asarray(x) for name, x in inputs.items()},
-        }
-        if encoder_tokens is not None:
-            encoded = rows_of(self.config, "encoder_tokens", encoder_tokens, encoder_segments)
-            read |= {f"encoder_{name}": array for name, array in encoded.items()}
+        beside = {"types": types, "prefix": prefix}
+        read = read_inputs(self.config, tokens, segments, encoder_tokens, encoder_segments, **beside)
         return logits(self.config, self.params, read)
 
     def generate(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **fields: Any) -> list[Generated]:

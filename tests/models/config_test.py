@@ -22,7 +22,7 @@ from tests.tiny import tiny_config
         ("mlp.activation", "swish", "model.mlp.activation = 'swish' is not one of"),
         ("mlp.hidden_dim", 0, "model.mlp.hidden_dim = 0 must be at least 1."),
         ("position.scaling", {"factor": 8.0}, "model.position.scaling.original_length = 0 must be at least 1"),
-        ("position.theta", 0.0, "model.position.theta = 0.0 must be above 0."),
+        ("position.theta", 1.0, "model.position.theta = 1.0 must be above 1."),
         ("norm.epsilon", -1.0, "model.norm.epsilon = -1.0 must not be below 0."),
         ("init_stddev", -0.1, "model.init_stddev = -0.1 must not be below 0."),
     ],
@@ -50,6 +50,29 @@ def test_scaling_of_positions_that_do_not_turn_is_refused():
     scaling = {"factor": 8.0, "low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_length": 64}
     with pytest.raises(UserError, match=r"model.position.scaling needs kind = 'rotary', not 'alibi'"):
         bind(ModelConfig, plain(tiny_config()) | {"position": {"kind": "alibi", "scaling": scaling}}, "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"head": {"num_future": 1}, "structure": "prefix"},
+            "head.num_future = 1 needs structure = 'decoder', not 'pre",
+        ),
+        (
+            {"structure": "encoder_decoder", "encoder_layers": 1, "first_layers": [{}, {}]},
+            "first_layers are 2, more than encoder_layers = 1.",
+        ),
+        (
+            {"position": {"rotary_dim": 2, "scaling": {"kind": "dynamic", "factor": 2.0, "original_length": 8}}},
+            "position.scaling.kind = 'dynamic' turns at least 4 columns of a head, not 2.",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError) as caught:
+        bind(ModelConfig, plain(tiny_config()) | changes)
+    assert str(caught.value).startswith(message)
 
 
 def test_config_survives_the_way_to_plain_values_and_back():

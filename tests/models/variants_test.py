@@ -12,7 +12,7 @@ import pytest
 
 from research.core.trees import named_leaves
 from research.models.cache import Cache, empty_cache
-from research.models.config import LayerConfig, ModelConfig
+from research.models.config import HeadConfig, LatentConfig, LayerConfig, ModelConfig
 from research.models.layer_stack import canonical, unstack_layers
 from research.models.transformer import Transformer
 from research.training.step import language_model_loss
@@ -168,3 +168,88 @@ def test_every_parameter_has_a_gradient(name: str):
     still = {name for name, leaf in named_leaves(gradients).items() if not np.abs(leaf).max() > 0}
     # The pooler is not part of the loss of a language model, and the selection bias is set by rule.
     assert {each for each in still if not each.startswith("pooler/") and "selection_bias" not in each} == set()
+
+
+def test_dropout_reaches_both_stacks_of_an_encoder_decoder():
+    config = dataclasses.replace(VARIANTS["encoder-decoder"], dropout=0.5)
+    document, params = pack(rows(config, [9]), padding=0), random_params(config)
+
+    @jax.jit
+    def states(params: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        def apply(module: Transformer) -> tuple[jax.Array, jax.Array]:
+            whole = module(**document, deterministic=key is None).hidden
+            return module.encode(document["encoder_tokens"], key=key)[0], whole
+
+        return Transformer(config).apply({"params": params}, rngs={} if key is None else {"dropout": key}, method=apply)
+
+    plain, one, other = (states(params, key) for key in (None, jax.random.key(1), jax.random.key(2)))
+    for without, first, second in zip(plain, one, other, strict=True):
+        assert np.abs(first - without).max() > 0.1
+        assert np.abs(first - second).max() > 0.1
+
+
+def test_only_real_tokens_of_the_encoder_are_seen_whatever_their_number():
+    config = VARIANTS["encoder-decoder"]
+    (document,), params = rows(config, [5]), random_params(config)
+    expected = logits(config, params, document)
+    seven = jnp.full_like(document["encoder_tokens"], 7)
+    np.testing.assert_allclose(logits(config, params, document | {"encoder_segments": seven}), expected, atol=1e-5)
+
+
+_LATENT = LatentConfig(kv_dim=6, q_dim=10, rope_dim=4, value_dim=5)
+
+
+def test_a_cached_prefix_of_latents_is_seen_in_both_directions():
+    config = tiny_config(structure="prefix", attention={"num_kv_heads": 4, "latent": _LATENT})
+    (document,), params = rows(config, [8]), random_params(config)
+    expected = logits(config, params, document)
+    found, _ = read(config, params, document, empty_cache(config, 1, 12, stacked=False))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_cross_attention_beside_latents_has_a_cache_of_its_own_shape():
+    latents = {"num_kv_heads": 4, "latent": _LATENT}
+    config = tiny_config(structure="encoder_decoder", encoder_layers=1, attention=latents)
+    (document,), params = rows(config, [8]), random_params(config)
+    empty = empty_cache(config, 1, 12, stacked=False, memory_segments=jnp.ones_like(document["encoder_tokens"]))
+    found, cache = read(config, params, document, empty)
+    np.testing.assert_allclose(found, logits(config, params, document), atol=1e-5)
+    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [leaf.shape for leaf in jax.tree.leaves(empty)]
+
+
+def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
+    config = dataclasses.replace(VARIANTS["buckets"], head=HeadConfig(num_future=1))
+    document, params = pack(rows(config, [9]), padding=0), random_params(config)
+
+    @jax.jit
+    def predicted(params: Any) -> jax.Array:
+        def apply(module: Transformer) -> jax.Array:
+            hidden = jnp.ones((1, 9, config.embed_dim)) * jnp.arange(9)[None, :, None]
+            return module.predict_future(hidden, [document["tokens"]], document["positions"], None)[0]
+
+        return Transformer(config).apply({"params": params}, method=apply)
+
+    other = params | {"position_bias": jax.tree.map(lambda leaf: -leaf, params["position_bias"])}
+    assert np.abs(predicted(params) - predicted(other)).max() > 0.01
+    by_length = dataclasses.replace(VARIANTS["longrope"], head=HeadConfig(num_future=1))
+    inputs = pack(rows(by_length, [9, 5]))
+    batch = {**inputs, "targets": inputs["tokens"], "weights": jnp.ones(inputs["tokens"].shape)}
+    loss = jax.jit(lambda params: language_model_loss(by_length)(params, batch, None)[0])
+    assert np.isfinite(loss(random_params(by_length)))
+
+
+def test_routers_of_an_encoder_are_kept_even_too():
+    config = dataclasses.replace(VARIANTS["encoder-decoder"], experts=VARIANTS["experts"].experts)
+    document, params = pack(rows(config, [9])), jax.tree.map(jnp.asarray, random_params(config))
+
+    @jax.jit
+    def routed(encoder_router: jax.Array) -> jax.Array:
+        layer = params["encoder"]["layers_2"]  # whose router tells the decoder next to nothing
+        layer = layer | {"mlp": layer["mlp"] | {"router": {"kernel": encoder_router}}}
+        encoder = params["encoder"] | {"layers_2": layer}
+        return Transformer(config).apply({"params": params | {"encoder": encoder}}, **document).router_loss
+
+    even = jnp.zeros_like(params["encoder"]["layers_2"]["mlp"]["router"]["kernel"])
+    # Scores that are all alike have the least z-loss, log(4)², and a steep router has more.
+    steep = routed(even + 30 * jnp.arange(4.0)[None])
+    assert steep - routed(even) > 0.1

@@ -12,10 +12,13 @@ import pytest
 import research
 from research.core.errors import UserError
 from research.core.trees import named_leaves
+from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.generate import Generated
 from research.recipes.experiment import load_experiment
 from research.recipes.inputs import make_loader, prepare_data
+from research.recipes.loaded import LoadedModel
 from research.training.step import language_model_loss
+from tests.models.variants import VARIANTS
 from tests.recipes import runs
 from tests.recipes.fixtures import Unbroken
 
@@ -143,3 +146,30 @@ def test_one_beam_is_no_search(model):
 def test_search_takes_no_seeds(model):
     with pytest.raises(UserError, match="seeds: num_beams = 3 searches"):
         model.generate(["the"], seeds=[1], num_beams=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "said"),
+    [
+        ("windows", {"tokens": [[1, 2], [3]]}, "tokens: rows must be equally long"),
+        ("windows", {"tokens": [[1.5, 2.0]]}, "tokens: must be whole numbers, not float64."),
+        ("windows", {"tokens": [[2**40]]}, "tokens: id 1099511627776 is out of range"),
+        ("windows", {"tokens": [[]]}, "tokens: shape (1, 0) must be [rows, ids]"),
+        ("windows", {"tokens": [[1, 2]], "segments": [[1, 1, 1]]}, "segments: shape (1, 3) must be (1, 2)"),
+        ("windows", {"tokens": [[1, 2]], "prefix": [[1, 0]]}, "prefix is given for model.structure = 'decoder'."),
+        ("windows", {"tokens": [[1, 2]], "types": [[1, 0]]}, "types are given for model.embedding.num_types = 0."),
+        ("prefix", {"tokens": [[1, 2]], "prefix": [[1]]}, "prefix: shape (1, 1) must be (1, 2)"),
+        ("encoder", {"tokens": [[1, 2]], "types": [[1, 2]]}, "types: id 2 is out of range: it must lie in [0, 2)."),
+        ("encoder-decoder", {"tokens": [[1]], "encoder_tokens": [[3], [5]]}, "encoder_tokens: 2 rows must be 1"),
+        (
+            "encoder-decoder",
+            {"tokens": [[1, 2]], "segments": [[1, 2]], "encoder_tokens": [[3, 4]]},
+            "encoder_segments is missing",
+        ),
+    ],
+)
+def test_what_a_structure_cannot_read_is_refused(name: str, inputs: dict[str, Any], said: str):
+    config = VARIANTS[name]
+    with pytest.raises(UserError) as caught:
+        LoadedModel(config, {}, ByteTokenizer(), 0).logits(**inputs)
+    assert str(caught.value).startswith(said)

@@ -1,0 +1,71 @@
+"""A mesh changes where arrays lie, and no value, whatever the model is: steps on eight devices and on one."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from research.core.trees import named_leaves
+from research.data.objectives import ObjectiveConfig
+from research.models.config import ModelConfig
+from research.optim.optimizers import OptimConfig
+from research.optim.schedules import ScheduleConfig
+from research.parallel.mesh import MeshConfig
+from research.training.config import TrainConfig
+from research.training.program import build_program
+from research.training.step import place_batch
+from tests.models.variants import VARIANTS, pack, rows
+from tests.parallel.training_test import begin
+from tests.tiny import random_params, random_tokens
+
+STEPS, ROWS, LENGTH = 2, 8, 16
+OBJECTIVES = {"decoder": "causal", "encoder": "masked", "prefix": "prefix", "encoder_decoder": "span"}
+
+
+def host_batch(model: ModelConfig, index: int) -> dict[str, np.ndarray]:
+    """Rows of two documents each, whose lengths and weights differ, with padding behind them."""
+    packed = []
+    for row in range(ROWS):
+        documents = pack(rows(model, [3 + row % 4, 5], seed=100 * index + 10 * row), padding=0)
+        packed.append({name: np.pad(x, ((0, 0), (0, LENGTH - x.shape[1]))) for name, x in documents.items()})
+    batch = {name: np.concatenate([one[name] for one in packed]).astype(np.int32) for name in packed[0]}
+    real = batch["segments"] != 0
+    batch["weights"] = np.where(real, 0.5 + np.arange(ROWS)[:, None] / ROWS, 0).astype(np.float32)
+    return batch | {"targets": random_tokens(ROWS, LENGTH, index)}
+
+
+def train(
+    model: ModelConfig, mesh: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[list[dict[str, float]], Any]:
+    """The metrics of each step, and the last parameters."""
+    optim = OptimConfig(learning_rate=3e-3, epsilon=1e-4, schedule=ScheduleConfig(name="constant"))
+    config = TrainConfig(steps=STEPS, batch_size=ROWS, sequence_length=LENGTH)
+    program = build_program(model, optim, config, mesh, devices, ObjectiveConfig(kind=OBJECTIVES[model.structure]))
+    step, state, metrics = program.compile_train_step(), begin(program.state, model), []
+    for index in range(STEPS):
+        batch = host_batch(model, index)
+        state, row = step(state, place_batch({name: batch[name] for name in program.batch}, program.batch))
+        metrics.append({name: float(value) for name, value in row.items()})
+    return metrics, state.params
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["experts", "clamped experts", "shared experts", "latent", "buckets", "encoder", "encoder-decoder"],
+)
+def test_a_mesh_gives_the_run_of_one_device(name: str):
+    model = dataclasses.replace(VARIANTS[name], dropout=0.1)
+    metrics, params = train(model, MeshConfig(data=2, fsdp=2, tensor=2))
+    expected_metrics, expected = train(model, MeshConfig(), jax.devices()[:1])
+    for row, other in zip(metrics, expected_metrics, strict=True):
+        assert row == pytest.approx(other, abs=1e-5, rel=1e-5)
+    initial = named_leaves(random_params(model))
+    for leaf, array in named_leaves(params).items():
+        other = np.asarray(named_leaves(expected)[leaf])
+        np.testing.assert_allclose(np.asarray(array), other, atol=1e-5, err_msg=leaf)
+        # The control: the steps have moved every parameter that they train by far more than the tolerance.
+        trained = not leaf.startswith("pooler/") and "selection_bias" not in leaf and "type_embed" not in leaf
+        assert not trained or np.abs(other - initial[leaf]).max() > 1e-3, leaf
