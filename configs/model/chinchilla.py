@@ -11,6 +11,7 @@ GPT-2's, whose design Gopher follows.
 
 import ml_collections
 
+from configs.model import gopher
 from research.core.errors import UserError, nearest
 
 # published millions of parameters: width, heads, head width, layers. The MLP is four times as wide as the model.
@@ -74,22 +75,4 @@ def get_config(size: str = "70b") -> ml_collections.ConfigDict:
     if size not in SIZES:
         raise UserError(f"size = {size!r} is not a model of the Chinchilla study. {nearest(size, SIZES)}")
     width, heads, head_dim, layers = SIZES[size]
-    return ml_collections.ConfigDict(
-        {
-            "vocab_size": 32_000,
-            "num_layers": layers,
-            "embed_dim": width,
-            "max_length": 2048,
-            "attention": {
-                "num_heads": heads,
-                "num_kv_heads": heads,
-                "head_dim": head_dim,
-                "qkv_bias": True,
-                "out_bias": True,
-            },
-            "mlp": {"hidden_dim": 4 * width, "activation": "gelu_tanh", "gated": False, "bias": True},
-            "norm": {"kind": "rmsnorm", "placement": "pre"},
-            "position": {"kind": "relative"},
-            "tied_embeddings": True,
-        }
-    )
+    return gopher.build(layers, width, heads, head_dim)

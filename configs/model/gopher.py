@@ -27,7 +27,11 @@ def get_config(size: str = "280b") -> ml_collections.ConfigDict:
     """Returns the model of one size."""
     if size not in SIZES:
         raise UserError(f"size = {size!r} is not a Gopher. {nearest(size, SIZES)}")
-    layers, width, heads, head_dim = SIZES[size]
+    return build(*SIZES[size])
+
+
+def build(layers: int, width: int, heads: int, head_dim: int) -> ml_collections.ConfigDict:
+    """Returns a model of these sizes; Chinchilla's are of the same build."""
     return ml_collections.ConfigDict(
         {
             "vocab_size": 32_000,
