@@ -2,7 +2,7 @@
 
 One multiplication and one addition are two FLOPs. Only matrix products are counted, as is usual for model FLOPs
 utilization: not norms, activations, softmax or the optimizer, and not what rematerialization computes again; nor the
-waves of Transformer-XL's relative positions.
+projected waves of Transformer-XL's relative positions, which are the same for all sequences.
 """
 
 from research.models.config import LayerConfig, ModelConfig
