@@ -47,7 +47,13 @@ def _layer_weights(model: ModelConfig, layer: LayerConfig) -> int:
 
 
 def keys_seen(model: ModelConfig, layer: LayerConfig, length: int) -> float:
-    """Returns how many keys a token of a sequence of `length` sees on average; causal attention sees half."""
+    """Returns how many keys a token of a sequence of `length` sees on average, to about a key.
+
+    Causal attention sees half of T; a window counts on both sides of an encoder's token. A prefix is as the objective
+    `prefix` draws it, of any length alike: its p tokens see p²/2 pairs more, T²/6 on average, so 2/3 of T are seen.
+    """
+    if model.structure == "prefix":  # which has no windows
+        return length / 2 + length / 6
     window = length if layer.window is None else min(layer.window, length)
     one_side = window - window**2 / (2 * length)
     return 2 * one_side if model.structure == "encoder" else one_side
@@ -61,8 +67,8 @@ def train_flops_per_token(
         6 · matmul_parameters + 6 · Σ_layers N · (H_k + H_v) · keys
 
     Forward, each weight costs a token 2 FLOPs, and each key costs it 2·N·H_k for its score and 2·N·H_v for its part of
-    the sum; backward costs twice that. A token's keys are those that it sees on average: half of T where attention is
-    causal, fewer behind a window, whether or not a kernel skips the others; all M of the encoder.
+    the sum; backward costs twice that. A token's keys are those that it sees on average, whether or not a kernel skips
+    the others: `keys_seen` of T, and all M of the encoder.
 
     Args:
       model: the model.
