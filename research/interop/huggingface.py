@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from research.core.ahead import ahead
 from research.core.errors import UserError, nearest
 from research.interop import mapping
 from research.interop.architecture import Architecture, choose, class_of, config_from
@@ -184,7 +185,7 @@ def _write_files(
     dtype: np.dtype,
     parts: Iterable[tuple[str, Shaped[np.ndarray, "..."]]],
 ) -> None:
-    parts = iter(parts)
+    parts = ahead(parts)
     for file, shapes in files.items():
         left = dtype.itemsize * sum(map(_count, shapes.values()))
         with Writer(folder / file, shapes, dtype) as writer:
