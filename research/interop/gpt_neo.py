@@ -1,5 +1,6 @@
 """GPT-Neo in Hugging Face's form (`transformers.GPTNeoForCausalLM`): global and local layers in turns."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,9 +45,11 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kinds(fields: Mapping[str, Any]) -> list[str]:
     """Returns the kind of each layer: `attention_types` is groups of kinds, each so many times over."""
-    kinds = [kind for group, count in fields["attention_types"] for kind in group * count]
-    if len(kinds) != fields["num_layers"]:
-        raise UserError(f"attention_types names {len(kinds)} layers, not num_layers = {fields['num_layers']}.")
+    count, groups = fields["num_layers"], fields["attention_types"]
+    named = (kind for group, times in groups for _ in range(times) for kind in group)
+    kinds = list(itertools.islice(named, count + 1))
+    if len(kinds) != count:
+        raise UserError(f"attention_types = {groups!r} must name num_layers = {count} layers.")
     for kind in kinds:
         if kind not in (_GLOBAL, _LOCAL):
             raise UserError(f"attention_types: {kind!r} is not supported, only {_GLOBAL!r} and {_LOCAL!r} are.")
