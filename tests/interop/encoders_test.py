@@ -103,6 +103,15 @@ def test_round_trip_is_bitwise(name, tmp_path):
     assert encoders.same(encoders.leaves(same), encoders.leaves(params))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_architecture_that_is_found_by_itself_holds_the_model(name):
+    architecture, config, tensors = encoders.model(name)
+    chosen, fields = choose(ARCHITECTURES.values(), config)
+    assert config_from(chosen, fields).layers() == config.layers()
+    if chosen is architecture:
+        assert set(tensors_from(chosen, config, params_from(architecture, config, tensors))) == set(tensors)
+
+
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_convert_streams_there_and_back(name, tmp_path):
     _, config, tensors = encoders.model(name)
