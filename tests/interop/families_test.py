@@ -76,6 +76,7 @@ def test_tensors_and_config_go_back_as_they_came(name):
         ("llama-yarn", {"position.scaling.truncate": False}),
         ("llama-longrope", {"position.scaling.long_factors": (1.0, 2.2, 3.5, 6.0)}),
         ("mistral", {"pattern": (LayerConfig(window=9),)}),
+        ("ministral", {"pattern": (LayerConfig(window=8), LayerConfig(), LayerConfig(window=8))}),
         ("gemma2", {"pattern": (LayerConfig(), LayerConfig(window=8))}),
         ("gemma2", {"attention.softcap": 5.1}),
         ("gemma2", {"head.softcap": None}),

@@ -115,6 +115,13 @@ CONFIGS = {
     "llama-longrope": _sized(transformers.LlamaConfig, rope_parameters=_rope("longrope", **LONG)),
     "llama-biases": _sized(transformers.LlamaConfig, attention_bias=True, mlp_bias=True),
     "mistral": _sized(transformers.MistralConfig, head_dim=12, sliding_window=WINDOW),
+    "ministral": _sized(
+        transformers.MinistralConfig,
+        layers=3,
+        head_dim=12,
+        sliding_window=WINDOW,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
     "mixtral": _sized(transformers.MixtralConfig, num_local_experts=4),
     "gemma2": _sized(
         transformers.Gemma2Config,
