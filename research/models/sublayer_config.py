@@ -5,12 +5,17 @@ from typing import Any, Literal
 
 from research.core.errors import UserError
 
+# JAX's limit of an axis.
+_LIMIT = 2**31
+
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Raises UserError where one of these fields is below `least`."""
+    """Raises UserError where one of these fields is below `least`, or no array has such a size."""
     for name in names:
         if getattr(config, name) < least:
             raise UserError(f"{name} = {getattr(config, name)} must be at least {least}.")
+        if getattr(config, name) >= _LIMIT:
+            raise UserError(f"{name} = {getattr(config, name)} must be below {_LIMIT:,}, an array's limit.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tests.tiny import tiny_config
     ("path", "value", "message"),
     [
         ("vocab_size", 0, "model.vocab_size = 0 must be at least 1."),
+        ("vocab_size", 2**31, "model.vocab_size = 2147483648 must be below 2,147,483,648, an array's limit."),
         ("num_layers", -1, "model.num_layers = -1 must be at least 1."),
         ("dropout", 1.0, "model.dropout = 1.0 must lie in [0, 1)."),
         ("attention.num_kv_heads", 3, "model.attention.num_kv_heads = 3 does not divide num_heads = 4."),
