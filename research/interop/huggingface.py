@@ -35,6 +35,7 @@ _ALL = (
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 NO_TOKENS = dict.fromkeys(("bos", "eos", "pad"))
 # The most bytes of a file, as transformers has it.
 SHARD_BYTES = 5 * 10**9
@@ -67,11 +68,10 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
     if "model_type" not in fields:
         raise UserError(f"{folder / CONFIG}: model_type is missing.")
     model_type = fields["model_type"]
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{folder / CONFIG}: model_type = {model_type!r} is not supported. "
-            f"{nearest(str(model_type), ARCHITECTURES)} Known: {', '.join(sorted(ARCHITECTURES))}."
-        )
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        known = f"Known: {', '.join(sorted(ARCHITECTURES))}."
+        hint = nearest(str(model_type), ARCHITECTURES).replace(known, "")
+        raise UserError(f"{folder / CONFIG}: model_type = {model_type!r} is not supported. {hint} {known}")
     architecture = ARCHITECTURES[model_type]
     tensors = _tensors(folder)
     if architecture.classes:
@@ -80,6 +80,9 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
         config = config_from(architecture, fields)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
+    layers = config.num_layers + config.encoder_layers
+    if layers > len(tensors):  # whoever says so must not have us name the tensors of a billion layers
+        raise UserError(f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has them.")
     try:
         return Model(architecture, config, mapping.find(architecture, config, tensors))
     except UserError as error:
@@ -214,7 +217,7 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
     """Returns the files that hold the weights, all of them in the folder itself, and what an index says is where."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
-            pickled = sorted(path.name for path in folder.glob("*.bin"))
+            pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
             hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code." if pickled else ""
             raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
         return [folder / WEIGHTS], {}
@@ -225,6 +228,8 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
     for file in sorted(set(places.values())):
         if pathlib.PurePath(file).name != file or not (folder / file).is_file():
             raise UserError(f"{folder / INDEX}: {file!r} is not a file of this folder.")
+        if not file.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX}: {file!r} is not a safetensors file.")
     return [folder / file for file in sorted(set(places.values()))], places
 
 

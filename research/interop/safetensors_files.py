@@ -40,8 +40,8 @@ _DTYPES = {
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The format's own limit, and NumPy's of axes.
-_HEADER_BYTES, _AXES = 100_000_000, 32
+# The format's own limit, NumPy's of axes, and letters of a name, which messages repeat.
+_HEADER_BYTES, _AXES, _LETTERS = 100_000_000, 32, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,8 @@ def _tensors(path: pathlib.Path, header: Mapping[str, Any], start: int, size: in
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     """Returns type, shape and span of one tensor."""
+    if not 0 < len(name) <= _LETTERS:
+        raise _Lie(f"{name[:32]!r} … is no tensor's name: it has {len(name):,} letters")
     if not name.isprintable() or any(part in name for part in ("/", "\\", "..")):
         raise _Lie(f"{name!r} is no tensor's name, but a path or worse")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:

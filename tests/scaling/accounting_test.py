@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.config import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig, ModelConfig
+from research.models.config import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig, ModelConfig, PositionConfig
 from research.models.transformer import sequence_mask
 from research.scaling.accounting import keys_seen, matmul_parameters, train_flops_per_token
 
@@ -80,6 +80,13 @@ def test_windows_count_what_they_show():
     assert difference == 12 * 4 * 16 * (32 - keys_seen(local, local.pattern[0], 64))
     encoder = dataclasses.replace(base, structure="encoder")
     assert keys_seen(encoder, LayerConfig(), 64) == 64
+
+
+def test_relative_positions_cost_a_second_score_a_key():
+    base = config(2, 64, 4, 4, 16, 128, True, 100)
+    relative = dataclasses.replace(base, position=PositionConfig(kind="relative"))
+    difference = train_flops_per_token(relative, 64) - train_flops_per_token(base, 64)
+    assert difference == 6 * 2 * 4 * 16 * 32  # layers, heads, width, keys
 
 
 @pytest.mark.parametrize("structure", ["decoder", "encoder", "prefix"])
