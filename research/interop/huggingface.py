@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from research.core.ahead import ahead
 from research.core.errors import UserError, nearest
 from research.interop import mapping
 from research.interop.architecture import Architecture, choose, class_of, config_from
 from research.interop.bart import BART, MBART
 from research.interop.bert import BERT, ROBERTA, XLM_ROBERTA
 from research.interop.deepseek import DEEPSEEK_V3
-from research.interop.dense import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from research.interop.dense import MINISTRAL, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from research.interop.falcon import FALCON
 from research.interop.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from research.interop.gpt2 import GPT, GPT2
+from research.interop.gpt_neo import GPT_NEO
 from research.interop.llama import LLAMA
+from research.interop.marian import MARIAN
 from research.interop.mixtures import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from research.interop.modernbert import MODERNBERT
 from research.interop.mpt import MPT
@@ -29,9 +32,9 @@ from research.models.config import ModelConfig
 
 # The first one that holds a model is what it is written as, where nothing says what it was.
 _ALL = (
-    *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
+    *(GPT2, LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3, GEMMA3),
-    *(GPT, FALCON, MPT, BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, T5, MT5, BART, MBART),
+    *(GPT, GPT_NEO, FALCON, MPT, BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, T5, MT5, BART, MBART, MARIAN),
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -184,7 +187,7 @@ def _write_files(
     dtype: np.dtype,
     parts: Iterable[tuple[str, Shaped[np.ndarray, "..."]]],
 ) -> None:
-    parts = iter(parts)
+    parts = ahead(parts)
     for file, shapes in files.items():
         left = dtype.itemsize * sum(map(_count, shapes.values()))
         with Writer(folder / file, shapes, dtype) as writer:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from research.core.errors import UserError
+from research.core.settling import Settling, settle
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -163,6 +164,7 @@ class Writer:
         text += b" " * (-len(text) % 8)  # so that the data is aligned
         self._names = list(shapes)
         self._file = path.open("wb", buffering=0)
+        self._settling = Settling(lambda: settle(self._file.fileno()))
         self._write(len(text).to_bytes(8, "little") + text)
 
     def __enter__(self) -> "Writer":
@@ -170,6 +172,7 @@ class Writer:
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         with self._file:
+            self._settling.__exit__(kind)
             if kind is None:
                 assert not any(self._left.values()), "all tensors are written"
                 os.fsync(self._file.fileno())
@@ -188,3 +191,4 @@ class Writer:
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
+        self._settling.wrote(memoryview(data).nbytes)
