@@ -47,11 +47,11 @@ class DataConfig:
         if all(source.heldout_fraction == 1 for source in self.sources):
             raise UserError("sources: every source has heldout_fraction = 1.0, so nothing is left to train on.")
         for index, source in enumerate(self.sources):
-            if (self.objective.kind == "translate") != bool(source.pair_field):
-                need = "name the other text of a pair" if not source.pair_field else "be empty"
+            name, value = ("pair_path", source.pair_path) if source.pair_path else ("pair_field", source.pair_field)
+            if (self.objective.kind == "translate") != bool(value):
+                need = "be empty" if value else "name the other text of a pair"
                 raise UserError(
-                    f"sources.{index}.pair_field = {source.pair_field!r} must {need} for objective.kind = "
-                    f"{self.objective.kind!r}."
+                    f"sources.{index}.{name} = {value!r} must {need} for objective.kind = {self.objective.kind!r}."
                 )
         for name, least in (("block_documents", 1), ("workers", 0), ("prefetch", 1)):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Where documents come from: the embedded corpus, text files, JSON lines, Parquet and TFDS, as one stream.
+"""Where documents come from: the embedded corpus, text files, lines of JSON or of pairs, Parquet, TFDS, as one stream.
 
 Whether a document is held out depends on a hash of its name (a file) or of its text (a record) alone: never on the
 order of reading, the number of documents, the machine or the version of Python.
@@ -10,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import zlib
@@ -30,11 +31,13 @@ class SourceConfig:
 
     Attributes:
       kind: `stdlib` (text that every Python carries), `text` (a document a file), `jsonl` (plain, .gz or .zst),
-        `parquet`, or `tfds` (a prepared dataset, or text files that are prepared as one).
+        `lines` (a pair of texts a line, in two files), `parquet`, or `tfds` (a prepared dataset, or text files that are
+        prepared as one).
       path: file, folder (searched recursively) or glob pattern; not used by `stdlib`.
       field: the field of a JSON object, the column of a Parquet file or the feature of a TFDS example with the text.
       pair_field: the field of a JSON object with the text from which the one in `field` is made: a pair of texts for
         `data.objective.kind = "translate"`; empty: documents are single texts.
+      pair_path: of `lines`, as many files whose lines are what those of `path` are made from, in the order of names.
       separator: where to cut a text file into several documents; empty: one document a file.
       tfds_split: the TFDS split that is read.
       weight: share of this source in the training mixture, relative to the other weights; above 0.
@@ -42,10 +45,11 @@ class SourceConfig:
       max_bad_fraction: share of unreadable records, in [0, 1], above which the source fails.
     """
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds"] = "stdlib"
+    kind: Literal["stdlib", "text", "jsonl", "lines", "parquet", "tfds"] = "stdlib"
     path: str = ""
     field: str = "text"
     pair_field: str = ""
+    pair_path: str = ""
     separator: str = ""
     tfds_split: str = "train"
     weight: float = 1.0
@@ -60,6 +64,9 @@ class SourceConfig:
             raise UserError("field = '' must name the field that holds the text.")
         if self.pair_field and self.kind != "jsonl":
             raise UserError(f"pair_field = {self.pair_field!r} must be empty for kind = {self.kind!r}.")
+        if bool(self.pair_path) != (self.kind == "lines"):
+            need = "be empty" if self.pair_path else "name the other files"
+            raise UserError(f"pair_path = {self.pair_path!r} must {need} for kind = {self.kind!r}.")
         if not 0 < self.weight < float("inf"):
             raise UserError(f"weight = {self.weight} must be above 0 and finite.")
         for name in ("heldout_fraction", "max_bad_fraction"):
@@ -149,8 +156,9 @@ def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tupl
 
 def fingerprint(config: SourceConfig) -> list[list[str | int]]:
     """Returns what tells a changed source from an unchanged one: name, size and time of every file."""
-    files = stdlib.files() if config.kind == "stdlib" else dict(find_files(config.path))
-    return [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in sorted(files.items())]
+    files = sorted(stdlib.files().items()) if config.kind == "stdlib" else sorted(find_files(config.path))
+    files += sorted(find_files(config.pair_path)) if config.pair_path else []
+    return [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
 
 
 def size_bytes(config: SourceConfig) -> int | None:
@@ -238,6 +246,27 @@ def _read_jsonl(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
                     yield "\n".join(texts), Document(f"{name}:{number}", *texts)
 
 
+def _read_lines(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
+    found, beside = find_files(config.path), find_files(config.pair_path)
+    if len(found) != len(beside):
+        raise UserError(f"pair_path = {config.pair_path!r} matches {len(beside)} files, path {len(found)}: not pairs.")
+    other = dict(zip(sorted(found), sorted(beside), strict=True))
+    for name, path in found:
+        other_path = other[name, path][1]
+        with opened(path) as file, opened(other_path) as other_file:
+            for number, lines in enumerate(itertools.zip_longest(file, other_file), start=1):
+                if None in lines:
+                    short, long = (path, other_path) if lines[0] is None else (other_path, path)
+                    raise UserError(f"{short} has {number - 1} lines and {long} has more: they must be pairs of lines.")
+                try:
+                    texts = [line.decode("utf-8").rstrip("\r\n") for line in lines]
+                except UnicodeDecodeError as error:
+                    report.skip(f"{path}:{number}", f"bad UTF-8 at byte {error.start}, here or in {other_path.name}")
+                    continue
+                if all(texts):
+                    yield "\n".join(texts), Document(f"{name}:{number}", *texts)
+
+
 def _json_texts(line: bytes, fields: tuple[str, ...], report: SourceReport, where: str) -> list[str] | None:
     """Returns the texts of one JSON line, or None where the line is bad."""
     try:
@@ -312,6 +341,7 @@ _READERS: dict[str, Callable[[SourceConfig, SourceReport], Iterator[Keyed]]] = {
     "stdlib": _read_stdlib,
     "text": _read_text,
     "jsonl": _read_jsonl,
+    "lines": _read_lines,
     "parquet": _read_parquet,
     "tfds": _read_tfds,
 }

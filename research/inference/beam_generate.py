@@ -44,6 +44,10 @@ class Steps:
         """Returns the cache of `rows`."""
         return state.take(rows)
 
+    def reorder(self, state: Cache, rows: Int[Array, "R"]) -> Cache:
+        """Returns the cache of `rows`; what their encoder has read stays where it is."""
+        return state.reorder(rows)
+
 
 def beam_generate(
     config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], beams: BeamConfig

@@ -86,6 +86,9 @@ class BeamModel(Protocol):
     def take(self, state: Any, rows: Int[Array, "R"]) -> Any:
         """Returns the state whose rows are those of `state` at `rows`, in this order."""
 
+    def reorder(self, state: Any, rows: Int[Array, "R"]) -> Any:
+        """As `take`, where each row is replaced by one of the same prompt."""
+
 
 @flax.struct.dataclass
 class BeamRules:
@@ -170,7 +173,7 @@ def beam_step(
     log_p = _constrain(state, log_p, rules, no_repeat_ngram)
     state, parents = advance(state, log_p, rules)
     rows = jnp.arange(batch)[:, None] * beams + parents
-    return state.replace(model=model.take(carried, rows.reshape(-1)))
+    return state.replace(model=model.reorder(carried, rows.reshape(-1)))
 
 
 def _constrain(

@@ -57,12 +57,21 @@ class Cache:
 
     def take(self, rows: Int[Array, "R"]) -> "Cache":
         """Returns the cache of `rows`, in this order."""
+        layers = jax.tree.map(lambda leaf: _pick(leaf, rows, leaf.ndim - 4), self.layers)
+        return Cache(layers, None if self.memory_segments is None else _pick(self.memory_segments, rows, 0))
 
-        def pick(leaf: Array, axis: int) -> Array:
-            return jnp.take(leaf, rows, axis=axis, mode="clip")
+    def reorder(self, rows: Int[Array, "R"]) -> "Cache":
+        """Returns the cache of `rows`, where each row has read the same of the encoder as the one that it replaces."""
 
-        layers = jax.tree.map(lambda leaf: pick(leaf, leaf.ndim - 4), self.layers)
-        return Cache(layers, None if self.memory_segments is None else pick(self.memory_segments, 0))
+        def pick(layer: LayerCache) -> LayerCache:
+            axis = layer.key.ndim - 4
+            return layer.replace(key=_pick(layer.key, rows, axis), value=_pick(layer.value, rows, axis))
+
+        return self.replace(layers=tuple(map(pick, self.layers)))
+
+
+def _pick(leaf: Array, rows: Int[Array, "R"], axis: int) -> Array:
+    return jnp.take(leaf, rows, axis=axis, mode="clip")
 
 
 def empty_cache(

@@ -1,34 +1,66 @@
 """Tokens a second that the loader delivers, beside plain random crops of a token file."""
 
 import argparse
+import itertools
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 
 from research.core.backend import cache_folder
 from research.data.loader import Loader
-from research.data.objectives import Batch
-from research.data.prepare import DataConfig, prepare
+from research.data.objectives import Batch, ObjectiveConfig
+from research.data.objectives.config import Kind
+from research.data.prepare import DataConfig, Prepared, prepare
+from research.data.sources import SourceConfig, documents
+from research.data.tokenizers import TokenizerConfig
 from research.recipes.bench import spread
 
 # Rows and lengths: the shape of the quickstart, and one of a large model's microbatch.
 SHAPES = ((16, 256), (8, 2048))
+# What the tokenizer has where an objective puts in more than the ends of a text.
+MARKS = {"mask": True, "sentinels": 100}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens a turn (default 4,000,000)")
+    parser.add_argument("--objective", choices=get_args(Kind), default="causal", help="of the rows (default causal)")
     parser.add_argument("--workers", type=int, default=0, help="worker processes of the loader (default 0: threads)")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures both sides in turns on the embedded corpus, and prints rates and ratios with their spread."""
-    config = DataConfig(workers=arguments.workers)
-    prepared = prepare(config, cache_folder() / "data")
-    corpora = prepared.train
-    print(f"loader: packed, shuffled, resumable rows with segments; {arguments.workers or 'no'} workers")
+    with tempfile.TemporaryDirectory(prefix="tessera-loader-") as folder:
+        paired, unmarked = arguments.objective == "translate", ("causal", "prefix", "translate")
+        config = DataConfig(
+            sources=(pairs_of_lines(pathlib.Path(folder)) if paired else SourceConfig(),),
+            tokenizer=TokenizerConfig(**({} if arguments.objective in unmarked else MARKS)),
+            objective=ObjectiveConfig(kind=arguments.objective),
+            workers=arguments.workers,
+        )
+        prepared = prepare(config, folder if paired else cache_folder() / "data")
+        measure(config, prepared, arguments.rounds, arguments.tokens)
+
+
+def pairs_of_lines(folder: pathlib.Path) -> SourceConfig:
+    """Writes the embedded corpus as pairs of texts, each line and the next one, and returns them as a source."""
+    texts = (document.text.splitlines() for document in documents(SourceConfig(), "train"))
+    pairs = [pair for lines in texts for pair in itertools.pairwise(line for line in lines if line.strip())]
+    paths = [folder / name for name in ("read.txt", "given.txt")]
+    for path, side in zip(paths, zip(*pairs, strict=True), strict=True):
+        path.write_text("\n".join(side), encoding="utf-8")
+    return SourceConfig(kind="lines", path=str(paths[1]), pair_path=str(paths[0]))
+
+
+def measure(config: DataConfig, prepared: Prepared, rounds: int, tokens: int) -> None:
+    """Measures and prints what one config's loader does."""
+    corpora, workers = prepared.train, config.workers or "no"
+    print(f"loader: packed, shuffled, resumable rows with segments, {config.objective.kind}; {workers} workers")
     print("crops:  random windows of the same token file, without documents, epochs or a position to resume from")
     for batch_size, sequence_length in SHAPES:
         loader = Loader(
@@ -36,25 +68,28 @@ def main(arguments: argparse.Namespace) -> None:
         )
         rng = np.random.default_rng(0)
 
-        def crops(tokens=corpora[0].tokens, rows=batch_size, length=sequence_length, rng=rng) -> Batch:
-            return random_crops(tokens, rows, length, rng)
+        def crops(store=corpora[0].tokens, rows=batch_size, length=sequence_length, rng=rng) -> Batch:
+            return random_crops(store, rows, length, rng)
 
-        batches = max(1, arguments.tokens // (batch_size * sequence_length))
+        batches = max(1, tokens // (batch_size * sequence_length))
         sides = {"loader": loader.__next__, "crops": crops}
-        rounds = [{name: rates(make, batches) for name, make in sides.items()} for _ in range(arguments.rounds + 1)][1:]
+        turns = [{name: rates(make, batches) for name, make in sides.items()} for _ in range(rounds + 1)][1:]
         loader.close()
         print(f"batch {batch_size} x {sequence_length} tokens, {loader.padding:.2%} padding")
         for name in sides:
             for what, index in (("a second", 0), ("a core-second", 1)):
-                print(f"  {name:6}  {spread([turn[name][index] / 1e6 for turn in rounds], 2)} M tokens {what}")
-        print(f"  ratio   {spread([turn['loader'][0] / turn['crops'][0] for turn in rounds], 2)} loader / crops")
+                print(f"  {name:6}  {spread([turn[name][index] / 1e6 for turn in turns], 2)} M tokens {what}")
+        print(f"  ratio   {spread([turn['loader'][0] / turn['crops'][0] for turn in turns], 2)} loader / crops")
 
 
 def rates(make: Callable[[], Batch], batches: int) -> tuple[float, float]:
-    """Returns tokens a second of wall time, and of CPU time of this process: all its threads, not its workers."""
+    """Returns tokens a second of wall time, and of CPU time of this process: all its threads, not its workers.
+
+    Counted are those that a model reads, in the encoder and in the decoder; not padding.
+    """
     wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
     for _ in range(batches):
-        tokens += int(make()["weights"].sum())
+        tokens += sum(np.count_nonzero(array) for name, array in make().items() if name.endswith("segments"))
     return tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)
 
 
@@ -64,5 +99,5 @@ def random_crops(tokens: np.ndarray, rows: int, length: int, rng: np.random.Gene
     return {
         "tokens": np.stack([tokens[i : i + length].astype(np.int64) for i in starts]),
         "targets": np.stack([tokens[i + 1 : i + 1 + length].astype(np.int64) for i in starts]),
-        "weights": np.ones((rows, length), np.float32),
+        "segments": np.ones((rows, length), np.int32),
     }

@@ -94,6 +94,51 @@ def test_hidden_files_are_not_text(tmp_path):
     assert read(SourceConfig(kind="text", path=str(tmp_path), heldout_fraction=0.0))["train"] == ["seen"]
 
 
+def write_lines(folder, **texts: bytes) -> SourceConfig:
+    for name, data in texts.items():
+        (folder / f"{name[:-3]}.{name[-2:]}.gz").write_bytes(gzip.compress(data))
+    return SourceConfig(kind="lines", path=str(folder / "*.de.gz"), pair_path=str(folder / "*.en.gz"))
+
+
+def test_lines_of_two_files_are_pairs(tmp_path):
+    config = write_lines(
+        tmp_path, b_en=b"one\r\ntwo\n\nfour\n", b_de=b"eins\nzwei\xe2\x80\xa8!\n\nvier", a_en=b"six", a_de=b"sechs\n"
+    )
+    report = SourceReport()
+    found = [(d.name, d.source, d.text) for split in ("train", "heldout") for d in documents(config, split, report)]
+    assert sorted(found) == [
+        ("a.de.gz:1", "six", "sechs"),
+        ("b.de.gz:1", "one", "eins"),
+        ("b.de.gz:2", "two", "zwei\u2028!"),
+        ("b.de.gz:4", "four", "vier"),
+    ]
+    before = sources.fingerprint(config)
+    write_lines(tmp_path, b_en=b"one\ntwo\nthree\nfour")
+    assert sources.fingerprint(config) != before
+
+
+def test_files_whose_lines_are_no_pairs_are_named(tmp_path):
+    config = write_lines(tmp_path, a_en=b"one\ntwo\n\n", a_de=b"eins\nzwei\n")
+    with pytest.raises(UserError, match=r"a\.de\.gz has 2 lines and .*a\.en\.gz has more"):
+        list(documents(config, "train"))
+    write_lines(tmp_path, a_en=b"one\n\xff", a_de=b"eins\nzwei\n")
+    with pytest.raises(UserError, match=r"a\.de\.gz:2: bad UTF-8 .*a\.en\.gz"):
+        list(documents(config, "train"))
+    write_lines(tmp_path, b_en=b"one\n")
+    with pytest.raises(UserError, match=r"en\.gz' matches 2 files, path 1: not pairs"):
+        list(documents(config, "train"))
+
+
+def test_captions_are_read_in_two_languages(shared_data):
+    folder = shared_data / "multi30k"
+    config = SourceConfig(kind="lines", path=str(folder / "val.de.gz"), pair_path=str(folder / "val.en.gz"))
+    found = [document for split in ("train", "heldout") for document in documents(config, split)]
+    first = next(document for document in found if document.name == "val.de.gz:1")
+    assert len(found) == 1014
+    assert first.source == "A group of men are loading cotton onto a truck"
+    assert first.text == "Eine Gruppe von Männern lädt Baumwolle auf einen Lastwagen"
+
+
 BAD_LINES = [
     (b'{"text": "caf\xe9"}', r"a.jsonl:3: bad UTF-8 at byte 13"),
     (b'{"text": "open', r"a.jsonl:3: broken JSON"),
@@ -172,6 +217,8 @@ def test_missing_empty_and_damaged_sources_are_named(tmp_path):
         ({"heldout_fraction": 1.5}, "heldout_fraction = 1.5"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction = -0.1"),
         ({"field": ""}, "field = ''"),
+        ({"kind": "lines", "path": "a"}, "pair_path = '' must name the other files for kind = 'lines'"),
+        ({"pair_path": "b"}, "pair_path = 'b' must be empty for kind = 'stdlib'"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(values, message):

@@ -13,6 +13,7 @@ from research.models.cache import Cache, LayerCache, empty_cache
 from research.models.config import ModelConfig, PositionConfig
 from research.models.stack import scans_layers
 from research.models.transformer import Transformer
+from tests.models.variants import VARIANTS
 from tests.tiny import logits, random_params, random_tokens, stack, tiny_config
 
 LENGTHS, WIDTH, TOTAL, SLOTS = np.array([5, 9, 1]), 10, 14, 16
@@ -78,3 +79,17 @@ def test_cache_holds_a_token_in_the_slot_of_its_position():
     np.testing.assert_array_equal(mask.kv_positions, [[0, 1, 2, 3]] * 2)
     expected = [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
     np.testing.assert_array_equal(mask.dense(2, 4)[:, 0], expected)
+
+
+def test_rows_of_one_prompt_change_places_without_a_copy_of_what_its_encoder_read():
+    config = VARIANTS["encoder-decoder"]
+    cache = empty_cache(config, 4, 3, stacked=False, memory_segments=jnp.ones((4, 5), jnp.int32))
+    numbered = jax.tree.map(lambda leaf: leaf + jnp.arange(4).reshape(4, *[1] * (leaf.ndim - 1)), cache.layers)
+    cache, rows = cache.replace(layers=numbered), jnp.asarray([1, 1, 3, 2])
+    moved, taken = cache.reorder(rows), cache.take(rows)
+    assert moved.memory_segments is cache.memory_segments
+    for before, after, wanted in zip(cache.layers, moved.layers, taken.layers, strict=True):
+        assert after.memory_key is before.memory_key
+        assert after.memory_value is before.memory_value
+        np.testing.assert_array_equal(after.key, wanted.key)
+        np.testing.assert_array_equal(after.value[:, 0, 0, 0], rows)

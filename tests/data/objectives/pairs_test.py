@@ -1,5 +1,6 @@
 """Pairs of texts: each whole, on its two sides, under one segment number."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from research.core.config import bind
 from research.core.errors import UserError
 from research.data.loader import Loader, heldout_batches
 from research.data.prepare import DataConfig, prepare, training_texts
+from research.data.sources import SourceConfig
 from tests.data.objectives.examples import epoch, objective_of, packed, pieces
 from tests.data.text import HEAD, PAD, TAIL, store
 
@@ -82,6 +84,19 @@ def test_pairs_are_read_from_json_lines(config, tmp_path, monkeypatch):
     assert 20 < len(held) < 60
 
 
+def test_pairs_are_read_from_two_files_of_lines(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.data.objectives.examples.PAD", 258)
+    (tmp_path / "a.en").write_text("".join(f"number {i}\n" for i in range(20)))
+    (tmp_path / "a.de").write_text("".join(f"Zahl {i}\n" for i in range(20)))
+    source = SourceConfig(kind="lines", path=str(tmp_path / "a.de"), pair_path=str(tmp_path / "a.en"))
+    lines = dataclasses.replace(config, sources=(dataclasses.replace(source, heldout_fraction=0.0),))
+    prepared = prepare(lines, tmp_path / "cache")
+    loader = Loader(prepared.train, lines, prepared.tokenizer, batch_size=1, sequence_length=32, seed=1)
+    found = sides((next(loader) for _ in range(loader.rows_per_epoch)), prepared.tokenizer)
+    loader.close()
+    assert found == {(f"number {i}", f"Zahl {i}") for i in range(20)}
+
+
 def test_a_tokenizer_learns_from_both_texts(config):
     found = list(training_texts(config))
     assert any(text.startswith("number") for text in found)
@@ -99,6 +114,10 @@ def test_a_tokenizer_learns_from_both_texts(config):
         (
             {"sources": [{"kind": "text", "path": "a", "pair_field": "b"}]},
             r"sources\.0\.pair_field = 'b' must be empty for kind = 'text'",
+        ),
+        (
+            {"sources": [{"kind": "lines", "path": "a", "pair_path": "b"}]},
+            r"sources\.0\.pair_path = 'b' must be empty for objective\.kind = 'causal'",
         ),
     ],
 )
