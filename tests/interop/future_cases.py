@@ -83,7 +83,7 @@ def logits(config: ModelConfig, params: Any) -> list[np.ndarray]:
 
     def apply(module: Transformer) -> list[jax.Array]:
         hidden = module(given["tokens"], given["positions"]).hidden
-        states = module.predict_future(hidden, following, given["positions"], None)
+        states, _ = module.predict_future(hidden, following, given["positions"], None)
         return [module.logits(state) for state in states]
 
     found = jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(params)

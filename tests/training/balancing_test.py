@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,12 +30,12 @@ CONTROL = tiny_config(num_layers=1, experts=EXPERTS)
 Run = tuple[list[dict[str, np.ndarray]], list[dict[str, float]]]
 
 
-def run(model: ModelConfig, steps: int, mesh: MeshConfig = MeshConfig(), accumulation: int = 1) -> Run:
+def run(model: ModelConfig, steps: int, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1) -> Run:
     """The parameters before each step and after the last, and the metrics of each; all batches are two in turns."""
     optim = OptimConfig(learning_rate=1e-3, epsilon=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=0.5)
     config = TrainConfig(steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation)
-    count = mesh.data * mesh.fsdp * mesh.tensor
-    program = build_program(model, optim, config, mesh, jax.devices()[:count])
+    mesh = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    program = build_program(model, optim, config, mesh, jax.devices()[: math.prod(sizes)])
     step, state, metrics = program.compile_train_step(), begin(program.state, model), []
     params = [host(state.params)]
     for index in range(steps):
@@ -127,13 +128,9 @@ def test_nothing_else_is_touched():
             np.testing.assert_array_equal(params[1][name], others[1][name], err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "loop", "accumulation"), [((2, 1, 1), "scan", 2), ((2, 2, 2), "unroll", 1)], ids=["two", "eight"]
-)
-def test_meshes_microbatches_and_loops_move_it_alike(sizes: tuple[int, int, int], loop: Any, accumulation: int):
-    data, fsdp, tensor = sizes
-    model = dataclasses.replace(MODEL, layer_loop=loop)
-    params, _ = run(model, 3, MeshConfig(data=data, fsdp=fsdp, tensor=tensor), accumulation)
+def test_two_devices_microbatches_and_a_loop_move_it_alike():
+    """Eight devices: `tests/parallel/structures_test.py`."""
+    params, _ = run(dataclasses.replace(MODEL, layer_loop="scan"), 3, (2, 1, 1), accumulation=2)
     for found, expected in zip(params, alone()[0], strict=False):
         np.testing.assert_array_equal(bias(found), bias(expected))
 
