@@ -91,10 +91,26 @@ def test_gradients_are_those_of_the_equation(dtype):
 
 def test_each_further_expert_costs_at_most_one_visit():
     def number(experts):
-        return visits(jnp.zeros(experts, jnp.int32), 8192, cpu.TILE, every_group=False).group.shape[0]
+        return visits(jnp.zeros(experts, jnp.int32), 8192, 256, every_group=False).group.shape[0]
 
-    assert number(4) == 8192 // cpu.TILE + 4
-    assert number(64) == 8192 // cpu.TILE + 64
+    assert number(4) == 8192 // 256 + 4
+    assert number(64) == 8192 // 256 + 64
+
+
+@pytest.mark.parametrize("sizes", [[700, 0, 65, 601, 100], [1500, 0, 0, 0, 0], [0, 64, 0, 1000, 436]])
+def test_pieces_for_cpu_hold_each_row_once_and_waste_less_than_the_smallest_a_group(sizes):
+    def visit(piece, carry):
+        seen, computed = carry
+        mine = jnp.ones((piece.size, 1), jnp.int32) if piece.mine is None else piece.mine.astype(jnp.int32)
+        row = jax.lax.dynamic_slice_in_dim(seen, piece.first, piece.size)
+        row = row + mine * (1 + piece.group)
+        return jax.lax.dynamic_update_slice_in_dim(seen, row, piece.first, axis=0), computed + piece.size
+
+    start = jnp.zeros((1500, 1), jnp.int32), 0
+    seen, computed = jax.jit(lambda sizes: cpu._over_pieces(sizes, 1500, visit, start))(jnp.array(sizes))
+    owner = np.repeat(np.arange(1, 6), sizes)
+    np.testing.assert_array_equal(seen[:, 0], np.pad(owner, (0, 1500 - len(owner))))
+    assert computed - sum(sizes) < cpu.PIECES[-1] * np.count_nonzero(sizes)
 
 
 def test_what_a_body_refuses_is_named():
