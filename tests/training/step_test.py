@@ -270,7 +270,7 @@ def test_language_model_loss_is_weighted_cross_entropy_and_z_loss():
 
 def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total():
     config = tiny_config(num_layers=1, head=HeadConfig(num_future=1, future_weight=0.3))
-    params, batch = random_params(config), random_batch(2, 6)
+    params, batch = random_params(config), jax.tree.map(jnp.asarray, random_batch(2, 6))
 
     def apply(module: Transformer) -> jax.Array:
         hidden = module(batch["tokens"], batch["positions"]).hidden
@@ -280,7 +280,7 @@ def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total()
     log_p = jax.nn.log_softmax(jax.jit(lambda: Transformer(config).apply({"params": params}, method=apply))())
     # At each place but the last the token after the next one is predicted.
     wanted = -sum(log_p[row, t, batch["targets"][row, t + 1]] for row in range(2) for t in range(5))
-    total, sums = jax.jit(language_model_loss(config))(params, jax.tree.map(jnp.asarray, batch), None)
+    total, sums = jax.jit(language_model_loss(config))(params, batch, None)
     assert float(sums["future_loss"]) == pytest.approx(float(wanted), rel=1e-5)
     assert float(total) == pytest.approx(float(sums["loss"] + 0.3 * sums["future_loss"]), rel=1e-6)
 
