@@ -277,7 +277,9 @@ def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total()
         states, _ = module.predict_future(hidden, [batch["targets"]], batch["positions"], batch["segments"])
         return module.logits(states[0])
 
-    log_p = jax.nn.log_softmax(jax.jit(lambda: Transformer(config).apply({"params": params}, method=apply))())
+    log_p = jax.nn.log_softmax(
+        jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(params)
+    )
     # At each place but the last the token after the next one is predicted.
     wanted = -sum(log_p[row, t, batch["targets"][row, t + 1]] for row in range(2) for t in range(5))
     total, sums = jax.jit(language_model_loss(config))(params, batch, None)
