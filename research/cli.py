@@ -1,6 +1,7 @@
 """The command line: `tessera VERB …`, one recipe a verb."""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
@@ -8,7 +9,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tqdm
 
@@ -42,8 +44,28 @@ class _LogHandler(logging.Handler):
         sys.stderr.flush()
 
 
+class _Terminated(BaseException):
+    """SIGTERM came, and takes the way of Ctrl-C: what is half written is removed on it."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def terminate(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the removal short
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns the exit status: 0, 2 for a user's mistake, 75 for a run that can go on later."""
+    """Runs a verb and returns the exit status.
+
+    0, 2 for a user's mistake, 75 for a run that can go on later, or 128 and the number of the signal that stopped it.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter ends no run
@@ -51,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tessera").setLevel(logging.INFO)
     try:
         backend.configure()
-        status = _run(argv)
+        with _terminable():
+            status = _run(argv)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -67,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"error: {error.filename or 'workdir or cache'}: {error.strerror}", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", 128 + signal.SIGINT)
+    except _Terminated:
+        return _fail("terminated", 128 + signal.SIGTERM)
 
 
 def _fail(message: str, status: int) -> int:

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
@@ -155,16 +155,23 @@ def read_prompts(
       config: the model.
       slots: tokens that the cache can hold.
     """
-    index = jnp.arange(prompts.tokens.shape[1], dtype=jnp.int32)
-    real = index < prompts.lengths[:, None]
-    # Positions count on to a prompt's end and not through its padding: rotary rules that go by length read it there.
-    positions = jnp.where(real, index, 0)
+    real, positions = _places(prompts.tokens, prompts.lengths)
     inputs, segments = {}, None
     if config.structure == "prefix":  # all of a prompt is seen from all of it
         inputs = {"prefix": real.astype(jnp.int32)}
     if prompts.encoder_tokens is not None:
-        places = jnp.arange(prompts.encoder_tokens.shape[1])
-        segments = (places < prompts.encoder_lengths[:, None]).astype(jnp.int32)
-        inputs = {"encoder_tokens": prompts.encoder_tokens, "encoder_segments": segments}
+        known, places = _places(prompts.encoder_tokens, prompts.encoder_lengths)
+        segments = known.astype(jnp.int32)
+        inputs = {"encoder_tokens": prompts.encoder_tokens, "encoder_positions": places, "encoder_segments": segments}
     cache = empty_cache(config, len(prompts.tokens), slots, scans_layers(config), segments)
     return next_logits(config, params, prompts.tokens, positions, cache, prompts.lengths - 1, **inputs)
+
+
+def _places(tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:
+    """Returns which tokens are no padding, and their positions.
+
+    These count on to a prompt's end and not through its padding: rotary rules that go by length read it there.
+    """
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    real = index < lengths[:, None]
+    return real, jnp.where(real, index, 0)

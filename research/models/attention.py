@@ -127,7 +127,7 @@ class Attention(nn.Module):
             k, v = cache.key, cache.value
         bias = context.bias
         if position.kind == "relative":
-            q, bias = RelativeScores(model, name="relative")(q, *places(context, None if cache is None else k.shape[1]))
+            q, bias = RelativeScores(model, name="relative")(q, context, None if cache is None else k.shape[1])
         alibi = jnp.asarray(positional.alibi_slopes(c.num_heads)) if position.kind == "alibi" else None
         sinks = None
         if c.sinks:
@@ -157,32 +157,47 @@ def places(context: Context, slots: int | None) -> tuple[Int[Array, "#B T"], Int
 class RelativeScores(nn.Module):
     """Scores by distance that depend on the query: (q + b) · R(t − s), with R the projected waves of a distance.
 
-    Returns the query that meets the keys, q + a, and those scores as a bias, which takes [B, N, T, S].
+    Returns the query that meets the keys, q + a, and those scores as a bias, which takes [B, N, T, S]. Without a cache
+    a score stands for each distance that is seen, and is shifted to its key; what lies outside is hidden by the mask.
 
-    Source: Dai et al. 2019 (Transformer-XL), arXiv:1901.02860, section 3.3: a and b are its u and v.
+    Source: Dai et al. 2019 (Transformer-XL), arXiv:1901.02860, section 3.3, where a and b are u and v, and appendix B.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, q: Float[Array, "B T N H"], query_places: Int[Array, "#B T"], key_places: Int[Array, "1 S"]
+        self, q: Float[Array, "B T N H"], context: Context, slots: int | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
         model, c = self.config, self.config.attention
         shape, names = (c.num_heads, c.head_dim), ("heads", "head")
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
         content = self.param("content", zeros, shape, jnp.float32)
         distance = self.param("distance", zeros, shape, jnp.float32)
-        keys = key_places.shape[1]
-        reach = max(keys, q.shape[1])
-        waves = positional.sinusoidal(jnp.arange(-reach + 1, reach), model.embed_dim)
+        before = q.shape[1] if slots is None else max(slots, q.shape[1])
+        only_before = slots is None and context.mask.causal and context.mask.prefix is None
+        distances = jnp.arange(before - 1, -1 if only_before else -before, -1)
         options = {"stddev": model.init_stddev, "dtype": model.dtype, "name": "projection"}
-        r = Projection(shape, ("embed", *names), **options)(waves)
+        r = Projection(shape, ("embed", *names), **options)(positional.sinusoidal(distances, model.embed_dim))
+        r = r * jnp.asarray(1 / math.sqrt(c.head_dim) if c.scale is None else c.scale, r.dtype)
         scores = jnp.einsum("btnh,rnh->bntr", q + distance.astype(q.dtype), r, preferred_element_type=jnp.float32)
-        which = jnp.clip(query_places[:, :, None] - key_places[:, None, :] + reach - 1, 0, 2 * reach - 2)
-        which = jnp.broadcast_to(which[:, None], (*scores.shape[:3], keys))
-        scale = 1 / math.sqrt(c.head_dim) if c.scale is None else c.scale
-        return q + content.astype(q.dtype), scale * jnp.take_along_axis(scores, which, axis=-1)
+        if slots is None:
+            return q + content.astype(q.dtype), shift(scores)
+        which = jnp.clip(before - 1 - context.positions[:, :, None] + jnp.arange(slots), 0, 2 * before - 2)
+        which = jnp.broadcast_to(which[:, None], (*scores.shape[:3], slots))
+        return q + content.astype(q.dtype), jnp.take_along_axis(scores, which, axis=-1)
+
+
+def shift(scores: Float[Array, "B N T R"]) -> Float[Array, "B N T T"]:
+    """Returns y[t, s] = x[t, T − 1 − t + s], where x has it: the scores of distances T − 1, T − 2, … by key.
+
+    With a column more in front, and cut anew into rows of the old width, each row starts one later than the one before.
+
+    Source: Dai et al. 2019, arXiv:1901.02860, appendix B.
+    """
+    *lead, length, width = scores.shape
+    flat = jnp.pad(scores, [(0, 0)] * len(lead) + [(0, 0), (1, 0)]).reshape(*lead, length * (width + 1))
+    return flat[..., length:].reshape(*lead, length, width)[..., :length]
 
 
 class CrossAttention(nn.Module):

@@ -189,15 +189,18 @@ class Stack(nn.Module):
                 caches.append(layer_cache)
             return (x, total), jax.tree.map(lambda *each: jnp.stack(each), *caches)
 
+        alone: Any = layer
         if c.remat != "none":
-            round_of = jax.checkpoint(round_of, policy=_REMAT_POLICIES[c.remat], prevent_cse=False)
+            policy = _REMAT_POLICIES[c.remat]
+            round_of = jax.checkpoint(round_of, policy=policy, prevent_cse=False)
+            alone = jax.checkpoint(layer, policy=policy, static_argnums=(2, 3))
         rounds = count // period
         whole = jax.tree.map(lambda leaf: leaf[: rounds * period].reshape(rounds, period, *leaf.shape[1:]), stacked)
         (x, total), caches = jax.lax.scan(round_of, (x, jnp.zeros(())), (jnp.arange(rounds), whole))
         parts = [jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), caches)]
         for index in range(rounds * period, count):
             own = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-            x, layer_cache, loss = layer(x, own, c.pattern[index - rounds * period], index)
+            x, layer_cache, loss = alone(x, own, c.pattern[index - rounds * period], index)
             total = total + loss
             parts.append(jax.tree.map(lambda leaf: leaf[None], layer_cache))
         cache = jax.tree.map(lambda *each: jnp.concatenate(each), *parts) if len(parts) > 1 else parts[0]

@@ -114,5 +114,5 @@ def _write_hugging_face(folder: pathlib.Path, model: ModelSource, tokenizer: Tok
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     architecture, fields = choose(ARCHITECTURES.values(), model.config, first=model.model_type)
     write_hugging_face(architecture, fields, model.config, model.read, folder, ids, dtype)
-    for name, data in folders.to_hugging_face_files(tokenizer).items():
+    for name, data in folders.to_hugging_face_files(tokenizer, model.config.embedding.num_types > 1).items():
         (folder / name).write_bytes(data)

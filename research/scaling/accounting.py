@@ -2,8 +2,10 @@
 
 One multiplication and one addition are two FLOPs. Only matrix products are counted, as is usual for model FLOPs
 utilization: not norms, activations, softmax or the optimizer, and not what rematerialization computes again; nor the
-waves of Transformer-XL's relative positions.
+projected waves of Transformer-XL's relative positions, which are the same for all sequences.
 """
+
+from collections.abc import Sequence
 
 from research.models.config import LayerConfig, ModelConfig
 
@@ -47,7 +49,13 @@ def _layer_weights(model: ModelConfig, layer: LayerConfig) -> int:
 
 
 def keys_seen(model: ModelConfig, layer: LayerConfig, length: int) -> float:
-    """Returns how many keys a token of a sequence of `length` sees on average; causal attention sees half."""
+    """Returns how many keys a token of a sequence of `length` sees on average, to about a key.
+
+    Causal attention sees half of T; a window counts on both sides of an encoder's token. A prefix is as the objective
+    `prefix` draws it, of any length alike: its p tokens see p²/2 pairs more, T²/6 on average, so 2/3 of T are seen.
+    """
+    if model.structure == "prefix":  # which has no windows
+        return length / 2 + length / 6
     window = length if layer.window is None else min(layer.window, length)
     one_side = window - window**2 / (2 * length)
     return 2 * one_side if model.structure == "encoder" else one_side
@@ -61,8 +69,8 @@ def train_flops_per_token(
         6 · matmul_parameters + 6 · Σ_layers N · (H_k + H_v) · keys
 
     Forward, each weight costs a token 2 FLOPs, and each key costs it 2·N·H_k for its score and 2·N·H_v for its part of
-    the sum; backward costs twice that. A token's keys are those that it sees on average: half of T where attention is
-    causal, fewer behind a window, whether or not a kernel skips the others; all M of the encoder.
+    the sum, with relative positions 2·N·H_k more for its score by distance; backward costs twice that. A token's keys
+    are those that it sees on average, whether or not a kernel skips the others: `keys_seen` of T, all M of the encoder.
 
     Args:
       model: the model.
@@ -73,23 +81,26 @@ def train_flops_per_token(
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1 (with the head counted); Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B (which counts causal attention in full).
     """
-    length, c = sequence_length, model.attention
-    per_key = c.num_heads * 2 * c.head_dim
-    if c.latent is not None:
-        per_key = c.num_heads * (c.head_dim + c.latent.rope_dim + c.latent.value_dim)
-    keys = sum(keys_seen(model, layer, length) if visible_only else length for layer in model.layers())
-    keys += model.head.num_future * (keys_seen(model, model.layers()[-1], length) if visible_only else length)
-    flops = 6 * matmul_parameters(model) + 6 * per_key * keys
+    future = [model.layers()[-1]] * model.head.num_future
+    flops = 6 * matmul_parameters(model) + _attention(model, [*model.layers(), *future], sequence_length, visible_only)
     if model.structure != "encoder_decoder":
         return float(flops)
-    encoder = model.encoder()
+    encoder, c = model.encoder(), model.attention
     of_encoder = 6 * (matmul_parameters(encoder) - _head_weights(encoder))
-    of_encoder += (
-        6
-        * per_key
-        * sum(
-            keys_seen(encoder, layer, encoder_length) if visible_only else encoder_length for layer in encoder.layers()
-        )
-    )
+    of_encoder += _attention(encoder, encoder.layers(), encoder_length, visible_only)
     of_encoder += 6 * model.num_layers * 2 * model.embed_dim * c.num_kv_heads * c.head_dim
-    return flops + 6 * per_key * model.num_layers * encoder_length + of_encoder * encoder_length / length
+    across = 6 * model.num_layers * c.num_heads * 2 * c.head_dim * encoder_length
+    return flops + across + of_encoder * encoder_length / sequence_length
+
+
+def _attention(model: ModelConfig, layers: Sequence[LayerConfig], length: int, visible_only: bool) -> float:
+    """Returns the FLOPs a token of a training step for scores and sums of self-attention."""
+    c, flops = model.attention, 0.0
+    for layer in layers:
+        per_key = c.num_heads * 2 * c.head_dim
+        if c.latent is not None:
+            per_key = c.num_heads * (c.head_dim + c.latent.rope_dim + c.latent.value_dim)
+        if model.position_of(layer).kind == "relative":  # each key has a second score, by its distance
+            per_key += c.num_heads * c.head_dim
+        flops += 6 * per_key * (keys_seen(model, layer, length) if visible_only else length)
+    return flops

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.tree_util import tree_map_with_path
 from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
 from research.core.mesh_axes import BATCH_AXES
-from research.core.trees import named_leaves
+from research.core.trees import named_leaves, path_name
 from research.models.config import ModelConfig
 from research.models.stack import scans_layers
 from research.models.transformer import Transformer, model_inputs
@@ -60,25 +61,32 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
 
 
 def _first_layer(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
-    """Returns the same model with one layer of its pattern, and one of its encoder, unrolled; and its parameters."""
-    single, layers = _one_layer(config, params)
-    if config.structure == "encoder_decoder":
-        _, encoder = _one_layer(config.encoder(), params["encoder"])
-        single, layers = dataclasses.replace(single, encoder_layers=1), layers | {"encoder": encoder}
-    return single, layers
+    """Returns the same model with one layer of its pattern, and one of its encoder, unrolled; and its parameters.
 
-
-def _one_layer(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith(("layers", "first_layers"))}
-    kind = config.pattern[0]
-    if len(config.first_layers) == config.num_layers:
-        kind, first = config.first_layers[0], params["first_layers_0"]
-    elif scans_layers(config):
-        first = jax.tree.map(lambda leaf: leaf[0], params["layers"])
-    else:
-        first = params["layers_0"]
+    It is one of the first layers where these leave no room for the pattern, in the encoder or in the decoder.
+    """
+    encoded = config.structure == "encoder_decoder"
+    depth = min(config.num_layers, config.encoder_layers) if encoded else config.num_layers
+    of_first = len(config.first_layers) == depth
+    kind = config.first_layers[0] if of_first else config.pattern[0]
     changes = {"num_layers": 1, "first_layers": (), "pattern": (kind,), "layer_loop": "unroll", "remat": "none"}
-    return dataclasses.replace(config, **changes), rest | {"layers_0": first}
+    layers = _one_layer(config, params, of_first)
+    if encoded:
+        layers |= {"encoder": _one_layer(config.encoder(), params["encoder"], of_first)}
+        changes |= {"encoder_layers": 1}
+    return dataclasses.replace(config, **changes), layers
+
+
+def _one_layer(config: ModelConfig, params: Any, of_first: bool) -> dict[str, Any]:
+    """Returns a stack's parameters with those of one layer alone."""
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith(("layers", "first_layers"))}
+    if of_first:
+        layer = params["first_layers_0"]
+    elif scans_layers(config):
+        layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    else:
+        layer = params["layers_0"]
+    return rest | {"layers_0": layer}
 
 
 def _errors(
@@ -98,15 +106,17 @@ def _errors(
 
 
 def _outputs(config: ModelConfig, params: Any, batch: dict[str, Int[Array, "B T"]]) -> dict[str, Float[Array, "..."]]:
-    """Returns the hidden states of real tokens, and the gradients of one layer's attention under a random cotangent."""
+    """Returns the hidden states of real tokens, and the gradients of every attention under a random cotangent."""
     shape = (*batch["tokens"].shape, config.embed_dim)
     cotangent = jax.random.normal(jax.random.key(0), shape) * (batch["segments"] != 0)[..., None]
 
-    def objective(attention: Any) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
-        with_these = params | {"layers_0": params["layers_0"] | {"attention": attention}}
+    def objective(attention: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
+        with_these = tree_map_with_path(lambda path, leaf: attention.get(path_name(path), leaf), params)
         hidden = Transformer(config).apply({"params": with_these}, **model_inputs(batch)).hidden.astype(jnp.float32)
         return jnp.sum(hidden * cotangent), hidden * (batch["segments"] != 0)[..., None]
 
-    gradients, hidden = jax.grad(objective, has_aux=True)(params["layers_0"]["attention"])
-    gradients = {f"the gradient of {name}": leaf.astype(jnp.float32) for name, leaf in named_leaves(gradients).items()}
+    # Of the sequence, of the encoder's, and of one over the other.
+    attention = {name: leaf for name, leaf in named_leaves(params).items() if "attention/" in name}
+    gradients, hidden = jax.grad(objective, has_aux=True)(attention)
+    gradients = {f"the gradient of {name}": leaf.astype(jnp.float32) for name, leaf in gradients.items()}
     return {"the output of a layer": hidden} | gradients

@@ -1,5 +1,7 @@
 """What is read of prompts before the first new token."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +23,21 @@ def test_padding_behind_a_prompt_changes_nothing(name: str, length: int):
         prompts = Prompts(jnp.asarray(np.pad(tokens, ((0, 0), (0, padding)))), jnp.asarray([length]))
         found.append(read_prompts(params, prompts, config=config, slots=16)[0])
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["dynamic", "longrope"])
+def test_an_encoder_reads_a_prompt_beside_a_longer_one_as_alone(rule: str):
+    config = dataclasses.replace(VARIANTS["sinusoidal encoder-decoder"], position=VARIANTS[rule].position)
+    params, tokens = random_params(config), random_tokens(2, 9)
+    start = jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)
+
+    def first_logits(rows: int, width: int, lengths: list[int]):
+        prompts = Prompts(start[0][:rows], start[1][:rows], jnp.asarray(tokens[:rows, :width]), jnp.asarray(lengths))
+        return read_prompts(params, prompts, config=config, slots=16)[0]
+
+    # The rules change for more than 6 tokens, which the shorter prompt has only with its padding.
+    np.testing.assert_allclose(first_logits(2, 9, [5, 9])[:1], first_logits(1, 5, [5]), atol=1e-5)
+    assert np.abs(first_logits(2, 9, [8, 9])[:1] - first_logits(1, 5, [5])).max() > 1e-2  # the control
 
 
 class Bare(ByteTokenizer):

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from research.core.trees import count, named_leaves
 from research.kernels.target import compiling_for
-from research.models.config import ModelConfig, NormConfig, PositionConfig
+from research.models.config import LayerConfig, ModelConfig, NormConfig, PositionConfig
 from research.models.stack import scans_layers
 from research.models.transformer import Transformer, init_params
 from tests.models.plain import plain_logits
@@ -200,6 +201,30 @@ def test_rematerialization_multiplies_out_again_what_is_not_kept(layer_loop: str
         products[remat] = text.count("dot_general")
     # Attention's products have batch dimensions.
     assert products["none"] == products["dots"] < products["dots_no_batch"] < products["full"]
+
+
+def kept_products(jaxpr: Any) -> int:
+    """How many matrix products of a program are in no part that is rematerialized."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name not in ("checkpoint", "remat2"):
+            count += equation.primitive.name == "dot_general"
+            count += sum(kept_products(inner) for inner in jaxprs_in_params(equation.params))
+    return count
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
+def test_every_layer_is_rematerialized(layer_loop: str):
+    windows = (LayerConfig(window=4), LayerConfig())
+    config = tiny_config(num_layers=6, first_layers=(LayerConfig(),), pattern=windows, layer_loop=layer_loop)
+    params = nn.unbox(abstract_params(config))  # two rounds of the pattern, and one layer after them
+    kept = {
+        remat: kept_products(
+            jax.make_jaxpr(loss, static_argnums=1)(params, dataclasses.replace(config, remat=remat)).jaxpr
+        )
+        for remat in ("none", "full")
+    }
+    assert kept["full"] == 1 < kept["none"]  # the logits
 
 
 @functools.partial(jax.jit, static_argnums=0)

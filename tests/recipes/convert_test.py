@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from research.interop.huggingface import from_hugging_face
 from research.recipes.convert import convert
 from tests.interop import cases
 from tests.interop.folders import TOLERANCE, logits_of, write_folder
+from tests.recipes import runs
 
 VOCAB = 260
 TEXT = "naïve tiles\n"
@@ -145,6 +149,25 @@ def test_a_source_that_fails_leaves_nothing(folder, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         convert(str(source), str(tmp_path / "out"), None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, number):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / "tokenizer.json").unlink()
+    os.mkfifo(source / "tokenizer.json")  # it waits there for somebody to write, its folder made
+    process = runs.spawn("convert", f"--from={source}", f"--to={tmp_path / 'out'}")
+    until = time.monotonic() + 60
+    while not any(path.name.startswith(".out.") for path in tmp_path.iterdir()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_checkpoint_is_converted_from_before_the_damaged_one(workdir, tmp_path, caplog):

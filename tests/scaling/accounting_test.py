@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.config import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig, ModelConfig
+from research.models.config import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig, ModelConfig, PositionConfig
+from research.models.transformer import sequence_mask
 from research.scaling.accounting import keys_seen, matmul_parameters, train_flops_per_token
 
 
@@ -81,6 +82,31 @@ def test_windows_count_what_they_show():
     assert keys_seen(encoder, LayerConfig(), 64) == 64
 
 
+def test_relative_positions_cost_a_second_score_a_key():
+    base = config(2, 64, 4, 4, 16, 128, True, 100)
+    relative = dataclasses.replace(base, position=PositionConfig(kind="relative"))
+    difference = train_flops_per_token(relative, 64) - train_flops_per_token(base, 64)
+    assert difference == 6 * 2 * 4 * 16 * 32  # layers, heads, width, keys
+
+
+@pytest.mark.parametrize("structure", ["decoder", "encoder", "prefix"])
+@pytest.mark.parametrize("window", [None, 4, 100])
+def test_keys_are_those_that_the_mask_shows(structure, window):
+    length = 24
+    if structure == "prefix":  # each length of a prefix is as likely; there are no windows
+        window, prefixes = None, 1 + np.arange(length)
+    else:
+        prefixes = np.zeros(1)
+    base = dataclasses.replace(config(1, 64, 4, 4, 16, 128, True, 100), structure=structure)
+    positions = jnp.broadcast_to(jnp.arange(length), (len(prefixes), length))
+    inside = jnp.asarray(np.arange(length) < prefixes[:, None], jnp.int32)
+    mask = dataclasses.replace(sequence_mask(base, positions, None, inside, cached=False), window=window)
+    seen = np.broadcast_to(mask.dense(length, length), (len(prefixes), 1, length, length)).sum(axis=-1).mean()
+    assert keys_seen(base, LayerConfig(window=window), length) == pytest.approx(seen, abs=1)
+    if structure == "prefix":
+        assert abs(seen - length / 2) > 3  # as much as it differs from causal attention
+
+
 def test_experts_count_those_that_a_token_goes_to():
     base = config(2, 64, 4, 4, 16, 128, True, 100)
     experts = ExpertsConfig(num_experts=8, experts_per_token=2, hidden_dim=64)
@@ -95,3 +121,6 @@ def test_encoder_decoder_counts_each_stack_for_its_own_tokens():
     encoder = 3 * stack + 2 * 2 * 64 * 64
     attention = 12 * 64 * (2 * 16 + 2 * 48 + 3 * 48 * 1.5)
     assert train_flops_per_token(both, 32, 48) == 6 * decoder + 6 * encoder * 1.5 + attention
+    local = dataclasses.replace(both, pattern=(LayerConfig(window=8),))  # which the encoder's tokens have on both sides
+    hidden = 12 * 64 * (2 * (16 - 7) + 3 * (48 - 2 * (8 - 64 / 96)) * 1.5)
+    assert train_flops_per_token(both, 32, 48) - train_flops_per_token(local, 32, 48) == pytest.approx(hidden)

@@ -9,6 +9,7 @@ import pytest
 
 from research.core.errors import UserError
 from research.kernels.attention import cpu
+from research.models.config import ExpertsConfig, LayerConfig
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import batch_sharding
 from research.training.self_check import check_attention
@@ -69,7 +70,7 @@ def with_wrong_gradient(body):
     [
         (without_segments, "float32", "the "),
         (without_segments, "bfloat16", "the "),
-        (with_wrong_gradient, "float32", "the gradient of value"),
+        (with_wrong_gradient, "float32", "the gradient of layers_0/attention/value"),
     ],
 )
 def test_attention_that_is_wrong_stops_the_run(monkeypatch, fault, where, dtype, mesh):
@@ -79,3 +80,34 @@ def test_attention_that_is_wrong_stops_the_run(monkeypatch, fault, where, dtype,
         check_attention(config, params, packed_batch(mesh), mesh)
     plain = dataclasses.replace(config, attention=dataclasses.replace(config.attention, implementation="reference"))
     check_attention(plain, params, packed_batch(mesh), mesh)
+
+
+def encoder_decoder(**changes):
+    config = dataclasses.replace(VARIANTS["encoder-decoder"], **changes)
+    batch = pack(rows(config, [9, 5, 7]))
+    batch |= {"targets": batch["tokens"], "weights": jnp.ones(batch["tokens"].shape)}
+    return config, random_params(config), batch
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_a_wrong_gradient_in_one_attention_of_an_encoder_decoder_stops_the_run(monkeypatch, across):
+    config, params, batch = encoder_decoder()
+    sound, wrong = cpu.attention, with_wrong_gradient(cpu.attention)
+
+    def attention(q, k, v, mask, terms):
+        return (wrong if not mask.causal and (q.shape[1] != k.shape[1]) == across else sound)(q, k, v, mask, terms)
+
+    monkeypatch.setattr(cpu, "attention", attention)
+    with pytest.raises(UserError, match="the gradient of encoder/" if not across else "the gradient of "):
+        check_attention(config, params, batch, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(("layers", "encoder_layers"), [(2, 1), (1, 2)])
+def test_first_layers_may_fill_a_stack_of_an_encoder_decoder(layers, encoder_layers):
+    config, params, batch = encoder_decoder(
+        num_layers=layers,
+        encoder_layers=encoder_layers,
+        first_layers=(LayerConfig(experts=False),),
+        experts=ExpertsConfig(num_experts=4, experts_per_token=2, hidden_dim=8),
+    )
+    check_attention(config, params, batch, make_mesh(MeshConfig(), jax.devices()[:1]))

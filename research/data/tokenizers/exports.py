@@ -34,7 +34,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     assert all(library.token_to_id(name) == i for name, i in control.items()), "control tokens lie where they lay"
     if "bos" in specials:
         library.post_processor = _framing(library, f"{specials['bos']} $A", specials["bos"])
-    elif tokenizer.sentinel_ids and "eos" in specials:
+    elif "eos" in specials:  # as T5 is read, with sentinels or, as mT5, without
         library.post_processor = _framing(library, f"$A {specials['eos']}", specials["eos"])
     return library.to_str().encode("utf-8")
 

@@ -25,6 +25,8 @@ CLASSES = {
     "vocab.json": ("GPT2", "Roberta", "Bart", "PreTrained", "TokenizersBackend"),
     "vocab.txt": ("Bert", "DistilBert", "Electra", "MobileBert", "PreTrained", "TokenizersBackend"),
 }
+# The class where only the model's config.json tells, by its model_type; others say no more than their files.
+MODEL_CLASSES = {"t5": "T5Tokenizer"}
 T5_SENTINELS = 100
 
 
@@ -33,7 +35,7 @@ class Settings:
     """What the small JSON files beside a tokenizer say; foreign files, so anything may be missing.
 
     Attributes:
-      values: `tokenizer_config.json`, over `special_tokens_map.json`.
+      values: `tokenizer_config.json`, over `special_tokens_map.json`; the class also as the model's `config.json` says.
       added: the ids of tokens beyond the vocabulary, by their spelling.
       chat_templates: by name, from `chat_template.jinja` and `chat_templates/*.jinja` or else from `values`.
     """
@@ -152,6 +154,9 @@ def read_settings(folder: pathlib.Path) -> Settings:
       UserError: one of them is not JSON, or not the object that it should be.
     """
     values = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    if values.get("tokenizer_class") is None:
+        model = _read_json(folder / "config.json")
+        values["tokenizer_class"] = model.get("tokenizer_class") or MODEL_CLASSES.get(str(model.get("model_type")))
     try:
         held = values.get("added_tokens_decoder")
         if held is None:
@@ -183,10 +188,14 @@ def _chat_templates(folder: pathlib.Path, values: Mapping[str, Any]) -> dict[str
     return found
 
 
-def to_hugging_face_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def to_hugging_face_files(tokenizer: Tokenizer, types: bool = False) -> dict[str, bytes]:
     """Returns the files, by name, from which `transformers` loads a tokenizer with the same ids and chat templates.
 
     A SentencePiece model goes both as it is and as a tokenizer.json.
+
+    Args:
+      tokenizer: the tokenizer.
+      types: whether the model is told which of two texts a token belongs to, as BERT is.
     """
     files = tokenizer.files()
     if "tokenizer.json" not in files:
@@ -195,6 +204,10 @@ def to_hugging_face_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     templates = [{"name": name, "template": text} for name, text in tokenizer.chat_templates.items()]
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     values |= {f"{role}_token": token for role, token in tokenizer.specials.items()}
+    if tokenizer.sentinel_ids:
+        values["additional_special_tokens"] = [SENTINEL.format(i) for i in range(len(tokenizer.sentinel_ids))]
+    if types:
+        values["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if templates:
         values["chat_template"] = templates if [*tokenizer.chat_templates] != ["default"] else templates[0]["template"]
     files["tokenizer_config.json"] = (json.dumps(values, indent=2) + "\n").encode("utf-8")

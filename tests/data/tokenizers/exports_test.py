@@ -78,6 +78,35 @@ def test_an_exported_folder_frames_a_text_as_its_model_reads_it(shared_data, tmp
     assert reference.decode(reference.encode("a")).replace(" ", "") == framed.replace(" ", "")
 
 
+@pytest.mark.parametrize(
+    ("file", "model_type", "settings"),
+    [
+        ("tok-t5-base/t5-base.model", "t5", None),
+        ("tok-t5-base/t5-base.model", "mt5", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}),
+        ("tok-bert-uncased/vocab.txt", "bert", None),
+        ("tok-gpt2/tokenizer.json", "gpt2", None),
+    ],
+)
+def test_an_exported_folder_reads_texts_and_pairs_as_the_original(shared_data, tmp_path, file, model_type, settings):
+    transformers = pytest.importorskip("transformers")
+    original, exported = tmp_path / "original", tmp_path / "exported"
+    original.mkdir()
+    exported.mkdir()
+    name = "spiece.model" if file.endswith(".model") else file.rpartition("/")[2]
+    (original / name).write_bytes((shared_data / file).read_bytes())
+    (original / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if settings is not None:
+        (original / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = folders.from_folder(original)
+    for name, data in folders.to_hugging_face_files(tokenizer, types=model_type == "bert").items():
+        (exported / name).write_bytes(data)
+    wanted, found = map(transformers.AutoTokenizer.from_pretrained, (original, exported))
+    assert len(found) == len(wanted) == tokenizer.vocab_size
+    assert set(found.all_special_tokens) == set(wanted.all_special_tokens)
+    for texts in (("the cat",), ("the cat", "naïve 12")):
+        assert dict(found(*texts)) == dict(wanted(*texts))
+
+
 @pytest.mark.parametrize("name", ["llama", "bpe", "bytes"])
 def test_an_exported_folder_encodes_the_same_chats(shared_data, tmp_path, name):
     transformers = pytest.importorskip("transformers")
