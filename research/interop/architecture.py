@@ -96,8 +96,8 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
     for name in a.required:
         if name not in fields:
             raise UserError(f"{name} is missing.")
-        if not isinstance(fields[name], int) or fields[name] < 1:
-            raise UserError(f"{name} = {fields[name]!r} must be a whole number of at least 1.")
+        if not isinstance(fields[name], int) or not 1 <= fields[name] < 2**31:  # JAX's own limit of an axis
+            raise UserError(f"{name} = {fields[name]!r} must be a whole number of at least 1 and below {2**31:,}.")
     for name, value in fields.items():
         if name in a.only:
             if value != a.only[name]:

@@ -30,6 +30,10 @@ def _late(fields: Mapping[str, Any], layer: int) -> bool:
     return layer >= fields["max_window_layers"]
 
 
+def _every_layer(fields: Mapping[str, Any], layer: int) -> bool:
+    return True
+
+
 QWEN_WINDOWS = layer_windows(4096, _late, switch=True, max_window_layers=28)
 MISTRAL = decoder(
     "mistral",
@@ -40,6 +44,17 @@ MISTRAL = decoder(
     activation(),
     rotary(),
     one_window(4096),
+    Part(defaults={"num_key_value_heads": 8}),
+)
+MINISTRAL = decoder(
+    "ministral",
+    "MinistralForCausalLM",
+    (*PRE_NORMS, *ATTENTION, *MLP),
+    *CORE,
+    DENSE,
+    activation(),
+    rotary(),
+    layer_windows(4096, _every_layer),
     Part(defaults={"num_key_value_heads": 8}),
 )
 QWEN2 = decoder(

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from research.core.ahead import ahead
 from research.core.errors import UserError, nearest
 from research.interop import mapping
 from research.interop.architecture import Architecture, choose, config_from, fields_of
 from research.interop.bart import BART, MBART
 from research.interop.bert import BERT, ROBERTA, XLM_ROBERTA
 from research.interop.deepseek import DEEPSEEK_V3
-from research.interop.dense import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from research.interop.dense import MINISTRAL, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from research.interop.falcon import FALCON
 from research.interop.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from research.interop.gpt2 import GPT, GPT2
+from research.interop.gpt_neo import GPT_NEO
 from research.interop.llama import LLAMA
+from research.interop.marian import MARIAN
 from research.interop.mixtures import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from research.interop.modernbert import MODERNBERT
 from research.interop.mpt import MPT
@@ -29,12 +32,13 @@ from research.models.config import ModelConfig
 
 # The first one that holds a model is what it is written as, where nothing says what it was.
 _ALL = (
-    *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
+    *(GPT2, LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3, GEMMA3),
-    *(GPT, FALCON, MPT, BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, T5, MT5, BART, MBART),
+    *(GPT, GPT_NEO, FALCON, MPT, BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, T5, MT5, BART, MBART, MARIAN),
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 NO_TOKENS = dict.fromkeys(("bos", "eos", "pad"))
 # The most bytes of a file, as transformers has it.
 SHARD_BYTES = 5 * 10**9
@@ -67,17 +71,19 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
     if "model_type" not in fields:
         raise UserError(f"{folder / CONFIG}: model_type is missing.")
     model_type = fields["model_type"]
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{folder / CONFIG}: model_type = {model_type!r} is not supported. "
-            f"{nearest(str(model_type), ARCHITECTURES)} Known: {', '.join(sorted(ARCHITECTURES))}."
-        )
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        known = f"Known: {', '.join(sorted(ARCHITECTURES))}."
+        hint = nearest(str(model_type), ARCHITECTURES).replace(known, "")
+        raise UserError(f"{folder / CONFIG}: model_type = {model_type!r} is not supported. {hint} {known}")
     architecture = ARCHITECTURES[model_type]
     tensors = _tensors(folder)
     try:
         config = config_from(architecture, fields_of(architecture, fields, tensors))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
+    layers = config.num_layers + config.encoder_layers
+    if layers > len(tensors):  # whoever says so must not have us name the tensors of a billion layers
+        raise UserError(f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has them.")
     try:
         return Model(architecture, config, mapping.find(architecture, config, tensors))
     except UserError as error:
@@ -179,7 +185,7 @@ def _write_files(
     dtype: np.dtype,
     parts: Iterable[tuple[str, Shaped[np.ndarray, "..."]]],
 ) -> None:
-    parts = iter(parts)
+    parts = ahead(parts)
     for file, shapes in files.items():
         left = dtype.itemsize * sum(map(_count, shapes.values()))
         with Writer(folder / file, shapes, dtype) as writer:
@@ -212,7 +218,7 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
     """Returns the files that hold the weights, all of them in the folder itself, and what an index says is where."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
-            pickled = sorted(path.name for path in folder.glob("*.bin"))
+            pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
             hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code." if pickled else ""
             raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
         return [folder / WEIGHTS], {}
@@ -223,6 +229,8 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
     for file in sorted(set(places.values())):
         if pathlib.PurePath(file).name != file or not (folder / file).is_file():
             raise UserError(f"{folder / INDEX}: {file!r} is not a file of this folder.")
+        if not file.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX}: {file!r} is not a safetensors file.")
     return [folder / file for file in sorted(set(places.values()))], places
 
 

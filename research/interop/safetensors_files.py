@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from research.core.errors import UserError
+from research.core.settling import Settling, settle
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -40,8 +41,8 @@ _DTYPES = {
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The format's own limit, and NumPy's of axes.
-_HEADER_BYTES, _AXES = 100_000_000, 32
+# The format's own limit, NumPy's of axes, and letters of a name, which messages repeat.
+_HEADER_BYTES, _AXES, _LETTERS = 100_000_000, 32, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,8 @@ def _tensors(path: pathlib.Path, header: Mapping[str, Any], start: int, size: in
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     """Returns type, shape and span of one tensor."""
+    if not 0 < len(name) <= _LETTERS:
+        raise _Lie(f"{name[:32]!r} … is no tensor's name: it has {len(name):,} letters")
     if not name.isprintable() or any(part in name for part in ("/", "\\", "..")):
         raise _Lie(f"{name!r} is no tensor's name, but a path or worse")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -161,6 +164,7 @@ class Writer:
         text += b" " * (-len(text) % 8)  # so that the data is aligned
         self._names = list(shapes)
         self._file = path.open("wb", buffering=0)
+        self._settling = Settling(lambda: settle(self._file.fileno()))
         self._write(len(text).to_bytes(8, "little") + text)
 
     def __enter__(self) -> "Writer":
@@ -168,6 +172,7 @@ class Writer:
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         with self._file:
+            self._settling.__exit__(kind)
             if kind is None:
                 assert not any(self._left.values()), "all tensors are written"
                 os.fsync(self._file.fileno())
@@ -186,3 +191,4 @@ class Writer:
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
+        self._settling.wrote(memoryview(data).nbytes)

@@ -40,16 +40,23 @@ class Projection(nn.Module):
     stddev: float = 0.02
     dtype: str = "float32"
 
-    @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        shape = (*x.shape[-self.num_inputs :], *self.features)
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.names)
-        kernel = self.param("kernel", init, shape, jnp.float32)
-        bias = None
-        if self.use_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.num_inputs :])
-            bias = self.param("bias", init, self.features, jnp.float32)
+        kernel, bias = self.weights(x.shape[-self.num_inputs :])
         return project(x.astype(self.dtype), kernel, bias, axes=self.num_inputs)
+
+    @nn.compact
+    def weights(self, inputs: tuple[int, ...]) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+        """Returns W and b, for those who multiply with them in another order.
+
+        Args:
+          inputs: the input axes.
+        """
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.names)
+        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
+        if not self.use_bias:
+            return kernel, None
+        init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.num_inputs :])
+        return kernel, self.param("bias", init, self.features, jnp.float32)
 
 
 class Norm(nn.Module):

@@ -79,6 +79,8 @@ class PositionConfig:
       scaling: changed rotary frequencies, or None.
       rotary_dim: leading columns of a head that are turned, even; None is all of them.
       offset: rows of the learned table before that of position 0 (BART and RoBERTa have 2).
+      halves: whether the sines of `sinusoidal` fill the first half of the columns and the cosines the second (Marian);
+        else each sine has its cosine beside it, as in the paper.
       num_buckets: buckets of distances, even; half of them for each direction where attention goes both ways.
       max_distance: from which on all distances share a bucket.
     """
@@ -90,6 +92,7 @@ class PositionConfig:
     scaling: RopeScalingConfig | None = None
     rotary_dim: int | None = None
     offset: int = 0
+    halves: bool = False
     num_buckets: int = 32
     max_distance: int = 128
 
@@ -102,6 +105,8 @@ class PositionConfig:
             raise UserError(f"rotary_dim = {self.rotary_dim} must be even and at least 2.")
         if self.offset < 0 or (self.offset and self.kind != "learned"):
             raise UserError(f"offset = {self.offset} must be 0, or above it for kind = 'learned'.")
+        if self.halves and self.kind != "sinusoidal":
+            raise UserError(f"halves = True needs kind = 'sinusoidal', not {self.kind!r}.")
         if self.num_buckets < 4 or self.num_buckets % 4:
             raise UserError(f"num_buckets = {self.num_buckets} must be a multiple of 4, at least 4.")
         if self.max_distance <= self.num_buckets // 2:

@@ -10,14 +10,19 @@ from jaxtyping import Array, Float, Int
 from research.models.position_config import PositionConfig, RopeScalingConfig
 
 
-def sinusoidal(positions: Int[Array, "..."], width: int) -> Float[Array, "... D"]:
+def sinusoidal(positions: Int[Array, "..."], width: int, halves: bool = False) -> Float[Array, "... D"]:
     """Returns sines in even columns and cosines in odd ones, PE(p, 2i) = sin(p / 10000^(2i/D)).
+
+    Args:
+      positions: p.
+      width: D.
+      halves: whether all sines come first, then all cosines, in the same order.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
     frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
     angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
-    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-2 if halves else -1)
     return waves.reshape(*positions.shape, -1)[..., :width]
 
 

@@ -126,7 +126,7 @@ class Stack(nn.Module):
         if c.position.kind == "learned":
             x = x + self.position_embed(positions + c.position.offset)
         elif c.position.kind == "sinusoidal":
-            x = x + sinusoidal(positions, c.embed_dim)
+            x = x + sinusoidal(positions, c.embed_dim, c.position.halves)
         if c.embedding.num_types:
             x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
         return self.embed_norm(x) if c.embedding.norm else x

@@ -12,10 +12,11 @@ EXAMPLES = """\
   tessera bench attention --target=tpu-schedule --chips=v5e --lengths=4096
   tessera bench kernels --only=cross_entropy,decode_attention
   tessera bench convert --megabytes=3000 --dtype=bfloat16
-  tessera bench families --only=gemma,mixtral,t5"""
+  tessera bench families --only=gemma,mixtral,t5
+  tessera bench latent --batch=8"""
 
 # Each is a module `bench_NAME` of this package with `add_arguments` and `main`.
-BENCHES = ("train", "loader", "attention", "kernels", "convert", "families")
+BENCHES = ("train", "loader", "attention", "kernels", "convert", "families", "latent")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 
+from research.core import backend
 from research.interop import mapping
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, open_hugging_face, write_hugging_face
@@ -45,6 +46,7 @@ SIDES = {"copy": copy, "in": convert_in, "out": convert_out}
 
 def main() -> None:
     """Takes one turn; prints its seconds and the most memory that the process has had."""
+    backend.configure()  # as every verb does: for its memory, since JAX has started and is not used
     side, source, target = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
     start = time.perf_counter()
     SIDES[side](source, target)

@@ -102,7 +102,7 @@ def positions(position: PositionConfig) -> str:
     return {
         "none": "none",
         "learned": "learned, added to the embeddings",
-        "sinusoidal": "sinusoidal, added to the embeddings",
+        "sinusoidal": f"sinusoidal{', sines before cosines' if position.halves else ''}, added to the embeddings",
         "alibi": "ALiBi, a bias by distance",
         "alibi_bfloat16": "ALiBi, a bias by distance, as bfloat16 rounds it",
         "buckets": f"a learned bias for {position.num_buckets} buckets of distances up to {position.max_distance}",

@@ -23,6 +23,7 @@ from jaxtyping import Shaped
 
 from research.core.ahead import ahead
 from research.core.errors import UserError
+from research.core.settling import Settling, settle
 from research.models.layer_stack import places, stack_layers
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import Damaged
@@ -33,6 +34,8 @@ from research.training.digests import RunningDigest
 CHUNK_BYTES = 2**22
 # Bytes on their way to the disk while the next part is made.
 _IN_FLIGHT = 2**27
+# How the names of files end to which TensorStore still writes.
+_UNFINISHED = ".__lock"
 _FIELD = "params"
 
 Box = tuple[slice, ...]
@@ -58,8 +61,10 @@ def write_params(
     store = _Store(temporary / files.ARRAYS, shapes)
     try:
         with _explained(folder):
-            for name, box, values in ahead(parts):
-                store.write(name, box, values)
+            with Settling(store.settle) as settling:
+                for name, box, values in ahead(parts):
+                    store.write(name, box, values)
+                    settling.wrote(values.nbytes)
             digests = store.finish()
             manifest = files.manifest_of(step, store.arrays, digests, {})
             (temporary / files.MANIFEST).mkdir()
@@ -142,6 +147,7 @@ class _Store:
         self._digests = {name: RunningDigest(shape.shape) for name, shape in self.arrays.items()}
         self._open: dict[str, ts.TensorStore] = {}
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self._settled: set[pathlib.Path] = set()
         folder.mkdir(parents=True)
 
     def write(self, name: str, box: Box, values: Shaped[np.ndarray, "..."]) -> None:
@@ -181,6 +187,17 @@ class _Store:
         }
         (self._folder / "_METADATA").write_text(json.dumps(account))
         return {name: digest.text() for name, digest in self._digests.items()}
+
+    def settle(self) -> None:
+        """Settles the files that are complete and were not settled before."""
+        complete = {path for path in self._folder.glob("d/*") if not path.name.endswith(_UNFINISHED)}
+        for path in complete - self._settled:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                settle(descriptor)
+            finally:
+                os.close(descriptor)
+        self._settled |= complete
 
     def abandon(self) -> None:
         """Returns when nothing more is written."""
@@ -236,7 +253,7 @@ def _kvstore(folder: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def _context() -> ts.Context:
-    # Files are synced once, when all is written: the disk is then at work all the time, not at the end of each part.
+    # Files are synced by `settle`, many at a time, and once more when all is written.
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
 
 

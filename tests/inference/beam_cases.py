@@ -13,7 +13,11 @@ GOLDENS = pathlib.Path(__file__).parent / "beam_goldens.json"
 # Of the golden models: the norm that logits are a product of, and an id that ends texts here, one that is likely.
 MODELS = {"gpt2-small": ("transformer.ln_f.", 58), "llama-3.2-1b": ("model.norm.", 1)}
 # The same of encoder-decoders, whose decoders begin with `START`, and what their encoders read.
-ENCODER_DECODERS = {"t5": ("decoder.final_layer_norm.", 5), "bart": ("model.decoder.layers.0.final_layer_norm.", 19)}
+ENCODER_DECODERS = {
+    "t5": ("decoder.final_layer_norm.", 5),
+    "bart": ("model.decoder.layers.0.final_layer_norm.", 19),
+    "marian": ("model.decoder.layers.0.final_layer_norm.", 19),
+}
 START, SOURCES = 0, ([5, 9, 33], [17, 4, 50, 21, 8, 50, 21, 40, 61], [12])
 # The logits of the golden models are nearly flat: times this, the best beam and the greedy text often differ.
 SHARPNESS = 4.0

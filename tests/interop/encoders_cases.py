@@ -127,6 +127,13 @@ def gradients_off_by(found: np.ndarray, wanted: np.ndarray) -> float:
     return float((np.abs(found - wanted) / norms).max())
 
 
+def norms_off_by(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns the norm of each gradient's difference, in units of the gradient's norm; small ones as in the above."""
+    norms = {name: np.linalg.norm(value) for name, value in wanted.items()}
+    least = 1e-3 * max(norms.values())
+    return {name: float(np.linalg.norm(found[name] - wanted[name]) / max(norms[name], least)) for name in wanted}
+
+
 def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
     """Whether tensors are the same to the bit."""
     return found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)

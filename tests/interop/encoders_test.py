@@ -72,6 +72,11 @@ def window(config, width):
         ("t5", lambda c: changed(c, head__scale=1.0)),
         ("t5", lambda c: changed(c, position__max_distance=140)),
         ("mbart", lambda c: changed(c, scale_embeddings=False)),
+        ("marian", lambda c: changed(c, position__halves=False)),
+        ("gpt-neo", lambda c: window(c, 7)),
+        ("gpt-neo", lambda c: window(c, 9)),
+        ("gpt-neo", lambda c: changed(c, pattern=c.pattern[::-1])),
+        ("gpt-neo", lambda c: changed(c, attention__scale=None)),
     ],
 )
 def test_another_model_is_seen_by_the_comparison(name, change):
@@ -96,6 +101,15 @@ def test_round_trip_is_bitwise(name, tmp_path):
     again, same = from_hugging_face(tmp_path / "out")
     assert again == config
     assert encoders.same(encoders.leaves(same), encoders.leaves(params))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_architecture_that_is_found_by_itself_holds_the_model(name):
+    architecture, config, tensors = encoders.model(name)
+    chosen, fields = choose(ARCHITECTURES.values(), config)
+    assert config_from(chosen, fields).layers() == config.layers()
+    if chosen is architecture:
+        assert set(tensors_from(chosen, config, params_from(architecture, config, tensors))) == set(tensors)
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
@@ -221,6 +235,46 @@ def test_names_without_prefix_and_masks_of_gpt_are_read():
     assert encoders.same(written, tensors)
 
 
+def test_sinusoids_and_fields_of_a_released_marian_are_read():
+    _, config, tensors = encoders.model("marian")
+    sinusoids = {f"model.{stack}.embed_positions.weight": np.ones((48, 32)) for stack in ("encoder", "decoder")}
+    elder = {"static_position_embeddings": True, "normalize_before": False, "normalize_embedding": False}
+    elder |= {"add_bias_logits": False, "bad_words_ids": [[1]], "_num_labels": 3, "num_beams": 6, "max_length": 512}
+    found, written = read("marian", encoders.stored()["marian"]["config"] | elder, tensors | sinusoids)
+    assert found == config
+    assert encoders.same(written, tensors)
+    body = without(tensors, "final_logits_bias")
+    found, written = read("marian", encoders.stored()["marian"]["config"], renamed(body, r"^model\.", ""))
+    assert found == dataclasses.replace(config, head=HeadConfig())
+    assert encoders.same(written, body)
+
+
+def test_masks_and_fields_of_a_released_gpt_neo_are_read():
+    _, config, tensors = encoders.model("gpt-neo")
+    buffers = {f"transformer.h.0.attn.attention.{name}": np.ones((1, 1, 40, 40)) for name in ("bias", "masked_bias")}
+    elder = {"summary_type": "cls_index", "summary_first_dropout": 0.1, "gradient_checkpointing": False}
+    found, written = read("gpt-neo", encoders.stored()["gpt-neo"]["config"] | elder, tensors | buffers)
+    assert found == config
+    assert encoders.same(written, tensors)
+
+
+def test_the_two_tokenizers_of_marian_are_refused_and_another_one_is_taken(tmp_path):
+    _, config, tensors = encoders.model("marian")
+    folder = write_folder(tmp_path / "in", encoders.stored()["marian"]["config"], tensors)
+    for name, data in {"vocab.json": b'{"</s>": 0}', "source.spm": b"", "target.spm": b""}.items():
+        (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"merges\.txt cannot be read"):
+        convert(str(folder), str(tmp_path / "workdir"), None, None)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
+    with pytest.raises(UserError, match="tokenizer_class = 'MarianTokenizer' does more than this file says"):
+        convert(str(folder), str(tmp_path / "workdir"), None, None)
+    assert not (tmp_path / "workdir").exists()
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "tile": 1}, unk_token="</s>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    convert(str(folder), str(tmp_path / "workdir"), None, str(tmp_path / "tokenizer.json"))
+    assert research.load(tmp_path / "workdir").config == config
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
@@ -241,6 +295,14 @@ def test_names_without_prefix_and_masks_of_gpt_are_read():
         ("t5", {"feed_forward_proj": "swiglu-silu"}, "feed_forward_proj = 'swiglu-silu'"),
         ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder = False is not supported"),
         ("bart", {"decoder_attention_heads": 8}, "decoder_attention_heads = 8 must equal"),
+        ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings = False"),
+        ("marian", {"decoder_vocab_size": 65}, "decoder_vocab_size = 65 must equal vocab_size = 64"),
+        ("marian", {"normalize_embedding": True}, "normalize_embedding = True is not supported: only False is"),
+        ("gpt-neo", {"attention_types": [[["global"], 2]]}, "must name num_layers = 3 layers"),
+        ("gpt-neo", {"attention_types": [[["global"], 10**12]]}, "must name num_layers = 3 layers"),
+        ("gpt-neo", {"attention_types": [[["global", "sparse", "local"], 1]]}, "'sparse' is not supported"),
+        ("gpt-neo", {"attention_types": [3]}, "makes no model"),
+        ("gpt-neo", {"embed_dropout": 0.1}, "embed_dropout = 0.1 must equal resid_dropout = 0.0"),
     ],
 )
 def test_a_feature_that_is_not_supported_is_named(name, fields, message):

@@ -159,6 +159,8 @@ def test_all_wrong_tensors_are_named_at_once():
     ("name", "fields", "message"),
     [
         (LLAMA_1, {"model_type": "mamba"}, "model_type = 'mamba' is not supported"),
+        (LLAMA_1, {"model_type": ["llama"]}, "model_type = ['llama'] is not supported"),
+        (LLAMA_1, {"num_hidden_layers": 10**9}, "0 tensors are none of 1,000,000,000 layers"),
         (LLAMA_1, {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type = 'ntk' is not supported"),
         (
             LLAMA_1,
@@ -170,6 +172,7 @@ def test_all_wrong_tensors_are_named_at_once():
         (LLAMA_1, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA_1, {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported"),
         (LLAMA_1, {"hidden_size": "64"}, "hidden_size = '64' must be a whole number"),
+        (LLAMA_1, {"vocab_size": 10**12}, "vocab_size = 1000000000000 must be a whole number"),
         (LLAMA_1, {"num_key_value_heads": 3}, "num_kv_heads = 3 does not divide"),
         (GPT, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
         (GPT, {"scale_attn_weights": False}, "scale_attn_weights = False is not supported"),
@@ -183,6 +186,14 @@ def test_a_feature_that_is_not_supported_is_named(name, fields, message, tmp_pat
         from_hugging_face(folder)
     assert message in str(error.value)
     assert "config.json" in str(error.value)
+
+
+def test_known_architectures_are_listed_once(tmp_path):
+    for unknown in (None, "mamba"):  # one has a neighbour and one has not
+        folder = write_folder(tmp_path, cases.stored()[LLAMA_1]["config"] | {"model_type": unknown}, {})
+        with pytest.raises(UserError) as error:
+            from_hugging_face(folder)
+        assert str(error.value).count("Known: bart, bert, ") == 1
 
 
 def test_a_missing_field_is_named():
@@ -202,10 +213,18 @@ def test_broken_folders_are_refused_in_one_line(tmp_path):
     weights.rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin is pickled"):
         from_hugging_face(folder)
+    (folder / "pytorch_model.bin").rename(folder / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt is pickled"):
+        from_hugging_face(folder)
+    (folder / "model.pt").rename(folder / "pytorch_model.bin")
     shutil.copy(folder / "pytorch_model.bin", tmp_path / "outside.safetensors")
     index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="is not a file of this folder"):
+        from_hugging_face(folder)
+    index = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"'pytorch_model\.bin' is not a safetensors file"):
         from_hugging_face(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

@@ -56,6 +56,20 @@ MODELS = {
         hf.OpenAIGPTLMHeadModel,
         hf.OpenAIGPTConfig(vocab_size=cases.VOCAB, n_embd=32, n_head=4, n_layer=2, n_positions=32),
     ),
+    # Global layers and local ones in turns, and fewer tokens in a window than in a row.
+    "gpt-neo": (
+        hf.GPTNeoForCausalLM,
+        hf.GPTNeoConfig(
+            **SIZES,
+            hidden_size=32,
+            num_heads=4,
+            num_layers=3,
+            attention_types=[[["global", "local"], 1], [["global"], 1]],
+            window_size=8,
+            max_position_embeddings=40,
+            intermediate_size=80,
+        ),
+    ),
     "falcon-7b": (hf.FalconForCausalLM, hf.FalconConfig(**FALCON)),
     "falcon-40b": (hf.FalconForCausalLM, hf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2)),
     "falcon2-11b": (
@@ -106,6 +120,11 @@ MODELS = {
     ),
     "mt5": (hf.MT5ForConditionalGeneration, hf.MT5Config(**T5 | SHORT)),
     "bart": (hf.BartForConditionalGeneration, hf.BartConfig(**BART)),
+    # Its decoder starts with padding.
+    "marian": (
+        hf.MarianMTModel,
+        hf.MarianConfig(**BART, scale_embedding=True, activation_function="swish", decoder_start_token_id=1),
+    ),
     "mbart": (hf.MBartForConditionalGeneration, hf.MBartConfig(**BART, scale_embedding=True)),
 }
 # Output projections of their own, which transformers 5 would tie where no weights say otherwise.

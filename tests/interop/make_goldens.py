@@ -115,6 +115,13 @@ CONFIGS = {
     "llama-longrope": _sized(transformers.LlamaConfig, rope_parameters=_rope("longrope", **LONG)),
     "llama-biases": _sized(transformers.LlamaConfig, attention_bias=True, mlp_bias=True),
     "mistral": _sized(transformers.MistralConfig, head_dim=12, sliding_window=WINDOW),
+    "ministral": _sized(
+        transformers.MinistralConfig,
+        layers=3,
+        head_dim=12,
+        sliding_window=WINDOW,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
     "mixtral": _sized(transformers.MixtralConfig, num_local_experts=4),
     "gemma2": _sized(
         transformers.Gemma2Config,
@@ -171,13 +178,6 @@ CONFIGS = {
     ),
     "deepseek-v3-direct": _sized(
         transformers.DeepseekV3Config, q_lora_rank=None, first_k_dense_replace=0, n_shared_experts=2, **DEEPSEEK
-    ),
-    # Not architectures of `research.interop`: they prove post-norm and ALiBi, in tests/models/torch_parity_test.py.
-    "gpt-1": transformers.OpenAIGPTConfig(
-        vocab_size=cases.VOCAB, n_embd=64, n_head=4, n_layer=2, n_positions=cases.LENGTH
-    ),
-    "mpt": transformers.MptConfig(
-        vocab_size=cases.VOCAB, d_model=60, n_heads=6, n_layers=2, max_seq_len=cases.LENGTH, expansion_ratio=4
     ),
 }
 

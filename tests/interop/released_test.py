@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from research.core import config as configs
-from research.interop.architecture import config_from, fields_from
+from research.interop.architecture import choose, config_from, fields_from
 from research.interop.huggingface import ARCHITECTURES
 from research.models.config import ModelConfig
 from tests.interop import cases
@@ -161,6 +161,12 @@ def test_preset_goes_out_and_comes_back(name):
     model_type = RELEASED[name]["model_type"]
     architecture = ARCHITECTURES["gemma3_text" if model_type == "gemma3" else model_type]
     assert config_from(architecture, fields_from(architecture, preset(name))) == preset(name)
+
+
+def test_windows_of_some_layers_make_a_mistral_a_ministral():
+    architecture, fields = choose(ARCHITECTURES.values(), preset("mistral.py:ministral-8b"), first="mistral")
+    assert architecture.model_type == "ministral"
+    assert config_from(architecture, fields) == preset("mistral.py:ministral-8b")
 
 
 def test_scalings_have_the_amplitudes_of_their_papers():

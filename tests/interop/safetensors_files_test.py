@@ -88,6 +88,8 @@ BAD = {
     "a path in the middle": ({"a/b": entry()}, "no tensor's name"),
     "a path of another system": ({"a\\b": entry()}, "no tensor's name"),
     "lines in a name": ({"a\nb": entry()}, "no tensor's name"),
+    "no name": ({"": entry()}, "'' … is no tensor's name: it has 0 letters"),
+    "a name without end": ({"a" * 1000: entry()}, "it has 1,000 letters"),
     "no entry": ({"a": 3}, "not described"),
     "a field more": ({"a": {**entry(), "stride": 1}}, "not described"),
     "an unknown type": ({"a": entry("Q4")}, "unknown type 'Q4'"),

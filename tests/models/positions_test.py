@@ -19,6 +19,8 @@ def test_sinusoidal_waves_have_their_closed_form():
     expected = [[f(p / 10_000 ** (2 * i / 6)) for i in range(3) for f in (math.sin, math.cos)] for p in (0, 1, 50)]
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
     assert sinusoidal(jnp.array([[3]]), 5).shape == (1, 1, 5)
+    halves = sinusoidal(jnp.array([[0, 1, 50]]), 6, halves=True)
+    np.testing.assert_array_equal(halves, found[..., [0, 2, 4, 1, 3, 5]])
 
 
 def turned(vector: np.ndarray, position: int) -> np.ndarray:

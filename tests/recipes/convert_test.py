@@ -125,6 +125,12 @@ def test_a_tokenizer_goes_there_and_back_in_every_form(folder, tmp_path, write):
     assert reference.encode(TEXT, add_special_tokens=False) == wanted.encode(TEXT)
 
 
+def test_a_target_below_a_file_is_refused(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--to = .*file/below/model cannot be made"):
+        convert(str(folder), str(tmp_path / "file" / "below" / "model"), None, None)
+
+
 def test_a_target_that_holds_something_is_refused_and_kept(folder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not an empty folder"):

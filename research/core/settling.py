@@ -1,0 +1,47 @@
+"""Large files that reach the disk while they are written, and leave memory as soon as they are there."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+# Bytes between two times that what was written is settled.
+STRIDE = 2**26
+
+
+def settle(descriptor: int) -> None:
+    """Waits until the data of a file is on the disk, and lets its memory go to what is written next.
+
+    Left to itself the system keeps all pages of a file that it has memory for, takes new ones for new data, which may
+    cost more than the data, and writes them at the end, when everybody waits.
+    """
+    os.fdatasync(descriptor)
+    if hasattr(os, "posix_fadvise"):  # not on every system; it is but advice
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Settling:
+    """Settles files in a thread while more is written. A context manager, whose end waits for what is under way.
+
+    Args:
+      settle: is called each time when enough was written; what it raises is raised by the next call.
+    """
+
+    def __init__(self, settle: Callable[[], None]):
+        self._settle, self._fresh = settle, 0
+        self._pool, self._under_way = ThreadPoolExecutor(1, "settling"), Future()
+        self._under_way.set_result(None)
+
+    def wrote(self, size: int) -> None:
+        """Counts bytes that were written; waits where the disk is behind by two strides."""
+        self._fresh += size
+        if self._fresh >= STRIDE:
+            self._under_way.result()
+            self._fresh, self._under_way = 0, self._pool.submit(self._settle)
+
+    def __enter__(self) -> "Settling":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._under_way.result()

@@ -1,0 +1,118 @@
+"""GPT-Neo in Hugging Face's form (`transformers.GPTNeoForCausalLM`): global and local layers in turns."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+from research.interop.activations import THEIRS, to_tessera
+from research.interop.architecture import Architecture
+from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table
+from research.interop.parts import shortest_pattern
+from research.models.config import ModelConfig
+
+_LAYER, _OURS = "transformer.h.{layer}", "{layer}"
+_GLOBAL, _LOCAL = "global", "local"
+_WINDOW = 256
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    width = fields["hidden_size"]
+    if fields["embed_dropout"] != fields["resid_dropout"]:
+        raise UserError(
+            f"embed_dropout = {fields['embed_dropout']} must equal resid_dropout = {fields['resid_dropout']}."
+        )
+    return {
+        "vocab_size": fields["vocab_size"],
+        "num_layers": fields["num_layers"],
+        "embed_dim": width,
+        "max_length": fields["max_position_embeddings"],
+        "attention": multi_head(width, fields["num_heads"], bias=False) | {"out_bias": True, "scale": 1.0},
+        "mlp": {
+            "hidden_dim": 4 * width if fields["intermediate_size"] is None else fields["intermediate_size"],
+            "activation": to_tessera(fields["activation_function"], "activation_function"),
+            "gated": False,
+            "bias": True,
+        },
+        "norm": {"kind": "layernorm", "placement": "pre", "epsilon": fields["layer_norm_epsilon"], "bias": True},
+        "position": {"kind": "learned"},
+        **shortest_pattern([{"window": fields["window_size"] if kind == _LOCAL else None} for kind in _kinds(fields)]),
+        "tied_embeddings": fields["tie_word_embeddings"],
+        "dropout": fields["resid_dropout"],
+        "init_stddev": fields["initializer_range"],
+    }
+
+
+def _kinds(fields: Mapping[str, Any]) -> list[str]:
+    """Returns the kind of each layer: `attention_types` is groups of kinds, each so many times over."""
+    count, groups = fields["num_layers"], fields["attention_types"]
+    named = (kind for group, times in groups for _ in range(times) for kind in group)
+    kinds = list(itertools.islice(named, count + 1))
+    if len(kinds) != count:
+        raise UserError(f"attention_types = {groups!r} must name num_layers = {count} layers.")
+    for kind in kinds:
+        if kind not in (_GLOBAL, _LOCAL):
+            raise UserError(f"attention_types: {kind!r} is not supported, only {_GLOBAL!r} and {_LOCAL!r} are.")
+    return kinds
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    windows = [layer.window for layer in config.layers()]
+    return {
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_layers,
+        "hidden_size": config.embed_dim,
+        "max_position_embeddings": config.max_length,
+        "num_heads": config.attention.num_heads,
+        "attention_types": [[[_GLOBAL if window is None else _LOCAL for window in windows], 1]],
+        "window_size": next((window for window in windows if window is not None), _WINDOW),
+        "intermediate_size": config.mlp.hidden_dim,
+        "activation_function": THEIRS[config.mlp.activation],
+        "layer_norm_epsilon": config.norm.epsilon,
+        "tie_word_embeddings": config.tied_embeddings,
+        "resid_dropout": config.dropout,
+        "embed_dropout": config.dropout,
+        "attention_dropout": 0.0,
+        "initializer_range": config.init_stddev,
+    }
+
+
+GPT_NEO = Architecture(
+    model_type="gpt_neo",
+    model_class="GPTNeoForCausalLM",
+    prefixes=("transformer.",),
+    tensors=(
+        table("transformer.wte", "embed"),
+        table("transformer.wpe", "position_embed"),
+        *norm(f"{_LAYER}.ln_1", f"{_OURS}/attention_norm"),
+        *projections(f"{_LAYER}.attn.attention.{{part}}_proj", f"{_OURS}/attention", "qkv"),
+        *linear(f"{_LAYER}.attn.attention.out_proj", f"{_OURS}/attention/out", num_inputs=2),
+        *norm(f"{_LAYER}.ln_2", f"{_OURS}/mlp_norm"),
+        *linear(f"{_LAYER}.mlp.c_fc", f"{_OURS}/mlp/up"),
+        *linear(f"{_LAYER}.mlp.c_proj", f"{_OURS}/mlp/down"),
+        *norm("transformer.ln_f", "final_norm"),
+        UNEMBED,
+    ),
+    copies={"lm_head.weight": "transformer.wte.weight"},
+    ignored={r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)": "the layer's mask, which is no parameter"},
+    required=("vocab_size", "num_layers", "hidden_size", "num_heads", "max_position_embeddings"),
+    defaults={
+        "attention_types": [[[_GLOBAL, _LOCAL], 12]],
+        "window_size": _WINDOW,
+        "intermediate_size": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "resid_dropout": 0.0,
+        "embed_dropout": 0.0,
+        "initializer_range": 0.02,
+    },
+    inert=(
+        # A field that attention_types repeats; heads for other tasks.
+        *("attention_layers", "classifier_dropout", "summary_activation", "summary_first_dropout"),
+        *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    ),
+    dropouts=("attention_dropout",),
+    read=_read,
+    write=_write,
+)

@@ -1,0 +1,53 @@
+"""Marian's translators, Transformers of 2017, in Hugging Face's form (`transformers.MarianMTModel`)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+from research.interop.architecture import Architecture
+from research.interop.bart import BART
+from research.models.config import ModelConfig
+
+_WITH_HEAD, _BARE = "MarianMTModel", "MarianModel"
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields["decoder_vocab_size"] not in (None, fields["vocab_size"]):
+        raise UserError(
+            f"decoder_vocab_size = {fields['decoder_vocab_size']} must equal vocab_size = {fields['vocab_size']}."
+        )
+    own = {
+        "position": {"kind": "sinusoidal", "halves": True},
+        "embedding": {"norm": False},
+        "head": {"bias": fields["architectures"][0] == _WITH_HEAD},
+    }
+    return BART.read(fields) | own
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return BART.write(config) | {"architectures": [_WITH_HEAD if config.head.bias else _BARE]}
+
+
+MARIAN: Architecture = dataclasses.replace(
+    BART,
+    model_type="marian",
+    model_class=_WITH_HEAD,
+    classes={_WITH_HEAD: "final_logits_bias", _BARE: ""},
+    ignored={r"model\.(encoder|decoder)\.embed_positions\.weight": "sinusoids, which are no parameters"},
+    defaults={
+        **BART.defaults,
+        "architectures": [_WITH_HEAD],
+        "decoder_start_token_id": 58_100,
+        "decoder_vocab_size": None,
+    },
+    only={
+        **{"is_encoder_decoder": True, "is_decoder": False, "share_encoder_decoder_embeddings": True},
+        **{"add_final_layer_norm": False, "normalize_before": False},
+        **{"normalize_embedding": False, "static_position_embeddings": True},
+    },
+    # That no padding is generated is a rule of generation.
+    inert=(*BART.inert, "bad_words_ids", "_num_labels"),
+    read=_read,
+    write=_write,
+)

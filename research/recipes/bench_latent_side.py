@@ -1,0 +1,54 @@
+"""One side of `tessera bench latent`, a process: decode steps in one of the two forms."""
+
+import sys
+
+from research.core import backend
+from research.recipes.bench_sides import serve
+
+
+def main(form: str, batch: int, slots: int, dtype: str) -> None:
+    """Serves decode steps until the input ends."""
+    backend.configure()
+    import flax.linen as nn  # after the settings, which JAX reads when it starts
+    import jax
+    import jax.numpy as jnp
+
+    from research.inference.generate import DecodeState, decode_step
+    from research.inference.sampling import SamplingConfig
+    from research.models import latent
+    from research.models.cache import empty_cache
+    from research.models.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig
+    from research.models.stack import scans_layers
+    from research.models.transformer import init_params
+
+    latent.absorbs = lambda *_: form == "absorbed"  # a model would choose
+    sizes = LatentConfig(kv_dim=256, q_dim=None, rope_dim=32, value_dim=64)
+    model = ModelConfig(
+        vocab_size=512,
+        num_layers=4,
+        embed_dim=512,
+        max_length=slots,
+        attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=64, latent=sizes),
+        mlp=MlpConfig(hidden_dim=1024),
+        dtype=dtype,
+    )
+    params = nn.unbox(init_params(model, jax.random.key(0)))
+    state = DecodeState(
+        cache=empty_cache(model, batch, slots, scans_layers(model)),
+        token=jnp.zeros(batch, jnp.int32),
+        position=jnp.full(batch, slots // 2, jnp.int32),
+        keys=jax.random.split(jax.random.key(0), batch),
+        seen=jnp.zeros((batch, model.vocab_size), bool),
+    )
+    sampling = SamplingConfig(temperature=0.0, max_tokens=1)
+
+    def take() -> None:
+        nonlocal state
+        state = decode_step(params, state, config=model, sampling=sampling)
+        state.token.block_until_ready()
+
+    serve(take)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

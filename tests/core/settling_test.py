@@ -1,0 +1,55 @@
+"""Files that are settled while they are written."""
+
+import os
+import threading
+
+import pytest
+
+from research.core import settling
+from research.core.settling import Settling, settle
+
+
+def test_what_was_written_is_settled_a_stride_at_a_time_and_never_twice_at_once(monkeypatch):
+    monkeypatch.setattr(settling, "STRIDE", 10)
+    lock, calls, go = threading.Lock(), [], threading.Event()
+
+    def slow():
+        assert lock.acquire(blocking=False), "two at once"
+        go.wait()
+        calls.append(threading.current_thread())
+        lock.release()
+
+    with Settling(slow) as files:
+        files.wrote(9)
+        assert not calls
+        files.wrote(1)  # goes on while the first is under way
+        go.set()
+        for _ in range(4):
+            files.wrote(5)
+    assert len(calls) == 3
+    assert threading.current_thread() not in calls
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_full_disk_is_told_at_the_next_stride_or_the_end(monkeypatch, strides):
+    monkeypatch.setattr(settling, "STRIDE", 1)
+
+    def full():
+        raise OSError("No space left on device")
+
+    def write():
+        with Settling(full) as files:
+            for _ in range(strides):
+                files.wrote(1)
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+
+
+def test_a_settled_file_is_whole(tmp_path):
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        file.write(bytes(range(256)))
+        settle(file.fileno())
+        file.write(b"more")
+        os.fsync(file.fileno())
+    assert (tmp_path / "file").read_bytes() == bytes(range(256)) + b"more"
