@@ -28,7 +28,7 @@ INERT = (
 NOT_CONVERTED = {
     "": ("dropout", "dtype", "layer_loop", "remat"),
     "attention": ("implementation",),
-    "experts": ("balance_weight", "z_weight"),
+    "experts": ("balance_weight", "bias_speed", "z_weight"),
     "head": ("future_weight",),
 }
 # Numbers this near to each other are the same: config.json may hold another function of one, as a rounded decimal.
@@ -48,6 +48,8 @@ class Architecture:
       classes: class of `transformers` -> regular expression of a tensor that only it has, the fullest class first. The
         tensors, not `architectures` of config.json, say which it is: some folders hold more than the class that they
         were saved for.
+      counted: field of config.json -> regular expression of a tensor of what it counts. Without such a tensor there is
+        none of it: `transformers` saves the number of layers that it does not save.
       prefixes: of tensor names, that some folders have and others leave out.
       spellings: (regular expression, replacement) of names that elder folders have for the same tensors.
       copies: tensor -> the tensor that it repeats. Copies are not written; read, they must be equal, and one stands in
@@ -67,6 +69,7 @@ class Architecture:
     model_class: str
     tensors: tuple[Tensor, ...]
     classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    counted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -111,6 +114,25 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
         said = " ".join(str(error).split())
         raise UserError(f"a field of {a.model_type!r} has a value that makes no model: {said}.") from error
     return bind(ModelConfig, values)
+
+
+def fields_of(architecture: Architecture, fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns a config.json with what the tensors know better: their class, and what is counted and not there.
+
+    Args:
+      architecture: what it is.
+      fields: the config.json.
+      names: of the tensors beside it.
+    """
+    names, known = list(names), dict(fields)
+    if architecture.classes:
+        known["architectures"] = [class_of(architecture, names)]
+    for field, pattern in architecture.counted.items():
+        if not any(re.search(pattern, name) for name in names):
+            if fields.get(field):
+                logger.info("%s = %s is left out: no tensor is of it", field, fields[field])
+            known[field] = 0
+    return known
 
 
 def class_of(architecture: Architecture, names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """DeepSeek-V3 in Hugging Face's form; also R1, V3.1 and what else has its model_type."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -125,6 +126,47 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
     return fields | {"rope_scaling": rope}
 
 
+BLOCK = (
+    *PRE_NORMS,
+    *ATTENTION,
+    *MLP,
+    *linear("mlp.gate", "mlp/router"),
+    Tensor(f"{LAYER}.mlp.gate.e_score_correction_bias", (f"{OURS}/mlp/selection_bias",)),
+    *experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    *linear("mlp.shared_experts.gate_proj", "mlp/shared/gate"),
+    *linear("mlp.shared_experts.up_proj", "mlp/shared/up"),
+    *linear("mlp.shared_experts.down_proj", "mlp/shared/down"),
+)
+
+
+def _further(tensor: Tensor) -> Tensor:
+    """Returns the same tensor of the block of a layer that predicts a further token."""
+    return dataclasses.replace(
+        tensor,
+        theirs=tensor.theirs.replace("{layer}", "{future}"),
+        ours=tuple(name.replace("{layer}", "{future}/block") for name in tensor.ours),
+    )
+
+
+def _of_further(theirs: str, *ours: str, **options: Any) -> Tensor:
+    return Tensor(f"model.layers.{{future}}.{theirs}.weight", ours, **options)
+
+
+# As released: the main model's embedding and output projection stand in each of these layers once more.
+FUTURE = (
+    _of_further("embed_tokens", "embed/embedding", num_inputs=1, copy=True),
+    _of_further("enorm", "{future}/embed_norm/scale"),
+    _of_further("hnorm", "{future}/hidden_norm/scale"),
+    _of_further("eh_proj", "{future}/projection/kernel", num_inputs=1, transposed=True),
+    *map(_further, BLOCK),
+    _of_further("shared_head.norm", "{future}/final_norm/scale"),
+    _of_further("shared_head.head", "unembed", num_inputs=1, transposed=True, copy=True),
+    _of_further(
+        "shared_head.head", "embed/embedding", num_inputs=1, copy=True, when=lambda config: config.tied_embeddings
+    ),
+)
+
+
 def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
     first, count = fields["first_k_dense_replace"], fields["num_hidden_layers"]
     width = fields["intermediate_size" if first else "moe_intermediate_size"]
@@ -138,6 +180,8 @@ def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _write_dense(config: ModelConfig) -> dict[str, Any]:
     if config.experts is None or config.experts.shared_dim % config.experts.hidden_dim:
         raise UserError("experts.shared_dim is not a multiple of experts.hidden_dim")
+    if config.head.num_future and not config.layers()[-1].experts:
+        raise UserError("head.num_future needs experts in the last layer, for its layers have them")
     return {
         "first_k_dense_replace": sum(not layer.experts for layer in config.layers()),
         "intermediate_size": config.mlp.hidden_dim,
@@ -148,17 +192,7 @@ def _write_dense(config: ModelConfig) -> dict[str, Any]:
 DEEPSEEK_V3 = decoder(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
-    (
-        *PRE_NORMS,
-        *ATTENTION,
-        *MLP,
-        *linear("mlp.gate", "mlp/router"),
-        Tensor(f"{LAYER}.mlp.gate.e_score_correction_bias", (f"{OURS}/mlp/selection_bias",)),
-        *experts("mlp", "gate_proj", "up_proj", "down_proj"),
-        *linear("mlp.shared_experts.gate_proj", "mlp/shared/gate"),
-        *linear("mlp.shared_experts.up_proj", "mlp/shared/up"),
-        *linear("mlp.shared_experts.down_proj", "mlp/shared/down"),
-    ),
+    (*BLOCK, *FUTURE),
     SIZES,
     RMS,
     HEADS,
@@ -185,6 +219,7 @@ DEEPSEEK_V3 = decoder(
         required=("intermediate_size",),
         defaults={"n_shared_experts": 1, "first_k_dense_replace": 3},
     ),
+    named({"num_nextn_predict_layers": "head.num_future"}, num_nextn_predict_layers=1),
     activation(),
     Part(read=_read_scale, write=_write_scale, defaults=rotary().defaults),
     LOADS,
@@ -195,14 +230,12 @@ DEEPSEEK_V3 = decoder(
             "topk_method": "noaux_tc",
             "moe_layer_freq": 1,
         },
-        # Sizes that others give; how training balances the experts and where they run; the layer left out below.
-        inert=(
-            *("qk_head_dim", "auto_map", "aux_loss_alpha", "ep_size", "seq_aux", "pretraining_tp"),
-            *("num_nextn_predict_layers", "num_mtp_layers"),
-        ),
+        # Sizes that others give; how training balances the experts and where they run.
+        inert=("qk_head_dim", "auto_map", "aux_loss_alpha", "ep_size", "seq_aux", "pretraining_tp", "num_mtp_layers"),
     ),
+    counted={"num_nextn_predict_layers": r"\.eh_proj\.weight$"},
     ignored={
         # transformers leaves it out by this number, too.
-        r"model\.layers\.61\..*": "the layer that predicts a further token, which no config.json can ask for",
+        r"model\.layers\.61\..*": "a layer that predicts a further token, which config.json does not count",
     },
 )

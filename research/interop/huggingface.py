@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from research.core.ahead import ahead
 from research.core.errors import UserError, nearest
 from research.interop import mapping
-from research.interop.architecture import Architecture, choose, class_of, config_from
+from research.interop.architecture import Architecture, choose, config_from, fields_of
 from research.interop.bart import BART, MBART
 from research.interop.bert import BERT, ROBERTA, XLM_ROBERTA
 from research.interop.deepseek import DEEPSEEK_V3
@@ -77,10 +77,8 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
         raise UserError(f"{folder / CONFIG}: model_type = {model_type!r} is not supported. {hint} {known}")
     architecture = ARCHITECTURES[model_type]
     tensors = _tensors(folder)
-    if architecture.classes:
-        fields = {**fields, "architectures": [class_of(architecture, tensors)]}
     try:
-        config = config_from(architecture, fields)
+        config = config_from(architecture, fields_of(architecture, fields, tensors))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     layers = config.num_layers + config.encoder_layers

@@ -35,6 +35,7 @@ logger = logging.getLogger("tessera")
 PIECE_BYTES = 2**25
 # Names that only quantized weights have: the scales beside them, or the packed numbers themselves.
 _QUANTIZED = re.compile(r".*(_scale_inv|_scales|_blocks|\.qweight|\.qzeros|\.scales|\.absmax|\.weight_scale)")
+_FUTURE = "{future}"
 _LAYER = re.compile(r"(?P<first>first_)?layers_(?P<index>\d+)")
 
 Box = tuple[slice, ...]
@@ -86,10 +87,9 @@ def placements(architecture: Architecture, config: ModelConfig) -> list[Placed]:
     """
     shapes = {name: shape.shape for name, shape in unrolled_shapes(config).items()}
     placed = []
-    for before, group in itertools.groupby(architecture.tensors, key=_stack_of):
+    for stack, group in itertools.groupby(architecture.tensors, key=_stack_of):
         tensors = list(group)
-        layers = [""] if before is None else layer_names(shapes, before)
-        for number, layer in enumerate(layers):
+        for number, layer in _members(stack, shapes, config):
             placed += [each for tensor in tensors for each in _place(tensor, number, layer, shapes, config)]
     homeless = sorted(set(shapes) - {name for each in placed for name in each.ours})
     if homeless:
@@ -98,18 +98,30 @@ def placements(architecture: Architecture, config: ModelConfig) -> list[Placed]:
 
 
 def _stack_of(tensor: Tensor) -> str | None:
+    """Returns what is before the layer in the names of its parameters; `{future}` is the stack of the predictors."""
+    if _FUTURE in tensor.theirs:
+        return _FUTURE
     before, layer, _ = tensor.ours[0].partition("{layer}")
     return before if layer else None
+
+
+def _members(stack: str | None, names: Iterable[str], config: ModelConfig) -> Iterable[tuple[int, str]]:
+    """Returns the number and the subtree of each layer of a stack; what is in none stands by itself."""
+    if stack is None:
+        return [(0, "")]
+    if stack == _FUTURE:
+        return [(config.num_layers + k, f"future_{k}") for k in range(config.head.num_future)]
+    return enumerate(layer_names(names, stack))
 
 
 def _place(
     tensor: Tensor, number: int, layer: str, shapes: Mapping[str, Shape], config: ModelConfig
 ) -> Iterator[Placed]:
-    ours = tuple(name.replace("{layer}", layer) for name in tensor.ours)
+    ours = tuple(name.replace("{layer}", layer).replace(_FUTURE, layer) for name in tensor.ours)
     if not all(name in shapes for name in ours) or (tensor.when is not None and not tensor.when(config)):
         return
     held = tuple(shapes[name] for name in ours)
-    theirs = tensor.theirs.replace("{layer}", str(number))
+    theirs = tensor.theirs.replace("{layer}", str(number)).replace(_FUTURE, str(number))
     names = [theirs.replace("{expert}", str(expert)) for expert in range(held[0][0] if "{expert}" in theirs else 1)]
     order = None if tensor.order is None else np.asarray(tensor.order(config))
     yield Placed(tensor, tuple(names), ours, held, order)
@@ -156,9 +168,10 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
     Raises:
       UserError: tensors that are missing, not known, of another shape or quantized, all of them named.
     """
-    placed = placements(architecture, config)
+    placed, copies = _without_copies(placements(architecture, config))
+    copies = {**architecture.copies, **copies}
     wanted = shapes_of(placed)
-    found, left, faults = _recognize(architecture, wanted.keys(), tensors)
+    found, left, faults = _recognize(architecture, wanted.keys(), copies, tensors)
     quantized = [name for name in tensors if _is_quantized(name, tensors[name].dtype)]
     if quantized:
         raise UserError(
@@ -173,7 +186,7 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
             faults.append(f"{found[name]} has the shape {list(tensor.shape)}, not {list(shape)}")
         elif not jnp.issubdtype(tensor.dtype, jnp.floating):
             faults.append(f"{found[name]} has the type {tensor.dtype}, not a floating one")
-    faults += _leftovers(architecture, found, left, tensors)
+    faults += _leftovers(architecture, copies, found, left, tensors)
     if faults:
         raise UserError(f"not a {architecture.model_type} checkpoint of this config: {'; '.join(faults)}.")
     order = {name: i for i, name in enumerate(tensors)}
@@ -181,16 +194,24 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
     return Source(tuple(placed), {name: tensors[found[name]] for name in names})
 
 
+def _without_copies(placed: Iterable[Placed]) -> tuple[list[Placed], dict[str, str]]:
+    """Returns the tensors but for copies, and copy -> the tensor that it repeats."""
+    placed = list(placed)
+    originals = [each for each in placed if not each.kind.copy]
+    homes = {each.ours: each.theirs[0] for each in originals}
+    return originals, {each.theirs[0]: homes[each.ours] for each in placed if each.kind.copy}
+
+
 def _is_quantized(name: str, dtype: Any) -> bool:
     return _QUANTIZED.fullmatch(name) is not None or np.dtype(dtype).name.startswith("float8")
 
 
 def _recognize(
-    architecture: Architecture, wanted: Iterable[str], tensors: Iterable[str]
+    architecture: Architecture, wanted: Iterable[str], copies: Mapping[str, str], tensors: Iterable[str]
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Returns full names -> names of the wanted tensors that are there, the same of others, and what is double."""
     wanted = set(wanted)
-    known = wanted | architecture.copies.keys()
+    known = wanted | copies.keys()
     ignored = [re.compile(pattern) for pattern in architecture.ignored]
     found, left, faults = {}, {}, []
     for name in tensors:
@@ -206,14 +227,18 @@ def _recognize(
         if full in into:
             faults.append(f"{name} and {into[full]} are the same tensor")
         into[full] = name
-    for copy, original in architecture.copies.items():
+    for copy, original in copies.items():
         if original in wanted and original not in found and copy in left:
             found[original] = left.pop(copy)
     return found, left, faults
 
 
 def _leftovers(
-    architecture: Architecture, found: Mapping[str, str], left: Mapping[str, str], tensors: Mapping[str, Any]
+    architecture: Architecture,
+    copies: Mapping[str, str],
+    found: Mapping[str, str],
+    left: Mapping[str, str],
+    tensors: Mapping[str, Any],
 ) -> list[str]:
     """Returns what is wrong with the tensors that no parameter takes."""
     faults, reasons = [], {}
@@ -221,12 +246,13 @@ def _leftovers(
         reason = next((why for pattern, why in architecture.ignored.items() if re.fullmatch(pattern, full)), None)
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
-        elif full not in architecture.copies:
+        elif full not in copies:
             faults.append(f"{name} is not known")
-        elif architecture.copies[full] in found:
-            original = found[architecture.copies[full]]
+        elif copies[full] in found:
+            original = found[copies[full]]
             if not _same(tensors[name], tensors[original]):
-                faults.append(f"{name} differs from {original}, which it repeats (tie_word_embeddings)")
+                why = " (tie_word_embeddings)" if full in architecture.copies else ""
+                faults.append(f"{name} differs from {original}, which it repeats{why}")
     for reason, names in reasons.items():
         logger.info("%s%s left out: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
     return faults
@@ -265,7 +291,7 @@ def write(
 
     Args:
       placed: the model's `placements`.
-      read: returns a part of a parameter; each number is asked for once.
+      read: returns a part of a parameter; each number is asked for once, and once more for each copy, in equal parts.
       dtype: of the tensors.
       limit: the most bytes of a piece, as float32.
     """

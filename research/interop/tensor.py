@@ -21,9 +21,11 @@ class Tensor:
 
     Attributes:
       theirs: its name; `{layer}` stands for the number of a layer. Where it holds `{expert}` there is one tensor an
-        expert, and each is a slice of the parameters' leading axis.
+        expert, and each is a slice of the parameters' leading axis. `{future}` stands for the number of a layer that
+        predicts a further token: these are counted on after the others.
       ours: the parameters whose output axes lie in it one after the other; `{layer}` stands for the layer's subtree,
-        `layers_0` for instance, and what is before it says which stack is meant (`encoder/{layer}/…`).
+        `layers_0` for instance, and what is before it says which stack is meant (`encoder/{layer}/…`); `{future}` for
+        that of a predictor.
       num_inputs: how many leading axes of a parameter (those of an expert, without their own) are inputs; the others
         are outputs, and both are made one axis. 0 for vectors.
       transposed: whether outputs come first, as in torch's `Linear`.
@@ -32,6 +34,8 @@ class Tensor:
         lie as they are.
       unsqueezed: whether the tensor has one more axis of size 1 in front.
       when: tells the models that have it, where its parameters alone do not; None is all.
+      copy: whether it repeats the tensor of the same parameters that is none: written, as that one is; read, it may be
+        missing, and must be equal.
     """
 
     theirs: str
@@ -42,6 +46,7 @@ class Tensor:
     order: Callable[[ModelConfig], Int[np.ndarray, "outputs"]] | None = None
     unsqueezed: bool = False
     when: Callable[[ModelConfig], bool] | None = None
+    copy: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,10 +51,10 @@ class Pooler(nn.Module):
 
 
 class FuturePredictor(nn.Module):
-    """One step further: block([norm(h); norm(e)] W), with e the embedding of the token that follows.
+    """One step further: block([norm(e); norm(h)] W), with e the embedding of the token that follows.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv:2412.19437, section 2.2, equations 21 and 22; embedding and output
-    projection are the model's.
+    projection are the model's. As in the released weights e comes before h, and h has passed the last norm.
     """
 
     config: ModelConfig
@@ -62,10 +62,11 @@ class FuturePredictor(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"], context: Context
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Returns the states, and the loss of the experts' router."""
         c = self.config
-        both = [Norm(c.norm, name="hidden_norm")(hidden), Norm(c.norm, name="embed_norm")(embedded)]
+        both = [Norm(c.norm, name="embed_norm")(embedded), Norm(c.norm, name="hidden_norm")(hidden)]
         options = {"stddev": c.init_stddev, "dtype": c.dtype, "name": "projection"}
         x = Projection((c.embed_dim,), ("mlp", "embed"), **options)(jnp.concatenate(both, axis=-1))
-        x, _, _ = Block(c, c.layers()[-1], name="block")(x, None, context)
-        return Norm(c.norm, name="final_norm")(x)
+        x, _, router_loss = Block(c, c.layers()[-1], name="block")(x, None, context)
+        return Norm(c.norm, name="final_norm")(x), router_loss

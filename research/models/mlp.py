@@ -77,7 +77,7 @@ class Experts(nn.Module):
         )(x.astype(jnp.float32))
         selection = None
         if c.selection_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("router",))
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("selection",))
             selection = self.param("selection_bias", init, (c.num_experts,), jnp.float32)
         chosen, weights, loss = route(c, logits, selection, real)
         kernels = ExpertKernels(model, name="experts")()
@@ -102,7 +102,8 @@ def route(
     Args:
       config: the mixture.
       logits: of the router, float32.
-      selection: added to the scores for the choice alone.
+      selection: added to the scores for the choice alone. Where it is to move, its cotangent is the load of each expert
+        over the mean one, whatever the loss.
       real: tokens that count for the loss; None is all of them.
     """
     scores = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
@@ -118,7 +119,41 @@ def route(
     if config.renormalize:
         # The small number is for sigmoids that are all zero.
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    if selection is not None and config.bias_speed:
+        weights = _telling_load(weights, selection, _excess_load(config, chosen, real))
     return chosen, weights * config.scale, _router_loss(config, logits, scores, chosen, real)
+
+
+def _excess_load(
+    config: ExpertsConfig, chosen: Int[Array, "B T k"], real: Bool[Array, "B T"] | None
+) -> Float[Array, "E"]:
+    """Returns how many real tokens chose each expert, less the mean of all experts."""
+    picked = jax.nn.one_hot(chosen, config.num_experts)
+    load = jnp.sum(picked if real is None else picked * real[..., None, None], axis=(0, 1, 2))
+    return load - load.mean()
+
+
+@jax.custom_vjp
+def _telling_load(
+    weights: Float[Array, "B T k"], selection: Float[Array, "E"], load: Float[Array, "E"]
+) -> Float[Array, "B T k"]:
+    """Returns `weights`. Backwards, the cotangent of `selection` is `load`.
+
+    So the load is summed over microbatches and devices as gradients are, and the optimizer, which alone changes
+    parameters, finds it where the gradient of any other would be (`optim.optimizers`).
+    """
+    return weights
+
+
+def _telling_load_forward(weights: Array, selection: Array, load: Array) -> tuple[Array, Array]:
+    return weights, load
+
+
+def _telling_load_backward(load: Array, g: Array) -> tuple[Array, Array, Array]:
+    return g, load, jnp.zeros_like(load)
+
+
+_telling_load.defvjp(_telling_load_forward, _telling_load_backward)
 
 
 def _router_loss(

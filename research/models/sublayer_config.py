@@ -134,7 +134,9 @@ class ExpertsConfig:
       score: what the router's logits become: a `softmax` over the experts, or a `sigmoid` each (DeepSeek-V3).
       renormalize: whether the weights of the chosen experts are divided by their sum.
       router_bias: whether the router's logits have a learned bias.
-      selection_bias: whether a bias that only the choice sees is added to the scores (DeepSeek-V3); it has no gradient.
+      selection_bias: whether a bias that only the choice sees is added to the scores (DeepSeek-V3).
+      bias_speed: how far that bias moves in a step of training: up where an expert has less than the mean load, down
+        where it has more; 0 leaves it.
       num_groups: groups of experts, of which a token may use `groups_per_token`, those with the best two experts.
       groups_per_token: see `num_groups`.
       scale: factor on the weights of the chosen experts.
@@ -151,6 +153,7 @@ class ExpertsConfig:
     renormalize: bool = True
     router_bias: bool = False
     selection_bias: bool = False
+    bias_speed: float = 0.0
     num_groups: int = 1
     groups_per_token: int = 1
     scale: float = 1.0
@@ -159,7 +162,7 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_experts", "experts_per_token", "hidden_dim", "num_groups", "groups_per_token")
-        at_least(self, 0, "shared_dim", "balance_weight", "z_weight")
+        at_least(self, 0, "shared_dim", "balance_weight", "bias_speed", "z_weight")
         if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
             raise UserError(
                 f"num_groups = {self.num_groups} must divide num_experts = {self.num_experts}, and be at least "
@@ -168,6 +171,8 @@ class ExpertsConfig:
         within = self.num_experts // self.num_groups * self.groups_per_token
         if self.experts_per_token > within:
             raise UserError(f"experts_per_token = {self.experts_per_token} must be at most {within}.")
+        if self.bias_speed and not self.selection_bias:
+            raise UserError(f"bias_speed = {self.bias_speed} needs selection_bias = True.")
         if self.shared_gate and not self.shared_dim:
             raise UserError("shared_gate needs shared_dim above 0.")
         if self.num_groups > 1 and self.num_experts // self.num_groups < 2:

@@ -146,20 +146,27 @@ class Transformer(Stack):
         following: list[Int[Array, "B T"]],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None,
-    ) -> list[Float[Array, "B T D"]]:
-        """Returns the states that predict one token further each.
+        *,
+        deterministic: bool = True,
+    ) -> tuple[list[Float[Array, "B T D"]], Float[Array, ""]]:
+        """Returns the states that predict one token further each, and the mean loss of their experts' routers.
 
         Args:
           hidden: the last states, before the transform of a head.
           following: of each depth k, from 1, the tokens k places further on.
-          positions, segments: as of `__call__`.
+          positions, segments, deterministic: as of `__call__`.
         """
         mask = AttentionMask(causal=True, q_segments=segments, kv_segments=segments)
-        context, states = self.context(positions, mask, None), []
-        for predictor, tokens in zip(self.future, following, strict=True):
-            hidden = predictor(hidden, self.embed(tokens).astype(hidden.dtype), context)
+        context, states, total = self.context(positions, mask, None), [], jnp.zeros(())
+        key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
+        for depth, (predictor, tokens) in enumerate(zip(self.future, following, strict=True)):
+            drop_key, own = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, depth))
+            embedded = self.embed(tokens).astype(hidden.dtype)
+            embedded = self.embed_dropout(embedded, deterministic=key is None, rng=drop_key)
+            hidden, router_loss = predictor(hidden, embedded, dataclasses.replace(context, key=own))
             states.append(hidden)
-        return states
+            total = total + router_loss
+        return states, total / len(states)
 
     def projection(self, hidden: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch E"], Float[Array, "E V"]]:
         """Returns the states and the matrix whose product is the logits, but for their soft cap.

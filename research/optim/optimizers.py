@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 from optax import contrib
 
 from research.core.errors import UserError
@@ -65,8 +67,20 @@ def is_table(names: Names) -> bool:
     return "vocab" in names or "positions" in names
 
 
+def is_selection(names: Names) -> bool:
+    """Whether an array steers the choice of experts: its gradient is no slope of the loss, but a load over the mean."""
+    return "selection" in names
+
+
+def gradient_norm(gradients: Any, axes: Any) -> Float[Array, ""]:
+    """Returns the norm of all gradients together; loads are none."""
+    loads = _map_names(is_selection, axes)
+    slopes = jax.tree.map(lambda load, g: None if load else g, loads, gradients)
+    return optax.global_norm(slopes)
+
+
 def build_optimizer(
-    config: OptimConfig, axes: Any, total_steps: int
+    config: OptimConfig, axes: Any, total_steps: int, bias_speed: float = 0.0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer, and its schedule for the log.
 
@@ -76,6 +90,7 @@ def build_optimizer(
       config: its values.
       axes: tree of logical axis names of the parameters.
       total_steps: of the run.
+      bias_speed: how far a step moves the biases of the choice of experts, whatever the optimizer and its rate.
 
     Raises:
       UserError: a schedule that is longer than the run.
@@ -85,12 +100,35 @@ def build_optimizer(
     al. 2025, arXiv:2502.16982, section 2.2.
     """
     rate = build_schedule(config.schedule, config.learning_rate, total_steps)
+    return _steering(_descending(config, axes, rate), axes, bias_speed), rate
+
+
+def _steering(inner: optax.GradientTransformation, axes: Any, speed: float) -> optax.GradientTransformation:
+    """Lets biases of the choice of experts rise by `speed` below the mean load and fall above it.
+
+    The rest is left to `inner`, whose state is the only one; to it these biases have no gradient.
+
+    Source: Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
+    """
+    if not speed:
+        return inner
+    loads = _map_names(is_selection, axes)
+
+    def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        slopes = jax.tree.map(lambda load, g: jnp.zeros_like(g) if load else g, loads, gradients)
+        updates, state = inner.update(slopes, state, params)
+        return jax.tree.map(lambda load, g, u: -speed * jnp.sign(g) if load else u, loads, gradients, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _descending(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.GradientTransformation:
     matrices = _map_names(is_matrix, axes)
     decay = {"weight_decay": config.weight_decay, "mask": matrices}
     if config.name == "adamw":
-        return optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, **decay), rate
+        return optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, **decay)
     if config.name == "lion":
-        return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay), rate
+        return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
     if config.name == "sgd":
         direction = optax.chain(optax.trace(config.beta1), optax.scale(-1.0))
     elif config.name == "adafactor":
@@ -110,7 +148,7 @@ def build_optimizer(
         direction,
         optax.add_decayed_weights(-config.weight_decay, matrices),
         optax.scale_by_learning_rate(rate, flip_sign=False),
-    ), rate
+    )
 
 
 def _map_names(function: Any, axes: Any) -> Any:

@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("head", ()),
     ("latent", ()),
     ("router", ()),
+    ("selection", ()),
     ("types", ()),
     ("buckets", ()),
     ("classes", ()),

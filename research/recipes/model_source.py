@@ -23,7 +23,7 @@ from research.training.checkpoints import CheckpointConfig, Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model whose numbers are read when they are asked for, each once: by `pieces`, or by `read`.
+    """A model whose numbers are read when they are asked for: each once by `pieces`, or at least once by `read`.
 
     Attributes:
       config: what it is.

@@ -11,7 +11,7 @@ from research.core.random import key_for
 from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
-from research.optim.optimizers import OptimConfig, build_optimizer
+from research.optim.optimizers import OptimConfig, build_optimizer, gradient_norm
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import batch_sharding, check_batch, logical_axes
 from research.training.config import TrainConfig
@@ -77,7 +77,8 @@ def build_program(
     check_batch(train.batch_size, train.accumulation, place)
     init = functools.partial(init_params, model)
     axes = logical_axes(jax.eval_shape(init, jax.random.key(0)))
-    optimizer, schedule = build_optimizer(optim, axes, train.steps)
+    bias_speed = 0.0 if model.experts is None else model.experts.bias_speed
+    optimizer, schedule = build_optimizer(optim, axes, train.steps, bias_speed)
     state = abstract_state(init, optimizer, place, keep_ema=optim.ema_decay is not None)
     loss = language_model_loss(model, train.z_loss, train.label_smoothing)
     train_step = make_train_step(
@@ -85,6 +86,7 @@ def build_program(
         optimizer,
         schedule,
         key_for(train.seed, "dropout"),
+        norm_of=functools.partial(gradient_norm, axes=axes),
         clip_norm=optim.clip_norm,
         ema_decay=optim.ema_decay,
         accumulation=train.accumulation,

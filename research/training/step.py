@@ -28,9 +28,9 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_smoothing: float = 0.0) -> Loss:
     """Returns the weighted cross-entropy of a model, in nats, summed over tokens, plus the terms that training adds.
 
-    These are z-loss, the experts' router loss and the loss of tokens further on, where the config has them. The output
-    projection is taken in chunks, so float32 logits of the whole batch never exist. A loss called without a key is
-    deterministic: no dropout.
+    These are z-loss, the experts' router loss and the loss of tokens further on, where the config has them; of the last
+    the plain mean over the depths is reported. The output projection is taken in chunks, so float32 logits of the whole
+    batch never exist. A loss called without a key is deterministic: no dropout.
 
     Args:
       config: the model.
@@ -50,18 +50,23 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
 
         def apply(module: Transformer) -> tuple[Any, list[Any], Array]:
             output = module(**model_inputs(batch), deterministic=key is None)
-            following = [each["tokens"] for each in further]
-            states = []
+            states, router_loss = [], output.router_loss
             if further:
-                states = module.predict_future(output.hidden, following, batch["positions"], batch["segments"])
-            return module.projection(output.hidden), [module.projection(state) for state in states], output.router_loss
+                following, places = [each["tokens"] for each in further], (batch["positions"], batch["segments"])
+                states, later = module.predict_future(output.hidden, following, *places, deterministic=key is None)
+                router_loss = router_loss + later
+            return module.projection(output.hidden), [module.projection(state) for state in states], router_loss
 
         rngs = {} if key is None else {"dropout": key}
         (hidden, kernel), states, router_loss = model.apply({"params": params}, rngs=rngs, method=apply)
         total, sums = summed_cross_entropy(objective, hidden, kernel, batch["targets"], batch["weights"], **options)
-        for (hidden, kernel), each in zip(states, further, strict=True):
-            later, _ = summed_cross_entropy(objective, hidden, kernel, each["targets"], each["weights"], **options)
-            total = total + config.head.future_weight / len(further) * later
+        later = [
+            summed_cross_entropy(objective, *state, each["targets"], each["weights"], **options)
+            for state, each in zip(states, further, strict=True)
+        ]
+        if later:
+            total = total + config.head.future_weight * sum(each for each, _ in later) / len(later)
+            sums = {**sums, "future_loss": sum(those["loss"] for _, those in later) / len(later)}
         if config.experts is not None:
             # Of a batch's mean, for the step divides by its weight.
             routed = router_loss * jnp.sum(batch["weights"])
@@ -124,6 +129,7 @@ def make_train_step(
     schedule: optax.Schedule,
     key: jax.Array,
     *,
+    norm_of: Callable[[Any], Float[Array, ""]] = optax.global_norm,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
     accumulation: int = 1,
@@ -138,6 +144,7 @@ def make_train_step(
       optimizer: applied to the mean gradient.
       schedule: of the learning rate, for the log.
       key: root of the run's dropout; each step's key is a function of it and the step.
+      norm_of: the norm of a gradient.
       clip_norm: largest global norm of the gradient, or None.
       ema_decay: of the averaged parameters, where the state has them.
       accumulation: microbatches that the batch is taken in; divides the batch size.
@@ -149,7 +156,7 @@ def make_train_step(
         objective, sums, grads = _sum_gradients(
             loss, state.params, batch, step_key(key, state.step), total, accumulation
         )
-        norm = optax.global_norm(grads)
+        norm = norm_of(grads)
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)

@@ -11,7 +11,7 @@ import tokenizers
 
 import research
 from research.core.errors import UserError
-from research.interop.architecture import choose, class_of, config_from, fields_from
+from research.interop.architecture import choose, config_from, fields_from, fields_of
 from research.interop.huggingface import ARCHITECTURES, from_hugging_face, open_hugging_face, write_hugging_face
 from research.interop.mapping import find, params_from, reader, tensors_from
 from research.interop.safetensors_files import read_header
@@ -132,9 +132,7 @@ def test_convert_streams_there_and_back(name, tmp_path):
 def read(name, fields, tensors):
     """Reads tensors as `open_hugging_face` does, and returns the config and the tensors as they are written."""
     architecture = encoders.model(name)[0]
-    if architecture.classes:
-        fields = {**fields, "architectures": [class_of(architecture, tensors)]}
-    config = config_from(architecture, fields)
+    config = config_from(architecture, fields_of(architecture, fields, tensors))
     return config, tensors_from(architecture, config, params_from(architecture, config, tensors))
 
 

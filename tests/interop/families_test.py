@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.interop.architecture import choose, config_from, fields_from
+from research.interop.architecture import choose, config_from, fields_from, fields_of
 from research.interop.huggingface import ARCHITECTURES
 from research.interop.mapping import params_from, tensors_from
 from research.models.config import LayerConfig
@@ -25,7 +25,7 @@ def golden(name):
     """The architecture, the model, its parameters and the tensors of a golden case."""
     stored = cases.stored()[name]
     architecture, tensors = ARCHITECTURES[stored["config"]["model_type"]], cases.weights(stored["tensors"])
-    config = config_from(architecture, stored["config"])
+    config = config_from(architecture, fields_of(architecture, stored["config"], tensors))
     return architecture, config, params_from(architecture, config, tensors), tensors
 
 
@@ -169,7 +169,8 @@ def test_a_value_that_is_not_supported_is_named(name, fields, message):
         ("gpt-oss", {"mlp.clamp": None}, "mlp.clamp"),
         ("deepseek-v3", {"experts.shared_dim": 25}, "experts.shared_dim"),
         ("deepseek-v3", {"position.scaling": None}, "attention.scale"),
-        ("deepseek-v3", {"head.num_future": 1}, "head.num_future"),
+        ("deepseek-v3", {"head.num_future": 1, "pattern": (LayerConfig(experts=False),)}, "head.num_future"),
+        ("mixtral", {"head.num_future": 1}, "head.num_future"),
         ("olmo2", {"experts": None, "norm.placement": "post"}, "norm.placement"),
     ],
 )
@@ -196,7 +197,7 @@ def test_all_wrong_tensors_of_experts_are_named_at_once():
     assert "experts.4.w1.weight is not known" in str(error.value)
 
 
-def test_the_layer_of_a_further_token_is_left_out(caplog):
+def test_a_layer_of_a_further_token_that_is_not_counted_is_left_out(caplog):
     architecture, config, _, tensors = golden("deepseek-v3")
     caplog.set_level("INFO", logger="tessera")
     params_from(architecture, config, tensors | {"model.layers.61.eh_proj.weight": np.zeros((32, 64), np.float32)})

@@ -123,7 +123,7 @@ RELEASED = {
             "original_max_position_embeddings": 4096,
         },
     },
-    "deepseek.py:v3-671b": {
+    "deepseek.py:v3-671b-mtp": {
         **sizes(61, 7168, 128, 128, 18_432, 129_280, 163_840, 1e-06, initializer_range=0.006),
         **{"model_type": "deepseek_v3", "hidden_act": "silu", "attention_bias": False, "rope_theta": 10_000},
         **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
@@ -146,7 +146,8 @@ def preset(name):
     if config.experts is None:
         return config
     # What only training sees is not read.
-    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, balance_weight=0.0, z_weight=0.0))
+    trained = {"balance_weight": 0.0, "bias_speed": 0.0, "z_weight": 0.0}
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, **trained))
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -61,6 +61,10 @@ def test_scaling_of_positions_that_do_not_turn_is_refused():
             "head.num_future = 1 needs structure = 'decoder', not 'pre",
         ),
         (
+            {"experts": {"num_experts": 4, "experts_per_token": 2, "hidden_dim": 8, "bias_speed": 0.1}},
+            "experts.bias_speed = 0.1 needs selection_bias = True.",
+        ),
+        (
             {"structure": "encoder_decoder", "encoder_layers": 1, "first_layers": [{}, {}]},
             "first_layers are 2, more than encoder_layers = 1.",
         ),

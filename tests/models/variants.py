@@ -69,6 +69,7 @@ VARIANTS: dict[str, ModelConfig] = {
             shared_gate=True,
             score="sigmoid",
             selection_bias=True,
+            bias_speed=0.01,
             num_groups=4,
             groups_per_token=2,
             scale=2.5,

@@ -225,7 +225,7 @@ def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
     def predicted(params: Any) -> jax.Array:
         def apply(module: Transformer) -> jax.Array:
             hidden = jnp.ones((1, 9, config.embed_dim)) * jnp.arange(9)[None, :, None]
-            return module.predict_future(hidden, [document["tokens"]], document["positions"], None)[0]
+            return module.predict_future(hidden, [document["tokens"]], document["positions"], None)[0][0]
 
         return Transformer(config).apply({"params": params}, method=apply)
 
@@ -236,6 +236,25 @@ def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
     batch = {**inputs, "targets": inputs["tokens"], "weights": jnp.ones(inputs["tokens"].shape)}
     loss = jax.jit(lambda params: language_model_loss(by_length)(params, batch, None)[0])
     assert np.isfinite(loss(random_params(by_length)))
+
+
+def test_predictors_of_tokens_further_on_drop_what_blocks_drop():
+    config = dataclasses.replace(VARIANTS["future tokens"], dropout=0.5)
+    document, params = pack(rows(config, [9]), padding=0), random_params(config)
+
+    @jax.jit
+    def predicted(params: Any, key: jax.Array | None) -> list[jax.Array]:
+        def apply(module: Transformer) -> list[jax.Array]:
+            hidden, following = jnp.ones((1, 9, config.embed_dim)), [document["tokens"]] * 2
+            options = {"deterministic": key is None}
+            return module.predict_future(hidden, following, document["positions"], None, **options)[0]
+
+        return Transformer(config).apply({"params": params}, rngs={} if key is None else {"dropout": key}, method=apply)
+
+    plain, one, other = (predicted(params, key) for key in (None, jax.random.key(1), jax.random.key(2)))
+    for without, first, second in zip(plain, one, other, strict=True):
+        assert np.abs(first - without).max() > 0.1
+        assert np.abs(first - second).max() > 0.1
 
 
 def test_routers_of_an_encoder_are_kept_even_too():

@@ -13,7 +13,7 @@ import pytest
 from research.core.errors import UserError
 from research.models.layer_stack import canonical
 from research.models.transformer import init_params
-from research.optim.optimizers import OptimConfig, build_optimizer
+from research.optim.optimizers import OptimConfig, build_optimizer, gradient_norm
 from research.optim.schedules import ScheduleConfig
 from research.parallel.rules import logical_axes
 from research.training.step import language_model_loss
@@ -106,6 +106,22 @@ def test_every_parameter_of_a_model_is_told_apart():
 
 def matrix(update: np.ndarray, rows: int) -> np.ndarray:
     return update.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_biases_of_the_choice_of_experts_move_by_their_speed_alone(name: str):
+    axes = {"bias": ("layers", "selection"), "up": ("embed", "mlp")}
+    params = {"bias": np.ones((2, 3), np.float32), "up": random_arrays(0)["up"]}
+    load = np.array([[5.0, 0.0, -5.0], [-0.5, 1e6, 0.0]], np.float32)
+    moved = {}
+    for loads in (load, 0 * load):
+        gradients = {"bias": loads, "up": random_arrays(1)["up"]}
+        optimizer, _ = build_optimizer(OptimConfig(name=name, schedule=CONSTANT), axes, 10, bias_speed=0.25)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        np.testing.assert_array_equal(updates["bias"], -0.25 * np.sign(loads))
+        moved[float(np.abs(loads).sum())] = updates["up"]
+        assert gradient_norm(gradients, axes) == pytest.approx(np.linalg.norm(gradients["up"]), rel=1e-5)
+    np.testing.assert_array_equal(*moved.values())
 
 
 def test_muon_moves_matrices_evenly_in_all_directions():

@@ -47,6 +47,7 @@ def test_loss_falls(name, tiny, tmp_path):
     assert len(losses) == runs.STEPS
     assert np.mean(losses[-3:]) < losses[0] - 0.3
     rows = read_metrics(tmp_path / "run")
+    assert any("train/future_loss" in row for row in rows) == (name == "future tokens")
     assert any("eval/loss" in row for row in rows)
     # Bits a byte mean something only where all of the text is predicted.
     predicts_all = name in ("experts", "future tokens")

@@ -11,6 +11,8 @@ import pytest
 
 from research.core.random import key_for
 from research.kernels.target import compiling_for
+from research.models.config import HeadConfig
+from research.models.transformer import Transformer
 from research.training.state import TrainState, new_state
 from research.training.step import language_model_loss, make_eval_step, make_train_step
 from tests.tiny import logits, random_batch, random_params, tiny_config
@@ -264,6 +266,25 @@ def test_language_model_loss_is_weighted_cross_entropy_and_z_loss():
     assert float(sums["loss"]) == pytest.approx((weights * nll).sum(), rel=1e-5)
     assert float(sums["z_loss"]) == pytest.approx(0.01 * (weights * log_z**2).sum(), rel=1e-5)
     assert float(total) == pytest.approx(float(sums["loss"] + sums["z_loss"]), rel=1e-6)
+
+
+def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total():
+    config = tiny_config(num_layers=1, head=HeadConfig(num_future=1, future_weight=0.3))
+    params, batch = random_params(config), jax.tree.map(jnp.asarray, random_batch(2, 6))
+
+    def apply(module: Transformer) -> jax.Array:
+        hidden = module(batch["tokens"], batch["positions"]).hidden
+        states, _ = module.predict_future(hidden, [batch["targets"]], batch["positions"], batch["segments"])
+        return module.logits(states[0])
+
+    log_p = jax.nn.log_softmax(
+        jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(params)
+    )
+    # At each place but the last the token after the next one is predicted.
+    wanted = -sum(log_p[row, t, batch["targets"][row, t + 1]] for row in range(2) for t in range(5))
+    total, sums = jax.jit(language_model_loss(config))(params, batch, None)
+    assert float(sums["future_loss"]) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(total) == pytest.approx(float(sums["loss"] + 0.3 * sums["future_loss"]), rel=1e-6)
 
 
 def test_label_smoothing_mixes_the_loss_with_the_mean_of_the_vocabulary():

@@ -1,0 +1,150 @@
+"""Predictors of further tokens, against goldens of transformers' own: logits, gradients, the layout of tensors."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from tokenizers import models
+
+import research
+from research.core.errors import UserError
+from research.core.trees import named_leaves
+from research.interop import mapping
+from research.interop.architecture import config_from, fields_from
+from research.interop.deepseek import DEEPSEEK_V3
+from research.interop.huggingface import open_hugging_face, to_hugging_face
+from research.recipes.convert import convert
+from tests.interop import cases
+from tests.interop import future_cases as future
+from tests.interop.folders import write_folder
+
+# The issue asks for 1e-4 of the largest logit, and of each gradient.
+LOGITS, GRADIENTS = 2e-5, 1e-4
+FIRST = "model.layers.2."
+
+
+def off_by(config, params):
+    """The largest difference from torch's logits of any depth, as a part of the largest of them."""
+    wanted = [future.golden()[f"depth_{depth}"] for depth in range(1, future.DEPTH + 1)]
+    pairs = zip(future.logits(config, params), wanted, strict=True)
+    return [float(np.abs(found - want).max() / np.abs(want).max()) for found, want in pairs]
+
+
+def facts_off_by(tensors):
+    wanted = future.golden()["gradients"]
+    norms = np.maximum(wanted[:, :1], 1e-6 * wanted[:, 0].max())
+    return float((np.abs(cases.facts(tensors) - wanted) / norms).max())
+
+
+def test_logits_of_each_depth_equal_torch():
+    config, params, _ = future.model()
+    assert np.abs(future.golden()["depth_2"]).max() > 0.5
+    off = off_by(config, params)
+    print(f"logits of further tokens {off}")  # README's table
+    assert max(off) < LOGITS
+
+
+def test_the_order_of_the_joined_inputs_is_seen_by_the_comparison():
+    config, params, _ = future.model()
+    kernel = params["future_0"]["projection"]["kernel"]
+    turned = {"kernel": np.roll(kernel, len(kernel) // 2, axis=0)}
+    off = off_by(config, params | {"future_0": params["future_0"] | {"projection": turned}})
+    assert min(off) > 1e-2  # the second one reads what the first one gives
+
+
+def test_gradients_of_the_loss_of_training_equal_torch():
+    tensors = mapping.tensors_from(DEEPSEEK_V3, future.model()[0], future.gradients())
+    found = future.without_doubles(tensors)
+    off = facts_off_by(found)
+    print(f"gradients of further tokens {off:.1e}")
+    assert off < GRADIENTS
+    # The control: those of a slightly larger weight of the first predictor's loss.
+    larger = {name: value * 1.01 if name.startswith(FIRST) else value for name, value in found.items()}
+    assert facts_off_by(larger) > 10 * GRADIENTS
+
+
+def test_tensors_and_config_go_back_as_they_came():
+    config, params, tensors = future.model()
+    found = mapping.tensors_from(DEEPSEEK_V3, config, params)
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    fields = fields_from(DEEPSEEK_V3, config)
+    assert fields["num_nextn_predict_layers"] == future.DEPTH
+    assert config_from(DEEPSEEK_V3, fields) == config
+
+
+def test_the_command_takes_them_there_and_back_bitwise(tmp_path):
+    """Doubles are read twice of a workdir, and count once for its digests."""
+    _, params, tensors = future.model()
+    folder = write_folder(tmp_path / "in", future.stored()["config"], tensors)
+    words = models.WordLevel({f"w{i}": i for i in range(cases.VOCAB)}, unk_token="w0")
+    tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+    convert(str(folder), str(tmp_path / "workdir"), None, None)
+    found = named_leaves(research.load(tmp_path / "workdir").params)
+    for name, value in named_leaves(params).items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    convert(str(tmp_path / "workdir"), str(tmp_path / "out"), "hf", None)
+    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(written[name], value, err_msg=name)
+
+
+def opened(folder, tensors, **fields):
+    """The model of a folder of these tensors, and its parameters."""
+    model = open_hugging_face(write_folder(folder, future.stored()["config"] | fields, tensors))
+    return model.config, mapping.parameters(model.config, model.source.pieces())
+
+
+def test_doubles_may_be_missing(tmp_path):
+    config, params, tensors = future.model()
+    found, read = opened(tmp_path, future.without_doubles(tensors))
+    assert found == config
+    for name, value in named_leaves(params).items():
+        np.testing.assert_array_equal(named_leaves(read)[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(("double", "original"), future.DOUBLES.items())
+def test_a_double_that_is_none_is_refused_in_one_line(double, original, tmp_path):
+    _, _, tensors = future.model()
+    other = tensors[original].copy()
+    other[3, 4] += 1
+    with pytest.raises(UserError, match=f"{FIRST}{double} differs from {original}, which it repeats.$") as error:
+        opened(tmp_path, tensors | {FIRST + double: other})
+    assert "\n" not in str(error.value)
+
+
+def test_layers_that_are_counted_and_not_there_are_left_out(tmp_path, caplog):
+    """As transformers saves them."""
+    config, params, tensors = future.model()
+    caplog.set_level("INFO", logger="tessera")
+    main = {name: value for name, value in tensors.items() if not name.startswith((FIRST, "model.layers.3."))}
+    found, read = opened(tmp_path, main)
+    assert "num_nextn_predict_layers = 2 is left out" in caplog.text
+    assert found == dataclasses.replace(config, head=dataclasses.replace(config.head, num_future=0))
+    assert set(named_leaves(read)) == {name for name in named_leaves(params) if not name.startswith("future")}
+
+
+def test_what_one_of_them_lacks_and_what_is_too_many_is_named(tmp_path):
+    _, _, tensors = future.model()
+    lacking = {name: value for name, value in tensors.items() if name != "model.layers.3.eh_proj.weight"}
+    with pytest.raises(UserError, match=r"model\.layers\.3\.eh_proj\.weight is missing"):
+        opened(tmp_path / "lacking", lacking)
+    with pytest.raises(UserError, match=r"model\.layers\.3\.eh_proj\.weight is not known"):
+        opened(tmp_path / "counted", tensors, num_nextn_predict_layers=1)
+
+
+def test_doubles_of_a_tied_model_are_all_its_embedding(tmp_path):
+    config, params, _ = future.model()
+    tied = dataclasses.replace(config, tied_embeddings=True)
+    to_hugging_face(tied, {name: value for name, value in params.items() if name != "unembed"}, tmp_path)
+    written = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    for name in (f"{FIRST}embed_tokens.weight", "model.layers.3.shared_head.head.weight"):
+        np.testing.assert_array_equal(written[name], written["model.embed_tokens.weight"])
+    assert "lm_head.weight" not in written
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == future.DEPTH
+    assert open_hugging_face(tmp_path).config == tied
