@@ -1,8 +1,8 @@
-"""The next item of an iterator is made while this one is used."""
+"""Work in a thread beside the caller's: what comes next, and what may come after."""
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -16,3 +16,24 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             future = pool.submit(next, items, end)
             yield item
             del item  # or it would live on while the next one is waited for
+
+
+class Behind:
+    """Makes calls in a thread while the caller goes on, one at a time: who is faster waits for the one before."""
+
+    def __init__(self) -> None:
+        self._pool, self._under_way = ThreadPoolExecutor(1, "behind"), Future()
+        self._under_way.set_result(None)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Starts a call when the one before has ended; raises what that one raised."""
+        self.wait()
+        self._under_way = self._pool.submit(function, *arguments)
+
+    def wait(self) -> None:
+        """Waits for the call under way; raises what it raises."""
+        self._under_way.result()
+
+    def close(self) -> None:
+        """Waits for the call under way, whatever comes of it."""
+        self._pool.shutdown()

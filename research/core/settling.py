@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+
+from research.core.ahead import Behind
 
 # Bytes between two times that what was written is settled.
 STRIDE = 2**26
@@ -27,21 +28,19 @@ class Settling:
     """
 
     def __init__(self, settle: Callable[[], None]):
-        self._settle, self._fresh = settle, 0
-        self._pool, self._under_way = ThreadPoolExecutor(1, "settling"), Future()
-        self._under_way.set_result(None)
+        self._settle, self._fresh, self._behind = settle, 0, Behind()
 
     def wrote(self, size: int) -> None:
         """Counts bytes that were written; waits where the disk is behind by two strides."""
         self._fresh += size
         if self._fresh >= STRIDE:
-            self._under_way.result()
-            self._fresh, self._under_way = 0, self._pool.submit(self._settle)
+            self._behind.call(self._settle)
+            self._fresh = 0
 
     def __enter__(self) -> "Settling":
         return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
-        self._pool.shutdown()
+        self._behind.close()
         if kind is None:
-            self._under_way.result()
+            self._behind.wait()

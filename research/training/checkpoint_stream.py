@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Shaped
 
-from research.core.ahead import ahead
+from research.core.ahead import Behind, ahead
 from research.core.errors import UserError
 from research.core.settling import Settling, settle
 from research.models.layer_stack import places, stack_layers
@@ -108,6 +108,7 @@ class ParamsReader:
         self._digests = {name: RunningDigest(shape.shape) for name, shape in arrays.items()}
         self._folder, self._context, self._open = folder / files.ARRAYS, _context(), {}
         self._counted: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
+        self._behind = Behind()
 
     def read(self, name: str, box: Box) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter; raises Damaged where it cannot be read.
@@ -128,11 +129,12 @@ class ParamsReader:
         part = (stack, start, values.shape)
         if part not in self._counted:
             self._counted.add(part)
-            self._digests[stack].add(values, start)
+            self._behind.call(self._digests[stack].add, values, start)
         return values if index is None else values[0]
 
     def check(self) -> None:
         """Raises Damaged when what was read, each number at least once, is not what was saved."""
+        self._behind.wait()
         for name, digest in self._digests.items():
             if digest.text() != self._manifest["arrays"][name]["digest"]:
                 raise Damaged(f"the bits of array {name} are not those that were saved (digest)")
@@ -148,6 +150,7 @@ class _Store:
         self._open: dict[str, ts.TensorStore] = {}
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         self._settled: set[pathlib.Path] = set()
+        self._behind = Behind()
         folder.mkdir(parents=True)
 
     def write(self, name: str, box: Box, values: Shaped[np.ndarray, "..."]) -> None:
@@ -158,7 +161,7 @@ class _Store:
         if stack not in self._open:
             self._open[stack] = self._create(stack, values.shape)
         box, start = _bounds(self.arrays[stack].shape, index, box)
-        self._digests[stack].add(values, start)
+        self._behind.call(self._digests[stack].add, values, start)
         self._wait(_IN_FLIGHT - values.nbytes)
         future = self._open[stack][box].write(values, can_reference_source_data_indefinitely=True)
         self._pending.append((values.nbytes, future))
@@ -166,6 +169,7 @@ class _Store:
     def finish(self) -> dict[str, str]:
         """Waits, writes Orbax's account of the tree, and returns the digests."""
         self._wait(0)
+        self._behind.wait()
         keys = {name: name.split("/") for name in self.arrays}
         tree = {
             str(tuple(parts)): {

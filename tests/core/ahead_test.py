@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from research.core.ahead import ahead
+from research.core.ahead import Behind, ahead
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -42,3 +42,23 @@ def test_no_thread_outlives_a_loop_that_ends_early():
     for _ in ahead(range(10)):
         break
     assert threading.active_count() == before
+
+
+def test_calls_behind_come_in_order_one_at_a_time():
+    done, go = [], threading.Event()
+    behind = Behind()
+    behind.call(lambda: (go.wait(), done.append(0)))
+    assert not done  # the caller goes on
+    go.set()
+    for i in range(1, 5):
+        behind.call(done.append, i)
+    behind.wait()
+    assert done == list(range(5))
+
+
+def test_an_error_behind_is_raised_by_the_next_call():
+    behind = Behind()
+    behind.call(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        behind.call(print)
+    behind.close()
