@@ -1,6 +1,8 @@
 """Large files that reach the disk while they are written, and leave memory as soon as they are there."""
 
+import mmap
 import os
+import pathlib
 from collections.abc import Callable
 
 from research.core.ahead import Behind
@@ -18,6 +20,22 @@ def settle(descriptor: int) -> None:
     os.fdatasync(descriptor)
     if hasattr(os, "posix_fadvise"):  # not on every system; it is but advice
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def reads_directly(path: pathlib.Path) -> bool:
+    """Whether files beside this one can be read past the page cache, whose new pages cost more than the data."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, mmap.PAGESIZE) as page:  # which is aligned as direct reading wants it
+                os.preadv(descriptor, [page], 0)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 class Settling:

@@ -23,7 +23,7 @@ from jaxtyping import Shaped
 
 from research.core.ahead import Behind, ahead
 from research.core.errors import UserError
-from research.core.settling import Settling, settle
+from research.core.settling import Settling, reads_directly, settle
 from research.models.layer_stack import places, stack_layers
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import Damaged
@@ -106,7 +106,8 @@ class ParamsReader:
         arrays = {f"{self._field}/{name}": shape for name, shape in stack_layers(shapes).items()}
         files.check_architecture(folder, self._manifest, arrays, whole=False)
         self._digests = {name: RunningDigest(shape.shape) for name, shape in arrays.items()}
-        self._folder, self._context, self._open = folder / files.ARRAYS, _context(), {}
+        mode = "direct" if reads_directly(folder / files.MANIFEST / "manifest.json") else "default"
+        self._folder, self._context, self._open = folder / files.ARRAYS, _context(mode), {}
         self._counted: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
         self._behind = Behind()
 
@@ -256,9 +257,9 @@ def _kvstore(folder: pathlib.Path, name: str) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": path}
 
 
-def _context() -> ts.Context:
+def _context(mode: str = "default") -> ts.Context:
     # Files are synced by `settle`, many at a time, and once more when all is written.
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False, "file_io_mode": {"mode": mode}})
 
 
 def _sync(folder: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from research.core import settling
-from research.core.settling import Settling, settle
+from research.core.settling import Settling, reads_directly, settle
 
 
 def test_what_was_written_is_settled_a_stride_at_a_time_and_never_twice_at_once(monkeypatch):
@@ -53,3 +53,15 @@ def test_a_settled_file_is_whole(tmp_path):
         file.write(b"more")
         os.fsync(file.fileno())
     assert (tmp_path / "file").read_bytes() == bytes(range(256)) + b"more"
+
+
+def test_direct_reading_is_not_tried_where_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    assert not reads_directly(path)
+    path.write_bytes(b"text")
+
+    def refuse(*_):
+        raise OSError("Invalid argument")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert not reads_directly(path)
