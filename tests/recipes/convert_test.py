@@ -1,5 +1,6 @@
 """`tessera convert`: a model's way in and out."""
 
+import errno
 import io
 import json
 import os
@@ -162,18 +163,33 @@ def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, number):
     source = tmp_path / "source"
     shutil.copytree(folder, source)
     (source / "tokenizer.json").unlink()
-    os.mkfifo(source / "tokenizer.json")  # it waits there for somebody to write, its folder made
+    os.mkfifo(source / "tokenizer.json")
     process = runs.spawn("convert", f"--from={source}", f"--to={tmp_path / 'out'}")
     until = time.monotonic() + 60
-    while not any(path.name.startswith(".out.") for path in tmp_path.iterdir()):
+    while (writer := open_for_writing(source / "tokenizer.json")) is None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.01)
+    # It reads now and waits for what is never written, its folder made: a signal just before a system call is not seen
+    # until that returns.
+    time.sleep(0.5)
+    assert any(path.name.startswith(".out.") for path in tmp_path.iterdir())
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
+    os.close(writer)
     assert process.returncode == 128 + number
     assert errors.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def open_for_writing(fifo):
+    """Returns a descriptor, or None while nobody reads."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
 
 
 def test_a_checkpoint_is_converted_from_before_the_damaged_one(workdir, tmp_path, caplog):
