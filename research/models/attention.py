@@ -146,14 +146,6 @@ def append(
     return cache, dataclasses.replace(mask, prefix=context.mask.prefix)
 
 
-def places(context: Context, slots: int | None) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
-    """Returns where queries and keys stand, as far as distances go: in a row their indices, else their cache slots."""
-    if slots is None:
-        index = jnp.arange(context.positions.shape[1])[None]
-        return index, index
-    return context.positions, jnp.arange(slots)[None]
-
-
 class RelativeScores(nn.Module):
     """Scores by distance that depend on the query: (q + b) · R(t − s), with R the projected waves of a distance.
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from research.kernels.attention import AttentionMask
 from research.kernels.target import platform
-from research.models.attention import Context, places
+from research.models.attention import Context
 from research.models.block import Block
 from research.models.cache import Cache, LayerCache
 from research.models.config import LayerConfig, ModelConfig
@@ -134,7 +134,7 @@ class Stack(nn.Module):
     def _bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N #T S"] | None:
         """Returns what is added to the scores of all layers, if anything: by distance (T5), or by key (Falcon-RW)."""
         c, slots = self.config, None if cache is None else cache.layers[0].key.shape[-3]
-        query_places, key_places = places(context, slots)
+        query_places, key_places = _places(context, slots)
         if c.position.kind == "alibi_bfloat16":
             keys = context.positions if slots is None else key_places
             return rounded_alibi(keys, c.attention.num_heads, c.attention.head_dim)
@@ -210,3 +210,11 @@ class Stack(nn.Module):
 def _at_layer(context: Context, index: Any) -> Context:
     """Returns the context with the layer's own key."""
     return context if context.key is None else dataclasses.replace(context, key=jax.random.fold_in(context.key, index))
+
+
+def _places(context: Context, slots: int | None) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
+    """Returns where queries and keys stand, as far as distances go: in a row their indices, else their cache slots."""
+    if slots is None:
+        index = jnp.arange(context.positions.shape[1])[None]
+        return index, index
+    return context.positions, jnp.arange(slots)[None]
