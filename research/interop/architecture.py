@@ -31,6 +31,8 @@ NOT_CONVERTED = {
     "experts": ("balance_weight", "bias_speed", "z_weight"),
     "head": ("future_weight",),
 }
+# More layers than any model has: who reads a config.json goes through them one by one.
+LAYERS = 10_000
 # Numbers this near to each other are the same: config.json may hold another function of one, as a rounded decimal.
 _NEAR = 1e-9
 # How many refusals a message shows.
@@ -96,8 +98,9 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
     for name in a.required:
         if name not in fields:
             raise UserError(f"{name} is missing.")
-        if not isinstance(fields[name], int) or not 1 <= fields[name] < 2**31:  # JAX's own limit of an axis
-            raise UserError(f"{name} = {fields[name]!r} must be a whole number of at least 1 and below {2**31:,}.")
+        limit = LAYERS if "layer" in name else 2**31  # JAX's own limit of an axis
+        if not isinstance(fields[name], int) or not 1 <= fields[name] < limit:
+            raise UserError(f"{name} = {fields[name]!r} must be a whole number of at least 1 and below {limit:,}.")
     for name, value in fields.items():
         if name in a.only:
             if value != a.only[name]:

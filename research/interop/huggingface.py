@@ -81,8 +81,8 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
         config = config_from(architecture, fields_of(architecture, fields, tensors))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    layers = config.num_layers + config.encoder_layers
-    if layers > len(tensors):  # whoever says so must not have us name the tensors of a billion layers
+    layers = config.num_layers + config.encoder_layers + config.head.num_future
+    if layers > len(tensors):  # whoever says so must not have us name the tensors of so many
         raise UserError(f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has them.")
     try:
         return Model(architecture, config, mapping.find(architecture, config, tensors))

@@ -160,7 +160,12 @@ def test_all_wrong_tensors_are_named_at_once():
     [
         (LLAMA_1, {"model_type": "mamba"}, "model_type = 'mamba' is not supported"),
         (LLAMA_1, {"model_type": ["llama"]}, "model_type = ['llama'] is not supported"),
-        (LLAMA_1, {"num_hidden_layers": 10**9}, "0 tensors are none of 1,000,000,000 layers"),
+        (LLAMA_1, {"num_hidden_layers": 9_999}, "0 tensors are none of 9,999 layers"),
+        (
+            "mixtral",
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers = 1000000000 must be a whole number of at least 1 and",
+        ),
         (LLAMA_1, {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type = 'ntk' is not supported"),
         (
             LLAMA_1,
