@@ -11,15 +11,18 @@ import research
 ROOT = pathlib.Path(research.__file__).parent
 FLOORS = {
     "core": 0,
-    **dict.fromkeys(("data", "kernels", "parallel", "losses", "optim"), 1),
-    "models": 2,
-    **dict.fromkeys(("peft", "quant", "interop"), 3),
-    **dict.fromkeys(("training", "inference"), 4),
-    **dict.fromkeys(("alignment", "evaluation", "scaling"), 5),
-    "recipes": 6,
-    "cli": 7,
-    "__main__": 8,
-    "__init__": 8,
+    **dict.fromkeys(("storage", "parallel"), 1),
+    **dict.fromkeys(("data", "kernels"), 2),
+    **dict.fromkeys(("models", "losses", "optim"), 3),
+    **dict.fromkeys(("interop", "peft", "quant"), 4),
+    **dict.fromkeys(("training", "inference"), 5),
+    **dict.fromkeys(("alignment", "evaluation", "forgetting", "scaling"), 6),
+    **dict.fromkeys(("inspection", "bench"), 7),
+    "recipes": 8,
+    # `api` and `cli` are two front doors of the recipes, so both stand above them.
+    **dict.fromkeys(("api", "cli"), 9),
+    "__main__": 10,
+    "__init__": 10,
 }
 FILE_LINES, FUNCTION_LINES, RECIPE_LINES = 400, 60, 150
 # name -> why it may be longer

@@ -1,1 +1,1 @@
-"""Floor 4: from a model and a prompt to text."""
+"""Floor 5: from a model and a prompt to text."""

@@ -1,1 +1,1 @@
-"""Floor 3: models of other projects, in and out."""
+"""Floor 4: models of other projects, in and out."""

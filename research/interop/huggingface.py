@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from research.core.ahead import ahead
 from research.core.errors import UserError, nearest
 from research.interop import mapping
 from research.interop.architecture import Architecture, choose, config_from, fields_of
@@ -29,6 +28,7 @@ from research.interop.mpt import MPT
 from research.interop.safetensors_files import Stored, Writer, read_header
 from research.interop.t5 import MT5, T5
 from research.models.config import ModelConfig
+from research.storage.background import ahead
 
 # The first one that holds a model is what it is written as, where nothing says what it was.
 _ALL = (

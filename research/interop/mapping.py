@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
-from research.core.ahead import ahead
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
@@ -28,6 +27,7 @@ from research.models.config import ModelConfig
 from research.models.layer_stack import stack_layers, unstack_layers
 from research.models.stack import scans_layers
 from research.models.transformer import init_params
+from research.storage.background import ahead
 
 logger = logging.getLogger("tessera")
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from research.core.errors import UserError
-from research.core.settling import Settling, settle
+from research.storage.flush import Settling, settle
 
 _DTYPES = {
     "F64": np.dtype("<f8"),

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from research.core.errors import UserError
-from research.kernels.target import platform
+from research.parallel.target import platform
 
 logger = logging.getLogger("tessera")
 

@@ -9,7 +9,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Shaped
 
-from research.kernels.target import platform
+from research.parallel.target import platform
 
 
 def row_major(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

@@ -1,1 +1,1 @@
-"""Floor 1: losses as pure functions of per-token values."""
+"""Floor 3: losses as pure functions of per-token values."""

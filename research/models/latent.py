@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.kernels.attention import AttentionMask
-from research.kernels.target import platform
 from research.models import positions as positional
 from research.models.attention import Context, append, attend, head_norm, project_out
 from research.models.cache import LayerCache
 from research.models.config import AttentionConfig, LayerConfig, ModelConfig
 from research.models.layers import Projection
 from research.parallel.rules import constrain
+from research.parallel.target import platform
 
 
 class LatentAttention(nn.Module):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.kernels.grouped_matmul import grouped_matmul
-from research.kernels.mesh import once_a_device, shared_axes
 from research.models.attention import residual_stddev
 from research.models.config import ExpertsConfig, MlpConfig, ModelConfig
 from research.models.layers import ACTIVATIONS, Projection
+from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.rules import constrain
+from research.parallel.shard_map import once_a_device, shared_axes
 
 
 def activate(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from research.kernels.attention import AttentionMask
-from research.kernels.target import platform
 from research.models.attention import Context
 from research.models.block import Block
 from research.models.cache import Cache, LayerCache
@@ -18,6 +17,7 @@ from research.models.config import LayerConfig, ModelConfig
 from research.models.layers import Embedding, Norm
 from research.models.positions import distance_buckets, document_lengths, rounded_alibi, sinusoidal
 from research.parallel.rules import constrain
+from research.parallel.target import platform
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -1,1 +1,1 @@
-"""Floor 1: optimizers and schedules, composed from optax."""
+"""Floor 3: optimizers and schedules, composed from optax."""

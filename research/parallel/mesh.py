@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from research.core.errors import UserError
-from research.core.mesh_axes import MESH_AXES
+from research.parallel.mesh_axes import MESH_AXES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from research.core.errors import UserError
-from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.core.trees import path_name
+from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used again, so activations,
 # whose batch takes `fsdp`, keep their width whole, while parameters shard it.

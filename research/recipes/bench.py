@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import statistics
 
 EXAMPLES = """\
   tessera bench train
@@ -15,7 +14,7 @@ EXAMPLES = """\
   tessera bench families --only=gemma,mixtral,t5
   tessera bench latent --batch=8"""
 
-# Each is a module `bench_NAME` of this package with `add_arguments` and `main`.
+# Each is a module of `research.bench` with `add_arguments` and `main`.
 BENCHES = ("train", "loader", "attention", "kernels", "convert", "families", "latent")
 
 
@@ -23,15 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of each bench under its name."""
     benches = parser.add_subparsers(dest="bench", required=True, metavar="|".join(BENCHES))
     for name in BENCHES:
-        bench = importlib.import_module(f"research.recipes.bench_{name}")
+        bench = importlib.import_module(f"research.bench.{name}")
         bench.add_arguments(benches.add_parser(name, prog=f"tessera bench {name}", help=bench.__doc__.splitlines()[0]))
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Runs one bench."""
-    importlib.import_module(f"research.recipes.bench_{arguments.bench}").main(arguments)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Returns the median with the lowest and highest value."""
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    importlib.import_module(f"research.bench.{arguments.bench}").main(arguments)

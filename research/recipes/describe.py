@@ -10,13 +10,13 @@ import jax
 
 from research.core import config as configs
 from research.core.errors import UserError
+from research.inspection import description, parameter_summary
+from research.inspection.mask_pictures import draw_masks, mask_pictures, row_length
+from research.inspection.parameter_summary import Part
 from research.models.config import ModelConfig
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.recipes.workdir import local_path, read_config
-from research.scaling import anatomy, wording
 from research.scaling.accounting import train_flops_per_token
-from research.scaling.anatomy import Part
-from research.scaling.mask_pictures import draw_masks, mask_pictures, row_length
 
 logger = logging.getLogger("tessera")
 
@@ -86,19 +86,21 @@ def load_model(spec: str, overrides: list[tuple[str, str]]) -> ModelConfig:
 
 def report(config: ModelConfig) -> list[str]:
     """Returns all that is printed: the sentence, the facts, the tree and the sums."""
-    model = anatomy.take_apart(config)
-    facts = wording.facts(config)
+    model = parameter_summary.take_apart(config)
+    facts = description.facts(config)
     if config.structure == "encoder_decoder":
         facts |= _layers(config.encoder(), "encoder, ") | _layers(config, "decoder, ")
     else:
         facts |= _layers(config, "")
-    sections = [_table(facts), anatomy.tree_lines(model), _table(sums(config, model))]
-    return [wording.sentence(config, model.count), *(line for lines in sections for line in ("", *lines))]
+    sections = [_table(facts), parameter_summary.tree_lines(model), _table(sums(config, model))]
+    return [description.sentence(config, model.count), *(line for lines in sections for line in ("", *lines))]
 
 
 def _layers(config: ModelConfig, stack: str) -> dict[str, str]:
-    kinds = anatomy.layer_kinds(config).items()
-    return {f"{stack}{anatomy.layers_name(numbers)}": wording.layer(config, kind) for kind, numbers in kinds}
+    kinds = parameter_summary.layer_kinds(config).items()
+    return {
+        f"{stack}{parameter_summary.layers_name(numbers)}": description.layer(config, kind) for kind, numbers in kinds
+    }
 
 
 def _table(rows: dict[str, str]) -> list[str]:
@@ -121,10 +123,10 @@ def sums(config: ModelConfig, model: Part) -> dict[str, str]:
         + (", which reads as many of the encoder" if whole else ""),
     }
     if config.experts is not None:
-        active = anatomy.active_parameters(config, model)
+        active = parameter_summary.active_parameters(config, model)
         said["active"] = f"{active:,} a token, {active / model.count:.1%}: its experts and all that is no expert"
     if config.structure != "encoder":
-        own, encoder = (2 * numbers for numbers in anatomy.cache_numbers(config))
+        own, encoder = (2 * numbers for numbers in parameter_summary.cache_numbers(config))
         more = f", and {encoder:,} for one of the encoder" if encoder else ""
         said["KV cache"] = f"{own:,} bytes a token{more}, in bfloat16"
     return said

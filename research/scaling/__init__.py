@@ -1,1 +1,1 @@
-"""Floor 5: what training costs and what it yields: FLOPs, memory, device peaks, scaling laws."""
+"""Floor 6: what training costs and what it yields: FLOPs, memory, device peaks, scaling laws."""

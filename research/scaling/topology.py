@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from research.core.errors import UserError, nearest
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 
 # The smallest topology of each TPU generation.
 TPU_TOPOLOGIES = {

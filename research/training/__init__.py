@@ -1,1 +1,1 @@
-"""Floor 4: state, step, the one loop, checkpoints, metrics."""
+"""Floor 5: state, step, the one loop, checkpoints, metrics."""

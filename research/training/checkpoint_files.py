@@ -22,7 +22,7 @@ from etils import epath
 from jaxtyping import Array
 
 from research.core.errors import UserError
-from research.training.digests import digests
+from research.storage.digests import digests
 
 FORMAT = 1
 ARRAYS, MANIFEST = "arrays", "manifest"

@@ -21,13 +21,13 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Shaped
 
-from research.core.ahead import Behind, ahead
 from research.core.errors import UserError
-from research.core.settling import Settling, reads_directly, settle
 from research.models.layer_stack import places, stack_layers
+from research.storage.background import Behind, ahead
+from research.storage.digests import RunningDigest
+from research.storage.flush import Settling, reads_directly, settle
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import Damaged
-from research.training.digests import RunningDigest
 
 # Bytes of a chunk, the least that is read from disk at a time: a device that holds a small part of an array in a
 # sharded model reads little more than its part.

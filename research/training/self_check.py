@@ -16,11 +16,11 @@ from jax.tree_util import tree_map_with_path
 from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
-from research.core.mesh_axes import BATCH_AXES
 from research.core.trees import named_leaves, path_name
 from research.models.config import ModelConfig
 from research.models.stack import scans_layers
 from research.models.transformer import Transformer, model_inputs
+from research.parallel.mesh_axes import BATCH_AXES
 from research.training.step import Batch
 
 # Of each device's rows one is looked at, and of that no more than so many tokens, since the reference holds all scores.

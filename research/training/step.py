@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from research.core.random import step_key
 from research.kernels.cross_entropy import summed_cross_entropy
-from research.kernels.target import platform
 from research.losses.token import weighted_sum, z_loss
 from research.models.config import ModelConfig
 from research.models.transformer import Transformer, model_inputs
+from research.parallel.target import platform
 from research.training.state import TrainState
 
 Batch = dict[str, Shaped[Array, "B T"]]

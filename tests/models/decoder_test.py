@@ -12,10 +12,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from research.core.trees import count, named_leaves
-from research.kernels.target import compiling_for
 from research.models.config import LayerConfig, ModelConfig, NormConfig, PositionConfig
 from research.models.stack import scans_layers
 from research.models.transformer import Transformer, init_params
+from research.parallel.target import compiling_for
 from tests.models.plain import plain_logits
 from tests.tiny import VOCAB, abstract_params, logits, random_params, random_tokens, stack, tiny_config
 

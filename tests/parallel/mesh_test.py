@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.core.mesh_axes import MESH_AXES
 from research.parallel.distributed import DistributedConfig
 from research.parallel.mesh import MeshConfig, make_mesh, resolve_sizes
+from research.parallel.mesh_axes import MESH_AXES
 
 
 def sizes(devices: int, **fields: int) -> tuple[int, ...]:

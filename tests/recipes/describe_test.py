@@ -15,10 +15,10 @@ from PIL import Image
 from research import cli
 from research.core import config as configs
 from research.core.trees import count, named_leaves
+from research.inspection import mask_pictures, parameter_summary
 from research.models.config import LayerConfig, ModelConfig
 from research.models.transformer import Transformer, model_inputs
 from research.recipes import describe
-from research.scaling import anatomy, mask_pictures
 from research.scaling.accounting import matmul_parameters
 from tests.models.variants import VARIANTS
 from tests.recipes import runs
@@ -42,7 +42,7 @@ def printed_sum(lines: list[str]) -> int:
     return sum(int(line.split()[-1].replace(",", "")) for line in lines if line[0] in "├└")
 
 
-def printed_module_sums(part: anatomy.Part) -> bool:
+def printed_module_sums(part: parameter_summary.Part) -> bool:
     """Whether each module holds as many parameters as its parts."""
     own = part.each == sum(inner.count for inner in part.parts) if part.parts else True
     return own and all(map(printed_module_sums, part.parts))
@@ -51,9 +51,9 @@ def printed_module_sums(part: anatomy.Part) -> bool:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tree_holds_every_parameter_of_the_model(name: str):
     config = VARIANTS[name]
-    model, params = anatomy.take_apart(config), nn.unbox(abstract_params(config))
+    model, params = parameter_summary.take_apart(config), nn.unbox(abstract_params(config))
     assert model.count == count(params)
-    assert printed_sum(anatomy.tree_lines(model)) == model.count
+    assert printed_sum(parameter_summary.tree_lines(model)) == model.count
     assert printed_module_sums(model)
     # Not only as many: each shape as often as the model has it.
     held: dict[tuple[int, ...], int] = {}
@@ -66,20 +66,20 @@ def test_tree_holds_every_parameter_of_the_model(name: str):
 def test_tree_tells_a_missing_parameter():  # the control
     config = VARIANTS["sinks"]
     without = dataclasses.replace(config, attention=dataclasses.replace(config.attention, sinks=False))
-    assert anatomy.take_apart(without).count != count(nn.unbox(abstract_params(config)))
+    assert parameter_summary.take_apart(without).count != count(nn.unbox(abstract_params(config)))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_tree_of_a_preset_holds_every_parameter(preset: str):
     config = describe.load_model(str(MODELS / preset), [])
     scanned = dataclasses.replace(config, layer_loop="scan")
-    assert anatomy.take_apart(config).count == count(nn.unbox(abstract_params(scanned)))
+    assert parameter_summary.take_apart(config).count == count(nn.unbox(abstract_params(scanned)))
 
 
 def matrices(config: ModelConfig) -> int:
     """Weights of the tree that a token is multiplied with, of experts those that it goes to, and the head's."""
     total = config.embed_dim * config.vocab_size
-    for path, part, number in anatomy.take_apart(config).parameters():
+    for path, part, number in parameter_summary.take_apart(config).parameters():
         if part.name == "kernel" and "pooler" not in path:
             idle = config.experts is not None and "expert" in part.axes
             share = config.experts.experts_per_token / config.experts.num_experts if idle else 1
@@ -94,22 +94,22 @@ def test_matrices_of_the_tree_are_those_that_flops_are_counted_of(name: str):
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet():
     config = VARIANTS["shared experts"]
-    model, experts = anatomy.take_apart(config), config.experts
+    model, experts = parameter_summary.take_apart(config), config.experts
     one_expert = 3 * config.embed_dim * experts.hidden_dim
     idle = 2 * (experts.num_experts - experts.experts_per_token) * one_expert
-    assert anatomy.active_parameters(config, model) == model.count - idle
+    assert parameter_summary.active_parameters(config, model) == model.count - idle
 
 
 def test_cache_numbers_count_keys_and_values_of_all_layers():
-    assert anatomy.cache_numbers(tiny_config()) == (2 * 2 * 2 * 4, 0)
-    assert anatomy.cache_numbers(VARIANTS["latent"]) == (2 * (6 + 4), 0)
-    assert anatomy.cache_numbers(VARIANTS["encoder-decoder"]) == (2 * 2 * 2 * 4, 2 * 2 * 2 * 4)
+    assert parameter_summary.cache_numbers(tiny_config()) == (2 * 2 * 2 * 4, 0)
+    assert parameter_summary.cache_numbers(VARIANTS["latent"]) == (2 * (6 + 4), 0)
+    assert parameter_summary.cache_numbers(VARIANTS["encoder-decoder"]) == (2 * 2 * 2 * 4, 2 * 2 * 2 * 4)
 
 
 def test_layers_are_named_by_runs():
-    assert anatomy.layers_name([0]) == "layer 0"
-    assert anatomy.layers_name([0, 1, 2, 5]) == "layers 0–2, 5"
-    assert anatomy.layers_name(list(range(0, 26, 2))) == "layers 0, 2, …, 24"
+    assert parameter_summary.layers_name([0]) == "layer 0"
+    assert parameter_summary.layers_name([0, 1, 2, 5]) == "layers 0–2, 5"
+    assert parameter_summary.layers_name(list(range(0, 26, 2))) == "layers 0, 2, …, 24"
 
 
 def who_changes(config: ModelConfig, batch: dict[str, jnp.ndarray], name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from research.core.errors import UserError
-from research.kernels.target import chip, platform
+from research.parallel.target import chip, platform
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, gpu_devices, tpu_devices
 
 

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from research.core.random import key_for
-from research.kernels.target import compiling_for
 from research.models.config import HeadConfig
 from research.models.transformer import Transformer
+from research.parallel.target import compiling_for
 from research.training.state import TrainState, new_state
 from research.training.step import language_model_loss, make_eval_step, make_train_step
 from tests.tiny import logits, random_batch, random_params, tiny_config

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.target import platform
+from research.parallel.target import platform
 
 # JAX's wrapper takes 256 from Hopper on, but asks the chip that is here, so that no other machine could plan for it.
 MAX_WIDTH = 128

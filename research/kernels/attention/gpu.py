@@ -18,7 +18,7 @@ from research.kernels.attention.gpu_plan import ROWS, TILE, Plan, block_kinds, e
 from research.kernels.attention.gpu_tile import LOG2E
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.target import not_hopper, platform
+from research.parallel.target import not_hopper, platform
 
 MAX_WIDTH = 256
 

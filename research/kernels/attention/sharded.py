@@ -7,10 +7,10 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.mesh import once_a_device, shared_axes
+from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.shard_map import once_a_device, shared_axes
 
 
 def per_device(body: Callable[..., Array]) -> Callable[..., Array]:

@@ -15,7 +15,7 @@ from research.kernels.attention.tpu_bias import bias_gradient
 from research.kernels.attention.tpu_forward import forward
 from research.kernels.attention.tpu_plan import Blocks
 from research.kernels.attention.tpu_tile import LOG2E
-from research.kernels.target import chip, platform
+from research.parallel.target import chip, platform
 
 MAX_WIDTH = 256
 # Rows and columns of a tile of scores: the first that holds all of a short sequence, or the last.

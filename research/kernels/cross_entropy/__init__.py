@@ -9,7 +9,7 @@ from research.core.errors import UserError
 from research.kernels.cross_entropy import chunked, fused, reference
 from research.kernels.cross_entropy.fused import Objective
 from research.kernels.cross_entropy.tiles import Terms, default_token_chunk, default_vocab_chunk, vocabulary_share
-from research.kernels.target import platform
+from research.parallel.target import platform
 
 __all__ = ["Implementation", "Objective", "SummedImplementation", "cross_entropy", "summed_cross_entropy"]
 

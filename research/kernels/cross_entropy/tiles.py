@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
-from research.kernels.mesh import shared_axes
-from research.kernels.target import platform
+from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.shard_map import shared_axes
+from research.parallel.target import platform
 
 # float32 logits of a tile, and vocabulary entries in it. On CPU they stay in its caches; elsewhere a tile must outweigh
 # reading the kernel and adding to both gradients.

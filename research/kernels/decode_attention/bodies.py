@@ -9,12 +9,12 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from research.core.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.kernels import choice
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import cpu, gpu, reference, tpu
 from research.kernels.decode_attention.pages import KVPages
-from research.kernels.mesh import once_a_device, shared_axes
+from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.shard_map import once_a_device, shared_axes
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu"]
 Body = Callable[..., Float[Array, "B R N H"]]

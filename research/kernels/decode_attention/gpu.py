@@ -22,7 +22,7 @@ from research.kernels.decode_attention.gpu_kernel import BAND, STEP, Plan, join_
 from research.kernels.decode_attention.pages import QUANTIZED, KVPages, needed
 from research.kernels.decode_attention.rows import by_row, fold, unfold
 from research.kernels.rounding import round_up
-from research.kernels.target import not_hopper, platform
+from research.parallel.target import not_hopper, platform
 
 # Head widths: whole swizzles of shared memory, up to what registers hold of the result.
 WIDTH, MAX_WIDTH = 64, 256

@@ -16,7 +16,7 @@ from research.kernels.decode_attention.pages import KVPages, needed
 from research.kernels.decode_attention.rows import by_row, fold, unfold
 from research.kernels.decode_attention.tpu_kernel import LANES, SUBLANES, Plan, kernel
 from research.kernels.rounding import round_up
-from research.kernels.target import chip, platform
+from research.parallel.target import chip, platform
 
 # Tokens of a block; bytes that both halves of its buffers may take of a core's fast memory, and those of the sums.
 BLOCK = 512

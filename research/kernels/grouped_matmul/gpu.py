@@ -22,7 +22,7 @@ from research.kernels.grouped_matmul.gpu_kernel import (
     rows_scratch,
 )
 from research.kernels.grouped_matmul.visits import visits
-from research.kernels.target import not_hopper, platform
+from research.parallel.target import not_hopper, platform
 
 # Blocks of a GPU's grid along any axis but its first.
 MAX_VISITS = 2**16 - 1

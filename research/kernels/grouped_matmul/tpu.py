@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from research.kernels.grouped_matmul.visits import visits
-from research.kernels.target import platform
+from research.parallel.target import platform
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Array, Float
 
 from research.kernels.projection import cpu, reference
-from research.kernels.target import platform
+from research.parallel.target import platform
 
 __all__ = ["Implementation", "project"]
 

@@ -15,7 +15,7 @@ from research.core.errors import UserError
 from research.kernels import choice
 from research.kernels.attention import AttentionMask, ScoreTerms, attention, bodies, cudnn, gpu, reference
 from research.kernels.attention.gpu_plan import Plan, block_kinds, visits
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on
 
 H200 = "NVIDIA H200"

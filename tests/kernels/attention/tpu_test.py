@@ -13,7 +13,7 @@ from research.core.errors import UserError
 from research.kernels.attention import AttentionMask, ScoreTerms, attention, reference, tpu
 from research.kernels.attention.tpu import tiled_attention
 from research.kernels.attention.tpu_plan import Blocks, plan, visibility
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 
 SMALL = Blocks(queries=128, keys=128, resident=256)

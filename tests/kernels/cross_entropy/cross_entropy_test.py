@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research.core.errors import UserError
 from research.kernels.cross_entropy import cross_entropy, fused, summed_cross_entropy, tiles
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on, tpu_devices
 
 D, V = 12, 101

@@ -13,7 +13,7 @@ from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import cpu, decode_attention, empty_pages, gather, quantize, reference, write
 from research.kernels.decode_attention.pages import KVPages, needed
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from tests.kernels.decode_attention.cases import by_words, cache, calls, poisoned
 
 BODIES = {"reference": reference.decode_attention, "cpu": cpu.decode_attention}

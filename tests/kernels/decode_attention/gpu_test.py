@@ -12,7 +12,7 @@ from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import bodies, empty_pages, gather, gpu, reference
 from research.kernels.decode_attention.gpu_kernel import STEP
 from research.kernels.decode_attention.pages import needed
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on
 from tests.kernels.decode_attention.cases import cache, calls, poisoned
 

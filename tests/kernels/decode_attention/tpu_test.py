@@ -14,7 +14,7 @@ from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import decode_attention, empty_pages, reference, tpu
 from research.kernels.decode_attention.pages import needed
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 from tests.kernels.decode_attention.cases import cache, calls, poisoned
 

@@ -14,7 +14,7 @@ from research.core.errors import UserError
 from research.kernels import choice, grouped_matmul
 from research.kernels.attention.gpu_plan import TILE
 from research.kernels.grouped_matmul import gpu
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on
 
 H200 = "NVIDIA H200"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from research.core.errors import UserError
 from research.kernels.grouped_matmul import cpu, grouped_matmul, reference, tpu, xla
 from research.kernels.grouped_matmul.visits import visits
-from research.kernels.target import compiling_for
+from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 
 BLOCKS = tpu.Blocks(rows=16, inner=128, outer=128)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research.kernels.projection import project
-from research.kernels.target import compiling_for, platform
+from research.parallel.target import compiling_for, platform
 
 SHAPES = {1: ((4, 6, 16), (16, 2, 8), (2, 8)), 2: ((4, 6, 2, 8), (2, 8, 24), (24,))}
 

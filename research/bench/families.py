@@ -6,11 +6,10 @@ import json
 import pathlib
 
 import research
+from research.bench.sides import interleave, spread
 from research.core import config as configs
 from research.core.errors import UserError, nearest
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
-from research.recipes.bench import spread
-from research.recipes.bench_sides import interleave
 from research.scaling.accounting import train_flops_per_token
 
 PRESETS = pathlib.Path(research.__file__).parent.parent / "configs" / "model"
@@ -41,7 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
     base = flops(load(DECODER, arguments.dtype))
     results = {}
     for spec in wanted:
-        module, steps = "research.recipes.bench_families_side", arguments.steps
+        module, steps = "research.bench.families_side", arguments.steps
         sides = {name: [module, name, arguments.dtype] for name in (DECODER, spec)}
         seconds = interleave(sides, arguments.rounds, steps)
         own = flops(load(spec, arguments.dtype))

@@ -2,8 +2,8 @@
 
 import sys
 
+from research.bench.sides import serve
 from research.core import backend
-from research.recipes.bench_sides import serve
 
 
 def main(spec: str, dtype: str) -> None:
@@ -12,11 +12,11 @@ def main(spec: str, dtype: str) -> None:
     import jax  # after the settings, which it reads when it starts
     import numpy as np
 
+    from research.bench.families import BATCH, LENGTH, VOCABULARY, load
     from research.data.objectives import ObjectiveConfig, batch_shapes
     from research.optim.optimizers import OptimConfig
     from research.optim.schedules import ScheduleConfig
     from research.parallel.mesh import MeshConfig
-    from research.recipes.bench_families import BATCH, LENGTH, VOCABULARY, load
     from research.training.config import TrainConfig
     from research.training.program import build_program
     from research.training.step import place_batch

@@ -5,12 +5,12 @@ import threading
 
 import pytest
 
-from research.core import settling
-from research.core.settling import Settling, reads_directly, settle
+from research.storage import flush
+from research.storage.flush import Settling, reads_directly, settle
 
 
 def test_what_was_written_is_settled_a_stride_at_a_time_and_never_twice_at_once(monkeypatch):
-    monkeypatch.setattr(settling, "STRIDE", 10)
+    monkeypatch.setattr(flush, "STRIDE", 10)
     lock, calls, go = threading.Lock(), [], threading.Event()
 
     def slow():
@@ -32,7 +32,7 @@ def test_what_was_written_is_settled_a_stride_at_a_time_and_never_twice_at_once(
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_a_full_disk_is_told_at_the_next_stride_or_the_end(monkeypatch, strides):
-    monkeypatch.setattr(settling, "STRIDE", 1)
+    monkeypatch.setattr(flush, "STRIDE", 1)
 
     def full():
         raise OSError("No space left on device")

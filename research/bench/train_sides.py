@@ -6,9 +6,9 @@ Each imports its own framework only, inside its function, so that the threads of
 import sys
 from collections.abc import Callable
 
+from research.bench.sides import serve
+from research.bench.train import BETAS, LEARNING_RATE, SHAPE, WEIGHT_DECAY
 from research.core import backend
-from research.recipes.bench_sides import serve
-from research.recipes.bench_train import BETAS, LEARNING_RATE, SHAPE, WEIGHT_DECAY
 
 
 def tessera_step(dtype: str) -> Callable[[], float]:

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from research.bench.sides import serve
 from research.core import backend
-from research.recipes.bench_sides import serve
 
 
 def jax_side(side: str, dtype: str, batch: int, length: int, heads: int, width: int) -> Callable[[], Any]:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from research.bench.convert_sides import SIDES
+from research.bench.sides import spread
 from research.core.errors import UserError
 from research.interop import mapping
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, write_hugging_face
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
-from research.recipes.bench import spread
-from research.recipes.bench_convert_sides import SIDES
 
 # Of one layer with the widths below, and of the embeddings.
 LAYER, EMBEDDINGS = 60_821_504, 2 * 1024 * 2048
@@ -78,5 +78,5 @@ def _round(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, float]]]:
     for target in targets.values():
         shutil.rmtree(target, ignore_errors=True)
     for side, target in targets.items():
-        command = [sys.executable, "-m", "research.recipes.bench_convert_sides", side, folder / "source", target]
+        command = [sys.executable, "-m", "research.bench.convert_sides", side, folder / "source", target]
         yield side, json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from research.bench import kernels as bench_kernels
+from research.bench import kernels_sides as bench_kernels_sides
+from research.bench import sides as bench_sides
 from research.core.errors import UserError
-from research.recipes import bench_kernels, bench_kernels_sides, bench_sides
 
 TINY = {"cross_entropy": (24, 8, 40), "grouped_matmul": (24, 8, 16, 3), "decode_attention": (3, 100, 4, 2, 8)}
 
@@ -104,7 +106,7 @@ def test_cross_entropy_is_measured_with_its_temporaries(monkeypatch, capsys):
 
 def test_it_runs_without_the_packages_for_data():
     missing = "sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets', 'ml_collections', 'torch')))"
-    run = "runpy.run_module('research.recipes.bench_kernels', run_name='__main__')"
+    run = "runpy.run_module('research.bench.kernels', run_name='__main__')"
     code = f"import runpy, sys; {missing}; sys.argv = ['bench', '--help']; {run}"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--only" in found.stdout, found.stderr

@@ -4,9 +4,8 @@ import argparse
 import json
 import pathlib
 
+from research.bench.sides import interleave, spread
 from research.core.errors import UserError
-from research.recipes.bench import spread
-from research.recipes.bench_sides import interleave
 
 FORMS = ("absorbed", "unfolded")
 
@@ -30,7 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.slots < least:
         raise UserError(f"--slots = {arguments.slots} must be at least {least}: half of them are read at the start.")
     sizes = [str(arguments.batch), str(arguments.slots), arguments.dtype]
-    sides = {form: ["research.recipes.bench_latent_side", form, *sizes] for form in FORMS}
+    sides = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
     seconds = interleave(sides, arguments.rounds, arguments.steps)
     for form, turns in seconds.items():
         print(f"{form:10} {spread([1000 * turn / arguments.steps for turn in turns], 2)} ms a step")

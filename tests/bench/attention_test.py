@@ -10,8 +10,10 @@ import sys
 import numpy as np
 import pytest
 
+from research.bench import attention as bench_attention
+from research.bench import attention_sides as bench_attention_sides
+from research.bench import sides as bench_sides
 from research.core.errors import UserError
-from research.recipes import bench_attention, bench_attention_sides, bench_sides
 
 
 def arguments(*argv):

@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 
+from research.bench.sides import interleave, spread
 from research.core.errors import UserError, nearest
-from research.recipes.bench import spread
-from research.recipes.bench_sides import interleave
 from research.scaling.topology import TPU_TOPOLOGIES, tpu_devices
 
-SIDES, COUNT = "research.recipes.bench_attention_sides", "research.recipes.bench_attention_count"
+SIDES, COUNT = "research.bench.attention_sides", "research.bench.attention_count"
 TARGETS = ("cpu", "gpu", "tpu-schedule")
 # batch, tokens, heads, head width
 CPU_SHAPES = ((16, 256, 6, 64), (2, 2048, 12, 64))

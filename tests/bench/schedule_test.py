@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from research.scaling.scalar_program import words
-from research.scaling.schedule import kernels, run
+from research.bench.scalar_program import words
+from research.bench.schedule import kernels, run
 
 # A loop of `limit` rounds, `limit` being the first word of operand 0, around a region that every other round skips.
 PROGRAM = """\
@@ -74,7 +74,7 @@ KERNEL = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
-from research.scaling.schedule import kernels, run
+from research.bench.schedule import kernels, run
 from research.scaling.topology import compile_on, tpu_devices
 
 def double(x_ref, o_ref):

@@ -6,9 +6,8 @@ import importlib.util
 import json
 import pathlib
 
+from research.bench.sides import interleave, spread
 from research.core.errors import UserError
-from research.recipes.bench import spread
-from research.recipes.bench_sides import interleave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run(dtype: str, rounds: int, steps: int, same_allocator: bool = False) -> di
       steps: training steps a turn.
       same_allocator: whether torch too keeps freed memory (`core.backend.keep_memory`).
     """
-    module = "research.recipes.bench_train_sides"
+    module = "research.bench.train_sides"
     commands = {"tessera": [module, "tessera", dtype], "torch": [module, "torch", dtype]}
     commands["torch"] += ["--keep_memory"] * same_allocator
     seconds = interleave(commands, rounds, steps)

@@ -10,6 +10,7 @@ from typing import get_args
 
 import numpy as np
 
+from research.bench.sides import spread
 from research.core.backend import cache_folder
 from research.data.loader import Loader
 from research.data.objectives import Batch, ObjectiveConfig
@@ -17,7 +18,6 @@ from research.data.objectives.config import Kind
 from research.data.prepare import DataConfig, Prepared, prepare
 from research.data.sources import SourceConfig, documents
 from research.data.tokenizers import TokenizerConfig
-from research.recipes.bench import spread
 
 # Rows and lengths: the shape of the quickstart, and one of a large model's microbatch.
 SHAPES = ((16, 256), (8, 2048))

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from research.core.errors import UserError
+from research.inspection.description import sight
+from research.inspection.parameter_summary import layers_name
 from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
 from research.models.transformer import memory_mask, sequence_mask
-from research.scaling.anatomy import layers_name
-from research.scaling.wording import sight
 
 # Sixteenths of a row that its two documents take; the rest is padding. An encoder's row is filled otherwise, so that
 # the two sides of cross-attention can be told apart.

@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from research.bench import sides as bench_sides
+from research.bench import train as bench_train
+from research.bench import train_sides as bench_train_sides
 from research.core.errors import UserError
-from research.recipes import bench_sides, bench_train, bench_train_sides
 
 TINY = bench_train.Shape(layers=1, width=16, heads=2, length=8, batch=2, vocabulary=32)
 

@@ -2,8 +2,8 @@
 
 import sys
 
+from research.bench.sides import serve
 from research.core import backend
-from research.recipes.bench_sides import serve
 
 
 def main(form: str, batch: int, slots: int, dtype: str) -> None:

@@ -1,10 +1,10 @@
-"""Items come in order, one ahead: claims about `core.ahead`."""
+"""Items come in order, one ahead: claims about `storage.background`."""
 
 import threading
 
 import pytest
 
-from research.core.ahead import Behind, ahead
+from research.storage.background import Behind, ahead
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])

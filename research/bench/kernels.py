@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 
+from research.bench.kernels_sides import page_bytes
+from research.bench.sides import interleave, spread
 from research.core.errors import UserError, nearest
-from research.recipes.bench import spread
-from research.recipes.bench_kernels_sides import page_bytes
-from research.recipes.bench_sides import interleave
 
-SIDES = "research.recipes.bench_kernels_sides"
+SIDES = "research.bench.kernels_sides"
 # What each is timed beside: all logits in float32 at once, JAX's own product, a dense cache and a copy as large.
 PEERS = {"cross_entropy": ("plain",), "grouped_matmul": ("ragged_dot",), "decode_attention": ("jax.nn", "copy")}
 # In the order that the sides take them.

@@ -1,4 +1,4 @@
-"""Digests see every flipped bit on any mesh: claims about `training.digests`."""
+"""Digests see every flipped bit on any mesh: claims about `storage.digests`."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.training.digests import RunningDigest, _ramp, digest_sums, digests
+from research.storage.digests import RunningDigest, _ramp, digest_sums, digests
 
 SHAPE = (3, 5)
 
@@ -86,7 +86,7 @@ PARTS = {
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
 def test_digest_of_parts_in_any_order_is_that_of_the_whole(parts, dtype, monkeypatch):
-    monkeypatch.setattr("research.training.digests._BLOCK", 7)
+    monkeypatch.setattr("research.storage.digests._BLOCK", 7)
     _ramp.cache_clear()
     raw = np.random.default_rng(3).integers(0, 256, size=(6, 5, 8, jnp.dtype(dtype).itemsize), dtype=np.uint8)
     x = raw.view(jnp.dtype(dtype))[..., 0]

@@ -1,6 +1,6 @@
 """The sides of `tessera bench kernels`, each in a process of its own.
 
-`python -m research.recipes.bench_kernels_sides turns|temporaries KERNEL SIDE DTYPE SIZES…` serves turns, or prints the
+`python -m research.bench.kernels_sides turns|temporaries KERNEL SIDE DTYPE SIZES…` serves turns, or prints the
 bytes of the compiled temporaries.
 """
 
@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from research.bench.sides import serve
 from research.core import backend
-from research.recipes.bench_sides import serve
 
 if __name__ == "__main__":
     backend.configure()
@@ -23,7 +23,7 @@ import optax
 from research.kernels.cross_entropy import summed_cross_entropy
 from research.kernels.decode_attention import KVPages, decode_attention, gather
 from research.kernels.grouped_matmul import grouped_matmul
-from research.kernels.target import platform
+from research.parallel.target import platform
 
 PAGE = 64
 # What is timed, and what makes its arguments.

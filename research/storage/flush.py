@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from research.core.ahead import Behind
+from research.storage.background import Behind
 
 # Bytes between two times that what was written is settled.
 STRIDE = 2**26

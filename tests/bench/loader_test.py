@@ -7,11 +7,11 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from research.bench import loader as bench_loader
 from research.data.objectives.config import Kind
 from research.data.sources import SourceConfig, documents
 from research.data.stdlib import files
 from research.data.tokenizers import TokenizerConfig
-from research.recipes import bench_loader
 
 
 @pytest.mark.parametrize("objective", get_args(Kind))

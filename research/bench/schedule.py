@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from research.scaling.scalar_program import Machine, translate
+from research.bench.scalar_program import Machine, translate
 
 _PROGRAM, _USE = "-final_bundles.txt", "-final_hlo-static-per-bundle-utilization.txt"
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)

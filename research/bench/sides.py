@@ -1,6 +1,7 @@
 """Sides of a bench: each a process that is asked, in turns with the others, to do its work so many times."""
 
 import contextlib
+import statistics
 import subprocess
 import sys
 import time
@@ -55,3 +56,8 @@ def worker(command: Sequence[str]) -> Iterator[Callable[[int], float]]:
     finally:
         process.stdin.close()
         process.wait()
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Returns the median with the lowest and highest value."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"

@@ -1,4 +1,4 @@
-"""Attention compiled for a TPU and counted: `python -m research.recipes.bench_attention_count DUMP SIDE CHIP LENGTH`.
+"""Attention compiled for a TPU and counted: `python -m research.bench.attention_count DUMP SIDE CHIP LENGTH`.
 
 A process of its own, since the compiler reads where to write schedules when it is loaded.
 """
@@ -15,11 +15,11 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from research.bench.schedule import kernels, run
 from research.kernels.attention import AttentionMask, attention, tpu
 from research.kernels.attention.tpu_backward import backward_tiles
 from research.kernels.attention.tpu_forward import forward_tiles
-from research.kernels.target import compiling_for
-from research.scaling.schedule import kernels, run
+from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on, tpu_devices
 
 HEADS, WIDTH = 16, 128
