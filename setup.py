@@ -34,7 +34,7 @@ setuptools.setup(
         "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
-    package_data={"research.scaling": ["*.txtpb"]},
+    package_data={"research": ["py.typed"], "research.scaling": ["*.txtpb"]},
     # `tpu` and `cuda` bring the compilers, which need no chip: `cuda` is several GB.
     extras_require={
         "test": test,

@@ -1,19 +1,25 @@
-"""Tessera: a language model from raw text to generated text, in JAX and Flax."""
+"""Tessera: a language model from raw text to a served assistant, in JAX and Flax."""
 
-import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from research.recipes.loaded import LoadedModel
+    from research.api import convert, describe, load, train
+
+__all__ = ["convert", "describe", "load", "train"]
 
 
-def load(workdir: str | pathlib.Path) -> "LoadedModel":
-    """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`, `generate(prompts)`.
+def __getattr__(name: str) -> Any:
+    """Imports `research.api` when one of its names is first used.
 
-    Raises:
-      UserError: no workdir, no checkpoint, or none that is whole.
+    Every module of the package imports this one first, and the command line makes settings before JAX is imported: so
+    this module imports nothing.
     """
-    # Every module of the package imports this one first, so it can import none of them before it is called.
-    from research.recipes.loaded import load
+    if name not in __all__:
+        raise AttributeError(f"module 'research' has no attribute {name!r}")
+    from research import api
 
-    return load(workdir)
+    return vars(api)[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,99 @@
+"""What `import research` offers notebooks and scripts: the verbs as functions, with Python values in and out."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from research.core import config as configs
+from research.models.config import ModelConfig
+from research.recipes import convert as converting
+from research.recipes import describe as describing
+from research.recipes import train as training
+from research.recipes.experiment import ExperimentConfig, load_experiment
+from research.recipes.loaded import LoadedModel
+from research.recipes.loaded import load as load_model
+
+__all__ = ["convert", "describe", "load", "train"]
+
+
+def load(workdir: str | pathlib.Path) -> LoadedModel:
+    """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`, `generate(prompts)`.
+
+    Args:
+      workdir: of a training run or a conversion; its newest whole checkpoint is read.
+
+    Raises:
+      UserError: no workdir, no checkpoint, or none that is whole.
+    """
+    return load_model(workdir)
+
+
+def train(
+    config: str | Mapping[str, Any] | ExperimentConfig,
+    workdir: str | pathlib.Path,
+    overrides: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """Trains to the last step, resuming from the newest checkpoint where there is one, and returns the model.
+
+    Args:
+      config: `FILE.py` or `FILE.py:ARG`, nested values, or the config itself.
+      workdir: folder of the run.
+      overrides: other values for some of its fields, by dotted name: `{"train.steps": 100}`.
+
+    Raises:
+      UserError: a config that does not fit the data, the devices or the workdir.
+      Interrupted: a signal stopped the run; its state is saved.
+    """
+    changes = [(name, str(value)) for name, value in (overrides or {}).items()]
+    if isinstance(config, str):
+        experiment = load_experiment(config, changes)
+    else:
+        experiment = configs.bind(ExperimentConfig, configs.override(configs.plain(config), changes))
+    folder = pathlib.Path(workdir)
+    training.train(experiment, folder)
+    return load_model(folder)
+
+
+def convert(
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    *,
+    format: str | None = None,
+    tokenizer: str | pathlib.Path | None = None,
+    dtype: str | None = None,
+) -> pathlib.Path:
+    """Reads a model in any known form, writes it whole or not at all, and returns the folder that it made.
+
+    Args:
+      source: a Hugging Face folder, a llama2.c `.bin`, or a workdir.
+      target: a folder that does not exist or is empty.
+      format: None makes a workdir, `hf` a Hugging Face folder.
+      tokenizer: the tokenizer's file or folder, where it does not lie beside the model.
+      dtype: of the tensors of a Hugging Face folder; None is float32.
+
+    Raises:
+      UserError: a source that is no model, a target that holds something, or a tokenizer that does not fit.
+    """
+    given = None if tokenizer is None else str(tokenizer)
+    converting.convert(str(source), str(target), format, given, dtype)
+    return pathlib.Path(target)
+
+
+def describe(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> str:
+    """Returns what a model is as text: a sentence, its layers and parameters as a tree, and their counts.
+
+    Args:
+      model: `FILE.py` or `FILE.py:ARG`, a config, or a loaded model. Its size does not matter: no array is made.
+
+    Raises:
+      UserError: a config file that cannot be read.
+    """
+    return "\n".join(describing.report(_model_config(model)))
+
+
+def _model_config(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> ModelConfig:
+    if isinstance(model, str):
+        return describing.load_model(model, [])
+    if isinstance(model, ExperimentConfig):
+        return model.model
+    return model.config if isinstance(model, LoadedModel) else model
