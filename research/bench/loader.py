@@ -12,8 +12,9 @@ import numpy as np
 
 from research.bench.sides import spread
 from research.core.backend import cache_folder
+from research.data.batch import Batch
 from research.data.loader import Loader
-from research.data.objectives import Batch, ObjectiveConfig
+from research.data.objectives import ObjectiveConfig
 from research.data.objectives.config import Kind
 from research.data.prepare import DataConfig, Prepared, prepare
 from research.data.sources import SourceConfig, documents

@@ -15,9 +15,10 @@ from absl import flags
 
 from research.core.errors import UserError
 from research.core.progress import track
+from research.data.batch import Batch
 from research.data.corpus import Corpus
 from research.data.mixing import row_stream
-from research.data.objectives import Batch, build, identity
+from research.data.objectives import build, identity
 from research.data.packing import PADDING_ROW, PackedRows
 from research.data.prepare import DataConfig
 from research.data.tokenizers import Tokenizer

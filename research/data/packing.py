@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Int
 
 from research.core.errors import UserError
+from research.data.batch import Batch
 from research.data.chance import hash64, ragged_arange
 from research.data.corpus import Corpus
-from research.data.objectives import Batch, Objective, Pieces, Runs
+from research.data.objectives import Objective, Pieces, Runs
 from research.data.sources import stable_hash
 
 PADDING_ROW = -1

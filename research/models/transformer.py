@@ -18,18 +18,6 @@ from research.models.layers import Embedding
 from research.models.stack import Stack, layer_name, scans_layers
 from research.parallel.rules import constrain, is_box
 
-# The arrays of a batch that a model reads.
-INPUTS = (
-    "tokens",
-    "positions",
-    "segments",
-    "types",
-    "prefix",
-    "encoder_tokens",
-    "encoder_positions",
-    "encoder_segments",
-)
-
 
 class Output(NamedTuple):
     """What a transformer makes of tokens.
@@ -229,11 +217,6 @@ def memory_mask(
         real = (encoder_segments != 0).astype(tokens.dtype)
         return AttentionMask(q_segments=jnp.ones_like(tokens), kv_segments=real)
     return AttentionMask(q_segments=segments, kv_segments=encoder_segments)
-
-
-def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arrays of a batch that a model reads, as keywords of its call."""
-    return {name: batch[name] for name in INPUTS if name in batch}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

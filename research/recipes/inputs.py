@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from research.core.backend import cache_folder
 from research.core.errors import UserError
+from research.data.batch import Batch
 from research.data.loader import Loader, heldout_batches
-from research.data.objectives import Batch, special_ids
+from research.data.objectives import special_ids
 from research.data.prepare import Prepared, prepare
 from research.recipes.experiment import ExperimentConfig
 

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from research.core.errors import Interrupted
 from research.core.random import key_for
 from research.core.trees import count
+from research.data.batch import Batch
 from research.data.loader import Loader
 from research.data.objectives import encoder_length
 from research.parallel import distributed
@@ -32,7 +33,7 @@ from research.training.plots import plot_loss
 from research.training.program import build_program
 from research.training.self_check import check_attention
 from research.training.state import TrainState
-from research.training.step import Batch, place_batch
+from research.training.step import place_batch
 
 logger = logging.getLogger("tessera")
 

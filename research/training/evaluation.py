@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.training.step import Batch, Metrics
+from research.data.batch import Batch
+from research.training.step import Metrics
 
 
 def evaluate(

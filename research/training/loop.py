@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from research.core.errors import Interrupted, UserError
 from research.core.progress import Progress
+from research.data.batch import Batch
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
 from research.training.config import TrainConfig
 from research.training.metrics import MetricsWriter, format_evaluation, format_line
 from research.training.state import TrainState
-from research.training.step import Batch, Metrics, Step
+from research.training.step import Metrics, Step
 
 logger = logging.getLogger("tessera")
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("tessera")
 class Batches(Protocol):
     """A stream of host batches whose position can be saved."""
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -75,7 +75,7 @@ class Run:
 
     step: Step
     batches: Batches
-    place: Callable[[dict[str, np.ndarray]], Batch]
+    place: Callable[[Batch], Batch]
     check: Callable[[TrainState, Batch], None]
     evaluate: Callable[[TrainState], dict[str, float]]
     checkpoints: Checkpoints

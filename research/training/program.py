@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from research.core.random import key_for
+from research.data.batch import Batch
 from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
@@ -18,7 +19,6 @@ from research.training.config import TrainConfig
 from research.training.state import TrainState, abstract_state, create_state
 from research.training.step import (
     AbstractBatch,
-    Batch,
     Metrics,
     Step,
     language_model_loss,

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.tree_util import tree_map_with_path
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves, path_name
+from research.data.batch import Batch, model_inputs
 from research.models.config import ModelConfig
 from research.models.stack import scans_layers
-from research.models.transformer import Transformer, model_inputs
+from research.models.transformer import Transformer
 from research.parallel.mesh_axes import BATCH_AXES
-from research.training.step import Batch
 
 # Of each device's rows one is looked at, and of that no more than so many tokens, since the reference holds all scores.
 MAX_TOKENS = 1024
@@ -105,7 +105,7 @@ def _errors(
     return {name: tuple(error(side[name], truth) for side in sides) for name, truth in exact.items()}
 
 
-def _outputs(config: ModelConfig, params: Any, batch: dict[str, Int[Array, "B T"]]) -> dict[str, Float[Array, "..."]]:
+def _outputs(config: ModelConfig, params: Any, batch: Batch) -> dict[str, Float[Array, "..."]]:
     """Returns the hidden states of real tokens, and the gradients of every attention under a random cotangent."""
     shape = (*batch["tokens"].shape, config.embed_dim)
     cotangent = jax.random.normal(jax.random.key(0), shape) * (batch["segments"] != 0)[..., None]

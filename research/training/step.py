@@ -5,19 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Shaped
 
 from research.core.random import step_key
+from research.data.batch import Batch, model_inputs
 from research.kernels.cross_entropy import summed_cross_entropy
 from research.losses.token import weighted_sum, z_loss
 from research.models.config import ModelConfig
-from research.models.transformer import Transformer, model_inputs
+from research.models.transformer import Transformer
 from research.parallel.target import platform
 from research.training.state import TrainState
 
-Batch = dict[str, Shaped[Array, "B T"]]
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 Metrics = dict[str, Float[Array, ""]]
 # Sums over the tokens of a batch: what to minimize, and what to report.
@@ -76,7 +75,7 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
     return loss
 
 
-def _further(batch: Batch, depth: int) -> list[Batch]:
+def _further(batch: Batch, depth: int) -> list[dict[str, Shaped[Array, "B T"]]]:
     """Returns, for each depth k from 1, the tokens k places further on, and the targets and weights behind them."""
     parts = []
     for k in range(1, depth + 1):
@@ -90,7 +89,7 @@ def _further(batch: Batch, depth: int) -> list[Batch]:
     return parts
 
 
-def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> dict[str, Shaped[Array, "micro T"]]:
+def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
     """Returns every `count`-th row: each device's share of the batch gives as many rows to each microbatch."""
     return {name: array.reshape(-1, count, *array.shape[1:])[:, index] for name, array in batch.items()}
 
@@ -182,7 +181,7 @@ def make_train_step(
     return step
 
 
-def place_batch(batch: dict[str, np.ndarray], like: AbstractBatch) -> Batch:
+def place_batch(batch: Batch, like: AbstractBatch) -> Batch:
     """Puts this process's rows of a batch on its devices, as part of the global batch that `like` describes."""
     return {
         name: jax.make_array_from_process_local_data(like[name].sharding, array, like[name].shape)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.trees import named_leaves
+from research.data.batch import model_inputs
 from research.interop.architecture import config_from
 from research.interop.huggingface import ARCHITECTURES
 from research.interop.mapping import params_from, tensors_from
 from research.models.config import ModelConfig
-from research.models.transformer import Transformer, model_inputs
+from research.models.transformer import Transformer
 from tests.interop import cases
 
 # Tokens from here on: those before are padding to some of the models.

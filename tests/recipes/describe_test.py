@@ -15,9 +15,10 @@ from PIL import Image
 from research import cli
 from research.core import config as configs
 from research.core.trees import count, named_leaves
+from research.data.batch import model_inputs
 from research.inspection import mask_pictures, parameter_summary
 from research.models.config import LayerConfig, ModelConfig
-from research.models.transformer import Transformer, model_inputs
+from research.models.transformer import Transformer
 from research.recipes import describe
 from research.scaling.accounting import matmul_parameters
 from tests.models.variants import VARIANTS

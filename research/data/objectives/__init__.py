@@ -1,9 +1,7 @@
-"""What a model learns from a piece of a document: an objective makes examples, and examples make the batch.
+"""What a model learns from a piece of a document: an objective makes examples, and examples make a `data.batch.Batch`.
 
-The batch contract, shared by every objective: a dict of `[B, T]` arrays `tokens`, `targets`, `positions`, `segments`
-(int32) and `weights` (float32). Segment 0 is padding; weight 0 means no loss. The prefix objective adds `prefix`
-(int32, 1 inside a piece's prefix). With an encoder there are also `encoder_tokens`, `encoder_positions` and
-`encoder_segments`, `[B, S]`; a document has the same segment number in both.
+Every objective gives the arrays that a batch must have. The prefix objective adds `prefix`, and those of a model with
+an encoder add the encoder's.
 """
 
 import dataclasses
@@ -11,7 +9,8 @@ from typing import Any
 
 from research.core.config import plain
 from research.core.errors import UserError
-from research.data.objectives.base import Batch, Ids, Objective, Pieces, Runs
+from research.data import batch as batches
+from research.data.objectives.base import Ids, Objective, Pieces, Runs
 from research.data.objectives.config import (
     CAUSAL,
     ENCODED,
@@ -29,7 +28,6 @@ from research.data.tokenizers import Tokenizer
 __all__ = [
     "CAUSAL",
     "UL2",
-    "Batch",
     "Ids",
     "InfillConfig",
     "MaskedConfig",
@@ -50,13 +48,13 @@ __all__ = [
 def batch_shapes(
     config: ObjectiveConfig, batch_size: int, sequence_length: int
 ) -> dict[str, tuple[tuple[int, int], str]]:
-    """Returns (shape, dtype) of every array of a batch, B rows of T (and S)."""
-    names = ["tokens", "targets", "positions", "segments", "weights"] + ["prefix"] * (config.kind == "prefix")
-    shapes = {name: ((batch_size, sequence_length), "float32" if name == "weights" else "int32") for name in names}
+    """Returns (shape, dtype) of every array of a batch that an objective makes."""
+    names = batches.REQUIRED
+    if config.kind == "prefix":
+        names += ("prefix",)
     if config.kind in ENCODED:
-        wide = (batch_size, encoder_length(config, sequence_length))
-        shapes |= {f"encoder_{name}": (wide, "int32") for name in ("tokens", "positions", "segments")}
-    return shapes
+        names += batches.ENCODER
+    return batches.shapes(names, batch_size, sequence_length, encoder_length(config, sequence_length))
 
 
 def encoder_length(config: ObjectiveConfig, sequence_length: int) -> int:

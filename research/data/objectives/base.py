@@ -7,9 +7,11 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt
 
 from research.core.errors import UserError
+from research.data.batch import Batch
 from research.data.chance import fraction, hash64, ragged_arange
 
-Batch = dict[str, Shaped[np.ndarray, "B _"]]
+# Some of a batch's arrays.
+Arrays = dict[str, Shaped[np.ndarray, "B _"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Layout:
     row_sizes: Int[np.ndarray, "B"]
     width: int
 
-    def arrays(self, side: str = "", **flat: tuple[Shaped[np.ndarray, "_"], int | float]) -> Batch:
+    def arrays(self, side: str = "", **flat: tuple[Shaped[np.ndarray, "_"], int | float]) -> Arrays:
         """Returns `[B, width]` arrays of flat (values, fill), with `positions` and `segments`.
 
         Args:

@@ -7,8 +7,9 @@ a piece in both rows, and only where the spans lie is drawn, anew in every epoch
 import numpy as np
 from jaxtyping import Int, Shaped, UInt
 
+from research.data.batch import Batch
 from research.data.chance import below, choose, ragged_arange, shuffled
-from research.data.objectives.base import Batch, Ids, Objective, Pieces, encoder_decoder_batch, woven
+from research.data.objectives.base import Ids, Objective, Pieces, encoder_decoder_batch, woven
 from research.data.objectives.config import InfillConfig, SpanConfig
 
 SEGMENTATION, GAPS, LENGTHS, SENTENCES = range(4)

@@ -3,8 +3,9 @@
 import numpy as np
 from jaxtyping import Bool, Int
 
+from research.data.batch import Batch
 from research.data.chance import ragged_arange
-from research.data.objectives.base import Batch, Ids, Objective, Pieces, Runs, encoder_decoder_batch
+from research.data.objectives.base import Ids, Objective, Pieces, Runs, encoder_decoder_batch
 
 
 class Translate(Objective):

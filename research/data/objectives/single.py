@@ -9,8 +9,9 @@ piece.
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from research.data.batch import Batch
 from research.data.chance import below, choose, fraction, ragged_arange
-from research.data.objectives.base import Batch, Ids, Layout, Objective, Pieces, Runs, woven
+from research.data.objectives.base import Ids, Layout, Objective, Pieces, Runs, woven
 from research.data.objectives.config import MaskedConfig
 
 CHOICE, TREATMENT, REPLACEMENT = range(3)
