@@ -1,6 +1,7 @@
 """Sides of a bench: each a process that is asked, in turns with the others, to do its work so many times."""
 
 import contextlib
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -38,10 +39,15 @@ def interleave(commands: Mapping[str, Sequence[str]], rounds: int, count: int) -
 
 
 @contextlib.contextmanager
-def worker(command: Sequence[str]) -> Iterator[Callable[[int], float]]:
-    """Starts a side in a process of its own, and gives a function that asks it and returns the seconds."""
+def worker(command: Sequence[str], root: pathlib.Path | None = None) -> Iterator[Callable[[int], float]]:
+    """Starts a side in a process of its own, and gives a function that asks it and returns the seconds.
+
+    Args:
+      command: a module that calls `serve`, and its arguments.
+      root: the checkout whose module it is; None is the one that is running.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
     )
 
     def ask(count: int) -> float:

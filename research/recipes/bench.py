@@ -12,10 +12,11 @@ EXAMPLES = """\
   tessera bench kernels --only=cross_entropy,decode_attention
   tessera bench convert --megabytes=3000 --dtype=bfloat16
   tessera bench families --only=gemma,mixtral,t5
-  tessera bench latent --batch=8"""
+  tessera bench latent --batch=8
+  tessera bench commits --before=HEAD~10 --only=train,attention"""
 
 # Each is a module of `research.bench` with `add_arguments` and `main`.
-BENCHES = ("train", "loader", "attention", "kernels", "convert", "families", "latent")
+BENCHES = ("train", "loader", "attention", "kernels", "convert", "families", "latent", "commits")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
