@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.models.attention import Attention, Context, CrossAttention
@@ -13,6 +12,7 @@ from research.models.config import LayerConfig, ModelConfig
 from research.models.latent import LatentAttention
 from research.models.layers import Norm
 from research.models.mlp import Experts, Mlp
+from research.models.reports import LayerReport, empty_report
 from research.parallel.rules import constrain
 
 Stream = Float[Array, "B T D"]
@@ -32,9 +32,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Stream, cache: LayerCache | None, context: Context
-    ) -> tuple[Stream, LayerCache | None, Float[Array, ""]]:
-        """Returns the stream, the cache with these tokens in it, and the loss of the experts' router."""
-        c, router_loss = self.config, jnp.zeros(())
+    ) -> tuple[Stream, LayerCache | None, LayerReport]:
+        """Returns the stream, the cache with these tokens in it, and what the experts tell beside their output."""
+        c, report = self.config, empty_report()
         attention_class = Attention if c.attention.latent is None else LatentAttention
 
         def attend(x: Stream) -> Stream:
@@ -48,10 +48,10 @@ class Block(nn.Module):
             return y
 
         def feed_forward(x: Stream) -> Stream:
-            nonlocal router_loss
+            nonlocal report
             if c.experts is None or not self.layer.experts:
                 return Mlp(c, name="mlp")(x)
-            y, router_loss = Experts(c, name="mlp")(x, context.real())
+            y, report = Experts(c, name="mlp")(x, context.real())
             return y
 
         if c.norm.placement.startswith("parallel"):
@@ -64,7 +64,7 @@ class Block(nn.Module):
             if c.structure == "encoder_decoder":
                 x = self._sublayer("cross_attention", x, read_encoder, context, 1)
             x = self._sublayer("mlp", x, feed_forward, context, 2)
-        return constrain(x, ("batch", "length", "embed")), cache, router_loss
+        return constrain(x, ("batch", "length", "embed")), cache, report
 
     def _sublayer(self, name: str, x: Stream, f: Callable[[Stream], Stream], context: Context, index: int) -> Stream:
         norm = self.config.norm

@@ -8,6 +8,7 @@ from research.models.attention import Context
 from research.models.block import Block
 from research.models.config import ModelConfig
 from research.models.layers import ACTIVATIONS, Norm, Projection
+from research.models.reports import LayerReport
 
 
 class Transform(nn.Module):
@@ -62,11 +63,11 @@ class FuturePredictor(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """Returns the states, and the loss of the experts' router."""
+    ) -> tuple[Float[Array, "B T D"], LayerReport]:
+        """Returns the states, and what the experts tell beside their output."""
         c = self.config
         both = [Norm(c.norm, name="embed_norm")(embedded), Norm(c.norm, name="hidden_norm")(hidden)]
         options = {"stddev": c.init_stddev, "dtype": c.dtype, "name": "projection"}
         x = Projection((c.embed_dim,), ("mlp", "embed"), **options)(jnp.concatenate(both, axis=-1))
-        x, _, router_loss = Block(c, c.layers()[-1], name="block")(x, None, context)
-        return Norm(c.norm, name="final_norm")(x), router_loss
+        x, _, report = Block(c, c.layers()[-1], name="block")(x, None, context)
+        return Norm(c.norm, name="final_norm")(x), report

@@ -12,6 +12,7 @@ from research.kernels.grouped_matmul import grouped_matmul
 from research.models.attention import residual_stddev
 from research.models.config import ExpertsConfig, MlpConfig, ModelConfig
 from research.models.layers import ACTIVATIONS, Projection
+from research.models.reports import LayerReport
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.rules import constrain
 from research.parallel.shard_map import once_a_device, shared_axes
@@ -57,7 +58,7 @@ class Mlp(nn.Module):
 class Experts(nn.Module):
     """A mixture of experts: Σ_e w_e · expert_e(x) over the chosen experts e, plus the shared expert.
 
-    Returns the sum, and the loss of the router for its load, weighed as the config says.
+    Returns the sum, and what the layer tells beside it: the loss of the router, and the load of each expert.
 
     Source: Shazeer et al. 2017, arXiv:1701.06538, equation 1; dropless as in Gale et al. 2022, arXiv:2211.15841; shared
     experts, sigmoid scores and groups: DeepSeek-AI 2024, arXiv:2412.19437, equations 12 to 16.
@@ -68,7 +69,7 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+    ) -> tuple[Float[Array, "B T D"], LayerReport]:
         model, c = self.config, self.config.experts
         assert c is not None
         # The router is small and its choice is sharp, so it is computed in float32 whatever the type.
@@ -88,7 +89,7 @@ class Experts(nn.Module):
                 options = {"stddev": model.init_stddev, "dtype": model.dtype, "name": "shared_gate"}
                 shared = shared * jax.nn.sigmoid(Projection((1,), ("embed", "types"), **options)(x))
             y = y + shared
-        return y, loss
+        return y, LayerReport(loss, expert_load(c.num_experts, chosen, real))
 
 
 def route(
@@ -120,17 +121,21 @@ def route(
         # The small number is for sigmoids that are all zero.
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     if selection is not None and config.bias_speed:
-        weights = _telling_load(weights, selection, _excess_load(config, chosen, real))
+        load = expert_load(config.num_experts, chosen, real)
+        weights = _telling_load(weights, selection, load - load.mean())
     return chosen, weights * config.scale, _router_loss(config, logits, scores, chosen, real)
 
 
-def _excess_load(
-    config: ExpertsConfig, chosen: Int[Array, "B T k"], real: Bool[Array, "B T"] | None
-) -> Float[Array, "E"]:
-    """Returns how many real tokens chose each expert, less the mean of all experts."""
-    picked = jax.nn.one_hot(chosen, config.num_experts)
-    load = jnp.sum(picked if real is None else picked * real[..., None, None], axis=(0, 1, 2))
-    return load - load.mean()
+def expert_load(num_experts: int, chosen: Int[Array, "B T k"], real: Bool[Array, "B T"] | None) -> Float[Array, "E"]:
+    """Returns how many real tokens chose each expert.
+
+    Args:
+      num_experts: E.
+      chosen: the experts of each token.
+      real: tokens that count; None is all of them.
+    """
+    picked = jax.nn.one_hot(chosen, num_experts)
+    return jnp.sum(picked if real is None else picked * real[..., None, None], axis=(0, 1, 2))
 
 
 @jax.custom_vjp

@@ -16,6 +16,7 @@ from research.models.cache import Cache, LayerCache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.layers import Embedding, Norm
 from research.models.positions import distance_buckets, document_lengths, rounded_alibi, sinusoidal
+from research.models.reports import LayerReport, LayerReports, collect_reports
 from research.parallel.rules import constrain
 from research.parallel.target import platform
 
@@ -91,8 +92,8 @@ class Stack(nn.Module):
         memory: Float[Array, "B M D"] | None,
         memory_mask: AttentionMask | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
-        """Returns the hidden states, the cache with these tokens in it, and the mean loss of the routers."""
+    ) -> tuple[Float[Array, "B T D"], Cache | None, LayerReports]:
+        """Returns the hidden states, the cache with these tokens in it, and what the layers tell beside them."""
         c = self.config
         x = self._place(x, positions, types)
         drop_key = None if key is None else jax.random.fold_in(key, 0)
@@ -104,10 +105,9 @@ class Stack(nn.Module):
             memory_mask=memory_mask,
             key=None if key is None else jax.random.fold_in(key, 1),
         )
-        x, cache, losses = self._layers(x, cache, context)
-        routed = sum(kind.experts for kind in c.layers()) if c.experts is not None else 0
+        x, cache, reports = self._layers(x, cache, context)
         x = self.final_norm(x) if c.norm.placement != "post" else x
-        return x, cache, losses / max(routed, 1)
+        return x, cache, collect_reports(reports)
 
     def context(self, positions: Int[Array, "B T"], mask: AttentionMask, cache: Cache | None) -> Context:
         """Returns what positions tell each layer, for `run` and for layers that come after it."""
@@ -147,47 +147,47 @@ class Stack(nn.Module):
 
     def _layers(
         self, x: Float[Array, "B T D"], cache: Cache | None, context: Context
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
-        blocks, total = [*self.first_layers, *(() if scans_layers(self.config) else self.layers)], jnp.zeros(())
-        caches = []
+    ) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, LayerReport]]:
+        """Returns the stream, the cache, and the report of each layer by the name of its parameters."""
+        blocks = [*self.first_layers, *(() if scans_layers(self.config) else self.layers)]
+        caches, reports = [], {}
         for index, block in enumerate(blocks):
-            x, layer_cache, loss = block(x, None if cache is None else cache.layers[index], _at_layer(context, index))
+            layer_cache = None if cache is None else cache.layers[index]
+            x, layer_cache, report = block(x, layer_cache, _at_layer(context, index))
             caches.append(layer_cache)
-            total = total + loss
-        if scans_layers(self.config) and not self.bare:
+            reports[layer_name(self.config, index)] = report
+        if scans_layers(self.config) and not self.bare and self.config.num_layers > len(blocks):
             stacked = None if cache is None else cache.layers[-1]
-            x, stacked, loss = self._scan(x, stacked, context)
+            x, stacked, reports["layers"] = self._scan(x, stacked, context)
             caches.append(stacked)
-            total = total + loss
-        return x, None if cache is None else cache.replace(layers=tuple(caches)), total
+        return x, None if cache is None else cache.replace(layers=tuple(caches)), reports
 
     def _scan(
         self, x: Float[Array, "B T D"], cache: LayerCache | None, context: Context
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, ""]]:
-        """Takes the stream through the layers of `pattern`, whose parameters and caches have a leading layer axis.
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
+        """Takes the stream through the layers of `pattern`.
+
+        Their parameters, caches and reports have a leading layer axis.
 
         One turn of the loop is one round of the pattern. Layers after the last whole round are unrolled; only then are
         the others' parameters cut out of the stack, which copies them.
         """
         c, first = self.config, len(self.config.first_layers)
         count, period = c.num_layers - first, len(c.pattern)
-        if not count:
-            return x, cache, jnp.zeros(())
         stacked = (self.get_variable("params", "layers"), cache)
 
-        def layer(x: Any, leaves: Any, kind: LayerConfig, index: Any) -> tuple[Any, LayerCache | None, Any]:
+        def layer(x: Any, leaves: Any, kind: LayerConfig, index: Any) -> tuple[Any, LayerCache | None, LayerReport]:
             params, layer_cache = leaves
             module = Block(c, kind, parent=None)
             return module.apply({"params": params}, x, layer_cache, _at_layer(context, first + index))
 
-        def round_of(carry: Any, leaves: Any) -> tuple[Any, LayerCache | None]:
-            (x, total), (turn, leaves), caches = carry, leaves, []
+        def round_of(x: Any, leaves: Any) -> tuple[Any, tuple[LayerCache | None, LayerReport]]:
+            (turn, leaves), beside = leaves, []
             for i, kind in enumerate(c.pattern):
                 own = jax.tree.map(lambda leaf, i=i: leaf[i], leaves)
-                x, layer_cache, loss = layer(x, own, kind, turn * period + i)
-                total = total + loss
-                caches.append(layer_cache)
-            return (x, total), jax.tree.map(lambda *each: jnp.stack(each), *caches)
+                x, *more = layer(x, own, kind, turn * period + i)
+                beside.append(tuple(more))
+            return x, jax.tree.map(lambda *each: jnp.stack(each), *beside)
 
         alone: Any = layer
         if c.remat != "none":
@@ -196,15 +196,14 @@ class Stack(nn.Module):
             alone = jax.checkpoint(layer, policy=policy, static_argnums=(2, 3))
         rounds = count // period
         whole = jax.tree.map(lambda leaf: leaf[: rounds * period].reshape(rounds, period, *leaf.shape[1:]), stacked)
-        (x, total), caches = jax.lax.scan(round_of, (x, jnp.zeros(())), (jnp.arange(rounds), whole))
-        parts = [jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), caches)]
+        x, beside = jax.lax.scan(round_of, x, (jnp.arange(rounds), whole))
+        parts = [jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), beside)]
         for index in range(rounds * period, count):
             own = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-            x, layer_cache, loss = alone(x, own, c.pattern[index - rounds * period], index)
-            total = total + loss
-            parts.append(jax.tree.map(lambda leaf: leaf[None], layer_cache))
-        cache = jax.tree.map(lambda *each: jnp.concatenate(each), *parts) if len(parts) > 1 else parts[0]
-        return x, cache, total
+            x, *more = alone(x, own, c.pattern[index - rounds * period], index)
+            parts.append(jax.tree.map(lambda leaf: leaf[None], tuple(more)))
+        cache, reports = jax.tree.map(lambda *each: jnp.concatenate(each), *parts) if len(parts) > 1 else parts[0]
+        return x, cache, reports
 
 
 def _at_layer(context: Context, index: Any) -> Context:

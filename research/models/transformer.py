@@ -15,6 +15,7 @@ from research.models.cache import Cache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.heads import FuturePredictor, Pooler, Transform
 from research.models.layers import Embedding
+from research.models.reports import LayerReports, collect_reports, no_reports
 from research.models.stack import Stack, layer_name, scans_layers
 from research.parallel.rules import constrain, is_box
 
@@ -25,12 +26,12 @@ class Output(NamedTuple):
     Attributes:
       hidden: the last states, which `projection` and `logits` read.
       cache: with these tokens in it, where one was given.
-      router_loss: the mean loss of the experts' routers, an encoder's added to a decoder's; 0 without experts.
+      reports: what the layers tell beside: the loss of routers, an encoder's added to a decoder's, and experts' loads.
     """
 
     hidden: Float[Array, "B T D"]
     cache: Cache | None
-    router_loss: Float[Array, ""]
+    reports: LayerReports
 
 
 class Transformer(Stack):
@@ -90,10 +91,10 @@ class Transformer(Stack):
           deterministic: False drops activations, with the random stream `dropout`.
         """
         key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
-        memory, of_encoder = None, jnp.zeros(())
+        memory, of_encoder = None, no_reports()
         if encoder_tokens is not None:
             memory, of_encoder = self.encode(encoder_tokens, encoder_positions, encoder_segments, key)
-        x, cache, loss = self.run(
+        x, cache, reports = self.run(
             self.embed(tokens),
             sequence_mask(self.config, positions, segments, prefix, cached=cache is not None),
             positions,
@@ -103,7 +104,7 @@ class Transformer(Stack):
             memory_mask=memory_mask(tokens, segments, encoder_segments if cache is None else cache.memory_segments),
             key=key,
         )
-        return Output(x, cache, loss + of_encoder)
+        return Output(x, cache, reports + of_encoder)
 
     def encode(
         self,
@@ -111,8 +112,8 @@ class Transformer(Stack):
         positions: Int[Array, "B M"] | None = None,
         segments: Int[Array, "B M"] | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B M D"], Float[Array, ""]]:
-        """Returns what the encoder of an encoder-decoder makes of its tokens, and the mean loss of its routers.
+    ) -> tuple[Float[Array, "B M D"], LayerReports]:
+        """Returns what the encoder of an encoder-decoder makes of its tokens, and what its layers tell beside.
 
         Arguments are those of `__call__`.
         """
@@ -121,8 +122,8 @@ class Transformer(Stack):
         mask = AttentionMask(q_segments=segments, kv_segments=segments)
         key = None if key is None else jax.random.fold_in(key, 2)  # the decoder's keys are 0 and 1 of it
         options = {"types": None, "memory": None, "memory_mask": None, "key": key}
-        x, _, loss = self.encoder.run(self.embed(tokens), mask, positions, None, **options)
-        return x, loss
+        x, _, reports = self.encoder.run(self.embed(tokens), mask, positions, None, **options)
+        return x, reports.under("encoder")
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
         """Returns the state that stands for each row, from its first token, and the logits of its class, if any."""
@@ -136,8 +137,8 @@ class Transformer(Stack):
         segments: Int[Array, "B T"] | None,
         *,
         deterministic: bool = True,
-    ) -> tuple[list[Float[Array, "B T D"]], Float[Array, ""]]:
-        """Returns the states that predict one token further each, and the mean loss of their experts' routers.
+    ) -> tuple[list[Float[Array, "B T D"]], LayerReports]:
+        """Returns the states that predict one token further each, and what their layers tell beside.
 
         Args:
           hidden: the last states, before the transform of a head.
@@ -145,16 +146,16 @@ class Transformer(Stack):
           positions, segments, deterministic: as of `__call__`.
         """
         mask = AttentionMask(causal=True, q_segments=segments, kv_segments=segments)
-        context, states, total = self.context(positions, mask, None), [], jnp.zeros(())
+        context, states, reports = self.context(positions, mask, None), [], {}
         key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
         for depth, (predictor, tokens) in enumerate(zip(self.future, following, strict=True)):
             drop_key, own = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, depth))
             embedded = self.embed(tokens).astype(hidden.dtype)
             embedded = self.embed_dropout(embedded, deterministic=key is None, rng=drop_key)
-            hidden, router_loss = predictor(hidden, embedded, dataclasses.replace(context, key=own))
+            hidden, report = predictor(hidden, embedded, dataclasses.replace(context, key=own))
             states.append(hidden)
-            total = total + router_loss
-        return states, total / len(states)
+            reports[f"future_{depth}/block"] = report
+        return states, collect_reports(reports)
 
     def projection(self, hidden: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch E"], Float[Array, "E V"]]:
         """Returns the states and the matrix whose product is the logits, but for their soft cap.

@@ -49,12 +49,12 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
 
         def apply(module: Transformer) -> tuple[Any, list[Any], Array]:
             output = module(**model_inputs(batch), deterministic=key is None)
-            states, router_loss = [], output.router_loss
+            states, reports = [], output.reports
             if further:
                 following, places = [each["tokens"] for each in further], (batch["positions"], batch["segments"])
                 states, later = module.predict_future(output.hidden, following, *places, deterministic=key is None)
-                router_loss = router_loss + later
-            return module.projection(output.hidden), [module.projection(state) for state in states], router_loss
+                reports = reports + later
+            return module.projection(output.hidden), [module.projection(state) for state in states], reports.router_loss
 
         rngs = {} if key is None else {"dropout": key}
         (hidden, kernel), states, router_loss = model.apply({"params": params}, rngs=rngs, method=apply)

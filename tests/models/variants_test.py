@@ -266,7 +266,7 @@ def test_routers_of_an_encoder_are_kept_even_too():
         layer = params["encoder"]["layers_2"]  # whose router tells the decoder next to nothing
         layer = layer | {"mlp": layer["mlp"] | {"router": {"kernel": encoder_router}}}
         encoder = params["encoder"] | {"layers_2": layer}
-        return Transformer(config).apply({"params": params | {"encoder": encoder}}, **document).router_loss
+        return Transformer(config).apply({"params": params | {"encoder": encoder}}, **document).reports.router_loss
 
     even = jnp.zeros_like(params["encoder"]["layers_2"]["mlp"]["router"]["kernel"])
     # Scores that are all alike have the least z-loss, log(4)², and a steep router has more.
