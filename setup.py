@@ -3,6 +3,8 @@
 import setuptools
 
 parity = ["torch==2.13.0", "transformers>=5"]
+# Zstandard frames with windows above 2^27 bytes, which pyarrow refuses.
+zstd = ["zstandard>=0.23"]
 test = ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "ruff>=0.6", "safetensors>=0.5"]
 
 setuptools.setup(
@@ -39,9 +41,10 @@ setuptools.setup(
     extras_require={
         "test": test,
         "parity": parity,
-        "dev": test + parity + ["jax[tpu]"],
+        "dev": test + parity + zstd + ["jax[tpu]"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "zstd": zstd,
     },
     entry_points={"console_scripts": ["tessera=research.cli:main"]},
 )

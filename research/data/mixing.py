@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import grain
 
-from research.data.sources import stable_hash
+from research.data.source_files import stable_hash
 
 
 def row_stream(num_rows: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:

@@ -18,7 +18,7 @@ from research.data.batch import Batch
 from research.data.chance import hash64, ragged_arange
 from research.data.corpus import Corpus
 from research.data.objectives import Objective, Pieces, Runs
-from research.data.sources import stable_hash
+from research.data.source_files import stable_hash
 
 PADDING_ROW = -1
 ORDER = 0  # what the seed is hashed with for the order of the documents

@@ -4,21 +4,16 @@ Whether a document is held out depends on a hash of its name (a file) or of its 
 order of reading, the number of documents, the machine or the version of Python.
 """
 
-import contextlib
 import dataclasses
-import glob
-import gzip
-import hashlib
-import io
 import itertools
 import json
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from research.core.errors import UserError
-from research.data import stdlib
+from research.data import source_files, stdlib
+from research.data.source_files import find_files, opened, stable_hash
 
 Split = Literal["train", "heldout"]
 # Below this many records the share of bad ones is judged only at the end of the source.
@@ -43,6 +38,10 @@ class SourceConfig:
       weight: share of this source in the training mixture, relative to the other weights; above 0.
       heldout_fraction: share of the documents kept for evaluation, in [0, 1]. 1 makes the source evaluation only.
       max_bad_fraction: share of unreadable records, in [0, 1], above which the source fails.
+      max_record_bytes: bytes of a record (a file of text, a part between separators, a line, a value), at least 1; a
+        longer one counts as unreadable and is never held in memory, however well it was compressed.
+      zstd_window_log: the largest window of a Zstandard frame, as a power of 2 in [10, 31]; reading takes that much
+        memory. Above 27 it needs the package `zstandard`.
     """
 
     kind: Literal["stdlib", "text", "jsonl", "lines", "parquet", "tfds"] = "stdlib"
@@ -55,6 +54,8 @@ class SourceConfig:
     weight: float = 1.0
     heldout_fraction: float = 0.05
     max_bad_fraction: float = 0.01
+    max_record_bytes: int = 2**28
+    zstd_window_log: int = source_files.BUNDLED_WINDOW_LOG
 
     def __post_init__(self):
         if (self.kind == "stdlib") != (self.path == ""):
@@ -73,6 +74,10 @@ class SourceConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise UserError(f"{name} = {value} must lie in [0, 1].")
+        if self.max_record_bytes < 1:
+            raise UserError(f"max_record_bytes = {self.max_record_bytes} must be at least 1.")
+        if not 10 <= self.zstd_window_log <= 31:
+            raise UserError(f"zstd_window_log = {self.zstd_window_log} must lie in [10, 31].")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +128,6 @@ def is_heldout(key: str, fraction: float) -> bool:
     return stable_hash(key) < fraction * 2**64
 
 
-def stable_hash(key: str) -> int:
-    """Returns 64 bits that are the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
 def documents(config: SourceConfig, split: Split, report: SourceReport | None = None) -> Iterator[Document]:
     """Yields the documents of one split, always in the same order, which no name or date decides.
 
@@ -168,47 +168,6 @@ def size_bytes(config: SourceConfig) -> int | None:
     return None if packed or config.kind not in ("stdlib", "text") else sum(int(size) for _, size, _ in files)
 
 
-def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
-    """Returns (name, file) of everything that a file, folder or glob names, in the order of the names' hashes.
-
-    Raises:
-      UserError: nothing matches.
-    """
-    root = pathlib.Path(path)
-    if root.is_file():
-        return [(root.name, root)]
-    if root.is_dir():
-        found = [file for file in root.rglob("*") if not any(p.startswith(".") for p in file.relative_to(root).parts)]
-    else:
-        found = [pathlib.Path(name) for name in glob.glob(path, recursive=True)]
-        while glob.has_magic(str(root)):
-            root = root.parent
-    named = [(file.relative_to(root).as_posix(), file) for file in found if file.is_file()]
-    if not named:
-        raise UserError(f"path = {path!r} matches no file.")
-    return sorted(named, key=lambda pair: (stable_hash(pair[0]), pair[0]))
-
-
-@contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[io.BufferedIOBase]:
-    """Opens a plain, gzip or Zstandard file by its name's end; raises a UserError where it cannot be read."""
-    try:
-        with _binary(path) as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-
-
-def _binary(path: pathlib.Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        import pyarrow  # heavy, and only for such files; unlike `zstandard` it notices a file that was cut short
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)
-    return path.open("rb")
-
-
 Keyed = tuple[str, Document]
 
 
@@ -218,30 +177,49 @@ def _read_stdlib(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 
 
 def _read_text(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
+    separator = config.separator.encode()
     for name, path in find_files(config.path):
-        with opened(path) as file:
-            data = file.read()
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            report.skip(f"{path}:{line}", f"bad UTF-8 at byte {error.start}")
-            continue
-        if not config.separator:
-            if text:
-                yield name, Document(name, text)
-            continue
-        for index, part in enumerate(text.split(config.separator)):
-            if part:
-                yield part, Document(f"{name}:{index}", part)
+        with opened(path, config.zstd_window_log) as file:
+            parts = source_files.parts(file, separator, config.max_record_bytes)
+            for index, (line, data) in enumerate(parts):
+                text = _decoded(data, config, report, path, line)
+                if text and separator:
+                    yield text, Document(f"{name}:{index}", text)
+                elif text:
+                    yield name, Document(name, text)
+
+
+def _decoded(
+    data: bytes | None, config: SourceConfig, report: SourceReport, path: object, line: int, also: str = ""
+) -> str | None:
+    """Returns a record as text, or None where it is bad: its line is then counted.
+
+    Args:
+      data: its bytes, None where they were too many.
+      config: the source.
+      report: where bad records are counted.
+      path: of the file.
+      line: the number of the record's first line.
+      also: what to say after a fault.
+    """
+    if data is None:
+        return report.skip(f"{path}:{line}", f"longer than max_record_bytes = {config.max_record_bytes}{also}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        return report.skip(f"{path}:{line}", f"bad UTF-8 at byte {error.start}{also}")
 
 
 def _read_jsonl(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
     fields = (config.field, config.pair_field) if config.pair_field else (config.field,)
     for name, path in find_files(config.path):
-        with opened(path) as file:
-            for number, line in enumerate(file, start=1):
-                texts = _json_texts(line, fields, report, f"{path}:{number}") if line.strip() else None
+        with opened(path, config.zstd_window_log) as file:
+            for number, data in enumerate(source_files.lines(file, config.max_record_bytes), start=1):
+                line = _decoded(data, config, report, path, number)
+                # Files with byte order marks may have been joined; JSON itself begins with none.
+                line = None if line is None else line.removeprefix("\ufeff").strip()
+                texts = _json_texts(line, fields, report, f"{path}:{number}") if line else None
                 if texts and all(texts):
                     yield "\n".join(texts), Document(f"{name}:{number}", *texts)
 
@@ -253,34 +231,47 @@ def _read_lines(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
     other = dict(zip(sorted(found), sorted(beside), strict=True))
     for name, path in found:
         other_path = other[name, path][1]
-        with opened(path) as file, opened(other_path) as other_file:
-            for number, lines in enumerate(itertools.zip_longest(file, other_file), start=1):
-                if None in lines:
-                    short, long = (path, other_path) if lines[0] is None else (other_path, path)
-                    raise UserError(f"{short} has {number - 1} lines and {long} has more: they must be pairs of lines.")
-                try:
-                    texts = [line.decode("utf-8").rstrip("\r\n") for line in lines]
-                except UnicodeDecodeError as error:
-                    report.skip(f"{path}:{number}", f"bad UTF-8 at byte {error.start}, here or in {other_path.name}")
-                    continue
-                if all(texts):
-                    yield "\n".join(texts), Document(f"{name}:{number}", *texts)
+        for number, pair in enumerate(_line_pairs(config, path, other_path), start=1):
+            also = f", here or in {other_path.name}"
+            # A bad pair is one bad record, whether one of its lines is bad or both.
+            texts = []
+            for data in pair:
+                text = _decoded(data, config, report, path, number, also)
+                if text is None:
+                    break
+                texts.append(text.rstrip("\r\n"))
+            if len(texts) == len(pair) and all(texts):
+                yield "\n".join(texts), Document(f"{name}:{number}", *texts)
 
 
-def _json_texts(line: bytes, fields: tuple[str, ...], report: SourceReport, where: str) -> list[str] | None:
+def _line_pairs(
+    config: SourceConfig, path: pathlib.Path, other_path: pathlib.Path
+) -> Iterator[tuple[bytes | None, bytes | None]]:
+    """Yields the lines of two files side by side; raises a UserError where one has more of them."""
+    end = object()
+    with opened(path, config.zstd_window_log) as file, opened(other_path, config.zstd_window_log) as other_file:
+        both = [source_files.lines(each, config.max_record_bytes) for each in (file, other_file)]
+        for number, pair in enumerate(itertools.zip_longest(*both, fillvalue=end)):
+            if end in pair:
+                short, long = (path, other_path) if pair[0] is end else (other_path, path)
+                raise UserError(f"{short} has {number} lines and {long} has more: they must be pairs of lines.")
+            yield pair
+
+
+def _json_texts(line: str, fields: tuple[str, ...], report: SourceReport, where: str) -> list[str] | None:
     """Returns the texts of one JSON line, or None where the line is bad."""
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return report.skip(where, f"bad UTF-8 at byte {error.start}")
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # broken, a number of too many digits, nested too deeply
         return report.skip(where, f"broken JSON: {error}")
     texts = []
     for field in fields:
         if not isinstance(record, dict) or field not in record:
             return report.skip(where, f"no field {field!r}")
         texts.append(_checked(record[field], field, report, where))
-    return None if None in texts else texts
+        if texts[-1] is None:
+            return None
+    return texts
 
 
 def _checked(text: object, field: str, report: SourceReport, where: str) -> str | None:
@@ -308,19 +299,34 @@ def _read_parquet(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]
                 for batch in file.iter_batches(batch_size=1024, columns=[config.field]):
                     for value in batch.column(0):
                         number += 1
-                        text = _checked(_arrow_text(value), config.field, report, f"{path}:{number}")
+                        text = _arrow_text(value, config, report, f"{path}:{number}")
                         if text:
                             yield text, Document(f"{name}:{number}", text)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-def _arrow_text(value: object) -> object:
-    """Returns the value of an Arrow scalar, None where its bytes are not UTF-8."""
+def _arrow_text(value: Any, config: SourceConfig, report: SourceReport, where: str) -> str | None:
+    """Returns the text of an Arrow scalar, or None where it is bad."""
     try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return None
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        return report.skip(where, f"bad UTF-8 at byte {error.start}")
+    except (ValueError, ArithmeticError):  # a date that Python has no object for, say
+        text = None
+    return _bounded(text, config, report, where)
+
+
+def _bounded(value: object, config: SourceConfig, report: SourceReport, where: str) -> str | None:
+    """Returns a value of `field` as text, or None where it is bad: its text may stand in bytes."""
+    if isinstance(value, (str, bytes)) and len(value) > config.max_record_bytes:
+        return report.skip(where, f"longer than max_record_bytes = {config.max_record_bytes}")
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return report.skip(where, f"bad UTF-8 at byte {error.start}")
+    return _checked(value, config.field, report, where)
 
 
 def _read_tfds(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
@@ -328,11 +334,7 @@ def _read_tfds(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 
     files = dict(find_files(config.path))
     for name, value in tfds_text.texts(config.path, config.tfds_split, config.field, files):
-        where = f"{config.path}[{name}]"
-        try:
-            text = _checked(value.decode("utf-8") if isinstance(value, bytes) else value, config.field, report, where)
-        except UnicodeDecodeError as error:
-            text = report.skip(where, f"bad UTF-8 at byte {error.start}")
+        text = _bounded(value, config, report, f"{config.path}[{name}]")
         if text:
             yield text, Document(name, text)
 

@@ -48,7 +48,7 @@ def texts(skip: Callable[[str, str], None]) -> Iterator[tuple[str, str, str]]:
             with tokenize.open(path) as file:
                 text = file.read()
             tree = ast.parse(text)
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        except (OSError, SyntaxError, ValueError, RecursionError) as error:
             skip(str(path), f"not a Python file ({error})")
             continue
         if not text or text in seen:

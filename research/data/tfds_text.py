@@ -4,6 +4,7 @@ Everything is read by random access (`tfds.data_source`, ArrayRecord), which nee
 import, so only the code that meets a `tfds` source imports this module.
 """
 
+import codecs
 import contextlib
 import io
 import pathlib
@@ -40,7 +41,7 @@ class TesseraText(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, path in sorted(self._files.items()):
             # Bytes, so that a file of bad UTF-8 comes through to the reader, who counts it.
-            yield name, {"name": name, "text": pathlib.Path(path).read_bytes()}
+            yield name, {"name": name, "text": pathlib.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)}
 
 
 def prepare(files: Mapping[str, pathlib.Path], data_dir: str | pathlib.Path) -> Sequence[dict[str, Any]]:
@@ -67,21 +68,41 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
       UserError: a dataset of another file format, or without that split or feature.
     """
     with contextlib.ExitStack() as stack:
-        folders = {file.parent for name, file in files.items() if file.name == "dataset_info.json"}
-        if len(folders) > 1:
-            raise UserError(f"path = {path!r} holds {len(folders)} prepared datasets; name one of them.")
-        if folders:
-            examples = _open_prepared(folders.pop(), split)
-        elif any(".array_record" in file.name for file in files.values()):
-            examples = _open_records(path, sorted(files.values()))
-        else:
-            examples = prepare(files, stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-tfds-")))
+        with _readable(path):
+            examples = _open(path, split, files, stack)
         for number in range(len(examples)):
-            example = examples[number]
+            with _readable(path):
+                example = examples[number]
             if field not in example:
                 raise UserError(f"field = {field!r} is not a feature of {path}. Features: {', '.join(example)}.")
             name = example["name"].decode() if "name" in example else str(number)
             yield name, example[field]
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turns whatever a damaged dataset makes TFDS raise, which is of many types, into a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"path = {path!r} cannot be read: {said[:300]}.") from error
+
+
+def _open(
+    path: str, split: str, files: Mapping[str, pathlib.Path], stack: contextlib.ExitStack
+) -> Sequence[dict[str, Any]]:
+    """Returns the examples of files as `texts` describes them; what is prepared first lasts as long as `stack`."""
+    folders = {file.parent for name, file in files.items() if file.name == "dataset_info.json"}
+    if len(folders) > 1:
+        raise UserError(f"path = {path!r} holds {len(folders)} prepared datasets; name one of them.")
+    if folders:
+        return _open_prepared(folders.pop(), split)
+    if any(".array_record" in file.name for file in files.values()):
+        return _open_records(path, sorted(files.values()))
+    return prepare(files, stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-tfds-")))
 
 
 def _open_prepared(folder: pathlib.Path, split: str) -> Sequence[dict[str, Any]]:
@@ -97,7 +118,7 @@ def _open_prepared(folder: pathlib.Path, split: str) -> Sequence[dict[str, Any]]
         ) from error
 
 
-class _Records:
+class _Records(Sequence[dict[str, Any]]):
     """Examples of bare ArrayRecord files, decoded by the features that lie beside them."""
 
     def __init__(self, files: Sequence[pathlib.Path], features: tfds.features.FeatureConnector):

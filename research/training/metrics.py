@@ -83,14 +83,8 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of a workdir, in order, numbers that are not finite as floats; a torn last line is left out."""
-    path = workdir / FILE
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        row = _parse(line)
-        if row is not None:
-            rows.append({name: float(value) if isinstance(value, str) else value for name, value in row.items()})
-    return rows
+    """Returns the rows of a workdir, in order, numbers that are not finite as floats; what is no row is left out."""
+    return [row for _, row in _rows(workdir / FILE) if row is not None]
 
 
 def evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -148,23 +142,35 @@ def _drop_rows_after(path: pathlib.Path, step: int) -> None:
     """Rewrites the file without later rows and torn lines, at once: whoever reads sees the old file or the new one."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [(line, _parse(line)) for line in lines]
+    rows = _rows(path)
     kept = [line for line, row in rows if row is not None and row["step"] <= step]
-    if len(kept) == len(lines):
+    if len(kept) == len(rows):
         return
-    logger.info("%s: %d rows after step %d dropped; they will be written again.", path, len(lines) - len(kept), step)
+    logger.info("%s: %d rows after step %d dropped; they will be written again.", path, len(rows) - len(kept), step)
     new = path.with_suffix(".jsonl.new")
     new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(new, path)
 
 
+def _rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """Returns the lines of a file, each with its row, or None where it is torn or changed by another hand."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [(line, _parse(line)) for line in lines]
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+        if not isinstance(row, dict) or type(row["step"]) is not int:
+            return None
+        # The words for numbers that are not finite become numbers; any other word is an error.
+        values = {name: float(value) if isinstance(value, str) else value for name, value in row.items()}
+    except (ValueError, KeyError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    numeric = all(value is None or isinstance(value, (int, float)) for value in values.values())
+    return values if numeric else None
 
 
 def _number(value: Any) -> float | int | None:

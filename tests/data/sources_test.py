@@ -1,7 +1,9 @@
 """Documents from every kind of source; what is broken is counted and named; the split depends on nothing but names."""
 
+import dataclasses
 import gzip
 import json
+import random
 import shutil
 
 import pyarrow as pa
@@ -218,6 +220,8 @@ def test_missing_empty_and_damaged_sources_are_named(tmp_path):
         ({"max_bad_fraction": -0.1}, "max_bad_fraction = -0.1"),
         ({"field": ""}, "field = ''"),
         ({"kind": "lines", "path": "a"}, "pair_path = '' must name the other files for kind = 'lines'"),
+        ({"max_record_bytes": 0}, "max_record_bytes = 0 must be at least 1"),
+        ({"zstd_window_log": 32}, r"zstd_window_log = 32 must lie in \[10, 31\]"),
         ({"pair_path": "b"}, "pair_path = 'b' must be empty for kind = 'stdlib'"),
     ],
 )
@@ -248,3 +252,105 @@ def test_c4_reads_as_array_record_and_parquet(shared_data):
     assert len(list(documents(rows, "train"))) == 200
     with pytest.raises(UserError, match="tfrecord, which has no random access"):
         list(documents(SourceConfig(kind="tfds", path=str(c4 / "c4")), "train"))
+
+
+HARD_LINES = {
+    "a number of too many digits": (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "broken JSON: Exceeds the limit"),
+    "deep": (b'{"text": "x", "n": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "broken JSON: maximum recursion"),
+    "a NUL": (b'{"text": "x\0y"}', "broken JSON"),
+    "UTF-16": ('{"text": "x"}'.encode("utf-16-le"), "broken JSON"),
+}
+
+
+@pytest.mark.parametrize("name", HARD_LINES)
+def test_whatever_a_line_raises_is_one_bad_record(tmp_path, name):
+    line, message = HARD_LINES[name]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good too"}\n')
+    report = SourceReport()
+    config = SourceConfig(kind="jsonl", path=str(path), heldout_fraction=0.0, max_bad_fraction=0.5)
+    assert [d.text for d in documents(config, "train", report)] == ["good", "good too"]
+    assert report.bad == 1
+    assert f"a.jsonl:2: {message}" in report.first_bad
+
+
+def test_a_pair_that_is_bad_twice_is_one_bad_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 1, "from": 2}\n{"text": "a", "from": "b"}\n')
+    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"), pair_field="from", max_bad_fraction=0.5)
+    report = SourceReport()
+    list(documents(config, "train", report))
+    lines = write_lines(tmp_path, a_en=b"one\n\xff", a_de=b"eins\n\xff\n")
+    list(documents(dataclasses.replace(lines, max_bad_fraction=0.5), "train", report))
+    assert (report.documents, report.bad) == (2, 2)
+
+
+def test_values_of_parquet_that_python_has_no_text_for_are_bad_records(tmp_path):
+    far = pa.array([0, 2**52], pa.int64()).cast(pa.timestamp("ms"))  # beyond the years of Python's dates
+    parquet.write_table(pa.table({"far": far, "bytes": [b"good", b"b\xffd"]}), tmp_path / "a.parquet")
+    config = SourceConfig(kind="parquet", path=str(tmp_path / "a.parquet"), field="bytes", max_bad_fraction=1.0)
+    report = SourceReport()
+    found = read(config, report)
+    assert found["train"] + found["heldout"] == ["good"]
+    assert "bad UTF-8 at byte 1" in report.first_bad
+    report = SourceReport()
+    with pytest.raises(UserError, match="holds no text"):
+        list(documents(dataclasses.replace(config, field="far"), "train", report))
+    assert report.bad == 2
+
+
+def test_whatever_a_damaged_dataset_raises_is_one_line(tmp_path):
+    rng, caught = random.Random(0), 0
+    for index in range(3):
+        (tmp_path / f"{index}.txt").write_text(f"document {index}")
+    tfds_text.prepare(dict(sources.find_files(str(tmp_path))), tmp_path / "prepared")
+    files = [path for path in (tmp_path / "prepared").rglob("*") if path.is_file()]
+    config = SourceConfig(kind="tfds", path=str(tmp_path / "prepared"), heldout_fraction=0.0, max_bad_fraction=1.0)
+    for index in range(60):
+        path = files[index % len(files)]
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        bit = rng.randrange(8 * len(whole))
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            list(documents(config, "train"))
+        except UserError as error:
+            caught += "\n" not in str(error)
+        path.write_bytes(whole)
+    assert caught > 20
+    assert len(list(documents(config, "train"))) == 3
+
+
+LIMIT = 1000
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parted", "lines", "parquet", "tfds"])
+def test_a_record_above_the_bound_is_bad_and_those_beside_it_are_not(tmp_path, kind):
+    texts = ["one", "x" * 5000, "y" * LIMIT, "three"]
+    good = [text for text in texts if len(text) <= LIMIT]
+    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a"), heldout_fraction=0.0, max_bad_fraction=0.5)
+    if kind == "jsonl":
+        rows = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / "a").write_text("\n".join(rows))
+        config = dataclasses.replace(config, max_record_bytes=len(rows[2]))
+    elif kind == "parted":
+        (tmp_path / "a").write_text("<->".join(texts))
+        config = dataclasses.replace(config, kind="text", separator="<->", max_record_bytes=LIMIT)
+    elif kind == "lines":
+        (tmp_path / "a").write_text("\n".join(texts))
+        (tmp_path / "b").write_text("\n".join(reversed(texts)))
+        good = [text for text in good if text != "y" * LIMIT]  # beside the long one of the other side
+        pair_path = str(tmp_path / "b")
+        config = dataclasses.replace(config, kind="lines", pair_path=pair_path, max_record_bytes=LIMIT)
+    elif kind == "parquet":
+        parquet.write_table(pa.table({"text": texts}), tmp_path / "a")
+        config = dataclasses.replace(config, kind=kind, max_record_bytes=LIMIT)
+    else:
+        (tmp_path / "a").mkdir()
+        for index, text in enumerate(texts):
+            (tmp_path / "a" / f"{index}.txt").write_text(text)
+        config = dataclasses.replace(config, kind=kind, max_record_bytes=LIMIT)
+    report = SourceReport()
+    assert sorted(d.text for d in documents(config, "train", report)) == sorted(good)
+    assert report.bad == len(texts) - len(good)
+    assert "longer than max_record_bytes = 1" in report.first_bad

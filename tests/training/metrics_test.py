@@ -145,3 +145,22 @@ def test_memory_is_the_processs_where_devices_do_not_tell(monkeypatch):
     assert held > 50e6
     devices_that_hold(monkeypatch, 5, 7)
     assert memory_in_use() == (7, "device")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 3, "train/loss": ' + b"9" * 5000 + b"}",
+        b'{"step": 3, "train/loss": ' + b"[" * 200_000 + b"}",
+        b'{"step": 3, "train/loss": "N\xffN"}',
+        b'{"step": "3", "train/loss": 1}',
+        b'{"step": 3, "train/loss": [1]}',
+        b"[3]",
+    ],
+)
+def test_a_line_that_is_no_row_is_left_out_and_dropped_at_resume(tmp_path, line):
+    good = [b'{"step": 2, "train/loss": 1.0}', b'{"step": 4, "train/loss": "NaN"}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], line, good[1], b""]))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4]
+    MetricsWriter(tmp_path, 4).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*good, b""])
