@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -28,3 +29,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"Did you mean {close[0]!r}?"
     return f"Known: {', '.join(known)}."
+
+
+def listed(items: Iterable[str], separator: str = ", ", limit: int = 10) -> str:
+    """Returns items as one line; of more than `limit` the first ones, and how many there are."""
+    items = list(items)
+    if len(items) <= limit:
+        return separator.join(items)
+    return f"{separator.join(items[:limit])}{separator}… ({len(items):,} in all)"
+
+
+def shown(value: Any, limit: int = 100) -> str:
+    """Returns the `repr` of a value of somebody else's file, cut after `limit` letters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} letters)"

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, listed, nearest, shown
 from research.interop import mapping
 from research.interop.architecture import Architecture, choose, config_from, fields_of
 from research.interop.bart import BART, MBART
@@ -30,6 +32,8 @@ from research.interop.t5 import MT5, T5
 from research.models.config import ModelConfig
 from research.storage.background import ahead
 
+logger = logging.getLogger("tessera")
+
 # The first one that holds a model is what it is written as, where nothing says what it was.
 _ALL = (
     *(GPT2, LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
@@ -38,6 +42,7 @@ _ALL = (
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 NO_TOKENS = dict.fromkeys(("bos", "eos", "pad"))
 # The most bytes of a file, as transformers has it.
@@ -74,7 +79,7 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = f"Known: {', '.join(sorted(ARCHITECTURES))}."
         hint = nearest(str(model_type), ARCHITECTURES).replace(known, "")
-        raise UserError(f"{folder / CONFIG}: model_type = {model_type!r} is not supported. {hint} {known}")
+        raise UserError(f"{folder / CONFIG}: model_type = {shown(model_type)} is not supported. {hint} {known}")
     architecture = ARCHITECTURES[model_type]
     tensors = _tensors(folder)
     try:
@@ -142,6 +147,8 @@ def write_hugging_face(
       dtype: `float32`, or `bfloat16`, which rounds.
       shard_bytes: the most bytes of a file, unless one tensor has more.
 
+    Weights that lie in the folder from before are replaced, whatever number of files they have.
+
     Raises:
       UserError: a file that cannot be written.
     """
@@ -160,8 +167,17 @@ def write_hugging_face(
             size = kind.itemsize * sum(_count(shape) for shapes in files.values() for shape in shapes.values())
             index = {"metadata": {"total_size": size}, "weight_map": places}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _remove_older(folder, files)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def _remove_older(folder: pathlib.Path, files: Mapping[str, Any]) -> None:
+    """Removes the weights of a model that was saved here before: a reader could take them for this one's."""
+    written = {*files, *([INDEX] if len(files) > 1 else [])}
+    for path in list(folder.iterdir()):
+        if path.name not in written and (path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):
+            path.unlink()
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, dict[str, Any]]:
@@ -176,6 +192,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) ->
         room -= size
     if len(shards) == 1:
         return {WEIGHTS: shards[0]}
+    # A name as `_SHARD` has it.
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
@@ -210,28 +227,38 @@ def _tensors(folder: pathlib.Path) -> dict[str, Stored]:
             tensors[name] = tensor
     lost = sorted(name for name, file in places.items() if name not in tensors or tensors[name].path.name != file)
     if lost:
-        raise UserError(f"{folder / INDEX}: not in the files that it names: {', '.join(lost)}.")
+        raise UserError(f"{folder / INDEX}: not in the files that it names: {listed(map(shown, lost))}.")
     return tensors
 
 
 def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """Returns the files that hold the weights, all of them in the folder itself, and what an index says is where."""
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-            hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code." if pickled else ""
-            raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
+    """Returns the files that hold the weights, all of them in the folder itself, and what an index says is where.
+
+    A single file wins over an index, as in transformers: whoever saves a small model over a large one leaves the
+    index and perhaps the shards of the large one behind.
+    """
+    if (folder / WEIGHTS).is_file():
+        if (folder / INDEX).exists():
+            logger.warning("%s is left out: %s is there, and has all weights.", folder / INDEX, WEIGHTS)
         return [folder / WEIGHTS], {}
+    if not (folder / INDEX).is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+        hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code." if pickled else ""
+        raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
     index = _read_json(folder / INDEX)
     if not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{folder / INDEX}: weight_map is missing.")
     places = {name: str(file) for name, file in index["weight_map"].items()}
-    for file in sorted(set(places.values())):
-        if pathlib.PurePath(file).name != file or not (folder / file).is_file():
-            raise UserError(f"{folder / INDEX}: {file!r} is not a file of this folder.")
+    files = sorted(set(places.values()))
+    # Compared with the names that the folder has: any text may stand in an index, and no system takes them all.
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    gone = [file for file in files if file not in present]
+    if gone:
+        raise UserError(f"{folder / INDEX}: {listed(map(shown, gone))} is not a file of this folder.")
+    for file in files:
         if not file.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX}: {file!r} is not a safetensors file.")
-    return [folder / file for file in sorted(set(places.values()))], places
+    return [folder / file for file in files], places
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
-from research.core.errors import UserError
+from research.core.errors import UserError, listed
 from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
 from research.interop.tensor import Placed, Shape, Tensor
@@ -93,7 +93,7 @@ def placements(architecture: Architecture, config: ModelConfig) -> list[Placed]:
             placed += [each for tensor in tensors for each in _place(tensor, number, layer, shapes, config)]
     homeless = sorted(set(shapes) - {name for each in placed for name in each.ours})
     if homeless:
-        raise UserError(f"a {architecture.model_type} checkpoint has no place for {', '.join(homeless)}.")
+        raise UserError(f"a {architecture.model_type} checkpoint has no place for {listed(homeless)}.")
     return placed
 
 
@@ -188,7 +188,7 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
             faults.append(f"{found[name]} has the type {tensor.dtype}, not a floating one")
     faults += _leftovers(architecture, copies, found, left, tensors)
     if faults:
-        raise UserError(f"not a {architecture.model_type} checkpoint of this config: {'; '.join(faults)}.")
+        raise UserError(f"not a {architecture.model_type} checkpoint of this config: {listed(faults, '; ')}.")
     order = {name: i for i, name in enumerate(tensors)}
     names = sorted(wanted, key=lambda name: order[found[name]])
     return Source(tuple(placed), {name: tensors[found[name]] for name in names})
@@ -259,12 +259,23 @@ def _leftovers(
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two tensors have the same bits; a slice of them at a time."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    """Whether two tensors have the same bits, or the same numbers in types of their own; a slice of them at a time."""
+    if a.shape != b.shape:
         return False
-    bits, a, b = f"u{a.dtype.itemsize}", np.asarray(a), np.asarray(b)
-    rows = max(1, PIECE_BYTES // max(1, a[:1].nbytes))
-    return all(np.array_equal(a[i : i + rows].view(bits), b[i : i + rows].view(bits)) for i in range(0, len(a), rows))
+    if a.dtype == b.dtype:
+        common, read_as = a.dtype, f"u{a.dtype.itemsize}"
+    elif jnp.issubdtype(a.dtype, jnp.floating) and jnp.issubdtype(b.dtype, jnp.floating):
+        common = read_as = np.dtype(np.float64)  # which holds the numbers of all of them
+    else:
+        return False
+    a, b = np.asarray(a), np.asarray(b)
+    rows = max(1, PIECE_BYTES // max(1, a[:1].nbytes, b[:1].nbytes))
+
+    def part(x: Shaped[np.ndarray, "..."], start: int) -> Shaped[np.ndarray, "..."]:
+        return x[start : start + rows].astype(common, copy=False).view(read_as)
+
+    equal_nan = read_as == common  # bits of integers have none
+    return all(np.array_equal(part(a, i), part(b, i), equal_nan=equal_nan) for i in range(0, len(a), rows))
 
 
 def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:

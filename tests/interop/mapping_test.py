@@ -207,6 +207,19 @@ def test_copies_are_compared_by_bits(params):
     assert np.isnan(read_back(tensors | {"lm_head.weight": tensors["shared.weight"].copy()})["embed/embedding"][0, 0])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_copy_in_a_type_of_its_own_is_one_where_its_numbers_are_the_same(dtype, params):
+    params["embed/embedding"] = params["embed/embedding"].astype("bfloat16").astype(np.float32)
+    params["embed/embedding"][0, 0] = np.nan
+    tensors = written(params)
+    copy = tensors["shared.weight"].astype(dtype)
+    assert_same(read_back(tensors | {"lm_head.weight": copy}), params)
+    copy[-1, -1] *= 2
+    for other in (copy, np.zeros(copy.shape, np.int64)):
+        with pytest.raises(UserError, match=r"lm_head\.weight differs from shared\.weight"):
+            read_back(tensors | {"lm_head.weight": other})
+
+
 def test_all_faults_are_in_one_error(params):
     tensors = written(params)
     tensors["h.1.experts.4.down.weight"] = tensors.pop("h.1.experts.4.down.weight")[:3]

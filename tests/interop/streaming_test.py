@@ -3,11 +3,13 @@
 import json
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from research.core.errors import UserError
+from research.core.trees import named_leaves
 from research.interop import huggingface, mapping
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, from_hugging_face, open_hugging_face, write_hugging_face
@@ -124,21 +126,82 @@ def refused(folder):
     return str(error.value)
 
 
+@pytest.fixture
+def indexed(tmp_path):
+    """Writes an index beside the only file of a golden model, which it may name as `whole.safetensors`."""
+
+    def write(places):
+        folder = golden_folder(tmp_path, "llama-1-7b")
+        (folder / "model.safetensors").rename(folder / "whole.safetensors")
+        (tmp_path / "outside.safetensors").write_bytes((folder / "whole.safetensors").read_bytes())
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        return folder
+
+    return write
+
+
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "..", "sub/x.safetensors", "gone", "", "a\0b"]
+    "name", ["../outside.safetensors", "/etc/passwd", "..", "sub/x.safetensors", "gone", "", "a\0b", "x" * 300]
 )
-def test_an_index_names_files_of_its_folder_only(name, tmp_path):
-    folder = golden_folder(tmp_path, "llama-1-7b")
-    (tmp_path / "outside.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    assert "is not a file of this folder" in refused(folder)
+def test_an_index_names_files_of_its_folder_only(name, indexed):
+    said = refused(indexed({"model.norm.weight": name}))
+    assert "is not a file of this folder" in said
+    assert len(said) < 400
 
 
-def test_an_index_that_is_wrong_about_a_file_is_refused(tmp_path):
+def test_an_index_that_is_wrong_about_a_file_is_refused(indexed):
+    folder = indexed({"model.norm.weight": "whole.safetensors", "elsewhere": "whole.safetensors"})
+    assert "not in the files that it names: 'elsewhere'" in refused(folder)
+
+
+def test_long_lists_of_an_index_are_cut_with_their_count(indexed):
+    gone = refused(indexed({f"x{i}": f"{i}.safetensors" for i in range(1000)}))
+    assert "… (1,000 in all) is not a file of this folder" in gone
+    lost = refused(indexed(dict.fromkeys((f"x{i}" for i in range(1000)), "whole.safetensors")))
+    assert lost.endswith("… (1,000 in all).")
+    assert max(len(gone), len(lost)) < 600
+
+
+def test_thousands_of_tensors_too_many_are_one_short_line(tmp_path):
     folder = golden_folder(tmp_path, "llama-1-7b")
-    places = {"model.norm.weight": "model.safetensors", "elsewhere": "model.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert "not in the files that it names: elsewhere" in refused(folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors |= {f"extra.{i}": np.zeros(1, np.float32) for i in range(2_000)}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    said = refused(folder)
+    assert "extra.0 is not known; " in said
+    assert said.endswith("… (2,000 in all).")
+    assert len(said) < 800
+
+
+@pytest.mark.parametrize("stale", [{"model.norm.weight": "model-00001-of-00002.safetensors"}, "no map"])
+def test_a_single_file_wins_over_an_index_that_a_larger_model_left_behind(stale, tmp_path, caplog):
+    folder = golden_folder(tmp_path, "llama-1-7b")
+    wanted = tensors_in(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": stale}))
+    config, params = from_hugging_face(folder)  # an index alone, whose files are gone
+    assert "model.safetensors is there, and has all weights" in caplog.text
+    other = {name: value + 1 for name, value in wanted.items()}
+    safetensors.numpy.save_file(other, folder / "model-00001-of-00002.safetensors")
+    _, again = from_hugging_face(folder)  # and with older weights in a file that it names
+    for found in (params, again):
+        written = mapping.write(mapping.placements(ARCHITECTURES["llama"], config), mapping.reader(config, found), "f4")
+        for name, rows in written:
+            np.testing.assert_array_equal(rows.reshape(-1), wanted[name].reshape(-1), err_msg=name)
+
+
+def test_weights_from_before_are_replaced_whatever_their_files(tmp_path):
+    config, params = from_hugging_face(golden_folder(tmp_path, "llama-1-7b"))
+    other = jax.tree.map(lambda x: x + 1, params)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.safetensors").write_bytes(b"")  # not of a model that was saved here
+    for held, shard_bytes in ((other, 50_000), (params, 10**9), (other, 70_000), (params, 50_000)):
+        folder = sharded(tmp_path / "out", config, mapping.reader(config, held), shard_bytes=shard_bytes)
+        found = named_leaves(from_hugging_face(folder)[1])
+        for name, value in named_leaves(held).items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+        index = folder / "model.safetensors.index.json"
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        assert {path.name for path in folder.glob("*.safetensors")} == files | {"mine.safetensors"}
 
 
 def test_an_unknown_architecture_is_named_and_the_known_are_listed(tmp_path):
