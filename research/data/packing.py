@@ -156,9 +156,12 @@ class PackedRows:
         first = self.plan.row_starts[rows]
         sizes = np.where(rows == PADDING_ROW, 0, self.plan.row_starts[rows + 1] - first)
         numbers = np.repeat(first, sizes) + ragged_arange(sizes)
+        # A causal piece of n pairs reads n + 1 tokens; the last piece of a store may end with it.
+        starts = self.plan.starts[numbers]
+        self.corpus.verify(starts, np.minimum(self.plan.lengths[numbers] + 1, len(self.corpus.tokens) - starts))
         pieces = Pieces(
             self.corpus.tokens,
-            self.plan.starts[numbers],
+            starts,
             self.plan.lengths[numbers],
             self.plan.notes[numbers],
             np.repeat(hash64(epochs, self._seed), sizes),

@@ -6,8 +6,6 @@ import hashlib
 import json
 import pathlib
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 from research.core.config import plain
@@ -17,6 +15,7 @@ from research.data.corpus import Corpus, build_corpora
 from research.data.objectives import ObjectiveConfig
 from research.data.sources import SourceConfig, documents, fingerprint
 from research.data.tokenizers import Tokenizer, TokenizerConfig
+from research.storage import files
 
 FIELD = re.compile(r"\w+ = ")  # how a message that begins with a field's name begins
 
@@ -123,13 +122,16 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
             inputs.append(fingerprint(source))
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     final = pathlib.Path(folder) / "tokenizers" / f"{config.tokenizer.kind}-{digest}"
+    files.remove_leftovers(final.parent, ".*")  # of the project's own cache
     if not final.is_dir():
         # Read first: what goes wrong in a source is not the tokenizer's fault.
         texts = list(training_texts(config))
         with _naming("tokenizer"):
             tokenizer = tokenizers.build(config.tokenizer, texts)
         try:
-            _save_whole(tokenizer, final)
+            # A process that was first has saved the same.
+            with files.new_folder(final, keep_existing=True) as partial:
+                tokenizer.save(partial)
         except OSError as error:
             raise UserError(f"{final} cannot be written: {error.strerror}.") from error
     return tokenizers.load(final)
@@ -142,21 +144,6 @@ def _naming(group: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{group}.{error}" if FIELD.match(str(error)) else f"{group}: {error}") from error
-
-
-def _save_whole(tokenizer: Tokenizer, final: pathlib.Path) -> None:
-    """Saves under another name first, so that a folder of this name is whole."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    try:
-        tokenizer.save(temporary)
-        try:
-            temporary.rename(final)
-        except OSError:
-            if not final.is_dir():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Attention masks as pictures: who sees whom in a packed row of two documents and padding."""
 
 import dataclasses
+import io
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from research.inspection.parameter_summary import layers_name
 from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
 from research.models.transformer import memory_mask, sequence_mask
+from research.storage import files
 
 # Sixteenths of a row that its two documents take; the rest is padding. An encoder's row is filled otherwise, so that
 # the two sides of cross-attention can be told apart.
@@ -190,7 +192,9 @@ def draw_masks(pictures: list[MaskPicture], title: str, path: pathlib.Path) -> N
     handles = [Patch(color=colour, label=name) for cell, (colour, name) in _LOOKS.items() if cell in used]
     places = {"loc": "outside lower center", "ncols": len(handles) if columns > 1 else math.ceil(len(handles) / 2)}
     figure.legend(handles=handles, frameon=False, fontsize=9, **places)
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    files.write_bytes(path, image.getvalue())
 
 
 def _draw(axes: Any, picture: MaskPicture) -> None:

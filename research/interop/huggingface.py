@@ -30,7 +30,7 @@ from research.interop.mpt import MPT
 from research.interop.safetensors_files import Stored, Writer, read_header
 from research.interop.t5 import MT5, T5
 from research.models.config import ModelConfig
-from research.storage.background import ahead
+from research.storage.background import prefetch
 
 logger = logging.getLogger("tessera")
 
@@ -202,7 +202,7 @@ def _write_files(
     dtype: np.dtype,
     parts: Iterable[tuple[str, Shaped[np.ndarray, "..."]]],
 ) -> None:
-    parts = ahead(parts)
+    parts = prefetch(parts)
     for file, shapes in files.items():
         left = dtype.itemsize * sum(map(_count, shapes.values()))
         with Writer(folder / file, shapes, dtype) as writer:

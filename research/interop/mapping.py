@@ -27,7 +27,7 @@ from research.models.config import ModelConfig
 from research.models.layer_stack import stack_layers, unstack_layers
 from research.models.stack import scans_layers
 from research.models.transformer import init_params
-from research.storage.background import ahead
+from research.storage.background import prefetch
 
 logger = logging.getLogger("tessera")
 
@@ -307,7 +307,7 @@ def write(
       limit: the most bytes of a piece, as float32.
     """
     cuts = ((each, cut) for each in placed for cut in each.cuts(limit))
-    for each, cut, values in ahead(
+    for each, cut, values in prefetch(
         (each, cut, [read(name, each.box(cut)) for name in each.ours]) for each, cut in cuts
     ):
         yield from each.pack(values, cut, np.dtype(dtype))

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from research.core.errors import UserError
-from research.storage.flush import Settling, settle
+from research.storage.flush import BackgroundFlusher, flush
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -164,7 +164,7 @@ class Writer:
         text += b" " * (-len(text) % 8)  # so that the data is aligned
         self._names = list(shapes)
         self._file = path.open("wb", buffering=0)
-        self._settling = Settling(lambda: settle(self._file.fileno()))
+        self._flusher = BackgroundFlusher(lambda: flush(self._file.fileno()))
         self._write(len(text).to_bytes(8, "little") + text)
 
     def __enter__(self) -> "Writer":
@@ -172,7 +172,7 @@ class Writer:
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         with self._file:
-            self._settling.__exit__(kind)
+            self._flusher.__exit__(kind)
             if kind is None:
                 assert not any(self._left.values()), "all tensors are written"
                 os.fsync(self._file.fileno())
@@ -191,4 +191,4 @@ class Writer:
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
-        self._settling.wrote(memoryview(data).nbytes)
+        self._flusher.wrote(memoryview(data).nbytes)

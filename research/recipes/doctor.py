@@ -18,6 +18,7 @@ from research.core.errors import UserError
 from research.data.prepare import check_sources
 from research.recipes import workdir as workdirs
 from research.recipes.experiment import add_config_argument, load_experiment
+from research.storage import files
 from research.training.program import build_program
 
 EXAMPLES = """\
@@ -116,7 +117,7 @@ def _folders(workdir: pathlib.Path) -> Iterator[Finding]:
     for subject, folder in (("workdir", workdir), ("cache", cache_folder())):
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         try:
-            workdirs.check_writable(folder)
+            files.check_writable(folder)
         except OSError as error:
             yield "FAIL", subject, f"{folder} cannot be written: {error.strerror}"
             continue

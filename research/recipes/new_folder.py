@@ -1,12 +1,11 @@
-"""A folder that is written whole or not at all."""
+"""The folder that a verb makes for its user."""
 
 import contextlib
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 from research.core.errors import UserError
+from research.storage import files
 
 
 @contextlib.contextmanager
@@ -20,14 +19,8 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UserError(f"--to = {target} exists already and is not an empty folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        files.check_writable(target.parent)
     except OSError as error:
         raise UserError(f"--to = {target} cannot be made: {error.strerror}.") from error
-    try:
-        # mkdtemp's folders are their owner's alone; a workdir is like any other folder.
-        folder.chmod(0o755)
+    with files.new_folder(target) as folder:
         yield folder
-        folder.replace(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

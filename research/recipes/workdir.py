@@ -7,7 +7,6 @@ import logging
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from research.core import config as configs
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.recipes.experiment import ExperimentConfig, completed
+from research.storage import files
 
 logger = logging.getLogger("tessera")
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
@@ -50,7 +50,7 @@ def check(workdir: pathlib.Path, config: ExperimentConfig) -> None:
       UserError: it belongs to another config, or cannot be written.
     """
     try:
-        check_writable(workdir)
+        files.check_writable(workdir)
     except OSError as error:
         raise UserError(f"--workdir = {workdir} cannot be written: {error.strerror}.") from error
     if (workdir / "config.json").exists():
@@ -70,13 +70,6 @@ def _at(values: Any, name: str) -> str:
             return "not set"
         values = values[key]
     return repr(values)
-
-
-def check_writable(folder: pathlib.Path) -> None:
-    """Raises OSError where a file cannot be made in a folder, or in the nearest one above that exists."""
-    above = (folder.absolute(), *folder.absolute().parents)
-    with tempfile.NamedTemporaryFile(dir=next(path for path in above if path.exists())):
-        pass
 
 
 @contextlib.contextmanager
@@ -128,9 +121,7 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
 
 def write_config(workdir: pathlib.Path, config: Any) -> None:
     """Writes `config.json`, whole or not at all."""
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(configs.to_json(config))
-    os.replace(temporary, workdir / "config.json")
+    files.write_text(workdir / "config.json", configs.to_json(config))
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Work in a thread beside the caller's: what comes next, and what may come after."""
+"""Work in a thread beside the caller's: items made before they are needed, and calls made in the background."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
+def prefetch(items: Iterable[T]) -> Iterator[T]:
     """Yields `items`, each made in a thread while the one before it is used; at most two exist at a time."""
     items, end = iter(items), object()
-    with ThreadPoolExecutor(1, "ahead") as pool:
+    with ThreadPoolExecutor(1, "prefetch") as pool:
         future = pool.submit(next, items, end)
         while (item := future.result()) is not end:
             future = pool.submit(next, items, end)
@@ -18,11 +18,12 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             del item  # or it would live on while the next one is waited for
 
 
-class Behind:
-    """Makes calls in a thread while the caller goes on, one at a time: who is faster waits for the one before."""
+class BackgroundWorker:
+    """Makes calls in a thread, one at a time and in order; a caller that is faster waits for the call before."""
 
     def __init__(self) -> None:
-        self._pool, self._under_way = ThreadPoolExecutor(1, "behind"), Future()
+        self._pool = ThreadPoolExecutor(1, "background")
+        self._under_way: Future[Any] = Future()
         self._under_way.set_result(None)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:

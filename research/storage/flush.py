@@ -5,13 +5,13 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from research.storage.background import Behind
+from research.storage.background import BackgroundWorker
 
-# Bytes between two times that what was written is settled.
+# Bytes between two flushes of what was written.
 STRIDE = 2**26
 
 
-def settle(descriptor: int) -> None:
+def flush(descriptor: int) -> None:
     """Waits until the data of a file is on the disk, and lets its memory go to what is written next.
 
     Left to itself the system keeps all pages of a file that it has memory for, takes new ones for new data, which may
@@ -38,27 +38,28 @@ def reads_directly(path: pathlib.Path) -> bool:
     return True
 
 
-class Settling:
-    """Settles files in a thread while more is written. A context manager, whose end waits for what is under way.
+class BackgroundFlusher:
+    """Flushes files in a thread while more is written. A context manager, whose end waits for the flush under way.
 
     Args:
-      settle: is called each time when enough was written; what it raises is raised by the next call.
+      flush: is called each time when enough was written; what it raises is raised by the next call.
     """
 
-    def __init__(self, settle: Callable[[], None]):
-        self._settle, self._fresh, self._behind = settle, 0, Behind()
+    def __init__(self, flush: Callable[[], None]):
+        self._flush, self._worker = flush, BackgroundWorker()
+        self._unflushed = 0
 
     def wrote(self, size: int) -> None:
         """Counts bytes that were written; waits where the disk is behind by two strides."""
-        self._fresh += size
-        if self._fresh >= STRIDE:
-            self._behind.call(self._settle)
-            self._fresh = 0
+        self._unflushed += size
+        if self._unflushed >= STRIDE:
+            self._worker.call(self._flush)
+            self._unflushed = 0
 
-    def __enter__(self) -> "Settling":
+    def __enter__(self) -> "BackgroundFlusher":
         return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
-        self._behind.close()
+        self._worker.close()
         if kind is None:
-            self._behind.wait()
+            self._worker.wait()

@@ -23,9 +23,9 @@ from jaxtyping import Shaped
 
 from research.core.errors import UserError
 from research.models.layer_stack import places, stack_layers
-from research.storage.background import Behind, ahead
+from research.storage.background import BackgroundWorker, prefetch
 from research.storage.digests import RunningDigest
-from research.storage.flush import Settling, reads_directly, settle
+from research.storage.flush import BackgroundFlusher, flush, reads_directly
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import Damaged
 
@@ -61,10 +61,10 @@ def write_params(
     store = _Store(temporary / files.ARRAYS, shapes)
     try:
         with _explained(folder):
-            with Settling(store.settle) as settling:
-                for name, box, values in ahead(parts):
+            with BackgroundFlusher(store.flush) as flusher:
+                for name, box, values in prefetch(parts):
                     store.write(name, box, values)
-                    settling.wrote(values.nbytes)
+                    flusher.wrote(values.nbytes)
             digests = store.finish()
             manifest = files.manifest_of(step, store.arrays, digests, {})
             (temporary / files.MANIFEST).mkdir()
@@ -109,7 +109,7 @@ class ParamsReader:
         mode = "direct" if reads_directly(folder / files.MANIFEST / "manifest.json") else "default"
         self._folder, self._context, self._open = folder / files.ARRAYS, _context(mode), {}
         self._counted: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
-        self._behind = Behind()
+        self._worker = BackgroundWorker()
 
     def read(self, name: str, box: Box) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter; raises Damaged where it cannot be read.
@@ -130,12 +130,12 @@ class ParamsReader:
         part = (stack, start, values.shape)
         if part not in self._counted:
             self._counted.add(part)
-            self._behind.call(self._digests[stack].add, values, start)
+            self._worker.call(self._digests[stack].add, values, start)
         return values if index is None else values[0]
 
     def check(self) -> None:
         """Raises Damaged when what was read, each number at least once, is not what was saved."""
-        self._behind.wait()
+        self._worker.wait()
         for name, digest in self._digests.items():
             if digest.text() != self._manifest["arrays"][name]["digest"]:
                 raise Damaged(f"the bits of array {name} are not those that were saved (digest)")
@@ -150,8 +150,8 @@ class _Store:
         self._digests = {name: RunningDigest(shape.shape) for name, shape in self.arrays.items()}
         self._open: dict[str, ts.TensorStore] = {}
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
-        self._settled: set[pathlib.Path] = set()
-        self._behind = Behind()
+        self._flushed: set[pathlib.Path] = set()
+        self._worker = BackgroundWorker()
         folder.mkdir(parents=True)
 
     def write(self, name: str, box: Box, values: Shaped[np.ndarray, "..."]) -> None:
@@ -162,7 +162,7 @@ class _Store:
         if stack not in self._open:
             self._open[stack] = self._create(stack, values.shape)
         box, start = _bounds(self.arrays[stack].shape, index, box)
-        self._behind.call(self._digests[stack].add, values, start)
+        self._worker.call(self._digests[stack].add, values, start)
         self._wait(_IN_FLIGHT - values.nbytes)
         future = self._open[stack][box].write(values, can_reference_source_data_indefinitely=True)
         self._pending.append((values.nbytes, future))
@@ -170,7 +170,7 @@ class _Store:
     def finish(self) -> dict[str, str]:
         """Waits, writes Orbax's account of the tree, and returns the digests."""
         self._wait(0)
-        self._behind.wait()
+        self._worker.wait()
         keys = {name: name.split("/") for name in self.arrays}
         tree = {
             str(tuple(parts)): {
@@ -193,16 +193,16 @@ class _Store:
         (self._folder / "_METADATA").write_text(json.dumps(account))
         return {name: digest.text() for name, digest in self._digests.items()}
 
-    def settle(self) -> None:
-        """Settles the files that are complete and were not settled before."""
+    def flush(self) -> None:
+        """Flushes the files that are complete and were not flushed before."""
         complete = {path for path in self._folder.glob("d/*") if not path.name.endswith(_UNFINISHED)}
-        for path in complete - self._settled:
+        for path in complete - self._flushed:
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                settle(descriptor)
+                flush(descriptor)
             finally:
                 os.close(descriptor)
-        self._settled |= complete
+        self._flushed |= complete
 
     def abandon(self) -> None:
         """Returns when nothing more is written."""
@@ -258,7 +258,7 @@ def _kvstore(folder: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def _context(mode: str = "default") -> ts.Context:
-    # Files are synced by `settle`, many at a time, and once more when all is written.
+    # Files are synced by `flush`, many at a time, and once more when all is written.
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False, "file_io_mode": {"mode": mode}})
 
 

@@ -10,13 +10,14 @@ import json
 import logging
 import math
 import numbers
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import psutil
+
+from research.storage import files
 
 logger = logging.getLogger("tessera")
 
@@ -147,9 +148,7 @@ def _drop_rows_after(path: pathlib.Path, step: int) -> None:
     if len(kept) == len(rows):
         return
     logger.info("%s: %d rows after step %d dropped; they will be written again.", path, len(rows) - len(kept), step)
-    new = path.with_suffix(".jsonl.new")
-    new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(new, path)
+    files.write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any] | None]]:

@@ -1,5 +1,6 @@
 """The curves of a run as pictures."""
 
+import io
 import pathlib
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from research.core.errors import UserError
+from research.storage import files
 from research.training.metrics import FILE, curve, read_metrics
 
 TRAIN, EVAL, BITS = "train/loss", "eval/loss", "eval/bits_per_byte"
@@ -44,7 +46,9 @@ def plot_loss(workdir: pathlib.Path) -> pathlib.Path:
     axes.legend(frameon=False)
     path = workdir / "plots" / "loss.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    files.write_bytes(path, picture.getvalue())
     return path
 
 

@@ -1,16 +1,20 @@
 """The token store holds every document whole, is built once, and is never seen half-written."""
 
 import pickle
+import zlib
 
 import numpy as np
 import pytest
 
 from research.core.errors import UserError
 from research.data import corpus as corpus_module
+from research.data import objectives
 from research.data.corpus import build_corpora, open_corpus
+from research.data.packing import PackedRows
 from research.data.sources import SourceConfig
 from research.data.tokenizers import TokenizerConfig, build
 from research.data.tokenizers.byte import ByteTokenizer
+from research.storage import checksums
 from tests.data.text import corpora, texts
 
 
@@ -91,3 +95,86 @@ def test_a_corpus_travels_by_its_name(tmp_path):
     data = pickle.dumps(train)
     assert len(data) < 1000
     np.testing.assert_array_equal(pickle.loads(data).tokens, train.tokens)
+
+
+def _flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def _large(tmp_path, blocks=3):
+    """A corpus of some blocks of tokens, two bytes each."""
+    (tmp_path / "a.txt").write_text("x" * (blocks * checksums.BLOCK_BYTES // 2 - 100))
+    source = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), heldout_fraction=0.0)
+    return build_corpora(source, ByteTokenizer(), tmp_path / "cache")["train"]
+
+
+@pytest.mark.parametrize("name", ["offsets.npy", "bytes.npy", "checksums.npy", "corpus.json"])
+@pytest.mark.parametrize("place", [0, 9, 60, -9, -2])
+def test_a_flipped_bit_in_a_table_is_refused_by_name_when_the_corpus_is_opened(tmp_path, name, place):
+    folder = corpora(tmp_path, 30)["train"].folder
+    _flip(folder / name, place)
+    with pytest.raises(UserError, match=r"train[/ ].*Delete .*cache/text-\w+ to build it again"):
+        open_corpus(folder)
+
+
+@pytest.mark.parametrize("table", [np.int64(7), np.zeros((2, 2), np.int64), np.zeros(0, np.int64)])
+def test_offsets_of_another_form_are_refused_by_name(tmp_path, table):
+    folder = corpora(tmp_path, 30)["train"].folder
+    np.save(folder / "offsets.npy", table)
+    with pytest.raises(UserError, match=r"offsets\.npy is not what was written"):
+        open_corpus(folder)
+
+
+def test_a_changed_id_is_refused_when_its_block_is_read_and_only_then(tmp_path):
+    folder = _large(tmp_path).folder
+    block = checksums.BLOCK_BYTES // 2
+    _flip(folder / "tokens.bin", 2 * (block + 5))
+    corpus = open_corpus(folder)
+    corpus.verify(np.array([0, 2 * block]), np.array([block, 10]))
+    with pytest.raises(UserError, match=rf"tokens\.bin: ids {block:,} to {2 * block - 1:,} are not those"):
+        corpus.verify(np.array([0, block - 1]), np.array([1, 2]))
+    with pytest.raises(UserError, match="are not those that were written"):
+        corpus.document(0)
+
+
+def test_a_batch_of_changed_ids_is_refused(tmp_path):
+    folder = corpora(tmp_path, 60)["train"].folder
+    np.memmap(folder / "tokens.bin", np.uint16, "r+")[:] = 7
+    objective = objectives.build(objectives.ObjectiveConfig(), ByteTokenizer(), 64)
+    rows = PackedRows(open_corpus(folder), objective=objective, seed=0, block_documents=100)
+    with pytest.raises(UserError, match=r"tokens\.bin: ids 0 to [\d,]+ are not those that were written"):
+        rows.batch(np.array([0]), np.array([0]))
+
+
+def test_the_checksums_are_those_of_the_blocks_however_they_were_written(tmp_path):
+    folder = _large(tmp_path).folder
+    data, size = (folder / "tokens.bin").read_bytes(), checksums.BLOCK_BYTES
+    assert len(data) == 3 * size - 2 * 98
+    want = [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]
+    assert np.load(folder / "checksums.npy").tolist() == want
+
+
+@pytest.mark.parametrize("hit", [False, True])
+def test_the_next_run_removes_what_a_killed_build_left(tmp_path, hit):
+    if hit:
+        corpora(tmp_path, 10)
+    left = tmp_path / "cache" / ".text-0123456789abcdef-x7y8z9"
+    (left / "train").mkdir(parents=True)
+    (left / "train" / "tokens.bin").write_bytes(b"half")
+    corpora(tmp_path, 10)
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_the_last_token_of_a_piece_is_verified_too(tmp_path):
+    """A causal piece of n pairs reads n + 1 tokens: here the last one lies in a block of its own."""
+    (tmp_path / "a.txt").write_text("x" * (checksums.BLOCK_BYTES // 2 - 1))
+    source = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), heldout_fraction=0.0)
+    folder = build_corpora(source, ByteTokenizer(), tmp_path / "cache")["train"].folder
+    _flip(folder / "tokens.bin", -1)
+    objective = objectives.build(objectives.ObjectiveConfig(), ByteTokenizer(), checksums.BLOCK_BYTES // 2)
+    rows = PackedRows(open_corpus(folder), objective=objective, seed=0, block_documents=100)
+    block = checksums.BLOCK_BYTES // 2
+    with pytest.raises(UserError, match=f"ids {block:,} to {block:,} are not"):
+        rows.batch(np.array([0]), np.array([0]))

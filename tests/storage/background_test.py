@@ -4,12 +4,12 @@ import threading
 
 import pytest
 
-from research.storage.background import Behind, ahead
+from research.storage.background import BackgroundWorker, prefetch
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_items_come_in_order_and_none_twice(count):
-    assert list(ahead(iter(range(count)))) == list(range(count))
+    assert list(prefetch(iter(range(count)))) == list(range(count))
 
 
 def test_the_next_item_is_made_while_this_one_is_used():
@@ -20,7 +20,7 @@ def test_the_next_item_is_made_while_this_one_is_used():
             event.set()
             yield event
 
-    for i, _ in enumerate(ahead(items())):
+    for i, _ in enumerate(prefetch(items())):
         if i < 2:
             assert made[i + 1].wait(timeout=10)
         assert not any(event.is_set() for event in made[i + 2 :])
@@ -31,7 +31,7 @@ def test_an_error_comes_where_its_item_would():
         yield 1
         raise ValueError("second")
 
-    found = ahead(items())
+    found = prefetch(items())
     assert next(found) == 1
     with pytest.raises(ValueError, match="second"):
         next(found)
@@ -39,26 +39,26 @@ def test_an_error_comes_where_its_item_would():
 
 def test_no_thread_outlives_a_loop_that_ends_early():
     before = threading.active_count()
-    for _ in ahead(range(10)):
+    for _ in prefetch(range(10)):
         break
     assert threading.active_count() == before
 
 
-def test_calls_behind_come_in_order_one_at_a_time():
+def test_calls_in_the_background_come_in_order_one_at_a_time():
     done, go = [], threading.Event()
-    behind = Behind()
-    behind.call(lambda: (go.wait(), done.append(0)))
+    worker = BackgroundWorker()
+    worker.call(lambda: (go.wait(), done.append(0)))
     assert not done  # the caller goes on
     go.set()
     for i in range(1, 5):
-        behind.call(done.append, i)
-    behind.wait()
+        worker.call(done.append, i)
+    worker.wait()
     assert done == list(range(5))
 
 
-def test_an_error_behind_is_raised_by_the_next_call():
-    behind = Behind()
-    behind.call(lambda: 1 // 0)
+def test_an_error_in_the_background_is_raised_by_the_next_call():
+    worker = BackgroundWorker()
+    worker.call(lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        behind.call(print)
-    behind.close()
+        worker.call(print)
+    worker.close()

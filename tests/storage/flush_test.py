@@ -1,4 +1,4 @@
-"""Files that are settled while they are written."""
+"""Files that are flushed while they are written."""
 
 import os
 import threading
@@ -6,10 +6,10 @@ import threading
 import pytest
 
 from research.storage import flush
-from research.storage.flush import Settling, reads_directly, settle
+from research.storage.flush import BackgroundFlusher, reads_directly
 
 
-def test_what_was_written_is_settled_a_stride_at_a_time_and_never_twice_at_once(monkeypatch):
+def test_what_was_written_is_flushed_a_stride_at_a_time_and_never_twice_at_once(monkeypatch):
     monkeypatch.setattr(flush, "STRIDE", 10)
     lock, calls, go = threading.Lock(), [], threading.Event()
 
@@ -19,7 +19,7 @@ def test_what_was_written_is_settled_a_stride_at_a_time_and_never_twice_at_once(
         calls.append(threading.current_thread())
         lock.release()
 
-    with Settling(slow) as files:
+    with BackgroundFlusher(slow) as files:
         files.wrote(9)
         assert not calls
         files.wrote(1)  # goes on while the first is under way
@@ -38,7 +38,7 @@ def test_a_full_disk_is_told_at_the_next_stride_or_the_end(monkeypatch, strides)
         raise OSError("No space left on device")
 
     def write():
-        with Settling(full) as files:
+        with BackgroundFlusher(full) as files:
             for _ in range(strides):
                 files.wrote(1)
 
@@ -46,10 +46,10 @@ def test_a_full_disk_is_told_at_the_next_stride_or_the_end(monkeypatch, strides)
         write()
 
 
-def test_a_settled_file_is_whole(tmp_path):
+def test_a_flushed_file_is_whole(tmp_path):
     with (tmp_path / "file").open("wb", buffering=0) as file:
         file.write(bytes(range(256)))
-        settle(file.fileno())
+        flush.flush(file.fileno())
         file.write(b"more")
         os.fsync(file.fileno())
     assert (tmp_path / "file").read_bytes() == bytes(range(256)) + b"more"

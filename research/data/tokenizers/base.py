@@ -13,6 +13,7 @@ from jaxtyping import Int, Integer
 
 from research.core.errors import UserError
 from research.data.tokenizers import chat
+from research.storage import files
 
 DESCRIPTOR = "descriptor.json"
 # The parts that Hugging Face's files name tokens for (`bos_token`, …).
@@ -195,8 +196,8 @@ class Tokenizer(abc.ABC):
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files().items():
-            (folder / name).write_bytes(data)
-        (folder / DESCRIPTOR).write_text(json.dumps(self.descriptor(), indent=2) + "\n")
+            files.write_bytes(folder / name, data)
+        files.write_text(folder / DESCRIPTOR, json.dumps(self.descriptor(), indent=2) + "\n")
 
 
 class StreamDecoder:

@@ -1,0 +1,96 @@
+"""Checksums of a large file by blocks: what is read of it is verified when it is first read, and nothing else.
+
+A checksum is the CRC-32 of `BLOCK_BYTES` bytes (the last block has what is left), which misses a change of a block with
+probability 2⁻³².
+"""
+
+import pathlib
+import zlib
+
+import numpy as np
+from jaxtyping import Int, Shaped, UInt32
+
+# Few enough that a short read does not cost a long one.
+BLOCK_BYTES = 2**16
+
+
+def file_checksum(path: pathlib.Path) -> int:
+    """Returns the CRC-32 of a whole file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+class BlockChecksums:
+    """The checksums of a file that is being written."""
+
+    def __init__(self) -> None:
+        self._finished: list[int] = []
+        self._checksum, self._filled = 0, 0
+
+    def add(self, data: bytes) -> None:
+        """Adds what is written next."""
+        left = memoryview(data)
+        while left:
+            part = left[: BLOCK_BYTES - self._filled]
+            self._checksum = zlib.crc32(part, self._checksum)
+            self._filled += len(part)
+            if self._filled == BLOCK_BYTES:
+                self._finish_block()
+            left = left[len(part) :]
+
+    def finish(self) -> UInt32[np.ndarray, "blocks"]:
+        """Returns a checksum for each block; nothing can be added afterwards."""
+        if self._filled:
+            self._finish_block()
+        return np.array(self._finished, np.uint32)
+
+    def _finish_block(self) -> None:
+        self._finished.append(self._checksum)
+        self._checksum, self._filled = 0, 0
+
+
+class BlockVerifier:
+    """Compares the blocks of an array with their checksums, each once in the life of this object.
+
+    Threads may share it: at worst two of them look at the same block.
+
+    Args:
+      data: one-dimensional, of 1, 2 or 4 bytes a number; usually a file that is mapped into memory.
+      checksums: of `BlockChecksums`.
+    """
+
+    def __init__(self, data: Shaped[np.ndarray, "n"], checksums: UInt32[np.ndarray, "blocks"]):
+        self._data, self._checksums = data, checksums
+        self._block = BLOCK_BYTES // data.itemsize
+        self._good = np.zeros(len(checksums), bool)
+        assert len(checksums) == -(-len(data) // self._block), "there is a checksum for each block"
+
+    def first_damaged(
+        self, starts: Int[np.ndarray, "ranges"], lengths: Int[np.ndarray, "ranges"]
+    ) -> tuple[int, int] | None:
+        """Returns the bounds of the first damaged block that these ranges touch, or None.
+
+        Args:
+          starts: where each range begins, in numbers of the array.
+          lengths: how many numbers each has; a range of none touches nothing.
+        """
+        touched = lengths > 0
+        first = starts[touched] // self._block
+        last = (starts[touched] + lengths[touched] - 1) // self._block
+        # Nearly always each range lies in one block or two that were seen before.
+        if self._good[first].all() and self._good[last].all() and not (last - first > 1).any():
+            return None
+        for low, high in zip(first.tolist(), last.tolist(), strict=True):
+            for block in range(low, high + 1):
+                if not self._good[block] and not self._verify(block):
+                    return block * self._block, min((block + 1) * self._block, len(self._data))
+        return None
+
+    def _verify(self, block: int) -> bool:
+        numbers = self._data[block * self._block : (block + 1) * self._block]
+        good = zlib.crc32(np.ascontiguousarray(numbers).view(np.uint8)) == self._checksums[block]
+        self._good[block] = good
+        return bool(good)

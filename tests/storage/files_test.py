@@ -1,0 +1,102 @@
+"""Files and folders are there whole or not at all: claims about `storage.files`."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from research.storage import files
+
+
+def test_a_file_holds_what_was_written_last_and_nothing_lies_beside_it(tmp_path):
+    files.write_text(tmp_path / "a.json", "{}")
+    files.write_text(tmp_path / "a.json", "ü")
+    assert (tmp_path / "a.json").read_bytes() == b"\xc3\xbc"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path, monkeypatch):
+    files.write_bytes(tmp_path / "a", b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_bytes(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_takes_its_name_when_all_is_in_it(tmp_path):
+    with files.new_folder(tmp_path / "deep" / "final") as folder:
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "deep" / "final").exists()
+        assert folder.parent == tmp_path / "deep"
+    assert (tmp_path / "deep" / "final" / "a").read_text() == "a"
+    assert os.listdir(tmp_path / "deep") == ["final"]
+    assert (tmp_path / "deep" / "final").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_vanishes_where_its_writer_fails(tmp_path):
+    def write():
+        with files.new_folder(tmp_path / "final") as folder:
+            (folder / "a").write_text("a")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
+def _made_twice(final, keep_existing):
+    with files.new_folder(final, keep_existing) as folder:
+        (folder / "a").write_text("second")
+        with files.new_folder(final) as other:
+            (other / "a").write_text("first")
+
+
+def test_of_two_writers_of_one_folder_the_first_is_kept_where_both_write_the_same(tmp_path):
+    _made_twice(tmp_path / "final", keep_existing=True)
+    assert (tmp_path / "final" / "a").read_text() == "first"
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_of_two_writers_of_one_folder_the_second_fails_where_they_differ(tmp_path):
+    with pytest.raises(OSError, match="not empty"):
+        _made_twice(tmp_path / "final", keep_existing=False)
+    assert os.listdir(tmp_path) == ["final"]
+
+
+WRITER = """
+import pathlib, sys, time
+from research.storage import files
+with files.new_folder(pathlib.Path(sys.argv[1])) as folder:
+    (folder / "a").write_text("a")
+    print(folder.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def _writer(final):
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(final)], stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    (tmp_path / ".notes").mkdir()
+    living, living_folder = _writer(tmp_path / "one")
+    killed, killed_folder = _writer(tmp_path / "two")
+    try:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert set(os.listdir(tmp_path)) == {".notes", living_folder, killed_folder}
+        with files.new_folder(tmp_path / "three"):
+            pass
+        assert set(os.listdir(tmp_path)) == {".notes", living_folder, "three"}
+        assert (tmp_path / living_folder / "a").read_text() == "a"
+    finally:
+        living.kill()
+        living.wait()
