@@ -46,5 +46,5 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         "zstd": zstd,
     },
-    entry_points={"console_scripts": ["tessera=research.cli:main"]},
+    entry_points={"console_scripts": ["tessera=research.__main__:main"]},
 )

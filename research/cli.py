@@ -14,7 +14,7 @@ from typing import Any
 
 import tqdm
 
-from research.core import backend
+from research.core import backend, interrupts
 from research.core.errors import Interrupted, UserError
 
 # What each verb does. Its recipe is imported when it is called: the overview and a mistyped verb answer at once.
@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tessera").setLevel(logging.INFO)
     try:
         backend.configure()
-        with _terminable():
-            status = _run(argv)
+        status = _run(argv)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -109,6 +108,7 @@ def _run(argv: list[str]) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         raise UserError(f"{verb!r} is not a verb. " + (f"Did you mean {close[0]!r}?" if close else _known()))
     recipe = importlib.import_module(f"research.recipes.{verb}")
+    interrupts.raise_again()
     parser = _Parser(
         prog=f"tessera {verb}",
         usage=f"tessera {verb} FLAGS\n\n{VERBS[verb]}\n\nexamples:\n{recipe.EXAMPLES}",
@@ -125,7 +125,8 @@ def _run(argv: list[str]) -> int:
         close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         raise UserError(f"{unknown[0]!r} is not known. " + (f"Did you mean {close[0]!r}?" if close else ""))
     arguments.overrides = overrides
-    return recipe.main(arguments) or 0
+    with _terminable():
+        return recipe.main(arguments) or 0
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
