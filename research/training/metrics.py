@@ -40,18 +40,12 @@ class MetricsWriter:
         if jax.process_index() != 0:
             return
         # Deferred: importing it takes more than a second, which no verb that only reads metrics should pay.
-        import tensorboardX
+        from research.training.tensorboard import Board
 
         workdir.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(workdir / FILE, resumed_step)
         self._file = (workdir / FILE).open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=resumed_step + 1,
-            flush_secs=30,
-            # Files are named by the second; two runs within one would otherwise share a file.
-            filename_suffix=f".from-{resumed_step}",
-        )
+        self._board = Board(workdir / "tensorboard", resumed_step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one row; it is in the file, whole, when this returns.
@@ -66,9 +60,7 @@ class MetricsWriter:
         row = {"step": int(step)} | {name: _jsonable(value) for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        self._board.write(int(step), {name: value for name, value in values.items() if value is not None})
 
     def __enter__(self) -> "MetricsWriter":
         return self
