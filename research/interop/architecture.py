@@ -8,12 +8,13 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from research.core.config import bind, plain
-from research.core.errors import UserError
+from research.core.errors import UserError, listed, shown
 from research.interop.tensor import Tensor
+from research.interop.unread import is_off, is_unread
 from research.models.config import ModelConfig
 
 logger = logging.getLogger("tessera")
@@ -33,6 +34,10 @@ NOT_CONVERTED = {
 }
 # More layers than any model has: who reads a config.json goes through them one by one.
 LAYERS = 10_000
+# Names of rates of dropout.
+_DROPOUT = re.compile(r"dropout|pdrop|layerdrop")
+# More than any value of a field has.
+_LETTERS = 1000
 # Numbers this near to each other are the same: config.json may hold another function of one, as a rounded decimal.
 _NEAR = 1e-9
 # How many refusals a message shows.
@@ -61,8 +66,8 @@ class Architecture:
       required: fields of config.json without a default, all of them counts.
       defaults: fields that may be missing, with the defaults of `transformers`.
       only: fields that have one supported value each.
-      inert: fields that change no logit, beside `INERT`.
-      dropouts: rates of dropout where Tessera has none.
+      inert: fields that change no logit, beside `INERT` and those of `unread`.
+      from_tensors: returns the fields that the tensors know better, from all fields and the tensors by name.
       read: returns the values of a `ModelConfig` from the fields.
       write: returns the fields of a `ModelConfig`; raises UserError for one that it has no words for.
     """
@@ -80,7 +85,7 @@ class Architecture:
     defaults: Mapping[str, Any]
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inert: tuple[str, ...] = ()
-    dropouts: tuple[str, ...] = ()
+    from_tensors: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda fields, tensors: {}
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
 
@@ -89,26 +94,15 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
     """Returns the model of a config.json.
 
     Raises:
-      UserError: a field is missing, or asks for what Tessera does not have, or is not known and not off.
+      UserError: fields that are missing, ask for what Tessera does not have, or are not known and might change a
+        logit; all of them are named.
     """
     a = architecture
-    known = {*a.required, *a.defaults, *a.inert, *a.dropouts, *INERT}
     if fields.get("quantization_config"):
         raise UserError("quantization_config is set: its weights are quantized, and only plain ones are read.")
-    for name in a.required:
-        if name not in fields:
-            raise UserError(f"{name} is missing.")
-        limit = LAYERS if "layer" in name else 2**31  # JAX's own limit of an axis
-        if not isinstance(fields[name], int) or not 1 <= fields[name] < limit:
-            raise UserError(f"{name} = {fields[name]!r} must be a whole number of at least 1 and below {limit:,}.")
-    for name, value in fields.items():
-        if name in a.only:
-            if value != a.only[name]:
-                raise UserError(f"{name} = {value!r} is not supported: only {a.only[name]!r} is.")
-        elif name not in known and value not in (None, False):
-            raise UserError(f"{name} = {value!r} is a field of {a.model_type!r} that is not supported.")
-        if name in a.dropouts and value:
-            logger.warning("%s = %s is left out: Tessera drops nothing there. Only training would differ.", name, value)
+    faults = [*_counts_missing(a, fields), *_unsupported(a, fields)]
+    if faults:
+        raise UserError(f"{listed(faults, '; ')}.")
     try:
         values = a.read({**a.defaults, **fields})
     except UserError:
@@ -119,23 +113,55 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
     return bind(ModelConfig, values)
 
 
-def fields_of(architecture: Architecture, fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _counts_missing(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with the required fields."""
+    for name in a.required:
+        limit = LAYERS if "layer" in name else 2**31  # JAX's own limit of an axis
+        if name not in fields:
+            yield f"{name} is missing"
+        elif type(fields[name]) is not int or not 1 <= fields[name] < limit:
+            yield f"{name} = {shown(fields[name])} must be a whole number of at least 1 and below {limit:,}"
+
+
+def _unsupported(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with the other fields; those that are left out are logged."""
+    known = {*a.required, *a.defaults, *a.inert, *INERT}
+    unread = []
+    for name, value in fields.items():
+        if isinstance(value, str) and len(value) > _LETTERS:
+            yield f"{name} = {shown(value)} is longer than any value"
+        elif name in a.only:
+            if value != a.only[name]:
+                yield f"{name} = {shown(value)} is not supported: only {a.only[name]!r} is"
+        elif name in known or is_off(value):
+            continue
+        elif is_unread(name):
+            unread.append(name)
+        elif _DROPOUT.search(name) and isinstance(value, float | int):
+            logger.warning("%s = %s is left out: Tessera drops nothing there. Only training would differ.", name, value)
+        else:
+            yield f"{name} = {shown(value)} is a field of {a.model_type!r} that is not supported"
+    if unread:
+        logger.info("left out of config.json, as no logit depends on them: %s", listed(sorted(unread), limit=50))
+
+
+def fields_of(architecture: Architecture, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config.json with what the tensors know better: their class, and what is counted and not there.
 
     Args:
       architecture: what it is.
       fields: the config.json.
-      names: of the tensors beside it.
+      tensors: those beside it, by name.
     """
-    names, known = list(names), dict(fields)
+    known = dict(fields)
     if architecture.classes:
-        known["architectures"] = [class_of(architecture, names)]
+        known["architectures"] = [class_of(architecture, tensors)]
     for field, pattern in architecture.counted.items():
-        if not any(re.search(pattern, name) for name in names):
+        if not any(re.search(pattern, name) for name in tensors):
             if fields.get(field):
                 logger.info("%s = %s is left out: no tensor is of it", field, fields[field])
             known[field] = 0
-    return known
+    return known | architecture.from_tensors({**architecture.defaults, **fields}, tensors)
 
 
 def class_of(architecture: Architecture, names: Iterable[str]) -> str:

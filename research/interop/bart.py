@@ -21,7 +21,7 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("ffn_dim", "attention_heads"):
         ours, theirs = fields[f"encoder_{name}"], fields[f"decoder_{name}"]
         if ours != theirs:
-            raise UserError(f"decoder_{name} = {theirs} must equal encoder_{name} = {ours}.")
+            raise UserError(f"decoder_{name} = {theirs!r} must equal encoder_{name} = {ours!r}.")
     return {
         "structure": "encoder_decoder",
         "vocab_size": fields["vocab_size"],
@@ -129,14 +129,8 @@ BART = Architecture(
         **{"is_encoder_decoder": True, "is_decoder": False, "normalize_embedding": True, "extra_pos_embeddings": 2},
         **{"add_final_layer_norm": False, "normalize_before": False, "static_position_embeddings": False},
     },
-    inert=(
-        # How text is generated, and with which tokens.
-        *("early_stopping", "forced_bos_token_id", "forced_eos_token_id", "length_penalty"),
-        *("force_bos_token_to_be_generated", "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "prefix"),
-        # Fields that others repeat, and those of other tasks and of the fine-tuning.
-        *("num_hidden_layers", "output_past", "classif_dropout", "classifier_dropout", "add_bias_logits", "save_step"),
-    ),
-    dropouts=("attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop"),
+    # A field that others repeat, and those of the fine-tuning.
+    inert=("num_hidden_layers", "add_bias_logits", "save_step"),
     read=functools.partial(_read, "post"),
     write=functools.partial(_write, "Bart"),
 )

@@ -148,11 +148,10 @@ BERT = Architecture(
         "tie_word_embeddings": True,
     },
     inert=(
-        # A head for other tasks; how the pooler of a release was built.
-        *("classifier_dropout", "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_type"),
-        *("pooler_num_fc_layers", "pooler_size_per_head", "output_past"),
+        # How the pooler of a release was built.
+        *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_type"),
+        *("pooler_num_fc_layers", "pooler_size_per_head"),
     ),
-    dropouts=("attention_probs_dropout_prob",),
     read=functools.partial(_read, _BERT, 0),
     write=functools.partial(_write, _BERT),
 )

@@ -231,7 +231,7 @@ DEEPSEEK_V3 = decoder(
             "moe_layer_freq": 1,
         },
         # Sizes that others give; how training balances the experts and where they run.
-        inert=("qk_head_dim", "auto_map", "aux_loss_alpha", "ep_size", "seq_aux", "pretraining_tp", "num_mtp_layers"),
+        inert=("qk_head_dim", "aux_loss_alpha", "ep_size", "seq_aux", "num_mtp_layers"),
     ),
     counted={"num_nextn_predict_layers": r"\.eh_proj\.weight$"},
     ignored={

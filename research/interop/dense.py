@@ -155,8 +155,7 @@ PHI3 = decoder(
     one_window(None),
     Part(
         defaults={"rms_norm_eps": 1e-5},
-        # Where the authors' own code lies, and what only that reads.
-        inert=("auto_map", "full_attn_mod", "interpolate_factor"),
+        # What only the authors' own code reads.
+        inert=("full_attn_mod", "interpolate_factor"),
     ),
-    dropouts=("attention_dropout", "embd_pdrop", "resid_pdrop"),
 )

@@ -60,7 +60,7 @@ def _kv_heads(fields: Mapping[str, Any]) -> int:
     if fields["multi_query"]:
         return 1
     if kv_heads not in (None, num_heads):
-        raise UserError(f"num_kv_heads = {kv_heads} must be num_attention_heads = {num_heads} without multi_query.")
+        raise UserError(f"num_kv_heads = {kv_heads!r} must be num_attention_heads = {num_heads} without multi_query.")
     return num_heads
 
 
@@ -70,8 +70,8 @@ def _placement(fields: Mapping[str, Any]) -> str:
     )
     if (new and not parallel) or norms not in ((None, 1, 2) if new else (None, 1)):
         raise UserError(
-            f"num_ln_in_parallel_attn = {norms} and parallel_attn = {parallel} are not supported with "
-            f"new_decoder_architecture = {new}."
+            f"num_ln_in_parallel_attn = {norms!r} and parallel_attn = {parallel!r} are not supported with "
+            f"new_decoder_architecture = {new!r}."
         )
     if new:
         return "parallel" if norms == 1 else "parallel_pair"
@@ -162,9 +162,8 @@ FALCON = Architecture(
         "initializer_range": 0.02,
     },
     only={"apply_residual_connection_post_layernorm": False},
-    # Where code of the release lies; a factor that ffn_hidden_size repeats.
-    inert=("auto_map", "ff_factor"),
-    dropouts=("attention_dropout",),
+    # A factor that ffn_hidden_size repeats.
+    inert=("ff_factor",),
     read=_read,
     write=_write,
 )

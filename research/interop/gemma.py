@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.core.config import plain
-from research.core.errors import UserError
+from research.core.errors import UserError, shown
 from research.interop.architecture import config_from
 from research.interop.llama import ATTENTION, CORE, DENSE, MLP, QK_NORM, activation, biases, decoder, norm
 from research.interop.parts import Part, fixed, named
@@ -40,7 +40,7 @@ GEMMA = (
     ),
     Part(
         defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
-        inert=("cache_implementation", "hidden_act"),
+        inert=("hidden_act",),
     ),
 )
 GEMMA2 = decoder(
@@ -69,7 +69,7 @@ def _read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
     ropes = fields["rope_parameters"] or {}
     scaling = fields["rope_scaling"] or {}
     if not isinstance(ropes, dict) or not isinstance(scaling, dict) or ropes.keys() - {LOCAL, GLOBAL}:
-        raise UserError(f"rope_parameters = {ropes!r} must be a group for {LOCAL} and one for {GLOBAL}.")
+        raise UserError(f"rope_parameters = {shown(ropes)} must be a group for {LOCAL} and one for {GLOBAL}.")
     longest = fields["max_position_embeddings"]
     everywhere = {"rope_theta": fields["rope_theta"], **(ropes.get(GLOBAL) or {}), **scaling}
     local = position({"rope_theta": fields["rope_local_base_freq"], **(ropes.get(LOCAL) or {})}, longest)

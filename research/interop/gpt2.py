@@ -18,7 +18,7 @@ _FIRST_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swis
 def _model(fields: Mapping[str, Any], hidden_dim: int, activation: str, placement: str) -> dict[str, Any]:
     width, num_heads = fields["n_embd"], fields["n_head"]
     if fields["embd_pdrop"] != fields["resid_pdrop"]:
-        raise UserError(f"embd_pdrop = {fields['embd_pdrop']} must equal resid_pdrop = {fields['resid_pdrop']}.")
+        raise UserError(f"embd_pdrop = {fields['embd_pdrop']!r} must equal resid_pdrop = {fields['resid_pdrop']!r}.")
     return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["n_layer"],
@@ -100,12 +100,6 @@ _DEFAULTS = {
     "embd_pdrop": 0.1,
     "initializer_range": 0.02,
 }
-_INERT = (
-    # A head for other tasks; a field that n_positions repeats.
-    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
-    "n_ctx",
-)
-
 GPT = Architecture(
     model_type="openai-gpt",
     model_class="OpenAIGPTLMHeadModel",
@@ -115,9 +109,8 @@ GPT = Architecture(
     ignored={r"transformer\.h\.\d+\.attn\.bias": "the causal mask, which is no parameter"},
     required=_REQUIRED,
     defaults=_DEFAULTS | {"afn": "gelu"},
-    # Tokens that fine-tuning was to add.
-    inert=(*_INERT, "n_special", "predict_special_tokens"),
-    dropouts=("attn_pdrop",),
+    # A field that n_positions repeats; tokens that fine-tuning was to add.
+    inert=("n_ctx", "n_special", "predict_special_tokens"),
     read=_read_first,
     write=_write_first,
 )
@@ -132,9 +125,8 @@ GPT2 = Architecture(
     required=_REQUIRED,
     defaults=_DEFAULTS | {"n_inner": None, "activation_function": "gelu_new"},
     only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    # The last is the order of a product's factors.
-    inert=(*_INERT, "reorder_and_upcast_attn"),
-    dropouts=("attn_pdrop",),
+    # A field that n_positions repeats; the order of a product's factors.
+    inert=("n_ctx", "reorder_and_upcast_attn"),
     read=_read,
     write=_write,
 )

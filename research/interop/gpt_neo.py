@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from research.core.errors import UserError
+from research.core.errors import UserError, shown
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table
@@ -20,7 +20,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     width = fields["hidden_size"]
     if fields["embed_dropout"] != fields["resid_dropout"]:
         raise UserError(
-            f"embed_dropout = {fields['embed_dropout']} must equal resid_dropout = {fields['resid_dropout']}."
+            f"embed_dropout = {fields['embed_dropout']!r} must equal resid_dropout = {fields['resid_dropout']!r}."
         )
     return {
         "vocab_size": fields["vocab_size"],
@@ -49,10 +49,10 @@ def _kinds(fields: Mapping[str, Any]) -> list[str]:
     named = (kind for group, times in groups for _ in range(times) for kind in group)
     kinds = list(itertools.islice(named, count + 1))
     if len(kinds) != count:
-        raise UserError(f"attention_types = {groups!r} must name num_layers = {count} layers.")
+        raise UserError(f"attention_types = {shown(groups)} must name num_layers = {count} layers.")
     for kind in kinds:
         if kind not in (_GLOBAL, _LOCAL):
-            raise UserError(f"attention_types: {kind!r} is not supported, only {_GLOBAL!r} and {_LOCAL!r} are.")
+            raise UserError(f"attention_types: {shown(kind)} is not supported, only {_GLOBAL!r} and {_LOCAL!r} are.")
     return kinds
 
 
@@ -107,12 +107,7 @@ GPT_NEO = Architecture(
         "embed_dropout": 0.0,
         "initializer_range": 0.02,
     },
-    inert=(
-        # A field that attention_types repeats; heads for other tasks.
-        *("attention_layers", "classifier_dropout", "summary_activation", "summary_first_dropout"),
-        *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
-    ),
-    dropouts=("attention_dropout",),
+    inert=("attention_layers",),  # which attention_types repeats
     read=_read,
     write=_write,
 )

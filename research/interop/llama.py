@@ -122,7 +122,6 @@ def decoder(model_type: str, model_class: str, layer: tuple[Tensor, ...], *parts
         "prefixes": ("model.",),
         "copies": {"lm_head.weight": "model.embed_tokens.weight"},
         "ignored": {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies that the config gives"},
-        "dropouts": ("attention_dropout",),
     }
     tensors = (
         Tensor("model.embed_tokens.weight", ("embed/embedding",), num_inputs=1),
@@ -143,6 +142,4 @@ LLAMA = decoder(
     biases(default=False, out=True),
     named({"mlp_bias": "mlp.bias"}, mlp_bias=False),
     rotary(),
-    # How many pieces a product was once taken in; the sum is the same.
-    Part(inert=("pretraining_tp",)),
 )

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32, Shaped
 from research.core.errors import UserError, listed
 from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
-from research.interop.tensor import Placed, Shape, Tensor
+from research.interop.tensor import Placed, Shape, Tensor, same_numbers
 from research.models.config import ModelConfig
 from research.models.layer_stack import stack_layers, unstack_layers
 from research.models.stack import scans_layers
@@ -250,32 +250,12 @@ def _leftovers(
             faults.append(f"{name} is not known")
         elif copies[full] in found:
             original = found[copies[full]]
-            if not _same(tensors[name], tensors[original]):
+            if not same_numbers(tensors[name], tensors[original]):
                 why = " (tie_word_embeddings)" if full in architecture.copies else ""
                 faults.append(f"{name} differs from {original}, which it repeats{why}")
     for reason, names in reasons.items():
         logger.info("%s%s left out: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
     return faults
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two tensors have the same bits, or the same numbers in types of their own; a slice of them at a time."""
-    if a.shape != b.shape:
-        return False
-    if a.dtype == b.dtype:
-        common, read_as = a.dtype, f"u{a.dtype.itemsize}"
-    elif jnp.issubdtype(a.dtype, jnp.floating) and jnp.issubdtype(b.dtype, jnp.floating):
-        common = read_as = np.dtype(np.float64)  # which holds the numbers of all of them
-    else:
-        return False
-    a, b = np.asarray(a), np.asarray(b)
-    rows = max(1, PIECE_BYTES // max(1, a[:1].nbytes, b[:1].nbytes))
-
-    def part(x: Shaped[np.ndarray, "..."], start: int) -> Shaped[np.ndarray, "..."]:
-        return x[start : start + rows].astype(common, copy=False).view(read_as)
-
-    equal_nan = read_as == common  # bits of integers have none
-    return all(np.array_equal(part(a, i), part(b, i), equal_nan=equal_nan) for i in range(0, len(a), rows))
 
 
 def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:

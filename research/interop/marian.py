@@ -15,7 +15,7 @@ _WITH_HEAD, _BARE = "MarianMTModel", "MarianModel"
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["decoder_vocab_size"] not in (None, fields["vocab_size"]):
         raise UserError(
-            f"decoder_vocab_size = {fields['decoder_vocab_size']} must equal vocab_size = {fields['vocab_size']}."
+            f"decoder_vocab_size = {fields['decoder_vocab_size']!r} must equal vocab_size = {fields['vocab_size']!r}."
         )
     own = {
         "position": {"kind": "sinusoidal", "halves": True},
@@ -46,8 +46,6 @@ MARIAN: Architecture = dataclasses.replace(
         **{"add_final_layer_norm": False, "normalize_before": False},
         **{"normalize_embedding": False, "static_position_embeddings": True},
     },
-    # That no padding is generated is a rule of generation.
-    inert=(*BART.inert, "bad_words_ids", "_num_labels"),
     read=_read,
     write=_write,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from research.core.errors import UserError
+from research.core.errors import UserError, shown
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import joined, linear, multi_head, norm, table
@@ -69,7 +69,7 @@ def _layers(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     stated = [_SLIDING if i % period else _FULL for i in range(max(count, period + 1))]
     kinds = stated[:count] if named is None else list(named)
     if len(kinds) != count or not {*kinds} <= {_FULL, _SLIDING}:
-        raise UserError(f"layer_types = {named!r} must name {count} layers, each {_FULL!r} or {_SLIDING!r}.")
+        raise UserError(f"layer_types = {shown(named)} must name {count} layers, each {_FULL!r} or {_SLIDING!r}.")
     pattern = stated[1 : period + 1] if kinds == stated[:count] else _shortest_pattern(kinds[1:])
     local = {
         # Tokens at half of this width are the last that are seen.
@@ -171,11 +171,10 @@ MODERNBERT = Architecture(
     inert=(
         # How weights begin, how sparse losses and kernels are run, a head for other tasks.
         *("initializer_cutoff_factor", "sparse_prediction", "sparse_pred_ignore_index", "reference_compile"),
-        *("deterministic_flash_attn", "repad_logits_with_grad", "classifier_pooling", "classifier_dropout"),
-        # The positions' kind and an epsilon, which other fields say; tokens that the tokenizer has.
-        *("position_embedding_type", "layer_norm_eps", "cls_token_id", "sep_token_id"),
+        *("deterministic_flash_attn", "repad_logits_with_grad", "classifier_pooling"),
+        # The positions' kind and an epsilon, which other fields say.
+        *("position_embedding_type", "layer_norm_eps"),
     ),
-    dropouts=("attention_dropout", "embedding_dropout", "mlp_dropout"),
     read=_read,
     write=_write,
 )

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from research.core.errors import UserError
+from research.core.errors import UserError, listed, shown
 from research.interop.architecture import INERT, Architecture
 from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
 from research.interop.tensor import Tensor
+from research.interop.unread import is_off, is_unread
 from research.models.config import ModelConfig
 
 _LAYER, _OURS = "transformer.blocks.{layer}", "{layer}"
@@ -43,12 +44,15 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _attention(given: Any) -> dict[str, Any]:
     """Returns the fields of `attn_config`, all but one of which say nothing new."""
     if not isinstance(given, dict | None):
-        raise UserError(f"attn_config = {given!r} must be a group of fields.")
+        raise UserError(f"attn_config = {shown(given)} must be a group of fields.")
     fields = {"softmax_scale": None, **(given or {})}
+    faults = []
     for name, value in fields.items():
-        known = name == "softmax_scale" or name in _ATTENTION_INERT or value in (None, False)
-        if value != _ATTENTION[name] if name in _ATTENTION else not known:
-            raise UserError(f"attn_config.{name} = {value!r} is not supported.")
+        unread = name in ("softmax_scale", *_ATTENTION_INERT) or is_unread(name) or is_off(value)
+        if value != _ATTENTION[name] if name in _ATTENTION else not unread:
+            faults.append(f"attn_config.{name} = {shown(value)} is not supported")
+    if faults:
+        raise UserError(f"{listed(faults, '; ')}.")
     return fields
 
 
@@ -97,9 +101,8 @@ MPT = Architecture(
     inert=(
         # How it was trained and run; with ALiBi there are no learned positions whatever this field says.
         *("embedding_fraction", "init_config", "init_device", "norm_type", "verbose", "learned_pos_emb"),
-        *("auto_map", "tokenizer_name", "fc_type"),
+        "fc_type",
     ),
-    dropouts=("emb_pdrop",),
     read=_read,
     write=_write,
 )

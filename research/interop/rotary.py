@@ -1,12 +1,15 @@
 """Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` before it."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, listed, nearest, shown
 from research.interop.parts import Part
 from research.models.config import ModelConfig, PositionConfig, RopeScalingConfig
+
+logger = logging.getLogger("tessera")
 
 ORIGINAL = "original_max_position_embeddings"
 # Their name of a scaling's field, and ours.
@@ -35,6 +38,8 @@ _ALLOWED = {
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
     "longrope": ("factor", "attention_factor"),
 }
+# What transformers leaves out with a warning: fields of other kinds, other projects' name of a factor, a remark.
+_UNREAD = (*_OURS, "mscale", "mscale_all_dim", "attn_factor", "finetuned")
 
 
 def rotary(theta: float = 10_000.0, default: Mapping[str, Any] | None = None) -> Part:
@@ -47,6 +52,7 @@ def rotary(theta: float = 10_000.0, default: Mapping[str, Any] | None = None) ->
     return Part(
         read=read_rotary,
         write=write_rotary,
+        only={"partial_rotary_factor": 1},
         defaults={"rope_theta": theta, "rope_scaling": None, "rope_parameters": default},
     )
 
@@ -73,7 +79,7 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of rotary positions as one group, `rope_theta` and all."""
     for group in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields[group], dict | None):
-            raise UserError(f"{group} = {fields[group]!r} must be a group of fields.")
+            raise UserError(f"{group} = {shown(fields[group])} must be a group of fields.")
     return {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or fields["rope_parameters"] or {})}
 
 
@@ -91,23 +97,32 @@ def position(rope: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """
     kind = rope_kind(rope)
     if kind not in _NEEDED:
-        raise UserError(f"rope_type = {kind!r} is not supported. {nearest(str(kind), _NEEDED)}")
-    given = {
-        name: value
-        for name, value in rope.items()
-        if name not in ("rope_theta", "rope_type", "type") and value is not None
-    }
-    if given.get("partial_rotary_factor") == 1:
-        del given["partial_rotary_factor"]
-    if ORIGINAL in _NEEDED[kind]:
-        given = {ORIGINAL: longest, **given}
-    for name in {**given, **dict.fromkeys(_NEEDED[kind])}:
-        if name not in given:
-            raise UserError(f"{name} of rope_type = {kind!r} is missing.")
-        if name not in (*_NEEDED[kind], *_ALLOWED.get(kind, ())):
-            raise UserError(f"{name} = {given[name]!r} of rope_type = {kind!r} is not supported.")
+        raise UserError(f"rope_type = {shown(kind)} is not supported. {nearest(str(kind), _NEEDED)}")
+    given = _read_by(kind, rope, longest)
     scaling = None if kind == "default" else _scaling(kind, given, longest)
     return {"kind": "rotary", "theta": rope["rope_theta"], "scaling": scaling}
+
+
+def _read_by(kind: str, rope: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Returns the fields that a kind of scaling reads; those that transformers does not read either are left out."""
+    read = (*_NEEDED[kind], *_ALLOWED.get(kind, ()))
+    given = {ORIGINAL: longest} if ORIGINAL in _NEEDED[kind] else {}
+    faults, unread = [], []
+    for name, value in rope.items():
+        if value is None or name in ("rope_theta", "rope_type", "type"):
+            continue
+        if name in read:
+            given[name] = value
+        elif name in _UNREAD:
+            unread.append(f"{name} = {shown(value)}")
+        elif name != "partial_rotary_factor" or value != 1:
+            faults.append(f"{name} = {shown(value)} of rope_type = {kind!r} is not supported")
+    faults += [f"{name} of rope_type = {kind!r} is missing" for name in _NEEDED[kind] if name not in given]
+    if faults:
+        raise UserError(f"{listed(faults, '; ')}.")
+    if unread:
+        logger.warning("left out of rope_type = %r, which does not read it: %s", kind, listed(unread))
+    return given
 
 
 def _scaling(kind: str, given: Mapping[str, Any], longest: int) -> dict[str, Any]:

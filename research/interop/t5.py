@@ -9,15 +9,30 @@ from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import UNEMBED, linear, norm, projections, table
-from research.interop.tensor import Tensor
+from research.interop.tensor import Tensor, same_numbers
 from research.models.config import ModelConfig
+
+
+def _is_scaled(fields: Mapping[str, Any]) -> bool:
+    """Whether the decoder's states are divided by √D before the output projection, as in the first T5.
+
+    Until transformers 5, `tie_word_embeddings` said so; since then another field does, and all are called tied.
+    """
+    scaled = fields["scale_decoder_outputs"]
+    return fields["tie_word_embeddings"] if scaled is None else scaled
+
+
+def _from_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns whether the output projection is the embedding: where it lies there with numbers of its own it is not."""
+    tied = "lm_head.weight" not in tensors
+    if not tied:  # equal to the embedding, or all that there is of it
+        tables = [tensors[name] for name in _EMBEDDINGS if name in tensors]
+        tied = all(same_numbers(tensors["lm_head.weight"], table) for table in tables)
+    return {"tie_word_embeddings": tied, "scale_decoder_outputs": _is_scaled(fields)}
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     width, layers = fields["d_model"], fields["num_layers"]
-    # The first T5 scales the states that meet its embedding; later ones have an output projection of their own.
-    # transformers 5 calls all of them tied, and has another field for the scale.
-    first = fields["tie_word_embeddings"] and fields["scale_decoder_outputs"]
     return {
         "structure": "encoder_decoder",
         "vocab_size": fields["vocab_size"],
@@ -38,10 +53,10 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "num_buckets": fields["relative_attention_num_buckets"],
             "max_distance": fields["relative_attention_max_distance"],
         },
-        "head": {"scale": 1 / math.sqrt(width)} if first else {},
+        "head": {"scale": 1 / math.sqrt(width)} if _is_scaled(fields) else {},
         # A decoder of this family starts with the padding token.
         "start_id": fields["decoder_start_token_id"] or 0,
-        "tied_embeddings": first,
+        "tied_embeddings": fields["tie_word_embeddings"],
         "dropout": fields["dropout_rate"],
         "init_stddev": fields["initializer_range"],
     }
@@ -56,7 +71,7 @@ def _read_activation(fields: Mapping[str, Any]) -> dict[str, Any]:
     activation = "gelu_new" if name == "gated-gelu" else activation
     if fields["dense_act_fn"] not in (None, activation) or fields["is_gated_act"] not in (None, kind == "gated"):
         raise UserError(
-            f"dense_act_fn = {fields['dense_act_fn']!r} and is_gated_act = {fields['is_gated_act']} must agree with "
+            f"dense_act_fn = {fields['dense_act_fn']!r} and is_gated_act = {fields['is_gated_act']!r} must agree with "
             f"feed_forward_proj = {name!r}."
         )
     return {"activation": to_tessera(activation, "feed_forward_proj"), "gated": kind == "gated"}
@@ -80,6 +95,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "relative_attention_num_buckets": config.position.num_buckets,
         "relative_attention_max_distance": config.position.max_distance,
         "tie_word_embeddings": config.tied_embeddings,
+        "scale_decoder_outputs": config.head.scale != 1,
         "dropout_rate": config.dropout,
         "initializer_range": config.init_stddev,
         "is_encoder_decoder": True,
@@ -118,6 +134,7 @@ def _stack(theirs: str, ours: str, sublayers: tuple[tuple[str, str], ...]) -> tu
     )
 
 
+_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _SELF, _CROSS = ("SelfAttention", "attention"), ("EncDecAttention", "cross_attention")
 
 T5 = Architecture(
@@ -148,15 +165,15 @@ T5 = Architecture(
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
         "tie_word_embeddings": True,
-        "scale_decoder_outputs": True,
+        "scale_decoder_outputs": None,
         "dropout_rate": 0.1,
         "initializer_range": 0.02,
         "decoder_start_token_id": None,
     },
     only={"is_encoder_decoder": True, "is_decoder": False},
     # Tensors start with deviations of their own, which this field stretches.
-    inert=("initializer_factor", "output_past"),
-    dropouts=("classifier_dropout",),
+    inert=("initializer_factor",),
+    from_tensors=_from_tensors,
     read=_read,
     write=_write,
 )
@@ -165,6 +182,6 @@ MT5 = dataclasses.replace(
     T5,
     model_type="mt5",
     model_class="MT5ForConditionalGeneration",
-    # Its output projection is always its own; transformers 5 writes that it is tied nonetheless.
     defaults={**T5.defaults, "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False},
+    only={**T5.only, "scale_decoder_outputs": False},
 )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped
 
@@ -13,6 +14,8 @@ from research.models.config import ModelConfig
 Shape = tuple[int, ...]
 # Sides of the square tiles in which matrices are transposed: both sides of a tile lie in the cache.
 _TILE = 256
+# The most bytes of a tensor that are compared at once.
+_SLICE_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,3 +193,23 @@ def contiguous(x: Shaped[np.ndarray, "..."], dtype: Any) -> Shaped[np.ndarray, "
         for j in range(0, x.shape[1], _TILE):
             out[i : i + _TILE, j : j + _TILE] = x[i : i + _TILE, j : j + _TILE]
     return out
+
+
+def same_numbers(a: Any, b: Any) -> bool:
+    """Returns whether two tensors have the same bits, or the same numbers in types of their own; a slice at a time."""
+    if a.shape != b.shape:
+        return False
+    if a.dtype == b.dtype:
+        common, read_as = a.dtype, f"u{a.dtype.itemsize}"
+    elif jnp.issubdtype(a.dtype, jnp.floating) and jnp.issubdtype(b.dtype, jnp.floating):
+        common = read_as = np.dtype(np.float64)  # which holds the numbers of all of them
+    else:
+        return False
+    a, b = np.asarray(a), np.asarray(b)
+    rows = max(1, _SLICE_BYTES // max(1, a[:1].nbytes, b[:1].nbytes))
+
+    def part(x: Shaped[np.ndarray, "..."], start: int) -> Shaped[np.ndarray, "..."]:
+        return x[start : start + rows].astype(common, copy=False).view(read_as)
+
+    equal_nan = read_as == common  # bits of integers have none
+    return all(np.array_equal(part(a, i), part(b, i), equal_nan=equal_nan) for i in range(0, len(a), rows))

@@ -11,7 +11,7 @@ import numpy as np
 
 from research.core.trees import named_leaves
 from research.data.batch import model_inputs
-from research.interop.architecture import config_from
+from research.interop.architecture import config_from, fields_of
 from research.interop.huggingface import ARCHITECTURES
 from research.interop.mapping import params_from, tensors_from
 from research.models.config import ModelConfig
@@ -91,9 +91,9 @@ def stored() -> dict[str, dict[str, Any]]:
 @functools.cache
 def model(name: str) -> tuple[Any, ModelConfig, dict[str, np.ndarray]]:
     """Returns the architecture, the config and the tensors of a case."""
-    fields = stored()[name]["config"]
+    fields, tensors = stored()[name]["config"], cases.weights(stored()[name]["tensors"])
     architecture = ARCHITECTURES[fields["model_type"]]
-    return architecture, config_from(architecture, fields), cases.weights(stored()[name]["tensors"])
+    return architecture, config_from(architecture, fields_of(architecture, fields, tensors)), tensors
 
 
 @functools.cache

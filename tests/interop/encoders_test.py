@@ -316,7 +316,7 @@ def test_a_head_that_no_class_has_is_refused_by_field():
     with pytest.raises(UserError, match=r"head\.num_classes"):
         fields_from(architecture, changed(config, head__num_classes=3))
     with pytest.raises(UserError, match=r"head\.scale"):
-        fields_from(ARCHITECTURES["t5"], changed(encoders.model("t5")[1], head__scale=1.0))
+        fields_from(ARCHITECTURES["t5"], changed(encoders.model("t5")[1], head__scale=0.5))
 
 
 def test_an_activation_that_an_architecture_has_no_name_for_is_refused_by_field():
