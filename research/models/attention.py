@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from research.core.trees import node
-from research.kernels.attention import AttentionMask, attention
+from research.kernels.attention import AttentionMask, ScoreTerms
 from research.models import positions as positional
 from research.models.cache import LayerCache
-from research.models.config import LayerConfig, ModelConfig, NormConfig
+from research.models.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig
+from research.models.dot_product import DotProduct
 from research.models.layers import Norm, Projection
 from research.parallel.rules import constrain
 
@@ -84,17 +84,23 @@ def head_norm(config: ModelConfig, names: tuple[str, ...], name: str, epsilon: f
     return Norm(rms, names, name=name)
 
 
-def attend(
-    config: ModelConfig,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    **terms: Any,
-) -> Float[Array, "B T N H"]:
-    """Calls the attention that the config names, with its scale and soft cap."""
-    c = config.attention
-    return attention(q, k, v, mask=mask, scale=c.scale, softcap=c.softcap, implementation=c.implementation, **terms)
+def dot_product(
+    config: AttentionConfig,
+    width: int,
+    *,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    alibi: Float[Array, "N"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
+) -> DotProduct:
+    """Returns the attention that the config names, with its scale and soft cap.
+
+    Args:
+      config: of the attention.
+      width: of a query head: the scale is 1 / √width where the config has none.
+      bias, alibi, sinks: terms of the scores that are arrays.
+    """
+    scale = 1 / math.sqrt(width) if config.scale is None else config.scale
+    return DotProduct(ScoreTerms(bias, alibi, sinks, config.softcap, scale), config.implementation)
 
 
 class Attention(nn.Module):
@@ -121,29 +127,24 @@ class Attention(nn.Module):
         k = positional.rotate(position, k, positions, context.lengths)
         q = constrain(q, ("batch", "length", "heads", "head"))
         k = constrain(k, ("batch", "length", "kv_heads", "head"))
-        mask = context.mask
-        if cache is not None:
-            cache, mask = append(cache, k, v, context)
-            k, v = cache.key, cache.value
         bias = context.bias
         if position.kind == "relative":
-            q, bias = RelativeScores(model, name="relative")(q, context, None if cache is None else k.shape[1])
+            slots = None if cache is None else cache.slots
+            q, bias = RelativeScores(model, name="relative")(q, context, slots)
         alibi = jnp.asarray(positional.alibi_slopes(c.num_heads)) if position.kind == "alibi" else None
         sinks = None
         if c.sinks:
             init = nn.with_logical_partitioning(nn.initializers.normal(model.init_stddev), ("heads",))
             sinks = self.param("sinks", init, (c.num_heads,), jnp.float32)
-        mask = dataclasses.replace(mask, window=self.layer.window)
-        out = attend(model, q, k, v, mask, bias=bias, alibi=alibi, sinks=sinks)
+
+        mask = dataclasses.replace(context.mask, window=self.layer.window)
+        attention = dot_product(c, c.head_dim, bias=bias, alibi=alibi, sinks=sinks)
+        if cache is None:
+            out = attention(q, k, v, mask)
+        else:
+            # Where the keys of earlier tokens lie is known to the cache alone.
+            out, cache = cache.attend(q, k, v, mask=mask, positions=positions, attention=attention)
         return project_out(model)(out), cache
-
-
-def append(
-    cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], context: Context
-) -> tuple[LayerCache, AttentionMask]:
-    """Writes keys and values into the cache; what the context's mask says of a prefix goes on in the cache's."""
-    cache, mask = cache.append(k, v, context.positions)
-    return cache, dataclasses.replace(mask, prefix=context.mask.prefix)
 
 
 class RelativeScores(nn.Module):
@@ -206,12 +207,13 @@ class CrossAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         model = self.config
         q = constrain(project_heads(model, "query")(x), ("batch", "length", "heads", "head"))
+        attention = dot_product(model.attention, model.attention.head_dim)
         if context.memory is None:
             assert cache is not None, "neither an encoder's output nor a cache that holds it"
-            k, v = cache.memory_key, cache.memory_value
+            out = cache.attend_memory(q, mask=context.memory_mask, attention=attention)
         else:
             k, v = (project_heads(model, name)(context.memory) for name in ("key", "value"))
+            out = attention(q, k, v, context.memory_mask)
             if cache is not None:
-                cache = cache.replace(memory_key=k, memory_value=v)
-        out = attend(model, q, k, v, context.memory_mask)
+                cache = cache.write_memory(k, v)
         return project_out(model)(out), cache

@@ -1,4 +1,10 @@
-"""The KV cache: keys and values of the tokens already read, as a pytree."""
+"""The KV cache: what attention keeps of the tokens that a model has read, as a pytree.
+
+Layers reach it through `attend` alone. Which form it has, and where in it a token lies, is the cache's business.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -8,39 +14,185 @@ from jaxtyping import Array, Float, Int
 from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
 
+# Attention over arrays of all slots: what a layer hands to the cache, which knows these arrays.
+AttentionFn = Callable[..., Float[Array, "B T N V"]]
+
+
+class TokenCache(Protocol):
+    """What a layer's attention keeps of its own sequence; every form of the cache is one."""
+
+    @property
+    def slots(self) -> int:
+        """Tokens of a row that it can hold, S."""
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T *key"],
+        v: Float[Array, "B T *value"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B T"],
+        attention: AttentionFn,
+    ) -> tuple[Float[Array, "B T N V"], "TokenCache"]:
+        """Writes T new tokens, and attends from them to all that is in the cache.
+
+        Args:
+          q: queries of the new tokens.
+          k, v: what the cache keeps of the new tokens, in the shapes of its own form.
+          mask: of the new tokens among themselves; its window and its prefix hold for the cached tokens too.
+          positions: consecutive in each row, then padding of any position.
+          attention: of queries over the arrays of all slots, called with (q, keys, values, mask).
+        """
+
+    def take(self, rows: Int[Array, "R"]) -> "TokenCache":
+        """Returns the cache of `rows`, in this order."""
+
+
+def _write(slots: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], start: Int[Array, "B"]) -> Array:
+    """Returns the slots with T tokens written from slot `start` of each row on."""
+    write = jax.vmap(lambda row, tokens, first: jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0))
+    return write(slots, new.astype(slots.dtype), start)
+
+
+def _mask_of_slots(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) -> AttentionMask:
+    """Returns which slots each new token sees: slot s holds the token of position s."""
+    slot_positions = jnp.arange(slots, dtype=positions.dtype)
+    return AttentionMask(
+        causal=True,
+        window=mask.window,
+        prefix=mask.prefix,
+        q_positions=positions,
+        kv_positions=jnp.broadcast_to(slot_positions, (positions.shape[0], slots)),
+    )
+
+
+def _pick(leaf: Array, rows: Int[Array, "R"], axis: int) -> Array:
+    return jnp.take(leaf, rows, axis=axis, mode="clip")
+
 
 @flax.struct.dataclass
-class LayerCache:
-    """Keys and values of one layer; a token of position p stands in slot p.
+class DenseCache:
+    """Keys and values of one layer in rows: the token of position p lies in slot p.
 
     Slots after a sequence's newest token hold left-overs (of padding, say). No query sees them, since a query sees
     only slots up to its own position, and they are overwritten before it gets there.
-
-    Attributes:
-      key: keys; with latent attention the latents of keys and values, `K` being 1.
-      value: values; with latent attention the turned part of the keys.
-      memory_key, memory_value: what cross-attention reads of the encoder, written when it is first read; None without
-        an encoder.
     """
 
     key: Float[Array, "*L B S K H"]
-    value: Float[Array, "*L B S K J"]
-    memory_key: Float[Array, "*L B M heads width"] | None = None
-    memory_value: Float[Array, "*L B M heads width"] | None = None
+    value: Float[Array, "*L B S K H"]
 
-    def append(
-        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K J"], positions: Int[Array, "B T"]
-    ) -> tuple["LayerCache", AttentionMask]:
-        """Writes T tokens of consecutive positions, then padding; returns the cache and who sees its slots."""
-        write = jax.vmap(lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=0))
+    @property
+    def slots(self) -> int:
+        """Tokens of a row that it can hold, S."""
+        return self.key.shape[-3]
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B T"],
+        attention: AttentionFn,
+    ) -> tuple[Float[Array, "B T N H"], "DenseCache"]:
+        """As of `TokenCache`, with keys and values of all key/value heads."""
         start = positions[:, 0]
-        cache = self.replace(
-            key=write(self.key, key.astype(self.key.dtype), start),
-            value=write(self.value, value.astype(self.value.dtype), start),
-        )
-        batch, slots = self.key.shape[:2]
-        slot_positions = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype), (batch, slots))
-        return cache, AttentionMask(causal=True, q_positions=positions, kv_positions=slot_positions)
+        cache = DenseCache(_write(self.key, k, start), _write(self.value, v, start))
+        seen = _mask_of_slots(mask, positions, self.slots)
+        return attention(q, cache.key, cache.value, seen), cache
+
+    def take(self, rows: Int[Array, "R"]) -> "DenseCache":
+        """Returns the cache of `rows`, in this order."""
+        axis = self.key.ndim - 4
+        return DenseCache(_pick(self.key, rows, axis), _pick(self.value, rows, axis))
+
+
+@flax.struct.dataclass
+class LatentCache:
+    """What latent attention keeps of a token in one layer, in rows as in `DenseCache`.
+
+    Attributes:
+      latent: the normalized latent of keys and values, C wide.
+      k_rope: the rotary part of the keys, R wide, which all heads share.
+    """
+
+    latent: Float[Array, "*L B S C"]
+    k_rope: Float[Array, "*L B S R"]
+
+    @property
+    def slots(self) -> int:
+        """Tokens of a row that it can hold, S."""
+        return self.latent.shape[-2]
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T C"],
+        v: Float[Array, "B T R"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B T"],
+        attention: AttentionFn,
+    ) -> tuple[Float[Array, "B T N V"], "LatentCache"]:
+        """As of `TokenCache`, with latents as `k` and the rotary part of the keys as `v`."""
+        start = positions[:, 0]
+        cache = LatentCache(_write(self.latent, k, start), _write(self.k_rope, v, start))
+        seen = _mask_of_slots(mask, positions, self.slots)
+        return attention(q, cache.latent, cache.k_rope, seen), cache
+
+    def take(self, rows: Int[Array, "R"]) -> "LatentCache":
+        """Returns the cache of `rows`, in this order."""
+        axis = self.latent.ndim - 3
+        return LatentCache(_pick(self.latent, rows, axis), _pick(self.k_rope, rows, axis))
+
+
+@flax.struct.dataclass
+class MemoryCache:
+    """Keys and values that one layer's cross-attention reads of the encoder; written once."""
+
+    key: Float[Array, "*L B M K H"]
+    value: Float[Array, "*L B M K H"]
+
+    def take(self, rows: Int[Array, "R"]) -> "MemoryCache":
+        """Returns the memory of `rows`, in this order."""
+        axis = self.key.ndim - 4
+        return MemoryCache(_pick(self.key, rows, axis), _pick(self.value, rows, axis))
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """What one layer keeps.
+
+    Attributes:
+      tokens: of its own sequence.
+      memory: of the encoder's, None without an encoder.
+    """
+
+    tokens: DenseCache | LatentCache
+    memory: MemoryCache | None = None
+
+    @property
+    def slots(self) -> int:
+        """Tokens of a row that it can hold, S."""
+        return self.tokens.slots
+
+    def attend(self, q: Array, k: Array, v: Array, **how: Any) -> tuple[Float[Array, "B T N V"], "LayerCache"]:
+        """As of `TokenCache`."""
+        out, tokens = self.tokens.attend(q, k, v, **how)
+        return out, self.replace(tokens=tokens)
+
+    def write_memory(self, k: Float[Array, "B M K H"], v: Float[Array, "B M K H"]) -> "LayerCache":
+        """Returns the cache with the encoder's keys and values in it."""
+        return self.replace(memory=MemoryCache(k, v))
+
+    def attend_memory(
+        self, q: Float[Array, "B T N H"], *, mask: AttentionMask, attention: AttentionFn
+    ) -> Float[Array, "B T N H"]:
+        """Attends from new tokens to what `write_memory` put there."""
+        assert self.memory is not None, "neither an encoder's output nor a cache that holds it"
+        return attention(q, self.memory.key, self.memory.value, mask)
 
 
 @flax.struct.dataclass
@@ -55,23 +207,24 @@ class Cache:
     layers: tuple[LayerCache, ...]
     memory_segments: Int[Array, "B M"] | None = None
 
+    @property
+    def slots(self) -> int:
+        """Tokens of a row that it can hold, S."""
+        return self.layers[0].slots
+
     def take(self, rows: Int[Array, "R"]) -> "Cache":
         """Returns the cache of `rows`, in this order."""
-        layers = jax.tree.map(lambda leaf: _pick(leaf, rows, leaf.ndim - 4), self.layers)
-        return Cache(layers, None if self.memory_segments is None else _pick(self.memory_segments, rows, 0))
+
+        def pick(layer: LayerCache) -> LayerCache:
+            memory = None if layer.memory is None else layer.memory.take(rows)
+            return LayerCache(layer.tokens.take(rows), memory)
+
+        segments = None if self.memory_segments is None else _pick(self.memory_segments, rows, 0)
+        return Cache(tuple(map(pick, self.layers)), segments)
 
     def reorder(self, rows: Int[Array, "R"]) -> "Cache":
         """Returns the cache of `rows`, where each row has read the same of the encoder as the one that it replaces."""
-
-        def pick(layer: LayerCache) -> LayerCache:
-            axis = layer.key.ndim - 4
-            return layer.replace(key=_pick(layer.key, rows, axis), value=_pick(layer.value, rows, axis))
-
-        return self.replace(layers=tuple(map(pick, self.layers)))
-
-
-def _pick(leaf: Array, rows: Int[Array, "R"], axis: int) -> Array:
-    return jnp.take(leaf, rows, axis=axis, mode="clip")
+        return self.replace(layers=tuple(layer.replace(tokens=layer.tokens.take(rows)) for layer in self.layers))
 
 
 def empty_cache(
@@ -86,21 +239,28 @@ def empty_cache(
       stacked: whether layers are scanned.
       memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models that have one.
     """
-    c = config.attention
-    heads = key = value = (c.num_kv_heads, c.head_dim)
-    if c.latent is not None:
-        key, value = (1, c.latent.kv_dim), (1, c.latent.rope_dim)
-
-    def zeros(*layers: int) -> LayerCache:
-        own = (jnp.zeros((*layers, batch, slots, *shape), config.dtype) for shape in (key, value))
-        if memory_segments is None:
-            return LayerCache(*own)
-        others = (jnp.zeros((*layers, batch, memory_segments.shape[1], *heads), config.dtype) for _ in range(2))
-        return LayerCache(*own, *others)
-
     assert (memory_segments is not None) == (config.structure == "encoder_decoder"), "an encoder needs its segments"
+
+    def layer(*axes: int) -> LayerCache:
+        tokens = _empty_tokens(config, (*axes, batch, slots))
+        if memory_segments is None:
+            return LayerCache(tokens)
+        heads = (config.attention.num_kv_heads, config.attention.head_dim)
+        shape = (*axes, batch, memory_segments.shape[1], *heads)
+        return LayerCache(tokens, MemoryCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
+
     first = len(config.first_layers) if stacked else config.num_layers
-    layers = tuple(zeros() for _ in range(first))
+    layers = [layer() for _ in range(first)]
     if stacked and config.num_layers > first:
-        layers = (*layers, zeros(config.num_layers - first))
-    return Cache(layers, memory_segments)
+        layers.append(layer(config.num_layers - first))
+    return Cache(tuple(layers), memory_segments)
+
+
+def _empty_tokens(config: ModelConfig, rows: tuple[int, ...]) -> DenseCache | LatentCache:
+    """Returns a layer's cache of zeros for its own sequence; `rows` are its axes before those of a token."""
+    c = config.attention
+    if c.latent is not None:
+        widths = (c.latent.kv_dim, c.latent.rope_dim)
+        return LatentCache(*(jnp.zeros((*rows, width), config.dtype) for width in widths))
+    heads = (c.num_kv_heads, c.head_dim)
+    return DenseCache(*(jnp.zeros((*rows, *heads), config.dtype) for _ in range(2)))

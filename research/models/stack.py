@@ -133,7 +133,7 @@ class Stack(nn.Module):
 
     def _bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N #T S"] | None:
         """Returns what is added to the scores of all layers, if anything: by distance (T5), or by key (Falcon-RW)."""
-        c, slots = self.config, None if cache is None else cache.layers[0].key.shape[-3]
+        c, slots = self.config, None if cache is None else cache.slots
         query_places, key_places = _places(context, slots)
         if c.position.kind == "alibi_bfloat16":
             keys = context.positions if slots is None else key_places

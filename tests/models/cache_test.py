@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.cache import Cache, LayerCache, empty_cache
+from research.kernels.attention import AttentionMask
+from research.models.cache import Cache, DenseCache, empty_cache
 from research.models.config import ModelConfig, PositionConfig
 from research.models.stack import scans_layers
 from research.models.transformer import Transformer
@@ -67,18 +68,25 @@ def test_left_over_slots_are_never_seen():
 
 
 def test_cache_holds_a_token_in_the_slot_of_its_position():
-    cache = empty_cache(tiny_config(num_layers=1), 2, 4, stacked=False).layers[0]
-    assert isinstance(cache, LayerCache)
+    cache = empty_cache(tiny_config(num_layers=1), 2, 4, stacked=False).layers[0].tokens
+    assert isinstance(cache, DenseCache)
     assert cache.key.shape == cache.value.shape == (2, 4, 2, 4)
     key = jnp.arange(2 * 2 * 2 * 4, dtype=jnp.float32).reshape(2, 2, 2, 4)
-    new, mask = cache.append(key, -key, jnp.array([[0, 1], [2, 3]]))
+    seen: list[AttentionMask] = []
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+        seen.append(mask)
+        return q
+
+    where = {"mask": AttentionMask(causal=True), "positions": jnp.array([[0, 1], [2, 3]]), "attention": attention}
+    _, new = cache.attend(key, key, -key, **where)
     np.testing.assert_array_equal(new.key[0, :2], key[0])
     np.testing.assert_array_equal(new.key[1, 2:], key[1])
     np.testing.assert_array_equal(new.value, -new.key)
     assert not new.key[0, 2:].any()
-    np.testing.assert_array_equal(mask.kv_positions, [[0, 1, 2, 3]] * 2)
+    np.testing.assert_array_equal(seen[0].kv_positions, [[0, 1, 2, 3]] * 2)
     expected = [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
-    np.testing.assert_array_equal(mask.dense(2, 4)[:, 0], expected)
+    np.testing.assert_array_equal(seen[0].dense(2, 4)[:, 0], expected)
 
 
 def test_rows_of_one_prompt_change_places_without_a_copy_of_what_its_encoder_read():
@@ -89,7 +97,6 @@ def test_rows_of_one_prompt_change_places_without_a_copy_of_what_its_encoder_rea
     moved, taken = cache.reorder(rows), cache.take(rows)
     assert moved.memory_segments is cache.memory_segments
     for before, after, wanted in zip(cache.layers, moved.layers, taken.layers, strict=True):
-        assert after.memory_key is before.memory_key
-        assert after.memory_value is before.memory_value
-        np.testing.assert_array_equal(after.key, wanted.key)
-        np.testing.assert_array_equal(after.value[:, 0, 0, 0], rows)
+        assert after.memory is before.memory
+        np.testing.assert_array_equal(after.tokens.key, wanted.tokens.key)
+        np.testing.assert_array_equal(after.tokens.value[:, 0, 0, 0], rows)
