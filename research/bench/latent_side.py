@@ -14,7 +14,7 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     import jax.numpy as jnp
 
     from research.inference.generate import DecodeState, decode_step
-    from research.inference.sampling import SamplingConfig
+    from research.inference.sampling import SamplingConfig, SamplingParams
     from research.models import latent
     from research.models.cache import empty_cache
     from research.models.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig
@@ -38,13 +38,13 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
         token=jnp.zeros(batch, jnp.int32),
         position=jnp.full(batch, slots // 2, jnp.int32),
         keys=jax.random.split(jax.random.key(0), batch),
+        sampling=SamplingParams.of([SamplingConfig(temperature=0.0)] * batch),
         seen=jnp.zeros((batch, model.vocab_size), bool),
     )
-    sampling = SamplingConfig(temperature=0.0, max_tokens=1)
 
     def take() -> None:
         nonlocal state
-        state = decode_step(params, state, config=model, sampling=sampling)
+        state = decode_step(params, state, config=model)
         state.token.block_until_ready()
 
     serve(take)

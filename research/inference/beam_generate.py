@@ -10,14 +10,14 @@ from jaxtyping import Array, Float, Int
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beams import BeamConfig, Hypothesis, beam_search
-from research.inference.generate import Generated, Reader, text_before
-from research.inference.prompts import encode, next_logits, read_prompts
+from research.inference.generate import Completion, Detokenizer, prompt_ids
+from research.inference.prompts import encode, next_logits, prefill
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Beam(Generated):
+class Beam(Completion):
     """A continuation that was searched.
 
     Attributes:
@@ -67,24 +67,26 @@ def beam_generate(
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     if beams.num_beams > num_ids:
         raise UserError(f"num_beams = {beams.num_beams} must be at most {num_ids}, the ids of the vocabulary.")
-    read, slots = encode(config, tokenizer, prompts, beams.max_tokens)
+    prompt_rows, slots = encode(config, tokenizer, prompts, [beams.max_tokens] * len(prompts))
     found = beam_search(
         Steps(config),
         params,
-        read_prompts(params, read, config=config, slots=slots)[1],
-        read.rows(),
+        prefill(params, prompt_rows, config=config, slots=slots)[1],
+        prompt_rows.rows(),
         beams,
         slots=slots,
         num_ids=num_ids,
         eos_id=tokenizer.eos_id,
     )
-    before = text_before(config, read)
-    return [[_read(tokenizer, ids, one) for one in best] for ids, best in zip(before, found, strict=True)]
+    before = prompt_ids(config, prompt_rows)
+    return [
+        [_beam(tokenizer, ids, one, beams.max_tokens) for one in best] for ids, best in zip(before, found, strict=True)
+    ]
 
 
-def _read(tokenizer: Tokenizer, prompt: Sequence[int], found: Hypothesis) -> Beam:
-    reader = Reader(tokenizer, prompt, stop=())
+def _beam(tokenizer: Tokenizer, prompt: Sequence[int], found: Hypothesis, max_tokens: int) -> Beam:
+    text = Detokenizer(tokenizer, prompt, stop=(), max_tokens=max_tokens)
     for token in found.tokens:
-        reader.take(token)
-    text = reader.result()
-    return Beam(text.text, text.tokens, text.finish, found.score)
+        text.push(token)
+    completion = text.completion()
+    return Beam(completion.text, completion.tokens, completion.finish, found.score)

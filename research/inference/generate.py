@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from research.core.errors import UserError
 from research.core.progress import track
 from research.data.tokenizers import StreamDecoder, Tokenizer
-from research.inference.prompts import Prompts, encode, next_logits, read_prompts
-from research.inference.sampling import SamplingConfig, draw
+from research.inference.prompts import Prompts, encode, next_logits, prefill
+from research.inference.sampling import SamplingConfig, SamplingParams, draw, keys_of
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 
@@ -29,6 +29,7 @@ class DecodeState:
       token: the newest token of each sequence, not in the cache yet.
       position: of that token.
       keys: the random key of each sequence.
+      sampling: how the tokens of each sequence are drawn.
       seen: which tokens stand in each sequence.
     """
 
@@ -36,11 +37,12 @@ class DecodeState:
     token: Int[Array, "B"]
     position: Int[Array, "B"]
     keys: Key[Array, "B"]
+    sampling: SamplingParams
     seen: Bool[Array, "B V"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Generated:
+class Completion:
     """One continuation.
 
     Attributes:
@@ -54,14 +56,14 @@ class Generated:
     finish: str
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "slots", "num_ids"))
-def prefill(
+@functools.partial(jax.jit, static_argnames=("config", "slots", "num_ids"))
+def prefill_step(
     params: Any,
     prompts: Prompts,
     keys: Key[Array, "B"],
+    sampling: SamplingParams,
     *,
     config: ModelConfig,
-    sampling: SamplingConfig,
     slots: int,
     num_ids: int | None = None,
 ) -> DecodeState:
@@ -71,33 +73,32 @@ def prefill(
       params: of the model.
       prompts: in rows.
       keys: one a sequence.
+      sampling: how the tokens of each sequence are drawn.
       config: the model.
-      sampling: how tokens are drawn.
       slots: tokens that the cache can hold.
       num_ids: ids that may be drawn, where the tokenizer has fewer than the model; None is all.
     """
-    logits, cache = read_prompts(params, prompts, config=config, slots=slots)
+    logits, cache = prefill(params, prompts, config=config, slots=slots)
+    # [B, T] ids -> [B, V]: which ids stand in each prompt, padding left out.
     batch, width = prompts.tokens.shape
     real = jnp.arange(width) < prompts.lengths[:, None]
     rows = jnp.arange(batch)[:, None]
     seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(real)
-    state = DecodeState(cache, prompts.tokens[:, 0], prompts.lengths - 1, keys, seen)
-    return _advance(state, logits[:, :num_ids], cache, sampling)
+    state = DecodeState(cache, prompts.tokens[:, 0], prompts.lengths - 1, keys, sampling, seen)
+    return _advance(state, logits[:, :num_ids], cache)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "num_ids"), donate_argnames=("state",))
-def decode_step(
-    params: Any, state: DecodeState, *, config: ModelConfig, sampling: SamplingConfig, num_ids: int | None = None
-) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("config", "num_ids"), donate_argnames=("state",))
+def decode_step(params: Any, state: DecodeState, *, config: ModelConfig, num_ids: int | None = None) -> DecodeState:
     """Feeds the newest token of each sequence and draws the next one, below `num_ids`."""
     zero = jnp.zeros_like(state.position)
     logits, cache = next_logits(config, params, state.token[:, None], state.position[:, None], state.cache, zero)
-    return _advance(state, logits[:, :num_ids], cache, sampling)
+    return _advance(state, logits[:, :num_ids], cache)
 
 
-def _advance(state: DecodeState, logits: Float[Array, "B V"], cache: Cache, sampling: SamplingConfig) -> DecodeState:
+def _advance(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) -> DecodeState:
     position = state.position + 1
-    token = draw(logits, state.seen[:, : logits.shape[1]], state.keys, position, sampling)
+    token = draw(logits, state.seen[:, : logits.shape[1]], state.keys, position, state.sampling)
     seen = state.seen.at[jnp.arange(token.shape[0]), token].set(True)
     return state.replace(cache=cache, token=token, position=position, seen=seen)
 
@@ -107,66 +108,94 @@ def generate(
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | Sequence[SamplingConfig],
     seeds: Sequence[int] | None = None,
-) -> list[Generated]:
-    """Continues each prompt; a prompt's text depends on its own seed and not on the others in the batch.
+) -> list[Completion]:
+    """Continues each prompt; a prompt's text depends on its own seed and settings, not on the others in the batch.
 
     Args:
       config: the model.
       params: its parameters.
       tokenizer: the one it was trained with.
       prompts: any number, of any lengths.
-      sampling: how tokens are drawn.
-      seeds: one a prompt; None gives prompt i the seed `sampling.seed + i`.
+      sampling: how tokens are drawn: for all prompts, or one a prompt. Other values compile nothing anew.
+      seeds: one a prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and where that is one for
+        all, `sampling.seed + i` for prompt i.
 
     Raises:
-      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, or not as many seeds.
+      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, or not as many seeds or
+        settings as prompts.
     """
-    read, slots = encode(config, tokenizer, prompts, sampling.max_tokens)
-    seeds = range(sampling.seed, sampling.seed + len(prompts)) if seeds is None else seeds
+    settings = _by_prompt(sampling, len(prompts))
+    prompt_rows, slots = encode(config, tokenizer, prompts, [each.max_tokens for each in settings])
+    seeds = [each.seed for each in settings] if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise UserError(f"seeds: {len(seeds)} of them for {len(prompts)} prompts; give one a prompt.")
-    keys = jax.vmap(jax.random.key)(jnp.asarray(list(seeds), jnp.int32))
-    # Stop strings and the seed are the host's business: they must not compile anything anew.
-    drawn = dataclasses.replace(sampling, stop=(), seed=0, max_tokens=1)
+    for seed in seeds:
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seeds: {seed} must lie in [0, {2**64}).")
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
-    state = prefill(params, read, keys, config=config, sampling=drawn, slots=slots, num_ids=num_ids)
-    readers = [Reader(tokenizer, ids, sampling.stop) for ids in text_before(config, read)]
-    for count in track(range(sampling.max_tokens), "sample", unit="tokens"):
-        for reader, token in zip(readers, np.asarray(state.token).tolist(), strict=True):
-            reader.take(token)
-        if all(reader.finished for reader in readers) or count + 1 == sampling.max_tokens:
+    rules = SamplingParams.of(settings)
+    state = prefill_step(params, prompt_rows, keys_of(seeds), rules, config=config, slots=slots, num_ids=num_ids)
+
+    texts = [
+        Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens)
+        for ids, each in zip(prompt_ids(config, prompt_rows), settings, strict=True)
+    ]
+    for _ in track(range(max(each.max_tokens for each in settings)), "sample", unit="tokens"):
+        for text, token in zip(texts, np.asarray(state.token).tolist(), strict=True):
+            text.push(token)
+        if all(text.finished for text in texts):
             break
-        state = decode_step(params, state, config=config, sampling=drawn, num_ids=num_ids)
-    return [reader.result() for reader in readers]
+        state = decode_step(params, state, config=config, num_ids=num_ids)
+    return [text.completion() for text in texts]
 
 
-def text_before(config: ModelConfig, prompts: Prompts) -> list[list[int]]:
+def _by_prompt(sampling: SamplingConfig | Sequence[SamplingConfig], count: int) -> list[SamplingConfig]:
+    """Returns the settings of each prompt; one for all gives prompt i the seed `seed + i`."""
+    if isinstance(sampling, SamplingConfig):
+        return [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**64) for i in range(count)]
+    if len(sampling) != count:
+        raise UserError(f"sampling: {len(sampling)} settings for {count} prompts; give one a prompt, or one for all.")
+    return list(sampling)
+
+
+def prompt_ids(config: ModelConfig, prompts: Prompts) -> list[list[int]]:
     """Returns the ids that stand before the new ones in each text; a decoder's start id is no text."""
     return [[] if config.structure == "encoder_decoder" else row for row in prompts.rows()]
 
 
-class Reader:
-    """Collects one sequence's tokens and text until an end-of-text id or a stop string."""
+class Detokenizer:
+    """Turns one sequence's new tokens into text, until an end-of-text id, a stop string or the last token allowed.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
-        self._eos_id, self._stop = tokenizer.eos_id, stop
-        # The prompt goes first: some tokenizers write the first id of a text differently.
+    Args:
+      tokenizer: of the model.
+      prompt: ids before the new ones: some tokenizers write the first id of a text differently.
+      stop: strings that end the text, which they are no part of.
+      max_tokens: new tokens at most.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop: Sequence[str], max_tokens: int):
+        self._eos_id, self._stop, self._max_tokens = tokenizer.eos_id, stop, max_tokens
         self._stream = StreamDecoder(tokenizer)
         for token in prompt:
             self._stream.push(token)
         self._tokens: list[int] = []
         self._text = ""
-        self.finished = False
+        self._stopped = False
 
-    def take(self, token: int) -> None:
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens are taken."""
+        return self._stopped or len(self._tokens) == self._max_tokens
+
+    def push(self, token: int) -> None:
         """Adds a token, unless the text has ended."""
         if self.finished:
             return
         self._tokens.append(token)
         self._text += self._stream.push(token)
-        self.finished = token == self._eos_id or self._cut()
+        self._stopped = token == self._eos_id or self._cut()
 
     def _cut(self) -> bool:
         """Cuts the text at the first stop string; returns whether there is one."""
@@ -175,9 +204,9 @@ class Reader:
             self._text = self._text[: min(ends)]
         return bool(ends)
 
-    def result(self) -> Generated:
+    def completion(self) -> Completion:
         """Returns what was collected."""
-        if not self.finished or self._tokens[-1] == self._eos_id:
+        if not self._stopped or self._tokens[-1] == self._eos_id:
             self._text += self._stream.flush()
-            self.finished = self._cut() or self.finished
-        return Generated(self._text, tuple(self._tokens), "stop" if self.finished else "length")
+            self._stopped = self._cut() or self._stopped
+        return Completion(self._text, tuple(self._tokens), "stop" if self._stopped else "length")

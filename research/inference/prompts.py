@@ -1,4 +1,4 @@
-"""Prompts as a model reads them, and what it has read of them before the first new token."""
+"""Prompts as a model reads them, and the prefill: all of them read at once, before the first new token."""
 
 import functools
 from collections.abc import Sequence
@@ -43,8 +43,10 @@ class Prompts:
         return [row[:length].tolist() for row, length in rows]
 
 
-def encode(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> tuple[Prompts, int]:
-    """Returns the prompts in rows, and the slots that a cache needs for them and `max_tokens` new tokens.
+def encode(
+    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: Sequence[int]
+) -> tuple[Prompts, int]:
+    """Returns the prompts in rows, and the slots that a cache needs for each of them and its `max_tokens` new tokens.
 
     Raises:
       UserError: no prompts, one that does not fit the model's positions, or a model that makes no text.
@@ -55,33 +57,36 @@ def encode(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], ma
         raise UserError("--prompt: at least one prompt is needed.")
     if config.structure != "encoder_decoder":
         encoded = [_document(tokenizer, prompt) for prompt in prompts]
-        longest = check_room(encoded, max_tokens, config)
+        needed = check_room(encoded, max_tokens, config)
         read = Prompts(*_pad(encoded, config.max_length))
     else:
         sources = [_source(tokenizer, prompt) for prompt in prompts]
-        check_room(sources, 0, config)
+        check_room(sources, [0] * len(sources), config)
         encoded = [[config.start_id]] * len(prompts)
-        longest = check_room(encoded, max_tokens, config)
+        needed = check_room(encoded, max_tokens, config)
         read = Prompts(
             *(jnp.asarray(array) for array in (encoded, [1] * len(prompts))), *_pad(sources, config.max_length)
         )
-    return read, min(bucket(longest + max_tokens), config.max_length)
+    return read, min(bucket(needed), config.max_length)
 
 
-def check_room(encoded: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> int:
-    """Returns the length of the longest prompt; raises UserError where it and its new tokens do not fit."""
-    longest, room = max(len(ids) for ids in encoded), config.max_length
-    if longest > room or (max_tokens and longest == room):
-        leaves = "leaves no room within" if max_tokens else "is longer than"
-        raise UserError(
-            f"--prompt: a prompt of {longest} tokens {leaves} the model's max_length = {room}. Use a shorter one."
-        )
-    if longest + max_tokens > room:
-        raise UserError(
-            f"max_tokens = {max_tokens} after a prompt of {longest} tokens is more than the model's "
-            f"max_length = {room}. Use at most {room - longest}."
-        )
-    return longest
+def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], config: ModelConfig) -> int:
+    """Returns the slots of the longest text; raises UserError where a prompt and its new tokens do not fit."""
+    room = config.max_length
+    lengths = [len(ids) for ids in encoded]
+    # The longest prompt is named first.
+    for length, new in sorted(zip(lengths, max_tokens, strict=True), reverse=True):
+        if length > room or (new and length == room):
+            leaves = "leaves no room within" if new else "is longer than"
+            raise UserError(
+                f"--prompt: a prompt of {length} tokens {leaves} the model's max_length = {room}. Use a shorter one."
+            )
+        if length + new > room:
+            raise UserError(
+                f"max_tokens = {new} after a prompt of {length} tokens is more than the model's "
+                f"max_length = {room}. Use at most {room - length}."
+            )
+    return max(length + new for length, new in zip(lengths, max_tokens, strict=True))
 
 
 def bucket(length: int) -> int:
@@ -144,9 +149,7 @@ def next_logits(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
-def read_prompts(
-    params: Any, prompts: Prompts, *, config: ModelConfig, slots: int
-) -> tuple[Float[Array, "B V"], Cache]:
+def prefill(params: Any, prompts: Prompts, *, config: ModelConfig, slots: int) -> tuple[Float[Array, "B V"], Cache]:
     """Returns the logits after each prompt, and the cache. What stands there for padding is never seen.
 
     Args:

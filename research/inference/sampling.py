@@ -1,9 +1,13 @@
 """From logits to the next token: penalties, truncation, one draw a sequence."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from research.core.errors import UserError
@@ -20,7 +24,7 @@ class SamplingConfig:
       top_p: keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
       min_p: keeps tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
       repetition_penalty: above 1 makes tokens that stand in the text already less likely.
-      seed: of the first sequence, in [0, 2³¹); the next ones take the next numbers.
+      seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers.
       stop: strings that end a text; they are not part of it.
     """
 
@@ -41,44 +45,113 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "lie in [0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
-            ("seed", 0 <= self.seed < 2**31, "lie in [0, 2147483648)"),
+            ("seed", 0 <= self.seed < 2**64, "lie in [0, 18446744073709551616)"),
             ("stop", all(self.stop), "hold no empty string"),
         ):
             if not holds:
                 raise UserError(f"{name} = {getattr(self, name)} must {constraint}.")
 
 
-def penalize(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float | Float[Array, ""]
-) -> Float[Array, "B V"]:
-    """Divides positive logits of seen tokens by the penalty and multiplies negative ones with it.
+@flax.struct.dataclass
+class SamplingParams:
+    """The settings of each row of a batch, as arrays: another value compiles nothing, and rows may differ.
+
+    Attributes:
+      temperature, top_k, top_p, min_p, repetition_penalty: as of `SamplingConfig`.
+    """
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    repetition_penalty: Float[Array, "B"]
+
+    @classmethod
+    def of(cls, configs: Sequence[SamplingConfig]) -> "SamplingParams":
+        """Returns the settings of rows with these configs."""
+        # A temperature that float32 rounds to 0 is low, but not greedy.
+        lowest = float(np.finfo(np.float32).tiny)
+        temperatures = [max(c.temperature, lowest) if c.temperature > 0 else 0.0 for c in configs]
+        return cls(
+            temperature=jnp.asarray(temperatures, jnp.float32),
+            # A row has no more ids than an int32 counts.
+            top_k=jnp.asarray([min(c.top_k, np.iinfo(np.int32).max) for c in configs], jnp.int32),
+            top_p=jnp.asarray([c.top_p for c in configs], jnp.float32),
+            min_p=jnp.asarray([c.min_p for c in configs], jnp.float32),
+            repetition_penalty=jnp.asarray([c.repetition_penalty for c in configs], jnp.float32),
+        )
+
+
+def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
+    """Returns the random key of each seed in [0, 2⁶⁴): that of `jax.random.key` where the seed is below 2³¹."""
+    words = np.asarray([divmod(seed % 2**64, 2**32) for seed in seeds], np.uint32).reshape(-1, 2)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]) -> Float[Array, "B V"]:
+    """Divides positive logits of seen tokens by the row's penalty and multiplies negative ones with it.
 
     Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1, with the sign fix that is in use everywhere.
     """
+    penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def truncate(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Sets the logits of tokens that top-k, top-p or min-p leave out to −∞; the likeliest token always stays.
+def truncate(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
+    """Sets the logits of tokens that a row's top-k, top-p or min-p leave out to −∞; the likeliest token always stays.
 
-    Tokens as likely as the last one that is kept stay too, so ties may keep more than `top_k`.
+    Tokens as likely as the last one that is kept stay too, so ties may keep more than `top_k`. What no row of the
+    batch asks for is not computed.
 
     Source: top-p: Holtzman et al. 2019, arXiv:1904.09751, section 3.1; min-p: Nguyen et al. 2024, arXiv:2407.01082.
     """
     vocab = logits.shape[-1]
-    if 0 < config.top_k < vocab:
-        kth = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if config.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        last = jnp.min(jnp.where(before < config.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < last, -jnp.inf, logits)
-    if config.min_p > 0:
-        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(config.min_p)
-        logits = jnp.where(logits < floor, -jnp.inf, logits)
-    return logits
+    limits_k = (params.top_k > 0) & (params.top_k < vocab)
+    limits_p = params.top_p < 1
+
+    def keep_top_k(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        kth = largest(logits, jnp.where(limits_k, params.top_k, vocab))
+        return jnp.where(limits_k[:, None] & (logits < kth[:, None]), -jnp.inf, logits)
+
+    def keep_top_p(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        last = nucleus_end(logits, params.top_p)
+        return jnp.where(limits_p[:, None] & (logits < last[:, None]), -jnp.inf, logits)
+
+    logits = jax.lax.cond(jnp.any(limits_k), keep_top_k, lambda logits: logits, logits)
+    logits = jax.lax.cond(jnp.any(limits_p), keep_top_p, lambda logits: logits, logits)
+    # log 0 = −∞ leaves out nothing.
+    floor = jnp.max(logits, axis=-1) + jnp.log(params.min_p)
+    return jnp.where(logits < floor[:, None], -jnp.inf, logits)
+
+
+def largest(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Returns the k-th largest logit of each row, k in [1, V]; equal ones count one by one.
+
+    A bisection over the 32 bits of a number, which reads the row 32 times, in the place of a sort.
+    """
+    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.int32)
+    # As integers, floats are in order: positive ones as they are, negative ones once all bits but the sign are turned.
+    ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        # The mean rounded up: the sum of two int32 would overflow.
+        middle = (low | high) - ((low ^ high) >> 1)
+        enough = jnp.sum(ordered >= middle[:, None], axis=-1) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    limits = jnp.iinfo(jnp.int32)
+    start = (jnp.full_like(k, limits.min), jnp.full_like(k, limits.max))
+    found, _ = jax.lax.fori_loop(0, 32, halve, start)
+    return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ 0x7FFFFFFF, found), jnp.float32)
+
+
+def nucleus_end(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B"]:
+    """Returns the least logit of the fewest likeliest tokens of each row that together reach its `top_p`."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    return jnp.min(jnp.where(before < top_p[:, None], ordered, jnp.inf), axis=-1)
 
 
 def draw(
@@ -86,25 +159,29 @@ def draw(
     seen: Bool[Array, "B V"],
     keys: Key[Array, "B"],
     positions: Int[Array, "B"],
-    config: SamplingConfig,
+    params: SamplingParams,
 ) -> Int[Array, "B"]:
     """Returns the next token of each sequence.
 
-    The draw of a sequence depends on its own key and position alone, so the rest of the batch changes nothing.
+    The draw of a sequence depends on its own key, position and settings alone: the rest of the batch changes nothing.
 
     Args:
       logits: float32.
       seen: which tokens stand in each sequence already, prompt included.
       keys: one a sequence.
       positions: of the token that is drawn.
-      config: how.
+      params: how.
     """
-    if config.repetition_penalty != 1:
-        logits = penalize(logits, seen, config.repetition_penalty)
-    if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The likeliest token has the logit 0, which stays 0 at temperatures near 0; those that round to 0 are none.
-    temperature = max(config.temperature, float(jnp.finfo(jnp.float32).tiny))
-    logits = truncate((logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature, config)
-    keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    logits = penalize(logits, seen, params.repetition_penalty)
+    greedy = params.temperature == 0
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+        # The likeliest token has the logit 0, which stays 0 at temperatures near 0.
+        temperature = jnp.where(greedy, 1.0, params.temperature)
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
+        steps = jax.vmap(jax.random.fold_in)(keys, positions)
+        return jax.vmap(jax.random.categorical)(steps, truncate(scaled, params)).astype(jnp.int32)
+
+    drawn = jax.lax.cond(jnp.all(greedy), lambda _: likeliest, sample, logits)
+    return jnp.where(greedy, likeliest, drawn)

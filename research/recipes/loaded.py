@@ -16,7 +16,7 @@ from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
 from research.inference.beam_generate import Beam, beam_generate
 from research.inference.beams import BeamConfig
-from research.inference.generate import Generated, generate
+from research.inference.generate import Completion, generate
 from research.inference.logits import logits, read_inputs
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
@@ -69,17 +69,24 @@ class LoadedModel:
         read = read_inputs(self.config, tokens, segments, encoder_tokens, encoder_segments, **beside)
         return logits(self.config, self.params, read)
 
-    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **fields: Any) -> list[Generated]:
+    def generate(
+        self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **fields: Any
+    ) -> list[Completion]:
         """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that beam search finds.
 
         Args:
           prompts: any number, of any lengths.
+          sampling: settings of their own for each prompt, in the place of `fields`; all run in one batch.
           seeds: of the draws, one a prompt.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
 
         Raises:
           UserError: a field that is not known or out of range, or prompts that do not fit.
         """
+        if sampling is not None:
+            if fields:
+                raise UserError(f"sampling: it says all, so {', '.join(sorted(fields))} must be left out.")
+            return generate(self.config, self.params, self.tokenizer, prompts, sampling, seeds)
         how = decoding(fields)
         if isinstance(how, SamplingConfig):
             return generate(self.config, self.params, self.tokenizer, prompts, how, seeds)

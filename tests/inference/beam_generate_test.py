@@ -12,7 +12,7 @@ from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.beam_generate import Beam, Steps, beam_generate
 from research.inference.beams import BeamConfig, Hypothesis, beam_search, beam_step
 from research.inference.generate import generate
-from research.inference.prompts import Prompts, read_prompts
+from research.inference.prompts import Prompts, prefill
 from research.inference.sampling import SamplingConfig
 from research.interop.huggingface import from_hugging_face
 from research.interop.mapping import params_from
@@ -49,7 +49,7 @@ def golden_search(name: str, model: tuple[ModelConfig, Any], beams: BeamConfig) 
     return beam_search(
         Steps(config),
         params,
-        read_prompts(params, prompts, config=config, slots=20)[1],
+        prefill(params, prompts, config=config, slots=20)[1],
         beam_cases.PROMPTS,
         beams,
         slots=20,
@@ -82,7 +82,7 @@ def test_beams_of_encoder_decoders_equal_transformers(name):
         lengths.append(len(ids))
     starts = [[beam_cases.START]] * len(lengths)
     prompts = Prompts(jnp.asarray(starts), jnp.ones(len(lengths), int), jnp.asarray(sources), jnp.asarray(lengths))
-    cache = read_prompts(params, prompts, config=config, slots=16)[1]
+    cache = prefill(params, prompts, config=config, slots=16)[1]
     told_apart = set()
     for beams, wanted in zip(beam_cases.grid(name), beam_cases.stored(name), strict=True):
         options = {"slots": 16, "num_ids": cases.VOCAB, "eos_id": beam_cases.eos_id(name)}
@@ -161,11 +161,11 @@ def test_forced_end_ends_every_text(model):
 
 def test_one_compilation_serves_a_whole_generation_and_its_like(model):
     beam_step.clear_cache()
-    read_prompts.clear_cache()
+    prefill.clear_cache()
     run(model, ["abc", "de"])
-    assert (read_prompts._cache_size(), beam_step._cache_size()) == (1, 1)
+    assert (prefill._cache_size(), beam_step._cache_size()) == (1, 1)
     run(model, ["something else", "?"], length_penalty=2.0, max_tokens=5, early_stopping=True, forced_prefix=(65,))
-    assert (read_prompts._cache_size(), beam_step._cache_size()) == (1, 1)
+    assert (prefill._cache_size(), beam_step._cache_size()) == (1, 1)
 
 
 def test_what_cannot_be_searched_is_refused(model):

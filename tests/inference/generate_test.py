@@ -10,9 +10,9 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.generate import Generated, decode_step, generate, prefill
+from research.inference.generate import Completion, decode_step, generate, prefill_step
 from research.inference.prompts import Prompts
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling import SamplingConfig, SamplingParams, keys_of
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig
 from tests.tiny import logits, random_params, tiny_config
 
@@ -48,7 +48,7 @@ def chain(*texts: bytes, vocab_size: int = BYTES.vocab_size) -> tuple[ModelConfi
     return config, params
 
 
-def run(model: tuple[ModelConfig, Any], prompts: list[str], **fields) -> list[Generated]:
+def run(model: tuple[ModelConfig, Any], prompts: list[str], **fields) -> list[Completion]:
     return generate(*model, BYTES, prompts, dataclasses.replace(GREEDY, **fields))
 
 
@@ -132,32 +132,68 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     config, params = chain(b"ab", vocab_size=BYTES.vocab_size + 5)
     params["unembed"][:, BYTES.vocab_size :] = 2.0
     assert run((config, params), ["a"])[0].text == "b"
-    key = jax.vmap(jax.random.key)(jnp.arange(1))
-    tokens = jnp.array([[ord("a")]])
-    free = prefill(params, Prompts(tokens, jnp.array([1])), key, config=config, sampling=GREEDY, slots=8)
+    prompts, rules = Prompts(jnp.array([[ord("a")]]), jnp.array([1])), SamplingParams.of([GREEDY])
+    free = prefill_step(params, prompts, keys_of([0]), rules, config=config, slots=8)
     assert int(free.token[0]) >= BYTES.vocab_size
 
 
 def test_tokens_of_prompt_and_text_are_seen_and_padding_is_not(model):
     config, params = model
-    keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    tokens, lengths = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1])
-    state = prefill(params, Prompts(tokens, lengths), keys, config=config, sampling=GREEDY, slots=8)
+    tokens, lengths, rules = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1]), SamplingParams.of([GREEDY] * 2)
+    state = prefill_step(params, Prompts(tokens, lengths), keys_of([0, 1]), rules, config=config, slots=8)
     for row, prompt in enumerate(([5, 6, 7], [8])):
         assert set(np.flatnonzero(state.seen[row]).tolist()) == {*prompt, int(state.token[row])}
     np.testing.assert_array_equal(state.position, lengths)
 
 
-def test_one_compilation_serves_a_whole_generation_and_its_like(model):
-    prefill.clear_cache()
+# Settings that differ in every field that is drawn by, greedy ones among them.
+MIXED = (
+    dataclasses.replace(GREEDY, seed=1),
+    SamplingConfig(max_tokens=12, temperature=1.0, seed=2),
+    SamplingConfig(max_tokens=5, temperature=0.7, top_k=3, seed=3),
+    SamplingConfig(max_tokens=9, temperature=1.5, top_p=0.6, seed=2**63 + 5),
+    SamplingConfig(max_tokens=12, temperature=2.0, min_p=0.3, repetition_penalty=1.5, seed=5),
+    SamplingConfig(max_tokens=12, temperature=0.0, repetition_penalty=3.0, stop=("e",), seed=6),
+)
+
+
+def test_one_compilation_serves_all_settings(model):
+    prefill_step.clear_cache()
     decode_step.clear_cache()
-    run(model, ["abc", "de"], temperature=1.0)
-    assert (prefill._cache_size(), decode_step._cache_size()) == (1, 1)
-    # Neither another prompt, seed, stop string nor limit compiles anything.
-    run(model, ["something else", "?"], temperature=1.0, seed=3, stop=("q",), max_tokens=7)
-    assert (prefill._cache_size(), decode_step._cache_size()) == (1, 1)
-    run(model, ["abc", "de"], temperature=0.0)
-    assert decode_step._cache_size() == 2
+    run(model, ["abc"] * len(MIXED), temperature=1.0)
+    assert (prefill_step._cache_size(), decode_step._cache_size()) == (1, 1)
+    # Neither another prompt, seed, stop string, limit nor rule of drawing compiles anything, for all rows or for some.
+    others = [f"another prompt {i}" for i in range(len(MIXED))]
+    run(model, others, temperature=1.0, seed=3, stop=("q",), max_tokens=7)
+    for changed in MIXED:
+        generate(*model, BYTES, others, changed)
+    generate(*model, BYTES, others, MIXED)
+    assert (prefill_step._cache_size(), decode_step._cache_size()) == (1, 1)
+    run(model, ["abc"])  # the control: another number of rows
+    assert (prefill_step._cache_size(), decode_step._cache_size()) == (2, 2)
+
+
+def test_prompts_of_one_batch_take_settings_of_their_own(model):
+    prompts = ["abc", "a much longer prompt than the first", "x", "abc", "abc", "abc"]
+    together = generate(*model, BYTES, prompts, MIXED)
+    alone = [generate(*model, BYTES, [prompt], each)[0] for prompt, each in zip(prompts, MIXED, strict=True)]
+    assert together == alone
+    # The control: the same prompt reads on otherwise by other settings.
+    same = [together[i].tokens for i, prompt in enumerate(prompts) if prompt == "abc"]
+    assert len(set(same)) == len(same)
+    with pytest.raises(UserError, match="sampling: 6 settings for 1 prompts; give one a prompt, or one for all"):
+        generate(*model, BYTES, ["abc"], MIXED)
+
+
+def test_every_seed_of_64_bits_draws_otherwise(model):
+    seeds = [0, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    found = generate(*model, BYTES, ["abc"] * len(seeds), dataclasses.replace(GREEDY, temperature=1.0), seeds)
+    assert len({text.tokens for text in found}) == len(seeds)
+    # After the last seed comes the first.
+    last, first = run(model, ["abc", "abc"], temperature=1.0, seed=2**64 - 1)
+    assert (last.tokens, first.tokens) == (found[-1].tokens, found[0].tokens)
+    with pytest.raises(UserError, match=r"seeds: -1 must lie in \[0, 18446744073709551616\)"):
+        generate(*model, BYTES, ["abc"], GREEDY, [-1])
 
 
 def test_text_that_does_not_fit_the_model_is_refused(model):

@@ -8,7 +8,7 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.prompts import Prompts, encode, read_prompts
+from research.inference.prompts import Prompts, encode, prefill
 from tests.models.variants import VARIANTS
 from tests.tiny import random_params, random_tokens
 
@@ -21,7 +21,7 @@ def test_padding_behind_a_prompt_changes_nothing(name: str, length: int):
     found = []
     for padding in (0, 7):
         prompts = Prompts(jnp.asarray(np.pad(tokens, ((0, 0), (0, padding)))), jnp.asarray([length]))
-        found.append(read_prompts(params, prompts, config=config, slots=16)[0])
+        found.append(prefill(params, prompts, config=config, slots=16)[0])
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
@@ -33,7 +33,7 @@ def test_an_encoder_reads_a_prompt_beside_a_longer_one_as_alone(rule: str):
 
     def first_logits(rows: int, width: int, lengths: list[int]):
         prompts = Prompts(start[0][:rows], start[1][:rows], jnp.asarray(tokens[:rows, :width]), jnp.asarray(lengths))
-        return read_prompts(params, prompts, config=config, slots=16)[0]
+        return prefill(params, prompts, config=config, slots=16)[0]
 
     # The rules change for more than 6 tokens, which the shorter prompt has only with its padding.
     np.testing.assert_allclose(first_logits(2, 9, [5, 9])[:1], first_logits(1, 5, [5]), atol=1e-5)
@@ -49,5 +49,5 @@ class Bare(ByteTokenizer):
 @pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
 def test_an_empty_prompt_is_refused_where_nothing_can_stand_for_it(name: str):
     with pytest.raises(UserError, match="--prompt = '' is empty"):
-        encode(VARIANTS[name], Bare(), [""], 5)
-    assert encode(VARIANTS[name], ByteTokenizer(), [""], 5)[0].lengths.shape == (1,)
+        encode(VARIANTS[name], Bare(), [""], [5])
+    assert encode(VARIANTS[name], ByteTokenizer(), [""], [5])[0].lengths.shape == (1,)

@@ -1,7 +1,5 @@
 """Penalties, truncation and draws against brute force."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +9,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.inference.sampling import SamplingConfig, draw, penalize, truncate
+from research.inference.sampling import SamplingConfig, SamplingParams, draw, keys_of, largest, penalize, truncate
 
 VOCAB = 12
 ROWS = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 2)
 
 
+cut = jax.jit(truncate)
+
+
 def kept(logits: np.ndarray, **fields) -> set[int]:
     """Ids that survive the truncation; what survives keeps its logit."""
-    found = np.asarray(truncate(jnp.asarray(logits)[None], SamplingConfig(**fields)))[0]
+    found = np.asarray(cut(logits[None], SamplingParams.of([SamplingConfig(**fields)])))[0]
     alive = np.isfinite(found)
     np.testing.assert_array_equal(found[alive], logits[alive])
     assert (found[~alive] == -np.inf).all()
@@ -75,6 +76,40 @@ def test_ties_at_the_cut_stay():
     assert kept(logits, top_k=2) == kept(logits, top_p=0.5) == {0, 1, 2, 4}
 
 
+@pytest.mark.parametrize(("top_p", "expected"), [(0.5, {0}), (0.75, {0, 1}), (0.875, {0, 1, 2}), (0.8, {0, 1, 2})])
+def test_what_reaches_top_p_exactly_is_enough(top_p: float, expected: set[int]):
+    # Powers of two, whose sums are exact: the probability before a token may equal top_p, and then it is left out.
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.0625, 0.0625]))
+    np.testing.assert_array_equal(jax.nn.softmax(logits), [0.5, 0.25, 0.125, 0.0625, 0.0625])
+    assert kept(np.asarray(logits), top_p=top_p) == expected
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(1, VOCAB))
+def test_the_kth_largest_is_that_of_a_sort(seed: int, k: int):
+    rng = np.random.default_rng(seed)
+    rows = np.asarray(rng.normal(size=(3, VOCAB)) * 10.0 ** rng.integers(-30, 30), np.float32)
+    rows[rng.random(rows.shape) < 0.3] = rng.choice([0.0, 1.0, -np.inf])
+    found = jax.jit(largest)(rows, np.array([k, 1, VOCAB], np.int32))
+    ordered = -np.sort(-rows, axis=1)
+    np.testing.assert_array_equal(found, [ordered[0, k - 1], ordered[1, 0], ordered[2, -1]])
+
+
+def test_rows_are_cut_by_settings_of_their_own():
+    rows = np.random.default_rng(0).normal(size=(5, VOCAB)).astype(np.float32) * 2
+    configs = [
+        SamplingConfig(),
+        SamplingConfig(top_k=3),
+        SamplingConfig(top_p=0.7),
+        SamplingConfig(min_p=0.2),
+        SamplingConfig(top_k=5, top_p=0.9, min_p=0.1),
+    ]
+    together = cut(rows, SamplingParams.of(configs))
+    for row, config, found in zip(rows, configs, together, strict=True):
+        np.testing.assert_array_equal(found, cut(row[None], SamplingParams.of([config]))[0])
+    assert len({int(np.isfinite(row).sum()) for row in together}) > 3  # the control: they are cut differently
+
+
 def test_the_likeliest_always_stays():
     logits = np.array([0.0, 5.0, 1.0], np.float32)
     assert kept(logits, top_k=1, top_p=1e-6, min_p=1.0) == {1}
@@ -82,15 +117,24 @@ def test_the_likeliest_always_stays():
 
 def test_penalty_lowers_seen_tokens_of_either_sign():
     logits, seen = jnp.array([[2.0, -2.0, 2.0, 0.0]]), jnp.array([[True, True, False, True]])
-    np.testing.assert_allclose(penalize(logits, seen, 1.25), [[1.6, -2.5, 2.0, 0.0]])
+    np.testing.assert_allclose(penalize(logits, seen, jnp.array([1.25])), [[1.6, -2.5, 2.0, 0.0]])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "count"))
-def draws(logits: jax.Array, seen: jax.Array, config: SamplingConfig, count: int) -> jax.Array:
+draw_rows = jax.jit(draw)
+
+
+def draws(logits: np.ndarray, seen: np.ndarray, config: SamplingConfig, count: int) -> jax.Array:
     """Many draws of one sequence, at one position after the other."""
-    rows = jnp.broadcast_to(logits, (count, logits.shape[0]))
-    keys = jnp.broadcast_to(jax.random.key(0), (count,))
-    return draw(rows, jnp.broadcast_to(seen, rows.shape), keys, jnp.arange(count), config)
+    rows, seen = (np.broadcast_to(x, (count, *x.shape)) for x in (logits, seen))
+    return draw_rows(rows, seen, keys_of([0] * count), jnp.arange(count), SamplingParams.of([config] * count))
+
+
+def test_keys_are_those_of_the_seeds():
+    seeds = [0, 1, 12345, 2**31 - 1]
+    expected = [jax.random.key_data(jax.random.key(seed)) for seed in seeds]
+    np.testing.assert_array_equal(jax.random.key_data(keys_of(seeds)), expected)
+    wide = np.asarray(jax.random.key_data(keys_of([2**31, 2**32 + 7, 2**64 - 1]))).tolist()
+    assert wide == [[0, 2**31], [1, 7], [2**32 - 1, 2**32 - 1]]
 
 
 LOGITS = np.array([1.0, 0.5, -0.5, 2.0, 0.0], np.float32)
@@ -136,12 +180,14 @@ def test_draw_of_a_sequence_depends_on_its_key_and_position_alone():
     logits = jnp.asarray(rng.normal(size=(3, 50)), jnp.float32)
     keys, positions = jax.vmap(jax.random.key)(jnp.arange(3)), jnp.array([4, 9, 2])
     seen = jnp.zeros((3, 50), bool)
-    together = draw(logits, seen, keys, positions, SamplingConfig())
+    plain = SamplingParams.of([SamplingConfig()])
+    three = SamplingParams.of([SamplingConfig()] * 3)
+    together = draw(logits, seen, keys, positions, three)
     for i in range(3):
         one = slice(i, i + 1)
-        assert draw(logits[one], seen[one], keys[one], positions[one], SamplingConfig())[0] == together[i]
+        assert draw(logits[one], seen[one], keys[one], positions[one], plain)[0] == together[i]
     same = jnp.broadcast_to(logits[:1], (3, 50))
-    elsewhere = [draw(same, seen, keys, positions + shift, SamplingConfig()).tolist() for shift in range(4)]
+    elsewhere = [draw(same, seen, keys, positions + shift, three).tolist() for shift in range(4)]
     assert len({tuple(row) for row in elsewhere}) > 1
 
 
@@ -155,7 +201,7 @@ def test_draw_of_a_sequence_depends_on_its_key_and_position_alone():
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
         ("seed", -1),
-        ("seed", 2**31),
+        ("seed", 2**64),
         ("stop", ("a", "")),
     ],
 )

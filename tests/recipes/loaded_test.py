@@ -13,7 +13,7 @@ import research
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.generate import Generated
+from research.inference.generate import Completion
 from research.recipes.experiment import load_experiment
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.loaded import LoadedModel
@@ -71,7 +71,7 @@ def test_packed_logits_without_segments_are_others(model, batch, loss_of_trainin
 
 def test_greedy_text_takes_the_likeliest_token_of_the_logits(model):
     [generated] = model.generate(["the cat"], temperature=0.0, max_tokens=5)
-    assert isinstance(generated, Generated)
+    assert isinstance(generated, Completion)
     ids = [model.tokenizer.bos_id] if model.tokenizer.bos_id is not None else []
     ids += model.tokenizer.encode("the cat")
     for token in generated.tokens:
