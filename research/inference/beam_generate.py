@@ -11,7 +11,7 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beams import BeamConfig, Hypothesis, beam_search
 from research.inference.generate import Completion, Detokenizer, prompt_ids
-from research.inference.prompts import encode, next_logits, prefill
+from research.inference.prompts import encode, next_logits, prefill, table_for
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 
@@ -50,7 +50,13 @@ class Steps:
 
 
 def beam_generate(
-    config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], beams: BeamConfig
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    beams: BeamConfig,
+    *,
+    cache: str = "dense",
 ) -> list[list[Beam]]:
     """Returns the best continuations of each prompt, best first; they do not depend on the other prompts.
 
@@ -60,18 +66,22 @@ def beam_generate(
       tokenizer: the one it was trained with.
       prompts: any number, of any lengths.
       beams: how they are searched.
+      cache: `dense` or `paged`, with the same result.
 
     Raises:
-      UserError: no prompts, one that does not fit the model's positions, or settings that do not fit its ids.
+      UserError: no prompts, one that does not fit the model's positions, settings that do not fit its ids, or a cache
+        that the model has not.
     """
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     if beams.num_beams > num_ids:
         raise UserError(f"num_beams = {beams.num_beams} must be at most {num_ids}, the ids of the vocabulary.")
     prompt_rows, slots = encode(config, tokenizer, prompts, [beams.max_tokens] * len(prompts))
+    # Beams take pages of their own when the search begins: before, there is nothing but the prompts.
+    page_table = table_for(cache, prompt_rows, [0] * len(prompts), slots)
     found = beam_search(
         Steps(config),
         params,
-        prefill(params, prompt_rows, config=config, slots=slots)[1],
+        prefill(params, prompt_rows, config=config, slots=slots, page_table=page_table)[1],
         prompt_rows.rows(),
         beams,
         slots=slots,

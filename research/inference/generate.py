@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from research.core.errors import UserError
 from research.core.progress import track
+from research.core.random import SEEDS, keys_of
 from research.data.tokenizers import StreamDecoder, Tokenizer
-from research.inference.prompts import Prompts, encode, next_logits, prefill
-from research.inference.sampling import SamplingConfig, SamplingParams, draw, keys_of
+from research.inference.prompts import Prompts, encode, next_logits, prefill, table_for
+from research.inference.sampling import SamplingConfig, SamplingParams, draw
 from research.models.cache import Cache
 from research.models.config import ModelConfig
+from research.models.paged_cache import PageTable
 
 
 @flax.struct.dataclass
@@ -66,6 +69,7 @@ def prefill_step(
     config: ModelConfig,
     slots: int,
     num_ids: int | None = None,
+    page_table: PageTable | None = None,
 ) -> DecodeState:
     """Reads the prompts and draws the first new token of each.
 
@@ -77,8 +81,9 @@ def prefill_step(
       config: the model.
       slots: tokens that the cache can hold.
       num_ids: ids that may be drawn, where the tokenizer has fewer than the model; None is all.
+      page_table: makes it a paged cache.
     """
-    logits, cache = prefill(params, prompts, config=config, slots=slots)
+    logits, cache = prefill(params, prompts, config=config, slots=slots, page_table=page_table)
     # [B, T] ids -> [B, V]: which ids stand in each prompt, padding left out.
     batch, width = prompts.tokens.shape
     real = jnp.arange(width) < prompts.lengths[:, None]
@@ -110,6 +115,8 @@ def generate(
     prompts: Sequence[str],
     sampling: SamplingConfig | Sequence[SamplingConfig],
     seeds: Sequence[int] | None = None,
+    *,
+    cache: str = "dense",
 ) -> list[Completion]:
     """Continues each prompt; a prompt's text depends on its own seed and settings, not on the others in the batch.
 
@@ -121,28 +128,33 @@ def generate(
       sampling: how tokens are drawn: for all prompts, or one a prompt. Other values compile nothing anew.
       seeds: one a prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and where that is one for
         all, `sampling.seed + i` for prompt i.
+      cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the same result.
 
     Raises:
-      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, or not as many seeds or
-        settings as prompts.
+      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, not as many seeds or
+        settings as prompts, or a cache that the model has not.
     """
     settings = _by_prompt(sampling, len(prompts))
-    prompt_rows, slots = encode(config, tokenizer, prompts, [each.max_tokens for each in settings])
-    seeds = [each.seed for each in settings] if seeds is None else seeds
-    if len(seeds) != len(prompts):
-        raise UserError(f"seeds: {len(seeds)} of them for {len(prompts)} prompts; give one a prompt.")
-    for seed in seeds:
-        if not 0 <= seed < 2**64:
-            raise UserError(f"seeds: {seed} must lie in [0, {2**64}).")
+    new_tokens = [each.max_tokens for each in settings]
+    prompt_rows, slots = encode(config, tokenizer, prompts, new_tokens)
+    keys = keys_of([each.seed for each in settings] if seeds is None else _checked(seeds, len(prompts)))
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
-    rules = SamplingParams.of(settings)
-    state = prefill_step(params, prompt_rows, keys_of(seeds), rules, config=config, slots=slots, num_ids=num_ids)
+    state = prefill_step(
+        params,
+        prompt_rows,
+        keys,
+        SamplingParams.of(settings),
+        config=config,
+        slots=slots,
+        num_ids=num_ids,
+        page_table=table_for(cache, prompt_rows, new_tokens, slots),
+    )
 
     texts = [
         Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens)
         for ids, each in zip(prompt_ids(config, prompt_rows), settings, strict=True)
     ]
-    for _ in track(range(max(each.max_tokens for each in settings)), "sample", unit="tokens"):
+    for _ in track(range(max(new_tokens)), "sample", unit="tokens"):
         for text, token in zip(texts, np.asarray(state.token).tolist(), strict=True):
             text.push(token)
         if all(text.finished for text in texts):
@@ -154,10 +166,20 @@ def generate(
 def _by_prompt(sampling: SamplingConfig | Sequence[SamplingConfig], count: int) -> list[SamplingConfig]:
     """Returns the settings of each prompt; one for all gives prompt i the seed `seed + i`."""
     if isinstance(sampling, SamplingConfig):
-        return [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**64) for i in range(count)]
+        return [dataclasses.replace(sampling, seed=(sampling.seed + i) % SEEDS) for i in range(count)]
     if len(sampling) != count:
         raise UserError(f"sampling: {len(sampling)} settings for {count} prompts; give one a prompt, or one for all.")
     return list(sampling)
+
+
+def _checked(seeds: Sequence[int], count: int) -> list[int]:
+    """Returns the seeds; raises UserError where they are not one a prompt, or no 64-bit numbers."""
+    if len(seeds) != count:
+        raise UserError(f"seeds: {len(seeds)} of them for {count} prompts; give one a prompt.")
+    for seed in seeds:
+        if not isinstance(seed, numbers.Integral) or not 0 <= seed < SEEDS:
+            raise UserError(f"seeds: {seed!r} must be a whole number in [0, {SEEDS}).")
+    return [int(seed) for seed in seeds]
 
 
 def prompt_ids(config: ModelConfig, prompts: Prompts) -> list[list[int]]:

@@ -14,11 +14,14 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.models.cache import Cache, empty_cache
 from research.models.config import ModelConfig
+from research.models.paged_cache import PageTable, contiguous_table
 from research.models.stack import scans_layers
 from research.models.transformer import Transformer
 
 # Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
+# Forms of the KV cache: rows of slots, or pages of one pool.
+CACHES = ("dense", "paged")
 
 
 @flax.struct.dataclass
@@ -89,6 +92,25 @@ def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], conf
     return max(length + new for length, new in zip(lengths, max_tokens, strict=True))
 
 
+def check_cache(cache: str) -> None:
+    """Raises UserError where there is no such form of the cache."""
+    if cache not in CACHES:
+        raise UserError(f"cache = {cache!r} is not one of {', '.join(CACHES)}.")
+
+
+def table_for(cache: str, prompts: Prompts, new_tokens: Sequence[int], slots: int) -> PageTable | None:
+    """Returns the pages of a batch of prompts, each with room for its new tokens; None for the dense cache.
+
+    Raises:
+      UserError: there is no such form of the cache.
+    """
+    check_cache(cache)
+    if cache == "dense":
+        return None
+    lengths = np.asarray(prompts.lengths).tolist()
+    return contiguous_table([old + new for old, new in zip(lengths, new_tokens, strict=True)], slots)
+
+
 def bucket(length: int) -> int:
     """Returns `length` rounded up to whole buckets."""
     return -(-length // BUCKET) * BUCKET
@@ -149,7 +171,9 @@ def next_logits(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
-def prefill(params: Any, prompts: Prompts, *, config: ModelConfig, slots: int) -> tuple[Float[Array, "B V"], Cache]:
+def prefill(
+    params: Any, prompts: Prompts, *, config: ModelConfig, slots: int, page_table: PageTable | None = None
+) -> tuple[Float[Array, "B V"], Cache]:
     """Returns the logits after each prompt, and the cache. What stands there for padding is never seen.
 
     Args:
@@ -157,6 +181,7 @@ def prefill(params: Any, prompts: Prompts, *, config: ModelConfig, slots: int) -
       prompts: from `encode`.
       config: the model.
       slots: tokens that the cache can hold.
+      page_table: makes it a paged cache.
     """
     real, positions = _places(prompts.tokens, prompts.lengths)
     inputs, segments = {}, None
@@ -166,7 +191,8 @@ def prefill(params: Any, prompts: Prompts, *, config: ModelConfig, slots: int) -
         known, places = _places(prompts.encoder_tokens, prompts.encoder_lengths)
         segments = known.astype(jnp.int32)
         inputs = {"encoder_tokens": prompts.encoder_tokens, "encoder_positions": places, "encoder_segments": segments}
-    cache = empty_cache(config, len(prompts.tokens), slots, scans_layers(config), segments)
+    rows = len(prompts.tokens)
+    cache = empty_cache(config, rows, slots, scans_layers(config), segments, page_table=page_table)
     return next_logits(config, params, prompts.tokens, positions, cache, prompts.lengths - 1, **inputs)
 
 

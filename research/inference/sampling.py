@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from research.core.errors import UserError
+from research.core.random import SEEDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class SamplingConfig:
       top_p: keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
       min_p: keeps tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
       repetition_penalty: above 1 makes tokens that stand in the text already less likely.
-      seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers.
+      seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers, and 0 after the last.
       stop: strings that end a text; they are not part of it.
     """
 
@@ -45,7 +46,7 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "lie in [0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
-            ("seed", 0 <= self.seed < 2**64, "lie in [0, 18446744073709551616)"),
+            ("seed", 0 <= self.seed < SEEDS, f"lie in [0, {SEEDS})"),
             ("stop", all(self.stop), "hold no empty string"),
         ):
             if not holds:
@@ -80,12 +81,6 @@ class SamplingParams:
             min_p=jnp.asarray([c.min_p for c in configs], jnp.float32),
             repetition_penalty=jnp.asarray([c.repetition_penalty for c in configs], jnp.float32),
         )
-
-
-def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
-    """Returns the random key of each seed in [0, 2⁶⁴): that of `jax.random.key` where the seed is below 2³¹."""
-    words = np.asarray([divmod(seed % 2**64, 2**32) for seed in seeds], np.uint32).reshape(-1, 2)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
 def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]) -> Float[Array, "B V"]:

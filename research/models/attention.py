@@ -14,6 +14,7 @@ from research.models.cache import LayerCache
 from research.models.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig
 from research.models.dot_product import DotProduct
 from research.models.layers import Norm, Projection
+from research.models.paged_cache import PageTable
 from research.parallel.rules import constrain
 
 
@@ -29,6 +30,7 @@ class Context:
       bias: added to the scores of every layer, or None.
       memory: what the encoder made of its sequence, or None where there is none or the cache holds it.
       memory_mask: who sees it.
+      page_table: where the pages of each row lie, where there is a paged cache.
       key: of the layers' dropout; None drops nothing.
     """
 
@@ -38,6 +40,7 @@ class Context:
     bias: Float[Array, "#B N #T S"] | None = None
     memory: Float[Array, "B M D"] | None = None
     memory_mask: AttentionMask | None = None
+    page_table: PageTable | None = None
     key: Key[Array, ""] | None = None
 
     def real(self) -> Shaped[Array, "B T"] | None:
@@ -143,7 +146,8 @@ class Attention(nn.Module):
             out = attention(q, k, v, mask)
         else:
             # Where the keys of earlier tokens lie is known to the cache alone.
-            out, cache = cache.attend(q, k, v, mask=mask, positions=positions, attention=attention)
+            where = {"positions": positions, "page_table": context.page_table}
+            out, cache = cache.attend(q, k, v, mask=mask, attention=attention, **where)
         return project_out(model)(out), cache
 
 

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
+from research.models.dot_product import mask_of_slots
+from research.models.paged_cache import PagedCache, PageTable, empty_paged_cache
 
 # Attention over arrays of all slots: what a layer hands to the cache, which knows these arrays.
 AttentionFn = Callable[..., Float[Array, "B T N V"]]
@@ -20,10 +22,6 @@ AttentionFn = Callable[..., Float[Array, "B T N V"]]
 
 class TokenCache(Protocol):
     """What a layer's attention keeps of its own sequence; every form of the cache is one."""
-
-    @property
-    def slots(self) -> int:
-        """Tokens of a row that it can hold, S."""
 
     def attend(
         self,
@@ -33,6 +31,7 @@ class TokenCache(Protocol):
         *,
         mask: AttentionMask,
         positions: Int[Array, "B T"],
+        page_table: PageTable | None,
         attention: AttentionFn,
     ) -> tuple[Float[Array, "B T N V"], "TokenCache"]:
         """Writes T new tokens, and attends from them to all that is in the cache.
@@ -42,29 +41,18 @@ class TokenCache(Protocol):
           k, v: what the cache keeps of the new tokens, in the shapes of its own form.
           mask: of the new tokens among themselves; its window and its prefix hold for the cached tokens too.
           positions: consecutive in each row, then padding of any position.
+          page_table: where the pages of each row lie, for a paged cache; else None.
           attention: of queries over the arrays of all slots, called with (q, keys, values, mask).
         """
 
     def take(self, rows: Int[Array, "R"]) -> "TokenCache":
-        """Returns the cache of `rows`, in this order."""
+        """Returns the cache of `rows`, in this order; those of a paged cache are its pages."""
 
 
 def _write(slots: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], start: Int[Array, "B"]) -> Array:
     """Returns the slots with T tokens written from slot `start` of each row on."""
     write = jax.vmap(lambda row, tokens, first: jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0))
     return write(slots, new.astype(slots.dtype), start)
-
-
-def _mask_of_slots(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) -> AttentionMask:
-    """Returns which slots each new token sees: slot s holds the token of position s."""
-    slot_positions = jnp.arange(slots, dtype=positions.dtype)
-    return AttentionMask(
-        causal=True,
-        window=mask.window,
-        prefix=mask.prefix,
-        q_positions=positions,
-        kv_positions=jnp.broadcast_to(slot_positions, (positions.shape[0], slots)),
-    )
 
 
 def _pick(leaf: Array, rows: Int[Array, "R"], axis: int) -> Array:
@@ -95,12 +83,13 @@ class DenseCache:
         *,
         mask: AttentionMask,
         positions: Int[Array, "B T"],
+        page_table: PageTable | None,
         attention: AttentionFn,
     ) -> tuple[Float[Array, "B T N H"], "DenseCache"]:
         """As of `TokenCache`, with keys and values of all key/value heads."""
         start = positions[:, 0]
         cache = DenseCache(_write(self.key, k, start), _write(self.value, v, start))
-        seen = _mask_of_slots(mask, positions, self.slots)
+        seen = mask_of_slots(mask, positions, self.slots)
         return attention(q, cache.key, cache.value, seen), cache
 
     def take(self, rows: Int[Array, "R"]) -> "DenseCache":
@@ -134,12 +123,13 @@ class LatentCache:
         *,
         mask: AttentionMask,
         positions: Int[Array, "B T"],
+        page_table: PageTable | None,
         attention: AttentionFn,
     ) -> tuple[Float[Array, "B T N V"], "LatentCache"]:
         """As of `TokenCache`, with latents as `k` and the rotary part of the keys as `v`."""
         start = positions[:, 0]
         cache = LatentCache(_write(self.latent, k, start), _write(self.k_rope, v, start))
-        seen = _mask_of_slots(mask, positions, self.slots)
+        seen = mask_of_slots(mask, positions, self.slots)
         return attention(q, cache.latent, cache.k_rope, seen), cache
 
     def take(self, rows: Int[Array, "R"]) -> "LatentCache":
@@ -170,12 +160,13 @@ class LayerCache:
       memory: of the encoder's, None without an encoder.
     """
 
-    tokens: DenseCache | LatentCache
+    tokens: DenseCache | LatentCache | PagedCache
     memory: MemoryCache | None = None
 
     @property
     def slots(self) -> int:
-        """Tokens of a row that it can hold, S."""
+        """Tokens of a row that it can hold, S; a paged cache is asked for its table's."""
+        assert not isinstance(self.tokens, PagedCache), "the slots of a paged cache are its table's"
         return self.tokens.slots
 
     def attend(self, q: Array, k: Array, v: Array, **how: Any) -> tuple[Float[Array, "B T N V"], "LayerCache"]:
@@ -202,33 +193,46 @@ class Cache:
     Attributes:
       layers: one a layer; of a scanned model, one each of its first layers and then one with a leading layer axis.
       memory_segments: which of the encoder's tokens are real, not 0; None without an encoder.
+      page_table: where the pages of each row lie, in all layers; None where the cache has no pages.
     """
 
     layers: tuple[LayerCache, ...]
     memory_segments: Int[Array, "B M"] | None = None
+    page_table: PageTable | None = None
 
     @property
     def slots(self) -> int:
         """Tokens of a row that it can hold, S."""
-        return self.layers[0].slots
+        return self.layers[0].slots if self.page_table is None else self.page_table.slots
 
     def take(self, rows: Int[Array, "R"]) -> "Cache":
         """Returns the cache of `rows`, in this order."""
+        moved = self.reorder(rows)
 
-        def pick(layer: LayerCache) -> LayerCache:
-            memory = None if layer.memory is None else layer.memory.take(rows)
-            return LayerCache(layer.tokens.take(rows), memory)
+        def with_memory(layer: LayerCache) -> LayerCache:
+            return layer if layer.memory is None else layer.replace(memory=layer.memory.take(rows))
 
+        layers = tuple(map(with_memory, moved.layers))
         segments = None if self.memory_segments is None else _pick(self.memory_segments, rows, 0)
-        return Cache(tuple(map(pick, self.layers)), segments)
+        return moved.replace(layers=layers, memory_segments=segments)
 
     def reorder(self, rows: Int[Array, "R"]) -> "Cache":
         """Returns the cache of `rows`, where each row has read the same of the encoder as the one that it replaces."""
-        return self.replace(layers=tuple(layer.replace(tokens=layer.tokens.take(rows)) for layer in self.layers))
+        page_table, taken = None, rows
+        if self.page_table is not None:
+            page_table, taken = self.page_table.copy_rows(rows)
+        layers = tuple(layer.replace(tokens=layer.tokens.take(taken)) for layer in self.layers)
+        return self.replace(layers=layers, page_table=page_table)
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, slots: int, stacked: bool, memory_segments: Int[Array, "B M"] | None = None
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    stacked: bool,
+    memory_segments: Int[Array, "B M"] | None = None,
+    *,
+    page_table: PageTable | None = None,
 ) -> Cache:
     """Returns a cache of zeros.
 
@@ -238,11 +242,18 @@ def empty_cache(
       slots: tokens that it can hold of each.
       stacked: whether layers are scanned.
       memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models that have one.
+      page_table: makes it a paged cache, with the places of this table in the place of `slots`.
+
+    Raises:
+      UserError: there is a page table, and the model has no paged form.
     """
     assert (memory_segments is not None) == (config.structure == "encoder_decoder"), "an encoder needs its segments"
 
     def layer(*axes: int) -> LayerCache:
-        tokens = _empty_tokens(config, (*axes, batch, slots))
+        if page_table is None:
+            tokens = _empty_tokens(config, (*axes, batch, slots))
+        else:
+            tokens = empty_paged_cache(config, page_table, axes)
         if memory_segments is None:
             return LayerCache(tokens)
         heads = (config.attention.num_kv_heads, config.attention.head_dim)
@@ -253,7 +264,7 @@ def empty_cache(
     layers = [layer() for _ in range(first)]
     if stacked and config.num_layers > first:
         layers.append(layer(config.num_layers - first))
-    return Cache(tuple(layers), memory_segments)
+    return Cache(tuple(layers), memory_segments, page_table)
 
 
 def _empty_tokens(config: ModelConfig, rows: tuple[int, ...]) -> DenseCache | LatentCache:

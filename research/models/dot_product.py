@@ -2,9 +2,11 @@
 
 import dataclasses
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask, Implementation, ScoreTerms, attention
+from research.kernels.decode_attention import KVPages, decode_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +42,46 @@ class DotProduct:
             scale=terms.scale,
             implementation=self.implementation,
         )
+
+    def over_pages(
+        self,
+        q: Float[Array, "B R N H"],
+        pages: KVPages,
+        table: Int[Array, "B pages_per_sequence"],
+        lengths: Int[Array, "B"],
+        window: int | None,
+    ) -> Float[Array, "B R N H"]:
+        """Returns the attention of each row's R newest tokens over its pages; arguments as of `decode_attention`."""
+        terms = self.terms
+        assert terms.bias is None, "decode attention takes no bias"
+        return decode_attention(
+            q,
+            pages,
+            table,
+            lengths,
+            window=window,
+            softcap=terms.softcap,
+            sinks=terms.sinks,
+            alibi=terms.alibi,
+            scale=terms.scale,
+            # The reference is taken by name only; else each platform has one implementation.
+            implementation="reference" if self.implementation == "reference" else "auto",
+        )
+
+
+def mask_of_slots(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) -> AttentionMask:
+    """Returns which slots of its cached row each new token sees: slot s holds the token of position s.
+
+    Args:
+      mask: of the new tokens among themselves; its window and its prefix hold for the cached ones too.
+      positions: of the new tokens.
+      slots: of a row, S.
+    """
+    slot_positions = jnp.arange(slots, dtype=positions.dtype)
+    return AttentionMask(
+        causal=True,
+        window=mask.window,
+        prefix=mask.prefix,
+        q_positions=positions,
+        kv_positions=jnp.broadcast_to(slot_positions, (positions.shape[0], slots)),
+    )

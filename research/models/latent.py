@@ -62,8 +62,8 @@ class LatentAttention(nn.Module):
         else:
             form = _absorbed if absorbs(c, x.shape[1], cache.slots) else _decompressed
             attention = functools.partial(form, c, key, value)
-            options = {"mask": mask, "positions": context.positions, "attention": attention}
-            out, cache = cache.attend(q, latents, k_rope, **options)
+            where = {"positions": context.positions, "page_table": context.page_table}
+            out, cache = cache.attend(q, latents, k_rope, mask=mask, attention=attention, **where)
         return project_out(model)(out), cache
 
 

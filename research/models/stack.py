@@ -114,7 +114,12 @@ class Stack(nn.Module):
         c = self.config
         scalings = [c.position_of(kind).scaling for kind in c.layers()]
         by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
-        context = Context(positions, mask, lengths=document_lengths(positions) if by_length else None)
+        context = Context(
+            positions,
+            mask,
+            lengths=document_lengths(positions) if by_length else None,
+            page_table=None if cache is None else cache.page_table,
+        )
         return dataclasses.replace(context, bias=self._bias(context, cache))
 
     def _place(

@@ -70,7 +70,13 @@ class LoadedModel:
         return logits(self.config, self.params, read)
 
     def generate(
-        self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, **fields: Any
+        self,
+        prompts: Sequence[str],
+        *,
+        sampling: Sequence[SamplingConfig] | None = None,
+        seeds: Sequence[int] | None = None,
+        cache: str = "dense",
+        **fields: Any,
     ) -> list[Completion]:
         """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that beam search finds.
 
@@ -78,30 +84,31 @@ class LoadedModel:
           prompts: any number, of any lengths.
           sampling: settings of their own for each prompt, in the place of `fields`; all run in one batch.
           seeds: of the draws, one a prompt.
+          cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the same result.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
 
         Raises:
-          UserError: a field that is not known or out of range, or prompts that do not fit.
+          UserError: a field that is not known or out of range, prompts that do not fit, or a cache that the model has
+            not.
         """
-        if sampling is not None:
-            if fields:
-                raise UserError(f"sampling: it says all, so {', '.join(sorted(fields))} must be left out.")
-            return generate(self.config, self.params, self.tokenizer, prompts, sampling, seeds)
-        how = decoding(fields)
-        if isinstance(how, SamplingConfig):
-            return generate(self.config, self.params, self.tokenizer, prompts, how, seeds)
+        if sampling is not None and fields:
+            raise UserError(f"sampling: it says all, so {', '.join(sorted(fields))} must be left out.")
+        how = decoding(fields) if sampling is None else sampling
+        if not isinstance(how, BeamConfig):
+            return generate(self.config, self.params, self.tokenizer, prompts, how, seeds, cache=cache)
         if seeds is not None:
             raise UserError(f"seeds: num_beams = {how.num_beams} searches and draws nothing; leave them out.")
-        return [best[0] for best in self.beams(prompts, **fields)]
+        return [best[0] for best in self.beams(prompts, cache=cache, **fields)]
 
-    def beams(self, prompts: Sequence[str], **fields: Any) -> list[list[Beam]]:
+    def beams(self, prompts: Sequence[str], *, cache: str = "dense", **fields: Any) -> list[list[Beam]]:
         """Returns the `num_return` best continuations of each prompt; `fields` are those of `BeamConfig`.
 
         Raises:
-          UserError: a field that is not known or out of range, or prompts that do not fit.
+          UserError: a field that is not known or out of range, prompts that do not fit, or a cache that the model has
+            not.
         """
         how = configs.bind(BeamConfig, fields)
-        return beam_generate(self.config, self.params, self.tokenizer, prompts, how)
+        return beam_generate(self.config, self.params, self.tokenizer, prompts, how, cache=cache)
 
 
 def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from research.inference.beams import BeamConfig
+from research.inference.prompts import CACHES, check_cache
 from research.inference.sampling import SamplingConfig
 from research.recipes import loaded
 from research.recipes.workdir import local_path
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default = 1 if field.name == "num_beams" else field.default
             says_it = f"{says[field.name]} (default {default})"
             parser.add_argument(f"--{field.name}", type=field.type, help=says_it, metavar="X")
+    parser.add_argument("--cache", default="dense", help=f"form of the KV cache: {' or '.join(CACHES)}", metavar="X")
     parser.add_argument("--forced_prefix", help="text that every continuation found by beam search begins with")
 
 
@@ -50,14 +52,16 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: argparse.Namespace) -> None:
     """Prints each prompt with its continuation, and adds them to `samples.txt` of the workdir."""
     fields = given(arguments)
-    loaded.decoding(fields)  # what is wrong is said before a model is loaded
+    # What is wrong is said before a model is loaded.
+    loaded.decoding(fields)
+    check_cache(arguments.cache)
     workdir = local_path("--workdir", arguments.workdir)
     model = loaded.load(workdir)
     prompts = arguments.prompt or [""]
     if arguments.forced_prefix is not None:
         fields["forced_prefix"] = tuple(model.tokenizer.encode(arguments.forced_prefix))
     start = time.monotonic()
-    texts = model.generate(prompts, **fields)
+    texts = model.generate(prompts, cache=arguments.cache, **fields)
     count, seconds = sum(len(text.tokens) for text in texts), time.monotonic() - start
     # What an encoder reads is not continued but answered.
     between = "\n" if model.config.structure == "encoder_decoder" else ""

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
+from research.core.random import keys_of
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.generate import Completion, decode_step, generate, prefill_step
 from research.inference.prompts import Prompts
-from research.inference.sampling import SamplingConfig, SamplingParams, keys_of
+from research.inference.sampling import SamplingConfig, SamplingParams
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig
 from tests.tiny import logits, random_params, tiny_config
 
@@ -192,7 +193,7 @@ def test_every_seed_of_64_bits_draws_otherwise(model):
     # After the last seed comes the first.
     last, first = run(model, ["abc", "abc"], temperature=1.0, seed=2**64 - 1)
     assert (last.tokens, first.tokens) == (found[-1].tokens, found[0].tokens)
-    with pytest.raises(UserError, match=r"seeds: -1 must lie in \[0, 18446744073709551616\)"):
+    with pytest.raises(UserError, match=r"seeds: -1 must be a whole number in \[0, 18446744073709551616\)"):
         generate(*model, BYTES, ["abc"], GREEDY, [-1])
 
 

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.inference.sampling import SamplingConfig, SamplingParams, draw, keys_of, largest, penalize, truncate
+from research.core.random import keys_of
+from research.inference.sampling import SamplingConfig, SamplingParams, draw, largest, penalize, truncate
 
 VOCAB = 12
 ROWS = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 2)

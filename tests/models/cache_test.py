@@ -78,8 +78,8 @@ def test_cache_holds_a_token_in_the_slot_of_its_position():
         seen.append(mask)
         return q
 
-    where = {"mask": AttentionMask(causal=True), "positions": jnp.array([[0, 1], [2, 3]]), "attention": attention}
-    _, new = cache.attend(key, key, -key, **where)
+    where = {"positions": jnp.array([[0, 1], [2, 3]]), "page_table": None}
+    _, new = cache.attend(key, key, -key, mask=AttentionMask(causal=True), attention=attention, **where)
     np.testing.assert_array_equal(new.key[0, :2], key[0])
     np.testing.assert_array_equal(new.key[1, 2:], key[1])
     np.testing.assert_array_equal(new.value, -new.key)

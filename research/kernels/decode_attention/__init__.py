@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over a paged cache: one face, one body a backend."""
+"""Attention of a few new tokens over a paged cache: one API, one implementation a backend."""
 
 import math
 
@@ -7,10 +7,39 @@ from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
+from research.kernels.decode_attention import gpu, tpu_kernel
 from research.kernels.decode_attention.bodies import Implementation, choose
 from research.kernels.decode_attention.pages import KVPages, empty_pages, gather, quantize, write
+from research.kernels.rounding import round_up
+from research.parallel.target import platform
 
-__all__ = ["Implementation", "KVPages", "decode_attention", "empty_pages", "gather", "quantize", "write"]
+__all__ = [
+    "PAGE_SIZE",
+    "Implementation",
+    "KVPages",
+    "decode_attention",
+    "empty_pages",
+    "gather",
+    "pages_for",
+    "quantize",
+    "write",
+]
+
+# Tokens of a page: every implementation takes it.
+PAGE_SIZE = 16
+
+
+def pages_for(pages: int, kv_heads: int, head_dim: int, dtype: str) -> KVPages:
+    """Returns pages of zeros of `PAGE_SIZE` tokens, as wide as this platform's implementation needs them.
+
+    Args:
+      pages: P.
+      kv_heads: K.
+      head_dim: of the model; that of the pages may be more.
+      dtype: as of `empty_pages`.
+    """
+    unit = {"cpu": 1, "tpu": tpu_kernel.LANES, "gpu": gpu.WIDTH}[platform()]
+    return empty_pages(pages, PAGE_SIZE, kv_heads, round_up(head_dim, unit), dtype)
 
 
 def decode_attention(

@@ -1,0 +1,151 @@
+"""A paged cache gives what a dense one gives, for every model that has a paged form; the others say what they lack."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.inference.prompts import Prompts, next_logits, prefill
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.cache import Cache
+from research.models.config import ModelConfig, PositionConfig
+from research.models.paged_cache import PageTable, contiguous_table, paged_unsupported_reason
+from tests.models.variants import VARIANTS
+from tests.models.variants_test import scanned
+from tests.tiny import random_params, random_tokens, tiny_config
+
+# Prompts of one, two and three pages; the second fills its last page.
+LENGTHS, STEPS, SLOTS = (5, 2 * PAGE_SIZE, 2 * PAGE_SIZE + 3), 3, 4 * PAGE_SIZE
+MODELS = VARIANTS | {
+    "alibi": tiny_config(position=PositionConfig(kind="alibi")),
+    "multi-query": tiny_config(attention={"num_kv_heads": 1}),
+    "learned positions": tiny_config(position=PositionConfig(kind="learned")),
+}
+PAGED = [
+    name for name, config in MODELS.items() if config.structure != "encoder" and not paged_unsupported_reason(config)
+]
+WITHOUT = ["latent", "latent, direct queries", "relative", "buckets", "rounded alibi", "encoder-decoder"]
+
+
+def prompts_for(config: ModelConfig) -> Prompts:
+    """Prompts of mixed lengths in padded rows; for an encoder-decoder its encoder reads them."""
+    width = max(LENGTHS) + 2
+    tokens, lengths = jnp.asarray(random_tokens(len(LENGTHS), width)), jnp.asarray(LENGTHS)
+    if config.structure != "encoder_decoder":
+        return Prompts(tokens, lengths)
+    start = jnp.zeros((len(LENGTHS), 1), jnp.int32)
+    return Prompts(start, jnp.ones(len(LENGTHS), jnp.int32), tokens, lengths)
+
+
+def read(config: ModelConfig, params: Any, page_table: PageTable | None) -> tuple[np.ndarray, Cache]:
+    """Logits [1 + STEPS, B, V] after the prompts and after each of some more tokens."""
+    prompts = prompts_for(config)
+    logits, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=page_table)
+    return continued(config, params, prompts, logits, cache)
+
+
+def continued(
+    config: ModelConfig, params: Any, prompts: Prompts, logits: jax.Array, cache: Cache
+) -> tuple[np.ndarray, Cache]:
+    step = jax.jit(next_logits, static_argnums=0)
+    found, more = [logits], random_tokens(len(LENGTHS), STEPS, seed=9)
+    for i in range(STEPS):
+        positions = (prompts.lengths + i)[:, None].astype(jnp.int32)
+        logits, cache = step(config, params, more[:, i : i + 1], positions, cache, jnp.zeros(len(LENGTHS), jnp.int32))
+        found.append(logits)
+    return np.stack(found), cache
+
+
+def table_of(config: ModelConfig) -> PageTable:
+    return contiguous_table([int(length) + STEPS for length in prompts_for(config).lengths], SLOTS)
+
+
+@pytest.mark.parametrize(("name", "loop"), [*((name, "unroll") for name in PAGED), ("windows", "scan")])
+def test_pages_give_the_logits_of_rows(name: str, loop: str):
+    config = MODELS[name]
+    params = random_params(config)
+    if loop == "scan":
+        config, params = scanned(config, params)
+    expected, _ = read(config, params, None)
+    found, _ = read(config, params, table_of(config))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_every_model_is_paged_or_says_why_not():
+    without = [name for name, config in MODELS.items() if paged_unsupported_reason(config) is not None]
+    assert sorted(without) == sorted(WITHOUT)
+
+
+@pytest.mark.parametrize(("name", "said"), [("latent", "attention.latent"), ("buckets", "position.kind = 'buckets'")])
+def test_a_model_without_a_paged_form_says_what_is_not_possible(name: str, said: str):
+    config = MODELS[name]
+    with pytest.raises(UserError, match=f"cache = 'paged' is not possible for this model: {said}") as caught:
+        read(config, random_params(config), table_of(config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_wrong_page_gives_other_logits(place: int):  # the control
+    config = tiny_config()
+    params, prompts, table = random_params(config), prompts_for(config), table_of(config)
+    logits, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=table)
+    expected, _ = continued(config, params, prompts, logits, cache)
+    # The page of the last row's first or second 16 tokens becomes one of the second row's.
+    wrong = dataclasses.replace(table, ids=table.ids.at[2, place].set(table.ids[1, place]))
+    found, _ = continued(config, params, prompts, logits, cache.replace(page_table=wrong))
+    np.testing.assert_allclose(found[:, :2], expected[:, :2], atol=1e-5)
+    assert np.abs(found[1:, 2] - expected[1:, 2]).max() > 0.1
+
+
+def test_pages_may_lie_in_any_order():
+    config = tiny_config()
+    params, table = random_params(config), table_of(config)
+    expected, _ = read(config, params, table)
+    order = np.random.default_rng(0).permutation(np.arange(1, table.num_pages))
+    shuffled = jnp.asarray(np.concatenate([[0], order]), jnp.int32)[table.ids]
+    assert (np.diff(np.asarray(shuffled), axis=1) != 1).any()
+    found, _ = read(config, params, dataclasses.replace(table, ids=shuffled))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_rows_take_the_pages_that_they_need():
+    table = contiguous_table([1, PAGE_SIZE, PAGE_SIZE + 1, 2], 3 * PAGE_SIZE)
+    np.testing.assert_array_equal(table.ids, [[1, 0, 0], [2, 0, 0], [3, 4, 0], [5, 0, 0]])
+    # 5 pages in whole rows of 3, and page 0: fewer than the 12 that four full rows would take.
+    assert (table.num_pages, table.slots) == (7, 3 * PAGE_SIZE)
+
+
+def test_rows_that_are_taken_have_pages_of_their_own():
+    config = tiny_config()
+    params, prompts, table = random_params(config), prompts_for(config), table_of(config)
+    logits, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=table)
+    expected, _ = continued(config, params, prompts, logits, cache)
+    rows = jnp.array([2, 0, 2])
+    moved = cache.take(rows)
+    ids = np.asarray(moved.page_table.ids)
+    assert len(np.unique(ids)) == ids.size
+    assert ids.min() == 1
+    taken = dataclasses.replace(prompts, lengths=prompts.lengths[rows])
+    more, _ = continued(config, params, taken, logits[rows], moved)
+    # All rows go on with tokens of their place, so only the one in the same place has known logits.
+    np.testing.assert_allclose(more[:, 2], expected[:, 2], atol=1e-5)
+    assert np.abs(more[1:, 0] - expected[1:, 0]).max() > 0.1
+
+
+def test_a_row_that_has_ended_counts_on_without_reading_what_is_not_there():
+    config = tiny_config()
+    params, prompts = random_params(config), prompts_for(config)
+    table = contiguous_table([int(length) for length in prompts.lengths], SLOTS)
+    _, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=table)
+    step = jax.jit(next_logits, static_argnums=0)
+    far = jnp.full((len(LENGTHS), 1), SLOTS + 40, jnp.int32).at[0].set(LENGTHS[0])
+    found, _ = step(config, params, random_tokens(len(LENGTHS), 1), far, cache, jnp.zeros(len(LENGTHS), jnp.int32))
+    alone, _ = step(
+        config, params, random_tokens(len(LENGTHS), 1), far.at[1:].set(LENGTHS[0]), cache, jnp.zeros(3, jnp.int32)
+    )
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[0], alone[0])
