@@ -1,4 +1,4 @@
-"""A decode step of latent attention: queries that go to the latents beside latents that go to all heads."""
+"""A decode step of latent attention: MLA weight absorption beside decompressed MLA."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import pathlib
 from research.bench.sides import interleave, spread
 from research.core.errors import UserError
 
-FORMS = ("absorbed", "unfolded")
+FORMS = ("absorbed", "decompressed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def main(arguments: argparse.Namespace) -> None:
     sides = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
     seconds = interleave(sides, arguments.rounds, arguments.steps)
     for form, turns in seconds.items():
-        print(f"{form:10} {spread([1000 * turn / arguments.steps for turn in turns], 2)} ms a step")
+        print(f"{form:12} {spread([1000 * turn / arguments.steps for turn in turns], 2)} ms a step")
     ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
-    print(f"{'ratio':10} {spread(ratios, 2)}")
+    print(f"{'ratio':12} {spread(ratios, 2)}")
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(seconds, indent=2) + "\n")
