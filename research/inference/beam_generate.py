@@ -11,7 +11,7 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beams import BeamConfig, Hypothesis, beam_search
 from research.inference.generate import Completion, Detokenizer, prompt_ids
-from research.inference.prompts import encode, next_logits, prefill, table_for
+from research.inference.prompts import Prompt, encode, next_logits, prefill, table_for
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 
@@ -53,7 +53,7 @@ def beam_generate(
     config: ModelConfig,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     beams: BeamConfig,
     *,
     cache: str = "dense",
@@ -64,7 +64,7 @@ def beam_generate(
       config: the model.
       params: its parameters.
       tokenizer: the one it was trained with.
-      prompts: any number, of any lengths.
+      prompts: any number, of any lengths; texts, or ids that are read as they stand.
       beams: how they are searched.
       cache: `dense` or `paged`, with the same result.
 
@@ -86,7 +86,7 @@ def beam_generate(
         beams,
         slots=slots,
         num_ids=num_ids,
-        eos_id=tokenizer.eos_id,
+        end_ids=[i for i in tokenizer.end_ids if i < num_ids],
     )
     before = prompt_ids(config, prompt_rows)
     return [

@@ -97,7 +97,7 @@ class BeamRules:
     Attributes:
       forced: the id that each new token must be, -1 where it is free.
       unscored: which of the forced ones have log p = 0.
-      eos: end-of-text id, -1 for none.
+      ends: ids that end a text, K of them; -1 is none.
       max_tokens: new tokens at most.
       min_tokens: before an end of text.
       length_penalty: exponent.
@@ -107,7 +107,7 @@ class BeamRules:
 
     forced: Int[Array, "S"]
     unscored: Bool[Array, "S"]
-    eos: Int[Array, ""]
+    ends: Int[Array, "K"]
     max_tokens: Int[Array, ""]
     min_tokens: Int[Array, ""]
     length_penalty: Float[Array, ""]
@@ -186,7 +186,7 @@ def _constrain(
         banned = repeats(rows, jnp.repeat(state.lengths, beams), no_repeat_ngram, num_ids)
         log_p = jnp.where(banned.reshape(log_p.shape), -jnp.inf, log_p)
     ids = jnp.arange(num_ids)
-    log_p = jnp.where((ids == rules.eos) & (state.made < rules.min_tokens), -jnp.inf, log_p)
+    log_p = jnp.where(jnp.isin(ids, rules.ends) & (state.made < rules.min_tokens), -jnp.inf, log_p)
     forced = rules.forced[state.made]
     unscored = rules.unscored[state.made] | jnp.isneginf(log_p)
     return jnp.where(forced < 0, log_p, jnp.where(ids == forced, jnp.where(unscored, 0.0, log_p), -jnp.inf))
@@ -216,19 +216,21 @@ def repeats(tokens: Int[Array, "R S"], lengths: Int[Array, "R"], size: int, num_
 def advance(state: BeamState, log_p: Float[Array, "B W V"], rules: BeamRules) -> tuple[BeamState, Int[Array, "B W"]]:
     """Extends the hypotheses by one token; of equal ones that of the better beam, then that of the lower id, is first.
 
-    The best 2W continuations leave W that run on even where W of them end. Of those that end only the best W count.
+    Of the best (K + 1) · W continuations W run on even where each beam ends in all K ways. Of those that end only the
+    best W count.
 
     Returns:
       the state, but for the model's, and the beam that each running hypothesis continues.
     """
     batch, beams, num_ids = log_p.shape
     total = (state.scores[..., None] + log_p).reshape(batch, -1)
-    scores, flat = jax.lax.top_k(total, min(2 * beams, total.shape[1]))
+    candidates = (rules.ends.shape[0] + 1) * beams
+    scores, flat = jax.lax.top_k(total, min(candidates, total.shape[1]))
     parents, ids = flat // num_ids, flat % num_ids
     tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
     tokens = tokens.at[jnp.arange(batch), :, state.lengths].set(ids)
     state = state.replace(made=state.made + 1, lengths=state.lengths + 1)
-    ended = (ids == rules.eos) | (state.made >= rules.max_tokens)
+    ended = jnp.isin(ids, rules.ends) | (state.made >= rules.max_tokens)
     counts = ended & (jnp.arange(ended.shape[1]) < beams) & state.open[:, None]
     state = _finish(state, tokens, jnp.where(counts, scores, -jnp.inf), rules)
     scores, running = jax.lax.top_k(jnp.where(ended, -jnp.inf, scores), beams)
@@ -267,7 +269,7 @@ def beam_search(
     *,
     slots: int,
     num_ids: int,
-    eos_id: int | None,
+    end_ids: Sequence[int],
 ) -> list[list[Hypothesis]]:
     """Returns the best continuations of each prompt, best first; they do not depend on the other prompts.
 
@@ -280,12 +282,12 @@ def beam_search(
       beams: how.
       slots: places of a sequence: at least the longest prompt and `max_tokens`.
       num_ids: ids that may be chosen: those below it.
-      eos_id: of the end of text, or None.
+      end_ids: those that end a text; what is forced to end takes the first of them.
 
     Raises:
       UserError: a setting that does not fit the ids, or a prompt that no hypothesis follows.
     """
-    _check_ids(beams, num_ids, eos_id)
+    _check_ids(beams, num_ids, end_ids)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     assert lengths.min() >= 1
     assert lengths.max() + beams.max_tokens <= slots
@@ -305,7 +307,7 @@ def beam_search(
         done_made=jnp.zeros(shape, jnp.int32),
         open=jnp.ones(len(prompts), bool),
     )
-    rules = _rules(beams, slots, eos_id)
+    rules = _rules(beams, slots, end_ids)
     for _ in track(range(beams.max_tokens), "beam search", unit="tokens"):
         search = beam_step(
             params,
@@ -320,31 +322,32 @@ def beam_search(
     return _collect(search, lengths, beams)
 
 
-def _check_ids(beams: BeamConfig, num_ids: int, eos_id: int | None) -> None:
+def _check_ids(beams: BeamConfig, num_ids: int, end_ids: Sequence[int]) -> None:
     """Raises UserError where the settings do not fit the ids."""
     bos = () if beams.forced_bos is None else (beams.forced_bos,)
     for name, ids in (("forced_prefix", beams.forced_prefix), ("forced_bos", bos)):
         for i in ids:
             if not 0 <= i < num_ids:
                 raise UserError(f"{name}: id {i} is out of range: it must lie in [0, {num_ids}).")
-            if i == eos_id:
+            if i in end_ids:
                 raise UserError(f"{name}: id {i} is the end of text, which nothing can follow.")
-    if beams.forced_eos and eos_id is None:
+    if beams.forced_eos and not end_ids:
         raise UserError("forced_eos = True needs a tokenizer that has an end-of-text id.")
 
 
-def _rules(beams: BeamConfig, slots: int, eos_id: int | None) -> BeamRules:
+def _rules(beams: BeamConfig, slots: int, end_ids: Sequence[int]) -> BeamRules:
     forced, unscored = np.full(slots, -1, np.int32), np.zeros(slots, bool)
     begin = () if beams.forced_bos is None else (beams.forced_bos,)
     unscored[: len(begin)] = True
     begin = (*begin, *beams.forced_prefix)
     forced[: len(begin)] = begin
     if beams.forced_eos:
-        forced[beams.max_tokens - 1], unscored[beams.max_tokens - 1] = eos_id, True
+        forced[beams.max_tokens - 1] = end_ids[0]
+        unscored[beams.max_tokens - 1] = True
     return BeamRules(
         forced=jnp.asarray(forced),
         unscored=jnp.asarray(unscored),
-        eos=jnp.int32(-1 if eos_id is None else eos_id),
+        ends=jnp.asarray(end_ids or (-1,), jnp.int32),
         max_tokens=jnp.int32(beams.max_tokens),
         min_tokens=jnp.int32(beams.min_tokens),
         length_penalty=jnp.float32(beams.length_penalty),

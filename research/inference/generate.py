@@ -16,7 +16,7 @@ from research.core.errors import UserError
 from research.core.progress import track
 from research.core.random import SEEDS, keys_of
 from research.data.tokenizers import StreamDecoder, Tokenizer
-from research.inference.prompts import Prompts, encode, next_logits, prefill, table_for
+from research.inference.prompts import Prompt, Prompts, encode, next_logits, prefill, table_for
 from research.inference.sampling import SamplingConfig, SamplingParams, draw
 from research.models.cache import Cache
 from research.models.config import ModelConfig
@@ -112,9 +112,9 @@ def generate(
     config: ModelConfig,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     sampling: SamplingConfig | Sequence[SamplingConfig],
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[Any] | None = None,
     *,
     cache: str = "dense",
 ) -> list[Completion]:
@@ -124,7 +124,7 @@ def generate(
       config: the model.
       params: its parameters.
       tokenizer: the one it was trained with.
-      prompts: any number, of any lengths.
+      prompts: any number, of any lengths; texts, or ids that are read as they stand.
       sampling: how tokens are drawn: for all prompts, or one a prompt. Other values compile nothing anew.
       seeds: one a prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and where that is one for
         all, `sampling.seed + i` for prompt i.
@@ -172,7 +172,7 @@ def _by_prompt(sampling: SamplingConfig | Sequence[SamplingConfig], count: int) 
     return list(sampling)
 
 
-def _checked(seeds: Sequence[int], count: int) -> list[int]:
+def _checked(seeds: Sequence[Any], count: int) -> list[int]:
     """Returns the seeds; raises UserError where they are not one a prompt, or no 64-bit numbers."""
     if len(seeds) != count:
         raise UserError(f"seeds: {len(seeds)} of them for {count} prompts; give one a prompt.")
@@ -188,7 +188,7 @@ def prompt_ids(config: ModelConfig, prompts: Prompts) -> list[list[int]]:
 
 
 class Detokenizer:
-    """Turns one sequence's new tokens into text, until an end-of-text id, a stop string or the last token allowed.
+    """Turns one sequence's new tokens into text, until an end id, a stop string or the last token allowed.
 
     Args:
       tokenizer: of the model.
@@ -198,7 +198,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop: Sequence[str], max_tokens: int):
-        self._eos_id, self._stop, self._max_tokens = tokenizer.eos_id, stop, max_tokens
+        self._end_ids, self._stop, self._max_tokens = tokenizer.end_ids, stop, max_tokens
         self._stream = StreamDecoder(tokenizer)
         for token in prompt:
             self._stream.push(token)
@@ -216,8 +216,11 @@ class Detokenizer:
         if self.finished:
             return
         self._tokens.append(token)
+        if token in self._end_ids:  # however it is spelt, it is no part of the text
+            self._stopped = True
+            return
         self._text += self._stream.push(token)
-        self._stopped = token == self._eos_id or self._cut()
+        self._stopped = self._cut()
 
     def _cut(self) -> bool:
         """Cuts the text at the first stop string; returns whether there is one."""
@@ -228,7 +231,7 @@ class Detokenizer:
 
     def completion(self) -> Completion:
         """Returns what was collected."""
-        if not self._stopped or self._tokens[-1] == self._eos_id:
+        if not self._stopped or self._tokens[-1] in self._end_ids:
             self._text += self._stream.flush()
             self._stopped = self._cut() or self._stopped
         return Completion(self._text, tuple(self._tokens), "stop" if self._stopped else "length")

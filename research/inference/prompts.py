@@ -1,7 +1,7 @@
 """Prompts as a model reads them, and the prefill: all of them read at once, before the first new token."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -46,24 +46,28 @@ class Prompts:
         return [row[:length].tolist() for row, length in rows]
 
 
+# A prompt: text, or the ids that are to be read as they stand.
+Prompt = str | Sequence[int]
+
+
 def encode(
-    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: Sequence[int]
+    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: Sequence[int]
 ) -> tuple[Prompts, int]:
     """Returns the prompts in rows, and the slots that a cache needs for each of them and its `max_tokens` new tokens.
 
     Raises:
-      UserError: no prompts, one that does not fit the model's positions, or a model that makes no text.
+      UserError: no prompts, one that does not fit the model's positions or ids, or a model that makes no text.
     """
     if config.structure == "encoder":
         raise UserError("model.structure = 'encoder' makes no text: it has no decoder. It gives logits and states.")
     if not prompts:
         raise UserError("--prompt: at least one prompt is needed.")
     if config.structure != "encoder_decoder":
-        encoded = [_document(tokenizer, prompt) for prompt in prompts]
+        encoded = [_ids(config, tokenizer, prompt, tokenizer.encode_prompt) for prompt in prompts]
         needed = check_room(encoded, max_tokens, config)
         read = Prompts(*_pad(encoded, config.max_length))
     else:
-        sources = [_source(tokenizer, prompt) for prompt in prompts]
+        sources = [_ids(config, tokenizer, prompt, tokenizer.encode_source) for prompt in prompts]
         check_room(sources, [0] * len(sources), config)
         encoded = [[config.start_id]] * len(prompts)
         needed = check_room(encoded, max_tokens, config)
@@ -124,21 +128,30 @@ def _pad(encoded: Sequence[Sequence[int]], max_length: int) -> tuple[Int[Array, 
     return jnp.asarray(padded), jnp.asarray(lengths, jnp.int32)
 
 
-def _document(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns a prompt's ids as training saw the beginning of a document."""
-    ids = [] if tokenizer.start_id is None else [tokenizer.start_id]
-    ids += tokenizer.encode(prompt)
-    if not ids:
-        raise UserError("--prompt = '' is empty, and the tokenizer has no begin-of-text token to start from.")
+def _ids(
+    config: ModelConfig, tokenizer: Tokenizer, prompt: Prompt, encode_text: Callable[[str], list[int]]
+) -> list[int]:
+    """Returns the ids of a prompt; raises UserError where there are none, or one that the model has not."""
+    if isinstance(prompt, str):
+        ids = encode_text(prompt)
+        if not ids:
+            raise UserError("--prompt = '' is empty, and the tokenizer has no begin or end of text to stand for it.")
+    else:
+        ids = list(prompt)
+    for i in ids:
+        if not 0 <= i < config.vocab_size:
+            raise UserError(_outside(config, tokenizer, prompt, i))
     return ids
 
 
-def _source(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns a prompt's ids as an encoder reads them: with a begin of text where there is one, and an end."""
-    ids = [i for i in (tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id) if i is not None]
-    if not ids:
-        raise UserError("--prompt = '' is empty, and the tokenizer has no begin or end of text to read in its place.")
-    return ids
+def _outside(config: ModelConfig, tokenizer: Tokenizer, prompt: Prompt, i: int) -> str:
+    """Returns what is said of an id that the model's embedding has no row for."""
+    bound = f"the model's ids lie in [0, {config.vocab_size})"
+    if isinstance(prompt, str) and 0 <= i < tokenizer.vocab_size:
+        names = {control: name for name, control in tokenizer.control_tokens.items()}
+        spelt = names[i] if i in names else tokenizer.decode([i])
+        return f"--prompt: {spelt!r} is the tokenizer's id {i}, and {bound}."
+    return f"ids: id {i} is out of range: {bound}."
 
 
 def next_logits(

@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from research.interop.bart import BART, MBART
 from research.interop.bert import BERT, ROBERTA, XLM_ROBERTA
 from research.interop.deepseek import DEEPSEEK_V3
 from research.interop.dense import MINISTRAL, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from research.interop.end_tokens import GENERATION, generation_config, read_end_ids
 from research.interop.falcon import FALCON
 from research.interop.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from research.interop.gpt2 import GPT, GPT2
@@ -57,11 +58,13 @@ class Model:
       architecture: what it was.
       config: what it is here.
       source: its weights.
+      end_ids: what ends its text, as its config.json and its generation_config.json say.
     """
 
     architecture: Architecture
     config: ModelConfig
     source: mapping.Source
+    end_ids: tuple[int, ...]
 
 
 def open_hugging_face(folder: str | pathlib.Path) -> Model:
@@ -89,8 +92,9 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
     layers = config.num_layers + config.encoder_layers + config.head.num_future
     if layers > len(tensors):  # whoever says so must not have us name the tensors of so many
         raise UserError(f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has them.")
+    end_ids = read_end_ids(folder, fields)
     try:
-        return Model(architecture, config, mapping.find(architecture, config, tensors))
+        return Model(architecture, config, mapping.find(architecture, config, tensors), end_ids)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
 
@@ -105,7 +109,7 @@ def to_hugging_face(
     config: ModelConfig,
     params: Any,
     folder: str | pathlib.Path,
-    token_ids: Mapping[str, int | None] | None = None,
+    token_ids: Mapping[str, int | Sequence[int] | None] | None = None,
     model_type: str | None = None,
 ) -> None:
     """Writes a folder that `from_pretrained` of `transformers` loads.
@@ -114,8 +118,8 @@ def to_hugging_face(
       config: the model.
       params: its parameters, layers scanned or unrolled.
       folder: made where it is missing.
-      token_ids: `bos`, `eos` and `pad` of its tokenizer; None says that there are none, where `transformers` would
-        take those of the family's own tokenizer, which may lie outside of the vocabulary.
+      token_ids: `bos`, `eos` (one, or all that end a text) and `pad` of its tokenizer; None says that there are none,
+        where `transformers` would take those of the family's own tokenizer, which may lie outside of the vocabulary.
       model_type: the architecture to try before all others.
 
     Raises:
@@ -131,7 +135,7 @@ def write_hugging_face(
     config: ModelConfig,
     read: mapping.Read,
     folder: str | pathlib.Path,
-    token_ids: Mapping[str, int | None],
+    token_ids: Mapping[str, int | Sequence[int] | None],
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -161,6 +165,7 @@ def write_hugging_face(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        (folder / GENERATION).write_bytes(generation_config(fields))
         _write_files(folder, files, kind, mapping.write(placed, read, kind))
         if len(files) > 1:
             places = {name: file for file, shapes in files.items() for name in shapes}

@@ -86,6 +86,7 @@ def _fitting_tokenizer(model: ModelSource, origin: pathlib.Path, given: str | No
             f"--tokenizer: its vocabulary of {found.vocab_size} does not fit the model's vocab_size = "
             f"{model.config.vocab_size}."
         )
+    found.further_end_ids = tuple(i for i in model.end_ids if i != found.eos_id)
     return found
 
 
@@ -111,7 +112,8 @@ def _write_workdir(folder: pathlib.Path, model: ModelSource, tokenizer: Tokenize
 
 
 def _write_hugging_face(folder: pathlib.Path, model: ModelSource, tokenizer: Tokenizer, dtype: str) -> None:
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    ends = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.eos_id
+    ids = {"bos": tokenizer.bos_id, "eos": ends, "pad": tokenizer.pad_id}
     architecture, fields = choose(ARCHITECTURES.values(), model.config, first=model.model_type)
     write_hugging_face(architecture, fields, model.config, model.read, folder, ids, dtype)
     for name, data in folders.to_hugging_face_files(tokenizer, model.config.embedding.num_types > 1).items():

@@ -18,6 +18,7 @@ from research.inference.beam_generate import Beam, beam_generate
 from research.inference.beams import BeamConfig
 from research.inference.generate import Completion, generate
 from research.inference.logits import logits, read_inputs
+from research.inference.requests import decoding, prompts_of
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
@@ -62,8 +63,7 @@ class LoadedModel:
           prefix: 1 where a token belongs to its document's prefix [B, T], for `structure` prefix; None has no prefix.
 
         Raises:
-          UserError: not rows of ids, a number out of range, rows longer than the model's positions, or something
-            that the model does not read, or is missing.
+          UserError: no rows of ids, a number out of range, rows too long, or what the model does not read, or misses.
         """
         beside = {"types": types, "prefix": prefix}
         read = read_inputs(self.config, tokens, segments, encoder_tokens, encoder_segments, **beside)
@@ -71,61 +71,61 @@ class LoadedModel:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         *,
+        ids: Sequence[Any] | None = None,
+        messages: Sequence[Any] | None = None,
+        chat: Mapping[str, Any] | None = None,
         sampling: Sequence[SamplingConfig] | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[Any] | None = None,
         cache: str = "dense",
         **fields: Any,
     ) -> list[Completion]:
         """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that beam search finds.
 
+        Exactly one of `prompts`, `ids` and `messages` is given. A text ends at any of the tokenizer's `end_ids`.
+
         Args:
-          prompts: any number, of any lengths.
+          prompts: texts; what the model's own tokenizer puts before and after a text is put there.
+          ids: rows of ids, which are read as they stand.
+          messages: a conversation, dicts of `role` and `content`, or a list of conversations, for the model's chat
+            template; what is generated is the assistant's answer. Special tokens in messages stay text.
+          chat: further arguments of `Tokenizer.encode_chat`: `tools`, `template`, and the template's own variables.
           sampling: settings of their own for each prompt, in the place of `fields`; all run in one batch.
           seeds: of the draws, one a prompt.
           cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the same result.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
 
         Raises:
-          UserError: a field that is not known or out of range, prompts that do not fit, or a cache that the model has
-            not.
+          UserError: a field that is not known or out of range, or prompts, messages or a cache that do not fit.
         """
         if sampling is not None and fields:
             raise UserError(f"sampling: it says all, so {', '.join(sorted(fields))} must be left out.")
         how = decoding(fields) if sampling is None else sampling
+        read = prompts_of(self.tokenizer, prompts, ids, messages, chat)
         if not isinstance(how, BeamConfig):
-            return generate(self.config, self.params, self.tokenizer, prompts, how, seeds, cache=cache)
+            return generate(self.config, self.params, self.tokenizer, read, how, seeds, cache=cache)
         if seeds is not None:
             raise UserError(f"seeds: num_beams = {how.num_beams} searches and draws nothing; leave them out.")
-        return [best[0] for best in self.beams(prompts, cache=cache, **fields)]
+        return [best[0] for best in beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)]
 
-    def beams(self, prompts: Sequence[str], *, cache: str = "dense", **fields: Any) -> list[list[Beam]]:
+    def beams(
+        self,
+        prompts: Sequence[str] | None = None,
+        *,
+        ids: Sequence[Any] | None = None,
+        messages: Sequence[Any] | None = None,
+        chat: Mapping[str, Any] | None = None,
+        cache: str = "dense",
+        **fields: Any,
+    ) -> list[list[Beam]]:
         """Returns the `num_return` best continuations of each prompt; `fields` are those of `BeamConfig`.
 
-        Raises:
-          UserError: a field that is not known or out of range, prompts that do not fit, or a cache that the model has
-            not.
+        Args, Raises: as `generate`.
         """
+        read = prompts_of(self.tokenizer, prompts, ids, messages, chat)
         how = configs.bind(BeamConfig, fields)
-        return beam_generate(self.config, self.params, self.tokenizer, prompts, how, cache=cache)
-
-
-def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
-    """Returns how text is made: searched where `num_beams` is there and not 1, else drawn.
-
-    Raises:
-      UserError: a field that is not known, out of range, or of the other way.
-    """
-    searches = "num_beams" in fields and fields["num_beams"] != 1
-    wanted, other = (BeamConfig, SamplingConfig) if searches else (SamplingConfig, BeamConfig)
-    fields = {name: value for name, value in fields.items() if searches or name != "num_beams"}
-    names = {field.name for field in dataclasses.fields(wanted)}
-    for field in dataclasses.fields(other):
-        if field.name in fields and field.name not in names:
-            why = f"draws, and num_beams = {fields['num_beams']} searches" if searches else "needs num_beams above 1"
-            raise UserError(f"{field.name} = {fields[field.name]!r} {why}.")
-    return configs.bind(wanted, fields)
+        return beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)
 
 
 def load(workdir: str | pathlib.Path) -> LoadedModel:

@@ -33,6 +33,7 @@ class ModelSource:
       check: raises `Damaged` when what was read is not what was saved.
       model_type: what it was called by Hugging Face, where it came from there.
       tokenizer: its own, where that lies with it in Tessera's form.
+      end_ids: what ends its text, as far as the files beside its weights say.
     """
 
     config: ModelConfig
@@ -42,6 +43,7 @@ class ModelSource:
     check: Callable[[], None] = lambda: None
     model_type: str | None = None
     tokenizer: Tokenizer | None = None
+    end_ids: tuple[int, ...] = ()
 
 
 def candidates(path: pathlib.Path) -> list[Callable[[], ModelSource]]:
@@ -73,6 +75,7 @@ def _hugging_face(path: pathlib.Path) -> ModelSource:
         pieces=model.source.pieces,
         read=model.source.read,
         model_type=model.architecture.model_type,
+        end_ids=model.end_ids,
     )
 
 
@@ -85,6 +88,7 @@ def _llama2c(path: pathlib.Path) -> ModelSource:
 def _workdir(path: pathlib.Path, step: int) -> ModelSource:
     values = read_config(path)
     config = configs.bind(ModelConfig, values["model"], "model")
+    tokenizer = tokenizers.load(path / "tokenizer")
     shapes = mapping.unrolled_shapes(config)
     reader = ParamsReader(path, step, shapes, fields=("ema", "params"))
     return ModelSource(
@@ -94,7 +98,8 @@ def _workdir(path: pathlib.Path, step: int) -> ModelSource:
         read=reader.read,
         check=reader.check,
         model_type=values["source"]["model_type"] if "source" in values else None,
-        tokenizer=tokenizers.load(path / "tokenizer"),
+        tokenizer=tokenizer,
+        end_ids=tokenizer.further_end_ids,
     )
 
 

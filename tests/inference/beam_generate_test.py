@@ -54,7 +54,7 @@ def golden_search(name: str, model: tuple[ModelConfig, Any], beams: BeamConfig) 
         beams,
         slots=20,
         num_ids=cases.VOCAB,
-        eos_id=beam_cases.MODELS[name][1],
+        end_ids=[beam_cases.MODELS[name][1]],
     )
 
 
@@ -85,7 +85,7 @@ def test_beams_of_encoder_decoders_equal_transformers(name):
     cache = prefill(params, prompts, config=config, slots=16)[1]
     told_apart = set()
     for beams, wanted in zip(beam_cases.grid(name), beam_cases.stored(name), strict=True):
-        options = {"slots": 16, "num_ids": cases.VOCAB, "eos_id": beam_cases.eos_id(name)}
+        options = {"slots": 16, "num_ids": cases.VOCAB, "end_ids": [beam_cases.eos_id(name)]}
         found = beam_search(Steps(config), params, cache, starts, beams, **options)
         assert [[one.tokens for one in best] for best in found] == [[one.tokens for one in best] for best in wanted]
         scores = [np.array([one.score for best in texts for one in best]) for texts in (found, wanted)]

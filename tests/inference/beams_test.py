@@ -54,7 +54,9 @@ def table(ids: int, seed: int = 0) -> np.ndarray:
     return 2 * np.random.default_rng(seed).standard_normal((STATES, ids)).astype(np.float32)
 
 
-def search(params: np.ndarray, beams: BeamConfig, prompts: Any = PROMPTS, model: Toy | None = None) -> Any:
+def search(
+    params: np.ndarray, beams: BeamConfig, prompts: Any = PROMPTS, model: Toy | None = None, ends: Any = (EOS,)
+) -> Any:
     """Runs the search; the states have read all but the last token of each prompt."""
     state = jnp.asarray([number(prompt[:-1]) for prompt in prompts])
     return beam_search(
@@ -65,35 +67,37 @@ def search(params: np.ndarray, beams: BeamConfig, prompts: Any = PROMPTS, model:
         beams,
         slots=SLOTS,
         num_ids=params.shape[1],
-        eos_id=EOS,
+        end_ids=ends,
     )
 
 
-def allowed(ids: list[int], made: int, token: int, beams: BeamConfig) -> bool:
+def allowed(ids: list[int], made: int, token: int, beams: BeamConfig, ends: Any = (EOS,)) -> bool:
     """Whether `token` may follow `ids`, as the rules are told in words."""
-    if token == EOS and made < beams.min_tokens:
+    if token in ends and made < beams.min_tokens:
         return False
     size = beams.no_repeat_ngram
     grams = {tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)} if size else set()
     return not size or tuple([*ids, token][-size:]) not in grams
 
 
-def extensions(log_p: np.ndarray, prompt: list[int], new: list[int], beams: BeamConfig) -> list[tuple[np.float32, int]]:
+def extensions(
+    log_p: np.ndarray, prompt: list[int], new: list[int], beams: BeamConfig, ends: Any = (EOS,)
+) -> list[tuple[np.float32, int]]:
     """Log p and id of each token that may come next."""
     row = log_p[number([*prompt, *new])]
     made = len(new)
     bos = [] if beams.forced_bos is None else [beams.forced_bos]
     forced = [*bos, *beams.forced_prefix]
-    may = [i for i in range(len(row)) if allowed([*prompt, *new], made, i, beams)]
+    may = [i for i in range(len(row)) if allowed([*prompt, *new], made, i, beams, ends)]
     if made < len(forced):
         free = made < len(bos) or forced[made] not in may
         return [(np.float32(0.0) if free else row[forced[made]], forced[made])]
     if beams.forced_eos and made == beams.max_tokens - 1:
-        return [(np.float32(0.0), EOS)]
+        return [(np.float32(0.0), ends[0])]
     return [(row[i], i) for i in may]
 
 
-def plain_search(params: np.ndarray, prompt: list[int], beams: BeamConfig) -> list[Hypothesis]:
+def plain_search(params: np.ndarray, prompt: list[int], beams: BeamConfig, ends: Any = (EOS,)) -> list[Hypothesis]:
     """Beam search in loops."""
     log_p = np.asarray(jax.nn.log_softmax(params))
     running, done = [(np.float32(0.0), [])], []
@@ -101,12 +105,12 @@ def plain_search(params: np.ndarray, prompt: list[int], beams: BeamConfig) -> li
         found = [
             (total + value, [*new, token])
             for total, new in running
-            for value, token in extensions(log_p, prompt, new, beams)
+            for value, token in extensions(log_p, prompt, new, beams, ends)
         ]
         found.sort(key=lambda item: -item[0])
         running = []
-        for rank, (total, new) in enumerate(found[: 2 * beams.num_beams]):
-            if new[-1] != EOS and made < beams.max_tokens:
+        for rank, (total, new) in enumerate(found[: (len(ends) + 1) * beams.num_beams]):
+            if new[-1] not in ends and made < beams.max_tokens:
                 running.append((total, new))
             elif rank < beams.num_beams:
                 done.append(Hypothesis(tuple(new), float(total / np.float32(made) ** np.float32(beams.length_penalty))))
@@ -167,6 +171,20 @@ def test_beams_are_those_of_plain_loops(shape, penalty, early, min_tokens, max_t
     wanted = [plain_search(params, prompt, beams) for prompt in PROMPTS]
     for found, best in zip(search(params, beams), wanted, strict=True):
         assert_same(found, best)
+
+
+@pytest.mark.parametrize("rules", [{}, {"min_tokens": 3}, {"forced_eos": True}, {"early_stopping": True}])
+def test_beams_end_at_any_of_several_ids(rules):
+    ends = (EOS, 0, 7)
+    beams = BeamConfig(num_beams=3, max_tokens=6, num_return=3, **rules)
+    params = table(12)
+    params[:, ends] += 3  # all beams may end at once, in every way
+    found = search(params, beams, ends=ends)
+    for best, prompt in zip(found, PROMPTS, strict=True):
+        assert_same(best, plain_search(params, prompt, beams, ends))
+    last = {one.tokens[-1] for best in found for one in best}
+    assert last & {0, 7}
+    assert [best[0].tokens for best in search(params, beams)] != [best[0].tokens for best in found]  # the control
 
 
 @pytest.mark.parametrize("rules", [{}, {"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"min_tokens": 2}])
@@ -251,7 +269,7 @@ def test_one_compilation_serves_all_searches_of_a_shape():
 def test_ids_past_the_last_are_not_chosen_and_weigh_all_the_same():
     params = table(12)
     state = jnp.asarray([number([])])
-    kept = {"slots": SLOTS, "eos_id": EOS}
+    kept = {"slots": SLOTS, "end_ids": [EOS]}
     beams = BeamConfig(num_beams=2, max_tokens=5, length_penalty=0.0)
     [[few]] = beam_search(Toy(), jnp.asarray(params), state, ([3],), beams, num_ids=4, **kept)
     assert max(few.tokens) < 4
@@ -303,7 +321,7 @@ def test_forced_end_needs_an_end():
     state = jnp.asarray([number([])])
     beams = BeamConfig(max_tokens=4, forced_eos=True)
     with pytest.raises(UserError, match="forced_eos = True needs a tokenizer that has an end-of-text id"):
-        beam_search(Toy(), jnp.asarray(table(12)), state, ([3],), beams, slots=SLOTS, num_ids=12, eos_id=None)
+        beam_search(Toy(), jnp.asarray(table(12)), state, ([3],), beams, slots=SLOTS, num_ids=12, end_ids=())
 
 
 def test_rules_that_leave_no_text_are_named():

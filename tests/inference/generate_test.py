@@ -12,7 +12,7 @@ from research.core.errors import UserError
 from research.core.random import keys_of
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.generate import Completion, decode_step, generate, prefill_step
-from research.inference.prompts import Prompts
+from research.inference.prompts import Prompts, encode
 from research.inference.sampling import SamplingConfig, SamplingParams
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig
 from tests.tiny import logits, random_params, tiny_config
@@ -95,6 +95,46 @@ def test_text_ends_with_the_end_of_text_token():
     found = run(chain(b"abcdef"), ["a", "d", "xc"])
     assert [(g.text, g.finish) for g in found] == [("bcdef", "stop"), ("ef", "stop"), ("def", "stop")]
     assert found[1].tokens == (*b"ef", BYTES.eos_id)
+
+
+def test_text_ends_with_any_of_the_end_ids_and_does_not_spell_it(monkeypatch):
+    model = chain(b"abcdef", b"xyz")
+    monkeypatch.setattr(BYTES, "further_end_ids", (ord("d"), BYTES.eos_id, 9999))
+    found = run(model, ["a", "e", "x"])
+    assert [(g.text, g.finish) for g in found] == [("bc", "stop"), ("f", "stop"), ("yz", "stop")]
+    assert [g.tokens[-1] for g in found] == [ord("d"), BYTES.eos_id, BYTES.eos_id]
+    assert BYTES.end_ids == (BYTES.eos_id, ord("d"), 9999)
+
+
+def test_ids_are_continued_as_they_stand():
+    model = chain(b"abcdef")
+    [text] = run(model, [[ord("a")]])
+    assert (text.text, text.finish) == ("bcdef", "stop")
+    assert run(model, [[BYTES.bos_id, *b"xc"], "xc"]) == run(model, ["xc", "xc"])
+    [framed] = run(model, [[BYTES.bos_id, ord("a")]])
+    assert framed == run(model, ["a"])[0] == text
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([1, BYTES.vocab_size], f"ids: id 259 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
+        ([-1], f"ids: id -1 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
+    ],
+)
+def test_ids_that_the_model_has_not_are_refused(model, ids: list[int], said: str):
+    with pytest.raises(UserError) as caught:
+        run(model, [ids])
+    assert str(caught.value) == said
+
+
+def test_text_that_becomes_ids_beyond_the_embedding_is_refused(model, monkeypatch):
+    monkeypatch.setattr(BYTES, "prompt_frame", ((), ()))
+    config = dataclasses.replace(model[0], vocab_size=37)
+    encode(config, BYTES, ["\x01$"], [1])
+    with pytest.raises(UserError) as caught:
+        encode(config, BYTES, ["\x01%"], [1])
+    assert str(caught.value) == "--prompt: '%' is the tokenizer's id 37, and the model's ids lie in [0, 37)."
 
 
 def test_text_ends_after_max_tokens():

@@ -77,9 +77,12 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         raise UserError(f"path = {config.path!r} cannot be read: there is no such file or folder.")
     try:
         path = folders.find(path, folders.FILES[config.kind]) if path.is_dir() else path
-        return folders.from_path(path, config.kind, config.sentinels)
+        tokenizer = folders.from_path(path, config.kind, config.sentinels)
     except UserError as error:
         raise UserError(f"path = {config.path!r}: {error}") from error
+    # A model that is trained here reads prompts as its documents begin, whatever another model's tokenizer puts there.
+    tokenizer.prompt_frame = None
+    return tokenizer
 
 
 def load(folder: str | pathlib.Path) -> Tokenizer:
@@ -92,9 +95,11 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     try:
         descriptor = json.loads((folder / DESCRIPTOR).read_text())
         kind, options, digests = descriptor["kind"], descriptor["options"], descriptor["files"]
-        templates = descriptor.get("chat_templates", {})  # only those that have some tell
+        told = {"chat_templates": {}, "further_end_ids": [], "prompt_frame": None} | descriptor  # older ones tell less
+        templates, end_ids = told["chat_templates"], tuple(told["further_end_ids"])
+        frame = None if told["prompt_frame"] is None else _frame(told["prompt_frame"])
         files = [(folder / name).read_bytes() for name in digests]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} does not hold a saved tokenizer: {error}.") from error
     for (name, digest), data in zip(digests.items(), files, strict=True):
         if hashlib.sha256(data).hexdigest() != digest:
@@ -109,4 +114,11 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
         raise UserError(f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {known}")
     tokenizer = classes[kind](*files, **options)
     tokenizer.chat_templates = templates
+    tokenizer.further_end_ids = end_ids
+    tokenizer.prompt_frame = frame
     return tokenizer
+
+
+def _frame(stored: list[list[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    before, after = stored
+    return tuple(before), tuple(after)

@@ -38,6 +38,9 @@ class Tokenizer(abc.ABC):
       mask_id: what stands for a token to be guessed.
       sentinel_ids: what stands for the first, second, … span to be guessed; empty where there are none.
       chat_templates: Jinja templates by name, the usual one under `default`; kept with the tokenizer's files.
+      further_end_ids: what ends a text beside EOS, as an instruct model's end of turn; kept with the tokenizer's files.
+      prompt_frame: the ids that the published tokenizer of a model puts before and after a text; kept with the
+        tokenizer's files. None: a prompt begins as a document does.
     """
 
     kind: ClassVar[str]
@@ -49,6 +52,8 @@ class Tokenizer(abc.ABC):
     mask_id: int | None = None
     sentinel_ids: tuple[int, ...] = ()
     chat_templates: Mapping[str, str] = types.MappingProxyType({})
+    further_end_ids: tuple[int, ...] = ()
+    prompt_frame: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @abc.abstractmethod
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
@@ -104,6 +109,12 @@ class Tokenizer(abc.ABC):
         return self._decode([i for i in ids if i not in control])
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids at any of which a model's text ends: EOS, where there is one, and then the further ones."""
+        first = () if self.eos_id is None else (self.eos_id,)
+        return (*first, *(i for i in self.further_end_ids if i not in first))
+
+    @property
     def start_id(self) -> int | None:
         """What begins a document: BOS; where there is none EOS, as for GPT-2, but nothing where T5's sentinels are."""
         if self.bos_id is None and not self.sentinel_ids:
@@ -114,6 +125,27 @@ class Tokenizer(abc.ABC):
         """Returns one document as a model reads it: [start] ids [end]; the end is EOS, or nothing."""
         marks = [np.array([] if mark is None else [mark], np.int32) for mark in (self.start_id, self.eos_id)]
         return np.concatenate([marks[0], ids, marks[1]])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns a text's ids as a decoder is to continue them: framed by `prompt_frame`, or as a document begins.
+
+        What would be no id at all is what a document begins with.
+        """
+        ids = self.encode(text)
+        start = [] if self.start_id is None else [self.start_id]
+        if self.prompt_frame is None:
+            return [*start, *ids]
+        before, after = self.prompt_frame
+        return [*before, *ids, *after] or start
+
+    def encode_source(self, text: str) -> list[int]:
+        """Returns a text's ids as an encoder reads them: framed by `prompt_frame`, or by BOS and EOS where they are."""
+        if self.prompt_frame is None:
+            marks = (self.bos_id, self.eos_id)
+            before, after = (() if mark is None else (mark,) for mark in marks)
+        else:
+            before, after = self.prompt_frame
+        return [*before, *self.encode(text), *after]
 
     def render_chat(
         self,
@@ -183,13 +215,19 @@ class Tokenizer(abc.ABC):
 
     def descriptor(self) -> dict[str, Any]:
         """Returns the small JSON from which `load` makes the tokenizer again."""
+        # What generating text needs, and training does not; where it says something.
+        further = {"further_end_ids": self.further_end_ids, "prompt_frame": self.prompt_frame}
+        return self._identity() | {name: value for name, value in further.items() if value}
+
+    def _identity(self) -> dict[str, Any]:
+        """Returns the part of the descriptor that decides how text and conversations become ids."""
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.files().items())}
         templates = {"chat_templates": dict(self.chat_templates)} if self.chat_templates else {}
         return {"kind": self.kind, "options": self.options(), "files": digests, **templates}
 
     def digest(self) -> str:
         """Returns a hash of all that decides how this tokenizer encodes."""
-        return hashlib.sha256(json.dumps(self.descriptor(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the tokenizer's files and, last, its descriptor."""

@@ -109,7 +109,30 @@ def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int 
     except UserError as error:
         raise UserError(f"{path} is {error}") from error
     tokenizer.chat_templates = settings.chat_templates
+    tokenizer.prompt_frame = _prompt_frame(tokenizer, settings, is_whole=form == "tokenizer.json")
     return tokenizer
+
+
+def _prompt_frame(
+    tokenizer: Tokenizer, settings: Settings, is_whole: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the ids that `transformers` puts before and after a text, or None where only the class tells them.
+
+    Its post-processor decides where a tokenizer.json is there; beside other files `add_bos_token` and `add_eos_token`.
+    """
+    flags = {name: _flag(settings.values, f"add_{name}_token") for name in ("bos", "eos")}
+    if is_whole or all(flag is None for flag in flags.values()):
+        return tokenizer.frame_of_file() if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    before, after = ((ids[name],) if flag and ids[name] is not None else () for name, flag in flags.items())
+    return before, after
+
+
+def _flag(values: Mapping[str, Any], name: str) -> bool | None:
+    flag = values.get(name)
+    if flag is not None and not isinstance(flag, bool):
+        raise UserError(f"beside a tokenizer_config.json whose {name} = {flag!r} is neither true nor false.")
+    return flag
 
 
 def _class_name(values: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Tokenizers of the Hugging Face library, read from a `tokenizer.json`."""
 
+import itertools
 import json
 import secrets
 from collections.abc import Container, Mapping
@@ -79,6 +80,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def control_tokens(self) -> dict[str, int]:
         """The ids of the tokens that the file marks as special."""
         return self._control
+
+    def frame_of_file(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the ids that the file's post-processor puts before and after a text."""
+        encoding = self._tokenizer.encode("a")
+        ids = list(zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        # What the post-processor adds is marked 1, and what the text itself becomes 0.
+        before = [i for i, _ in itertools.takewhile(lambda pair: pair[1], ids)]
+        after = [i for i, _ in itertools.takewhile(lambda pair: pair[1], reversed(ids[len(before) :]))]
+        return tuple(before), tuple(reversed(after))
 
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
         encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)

@@ -1,0 +1,77 @@
+"""What is asked of a model: prompts in any of their forms, and the way in which text is made."""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.core import config as configs
+from research.core.errors import UserError
+from research.data.tokenizers import Tokenizer
+from research.inference.beams import BeamConfig
+from research.inference.prompts import Prompt
+from research.inference.sampling import SamplingConfig
+
+
+def prompts_of(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str] | None,
+    ids: Sequence[Any] | None,
+    messages: Sequence[Any] | None,
+    chat: Mapping[str, Any] | None,
+) -> list[Prompt]:
+    """Returns what is to be continued: texts, or rows of ids.
+
+    Args:
+      tokenizer: of the model.
+      prompts: texts.
+      ids: rows of ids.
+      messages: a conversation, or a list of conversations.
+      chat: further arguments of `Tokenizer.encode_chat`.
+
+    Raises:
+      UserError: not exactly one of the three, something else than rows of ids, or a conversation that the model's chat
+        template does not take.
+    """
+    if sum(given is not None for given in (prompts, ids, messages)) != 1:
+        raise UserError("prompts, ids and messages: exactly one of them must be given.")
+    if chat is not None and messages is None:
+        raise UserError("chat: these are arguments of the chat template, which messages alone have.")
+    if prompts is not None:
+        return list(prompts)
+    if ids is not None:
+        return [_row(row) for row in ids]
+    # One conversation is a list of dicts; several are a list of such lists.
+    several = len(messages) > 0 and not any(isinstance(message, Mapping) for message in messages)
+    conversations = messages if several else [messages]
+    return [tokenizer.encode_chat(conversation, **(chat or {})) for conversation in conversations]
+
+
+def _row(row: Any) -> list[int]:
+    if isinstance(row, str) or not isinstance(row, Sequence | np.ndarray):
+        raise UserError(f"ids: {row!r} must be a row of ids: one prompt is [[1, 2, 3]].")
+    if len(row) == 0:
+        raise UserError("ids: a row of no ids cannot be continued.")
+    for i in row:
+        if isinstance(i, bool) or not isinstance(i, numbers.Integral):
+            raise UserError(f"ids: {i!r} must be a whole number.")
+    return [int(i) for i in row]
+
+
+def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
+    """Returns how text is made: searched where `num_beams` is there and not 1, else drawn.
+
+    Raises:
+      UserError: a field that is not known, out of range, or of the other way.
+    """
+    searches = "num_beams" in fields and fields["num_beams"] != 1
+    wanted, other = (BeamConfig, SamplingConfig) if searches else (SamplingConfig, BeamConfig)
+    fields = {name: value for name, value in fields.items() if searches or name != "num_beams"}
+    names = {field.name for field in dataclasses.fields(wanted)}
+    for field in dataclasses.fields(other):
+        if field.name in fields and field.name not in names:
+            why = f"draws, and num_beams = {fields['num_beams']} searches" if searches else "needs num_beams above 1"
+            raise UserError(f"{field.name} = {fields[field.name]!r} {why}.")
+    return configs.bind(wanted, fields)

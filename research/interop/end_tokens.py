@@ -1,0 +1,80 @@
+"""The ids that end a model's text, as Hugging Face's `config.json` and `generation_config.json` name them.
+
+Instruct models have several: the end of a text and the end of a turn (Gemma, LLaMA 3, Qwen, Phi-3), and the call of a
+tool (gpt-oss). One of the two files may name fewer than the other.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+
+GENERATION = "generation_config.json"
+FIELD = "eos_token_id"
+# More than any model has; each new token is compared with all of them.
+MOST = 256
+# What `generate` of transformers reads from generation_config.json alone, once there is one.
+_COPIED = (
+    "bos_token_id",
+    FIELD,
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+
+
+def end_ids_of(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the ids that one of the two files names: one, several, or none. A negative id stands for none.
+
+    Raises:
+      UserError: something else than ids, or more of them than any model has.
+    """
+    stated = values.get(FIELD)
+    listed = stated if isinstance(stated, list) else [stated]
+    if len(listed) > MOST:
+        raise UserError(f"{FIELD} names {len(listed):,} ids: it must be at most {MOST}.")
+    if stated is None:
+        return ()
+    for i in listed:
+        if type(i) is not int or i >= 2**31:
+            raise UserError(f"{FIELD} = {i!r} must be an id or a list of ids.")
+    return tuple(i for i in listed if i >= 0)
+
+
+def read_end_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns every id that ends a text, those of `config` (the folder's config.json) first, none of them twice.
+
+    Raises:
+      UserError: a file that is no JSON object, or names something else than ids.
+    """
+    path = folder / GENERATION
+    found = list(_named(folder / "config.json", config))
+    if path.is_file():
+        found += _named(path, _object(path))
+    return tuple(dict.fromkeys(found))
+
+
+def generation_config(fields: Mapping[str, Any]) -> bytes:
+    """Returns the generation_config.json that says the same of tokens as the config.json of `fields`."""
+    values = {name: fields[name] for name in _COPIED if name in fields and fields[name] is not None}
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _named(path: pathlib.Path, values: Mapping[str, Any]) -> tuple[int, ...]:
+    try:
+        return end_ids_of(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return values

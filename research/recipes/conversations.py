@@ -1,0 +1,69 @@
+"""Conversations on the command line: from flags, from a file, or line by line from standard input."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from research.core.errors import UserError
+from research.recipes.workdir import local_path
+
+Conversation = list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that make a conversation; `--prompt` is a verb's own."""
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="each --prompt is a user's message, answered through the model's chat template; without one, messages are "
+        "read from standard input, a line each, and are one conversation",
+    )
+    parser.add_argument("--messages", help="a JSON file with the messages of a conversation to answer")
+    parser.add_argument("--system", help="with --chat: the system message that comes first")
+
+
+def from_flags(arguments: argparse.Namespace) -> list[Conversation] | None:
+    """Returns the conversations that flags name, [] where they are to be read as they come, or None without a chat.
+
+    Raises:
+      UserError: flags that do not go together, or a file that holds no messages.
+    """
+    if arguments.messages is not None:
+        if arguments.prompt or arguments.system is not None:
+            raise UserError("--messages: its file is the whole conversation; leave out --prompt and --system.")
+        return [_read(local_path("--messages", arguments.messages))]
+    if not arguments.chat:
+        if arguments.system is not None:
+            raise UserError("--system needs --chat.")
+        return None
+    return [[*beginning(arguments), {"role": "user", "content": prompt}] for prompt in arguments.prompt]
+
+
+def beginning(arguments: argparse.Namespace) -> Conversation:
+    """Returns the system message, where there is one."""
+    return [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+
+
+def _read(path: pathlib.Path) -> Conversation:
+    try:
+        messages = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--messages = {path} cannot be read: {error}.") from error
+    if not isinstance(messages, list):
+        raise UserError(f"--messages = {path} must be a list of messages, each with a role and its content.")
+    return messages
+
+
+def lines() -> Iterator[str]:
+    """Yields the lines of standard input that are not blank; a terminal is prompted for each."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
