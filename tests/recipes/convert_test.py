@@ -1,12 +1,9 @@
 """`tessera convert`: a model's way in and out."""
 
-import errno
 import io
 import json
-import os
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -21,10 +18,10 @@ from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.data.tokenizers import folders
 from research.interop.huggingface import from_hugging_face
+from research.recipes import convert as convert_recipe
 from research.recipes.convert import convert
 from tests.interop import cases
 from tests.interop.folders import TOLERANCE, logits_of, write_folder
-from tests.recipes import runs
 
 VOCAB = 260
 TEXT = "naïve tiles\n"
@@ -158,38 +155,34 @@ def test_a_source_that_fails_leaves_nothing(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
+def read_tokenizer_after(act, monkeypatch):
+    """Has `act` happen when the new folder is made and the tokenizer is about to be read."""
+    read = folders.from_path
+    monkeypatch.setattr(folders, "from_path", lambda path: act() or read(path))
+
+
+def write_arrays_before(act, monkeypatch):
+    """Has `act` happen when all is written and the folder has not taken its name."""
+    write = convert_recipe.write_params
+    monkeypatch.setattr(convert_recipe, "write_params", lambda *arguments: write(*arguments) or act())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, number):
-    source = tmp_path / "source"
-    shutil.copytree(folder, source)
-    (source / "tokenizer.json").unlink()
-    os.mkfifo(source / "tokenizer.json")
-    process = runs.spawn("convert", f"--from={source}", f"--to={tmp_path / 'out'}")
-    until = time.monotonic() + 60
-    while (writer := open_for_writing(source / "tokenizer.json")) is None:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    # It reads now and waits for what is never written, its folder made: a signal just before a system call is not seen
-    # until that returns.
-    time.sleep(0.5)
-    assert any(path.name.startswith(".out.") for path in tmp_path.iterdir())
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    os.close(writer)
-    assert process.returncode == 128 + number
-    assert errors.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+@pytest.mark.parametrize("at_moment", [read_tokenizer_after, write_arrays_before])
+def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, number, at_moment, monkeypatch, capsys):
+    made = []
 
+    def stop():
+        # The control: there is something to remove.
+        made.extend(path.name for path in tmp_path.iterdir())
+        signal.raise_signal(number)
 
-def open_for_writing(fifo):
-    """Returns a descriptor, or None while nobody reads."""
-    try:
-        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return None
+    at_moment(stop, monkeypatch)
+    status = cli.main(["convert", f"--from={folder}", f"--to={tmp_path / 'out'}"])
+    assert status == 128 + number
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [name.startswith(".out.") for name in made] == [True]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_is_converted_from_before_the_damaged_one(workdir, tmp_path, caplog):
