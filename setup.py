@@ -5,7 +5,7 @@ import setuptools
 parity = ["torch==2.13.0", "transformers>=5"]
 # Zstandard frames with windows above 2^27 bytes, which pyarrow refuses.
 zstd = ["zstandard>=0.23"]
-test = ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "ruff>=0.6", "safetensors>=0.5"]
+test = ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.6", "safetensors>=0.5"]
 
 setuptools.setup(
     name="tessera",

@@ -312,6 +312,7 @@ def test_folder_of_caches_that_cannot_be_written_is_one_line(tiny: pathlib.Path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_reader_that_leaves_early_is_no_error(tiny: pathlib.Path):
     process = runs.spawn("data", f"--config={tiny}", "--rows=4")
     process.stdout.close()
@@ -322,6 +323,7 @@ def test_reader_that_leaves_early_is_no_error(tiny: pathlib.Path):
     assert "Exception" not in stderr
 
 
+@pytest.mark.processes
 def test_output_stays_readable_where_a_terminal_has_few_letters(tiny: pathlib.Path):
     process = runs.spawn("train", "--help", PYTHONIOENCODING="ascii:strict", LC_ALL="C", HOME="/nowhere")
     out, err = process.communicate()
@@ -332,6 +334,7 @@ def test_output_stays_readable_where_a_terminal_has_few_letters(tiny: pathlib.Pa
     assert (process.returncode, err) == (0, "")
 
 
+@pytest.mark.processes
 def test_progress_is_lines_on_a_pipe_and_a_bar_on_a_terminal(tiny: pathlib.Path, tmp_path):
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))

@@ -1,14 +1,18 @@
-"""Every test sees eight CPU devices, checked shapes and one compilation cache."""
+"""Every test sees eight CPU devices, checked shapes and one compilation cache, and lies in one tier at least."""
 
 import logging
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nearly all the time of small tests is compilation, and half of that is LLVM polishing code that runs once.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Nearly all the time of small tests is compilation: half of it LLVM polishing code that runs once, a quarter the newer
+# way to emit fused loops, and a tenth cutting modules up for threads that other tests keep busy. With
+# TESSERA_TEST_XLA=default the tests see the passes that users get.
+if os.environ.get("TESSERA_TEST_XLA") != "default":
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+    )
 
 import gc
 import pathlib
@@ -27,6 +31,22 @@ install_import_hook("research", "beartype.beartype")
 pytest_plugins = ["tests.recipes.fixtures"]
 
 SHARED_DATA = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
+SLOWER_TIERS = ("thorough", "compilers", "live", "processes")
+# Linux grants a process 65,530 mappings of memory, and each compiled program takes some.
+MAPPINGS = 30_000
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that no mark puts into a slower tier is in `fast`."""
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in SLOWER_TIERS):
+            item.add_marker("fast")
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """Files that import torch are not opened for `fast`, which has none of their tests: the import takes seconds."""
+    return True if collection_path.name.endswith("_torch_test.py") and config.option.markexpr == "fast" else None
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +59,12 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
-    """Drops the compiled programs of each file of tests: a process may hold so many mappings of memory and no more."""
+    """Drops compiled programs after a file of tests when the process holds many; until then files share them."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    mappings = pathlib.Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_unconfigure() -> None:

@@ -69,6 +69,7 @@ def test_turns_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, 
     assert report["float32 batch 1, 4096 tokens, 1 heads of 8"] == {"tessera": [1000.0] * 2, "jax.nn": [3000.0] * 2}
 
 
+@pytest.mark.compilers
 def test_our_schedule_is_counted_to_be_shorter_than_splash_s(tmp_path):
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
     cycles = {}

@@ -100,6 +100,7 @@ def cycles(chip: str, steps: int, folder: pathlib.Path) -> int:
     return json.loads(found.stdout.splitlines()[-1])
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_each_step_of_a_grid_costs_as_much_as_the_one_before(chip, tmp_path):
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")

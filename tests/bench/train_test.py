@@ -11,6 +11,7 @@ from research.bench import sides as bench_sides
 from research.bench import train as bench_train
 from research.bench import train_sides as bench_train_sides
 from research.core.errors import UserError
+from tests.tiers import rest_in
 
 TINY = bench_train.Shape(layers=1, width=16, heads=2, length=8, batch=2, vocabulary=32)
 
@@ -27,7 +28,7 @@ def test_missing_torch_names_the_extra(monkeypatch):
         bench_train.main(arguments())
 
 
-@pytest.mark.parametrize("side", bench_train.SIDES)
+@pytest.mark.parametrize("side", rest_in("live", bench_train.SIDES, first="tessera"))
 def test_a_side_learns_its_batch(side, monkeypatch):
     if side == "torch":
         pytest.importorskip("transformers")

@@ -147,6 +147,7 @@ def on_meta(file: str, size: str) -> Any:
         return cls(cls.config_class(**fields))
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(("file", "size"), TRANSFORMERS)
 def test_transformers_counts_the_same_parameters(file, size):
     model = on_meta(file, size)
@@ -159,6 +160,7 @@ def test_every_released_family_is_compared_with_transformers():
     assert {file for file, _ in TRANSFORMERS} == set(RELEASED)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("file", "size", "attention"),
     [
@@ -172,6 +174,7 @@ def test_transformers_scales_scores_the_same(file, size, attention):
     assert on_meta(file, size).get_submodule(attention).scaling == pytest.approx(preset(file, size).attention.scale)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(("file", "size"), [("gpt_oss", "20b"), ("phi3", "mini-128k"), ("deepseek", "v3-671b")])
 def test_transformers_has_the_same_rotary_amplitude(file, size):
     rotary = on_meta(file, size).model.rotary_emb

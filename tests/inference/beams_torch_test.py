@@ -8,6 +8,8 @@ pytest.importorskip("transformers", reason="needs the extra `parity`")
 
 from tests.inference import beam_cases, make_beam_goldens
 
+pytestmark = pytest.mark.live
+
 # A part of the grid: one of every width, and what stands alone at its end.
 PART = [*range(2, 48, 13), *range(48, len(beam_cases.GRID))]
 

@@ -72,6 +72,15 @@ def test_top_p_is_taken_of_what_top_k_leaves(logits: np.ndarray, k: int, p: floa
     assert kept(logits, top_k=k, top_p=p) == nucleus(softmax(left), p) & set(np.flatnonzero(left > -np.inf).tolist())
 
 
+def test_top_p_that_is_reached_exactly_takes_no_further_token():
+    # Halves of each other, down to the last bit: the logit whose exponential is rounded to 1/2.
+    near = np.float32(np.log(0.5)) + np.arange(-4, 5, dtype=np.float32) * np.finfo(np.float32).epsneg
+    rows = [np.array([0.0, x, x], np.float32) for x in near]
+    logits = next(row for row in rows if np.asarray(jax.nn.softmax(row)).tolist() == [0.5, 0.25, 0.25])
+    assert kept(logits, top_p=0.5) == {0}
+    assert kept(logits, top_p=float(np.nextafter(np.float32(0.5), np.float32(1)))) == {0, 1, 2}
+
+
 def test_ties_at_the_cut_stay():
     logits = np.array([1.0, 2.0, 1.0, 0.0, 1.0], np.float32)
     assert kept(logits, top_k=2) == kept(logits, top_p=0.5) == {0, 1, 2, 4}

@@ -14,6 +14,8 @@ from tests.interop import encoders_cases as encoders  # noqa: E402
 from tests.interop import make_encoders_goldens as goldens  # noqa: E402
 from tests.interop.encoders_test import GRADIENTS, LOGITS  # noqa: E402
 
+pytestmark = pytest.mark.live
+
 
 @pytest.mark.parametrize("name", goldens.MODELS)
 def test_goldens_are_what_torch_computes_and_each_gradient_is_equal(name, tmp_path):

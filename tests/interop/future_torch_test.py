@@ -19,6 +19,8 @@ from tests.interop import make_future_goldens as goldens  # noqa: E402
 from tests.interop.folders import write_folder  # noqa: E402
 from tests.interop.future_test import GRADIENTS, LOGITS  # noqa: E402
 
+pytestmark = pytest.mark.live
+
 
 def test_goldens_are_what_torch_computes_and_each_gradient_is_equal(tmp_path):
     description, stored = goldens.write_seeded(tmp_path), dict(future.stored())

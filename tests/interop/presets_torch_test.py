@@ -8,6 +8,8 @@ pytest.importorskip("transformers", reason="needs the extra `parity`")
 from tests.interop import encoders_cases, presets_cases, presets_references
 from tests.interop.presets_test import GRADIENTS, LOGITS
 
+pytestmark = pytest.mark.live
+
 
 @pytest.mark.parametrize("name", presets_references.REFERENCES)
 def test_goldens_are_what_torch_computes_and_each_gradient_is_equal(name):

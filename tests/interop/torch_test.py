@@ -14,6 +14,8 @@ from tests.interop import cases, make_goldens  # noqa: E402
 from tests.interop.families_test import GRADIENTS, LOGITS, NAMES  # noqa: E402
 from tests.interop.folders import TOLERANCE, golden_folder, logits_of  # noqa: E402
 
+pytestmark = pytest.mark.live
+
 
 @pytest.mark.parametrize("name", make_goldens.CONFIGS)
 def test_goldens_are_what_torch_computes(name):

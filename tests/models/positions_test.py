@@ -69,6 +69,20 @@ def test_stretched_frequencies_slow_long_waves_and_keep_short_ones():
     assert (np.diff(found) < 0).all()
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_document_of_the_original_length_is_not_scaled_and_one_token_more_is(kind: str):
+    factors = {"short_factors": (1.0, 1.2), "long_factors": (2.0, 3.0)} if kind == "longrope" else {"factor": 2.0}
+    scaling = RopeScalingConfig(kind=kind, original_length=6, **factors)
+    config = PositionConfig(theta=100.0, scaling=scaling)
+    x, positions = jnp.ones((1, 6, 1, 4)), jnp.arange(6)[None]
+
+    def of_length(length: int) -> np.ndarray:
+        return np.asarray(rotate(config, x, positions, jnp.full((1, 6), length)))
+
+    np.testing.assert_array_equal(of_length(6), of_length(1))
+    assert np.abs(of_length(7) - of_length(6)).max() > 0.1
+
+
 def test_alibi_slopes_are_those_of_the_paper():
     eight = [2.0**-i for i in range(1, 9)]
     np.testing.assert_allclose(alibi_slopes(8), eight)

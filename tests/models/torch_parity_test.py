@@ -11,6 +11,7 @@ from research.models.layers import ACTIVATIONS, Norm
 from research.models.positions import alibi_slopes, sinusoidal
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 25, 32])
 def test_alibi_equals_bloom_s_up_to_a_constant_a_query(heads):
     torch = pytest.importorskip("torch", reason="needs the extra `parity`")
@@ -22,6 +23,7 @@ def test_alibi_equals_bloom_s_up_to_a_constant_a_query(heads):
     np.testing.assert_allclose(bias - bias[:, :1], keys, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("width", [16, 15])
 def test_sinusoidal_waves_in_halves_equal_marian_s(width):
     pytest.importorskip("torch", reason="needs the extra `parity`")
@@ -31,6 +33,7 @@ def test_sinusoidal_waves_in_halves_equal_marian_s(width):
     np.testing.assert_allclose(found, table, atol=1e-5)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("name", "function", "options"),
     [
@@ -51,6 +54,7 @@ def test_every_activation_is_tested():
     assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "gelu_sigmoid", "relu", "silu"}
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
 def test_norm_equals_torch_s(kind, epsilon):

@@ -116,6 +116,7 @@ print("ROWS" + json.dumps(train(MeshConfig(data=2, fsdp=2))[0]), flush=True)
 """
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_run_of_one_device():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import pytest
+
 from research import cli
 from tests.recipes import runs
 
@@ -21,6 +23,7 @@ def test_sound_config_passes_on_one_screen(tiny: pathlib.Path, tmp_path, capsys)
     assert not any(line.startswith("FAIL") for line in lines)
 
 
+@pytest.mark.processes
 def test_platform_that_is_not_here_is_a_finding_and_no_traceback(tiny: pathlib.Path, tmp_path):
     process = runs.spawn("doctor", f"--config={tiny}", f"--workdir={tmp_path}", JAX_PLATFORMS="cuda")
     out, err = process.communicate(timeout=60)

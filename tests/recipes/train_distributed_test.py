@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import numpy as np
+import pytest
 
 from research.training.metrics import curve, read_metrics
 from tests.recipes import runs
@@ -30,6 +31,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]
     return [process.returncode for process in processes], last
 
 
+@pytest.mark.processes
 def test_two_processes_stop_together_and_end_as_one_process_does(tiny: pathlib.Path, tmp_path):
     workdir = tmp_path / "two"
     processes = start(tiny, workdir, 100_000)

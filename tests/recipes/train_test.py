@@ -71,6 +71,7 @@ def wait_for(path: pathlib.Path, process, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.processes
 def test_killed_run_repeats_from_the_last_checkpoint_to_the_same_end(tmp_path, unbroken: Unbroken):
     workdir = tmp_path / "run"
     process = runs.spawn("train", f"--config={unbroken.config}", f"--workdir={workdir}")

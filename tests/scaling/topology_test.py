@@ -9,6 +9,7 @@ import pytest
 from research.core.errors import UserError
 from research.parallel.target import chip, platform
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, gpu_devices, tpu_devices
+from tests.tiers import rest_in
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def libtpu():
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
 
 
-@pytest.mark.parametrize("generation", TPU_TOPOLOGIES)
+@pytest.mark.parametrize("generation", rest_in("compilers", TPU_TOPOLOGIES, first="v5e"))
 def test_a_matmul_is_compiled_for_a_tpu_that_is_not_here(libtpu, generation):
     seen = []
 
@@ -44,6 +45,7 @@ def test_a_function_is_traced_anew_for_each_chip(libtpu):
     assert seen == [device.device_kind for device in devices]
 
 
+@pytest.mark.compilers
 def test_a_matmul_is_compiled_for_an_h200_that_is_not_here():
     pytest.importorskip("jax_cuda12_plugin", reason="needs the extra `cuda`")
     compiled = compile_on(gpu_devices()[0], lambda x: x @ x, jax.ShapeDtypeStruct((256, 256), jnp.bfloat16))

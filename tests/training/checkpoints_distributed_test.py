@@ -82,6 +82,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.mark.processes
 def test_processes_agree_and_one_process_reads_what_two_have_written(workdir):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     state = jax.jit(new_state)()

@@ -306,6 +306,7 @@ for step in range(int(state["step"]) + 1, 100_000):
 """
 
 
+@pytest.mark.processes
 def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(tmp_path):
     rng, reached = random.Random(0), 0
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}

@@ -38,6 +38,12 @@ def noisy_loss(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, 
     return total, {"loss": total}
 
 
+def offset_loss(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As large as the batch says, with a slope that does not depend on it."""
+    total = params["w"] + params["b"] + jnp.sum(batch["targets"])
+    return total, {"loss": total}
+
+
 def numbers(seed: int = 0, weights: Any = None) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     shape = (ROWS, LENGTH)
@@ -57,7 +63,7 @@ def start(optimizer: optax.GradientTransformation, keep_ema: bool = False, w: fl
 @functools.lru_cache
 def stepper(name: str = "line", rate: float = 0.1, momentum: bool = False, **options) -> Any:
     """A compiled step; its learning rate falls with the count of steps taken."""
-    loss = {"line": line_loss, "root": root_loss, "noisy": noisy_loss}[name]
+    loss = {"line": line_loss, "root": root_loss, "noisy": noisy_loss, "offset": offset_loss}[name]
     optimizer = optax.adam(rate) if momentum else optax.sgd(rate)
 
     def schedule(step: Any) -> Any:
@@ -140,6 +146,18 @@ def test_step_that_is_not_finite_is_skipped_and_changes_no_bit(name: str, w: flo
     assert_bits((state.params, state.opt_state, state.ema), (old.params, old.opt_state, old.ema))
     assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (1, 1, 1)
     assert (metrics["skipped"], metrics["skipped_in_row"]) == (1, 1)
+
+
+def test_step_whose_loss_alone_is_not_finite_is_skipped():
+    step, optimizer = stepper("offset")
+    old, batch = start(optimizer), numbers()
+    state, metrics = step(old, {**batch, "targets": batch["targets"].at[0, 0].set(np.inf)})
+    assert np.isinf(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert_bits(state.params, old.params)
+    assert int(state.skipped) == 1
+    # The control: the same slope is followed where the loss is finite.
+    assert step(old, batch)[0].params["w"] != old.params["w"]
 
 
 def test_skips_are_counted_and_the_row_of_them_ends_with_a_good_step():
@@ -285,6 +303,26 @@ def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total()
     total, sums = jax.jit(language_model_loss(config))(params, batch, None)
     assert float(sums["future_loss"]) == pytest.approx(float(wanted), rel=1e-5)
     assert float(total) == pytest.approx(float(sums["loss"] + 0.3 * sums["future_loss"]), rel=1e-6)
+
+
+def test_further_tokens_are_predicted_inside_a_document_alone():
+    config = tiny_config(num_layers=1, head=HeadConfig(num_future=2))
+    params, batch = random_params(config), random_batch(1, 8)
+    loss = jax.jit(language_model_loss(config))
+
+    def future_loss(*documents: slice) -> float:
+        """Of these parts of the row, packed into one in their places."""
+        packed = dict(batch, segments=np.zeros_like(batch["segments"]), positions=np.zeros_like(batch["positions"]))
+        for number, part in enumerate(documents, 1):
+            packed["segments"][:, part] = number
+            packed["positions"][:, part] = np.arange(part.stop - part.start)
+        packed["weights"] = (packed["segments"] != 0).astype(np.float32)
+        return float(loss(params, jax.tree.map(jnp.asarray, packed), None)[1]["future_loss"])
+
+    first, second = slice(0, 3), slice(3, 8)
+    apart = future_loss(first) + future_loss(second)
+    assert future_loss(first, second) == pytest.approx(apart, rel=1e-5)
+    assert abs(future_loss(slice(0, 8)) - apart) > 1  # the control: one document of both has more to predict
 
 
 def test_label_smoothing_mixes_the_loss_with_the_mean_of_the_vocabulary():

@@ -87,6 +87,7 @@ def made(sources):
     return {name: folders.from_folder(path) for name, path in sources.items()}
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("name", ["chatml", "llama", "named"])
 @pytest.mark.parametrize("chat", CHATS)
 def test_a_chat_is_rendered_and_encoded_as_transformers_does(sources, made, name, chat):
@@ -127,6 +128,7 @@ def test_no_message_writes_a_control_token(made, trained, kind, content):
     assert content.strip() in tokenizer.decode(inner)
 
 
+@pytest.mark.live
 def test_transformers_lets_a_message_end_its_turn(sources):
     """The control: the test above can fail."""
     transformers = pytest.importorskip("transformers")

@@ -66,6 +66,7 @@ def test_an_exported_folder_loads_with_the_same_ids(shared_data, texts, tmp_path
     ]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("name", "framed"), [("wordpiece", "[CLS] a [SEP]"), ("t5", "a</s>"), ("llama", "<s> a"), ("bytes", "<s>a")]
 )
@@ -78,6 +79,7 @@ def test_an_exported_folder_frames_a_text_as_its_model_reads_it(shared_data, tmp
     assert reference.decode(reference.encode("a")).replace(" ", "") == framed.replace(" ", "")
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("file", "model_type", "settings"),
     [
@@ -107,6 +109,7 @@ def test_an_exported_folder_reads_texts_and_pairs_as_the_original(shared_data, t
         assert dict(found(*texts)) == dict(wanted(*texts))
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("name", ["llama", "bpe", "bytes"])
 def test_an_exported_folder_encodes_the_same_chats(shared_data, tmp_path, name):
     transformers = pytest.importorskip("transformers")

@@ -73,6 +73,7 @@ def test_the_settings_of_bert_are_read(shared_data, tmp_path, golden, settings):
     assert found != GOLDENS["bert"]  # the control: these texts can tell
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("family", [*FORMS])
 def test_real_texts_have_the_ids_of_the_reference(shared_data, made, real_texts, family):
     if family == "bert":

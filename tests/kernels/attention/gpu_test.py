@@ -138,6 +138,7 @@ def shapes(queries, keys, heads, width, dtype=jnp.bfloat16):
     return [jax.ShapeDtypeStruct(shape, dtype) for shape in tokens]
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize(
     ("width", "mask", "terms"),
     [
@@ -165,6 +166,7 @@ def test_kernels_compile_for_an_h200(h200, width, mask, terms):
     assert program.as_text().count("mosaic_gpu_v2") >= 3
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("window", [None, 16])
 def test_cudnn_compiles_for_an_h200(h200, window):
     call = (*shapes(64, 64, 2, 64), AttentionMask(causal=True, window=window), ScoreTerms(scale=0.1))
@@ -172,6 +174,7 @@ def test_cudnn_compiles_for_an_h200(h200, window):
     assert "fmhaSoftmaxBackward" in text
 
 
+@pytest.mark.compilers
 def test_cudnn_compiles_with_the_gradient_of_a_bias(h200):
     terms = ScoreTerms(bias=jnp.zeros((1, 2, 64, 64), jnp.bfloat16), scale=0.1)
     q, k, v, g = operands(1, 64, 64, 2, 2, 64, jnp.bfloat16)
@@ -181,6 +184,7 @@ def test_cudnn_compiles_with_the_gradient_of_a_bias(h200):
     assert "fmhaScaleBiasSoftmaxBackward" in text.as_text()
 
 
+@pytest.mark.compilers
 def test_temporaries_hold_no_scores_at_32768_tokens(h200):
     length, width = 32768, 128
     call = (*shapes(length, length, 1, width), AttentionMask(causal=True), ScoreTerms(softcap=50.0, scale=0.1))

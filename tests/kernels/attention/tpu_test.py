@@ -15,6 +15,7 @@ from research.kernels.attention.tpu import tiled_attention
 from research.kernels.attention.tpu_plan import Blocks, plan, visibility
 from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
+from tests.tiers import rest_in
 
 SMALL = Blocks(queries=128, keys=128, resident=256)
 DOWN = dataclasses.replace(SMALL, down=True)
@@ -208,7 +209,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("generation", TPU_TOPOLOGIES)
+@pytest.mark.parametrize("generation", rest_in("compilers", TPU_TOPOLOGIES, first="v5e"))
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_are_compiled_for_every_generation(generation, case):
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
@@ -218,6 +219,7 @@ def test_kernels_are_compiled_for_every_generation(generation, case):
     assert all(f"tessera_attention_{kernel}" in compiled.as_text() for kernel in kernels)
 
 
+@pytest.mark.compilers
 # Several chunks of resident tokens each: 2,048 of them fit on a v4, 16,384 on a v5e.
 @pytest.mark.parametrize(("generation", "length"), [("v4", 16384), ("v5e", 32768), ("v5e", 65536)])
 def test_memory_is_linear_in_the_length(generation, length):

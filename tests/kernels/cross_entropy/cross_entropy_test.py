@@ -342,12 +342,14 @@ def test_temporaries_are_under_a_twentieth_of_the_logits(implementation, width, 
     assert temporaries(jax.devices()[0], width, dtype, implementation) < 0.05
 
 
+@pytest.mark.compilers
 def test_temporaries_are_as_small_on_tpu():
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
     # Of the generations the one that takes the most.
     assert temporaries(tpu_devices("v5p")[0], 1024, jnp.bfloat16) < 0.05
 
 
+@pytest.mark.compilers
 def test_temporaries_are_as_small_on_gpu(h200):
     assert temporaries(h200, 1024, jnp.bfloat16) < 0.05
 

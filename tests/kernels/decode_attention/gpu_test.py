@@ -97,6 +97,7 @@ def compiled(device, dtype, page_size, heads, width, *, window=None, terms=None,
 FULL = ScoreTerms(sinks=jnp.ones(16), alibi=jnp.ones(16), softcap=30.0, scale=0.1)
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize(
     ("dtype", "page_size", "heads", "width", "options"),
     [
@@ -113,6 +114,7 @@ def test_kernels_compile_for_an_h200(h200, dtype, page_size, heads, width, optio
     assert program.as_text().count("mosaic_gpu_v2") == 2
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_temporaries_hold_no_pages(h200, dtype):
     """A second of pages of long sequences, of which the sums of the parts are a small share."""

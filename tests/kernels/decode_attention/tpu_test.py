@@ -17,6 +17,7 @@ from research.kernels.decode_attention.pages import needed
 from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 from tests.kernels.decode_attention.cases import cache, calls, poisoned
+from tests.tiers import rest_in
 
 TYPES = ["float32", "bfloat16", "int8", "float8_e4m3fn"]
 
@@ -64,7 +65,7 @@ def test_pages_before_the_window_are_never_read():
     assert jnp.isnan(interpreted(q, spoiled, table, lengths, None, terms)).any()
 
 
-@pytest.mark.parametrize("chip", TPU_TOPOLOGIES)
+@pytest.mark.parametrize("chip", rest_in("compilers", TPU_TOPOLOGIES, first="v5e"))
 def test_every_generation_compiles_it_and_copies_no_pages(chip):
     try:
         device = tpu_devices(chip)[0]

@@ -102,10 +102,12 @@ def compiled(device, body, rows, width, features, groups, dtype="bfloat16"):
     return compile_on(device, functools.partial(value_and_gradients, body=body), *arguments)
 
 
+@pytest.mark.compilers
 def test_kernels_compile_for_an_h200_at_odd_sizes(h200):
     assert compiled(h200, "gpu", 1000, 200, 300, 5, "float16").as_text().count("mosaic_gpu_v2") == 3
 
 
+@pytest.mark.compilers
 def test_temporaries_do_not_grow_with_the_groups(h200):
     rows, width, features, groups = 8192, 512, 512, 16
     programs = {body: compiled(h200, body, rows, width, features, groups) for body in ("gpu", "xla")}

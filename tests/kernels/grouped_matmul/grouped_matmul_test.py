@@ -14,6 +14,7 @@ from research.kernels.grouped_matmul import cpu, grouped_matmul, reference, tpu,
 from research.kernels.grouped_matmul.visits import visits
 from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
+from tests.tiers import rest_in
 
 BLOCKS = tpu.Blocks(rows=16, inner=128, outer=128)
 BODIES = {
@@ -133,7 +134,7 @@ def arguments(rows, width, features, experts):
     return [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in (*shapes, ("int32", experts))]
 
 
-@pytest.mark.parametrize("generation", TPU_TOPOLOGIES)
+@pytest.mark.parametrize("generation", rest_in("compilers", TPU_TOPOLOGIES, first="v5e"))
 @pytest.mark.parametrize("sizes", [(2048, 1024, 2048, 8), (1000, 200, 300, 5)])
 def test_kernels_are_compiled_for_every_generation(generation, sizes):
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
