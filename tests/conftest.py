@@ -18,6 +18,7 @@ import gc
 import pathlib
 from collections.abc import Iterator
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -27,6 +28,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # Shapes and types of every public function are checked under pytest only.
 install_import_hook("research", "beartype.beartype")
+
+# How long examples take to make says how busy the machine is.
+hypothesis.settings.register_profile("busy", suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None)
+hypothesis.settings.load_profile("busy")
 
 pytest_plugins = ["tests.recipes.fixtures"]
 
