@@ -8,7 +8,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table
+from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table, within
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
@@ -73,21 +73,21 @@ def _write(architecture: str, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _stack(theirs: str, ours: str, attentions: tuple[tuple[str, str], ...]) -> tuple[Tensor, ...]:
-    """Returns the tensors of a stack whose layers have these attentions, and an MLP."""
-    layer, of_layer = f"{theirs}.layers.{{layer}}", f"{ours}{{layer}}"
+def _layer(*attentions: tuple[str, str]) -> tuple[Tensor, ...]:
+    """Returns the tensors of a layer with these attentions, and an MLP."""
     tensors = []
     for name, attention in attentions:
-        tensors += projections(f"{layer}.{name}.{{part}}_proj", f"{of_layer}/{attention}", "qkv")
-        tensors += linear(f"{layer}.{name}.out_proj", f"{of_layer}/{attention}/out", num_inputs=2)
-        tensors += norm(f"{layer}.{name}_layer_norm", f"{of_layer}/{attention}_norm")
+        tensors += projections(f"{name}.{{part}}_proj", attention, "qkv")
+        tensors += linear(f"{name}.out_proj", f"{attention}/out", num_inputs=2)
+        tensors += norm(f"{name}_layer_norm", f"{attention}_norm")
+    return (*tensors, *linear("fc1", "mlp/up"), *linear("fc2", "mlp/down"), *norm("final_layer_norm", "mlp_norm"))
+
+
+def _stack(theirs: str, ours: str, layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (
         table(f"{theirs}.embed_positions", f"{ours}position_embed"),
         *norm(f"{theirs}.layernorm_embedding", f"{ours}embed_norm"),
-        *tensors,
-        *linear(f"{layer}.fc1", f"{of_layer}/mlp/up"),
-        *linear(f"{layer}.fc2", f"{of_layer}/mlp/down"),
-        *norm(f"{layer}.final_layer_norm", f"{of_layer}/mlp_norm"),
+        *within(f"{theirs}.layers.{{layer}}", f"{ours}{{layer}}", layer),
         *norm(f"{theirs}.layer_norm", f"{ours}final_norm"),
     )
 
@@ -102,8 +102,8 @@ BART = Architecture(
     tensors=(
         Tensor("final_logits_bias", ("logit_bias",), unsqueezed=True),
         table("model.shared", "embed"),
-        *_stack("model.encoder", "encoder/", (_SELF,)),
-        *_stack("model.decoder", "", (_SELF, _CROSS)),
+        *_stack("model.encoder", "encoder/", _layer(_SELF)),
+        *_stack("model.decoder", "", _layer(_SELF, _CROSS)),
         UNEMBED,
     ),
     copies={

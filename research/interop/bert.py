@@ -8,7 +8,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import linear, multi_head, norm, projections, table
+from research.interop.modules import linear, multi_head, norm, projections, table, within
 from research.interop.tensor import Tensor
 from research.models.config import HeadConfig, ModelConfig
 
@@ -83,19 +83,23 @@ def _write_roberta(heads: Heads, config: ModelConfig) -> dict[str, Any]:
     return _write(heads, config) | {"pad_token_id": max(config.position.offset - 1, 0)}
 
 
+_LAYER = (
+    *projections("attention.self.{part}", "attention"),
+    *linear("attention.output.dense", "attention/out", num_inputs=2),
+    *norm("attention.output.LayerNorm", "attention_norm"),
+    *linear("intermediate.dense", "mlp/up"),
+    *linear("output.dense", "mlp/down"),
+    *norm("output.LayerNorm", "mlp_norm"),
+)
+
+
 def _tensors(root: str) -> tuple[Tensor, ...]:
-    layer = f"{root}.encoder.layer.{{layer}}"
     return (
         table(f"{root}.embeddings.word_embeddings", "embed"),
         table(f"{root}.embeddings.position_embeddings", "position_embed"),
         table(f"{root}.embeddings.token_type_embeddings", "type_embed"),
         *norm(f"{root}.embeddings.LayerNorm", "embed_norm"),
-        *projections(f"{layer}.attention.self.{{part}}", "{layer}/attention"),
-        *linear(f"{layer}.attention.output.dense", "{layer}/attention/out", num_inputs=2),
-        *norm(f"{layer}.attention.output.LayerNorm", "{layer}/attention_norm"),
-        *linear(f"{layer}.intermediate.dense", "{layer}/mlp/up"),
-        *linear(f"{layer}.output.dense", "{layer}/mlp/down"),
-        *norm(f"{layer}.output.LayerNorm", "{layer}/mlp_norm"),
+        *within(f"{root}.encoder.layer.{{layer}}", "{layer}", _LAYER),
         *linear(f"{root}.pooler.dense", "pooler/projection"),
     )
 

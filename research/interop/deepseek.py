@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Int
 
 from research.core.errors import UserError
-from research.interop.llama import LAYER, MLP, OURS, PRE_NORMS, RMS, SIZES, activation, decoder, linear, norm
+from research.interop.llama import MLP, PRE_NORMS, RMS, SIZES, activation, decoder
 from research.interop.mixtures import LOADS, experts
+from research.interop.modules import UNEMBED, linear, norm, table, within
 from research.interop.parts import Part, fixed, named
 from research.interop.rotary import read_rotary, rope_fields, rope_kind, rotary, write_rotary, yarn_amplitude
 from research.interop.tensor import Tensor
@@ -47,38 +48,22 @@ def _key_value_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
     return np.concatenate(parts, axis=1).reshape(-1)
 
 
-def _query(theirs: str, narrow: bool) -> Tensor:
-    """Returns the projection of the queries, whose name tells whether it reads a latent of their own."""
-    return Tensor(
-        f"{LAYER}.self_attn.{theirs}.weight",
-        (f"{OURS}/attention/query/kernel",),
-        num_inputs=1,
-        transposed=True,
-        order=_query_order,
-        when=lambda config: (_latent(config).q_dim is not None) == narrow,
-    )
+def _has_query_latent(config: ModelConfig) -> bool:
+    return _latent(config).q_dim is not None
+
+
+def _has_no_query_latent(config: ModelConfig) -> bool:
+    return not _has_query_latent(config)
 
 
 ATTENTION = (
     *linear("self_attn.q_a_proj", "attention/query_down"),
-    norm("self_attn.q_a_layernorm", "attention/query_norm"),
-    _query("q_b_proj", narrow=True),
-    _query("q_proj", narrow=False),
-    Tensor(
-        f"{LAYER}.self_attn.kv_a_proj_with_mqa.weight",
-        (f"{OURS}/attention/latent/kernel", f"{OURS}/attention/turned_key/kernel"),
-        num_inputs=1,
-        transposed=True,
-        order=_latent_order,
-    ),
-    norm("self_attn.kv_a_layernorm", "attention/latent_norm"),
-    Tensor(
-        f"{LAYER}.self_attn.kv_b_proj.weight",
-        (f"{OURS}/attention/key/kernel", f"{OURS}/attention/value/kernel"),
-        num_inputs=1,
-        transposed=True,
-        order=_key_value_order,
-    ),
+    *norm("self_attn.q_a_layernorm", "attention/query_norm"),
+    *linear("self_attn.q_b_proj", "attention/query", order=_query_order, when=_has_query_latent),
+    *linear("self_attn.q_proj", "attention/query", order=_query_order, when=_has_no_query_latent),
+    *linear("self_attn.kv_a_proj_with_mqa", "attention/latent", "attention/turned_key", order=_latent_order),
+    *norm("self_attn.kv_a_layernorm", "attention/latent_norm"),
+    *linear("self_attn.kv_b_proj", "attention/key", "attention/value", order=_key_value_order),
     *linear("self_attn.o_proj", "attention/out", num_inputs=2),
 )
 # The head width of its config.json is what is turned of a head.
@@ -131,7 +116,7 @@ BLOCK = (
     *ATTENTION,
     *MLP,
     *linear("mlp.gate", "mlp/router"),
-    Tensor(f"{LAYER}.mlp.gate.e_score_correction_bias", (f"{OURS}/mlp/selection_bias",)),
+    Tensor("mlp.gate.e_score_correction_bias", ("mlp/selection_bias",)),
     *experts("mlp", "gate_proj", "up_proj", "down_proj"),
     *linear("mlp.shared_experts.gate_proj", "mlp/shared/gate"),
     *linear("mlp.shared_experts.up_proj", "mlp/shared/up"),
@@ -139,31 +124,21 @@ BLOCK = (
 )
 
 
-def _further(tensor: Tensor) -> Tensor:
-    """Returns the same tensor of the block of a layer that predicts a further token."""
-    return dataclasses.replace(
-        tensor,
-        theirs=tensor.theirs.replace("{layer}", "{future}"),
-        ours=tuple(name.replace("{layer}", "{future}/block") for name in tensor.ours),
-    )
+def _is_tied(config: ModelConfig) -> bool:
+    return config.tied_embeddings
 
 
-def _of_further(theirs: str, *ours: str, **options: Any) -> Tensor:
-    return Tensor(f"model.layers.{{future}}.{theirs}.weight", ours, **options)
-
-
+_LAYER = "model.layers.{future}"
 # As released: the main model's embedding and output projection stand in each of these layers once more.
 FUTURE = (
-    _of_further("embed_tokens", "embed/embedding", num_inputs=1, copy=True),
-    _of_further("enorm", "{future}/embed_norm/scale"),
-    _of_further("hnorm", "{future}/hidden_norm/scale"),
-    _of_further("eh_proj", "{future}/projection/kernel", num_inputs=1, transposed=True),
-    *map(_further, BLOCK),
-    _of_further("shared_head.norm", "{future}/final_norm/scale"),
-    _of_further("shared_head.head", "unembed", num_inputs=1, transposed=True, copy=True),
-    _of_further(
-        "shared_head.head", "embed/embedding", num_inputs=1, copy=True, when=lambda config: config.tied_embeddings
-    ),
+    dataclasses.replace(table(f"{_LAYER}.embed_tokens", "embed"), copy=True),
+    *norm(f"{_LAYER}.enorm", "{future}/embed_norm"),
+    *norm(f"{_LAYER}.hnorm", "{future}/hidden_norm"),
+    *linear(f"{_LAYER}.eh_proj", "{future}/projection"),
+    *within(_LAYER, "{future}/block", BLOCK),
+    *norm(f"{_LAYER}.shared_head.norm", "{future}/final_norm"),
+    dataclasses.replace(UNEMBED, theirs=f"{_LAYER}.shared_head.head.weight", copy=True),
+    dataclasses.replace(table(f"{_LAYER}.shared_head.head", "embed"), copy=True, when=_is_tied),
 )
 
 
@@ -192,7 +167,7 @@ def _write_dense(config: ModelConfig) -> dict[str, Any]:
 DEEPSEEK_V3 = decoder(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
-    (*BLOCK, *FUTURE),
+    BLOCK,
     SIZES,
     RMS,
     HEADS,
@@ -233,6 +208,7 @@ DEEPSEEK_V3 = decoder(
         # Sizes that others give; how training balances the experts and where they run.
         inert=("qk_head_dim", "aux_loss_alpha", "ep_size", "seq_aux", "num_mtp_layers"),
     ),
+    further=FUTURE,
     counted={"num_nextn_predict_layers": r"\.eh_proj\.weight$"},
     ignored={
         # transformers leaves it out by this number, too.

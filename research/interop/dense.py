@@ -8,20 +8,16 @@ from research.interop.llama import (
     ATTENTION,
     CORE,
     DENSE,
-    LAYER,
     MLP,
-    OURS,
     PRE_NORMS,
     QK_NORM,
     activation,
     biases,
     decoder,
-    linear,
-    norm,
 )
+from research.interop.modules import QKV, linear, norm
 from research.interop.parts import Part, fixed
 from research.interop.rotary import ORIGINAL, position, rope_fields, rope_kind, rotary, write_rotary
-from research.interop.tensor import Tensor
 from research.interop.windows import layer_windows, one_window
 from research.models.config import ModelConfig
 
@@ -88,9 +84,9 @@ OLMO2 = decoder(
     (
         *ATTENTION,
         *QK_NORM,
-        norm("post_attention_layernorm", "attention_out_norm"),
+        *norm("post_attention_layernorm", "attention_out_norm"),
         *MLP,
-        norm("post_feedforward_layernorm", "mlp_out_norm"),
+        *norm("post_feedforward_layernorm", "mlp_out_norm"),
     ),
     *CORE,
     DENSE,
@@ -129,19 +125,9 @@ PHI3 = decoder(
     "Phi3ForCausalLM",
     (
         *PRE_NORMS,
-        Tensor(
-            f"{LAYER}.self_attn.qkv_proj.weight",
-            tuple(f"{OURS}/attention/{part}/kernel" for part in ("query", "key", "value")),
-            num_inputs=1,
-            transposed=True,
-        ),
+        *linear("self_attn.qkv_proj", *QKV),
         *linear("self_attn.o_proj", "attention/out", num_inputs=2),
-        Tensor(
-            f"{LAYER}.mlp.gate_up_proj.weight",
-            (f"{OURS}/mlp/gate/kernel", f"{OURS}/mlp/up/kernel"),
-            num_inputs=1,
-            transposed=True,
-        ),
+        *linear("mlp.gate_up_proj", "mlp/gate", "mlp/up"),
         *linear("mlp.down_proj", "mlp/down"),
     ),
     *CORE,

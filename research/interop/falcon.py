@@ -9,12 +9,9 @@ from jaxtyping import Int
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
+from research.interop.modules import QKV, UNEMBED, linear, multi_head, norm, table, within
 from research.interop.rotary import position, rope_fields, rope_kind, write_rotary
-from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
-
-_LAYER, _OURS = "transformer.h.{layer}", "{layer}"
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,17 +122,20 @@ FALCON = Architecture(
     prefixes=("transformer.",),
     tensors=(
         table("transformer.word_embeddings", "embed"),
-        *norm(f"{_LAYER}.input_layernorm", f"{_OURS}/attention_norm", _placed("pre", "parallel")),
-        *norm(f"{_LAYER}.ln_attn", f"{_OURS}/attention_norm", _placed("parallel_pair")),
-        Tensor(
-            f"{_LAYER}.self_attention.query_key_value.weight", joined("kernel"), 1, transposed=True, order=_by_group
+        *within(
+            "transformer.h.{layer}",
+            "{layer}",
+            (
+                *norm("input_layernorm", "attention_norm", _placed("pre", "parallel")),
+                *norm("ln_attn", "attention_norm", _placed("parallel_pair")),
+                *linear("self_attention.query_key_value", *QKV, order=_by_group),
+                *linear("self_attention.dense", "attention/out", num_inputs=2),
+                *norm("post_attention_layernorm", "mlp_norm", _placed("pre")),
+                *norm("ln_mlp", "mlp_norm", _placed("parallel_pair")),
+                *linear("mlp.dense_h_to_4h", "mlp/up"),
+                *linear("mlp.dense_4h_to_h", "mlp/down"),
+            ),
         ),
-        Tensor(f"{_LAYER}.self_attention.query_key_value.bias", joined("bias"), order=_by_group),
-        *linear(f"{_LAYER}.self_attention.dense", f"{_OURS}/attention/out", num_inputs=2),
-        *norm(f"{_LAYER}.post_attention_layernorm", f"{_OURS}/mlp_norm", _placed("pre")),
-        *norm(f"{_LAYER}.ln_mlp", f"{_OURS}/mlp_norm", _placed("parallel_pair")),
-        *linear(f"{_LAYER}.mlp.dense_h_to_4h", f"{_OURS}/mlp/up"),
-        *linear(f"{_LAYER}.mlp.dense_4h_to_h", f"{_OURS}/mlp/down"),
         *norm("transformer.ln_f", "final_norm"),
         UNEMBED,
     ),

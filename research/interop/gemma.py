@@ -8,17 +8,18 @@ from typing import Any
 from research.core.config import plain
 from research.core.errors import UserError, shown
 from research.interop.architecture import config_from
-from research.interop.llama import ATTENTION, CORE, DENSE, MLP, QK_NORM, activation, biases, decoder, norm
+from research.interop.llama import ATTENTION, CORE, DENSE, MLP, QK_NORM, activation, biases, decoder
+from research.interop.modules import norm
 from research.interop.parts import Part, fixed, named
 from research.interop.rotary import position, rotary, write_position
 from research.interop.windows import GLOBAL, LOCAL, layer_types, layer_windows
 from research.models.config import ModelConfig
 
 SANDWICH = (
-    norm("input_layernorm", "attention_norm"),
-    norm("post_attention_layernorm", "attention_out_norm"),
-    norm("pre_feedforward_layernorm", "mlp_norm"),
-    norm("post_feedforward_layernorm", "mlp_out_norm"),
+    *norm("input_layernorm", "attention_norm"),
+    *norm("post_attention_layernorm", "attention_out_norm"),
+    *norm("pre_feedforward_layernorm", "mlp_norm"),
+    *norm("post_feedforward_layernorm", "mlp_out_norm"),
 )
 
 

@@ -1,16 +1,16 @@
 """GPT and GPT-2 in Hugging Face's form (`transformers.OpenAIGPTLMHeadModel` and `GPT2LMHeadModel`)."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from research.core.errors import UserError, nearest
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, joined, multi_head, norm, table
+from research.interop.modules import QKV, UNEMBED, linear, multi_head, norm, table, within
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
-_LAYER, _OURS = "transformer.h.{layer}", "{layer}"
 # What the first GPT calls its activations: its "gelu" is the approximation.
 _FIRST_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
@@ -73,20 +73,22 @@ def _write_first(config: ModelConfig) -> dict[str, Any]:
     return _fields(config) | {"afn": theirs[config.mlp.activation]}
 
 
+_conv = functools.partial(linear, transposed=False)
+_BLOCK = (
+    *norm("ln_1", "attention_norm"),
+    *_conv("attn.c_attn", *QKV),
+    *_conv("attn.c_proj", "attention/out", num_inputs=2),
+    *norm("ln_2", "mlp_norm"),
+    *_conv("mlp.c_fc", "mlp/up"),
+    *_conv("mlp.c_proj", "mlp/down"),
+)
+
+
 def _tensors(tokens: str, positions: str) -> tuple[Tensor, ...]:
     return (
         table(f"transformer.{tokens}", "embed"),
         table(f"transformer.{positions}", "position_embed"),
-        *norm(f"{_LAYER}.ln_1", f"{_OURS}/attention_norm"),
-        Tensor(f"{_LAYER}.attn.c_attn.weight", joined("kernel"), num_inputs=1),
-        Tensor(f"{_LAYER}.attn.c_attn.bias", joined("bias")),
-        Tensor(f"{_LAYER}.attn.c_proj.weight", (f"{_OURS}/attention/out/kernel",), num_inputs=2),
-        Tensor(f"{_LAYER}.attn.c_proj.bias", (f"{_OURS}/attention/out/bias",)),
-        *norm(f"{_LAYER}.ln_2", f"{_OURS}/mlp_norm"),
-        Tensor(f"{_LAYER}.mlp.c_fc.weight", (f"{_OURS}/mlp/up/kernel",), num_inputs=1),
-        Tensor(f"{_LAYER}.mlp.c_fc.bias", (f"{_OURS}/mlp/up/bias",)),
-        Tensor(f"{_LAYER}.mlp.c_proj.weight", (f"{_OURS}/mlp/down/kernel",), num_inputs=1),
-        Tensor(f"{_LAYER}.mlp.c_proj.bias", (f"{_OURS}/mlp/down/bias",)),
+        *within("transformer.h.{layer}", "{layer}", _BLOCK),
         *norm("transformer.ln_f", "final_norm"),
         UNEMBED,
     )

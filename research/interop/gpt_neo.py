@@ -7,11 +7,10 @@ from typing import Any
 from research.core.errors import UserError, shown
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table
+from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table, within
 from research.interop.parts import shortest_pattern
 from research.models.config import ModelConfig
 
-_LAYER, _OURS = "transformer.h.{layer}", "{layer}"
 _GLOBAL, _LOCAL = "global", "local"
 _WINDOW = 256
 
@@ -84,12 +83,18 @@ GPT_NEO = Architecture(
     tensors=(
         table("transformer.wte", "embed"),
         table("transformer.wpe", "position_embed"),
-        *norm(f"{_LAYER}.ln_1", f"{_OURS}/attention_norm"),
-        *projections(f"{_LAYER}.attn.attention.{{part}}_proj", f"{_OURS}/attention", "qkv"),
-        *linear(f"{_LAYER}.attn.attention.out_proj", f"{_OURS}/attention/out", num_inputs=2),
-        *norm(f"{_LAYER}.ln_2", f"{_OURS}/mlp_norm"),
-        *linear(f"{_LAYER}.mlp.c_fc", f"{_OURS}/mlp/up"),
-        *linear(f"{_LAYER}.mlp.c_proj", f"{_OURS}/mlp/down"),
+        *within(
+            "transformer.h.{layer}",
+            "{layer}",
+            (
+                *norm("ln_1", "attention_norm"),
+                *projections("attn.attention.{part}_proj", "attention", "qkv"),
+                *linear("attn.attention.out_proj", "attention/out", num_inputs=2),
+                *norm("ln_2", "mlp_norm"),
+                *linear("mlp.c_fc", "mlp/up"),
+                *linear("mlp.c_proj", "mlp/down"),
+            ),
+        ),
         *norm("transformer.ln_f", "final_norm"),
         UNEMBED,
     ),

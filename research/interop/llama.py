@@ -5,39 +5,23 @@ from typing import Any
 
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
+from research.interop.modules import UNEMBED, linear, norm, projections, table, within
 from research.interop.parts import Part, architecture, fixed, named
 from research.interop.rotary import rotary
 from research.interop.tensor import Tensor
 
-LAYER, OURS = "model.layers.{layer}", "{layer}"
-
-
-def linear(theirs: str, ours: str, num_inputs: int = 1) -> tuple[Tensor, Tensor]:
-    """Returns the weight of a torch `Linear` of a layer, and the bias that some checkpoints have."""
-    return (
-        Tensor(f"{LAYER}.{theirs}.weight", (f"{OURS}/{ours}/kernel",), num_inputs, transposed=True),
-        Tensor(f"{LAYER}.{theirs}.bias", (f"{OURS}/{ours}/bias",)),
-    )
-
-
-def norm(theirs: str, ours: str) -> Tensor:
-    """Returns the scale of a norm of a layer."""
-    return Tensor(f"{LAYER}.{theirs}.weight", (f"{OURS}/{ours}/scale",))
-
-
+# The tensors of a layer, by names within it.
 ATTENTION = (
-    *linear("self_attn.q_proj", "attention/query"),
-    *linear("self_attn.k_proj", "attention/key"),
-    *linear("self_attn.v_proj", "attention/value"),
+    *projections("self_attn.{part}_proj", "attention", "qkv"),
     *linear("self_attn.o_proj", "attention/out", num_inputs=2),
 )
-QK_NORM = (norm("self_attn.q_norm", "attention/query_norm"), norm("self_attn.k_norm", "attention/key_norm"))
+QK_NORM = (*norm("self_attn.q_norm", "attention/query_norm"), *norm("self_attn.k_norm", "attention/key_norm"))
 MLP = (
     *linear("mlp.gate_proj", "mlp/gate"),
     *linear("mlp.up_proj", "mlp/up"),
     *linear("mlp.down_proj", "mlp/down"),
 )
-PRE_NORMS = (norm("input_layernorm", "attention_norm"), norm("post_attention_layernorm", "mlp_norm"))
+PRE_NORMS = (*norm("input_layernorm", "attention_norm"), *norm("post_attention_layernorm", "mlp_norm"))
 
 SIZES = named(
     {
@@ -110,12 +94,20 @@ def biases(default: bool, out: bool = False, field: str = "attention_bias") -> P
 CORE = (SIZES, RMS, HEADS)
 
 
-def decoder(model_type: str, model_class: str, layer: tuple[Tensor, ...], *parts: Part, **rest: Any) -> Architecture:
+def decoder(
+    model_type: str,
+    model_class: str,
+    layer: tuple[Tensor, ...],
+    *parts: Part,
+    further: tuple[Tensor, ...] = (),
+    **rest: Any,
+) -> Architecture:
     """Returns an architecture built as LLaMA is: an embedding, layers, a last norm, an output projection.
 
     Args:
       model_type, model_class, rest: see `Architecture`.
-      layer: the tensors of a layer.
+      layer: the tensors of a layer, by names within it.
+      further: tensors behind the layers.
       parts: of its config.json.
     """
     options = {
@@ -124,10 +116,11 @@ def decoder(model_type: str, model_class: str, layer: tuple[Tensor, ...], *parts
         "ignored": {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies that the config gives"},
     }
     tensors = (
-        Tensor("model.embed_tokens.weight", ("embed/embedding",), num_inputs=1),
-        *layer,
-        Tensor("model.norm.weight", ("final_norm/scale",)),
-        Tensor("lm_head.weight", ("unembed",), num_inputs=1, transposed=True),
+        table("model.embed_tokens", "embed"),
+        *within("model.layers.{layer}", "{layer}", layer),
+        *further,
+        *norm("model.norm", "final_norm"),
+        UNEMBED,
     )
     return architecture(model_type, model_class, tensors, parts, **{**options, **rest})
 

@@ -14,16 +14,14 @@ from research.core.errors import UserError
 from research.interop.llama import (
     ATTENTION,
     CORE,
-    LAYER,
     MLP,
-    OURS,
     PRE_NORMS,
     QK_NORM,
     activation,
     biases,
     decoder,
-    linear,
 )
+from research.interop.modules import linear
 from research.interop.parts import Part, either, fixed, named
 from research.interop.rotary import rotary
 from research.interop.tensor import Tensor
@@ -39,8 +37,8 @@ def experts(block: str, gate: str, up: str, down: str) -> tuple[Tensor, ...]:
     ours = {gate: "gate", up: "up", down: "down"}
     return tuple(
         Tensor(
-            f"{LAYER}.{block}.experts.{{expert}}.{theirs}.weight",
-            (f"{OURS}/mlp/experts/{name}/kernel",),
+            f"{block}.experts.{{expert}}.{theirs}.weight",
+            (f"mlp/experts/{name}/kernel",),
             num_inputs=1,
             transposed=True,
         )
@@ -164,8 +162,8 @@ def _in_turns(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
 
 def _all_experts(theirs: str, leaf: str, *ours: str) -> Tensor:
     return Tensor(
-        f"{LAYER}.mlp.experts.{theirs}",
-        tuple(f"{OURS}/mlp/experts/{name}/{leaf}" for name in ours),
+        f"mlp.experts.{theirs}",
+        tuple(f"mlp/experts/{name}/{leaf}" for name in ours),
         num_inputs=1 if leaf == "kernel" else 0,
         experts=True,
         order=_in_turns if len(ours) > 1 else None,
@@ -184,7 +182,7 @@ GPT_OSS = decoder(
     (
         *PRE_NORMS,
         *ATTENTION,
-        Tensor(f"{LAYER}.self_attn.sinks", (f"{OURS}/attention/sinks",)),
+        Tensor("self_attn.sinks", ("attention/sinks",)),
         *linear("mlp.router", "mlp/router"),
         _all_experts("gate_up_proj", "kernel", "gate", "up"),
         _all_experts("gate_up_proj_bias", "bias", "gate", "up"),

@@ -6,18 +6,13 @@ from typing import Any
 from research.core.errors import UserError, shown
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import joined, linear, multi_head, norm, table
+from research.interop.modules import QKV, linear, multi_head, norm, table, within
 from research.interop.rotary import position, rope_fields, write_position
 from research.interop.tensor import Tensor
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
 
-_LAYER, _OURS = "model.layers.{layer}", "{layer}"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _WITH_HEAD, _WITHOUT = "ModernBertForMaskedLM", "ModernBertModel"
-
-
-def _gate_and_up(leaf: str) -> tuple[str, str]:
-    return f"{_OURS}/mlp/gate/{leaf}", f"{_OURS}/mlp/up/{leaf}"
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,14 +128,18 @@ MODERNBERT = Architecture(
     tensors=(
         table("model.embeddings.tok_embeddings", "embed"),
         *norm("model.embeddings.norm", "embed_norm"),
-        *norm(f"{_LAYER}.attn_norm", f"{_OURS}/attention_norm"),
-        Tensor(f"{_LAYER}.attn.Wqkv.weight", joined("kernel"), num_inputs=1, transposed=True),
-        Tensor(f"{_LAYER}.attn.Wqkv.bias", joined("bias")),
-        *linear(f"{_LAYER}.attn.Wo", f"{_OURS}/attention/out", num_inputs=2),
-        *norm(f"{_LAYER}.mlp_norm", f"{_OURS}/mlp_norm"),
-        Tensor(f"{_LAYER}.mlp.Wi.weight", _gate_and_up("kernel"), num_inputs=1, transposed=True),
-        Tensor(f"{_LAYER}.mlp.Wi.bias", _gate_and_up("bias")),
-        *linear(f"{_LAYER}.mlp.Wo", f"{_OURS}/mlp/down"),
+        *within(
+            "model.layers.{layer}",
+            "{layer}",
+            (
+                *norm("attn_norm", "attention_norm"),
+                *linear("attn.Wqkv", *QKV),
+                *linear("attn.Wo", "attention/out", num_inputs=2),
+                *norm("mlp_norm", "mlp_norm"),
+                *linear("mlp.Wi", "mlp/gate", "mlp/up"),
+                *linear("mlp.Wo", "mlp/down"),
+            ),
+        ),
         *norm("model.final_norm", "final_norm"),
         *linear("head.dense", "transform/projection"),
         *norm("head.norm", "transform/norm"),

@@ -1,12 +1,17 @@
 """What torch models are made of: how their modules lie in a checkpoint, and their attention as configuration."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
 
+# The projections of a layer's attention that read its input.
 PARTS = ("query", "key", "value")
+QKV = tuple(f"attention/{part}" for part in PARTS)
+# The output projection of a model whose embedding is not tied to it.
+UNEMBED = Tensor("lm_head.weight", ("unembed",), num_inputs=1, transposed=True)
 
 
 def table(theirs: str, ours: str) -> Tensor:
@@ -14,11 +19,19 @@ def table(theirs: str, ours: str) -> Tensor:
     return Tensor(f"{theirs}.weight", (f"{ours}/embedding",), num_inputs=1)
 
 
-def linear(theirs: str, ours: str, num_inputs: int = 1) -> tuple[Tensor, Tensor]:
-    """Returns the weight of a torch `Linear`, and the bias that some have."""
+def linear(theirs: str, *ours: str, num_inputs: int = 1, transposed: bool = True, **rest: Any) -> tuple[Tensor, Tensor]:
+    """Returns the weight of a torch `Linear`, and the bias that some have.
+
+    Args:
+      theirs: its name.
+      ours: the projections whose outputs lie in it one after the other.
+      num_inputs, rest: see `Tensor`.
+      transposed: whether outputs come first; in `Conv1D` of GPT-2 they do not.
+    """
+    kernels, biases = (tuple(f"{name}/{leaf}" for name in ours) for leaf in ("kernel", "bias"))
     return (
-        Tensor(f"{theirs}.weight", (f"{ours}/kernel",), num_inputs, transposed=True),
-        Tensor(f"{theirs}.bias", (f"{ours}/bias",)),
+        Tensor(f"{theirs}.weight", kernels, num_inputs, transposed, **rest),
+        Tensor(f"{theirs}.bias", biases, **rest),
     )
 
 
@@ -42,9 +55,20 @@ def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[T
     return tuple(each for part, name in pairs for each in linear(theirs.replace("{part}", name), f"{ours}/{part}"))
 
 
-def joined(leaf: str) -> tuple[str, ...]:
-    """Returns the parameters of a layer's queries, keys and values, which one tensor may hold."""
-    return tuple(f"{{layer}}/attention/{part}/{leaf}" for part in PARTS)
+def within(theirs: str, ours: str, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Returns the tensors of a module that is part of another one.
+
+    Args:
+      theirs: the module's name in a checkpoint, `model.layers.{layer}` for instance.
+      ours: its subtree of the parameters, `{layer}` for instance.
+      tensors: of the module, by names within it.
+    """
+    return tuple(
+        dataclasses.replace(
+            tensor, theirs=f"{theirs}.{tensor.theirs}", ours=tuple(f"{ours}/{name}" for name in tensor.ours)
+        )
+        for tensor in tensors
+    )
 
 
 def multi_head(width: int, num_heads: int, bias: bool) -> dict[str, Any]:
@@ -56,7 +80,3 @@ def multi_head(width: int, num_heads: int, bias: bool) -> dict[str, Any]:
         "qkv_bias": bias,
         "out_bias": bias,
     }
-
-
-# The output projection of a model whose embedding is not tied to it.
-UNEMBED = Tensor("lm_head.weight", ("unembed",), num_inputs=1, transposed=True)

@@ -5,12 +5,10 @@ from typing import Any
 
 from research.core.errors import UserError, listed, shown
 from research.interop.architecture import INERT, Architecture
-from research.interop.modules import UNEMBED, joined, linear, multi_head, norm, table
-from research.interop.tensor import Tensor
+from research.interop.modules import QKV, UNEMBED, linear, multi_head, norm, table, within
 from research.interop.unread import is_off, is_unread
 from research.models.config import ModelConfig
 
-_LAYER, _OURS = "transformer.blocks.{layer}", "{layer}"
 # Fields of `attn_config` that have one supported value each, and those that change no logit.
 _ATTENTION = {
     "alibi": True,
@@ -79,12 +77,18 @@ MPT = Architecture(
     prefixes=("transformer.",),
     tensors=(
         table("transformer.wte", "embed"),
-        *norm(f"{_LAYER}.norm_1", f"{_OURS}/attention_norm"),
-        Tensor(f"{_LAYER}.attn.Wqkv.weight", joined("kernel"), num_inputs=1, transposed=True),
-        *linear(f"{_LAYER}.attn.out_proj", f"{_OURS}/attention/out", num_inputs=2),
-        *norm(f"{_LAYER}.norm_2", f"{_OURS}/mlp_norm"),
-        *linear(f"{_LAYER}.ffn.up_proj", f"{_OURS}/mlp/up"),
-        *linear(f"{_LAYER}.ffn.down_proj", f"{_OURS}/mlp/down"),
+        *within(
+            "transformer.blocks.{layer}",
+            "{layer}",
+            (
+                *norm("norm_1", "attention_norm"),
+                *linear("attn.Wqkv", *QKV),
+                *linear("attn.out_proj", "attention/out", num_inputs=2),
+                *norm("norm_2", "mlp_norm"),
+                *linear("ffn.up_proj", "mlp/up"),
+                *linear("ffn.down_proj", "mlp/down"),
+            ),
+        ),
         *norm("transformer.norm_f", "final_norm"),
         UNEMBED,
     ),

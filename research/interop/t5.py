@@ -8,7 +8,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
-from research.interop.modules import UNEMBED, linear, norm, projections, table
+from research.interop.modules import UNEMBED, linear, norm, projections, table, within
 from research.interop.tensor import Tensor, same_numbers
 from research.models.config import ModelConfig
 
@@ -111,25 +111,28 @@ def _not_gated(config: ModelConfig) -> bool:
     return not config.mlp.gated
 
 
-def _stack(theirs: str, ours: str, sublayers: tuple[tuple[str, str], ...]) -> tuple[Tensor, ...]:
-    """Returns the tensors of a stack whose layers have these sublayers of attention, and an MLP."""
-    layer, of_layer = f"{theirs}.block.{{layer}}.layer", f"{ours}{{layer}}"
-    mlp = f"{layer}.{len(sublayers)}.DenseReluDense"
+def _layer(*sublayers: tuple[str, str]) -> tuple[Tensor, ...]:
+    """Returns the tensors of a layer with these sublayers of attention, and an MLP."""
     tensors = []
     for number, (name, attention) in enumerate(sublayers):
-        at = f"{layer}.{number}"
-        tensors += projections(f"{at}.{name}.{{part}}", f"{of_layer}/{attention}", "qkv")
-        tensors += linear(f"{at}.{name}.o", f"{of_layer}/{attention}/out", num_inputs=2)
-        tensors += norm(f"{at}.layer_norm", f"{of_layer}/{attention}_norm")
-    up, gate = (f"{of_layer}/mlp/up/kernel",), (f"{of_layer}/mlp/gate/kernel",)
+        tensors += projections(f"layer.{number}.{name}.{{part}}", attention, "qkv")
+        tensors += linear(f"layer.{number}.{name}.o", f"{attention}/out", num_inputs=2)
+        tensors += norm(f"layer.{number}.layer_norm", f"{attention}_norm")
+    mlp = f"layer.{len(sublayers)}"
+    return (
+        *tensors,
+        *linear(f"{mlp}.DenseReluDense.wi", "mlp/up", when=_not_gated),
+        *linear(f"{mlp}.DenseReluDense.wi_0", "mlp/gate"),
+        *linear(f"{mlp}.DenseReluDense.wi_1", "mlp/up", when=_gated),
+        *linear(f"{mlp}.DenseReluDense.wo", "mlp/down"),
+        *norm(f"{mlp}.layer_norm", "mlp_norm"),
+    )
+
+
+def _stack(theirs: str, ours: str, layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (
         table(f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{ours}position_bias"),
-        *tensors,
-        Tensor(f"{mlp}.wi.weight", up, num_inputs=1, transposed=True, when=_not_gated),
-        Tensor(f"{mlp}.wi_0.weight", gate, num_inputs=1, transposed=True),
-        Tensor(f"{mlp}.wi_1.weight", up, num_inputs=1, transposed=True, when=_gated),
-        *linear(f"{mlp}.wo", f"{of_layer}/mlp/down"),
-        *norm(f"{layer}.{len(sublayers)}.layer_norm", f"{of_layer}/mlp_norm"),
+        *within(f"{theirs}.block.{{layer}}", f"{ours}{{layer}}", layer),
         *norm(f"{theirs}.final_layer_norm", f"{ours}final_norm"),
     )
 
@@ -142,8 +145,8 @@ T5 = Architecture(
     model_class="T5ForConditionalGeneration",
     tensors=(
         table("shared", "embed"),
-        *_stack("encoder", "encoder/", (_SELF,)),
-        *_stack("decoder", "", (_SELF, _CROSS)),
+        *_stack("encoder", "encoder/", _layer(_SELF)),
+        *_stack("decoder", "", _layer(_SELF, _CROSS)),
         UNEMBED,
     ),
     copies={
