@@ -5,7 +5,18 @@ import setuptools
 parity = ["torch==2.13.0", "transformers>=5"]
 # Zstandard frames with windows above 2^27 bytes, which pyarrow refuses.
 zstd = ["zstandard>=0.23"]
-test = ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.6", "safetensors>=0.5"]
+# The client of Google Cloud Storage, for workdirs at gs://BUCKET/FOLDER.
+gcs = ["gcsfs>=2025.3"]
+test = [
+    "beartype>=0.20",
+    "gcp-storage-emulator>=2026.7",
+    "hypothesis>=6",
+    "pytest>=8",
+    "pytest-xdist>=3.8",
+    "ruff>=0.6",
+    "safetensors>=0.5",
+    *gcs,
+]
 
 setuptools.setup(
     name="tessera",
@@ -15,6 +26,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["research", "research.*", "configs", "configs.*"]),
     install_requires=[
+        "etils>=1.15",
         "flax>=0.12",
         "grain>=0.2.15",
         "jax>=0.10",
@@ -45,6 +57,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "zstd": zstd,
+        "gcs": gcs,
     },
     entry_points={"console_scripts": ["tessera=research.__main__:main"]},
 )

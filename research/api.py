@@ -1,6 +1,5 @@
 """What `import research` offers notebooks and scripts: the verbs as functions, with Python values in and out."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +11,12 @@ from research.recipes import train as training
 from research.recipes.experiment import ExperimentConfig, load_experiment
 from research.recipes.loaded import LoadedModel
 from research.recipes.loaded import load as load_model
+from research.storage.paths import Path, as_path
 
 __all__ = ["convert", "describe", "load", "train"]
 
 
-def load(workdir: str | pathlib.Path) -> LoadedModel:
+def load(workdir: str | Path) -> LoadedModel:
     """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`, `generate(prompts)`.
 
     Args:
@@ -30,7 +30,7 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
 
 def train(
     config: str | Mapping[str, Any] | ExperimentConfig,
-    workdir: str | pathlib.Path,
+    workdir: str | Path,
     overrides: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Trains to the last step, resuming from the newest checkpoint where there is one, and returns the model.
@@ -49,19 +49,19 @@ def train(
         experiment = load_experiment(config, changes)
     else:
         experiment = configs.bind(ExperimentConfig, configs.override(configs.plain(config), changes))
-    folder = pathlib.Path(workdir)
+    folder = as_path(workdir, "workdir")
     training.train(experiment, folder)
     return load_model(folder)
 
 
 def convert(
-    source: str | pathlib.Path,
-    target: str | pathlib.Path,
+    source: str | Path,
+    target: str | Path,
     *,
     format: str | None = None,
-    tokenizer: str | pathlib.Path | None = None,
+    tokenizer: str | Path | None = None,
     dtype: str | None = None,
-) -> pathlib.Path:
+) -> Path:
     """Reads a model in any known form, writes it whole or not at all, and returns the folder that it made.
 
     Args:
@@ -76,7 +76,7 @@ def convert(
     """
     given = None if tokenizer is None else str(tokenizer)
     converting.convert(str(source), str(target), format, given, dtype)
-    return pathlib.Path(target)
+    return as_path(target, "target")
 
 
 def describe(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> str:

@@ -33,7 +33,7 @@ install_import_hook("research", "beartype.beartype")
 hypothesis.settings.register_profile("busy", suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None)
 hypothesis.settings.load_profile("busy")
 
-pytest_plugins = ["tests.recipes.fixtures"]
+pytest_plugins = ["tests.recipes.fixtures", "tests.storage.fixtures"]
 
 SHARED_DATA = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
 SLOWER_TIERS = ("thorough", "compilers", "live", "processes")

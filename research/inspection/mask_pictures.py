@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
 from research.models.transformer import memory_mask, sequence_mask
 from research.storage import files
+from research.storage.paths import Path
 
 # Sixteenths of a row that its two documents take; the rest is padding. An encoder's row is filled otherwise, so that
 # the two sides of cross-attention can be told apart.
@@ -163,7 +163,7 @@ def _dense(mask: AttentionMask, cells: int) -> Bool[np.ndarray, "T S"]:
     return np.asarray(mask.dense(cells, cells)[0, 0])
 
 
-def draw_masks(pictures: list[MaskPicture], title: str, path: pathlib.Path) -> None:
+def draw_masks(pictures: list[MaskPicture], title: str, path: Path) -> None:
     """Draws the pictures side by side to a PNG file.
 
     Args:

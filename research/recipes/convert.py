@@ -12,6 +12,7 @@ from research.interop.huggingface import ARCHITECTURES, write_hugging_face
 from research.recipes.model_source import ModelSource, candidates
 from research.recipes.new_folder import new_folder
 from research.recipes.workdir import local_path, write_config
+from research.storage.paths import Path, as_path
 from research.training.checkpoint_files import Damaged
 from research.training.checkpoint_stream import write_params
 
@@ -61,12 +62,12 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
         raise UserError(f"--dtype = {dtype!r} is not known. {nearest(dtype, DTYPES)}")
     if dtype is not None and format != "hf":
         raise UserError(f"--dtype = {dtype!r} needs --format=hf: parameters in a workdir are float32.")
-    origin, place = local_path("--from", source), local_path("--to", target)
+    origin, place = as_path(source, "--from"), as_path(target, "--to")
     write = _write_hugging_face if format == "hf" else _write_workdir
     faults: list[str] = []
     for open_model in candidates(origin):
         try:
-            with new_folder(place) as folder:
+            with new_folder(place, last="config.json") as folder:
                 model = open_model()
                 write(folder, model, _fitting_tokenizer(model, origin, tokenizer), dtype or "float32")
                 model.check()
@@ -79,7 +80,7 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
     raise UserError(f"--from = {origin}: no checkpoint is whole: {'; '.join(faults)}.")
 
 
-def _fitting_tokenizer(model: ModelSource, origin: pathlib.Path, given: str | None) -> Tokenizer:
+def _fitting_tokenizer(model: ModelSource, origin: Path, given: str | None) -> Tokenizer:
     found = model.tokenizer if given is None and model.tokenizer is not None else _tokenizer(origin, given)
     if found.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -90,7 +91,7 @@ def _fitting_tokenizer(model: ModelSource, origin: pathlib.Path, given: str | No
     return found
 
 
-def _tokenizer(source: pathlib.Path, given: str | None) -> Tokenizer:
+def _tokenizer(source: Path, given: str | None) -> Tokenizer:
     """Returns the tokenizer of the file or folder `given`, or of the files beside the model."""
     if given is not None:
         path = local_path("--tokenizer", given)

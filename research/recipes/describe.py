@@ -15,8 +15,10 @@ from research.inspection.mask_pictures import draw_masks, mask_pictures, row_len
 from research.inspection.parameter_summary import Part
 from research.models.config import ModelConfig
 from research.recipes.experiment import add_config_argument, load_experiment
-from research.recipes.workdir import local_path, read_config
+from research.recipes.workdir import read_config
 from research.scaling.accounting import train_flops_per_token
+from research.storage import files
+from research.storage.paths import Path, absolute, as_path, reason
 
 logger = logging.getLogger("tessera")
 
@@ -43,17 +45,17 @@ def main(arguments: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
     name, model, folder = _source(arguments)
     pictures = mask_pictures(model, row_length(model, arguments.length))
-    path = (folder if arguments.out is None else local_path("--out", arguments.out)) / "attention.png"
+    path = (folder if arguments.out is None else as_path(arguments.out, "--out")) / "attention.png"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         draw_masks(pictures, name, path)
     except OSError as error:
-        raise UserError(f"--out = {path.parent} cannot be written: {error.strerror}.") from error
+        raise UserError(f"--out = {path.parent} cannot be written: {reason(error)}.") from error
     print("\n".join(report(model)), flush=True)
     logger.info("%s: the attention masks", path)
 
 
-def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, pathlib.Path]:
+def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path]:
     """Returns what the model is called, the model, and where its picture goes."""
     if (arguments.config is None) == (arguments.workdir is None):
         raise UserError("describe takes either --config or --workdir.")
@@ -62,8 +64,8 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, pathlib.Pa
         return name, load_model(arguments.config, arguments.overrides), pathlib.Path("describe") / name
     if arguments.overrides:
         raise UserError(f"--config.{arguments.overrides[0][0]}: it changes a --config, and a --workdir has its own.")
-    workdir = local_path("--workdir", arguments.workdir)
-    return workdir.resolve().name, configs.bind(ModelConfig, read_config(workdir)["model"], "model"), workdir / "plots"
+    workdir = as_path(arguments.workdir, "--workdir")
+    return absolute(workdir).name, configs.bind(ModelConfig, read_config(workdir)["model"], "model"), workdir / "plots"
 
 
 def load_model(spec: str, overrides: list[tuple[str, str]]) -> ModelConfig:

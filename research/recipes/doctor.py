@@ -19,6 +19,7 @@ from research.data.prepare import check_sources
 from research.recipes import workdir as workdirs
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.storage import files
+from research.storage.paths import Path, as_path, in_bucket, reason
 from research.training.program import build_program
 
 EXAMPLES = """\
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints every finding and returns 1 where something will fail."""
-    workdir = workdirs.local_path("--workdir", arguments.workdir)
+    workdir = as_path(arguments.workdir, "--workdir")
     findings = list(_software())
     devices: list[jax.Device] = []
     try:
@@ -113,20 +114,23 @@ def _memory(devices: list[jax.Device]) -> Iterator[Finding]:
             yield "ok" if left > LEAST_MEMORY else "warn", "memory", f"{left / 1e9:.1f} GB free on {device}"
 
 
-def _folders(workdir: pathlib.Path) -> Iterator[Finding]:
+def _folders(workdir: Path) -> Iterator[Finding]:
     for subject, folder in (("workdir", workdir), ("cache", cache_folder())):
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         try:
             files.check_writable(folder)
         except OSError as error:
-            yield "FAIL", subject, f"{folder} cannot be written: {error.strerror}"
+            yield "FAIL", subject, f"{folder} cannot be written: {reason(error)}"
             continue
+        if in_bucket(folder):
+            yield "ok", subject, f"{folder} can be written"
+            continue
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
         yield "ok" if free > LEAST_DISK else "warn", subject, f"{folder} can be written, {free / 1e9:.1f} GB free"
 
 
 def _experiment(
-    spec: str, overrides: list[tuple[str, str]], workdir: pathlib.Path, devices: list[jax.Device]
+    spec: str, overrides: list[tuple[str, str]], workdir: Path, devices: list[jax.Device]
 ) -> Iterator[Finding]:
     try:
         config = load_experiment(spec, overrides)

@@ -1,7 +1,6 @@
 """A trained model in one object, for the verbs that read one, notebooks and scripts."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,8 @@ from research.inference.requests import decoding, prompts_of
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
-from research.recipes.workdir import local_path, read_config
+from research.recipes.workdir import read_config
+from research.storage.paths import Path, as_path
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 
 
@@ -128,13 +128,13 @@ class LoadedModel:
         return beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)
 
 
-def load(workdir: str | pathlib.Path) -> LoadedModel:
+def load(workdir: str | Path) -> LoadedModel:
     """Loads the newest good checkpoint of a workdir, averaged parameters where the run kept them.
 
     Raises:
       UserError: no workdir, no checkpoint, or none that is whole.
     """
-    workdir = local_path("workdir", str(workdir))
+    workdir = as_path(workdir, "workdir")
     config = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
     abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     checkpoints = Checkpoints(workdir, CheckpointConfig())

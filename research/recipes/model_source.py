@@ -17,6 +17,7 @@ from research.interop.llama2c import from_llama2c
 from research.interop.mapping import Piece, Read
 from research.models.config import ModelConfig
 from research.recipes.workdir import read_config
+from research.storage.paths import Path, in_bucket
 from research.training.checkpoint_stream import ParamsReader
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 
@@ -46,7 +47,7 @@ class ModelSource:
     end_ids: tuple[int, ...] = ()
 
 
-def candidates(path: pathlib.Path) -> list[Callable[[], ModelSource]]:
+def candidates(path: Path) -> list[Callable[[], ModelSource]]:
     """Returns what opens the model of a path; of a workdir each checkpoint, the newest first.
 
     Raises:
@@ -60,6 +61,8 @@ def candidates(path: pathlib.Path) -> list[Callable[[], ModelSource]]:
         if not steps:
             raise UserError(f"{path / 'checkpoints'} has no checkpoint.")
         return [functools.partial(_workdir, path, step) for step in reversed(steps)]
+    if in_bucket(path):
+        raise UserError(f"--from = {path} is no workdir with checkpoints: copy what else a bucket holds to a folder.")
     if (path / "config.json").is_file():
         return [functools.partial(_hugging_face, path)]
     if path.is_file() and path.suffix == ".bin":
@@ -85,7 +88,7 @@ def _llama2c(path: pathlib.Path) -> ModelSource:
     return ModelSource(config, shapes, functools.partial(_pieces, shapes, read), read, model_type="llama")
 
 
-def _workdir(path: pathlib.Path, step: int) -> ModelSource:
+def _workdir(path: Path, step: int) -> ModelSource:
     values = read_config(path)
     config = configs.bind(ModelConfig, values["model"], "model")
     tokenizer = tokenizers.load(path / "tokenizer")

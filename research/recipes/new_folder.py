@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 from research.core.errors import UserError
 from research.storage import files
+from research.storage.paths import Path, reason
 
 
 @contextlib.contextmanager
-def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder beside `target` that takes its name when all is written, and vanishes when not.
+def new_folder(target: Path, last: str) -> Iterator[pathlib.Path]:
+    """Yields a local folder that becomes `target` when all is written, and vanishes when not.
+
+    Args:
+      target: a local folder, or one in a bucket.
+      last: the file without which nobody takes the folder for what it is; it is uploaded last.
 
     Raises:
       UserError: `target` is there already and not empty, or cannot be made.
@@ -18,9 +23,9 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to = {target} exists already and is not an empty folder.")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(target.parent)
         files.check_writable(target.parent)
     except OSError as error:
-        raise UserError(f"--to = {target} cannot be made: {error.strerror}.") from error
-    with files.new_folder(target) as folder:
+        raise UserError(f"--to = {target} cannot be made: {reason(error)}.") from error
+    with files.new_folder(target, last=last) as folder:
         yield folder

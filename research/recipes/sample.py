@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import pathlib
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,8 @@ from research.inference.sampling import SamplingConfig
 from research.recipes import conversations, loaded
 from research.recipes.conversations import Conversation
 from research.recipes.loaded import LoadedModel
-from research.recipes.workdir import local_path
+from research.storage import files
+from research.storage.paths import Path, as_path, reason
 
 logger = logging.getLogger("tessera")
 
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
     decoding(fields)
     check_cache(arguments.cache)
     asked = conversations.from_flags(arguments)
-    workdir = local_path("--workdir", arguments.workdir)
+    workdir = as_path(arguments.workdir, "--workdir")
     model = loaded.load(workdir)
     if asked is not None and not model.tokenizer.chat_templates:
         raise UserError(f"--chat: the model of {workdir} has no chat template. Use --prompt alone to continue a text.")
@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
         _converse(model, workdir, conversations.beginning(arguments), fields)
 
 
-def _continue(model: LoadedModel, workdir: pathlib.Path, prompts: list[str], fields: Mapping[str, Any]) -> None:
+def _continue(model: LoadedModel, workdir: Path, prompts: list[str], fields: Mapping[str, Any]) -> None:
     start = time.monotonic()
     texts = model.generate(prompts, **fields)
     # What an encoder reads is not continued but answered.
@@ -94,9 +94,7 @@ def _continue(model: LoadedModel, workdir: pathlib.Path, prompts: list[str], fie
     _keep(model, workdir, shown, fields)
 
 
-def _answer(
-    model: LoadedModel, workdir: pathlib.Path, asked: list[Conversation], fields: Mapping[str, Any]
-) -> list[str]:
+def _answer(model: LoadedModel, workdir: Path, asked: list[Conversation], fields: Mapping[str, Any]) -> list[str]:
     """Prints and returns the answer to each conversation; beside each is kept what it answers."""
     start = time.monotonic()
     texts = model.generate(messages=asked, **fields)
@@ -108,7 +106,7 @@ def _answer(
     return [text.text for text in texts]
 
 
-def _converse(model: LoadedModel, workdir: pathlib.Path, begin: Conversation, fields: Mapping[str, Any]) -> None:
+def _converse(model: LoadedModel, workdir: Path, begin: Conversation, fields: Mapping[str, Any]) -> None:
     """Answers the lines of standard input, each in view of all before, until they end."""
     conversation = list(begin)
     for line in conversations.lines():
@@ -122,11 +120,10 @@ def _report(model: LoadedModel, texts: Sequence[Completion], start: float) -> No
     logger.info("%d tokens in %.1f s, compilation included; step %d", count, seconds, model.step)
 
 
-def _keep(model: LoadedModel, workdir: pathlib.Path, shown: str, fields: Mapping[str, Any]) -> None:
+def _keep(model: LoadedModel, workdir: Path, shown: str, fields: Mapping[str, Any]) -> None:
     kept = workdir / "samples.txt"
     how = decoding({name: value for name, value in fields.items() if name != "cache"})
     try:
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(f"step {model.step}, {how}\n{shown}\n\n")
+        files.append_text(kept, f"step {model.step}, {how}\n{shown}\n\n")
     except OSError as error:  # a model that one may only read is a model all the same
-        logger.warning("%s cannot be written: %s", kept, error.strerror)
+        logger.warning("%s cannot be written: %s", kept, reason(error))

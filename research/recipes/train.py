@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import functools
 import logging
-import pathlib
 import signal
 from typing import Any
 
@@ -25,6 +24,7 @@ from research.recipes.experiment import ExperimentConfig, add_config_argument, l
 from research.recipes.inputs import heldout_rows, make_loader, prepare_data
 from research.scaling.accounting import train_flops_per_token
 from research.scaling.devices import peak_flops
+from research.storage.paths import Path, as_path
 from research.training import loop, metrics
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Runs the verb."""
     previous = signal.signal(signal.SIGTERM, _stop_outside_of_the_loop)
     try:
-        workdir = workdirs.local_path("--workdir", arguments.workdir)
+        workdir = as_path(arguments.workdir, "--workdir")
         train(load_experiment(arguments.config, arguments.overrides), workdir)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -64,7 +64,7 @@ def _stop_outside_of_the_loop(number: int, frame: Any) -> None:
     raise Interrupted("stopped by SIGTERM outside of the steps; the same command goes on from the last checkpoint")
 
 
-def train(config: ExperimentConfig, workdir: pathlib.Path) -> TrainState:
+def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     """Trains to the last step, from the newest checkpoint where there is one, and returns the final state.
 
     Raises:
@@ -122,7 +122,7 @@ def train(config: ExperimentConfig, workdir: pathlib.Path) -> TrainState:
 
 
 def _restore(
-    checkpoints: Checkpoints, abstract: TrainState, loader: Loader, workdir: pathlib.Path
+    checkpoints: Checkpoints, abstract: TrainState, loader: Loader, workdir: Path
 ) -> tuple[TrainState | None, bool]:
     """Returns the newest good state, with the loader set to go on from it, and whether it must still be evaluated.
 

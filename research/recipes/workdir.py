@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +16,9 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.recipes.experiment import ExperimentConfig, completed
 from research.storage import files
+from research.storage.paths import Path, in_bucket, is_address, reason
 
 logger = logging.getLogger("tessera")
-ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 
 # What may change when a run goes on: where and how long it runs, what is kept and shown. Nothing that it computes.
 MAY_CHANGE = {
@@ -38,12 +37,12 @@ def local_path(flag: str, value: str) -> pathlib.Path:
     Raises:
       UserError: it is an address, such as `gs://bucket/run`, which a path would quietly take for a local folder.
     """
-    if ADDRESS.match(value):
-        raise UserError(f"{flag} = {value} is an address: only local or mounted folders can be read and written.")
+    if is_address(value):
+        raise UserError(f"{flag} = {value} is an address: here only local or mounted folders can be used.")
     return pathlib.Path(value)
 
 
-def check(workdir: pathlib.Path, config: ExperimentConfig) -> None:
+def check(workdir: Path, config: ExperimentConfig) -> None:
     """Finds whether a run may have the workdir; nothing in it is changed.
 
     Raises:
@@ -52,7 +51,7 @@ def check(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     try:
         files.check_writable(workdir)
     except OSError as error:
-        raise UserError(f"--workdir = {workdir} cannot be written: {error.strerror}.") from error
+        raise UserError(f"--workdir = {workdir} cannot be written: {reason(error)}.") from error
     if (workdir / "config.json").exists():
         held, wanted = completed(read_config(workdir)), configs.plain(config)
         difference = configs.first_difference(_fixed(held), _fixed(wanted))
@@ -73,7 +72,7 @@ def _at(values: Any, name: str) -> str:
 
 
 @contextlib.contextmanager
-def claim(workdir: pathlib.Path, config: ExperimentConfig, tokenizer: Tokenizer) -> Iterator[None]:
+def claim(workdir: Path, config: ExperimentConfig, tokenizer: Tokenizer) -> Iterator[None]:
     """Makes a checked workdir this config's own, and this run's as long as the context lasts.
 
     Enter it when all else that a user can get wrong has been looked at.
@@ -84,7 +83,7 @@ def claim(workdir: pathlib.Path, config: ExperimentConfig, tokenizer: Tokenizer)
     if jax.process_index() != 0:
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     with _locked(workdir):
         write_config(workdir, config)
         tokenizer.save(workdir / "tokenizer")
@@ -92,8 +91,12 @@ def claim(workdir: pathlib.Path, config: ExperimentConfig, tokenizer: Tokenizer)
 
 
 @contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
+def _locked(workdir: Path) -> Iterator[None]:
     """Holds the workdir's lock, which the system takes back from a process that dies. The file itself stays."""
+    if in_bucket(workdir):
+        logger.warning("%s: a bucket has no locks: nothing keeps a second run out", workdir)
+        yield
+        return
     with (workdir / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,12 +122,12 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
     return fixed
 
 
-def write_config(workdir: pathlib.Path, config: Any) -> None:
+def write_config(workdir: Path, config: Any) -> None:
     """Writes `config.json`, whole or not at all."""
     files.write_text(workdir / "config.json", configs.to_json(config))
 
 
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+def read_config(workdir: Path) -> dict[str, Any]:
     """Returns the plain config of a workdir.
 
     Raises:
@@ -133,7 +136,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--workdir = {workdir} is not a workdir: config.json: {error.strerror}.") from error
+        raise UserError(f"--workdir = {workdir} is not a workdir: config.json: {reason(error)}.") from error
     except ValueError as error:
         raise UserError(f"--workdir = {workdir} is not a workdir: config.json: {error}.") from error
     if not isinstance(values, dict) or "model" not in values:

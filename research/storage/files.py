@@ -2,9 +2,13 @@
 
 A file is written beside its place and renamed; a folder is made under a name that ends in `PARTIAL` and renamed when
 all is in it. Whoever is killed meanwhile leaves such a folder; whoever makes the next one there removes it.
+
+In a bucket each file is whole without that. A folder is filled on this machine and uploaded, `last` at the end: without
+that file nobody takes the folder for one.
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -13,14 +17,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from research.storage.paths import Path, bucket_of, in_bucket, reason
+
 logger = logging.getLogger("tessera")
 
 # How the name of a folder ends in which something is still written.
 PARTIAL = ".tessera-partial"
+# Bytes of a file that are on their way to a bucket at a time.
+COPY_BYTES = 2**23
 
 
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file, at once: whoever reads it, also after a crash, finds the old content or the new one."""
+    if in_bucket(path):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -34,22 +45,70 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         raise
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Adds text to the end of a file, which is made where it is missing; in a bucket the file is written anew."""
+    if not in_bucket(path):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        return
+    before = path.read_bytes() if path.exists() else b""
+    path.write_bytes(before + text.encode("utf-8"))
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it where they are missing; in a bucket there is nothing to make."""
+    if not in_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder with all that is in it; one that is not there is no error."""
+    if in_bucket(folder):
+        folder.rmtree(missing_ok=True)
+    elif folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def upload(source: pathlib.Path, target: Path, last: str = "") -> None:
+    """Copies the files of a local folder into a bucket's.
+
+    Args:
+      source: the local folder.
+      target: the folder in the bucket.
+      last: the name of the file in `source` that comes after all others.
+    """
+    paths = sorted(path for path in source.rglob("*") if path.is_file())
+    for path in sorted(paths, key=lambda path: path == source / last):
+        with path.open("rb") as file, (target / path.relative_to(source).as_posix()).open("wb") as copy:
+            shutil.copyfileobj(file, copy, COPY_BYTES)
+
+
 @contextlib.contextmanager
-def new_folder(final: pathlib.Path, keep_existing: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a folder beside `final` that takes its name when the context ends, and vanishes where it raises.
+def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iterator[pathlib.Path]:
+    """Yields a local folder that becomes `final` when the context ends, and vanishes where it raises.
 
     Args:
       final: must not be there, or be an empty folder.
       keep_existing: whether a folder of this name that somebody else has made meanwhile is kept, and this one given up.
+      last: the file that is uploaded last where `final` is in a bucket.
 
     Raises:
       OSError: a folder that cannot be made or renamed.
     """
+    if in_bucket(final):
+        with tempfile.TemporaryDirectory(prefix="tessera-") as local:
+            yield pathlib.Path(local)
+            try:
+                upload(pathlib.Path(local), final, last)
+            except BaseException:
+                final.rmtree(missing_ok=True)
+                raise
+        return
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(final.parent)
     partial, lock = _make_partial(final)
@@ -82,11 +141,28 @@ def remove_leftovers(parent: pathlib.Path, pattern: str = f".*{PARTIAL}") -> Non
         os.close(lock)
 
 
-def check_writable(folder: pathlib.Path) -> None:
+def check_writable(folder: Path) -> None:
     """Raises OSError where a file cannot be made in a folder, or in the nearest one above that exists."""
+    if in_bucket(folder):
+        _check_bucket_writable(folder)
+        return
     above = (folder.absolute(), *folder.absolute().parents)
     with tempfile.NamedTemporaryFile(dir=next(path for path in above if path.exists())):
         pass
+
+
+def _check_bucket_writable(folder: Path) -> None:
+    bucket = bucket_of(folder)
+    try:
+        if not bucket.exists():
+            raise OSError(errno.ENOENT, f"there is no bucket {bucket}, or it may not be looked at")
+        probe = folder / ".tessera-probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError:
+        raise
+    except Exception as error:  # the client raises errors of many types
+        raise OSError(errno.EIO, reason(error)) from error
 
 
 def _make_partial(final: pathlib.Path) -> tuple[pathlib.Path, int]:

@@ -10,7 +10,6 @@ that is checked here, against the manifest, which guards itself by its own sha25
 import hashlib
 import inspect
 import json
-import pathlib
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -23,23 +22,39 @@ from jaxtyping import Array
 
 from research.core.errors import UserError
 from research.storage.digests import digests
+from research.storage.paths import Path, in_bucket
 
 FORMAT = 1
 ARRAYS, MANIFEST = "arrays", "manifest"
+# What Orbax writes into a checkpoint when all else is in it.
+COMMIT = "commit_success.txt"
 
 
 class Damaged(Exception):
     """A checkpoint that is not what was written; the message names the array or file."""
 
 
-def checkpointer() -> ocp.AsyncCheckpointer:
-    """Returns the writer of a checkpoint: into a temporary folder, renamed to its final name when all is in it."""
+def checkpointer(folder: Path) -> ocp.AsyncCheckpointer:
+    """Returns the writer of checkpoints into a folder.
+
+    On a disk each is written into a temporary folder, renamed to its final name when all is in it. In a bucket it is
+    written in its place, and `COMMIT` last.
+    """
+    modes = ocp.options.AtomicityMode
+    mode = modes.COMMIT_FILE if in_bucket(folder) else modes.ATOMIC_RENAME
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(
             **{ARRAYS: _arrays_handler(), MANIFEST: ocp.JsonCheckpointHandler(filename="manifest.json")}
         ),
-        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.ATOMIC_RENAME),
+        atomicity_options=ocp.options.AtomicityOptions(mode=mode),
     )
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder with a checkpoint's name is one; in a bucket it may be one that is being written."""
+    if in_bucket(folder):
+        return (folder / COMMIT).exists()
+    return folder.is_dir()
 
 
 def contents(step: int, arrays: Mapping[str, Array], extra: Mapping[str, Any]) -> ocp.args.Composite:
@@ -63,7 +78,7 @@ def manifest_of(
     return {"sha256": _sha256(content), "content": content}
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the content of a checkpoint's manifest.
 
     Raises:
@@ -86,7 +101,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check_architecture(
-    folder: pathlib.Path, manifest: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], whole: bool
+    folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], whole: bool
 ) -> None:
     """Raises UserError, naming the first array that differs, when a checkpoint holds other arrays than `wanted`.
 
@@ -106,7 +121,7 @@ def check_architecture(
         raise UserError(f"{folder} is of another architecture: {name} {has}; the config wants {wants}.")
 
 
-def read_arrays(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     """Reads arrays in the shardings of `wanted`; their bits are not checked yet (`check_digests`).
 
     Raises:
@@ -131,7 +146,7 @@ def check_digests(manifest: Mapping[str, Any], arrays: Mapping[str, Array]) -> N
         raise Damaged(f"the bits of array {wrong[0]}{more} are not those that were saved (digest)")
 
 
-def _read(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     restore_args = {
         name: ocp.ArrayRestoreArgs(sharding=shape.sharding, global_shape=shape.shape) for name, shape in wanted.items()
     }
@@ -146,7 +161,7 @@ def _read(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> d
     return found
 
 
-def _first_unreadable(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> str | None:
+def _first_unreadable(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> str | None:
     for name, shape in wanted.items():
         try:
             _read(folder, {name: shape})

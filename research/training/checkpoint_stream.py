@@ -26,6 +26,7 @@ from research.models.layer_stack import places, stack_layers
 from research.storage.background import BackgroundWorker, prefetch
 from research.storage.digests import RunningDigest
 from research.storage.flush import BackgroundFlusher, flush, reads_directly
+from research.storage.paths import Path, absolute, in_bucket, kvstore
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import Damaged
 
@@ -69,6 +70,8 @@ def write_params(
             manifest = files.manifest_of(step, store.arrays, digests, {})
             (temporary / files.MANIFEST).mkdir()
             (temporary / files.MANIFEST / "manifest.json").write_text(json.dumps(manifest))
+            # As Orbax does, so that a copy in a bucket is known to be all of it.
+            (temporary / files.COMMIT).write_text(f"Checkpoint commit was successful to {folder}")
             _sync(temporary)
             temporary.rename(folder)
     except BaseException:
@@ -93,12 +96,12 @@ class ParamsReader:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: Path,
         step: int,
         shapes: Mapping[str, jax.ShapeDtypeStruct],
         fields: tuple[str, ...] = (_FIELD,),
     ):
-        folder = workdir.absolute() / "checkpoints" / str(step)
+        folder = absolute(workdir) / "checkpoints" / str(step)
         self._manifest = files.read_manifest(folder)
         held = {name.partition("/")[0] for name in self._manifest["arrays"]}
         self._field = next((field for field in fields if field in held), fields[-1])
@@ -106,7 +109,8 @@ class ParamsReader:
         arrays = {f"{self._field}/{name}": shape for name, shape in stack_layers(shapes).items()}
         files.check_architecture(folder, self._manifest, arrays, whole=False)
         self._digests = {name: RunningDigest(shape.shape) for name, shape in arrays.items()}
-        mode = "direct" if reads_directly(folder / files.MANIFEST / "manifest.json") else "default"
+        direct = not in_bucket(folder) and reads_directly(folder / files.MANIFEST / "manifest.json")
+        mode = "direct" if direct else "default"
         self._folder, self._context, self._open = folder / files.ARRAYS, _context(mode), {}
         self._counted: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
         self._worker = BackgroundWorker()
@@ -252,9 +256,9 @@ def _bounds(shape: tuple[int, ...], index: int | None, box: Box) -> tuple[Box, t
     return tuple(slice(start, stop) for start, stop, _ in ranges), tuple(start for start, _, _ in ranges)
 
 
-def _kvstore(folder: pathlib.Path, name: str) -> dict[str, Any]:
+def _kvstore(folder: Path, name: str) -> dict[str, Any]:
     path = f"{name.replace('/', '.')}/"
-    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": path}
+    return {"driver": "ocdbt", "base": kvstore(folder), "path": path}
 
 
 def _context(mode: str = "default") -> ts.Context:

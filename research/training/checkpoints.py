@@ -2,15 +2,16 @@
 
 `<workdir>/checkpoints/<step>/` holds one checkpoint. A folder of another name there is never taken for one: Orbax
 writes into `<step>.orbax-checkpoint-tmp…` and renames it when all is in it; an old checkpoint is renamed to
-`<step>.deleted` before its files go; a damaged one that training has gone back behind becomes `<step>.set-aside`.
+`<step>.deleted` before its files go; a damaged one that training has gone back behind becomes `<step>.set-aside`. In a
+bucket, where nothing is renamed at once, a folder is a checkpoint when `commit_success.txt` is in it: Orbax writes that
+file last, and it is the first that goes.
 
 All processes of a run share the folder, and call the methods of `Checkpoints` together.
 """
 
 import concurrent.futures
+import contextlib
 import logging
-import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from jax.experimental import multihost_utils
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.layer_stack import canonical, stack_layers, unstack_layers
+from research.storage.files import remove_folder
+from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import Damaged
 
@@ -56,9 +59,9 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one workdir. Nothing on disk changes before the first `save`."""
 
-    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
-        self._folder, self._config = workdir.absolute() / "checkpoints", config
-        self._checkpointer = files.checkpointer()
+    def __init__(self, workdir: Path, config: CheckpointConfig):
+        self._folder, self._config = absolute(workdir) / "checkpoints", config
+        self._checkpointer = files.checkpointer(self._folder)
         # Waits for the one write in flight, then removes what need not be kept.
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -69,7 +72,8 @@ class Checkpoints:
         """Returns the steps that have a checkpoint, whole or damaged, oldest first."""
         if not self._folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.is_dir() and path.name.isdecimal())
+        named = [path for path in self._folder.iterdir() if path.name.isdecimal()]
+        return sorted(int(path.name) for path in named if files.is_complete(path))
 
     @property
     def latest(self) -> int | None:
@@ -197,7 +201,7 @@ class Checkpoints:
 
     def _read(
         self,
-        folder: pathlib.Path,
+        folder: Path,
         wanted: Callable[[Mapping[str, Any]], dict[str, jax.ShapeDtypeStruct]],
         whole: bool,
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
@@ -227,9 +231,13 @@ class Checkpoints:
 
     def _remove(self, old: int) -> None:
         """Removes a checkpoint. One that stays costs room and no more, so it ends no run."""
+        folder = self._folder / str(old)
         try:
-            gone = (self._folder / str(old)).rename(self._folder / f"{old}.deleted")
-            shutil.rmtree(gone)
+            if in_bucket(folder):
+                (folder / files.COMMIT).unlink()
+            else:
+                folder = folder.rename(self._folder / f"{old}.deleted")
+            remove_folder(folder)
         except OSError as error:
             logger.warning("Checkpoint %d is no longer needed, but cannot be removed: %s", old, error)
 
@@ -237,21 +245,30 @@ class Checkpoints:
         """Before the first save: removes what a killed run left, sets aside what the restored step has passed over."""
         if jax.process_index() == 0 and self._folder.is_dir():
             if not self._tidied:
-                for path in [*self._folder.glob("*.orbax-checkpoint-tmp*"), *self._folder.glob("*.deleted")]:
-                    shutil.rmtree(path)
+                for path in self._unfinished():
+                    remove_folder(path)
             for step in sorted(self._passed_over):
                 aside = self._folder / f"{step}.set-aside"
-                shutil.rmtree(aside, ignore_errors=True)
+                remove_folder(aside)
                 (self._folder / str(step)).rename(aside)
                 logger.warning("Checkpoint %d was passed over at restore; it is now %s.", step, aside)
         self._passed_over = set()
         self._tidied = True
 
+    def _unfinished(self, step: str = "*") -> list[Path]:
+        """Returns what a write or a removal that was cut short has left, of one step or of all."""
+        found = [*self._folder.glob(f"{step}.orbax-checkpoint-tmp*"), *self._folder.glob(f"{step}.deleted")]
+        if in_bucket(self._folder) and self._folder.is_dir():
+            named = [path for path in self._folder.glob(step) if path.name.isdecimal()]
+            found += [path for path in named if not files.is_complete(path)]
+        return found
+
     def _explain(self, step: int, error: Exception) -> None:
         """Raises what `error` means to the user, and leaves nothing half-written."""
         if jax.process_index() == 0:
-            for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in self._unfinished(str(step)):
+                with contextlib.suppress(OSError):
+                    remove_folder(path)
         for full in ("No space left on device", "Disk quota exceeded"):
             if full in str(error):
                 place = self._folder / str(step)

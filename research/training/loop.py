@@ -156,6 +156,7 @@ def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: boo
             if saves:
                 with clock.measure("checkpoint"):
                     extra = {"loader": run.batches.state(), "evaluation_owed": evaluates}
+                    run.writer.flush()
                     run.checkpoints.save(step, state, extra)
             if stop:
                 run.checkpoints.wait()

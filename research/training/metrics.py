@@ -11,6 +11,8 @@ import logging
 import math
 import numbers
 import pathlib
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,49 +20,73 @@ import jax
 import psutil
 
 from research.storage import files
+from research.storage.paths import Path, in_bucket
 
 logger = logging.getLogger("tessera")
 
-FILE = "metrics.jsonl"
+FILE, BOARD = "metrics.jsonl", "tensorboard"
+# Seconds after which a bucket gets what is new, where no checkpoint is saved meanwhile.
+UPLOAD_SECONDS = 30.0
 
 
 class MetricsWriter:
     """Appends rows to a workdir's metrics; on processes other than the first it does nothing.
 
     After a resume the rows end as those of an unbroken run do: what was written after the checkpoint is dropped, for it
-    will be written again. So a step's training row must be written before its checkpoint is saved.
+    will be written again. So a step's training row must be written, and flushed, before its checkpoint is saved.
+
+    Nothing is appended to a file in a bucket: there the files lie on this machine, and are uploaded as wholes.
 
     Args:
       workdir: the run's folder.
       resumed_step: the step from which the run goes on; 0 begins anew.
     """
 
-    def __init__(self, workdir: pathlib.Path, resumed_step: int = 0):
-        self._file = self._board = None
+    def __init__(self, workdir: Path, resumed_step: int = 0):
+        self._folder: pathlib.Path | None = None
         if jax.process_index() != 0:
             return
         # Deferred: importing it takes more than a second, which no verb that only reads metrics should pay.
         from research.training.tensorboard import Board
 
-        workdir.mkdir(parents=True, exist_ok=True)
+        self._workdir = workdir
+        files.make_folder(workdir)
         _drop_rows_after(workdir / FILE, resumed_step)
-        self._file = (workdir / FILE).open("a", encoding="utf-8")
-        self._board = Board(workdir / "tensorboard", resumed_step)
+        if in_bucket(workdir):
+            self._folder = pathlib.Path(tempfile.mkdtemp(prefix="tessera-metrics-"))
+            if (workdir / FILE).exists():
+                (self._folder / FILE).write_bytes((workdir / FILE).read_bytes())
+        else:
+            self._folder = workdir
+        self._file = (self._folder / FILE).open("a", encoding="utf-8")
+        self._board = Board(self._folder / BOARD, resumed_step)
+        self._flushed = time.monotonic()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one row; it is in the file, whole, when this returns.
+        """Appends one row; it is in the file, whole, when this returns, or in a bucket after `flush`.
 
         Args:
           step: steps done, from 1.
           metrics: slash-separated names -> numbers, or arrays of one number; None where unknown.
         """
-        if self._file is None or self._board is None:
+        if self._folder is None:
             return
         values = {name: _number(value) for name, value in metrics.items()}
         row = {"step": int(step)} | {name: _jsonable(value) for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._board.write(int(step), {name: value for name, value in values.items() if value is not None})
+        if in_bucket(self._workdir) and time.monotonic() - self._flushed >= UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings the rows, and the numbers for TensorBoard, to where they are kept."""
+        if self._folder is None:
+            return
+        self._board.flush()
+        if in_bucket(self._workdir):
+            files.upload(self._folder, self._workdir)
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -69,18 +95,22 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        """Writes out what TensorBoard has not yet got, and closes the files."""
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
+        """Flushes and closes the files."""
+        if self._folder is None:
+            return
+        self._file.close()
+        self._board.close()
+        if in_bucket(self._workdir):
+            files.upload(self._folder, self._workdir)
+            files.remove_folder(self._folder)
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Returns the rows of a workdir, in order, numbers that are not finite as floats; what is no row is left out."""
     return [row for _, row in _rows(workdir / FILE) if row is not None]
 
 
-def evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def evaluations(workdir: Path) -> list[dict[str, Any]]:
     """Returns the rows of held-out metrics of a workdir, in order."""
     return [row for row in read_metrics(workdir) if "eval/loss" in row]
 
@@ -131,7 +161,7 @@ def format_evaluation(row: Mapping[str, float | int]) -> str:
     return "  ".join([f"step {row['step']}"] + [f"{name} {row[name]:.4f}" for name in row if name != "step"])
 
 
-def _drop_rows_after(path: pathlib.Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int) -> None:
     """Rewrites the file without later rows and torn lines, at once: whoever reads sees the old file or the new one."""
     if not path.exists():
         return
@@ -143,11 +173,11 @@ def _drop_rows_after(path: pathlib.Path, step: int) -> None:
     files.write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any] | None]]:
+def _rows(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
     """Returns the lines of a file, each with its row, or None where it is torn or changed by another hand."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
     return [(line, _parse(line)) for line in lines]
 
 

@@ -1,7 +1,6 @@
 """The curves of a run as pictures."""
 
 import io
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -9,13 +8,14 @@ from jaxtyping import Float
 
 from research.core.errors import UserError
 from research.storage import files
+from research.storage.paths import Path, absolute
 from research.training.metrics import FILE, curve, read_metrics
 
 TRAIN, EVAL, BITS = "train/loss", "eval/loss", "eval/bits_per_byte"
 _COLOURS = {TRAIN: "#4477aa", EVAL: "#cc3311"}
 
 
-def plot_loss(workdir: pathlib.Path) -> pathlib.Path:
+def plot_loss(workdir: Path) -> Path:
     """Draws training and evaluation loss over the steps to `plots/loss.png`, and returns its path.
 
     Raises:
@@ -39,13 +39,13 @@ def plot_loss(workdir: pathlib.Path) -> pathlib.Path:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(workdir.resolve().name)
+    axes.set_title(absolute(workdir).name)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(*_limits(curves[TRAIN][1], curves[EVAL][1]))
     axes.legend(frameon=False)
     path = workdir / "plots" / "loss.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     files.write_bytes(path, picture.getvalue())

@@ -45,6 +45,10 @@ class Board:
             self._flushed = time.monotonic()
             self._safely(self._writer.flush)
 
+    def flush(self) -> None:
+        """Writes out what is not in the file yet."""
+        self._safely(self._writer.flush)
+
     def close(self) -> None:
         """Writes out what is not in the file yet, and closes it."""
         self._safely(self._writer.close)

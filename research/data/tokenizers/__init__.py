@@ -11,6 +11,7 @@ from research.core.errors import UserError, nearest
 from research.data.tokenizers import pieces
 from research.data.tokenizers.base import DESCRIPTOR, StreamDecoder, Tokenizer
 from research.data.tokenizers.byte import ByteTokenizer
+from research.storage.paths import Path, as_path
 
 __all__ = ["StreamDecoder", "Tokenizer", "TokenizerConfig", "build", "load"]
 
@@ -85,13 +86,13 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def load(folder: str | pathlib.Path) -> Tokenizer:
+def load(folder: str | Path) -> Tokenizer:
     """Returns the tokenizer that `Tokenizer.save` wrote into `folder`.
 
     Raises:
       UserError: no descriptor, an unknown kind, or a file that is missing or has changed since.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder, "folder")
     try:
         descriptor = json.loads((folder / DESCRIPTOR).read_text())
         kind, options, digests = descriptor["kind"], descriptor["options"], descriptor["files"]

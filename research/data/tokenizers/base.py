@@ -3,7 +3,6 @@
 import abc
 import hashlib
 import json
-import pathlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from jaxtyping import Int, Integer
 from research.core.errors import UserError
 from research.data.tokenizers import chat
 from research.storage import files
+from research.storage.paths import Path, as_path
 
 DESCRIPTOR = "descriptor.json"
 # The parts that Hugging Face's files name tokens for (`bos_token`, …).
@@ -229,10 +229,10 @@ class Tokenizer(abc.ABC):
         """Returns a hash of all that decides how this tokenizer encodes."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
-    def save(self, folder: str | pathlib.Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and, last, its descriptor."""
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = as_path(folder, "folder")
+        files.make_folder(folder)
         for name, data in self.files().items():
             files.write_bytes(folder / name, data)
         files.write_text(folder / DESCRIPTOR, json.dumps(self.descriptor(), indent=2) + "\n")

@@ -1,0 +1,93 @@
+"""Where files lie: in a folder of this machine or in a bucket, behind one `Path`.
+
+A local path is a `pathlib.Path`. `gs://bucket/folder` is an `etils.epath.Path`, which has the same methods and goes
+through fsspec's client of Google Cloud Storage. A bucket differs in three ways: an object is there whole or not at
+all, nothing is appended to one, and folders are but parts of names, so that none is made and none renamed at once.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+from typing import Any
+
+from etils import epath
+
+from research.core.errors import UserError
+
+Path = pathlib.Path | epath.Path
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
+_BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)")
+
+
+def is_address(value: str) -> bool:
+    """Whether a name is an address, such as `gs://bucket/run`, that a local path would be mistaken for."""
+    return bool(_ADDRESS.match(value))
+
+
+def as_path(value: str | Path, name: str = "path") -> Path:
+    """Returns a folder or file, local or in a bucket, as a path.
+
+    Args:
+      value: a path, or how it is spelt.
+      name: what an error calls it: a flag or an argument.
+
+    Raises:
+      UserError: an address that is not of a bucket, or a bucket whose client is not installed.
+    """
+    if not isinstance(value, str):
+        return value
+    if not is_address(value):
+        return pathlib.Path(value)
+    if not value.startswith("gs://"):
+        raise UserError(f"{name} = {value} is an address of an unknown kind. Use a folder, or gs://BUCKET/FOLDER.")
+    if not _BUCKET.match(value):
+        raise UserError(f"{name} = {value} names no bucket. Use gs://BUCKET/FOLDER.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(
+            f"{name} = {value} needs the client of Google Cloud Storage: pip install 'tessera[gcs]' "
+            f"(or pip install gcsfs)."
+        )
+    _keep_no_listings()
+    return epath.Path(value)
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path lies in a bucket."""
+    return isinstance(path, epath.Path)
+
+
+def absolute(path: Path) -> Path:
+    """Returns a path that does not depend on the working directory; an address is one already."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def bucket_of(path: Path) -> epath.Path:
+    """Returns the bucket in which a path lies."""
+    assert in_bucket(path)
+    return epath.Path("/".join(os.fspath(path).split("/", 3)[:3]))
+
+
+def kvstore(folder: Path) -> dict[str, Any]:
+    """Returns TensorStore's description of a folder."""
+    if not in_bucket(folder):
+        return {"driver": "file", "path": f"{folder}/"}
+    bucket, _, name = os.fspath(folder).removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
+
+
+def reason(error: BaseException) -> str:
+    """Returns why a file cannot be used, in the system's words or those of a bucket's client, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, FileNotFoundError):  # the client gives the name alone
+        return "No such file or directory"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _keep_no_listings() -> None:
+    """Lets the client ask the bucket each time: TensorStore writes there too, and so do other machines."""
+    import fsspec
+
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
