@@ -1,12 +1,12 @@
 """The house keeps its floors: imports point down, files and functions keep their budgets, every field is read."""
 
 import ast
-import dataclasses
-import importlib
 import pathlib
-import pkgutil
+
+import pytest
 
 import research
+from tests.field_readers import Package
 
 ROOT = pathlib.Path(research.__file__).parent
 FLOORS = {
@@ -100,32 +100,47 @@ def test_there_is_no_utils():
     assert not [path for path in sources() if "util" in path.stem or path.stem in ("common", "helpers", "misc")]
 
 
-def config_fields() -> dict[str, set[str]]:
-    """Fields of every dataclass named *Config, by field name, with the names of the classes that own them."""
-    owners: dict[str, set[str]] = {}
-    for module in pkgutil.walk_packages(research.__path__, "research."):
-        if module.name.endswith("__main__"):
-            continue
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if name.endswith("Config") and dataclasses.is_dataclass(value):
-                for field in dataclasses.fields(value):
-                    owners.setdefault(field.name, set()).add(name)
-    return owners
-
-
-def fields_read() -> set[str]:
-    """Names read as attributes anywhere but in a `__post_init__`, which validates and does not use."""
-    read = set()
-    for path in sources():
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                node.body = [item for item in node.body if getattr(item, "name", "") != "__post_init__"]
-        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return read
+def parsed() -> list[ast.Module]:
+    return [ast.parse(path.read_text()) for path in sources()]
 
 
 def test_every_config_field_is_read():
-    owners, read = config_fields(), fields_read()
-    unread = {name: sorted(classes) for name, classes in owners.items() if name not in read}
-    assert not unread, unread
+    package = Package(parsed())
+    assert len(package.fields) > 20
+    assert not package.unread()
+
+
+def test_a_field_that_nothing_reads_is_found():
+    # Names that are read as fields of other classes: what tells is the class that they are read through.
+    trees, dead = parsed(), {"kind", "head_dim", "path"}
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    (config,) = [node for node in classes if node.name == "TrainConfig"]
+    checks = "def __post_init__(self):\n    assert self.kind"
+    config.body += ast.parse("kind: str = ''\nhead_dim: int = 0\npath: str = ''\n" + checks).body
+    assert Package(trees).unread() == {("TrainConfig", name) for name in dead}
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        "def f(c: Outer): return c.inner.size",
+        "def f(c: 'Outer | None'): return [inner.size for inner in (c.inner, c.inner)]",
+        "def f(outer: Outer):\n    c, other = outer.inner, 1\n    return lambda: c.size",
+        "def f(all: list[Outer]):\n    for outer in all:\n        print(outer.chosen().size)",
+        "class Layer:\n    config: Outer\n    def __call__(self): return self.config.inner.size",
+        "class Layer:\n    def __init__(self, c: Inner): self.c = c\n    def f(self): return self.c.size",
+        "def f(): return dataclasses.replace(Inner(), size=1).size",
+    ],
+)
+def test_a_field_is_read_through_annotations(reading):
+    classes = """
+class InnerConfig:
+    size: int
+class OuterConfig:
+    inner: InnerConfig
+    def chosen(self) -> InnerConfig: return self.inner
+"""
+    written = reading.replace("Outer", "OuterConfig").replace("Inner", "InnerConfig")
+    assert ("InnerConfig", "size") not in Package([ast.parse(classes + written)]).unread()
+    elsewhere = written.replace("OuterConfig", "Other").replace("InnerConfig", "Other")
+    assert ("InnerConfig", "size") in Package([ast.parse(classes + elsewhere)]).unread()
