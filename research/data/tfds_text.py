@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import tensorflow_datasets as tfds
 
-from research.core.errors import UserError
+from research.core.errors import UserError, listed
 
 Named = tuple[str, str | bytes]
 
@@ -74,7 +74,7 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
             with _readable(path):
                 example = examples[number]
             if field not in example:
-                raise UserError(f"field = {field!r} is not a feature of {path}. Features: {', '.join(example)}.")
+                raise UserError(f"field = {field!r} is not a feature of {path}. Features: {listed(example)}.")
             name = example["name"].decode() if "name" in example else str(number)
             yield name, example[field]
 
@@ -108,7 +108,7 @@ def _open(
 def _open_prepared(folder: pathlib.Path, split: str) -> Sequence[dict[str, Any]]:
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
-        raise UserError(f"tfds_split = {split!r} is not a split of {folder}: {', '.join(builder.info.splits)}.")
+        raise UserError(f"tfds_split = {split!r} is not a split of {folder}: {listed(builder.info.splits)}.")
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:

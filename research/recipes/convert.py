@@ -4,7 +4,7 @@ import argparse
 import logging
 import pathlib
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, listed, nearest
 from research.core.trees import count
 from research.data.tokenizers import Tokenizer, folders
 from research.interop.architecture import choose
@@ -82,11 +82,14 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
 
 def _fitting_tokenizer(model: ModelSource, origin: Path, given: str | None) -> Tokenizer:
     found = model.tokenizer if given is None and model.tokenizer is not None else _tokenizer(origin, given)
-    if found.vocab_size > model.config.vocab_size:
+    rows, control = model.config.vocab_size, found.control_tokens
+    beyond = sorted(name for name, i in control.items() if i >= rows)
+    if found.vocab_size - rows > len(beyond):  # text would become ids that the model has not
         raise UserError(
-            f"--tokenizer: its vocabulary of {found.vocab_size} does not fit the model's vocab_size = "
-            f"{model.config.vocab_size}."
+            f"--tokenizer: its vocabulary of {found.vocab_size} does not fit the model's vocab_size = {rows}."
         )
+    if beyond:
+        logger.warning("The tokenizer has ids that the model's embedding of %d rows has not: %s", rows, listed(beyond))
     found.further_end_ids = tuple(i for i in model.end_ids if i != found.eos_id)
     return found
 

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 import research
 from research import cli
+from research.core.errors import UserError
 from research.data import tokenizers as ours
 from research.data.tokenizers import TokenizerConfig, folders
 from research.interop.huggingface import to_hugging_face
@@ -190,3 +191,31 @@ def test_a_workdir_of_an_older_version_ends_with_eos_and_begins_as_a_document(tm
     older = ours.load(tmp_path / "kept")
     assert (older.end_ids, older.encode_prompt("a")) == ((257,), [256, *older.encode("a")])
     assert older.digest() == tokenizer.digest()
+
+
+def test_a_tokenizer_with_an_id_more_than_the_embedding_loads_with_a_warning(source, tmp_path, caplog):
+    larger = tmp_path / "larger"
+    shutil.copytree(source, larger)
+    write_tokenizer(larger, added=(*SPECIALS, "<image>"), chat_template=TEMPLATE)
+    with caplog.at_level("WARNING", "tessera"):
+        convert(str(larger), str(tmp_path / "workdir"), None, None)
+    assert [record.message for record in caplog.records if "embedding" in record.message] == [
+        "The tokenizer has ids that the model's embedding of 260 rows has not: <image>"
+    ]
+    model = research.load(tmp_path / "workdir")
+    assert (model.tokenizer.vocab_size, model.config.vocab_size) == (261, 260)
+    with pytest.raises(UserError, match=r"ids: id 260 is out of range: the model's ids lie in \[0, 260\)"):
+        model.generate(ids=[[260]], **GREEDY)
+    drawn = model.generate(["a"] * 4, temperature=100.0, max_tokens=32)
+    assert max(token for text in drawn for token in text.tokens) < 260
+
+
+def test_a_tokenizer_whose_text_has_more_ids_than_the_embedding_is_refused(source, tmp_path):
+    other = tmp_path / "other"
+    write_tokenizer(other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {f"extra{i}": 260 + i for i in range(5)}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="its vocabulary of 265 does not fit the model's vocab_size = 260"):
+        convert(str(source), str(tmp_path / "workdir"), None, str(other))
+    assert not (tmp_path / "workdir").exists()

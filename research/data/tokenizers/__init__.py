@@ -9,7 +9,7 @@ from typing import Literal
 
 from research.core.errors import UserError, nearest
 from research.data.tokenizers import pieces
-from research.data.tokenizers.base import DESCRIPTOR, StreamDecoder, Tokenizer
+from research.data.tokenizers.base import DESCRIPTOR, StreamDecoder, Tokenizer, check_sentinels
 from research.data.tokenizers.byte import ByteTokenizer
 from research.storage.paths import Path, as_path
 
@@ -50,6 +50,7 @@ class TokenizerConfig:
             raise UserError(f"path = {self.path!r} {need} for kind = {self.kind!r}.")
         if self.sentinels < 0:
             raise UserError(f"sentinels = {self.sentinels} must not be negative.")
+        check_sentinels(self.sentinels)
         if loaded and self.mask:
             raise UserError(f"mask = True has no place in a tokenizer that is loaded: kind = {self.kind!r}.")
         if self.kind == "huggingface" and self.sentinels:
@@ -96,7 +97,8 @@ def load(folder: str | Path) -> Tokenizer:
     try:
         descriptor = json.loads((folder / DESCRIPTOR).read_text())
         kind, options, digests = descriptor["kind"], descriptor["options"], descriptor["files"]
-        told = {"chat_templates": {}, "further_end_ids": [], "prompt_frame": None} | descriptor  # older ones tell less
+        # Older ones tell less.
+        told = {"chat_templates": {}, "further_end_ids": [], "named_tokens": {}, "prompt_frame": None} | descriptor
         templates, end_ids = told["chat_templates"], tuple(told["further_end_ids"])
         frame = None if told["prompt_frame"] is None else _frame(told["prompt_frame"])
         files = [(folder / name).read_bytes() for name in digests]
@@ -113,9 +115,13 @@ def load(folder: str | Path) -> Tokenizer:
     if kind not in classes:
         known = nearest(kind, [*classes, "huggingface"])
         raise UserError(f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {known}")
-    tokenizer = classes[kind](*files, **options)
+    try:
+        tokenizer = classes[kind](*files, **options)
+    except TypeError as error:
+        raise UserError(f"{folder / DESCRIPTOR}: options do not fit kind = {kind!r}: {error}.") from error
     tokenizer.chat_templates = templates
     tokenizer.further_end_ids = end_ids
+    tokenizer.named_tokens = told["named_tokens"]
     tokenizer.prompt_frame = frame
     return tokenizer
 

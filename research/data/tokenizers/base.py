@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int, Integer
 
-from research.core.errors import UserError
+from research.core.errors import UserError, shown
 from research.data.tokenizers import chat
 from research.storage import files
 from research.storage.paths import Path, as_path
@@ -20,6 +20,15 @@ DESCRIPTOR = "descriptor.json"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # How the tokens that stand for a masked-out span are spelt (Raffel et al. 2020, arXiv:1910.10683).
 SENTINEL = "<extra_id_{}>"
+# More than any model has: each is spelt and held.
+MOST_SENTINELS = 10_000
+
+
+def check_sentinels(count: int) -> int:
+    """Returns the count; raises UserError where it is no number of sentinels that a model could have."""
+    if type(count) is not int or not 0 <= count <= MOST_SENTINELS:
+        raise UserError(f"sentinels = {shown(count)} must be a whole number in [0, {MOST_SENTINELS}].")
+    return count
 
 
 class Tokenizer(abc.ABC):
@@ -39,6 +48,8 @@ class Tokenizer(abc.ABC):
       sentinel_ids: what stands for the first, second, … span to be guessed; empty where there are none.
       chat_templates: Jinja templates by name, the usual one under `default`; kept with the tokenizer's files.
       further_end_ids: what ends a text beside EOS, as an instruct model's end of turn; kept with the tokenizer's files.
+      named_tokens: further tokens that chat templates read as variables (`image_token`), by their names; kept with the
+        tokenizer's files.
       prompt_frame: the ids that the published tokenizer of a model puts before and after a text; kept with the
         tokenizer's files. None: a prompt begins as a document does.
     """
@@ -53,6 +64,7 @@ class Tokenizer(abc.ABC):
     sentinel_ids: tuple[int, ...] = ()
     chat_templates: Mapping[str, str] = types.MappingProxyType({})
     further_end_ids: tuple[int, ...] = ()
+    named_tokens: Mapping[str, str] = types.MappingProxyType({})
     prompt_frame: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @abc.abstractmethod
@@ -170,7 +182,8 @@ class Tokenizer(abc.ABC):
         inputs = chat.plain(
             {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         )
-        return chat.render(chat.choose(self.chat_templates, template, tools is not None), self._named(inputs))
+        source = chat.choose(self.chat_templates, template, tools is not None)
+        return chat.render(source, self._named(chat.with_reasoning(inputs, source)))
 
     def encode_chat(
         self,
@@ -192,6 +205,7 @@ class Tokenizer(abc.ABC):
             {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         )
         tokens = list(self.control_tokens)
+        inputs = chat.with_reasoning(inputs, source)
         guard, mark = chat.unused_characters(source, inputs)
         rendered = chat.render(source, self._named(chat.guarded(inputs, tokens, guard)))
         return self._encode_marked(chat.marked(rendered, tokens, mark).replace(guard, ""), mark)
@@ -199,7 +213,7 @@ class Tokenizer(abc.ABC):
     def _named(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Returns a template's variables with those that name this tokenizer's special tokens."""
         names = {f"{role}_token": token for role, token in self.specials.items()}
-        return {"documents": None} | names | inputs
+        return {"documents": None} | names | dict(self.named_tokens) | inputs
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """Encodes text in which `mark` before the spelling of a control token makes it that token.
@@ -216,7 +230,11 @@ class Tokenizer(abc.ABC):
     def descriptor(self) -> dict[str, Any]:
         """Returns the small JSON from which `load` makes the tokenizer again."""
         # What generating text needs, and training does not; where it says something.
-        further = {"further_end_ids": self.further_end_ids, "prompt_frame": self.prompt_frame}
+        further = {
+            "further_end_ids": self.further_end_ids,
+            "named_tokens": dict(self.named_tokens),
+            "prompt_frame": self.prompt_frame,
+        }
         return self._identity() | {name: value for name, value in further.items() if value}
 
     def _identity(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int
 
-from research.data.tokenizers.base import SENTINEL, Tokenizer
+from research.data.tokenizers.base import SENTINEL, Tokenizer, check_sentinels
 
 NAMES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
 
@@ -18,6 +18,7 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, mask: bool = False, sentinels: int = 0):
         """Args: mask: whether there is a MASK, id 259. sentinels: how many, with the ids after it."""
+        check_sentinels(sentinels)
         self.mask_id = 259 if mask else None
         first = 259 + mask
         self.sentinel_ids = tuple(range(first, first + sentinels))

@@ -21,8 +21,10 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, nearest, shown
 
+# What a message's reasoning is called, in the order in which it is looked for.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 PRIVATE = range(0xE000, 0xF900)  # Unicode's first private use area
 
 
@@ -70,14 +72,19 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
+@functools.lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace}
-    return environment.from_string(source)
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
 
 
 def choose(templates: Mapping[str, str], name: str | None, with_tools: bool) -> str:
@@ -87,7 +94,7 @@ def choose(templates: Mapping[str, str], name: str | None, with_tools: bool) -> 
     if name is None:
         name = "tool_use" if with_tools and "tool_use" in templates else "default"
     if name not in templates:
-        raise UserError(f"chat_template = {name!r} is not one of this tokenizer's. {nearest(name, templates)}")
+        raise UserError(f"chat_template = {shown(name)} is not one of this tokenizer's. {nearest(name, templates)}")
     return templates[name]
 
 
@@ -129,6 +136,32 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
     raise UserError(f"{where}: {value!r} must be a plain JSON value, not {type(value).__name__}.")
+
+
+def with_reasoning(inputs: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Returns a template's inputs in which what a model thought before an answer has the names that the template reads.
+
+    `reasoning_content`, `thinking` and `reasoning` of a message mean the same; a name that it holds keeps its value.
+    """
+    read = [name for name in REASONING if name in _names_in(source)]
+    messages = []
+    for message in inputs["messages"]:
+        told = [message[name] for name in REASONING if name in message]
+        aliases = dict.fromkeys(read, told[0]) if told else {}
+        messages.append(aliases | message)
+    return inputs | {"messages": messages}
+
+
+@functools.lru_cache(maxsize=16)
+def _names_in(source: str) -> frozenset[str]:
+    """Returns the attributes and the texts that a template's code names; none of one that is no Jinja."""
+    try:
+        tree = _environment().parse(source)
+    except (jinja2.TemplateError, RecursionError):
+        return frozenset()
+    attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    texts = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    return frozenset(attributes | texts)
 
 
 def unused_characters(source: str, inputs: Mapping[str, Any]) -> tuple[str, str]:

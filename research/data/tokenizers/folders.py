@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.core.errors import UserError
+from research.core.errors import UserError, shown
 from research.data.tokenizers import exports, vocabularies
-from research.data.tokenizers.base import ROLES, SENTINEL, Tokenizer
+from research.data.tokenizers.base import MOST_SENTINELS, ROLES, SENTINEL, Tokenizer
 from research.data.tokenizers.huggingface import HuggingFaceTokenizer, known_specials
 from research.data.tokenizers.pieces import SentencePieceTokenizer
 
@@ -28,6 +28,8 @@ CLASSES = {
 # The class where only the model's config.json tells, by its model_type; others say no more than their files.
 MODEL_CLASSES = {"t5": "T5Tokenizer"}
 T5_SENTINELS = 100
+# Where templates beside the default one lie: of elder folders, and as `transformers` writes them.
+TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +52,35 @@ class Settings:
         for role, token in found.items():
             name = token.get("content", 0) if isinstance(token, dict) else token
             if not isinstance(name, str | None):
-                raise UserError(f"beside a tokenizer_config.json whose {role}_token = {token!r} is not a token.")
+                raise UserError(f"beside a tokenizer_config.json whose {role}_token = {shown(token)} is not a token.")
         return {role: token for role, token in found.items() if token is not None}
 
     def sentinels(self) -> int:
         """Returns how many sentinels a SentencePiece model has after its own ids."""
-        named = {*self.added, *map(str, self.values.get("additional_special_tokens") or ())}
+        named = set(self.added)
+        for field in ("additional_special_tokens", "extra_special_tokens"):  # transformers 5 calls them so
+            listed = self.values.get(field) or ()
+            if not isinstance(listed, list | tuple | dict):
+                raise UserError(f"beside a tokenizer_config.json whose {field} = {shown(listed)} is no list of tokens.")
+            named |= set(map(str, listed))
         count = next(n for n in itertools.count() if SENTINEL.format(n) not in named)
         stated = self.values.get("extra_ids", T5_SENTINELS if _class_name(self.values) == "T5" else 0)
-        if type(stated) is not int or stated < 0:
-            raise UserError(f"beside a tokenizer_config.json whose extra_ids = {stated!r} is not a count.")
+        if type(stated) is not int or not 0 <= stated <= MOST_SENTINELS:
+            limit = f"a count up to {MOST_SENTINELS}"
+            raise UserError(f"beside a tokenizer_config.json whose extra_ids = {shown(stated)} is not {limit}.")
         return count or stated
+
+    def named_tokens(self) -> dict[str, str]:
+        """Returns the tokens that the files name beside those of a role, as templates read them: `image_token`, …"""
+        extra = self.values.get("extra_special_tokens")
+        told = {name: token for name, token in self.values.items() if name.endswith("_token")}
+        told |= extra if isinstance(extra, dict) else {}
+        spelt = {
+            name: token["content"] if isinstance(token, dict) and "content" in token else token
+            for name, token in told.items()
+        }
+        roles = {f"{role}_token" for role in ROLES}
+        return {name: token for name, token in spelt.items() if isinstance(token, str) and name not in roles}
 
 
 def from_folder(folder: str | pathlib.Path) -> Tokenizer:
@@ -109,6 +129,7 @@ def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int 
     except UserError as error:
         raise UserError(f"{path} is {error}") from error
     tokenizer.chat_templates = settings.chat_templates
+    tokenizer.named_tokens = settings.named_tokens()
     tokenizer.prompt_frame = _prompt_frame(tokenizer, settings, is_whole=form == "tokenizer.json")
     return tokenizer
 
@@ -186,17 +207,21 @@ def read_settings(folder: pathlib.Path) -> Settings:
             added = {str(token): int(i) for token, i in _read_json(folder / "added_tokens.json").items()}
         else:
             added = {token["content"]: int(i) for i, token in held.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: its added tokens are not readable: {error!r}.") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{folder}: its added tokens are not readable: {shown(error)}.") from error
     return Settings(values, added, _chat_templates(folder, values))
 
 
 def _chat_templates(folder: pathlib.Path, values: Mapping[str, Any]) -> dict[str, str]:
     files = {"default": folder / "chat_template.jinja"}
-    files |= {path.stem: path for path in sorted((folder / "chat_templates").glob("*.jinja"))}
+    for name in TEMPLATE_FOLDERS:
+        files |= {path.stem: path for path in sorted((folder / name).glob("*.jinja"))}
     found = {name: _read(path).decode("utf-8", errors="replace") for name, path in files.items() if path.is_file()}
-    if found:
-        return found
+    # A config's templates stand behind files: they count where no file is the default.
+    return found if "default" in found else _stated_templates(folder, values) | found
+
+
+def _stated_templates(folder: pathlib.Path, values: Mapping[str, Any]) -> dict[str, str]:
     stated = values.get("chat_template")
     if stated is None:
         return {}
@@ -224,11 +249,16 @@ def to_hugging_face_files(tokenizer: Tokenizer, types: bool = False) -> dict[str
     if "tokenizer.json" not in files:
         files = {name.replace("sentencepiece", "tokenizer"): data for name, data in files.items()}
         files["tokenizer.json"] = exports.to_tokenizer_json(tokenizer)
+    frame = tokenizer.prompt_frame
+    if frame is not None and frame != HuggingFaceTokenizer(files["tokenizer.json"]).frame_of_file():
+        files["tokenizer.json"] = exports.with_frame(files["tokenizer.json"], frame)
     templates = [{"name": name, "template": text} for name, text in tokenizer.chat_templates.items()]
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     values |= {f"{role}_token": token for role, token in tokenizer.specials.items()}
     if tokenizer.sentinel_ids:
         values["additional_special_tokens"] = [SENTINEL.format(i) for i in range(len(tokenizer.sentinel_ids))]
+    if tokenizer.named_tokens:
+        values["extra_special_tokens"] = dict(tokenizer.named_tokens)
     if types:
         values["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if templates:
@@ -250,7 +280,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object.")

@@ -40,8 +40,13 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             content = json.loads(data)
             added = {token["content"]: token for token in content["added_tokens"]}
-        except (ValueError, KeyError, TypeError) as error:
+            for token in added.values():
+                token.setdefault("special", False)
+            whole = all(type(token["id"]) is int for token in added.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"not a tokenizer.json: {error}.") from error
+        if not whole:
+            raise UserError("not a tokenizer.json: the id of an added token is no whole number.")
         specials = known_specials(added) if specials is None else specials
         sentinels = _sentinels(added)
         for name in (*specials.values(), *sentinels):

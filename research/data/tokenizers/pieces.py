@@ -15,7 +15,7 @@ import sentencepiece
 from jaxtyping import Int
 
 from research.core.errors import UserError
-from research.data.tokenizers.base import SENTINEL, Tokenizer
+from research.data.tokenizers.base import SENTINEL, Tokenizer, check_sentinels
 
 # SentencePiece writes a space as this character, and so would read this character as a space.
 META_SPACE = "\u2581"
@@ -49,8 +49,9 @@ class SentencePieceTokenizer(Tokenizer):
         """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"not a SentencePiece model: {error}.") from error
+        except (RuntimeError, UnicodeDecodeError) as error:  # its own message may hold a damaged piece
+            raise UserError(f"not a SentencePiece model: {' '.join(str(error).split())}.") from error
+        check_sentinels(sentinels)
         self._model, self._exact = model, exact
         self._pieces, self._appended = self._processor.get_piece_size(), sentinels
         self.vocab_size = self._pieces + sentinels

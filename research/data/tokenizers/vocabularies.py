@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from research.core.errors import UserError
 from research.data.tokenizers.base import ROLES
 from research.data.tokenizers.huggingface import known_specials
+from research.data.tokenizers.post_processing import with_template
 
 # BERT's longest word, in characters: a longer one is [UNK].
 MAX_WORD = 100
@@ -50,7 +51,7 @@ def from_word_pieces(vocab: bytes, specials: Mapping[str, Any], settings: Mappin
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    return _finish(tokenizer, specials, pair="{begin} $A {end} $B:1 {end}:1")
+    return _finish(tokenizer, specials, has_kinds=True)
 
 
 def from_byte_pairs(vocab: bytes, merges: bytes, specials: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
@@ -69,7 +70,7 @@ def from_byte_pairs(vocab: bytes, merges: bytes, specials: Mapping[str, Any], se
         ids = json.loads(vocab)
         missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys())
         lines = merges.decode("utf-8").replace("\r\n", "\n").split("\n")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"not a vocab.json with its merges.txt: {error}.") from error
     if missing:
         raise UserError(f"not a byte-level vocab.json: {len(missing)} bytes are no tokens, such as {missing[0]!r}.")
@@ -84,7 +85,7 @@ def from_byte_pairs(vocab: bytes, merges: bytes, specials: Mapping[str, Any], se
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=_flag(settings, "add_prefix_space", False))
     tokenizer.decoder = decoders.ByteLevel()
-    return _finish(tokenizer, known_specials(ids) | specials, pair="{begin} $A {end} {end} $B {end}")
+    return _finish(tokenizer, known_specials(ids) | specials, has_kinds=False)
 
 
 def token_name(token: str | Mapping[str, Any] | None) -> str | None:
@@ -107,15 +108,17 @@ def _added(token: str | Mapping[str, Any]) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(token["content"], special=True, **flags)
 
 
-def _finish(tokenizer: tokenizers.Tokenizer, specials: Mapping[str, Any], pair: str) -> bytes:
-    """Adds the special tokens, those that the vocabulary lacks after its last id, and what begins and ends a text."""
+def _finish(tokenizer: tokenizers.Tokenizer, specials: Mapping[str, Any], has_kinds: bool) -> bytes:
+    """Adds the special tokens, those that the vocabulary lacks after its last id, and what begins and ends a text.
+
+    Of two texts BERT's second one is of another kind; RoBERTa's has another end token before it.
+    """
     tokenizer.add_special_tokens([_added(specials[role]) for role in ROLES if role in specials])
     names = {role: token_name(token) for role, token in specials.items()}
     begin, end = names.get("cls", names.get("bos")), names.get("sep", names.get("eos"))
     if begin is not None and end is not None and begin != end:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A {end}",
-            pair=pair.format(begin=begin, end=end),
-            special_tokens=[(name, tokenizer.token_to_id(name)) for name in (begin, end)],
-        )
+        single = [(begin, 0), (None, 0), (end, 0)]
+        second = [(None, 1), (end, 1)] if has_kinds else [(end, 0), (None, 0), (end, 0)]
+        ids = {name: tokenizer.token_to_id(name) for name in (begin, end)}
+        tokenizer = with_template(tokenizer, single, [*single, *second], ids)
     return tokenizer.to_str().encode("utf-8")

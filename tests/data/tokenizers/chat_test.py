@@ -248,3 +248,50 @@ def test_a_text_with_every_private_character_is_refused(made):
     kept = [{"role": "user", "content": "\ue000\ue001 <|im_end|> \ue000"}]
     tokenizer = made["chatml"]
     assert tokenizer.decode(tokenizer.encode_chat(kept)) == tokenizer.render_chat(kept)
+
+
+@pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("reasoning_content", "m.reasoning_content"),
+        ("reasoning", "m['reasoning']"),
+        ("thinking", "m.get('thinking')"),
+        ("thinking", "m.thinking"),
+    ],
+)
+def test_reasoning_has_the_name_that_the_template_reads(given, name, read):
+    tokenizer = build(TokenizerConfig(kind="bytes"), ())
+    tokenizer.chat_templates = {
+        "default": "{% for m in messages %}{{ m | length }}<" + read + ">{{ " + read + " }}{% endfor %}"
+    }
+    said = tokenizer.render_chat([{"role": "assistant", "content": "Cold.", given: "It is January.</s>"}])
+    names = 3 if given == name else 4
+    assert said == f"{names}<{read}>It is January.</s>"
+    assert tokenizer.eos_id not in tokenizer.encode_chat([{"content": "Cold.", given: "It is January.</s>"}])
+
+
+def test_reasoning_that_a_message_tells_twice_keeps_both_values():
+    tokenizer = build(TokenizerConfig(kind="bytes"), ())
+    tokenizer.chat_templates = {
+        "default": "{{ messages[0].reasoning }}{{ messages[0].thinking }}{{ messages[0].reasoning_content }}"
+    }
+    message = {"role": "assistant", "reasoning": "a", "thinking": "b"}
+    assert tokenizer.render_chat([message]) == "abb"
+    assert message == {"role": "assistant", "reasoning": "a", "thinking": "b"}
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == ""
+
+
+def test_named_tokens_are_known_to_templates_and_kept(tmp_path):
+    files = folders.to_hugging_face_files(build(TokenizerConfig(kind="bytes"), ()))
+    settings = json.loads(files["tokenizer_config.json"])
+    settings |= {"extra_special_tokens": {"image_token": "<pad>"}, "video_token": "<s>"}
+    settings |= {"chat_template": "{{ image_token }}{{ video_token }}{{ eos_token }}"}
+    (tmp_path / "tokenizer.json").write_bytes(files["tokenizer.json"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = folders.from_folder(tmp_path)
+    assert tokenizer.encode_chat([{"role": "user"}]) == [258, 256, 257]
+    tokenizer.save(tmp_path / "kept")
+    assert load(tmp_path / "kept").encode_chat([{"role": "user"}]) == [258, 256, 257]
+    back = json.loads(folders.to_hugging_face_files(tokenizer)["tokenizer_config.json"])
+    assert back["extra_special_tokens"] == {"image_token": "<pad>", "video_token": "<s>"}

@@ -2,12 +2,17 @@
 
 import io
 import json
+import random
 
 import pytest
 import sentencepiece
+import tokenizers as hf
 
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer, TokenizerConfig, build, exports, folders
+from research.data.tokenizers.byte import ByteTokenizer
+from research.data.tokenizers.huggingface import HuggingFaceTokenizer
+from research.data.tokenizers.pieces import SentencePieceTokenizer
 from tests.data.tokenizers import references
 from tests.data.tokenizers.make_goldens import HARD
 
@@ -142,3 +147,70 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     tokenizer = folders.from_path(tmp_path / "char.model")
     with pytest.raises(UserError, match=r"cannot be written as a tokenizer\.json"):
         exports.to_tokenizer_json(tokenizer)
+
+
+SYMBOLS = ["<mask>", "[SEP]", "<ma"]
+FRAGMENTS = [
+    *SYMBOLS,
+    "a",
+    " ",
+    "the ",
+    "<0x0A>",
+    "<s>",
+    "</s>",
+    "é",
+    "\n",
+    "0x",
+    "<",
+    "x1",
+    "mat",
+    "  ",
+    "<unk>",
+    "日",
+]
+
+
+def model_with_symbols(kind: str, **options) -> SentencePieceTokenizer:
+    model = io.BytesIO()
+    texts = ["the cat sat on the mat <s> x1 <0x0A>", "naïve <mask> or [SEP] words", "aa bb <<0x0A>> cc 0x0A> ü"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_writer=model,
+        model_type=kind,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=SYMBOLS,
+        **options,
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("options", [{"byte_fallback": True, "vocab_size": 330}, {"vocab_size": 70}])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_text_that_spells_symbols_bytes_and_control_tokens_has_the_ids_of_sentencepiece(kind, options, prefix):
+    tokenizer = model_with_symbols(kind, add_dummy_prefix=prefix, **options)
+    exported = HuggingFaceTokenizer(exports.to_tokenizer_json(tokenizer))
+    rng = random.Random(0)
+    texts = ["x<mask>y", "<mask>", "a<0x0A>b", "<s>a", "x<mask><s>"]
+    texts += ["".join(rng.choices(FRAGMENTS, k=rng.randrange(1, 9))) for _ in range(200)]
+    for text in texts:
+        assert exported.encode(text) == tokenizer.encode(text), text
+    symbol = tokenizer.encode("x1<mask>mat")
+    assert exported.decode(symbol) == tokenizer.decode(symbol) == "x1<mask>mat"
+
+
+@pytest.mark.parametrize("name", ["a b", "x:1", "$A", "{x}"])
+def test_a_special_token_of_any_spelling_frames_text(name):
+    data = exports.to_tokenizer_json(ByteTokenizer())
+    library = hf.Tokenizer.from_str(data.decode())
+    library.add_special_tokens([name])
+    framed = exports.with_frame(library.to_str().encode(), ((library.token_to_id(name),), (257,)))
+    assert hf.Tokenizer.from_str(framed.decode()).encode("a").ids == [259, ord("a"), 257]
+
+
+def test_a_frame_that_the_file_has_not_is_written_beside_it():
+    tokenizer = ByteTokenizer()
+    tokenizer.prompt_frame = ((), (257,))
+    files = folders.to_hugging_face_files(tokenizer)
+    assert hf.Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a").ids == [ord("a"), 257]

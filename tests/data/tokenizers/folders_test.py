@@ -174,7 +174,8 @@ def test_text_that_spells_control_tokens_is_text(made, family):
 
 def test_a_unigram_tokenizer_json_takes_no_control_piece_out_of_text(made, tmp_path):
     """T5's own has `</s>` among its pieces, and the library finds it there."""
-    written = folders.to_hugging_face_files(made["t5"])["tokenizer.json"]
+    content = json.loads(folders.to_hugging_face_files(made["t5"])["tokenizer.json"])
+    written = json.dumps(content | {"pre_tokenizer": None}).encode()  # what keeps the library from it in our files
     (tmp_path / "tokenizer.json").write_bytes(written)
     tokenizer = folders.from_folder(tmp_path)
     plain = hf.Tokenizer.from_str(written.decode())
@@ -217,6 +218,20 @@ def test_chat_templates_are_found_in_every_place(tmp_path):
     (tmp_path / "chat_templates").mkdir()
     (tmp_path / "chat_templates" / "rag.jinja").write_text("c")
     assert templates(chat_template=named) == {"default": "é\r\n", "rag": "c"}
+
+
+def test_templates_that_transformers_puts_beside_the_default_are_found(tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("T{{ messages[0].content }}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "D{{ messages[0].content }}"}))
+    tokenizer = build(TokenizerConfig(kind="bytes"), ())
+    for _ in range(2):  # the default lies in the config, and then in a file
+        tokenizer.chat_templates = folders.read_settings(tmp_path).chat_templates
+        asked = [{"role": "user", "content": "?"}]
+        assert tokenizer.render_chat(asked) == "D?"
+        assert tokenizer.render_chat(asked, tools=[{"name": "f"}]) == "T?"
+        assert tokenizer.render_chat(asked, template="tool_use") == "T?"
+        (tmp_path / "chat_template.jinja").write_text("D{{ messages[0].content }}")
 
 
 def mistakes(folder: pathlib.Path, files: dict[str, str]) -> str:
