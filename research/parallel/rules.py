@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("positions", ()),
     ("head", ()),
     ("latent", ()),
+    ("rank", ()),
     ("router", ()),
     ("selection", ()),
     ("types", ()),
@@ -123,6 +124,33 @@ def process_rows(
             f"Use a divisor or a multiple of the {len(devices)} devices of a process."
         )
     return first // size, batch_size // size
+
+
+def process_columns(
+    sharding: NamedSharding, length: int, devices: Collection[jax.Device] | None = None
+) -> tuple[int, int]:
+    """Returns (start, stop): of each row of a batch, the tokens that a process's devices hold.
+
+    They are all of them where the length is not sharded over processes.
+
+    Args:
+      sharding: from `batch_sharding`.
+      length: tokens of a row over all processes, T.
+      devices: of the process; None is this one.
+
+    Raises:
+      UserError: the tokens do not follow each other.
+    """
+    devices = sharding.addressable_devices if devices is None else devices
+    whole = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1])).devices_indices_map((length,))
+    ranges = {whole[device][0].indices(length)[:2] for device in devices}
+    start, stop = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+    if sum(stop - start for start, stop in ranges) != stop - start:
+        raise UserError(
+            f"mesh.context = {sharding.mesh.shape['context']}: the tokens of a process do not follow each other in a "
+            f"row. Use a divisor or a multiple of the {len(devices)} devices of a process."
+        )
+    return start, stop
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:

@@ -9,6 +9,7 @@ from research.core.errors import UserError
 from research.kernels.cross_entropy import chunked, fused, reference
 from research.kernels.cross_entropy.fused import Objective
 from research.kernels.cross_entropy.tiles import Terms, default_token_chunk, default_vocab_chunk, vocabulary_share
+from research.kernels.weights import Weight, as_product
 from research.parallel.target import platform
 
 __all__ = ["Implementation", "Objective", "SummedImplementation", "cross_entropy", "summed_cross_entropy"]
@@ -19,7 +20,7 @@ SummedImplementation = Literal["auto", "reference", "chunked", "fused"]
 
 def cross_entropy(
     hidden: Float[Array, "*batch D"],
-    kernel: Float[Array, "D V"],
+    kernel: Weight,
     targets: Int[Array, "*batch"],
     *,
     softcap: float | None = None,
@@ -38,8 +39,8 @@ def cross_entropy(
 
     Args:
       hidden: the last hidden states, after the final norm.
-      kernel: the output embedding, rounded to the type of `hidden`; where it is float32, so is its gradient. A tied
-        table `[V, D]` is passed transposed, which copies nothing.
+      kernel: the output embedding `[D, V]`, plain or a node, rounded to the type of `hidden`; where it is float32, so
+        is its gradient. A tied table `[V, D]` is passed transposed, which copies nothing.
       targets: the id of the token to predict, in [0, V).
       softcap: bound of the logits, above 0; None is no bound.
       label_smoothing: ε, the share of the target distribution that is spread evenly over the vocabulary, in [0, 1).
@@ -56,7 +57,8 @@ def cross_entropy(
     Source: label smoothing is Szegedy et al. 2016, arXiv:1512.00567, section 7.
     """
     batch = targets.shape
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    hidden, kernel = as_product(hidden.reshape(-1, hidden.shape[-1]), kernel)
+    targets = targets.reshape(-1)
     terms = _terms(kernel.shape[1], softcap, label_smoothing, token_chunk, vocab_chunk)
     if implementation == "reference":
         nll, log_z = reference.cross_entropy(hidden, kernel, targets, softcap, label_smoothing)
@@ -68,7 +70,7 @@ def cross_entropy(
 def summed_cross_entropy(
     objective: Objective,
     hidden: Float[Array, "*batch D"],
-    kernel: Float[Array, "D V"],
+    kernel: Weight,
     targets: Int[Array, "*batch"],
     *per_token: Float[Array, "*batch"],
     softcap: float | None = None,
@@ -102,7 +104,8 @@ def summed_cross_entropy(
     shared = vocabulary_share(vocab_size) < vocab_size
     if implementation == "fused" and shared:
         raise UserError("implementation = 'fused' needs the whole vocabulary on each device: take 'chunked'.")
-    hidden, (targets, *per_token) = hidden.reshape(-1, hidden.shape[-1]), (x.reshape(-1) for x in (targets, *per_token))
+    hidden, kernel = as_product(hidden.reshape(-1, hidden.shape[-1]), kernel)
+    targets, *per_token = (x.reshape(-1) for x in (targets, *per_token))
     fast = platform() == "cpu" and not shared and fused.is_fast(vocab_size, hidden.dtype)
     if implementation == "fused" or (implementation == "auto" and fast):
         terms = _terms(vocab_size, softcap, label_smoothing, fused.token_chunk(vocab_size), None)

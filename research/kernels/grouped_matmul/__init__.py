@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from research.kernels.choice import choose
 from research.kernels.grouped_matmul import cpu, gpu, reference, tpu, xla
+from research.kernels.weights import Weight, WeightNode
 
 __all__ = ["Implementation", "grouped_matmul"]
 
@@ -20,7 +21,7 @@ PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu", "xla")}
 
 def grouped_matmul(
     x: Float[Array, "M D"],
-    kernels: Float[Array, "E D F"],
+    kernels: Weight,
     group_sizes: Int[Array, "E"],
     *,
     implementation: Implementation = "auto",
@@ -35,7 +36,7 @@ def grouped_matmul(
 
     Args:
       x: rows sorted by expert.
-      kernels: rounded to the type of `x`; where they are float32, so is their gradient.
+      kernels: `[E, D, F]`, plain or a node; rounded to the type of `x`; where they are float32, so is their gradient.
       group_sizes: rows of each expert, at least 0, together at most M.
       implementation: the body; `auto` takes the fastest that knows what is asked, and never `reference`.
 
@@ -47,6 +48,8 @@ def grouped_matmul(
 
     Source: Gale et al. 2022 (MegaBlocks), arXiv:2211.15841, for experts of any load.
     """
+    if isinstance(kernels, WeightNode):
+        return kernels.grouped_matmul(x, group_sizes, implementation)
     name = choose("grouped matmul", implementation, BODIES, PREFERRED, x, kernels)
     return _grouped(x, kernels, group_sizes, name)
 

@@ -6,6 +6,7 @@ from typing import Literal
 from jaxtyping import Array, Float
 
 from research.kernels.projection import cpu, reference
+from research.kernels.weights import Weight, WeightNode
 from research.parallel.target import platform
 
 __all__ = ["Implementation", "project"]
@@ -15,7 +16,7 @@ Implementation = Literal["auto", "reference", "cpu"]
 
 def project(
     x: Float[Array, "..."],
-    kernel: Float[Array, "..."],
+    kernel: Weight,
     bias: Float[Array, "..."] | None = None,
     *,
     axes: int = 1,
@@ -25,8 +26,8 @@ def project(
 
     Args:
       x: activations, `[..., D]`, or `[..., N, H]` with `axes` = 2.
-      kernel: weights, `[D, F...]`, or `[N, H, D]` with `axes` = 2. They are rounded to the type of `x`; where they are
-        float32, so is their gradient.
+      kernel: weights, `[D, F...]`, or `[N, H, D]` with `axes` = 2, plain or a node. They are rounded to the type of
+        `x`; where they are float32, so is their gradient.
       bias: `[F...]`, or None.
       axes: how many axes are contracted, at least 1.
       implementation: `reference` contracts in place; `cpu` makes one matrix product of it, whose backward pass is
@@ -36,6 +37,9 @@ def project(
       `[..., F...]` in the type of `x`.
     """
     assert x.shape[-axes:] == kernel.shape[:axes], (x.shape, kernel.shape, axes)
+    if isinstance(kernel, WeightNode):
+        y = kernel.project(x, axes, implementation)
+        return y if bias is None else y + bias.astype(y.dtype)
     if implementation == "auto":
         implementation = "cpu" if platform() == "cpu" else "reference"
     if implementation == "reference":
