@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
@@ -14,6 +14,7 @@ from research.models.config import NormConfig, PositionConfig
 from research.models.transformer import init_params
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh_axes import MESH_AXES
 from research.parallel.rules import (
     batch_sharding,
     check_batch,
@@ -21,9 +22,11 @@ from research.parallel.rules import (
     logical_axes,
     param_shardings,
     partition_spec,
+    process_columns,
     process_rows,
 )
 from research.training.state import abstract_state
+from research.training.step import place_batch
 from tests.tiny import abstract_params, tiny_config
 
 FULL = tiny_config(
@@ -161,6 +164,44 @@ def test_process_holds_the_part_of_the_batch_that_its_devices_hold(sizes, proces
     mesh, each = make_mesh(MeshConfig(**sizes)), 8 // processes
     devices = [mesh.devices.ravel()[i * each : (i + 1) * each].tolist() for i in range(processes)]
     assert [process_rows(batch_sharding(mesh), 16, mine) for mine in devices] == parts
+
+
+def context_mesh(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh that shards rows along their length, which no run may have yet."""
+    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "parts"),
+    [
+        ({"data": 2, "context": 4}, 2, [(0, 2, 0, 24), (1, 2, 0, 24)]),
+        ({"data": 2, "context": 4}, 4, [(0, 2, 0, 12), (0, 2, 12, 24), (1, 2, 0, 12), (1, 2, 12, 24)]),
+        ({"context": 4, "tensor": 2}, 4, [(0, 1, 6 * i, 6 * i + 6) for i in range(4)]),
+        ({"fsdp": 8}, 2, [(0, 2, 0, 24), (1, 2, 0, 24)]),
+    ],
+)
+def test_process_holds_the_part_of_each_row_that_its_devices_hold(sizes, processes, parts):
+    mesh, each = context_mesh(**sizes), 8 // processes
+    devices = [mesh.devices.ravel()[i * each : (i + 1) * each].tolist() for i in range(processes)]
+    sharding = batch_sharding(mesh)
+    found = [(*process_rows(sharding, 16, mine), *process_columns(sharding, 24, mine)) for mine in devices]
+    assert found == parts
+
+
+def test_tokens_of_a_process_that_do_not_follow_each_other_name_the_size_to_change():
+    mesh = context_mesh(context=8)
+    devices = mesh.devices.ravel()
+    with pytest.raises(UserError, match=r"^mesh\.context = 8: the tokens of a process do not follow each other"):
+        process_columns(batch_sharding(mesh), 24, [devices[0], devices[2]])
+
+
+def test_a_batch_is_cut_along_its_rows_and_its_length():
+    sharding = batch_sharding(context_mesh(data=2, context=4))
+    tokens = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
+    placed = place_batch({"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=sharding)})
+    np.testing.assert_array_equal(placed["tokens"], tokens)
+    assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 2)}
 
 
 def test_rows_that_are_no_part_of_the_batch_name_the_size_to_change():

@@ -5,11 +5,11 @@ import math
 from jaxtyping import Array, Float
 
 from research.core.errors import UserError
-from research.kernels.attention.bodies import Implementation, choose
+from research.kernels.attention.bodies import Implementation, choose, for_wide_heads
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 
-__all__ = ["AttentionMask", "Implementation", "ScoreTerms", "attention"]
+__all__ = ["AttentionMask", "Implementation", "ScoreTerms", "attention", "for_wide_heads"]
 
 
 def attention(
@@ -61,5 +61,6 @@ def attention(
             raise UserError(f"{name} in {x.dtype.name} must have the type of q, {q.dtype.name}.")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     terms = ScoreTerms(bias, alibi, sinks, softcap, scale)
+    mask = mask.with_positions(q.shape[0], q.shape[1], k.shape[1])
     body = choose(implementation, q, k, mask, terms)
     return body(q, k, v, mask, terms)

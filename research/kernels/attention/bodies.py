@@ -11,6 +11,7 @@ from research.kernels.attention import cpu, cudnn, gpu, reference, tpu
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.sharded import per_device
 from research.kernels.attention.terms import ScoreTerms
+from research.parallel.target import platform
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"]
 Body = Callable[..., Float[Array, "B T N H"]]
@@ -36,3 +37,11 @@ def choose(
     name = choice.choose("attention", implementation, BODIES, PREFERRED, q, k, mask, terms)
     body = BODIES[name].attention
     return body if name in PARTITIONED else per_device(body)
+
+
+def for_wide_heads(implementation: Implementation) -> Implementation:
+    """Returns the implementation for few queries whose heads are wider than fast ones on GPU and TPU take.
+
+    It is `reference` there, for scores as few as these may be held; on CPU it is the one given.
+    """
+    return implementation if platform() == "cpu" else "reference"

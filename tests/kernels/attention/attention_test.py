@@ -1,5 +1,7 @@
 """Attention: every body equals the plain one, and the mask means what it says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,3 +257,29 @@ def test_what_a_body_does_not_know_is_named():
         attention(q, k, v.astype(jnp.bfloat16), mask=mask)
     with pytest.raises(UserError, match=r"window = 0 must be at least 1"):
         AttentionMask(window=0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_rows_cut_along_their_length_see_by_the_offset_of_each_part(implementation):
+    """The queries of each half over the keys of each half, joined by hand, are the whole."""
+    q, k, v, _ = inputs(2, 8, 8, 2, 1, 4)
+    ids = segments(2, 8, seed=3)
+    whole = AttentionMask(causal=True, window=5, q_segments=ids, kv_segments=ids)
+    visible = np.asarray(whole.dense(8, 8))[:, 0]
+    expected = attention(q, k, v, mask=whole, implementation=implementation)
+    # A device with the second half of the queries and all keys.
+    part = dataclasses.replace(whole, q_segments=ids[:, 4:], q_offset=jnp.int32(4))
+    np.testing.assert_array_equal(part.dense(4, 8)[:, 0], visible[:, 4:])
+    found = attention(q[:, 4:], k, v, mask=part, implementation=implementation)
+    np.testing.assert_allclose(found, expected[:, 4:], atol=1e-6)
+    # One with the second half of both, which sees less.
+    part = dataclasses.replace(part, kv_segments=ids[:, 4:], kv_offset=jnp.int32(4))
+    np.testing.assert_array_equal(part.dense(4, 4)[:, 0], visible[:, 4:, 4:])
+    # Without the offset a part sees other keys: the control.
+    blind = dataclasses.replace(whole, q_segments=ids[:, 4:])
+    assert (np.asarray(blind.dense(4, 8))[:, 0] != visible[:, 4:]).any()
+
+
+def test_positions_and_an_offset_of_the_same_side_are_a_fault():
+    with pytest.raises(AssertionError, match="kv: positions and their offset"):
+        AttentionMask(kv_positions=jnp.zeros((1, 4), jnp.int32), kv_offset=jnp.int32(4))
