@@ -69,7 +69,8 @@ def logits(config: ModelConfig, params: Any, tokens: Any, positions: Any = None,
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
 
     def apply(module: Transformer) -> jax.Array:
-        return module.logits(module(tokens, positions, segments)[0])
+        whole = {} if segments is None else {"segments": segments}
+        return module.logits(module({"tokens": tokens, "positions": positions, **whole}).hidden)
 
     return Transformer(config).apply({"params": params}, method=apply)
 

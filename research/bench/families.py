@@ -10,7 +10,7 @@ from research.bench.sides import interleave, spread
 from research.core import config as configs
 from research.core.errors import UserError, nearest
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
-from research.scaling.accounting import train_flops_per_token
+from research.models.flops import train_flops_per_token
 
 PRESETS = pathlib.Path(research.__file__).parent.parent / "configs" / "model"
 # What all are measured against, and the sizes to which all are shrunk: its smallest width, and few layers.

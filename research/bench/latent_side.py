@@ -16,14 +16,13 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     from research.inference.generate import DecodeState, decode_step
     from research.inference.sampling import SamplingConfig, SamplingParams
     from research.models import latent
-    from research.models.cache import empty_cache
     from research.models.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig
-    from research.models.stack import scans_layers
-    from research.models.transformer import init_params
+    from research.models.language_model import language_model
+    from research.parallel.target import platform
 
     latent.absorbs = lambda *_: form == "absorbed"  # a model would choose
     sizes = LatentConfig(kv_dim=256, q_dim=None, rope_dim=32, value_dim=64)
-    model = ModelConfig(
+    config = ModelConfig(
         vocab_size=512,
         num_layers=4,
         embed_dim=512,
@@ -32,19 +31,20 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
         mlp=MlpConfig(hidden_dim=1024),
         dtype=dtype,
     )
-    params = nn.unbox(init_params(model, jax.random.key(0)))
+    model = language_model(config, platform())
+    params = nn.unbox(model.init(jax.random.key(0)))
     state = DecodeState(
-        cache=empty_cache(model, batch, slots, scans_layers(model)),
+        cache=model.empty_cache(batch, slots),
         token=jnp.zeros(batch, jnp.int32),
         position=jnp.full(batch, slots // 2, jnp.int32),
         keys=jax.random.split(jax.random.key(0), batch),
         sampling=SamplingParams.of([SamplingConfig(temperature=0.0)] * batch),
-        seen=jnp.zeros((batch, model.vocab_size), bool),
+        seen=jnp.zeros((batch, config.vocab_size), bool),
     )
 
     def take() -> None:
         nonlocal state
-        state = decode_step(params, state, config=model)
+        state = decode_step(params, state, config=config)
         state.token.block_until_ready()
 
     serve(take)

@@ -19,7 +19,7 @@ from research.data.tokenizers import StreamDecoder, Tokenizer
 from research.inference.prompts import Prompt, Prompts, encode, next_logits, prefill, table_for
 from research.inference.sampling import SamplingConfig, SamplingParams, draw
 from research.models.cache import Cache
-from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import PageTable
 
 
@@ -66,7 +66,7 @@ def prefill_step(
     keys: Key[Array, "B"],
     sampling: SamplingParams,
     *,
-    config: ModelConfig,
+    config: LanguageModelConfig,
     slots: int,
     num_ids: int | None = None,
     page_table: PageTable | None = None,
@@ -94,7 +94,9 @@ def prefill_step(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_ids"), donate_argnames=("state",))
-def decode_step(params: Any, state: DecodeState, *, config: ModelConfig, num_ids: int | None = None) -> DecodeState:
+def decode_step(
+    params: Any, state: DecodeState, *, config: LanguageModelConfig, num_ids: int | None = None
+) -> DecodeState:
     """Feeds the newest token of each sequence and draws the next one, below `num_ids`."""
     zero = jnp.zeros_like(state.position)
     logits, cache = next_logits(config, params, state.token[:, None], state.position[:, None], state.cache, zero)
@@ -109,7 +111,7 @@ def _advance(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) -> D
 
 
 def generate(
-    config: ModelConfig,
+    config: LanguageModelConfig,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -182,7 +184,7 @@ def _checked(seeds: Sequence[Any], count: int) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def prompt_ids(config: ModelConfig, prompts: Prompts) -> list[list[int]]:
+def prompt_ids(config: LanguageModelConfig, prompts: Prompts) -> list[list[int]]:
     """Returns the ids that stand before the new ones in each text; a decoder's start id is no text."""
     return [[] if config.structure == "encoder_decoder" else row for row in prompts.rows()]
 

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 
 from research.core.errors import UserError
 from research.models.config import ModelConfig
-from research.models.transformer import Transformer
+from research.models.language_model import language_model
+from research.models.transformer import multiply_out
 
 
 def read_inputs(
@@ -24,7 +25,7 @@ def read_inputs(
     types: ArrayLike | None,
     prefix: ArrayLike | None,
 ) -> dict[str, Int[Array, "B _"]]:
-    """Returns the keywords of `Transformer` for whole sequences, all looked at.
+    """Returns what a model reads of whole sequences, all looked at.
 
     Raises:
       UserError: what `rows_of` and `beside` refuse, or something that the model does not read, or is missing.
@@ -119,10 +120,8 @@ def logits(config: ModelConfig, params: Any, inputs: dict[str, Array]) -> Float[
     Args:
       config: the model.
       params: its parameters.
-      inputs: the keywords of `Transformer`.
+      inputs: what it reads.
     """
 
-    def apply(module: Transformer) -> Array:
-        return module.logits(module(**inputs).hidden)
-
-    return Transformer(config).apply({"params": params}, method=apply)
+    model = language_model(config)
+    return multiply_out(model.projection(params, model.hidden(params, inputs).hidden))

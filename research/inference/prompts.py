@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
-from research.models.cache import Cache, empty_cache
-from research.models.config import ModelConfig
+from research.models.cache import Cache
+from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable, contiguous_table
-from research.models.stack import scans_layers
-from research.models.transformer import Transformer
+from research.models.transformer import multiply_out
+from research.parallel.target import platform
 
 # Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
@@ -51,7 +51,7 @@ Prompt = str | Sequence[int]
 
 
 def encode(
-    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: Sequence[int]
+    config: LanguageModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: Sequence[int]
 ) -> tuple[Prompts, int]:
     """Returns the prompts in rows, and the slots that a cache needs for each of them and its `max_tokens` new tokens.
 
@@ -77,7 +77,7 @@ def encode(
     return read, min(bucket(needed), config.max_length)
 
 
-def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], config: ModelConfig) -> int:
+def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], config: LanguageModelConfig) -> int:
     """Returns the slots of the longest text; raises UserError where a prompt and its new tokens do not fit."""
     room = config.max_length
     lengths = [len(ids) for ids in encoded]
@@ -129,7 +129,7 @@ def _pad(encoded: Sequence[Sequence[int]], max_length: int) -> tuple[Int[Array, 
 
 
 def _ids(
-    config: ModelConfig, tokenizer: Tokenizer, prompt: Prompt, encode_text: Callable[[str], list[int]]
+    config: LanguageModelConfig, tokenizer: Tokenizer, prompt: Prompt, encode_text: Callable[[str], list[int]]
 ) -> list[int]:
     """Returns the ids of a prompt; raises UserError where there are none, or one that the model has not."""
     if isinstance(prompt, str):
@@ -144,7 +144,7 @@ def _ids(
     return ids
 
 
-def _outside(config: ModelConfig, tokenizer: Tokenizer, prompt: Prompt, i: int) -> str:
+def _outside(config: LanguageModelConfig, tokenizer: Tokenizer, prompt: Prompt, i: int) -> str:
     """Returns what is said of an id that the model's embedding has no row for."""
     bound = f"the model's ids lie in [0, {config.vocab_size})"
     if isinstance(prompt, str) and 0 <= i < tokenizer.vocab_size:
@@ -155,7 +155,7 @@ def _outside(config: ModelConfig, tokenizer: Tokenizer, prompt: Prompt, i: int) 
 
 
 def next_logits(
-    config: ModelConfig,
+    config: LanguageModelConfig,
     params: Any,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
@@ -172,20 +172,18 @@ def next_logits(
       positions: of the tokens.
       cache: of the tokens before.
       which: the place, in [0, T).
-      **inputs: what else `Transformer` reads the first time.
+      **inputs: what else the model reads the first time.
     """
 
-    def apply(module: Transformer) -> tuple[Array, Cache]:
-        output = module(tokens, positions, cache=cache, **inputs)
-        hidden = jnp.take_along_axis(output.hidden, which[:, None, None], axis=1)
-        return module.logits(hidden)[:, 0], output.cache
-
-    return Transformer(config).apply({"params": params}, method=apply)
+    model = language_model(config)
+    output = model.hidden(params, {"tokens": tokens, "positions": positions, **inputs}, cache=cache)
+    hidden = jnp.take_along_axis(output.hidden, which[:, None, None], axis=1)
+    return multiply_out(model.projection(params, hidden))[:, 0], output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
 def prefill(
-    params: Any, prompts: Prompts, *, config: ModelConfig, slots: int, page_table: PageTable | None = None
+    params: Any, prompts: Prompts, *, config: LanguageModelConfig, slots: int, page_table: PageTable | None = None
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Returns the logits after each prompt, and the cache. What stands there for padding is never seen.
 
@@ -204,8 +202,8 @@ def prefill(
         known, places = _places(prompts.encoder_tokens, prompts.encoder_lengths)
         segments = known.astype(jnp.int32)
         inputs = {"encoder_tokens": prompts.encoder_tokens, "encoder_positions": places, "encoder_segments": segments}
-    rows = len(prompts.tokens)
-    cache = empty_cache(config, rows, slots, scans_layers(config), segments, page_table=page_table)
+    model = language_model(config, platform())
+    cache = model.empty_cache(len(prompts.tokens), slots, segments, page_table=page_table)
     return next_logits(config, params, prompts.tokens, positions, cache, prompts.lengths - 1, **inputs)
 
 

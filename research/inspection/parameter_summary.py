@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from research.core.trees import count
 from research.models.cache import empty_cache
 from research.models.config import LayerConfig, ModelConfig
+from research.models.language_model import language_model
 from research.models.stack import layer_name
-from research.models.transformer import init_params
 from research.parallel.rules import is_box
 
 # What a token meets before the layers, and last; all else stands between in the order of its making.
@@ -66,7 +66,7 @@ def take_apart(config: ModelConfig) -> Part:
     found: list[Part] = []
 
     def trace() -> Any:
-        params = init_params(_shortened(config), jax.random.key(0))
+        params = language_model(_shortened(config)).init(jax.random.key(0))
         # Modules still stand in the order in which a token meets them; what `eval_shape` returns is sorted.
         found.append(Part("model", parts=tuple(_stack(config, params))))
         return params

@@ -27,7 +27,7 @@ INERT = (
 )
 # What a checkpoint's config does not settle: where and how it runs, and what only training sees.
 NOT_CONVERTED = {
-    "": ("dropout", "dtype", "layer_loop", "remat"),
+    "": ("dropout", "dtype", "layer_loop", "param_dtype", "remat"),
     "attention": ("implementation",),
     "experts": ("balance_weight", "bias_speed", "z_weight"),
     "head": ("future_weight",),

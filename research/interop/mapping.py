@@ -24,9 +24,9 @@ from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
 from research.interop.tensor import Placed, Shape, Tensor, same_numbers
 from research.models.config import ModelConfig
+from research.models.language_model import language_model
 from research.models.layer_stack import stack_layers, unstack_layers
-from research.models.stack import scans_layers
-from research.models.transformer import init_params
+from research.parallel.target import platform
 from research.storage.background import prefetch
 
 logger = logging.getLogger("tessera")
@@ -56,10 +56,15 @@ class Piece(NamedTuple):
     values: Float32[np.ndarray, "..."]
 
 
-@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a deep model takes a second
 def abstract_params(config: ModelConfig) -> Any:
-    """Returns the shapes of a model's parameters, as a tree."""
-    return jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    """Returns the shapes of a model's parameters, as a tree, in the form that suits this machine."""
+    return _abstract_params(config, platform())
+
+
+@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a deep model takes a second
+def _abstract_params(config: ModelConfig, platform: str) -> Any:
+    model = language_model(config, platform)
+    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0))))
 
 
 def unrolled_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -264,7 +269,7 @@ def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:
     for name, box, values in pieces:
         named[name][box] = values
     named, abstract = jax.tree.map(jnp.asarray, named), abstract_params(config)
-    if scans_layers(config):  # all but the first layers
+    if "layers" in abstract:  # all but the first layers are stacked
         named = unstack_layers(stack_layers(named), named_leaves(abstract))
     return jax.tree.unflatten(jax.tree.structure(abstract), [named[name] for name in named_leaves(abstract)])
 

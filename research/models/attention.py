@@ -13,7 +13,7 @@ from research.models import positions as positional
 from research.models.cache import LayerCache
 from research.models.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig
 from research.models.dot_product import DotProduct
-from research.models.layers import Norm, Projection
+from research.models.layers import Norm, Projection, parameter
 from research.models.paged_cache import PageTable
 from research.parallel.rules import constrain
 
@@ -63,6 +63,7 @@ def project_heads(config: ModelConfig, name: str) -> Projection:
         use_bias=c.qkv_bias,
         stddev=config.init_stddev,
         dtype=config.dtype,
+        param_dtype=config.param_dtype,
         name=name,
     )
 
@@ -76,6 +77,7 @@ def project_out(config: ModelConfig) -> Projection:
         use_bias=config.attention.out_bias,
         stddev=residual_stddev(config),
         dtype=config.dtype,
+        param_dtype=config.param_dtype,
         name="out",
     )
 
@@ -84,7 +86,7 @@ def head_norm(config: ModelConfig, names: tuple[str, ...], name: str, epsilon: f
     """Returns an RMS norm inside attention; None is the epsilon of the model's norms."""
     epsilon = config.norm.epsilon if epsilon is None else epsilon
     rms = NormConfig(kind="rmsnorm", epsilon=epsilon, unit_offset=config.norm.unit_offset)
-    return Norm(rms, names, name=name)
+    return Norm(rms, names, param_dtype=config.param_dtype, name=name)
 
 
 def dot_product(
@@ -137,8 +139,8 @@ class Attention(nn.Module):
         alibi = jnp.asarray(positional.alibi_slopes(c.num_heads)) if position.kind == "alibi" else None
         sinks = None
         if c.sinks:
-            init = nn.with_logical_partitioning(nn.initializers.normal(model.init_stddev), ("heads",))
-            sinks = self.param("sinks", init, (c.num_heads,), jnp.float32)
+            init = nn.initializers.normal(model.init_stddev)
+            sinks = parameter(self, "sinks", init, (c.num_heads,), ("heads",), model.param_dtype).astype(jnp.float32)
 
         mask = dataclasses.replace(context.mask, window=self.layer.window)
         attention = dot_product(c, c.head_dim, bias=bias, alibi=alibi, sinks=sinks)
@@ -168,14 +170,16 @@ class RelativeScores(nn.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
         model, c = self.config, self.config.attention
         shape, names = (c.num_heads, c.head_dim), ("heads", "head")
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
-        content = self.param("content", zeros, shape, jnp.float32)
-        distance = self.param("distance", zeros, shape, jnp.float32)
+        zeros = nn.initializers.zeros
+        content = parameter(self, "content", zeros, shape, names, model.param_dtype)
+        distance = parameter(self, "distance", zeros, shape, names, model.param_dtype)
         before = q.shape[1] if slots is None else max(slots, q.shape[1])
         only_before = slots is None and context.mask.causal and context.mask.prefix is None
         distances = jnp.arange(before - 1, -1 if only_before else -before, -1)
-        options = {"stddev": model.init_stddev, "dtype": model.dtype, "name": "projection"}
-        r = Projection(shape, ("embed", *names), **options)(positional.sinusoidal(distances, model.embed_dim))
+        options = {"stddev": model.init_stddev, "dtype": model.dtype, "param_dtype": model.param_dtype}
+        r = Projection(shape, ("embed", *names), name="projection", **options)(
+            positional.sinusoidal(distances, model.embed_dim)
+        )
         r = r * jnp.asarray(1 / math.sqrt(c.head_dim) if c.scale is None else c.scale, r.dtype)
         scores = jnp.einsum("btnh,rnh->bntr", q + distance.astype(q.dtype), r, preferred_element_type=jnp.float32)
         if slots is None:

@@ -55,8 +55,10 @@ class Block(nn.Module):
             return y
 
         if c.norm.placement.startswith("parallel"):
-            first = Norm(c.norm, name="attention_norm")(x)
-            second = first if c.norm.placement == "parallel" else Norm(c.norm, name="mlp_norm")(x)
+            first = Norm(c.norm, param_dtype=c.param_dtype, name="attention_norm")(x)
+            second = (
+                first if c.norm.placement == "parallel" else Norm(c.norm, param_dtype=c.param_dtype, name="mlp_norm")(x)
+            )
             y = attend(first) + feed_forward(second)
             x = x + self._drop(y, context, 0)
         else:
@@ -69,11 +71,13 @@ class Block(nn.Module):
     def _sublayer(self, name: str, x: Stream, f: Callable[[Stream], Stream], context: Context, index: int) -> Stream:
         norm = self.config.norm
         reads = norm.reads_normalized and (name != "attention" or self.layer.attention_norm)
-        y = f(Norm(norm, name=f"{name}_norm")(x) if reads else x)
+        y = f(Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x) if reads else x)
         if norm.writes_normalized:
-            y = Norm(norm, name=f"{name}_out_norm")(y)
+            y = Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_out_norm")(y)
         x = x + self._drop(y, context, index)
-        return Norm(norm, name=f"{name}_norm")(x) if norm.placement == "post" else x
+        return (
+            Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x) if norm.placement == "post" else x
+        )
 
     def _drop(self, y: Stream, context: Context, index: int) -> Stream:
         if context.key is None or not self.config.dropout:

@@ -158,7 +158,8 @@ class ModelConfig:
       scale_embeddings: whether embeddings are multiplied by √D, as with sinusoidal positions (Vaswani et al. 2017).
       dropout: rate on embeddings and on what each sublayer adds.
       init_stddev: of all matrices; projections into the residual stream are divided by √(2L) (GPT-2).
-      dtype: of activations and matrix products; parameters are always float32.
+      dtype: of activations and matrix products.
+      param_dtype: of parameters; selection biases of experts are float32 all the same.
       layer_loop: `scan` compiles one block for all layers, `unroll` each one; `auto` unrolls on CPU, where loops are
         slow. The parameters on disk are the same.
       remat: what the backward pass recomputes: `none`, all of a block (`full`), or all but its matrix products (`dots`)
@@ -186,6 +187,7 @@ class ModelConfig:
     dropout: float = 0.0
     init_stddev: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
 

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from research.models.attention import Context
 from research.models.block import Block
@@ -28,9 +28,10 @@ class Transform(nn.Module):
             use_bias=c.head.transform_bias,
             stddev=c.init_stddev,
             dtype=c.dtype,
+            param_dtype=c.param_dtype,
             name="projection",
         )(x)
-        return Norm(c.norm, name="norm")(ACTIVATIONS[c.mlp.activation](y))
+        return Norm(c.norm, param_dtype=c.param_dtype, name="norm")(ACTIVATIONS[c.mlp.activation](y))
 
 
 class Pooler(nn.Module):
@@ -44,15 +45,15 @@ class Pooler(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
         c = self.config
-        options = {"use_bias": True, "stddev": c.init_stddev, "dtype": c.dtype}
+        options = {"use_bias": True, "stddev": c.init_stddev, "dtype": c.dtype, "param_dtype": c.param_dtype}
         pooled = jnp.tanh(Projection(x.shape[-1:], ("embed", "mlp"), name="projection", **options)(x[:, 0]))
         if not c.head.num_classes:
             return pooled, None
         return pooled, Projection((c.head.num_classes,), ("embed", "classes"), name="classes", **options)(pooled)
 
 
-class FuturePredictor(nn.Module):
-    """One step further: block([norm(e); norm(h)] W), with e the embedding of the token that follows.
+class MTPModule(nn.Module):
+    """One depth of multi-token prediction: block([norm(e); norm(h)] W), with e the embedding of the token that follows.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv:2412.19437, section 2.2, equations 21 and 22; embedding and output
     projection are the model's. As in the released weights e comes before h, and h has passed the last norm.
@@ -66,8 +67,17 @@ class FuturePredictor(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerReport]:
         """Returns the states, and what the experts tell beside their output."""
         c = self.config
-        both = [Norm(c.norm, name="embed_norm")(embedded), Norm(c.norm, name="hidden_norm")(hidden)]
-        options = {"stddev": c.init_stddev, "dtype": c.dtype, "name": "projection"}
-        x = Projection((c.embed_dim,), ("mlp", "embed"), **options)(jnp.concatenate(both, axis=-1))
+        both = [
+            Norm(c.norm, param_dtype=c.param_dtype, name="embed_norm")(embedded),
+            Norm(c.norm, param_dtype=c.param_dtype, name="hidden_norm")(hidden),
+        ]
+        options = {"stddev": c.init_stddev, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        join = Projection((c.embed_dim,), ("mlp", "embed"), name="projection", **options)
+        x = join(jnp.concatenate(both, axis=-1))
         x, _, report = Block(c, c.layers()[-1], name="block")(x, None, context)
-        return Norm(c.norm, name="final_norm")(x), report
+        return Norm(c.norm, param_dtype=c.param_dtype, name="final_norm")(x), report
+
+
+def shift_left(x: Shaped[Array, "B T"], by: int) -> Shaped[Array, "B T"]:
+    """Returns what stands `by` places further on in each row; zeros past its end."""
+    return jnp.pad(x, ((0, 0), (0, by)))[:, by:]

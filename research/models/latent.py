@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from research.kernels.attention import AttentionMask
+from research.kernels.attention import AttentionMask, for_wide_heads
+from research.kernels.weights import einsum
 from research.models import positions as positional
 from research.models.attention import Context, dot_product, head_norm, project_out
 from research.models.cache import LayerCache
 from research.models.config import AttentionConfig, LayerConfig, ModelConfig
 from research.models.layers import Projection
 from research.parallel.rules import constrain
-from research.parallel.target import platform
 
 
 class LatentAttention(nn.Module):
@@ -35,7 +35,7 @@ class LatentAttention(nn.Module):
         model, c = self.config, self.config.attention
         latent, position = c.latent, model.position_of(self.layer)
         assert latent is not None
-        options = {"stddev": model.init_stddev, "dtype": model.dtype}
+        options = {"stddev": model.init_stddev, "dtype": model.dtype, "param_dtype": model.param_dtype}
 
         def rope(heads: Float[Array, "B T heads R"]) -> Float[Array, "B T heads R"]:
             return positional.rotate(position, heads, context.positions, context.lengths)
@@ -131,16 +131,15 @@ def _absorbed(
     """
     width = latents.shape[2]
     attention = dot_product(c, q.shape[3])
-    to_key, to_value = (each.weights((width,))[0].astype(q.dtype) for each in (key, value))
-    plain = jnp.einsum("BTNH,CNH->BTNC", q[..., : c.head_dim], to_key)
+    to_key, to_value = (each.weights((width,))[0] for each in (key, value))
+    plain = einsum("BTNH,CNH->BTNC", q[..., : c.head_dim], to_key)
     q = jnp.concatenate([plain, q[..., c.head_dim :]], axis=-1)
     q = constrain(q, ("batch", "length", "heads", "head"))
     k = jnp.concatenate([latents, k_rope], axis=-1)[:, :, None]
-    if platform() != "cpu":  # whose kernels take no head as wide as a latent; scores as few as these may be held
-        attention = dataclasses.replace(attention, implementation="reference")
+    attention = dataclasses.replace(attention, implementation=for_wide_heads(attention.implementation))
     # The keys are the values too: what their rotary columns sum up to is left out.
     sums = attention(q, k, k, mask)[..., :width]
-    return jnp.einsum("BTNC,CNV->BTNV", sums, to_value)
+    return einsum("BTNC,CNV->BTNV", sums, to_value)
 
 
 def _fill(x: Float[Array, "B T heads W"], width: int) -> Float[Array, "B T heads H"]:

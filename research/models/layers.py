@@ -1,6 +1,6 @@
-"""The parts that every sublayer is made of: projections, norms, the embedding."""
+"""The parts that every sublayer is made of: weights, projections, norms, the embedding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.kernels.projection import project
+from research.kernels.weights import Weight, WeightNode, constrain_weight, take_rows
 from research.models.config import NormConfig
-from research.parallel.rules import constrain
 
 # In float32, whatever the type: a bfloat16 chain is rounded at each of its steps, which on CPU takes most of the time.
 ACTIVATIONS = {
@@ -19,6 +19,34 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., Array],
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    dtype: str,
+) -> Weight:
+    """Returns a parameter of a module, made by `init` where it does not exist yet.
+
+    One that exists may be a `WeightNode` in the place of an array; then its shape is checked as that of an array is.
+
+    Args:
+      module: that has the parameter, in `setup` or a compact method.
+      name: of the parameter.
+      init: takes a key, a shape and a type.
+      shape: of the plain array.
+      names: the logical names of its axes.
+      dtype: of the initial array.
+    """
+    if module.has_variable("params", name):
+        value = module.get_variable("params", name)
+        if isinstance(value, WeightNode):
+            assert value.shape == shape, f"{name} of {'/'.join(module.path)} has shape {value.shape}, not {shape}"
+            return value
+    return module.param(name, nn.with_logical_partitioning(init, names), shape, dtype)
 
 
 class Projection(nn.Module):
@@ -31,6 +59,7 @@ class Projection(nn.Module):
       use_bias: whether b is learned.
       stddev: of the initial kernel.
       dtype: of the product.
+      param_dtype: of the initial parameters.
     """
 
     features: tuple[int, ...]
@@ -39,24 +68,25 @@ class Projection(nn.Module):
     use_bias: bool = False
     stddev: float = 0.02
     dtype: str = "float32"
+    param_dtype: str = "float32"
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel, bias = self.weights(x.shape[-self.num_inputs :])
         return project(x.astype(self.dtype), kernel, bias, axes=self.num_inputs)
 
     @nn.compact
-    def weights(self, inputs: tuple[int, ...]) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+    def weights(self, inputs: tuple[int, ...]) -> tuple[Weight, Float[Array, "..."] | None]:
         """Returns W and b, for those who multiply with them in another order.
 
         Args:
           inputs: the input axes.
         """
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.names)
-        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
+        init = nn.initializers.normal(self.stddev)
+        kernel = parameter(self, "kernel", init, (*inputs, *self.features), self.names, self.param_dtype)
         if not self.use_bias:
             return kernel, None
-        init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.num_inputs :])
-        return kernel, self.param("bias", init, self.features, jnp.float32)
+        names = self.names[self.num_inputs :]
+        return kernel, parameter(self, "bias", nn.initializers.zeros, self.features, names, self.param_dtype)
 
 
 class Norm(nn.Module):
@@ -68,10 +98,12 @@ class Norm(nn.Module):
     Attributes:
       config: which norm.
       names: logical names of the trailing axes that are normalized together.
+      param_dtype: of the initial parameters.
     """
 
     config: NormConfig
     names: tuple[str, ...] = ("embed",)
+    param_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -82,11 +114,11 @@ class Norm(nn.Module):
             y = y - y.mean(axis=axes, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + c.epsilon)
         start = nn.initializers.zeros if c.unit_offset else nn.initializers.ones
-        scale = self.param("scale", nn.with_logical_partitioning(start, self.names), shape, jnp.float32)
+        scale = parameter(self, "scale", start, shape, self.names, self.param_dtype).astype(jnp.float32)
         y = y * (1 + scale if c.unit_offset else scale)
         if c.bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, self.names)
-            y = y + self.param("bias", init, shape, jnp.float32)
+            bias = parameter(self, "bias", nn.initializers.zeros, shape, self.names, self.param_dtype)
+            y = y + bias.astype(jnp.float32)
         return y.astype(x.dtype)
 
 
@@ -98,17 +130,21 @@ class Embedding(nn.Module):
       width: of a row.
       names: logical names of the table's two axes.
       stddev: of the initial table.
+      param_dtype: of the initial table.
     """
 
     rows: int
     width: int
     names: Sequence[str]
     stddev: float
+    param_dtype: str = "float32"
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), tuple(self.names))
-        self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
+        init = nn.initializers.normal(self.stddev)
+        shape = (self.rows, self.width)
+        self.embedding = parameter(self, "embedding", init, shape, tuple(self.names), self.param_dtype)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         # Whole rows first: a lookup in a table whose rows are split makes the partitioner copy the table everywhere.
-        return constrain(self.embedding, (self.names[0], None))[ids]
+        table = constrain_weight(self.embedding, (self.names[0], None))
+        return take_rows(table, ids).astype(jnp.float32)

@@ -9,13 +9,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from research.kernels.grouped_matmul import grouped_matmul
+from research.kernels.weights import Weight, split_axes
 from research.models.attention import residual_stddev
 from research.models.config import ExpertsConfig, MlpConfig, ModelConfig
-from research.models.layers import ACTIVATIONS, Projection
+from research.models.layers import ACTIVATIONS, Projection, parameter
 from research.models.reports import LayerReport
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.rules import constrain
-from research.parallel.shard_map import once_a_device, shared_axes
+from research.parallel.shard_map import shard_map, sharding_axes
 
 
 def activate(
@@ -47,7 +48,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c, model = self.config.mlp, self.config
         width = c.hidden_dim if self.hidden_dim is None else self.hidden_dim
-        options = {"use_bias": c.bias, "dtype": model.dtype}
+        options = {"use_bias": c.bias, "dtype": model.dtype, "param_dtype": model.param_dtype}
         inner = {"features": (width,), "names": ("embed", "mlp"), "stddev": model.init_stddev}
         up = Projection(name="up", **inner, **options)(x)
         gate = Projection(name="gate", **inner, **options)(x) if c.gated else None
@@ -74,20 +75,27 @@ class Experts(nn.Module):
         assert c is not None
         # The router is small and its choice is sharp, so it is computed in float32 whatever the type.
         logits = Projection(
-            (c.num_experts,), ("embed", "router"), use_bias=c.router_bias, stddev=model.init_stddev, name="router"
+            (c.num_experts,),
+            ("embed", "router"),
+            use_bias=c.router_bias,
+            stddev=model.init_stddev,
+            param_dtype=model.param_dtype,
+            name="router",
         )(x.astype(jnp.float32))
         selection = None
         if c.selection_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("selection",))
-            selection = self.param("selection_bias", init, (c.num_experts,), jnp.float32)
+            # In float32 whatever the type of the others: its small steps would be lost in bfloat16.
+            shape = (c.num_experts,)
+            selection = parameter(self, "selection_bias", nn.initializers.zeros, shape, ("selection",), "float32")
         chosen, weights, loss = route(c, logits, selection, real)
         kernels = ExpertKernels(model, name="experts")()
         y = _mix(model.mlp, x, chosen, weights.astype(x.dtype), kernels)
         if c.shared_dim:
             shared = Mlp(model, c.shared_dim, name="shared")(x)
             if c.shared_gate:
-                options = {"stddev": model.init_stddev, "dtype": model.dtype, "name": "shared_gate"}
-                shared = shared * jax.nn.sigmoid(Projection((1,), ("embed", "types"), **options)(x))
+                options = {"stddev": model.init_stddev, "dtype": model.dtype, "param_dtype": model.param_dtype}
+                gate = Projection((1,), ("embed", "types"), name="shared_gate", **options)
+                shared = shared * jax.nn.sigmoid(gate(x))
             y = y + shared
         return y, LayerReport(loss, expert_load(c.num_experts, chosen, real))
 
@@ -188,14 +196,15 @@ class ExpertKernels(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> dict[str, tuple[Float[Array, "E I O"], Float[Array, "E O"] | None]]:
+    def __call__(self) -> dict[str, tuple[Weight, Float[Array, "E O"] | None]]:
         model, c = self.config, self.config.experts
         assert c is not None
         inward = ((model.embed_dim, c.hidden_dim), ("embed", "mlp"), model.init_stddev)
         outward = ((c.hidden_dim, model.embed_dim), ("mlp", "embed"), residual_stddev(model))
         wanted = {"up": inward, **({"gate": inward} if model.mlp.gated else {}), "down": outward}
         return {
-            name: ExpertKernel(c.num_experts, *of, use_bias=model.mlp.bias, name=name)() for name, of in wanted.items()
+            name: ExpertKernel(c.num_experts, *of, use_bias=model.mlp.bias, param_dtype=model.param_dtype, name=name)()
+            for name, of in wanted.items()
         }
 
 
@@ -207,15 +216,18 @@ class ExpertKernel(nn.Module):
     names: tuple[str, str]
     stddev: float
     use_bias: bool
+    param_dtype: str
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, "E I O"], Float[Array, "E O"] | None]:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), ("expert", *self.names))
-        kernel = self.param("kernel", init, (self.num_experts, *self.shape), jnp.float32)
+    def __call__(self) -> tuple[Weight, Float[Array, "E O"] | None]:
+        init = nn.initializers.normal(self.stddev)
+        shape = (self.num_experts, *self.shape)
+        kernel = parameter(self, "kernel", init, shape, ("expert", *self.names), self.param_dtype)
         if not self.use_bias:
             return kernel, None
-        init = nn.with_logical_partitioning(nn.initializers.zeros, ("expert", self.names[1]))
-        return kernel, self.param("bias", init, (self.num_experts, self.shape[1]), jnp.float32)
+        shape = (self.num_experts, self.shape[1])
+        names = ("expert", self.names[1])
+        return kernel, parameter(self, "bias", nn.initializers.zeros, shape, names, self.param_dtype)
 
 
 def _mix(
@@ -229,8 +241,8 @@ def _mix(
 
     On a mesh each device takes its own tokens through all experts, of whose width it has its share.
     """
-    batch = shared_axes(BATCH_AXES, x.shape[0])
-    width = shared_axes((TENSOR_AXIS,), kernels["up"][0].shape[2])
+    batch = sharding_axes(BATCH_AXES, x.shape[0])
+    width = sharding_axes((TENSOR_AXIS,), kernels["up"][0].shape[2])
     if not batch and not width:
         return _mix_local(config, x, chosen, weights, kernels)
     tokens = PartitionSpec(batch or None)
@@ -245,8 +257,11 @@ def _mix(
             kernels = kernels | {"down": (kernel, jnp.where(jax.lax.axis_index(width) == 0, bias, 0.0))}
         return jax.lax.psum(_mix_local(config, x, chosen, weights, kernels), width)
 
-    specs = {name: specs[name] if bias is not None else (specs[name][0], None) for name, (_, bias) in kernels.items()}
-    return once_a_device(local, (tokens, tokens, tokens, specs), tokens)(x, chosen, weights, kernels)
+    specs = {
+        name: (split_axes(kernel, specs[name][0]), None if bias is None else specs[name][1])
+        for name, (kernel, bias) in kernels.items()
+    }
+    return shard_map(local, (tokens, tokens, tokens, specs), tokens)(x, chosen, weights, kernels)
 
 
 def _mix_local(

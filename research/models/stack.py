@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +15,11 @@ from research.models.attention import Context
 from research.models.block import Block
 from research.models.cache import Cache, LayerCache
 from research.models.config import LayerConfig, ModelConfig
+from research.models.layer_loops import LayerLoop, Layers, Scanned, Unrolled
 from research.models.layers import Embedding, Norm
 from research.models.positions import distance_buckets, document_lengths, rounded_alibi, sinusoidal
 from research.models.reports import LayerReport, LayerReports, collect_reports
 from research.parallel.rules import constrain
-from research.parallel.target import platform
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -27,11 +28,16 @@ _REMAT_POLICIES = {
 }
 
 
-def scans_layers(config: ModelConfig) -> bool:
-    """Whether the layers are one scanned block: XLA for CPU runs the body of a loop at about half speed."""
-    if config.layer_loop == "auto":
-        return platform() != "cpu"
-    return config.layer_loop == "scan"
+def resolve_layer_loop(config: ModelConfig, platform: str) -> ModelConfig:
+    """Returns the config with `layer_loop = "auto"` decided: XLA for CPU runs the body of a loop at about half speed.
+
+    Args:
+      config: the model.
+      platform: `cpu`, `gpu` or `tpu`, which its programs are for.
+    """
+    if config.layer_loop != "auto":
+        return config
+    return dataclasses.replace(config, layer_loop="unroll" if platform == "cpu" else "scan")
 
 
 def layer_name(config: ModelConfig, index: int) -> str:
@@ -43,43 +49,41 @@ def layer_name(config: ModelConfig, index: int) -> str:
 class Stack(nn.Module):
     """Embedded tokens in, hidden states out: positions, layers, the final norm.
 
-    The layers of `pattern` are one loop where layers are scanned; the first layers, which may be built otherwise, are
-    always unrolled.
+    The first layers, which may be built otherwise, are always unrolled.
 
     Attributes:
       config: the model, or `ModelConfig.encoder()` of it.
       bare: whether to leave its layers out, whose parameters `init_params` makes one by one.
+      loop: how the layers of `pattern` are run; None unrolls them, or scans them where their parameters are stacked.
     """
 
     config: ModelConfig
     bare: bool = False
+    loop: LayerLoop | None = None
 
     def setup(self) -> None:
-        self.setup_stack()
-
-    def setup_stack(self) -> None:
-        """Makes the submodules, for `setup` of this class and of those that are more than a stack."""
         c = self.config
         if c.position.kind == "learned":
             rows = c.max_length + c.position.offset
-            self.position_embed = Embedding(rows, c.embed_dim, ("positions", "embed"), c.init_stddev)
+            self.position_embed = Embedding(rows, c.embed_dim, ("positions", "embed"), c.init_stddev, c.param_dtype)
         if c.position.kind == "buckets":
-            names = ("buckets", "heads")
-            self.position_bias = Embedding(c.position.num_buckets, c.attention.num_heads, names, c.init_stddev)
+            sizes = (c.position.num_buckets, c.attention.num_heads)
+            self.position_bias = Embedding(*sizes, ("buckets", "heads"), c.init_stddev, c.param_dtype)
         if c.embedding.num_types:
-            self.type_embed = Embedding(c.embedding.num_types, c.embed_dim, ("types", "embed"), c.init_stddev)
+            sizes = (c.embedding.num_types, c.embed_dim)
+            self.type_embed = Embedding(*sizes, ("types", "embed"), c.init_stddev, c.param_dtype)
         if c.embedding.norm:
-            self.embed_norm = Norm(c.norm)
+            self.embed_norm = Norm(c.norm, param_dtype=c.param_dtype)
         self.embed_dropout = nn.Dropout(c.dropout)
         kinds, first = ((), 0) if self.bare else (c.layers(), len(c.first_layers))
         block: Any = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat])
         self.first_layers = [block(c, kind) for kind in kinds[:first]]
-        if not scans_layers(c):
-            self.layers = [block(c, kind) for kind in kinds[first:]]
+        stacked = self.has_variable("params", "layers")
+        self.layers = [] if stacked else [block(c, kind) for kind in kinds[first:]]
         if c.norm.placement != "post":
-            self.final_norm = Norm(c.norm)
+            self.final_norm = Norm(c.norm, param_dtype=c.param_dtype)
 
     def run(
         self,
@@ -97,7 +101,7 @@ class Stack(nn.Module):
         c = self.config
         x = self._place(x, positions, types)
         drop_key = None if key is None else jax.random.fold_in(key, 0)
-        x = self.embed_dropout(x.astype(c.dtype), deterministic=key is None, rng=drop_key)
+        x = self.drop_embedded(x.astype(c.dtype), drop_key)
         x = constrain(x, ("batch", "length", "embed"))
         context = dataclasses.replace(
             self.context(positions, mask, cache),
@@ -105,9 +109,13 @@ class Stack(nn.Module):
             memory_mask=memory_mask,
             key=None if key is None else jax.random.fold_in(key, 1),
         )
-        x, cache, reports = self._layers(x, cache, context)
+        x, cache, reports = self._run_layers(x, cache, context)
         x = self.final_norm(x) if c.norm.placement != "post" else x
         return x, cache, collect_reports(reports)
+
+    def drop_embedded(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
+        """Drops entries of embeddings; without a key none."""
+        return self.embed_dropout(x, deterministic=key is None, rng=key)
 
     def context(self, positions: Int[Array, "B T"], mask: AttentionMask, cache: Cache | None) -> Context:
         """Returns what positions tell each layer, for `run` and for layers that come after it."""
@@ -150,70 +158,49 @@ class Stack(nn.Module):
         buckets = distance_buckets(c.position, distances, bidirectional=not context.mask.causal)
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
 
-    def _layers(
+    def _run_layers(
         self, x: Float[Array, "B T D"], cache: Cache | None, context: Context
     ) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, LayerReport]]:
-        """Returns the stream, the cache, and the report of each layer by the name of its parameters."""
-        blocks = [*self.first_layers, *(() if scans_layers(self.config) else self.layers)]
-        caches, reports = [], {}
-        for index, block in enumerate(blocks):
-            layer_cache = None if cache is None else cache.layers[index]
-            x, layer_cache, report = block(x, layer_cache, _at_layer(context, index))
-            caches.append(layer_cache)
-            reports[layer_name(self.config, index)] = report
-        if scans_layers(self.config) and not self.bare and self.config.num_layers > len(blocks):
-            stacked = None if cache is None else cache.layers[-1]
-            x, stacked, reports["layers"] = self._scan(x, stacked, context)
-            caches.append(stacked)
-        return x, None if cache is None else cache.replace(layers=tuple(caches)), reports
+        """Returns the stream, the cache, and the reports of layers by the name of their parameters."""
+        caches = None if cache is None else cache.layers
+        new_caches: tuple[LayerCache, ...] = ()
+        reports = {}
+        for loop, layers in self._groups():
+            count = 1 if layers.params is not None else len(layers.kinds)
+            own = None if caches is None else caches[len(new_caches) : len(new_caches) + count]
+            x, own, more = loop.run(layers, x, own, context)
+            new_caches = new_caches if own is None else (*new_caches, *own)
+            reports |= more
+        return x, None if cache is None else cache.replace(layers=new_caches), reports
 
-    def _scan(
-        self, x: Float[Array, "B T D"], cache: LayerCache | None, context: Context
+    def _groups(self) -> list[tuple[LayerLoop, Layers]]:
+        """Returns the first layers and those of the pattern, each with the way to run them; without empty groups."""
+        c = self.config
+        kinds, first = c.layers(), len(c.first_layers)
+        names = tuple(layer_name(c, index) for index in range(c.num_layers))
+        remat = None if c.remat == "none" else _REMAT_POLICIES[c.remat]
+        params = self.get_variable("params", "layers") if self.has_variable("params", "layers") else None
+
+        def group(start: int, stop: int, blocks: Sequence[Block], params: Any) -> Layers:
+            period = len(c.pattern)
+            return Layers(start, names[start:stop], kinds[start:stop], period, blocks, self._apply, params, remat)
+
+        if self.bare:
+            return []
+        loop = self.loop
+        if loop is None:
+            loop = Unrolled() if params is None else Scanned()
+        groups = [
+            (Unrolled(), group(0, first, self.first_layers, None)),
+            (loop, group(first, c.num_layers, self.layers, params)),
+        ]
+        return [(loop, layers) for loop, layers in groups if layers.kinds]
+
+    def _apply(
+        self, kind: LayerConfig, params: Any, x: Float[Array, "B T D"], cache: LayerCache | None, context: Context
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
-        """Takes the stream through the layers of `pattern`.
-
-        Their parameters, caches and reports have a leading layer axis.
-
-        One turn of the loop is one round of the pattern. Layers after the last whole round are unrolled; only then are
-        the others' parameters cut out of the stack, which copies them.
-        """
-        c, first = self.config, len(self.config.first_layers)
-        count, period = c.num_layers - first, len(c.pattern)
-        stacked = (self.get_variable("params", "layers"), cache)
-
-        def layer(x: Any, leaves: Any, kind: LayerConfig, index: Any) -> tuple[Any, LayerCache | None, LayerReport]:
-            params, layer_cache = leaves
-            module = Block(c, kind, parent=None)
-            return module.apply({"params": params}, x, layer_cache, _at_layer(context, first + index))
-
-        def round_of(x: Any, leaves: Any) -> tuple[Any, tuple[LayerCache | None, LayerReport]]:
-            (turn, leaves), beside = leaves, []
-            for i, kind in enumerate(c.pattern):
-                own = jax.tree.map(lambda leaf, i=i: leaf[i], leaves)
-                x, *more = layer(x, own, kind, turn * period + i)
-                beside.append(tuple(more))
-            return x, jax.tree.map(lambda *each: jnp.stack(each), *beside)
-
-        alone: Any = layer
-        if c.remat != "none":
-            policy = _REMAT_POLICIES[c.remat]
-            round_of = jax.checkpoint(round_of, policy=policy, prevent_cse=False)
-            alone = jax.checkpoint(layer, policy=policy, static_argnums=(2, 3))
-        rounds = count // period
-        whole = jax.tree.map(lambda leaf: leaf[: rounds * period].reshape(rounds, period, *leaf.shape[1:]), stacked)
-        x, beside = jax.lax.scan(round_of, x, (jnp.arange(rounds), whole))
-        parts = [jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), beside)]
-        for index in range(rounds * period, count):
-            own = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-            x, *more = alone(x, own, c.pattern[index - rounds * period], index)
-            parts.append(jax.tree.map(lambda leaf: leaf[None], tuple(more)))
-        cache, reports = jax.tree.map(lambda *each: jnp.concatenate(each), *parts) if len(parts) > 1 else parts[0]
-        return x, cache, reports
-
-
-def _at_layer(context: Context, index: Any) -> Context:
-    """Returns the context with the layer's own key."""
-    return context if context.key is None else dataclasses.replace(context, key=jax.random.fold_in(context.key, index))
+        """Runs a layer of a kind on given parameters."""
+        return Block(self.config, kind, parent=None).apply({"params": params}, x, cache, context)
 
 
 def _places(context: Context, slots: int | None) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:

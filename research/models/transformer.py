@@ -1,6 +1,7 @@
 """The transformer: embedding, stacks of blocks, heads; decoder, encoder, prefix decoder or encoder-decoder."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,117 +9,152 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research.data.batch import Batch, ModelInputs
 from research.kernels.attention import AttentionMask
+from research.kernels.weights import Weight, append_row, as_product, transpose
 from research.models.attention import Context
 from research.models.block import Block
 from research.models.cache import Cache
 from research.models.config import LayerConfig, ModelConfig
-from research.models.heads import FuturePredictor, Pooler, Transform
-from research.models.layers import Embedding
+from research.models.heads import MTPModule, Pooler, Transform, shift_left
+from research.models.layer_loops import LayerLoop
+from research.models.layers import Embedding, parameter
 from research.models.reports import LayerReports, collect_reports, no_reports
-from research.models.stack import Stack, layer_name, scans_layers
+from research.models.stack import Stack, layer_name
 from research.parallel.rules import constrain, is_box
 
 
 class Output(NamedTuple):
-    """What a transformer makes of tokens.
+    """What a language model makes of tokens.
 
     Attributes:
-      hidden: the last states, which `projection` and `logits` read.
+      hidden: the last states, which `projection` reads.
       cache: with these tokens in it, where one was given.
       reports: what the layers tell beside: the loss of routers, an encoder's added to a decoder's, and experts' loads.
+      mtp_hidden: the states that predict one token further each (multi-token prediction), where the model has such
+        modules and was given targets.
+      mtp_weight: of their mean loss in training.
     """
 
     hidden: Float[Array, "B T D"]
-    cache: Cache | None
+    cache: Any
     reports: LayerReports
+    mtp_hidden: tuple[Float[Array, "B T D"], ...] = ()
+    mtp_weight: float = 0.0
 
 
-class Transformer(Stack):
+class LogitTerms(NamedTuple):
+    """The logits before they are multiplied out: cap(hidden · kernel), with cap(z) = softcap · tanh(z / softcap).
+
+    Attributes:
+      hidden: states, in the type of activations.
+      kernel: the output projection.
+      softcap: bound of the logits, or None.
+    """
+
+    hidden: Float[Array, "*batch E"]
+    kernel: Weight
+    softcap: float | None
+
+
+class Transformer(nn.Module):
     """Maps tokens to hidden states, and hidden states to logits.
 
     The two are apart so that a loss can take the output projection in chunks, without `[B, T, V]` logits.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019 (GPT-2) for the pre-norm decoder; the config says
-    which variant it is.
+    Attributes:
+      config: which variant it is.
+      bare: whether to leave the layers out, whose parameters `init_params` makes one by one.
+      loop: how layers are run; None unrolls them, or scans them where their parameters are stacked.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019 (GPT-2) for the pre-norm decoder.
     """
+
+    config: ModelConfig
+    bare: bool = False
+    loop: LayerLoop | None = None
 
     def setup(self) -> None:
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.embed_dim, ("vocab", "embed"), c.init_stddev)
-        self.setup_stack()
+        self.embed = Embedding(c.vocab_size, c.embed_dim, ("vocab", "embed"), c.init_stddev, c.param_dtype)
+        self.decoder = Stack(c, bare=self.bare, loop=self.loop)
+        # The decoder's parameters lie beside the embedding's and not in a group of their own: `layers_0/…`.
+        nn.share_scope(self, self.decoder)
         if c.structure == "encoder_decoder":
-            self.encoder = Stack(c.encoder(), bare=self.bare)
+            self.encoder = Stack(c.encoder(), bare=self.bare, loop=self.loop)
         if c.head.transform:
             self.transform = Transform(c)
         if c.head.pooler:
             self.pooler = Pooler(c)
-        if c.head.num_future:
-            self.future = [FuturePredictor(c) for _ in range(c.head.num_future)]
+        # Called `future` on disk.
+        self.future = [MTPModule(c) for _ in range(c.head.num_future)]
         if not c.tied_embeddings:
-            init = nn.with_logical_partitioning(nn.initializers.normal(c.init_stddev), ("embed", "vocab"))
-            self.unembed = self.param("unembed", init, (c.embed_dim, c.vocab_size), jnp.float32)
+            init = nn.initializers.normal(c.init_stddev)
+            shape = (c.embed_dim, c.vocab_size)
+            self.unembed = parameter(self, "unembed", init, shape, ("embed", "vocab"), c.param_dtype)
         if c.head.bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-            self.logit_bias = self.param("logit_bias", init, (c.vocab_size,), jnp.float32)
+            zeros = nn.initializers.zeros
+            self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",), c.param_dtype)
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"] | None = None,
+        inputs: ModelInputs | Batch,
         cache: Cache | None = None,
         *,
-        types: Int[Array, "B T"] | None = None,
-        prefix: Int[Array, "B T"] | None = None,
-        encoder_tokens: Int[Array, "B M"] | None = None,
-        encoder_positions: Int[Array, "B M"] | None = None,
-        encoder_segments: Int[Array, "B M"] | None = None,
+        embeddings: Float[Array, "B T D"] | None = None,
         deterministic: bool = True,
     ) -> Output:
         """Returns the hidden states that the output projection reads, and the cache with these tokens in it.
 
         Args:
-          tokens: ids below `vocab_size`.
-          positions: of each token in its own sequence, below `max_length`.
-          segments: which sequence of a packed row a token belongs to, 0 for padding; None where a row is one sequence.
-          cache: keys and values of earlier tokens; then `positions` of a row must be consecutive, then padding.
-          types: kind of segment of each token, where the model has such embeddings; None is 0.
-          prefix: 1 where a token belongs to its sequence's prefix, of the structure `prefix`; None has no prefix.
-          encoder_tokens: what the encoder reads, of the structure `encoder_decoder`; None where the cache holds it.
-          encoder_positions: None counts from 0.
-          encoder_segments: as `segments`; a token sees the encoder's tokens of its own segment.
+          inputs: a batch, or what a model reads of one. With a cache, `positions` of a row must be consecutive, then
+            padding, and the encoder's tokens are left out once the cache holds them. Multi-token prediction reads
+            `targets`, where there are any: they are the tokens that follow.
+          cache: keys and values of earlier tokens.
+          embeddings: what stands in the place of the embedded `tokens`, which may then be left out.
           deterministic: False drops activations, with the random stream `dropout`.
         """
         key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
-        memory, of_encoder = None, no_reports()
-        if encoder_tokens is not None:
-            memory, of_encoder = self.encode(encoder_tokens, encoder_positions, encoder_segments, key)
-        x, cache, reports = self.run(
-            self.embed(tokens),
+        memory, beside = None, no_reports()
+        if "encoder_tokens" in inputs:
+            memory, beside = self.encode(inputs, key)
+        positions = inputs["positions"]
+        segments, encoder_segments, prefix, types = (
+            _given(inputs, name) for name in ("segments", "encoder_segments", "prefix", "types")
+        )
+        x, cache, reports = self.decoder.run(
+            self.embed(inputs["tokens"]) if embeddings is None else embeddings,
             sequence_mask(self.config, positions, segments, prefix, cached=cache is not None),
             positions,
             cache,
             types=types,
             memory=memory,
-            memory_mask=memory_mask(tokens, segments, encoder_segments if cache is None else cache.memory_segments),
+            memory_mask=memory_mask(positions, segments, encoder_segments if cache is None else cache.memory_segments),
             key=key,
         )
-        return Output(x, cache, reports + of_encoder)
+        output = Output(x, cache, reports + beside)
+        if not self.future or "targets" not in inputs:
+            return output
+        # Of depth k, from 1, the token k places further on is the target k - 1 places further on.
+        following = [shift_left(inputs["targets"], k) for k in range(len(self.future))]
+        states, more = self.mtp_hidden(x, following, positions, segments, deterministic=deterministic)
+        weight = self.config.head.future_weight
+        return output._replace(reports=output.reports + more, mtp_hidden=states, mtp_weight=weight)
 
     def encode(
-        self,
-        tokens: Int[Array, "B M"],
-        positions: Int[Array, "B M"] | None = None,
-        segments: Int[Array, "B M"] | None = None,
-        key: jax.Array | None = None,
+        self, inputs: ModelInputs | Batch, key: jax.Array | None = None
     ) -> tuple[Float[Array, "B M D"], LayerReports]:
         """Returns what the encoder of an encoder-decoder makes of its tokens, and what its layers tell beside.
 
-        Arguments are those of `__call__`.
+        Args:
+          inputs: as of `__call__`; positions count from 0 where none are given.
+          key: of dropout; None drops nothing.
         """
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        tokens = inputs["encoder_tokens"]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if "encoder_positions" in inputs:
+            positions = inputs["encoder_positions"]
+        segments = _given(inputs, "encoder_segments")
         mask = AttentionMask(q_segments=segments, kv_segments=segments)
         key = None if key is None else jax.random.fold_in(key, 2)  # the decoder's keys are 0 and 1 of it
         options = {"types": None, "memory": None, "memory_mask": None, "key": key}
@@ -129,7 +165,7 @@ class Transformer(Stack):
         """Returns the state that stands for each row, from its first token, and the logits of its class, if any."""
         return self.pooler(hidden)
 
-    def predict_future(
+    def mtp_hidden(
         self,
         hidden: Float[Array, "B T D"],
         following: list[Int[Array, "B T"]],
@@ -137,28 +173,29 @@ class Transformer(Stack):
         segments: Int[Array, "B T"] | None,
         *,
         deterministic: bool = True,
-    ) -> tuple[list[Float[Array, "B T D"]], LayerReports]:
+    ) -> tuple[tuple[Float[Array, "B T D"], ...], LayerReports]:
         """Returns the states that predict one token further each, and what their layers tell beside.
 
         Args:
           hidden: the last states, before the transform of a head.
           following: of each depth k, from 1, the tokens k places further on.
-          positions, segments, deterministic: as of `__call__`.
+          positions, segments: of the tokens.
+          deterministic: as of `__call__`.
         """
         mask = AttentionMask(causal=True, q_segments=segments, kv_segments=segments)
-        context, states, reports = self.context(positions, mask, None), [], {}
+        context = self.decoder.context(positions, mask, None)
         key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
-        for depth, (predictor, tokens) in enumerate(zip(self.future, following, strict=True)):
+        states, reports = [], {}
+        for depth, (predict, tokens) in enumerate(zip(self.future, following, strict=True)):
             drop_key, own = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, depth))
-            embedded = self.embed(tokens).astype(hidden.dtype)
-            embedded = self.embed_dropout(embedded, deterministic=key is None, rng=drop_key)
-            hidden, report = predictor(hidden, embedded, dataclasses.replace(context, key=own))
+            embedded = self.decoder.drop_embedded(self.embed(tokens).astype(hidden.dtype), drop_key)
+            hidden, report = predict(hidden, embedded, dataclasses.replace(context, key=own))
             states.append(hidden)
             reports[f"future_{depth}/block"] = report
-        return states, collect_reports(reports)
+        return tuple(states), collect_reports(reports)
 
-    def projection(self, hidden: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch E"], Float[Array, "E V"]]:
-        """Returns the states and the matrix whose product is the logits, but for their soft cap.
+    def projection(self, hidden: Float[Array, "*batch D"]) -> LogitTerms:
+        """Returns the logits of states as a product that is not made yet.
 
         A bias of the logits is one more row of the matrix, for one more column of ones.
         """
@@ -167,19 +204,31 @@ class Transformer(Stack):
             hidden = self.transform(hidden)
         if c.head.scale != 1:
             hidden = hidden * c.head.scale
-        kernel = self.embed.embedding.T if c.tied_embeddings else self.unembed
+        kernel = transpose(self.embed.embedding) if c.tied_embeddings else self.unembed
         if c.head.bias:
             hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
-            kernel = jnp.concatenate([kernel, self.logit_bias[None]], axis=0)
-        return hidden, kernel
+            kernel = append_row(kernel, self.logit_bias)
+        return LogitTerms(hidden, kernel, c.head.softcap)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits."""
-        hidden, kernel = self.projection(hidden)
-        z = jnp.einsum("btd,dv->btv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        if self.config.head.softcap is not None:
-            z = self.config.head.softcap * jnp.tanh(z / self.config.head.softcap)
-        return constrain(z, ("batch", "length", "vocab"))
+        return multiply_out(self.projection(hidden))
+
+
+def multiply_out(terms: LogitTerms) -> Float[Array, "B T V"]:
+    """Returns float32 logits."""
+    hidden, kernel = as_product(terms.hidden, terms.kernel)
+    z = jnp.einsum("btd,dv->btv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if terms.softcap is not None:
+        z = terms.softcap * jnp.tanh(z / terms.softcap)
+    return constrain(z, ("batch", "length", "vocab"))
+
+
+def _given(inputs: Mapping[str, Any], name: str) -> Any:
+    """Returns an array that a batch may leave out, or None."""
+    if name not in inputs:
+        return None
+    return inputs[name]
 
 
 def sequence_mask(
@@ -193,7 +242,7 @@ def sequence_mask(
 
     Args:
       config: the model, whose structure decides.
-      positions, segments, prefix: as of `Transformer`.
+      positions, segments, prefix: as of `Batch`.
       cached: whether keys lie in a cache.
     """
     causal = config.structure != "encoder"
@@ -209,14 +258,14 @@ def sequence_mask(
 
 
 def memory_mask(
-    tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None, encoder_segments: Int[Array, "B M"] | None
+    positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, encoder_segments: Int[Array, "B M"] | None
 ) -> AttentionMask:
     """Returns which of the encoder's tokens each token sees: those of its segment, or the real ones."""
     if encoder_segments is None:
         return AttentionMask()
     if segments is None:
-        real = (encoder_segments != 0).astype(tokens.dtype)
-        return AttentionMask(q_segments=jnp.ones_like(tokens), kv_segments=real)
+        real = (encoder_segments != 0).astype(positions.dtype)
+        return AttentionMask(q_segments=jnp.ones_like(positions), kv_segments=real)
     return AttentionMask(q_segments=segments, kv_segments=encoder_segments)
 
 
@@ -224,14 +273,14 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Returns the initial parameters, each boxed with its logical axis names.
 
     They are a function of the key alone: those of a layer of its number besides, whether layers are scanned or not.
+    Layers are stacked where `layer_loop` is `scan`; `auto` has to be resolved before (`stack.resolve_layer_loop`), and
+    counts as `unroll`.
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def touch(module: Transformer) -> None:
         encoder = {"encoder_tokens": tokens} if config.structure == "encoder_decoder" else {}
-        hidden = module(tokens, tokens, **encoder).hidden
-        if config.head.num_future:
-            module.predict_future(hidden, [tokens] * config.head.num_future, tokens, None)
+        hidden = module({"tokens": tokens, "positions": tokens, "targets": tokens, **encoder}).hidden
         if config.head.pooler:
             module.pooled(hidden)
         module.logits(hidden)
@@ -254,7 +303,7 @@ def _init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
         return Block(config, kind).init(jax.random.fold_in(key, index), hidden, None, context)["params"]
 
     kinds, first = config.layers(), len(config.first_layers)
-    alone = first if scans_layers(config) else config.num_layers
+    alone = first if config.layer_loop == "scan" else config.num_layers
     params = {layer_name(config, i): init_layer(i, kinds[i]) for i in range(alone)}
     if alone < config.num_layers:
         stacked = jax.vmap(lambda index: init_layer(index, config.pattern[0]))(jnp.arange(alone, config.num_layers))

@@ -1,10 +1,11 @@
-"""Which platform and chip the kernels are picked for."""
+"""Which platform and chip the kernels are picked for: those of the mesh in context, which a program is built for."""
 
 import contextlib
 import contextvars
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
 # The chips whose tensor cores take the instructions of Hopper kernels; those before and after have others.
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -13,15 +14,34 @@ _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar
 
 
 def platform() -> str:
-    """Returns `cpu`, `gpu` or `tpu`: the backend's, or the one that is compiled for on a machine without it."""
-    target = _TARGET.get()
-    return jax.default_backend() if target is None else target[0]
+    """Returns `cpu`, `gpu` or `tpu`: that of the mesh in context; without a mesh that of this machine."""
+    return _target()[0]
 
 
 def chip() -> str:
     """Returns the kind of device, as JAX spells it: `TPU v5 lite`, `NVIDIA H200`, `cpu`."""
+    return _target()[1]
+
+
+def mesh_platform(mesh: Mesh) -> str:
+    """Returns `cpu`, `gpu` or `tpu`, whose devices a mesh has."""
+    return _spelled(mesh.devices.flat[0].platform)
+
+
+def _target() -> tuple[str, str]:
+    """Returns platform and chip: those of `compiling_for`, else of the mesh in context, else of this machine."""
     target = _TARGET.get()
-    return jax.local_devices()[0].device_kind if target is None else target[1]
+    if target is not None:
+        return target
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return _spelled(device.platform), device.device_kind
+    return jax.default_backend(), jax.local_devices()[0].device_kind
+
+
+def _spelled(name: str) -> str:
+    """Returns how this project spells a platform: JAX calls a GPU's `gpu`, `cuda` or `rocm`."""
+    return name if name in ("cpu", "tpu") else "gpu"
 
 
 def not_hopper() -> str | None:
@@ -33,9 +53,14 @@ def not_hopper() -> str | None:
     return None
 
 
+def compiling_for_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """Picks kernels for the devices of a mesh in what is traced inside, where the mesh itself is not in context."""
+    return compiling_for(mesh_platform(mesh), mesh.devices.flat[0].device_kind)
+
+
 @contextlib.contextmanager
 def compiling_for(name: str, kind: str = "") -> Iterator[None]:
-    """Picks kernels for a platform in what is traced inside, as a plan for another machine needs.
+    """Picks kernels for a platform in what is traced inside without a mesh, as counts for another machine need.
 
     Args:
       name: `cpu`, `gpu` or `tpu`.

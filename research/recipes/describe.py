@@ -14,9 +14,9 @@ from research.inspection import description, parameter_summary
 from research.inspection.mask_pictures import draw_masks, mask_pictures, row_length
 from research.inspection.parameter_summary import Part
 from research.models.config import ModelConfig
+from research.models.flops import train_flops_per_token
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.recipes.workdir import read_config
-from research.scaling.accounting import train_flops_per_token
 from research.storage import files
 from research.storage.paths import Path, absolute, as_path, reason
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
@@ -19,8 +18,8 @@ from research.inference.generate import Completion, generate
 from research.inference.logits import logits, read_inputs
 from research.inference.requests import decoding, prompts_of
 from research.inference.sampling import SamplingConfig
+from research.interop.mapping import abstract_params
 from research.models.config import ModelConfig
-from research.models.transformer import init_params
 from research.recipes.workdir import read_config
 from research.storage.paths import Path, as_path
 from research.training.checkpoints import CheckpointConfig, Checkpoints
@@ -136,7 +135,7 @@ def load(workdir: str | Path) -> LoadedModel:
     """
     workdir = as_path(workdir, "workdir")
     config = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
-    abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    abstract = abstract_params(config)
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         step, params = checkpoints.restore_params(_on_one_device(abstract), fields=("ema", "params"))

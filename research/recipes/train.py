@@ -17,12 +17,12 @@ from research.core.trees import count
 from research.data.batch import Batch
 from research.data.loader import Loader
 from research.data.objectives import encoder_length
+from research.models.flops import train_flops_per_token
 from research.parallel import distributed
 from research.parallel.rules import process_rows
 from research.recipes import workdir as workdirs
 from research.recipes.experiment import ExperimentConfig, add_config_argument, load_experiment
 from research.recipes.inputs import heldout_rows, make_loader, prepare_data
-from research.scaling.accounting import train_flops_per_token
 from research.scaling.devices import peak_flops
 from research.storage.paths import Path, as_path
 from research.training import loop, metrics

@@ -11,10 +11,11 @@ from research.core.random import key_for
 from research.data.batch import Batch
 from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
 from research.models.config import ModelConfig
-from research.models.transformer import init_params
+from research.models.language_model import language_model
 from research.optim.optimizers import OptimConfig, build_optimizer, gradient_norm
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import batch_sharding, check_batch, logical_axes
+from research.parallel.target import compiling_for_mesh, mesh_platform
 from research.training.config import TrainConfig
 from research.training.state import TrainState, abstract_state, create_state
 from research.training.step import (
@@ -75,7 +76,12 @@ def build_program(
     """
     place = make_mesh(mesh, devices)
     check_batch(train.batch_size, train.accumulation, place)
-    init = functools.partial(init_params, model)
+    untargeted = language_model(model, mesh_platform(place)).init
+
+    def init(key: jax.Array) -> Any:
+        with compiling_for_mesh(place):
+            return untargeted(key)
+
     axes = logical_axes(jax.eval_shape(init, jax.random.key(0)))
     bias_speed = 0.0 if model.experts is None else model.experts.bias_speed
     optimizer, schedule = build_optimizer(optim, axes, train.steps, bias_speed)

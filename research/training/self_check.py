@@ -19,8 +19,7 @@ from research.core.errors import UserError
 from research.core.trees import named_leaves, path_name
 from research.data.batch import Batch, model_inputs
 from research.models.config import ModelConfig
-from research.models.stack import scans_layers
-from research.models.transformer import Transformer
+from research.models.language_model import LanguageModel, language_model
 from research.parallel.mesh_axes import BATCH_AXES
 
 # Of each device's rows one is looked at, and of that no more than so many tokens, since the reference holds all scores.
@@ -82,7 +81,7 @@ def _one_layer(config: ModelConfig, params: Any, of_first: bool) -> dict[str, An
     rest = {name: leaf for name, leaf in params.items() if not name.startswith(("layers", "first_layers"))}
     if of_first:
         layer = params["first_layers_0"]
-    elif scans_layers(config):
+    elif "layers" in params:  # stacked
         layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     else:
         layer = params["layers_0"]
@@ -96,8 +95,10 @@ def _errors(
     rows = {name: x.reshape(shards, -1, x.shape[1])[:, 0, :MAX_TOKENS] for name, x in batch.items()}
     plain = dataclasses.replace(config.attention, implementation="reference")
     with jax.default_matmul_precision("highest"):
-        exact = _outputs(dataclasses.replace(config, attention=plain, dtype="float32"), params, rows)
-    sides = [_outputs(side, params, rows) for side in (config, dataclasses.replace(config, attention=plain))]
+        truth = language_model(dataclasses.replace(config, attention=plain, dtype="float32"))
+        exact = _outputs(truth, params, rows)
+    models = [language_model(one) for one in (config, dataclasses.replace(config, attention=plain))]
+    sides = [_outputs(model, params, rows) for model in models]
 
     def error(side: Array, truth: Array) -> Float[Array, ""]:
         return jnp.linalg.norm(side.ravel() - truth.ravel()) / jnp.maximum(jnp.linalg.norm(truth.ravel()), 1e-30)
@@ -105,14 +106,14 @@ def _errors(
     return {name: tuple(error(side[name], truth) for side in sides) for name, truth in exact.items()}
 
 
-def _outputs(config: ModelConfig, params: Any, batch: Batch) -> dict[str, Float[Array, "..."]]:
+def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float[Array, "..."]]:
     """Returns the hidden states of real tokens, and the gradients of every attention under a random cotangent."""
-    shape = (*batch["tokens"].shape, config.embed_dim)
+    shape = (*batch["tokens"].shape, model.config.embed_dim)
     cotangent = jax.random.normal(jax.random.key(0), shape) * (batch["segments"] != 0)[..., None]
 
     def objective(attention: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
         with_these = tree_map_with_path(lambda path, leaf: attention.get(path_name(path), leaf), params)
-        hidden = Transformer(config).apply({"params": with_these}, **model_inputs(batch)).hidden.astype(jnp.float32)
+        hidden = model.hidden(with_these, model_inputs(batch)).hidden.astype(jnp.float32)
         return jnp.sum(hidden * cotangent), hidden * (batch["segments"] != 0)[..., None]
 
     # Of the sequence, of the encoder's, and of one over the other.

@@ -23,7 +23,7 @@ class TrainState:
 
     Attributes:
       step: batches taken so far, skipped ones included; int32, as the other counters.
-      params: float32 parameters.
+      params: parameters, in the type that the model names.
       opt_state: of the optimizer.
       ema: averaged parameters, or None.
       skipped: steps skipped for a loss or gradient that was not finite.

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from research.core.random import step_key
-from research.data.batch import Batch, model_inputs
+from research.data.batch import Batch
 from research.kernels.cross_entropy import summed_cross_entropy
 from research.losses.token import weighted_sum, z_loss
-from research.models.config import ModelConfig
-from research.models.transformer import Transformer
+from research.models.heads import shift_left
+from research.models.language_model import LanguageModelConfig, language_model
+from research.parallel.rules import process_columns
 from research.parallel.target import platform
 from research.training.state import TrainState
 
@@ -24,7 +25,7 @@ Loss = Callable[[Any, Batch, jax.Array | None], tuple[Float[Array, ""], Metrics]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_smoothing: float = 0.0) -> Loss:
+def language_model_loss(config: LanguageModelConfig, z_coefficient: float = 0.0, label_smoothing: float = 0.0) -> Loss:
     """Returns the weighted cross-entropy of a model, in nats, summed over tokens, plus the terms that training adds.
 
     These are z-loss, the experts' router loss and the loss of tokens further on, where the config has them; of the last
@@ -36,8 +37,7 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
       z_coefficient: of the z-loss, 0 for none.
       label_smoothing: in [0, 1), part of the reported loss; 0 leaves it plain, as evaluation needs it.
     """
-    model = Transformer(config)
-    options = {"softcap": config.head.softcap, "label_smoothing": label_smoothing}
+    model = language_model(config)
 
     def objective(nll: Array, log_z: Array, weights: Array) -> tuple[Float[Array, ""], Metrics]:
         nll_sum = weighted_sum(nll, weights)
@@ -45,48 +45,32 @@ def language_model_loss(config: ModelConfig, z_coefficient: float = 0.0, label_s
         return nll_sum + z_sum, {"loss": nll_sum, "z_loss": z_sum}
 
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, ""], Metrics]:
-        further = _further(batch, config.head.num_future)
+        output = model.hidden(params, batch, key=key)
 
-        def apply(module: Transformer) -> tuple[Any, list[Any], Array]:
-            output = module(**model_inputs(batch), deterministic=key is None)
-            states, reports = [], output.reports
-            if further:
-                following, places = [each["tokens"] for each in further], (batch["positions"], batch["segments"])
-                states, later = module.predict_future(output.hidden, following, *places, deterministic=key is None)
-                reports = reports + later
-            return module.projection(output.hidden), [module.projection(state) for state in states], reports.router_loss
+        def of_states(hidden: Array, targets: Array, weights: Array) -> tuple[Float[Array, ""], Metrics]:
+            terms = model.projection(params, hidden)
+            options = {"softcap": terms.softcap, "label_smoothing": label_smoothing}
+            return summed_cross_entropy(objective, terms.hidden, terms.kernel, targets, weights, **options)
 
-        rngs = {} if key is None else {"dropout": key}
-        (hidden, kernel), states, router_loss = model.apply({"params": params}, rngs=rngs, method=apply)
-        total, sums = summed_cross_entropy(objective, hidden, kernel, batch["targets"], batch["weights"], **options)
-        later = [
-            summed_cross_entropy(objective, *state, each["targets"], each["weights"], **options)
-            for state, each in zip(states, further, strict=True)
-        ]
+        total, sums = of_states(output.hidden, batch["targets"], batch["weights"])
+        later = [of_states(hidden, *_further(batch, depth)) for depth, hidden in enumerate(output.mtp_hidden, start=1)]
         if later:
-            total = total + config.head.future_weight * sum(each for each, _ in later) / len(later)
+            total = total + output.mtp_weight * sum(each for each, _ in later) / len(later)
             sums = {**sums, "future_loss": sum(those["loss"] for _, those in later) / len(later)}
-        if config.experts is not None:
+        if output.reports.expert_load:
             # Of a batch's mean, for the step divides by its weight.
-            routed = router_loss * jnp.sum(batch["weights"])
+            routed = output.reports.router_loss * jnp.sum(batch["weights"])
             total, sums = total + routed, {**sums, "router_loss": routed}
         return total, sums
 
     return loss
 
 
-def _further(batch: Batch, depth: int) -> list[dict[str, Shaped[Array, "B T"]]]:
-    """Returns, for each depth k from 1, the tokens k places further on, and the targets and weights behind them."""
-    parts = []
-    for k in range(1, depth + 1):
-
-        def shifted(name: str, by: int) -> Shaped[Array, "B T"]:
-            return jnp.pad(batch[name], ((0, 0), (0, by)))[:, by:]
-
-        same = shifted("segments", k) == batch["segments"]
-        weights = jnp.where(same, shifted("weights", k), 0.0)
-        parts.append({"tokens": shifted("targets", k - 1), "targets": shifted("targets", k), "weights": weights})
-    return parts
+def _further(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """Returns the targets that are `depth` places further on, and their weights: 0 past the end of a sequence."""
+    same = shift_left(batch["segments"], depth) == batch["segments"]
+    weights = jnp.where(same, shift_left(batch["weights"], depth), 0.0)
+    return shift_left(batch["targets"], depth), weights
 
 
 def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
@@ -182,11 +166,18 @@ def make_train_step(
 
 
 def place_batch(batch: Batch, like: AbstractBatch) -> Batch:
-    """Puts this process's rows of a batch on its devices, as part of the global batch that `like` describes."""
-    return {
-        name: jax.make_array_from_process_local_data(like[name].sharding, array, like[name].shape)
-        for name, array in batch.items()
-    }
+    """Puts this process's rows of a batch on its devices, as part of the global batch that `like` describes.
+
+    Args:
+      batch: whole rows, those of `parallel.rules.process_rows`; of each the devices get the tokens that they hold.
+      like: shapes, types and shardings of the global batch.
+    """
+    placed = {}
+    for name, array in batch.items():
+        sharding, shape = like[name].sharding, like[name].shape
+        start, stop = process_columns(sharding, shape[1])
+        placed[name] = jax.make_array_from_process_local_data(sharding, array[:, start:stop], shape)
+    return placed
 
 
 def make_eval_step(loss: Loss) -> Callable[[Any, Batch], Metrics]:

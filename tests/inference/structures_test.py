@@ -44,7 +44,8 @@ def greedy_by_hand(config: ModelConfig, params: dict, prompt: str) -> list[int]:
             inputs = {"prefix": (jnp.arange(tokens.shape[1]) < len(ids)).astype(jnp.int32)[None]}
 
         def apply(module: Transformer, tokens=tokens, inputs=inputs) -> jax.Array:
-            return module.logits(module(tokens, jnp.arange(tokens.shape[1])[None], **inputs).hidden)[0, -1]
+            positions = jnp.arange(tokens.shape[1])[None]
+            return module.logits(module({"tokens": tokens, "positions": positions, **inputs}).hidden)[0, -1]
 
         logits = Transformer(config).apply({"params": params}, method=apply)
         found.append(int(jnp.argmax(logits[: BYTES.vocab_size])))

@@ -72,7 +72,7 @@ def logits_of(config: ModelConfig, params: Any, given: Batch) -> tuple[jax.Array
     inputs = model_inputs(jax.tree.map(jnp.asarray, given))
 
     def apply(module: Transformer) -> Any:
-        hidden = module(**inputs).hidden
+        hidden = module(inputs).hidden
         return module.logits(hidden), module.pooled(hidden)[1] if config.head.pooler else None
 
     return nn.apply(apply, Transformer(config))({"params": params})

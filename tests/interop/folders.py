@@ -48,7 +48,7 @@ def _apply(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
     def apply(module: Transformer) -> Any:
-        return module.logits(module(tokens, positions).hidden)
+        return module.logits(module({"tokens": tokens, "positions": positions}).hidden)
 
     return Transformer(config).apply({"params": params}, method=apply)
 

@@ -82,8 +82,8 @@ def logits(config: ModelConfig, params: Any) -> list[np.ndarray]:
     following = [jnp.pad(given["targets"], ((0, 0), (0, k)))[:, k:] for k in range(DEPTH)]
 
     def apply(module: Transformer) -> list[jax.Array]:
-        hidden = module(given["tokens"], given["positions"]).hidden
-        states, _ = module.predict_future(hidden, following, given["positions"], None)
+        hidden = module({"tokens": given["tokens"], "positions": given["positions"]}).hidden
+        states, _ = module.mtp_hidden(hidden, following, given["positions"], None)
         return [module.logits(state) for state in states]
 
     found = jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(params)

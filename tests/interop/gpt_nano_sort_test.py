@@ -66,7 +66,7 @@ def trained(shared_data):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def apply(module):
-        hidden = module(tokens, positions).hidden
+        hidden = module({"tokens": tokens, "positions": positions}).hidden
         return module.logits(hidden)
 
     logits, seen = nn.apply(apply, Transformer(config), capture_intermediates=True)(

@@ -12,7 +12,6 @@ import pytest
 from research.kernels.attention import AttentionMask
 from research.models.cache import Cache, DenseCache, empty_cache
 from research.models.config import ModelConfig, PositionConfig
-from research.models.stack import scans_layers
 from research.models.transformer import Transformer
 from tests.models.variants import VARIANTS
 from tests.tiny import logits, random_params, random_tokens, stack, tiny_config
@@ -23,7 +22,7 @@ LENGTHS, WIDTH, TOTAL, SLOTS = np.array([5, 9, 1]), 10, 14, 16
 @functools.partial(jax.jit, static_argnums=0)
 def read(config: ModelConfig, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[jax.Array, Cache]:
     def apply(module: Transformer) -> tuple[jax.Array, Cache]:
-        output = module(tokens, positions, cache=cache)
+        output = module({"tokens": tokens, "positions": positions}, cache)
         return module.logits(output.hidden), output.cache
 
     return Transformer(config).apply({"params": params}, method=apply)
@@ -34,7 +33,7 @@ def read_by_token(config: ModelConfig, params: Any, tokens: np.ndarray) -> list[
     rows = np.arange(len(tokens))
     prompts = np.where(np.arange(WIDTH) < LENGTHS[:, None], tokens[:, :WIDTH], 7)
     positions = np.tile(np.arange(WIDTH), (len(tokens), 1))
-    cache = empty_cache(config, len(tokens), SLOTS, stacked=scans_layers(config))
+    cache = empty_cache(config, len(tokens), SLOTS, stacked=config.layer_loop == "scan")
     first, cache = read(config, params, prompts, positions, cache)
     found = [list(first[row, :length]) for row, length in enumerate(LENGTHS)]
     for step in range(TOTAL - LENGTHS.max()):

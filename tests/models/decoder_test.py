@@ -13,9 +13,8 @@ from jax.extend.core import jaxprs_in_params
 
 from research.core.trees import count, named_leaves
 from research.models.config import LayerConfig, ModelConfig, NormConfig, PositionConfig
-from research.models.stack import scans_layers
+from research.models.stack import resolve_layer_loop
 from research.models.transformer import Transformer, init_params
-from research.parallel.target import compiling_for
 from tests.models.plain import plain_logits
 from tests.tiny import VOCAB, abstract_params, logits, random_params, random_tokens, stack, tiny_config
 
@@ -172,9 +171,9 @@ def test_scanned_layers_equal_unrolled_ones(name: str, packed):
 
 
 def test_layers_are_scanned_where_the_platform_that_is_compiled_for_scans():
-    assert not scans_layers(tiny_config())
-    with compiling_for("tpu"):
-        assert scans_layers(tiny_config())
+    assert resolve_layer_loop(tiny_config(), "cpu").layer_loop == "unroll"
+    assert resolve_layer_loop(tiny_config(), "tpu").layer_loop == "scan"
+    assert resolve_layer_loop(tiny_config(layer_loop="unroll"), "tpu").layer_loop == "unroll"
 
 
 def loss(params: Any, config: ModelConfig) -> jax.Array:
@@ -231,7 +230,8 @@ def test_every_layer_is_rematerialized(layer_loop: str):
 def hidden(config: ModelConfig, params: Any, key: jax.Array | None) -> jax.Array:
     tokens, positions = jnp.asarray(random_tokens(1, 14)), jnp.arange(14)[None]
     rngs = {} if key is None else {"dropout": key}
-    return Transformer(config).apply({"params": params}, tokens, positions, deterministic=key is None, rngs=rngs)[0]
+    inputs = {"tokens": tokens, "positions": positions}
+    return Transformer(config).apply({"params": params}, inputs, deterministic=key is None, rngs=rngs).hidden
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])

@@ -31,11 +31,7 @@ def reports_of(config: ModelConfig, params: Any) -> LayerReports:
     @jax.jit
     def call(params: Any) -> LayerReports:
         def apply(module: Transformer) -> LayerReports:
-            output = module(**document)
-            if not config.head.num_future:
-                return output.reports
-            following, places = [document["tokens"]] * 2, (document["positions"], document["segments"])
-            return output.reports + module.predict_future(output.hidden, following, *places)[1]
+            return module({**document, "targets": document["tokens"]}).reports
 
         return Transformer(config).apply({"params": params}, method=apply)
 

@@ -25,7 +25,7 @@ LENGTHS = [9, 5, 7]
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> jax.Array:
     def apply(module: Transformer) -> jax.Array:
-        return module.logits(module(**inputs).hidden)
+        return module.logits(module(inputs).hidden)
 
     return Transformer(config).apply({"params": params}, method=apply)
 
@@ -65,7 +65,7 @@ def test_scanned_layers_give_the_same(name: str):
 @functools.partial(jax.jit, static_argnums=0)
 def read(config: ModelConfig, params: Any, inputs: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
     def apply(module: Transformer) -> tuple[jax.Array, Cache]:
-        output = module(**inputs, cache=cache)
+        output = module(inputs, cache)
         return module.logits(output.hidden), output.cache
 
     return Transformer(config).apply({"params": params}, method=apply)
@@ -177,8 +177,8 @@ def test_dropout_reaches_both_stacks_of_an_encoder_decoder():
     @jax.jit
     def states(params: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         def apply(module: Transformer) -> tuple[jax.Array, jax.Array]:
-            whole = module(**document, deterministic=key is None).hidden
-            return module.encode(document["encoder_tokens"], key=key)[0], whole
+            whole = module(document, deterministic=key is None).hidden
+            return module.encode(document, key=key)[0], whole
 
         return Transformer(config).apply({"params": params}, rngs={} if key is None else {"dropout": key}, method=apply)
 
@@ -225,7 +225,7 @@ def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
     def predicted(params: Any) -> jax.Array:
         def apply(module: Transformer) -> jax.Array:
             hidden = jnp.ones((1, 9, config.embed_dim)) * jnp.arange(9)[None, :, None]
-            return module.predict_future(hidden, [document["tokens"]], document["positions"], None)[0][0]
+            return module.mtp_hidden(hidden, [document["tokens"]], document["positions"], None)[0][0]
 
         return Transformer(config).apply({"params": params}, method=apply)
 
@@ -247,7 +247,7 @@ def test_predictors_of_tokens_further_on_drop_what_blocks_drop():
         def apply(module: Transformer) -> list[jax.Array]:
             hidden, following = jnp.ones((1, 9, config.embed_dim)), [document["tokens"]] * 2
             options = {"deterministic": key is None}
-            return module.predict_future(hidden, following, document["positions"], None, **options)[0]
+            return module.mtp_hidden(hidden, following, document["positions"], None, **options)[0]
 
         return Transformer(config).apply({"params": params}, rngs={} if key is None else {"dropout": key}, method=apply)
 
@@ -266,7 +266,7 @@ def test_routers_of_an_encoder_are_kept_even_too():
         layer = params["encoder"]["layers_2"]  # whose router tells the decoder next to nothing
         layer = layer | {"mlp": layer["mlp"] | {"router": {"kernel": encoder_router}}}
         encoder = params["encoder"] | {"layers_2": layer}
-        return Transformer(config).apply({"params": params | {"encoder": encoder}}, **document).reports.router_loss
+        return Transformer(config).apply({"params": params | {"encoder": encoder}}, document).reports.router_loss
 
     even = jnp.zeros_like(params["encoder"]["layers_2"]["mlp"]["router"]["kernel"])
     # Scores that are all alike have the least z-loss, log(4)², and a steep router has more.

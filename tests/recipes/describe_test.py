@@ -18,9 +18,9 @@ from research.core.trees import count, named_leaves
 from research.data.batch import model_inputs
 from research.inspection import mask_pictures, parameter_summary
 from research.models.config import LayerConfig, ModelConfig
+from research.models.flops import matmul_parameters
 from research.models.transformer import Transformer
 from research.recipes import describe
-from research.scaling.accounting import matmul_parameters
 from tests.models.variants import VARIANTS
 from tests.recipes import runs
 from tests.tiny import abstract_params, random_params, tiny_config
@@ -119,7 +119,7 @@ def who_changes(config: ModelConfig, batch: dict[str, jnp.ndarray], name: str) -
 
     @jax.jit
     def hidden(tokens: jax.Array) -> jax.Array:
-        return Transformer(config).apply({"params": params}, **(model_inputs(batch) | {name: tokens})).hidden[0]
+        return Transformer(config).apply({"params": params}, model_inputs(batch) | {name: tokens}).hidden[0]
 
     tokens = batch[name]
     changed = jax.vmap(lambda s: hidden(tokens.at[0, s].set((tokens[0, s] + 7) % 48)))(jnp.arange(tokens.shape[1]))

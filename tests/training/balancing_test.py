@@ -70,9 +70,9 @@ def scores() -> Any:
 
     @jax.jit
     def call(params: Any, batch: Any) -> jax.Array:
-        inputs = [batch[name] for name in ("tokens", "positions", "segments")]
+        inputs = {name: batch[name] for name in ("tokens", "positions", "segments")}
         options = {"capture_intermediates": lambda module, _: module.name == "router"}
-        _, seen = Transformer(CONTROL).apply({"params": params}, *inputs, **options)
+        _, seen = Transformer(CONTROL).apply({"params": params}, inputs, **options)
         return jax.nn.sigmoid(seen["intermediates"]["layers_0"]["mlp"]["router"]["__call__"][0])
 
     return call

@@ -291,8 +291,8 @@ def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total()
     params, batch = random_params(config), jax.tree.map(jnp.asarray, random_batch(2, 6))
 
     def apply(module: Transformer) -> jax.Array:
-        hidden = module(batch["tokens"], batch["positions"]).hidden
-        states, _ = module.predict_future(hidden, [batch["targets"]], batch["positions"], batch["segments"])
+        hidden = module({name: batch[name] for name in ("tokens", "positions")}).hidden
+        states, _ = module.mtp_hidden(hidden, [batch["targets"]], batch["positions"], batch["segments"])
         return module.logits(states[0])
 
     log_p = jax.nn.log_softmax(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
-from research.parallel.shard_map import once_a_device, shared_axes
+from research.parallel.shard_map import shard_map, sharding_axes
 
 
 def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
@@ -26,8 +26,8 @@ def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
     ) -> Float[Array, "B T N H"]:
         if jax.sharding.get_abstract_mesh().size <= 1:
             return body(q, k, v, mask, terms)
-        batch = shared_axes(BATCH_AXES, q.shape[0]) or None
-        heads = shared_axes((TENSOR_AXIS,), q.shape[2], k.shape[2]) or None
+        batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
+        heads = sharding_axes((TENSOR_AXIS,), q.shape[2], k.shape[2]) or None
         tokens = PartitionSpec(batch, None, heads)
 
         def term_spec(term: Array) -> PartitionSpec:
@@ -36,6 +36,6 @@ def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
             return PartitionSpec(batch if term.shape[0] > 1 else None, heads if term.shape[1] > 1 else None)
 
         specs = (jax.tree.map(lambda _: PartitionSpec(batch), mask), jax.tree.map(term_spec, terms))
-        return once_a_device(body, (tokens, tokens, tokens, *specs), tokens)(q, k, v, mask, terms)
+        return shard_map(body, (tokens, tokens, tokens, *specs), tokens)(q, k, v, mask, terms)
 
     return call

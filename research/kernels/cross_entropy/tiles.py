@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
-from research.parallel.shard_map import shared_axes
+from research.parallel.shard_map import shard_map, sharding_axes
 from research.parallel.target import platform
 
 # float32 logits of a tile, and vocabulary entries in it. On CPU they stay in its caches; elsewhere a tile must outweigh
@@ -35,7 +35,7 @@ class Terms:
 
 def vocabulary_share(vocab_size: int) -> int:
     """Returns how many columns of the kernel each device has under the mesh in context."""
-    axes = shared_axes((TENSOR_AXIS,), vocab_size)
+    axes = sharding_axes((TENSOR_AXIS,), vocab_size)
     return vocab_size // jax.sharding.get_abstract_mesh().shape[TENSOR_AXIS] if axes else vocab_size
 
 
@@ -98,18 +98,15 @@ def per_device(share: Callable[..., Any], kernel: Float[Array, "D V"], *arrays: 
 
     It returns arrays over tokens, and after them an array like the kernel if `sums_kernel`.
     """
-    batch = shared_axes(BATCH_AXES, arrays[0].shape[0])
-    tensor = shared_axes((TENSOR_AXIS,), kernel.shape[1])
+    batch = sharding_axes(BATCH_AXES, arrays[0].shape[0])
+    tensor = sharding_axes((TENSOR_AXIS,), kernel.shape[1])
     share = functools.partial(share, batch, tensor)
     if not batch + tensor:
         return share(kernel, *arrays)
     columns, tokens = PartitionSpec(None, tensor or None), PartitionSpec(batch or None)
-    specs = {
-        "in_specs": (columns, *(tokens,) * len(arrays)),
-        "out_specs": (tokens, columns) if sums_kernel else tokens,
-    }
-    # The other axes stay with the partitioner, which only compiled code has.
-    return jax.jit(jax.shard_map(share, axis_names={*batch, *tensor}, check_vma=False, **specs))(kernel, *arrays)
+    in_specs = (columns, *(tokens,) * len(arrays))
+    out_specs = (tokens, columns) if sums_kernel else tokens
+    return shard_map(share, in_specs, out_specs, axes=(*batch, *tensor))(kernel, *arrays)
 
 
 def local_targets(targets: Int[Array, "M"], tensor: tuple[str, ...], columns: int) -> Int[Array, "M"]:

@@ -14,7 +14,7 @@ from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import cpu, gpu, reference, tpu
 from research.kernels.decode_attention.pages import KVPages
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
-from research.parallel.shard_map import once_a_device, shared_axes
+from research.parallel.shard_map import shard_map, sharding_axes
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu"]
 Body = Callable[..., Float[Array, "B R N H"]]
@@ -57,8 +57,8 @@ def per_device(body: Body) -> Body:
     ) -> Float[Array, "B R N H"]:
         if jax.sharding.get_abstract_mesh().size <= 1:
             return body(q, pages, table, lengths, window, terms)
-        batch = shared_axes(BATCH_AXES, q.shape[0]) or None
-        heads = shared_axes((TENSOR_AXIS,), q.shape[2], pages.kv_heads) or None
+        batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
+        heads = sharding_axes((TENSOR_AXIS,), q.shape[2], pages.kv_heads) or None
         rows, sequences = PartitionSpec(batch, None, heads), PartitionSpec(batch)
         page_specs = jax.tree.map(lambda _: PartitionSpec(None, heads), pages)
         term_specs = jax.tree.map(lambda _: PartitionSpec(heads), terms)
@@ -67,6 +67,6 @@ def per_device(body: Body) -> Body:
             return body(q, pages, table, lengths, window, terms)
 
         specs = (rows, page_specs, sequences, sequences, term_specs)
-        return once_a_device(share, specs, rows)(q, pages, table, lengths, terms)
+        return shard_map(share, specs, rows)(q, pages, table, lengths, terms)
 
     return call

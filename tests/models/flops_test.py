@@ -1,4 +1,4 @@
-"""FLOPs of a training step: claims about `scaling.accounting`."""
+"""FLOPs of a training step: claims about `models.flops`."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from research.models.config import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig, ModelConfig, PositionConfig
+from research.models.flops import keys_seen, matmul_parameters, train_flops_per_token
 from research.models.transformer import sequence_mask
-from research.scaling.accounting import keys_seen, matmul_parameters, train_flops_per_token
 
 
 def config(num_layers, embed_dim, heads, kv_heads, head_dim, mlp_dim, gated, vocab_size):

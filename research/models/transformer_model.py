@@ -1,0 +1,65 @@
+"""The transformer as a `LanguageModel`: pure functions of a config and parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from research.data.batch import Batch, ModelInputs
+from research.models.cache import Cache, empty_cache
+from research.models.config import ModelConfig
+from research.models.flops import train_flops_per_token
+from research.models.layer_loops import LayerLoop
+from research.models.paged_cache import PageTable
+from research.models.stack import resolve_layer_loop
+from research.models.transformer import LogitTerms, Output, Transformer, init_params
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerModel:
+    """A transformer; `LanguageModel` says what its methods do.
+
+    Attributes:
+      config: of the model; `layer_loop = "auto"` counts as `unroll` where parameters or a cache are made.
+      loop: how layers are run; None follows the form of their parameters.
+    """
+
+    config: ModelConfig
+    loop: LayerLoop | None = None
+
+    @classmethod
+    def for_platform(cls, config: ModelConfig, platform: str | None) -> "TransformerModel":
+        """Returns the model that suits `cpu`, `gpu` or `tpu`."""
+        return cls(config if platform is None else resolve_layer_loop(config, platform))
+
+    def init(self, key: jax.Array) -> Any:
+        """Returns boxed parameters, those of layers stacked where layers are scanned."""
+        return init_params(self.config, key)
+
+    def hidden(
+        self, params: Any, inputs: ModelInputs | Batch, *, cache: Cache | None = None, key: jax.Array | None = None
+    ) -> Output:
+        """Returns hidden states and what comes with them."""
+        rngs = {} if key is None else {"dropout": key}
+        model = Transformer(self.config, loop=self.loop)
+        return model.apply({"params": params}, inputs, cache, deterministic=key is None, rngs=rngs)
+
+    def projection(self, params: Any, hidden: Float[Array, "*batch D"]) -> LogitTerms:
+        """Returns the logits of hidden states as a product that is not made yet."""
+        return Transformer(self.config).apply({"params": params}, hidden, method=Transformer.projection)
+
+    def empty_cache(
+        self,
+        batch: int,
+        slots: int,
+        memory_segments: Int[Array, "B M"] | None = None,
+        page_table: PageTable | None = None,
+    ) -> Cache:
+        """Returns a cache of zeros."""
+        stacked = self.config.layer_loop == "scan"
+        return empty_cache(self.config, batch, slots, stacked, memory_segments, page_table=page_table)
+
+    def flops_per_token(self, sequence_length: int, encoder_length: int = 0) -> float:
+        """Returns the FLOPs of one training step, per token of the decoder."""
+        return train_flops_per_token(self.config, sequence_length, encoder_length)

@@ -1,0 +1,65 @@
+"""How layers are run is handed in: a strategy may cut the batch inside the stack."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.models.layer_loops import LayerLoop, Layers, Scanned, Unrolled
+from research.models.transformer import Transformer
+from tests.models.variants import VARIANTS, rows, unpacked
+from tests.tiny import random_params, stack
+
+LENGTHS = [9, 5, 7, 8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """Takes the rows of each half of the batch through all layers by themselves.
+
+    With `first_context` both halves are told what is true of the first one: the control.
+    """
+
+    inner: LayerLoop
+    first_context: bool = False
+
+    def run(self, layers: Layers, x: Any, caches: Any, context: Any) -> Any:
+        assert caches is None
+        half = len(x) // 2
+
+        def rows_of(leaf: jax.Array, start: int) -> jax.Array:
+            return leaf[start : start + half] if leaf.shape[0] == len(x) else leaf
+
+        parts = []
+        for start in (0, half):
+            of = 0 if self.first_context else start
+            own = jax.tree.map(lambda leaf, of=of: rows_of(leaf, of), context)
+            parts.append(self.inner.run(layers, x[start : start + half], None, own))
+        states, _, reports = zip(*parts, strict=True)
+        together = jax.tree.map(lambda first, second: (first + second) / 2, *reports)
+        return jnp.concatenate(states), None, together
+
+
+def hidden(name: str, params: Any, loop: LayerLoop | None) -> np.ndarray:
+    inputs = unpacked(rows(VARIANTS[name], LENGTHS))
+    model = Transformer(VARIANTS[name], loop=loop)
+    return np.asarray(jax.jit(lambda params: model.apply({"params": params}, inputs).hidden)(params))
+
+
+@pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
+def test_a_batch_may_be_cut_inside_the_stack(name: str):
+    params = random_params(VARIANTS[name])
+    expected = hidden(name, params, None)
+    np.testing.assert_allclose(hidden(name, params, Halves(Unrolled())), expected, atol=1e-5)
+    wrong = hidden(name, params, Halves(Unrolled(), first_context=True))
+    assert np.abs(wrong[:2] - expected[:2]).max() < 1e-5
+    assert np.abs(wrong[2:] - expected[2:]).max() > 0.01
+
+
+def test_scanned_layers_may_be_cut_too():
+    params = random_params(VARIANTS["windows"])
+    found = hidden("windows", stack(params, 5), Halves(Scanned()))
+    np.testing.assert_allclose(found, hidden("windows", params, None), atol=1e-5)
