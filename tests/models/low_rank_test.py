@@ -117,7 +117,8 @@ def test_low_rank_differences_train_as_their_product_beside_plain_weights(name: 
     )
     assert float(value) == pytest.approx(float(plain), rel=1e-6)
     for leaf, gradient in expected.items():
-        np.testing.assert_allclose(found[leaf], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=leaf)
+        # A sum over tokens in another order: float32 rounds the largest of these to about 1e-5 of it.
+        np.testing.assert_allclose(found[leaf], gradient, atol=1e-4 * np.abs(gradient).max(), err_msg=leaf)
 
 
 def test_latents_of_a_cache_meet_low_rank_weights():
