@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +18,18 @@ def path_name(path: tuple[Any, ...]) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves of `tree` under their slash-separated names."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts of leaves under slash-separated names; the inverse of `named_leaves` for such trees."""
+    tree: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *groups, last = name.split("/")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = leaf
+    return tree
 
 
 def count(tree: Any) -> int:

@@ -21,8 +21,10 @@ from etils import epath
 from jaxtyping import Array
 
 from research.core.errors import UserError
+from research.core.trees import nested
 from research.storage.digests import digests
 from research.storage.paths import Path, in_bucket
+from research.training import manifest_values
 
 FORMAT = 1
 ARRAYS, MANIFEST = "arrays", "manifest"
@@ -61,7 +63,7 @@ def contents(step: int, arrays: Mapping[str, Array], extra: Mapping[str, Any]) -
     """Returns what is to be written, digests included; every process must call this."""
     manifest = manifest_of(step, arrays, digests(arrays), extra)
     return ocp.args.Composite(
-        **{ARRAYS: ocp.args.PyTreeSave(_nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)},
+        **{ARRAYS: ocp.args.PyTreeSave(nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)},
     )
 
 
@@ -73,7 +75,7 @@ def manifest_of(
         name: {"shape": list(arrays[name].shape), "dtype": str(arrays[name].dtype), "digest": digest}
         for name, digest in digests_of.items()
     }
-    content = {"format": FORMAT, "step": step, "arrays": described, "extra": extra}
+    content = {"format": FORMAT, "step": step, "arrays": described, "extra": manifest_values.encode(extra)}
     content = json.loads(json.dumps(content))  # as it will be read: string keys, lists
     return {"sha256": _sha256(content), "content": content}
 
@@ -150,7 +152,7 @@ def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     restore_args = {
         name: ocp.ArrayRestoreArgs(sharding=shape.sharding, global_shape=shape.shape) for name, shape in wanted.items()
     }
-    args = ocp.args.PyTreeRestore(_nested(wanted), restore_args=_nested(restore_args), partial_restore=True)
+    args = ocp.args.PyTreeRestore(nested(wanted), restore_args=nested(restore_args), partial_restore=True)
     # The handler, not the checkpointer: that one ends in a barrier, where the others would wait for a process that
     # could not read its part.
     tree = _arrays_handler().restore(epath.Path(folder / ARRAYS), args=args)
@@ -186,17 +188,6 @@ def _hush_failed_reads() -> None:
 def _arrays_handler() -> ocp.PyTreeCheckpointHandler:
     # Weights hardly compress, and the time that it takes is the training's.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *groups, last = name.split("/")
-        place = tree
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = leaf
-    return tree
 
 
 def _lookup(tree: Any, name: str) -> Array:

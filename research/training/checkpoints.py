@@ -26,6 +26,7 @@ from research.models.layer_stack import canonical, stack_layers, unstack_layers
 from research.storage.files import remove_folder
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
+from research.training import manifest_values
 from research.training.checkpoint_files import Damaged
 
 logger = logging.getLogger("tessera")
@@ -92,7 +93,8 @@ class Checkpoints:
         Args:
           step: how many steps `state` has seen.
           state: a pytree of arrays. Random keys are not among them: randomness is a function of (seed, step).
-          extra: JSON values that belong to it (the loader's position, counters, …), the same on all processes.
+          extra: JSON values and small NumPy arrays that belong to it (the loader's position, counters, …), the same on
+            all processes.
 
         Raises:
           UserError: the disk is full, now or for the checkpoint before; or a later step has its checkpoint already.
@@ -151,7 +153,7 @@ class Checkpoints:
         step, manifest, arrays = self._newest_whole(lambda manifest: wanted, step, whole=True)
         state = _rebuild(abstract_state, unstack_layers(arrays, shapes))
         self._passed_over = {later for later in self.steps() if later > step}
-        return step, state, manifest["extra"]
+        return step, state, manifest_values.decode(manifest["extra"])
 
     def restore_params(
         self, abstract_params: Any, step: int | None = None, fields: tuple[str, ...] = ("params",)
