@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from jax.tree_util import tree_map_with_path
 from research.core.trees import path_name
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 from research.models.transformer import Transformer, init_params
+from research.training.step import Loss
 
 VOCAB = 48
 
@@ -73,6 +75,16 @@ def logits(config: ModelConfig, params: Any, tokens: Any, positions: Any = None,
         return module.logits(module({"tokens": tokens, "positions": positions, **whole}).hidden)
 
     return Transformer(config).apply({"params": params}, method=apply)
+
+
+def summed(loss: Loss) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns `f(params, batch, key)`: all that training minimizes, as one sum, and the reported sums."""
+
+    def call(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        total, report = loss.sums(params, {}, batch, key)
+        return total + loss.weight(batch) * sum(report.means.values()), report.sums
+
+    return call
 
 
 def stack(params: Any, num_layers: int) -> Any:

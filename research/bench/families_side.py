@@ -18,7 +18,7 @@ def main(spec: str, dtype: str) -> None:
     from research.optim.schedules import ScheduleConfig
     from research.parallel.mesh import MeshConfig
     from research.training.config import TrainConfig
-    from research.training.program import build_program
+    from research.training.language_model import language_model_program
     from research.training.step import place_batch
 
     model = load(spec, dtype)
@@ -26,7 +26,7 @@ def main(spec: str, dtype: str) -> None:
     objective = ObjectiveConfig(kind=kinds[model.structure])
     optim = OptimConfig(learning_rate=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=None)
     train = TrainConfig(steps=1_000_000, batch_size=BATCH, sequence_length=LENGTH)
-    program = build_program(model, optim, train, MeshConfig(), jax.devices()[:1], objective)
+    program = language_model_program(model, optim, train, MeshConfig(), jax.devices()[:1], objective)
     step, state = program.compile_train_step(), program.create(jax.random.key(0))
     random = np.random.default_rng(0)
     rows = {}
@@ -43,7 +43,7 @@ def main(spec: str, dtype: str) -> None:
 
     def take() -> float:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         return float(metrics["loss"])
 
     serve(take)

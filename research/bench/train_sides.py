@@ -21,7 +21,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
     from research.optim.schedules import ScheduleConfig
     from research.parallel.mesh import MeshConfig
     from research.training.config import TrainConfig
-    from research.training.program import build_program
+    from research.training.language_model import language_model_program
     from research.training.step import place_batch
 
     model = ModelConfig(
@@ -45,7 +45,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
         clip_norm=None,
     )
     train = TrainConfig(steps=1_000_000, batch_size=SHAPE.batch, sequence_length=SHAPE.length)
-    program = build_program(model, optim, train, MeshConfig(), jax.devices()[:1])
+    program = language_model_program(model, optim, train, MeshConfig(), jax.devices()[:1])
     step, state = program.compile_train_step(), program.create(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(SHAPE.vocabulary, size=(SHAPE.batch, SHAPE.length + 1), dtype=np.int32)
     rows = {
@@ -59,7 +59,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
 
     def take() -> float:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         return float(metrics["loss"])
 
     return take

@@ -69,17 +69,6 @@ class Corpus:
         """Number of documents, D."""
         return len(self.num_bytes)
 
-    @property
-    def num_targets(self) -> int:
-        """Number of tokens that are predicted in one epoch: every token of a document but the first."""
-        lengths = np.diff(self.offsets)
-        return int(np.maximum(lengths - 1, 0).sum())
-
-    @property
-    def bytes_per_target(self) -> float:
-        """UTF-8 bytes that one predicted token stands for: bits per byte = loss / ln 2 / this."""
-        return int(self.num_bytes.sum()) / max(self.num_targets, 1)
-
     def document(self, index: int) -> Shaped[np.ndarray, "_"]:
         """Returns the framed ids of one document; raises a UserError where they are not those that were written."""
         self.verify(self.offsets[index : index + 1], np.diff(self.offsets[index : index + 2]))

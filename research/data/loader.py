@@ -67,14 +67,14 @@ class Loader:
             what the objective needs.
         """
         _check_sizes(batch_size, sequence_length, part_count)
+        objective = build(config.objective, tokenizer, sequence_length)
         kept = [
             (corpus, source.weight)
             for corpus, source in zip(corpora, config.sources, strict=True)
-            if corpus.num_targets > 0
+            if objective.num_targets(corpus.offsets) > 0
         ]
         if not kept:
             raise UserError("sources hold no text to train on.")
-        objective = build(config.objective, tokenizer, sequence_length)
         self._rows = [
             PackedRows(c, objective=objective, seed=seed, block_documents=config.block_documents) for c, _ in kept
         ]
@@ -107,6 +107,10 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        return self.next()
+
+    def next(self, state: Any = None) -> Batch:
+        """Returns the next batch, which does not depend on the state of the training."""
         if self._iterator is None:
             self._iterator = self._start()
         batch = next(self._iterator)
@@ -187,7 +191,7 @@ def heldout_batches(
     rows = [
         PackedRows(c, objective=objective, seed=HELDOUT_SEED, block_documents=config.block_documents)
         for c in corpora
-        if c.num_targets > 0
+        if objective.num_targets(c.offsets) > 0
     ]
     if not rows:
         raise UserError("sources: no document is held out; raise heldout_fraction or add text.")

@@ -66,11 +66,6 @@ class Prepared:
     train: tuple[Corpus, ...]
     heldout: tuple[Corpus, ...]
 
-    @property
-    def bytes_per_target(self) -> float:
-        """UTF-8 bytes of held-out text that one predicted token stands for; see `Corpus.bytes_per_target`."""
-        return sum(int(c.num_bytes.sum()) for c in self.heldout) / max(sum(c.num_targets for c in self.heldout), 1)
-
     def report(self) -> list[str]:
         """Returns a line for each source: what was read, what was skipped, what it became."""
         lines = []
@@ -99,7 +94,7 @@ def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
     prepared = Prepared(
         tokenizer, tuple(splits["train"] for splits in corpora), tuple(splits["heldout"] for splits in corpora)
     )
-    if not any(corpus.num_targets for corpus in prepared.train):
+    if not any(corpus.num_documents for corpus in prepared.train):
         raise UserError("sources: no document is left to train on; lower heldout_fraction or add text.")
     return prepared
 

@@ -14,7 +14,7 @@ from research.models.cache import empty_cache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.language_model import language_model
 from research.models.stack import layer_name
-from research.parallel.rules import is_box
+from research.parallel.parameter import is_box
 
 # What a token meets before the layers, and last; all else stands between in the order of its making.
 _FIRST = ("embed", "encoder", "position_embed", "type_embed", "position_bias", "embed_norm")

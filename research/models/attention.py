@@ -15,6 +15,7 @@ from research.models.config import AttentionConfig, LayerConfig, ModelConfig, No
 from research.models.dot_product import DotProduct
 from research.models.layers import Norm, Projection, parameter
 from research.models.paged_cache import PageTable
+from research.parallel.parameter import Axes
 from research.parallel.rules import constrain
 
 
@@ -140,7 +141,8 @@ class Attention(nn.Module):
         sinks = None
         if c.sinks:
             init = nn.initializers.normal(model.init_stddev)
-            sinks = parameter(self, "sinks", init, (c.num_heads,), ("heads",), model.param_dtype).astype(jnp.float32)
+            sinks = parameter(self, "sinks", init, (c.num_heads,), Axes(("heads",), "bias"), model.param_dtype)
+            sinks = sinks.astype(jnp.float32)
 
         mask = dataclasses.replace(context.mask, window=self.layer.window)
         attention = dot_product(c, c.head_dim, bias=bias, alibi=alibi, sinks=sinks)
@@ -171,8 +173,8 @@ class RelativeScores(nn.Module):
         model, c = self.config, self.config.attention
         shape, names = (c.num_heads, c.head_dim), ("heads", "head")
         zeros = nn.initializers.zeros
-        content = parameter(self, "content", zeros, shape, names, model.param_dtype)
-        distance = parameter(self, "distance", zeros, shape, names, model.param_dtype)
+        content = parameter(self, "content", zeros, shape, Axes(names, "bias"), model.param_dtype)
+        distance = parameter(self, "distance", zeros, shape, Axes(names, "bias"), model.param_dtype)
         before = q.shape[1] if slots is None else max(slots, q.shape[1])
         only_before = slots is None and context.mask.causal and context.mask.prefix is None
         distances = jnp.arange(before - 1, -1 if only_before else -before, -1)

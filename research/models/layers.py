@@ -1,6 +1,7 @@
 """The parts that every sublayer is made of: weights, projections, norms, the embedding."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from research.kernels.projection import project
 from research.kernels.weights import Weight, WeightNode, constrain_weight, take_rows
 from research.models.config import NormConfig
+from research.parallel.parameter import Axes, boxed
 
 # In float32, whatever the type: a bfloat16 chain is rounded at each of its steps, which on CPU takes most of the time.
 ACTIVATIONS = {
@@ -26,7 +28,7 @@ def parameter(
     name: str,
     init: Callable[..., Array],
     shape: tuple[int, ...],
-    names: tuple[str, ...],
+    axes: Axes,
     dtype: str,
 ) -> Weight:
     """Returns a parameter of a module, made by `init` where it does not exist yet.
@@ -38,7 +40,7 @@ def parameter(
       name: of the parameter.
       init: takes a key, a shape and a type.
       shape: of the plain array.
-      names: the logical names of its axes.
+      axes: its logical axes, and what it does with them.
       dtype: of the initial array.
     """
     if module.has_variable("params", name):
@@ -46,7 +48,7 @@ def parameter(
         if isinstance(value, WeightNode):
             assert value.shape == shape, f"{name} of {'/'.join(module.path)} has shape {value.shape}, not {shape}"
             return value
-    return module.param(name, nn.with_logical_partitioning(init, names), shape, dtype)
+    return module.param(name, boxed(init, axes), shape, dtype)
 
 
 class Projection(nn.Module):
@@ -82,11 +84,12 @@ class Projection(nn.Module):
           inputs: the input axes.
         """
         init = nn.initializers.normal(self.stddev)
-        kernel = parameter(self, "kernel", init, (*inputs, *self.features), self.names, self.param_dtype)
+        axes = Axes(self.names, "kernel", self.num_inputs)
+        kernel = parameter(self, "kernel", init, (*inputs, *self.features), axes, self.param_dtype)
         if not self.use_bias:
             return kernel, None
-        names = self.names[self.num_inputs :]
-        return kernel, parameter(self, "bias", nn.initializers.zeros, self.features, names, self.param_dtype)
+        axes = Axes(self.names[self.num_inputs :], "bias")
+        return kernel, parameter(self, "bias", nn.initializers.zeros, self.features, axes, self.param_dtype)
 
 
 class Norm(nn.Module):
@@ -114,10 +117,11 @@ class Norm(nn.Module):
             y = y - y.mean(axis=axes, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + c.epsilon)
         start = nn.initializers.zeros if c.unit_offset else nn.initializers.ones
-        scale = parameter(self, "scale", start, shape, self.names, self.param_dtype).astype(jnp.float32)
+        scale = parameter(self, "scale", start, shape, Axes(self.names, "scale"), self.param_dtype).astype(jnp.float32)
         y = y * (1 + scale if c.unit_offset else scale)
         if c.bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, shape, self.names, self.param_dtype)
+            axes = Axes(self.names, "bias")
+            bias = parameter(self, "bias", nn.initializers.zeros, shape, axes, self.param_dtype)
             y = y + bias.astype(jnp.float32)
         return y.astype(x.dtype)
 
@@ -131,6 +135,7 @@ class Embedding(nn.Module):
       names: logical names of the table's two axes.
       stddev: of the initial table.
       param_dtype: of the initial table.
+      kind: what its rows are: embeddings, or biases that are looked up.
     """
 
     rows: int
@@ -138,11 +143,12 @@ class Embedding(nn.Module):
     names: Sequence[str]
     stddev: float
     param_dtype: str = "float32"
+    kind: Literal["table", "bias"] = "table"
 
     def setup(self) -> None:
         init = nn.initializers.normal(self.stddev)
         shape = (self.rows, self.width)
-        self.embedding = parameter(self, "embedding", init, shape, tuple(self.names), self.param_dtype)
+        self.embedding = parameter(self, "embedding", init, shape, Axes(tuple(self.names), self.kind), self.param_dtype)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         # Whole rows first: a lookup in a table whose rows are split makes the partitioner copy the table everywhere.

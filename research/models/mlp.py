@@ -15,6 +15,7 @@ from research.models.config import ExpertsConfig, MlpConfig, ModelConfig
 from research.models.layers import ACTIVATIONS, Projection, parameter
 from research.models.reports import LayerReport
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.parameter import Axes
 from research.parallel.rules import constrain
 from research.parallel.shard_map import shard_map, sharding_axes
 
@@ -86,7 +87,8 @@ class Experts(nn.Module):
         if c.selection_bias:
             # In float32 whatever the type of the others: its small steps would be lost in bfloat16.
             shape = (c.num_experts,)
-            selection = parameter(self, "selection_bias", nn.initializers.zeros, shape, ("selection",), "float32")
+            axes = Axes(("selection",), "selection")
+            selection = parameter(self, "selection_bias", nn.initializers.zeros, shape, axes, "float32")
         chosen, weights, loss = route(c, logits, selection, real)
         kernels = ExpertKernels(model, name="experts")()
         y = _mix(model.mlp, x, chosen, weights.astype(x.dtype), kernels)
@@ -111,8 +113,8 @@ def route(
     Args:
       config: the mixture.
       logits: of the router, float32.
-      selection: added to the scores for the choice alone. Where it is to move, its cotangent is the load of each expert
-        over the mean one, whatever the loss.
+      selection: added to the scores for the choice alone; it has no gradient, but may follow the load
+        (`optim.balancing`).
       real: tokens that count for the loss; None is all of them.
     """
     scores = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
@@ -128,9 +130,6 @@ def route(
     if config.renormalize:
         # The small number is for sigmoids that are all zero.
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    if selection is not None and config.bias_speed:
-        load = expert_load(config.num_experts, chosen, real)
-        weights = _telling_load(weights, selection, load - load.mean())
     return chosen, weights * config.scale, _router_loss(config, logits, scores, chosen, real)
 
 
@@ -144,29 +143,6 @@ def expert_load(num_experts: int, chosen: Int[Array, "B T k"], real: Bool[Array,
     """
     picked = jax.nn.one_hot(chosen, num_experts)
     return jnp.sum(picked if real is None else picked * real[..., None, None], axis=(0, 1, 2))
-
-
-@jax.custom_vjp
-def _telling_load(
-    weights: Float[Array, "B T k"], selection: Float[Array, "E"], load: Float[Array, "E"]
-) -> Float[Array, "B T k"]:
-    """Returns `weights`. Backwards, the cotangent of `selection` is `load`.
-
-    So the load is summed over microbatches and devices as gradients are, and the optimizer, which alone changes
-    parameters, finds it where the gradient of any other would be (`optim.optimizers`).
-    """
-    return weights
-
-
-def _telling_load_forward(weights: Array, selection: Array, load: Array) -> tuple[Array, Array]:
-    return weights, load
-
-
-def _telling_load_backward(load: Array, g: Array) -> tuple[Array, Array, Array]:
-    return g, load, jnp.zeros_like(load)
-
-
-_telling_load.defvjp(_telling_load_forward, _telling_load_backward)
 
 
 def _router_loss(
@@ -222,12 +198,13 @@ class ExpertKernel(nn.Module):
     def __call__(self) -> tuple[Weight, Float[Array, "E O"] | None]:
         init = nn.initializers.normal(self.stddev)
         shape = (self.num_experts, *self.shape)
-        kernel = parameter(self, "kernel", init, shape, ("expert", *self.names), self.param_dtype)
+        axes = Axes(("expert", *self.names), "kernel", num_inputs=1)
+        kernel = parameter(self, "kernel", init, shape, axes, self.param_dtype)
         if not self.use_bias:
             return kernel, None
         shape = (self.num_experts, self.shape[1])
-        names = ("expert", self.names[1])
-        return kernel, parameter(self, "bias", nn.initializers.zeros, shape, names, self.param_dtype)
+        axes = Axes(("expert", self.names[1]), "bias")
+        return kernel, parameter(self, "bias", nn.initializers.zeros, shape, axes, self.param_dtype)
 
 
 def _mix(

@@ -68,7 +68,7 @@ class Stack(nn.Module):
             self.position_embed = Embedding(rows, c.embed_dim, ("positions", "embed"), c.init_stddev, c.param_dtype)
         if c.position.kind == "buckets":
             sizes = (c.position.num_buckets, c.attention.num_heads)
-            self.position_bias = Embedding(*sizes, ("buckets", "heads"), c.init_stddev, c.param_dtype)
+            self.position_bias = Embedding(*sizes, ("buckets", "heads"), c.init_stddev, c.param_dtype, "bias")
         if c.embedding.num_types:
             sizes = (c.embedding.num_types, c.embed_dim)
             self.type_embed = Embedding(*sizes, ("types", "embed"), c.init_stddev, c.param_dtype)

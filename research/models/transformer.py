@@ -21,7 +21,8 @@ from research.models.layer_loops import LayerLoop
 from research.models.layers import Embedding, parameter
 from research.models.reports import LayerReports, collect_reports, no_reports
 from research.models.stack import Stack, layer_name
-from research.parallel.rules import constrain, is_box
+from research.parallel.parameter import Axes, Parameter, is_box
+from research.parallel.rules import constrain
 
 
 class Output(NamedTuple):
@@ -91,10 +92,12 @@ class Transformer(nn.Module):
         if not c.tied_embeddings:
             init = nn.initializers.normal(c.init_stddev)
             shape = (c.embed_dim, c.vocab_size)
-            self.unembed = parameter(self, "unembed", init, shape, ("embed", "vocab"), c.param_dtype)
+            axes = Axes(("embed", "vocab"), "table")
+            self.unembed = parameter(self, "unembed", init, shape, axes, c.param_dtype)
         if c.head.bias:
             zeros = nn.initializers.zeros
-            self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",), c.param_dtype)
+            axes = Axes(("vocab",), "bias")
+            self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), axes, c.param_dtype)
 
     def __call__(
         self,
@@ -311,5 +314,5 @@ def _init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return params
 
 
-def _name_layers(box: nn.LogicallyPartitioned) -> nn.LogicallyPartitioned:
+def _name_layers(box: Parameter) -> Parameter:
     return box.replace(names=("layers", *box.names))

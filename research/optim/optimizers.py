@@ -1,18 +1,18 @@
-"""Optimizers by name. What is a matrix is told by logical axes, never by a parameter's path."""
+"""Optimizers by name. What an array is, a matrix or a bias, is told by its box, never by its path or shape."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from research.core.errors import UserError
 from research.optim.schedules import ScheduleConfig, build_schedule
-
-Names = tuple[str | None, ...]
+from research.parallel.parameter import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class OptimConfig:
         (matrices with momentum `beta1`; the rest by AdamW with Nesterov momentum).
       learning_rate: the peak.
       schedule: its course.
-      weight_decay: decoupled, times the learning rate, on matrices only (embeddings included).
+      weight_decay: decoupled, times the learning rate, on matrices only (embeddings included, biases never).
       beta1: decay of the first moment (or momentum); Adafactor has none.
       beta2: decay of the second moment of AdamW, Lion and Muon's rest; Adafactor has its own course.
       epsilon: added to the root of the second moment, of AdamW and Muon.
@@ -57,40 +57,17 @@ class OptimConfig:
             raise UserError(f"ema_decay = {self.ema_decay} must lie in (0, 1), or None.")
 
 
-def is_matrix(names: Names) -> bool:
-    """Whether an array with these logical axes maps vectors to vectors: the model width and one more axis."""
-    return "embed" in names and len([name for name in names if name != "layers"]) > 1
-
-
-def is_table(names: Names) -> bool:
-    """Whether an array's rows (or columns) stand for ids: embeddings and the output projection."""
-    return "vocab" in names or "positions" in names
-
-
-def is_selection(names: Names) -> bool:
-    """Whether an array steers the choice of experts: its gradient is no slope of the loss, but a load over the mean."""
-    return "selection" in names
-
-
-def gradient_norm(gradients: Any, axes: Any) -> Float[Array, ""]:
-    """Returns the norm of all gradients together; loads are none."""
-    loads = _map_names(is_selection, axes)
-    slopes = jax.tree.map(lambda load, g: None if load else g, loads, gradients)
-    return optax.global_norm(slopes)
-
-
 def build_optimizer(
-    config: OptimConfig, axes: Any, total_steps: int, bias_speed: float = 0.0
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer, and its schedule for the log.
+    config: OptimConfig, axes: Any, total_steps: int
+) -> tuple[optax.GradientTransformation, Callable[[Any], Float[Array, ""]]]:
+    """Returns the optimizer, and what tells the learning rate of its next update from its state.
 
     Clipping is not in it: the training step knows the gradient's norm already.
 
     Args:
       config: its values.
-      axes: tree of logical axis names of the parameters.
+      axes: tree of the parameters' `parallel.parameter.Axes`.
       total_steps: of the run.
-      bias_speed: how far a step moves the biases of the choice of experts, whatever the optimizer and its rate.
 
     Raises:
       UserError: a schedule that is longer than the run.
@@ -99,31 +76,26 @@ def build_optimizer(
     Chen et al. 2023, arXiv:2302.06675; Muon: Jordan et al. 2024, with the update scaled to AdamW's size as in Liu et
     al. 2025, arXiv:2502.16982, section 2.2.
     """
-    rate = build_schedule(config.schedule, config.learning_rate, total_steps)
-    return _steering(_descending(config, axes, rate), axes, bias_speed), rate
+    schedule = build_schedule(config.schedule, config.learning_rate, total_steps)
+
+    def learning_rate(state: Any) -> Float[Array, ""]:
+        return jnp.asarray(schedule(_update_count(state)), jnp.float32)
+
+    return _descending(config, axes, schedule), learning_rate
 
 
-def _steering(inner: optax.GradientTransformation, axes: Any, speed: float) -> optax.GradientTransformation:
-    """Lets biases of the choice of experts rise by `speed` below the mean load and fall above it.
+def _update_count(state: Any) -> Int[Array, ""]:
+    """Returns the updates that an optimizer has made, as the part of it that follows the schedule counts them."""
 
-    The rest is left to `inner`, whose state is the only one; to it these biases have no gradient.
+    def scheduled(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
 
-    Source: Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
-    """
-    if not speed:
-        return inner
-    loads = _map_names(is_selection, axes)
-
-    def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        slopes = jax.tree.map(lambda load, g: jnp.zeros_like(g) if load else g, loads, gradients)
-        updates, state = inner.update(slopes, state, params)
-        return jax.tree.map(lambda load, g, u: -speed * jnp.sign(g) if load else u, loads, gradients, updates), state
-
-    return optax.GradientTransformation(inner.init, update)
+    (counter,) = [node for node in jax.tree.leaves(state, is_leaf=scheduled) if scheduled(node)]
+    return counter.count
 
 
 def _descending(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.GradientTransformation:
-    matrices = _map_names(is_matrix, axes)
+    matrices = jax.tree.map(lambda axes: axes.is_matrix, axes)
     decay = {"weight_decay": config.weight_decay, "mask": matrices}
     if config.name == "adamw":
         return optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, **decay)
@@ -140,7 +112,7 @@ def _descending(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.G
             eps=config.epsilon,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            muon_weight_dimension_numbers=_map_names(_muon_axes, axes),
+            muon_weight_dimension_numbers=jax.tree.map(_muon_axes, axes),
             consistent_rms=0.2,
         )
     # What these give points downhill already, at rate 1 and without decay.
@@ -151,16 +123,12 @@ def _descending(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.G
     )
 
 
-def _map_names(function: Any, axes: Any) -> Any:
-    return jax.tree.map(function, axes, is_leaf=lambda names: isinstance(names, tuple))
-
-
 def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
     """Lets a transformation that looks at whole arrays see one layer at a time where layers are stacked.
 
     So a scanned model takes the steps of an unrolled one, and their states are the same on disk.
     """
-    batched = _map_names(lambda names: 0 if "layers" in names else None, axes)
+    batched = jax.tree.map(lambda axes: 0 if "layers" in axes.names else None, axes)
     stacked = [
         path for path, axis in jax.tree_util.tree_leaves_with_path(batched, is_leaf=lambda x: x is None) if axis == 0
     ]
@@ -187,14 +155,9 @@ def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.Gra
     return optax.GradientTransformation(init, update)
 
 
-def _muon_axes(names: Names) -> contrib.MuonDimensionNumbers | None:
-    """Returns which axes of a matrix are inputs and which outputs: the model width alone is one side of it."""
-    if not is_matrix(names) or is_table(names):
-        return None
-    width = names.index("embed")
-    others = tuple(i for i, name in enumerate(names) if name not in ("embed", "layers"))
-    return (
-        contrib.MuonDimensionNumbers((width,), others)
-        if width < others[0]
-        else contrib.MuonDimensionNumbers(others, (width,))
-    )
+def _muon_axes(axes: Axes) -> contrib.MuonDimensionNumbers | None:
+    """Returns which axes of a kernel are inputs and which outputs; each layer and each expert is a matrix of its own.
+
+    Tables are left to AdamW: one row of theirs is one id's, and rows of rare ids have no gradient most of the time.
+    """
+    return contrib.MuonDimensionNumbers(*axes.inputs_and_outputs()) if axes.kind == "kernel" else None

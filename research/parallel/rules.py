@@ -11,6 +11,7 @@ from jaxtyping import Array, Shaped
 from research.core.errors import UserError
 from research.core.trees import path_name
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.parameter import is_box
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used again, so activations,
 # whose batch takes `fsdp`, keep their width whole, while parameters shard it.
@@ -56,16 +57,6 @@ def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
-
-
-def logical_axes(boxed: Any) -> Any:
-    """Returns the tree of logical axis names of boxed parameters, as `module.init` gives them."""
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
-
-
-def is_box(leaf: Any) -> bool:
-    """Whether a leaf is a parameter in the box that names its axes."""
-    return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:

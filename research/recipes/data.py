@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 
+from research.data.objectives import bytes_per_target
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.recipes.inputs import make_loader, prepare_data
 
@@ -30,7 +31,7 @@ def main(arguments: argparse.Namespace) -> None:
     batch = next(loader)
     loader.close()
     if config.data.objective.predicts_all_text:
-        logger.info("data: the held-out text has %.3f bytes a token", prepared.bytes_per_target)
+        logger.info("data: the held-out text has %.3f bytes a token", bytes_per_target(prepared.heldout))
     sides = [name.removesuffix("tokens") for name in batch if name.endswith("tokens")]
     for row in range(min(arguments.rows, config.train.batch_size)):
         for side in sides:

@@ -20,7 +20,7 @@ from research.recipes import workdir as workdirs
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.storage import files
 from research.storage.paths import Path, as_path, in_bucket, reason
-from research.training.program import build_program
+from research.training.language_model import language_model_program
 
 EXAMPLES = """\
   tessera doctor
@@ -139,7 +139,7 @@ def _experiment(
         if not devices:
             yield "warn", "config", f"{spec} can be read; whether it fits is not known without a device"
             return
-        mesh = build_program(config.model, config.optim, config.train, config.mesh, devices).mesh
+        mesh = language_model_program(config.model, config.optim, config.train, config.mesh, devices).mesh
     except UserError as error:
         yield "FAIL", "config", str(error)
         return

@@ -38,7 +38,7 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
                 f"model.start_id = {config.model.start_id} is not the id {start} that data.objective.decoder_start = "
                 f"{config.data.objective.decoder_start!r} begins the decoder with. Make them agree."
             )
-    if not any(corpus.num_targets for corpus in prepared.heldout):
+    if not any(corpus.num_documents for corpus in prepared.heldout):
         raise UserError("data.sources: no document is held out; raise heldout_fraction or add text.")
     return prepared
 

@@ -8,30 +8,23 @@ import signal
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from research.core.errors import Interrupted
 from research.core.random import key_for
 from research.core.trees import count
-from research.data.batch import Batch
-from research.data.loader import Loader
-from research.data.objectives import encoder_length
-from research.models.flops import train_flops_per_token
 from research.parallel import distributed
 from research.parallel.rules import process_rows
 from research.recipes import workdir as workdirs
 from research.recipes.experiment import ExperimentConfig, add_config_argument, load_experiment
-from research.recipes.inputs import heldout_rows, make_loader, prepare_data
-from research.scaling.devices import peak_flops
+from research.recipes.inputs import make_loader, prepare_data
+from research.recipes.resume import restore
+from research.recipes.run_parts import evaluation, first_batch_check, throughput
 from research.storage.paths import Path, as_path
 from research.training import loop, metrics
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
-from research.training.evaluation import evaluate
+from research.training.language_model import language_model_program
 from research.training.plots import plot_loss
-from research.training.program import build_program
-from research.training.self_check import check_attention
 from research.training.state import TrainState
 from research.training.step import place_batch
 
@@ -74,75 +67,51 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     clock = Clock()
     with clock.measure("compile"):
         distributed.initialize(config.distributed)
-        program = build_program(config.model, config.optim, config.train, config.mesh, objective=config.data.objective)
+        program = language_model_program(
+            config.model, config.optim, config.train, config.mesh, objective=config.data.objective
+        )
         part = process_rows(program.batch["tokens"].sharding, config.train.batch_size)
         workdirs.check(workdir, config)
     with clock.measure("data"):
         prepared = prepare_data(config)
         loader = make_loader(config, prepared, part)
-    logger.info("model: %s parameters on %d device(s)", f"{count(program.state.params):,}", program.mesh.size)
+    logger.info("model: %s parameters on %d device(s)", f"{count(program.saved.params):,}", program.mesh.size)
     with clock.measure("checkpoint"):
         checkpoints = Checkpoints(workdir, config.checkpoint)
-        state, owed = _restore(checkpoints, program.state, loader, workdir)
-        if state is not None and int(state.step) >= config.train.steps and not owed:
-            logger.info("step %d of %d: nothing is left to do", state.step, config.train.steps)
+        saved, owed = restore(checkpoints, program.saved, loader, workdir)
+        if saved is not None and int(saved.step) >= config.train.steps and not owed:
+            logger.info("step %d of %d: nothing is left to do", saved.step, config.train.steps)
             for row in metrics.evaluations(workdir)[-1:]:
                 logger.info("%s", metrics.format_evaluation(row))
             checkpoints.close()
-            return state
+            return saved
     with contextlib.ExitStack() as held:  # the lock is let go of last
         with clock.measure("checkpoint"):
             held.enter_context(workdirs.claim(workdir, config, prepared.tokenizer))
             held.callback(checkpoints.close)
-        with clock.measure("compile"):
-            if state is None:
-                state = program.create(key_for(config.train.seed, "init"))
-            step, eval_step = program.compile_train_step(), program.compile_eval_step()
-            writer = held.enter_context(metrics.MetricsWriter(workdir, int(state.step)))
         held.callback(loader.close)
-        place = functools.partial(place_batch, like=program.batch)
-        bytes_per_target = prepared.bytes_per_target if config.data.objective.predicts_all_text else None
-
-        def held_out(state: TrainState) -> dict[str, float]:
-            batches = map(place, heldout_rows(config, prepared, part))
-            return evaluate(eval_step, state.eval_params(), batches, bytes_per_target)
-
-        def check(state: TrainState, batch: Batch) -> None:
-            if config.train.self_check:
-                check_attention(config.model, state.params, batch, program.mesh)
+        with clock.measure("compile"):
+            state, frozen = program.begin(saved, key_for(config.train.seed, "init"))
+            del saved  # its arrays are the state's now, or were copied into it
+            step = program.compile_train_step()
+            evaluate = evaluation(config, program, frozen, prepared, part)
+            writer = held.enter_context(metrics.MetricsWriter(workdir, int(state.step)))
 
         run = loop.Run(
-            step, loader, place, check, held_out, checkpoints, writer, clock, _throughput(config, program.mesh)
+            step=step,
+            frozen=frozen,
+            stream=loader,
+            place=functools.partial(place_batch, like=program.batch),
+            check=first_batch_check(config, program, frozen),
+            evaluate=evaluate,
+            saved=lambda state: program.merge(state, frozen),
+            checkpoints=checkpoints,
+            writer=writer,
+            clock=clock,
+            throughput=throughput(config, program.mesh),
         )
         state = loop.train(state, run, config.train, owed)
     logger.info("time: %s", clock.report())
     if jax.process_index() == 0:
         plot_loss(workdir)
-    return state
-
-
-def _restore(
-    checkpoints: Checkpoints, abstract: TrainState, loader: Loader, workdir: Path
-) -> tuple[TrainState | None, bool]:
-    """Returns the newest good state, with the loader set to go on from it, and whether it must still be evaluated.
-
-    The state is None where there is no checkpoint.
-    """
-    if checkpoints.latest is None:
-        if any((workdir / name).exists() for name in ("config.json", metrics.FILE)):
-            logger.warning("%s has no checkpoint: starts at step 0", workdir)
-        return None, False
-    step, state, extra = checkpoints.restore(abstract)
-    loader.restore(extra["loader"])
-    logger.info("goes on from step %d", step)
-    evaluated = any(row["step"] == step for row in metrics.evaluations(workdir))
-    # Process 0 writes the rows, so its word counts: all must evaluate, or none.
-    evaluated = bool(multihost_utils.broadcast_one_to_all(np.bool_(evaluated)))
-    return state, extra["evaluation_owed"] and not evaluated
-
-
-def _throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> loop.Throughput:
-    length = config.train.sequence_length
-    flops = train_flops_per_token(config.model, length, encoder_length(config.data.objective, length))
-    peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
-    return loop.Throughput(flops, None if peak is None else peak * mesh.size, mesh.size)
+    return run.saved(state)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from research.core.errors import UserError
+from research.training.partition import TrainableConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class TrainConfig:
       eval_every: steps between evaluations on held-out text; 0 evaluates at the end only.
       eval_batches: held-out batches an evaluation at most; 0 takes them all.
       max_skipped: this many steps in a row without a finite loss stop the run.
+      trainable: which parameters are trained; the others are frozen.
       self_check: whether the first batch is also taken through the plain attention, and drift stops the run.
     """
 
@@ -35,6 +37,7 @@ class TrainConfig:
     eval_every: int = 0
     eval_batches: int = 0
     max_skipped: int = 5
+    trainable: TrainableConfig = TrainableConfig()
     self_check: bool = True
 
     def __post_init__(self) -> None:

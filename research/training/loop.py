@@ -24,12 +24,17 @@ logger = logging.getLogger("tessera")
 
 
 @runtime_checkable  # so that the tests' checks of types can look at it
-class Batches(Protocol):
-    """A stream of host batches whose position can be saved."""
+class Stream(Protocol):
+    """A stream of host batches whose position can be saved: of a corpus, or of what the model itself has drawn."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def next(self, state: TrainState) -> Batch:
+        """Returns the next batch; a stream of the model's own samples draws them from `state`."""
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps: JSON values and small NumPy arrays, the same on all processes."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +68,12 @@ class Run:
 
     Attributes:
       step: compiled.
-      batches: of this process.
+      frozen: what the step reads beside its state.
+      stream: the batches of this process.
       place: puts a host batch on the devices.
       check: looks at the first batch and the state that meets it, and raises where the kernels cannot be trusted.
       evaluate: held-out metrics of a state.
+      saved: what a checkpoint keeps of a state.
       checkpoints: where the state is kept.
       writer: where metrics go.
       clock: where time goes.
@@ -74,10 +81,12 @@ class Run:
     """
 
     step: Step
-    batches: Batches
+    frozen: Any
+    stream: Stream
     place: Callable[[Batch], Batch]
     check: Callable[[TrainState, Batch], None]
     evaluate: Callable[[TrainState], dict[str, float]]
+    saved: Callable[[TrainState], Any]
     checkpoints: Checkpoints
     writer: MetricsWriter
     clock: Clock
@@ -127,20 +136,19 @@ def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: boo
     """
     clock, first = run.clock, int(state.step)
     meter = _Meter(run, config, first)
-    batches = iter(run.batches)
     with _stop_signals() as signals, Progress("train", config.steps - first, "step", lines=False) as progress:
         if evaluation_owed:
             meter.evaluate(first, state)
         pending: tuple[int, Metrics] | None = None
         for index in range(first, config.steps):
             with clock.measure("data"):
-                batch = run.place(next(batches))
+                batch = run.place(run.stream.next(state))
             if index == first:
                 with clock.measure("compile"):
                     run.check(state, batch)
             # The devices compute while the host keeps its books, so that is no time of its own.
             with clock.measure("compute"):
-                state, metrics = run.step(state, batch)
+                state, metrics = run.step(state, run.frozen, batch)
                 if pending is not None:
                     meter.read(*pending)
                 step, pending = index + 1, (index + 1, metrics)
@@ -155,9 +163,9 @@ def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: boo
                 raise UserError(meter.diverged)
             if saves:
                 with clock.measure("checkpoint"):
-                    extra = {"loader": run.batches.state(), "evaluation_owed": evaluates}
+                    extra = {"loader": run.stream.state(), "evaluation_owed": evaluates}
                     run.writer.flush()
-                    run.checkpoints.save(step, state, extra)
+                    run.checkpoints.save(step, run.saved(state), extra)
             if stop:
                 run.checkpoints.wait()
                 name = signal.Signals(stop).name

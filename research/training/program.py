@@ -1,31 +1,25 @@
 """A training run as programs for a mesh: what its state is, how it begins, its steps, compiled."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 
 from research.core.random import key_for
 from research.data.batch import Batch
-from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
-from research.models.config import ModelConfig
-from research.models.language_model import language_model
-from research.optim.optimizers import OptimConfig, build_optimizer, gradient_norm
+from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
-from research.parallel.rules import batch_sharding, check_batch, logical_axes
-from research.parallel.target import compiling_for_mesh, mesh_platform
+from research.parallel.parameter import logical_axes
+from research.parallel.rules import batch_sharding, check_batch, param_shardings
 from research.training.config import TrainConfig
+from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState, abstract_state, create_state
-from research.training.step import (
-    AbstractBatch,
-    Metrics,
-    Step,
-    language_model_loss,
-    make_eval_step,
-    make_train_step,
-)
+from research.training.step import AbstractBatch, Loss, Metrics, Step, make_eval_step, make_train_step
+
+Init = Callable[[jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,82 +28,162 @@ class Program:
 
     Attributes:
       mesh: the devices.
-      state: shapes, types and shardings of the training state.
+      init: makes all boxed parameters from a key.
+      partition: which of them are trained.
+      state: shapes, types and shardings of the training state, whose parameters are the trainable ones.
+      frozen: the same of the frozen parameters; empty where everything is trained.
+      saved: the same of the state with all parameters, as a checkpoint has it.
       batch: the same of a batch.
       create: makes the state of step 0 from a key.
       train_step: one step.
-      eval_step: sums over a held-out batch, from parameters.
+      eval_step: sums over a held-out batch, from trainable and frozen parameters.
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
+    init: Init
+    partition: Partition
     state: TrainState
+    frozen: Any
+    saved: TrainState
     batch: AbstractBatch
     create: Callable[[jax.Array], TrainState]
     train_step: Step
-    eval_step: Callable[[Any, Batch], Metrics]
+    eval_step: Callable[[Any, Any, Batch], Metrics]
 
     def compile_train_step(self) -> Step:
         """Returns the step compiled; the new state lies as the old one, whose buffers it takes."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(shardings, None))
+        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(_shardings(self.state), None))
         with jax.set_mesh(self.mesh):
-            return step.lower(self.state, self.batch).compile()
+            return step.lower(self.state, self.frozen, self.batch).compile()
 
-    def compile_eval_step(self) -> Callable[[Any, Batch], Metrics]:
+    def compile_eval_step(self) -> Callable[[Any, Any, Batch], Metrics]:
         """Returns the evaluation compiled."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.eval_step).lower(self.state.eval_params(), self.batch).compile()
+            return jax.jit(self.eval_step).lower(self.state.eval_params(), self.frozen, self.batch).compile()
+
+    def begin(self, saved: TrainState | None, key: jax.Array) -> tuple[TrainState, Any]:
+        """Returns the state and the frozen parameters to go on with: those of a checkpoint, or new ones from a key."""
+        return (self.create(key), self.create_frozen(key)) if saved is None else self.split(saved)
+
+    def create_frozen(self, key: jax.Array) -> Any:
+        """Returns the frozen parameters of step 0, made from the key that makes the state."""
+        if self.partition is EVERYTHING:
+            return {}
+
+        def make(key: jax.Array) -> Any:
+            _, frozen = self.partition.split(self.init(key))
+            return nn.unbox(frozen)
+
+        return jax.jit(make, out_shardings=_shardings(self.frozen))(key)
+
+    def merge(self, state: TrainState, frozen: Any) -> TrainState:
+        """Returns the state with all parameters in their own types, as a checkpoint has it.
+
+        Arrays that need no change are not copied.
+        """
+
+        def whole(trainable: Any, like: Any) -> Any:
+            params = self.partition.merge(trainable, frozen)
+            return jax.tree.map(
+                lambda leaf, to: leaf if leaf.dtype == to.dtype else leaf.astype(to.dtype), params, like
+            )
+
+        if self.partition is EVERYTHING:
+            return state
+        ema = None if state.ema is None else whole(state.ema, self.saved.params)
+        return state.replace(params=whole(state.params, self.saved.params), ema=ema)
+
+    def split(self, saved: TrainState) -> tuple[TrainState, Any]:
+        """Returns the state and the frozen parameters that a checkpoint holds together."""
+        if self.partition is EVERYTHING:
+            return saved, {}
+        trainable, frozen = self.partition.split(saved.params)
+        ema = None if saved.ema is None else self.partition.split(saved.ema)[0]
+        state = saved.replace(params=trainable, ema=ema)
+        return jax.device_put((state, frozen), _shardings((self.state, self.frozen)))
 
 
 def build_program(
-    model: ModelConfig,
+    init: Init,
+    loss: Loss,
+    batch_shapes: Mapping[str, tuple[tuple[int, ...], str]],
     optim: OptimConfig,
     train: TrainConfig,
     mesh: MeshConfig,
     devices: Sequence[jax.Device] | None = None,
-    objective: ObjectiveConfig = CAUSAL,
+    *,
+    eval_loss: Loss | None = None,
+    partition: Partition = EVERYTHING,
+    expert_bias_speed: float = 0.0,
 ) -> Program:
     """Returns the run's functions on `devices` (all by default); nothing is compiled and no array is made.
+
+    Args:
+      init: makes boxed parameters from a key.
+      loss: what is minimized.
+      batch_shapes: (shape, dtype) of every array of a batch.
+      optim, train: the optimizer, and the course of the run.
+      mesh, devices: where it runs.
+      eval_loss: what is evaluated; None: the same loss.
+      partition: which parameters are trained.
+      expert_bias_speed: as of `make_train_step`.
 
     Raises:
       UserError: sizes that do not fit the devices, or a schedule longer than the run.
     """
-    place = make_mesh(mesh, devices)
-    check_batch(train.batch_size, train.accumulation, place)
-    untargeted = language_model(model, mesh_platform(place)).init
+    devices_mesh = make_mesh(mesh, devices)
+    check_batch(train.batch_size, train.accumulation, devices_mesh)
 
-    def init(key: jax.Array) -> Any:
-        with compiling_for_mesh(place):
-            return untargeted(key)
+    def init_trainable(key: jax.Array) -> Any:
+        return partition.split(init(key))[0]
 
-    axes = logical_axes(jax.eval_shape(init, jax.random.key(0)))
-    bias_speed = 0.0 if model.experts is None else model.experts.bias_speed
-    optimizer, schedule = build_optimizer(optim, axes, train.steps, bias_speed)
-    state = abstract_state(init, optimizer, place, keep_ema=optim.ema_decay is not None)
-    loss = language_model_loss(model, train.z_loss, train.label_smoothing)
+    trainable, frozen = jax.eval_shape(lambda key: partition.split(init(key)), jax.random.key(0))
+    optimizer, learning_rate = build_optimizer(optim, logical_axes(trainable), train.steps)
+    state = abstract_state(init_trainable, optimizer, devices_mesh, keep_ema=optim.ema_decay is not None)
     train_step = make_train_step(
         loss,
         optimizer,
-        schedule,
+        learning_rate,
         key_for(train.seed, "dropout"),
-        norm_of=functools.partial(gradient_norm, axes=axes),
+        expert_bias_speed=expert_bias_speed,
         clip_norm=optim.clip_norm,
         ema_decay=optim.ema_decay,
         accumulation=train.accumulation,
     )
+    sharding = batch_sharding(devices_mesh)
     return Program(
-        mesh=place,
+        mesh=devices_mesh,
+        init=init,
+        partition=partition,
         state=state,
-        batch=abstract_batch(objective, train.batch_size, train.sequence_length, batch_sharding(place)),
-        create=functools.partial(create_state, init, optimizer, state),
+        frozen=_abstract_params(frozen, devices_mesh),
+        saved=_abstract_saved(init, state, devices_mesh),
+        batch={name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in batch_shapes.items()},
+        create=lambda key: create_state(init_trainable, optimizer, state, key),
         train_step=train_step,
-        eval_step=make_eval_step(language_model_loss(model)),
+        eval_step=make_eval_step(loss if eval_loss is None else eval_loss),
     )
 
 
-def abstract_batch(
-    objective: ObjectiveConfig, batch_size: int, sequence_length: int, sharding: jax.sharding.Sharding
-) -> AbstractBatch:
-    """Returns shapes, types and sharding of a batch."""
-    shapes = batch_shapes(objective, batch_size, sequence_length)
-    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+def _abstract_saved(init: Init, state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns shapes, types and shardings of the state with all parameters."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    params = _abstract_params(boxed, mesh)
+    return state.replace(params=params, ema=None if state.ema is None else params)
+
+
+def _as_type(array: Any, dtype: Any) -> Any:
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _abstract_params(boxed: Any, mesh: Mesh) -> Any:
+    """Returns shapes, types and shardings of boxed parameters."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        param_shardings(boxed, mesh),
+    )
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -10,6 +10,7 @@ from research.core.errors import UserError
 from research.data import corpus as corpus_module
 from research.data import objectives
 from research.data.corpus import build_corpora, open_corpus
+from research.data.objectives import bytes_per_target
 from research.data.packing import PackedRows
 from research.data.sources import SourceConfig
 from research.data.tokenizers import TokenizerConfig, build
@@ -32,8 +33,8 @@ def test_a_corpus_holds_every_document_framed_and_its_bytes(tmp_path):
     assert splits["heldout"].num_documents > 0
     train = splits["train"]
     assert train.tokens.dtype == np.uint16
-    assert train.num_targets == len(train.tokens) - train.num_documents
-    assert train.bytes_per_target == pytest.approx(train.num_bytes.sum() / train.num_targets)
+    targets = len(train.tokens) - train.num_documents
+    assert bytes_per_target([train]) == pytest.approx(train.num_bytes.sum() / targets)
     assert train.report.documents == 60
 
 

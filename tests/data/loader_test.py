@@ -202,7 +202,7 @@ def test_evaluation_sees_every_heldout_pair_exactly_once(pair, batch, count):
     assert len({len(part) for part in parts}) == 1
     assert all(values["tokens"].shape == (batch // count, T) for part in parts for values in part)
     everything = joined([values for part in parts for values in part])
-    assert everything["weights"].sum() == sum(corpus.num_targets for corpus in heldout)
+    assert everything["weights"].sum() == sum(len(corpus.tokens) - corpus.num_documents for corpus in heldout)
     seen = collections.Counter(
         zip(*(everything[name][everything["weights"] > 0].tolist() for name in ("tokens", "targets")), strict=True)
     )

@@ -5,6 +5,7 @@ import pytest
 from research.core.config import bind
 from research.core.errors import UserError
 from research.data import prepare as prepare_module
+from research.data.objectives import bytes_per_target
 from research.data.prepare import DataConfig, prepare, training_texts
 from research.data.sources import SourceConfig
 from research.data.tokenizers import TokenizerConfig
@@ -25,7 +26,7 @@ def test_a_config_is_prepared_once(config, tmp_path, monkeypatch):
     first = prepare(config, tmp_path / "cache")
     assert len(first.train) == len(first.heldout) == 2
     assert first.tokenizer.decode(first.train[1].document(0)) in texts(60, 2)
-    assert 0.3 < first.bytes_per_target < 9
+    assert 0.3 < bytes_per_target(first.heldout) < 9
     assert [line.split(":")[0] for line in first.report()] == [c.folder.parent.name for c in first.train]
     monkeypatch.setattr(prepare_module.tokenizers, "build", lambda *_: pytest.fail("trained again"))
     second = prepare(config, tmp_path / "cache")

@@ -13,8 +13,9 @@ from research.interop.deepseek import DEEPSEEK_V3
 from research.interop.mapping import params_from
 from research.models.config import ModelConfig
 from research.models.transformer import Transformer
-from research.training.step import language_model_loss
+from research.training.language_model import LanguageModelLoss
 from tests.interop import cases
+from tests.tiny import summed
 
 DEPTH, WEIGHT = 2, 0.3
 # Tensor of a predictor -> the tensor that it doubles.
@@ -94,5 +95,5 @@ def logits(config: ModelConfig, params: Any) -> list[np.ndarray]:
 def gradients() -> Any:
     """Returns the gradient of the loss that training takes, a token."""
     config, params, _ = model()
-    given, loss = batch(), language_model_loss(config)
+    given, loss = batch(), summed(LanguageModelLoss(config))
     return jax.jit(jax.grad(lambda params: loss(params, given, None)[0] / given["weights"].sum()))(params)

@@ -18,8 +18,8 @@ from research.models.language_model import LanguageModel, language_model, regist
 from research.models.reports import no_reports
 from research.models.transformer import LogitTerms, Output, Transformer
 from research.models.transformer_model import TransformerModel
-from research.training.step import language_model_loss
-from tests.tiny import random_batch, random_params, tiny_config
+from research.training.language_model import LanguageModelLoss
+from tests.tiny import random_batch, random_params, summed, tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ register_model(BigramConfig, lambda config, platform: Bigram(config))
 
 def test_a_bigram_table_learns_what_follows_what_by_the_loss_of_any_model():
     config = BigramConfig(vocab_size=48)
-    loss = language_model_loss(config)
+    loss = summed(LanguageModelLoss(config))
     params = nn.unbox(language_model(config).init(jax.random.key(0)))
     batch = jax.tree.map(jnp.asarray, random_batch(2, 16))
     batch["targets"] = (batch["tokens"] * 5 + 3) % 48

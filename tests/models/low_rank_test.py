@@ -18,9 +18,9 @@ from research.models.language_model import language_model
 from research.models.transformer import multiply_out
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import is_box, param_shardings
-from research.training.step import language_model_loss
+from research.training.language_model import LanguageModelLoss
 from tests.models.variants import VARIANTS, pack, rows
-from tests.tiny import abstract_params, random_params, random_tokens, tiny_config
+from tests.tiny import abstract_params, random_params, random_tokens, summed, tiny_config
 
 RANK, STEPS, RATE = 2, 20, 0.05
 STRUCTURES: dict[str, ModelConfig] = {
@@ -79,7 +79,7 @@ def joined(like: Any, factors: Any, others: Any) -> Any:
 
 def gradients_of(config: ModelConfig, like: Any, merge: bool) -> Any:
     """The loss and its gradients for a and b, through the node or through the plain sum."""
-    loss, batch = language_model_loss(config), batch_of(config)
+    loss, batch = summed(LanguageModelLoss(config)), batch_of(config)
 
     def total(factors: Any, others: Any) -> jax.Array:
         params = joined(like, factors, others)
@@ -152,7 +152,7 @@ def test_rules_and_meshes_see_through_the_node():
     down = shardings["layers_0"]["mlp"]["experts"]["down"]["kernel"]
     assert (down.base.spec[1], down.a.spec[1], down.b.spec[1]) == ("tensor", "tensor", None)
     batch = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch_of(config))
-    loss = language_model_loss(config)
+    loss = summed(LanguageModelLoss(config))
     expected = float(jax.jit(lambda params: loss(params, batch, None)[0])(params))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)

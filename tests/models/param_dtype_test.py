@@ -16,7 +16,7 @@ from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
-from research.training.program import build_program
+from research.training.language_model import language_model_program
 from research.training.step import place_batch
 from tests.models.layer_loops_test import LENGTHS
 from tests.models.variants import VARIANTS, rows, unpacked
@@ -50,7 +50,7 @@ def test_a_step_keeps_their_type_and_undoes_what_is_not_finite():
     model = in_bfloat16(tiny_config(num_layers=1))
     optim = OptimConfig(learning_rate=0.02, schedule=ScheduleConfig(name="constant"))
     train = TrainConfig(steps=9, batch_size=4, sequence_length=8)
-    program = build_program(model, optim, train, MeshConfig(), jax.devices()[:1])
+    program = language_model_program(model, optim, train, MeshConfig(), jax.devices()[:1])
     step = program.compile_train_step()
     state = program.create(jax.random.key(0))
     batch = place_batch(random_batch(4, 8), program.batch)
@@ -60,7 +60,7 @@ def test_a_step_keeps_their_type_and_undoes_what_is_not_finite():
 
     losses = []
     for _ in range(6):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.3
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
@@ -69,7 +69,7 @@ def test_a_step_keeps_their_type_and_undoes_what_is_not_finite():
     }
     before = bits(state)
     weights = jax.device_put(np.full((4, 8), np.inf, np.float32), program.batch["weights"].sharding)
-    state, metrics = step(state, {**batch, "weights": weights})
+    state, metrics = step(state, {}, {**batch, "weights": weights})
     assert float(metrics["skipped"]) == 1
     for name, leaf in bits(state).items():
         np.testing.assert_array_equal(leaf, before[name], err_msg=name)

@@ -15,9 +15,9 @@ from research.models.cache import Cache, empty_cache
 from research.models.config import HeadConfig, LatentConfig, LayerConfig, ModelConfig
 from research.models.layer_stack import canonical, unstack_layers
 from research.models.transformer import Transformer
-from research.training.step import language_model_loss
+from research.training.language_model import LanguageModelLoss
 from tests.models.variants import VARIANTS, pack, rows, unpacked
-from tests.tiny import abstract_params, random_params, tiny_config
+from tests.tiny import abstract_params, random_params, summed, tiny_config
 
 LENGTHS = [9, 5, 7]
 
@@ -164,7 +164,7 @@ def test_every_parameter_has_a_gradient(name: str):
     targets = jnp.roll(inputs["tokens"], -1, axis=1)
     weights = (inputs["segments"] != 0).astype(jnp.float32)
     batch = {**inputs, "targets": targets, "weights": weights}
-    gradients = jax.jit(jax.grad(lambda params: language_model_loss(config)(params, batch, None)[0]))(params)
+    gradients = jax.jit(jax.grad(lambda params: summed(LanguageModelLoss(config))(params, batch, None)[0]))(params)
     still = {name for name, leaf in named_leaves(gradients).items() if not np.abs(leaf).max() > 0}
     # The pooler is not part of the loss of a language model, and the selection bias is set by rule.
     assert {each for each in still if not each.startswith("pooler/") and "selection_bias" not in each} == set()
@@ -234,7 +234,7 @@ def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
     by_length = dataclasses.replace(VARIANTS["longrope"], head=HeadConfig(num_future=1))
     inputs = pack(rows(by_length, [9, 5]))
     batch = {**inputs, "targets": inputs["tokens"], "weights": jnp.ones(inputs["tokens"].shape)}
-    loss = jax.jit(lambda params: language_model_loss(by_length)(params, batch, None)[0])
+    loss = jax.jit(lambda params: summed(LanguageModelLoss(by_length))(params, batch, None)[0])
     assert np.isfinite(loss(random_params(by_length)))
 
 

@@ -13,28 +13,32 @@ import pytest
 from research.core.errors import UserError
 from research.models.layer_stack import canonical
 from research.models.transformer import init_params
-from research.optim.optimizers import OptimConfig, build_optimizer, gradient_norm
+from research.optim.optimizers import OptimConfig, build_optimizer
 from research.optim.schedules import ScheduleConfig
-from research.parallel.rules import logical_axes
-from research.training.step import language_model_loss
-from tests.tiny import abstract_params, random_batch, random_params, tiny_config
+from research.parallel.parameter import Axes, logical_axes
+from research.training.language_model import LanguageModelLoss
+from tests.tiny import abstract_params, random_batch, random_params, summed, tiny_config
 
 NAMES = ("adamw", "adafactor", "lion", "sgd", "muon")
 CONSTANT = ScheduleConfig(name="constant")
-# name -> logical axes, shape, whether it decays
-ARRAYS: dict[str, tuple[tuple[str, ...], tuple[int, ...], bool]] = {
-    "up": (("embed", "mlp"), (4, 6), True),
-    "stacked_up": (("layers", "embed", "mlp"), (2, 4, 6), True),
-    "query": (("embed", "heads", "head"), (4, 2, 3), True),
-    "out": (("heads", "head", "embed"), (2, 3, 4), True),
-    "embedding": (("vocab", "embed"), (7, 4), True),
-    "positions": (("positions", "embed"), (5, 4), True),
-    "unembed": (("embed", "vocab"), (4, 7), True),
-    "scale": (("embed",), (4,), False),
-    "stacked_scale": (("layers", "embed"), (2, 4), False),
-    "mlp_bias": (("mlp",), (6,), False),
-    "query_bias": (("heads", "head"), (2, 3), False),
-    "stacked_query_bias": (("layers", "heads", "head"), (2, 2, 3), False),
+# name -> what it is, shape, whether it decays
+ARRAYS: dict[str, tuple[Axes, tuple[int, ...], bool]] = {
+    "up": (Axes(("embed", "mlp"), "kernel", 1), (4, 6), True),
+    "stacked_up": (Axes(("layers", "embed", "mlp"), "kernel", 1), (2, 4, 6), True),
+    "query": (Axes(("embed", "heads", "head"), "kernel", 1), (4, 2, 3), True),
+    "latent_query": (Axes(("latent", "heads", "head"), "kernel", 1), (4, 2, 3), True),
+    "out": (Axes(("heads", "head", "embed"), "kernel", 2), (2, 3, 4), True),
+    "experts_up": (Axes(("expert", "embed", "mlp"), "kernel", 1), (3, 4, 6), True),
+    "embedding": (Axes(("vocab", "embed"), "table"), (7, 4), True),
+    "positions": (Axes(("positions", "embed"), "table"), (5, 4), True),
+    "unembed": (Axes(("embed", "vocab"), "table"), (4, 7), True),
+    "scale": (Axes(("embed",), "scale"), (4,), False),
+    "stacked_scale": (Axes(("layers", "embed"), "scale"), (2, 4), False),
+    "mlp_bias": (Axes(("mlp",), "bias"), (6,), False),
+    "query_bias": (Axes(("heads", "head"), "bias"), (2, 3), False),
+    "stacked_query_bias": (Axes(("layers", "heads", "head"), "bias"), (2, 2, 3), False),
+    "experts_bias": (Axes(("expert", "embed"), "bias"), (3, 4), False),
+    "distance_bias": (Axes(("buckets", "heads"), "bias"), (5, 2), False),
 }
 
 
@@ -45,7 +49,7 @@ def random_arrays(seed: int) -> dict[str, np.ndarray]:
 
 def steps(gradients: list[dict[str, np.ndarray]], **fields) -> dict[str, np.ndarray]:
     """Parameters after one step for each gradient."""
-    axes = {name: names for name, (names, _, _) in ARRAYS.items()}
+    axes = {name: axes for name, (axes, _, _) in ARRAYS.items()}
     optimizer, _ = build_optimizer(OptimConfig(schedule=CONSTANT, **fields), axes, 10)
     params = random_arrays(0)
     state = optimizer.init(params)
@@ -108,28 +112,12 @@ def matrix(update: np.ndarray, rows: int) -> np.ndarray:
     return update.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_biases_of_the_choice_of_experts_move_by_their_speed_alone(name: str):
-    axes = {"bias": ("layers", "selection"), "up": ("embed", "mlp")}
-    params = {"bias": np.ones((2, 3), np.float32), "up": random_arrays(0)["up"]}
-    load = np.array([[5.0, 0.0, -5.0], [-0.5, 1e6, 0.0]], np.float32)
-    moved = {}
-    for loads in (load, 0 * load):
-        gradients = {"bias": loads, "up": random_arrays(1)["up"]}
-        optimizer, _ = build_optimizer(OptimConfig(name=name, schedule=CONSTANT), axes, 10, bias_speed=0.25)
-        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-        np.testing.assert_array_equal(updates["bias"], -0.25 * np.sign(loads))
-        moved[float(np.abs(loads).sum())] = updates["up"]
-        assert gradient_norm(gradients, axes) == pytest.approx(np.linalg.norm(gradients["up"]), rel=1e-5)
-    np.testing.assert_array_equal(*moved.values())
-
-
 def test_muon_moves_matrices_evenly_in_all_directions():
     before, gradient = random_arrays(0), random_arrays(1)
     found = steps([gradient], name="muon", learning_rate=0.1, weight_decay=0.0)
     moved = {name: found[name] - before[name] for name in ARRAYS}
     for name, (_, shape, _) in ARRAYS.items():
-        if name not in ("up", "query", "out"):
+        if name not in ("up", "query", "latent_query", "out"):
             continue
         rows = shape[0] if name != "out" else shape[0] * shape[1]
         spectrum = np.linalg.svd(matrix(moved[name], rows), compute_uv=False)
@@ -140,18 +128,19 @@ def test_muon_moves_matrices_evenly_in_all_directions():
         assert np.vdot(moved[name], gradient[name]) < 0
 
 
-def test_muon_takes_each_layer_of_a_stack_by_itself():
+@pytest.mark.parametrize("name", ["stacked_up", "experts_up"])
+def test_muon_takes_each_layer_and_each_expert_by_itself(name: str):
     gradient = random_arrays(1)
-    mixed = {**gradient, "stacked_up": np.stack([gradient["up"], 50 * gradient["stacked_up"][1]])}
+    mixed = {**gradient, name: np.stack([gradient["up"], *(50 * gradient[name][1:])])}
     found = steps([mixed], name="muon", learning_rate=0.1, weight_decay=0.0)
     before = random_arrays(0)
-    np.testing.assert_allclose(found["stacked_up"][0] - before["stacked_up"][0], found["up"] - before["up"], atol=1e-6)
+    np.testing.assert_allclose(found[name][0] - before[name][0], found["up"] - before["up"], atol=1e-6)
 
 
 def test_muon_moves_tables_and_vectors_as_adam_does():
     before, gradient = random_arrays(0), random_arrays(1)
     found = steps([gradient], name="muon", learning_rate=0.1, weight_decay=0.0, beta1=0.8)
-    for name in ("embedding", "positions", "unembed", "scale", "query_bias"):
+    for name in ("embedding", "positions", "unembed", "scale", "query_bias", "experts_bias", "distance_bias"):
         # Nesterov's first step: (β1 m̂' + (1 − β1) ĝ) / |g|, with m̂' = (1 − β1) g / (1 − β1²) and ĝ = g / (1 − β1).
         expected = -0.1 * (0.8 * 0.2 / (1 - 0.8**2) + 1) * np.sign(gradient[name])
         np.testing.assert_allclose(found[name] - before[name], expected, rtol=1e-3, err_msg=name)
@@ -184,7 +173,9 @@ def test_stacked_layers_take_the_steps_of_single_ones_and_have_their_state_on_di
 def test_adafactor_keeps_rows_and_columns_alone_of_large_matrices():
     params = {"up": np.zeros((128, 256), np.float32)}
     optimizer, _ = build_optimizer(
-        OptimConfig(name="adafactor", learning_rate=0.1, schedule=CONSTANT), {"up": ("embed", "mlp")}, 10
+        OptimConfig(name="adafactor", learning_rate=0.1, schedule=CONSTANT),
+        {"up": Axes(("embed", "mlp"), "kernel", 1)},
+        10,
     )
     state = optimizer.init(params)
     assert sum(np.size(leaf) for leaf in jax.tree.leaves(state)) < 128 + 256 + 10
@@ -202,7 +193,7 @@ def learner() -> tuple[Any, Any, Any]:
     config = tiny_config(num_layers=1)
     params = random_params(config)
     batch = {name: jnp.asarray(array) for name, array in random_batch(2, 8).items()}
-    loss = language_model_loss(config)
+    loss = summed(LanguageModelLoss(config))
     return params, logical_axes(abstract_params(config)), jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
 
 
@@ -236,13 +227,18 @@ def test_optimizer_learns_nothing_at_no_rate():
 def test_rate_of_the_log_is_the_rate_of_the_update():
     schedule = ScheduleConfig(name="linear", warmup_steps=2, final_fraction=0.0)
     optimizer, rate = build_optimizer(
-        OptimConfig(name="sgd", learning_rate=1.0, beta1=0.0, weight_decay=0.0, schedule=schedule), {"x": ("mlp",)}, 6
+        OptimConfig(name="sgd", learning_rate=1.0, beta1=0.0, weight_decay=0.0, schedule=schedule),
+        {"x": Axes(("mlp",), "bias")},
+        6,
     )
     params = {"x": np.zeros(3, np.float32)}
     state = optimizer.init(params)
-    for step in range(6):
+    seen = []
+    for _ in range(6):
+        seen.append(float(rate(state)))
         updates, state = optimizer.update({"x": np.ones(3, np.float32)}, state, params)
-        np.testing.assert_allclose(updates["x"], -rate(step), atol=1e-7)
+        np.testing.assert_allclose(updates["x"], -seen[-1], atol=1e-7)
+    np.testing.assert_allclose(seen, [0, 0.5, 1, 0.75, 0.5, 0.25], atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from research.models.transformer import init_params
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.mesh_axes import MESH_AXES
+from research.parallel.parameter import logical_axes
 from research.parallel.rules import (
     batch_sharding,
     check_batch,
     constrain,
-    logical_axes,
     param_shardings,
     partition_spec,
     process_columns,

@@ -15,7 +15,7 @@ from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
-from research.training.program import build_program
+from research.training.language_model import language_model_program
 from research.training.step import place_batch
 from tests.models.variants import VARIANTS, pack, rows
 from tests.parallel.training_test import begin
@@ -50,11 +50,13 @@ def train(
     """The metrics of each step, and the last parameters."""
     optim = OptimConfig(learning_rate=3e-3, epsilon=1e-4, schedule=ScheduleConfig(name="constant"))
     config = TrainConfig(steps=STEPS, batch_size=ROWS, sequence_length=LENGTH)
-    program = build_program(model, optim, config, mesh, devices, ObjectiveConfig(kind=OBJECTIVES[model.structure]))
+    program = language_model_program(
+        model, optim, config, mesh, devices, ObjectiveConfig(kind=OBJECTIVES[model.structure])
+    )
     step, state, metrics = program.compile_train_step(), begin(program.state, model), []
     for index in range(STEPS):
         batch = host_batch(model, index)
-        state, row = step(state, place_batch({name: batch[name] for name in program.batch}, program.batch))
+        state, row = step(state, {}, place_batch({name: batch[name] for name in program.batch}, program.batch))
         metrics.append({name: float(value) for name, value in row.items()})
     return metrics, state.params
 

@@ -10,14 +10,15 @@ from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.target import chip, compiling_for, mesh_platform, platform
 from research.scaling.topology import tpu_devices
 from research.training.config import TrainConfig
-from research.training.program import Program, build_program
+from research.training.language_model import language_model_program
+from research.training.program import Program
 from tests.tiny import tiny_config
 
 
 def program_on(devices: list) -> Program:
     optim = OptimConfig(schedule=ScheduleConfig(name="constant"))
     train = TrainConfig(steps=1, batch_size=8, sequence_length=16)
-    return build_program(tiny_config(), optim, train, MeshConfig(), devices)
+    return language_model_program(tiny_config(), optim, train, MeshConfig(), devices)
 
 
 def test_the_mesh_in_context_says_which_platform_it_is():
@@ -53,4 +54,4 @@ def test_a_program_for_tpus_has_their_kernels_and_their_layer_loop_on_a_machine_
 
 
 def arguments(program: Program) -> tuple:
-    return (program.state, program.batch)
+    return (program.state, program.frozen, program.batch)

@@ -21,7 +21,7 @@ from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
 from research.parallel.rules import process_rows
 from research.training.config import TrainConfig
-from research.training.program import build_program
+from research.training.language_model import language_model_program
 from research.training.state import TrainState
 from research.training.step import place_batch
 from tests.tiny import random_batch, random_params, tiny_config
@@ -51,13 +51,13 @@ def train(
     """The metrics of each step, and the last state."""
     optim = OptimConfig(learning_rate=3e-3, epsilon=1e-6, schedule=ScheduleConfig(name="constant"))
     config = TrainConfig(steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation, z_loss=1e-4)
-    program = build_program(model, optim, config, mesh, devices)
+    program = language_model_program(model, optim, config, mesh, devices)
     step, state, rows = program.compile_train_step(), begin(program.state, model), []
     part, parts = process_rows(program.batch["tokens"].sharding, ROWS)
     mine = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
     for index in range(STEPS):
         batch = {name: array[mine] for name, array in host_batch(index).items()}
-        state, metrics = step(state, place_batch(batch, program.batch))
+        state, metrics = step(state, {}, place_batch(batch, program.batch))
         rows.append({name: float(value) for name, value in metrics.items()})
     return rows, state
 

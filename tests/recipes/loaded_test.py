@@ -17,10 +17,11 @@ from research.inference.generate import Completion
 from research.recipes.experiment import load_experiment
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.loaded import LoadedModel
-from research.training.step import language_model_loss
+from research.training.language_model import LanguageModelLoss
 from tests.models.variants import VARIANTS
 from tests.recipes import runs
 from tests.recipes.fixtures import Unbroken
+from tests.tiny import summed
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def batch(unbroken: Unbroken) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def loss_of_training(model, batch) -> float:
     """The mean loss of the batch as the training step computes it, without dropout."""
-    _, sums = language_model_loss(model.config)(model.params, jax.tree.map(jnp.asarray, batch), None)
+    _, sums = summed(LanguageModelLoss(model.config))(model.params, jax.tree.map(jnp.asarray, batch), None)
     return float(sums["loss"]) / batch["weights"].sum()
 
 

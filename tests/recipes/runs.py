@@ -109,14 +109,14 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
 
 def record_batches(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Returns a list that receives the tokens of every training batch, in the order of their use."""
-    seen, take = [], Loader.__next__
+    seen, take = [], Loader.next
 
-    def taking(self: Loader) -> dict[str, np.ndarray]:
-        batch = take(self)
+    def taking(self: Loader, state: Any = None) -> dict[str, np.ndarray]:
+        batch = take(self, state)
         seen.append(batch["tokens"].tobytes())
         return batch
 
-    monkeypatch.setattr(Loader, "__next__", taking)
+    monkeypatch.setattr(Loader, "next", taking)
     return seen
 
 

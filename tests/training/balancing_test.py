@@ -17,7 +17,7 @@ from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
-from research.training.program import build_program
+from research.training.language_model import language_model_program
 from research.training.step import place_batch
 from tests.parallel.training_test import LENGTH, ROWS, begin, host_batch
 from tests.tiny import tiny_config
@@ -35,11 +35,11 @@ def run(model: ModelConfig, steps: int, sizes: tuple[int, int, int] = (1, 1, 1),
     optim = OptimConfig(learning_rate=1e-3, epsilon=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=0.5)
     config = TrainConfig(steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation)
     mesh = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
-    program = build_program(model, optim, config, mesh, jax.devices()[: math.prod(sizes)])
+    program = language_model_program(model, optim, config, mesh, jax.devices()[: math.prod(sizes)])
     step, state, metrics = program.compile_train_step(), begin(program.state, model), []
     params = [host(state.params)]
     for index in range(steps):
-        state, row = step(state, place_batch(host_batch(index % 2), program.batch))
+        state, row = step(state, {}, place_batch(host_batch(index % 2), program.batch))
         metrics.append({name: float(value) for name, value in row.items()})
         params.append(host(state.params))
     return params, metrics
@@ -138,5 +138,5 @@ def test_two_devices_microbatches_and_a_loop_move_it_alike():
 def test_state_is_that_of_a_run_without_it():
     """So a run may go on with another speed, as DeepSeek-V3's did."""
     options = (OptimConfig(), TrainConfig(steps=9, batch_size=ROWS, sequence_length=LENGTH), MeshConfig())
-    states = [build_program(model, *options, jax.devices()[:1]).state for model in (MODEL, CONTROL)]
+    states = [language_model_program(model, *options, jax.devices()[:1]).state for model in (MODEL, CONTROL)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -41,7 +41,7 @@ class Bench:
         self.writer = MetricsWriter(workdir)
         self.clock = Clock(lambda: self.time)
 
-    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         number = int(state.step) + 1
         self.time += 2
         self.events.append(f"step {number}")
@@ -57,15 +57,16 @@ class Bench:
         )
         return new, metrics
 
-    def __iter__(self) -> "Bench":
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
+    def next(self, state: TrainState) -> dict[str, np.ndarray]:
         self.given += 1
+        assert int(state.step) == self.given - 1, "a stream is handed the newest state"
         return {"tokens": np.zeros((2, 3), np.int32)}
 
     def state(self) -> dict[str, Any]:
         return {"given": self.given}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.given = state["given"]
 
     def check(self, state: TrainState, batch: Any) -> None:
         self.checked.append(int(state.step))
@@ -79,7 +80,17 @@ class Bench:
         place = lambda batch: jax.tree.map(jnp.asarray, batch)  # noqa: E731
         throughput = Throughput(flops_per_token=10.0, peak_flops=100.0, num_devices=4)
         run = Run(
-            self.step, self, place, self.check, self.evaluate, self.checkpoints, self.writer, self.clock, throughput
+            step=self.step,
+            frozen={},
+            stream=self,
+            place=place,
+            check=self.check,
+            evaluate=self.evaluate,
+            saved=lambda state: state,
+            checkpoints=self.checkpoints,
+            writer=self.writer,
+            clock=self.clock,
+            throughput=throughput,
         )
         try:
             return train(first_state(), run, TrainConfig(batch_size=2, sequence_length=3, **config), owed)

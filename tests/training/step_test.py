@@ -12,36 +12,72 @@ import pytest
 from research.core.random import key_for
 from research.models.config import HeadConfig
 from research.models.transformer import Transformer
+from research.optim.optimizers import OptimConfig, build_optimizer
+from research.optim.schedules import ScheduleConfig
+from research.parallel.parameter import Axes
 from research.parallel.target import compiling_for
+from research.training.language_model import LanguageModelLoss
 from research.training.state import TrainState, new_state
-from research.training.step import language_model_loss, make_eval_step, make_train_step
-from tests.tiny import logits, random_batch, random_params, tiny_config
+from research.training.step import Report, make_eval_step, make_train_step
+from tests.tiny import logits, random_batch, random_params, summed, tiny_config
 
 ROWS, LENGTH = 8, 4
+AXES = {"w": Axes((), "scale"), "b": Axes((), "bias")}
+FALLING = ScheduleConfig(name="linear", final_fraction=0.0)
+PLAIN = {"weight_decay": 0.0, "beta1": 0.0}
 
 
-def line_loss(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted squares of a line's errors; batches hold numbers where they usually hold ids."""
-    error = params["w"] * batch["tokens"] + params["b"] - batch["targets"]
-    total = jnp.sum(batch["weights"] * error**2)
-    return total, {"loss": total}
+class TokenLoss:
+    """A loss of numbers in the place of a model; batches hold numbers where they usually hold ids."""
+
+    def weight(self, batch: Any) -> jax.Array:
+        return jnp.sum(batch["weights"])
+
+    def sums(self, trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[jax.Array, Report]:
+        total = self.total(trainable, batch, key)
+        return total, Report({"loss": total}, {}, {})
 
 
-def root_loss(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+class LineLoss(TokenLoss):
+    """Weighted squares of a line's errors."""
+
+    def total(self, params: Any, batch: Any, key: Any) -> jax.Array:
+        error = params["w"] * batch["tokens"] + params["b"] - batch["targets"]
+        return jnp.sum(batch["weights"] * error**2)
+
+
+class RootLoss(TokenLoss):
     """Finite everywhere, with an infinite slope at 0."""
-    total = jnp.sum(jnp.sqrt(jnp.abs(params["w"] * batch["tokens"]))) + params["b"]
-    return total, {"loss": total}
+
+    def total(self, params: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.sum(jnp.sqrt(jnp.abs(params["w"] * batch["tokens"]))) + params["b"]
 
 
-def noisy_loss(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    total = jnp.sum(params["w"] * jax.random.normal(key, batch["weights"].shape)) + 0.0 * params["b"]
-    return total, {"loss": total}
+class NoisyLoss(TokenLoss):
+    def total(self, params: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.sum(params["w"] * jax.random.normal(key, batch["weights"].shape)) + 0.0 * params["b"]
 
 
-def offset_loss(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+class OffsetLoss(TokenLoss):
     """As large as the batch says, with a slope that does not depend on it."""
-    total = params["w"] + params["b"] + jnp.sum(batch["targets"])
-    return total, {"loss": total}
+
+    def total(self, params: Any, batch: Any, key: Any) -> jax.Array:
+        return params["w"] + params["b"] + jnp.sum(batch["targets"])
+
+
+class PairLoss(LineLoss):
+    """Counts rows and not tokens; with a mean of each microbatch beside the sum, and a count of load."""
+
+    def weight(self, batch: Any) -> jax.Array:
+        return jnp.float32(batch["weights"].shape[0])
+
+    def sums(self, trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[jax.Array, Report]:
+        total, report = super().sums(trainable, frozen, batch, key)
+        mean = jnp.mean(batch["tokens"]) * trainable["b"] * frozen["scale"]
+        return total, Report(report.sums, {"mean": mean}, {})
+
+
+LOSSES = {"line": LineLoss(), "root": RootLoss(), "noisy": NoisyLoss(), "offset": OffsetLoss(), "pair": PairLoss()}
 
 
 def numbers(seed: int = 0, weights: Any = None) -> dict[str, jax.Array]:
@@ -62,14 +98,11 @@ def start(optimizer: optax.GradientTransformation, keep_ema: bool = False, w: fl
 
 @functools.lru_cache
 def stepper(name: str = "line", rate: float = 0.1, momentum: bool = False, **options) -> Any:
-    """A compiled step; its learning rate falls with the count of steps taken."""
-    loss = {"line": line_loss, "root": root_loss, "noisy": noisy_loss, "offset": offset_loss}[name]
-    optimizer = optax.adam(rate) if momentum else optax.sgd(rate)
-
-    def schedule(step: Any) -> Any:
-        return rate / (1 + step)
-
-    return jax.jit(make_train_step(loss, optimizer, schedule, key_for(0, "dropout"), **options)), optimizer
+    """A compiled step without frozen parameters; its learning rate falls with the count of updates."""
+    config = OptimConfig(name="adamw" if momentum else "sgd", learning_rate=rate, schedule=FALLING, **PLAIN)
+    optimizer, learning_rate = build_optimizer(config, AXES, 10)
+    step = make_train_step(LOSSES[name], optimizer, learning_rate, key_for(0, "dropout"), **options)
+    return jax.jit(lambda state, batch: step(state, {"scale": jnp.float32(3)}, batch)), optimizer
 
 
 def by_hand(batch: Any, w: float = 2.0, b: float = -1.0) -> tuple[float, float, float]:
@@ -169,7 +202,7 @@ def test_skips_are_counted_and_the_row_of_them_ends_with_a_good_step():
         state, metrics = step(state, batch)
         seen.append((int(state.skipped), int(state.skipped_in_row), float(metrics["learning_rate"])))
     # The rate in the log is the one that a good step would have had: skipped steps do not use the schedule up.
-    expected = [(1, 1, 0.1), (1, 0, 0.1), (2, 1, 0.05), (3, 2, 0.05), (3, 0, 0.05)]
+    expected = [(1, 1, 0.1), (1, 0, 0.1), (2, 1, 0.09), (3, 2, 0.09), (3, 0, 0.09)]
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
     assert int(state.step) == 5
     twice = step(step(start(optimizer), good)[0], good)[0]
@@ -228,13 +261,28 @@ def test_mean_of_microbatch_means_would_differ():
     assert np.abs(np.mean(means, axis=0) - by_hand(batch)).max() > 0.05
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loss_has_its_own_denominator_and_means_beside_its_sum(count: int):
+    batch = uneven()
+    (step, optimizer), (loss, _, b) = stepper("pair", accumulation=count), by_hand(batch)
+    _, metrics = step(start(optimizer), batch)
+    tokens = float(batch["weights"].sum())
+    assert float(metrics["loss"]) == pytest.approx(loss * tokens / ROWS, rel=1e-5)
+    mean = float(jnp.mean(batch["tokens"]))
+    assert float(metrics["mean"]) == pytest.approx(-3 * mean, rel=1e-4)
+    # The mean is minimized with the sum, and the gradient goes to what is trained alone.
+    _, w, _ = by_hand(batch)
+    expected = np.hypot(w * tokens / ROWS, b * tokens / ROWS + 3 * mean)
+    assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_microbatches_are_a_loop_where_the_platform_that_is_compiled_for_likes_loops():
     def loops() -> int:
         optimizer = optax.sgd(0.1)
         step = make_train_step(
-            line_loss, optimizer, optax.constant_schedule(0.1), key_for(0, "dropout"), accumulation=2
+            LineLoss(), optimizer, optax.constant_schedule(0.1), key_for(0, "dropout"), accumulation=2
         )
-        return jax.jit(step).lower(start(optimizer), numbers()).as_text().count("stablehlo.while")
+        return jax.jit(step).lower(start(optimizer), {}, numbers()).as_text().count("stablehlo.while")
 
     assert loops() == 0
     with compiling_for("tpu"):
@@ -248,8 +296,8 @@ def test_randomness_is_a_function_of_seed_and_step():
     assert_bits(step(state, batch)[0], step(state, batch)[0])
     first, later = step(state, batch)[1]["loss"], step(state.replace(step=jnp.int32(7)), batch)[1]["loss"]
     assert abs(float(first - later)) > 1e-3
-    other = jax.jit(make_train_step(noisy_loss, optimizer, lambda step: 0.1, key_for(1, "dropout")))
-    assert abs(float(other(state, batch)[1]["loss"] - first)) > 1e-3
+    other = jax.jit(make_train_step(NoisyLoss(), optimizer, lambda step: 0.1, key_for(1, "dropout")))
+    assert abs(float(other(state, {}, batch)[1]["loss"] - first)) > 1e-3
 
 
 def test_microbatches_draw_differently():
@@ -280,7 +328,7 @@ def test_language_model_loss_is_weighted_cross_entropy_and_z_loss():
     log_z = np.log(np.exp(z).sum(axis=-1))
     nll = log_z - np.take_along_axis(z, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
     weights = np.asarray(batch["weights"], np.float64)
-    total, sums = jax.jit(language_model_loss(config, 0.01))(params, batch, None)
+    total, sums = jax.jit(summed(LanguageModelLoss(config, 0.01)))(params, batch, None)
     assert float(sums["loss"]) == pytest.approx((weights * nll).sum(), rel=1e-5)
     assert float(sums["z_loss"]) == pytest.approx(0.01 * (weights * log_z**2).sum(), rel=1e-5)
     assert float(total) == pytest.approx(float(sums["loss"] + sums["z_loss"]), rel=1e-6)
@@ -300,7 +348,7 @@ def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total()
     )
     # At each place but the last the token after the next one is predicted.
     wanted = -sum(log_p[row, t, batch["targets"][row, t + 1]] for row in range(2) for t in range(5))
-    total, sums = jax.jit(language_model_loss(config))(params, batch, None)
+    total, sums = jax.jit(summed(LanguageModelLoss(config)))(params, batch, None)
     assert float(sums["future_loss"]) == pytest.approx(float(wanted), rel=1e-5)
     assert float(total) == pytest.approx(float(sums["loss"] + 0.3 * sums["future_loss"]), rel=1e-6)
 
@@ -308,7 +356,7 @@ def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total()
 def test_further_tokens_are_predicted_inside_a_document_alone():
     config = tiny_config(num_layers=1, head=HeadConfig(num_future=2))
     params, batch = random_params(config), random_batch(1, 8)
-    loss = jax.jit(language_model_loss(config))
+    loss = jax.jit(summed(LanguageModelLoss(config)))
 
     def future_loss(*documents: slice) -> float:
         """Of these parts of the row, packed into one in their places."""
@@ -330,23 +378,23 @@ def test_label_smoothing_mixes_the_loss_with_the_mean_of_the_vocabulary():
     log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
     wanted = np.take_along_axis(log_p, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
     smooth = -(0.9 * wanted + 0.1 * log_p.mean(axis=-1))
-    total, _ = jax.jit(language_model_loss(config, label_smoothing=0.1))(params, batch, None)
+    total, _ = jax.jit(summed(LanguageModelLoss(config, label_smoothing=0.1)))(params, batch, None)
     assert float(total) == pytest.approx((np.asarray(batch["weights"]) * smooth).sum(), rel=1e-5)
 
 
 def test_evaluation_gives_sums_and_their_weight():
     config, params, batch, _ = language()
-    step = jax.jit(make_eval_step(language_model_loss(config, 0.01)))
-    sums = step(params, batch)
-    _, expected = jax.jit(language_model_loss(config, 0.01))(params, batch, None)
+    step = jax.jit(make_eval_step(LanguageModelLoss(config, 0.01)))
+    sums = step(params, {}, batch)
+    _, expected = jax.jit(summed(LanguageModelLoss(config, 0.01)))(params, batch, None)
     assert float(sums["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
     assert float(sums["weight"]) == pytest.approx(float(batch["weights"].sum()), rel=1e-6)
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation():
     config, params, batch, _ = language()
-    dropping = jax.jit(language_model_loss(tiny_config(dropout=0.5)))
-    still, plain = (loss(params, batch, None)[0] for loss in (dropping, jax.jit(language_model_loss(config))))
+    dropping = jax.jit(summed(LanguageModelLoss(tiny_config(dropout=0.5))))
+    still, plain = (loss(params, batch, None)[0] for loss in (dropping, jax.jit(summed(LanguageModelLoss(config)))))
     assert float(still) == pytest.approx(float(plain), rel=1e-6)
     one, same, other = (float(dropping(params, batch, jax.random.key(seed))[0]) for seed in (0, 0, 1))
     assert one == same

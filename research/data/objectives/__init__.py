@@ -22,7 +22,7 @@ from research.data.objectives.config import (
 )
 from research.data.objectives.denoising import Infill, Spans
 from research.data.objectives.pairs import Translate
-from research.data.objectives.single import Causal, Masked, Prefix, causal_batch
+from research.data.objectives.single import Causal, Masked, Prefix, bytes_per_target, causal_batch
 from research.data.tokenizers import Tokenizer
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "SpanConfig",
     "batch_shapes",
     "build",
+    "bytes_per_target",
     "causal_batch",
     "encoder_length",
     "identity",

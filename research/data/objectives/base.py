@@ -119,6 +119,14 @@ class Objective(abc.ABC):
         lengths = np.maximum(np.diff(offsets) - head - tail, 0)
         return Runs(offsets[:-1] + head, lengths, np.zeros_like(lengths))
 
+    def num_targets(self, offsets: Int[np.ndarray, "_"]) -> int:
+        """Returns how much there is to learn from in framed documents, in the objective's own measure of length.
+
+        Args:
+          offsets: as of `documents`.
+        """
+        return int(self.documents(offsets).lengths.sum())
+
     def cut(self, documents: Runs, seed: int) -> tuple[Runs, Bool[np.ndarray, "P"]]:
         """Returns the pieces of documents, and which of them fill a row: all but the last of each do.
 

@@ -6,15 +6,32 @@ however the document was cut, and no position is spent on a token without a succ
 piece.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from research.data.batch import Batch
 from research.data.chance import below, choose, fraction, ragged_arange
+from research.data.corpus import Corpus
 from research.data.objectives.base import Ids, Layout, Objective, Pieces, Runs, woven
 from research.data.objectives.config import MaskedConfig
 
 CHOICE, TREATMENT, REPLACEMENT = range(3)
+
+
+def bytes_per_target(corpora: Iterable[Corpus]) -> float:
+    """Returns the UTF-8 bytes of text that one predicted token stands for: bits per byte = loss / ln 2 / this."""
+    num_bytes, targets = 0, 0
+    for corpus in corpora:
+        num_bytes += int(corpus.num_bytes.sum())
+        targets += int(_pairs(corpus.offsets).sum())
+    return num_bytes / max(targets, 1)
+
+
+def _pairs(offsets: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
+    """Returns the pairs of each framed document: every token but its first is a target."""
+    return np.maximum(np.diff(offsets) - 1, 0)
 
 
 def causal_batch(
@@ -48,7 +65,7 @@ class Causal(Objective):
 
     def documents(self, offsets: Int[np.ndarray, "_"]) -> Runs:
         """Returns the pairs of each framed document."""
-        lengths = np.maximum(np.diff(offsets) - 1, 0)
+        lengths = _pairs(offsets)
         return Runs(offsets[:-1], lengths, np.zeros_like(lengths))
 
     def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
