@@ -14,6 +14,7 @@ from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.parameter import logical_axes
 from research.parallel.rules import batch_sharding, check_batch, param_shardings
+from research.parallel.target import mesh_platform
 from research.training.config import TrainConfig
 from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState, abstract_state, create_state
@@ -149,8 +150,8 @@ def build_program(
         clip_norm=optim.clip_norm,
         ema_decay=optim.ema_decay,
         accumulation=train.accumulation,
+        unroll=mesh_platform(devices_mesh) == "cpu",
     )
-    sharding = batch_sharding(devices_mesh)
     return Program(
         mesh=devices_mesh,
         init=init,
@@ -158,11 +159,17 @@ def build_program(
         state=state,
         frozen=_abstract_params(frozen, devices_mesh),
         saved=_abstract_saved(init, state, devices_mesh),
-        batch={name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in batch_shapes.items()},
+        batch=_abstract_batch(batch_shapes, devices_mesh),
         create=lambda key: create_state(init_trainable, optimizer, state, key),
         train_step=train_step,
         eval_step=make_eval_step(loss if eval_loss is None else eval_loss),
     )
+
+
+def _abstract_batch(shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mesh) -> AbstractBatch:
+    """Returns shapes, types and sharding of a batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
 
 def _abstract_saved(init: Init, state: TrainState, mesh: Mesh) -> TrainState:

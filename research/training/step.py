@@ -12,7 +12,6 @@ from research.core.random import step_key
 from research.data.batch import Batch
 from research.optim.balancing import balance_experts
 from research.parallel.rules import process_columns
-from research.parallel.target import platform
 from research.training.state import TrainState
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
@@ -63,7 +62,7 @@ def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
 
 
 def _sum_gradients(
-    loss: Loss, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, accumulation: int
+    loss: Loss, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, accumulation: int, unroll: bool
 ) -> tuple[Float[Array, ""], Report, Any]:
     """Returns what is minimized, the report and the gradients: means over the whole batch, but for counts of load."""
     weight = loss.weight(batch)
@@ -87,10 +86,12 @@ def _sum_gradients(
 
     shapes = jax.eval_shape(gradient, trainable, _microbatch(batch, 0, accumulation), key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    # A loop body runs slowly on XLA for CPU, so there the microbatches are written out.
-    unroll = accumulation if platform() == "cpu" else 1
     ((value, report), grads), _ = jax.lax.scan(add, zeros, jnp.arange(accumulation), unroll=unroll)
     return value, report, grads
+
+
+def _moved_average(ema: Any, params: Any, decay: float) -> Any:
+    return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
 
 
 def make_train_step(
@@ -103,6 +104,7 @@ def make_train_step(
     clip_norm: float | None = None,
     ema_decay: float | None = None,
     accumulation: int = 1,
+    unroll: bool = False,
 ) -> Step:
     """Returns the pure training step. It differentiates and changes the state's parameters, and nothing frozen.
 
@@ -118,11 +120,12 @@ def make_train_step(
       clip_norm: largest global norm of the gradient, or None.
       ema_decay: of the averaged parameters, where the state has them.
       accumulation: microbatches that the batch is taken in; divides the batch size.
+      unroll: compiles microbatches one by one and not as a loop, whose body is slow on XLA for CPU.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = step_key(key, state.step)
-        value, report, grads = _sum_gradients(loss, state.params, frozen, batch, dropout_key, accumulation)
+        value, report, grads = _sum_gradients(loss, state.params, frozen, batch, dropout_key, accumulation, unroll)
 
         norm = optax.global_norm(grads)
         if clip_norm is not None:
@@ -133,18 +136,16 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if expert_bias_speed:
             params = balance_experts(params, report.expert_load, expert_bias_speed)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(lambda average, new: average + (1 - ema_decay) * (new - average), ema, params)
+        ema = None if state.ema is None else _moved_average(state.ema, params, ema_decay)
 
-        rate = learning_rate(state.opt_state)
+        rate = jnp.asarray(learning_rate(state.opt_state), jnp.float32)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         state = state.advance(params, opt_state, ema, finite)
         metrics = {
             **report.sums,
             **report.means,
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate, jnp.float32),
+            "learning_rate": rate,
             "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32),
             "skipped": state.skipped.astype(jnp.float32),
             "skipped_in_row": state.skipped_in_row.astype(jnp.float32),

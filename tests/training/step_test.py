@@ -15,7 +15,6 @@ from research.models.transformer import Transformer
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.optim.schedules import ScheduleConfig
 from research.parallel.parameter import Axes
-from research.parallel.target import compiling_for
 from research.training.language_model import LanguageModelLoss
 from research.training.state import TrainState, new_state
 from research.training.step import Report, make_eval_step, make_train_step
@@ -276,17 +275,14 @@ def test_a_loss_has_its_own_denominator_and_means_beside_its_sum(count: int):
     assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_microbatches_are_a_loop_where_the_platform_that_is_compiled_for_likes_loops():
-    def loops() -> int:
-        optimizer = optax.sgd(0.1)
-        step = make_train_step(
-            LineLoss(), optimizer, optax.constant_schedule(0.1), key_for(0, "dropout"), accumulation=2
-        )
+def test_microbatches_are_a_loop_unless_they_are_to_be_unrolled():
+    def loops(**options: bool) -> int:
+        optimizer, rate = optax.sgd(0.1), optax.constant_schedule(0.1)
+        step = make_train_step(LineLoss(), optimizer, rate, key_for(0, "dropout"), accumulation=2, **options)
         return jax.jit(step).lower(start(optimizer), {}, numbers()).as_text().count("stablehlo.while")
 
-    assert loops() == 0
-    with compiling_for("tpu"):
-        assert loops() == 1
+    assert loops() == 1
+    assert loops(unroll=True) == 0
 
 
 def test_randomness_is_a_function_of_seed_and_step():
