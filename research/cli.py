@@ -29,6 +29,10 @@ VERBS = {
 }
 
 
+# Letters of a message that are shown.
+LONGEST_LINE = 4000
+
+
 class _Parser(argparse.ArgumentParser):
     """Says a mistake in one line."""
 
@@ -95,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"tessera: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > LONGEST_LINE:  # a value of somebody else's file may be anything
+        line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]} ({len(line):,} letters)"
+    print(f"tessera: {line}", file=sys.stderr)
     return status
 
 

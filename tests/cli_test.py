@@ -146,7 +146,7 @@ def test_mistake_on_the_command_line_is_one_line(argv, said, capsys):
         ("--max_tokens=0", "max_tokens = 0 must be at least 1"),
         ("--max_tokens=100", "is more than the model's max_length = 64. Use at most"),
         ("--seed=-1", "seed = -1 must lie in"),
-        ("--seed=99999999999", "seed = 99999999999 must lie in"),
+        ("--seed=18446744073709551616", "seed = 18446744073709551616 must lie in"),
         ("--stop=", "stop = ('',) must hold no empty string"),
         ("--prompt=" + 70 * "x", "max_length = 64"),
         ("--prompt=\udcff", "not Unicode"),
@@ -156,6 +156,14 @@ def test_sample_refuses_what_cannot_be(unbroken: Unbroken, flag, said, capsys):
     before = runs.contents(unbroken.workdir)
     assert said in refused(capsys, "sample", f"--workdir={unbroken.workdir}", "--prompt=a", flag)
     assert runs.contents(unbroken.workdir) == before
+
+
+def test_a_message_without_end_is_cut(capsys):
+    assert cli.main(["sample", "--workdir=" + "x" * 100_000]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("tessera: error: --workdir = xxx")
+    assert err.count("\n") == 1
+    assert len(err) < 4100
 
 
 def test_sample_without_a_checkpoint_says_so(unbroken: Unbroken, tmp_path, capsys):

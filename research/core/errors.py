@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+# Names that are known and shown: all that this project has of a kind, but not all that a foreign file may have.
+KNOWN_SHOWN = 50
+
 
 class UserError(ValueError):
     """A mistake that the user can mend.
@@ -28,7 +31,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"Did you mean {close[0]!r}?"
-    return f"Known: {', '.join(known)}."
+    return f"Known: {listed(known, limit=KNOWN_SHOWN)}."
 
 
 def listed(items: Iterable[str], separator: str = ", ", limit: int = 10) -> str:
