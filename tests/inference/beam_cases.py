@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from research.inference.beams import BeamConfig, Hypothesis
-from tests.interop import cases, encoders_cases
+from tests.interop import cases, registry
 
 GOLDENS = pathlib.Path(__file__).parent / "beam_goldens.json"
 # Of the golden models: the norm that logits are a product of, and an id that ends texts here, one that is likely.
@@ -27,8 +27,7 @@ MAX_TOKENS = 10
 
 def tensors(name: str) -> dict[str, np.ndarray]:
     """Returns the weights of a golden model, its logits sharpened."""
-    held = encoders_cases.stored() if name in ENCODER_DECODERS else cases.stored()
-    values = cases.weights(held[name]["tensors"])
+    values = cases.weights(registry.stored()[name]["tensors"])
     final = (MODELS | ENCODER_DECODERS)[name][0]
     return {key: value * np.float32(SHARPNESS if key.startswith(final) else 1.0) for key, value in values.items()}
 

@@ -18,7 +18,7 @@ from research.interop.huggingface import from_hugging_face
 from research.interop.mapping import params_from
 from research.models.config import ModelConfig
 from tests.inference import beam_cases
-from tests.interop import cases, encoders_cases
+from tests.interop import cases, registry
 from tests.interop.folders import write_folder
 from tests.tiny import random_params, stack, tiny_config
 
@@ -74,8 +74,8 @@ def test_beams_equal_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", beam_cases.ENCODER_DECODERS)
 def test_beams_of_encoder_decoders_equal_transformers(name):
-    architecture, config, _ = encoders_cases.model(name)
-    params = params_from(architecture, config, beam_cases.tensors(name))
+    config = registry.model(name).config
+    params = params_from(registry.model(name).architecture, config, beam_cases.tensors(name))
     sources, lengths = np.zeros((len(beam_cases.SOURCES), 16), np.int32), []
     for row, ids in enumerate(beam_cases.SOURCES):
         sources[row, : len(ids)] = ids

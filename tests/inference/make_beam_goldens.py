@@ -9,7 +9,7 @@ import transformers
 
 from research.inference.beams import BeamConfig
 from tests.inference import beam_cases
-from tests.interop import make_encoders_goldens, make_goldens
+from tests.interop import torch_models
 
 # Beams that noise of this size in log p changes were no goldens: other float32 arithmetic could change them too.
 NOISE, DRAWS = 1e-4, 3
@@ -27,7 +27,7 @@ def load(name: str) -> Any:
     """Returns a golden model with the weights of the golden beams."""
     tensors = beam_cases.tensors(name)
     if name in beam_cases.ENCODER_DECODERS:
-        kind, config = make_encoders_goldens.MODELS[name]
+        kind, config = torch_models.MODELS[name]
         model = kind._from_config(config, dtype=torch.float32).eval()
         # Rules that a family's generation has of its own are no part of the comparison.
         model.generation_config = transformers.GenerationConfig(decoder_start_token_id=beam_cases.START)
@@ -35,7 +35,7 @@ def load(name: str) -> Any:
         model.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()}, strict=False)
         model.tie_weights()
         return model
-    config = make_goldens.CONFIGS[name]
+    config = torch_models.DECODERS[name]
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for key, value in model.named_parameters():

@@ -87,24 +87,6 @@ def facts(gradients: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(rows)
 
 
-def golden_gradients(name: str) -> np.ndarray:
-    """Returns the facts `[tensors, 2]` of the gradients that torch computed."""
-    return np.load(GOLDENS / "gradients.npz")[name]
-
-
-def off_by(logits: np.ndarray, name: str) -> float:
-    """Returns the largest difference from torch's logits, as a part of the largest of them."""
-    wanted = golden_logits(name)
-    return float(np.abs(logits - wanted).max() / np.abs(wanted).max())
-
-
-def gradients_off_by(gradients: dict[str, np.ndarray], name: str) -> float:
-    """Returns how far the facts of gradients are from torch's, the worst as a part of its gradient's norm."""
-    wanted = golden_gradients(name)
-    norms = np.maximum(wanted[:, 0], 1e-6 * wanted[:, 0].max())  # some have none: experts that no token goes to
-    return float((np.abs(facts(gradients) - wanted) / norms[:, None]).max())
-
-
 def golden_logits(name: str) -> np.ndarray:
     """Returns the float32 logits `[B, T, V]` that torch computed."""
     return np.load(GOLDENS / "logits.npz")[name]

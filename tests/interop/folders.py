@@ -31,19 +31,6 @@ def write_folder(folder: pathlib.Path, fields: dict[str, Any], tensors: dict[str
     return folder
 
 
-def measured(config: ModelConfig, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-    """Returns float32 logits `[B, T, V]` and the gradient of the next token's mean cross-entropy."""
-    tokens = jnp.asarray(tokens, jnp.int32)
-
-    def loss(params: Any) -> Any:
-        logits = _apply(config, params, tokens)
-        log_probabilities = jax.nn.log_softmax(logits[:, :-1])
-        return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean(), logits
-
-    (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return np.asarray(logits), gradients
-
-
 def _apply(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 

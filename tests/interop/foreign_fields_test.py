@@ -6,10 +6,10 @@ import pytest
 from research.core.errors import UserError
 from research.interop.architecture import choose, config_from, fields_of
 from research.interop.huggingface import ARCHITECTURES, from_hugging_face
-from tests.interop import cases, encoders_cases
+from tests.interop import cases, registry
 from tests.interop.folders import write_folder
 
-STORED = cases.stored() | encoders_cases.stored()
+STORED = {name: stored for name, stored in registry.stored().items() if name != registry.MTP}
 # One case an architecture.
 NAMES = tuple({stored["config"]["model_type"]: name for name, stored in STORED.items()}.values())
 HARMLESS = {

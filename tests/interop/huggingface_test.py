@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,14 +18,9 @@ from research.interop.llama import LLAMA
 from research.interop.mapping import params_from, tensors_from
 from research.models.config import NormConfig, PositionConfig
 from tests.interop import cases
-from tests.interop.folders import TOLERANCE, golden_folder, logits_of, write_folder
+from tests.interop.folders import golden_folder, write_folder
 
 GPT, LLAMA_1, STRETCHED, TIED = "gpt2-small", "llama-1-7b", "llama-3.1-8b", "llama-3.2-1b"
-
-
-def off_by(config, params, name):
-    """The largest difference from torch's logits."""
-    return np.abs(logits_of(config, params, cases.tokens()) - cases.golden_logits(name)).max()
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -36,46 +30,14 @@ def test_preset_is_what_the_config_file_says(name):
     assert dataclasses.replace(read, dropout=0.0) == cases.CASES[name].config()
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        (LLAMA_1, {"norm": NormConfig(epsilon=1e-5)}),  # the epsilon of LLaMA 2
-        (LLAMA_1, {"position": PositionConfig(kind="none")}),
-        (STRETCHED, {"position": PositionConfig(theta=500_000.0)}),  # without its scaling
-        (GPT, {"norm": NormConfig(kind="rmsnorm", bias=True)}),
-    ],
-)
-def test_another_model_is_seen_by_the_comparison(name, changes, tmp_path):
-    config, params = from_hugging_face(golden_folder(tmp_path, name))
-    assert off_by(dataclasses.replace(config, **changes), params, name) > 10 * TOLERANCE
-
-
-def test_exact_gelu_is_seen_by_the_comparison(tmp_path):
-    config, params = from_hugging_face(golden_folder(tmp_path, GPT))
-    config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, activation="gelu"))
-    assert off_by(config, params, GPT) > 10 * TOLERANCE
-
-
-@pytest.mark.parametrize("name", [GPT, TIED])
-def test_scanned_layers_give_the_same_logits_and_go_back(name):
-    stored = cases.stored()[name]
-    architecture = GPT2 if name == GPT else LLAMA
-    config = dataclasses.replace(config_from(architecture, stored["config"]), layer_loop="scan")
-    tensors = cases.weights(stored["tensors"])
-    params = params_from(architecture, config, tensors)
-    assert all(leaf.shape[0] == config.num_layers for leaf in jax.tree.leaves(params["layers"]))
-    assert off_by(config, params, name) < TOLERANCE
-    assert_same(tensors_from(architecture, config, params), tensors)
-
-
 def assert_same(found, wanted):
     assert set(found) == set(wanted)
     for name in wanted:
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", [GPT, "llama-2-70b", STRETCHED, TIED])
-def test_round_trip_is_bitwise(name, tmp_path):
+@pytest.mark.parametrize("name", [GPT, TIED])
+def test_ids_of_tokens_go_out_and_the_rest_comes_back(name, tmp_path):
     config, params = from_hugging_face(golden_folder(tmp_path, name))
     to_hugging_face(config, params, tmp_path / "out", {"bos": 1, "eos": 2, "pad": None})
     written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")

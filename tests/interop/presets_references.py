@@ -14,7 +14,7 @@ from research.core.trees import path_name
 from research.models.config import ModelConfig
 from research.models.transformer import init_params
 from research.parallel.rules import is_box
-from tests.interop.presets_cases import Named
+from tests.interop.registry import Named
 
 Tensors = dict[str, torch.Tensor]
 Reference = Callable[[ModelConfig, Tensors, Tensors], torch.Tensor]

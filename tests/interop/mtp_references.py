@@ -1,4 +1,4 @@
-"""Computes the goldens of transformers' own predictors: `python -m tests.interop.make_future_goldens` (`parity`)."""
+"""Predictors of further tokens of transformers itself, in a folder as DeepSeek's are laid out."""
 
 import copy
 import json
@@ -13,9 +13,9 @@ import transformers
 from transformers.modeling_layers import MtpModel
 
 from tests.interop import cases, future_cases
-from tests.interop.make_goldens import CONFIGS
+from tests.interop.torch_models import DECODERS
 
-LAYERS = CONFIGS["deepseek-v3"].num_hidden_layers
+LAYERS = DECODERS["deepseek-v3"].num_hidden_layers
 
 
 def write_seeded(folder: pathlib.Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def write_seeded(folder: pathlib.Path) -> dict[str, Any]:
 
     Source of the layout: README_WEIGHTS.md beside the released weights, and their index.
     """
-    config = copy.deepcopy(CONFIGS["deepseek-v3"])
+    config = copy.deepcopy(DECODERS["deepseek-v3"])
     config.num_mtp_layers = future_cases.DEPTH
     main = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     shapes = {name: list(value.shape) for name, value in _saved(main).items()}
@@ -107,18 +107,3 @@ def _saved(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return safetensors.numpy.load_file(f"{folder}/model.safetensors")
-
-
-def main() -> None:
-    """Writes `goldens/future.*`."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        description = write_seeded(folder)
-        logits, gradients = compute(*load(folder))
-    (cases.GOLDENS / "future.json").write_text(json.dumps(description) + "\n")
-    arrays = {f"depth_{depth}": each for depth, each in enumerate(logits, 1)}
-    np.savez_compressed(cases.GOLDENS / "future.npz", gradients=cases.facts(gradients), **arrays)
-
-
-if __name__ == "__main__":
-    main()
