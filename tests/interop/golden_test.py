@@ -133,8 +133,7 @@ def test_another_order_of_columns_is_seen_by_the_comparison(name):
     held = registry.model(name)
     kinds = tuple(dataclasses.replace(each, order=None) for each in held.architecture.tensors)
     params = params_from(dataclasses.replace(held.architecture, tensors=kinds), held.config, held.tensors)
-    found, _ = registry.logits_of(held.config, params, registry.batch(name))
-    assert registry.off_by({"logits": np.asarray(found)}, name) > 1e-2
+    assert registry.off_by(registry.outputs(name, held.config, params=params), name) > 1e-2
 
 
 @pytest.mark.parametrize("name", tiers(["gpt2-small", "llama-3.2-1b", "gemma3", "deepseek-v3"]))
@@ -144,8 +143,7 @@ def test_scanned_layers_give_the_same_logits_and_go_back(name):
     params = params_from(held.architecture, config, held.tensors)
     count = config.num_layers - len(config.first_layers)
     assert all(leaf.shape[0] == count for leaf in jax.tree.leaves(params["layers"]))
-    found, _ = jax.jit(lambda params: registry.logits_of(config, params, registry.batch(name)))(params)
-    assert registry.off_by({"logits": np.asarray(found)}, name) < registry.CASES[name].logits
+    assert registry.off_by(registry.outputs(name, config, params=params), name) < registry.CASES[name].logits
     assert registry.same(tensors_from(held.architecture, config, params), held.tensors)
 
 

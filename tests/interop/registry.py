@@ -231,10 +231,10 @@ def ours(name: str) -> tuple[Named, Named]:
     return _outputs(name, *found), tensors_from(held.architecture, held.config, gradients)
 
 
-def outputs(name: str, config: ModelConfig, given: Batch | None = None) -> Named:
-    """Returns what another model makes of a case's parameters, or of another batch."""
+def outputs(name: str, config: ModelConfig, given: Batch | None = None, params: Any = None) -> Named:
+    """Returns what another model makes of a case's batch and parameters, or of others."""
     given = batch(name) if given is None else given
-    found = jax.jit(lambda params: logits_of(config, params, given))(model(name).params)
+    found = jax.jit(lambda params: logits_of(config, params, given))(model(name).params if params is None else params)
     return _outputs(name, *found)
 
 
