@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 
-def rest_in(tier: str, values: Iterable[Any], first: Any) -> list[Any]:
-    """Returns the values of a parametrization, all but `first` marked for a slower tier."""
+def rest_in(tier: str, values: Iterable[Any], *first: Any) -> list[Any]:
+    """Returns the values of a parametrization, all but the `first` marked for a slower tier."""
     values = list(values)
-    assert first in values
-    return [value if value == first else pytest.param(value, marks=getattr(pytest.mark, tier)) for value in values]
+    assert set(first) <= set(values)
+    return [value if value in first else pytest.param(value, marks=getattr(pytest.mark, tier)) for value in values]

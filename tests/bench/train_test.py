@@ -28,7 +28,7 @@ def test_missing_torch_names_the_extra(monkeypatch):
         bench_train.main(arguments())
 
 
-@pytest.mark.parametrize("side", rest_in("live", bench_train.SIDES, first="tessera"))
+@pytest.mark.parametrize("side", rest_in("live", bench_train.SIDES, "tessera"))
 def test_a_side_learns_its_batch(side, monkeypatch):
     if side == "torch":
         pytest.importorskip("transformers")

@@ -16,6 +16,7 @@ from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.transformer import Transformer
 from tests.models.variants import VARIANTS
+from tests.tiers import rest_in
 from tests.tiny import random_params
 
 BYTES, GREEDY = ByteTokenizer(), SamplingConfig(temperature=0.0, max_tokens=5)
@@ -54,7 +55,7 @@ def greedy_by_hand(config: ModelConfig, params: dict, prompt: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", rest_in("thorough", STRUCTURES, "prefix", "encoder-decoder"))
 def test_greedy_text_is_what_whole_reading_gives(name: str):
     config, params = model(name)
     found = generate(config, params, BYTES, PROMPTS, GREEDY)
@@ -65,7 +66,7 @@ def test_greedy_text_is_what_whole_reading_gives(name: str):
     assert [list(best[0].tokens) for best in with_one_beam] == expected
 
 
-@pytest.mark.parametrize("name", STRUCTURES[1:])
+@pytest.mark.parametrize("name", rest_in("thorough", STRUCTURES[1:], "encoder-decoder"))
 def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
     config, params = model(name)
     beams = BeamConfig(num_beams=3, max_tokens=5, num_return=2, no_repeat_ngram=2)

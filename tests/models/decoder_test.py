@@ -65,6 +65,7 @@ def test_logits_equal_the_plain_mathematics(name: str, packed):
     np.testing.assert_allclose(found[0], expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.default_passes
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_multi_query_and_multi_head_attention_equal_the_plain_mathematics(kv_heads: int, packed):
     config = tiny_config()

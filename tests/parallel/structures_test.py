@@ -19,6 +19,7 @@ from research.training.language_model import language_model_program
 from research.training.step import place_batch
 from tests.models.variants import VARIANTS, pack, rows
 from tests.parallel.training_test import begin
+from tests.tiers import rest_in
 from tests.tiny import random_params, random_tokens
 
 STEPS, ROWS, LENGTH = 2, 8, 16
@@ -63,7 +64,12 @@ def train(
 
 @pytest.mark.parametrize(
     "name",
-    ["experts", "clamped experts", "shared experts", "latent", "buckets", "encoder", "encoder-decoder"],
+    rest_in(
+        "thorough",
+        ["experts", "clamped experts", "shared experts", "latent", "buckets", "encoder", "encoder-decoder"],
+        "shared experts",
+        "encoder-decoder",
+    ),
 )
 def test_a_mesh_gives_the_run_of_one_device(name: str):
     model = dataclasses.replace(VARIANTS[name], dropout=0.1)

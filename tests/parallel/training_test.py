@@ -91,6 +91,7 @@ def test_mesh_gives_the_run_of_one_device(sizes: tuple[int, int, int]):
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.default_passes
 def test_scanned_layers_and_accumulation_give_the_same_run_on_a_mesh_as_on_one_device():
     options = {"model": dataclasses.replace(MODEL, num_layers=2, layer_loop="scan"), "accumulation": 2}
     found = train(MeshConfig(data=2, fsdp=2, tensor=2), **options)

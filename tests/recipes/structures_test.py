@@ -1,5 +1,6 @@
 """One loop trains every structure: each objective's packed batches, resumed, sampled and read from Python."""
 
+import functools
 import json
 import pathlib
 
@@ -10,6 +11,7 @@ import research
 from research.core.errors import UserError
 from research.training.metrics import read_metrics
 from tests.recipes import runs
+from tests.tiers import rest_in
 
 ENCODER = {
     "model__structure": "encoder",
@@ -41,12 +43,25 @@ def trained(name: str, tiny: pathlib.Path, workdir: pathlib.Path, **more) -> lis
     return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_loss_falls(name, tiny, tmp_path):
-    losses = trained(name, tiny, tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """Returns the workdir of a case, trained once for all tests here; nobody writes into it."""
+
+    @functools.cache
+    def workdir(name: str) -> pathlib.Path:
+        path = tmp_path_factory.mktemp("finished") / "run"
+        trained(name, tiny, path)
+        return path
+
+    return workdir
+
+
+@pytest.mark.parametrize("name", rest_in("thorough", CASES, "masked", "span"))
+def test_loss_falls(name, finished):
+    rows = read_metrics(finished(name))
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == runs.STEPS
     assert np.mean(losses[-3:]) < losses[0] - 0.3
-    rows = read_metrics(tmp_path / "run")
     assert any("train/future_loss" in row for row in rows) == (name == "future tokens")
     assert any("eval/loss" in row for row in rows)
     # Bits a byte mean something only where all of the text is predicted.
@@ -61,9 +76,8 @@ def test_encoder_decoder_goes_on_where_it_was(tiny, tmp_path):
     assert trained("span", tiny, tmp_path / "parts", **constant) == whole
 
 
-def test_encoder_decoder_continues_prompts_and_gives_logits(tiny, tmp_path):
-    trained("span", tiny, tmp_path / "run")
-    model = research.load(tmp_path / "run")
+def test_encoder_decoder_continues_prompts_and_gives_logits(finished):
+    model = research.load(finished("span"))
     texts = model.generate(["the cat sat"], temperature=0.0, max_tokens=4)
     assert len(texts[0].tokens) <= 4
     logits = model.logits([[258, 5, 6]], encoder_tokens=[[5, 6, 7, 8]])
@@ -74,9 +88,8 @@ def test_encoder_decoder_continues_prompts_and_gives_logits(tiny, tmp_path):
         model.logits([[258, 5, 6]])
 
 
-def test_encoder_gives_logits_of_every_place_and_makes_no_text(tiny, tmp_path):
-    trained("masked", tiny, tmp_path / "run", train__steps=3)
-    model = research.load(tmp_path / "run")
+def test_encoder_gives_logits_of_every_place_and_makes_no_text(finished):
+    model = research.load(finished("masked"))
     assert model.logits([[5, 6, 7]]).shape == (1, 3, model.config.vocab_size)
     with pytest.raises(UserError, match=r"model\.structure = 'encoder' makes no text"):
         model.generate(["the cat"])

@@ -47,6 +47,7 @@ def test_another_seed_ends_elsewhere(tmp_path, unbroken: Unbroken):  # the contr
         runs.assert_same_state(state, unbroken.state)
 
 
+@pytest.mark.thorough
 def test_two_runs_of_one_config_are_bitwise_the_same(tmp_path, unbroken: Unbroken):
     runs.assert_same_state(runs.run(unbroken.config, tmp_path / "run"), unbroken.state)
 
@@ -84,6 +85,7 @@ def test_killed_run_repeats_from_the_last_checkpoint_to_the_same_end(tmp_path, u
     assert runs.rows_without_times(workdir) == runs.rows_without_times(unbroken.workdir)
 
 
+@pytest.mark.thorough
 def test_run_goes_on_on_another_mesh(tmp_path, unbroken: Unbroken, monkeypatch):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -221,6 +223,7 @@ def test_bits_per_byte_are_those_computed_by_hand(unbroken: Unbroken):
     assert found == pytest.approx(nats / math.log(2) / size, rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_times_of_a_run_sum_to_its_wall_time(tmp_path, tiny, monkeypatch):
     written: list[float] = []  # when the last row was, which holds the times up to then
     runs.at_step(monkeypatch, 100, lambda: written.append(time.perf_counter()))

@@ -17,7 +17,7 @@ def libtpu():
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
 
 
-@pytest.mark.parametrize("generation", rest_in("compilers", TPU_TOPOLOGIES, first="v5e"))
+@pytest.mark.parametrize("generation", rest_in("compilers", TPU_TOPOLOGIES, "v5e"))
 def test_a_matmul_is_compiled_for_a_tpu_that_is_not_here(libtpu, generation):
     seen = []
 

@@ -115,6 +115,7 @@ def test_reach_leaves_out_nothing_visible_and_blocks_above_the_diagonal():
     assert MASKS["window"].reach(5, 10, 13) == slice(3, 10)
 
 
+@pytest.mark.default_passes
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     # Sizes as they are, or so small that shares, bands of several tiles and what is left of them all come to pass.

@@ -80,6 +80,7 @@ def calls(draw):
     return *operands(batch, queries, keys, *heads, width), mask, terms
 
 
+@pytest.mark.thorough
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(calls())
 def test_kernel_equals_reference_in_value_and_every_gradient(call):

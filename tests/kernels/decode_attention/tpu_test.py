@@ -65,7 +65,7 @@ def test_pages_before_the_window_are_never_read():
     assert jnp.isnan(interpreted(q, spoiled, table, lengths, None, terms)).any()
 
 
-@pytest.mark.parametrize("chip", rest_in("compilers", TPU_TOPOLOGIES, first="v5e"))
+@pytest.mark.parametrize("chip", rest_in("compilers", TPU_TOPOLOGIES, "v5e"))
 def test_every_generation_compiles_it_and_copies_no_pages(chip):
     try:
         device = tpu_devices(chip)[0]

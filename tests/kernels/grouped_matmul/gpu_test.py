@@ -61,6 +61,7 @@ def group_sizes(draw, groups=4):
     return [0 if group in empty else size for group, size in enumerate(sizes)]
 
 
+@pytest.mark.thorough
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(sizes=group_sizes() | st.just([0, 0, 0, 0]) | st.just([128, 64, 0, 108]), seed=st.integers(0, 9))
 def test_kernels_equal_the_reference_in_value_and_both_gradients(sizes, seed):

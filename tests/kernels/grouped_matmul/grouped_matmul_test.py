@@ -63,6 +63,7 @@ def test_bodies_equal_numpy(body, sizes, widths, seed):
     )
 
 
+@pytest.mark.default_passes
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_those_of_the_equation(dtype):
     rng = np.random.default_rng(0)
@@ -134,7 +135,7 @@ def arguments(rows, width, features, experts):
     return [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in (*shapes, ("int32", experts))]
 
 
-@pytest.mark.parametrize("generation", rest_in("compilers", TPU_TOPOLOGIES, first="v5e"))
+@pytest.mark.parametrize("generation", rest_in("compilers", TPU_TOPOLOGIES, "v5e"))
 @pytest.mark.parametrize("sizes", [(2048, 1024, 2048, 8), (1000, 200, 300, 5)])
 def test_kernels_are_compiled_for_every_generation(generation, sizes):
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")

@@ -28,6 +28,7 @@ def value_and_gradients(implementation, axes, x, kernel, bias, g):
     return run(x, kernel, bias)
 
 
+@pytest.mark.default_passes
 @pytest.mark.parametrize("axes", [1, 2])
 def test_cpu_equals_reference_in_value_and_gradients(axes):
     args = inputs(axes, jnp.float32)
