@@ -126,8 +126,8 @@ def test_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, name, c
         (("train", "--config=a.py", "--workdir=run", "--config.train.steps"), "needs a value"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "--workdir = nowhere is not a workdir"),
         (("sample", "--workdir=nowhere", "--top_p=x"), "--top_p"),
-        (("sample", "--workdir=gs://bucket/run"), "--workdir = gs://bucket/run is an address"),
-        (("doctor", "--workdir=gs://bucket/run"), "--workdir = gs://bucket/run is an address"),
+        (("sample", "--workdir=s3://bucket/run"), "--workdir = s3://bucket/run is an address of an unknown kind"),
+        (("doctor", "--workdir=s3://bucket/run"), "--workdir = s3://bucket/run is an address of an unknown kind"),
         (("convert", "--from=hf://model", "--to=nowhere"), "--from = hf://model is an address"),
         (("convert", "--from=nowhere", "--to=s3://bucket/run"), "--to = s3://bucket/run is an address"),
         (("bench", "nothing"), "nothing"),
@@ -182,11 +182,11 @@ def test_workdir_that_cannot_be_is_refused(tiny: pathlib.Path, tmp_path, capsys)
     assert file.read_text() == "mine"
 
 
-def test_address_of_a_bucket_is_no_workdir(tiny: pathlib.Path, tmp_path, monkeypatch, capsys):
+def test_address_of_an_unknown_kind_is_no_workdir(tiny: pathlib.Path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = runs.contents(tmp_path)
-    said = refused(capsys, "train", f"--config={tiny}", "--workdir=gs://bucket/run")
-    assert said.startswith("--workdir = gs://bucket/run is an address")
+    said = refused(capsys, "train", f"--config={tiny}", "--workdir=s3://bucket/run")
+    assert said.startswith("--workdir = s3://bucket/run is an address of an unknown kind")
     assert runs.contents(tmp_path) == before
 
 

@@ -113,9 +113,9 @@ def test_lists_are_read_as_arrays(model):
         model.logits(rows[0])
 
 
-def test_address_of_a_bucket_is_refused():
-    with pytest.raises(UserError, match="workdir = gs://bucket/run is an address"):
-        research.load("gs://bucket/run")
+def test_address_of_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="workdir = s3://bucket/run is an address of an unknown kind"):
+        research.load("s3://bucket/run")
 
 
 @pytest.mark.parametrize("sampling", [{"top_q": 1.0}, {"temperature": float("nan")}, {"max_tokens": 64}])
