@@ -8,23 +8,19 @@ that is checked here, against the manifest, which guards itself by its own sha25
 """
 
 import hashlib
-import inspect
 import json
-import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from jaxtyping import Array
 
 from research.core.errors import UserError
 from research.core.trees import nested
 from research.storage.digests import digests
 from research.storage.paths import Path, in_bucket
-from research.training import manifest_values
+from research.training import checkpoint_arrays, manifest_values
 
 FORMAT = 1
 ARRAYS, MANIFEST = "arrays", "manifest"
@@ -84,21 +80,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the content of a checkpoint's manifest.
 
     Raises:
-      Damaged: it is missing, is not JSON, or is not what was written.
+      Damaged: it is missing, is not JSON, is not what was written, or is of another step than the folder's name says.
     """
     path = folder / MANIFEST / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        good = manifest["sha256"] == _sha256(manifest["content"])
+        content = manifest["content"]
+        good = manifest["sha256"] == _sha256(content)
+        version, step = content["format"], content["step"]
     except FileNotFoundError:
         raise Damaged(f"{path.name} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path.name} cannot be read ({_one_line(error)})") from error
     if not good:
         raise Damaged(f"{path.name} is not what was written (its sha256 differs)")
-    content = manifest["content"]
-    if content["format"] != FORMAT:
-        raise UserError(f"{path}: format = {content['format']} is unknown to this version, which reads {FORMAT}.")
+    if version != FORMAT:
+        raise UserError(f"{path}: format = {version} is unknown to this version, which reads {FORMAT}.")
+    if str(step) != folder.name:
+        raise Damaged(f"{path.name} is of step {step}: the folder has been renamed")
     return content
 
 
@@ -123,21 +122,36 @@ def check_architecture(
         raise UserError(f"{folder} is of another architecture: {name} {has}; the config wants {wants}.")
 
 
-def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+def read_arrays(
+    folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Array]:
     """Reads arrays in the shardings of `wanted`; their bits are not checked yet (`check_digests`).
 
     Raises:
-      Damaged: an array cannot be read.
+      Damaged: an array cannot be read, or Orbax's account of the arrays is not that of the manifest.
+    """
+    _check_account(folder / ARRAYS / "_METADATA", manifest)
+    try:
+        return checkpoint_arrays.read_arrays(folder / ARRAYS, wanted)
+    except checkpoint_arrays.UnreadableArray as error:
+        raise Damaged(str(error)) from error
+
+
+def _check_account(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises Damaged where the file by which Orbax finds arrays does not name those of the manifest.
+
+    Nothing here needs the file, but whoever else reads the checkpoint does.
     """
     try:
-        return _read(folder, wanted)
-    except jax.errors.JaxRuntimeError:
-        raise  # the device's trouble (its memory is full, …), not the file's
-    except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
-        fault = _one_line(error)
-    fault = _first_unreadable(folder, wanted) or fault
-    _hush_failed_reads()
-    raise Damaged(fault)
+        tree = json.loads(path.read_bytes())["tree_metadata"]
+        names = {"/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in tree.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{ARRAYS}/{path.name} cannot be read ({_one_line(error)})") from error
+    different = sorted(names ^ set(manifest["arrays"]))
+    if different:
+        raise Damaged(
+            f"{ARRAYS}/{path.name} is not what was written (array {different[0]} is in one of it and manifest)"
+        )
 
 
 def check_digests(manifest: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -148,52 +162,9 @@ def check_digests(manifest: Mapping[str, Any], arrays: Mapping[str, Array]) -> N
         raise Damaged(f"the bits of array {wrong[0]}{more} are not those that were saved (digest)")
 
 
-def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    restore_args = {
-        name: ocp.ArrayRestoreArgs(sharding=shape.sharding, global_shape=shape.shape) for name, shape in wanted.items()
-    }
-    args = ocp.args.PyTreeRestore(nested(wanted), restore_args=nested(restore_args), partial_restore=True)
-    # The handler, not the checkpointer: that one ends in a barrier, where the others would wait for a process that
-    # could not read its part.
-    tree = _arrays_handler().restore(epath.Path(folder / ARRAYS), args=args)
-    found = {name: _lookup(tree, name) for name in wanted}
-    for name, array in found.items():
-        if array.shape != wanted[name].shape or array.dtype != wanted[name].dtype:
-            raise ValueError(f"it is stored as {_show(array.shape, array.dtype)}")
-    return found
-
-
-def _first_unreadable(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> str | None:
-    for name, shape in wanted.items():
-        try:
-            _read(folder, {name: shape})
-        except Exception as error:  # as in read_arrays
-            return f"array {name} cannot be read ({_one_line(error)})"
-    return None
-
-
-def _hush_failed_reads() -> None:
-    """Silences what Orbax leaves of a failed read: coroutines that print a page each whenever they are collected."""
-    warnings.filterwarnings("ignore", message="coroutine '_read_.*was never awaited", category=RuntimeWarning)
-    hook = sys.unraisablehook
-
-    def hushed(unraisable: Any) -> None:
-        source = unraisable.object
-        if not (inspect.iscoroutine(source) and "/orbax/" in source.cr_code.co_filename):
-            hook(unraisable)
-
-    sys.unraisablehook = hushed
-
-
 def _arrays_handler() -> ocp.PyTreeCheckpointHandler:
     # Weights hardly compress, and the time that it takes is the training's.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-def _lookup(tree: Any, name: str) -> Array:
-    for part in name.split("/"):
-        tree = tree[part]
-    return tree
 
 
 def _sha256(content: Any) -> str:

@@ -26,8 +26,9 @@ from research.models.layer_stack import places, stack_layers
 from research.storage.background import BackgroundWorker, prefetch
 from research.storage.digests import RunningDigest
 from research.storage.flush import BackgroundFlusher, flush, reads_directly
-from research.storage.paths import Path, absolute, in_bucket, kvstore
+from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
+from research.training.checkpoint_arrays import store_of
 from research.training.checkpoint_files import Damaged
 
 # Bytes of a chunk, the least that is read from disk at a time: a device that holds a small part of an array in a
@@ -124,7 +125,7 @@ class ParamsReader:
         stack = f"{self._field}/{stack}"
         try:
             if stack not in self._open:
-                spec = {"driver": "zarr", "kvstore": _kvstore(self._folder, stack)}
+                spec = {"driver": "zarr", "kvstore": store_of(self._folder, stack)}
                 self._open[stack] = ts.open(spec, context=self._context, open=True, read=True).result()
             array = self._open[stack]
             box, start = _bounds(array.shape, index, box)
@@ -228,7 +229,7 @@ class _Store:
         }
         spec = {
             "driver": "zarr",
-            "kvstore": _kvstore(self._folder, name),
+            "kvstore": store_of(self._folder, name),
             "metadata": metadata,
             "create": True,
             "store_data_equal_to_fill_value": True,
@@ -254,11 +255,6 @@ def _bounds(shape: tuple[int, ...], index: int | None, box: Box) -> tuple[Box, t
     box = (*box, *[slice(None)] * (len(shape) - len(box)))
     ranges = [each.indices(size) for each, size in zip(box, shape, strict=True)]
     return tuple(slice(start, stop) for start, stop, _ in ranges), tuple(start for start, _, _ in ranges)
-
-
-def _kvstore(folder: Path, name: str) -> dict[str, Any]:
-    path = f"{name.replace('/', '.')}/"
-    return {"driver": "ocdbt", "base": kvstore(folder), "path": path}
 
 
 def _context(mode: str = "default") -> ts.Context:

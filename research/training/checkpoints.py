@@ -26,10 +26,12 @@ from research.models.layer_stack import canonical, stack_layers, unstack_layers
 from research.storage.files import remove_folder
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
-from research.training import manifest_values
+from research.training import manifest_values, quiet_orbax
 from research.training.checkpoint_files import Damaged
 
 logger = logging.getLogger("tessera")
+
+LAST_STEP = 2**31 - 1  # steps are counted in 32 bits
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,23 @@ class Checkpoints:
         self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None
         self._passed_over: set[int] = set()  # steps newer than the one restored
         self._tidied = False
+        self._strange: set[str] = set()  # names of folders that were said to be no checkpoints
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, whole or damaged, oldest first."""
         if not self._folder.is_dir():
             return []
-        named = [path for path in self._folder.iterdir() if path.name.isdecimal()]
-        return sorted(int(path.name) for path in named if files.is_complete(path))
+        steps = []
+        for path in sorted(path for path in self._folder.iterdir() if path.name.isdecimal()):
+            name = path.name
+            if in_bucket(path) and not files.is_complete(path):
+                continue  # one that is being written
+            if len(name) <= len(str(LAST_STEP)) and name == str(int(name)) and int(name) <= LAST_STEP:
+                steps.append(int(name))
+            elif name not in self._strange:
+                self._strange.add(name)
+                logger.warning("%s is passed over: no step is called that.", path)
+        return sorted(steps)
 
     @property
     def latest(self) -> int | None:
@@ -106,6 +118,7 @@ class Checkpoints:
         if held and held[-1] > step:
             raise UserError(f"{self._folder / str(held[-1])} is newer than step {step}: restore it, or move it away.")
         self._tidy()
+        quiet_orbax.start()
         try:
             self._checkpointer.save(self._folder / str(step), args=files.contents(step, canonical(state), extra))
         except Exception as error:
@@ -128,6 +141,7 @@ class Checkpoints:
             future.result()
         except Exception as error:
             self._explain(step, error)
+        quiet_orbax.stop()
 
     def close(self) -> None:
         """Waits, then releases the threads."""
@@ -212,7 +226,7 @@ class Checkpoints:
             manifest = files.read_manifest(folder)
             shapes = wanted(manifest)
             files.check_architecture(folder, manifest, shapes, whole)
-            arrays = files.read_arrays(folder, shapes)
+            arrays = files.read_arrays(folder, manifest, shapes)
         except Damaged as damage:
             fault = damage
         # What one process cannot read, none may use: the digests below need all of them.
@@ -274,7 +288,8 @@ class Checkpoints:
         for full in ("No space left on device", "Disk quota exceeded"):
             if full in str(error):
                 place = self._folder / str(step)
-                raise UserError(f"{place}: {full}; it was not written. Earlier checkpoints are whole.") from error
+                before = "Earlier checkpoints are whole" if self.steps() else "There is no earlier checkpoint"
+                raise UserError(f"{place}: {full}; it was not written. {before}.") from error
         raise error
 
 
@@ -289,20 +304,3 @@ def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _rebuild(like: Any, named: Mapping[str, jax.Array]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
-
-
-def _quiet(record: logging.LogRecord) -> bool:
-    """Drops Orbax's own accounts, with tracebacks, of a write that failed: `Checkpoints.wait` raises the same error."""
-    return not (record.exc_info and "/orbax/" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_quiet)
-
-
-def _quiet_futures(record: logging.LogRecord) -> bool:
-    """Drops what asyncio says, a page each, of the other arrays of a write that failed."""
-    said = record.getMessage()
-    return not ("exception was never retrieved" in said and "orbax" in said)
-
-
-logging.getLogger("asyncio").addFilter(_quiet_futures)

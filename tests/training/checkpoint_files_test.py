@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from etils import epath
 
 from research.core.errors import UserError
+from research.training.checkpoint_arrays import store_of
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 from tests.training.states import abstract, assert_same, new_state
 
-# Of the coroutines that Orbax leaves behind when a read fails; the package silences them outside of pytest.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+# No read that fails may leave anything behind that prints a traceback.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning", "error::RuntimeWarning")
 
 EXTRA = {"loader": {"position": 12345}, "losses": [0.1, 1e-300]}
 
@@ -221,16 +223,41 @@ def test_a_later_format_is_an_error(copy, monkeypatch):
     assert "format = 1 is unknown to this version, which reads 2" in outcome(workdir, state)
 
 
-def test_an_array_of_another_type_on_disk_is_caught(copy, monkeypatch):
+def test_an_array_of_another_type_on_disk_is_caught(copy):
     """Its bits are the same, so the digest alone would not tell."""
     workdir, state = copy
-    handler = ocp.PyTreeCheckpointHandler.restore
+    folder = workdir / "checkpoints" / "10" / "arrays"
+    spec = {"driver": "zarr", "kvstore": store_of(folder, "params/layers/scale")}
+    values = ts.open(spec, open=True).result().read().result()
+    assert values.dtype == np.float32
+    other = {"metadata": {"shape": [3, 8], "chunks": [3, 8], "dtype": "<i4"}, "delete_existing": True, "create": True}
+    ts.open({**spec, **other}).result().write(values.view(np.int32)).result()
+    assert "params/layers/scale cannot be read (it is stored as int32[3, 8])" in outcome(workdir, state)
 
-    def as_integers(self, *args, **kwargs):
-        tree = handler(self, *args, **kwargs)
-        if "layers" in tree.get("params", {}) and "scale" in tree["params"]["layers"]:
-            tree["params"]["layers"]["scale"] = tree["params"]["layers"]["scale"].view(jnp.int32)
-        return tree
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", as_integers)
-    assert "params/layers/scale cannot be read (ValueError: it is stored as int32[3, 8])" in outcome(workdir, state)
+def test_every_flipped_bit_of_the_small_files_is_caught_or_harmless(saved):
+    """All of them but the arrays' bits: whatever parses them, no error of another type, and no other bits."""
+    workdir, state = saved
+    rng, caught, count = random.Random(2), 0, 0
+    small = [path for path in files_of(workdir) if path.parent.name != "d"]
+    assert {"_METADATA", "manifest.json", "manifest.ocdbt"} <= {path.name for path in small}
+    for path in small:
+        whole = path.read_bytes()
+        for bit in rng.sample(range(8 * len(whole)), min(50, 8 * len(whole))):
+            flip(path, bit)
+            caught += outcome(workdir, state) != ""
+            count += 1
+            path.write_bytes(whole)
+    assert caught > count / 10
+    assert outcome(workdir, state) == ""
+
+
+def test_a_flipped_bit_in_the_name_of_an_array_is_damage_and_the_checkpoint_before_is_used(copy, caplog):
+    workdir, state = copy
+    checkpoints = Checkpoints(workdir, CheckpointConfig(every=10))
+    checkpoints.save(20, state, {})
+    checkpoints.close()
+    path = workdir / "checkpoints" / "20" / "arrays" / "_METADATA"
+    flip(path, 8 * path.read_bytes().index(b'"kernel"') + 8)
+    assert outcome(workdir, state) == ""  # that of step 10
+    assert "checkpoints/20: arrays/_METADATA is not what was written" in caplog.text

@@ -1,0 +1,48 @@
+"""What Orbax and TensorStore print of a write that failed is silenced while one is under way.
+
+They tell it many times, a page of traceback each: Orbax in its log, asyncio of each other array, TensorStore from
+threads whose event loop was closed at the first error. `Checkpoints.wait` raises the same error, which is one line.
+"""
+
+import logging
+import sys
+from typing import Any
+
+_under_way = 0
+_hook_before: Any = None
+
+
+def start() -> None:
+    """Silences them from now on; every `start` has its `stop`, unless the write failed."""
+    global _under_way, _hook_before
+    if _under_way == 0:
+        _hook_before = sys.unraisablehook
+        sys.unraisablehook = _tell_unraisable
+        logging.getLogger("absl").addFilter(_orbax_may_tell)
+        logging.getLogger("asyncio").addFilter(_asyncio_may_tell)
+    _under_way += 1
+
+
+def stop() -> None:
+    """Lets them speak again when the last write has ended well."""
+    global _under_way
+    _under_way -= 1
+    if _under_way == 0:
+        sys.unraisablehook = _hook_before
+        logging.getLogger("absl").removeFilter(_orbax_may_tell)
+        logging.getLogger("asyncio").removeFilter(_asyncio_may_tell)
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+    closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+    if not closed:
+        _hook_before(unraisable)
+
+
+def _orbax_may_tell(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "/orbax/" in record.pathname)
+
+
+def _asyncio_may_tell(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return not ("exception was never retrieved" in said and "orbax" in said)
