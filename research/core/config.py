@@ -182,19 +182,19 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         converted = _scalar(kinds.pop(), value, name) if len(kinds) == 1 else value
         if converted not in args:
             choices = ", ".join(repr(arg) for arg in args)
-            raise UserError(f"{name} = {_show(value)} is not one of {choices}. {nearest(str(value), map(str, args))}")
+            raise UserError(name, value, f"is not one of {choices}. {nearest(str(value), map(str, args))}")
         return converted
     if origin is tuple:
         return _convert_tuple(args, value, name)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} = {_show(value)} must be a group of fields.")
+            raise UserError(name, value, "must be a group of fields.")
         return {key: _convert(args[1], item, _join(name, key)) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} = {_show(value)} must be a group of fields, as in {name}.FIELD = …")
+            raise UserError(name, value, f"must be a group of fields, as in {name}.FIELD = …")
         return bind(hint, value, name)
     return _scalar(hint, value, name)
 
@@ -203,11 +203,11 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, name: str) -> tuple[Any, .
     if isinstance(value, Text):
         value = [Text(item.strip()) for item in value.strip("()[] ").split(",") if item.strip()]
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{name} = {_show(value)} must be a list.")
+        raise UserError(name, value, "must be a list.")
     if len(args) == 2 and args[1] is Ellipsis:
         args = (args[0],) * len(value)
     if len(args) != len(value):
-        raise UserError(f"{name} = {_show(list(value))} must have {len(args)} items, not {len(value)}.")
+        raise UserError(name, list(value), f"must have {len(args)} items, not {len(value)}.")
     return tuple(_convert(arg, item, f"{name}.{i}") for i, (arg, item) in enumerate(zip(args, value, strict=True)))
 
 
@@ -225,7 +225,7 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     # A bool is an int to Python; NaN and infinity pass every comparison with a bound and are no JSON.
     wrong = not isinstance(converted, kind) or (isinstance(converted, bool) and kind is not bool)
     if wrong or (kind is float and not math.isfinite(converted)):
-        raise UserError(f"{name} = {_show(value)} must be {_KIND_NAMES[kind]}.")
+        raise UserError(name, value, f"must be {_KIND_NAMES[kind]}.")
     return converted
 
 

@@ -145,8 +145,9 @@ class Loader:
         """
         if state["order"] != self._order:
             raise UserError(
-                "data: the checkpoint was made with other data, weights, objective, packing, seed or sequence_length;"
-                " its position in the samples means nothing here."
+                "data",
+                constraint=": the checkpoint was made with other data, weights, objective, packing, seed or"
+                " sequence_length; its position in the samples means nothing here.",
             )
         self.close()
         self.position = state["position"]
@@ -194,7 +195,7 @@ def heldout_batches(
         if objective.num_targets(c.offsets) > 0
     ]
     if not rows:
-        raise UserError("sources: no document is held out; raise heldout_fraction or add text.")
+        raise UserError("sources", constraint=": no document is held out; raise heldout_fraction or add text.")
     table = [(source, row, 0) for source, packed in enumerate(rows) for row in range(len(packed))]
     stream = grain.MapDataset.source(table).shuffle(seed=HELDOUT_SEED)
     gather = _Gather(rows)
@@ -208,9 +209,9 @@ def heldout_batches(
 
 def _check_sizes(batch_size: int, sequence_length: int, part_count: int) -> None:
     if batch_size < 1 or batch_size % part_count:
-        raise UserError(f"batch_size = {batch_size} must be a multiple of its {part_count} parts.")
+        raise UserError("batch_size", batch_size, f"must be a multiple of its {part_count} parts.")
     if sequence_length < 1:
-        raise UserError(f"sequence_length = {sequence_length} must be at least 1.")
+        raise UserError("sequence_length", sequence_length, "must be at least 1.")
 
 
 class _Gather:

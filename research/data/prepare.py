@@ -42,20 +42,22 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.sources:
-            raise UserError("sources = () must name at least one source.")
+            raise UserError("sources", (), "must name at least one source.")
         if all(source.heldout_fraction == 1 for source in self.sources):
-            raise UserError("sources: every source has heldout_fraction = 1.0, so nothing is left to train on.")
+            raise UserError(
+                "sources", constraint=": every source has heldout_fraction = 1.0, so nothing is left to train on."
+            )
         for index, source in enumerate(self.sources):
             name, value = ("pair_path", source.pair_path) if source.pair_path else ("pair_field", source.pair_field)
             if (self.objective.kind == "translate") != bool(value):
                 need = "be empty" if value else "name the other text of a pair"
                 raise UserError(
-                    f"sources.{index}.{name} = {value!r} must {need} for objective.kind = {self.objective.kind!r}."
+                    f"sources.{index}.{name}", value, f"must {need} for objective.kind = {self.objective.kind!r}."
                 )
         for name, least in (("block_documents", 1), ("workers", 0), ("prefetch", 1)):
             value = getattr(self, name)
             if value < least:
-                raise UserError(f"{name} = {value} must be at least {least}.")
+                raise UserError(name, value, f"must be at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
         tokenizer, tuple(splits["train"] for splits in corpora), tuple(splits["heldout"] for splits in corpora)
     )
     if not any(corpus.num_documents for corpus in prepared.train):
-        raise UserError("sources: no document is left to train on; lower heldout_fraction or add text.")
+        raise UserError("sources", constraint=": no document is left to train on; lower heldout_fraction or add text.")
     return prepared
 
 

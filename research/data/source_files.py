@@ -33,9 +33,9 @@ def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
         root, named = _match(path)
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
         said = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"path = {path!r} cannot be read: {said}.") from error
+        raise UserError("path", path, f"cannot be read: {said}.") from error
     if not named:
-        raise UserError(f"path = {path!r} matches no file.")
+        raise UserError("path", path, "matches no file.")
     if named == [root]:
         return [(root.name, root)]
     pairs = [(file.relative_to(root).as_posix(), file) for file in named]
@@ -101,8 +101,10 @@ class _WideZstandard(io.RawIOBase):
             import zstandard
         except ImportError as error:
             raise UserError(
-                f"zstd_window_log = {window_log} must be at most {BUNDLED_WINDOW_LOG}"
-                " until the package zstandard is installed: pip install 'tessera[zstd]'."
+                "zstd_window_log",
+                window_log,
+                f"must be at most {BUNDLED_WINDOW_LOG} until the package zstandard is installed: pip install "
+                "'tessera[zstd]'.",
             ) from error
         self._errors = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**window_log)

@@ -60,24 +60,24 @@ class SourceConfig:
     def __post_init__(self):
         if (self.kind == "stdlib") != (self.path == ""):
             need = "must be empty" if self.kind == "stdlib" else "must name a file, folder or glob"
-            raise UserError(f"path = {self.path!r} {need} for kind = {self.kind!r}.")
+            raise UserError("path", self.path, f"{need} for kind = {self.kind!r}.")
         if not self.field:
-            raise UserError("field = '' must name the field that holds the text.")
+            raise UserError("field", "", "must name the field that holds the text.")
         if self.pair_field and self.kind != "jsonl":
-            raise UserError(f"pair_field = {self.pair_field!r} must be empty for kind = {self.kind!r}.")
+            raise UserError("pair_field", self.pair_field, f"must be empty for kind = {self.kind!r}.")
         if bool(self.pair_path) != (self.kind == "lines"):
             need = "be empty" if self.pair_path else "name the other files"
-            raise UserError(f"pair_path = {self.pair_path!r} must {need} for kind = {self.kind!r}.")
+            raise UserError("pair_path", self.pair_path, f"must {need} for kind = {self.kind!r}.")
         if not 0 < self.weight < float("inf"):
-            raise UserError(f"weight = {self.weight} must be above 0 and finite.")
+            raise UserError("weight", self.weight, "must be above 0 and finite.")
         for name in ("heldout_fraction", "max_bad_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise UserError(f"{name} = {value} must lie in [0, 1].")
+                raise UserError(name, value, "must lie in [0, 1].")
         if self.max_record_bytes < 1:
-            raise UserError(f"max_record_bytes = {self.max_record_bytes} must be at least 1.")
+            raise UserError("max_record_bytes", self.max_record_bytes, "must be at least 1.")
         if not 10 <= self.zstd_window_log <= 31:
-            raise UserError(f"zstd_window_log = {self.zstd_window_log} must lie in [10, 31].")
+            raise UserError("zstd_window_log", self.zstd_window_log, "must lie in [10, 31].")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tupl
         report.judge(config.max_bad_fraction, at_end=False)
     report.judge(config.max_bad_fraction, at_end=True)
     if report.documents == 0:
-        raise UserError(f"path = {config.path!r} holds no text.")
+        raise UserError("path", config.path, "holds no text.")
 
 
 def fingerprint(config: SourceConfig) -> list[list[str | int]]:
@@ -227,7 +227,7 @@ def _read_jsonl(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 def _read_lines(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
     found, beside = find_files(config.path), find_files(config.pair_path)
     if len(found) != len(beside):
-        raise UserError(f"pair_path = {config.pair_path!r} matches {len(beside)} files, path {len(found)}: not pairs.")
+        raise UserError("pair_path", config.pair_path, f"matches {len(beside)} files, path {len(found)}: not pairs.")
     other = dict(zip(sorted(found), sorted(beside), strict=True))
     for name, path in found:
         other_path = other[name, path][1]
@@ -294,7 +294,7 @@ def _read_parquet(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]
             with parquet.ParquetFile(path) as file:
                 if config.field not in file.schema_arrow.names:
                     known = ", ".join(file.schema_arrow.names)
-                    raise UserError(f"field = {config.field!r} is not a column of {path}. Columns: {known}.")
+                    raise UserError("field", config.field, f"is not a column of {path}. Columns: {known}.")
                 number = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[config.field]):
                     for value in batch.column(0):

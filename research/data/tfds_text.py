@@ -74,7 +74,7 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
             with _readable(path):
                 example = examples[number]
             if field not in example:
-                raise UserError(f"field = {field!r} is not a feature of {path}. Features: {listed(example)}.")
+                raise UserError("field", field, f"is not a feature of {path}. Features: {listed(example)}.")
             name = example["name"].decode() if "name" in example else str(number)
             yield name, example[field]
 
@@ -88,7 +88,7 @@ def _readable(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"path = {path!r} cannot be read: {said[:300]}.") from error
+        raise UserError("path", path, f"cannot be read: {said[:300]}.") from error
 
 
 def _open(
@@ -97,7 +97,7 @@ def _open(
     """Returns the examples of files as `texts` describes them; what is prepared first lasts as long as `stack`."""
     folders = {file.parent for name, file in files.items() if file.name == "dataset_info.json"}
     if len(folders) > 1:
-        raise UserError(f"path = {path!r} holds {len(folders)} prepared datasets; name one of them.")
+        raise UserError("path", path, f"holds {len(folders)} prepared datasets; name one of them.")
     if folders:
         return _open_prepared(folders.pop(), split)
     if any(".array_record" in file.name for file in files.values()):
@@ -108,7 +108,7 @@ def _open(
 def _open_prepared(folder: pathlib.Path, split: str) -> Sequence[dict[str, Any]]:
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
-        raise UserError(f"tfds_split = {split!r} is not a split of {folder}: {listed(builder.info.splits)}.")
+        raise UserError("tfds_split", split, f"is not a split of {folder}: {listed(builder.info.splits)}.")
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:
@@ -135,5 +135,5 @@ def _open_records(path: str, files: Sequence[pathlib.Path]) -> _Records:
     try:
         features = tfds.features.FeatureConnector.from_config(str(files[0].parent))
     except (OSError, ValueError) as error:
-        raise UserError(f"path = {path!r}: no features.json beside the ArrayRecord files.") from error
+        raise UserError("path", path, ": no features.json beside the ArrayRecord files.") from error
     return _Records(files, features)

@@ -74,7 +74,7 @@ def beam_generate(
     """
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     if beams.num_beams > num_ids:
-        raise UserError(f"num_beams = {beams.num_beams} must be at most {num_ids}, the ids of the vocabulary.")
+        raise UserError("num_beams", beams.num_beams, f"must be at most {num_ids}, the ids of the vocabulary.")
     prompt_rows, slots = encode(config, tokenizer, prompts, [beams.max_tokens] * len(prompts))
     # Beams take pages of their own when the search begins: before, there is nothing but the prompts.
     page_table = table_for(cache, prompt_rows, [0] * len(prompts), slots)

@@ -68,7 +68,7 @@ class BeamConfig:
             ("num_return", 1 <= self.num_return <= self.num_beams, f"lie in [1, num_beams = {self.num_beams}]"),
         ):
             if not holds:
-                raise UserError(f"{name} = {getattr(self, name)!r} must {constraint}.")
+                raise UserError(name, getattr(self, name), f"must {constraint}.")
 
 
 @runtime_checkable
@@ -332,7 +332,7 @@ def _check_ids(beams: BeamConfig, num_ids: int, end_ids: Sequence[int]) -> None:
             if i in end_ids:
                 raise UserError(f"{name}: id {i} is the end of text, which nothing can follow.")
     if beams.forced_eos and not end_ids:
-        raise UserError("forced_eos = True needs a tokenizer that has an end-of-text id.")
+        raise UserError("forced_eos", True, "needs a tokenizer that has an end-of-text id.")
 
 
 def _rules(beams: BeamConfig, slots: int, end_ids: Sequence[int]) -> BeamRules:
@@ -369,7 +369,9 @@ def _collect(search: BeamState, lengths: Int[np.ndarray, "B"], beams: BeamConfig
     ]
     if not all(found):
         raise UserError(
-            f"no_repeat_ngram = {beams.no_repeat_ngram} with min_tokens = {beams.min_tokens} leaves prompt "
-            f"{found.index([])} no continuation of max_tokens = {beams.max_tokens}."
+            "no_repeat_ngram",
+            beams.no_repeat_ngram,
+            f"with min_tokens = {beams.min_tokens} leaves prompt {found.index([])} no continuation of max_tokens "
+            f"= {beams.max_tokens}.",
         )
     return found

@@ -170,17 +170,19 @@ def _by_prompt(sampling: SamplingConfig | Sequence[SamplingConfig], count: int) 
     if isinstance(sampling, SamplingConfig):
         return [dataclasses.replace(sampling, seed=(sampling.seed + i) % SEEDS) for i in range(count)]
     if len(sampling) != count:
-        raise UserError(f"sampling: {len(sampling)} settings for {count} prompts; give one a prompt, or one for all.")
+        raise UserError(
+            "sampling", constraint=f": {len(sampling)} settings for {count} prompts; give one a prompt, or one for all."
+        )
     return list(sampling)
 
 
 def _checked(seeds: Sequence[Any], count: int) -> list[int]:
     """Returns the seeds; raises UserError where they are not one a prompt, or no 64-bit numbers."""
     if len(seeds) != count:
-        raise UserError(f"seeds: {len(seeds)} of them for {count} prompts; give one a prompt.")
+        raise UserError("seeds", constraint=f": {len(seeds)} of them for {count} prompts; give one a prompt.")
     for seed in seeds:
         if not isinstance(seed, numbers.Integral) or not 0 <= seed < SEEDS:
-            raise UserError(f"seeds: {seed!r} must be a whole number in [0, {SEEDS}).")
+            raise UserError("seeds", constraint=f": {seed!r} must be a whole number in [0, {SEEDS}).")
     return [int(seed) for seed in seeds]
 
 

@@ -47,7 +47,9 @@ def read_inputs(
         return read
     encoded, count = rows_of(config, "encoder_tokens", encoder_tokens, encoder_segments), len(read["tokens"])
     if len(encoded["tokens"]) != count:
-        raise UserError(f"encoder_tokens: {len(encoded['tokens'])} rows must be {count}, one a row of tokens.")
+        raise UserError(
+            "encoder_tokens", constraint=f": {len(encoded['tokens'])} rows must be {count}, one a row of tokens."
+        )
     if segments is not None and encoder_segments is None:
         raise UserError("encoder_segments is missing: segments alone do not say who sees which of its tokens.")
     return read | {f"encoder_{name}": array for name, array in encoded.items()}

@@ -59,7 +59,7 @@ def encode(
       UserError: no prompts, one that does not fit the model's positions or ids, or a model that makes no text.
     """
     if config.structure == "encoder":
-        raise UserError("model.structure = 'encoder' makes no text: it has no decoder. It gives logits and states.")
+        raise UserError("model.structure", "encoder", "makes no text: it has no decoder. It gives logits and states.")
     if not prompts:
         raise UserError("--prompt: at least one prompt is needed.")
     if config.structure != "encoder_decoder":
@@ -90,8 +90,10 @@ def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], conf
             )
         if length + new > room:
             raise UserError(
-                f"max_tokens = {new} after a prompt of {length} tokens is more than the model's "
-                f"max_length = {room}. Use at most {room - length}."
+                "max_tokens",
+                new,
+                f"after a prompt of {length} tokens is more than the model's max_length = {room}. Use at most "
+                f"{room - length}.",
             )
     return max(length + new for length, new in zip(lengths, max_tokens, strict=True))
 
@@ -99,7 +101,7 @@ def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], conf
 def check_cache(cache: str) -> None:
     """Raises UserError where there is no such form of the cache."""
     if cache not in CACHES:
-        raise UserError(f"cache = {cache!r} is not one of {', '.join(CACHES)}.")
+        raise UserError("cache", cache, f"is not one of {', '.join(CACHES)}.")
 
 
 def table_for(cache: str, prompts: Prompts, new_tokens: Sequence[int], slots: int) -> PageTable | None:

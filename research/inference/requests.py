@@ -38,7 +38,7 @@ def prompts_of(
     if sum(given is not None for given in (prompts, ids, messages)) != 1:
         raise UserError("prompts, ids and messages: exactly one of them must be given.")
     if chat is not None and messages is None:
-        raise UserError("chat: these are arguments of the chat template, which messages alone have.")
+        raise UserError("chat", constraint=": these are arguments of the chat template, which messages alone have.")
     if prompts is not None:
         return list(prompts)
     if ids is not None:
@@ -51,12 +51,12 @@ def prompts_of(
 
 def _row(row: Any) -> list[int]:
     if isinstance(row, str) or not isinstance(row, Sequence | np.ndarray):
-        raise UserError(f"ids: {row!r} must be a row of ids: one prompt is [[1, 2, 3]].")
+        raise UserError("ids", constraint=f": {row!r} must be a row of ids: one prompt is [[1, 2, 3]].")
     if len(row) == 0:
-        raise UserError("ids: a row of no ids cannot be continued.")
+        raise UserError("ids", constraint=": a row of no ids cannot be continued.")
     for i in row:
         if isinstance(i, bool) or not isinstance(i, numbers.Integral):
-            raise UserError(f"ids: {i!r} must be a whole number.")
+            raise UserError("ids", constraint=f": {i!r} must be a whole number.")
     return [int(i) for i in row]
 
 
@@ -73,5 +73,5 @@ def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
     for field in dataclasses.fields(other):
         if field.name in fields and field.name not in names:
             why = f"draws, and num_beams = {fields['num_beams']} searches" if searches else "needs num_beams above 1"
-            raise UserError(f"{field.name} = {fields[field.name]!r} {why}.")
+            raise UserError(field.name, fields[field.name], f"{why}.")
     return configs.bind(wanted, fields)

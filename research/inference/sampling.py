@@ -50,7 +50,7 @@ class SamplingConfig:
             ("stop", all(self.stop), "hold no empty string"),
         ):
             if not holds:
-                raise UserError(f"{name} = {getattr(self, name)} must {constraint}.")
+                raise UserError(name, getattr(self, name), f"must {constraint}.")
 
 
 @flax.struct.dataclass

@@ -1,6 +1,6 @@
 """What Hugging Face calls the activations; some have two names."""
 
-from research.core.errors import UserError, nearest, shown
+from research.core.errors import UserError, nearest
 
 _TESSERA = {
     "gelu": "gelu",
@@ -18,5 +18,5 @@ THEIRS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "gelu_sigmoid": "quick_gelu",
 def to_tessera(name: str, field: str) -> str:
     """Returns Tessera's name of the activation that `field` of config.json names; raises UserError for others."""
     if name not in _TESSERA:
-        raise UserError(f"{field} = {shown(name)} is not supported. {nearest(str(name), _TESSERA)}")
+        raise UserError(field, name, f"is not supported. {nearest(str(name), _TESSERA)}")
     return _TESSERA[name]

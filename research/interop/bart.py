@@ -21,7 +21,7 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("ffn_dim", "attention_heads"):
         ours, theirs = fields[f"encoder_{name}"], fields[f"decoder_{name}"]
         if ours != theirs:
-            raise UserError(f"decoder_{name} = {theirs!r} must equal encoder_{name} = {ours!r}.")
+            raise UserError(f"decoder_{name}", theirs, f"must equal encoder_{name} = {ours!r}.")
     return {
         "structure": "encoder_decoder",
         "vocab_size": fields["vocab_size"],

@@ -53,7 +53,7 @@ def _read(heads: Heads, offset: int, fields: Mapping[str, Any]) -> dict[str, Any
 
 def _read_roberta(heads: Heads, fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["hidden_act"] != "gelu":
-        raise UserError(f"hidden_act = {fields['hidden_act']!r} is not supported: the head has 'gelu' in any case.")
+        raise UserError("hidden_act", fields["hidden_act"], "is not supported: the head has 'gelu' in any case.")
     # Positions begin behind that of padding, whose number is that of the padding token.
     return _read(heads, fields["pad_token_id"] + 1, fields)
 

@@ -105,7 +105,7 @@ def _read_phi_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
     if rope_kind(rope) in ("su", "yarn", "longrope"):
         rope |= {"rope_type": "longrope", ORIGINAL: fields[ORIGINAL]}
     elif rope_kind(rope) != "default":
-        raise UserError(f"rope_type = {rope_kind(rope)!r} of a Phi-3 is not supported: only 'longrope' is.")
+        raise UserError("rope_type", rope_kind(rope), "of a Phi-3 is not supported: only 'longrope' is.")
     values = {f"position.{name}": value for name, value in position(rope, fields["max_position_embeddings"]).items()}
     width = fields["hidden_size"] // fields["num_attention_heads"]
     return values | {"position.rotary_dim": None if part == 1 else int(width * part)}

@@ -40,7 +40,7 @@ def end_ids_of(values: Mapping[str, Any]) -> tuple[int, ...]:
         return ()
     for i in listed:
         if type(i) is not int or i >= 2**31:
-            raise UserError(f"{FIELD} = {i!r} must be an id or a list of ids.")
+            raise UserError(FIELD, i, "must be an id or a list of ids.")
     return tuple(i for i in listed if i >= 0)
 
 

@@ -46,7 +46,7 @@ def _position(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": "alibi_bfloat16"}
     rope = rope_fields(fields)
     if rope_kind(rope) == "dynamic":
-        raise UserError("rope_type = 'dynamic' is not supported.")
+        raise UserError("rope_type", "dynamic", "is not supported.")
     return position(rope, fields["max_position_embeddings"])
 
 
@@ -57,7 +57,7 @@ def _kv_heads(fields: Mapping[str, Any]) -> int:
     if fields["multi_query"]:
         return 1
     if kv_heads not in (None, num_heads):
-        raise UserError(f"num_kv_heads = {kv_heads!r} must be num_attention_heads = {num_heads} without multi_query.")
+        raise UserError("num_kv_heads", kv_heads, f"must be num_attention_heads = {num_heads} without multi_query.")
     return num_heads
 
 
@@ -67,8 +67,9 @@ def _placement(fields: Mapping[str, Any]) -> str:
     )
     if (new and not parallel) or norms not in ((None, 1, 2) if new else (None, 1)):
         raise UserError(
-            f"num_ln_in_parallel_attn = {norms!r} and parallel_attn = {parallel!r} are not supported with "
-            f"new_decoder_architecture = {new!r}."
+            "num_ln_in_parallel_attn",
+            norms,
+            f"and parallel_attn = {parallel!r} are not supported with new_decoder_architecture = {new!r}.",
         )
     if new:
         return "parallel" if norms == 1 else "parallel_pair"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.core.config import plain
-from research.core.errors import UserError, shown
+from research.core.errors import UserError
 from research.interop.architecture import config_from
 from research.interop.llama import ATTENTION, CORE, DENSE, MLP, QK_NORM, activation, biases, decoder
 from research.interop.modules import norm
@@ -70,7 +70,7 @@ def _read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
     ropes = fields["rope_parameters"] or {}
     scaling = fields["rope_scaling"] or {}
     if not isinstance(ropes, dict) or not isinstance(scaling, dict) or ropes.keys() - {LOCAL, GLOBAL}:
-        raise UserError(f"rope_parameters = {shown(ropes)} must be a group for {LOCAL} and one for {GLOBAL}.")
+        raise UserError("rope_parameters", ropes, f"must be a group for {LOCAL} and one for {GLOBAL}.")
     longest = fields["max_position_embeddings"]
     everywhere = {"rope_theta": fields["rope_theta"], **(ropes.get(GLOBAL) or {}), **scaling}
     local = position({"rope_theta": fields["rope_local_base_freq"], **(ropes.get(LOCAL) or {})}, longest)

@@ -18,7 +18,7 @@ _FIRST_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swis
 def _model(fields: Mapping[str, Any], hidden_dim: int, activation: str, placement: str) -> dict[str, Any]:
     width, num_heads = fields["n_embd"], fields["n_head"]
     if fields["embd_pdrop"] != fields["resid_pdrop"]:
-        raise UserError(f"embd_pdrop = {fields['embd_pdrop']!r} must equal resid_pdrop = {fields['resid_pdrop']!r}.")
+        raise UserError("embd_pdrop", fields["embd_pdrop"], f"must equal resid_pdrop = {fields['resid_pdrop']!r}.")
     return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["n_layer"],
@@ -41,7 +41,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_first(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["afn"] not in _FIRST_ACTIVATIONS:
-        raise UserError(f"afn = {fields['afn']!r} is not supported. {nearest(str(fields['afn']), _FIRST_ACTIVATIONS)}")
+        raise UserError("afn", fields["afn"], f"is not supported. {nearest(str(fields['afn']), _FIRST_ACTIVATIONS)}")
     return _model(fields, 4 * fields["n_embd"], _FIRST_ACTIVATIONS[fields["afn"]], "post")
 
 
@@ -69,7 +69,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _write_first(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(_FIRST_ACTIVATIONS.items())}
     if config.mlp.activation not in theirs:
-        raise UserError(f"mlp.activation = {config.mlp.activation!r} is not what 'openai-gpt' has")
+        raise UserError("mlp.activation", config.mlp.activation, "is not what 'openai-gpt' has")
     return _fields(config) | {"afn": theirs[config.mlp.activation]}
 
 

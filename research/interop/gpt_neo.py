@@ -19,7 +19,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     width = fields["hidden_size"]
     if fields["embed_dropout"] != fields["resid_dropout"]:
         raise UserError(
-            f"embed_dropout = {fields['embed_dropout']!r} must equal resid_dropout = {fields['resid_dropout']!r}."
+            "embed_dropout", fields["embed_dropout"], f"must equal resid_dropout = {fields['resid_dropout']!r}."
         )
     return {
         "vocab_size": fields["vocab_size"],
@@ -48,10 +48,12 @@ def _kinds(fields: Mapping[str, Any]) -> list[str]:
     named = (kind for group, times in groups for _ in range(times) for kind in group)
     kinds = list(itertools.islice(named, count + 1))
     if len(kinds) != count:
-        raise UserError(f"attention_types = {shown(groups)} must name num_layers = {count} layers.")
+        raise UserError("attention_types", groups, f"must name num_layers = {count} layers.")
     for kind in kinds:
         if kind not in (_GLOBAL, _LOCAL):
-            raise UserError(f"attention_types: {shown(kind)} is not supported, only {_GLOBAL!r} and {_LOCAL!r} are.")
+            raise UserError(
+                "attention_types", constraint=f": {shown(kind)} is not supported, only {_GLOBAL!r} and {_LOCAL!r} are."
+            )
     return kinds
 
 

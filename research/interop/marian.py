@@ -15,7 +15,7 @@ _WITH_HEAD, _BARE = "MarianMTModel", "MarianModel"
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["decoder_vocab_size"] not in (None, fields["vocab_size"]):
         raise UserError(
-            f"decoder_vocab_size = {fields['decoder_vocab_size']!r} must equal vocab_size = {fields['vocab_size']!r}."
+            "decoder_vocab_size", fields["decoder_vocab_size"], f"must equal vocab_size = {fields['vocab_size']!r}."
         )
     own = {
         "position": {"kind": "sinusoidal", "halves": True},

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from research.core.errors import UserError, shown
+from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import QKV, linear, multi_head, norm, table, within
@@ -22,7 +22,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"architectures = [{name!r}] is not supported: {_WITH_HEAD} and {_WITHOUT} are.")
     if fields["classifier_activation"] != activation:
         raise UserError(
-            f"classifier_activation = {fields['classifier_activation']!r} must be hidden_activation = {activation!r}."
+            "classifier_activation", fields["classifier_activation"], f"must be hidden_activation = {activation!r}."
         )
     head = {"transform": True, "transform_bias": fields["classifier_bias"], "bias": fields["decoder_bias"]}
     # Attention of the first layer reads the embeddings, which are normalized already.
@@ -60,11 +60,11 @@ def _layers(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what the first layer does, and what the others do over and over."""
     period, count, named = fields["global_attn_every_n_layers"], fields["num_hidden_layers"], fields["layer_types"]
     if not isinstance(period, int) or period < 1:
-        raise UserError(f"global_attn_every_n_layers = {period!r} must be a whole number of at least 1.")
+        raise UserError("global_attn_every_n_layers", period, "must be a whole number of at least 1.")
     stated = [_SLIDING if i % period else _FULL for i in range(max(count, period + 1))]
     kinds = stated[:count] if named is None else list(named)
     if len(kinds) != count or not {*kinds} <= {_FULL, _SLIDING}:
-        raise UserError(f"layer_types = {shown(named)} must name {count} layers, each {_FULL!r} or {_SLIDING!r}.")
+        raise UserError("layer_types", named, f"must name {count} layers, each {_FULL!r} or {_SLIDING!r}.")
     pattern = stated[1 : period + 1] if kinds == stated[:count] else _shortest_pattern(kinds[1:])
     local = {
         # Tokens at half of this width are the last that are seen.

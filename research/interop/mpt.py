@@ -42,7 +42,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _attention(given: Any) -> dict[str, Any]:
     """Returns the fields of `attn_config`, all but one of which say nothing new."""
     if not isinstance(given, dict | None):
-        raise UserError(f"attn_config = {shown(given)} must be a group of fields.")
+        raise UserError("attn_config", given, "must be a group of fields.")
     fields = {"softmax_scale": None, **(given or {})}
     faults = []
     for name, value in fields.items():

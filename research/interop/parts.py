@@ -64,7 +64,7 @@ def either(field: str, elder: str, name: str, default: Any) -> Part:
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         given = [fields[each] for each in (field, elder) if fields[each] is not None]
         if len(set(given)) > 1:
-            raise UserError(f"{field} = {given[0]!r} must equal {elder} = {given[1]!r}.")
+            raise UserError(field, given[0], f"must equal {elder} = {given[1]!r}.")
         return {name: given[0] if given else default}
 
     return Part(read=read, write=lambda config: {field: _value(config, name)}, defaults={field: None, elder: None})

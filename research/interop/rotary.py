@@ -79,7 +79,7 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of rotary positions as one group, `rope_theta` and all."""
     for group in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields[group], dict | None):
-            raise UserError(f"{group} = {shown(fields[group])} must be a group of fields.")
+            raise UserError(group, fields[group], "must be a group of fields.")
     return {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or fields["rope_parameters"] or {})}
 
 
@@ -97,7 +97,7 @@ def position(rope: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """
     kind = rope_kind(rope)
     if kind not in _NEEDED:
-        raise UserError(f"rope_type = {shown(kind)} is not supported. {nearest(str(kind), _NEEDED)}")
+        raise UserError("rope_type", kind, f"is not supported. {nearest(str(kind), _NEEDED)}")
     given = _read_by(kind, rope, longest)
     scaling = None if kind == "default" else _scaling(kind, given, longest)
     return {"kind": "rotary", "theta": rope["rope_theta"], "scaling": scaling}

@@ -66,13 +66,14 @@ def _read_activation(fields: Mapping[str, Any]) -> dict[str, Any]:
     name = fields["feed_forward_proj"]
     kind, _, activation = str(name).rpartition("-")
     if kind not in ("", "gated"):
-        raise UserError(f"feed_forward_proj = {name!r} must be an activation, or `gated-` and one.")
+        raise UserError("feed_forward_proj", name, "must be an activation, or `gated-` and one.")
     # The exact GELU was never meant: `gated-gelu` is a name from before the approximation had one.
     activation = "gelu_new" if name == "gated-gelu" else activation
     if fields["dense_act_fn"] not in (None, activation) or fields["is_gated_act"] not in (None, kind == "gated"):
         raise UserError(
-            f"dense_act_fn = {fields['dense_act_fn']!r} and is_gated_act = {fields['is_gated_act']!r} must agree with "
-            f"feed_forward_proj = {name!r}."
+            "dense_act_fn",
+            fields["dense_act_fn"],
+            f"and is_gated_act = {fields['is_gated_act']!r} must agree with feed_forward_proj = {name!r}.",
         )
     return {"activation": to_tessera(activation, "feed_forward_proj"), "gated": kind == "gated"}
 

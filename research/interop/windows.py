@@ -70,8 +70,10 @@ def layer_types(fields: Mapping[str, Any], local: Callable[[Mapping[str, Any], i
     if kinds is None:
         return [LOCAL if local(fields, i) else GLOBAL for i in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count:
-        raise UserError(f"layer_types = {shown(kinds)} must be a list of num_hidden_layers = {count} names.")
+        raise UserError("layer_types", kinds, f"must be a list of num_hidden_layers = {count} names.")
     for kind in kinds:
         if kind not in (LOCAL, GLOBAL):
-            raise UserError(f"layer_types: {shown(kind)} is not supported. {nearest(str(kind), (LOCAL, GLOBAL))}")
+            raise UserError(
+                "layer_types", constraint=f": {shown(kind)} is not supported. {nearest(str(kind), (LOCAL, GLOBAL))}"
+            )
     return kinds

@@ -48,7 +48,7 @@ def choose(
         refusals[name] = refusal
     why = "; ".join(f"{name!r} refuses {rule}" for name, rule in refusals.items())
     advice = "" if implementation == "reference" else " Or take implementation = 'reference' by name."
-    raise UserError(f"implementation = {implementation!r}: {why}.{advice}")
+    raise UserError("implementation", implementation, f": {why}.{advice}")
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class NormConfig:
 
     def __post_init__(self) -> None:
         if self.epsilon < 0:
-            raise UserError(f"epsilon = {self.epsilon} must not be below 0.")
+            raise UserError("epsilon", self.epsilon, "must not be below 0.")
 
     @property
     def reads_normalized(self) -> bool:
@@ -75,9 +75,9 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise UserError(f"window = {self.window} must be at least 1.")
+            raise UserError("window", self.window, "must be at least 1.")
         if self.position is not None and self.position.kind not in ("none", "rotary"):
-            raise UserError(f"position.kind = {self.position.kind!r} of a layer must be 'none' or 'rotary'.")
+            raise UserError("position.kind", self.position.kind, "of a layer must be 'none' or 'rotary'.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         at_least(self, 0, "num_classes", "num_future", "future_weight")
         if self.scale <= 0 or (self.softcap is not None and self.softcap <= 0):
-            raise UserError(f"scale = {self.scale} and softcap = {self.softcap} must be above 0.")
+            raise UserError("scale", self.scale, f"and softcap = {self.softcap} must be above 0.")
         if self.num_classes and not self.pooler:
             raise UserError("num_classes needs pooler = True.")
 
@@ -194,32 +194,34 @@ class ModelConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "num_layers", "embed_dim", "max_length")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout = {self.dropout} must lie in [0, 1).")
+            raise UserError("dropout", self.dropout, "must lie in [0, 1).")
         if self.init_stddev < 0:
-            raise UserError(f"init_stddev = {self.init_stddev} must not be below 0.")
+            raise UserError("init_stddev", self.init_stddev, "must not be below 0.")
         self._check_layers()
         self._check_positions()
 
     def _check_layers(self) -> None:
         if not 0 <= self.start_id < self.vocab_size:
-            raise UserError(f"start_id = {self.start_id} must lie in [0, vocab_size = {self.vocab_size}).")
+            raise UserError("start_id", self.start_id, f"must lie in [0, vocab_size = {self.vocab_size}).")
         if (self.encoder_layers > 0) != (self.structure == "encoder_decoder"):
             raise UserError(
-                f"encoder_layers = {self.encoder_layers} must be above 0 for structure = 'encoder_decoder' and 0 else."
+                "encoder_layers", self.encoder_layers, "must be above 0 for structure = 'encoder_decoder' and 0 else."
             )
         if len(self.first_layers) > self.num_layers:
             raise UserError(f"first_layers are {len(self.first_layers)}, more than num_layers = {self.num_layers}.")
         if not self.pattern:
             raise UserError("pattern must name at least one layer.")
         if len({(layer.experts, layer.attention_norm) for layer in self.pattern}) > 1:
-            raise UserError("pattern: its layers must agree in experts and attention_norm; first_layers may differ.")
+            raise UserError(
+                "pattern", constraint=": its layers must agree in experts and attention_norm; first_layers may differ."
+            )
         if self.structure == "encoder_decoder" and len(self.first_layers) > self.encoder_layers:
             raise UserError(
                 f"first_layers are {len(self.first_layers)}, more than encoder_layers = {self.encoder_layers}."
             )
         if self.structure != "decoder" and self.head.num_future:
             raise UserError(
-                f"head.num_future = {self.head.num_future} needs structure = 'decoder', not {self.structure!r}."
+                "head.num_future", self.head.num_future, f"needs structure = 'decoder', not {self.structure!r}."
             )
 
     def _check_positions(self) -> None:
@@ -230,22 +232,22 @@ class ModelConfig:
                 continue
             width = rotated if position.rotary_dim is None else position.rotary_dim
             if width % 2:
-                raise UserError(f"attention.head_dim = {rotated} must be even for rotary positions.")
+                raise UserError("attention.head_dim", rotated, "must be even for rotary positions.")
             if width > rotated:
-                raise UserError(f"position.rotary_dim = {width} is more than attention.head_dim = {rotated}.")
+                raise UserError("position.rotary_dim", width, f"is more than attention.head_dim = {rotated}.")
             if position.scaling is not None and position.scaling.kind == "dynamic" and width < 4:
-                raise UserError(f"position.scaling.kind = 'dynamic' turns at least 4 columns of a head, not {width}.")
+                raise UserError("position.scaling.kind", "dynamic", f"turns at least 4 columns of a head, not {width}.")
             if position.scaling is not None and len(position.scaling.long_factors) not in (0, width // 2):
                 raise UserError(
                     f"position.scaling.long_factors are {len(position.scaling.long_factors)}, not {width // 2}."
                 )
         if latent is not None and self.position.kind not in ("rotary", "none"):
-            raise UserError(f"position.kind = {self.position.kind!r} must be 'rotary' or 'none' with attention.latent.")
+            raise UserError("position.kind", self.position.kind, "must be 'rotary' or 'none' with attention.latent.")
         windows = any(layer.window is not None for layer in (*self.first_layers, *self.pattern))
         if self.structure == "prefix" and (windows or self.position.kind.startswith("alibi")):
-            raise UserError(f"structure = 'prefix' takes neither windows nor position.kind = {self.position.kind!r}.")
+            raise UserError("structure", "prefix", f"takes neither windows nor position.kind = {self.position.kind!r}.")
         if self.structure != "decoder" and self.position.kind == "alibi_bfloat16":
-            raise UserError(f"position.kind = 'alibi_bfloat16' needs structure = 'decoder', not {self.structure!r}.")
+            raise UserError("position.kind", "alibi_bfloat16", f"needs structure = 'decoder', not {self.structure!r}.")
 
     def layers(self) -> tuple[LayerConfig, ...]:
         """Returns what each layer of the decoder (or the only stack) does, L of them."""

@@ -126,7 +126,7 @@ def empty_paged_cache(config: ModelConfig, page_table: PageTable, stack: tuple[i
     """
     reason = paged_unsupported_reason(config)
     if reason is not None:
-        raise UserError(f"cache = 'paged' is not possible for this model: {reason}. Use cache = 'dense'.")
+        raise UserError("cache", "paged", f"is not possible for this model: {reason}. Use cache = 'dense'.")
     c = config.attention
     pages = pages_for(page_table.num_pages, c.num_kv_heads, c.head_dim, config.dtype)
     return PagedCache(jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pages))

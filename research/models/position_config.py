@@ -41,18 +41,19 @@ class RopeScalingConfig:
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise UserError(f"factor = {self.factor} must be at least 1.")
+            raise UserError("factor", self.factor, "must be at least 1.")
         if self.original_length < (0 if self.kind == "linear" else 1):
-            raise UserError(f"original_length = {self.original_length} must be at least 1 for kind = {self.kind!r}.")
+            raise UserError("original_length", self.original_length, f"must be at least 1 for kind = {self.kind!r}.")
         if not 0 < self.low_frequency_factor < self.high_frequency_factor:
             raise UserError(
-                f"low_frequency_factor = {self.low_frequency_factor} must lie between 0 and "
-                f"high_frequency_factor = {self.high_frequency_factor}."
+                "low_frequency_factor",
+                self.low_frequency_factor,
+                f"must lie between 0 and high_frequency_factor = {self.high_frequency_factor}.",
             )
         if not 0 < self.beta_slow < self.beta_fast:
-            raise UserError(f"beta_slow = {self.beta_slow} must lie between 0 and beta_fast = {self.beta_fast}.")
+            raise UserError("beta_slow", self.beta_slow, f"must lie between 0 and beta_fast = {self.beta_fast}.")
         if self.amplitude <= 0:
-            raise UserError(f"amplitude = {self.amplitude} must be above 0.")
+            raise UserError("amplitude", self.amplitude, "must be above 0.")
         if len(self.short_factors) != len(self.long_factors) or bool(self.long_factors) != (self.kind == "longrope"):
             raise UserError(
                 f"short_factors and long_factors hold {len(self.short_factors)} and {len(self.long_factors)} numbers; "
@@ -98,18 +99,18 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
-            raise UserError(f"theta = {self.theta} must be above 1.")
+            raise UserError("theta", self.theta, "must be above 1.")
         if self.scaling is not None and self.kind != "rotary":
             raise UserError(f"scaling needs kind = 'rotary', not {self.kind!r}.")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            raise UserError(f"rotary_dim = {self.rotary_dim} must be even and at least 2.")
+            raise UserError("rotary_dim", self.rotary_dim, "must be even and at least 2.")
         if self.offset < 0 or (self.offset and self.kind != "learned"):
-            raise UserError(f"offset = {self.offset} must be 0, or above it for kind = 'learned'.")
+            raise UserError("offset", self.offset, "must be 0, or above it for kind = 'learned'.")
         if self.halves and self.kind != "sinusoidal":
-            raise UserError(f"halves = True needs kind = 'sinusoidal', not {self.kind!r}.")
+            raise UserError("halves", True, f"needs kind = 'sinusoidal', not {self.kind!r}.")
         if self.num_buckets < 4 or self.num_buckets % 4:
-            raise UserError(f"num_buckets = {self.num_buckets} must be a multiple of 4, at least 4.")
+            raise UserError("num_buckets", self.num_buckets, "must be a multiple of 4, at least 4.")
         if self.max_distance <= self.num_buckets // 2:
             raise UserError(
-                f"max_distance = {self.max_distance} must be above num_buckets / 2 = {self.num_buckets // 2}."
+                "max_distance", self.max_distance, f"must be above num_buckets / 2 = {self.num_buckets // 2}."
             )

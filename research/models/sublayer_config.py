@@ -13,9 +13,9 @@ def at_least(config: Any, least: int, *names: str) -> None:
     """Raises UserError where one of these fields is below `least`, or no array has such a size."""
     for name in names:
         if getattr(config, name) < least:
-            raise UserError(f"{name} = {getattr(config, name)} must be at least {least}.")
+            raise UserError(name, getattr(config, name), f"must be at least {least}.")
         if getattr(config, name) >= _LIMIT:
-            raise UserError(f"{name} = {getattr(config, name)} must be below {_LIMIT:,}, an array's limit.")
+            raise UserError(name, getattr(config, name), f"must be below {_LIMIT:,}, an array's limit.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LatentConfig:
         at_least(self, 1, "kv_dim", "value_dim", *(("q_dim",) if self.q_dim is not None else ()))
         at_least(self, 0, "epsilon")
         if self.rope_dim < 2 or self.rope_dim % 2:
-            raise UserError(f"rope_dim = {self.rope_dim} must be even and at least 2.")
+            raise UserError("rope_dim", self.rope_dim, "must be even and at least 2.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +80,13 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "num_kv_heads", "head_dim")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}.")
+            raise UserError("num_kv_heads", self.num_kv_heads, f"does not divide num_heads = {self.num_heads}.")
         for name in ("scale", "softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UserError(f"{name} = {value} must be above 0.")
+                raise UserError(name, value, "must be above 0.")
         if self.latent is not None and self.num_kv_heads != self.num_heads:
-            raise UserError(f"num_kv_heads = {self.num_kv_heads} must be num_heads = {self.num_heads} with `latent`.")
+            raise UserError("num_kv_heads", self.num_kv_heads, f"must be num_heads = {self.num_heads} with `latent`.")
         if self.latent is not None and (self.qkv_bias or self.sinks or self.qk_norm != "none"):
             raise UserError("latent has neither qkv_bias, sinks nor qk_norm.")
 
@@ -114,7 +114,7 @@ class MlpConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden_dim")
         if self.clamp is not None and self.clamp <= 0:
-            raise UserError(f"clamp = {self.clamp} must be above 0.")
+            raise UserError("clamp", self.clamp, "must be above 0.")
         if not self.gated and (self.clamp is not None or self.up_offset):
             raise UserError("clamp and up_offset need gated = True.")
 
@@ -165,15 +165,17 @@ class ExpertsConfig:
         at_least(self, 0, "shared_dim", "balance_weight", "bias_speed", "z_weight")
         if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
             raise UserError(
-                f"num_groups = {self.num_groups} must divide num_experts = {self.num_experts}, and be at least "
-                f"groups_per_token = {self.groups_per_token}."
+                "num_groups",
+                self.num_groups,
+                f"must divide num_experts = {self.num_experts}, and be at least groups_per_token = "
+                f"{self.groups_per_token}.",
             )
         within = self.num_experts // self.num_groups * self.groups_per_token
         if self.experts_per_token > within:
-            raise UserError(f"experts_per_token = {self.experts_per_token} must be at most {within}.")
+            raise UserError("experts_per_token", self.experts_per_token, f"must be at most {within}.")
         if self.bias_speed and not self.selection_bias:
-            raise UserError(f"bias_speed = {self.bias_speed} needs selection_bias = True.")
+            raise UserError("bias_speed", self.bias_speed, "needs selection_bias = True.")
         if self.shared_gate and not self.shared_dim:
             raise UserError("shared_gate needs shared_dim above 0.")
         if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
-            raise UserError(f"num_groups = {self.num_groups} leaves fewer than two experts a group.")
+            raise UserError("num_groups", self.num_groups, "leaves fewer than two experts a group.")

@@ -44,17 +44,17 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
-            raise UserError(f"learning_rate = {self.learning_rate} must be above 0.")
+            raise UserError("learning_rate", self.learning_rate, "must be above 0.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must lie in [0, 1).")
+                raise UserError(name, getattr(self, name), "must lie in [0, 1).")
         for name in ("weight_decay", "epsilon"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} = {getattr(self, name)} must not be below 0.")
+                raise UserError(name, getattr(self, name), "must not be below 0.")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise UserError(f"clip_norm = {self.clip_norm} must be above 0, or None.")
+            raise UserError("clip_norm", self.clip_norm, "must be above 0, or None.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UserError(f"ema_decay = {self.ema_decay} must lie in (0, 1), or None.")
+            raise UserError("ema_decay", self.ema_decay, "must lie in (0, 1), or None.")
 
 
 def build_optimizer(

@@ -28,11 +28,11 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.decay_steps < 0:
-            raise UserError(f"warmup_steps = {self.warmup_steps} and decay_steps = {self.decay_steps} must be ≥ 0.")
+            raise UserError("warmup_steps", self.warmup_steps, f"and decay_steps = {self.decay_steps} must be ≥ 0.")
         if not 0 <= self.final_fraction <= 1:
-            raise UserError(f"final_fraction = {self.final_fraction} must lie in [0, 1].")
+            raise UserError("final_fraction", self.final_fraction, "must lie in [0, 1].")
         if self.name == "wsd" and self.decay_steps == 0:
-            raise UserError("decay_steps = 0 must be at least 1 for name = 'wsd'.")
+            raise UserError("decay_steps", 0, "must be at least 1 for name = 'wsd'.")
 
 
 def build_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> optax.Schedule:
@@ -52,7 +52,9 @@ def build_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> opt
     warmup, floor = config.warmup_steps, peak * config.final_fraction
     parts = warmup + (config.decay_steps if config.name == "wsd" else 0)
     if parts > total_steps:
-        raise UserError(f"optim.schedule: warm-up and decay take {parts} steps, but train.steps = {total_steps}.")
+        raise UserError(
+            "optim.schedule", constraint=f": warm-up and decay take {parts} steps, but train.steps = {total_steps}."
+        )
     left = max(total_steps - warmup, 1)
     if config.name == "constant":
         after = optax.constant_schedule(peak)

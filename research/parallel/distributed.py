@@ -29,7 +29,7 @@ class DistributedConfig:
         if any(value is None for value in given) and not all(value is None for value in given):
             raise UserError("coordinator, num_processes and process_id must be given together, or none of them.")
         if self.num_processes is not None and not 0 <= self.process_id < self.num_processes:
-            raise UserError(f"process_id = {self.process_id} must lie below num_processes = {self.num_processes}.")
+            raise UserError("process_id", self.process_id, f"must lie below num_processes = {self.num_processes}.")
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -42,6 +42,6 @@ def initialize(config: DistributedConfig) -> None:
         try:
             jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"distributed.initialize = True: {error}") from error
+            raise UserError("distributed.initialize", True, f": {error}") from error
         if jax.process_index() > 0:  # one process tells how the run goes; all of them warn
             logging.getLogger("tessera").setLevel(logging.WARNING)

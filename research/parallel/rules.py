@@ -71,8 +71,9 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
         for name, size, mesh_axis in zip(box.names, box.value.shape, spec, strict=True):
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
                 raise UserError(
-                    f"mesh.{mesh_axis} = {mesh.shape[mesh_axis]} does not divide {name} = {size} of "
-                    f"{path_name(path)}. Use {_divisors(size, mesh.size)}."
+                    f"mesh.{mesh_axis}",
+                    mesh.shape[mesh_axis],
+                    f"does not divide {name} = {size} of {path_name(path)}. Use {_divisors(size, mesh.size)}.",
                 )
         return NamedSharding(mesh, spec)
 
@@ -111,8 +112,10 @@ def process_rows(
     together = max(stop for _, stop in ranges) == first + size
     if not together or first % size or batch_size % size:
         raise UserError(
-            f"mesh.tensor = {sharding.mesh.shape['tensor']}: the rows of a process are no even part of the batch. "
-            f"Use a divisor or a multiple of the {len(devices)} devices of a process."
+            "mesh.tensor",
+            sharding.mesh.shape["tensor"],
+            ": the rows of a process are no even part of the batch. Use a divisor or a multiple of the "
+            f"{len(devices)} devices of a process.",
         )
     return first // size, batch_size // size
 
@@ -138,8 +141,10 @@ def process_columns(
     start, stop = min(start for start, _ in ranges), max(stop for _, stop in ranges)
     if sum(stop - start for start, stop in ranges) != stop - start:
         raise UserError(
-            f"mesh.context = {sharding.mesh.shape['context']}: the tokens of a process do not follow each other in a "
-            f"row. Use a divisor or a multiple of the {len(devices)} devices of a process."
+            "mesh.context",
+            sharding.mesh.shape["context"],
+            ": the tokens of a process do not follow each other in a row. Use a divisor or a multiple of the "
+            f"{len(devices)} devices of a process.",
         )
     return start, stop
 
@@ -149,6 +154,8 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
     if batch_size % parts:
         raise UserError(
-            f"train.batch_size = {batch_size} is not a multiple of mesh.data × mesh.fsdp × train.accumulation = "
-            f"{parts}. Use {max(1, batch_size // parts) * parts}."
+            "train.batch_size",
+            batch_size,
+            f"is not a multiple of mesh.data × mesh.fsdp × train.accumulation = {parts}. Use "
+            f"{max(1, batch_size // parts) * parts}.",
         )

@@ -34,7 +34,7 @@ def from_flags(arguments: argparse.Namespace) -> list[Conversation] | None:
     if arguments.messages is not None:
         if arguments.prompt or arguments.system is not None:
             raise UserError("--messages: its file is the whole conversation; leave out --prompt and --system.")
-        return [_read(local_path("--messages", arguments.messages))]
+        return [_read(local_path("messages", arguments.messages))]
     if not arguments.chat:
         if arguments.system is not None:
             raise UserError("--system needs --chat.")

@@ -62,7 +62,7 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
         raise UserError(f"--dtype = {dtype!r} is not known. {nearest(dtype, DTYPES)}")
     if dtype is not None and format != "hf":
         raise UserError(f"--dtype = {dtype!r} needs --format=hf: parameters in a workdir are float32.")
-    origin, place = as_path(source, "--from"), as_path(target, "--to")
+    origin, place = as_path(source, "source"), as_path(target, "target")
     write = _write_hugging_face if format == "hf" else _write_workdir
     faults: list[str] = []
     for open_model in candidates(origin):
@@ -97,7 +97,7 @@ def _fitting_tokenizer(model: ModelSource, origin: Path, given: str | None) -> T
 def _tokenizer(source: Path, given: str | None) -> Tokenizer:
     """Returns the tokenizer of the file or folder `given`, or of the files beside the model."""
     if given is not None:
-        path = local_path("--tokenizer", given)
+        path = local_path("tokenizer", given)
         return folders.from_folder(path) if path.is_dir() else folders.from_path(path)
     try:
         path = folders.find(source if source.is_dir() else source.parent)

@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
     name, model, folder = _source(arguments)
     pictures = mask_pictures(model, row_length(model, arguments.length))
-    path = (folder if arguments.out is None else as_path(arguments.out, "--out")) / "attention.png"
+    path = (folder if arguments.out is None else as_path(arguments.out, "out")) / "attention.png"
     try:
         files.make_folder(path.parent)
         draw_masks(pictures, name, path)
@@ -64,7 +64,7 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path]:
         return name, load_model(arguments.config, arguments.overrides), pathlib.Path("describe") / name
     if arguments.overrides:
         raise UserError(f"--config.{arguments.overrides[0][0]}: it changes a --config, and a --workdir has its own.")
-    workdir = as_path(arguments.workdir, "--workdir")
+    workdir = as_path(arguments.workdir, "workdir")
     return absolute(workdir).name, configs.bind(ModelConfig, read_config(workdir)["model"], "model"), workdir / "plots"
 
 

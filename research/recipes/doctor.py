@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints every finding and returns 1 where something will fail."""
-    workdir = as_path(arguments.workdir, "--workdir")
+    workdir = as_path(arguments.workdir, "workdir")
     findings = list(_software())
     devices: list[jax.Device] = []
     try:

@@ -46,17 +46,19 @@ class ExperimentConfig:
         if structure not in STRUCTURES[kind]:
             fitting = " or ".join(repr(kind) for kind, structures in STRUCTURES.items() if structure in structures)
             raise UserError(
-                f"data.objective.kind = {kind!r} does not train model.structure = {structure!r}. Use {fitting}."
+                "data.objective.kind", kind, f"does not train model.structure = {structure!r}. Use {fitting}."
             )
         if encoder_length(self.data.objective, self.train.sequence_length) > self.model.max_length:
             raise UserError(
-                f"data.objective.encoder_length = {self.data.objective.encoder_length} is longer than "
-                f"model.max_length = {self.model.max_length}."
+                "data.objective.encoder_length",
+                self.data.objective.encoder_length,
+                f"is longer than model.max_length = {self.model.max_length}.",
             )
         if self.train.sequence_length > self.model.max_length:
             raise UserError(
-                f"train.sequence_length = {self.train.sequence_length} is longer than "
-                f"model.max_length = {self.model.max_length}."
+                "train.sequence_length",
+                self.train.sequence_length,
+                f"is longer than model.max_length = {self.model.max_length}.",
             )
 
 

@@ -28,18 +28,21 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
         logger.info("data: %s", line)
     if prepared.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size = {config.model.vocab_size} is below the tokenizer's {prepared.tokenizer.vocab_size} "
-            f"ids. Use at least that."
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"is below the tokenizer's {prepared.tokenizer.vocab_size} ids. Use at least that.",
         )
     if config.model.structure == "encoder_decoder":
         start = special_ids(config.data.objective, prepared.tokenizer).start
         if start != config.model.start_id:
             raise UserError(
-                f"model.start_id = {config.model.start_id} is not the id {start} that data.objective.decoder_start = "
-                f"{config.data.objective.decoder_start!r} begins the decoder with. Make them agree."
+                "model.start_id",
+                config.model.start_id,
+                f"is not the id {start} that data.objective.decoder_start = "
+                f"{config.data.objective.decoder_start!r} begins the decoder with. Make them agree.",
             )
     if not any(corpus.num_documents for corpus in prepared.heldout):
-        raise UserError("data.sources: no document is held out; raise heldout_fraction or add text.")
+        raise UserError("data.sources", constraint=": no document is held out; raise heldout_fraction or add text.")
     return prepared
 
 

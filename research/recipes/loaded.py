@@ -99,13 +99,15 @@ class LoadedModel:
           UserError: a field that is not known or out of range, or prompts, messages or a cache that do not fit.
         """
         if sampling is not None and fields:
-            raise UserError(f"sampling: it says all, so {', '.join(sorted(fields))} must be left out.")
+            raise UserError("sampling", constraint=f": it says all, so {', '.join(sorted(fields))} must be left out.")
         how = decoding(fields) if sampling is None else sampling
         read = prompts_of(self.tokenizer, prompts, ids, messages, chat)
         if not isinstance(how, BeamConfig):
             return generate(self.config, self.params, self.tokenizer, read, how, seeds, cache=cache)
         if seeds is not None:
-            raise UserError(f"seeds: num_beams = {how.num_beams} searches and draws nothing; leave them out.")
+            raise UserError(
+                "seeds", constraint=f": num_beams = {how.num_beams} searches and draws nothing; leave them out."
+            )
         return [best[0] for best in beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)]
 
     def beams(

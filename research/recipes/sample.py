@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
     decoding(fields)
     check_cache(arguments.cache)
     asked = conversations.from_flags(arguments)
-    workdir = as_path(arguments.workdir, "--workdir")
+    workdir = as_path(arguments.workdir, "workdir")
     model = loaded.load(workdir)
     if asked is not None and not model.tokenizer.chat_templates:
         raise UserError(f"--chat: the model of {workdir} has no chat template. Use --prompt alone to continue a text.")

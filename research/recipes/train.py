@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Runs the verb."""
     previous = signal.signal(signal.SIGTERM, _stop_outside_of_the_loop)
     try:
-        workdir = as_path(arguments.workdir, "--workdir")
+        workdir = as_path(arguments.workdir, "workdir")
         train(load_experiment(arguments.config, arguments.overrides), workdir)
     finally:
         signal.signal(signal.SIGTERM, previous)

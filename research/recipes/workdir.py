@@ -38,7 +38,7 @@ def local_path(flag: str, value: str) -> pathlib.Path:
       UserError: it is an address, such as `gs://bucket/run`, which a path would quietly take for a local folder.
     """
     if is_address(value):
-        raise UserError(f"{flag} = {value} is an address: here only local or mounted folders can be used.")
+        raise UserError(flag, value, "is an address: here only local or mounted folders can be used.")
     return pathlib.Path(value)
 
 

@@ -39,7 +39,7 @@ def tpu_devices(topology: str) -> list[Any]:
         raise UserError("no TPU compiler is installed: pip install -c constraints.txt -e '.[tpu]'.")
     generation = topology.partition(":")[0]
     if generation not in TPU_TOPOLOGIES:
-        raise UserError(f"topology = {topology!r} is no TPU generation. {nearest(generation, TPU_TOPOLOGIES)}")
+        raise UserError("topology", topology, f"is no TPU generation. {nearest(generation, TPU_TOPOLOGIES)}")
     return _devices("tpu", TPU_TOPOLOGIES.get(topology, topology))
 
 
@@ -63,7 +63,7 @@ def _devices(platform: str, topology_name: str, **options: str) -> list[Any]:
         found = topologies.get_topology_desc(platform=platform, topology_name=topology_name, **options)
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        raise UserError(f"topology = {topology_name!r} does not exist for {platform}: {first_line}") from error
+        raise UserError("topology", topology_name, f"does not exist for {platform}: {first_line}") from error
     return list(found.devices)
 
 

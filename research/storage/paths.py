@@ -31,7 +31,7 @@ def as_path(value: str | Path, name: str = "path") -> Path:
 
     Args:
       value: a path, or how it is spelt.
-      name: what an error calls it: a flag or an argument.
+      name: of the argument, for errors.
 
     Raises:
       UserError: an address that is not of a bucket, or a bucket whose client is not installed.
@@ -41,13 +41,12 @@ def as_path(value: str | Path, name: str = "path") -> Path:
     if not is_address(value):
         return pathlib.Path(value)
     if not value.startswith("gs://"):
-        raise UserError(f"{name} = {value} is an address of an unknown kind. Use a folder, or gs://BUCKET/FOLDER.")
+        raise UserError(name, value, "is an address of an unknown kind. Use a folder, or gs://BUCKET/FOLDER.")
     if not _BUCKET.match(value):
-        raise UserError(f"{name} = {value} names no bucket. Use gs://BUCKET/FOLDER.")
+        raise UserError(name, value, "names no bucket. Use gs://BUCKET/FOLDER.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(
-            f"{name} = {value} needs the client of Google Cloud Storage: pip install 'tessera[gcs]' "
-            f"(or pip install gcsfs)."
+            name, value, "needs the client of Google Cloud Storage: pip install 'tessera[gcs]' (or pip install gcsfs)."
         )
     _keep_no_listings()
     return epath.Path(value)

@@ -52,11 +52,11 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise UserError(f"every = {self.every} must be at least 1 step.")
+            raise UserError("every", self.every, "must be at least 1 step.")
         if self.keep < 1:
-            raise UserError(f"keep = {self.keep} must be at least 1: the run goes on from the latest checkpoint.")
+            raise UserError("keep", self.keep, "must be at least 1: the run goes on from the latest checkpoint.")
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
-            raise UserError(f"keep_every = {self.keep_every} must be a multiple of every = {self.every}, or None.")
+            raise UserError("keep_every", self.keep_every, f"must be a multiple of every = {self.every}, or None.")
 
 
 class Checkpoints:

@@ -43,14 +43,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length", "accumulation", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1.")
+                raise UserError(name, getattr(self, name), "must be at least 1.")
         for name in ("eval_every", "eval_batches", "z_loss"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} = {getattr(self, name)} must not be below 0.")
+                raise UserError(name, getattr(self, name), "must not be below 0.")
         if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1).")
+            raise UserError("label_smoothing", self.label_smoothing, "must lie in [0, 1).")
         # Random keys read no further bits: a larger seed would be another one in disguise.
         if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed = {self.seed} must lie in [0, 2147483648).")
+            raise UserError("seed", self.seed, "must lie in [0, 2147483648).")
         if self.batch_size % self.accumulation:
-            raise UserError(f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}.")
+            raise UserError("accumulation", self.accumulation, f"does not divide batch_size = {self.batch_size}.")

@@ -49,17 +49,17 @@ class TrainableConfig:
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
-            raise UserError(f"num_layers = {self.num_layers} must be at least 1.")
+            raise UserError("num_layers", self.num_layers, "must be at least 1.")
         if self.select == "pattern" and not self.pattern:
-            raise UserError("pattern = '' must be a regular expression for select = 'pattern'.")
+            raise UserError("pattern", "", "must be a regular expression for select = 'pattern'.")
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise UserError(f"pattern = {self.pattern!r} is not a regular expression: {error}.") from error
+            raise UserError("pattern", self.pattern, f"is not a regular expression: {error}.") from error
         if self.select == "embedding_rows" and not self.rows:
-            raise UserError("rows = () must name at least one token for select = 'embedding_rows'.")
+            raise UserError("rows", (), "must name at least one token for select = 'embedding_rows'.")
         if len(set(self.rows)) < len(self.rows) or min(self.rows, default=0) < 0:
-            raise UserError(f"rows = {self.rows} must be different ids, none below 0.")
+            raise UserError("rows", self.rows, "must be different ids, none below 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +146,9 @@ def build_partition(config: TrainableConfig, boxed: Any) -> Partition:
     selection = _select(config, leaves)
     if not selection:
         raise UserError(
-            f"train.trainable: select = {_describe(config)} matches no parameter, so everything would be frozen. "
-            f"There are: {_listed(leaves)}."
+            "train.trainable",
+            constraint=f": select = {_describe(config)} matches no parameter, so everything would be frozen. There are: "
+            f"{_listed(leaves)}.",
         )
     return Partition(selection, config.frozen_dtype)
 
@@ -162,7 +163,9 @@ def _select(config: TrainableConfig, leaves: Mapping[str, Any]) -> Selection:
     if config.select == "embedding_rows":
         size = leaves["embed/embedding"].value.shape[0]
         if max(config.rows) >= size:
-            raise UserError(f"train.trainable.rows: {max(config.rows)} is not below model.vocab_size = {size}.")
+            raise UserError(
+                "train.trainable.rows", constraint=f": {max(config.rows)} is not below model.vocab_size = {size}."
+            )
         return {"embed/embedding": config.rows}
     return _last_layers(config.num_layers, leaves)
 

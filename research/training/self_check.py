@@ -53,9 +53,11 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
     if drift:
         body, worst = config.attention.implementation, max(drift, key=drift.get)
         raise UserError(
-            f"model.attention.implementation = {body!r} drifts from the reference on the first batch: {worst} is off "
-            f"by {drift[worst]:.2g} of its norm, where rounding explains {errors[worst][1]:.2g}. Use 'reference', or "
-            f"train.self_check = False to train all the same."
+            "model.attention.implementation",
+            body,
+            f"drifts from the reference on the first batch: {worst} is off by {drift[worst]:.2g} of its norm, "
+            f"where rounding explains {errors[worst][1]:.2g}. Use 'reference', "
+            "or train.self_check = False to train all the same.",
         )
 
 

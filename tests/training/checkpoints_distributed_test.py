@@ -41,10 +41,10 @@ assert all(bool(x) for x in jax.tree.leaves(same(state, back)))
 
 if index == 1:  # this process alone cannot read the newest one
     read = checkpoint_files.read_arrays
-    def broken(folder, wanted):
+    def broken(folder, manifest, wanted):
         if folder.name == "3":
             raise checkpoint_files.Damaged("array params/embed cannot be read (test)")
-        return read(folder, wanted)
+        return read(folder, manifest, wanted)
     checkpoint_files.read_arrays = broken
 step, _, _ = checkpoints.restore(abstract(state, mesh, ("data",)))
 assert step == 2, step

@@ -74,7 +74,8 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
     for denoiser in (config.span, *config.denoisers):
         if denoiser.mode_id is not None and denoiser.mode_id >= tokenizer.vocab_size:
             raise UserError(
-                f"data.objective: mode_id = {denoiser.mode_id} must lie in the tokenizer's [0, {tokenizer.vocab_size})."
+                "data.objective",
+                constraint=f": mode_id = {denoiser.mode_id} must lie in the tokenizer's [0, {tokenizer.vocab_size}).",
             )
     ids, widths = special_ids(config, tokenizer), (sequence_length, encoder_length(config, sequence_length))
     match config.kind:
@@ -104,7 +105,7 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
     def needed(name: str) -> Any:
         value = getattr(tokenizer, name)
         if value in (None, ()):
-            raise UserError(f"data.objective.kind = {config.kind!r} needs a tokenizer with {name}; this one has none.")
+            raise UserError("data.objective.kind", config.kind, f"needs a tokenizer with {name}; this one has none.")
         return value
 
     pad = 0 if tokenizer.pad_id is None else tokenizer.pad_id

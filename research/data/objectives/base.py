@@ -164,7 +164,7 @@ class Objective(abc.ABC):
             wide, encoder = self.widths(np.ones(1, np.int64), np.array([longest.argmin()]))[:, 0]
             need = f"{wide}" + (f", and encoder_length = {self.encoder_length} at least {encoder}" if encoder else "")
             raise UserError(
-                f"sequence_length = {self.sequence_length} must be at least {need}: that is what a single token takes."
+                "sequence_length", self.sequence_length, f"must be at least {need}: that is what a single token takes."
             )
         return longest
 

@@ -12,12 +12,12 @@ ENCODED: tuple[Kind, ...] = ("span", "denoise", "infill", "translate")
 
 def _check_density(density: float) -> None:
     if not 0 < density < 1:
-        raise UserError(f"density = {density} must lie in (0, 1).")
+        raise UserError("density", density, "must lie in (0, 1).")
 
 
 def _check_mean_span(mean_span: float | None) -> None:
     if mean_span is not None and mean_span < 1:
-        raise UserError(f"mean_span = {mean_span} must be at least 1.")
+        raise UserError("mean_span", mean_span, "must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MaskedConfig:
         _check_density(self.density)
         if min(self.mask, self.random) < 0 or self.mask + self.random > 1:
             raise UserError(
-                f"mask = {self.mask} and random = {self.random} must not be negative, nor above 1 together."
+                "mask", self.mask, f"and random = {self.random} must not be negative, nor above 1 together."
             )
 
 
@@ -66,9 +66,9 @@ class SpanConfig:
         _check_density(self.density)
         _check_mean_span(self.mean_span)
         if self.weight <= 0:
-            raise UserError(f"weight = {self.weight} must be above 0.")
+            raise UserError("weight", self.weight, "must be above 0.")
         if self.mode_id is not None and self.mode_id < 0:
-            raise UserError(f"mode_id = {self.mode_id} must not be negative.")
+            raise UserError("mode_id", self.mode_id, "must not be negative.")
 
 
 # Two R-denoisers, the S-denoiser (its one span, a quarter of the piece, ends it), four X-denoisers.
@@ -133,13 +133,13 @@ class ObjectiveConfig:
     def __post_init__(self):
         if self.encoder_length is not None:
             if self.encoder_length < 1:
-                raise UserError(f"encoder_length = {self.encoder_length} must be at least 1.")
+                raise UserError("encoder_length", self.encoder_length, "must be at least 1.")
             if self.kind not in ENCODED:
                 raise UserError(
-                    f"encoder_length = {self.encoder_length} must be None for kind = {self.kind!r}: it has no encoder."
+                    "encoder_length", self.encoder_length, f"must be None for kind = {self.kind!r}: it has no encoder."
                 )
         if not self.denoisers:
-            raise UserError("denoisers = () must name at least one.")
+            raise UserError("denoisers", (), "must name at least one.")
 
     @property
     def predicts_all_text(self) -> bool:

@@ -47,19 +47,19 @@ class TokenizerConfig:
         loaded = self.kind in ("huggingface", "sentencepiece")
         if loaded != bool(self.path):
             need = "must name the file to load" if loaded else "must be empty"
-            raise UserError(f"path = {self.path!r} {need} for kind = {self.kind!r}.")
+            raise UserError("path", self.path, f"{need} for kind = {self.kind!r}.")
         if self.sentinels < 0:
-            raise UserError(f"sentinels = {self.sentinels} must not be negative.")
+            raise UserError("sentinels", self.sentinels, "must not be negative.")
         check_sentinels(self.sentinels)
         if loaded and self.mask:
-            raise UserError(f"mask = True has no place in a tokenizer that is loaded: kind = {self.kind!r}.")
+            raise UserError("mask", True, f"has no place in a tokenizer that is loaded: kind = {self.kind!r}.")
         if self.kind == "huggingface" and self.sentinels:
-            raise UserError(f"sentinels = {self.sentinels} must be 0 for kind = 'huggingface': its file has its own.")
+            raise UserError("sentinels", self.sentinels, "must be 0 for kind = 'huggingface': its file has its own.")
         least = MIN_TRAINED_VOCAB + (self.mask + self.sentinels if self.kind in TRAINED else 0)
         if self.vocab_size < least:
-            raise UserError(f"vocab_size = {self.vocab_size} must be at least {least}.")
+            raise UserError("vocab_size", self.vocab_size, f"must be at least {least}.")
         if self.training_bytes <= 0:
-            raise UserError(f"training_bytes = {self.training_bytes} must be above 0.")
+            raise UserError("training_bytes", self.training_bytes, "must be above 0.")
 
 
 def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -76,12 +76,12 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
     path = pathlib.Path(config.path)
     if not path.exists():
-        raise UserError(f"path = {config.path!r} cannot be read: there is no such file or folder.")
+        raise UserError("path", config.path, "cannot be read: there is no such file or folder.")
     try:
         path = folders.find(path, folders.FILES[config.kind]) if path.is_dir() else path
         tokenizer = folders.from_path(path, config.kind, config.sentinels)
     except UserError as error:
-        raise UserError(f"path = {config.path!r}: {error}") from error
+        raise UserError("path", config.path, f": {error}") from error
     # A model that is trained here reads prompts as its documents begin, whatever another model's tokenizer puts there.
     tokenizer.prompt_frame = None
     return tokenizer

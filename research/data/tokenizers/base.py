@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int, Integer
 
-from research.core.errors import UserError, shown
+from research.core.errors import UserError
 from research.data.tokenizers import chat
 from research.storage import files
 from research.storage.paths import Path, as_path
@@ -27,7 +27,7 @@ MOST_SENTINELS = 10_000
 def check_sentinels(count: int) -> int:
     """Returns the count; raises UserError where it is no number of sentinels that a model could have."""
     if type(count) is not int or not 0 <= count <= MOST_SENTINELS:
-        raise UserError(f"sentinels = {shown(count)} must be a whole number in [0, {MOST_SENTINELS}].")
+        raise UserError("sentinels", count, f"must be a whole number in [0, {MOST_SENTINELS}].")
     return count
 
 

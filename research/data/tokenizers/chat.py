@@ -21,7 +21,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from research.core.errors import UserError, nearest, shown
+from research.core.errors import UserError, nearest
 
 # What a message's reasoning is called, in the order in which it is looked for.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -94,7 +94,7 @@ def choose(templates: Mapping[str, str], name: str | None, with_tools: bool) -> 
     if name is None:
         name = "tool_use" if with_tools and "tool_use" in templates else "default"
     if name not in templates:
-        raise UserError(f"chat_template = {shown(name)} is not one of this tokenizer's. {nearest(name, templates)}")
+        raise UserError("chat_template", name, f"is not one of this tokenizer's. {nearest(name, templates)}")
     return templates[name]
 
 
@@ -108,7 +108,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
         return _compiled(source).render(variables)
     except Exception as error:  # a template is a program: it can fail in every way that Python can
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"chat_template: {reason.rstrip('.')}.") from error
+        raise UserError("chat_template", constraint=f": {reason.rstrip('.')}.") from error
 
 
 def plain(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,9 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
         raise UserError("messages is empty: a conversation has at least one.")
     for message in messages:
         if not isinstance(message, Mapping):
-            raise UserError(f"messages: {message!r} must be a dict, as in {{'role': 'user', 'content': 'Hello'}}.")
+            raise UserError(
+                "messages", constraint=f": {message!r} must be a dict, as in {{'role': 'user', 'content': 'Hello'}}."
+            )
     held = [{key: value for key, value in message.items() if value is not None} for message in messages]
     return {key: _plain(value, key) for key, value in (inputs | {"messages": held}).items()}
 

@@ -77,14 +77,17 @@ def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
         raise
     except Exception as error:  # both libraries raise bare Exception for a damaged model
         raise UserError(
-            f"tokenizer: its model cannot be written as a tokenizer.json: {' '.join(str(error).split())}."
+            "tokenizer",
+            constraint=f": its model cannot be written as a tokenizer.json: {' '.join(str(error).split())}.",
         ) from error
 
 
 def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokenizer:
     trainer, rules = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (UNIGRAM, BYTE_PAIRS) or trainer.treat_whitespace_as_suffix:
-        raise UserError("tokenizer: this kind of SentencePiece model cannot be written as a tokenizer.json.")
+        raise UserError(
+            "tokenizer", constraint=": this kind of SentencePiece model cannot be written as a tokenizer.json."
+        )
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     spellable = {piece.piece for piece in model.pieces if piece.type in (NORMAL, UNUSED)}

@@ -72,7 +72,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if role in self._specials:
                 found = self._tokenizer.token_to_id(self._specials[role])
                 if found is None:
-                    raise UserError(f"{role} = {self._specials[role]!r} is not a token of this tokenizer.json.")
+                    raise UserError(role, self._specials[role], "is not a token of this tokenizer.json.")
                 return found
         return None
 

@@ -163,8 +163,8 @@ def train(
         )
     except RuntimeError as error:
         if "sentences_.empty()" in str(error):
-            raise UserError("tokenizer: there is no text to train on.") from error
-        raise UserError(f"vocab_size = {vocab_size} does not suit this corpus: {error}.") from error
+            raise UserError("tokenizer", constraint=": there is no text to train on.") from error
+        raise UserError("vocab_size", vocab_size, f"does not suit this corpus: {error}.") from error
     return SentencePieceTokenizer(model.getvalue(), exact=True)
 
 

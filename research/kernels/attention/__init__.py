@@ -55,7 +55,7 @@ def attention(
     arXiv:2508.10925, section 2.
     """
     if q.shape[2] % k.shape[2]:
-        raise UserError(f"num_kv_heads = {k.shape[2]} does not divide num_heads = {q.shape[2]}.")
+        raise UserError("num_kv_heads", k.shape[2], f"does not divide num_heads = {q.shape[2]}.")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise UserError(f"{name} in {x.dtype.name} must have the type of q, {q.dtype.name}.")

@@ -57,7 +57,7 @@ class AttentionMask:
 
     def __post_init__(self):
         if self.window is not None and self.window < 1:
-            raise UserError(f"window = {self.window} must be at least 1: a query sees at least its own key.")
+            raise UserError("window", self.window, "must be at least 1: a query sees at least its own key.")
         assert (self.q_segments is None) == (self.kv_segments is None), "segments are given on both sides or on neither"
         for side in ("q", "kv"):
             given = getattr(self, f"{side}_positions") is not None

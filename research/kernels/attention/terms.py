@@ -32,7 +32,7 @@ class ScoreTerms:
 
     def __post_init__(self) -> None:
         if self.softcap is not None and self.softcap <= 0:
-            raise UserError(f"softcap = {self.softcap} must be above 0, or None for no bound.")
+            raise UserError("softcap", self.softcap, "must be above 0, or None for no bound.")
 
     @property
     def given(self) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def summed_cross_entropy(
     vocab_size = kernel.shape[1]
     shared = vocabulary_share(vocab_size) < vocab_size
     if implementation == "fused" and shared:
-        raise UserError("implementation = 'fused' needs the whole vocabulary on each device: take 'chunked'.")
+        raise UserError("implementation", "fused", "needs the whole vocabulary on each device: take 'chunked'.")
     hidden, kernel = as_product(hidden.reshape(-1, hidden.shape[-1]), kernel)
     targets, *per_token = (x.reshape(-1) for x in (targets, *per_token))
     fast = platform() == "cpu" and not shared and fused.is_fast(vocab_size, hidden.dtype)
@@ -124,7 +124,7 @@ def _terms(
     if token_chunk is None:
         token_chunk = default_token_chunk(vocab_chunk)
     if min(token_chunk, vocab_chunk) < 1:
-        raise UserError(f"token_chunk = {token_chunk} and vocab_chunk = {vocab_chunk} must be at least 1.")
+        raise UserError("token_chunk", token_chunk, f"and vocab_chunk = {vocab_chunk} must be at least 1.")
     if not 0 <= label_smoothing < 1:
-        raise UserError(f"label_smoothing = {label_smoothing} must lie in [0, 1).")
+        raise UserError("label_smoothing", label_smoothing, "must lie in [0, 1).")
     return Terms(softcap, label_smoothing, token_chunk, vocab_chunk)

@@ -85,12 +85,12 @@ def decode_attention(
     `research.kernels.attention`.
     """
     if q.shape[2] % pages.kv_heads:
-        raise UserError(f"num_kv_heads = {pages.kv_heads} does not divide num_heads = {q.shape[2]}.")
+        raise UserError("num_kv_heads", pages.kv_heads, f"does not divide num_heads = {q.shape[2]}.")
     width = q.shape[3]
     if width > pages.head_dim:
-        raise UserError(f"head_dim = {width} of the queries is above that of the pages, {pages.head_dim}.")
+        raise UserError("head_dim", width, f"of the queries is above that of the pages, {pages.head_dim}.")
     if window is not None and window < 1:
-        raise UserError(f"window = {window} must be at least 1: a row sees at least its own key.")
+        raise UserError("window", window, "must be at least 1: a row sees at least its own key.")
     scale = 1.0 / math.sqrt(width) if scale is None else scale
     terms = ScoreTerms(None, alibi, sinks, softcap, scale)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))

@@ -72,7 +72,7 @@ def empty_pages(pages: int, page_size: int, kv_heads: int, head_dim: int, dtype:
       UserError: another type.
     """
     if dtype not in (*PLAIN, *QUANTIZED):
-        raise UserError(f"dtype = {dtype!r} is not one of {', '.join((*PLAIN, *QUANTIZED))}.")
+        raise UserError("dtype", dtype, f"is not one of {', '.join((*PLAIN, *QUANTIZED))}.")
     shape = (pages, kv_heads, page_size, head_dim)
     key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     if dtype in PLAIN:
