@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import ml_collections
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, join, nearest, within
 
 C = TypeVar("C")
 
@@ -38,10 +38,10 @@ def load_file(spec: str) -> dict[str, Any]:
     """
     path, colon, argument = spec.partition(":")
     if not pathlib.Path(path).is_file():
-        raise UserError(f"--config = {path!r} is not a file.")
+        raise UserError("config", path, "is not a file.")
     module_spec = importlib.util.spec_from_file_location("tessera_config", path)
     if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config = {path!r} is not a Python file (*.py).")
+        raise UserError("config", path, "is not a Python file (*.py).")
     module = importlib.util.module_from_spec(module_spec)
     root = _package_root(pathlib.Path(path))
     if root not in sys.path:
@@ -49,11 +49,11 @@ def load_file(spec: str) -> dict[str, Any]:
     with _naming_line(path, spec):
         module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config = {path!r} has no get_config().")
+        raise UserError("config", path, "has no get_config().")
     with _naming_line(path, spec):
         values = module.get_config(argument) if colon else module.get_config()
     if not isinstance(values, ml_collections.ConfigDict):
-        raise UserError(f"--config = {spec!r}: get_config() must return an ml_collections.ConfigDict.")
+        raise UserError("config", spec, ": get_config() must return an ml_collections.ConfigDict.")
     return plain(values)
 
 
@@ -73,11 +73,11 @@ def _naming_line(path: str, spec: str) -> Iterator[None]:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"--config = {spec!r} cannot be run: line {error.lineno}: {error.msg}.") from error
+        raise UserError("config", spec, f"cannot be run: line {error.lineno}: {error.msg}.") from error
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"line {lines[-1]}: " if lines else ""
-        raise UserError(f"--config = {spec!r} cannot be run: {where}{type(error).__name__}: {error}.") from error
+        raise UserError("config", spec, f"cannot be run: {where}{type(error).__name__}: {error}.") from error
 
 
 def plain(values: Any) -> Any:
@@ -108,7 +108,7 @@ def override(values: dict[str, Any], assignments: Sequence[tuple[str, str]]) -> 
                 place[group] = place[group] if place.get(group) is not None else {}
             place = place[_index(place, group, name)]
         if not isinstance(place, (dict, list)):
-            raise UserError(f"--config.{name}: {'.'.join(groups)} is a value, not a group of fields.")
+            raise UserError(name, constraint=f": {'.'.join(groups)} is a value, not a group of fields.")
         place[last if isinstance(place, dict) else _index(place, last, name)] = Text(text)
     return values
 
@@ -119,8 +119,8 @@ def _index(place: Any, key: str, name: str) -> Any:
     if isinstance(place, list) and key.isdigit() and int(key) < len(place):
         return int(key)
     if isinstance(place, list):
-        raise UserError(f"--config.{name}: {key!r} is not an index below {len(place)}.")
-    raise UserError(f"--config.{name}: {key!r} lies inside a value, not a group of fields.")
+        raise UserError(name, constraint=f": {key!r} is not an index below {len(place)}.")
+    raise UserError(name, constraint=f": {key!r} lies inside a value, not a group of fields.")
 
 
 def bind(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -138,15 +138,13 @@ def bind(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise UserError(f"{_join(where, key)} is not a config field. {_advice(cls, key, fields)}")
-    bound = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
+            raise UserError(join(where, key), constraint=f"is not a config field. {_advice(cls, key, fields)}")
+    bound = {key: _convert(hints[key], value, join(where, key)) for key, value in values.items()}
     missing = [name for name, field in fields.items() if name not in bound and _required(field)]
     if missing:
-        raise UserError(f"{_join(where, missing[0])} is missing: it has no default.")
-    try:
+        raise UserError(join(where, missing[0]), constraint="is missing: it has no default.")
+    with within(where):
         return cls(**bound)
-    except UserError as error:
-        raise UserError(_join(where, str(error))) from error
 
 
 def _advice(cls: type, key: str, fields: Mapping[str, Any]) -> str:
@@ -160,10 +158,6 @@ def _advice(cls: type, key: str, fields: Mapping[str, Any]) -> str:
 
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else str(key)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -189,7 +183,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(name, value, "must be a group of fields.")
-        return {key: _convert(args[1], item, _join(name, key)) for key, item in value.items()}
+        return {key: _convert(args[1], item, join(name, key)) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
@@ -247,8 +241,8 @@ def first_difference(a: Any, b: Any, where: str = "") -> str | None:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
             if key not in a or key not in b:
-                return _join(where, key)
-            found = first_difference(a[key], b[key], _join(where, key))
+                return join(where, key)
+            found = first_difference(a[key], b[key], join(where, key))
             if found is not None:
                 return found
         return None

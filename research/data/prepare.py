@@ -1,23 +1,19 @@
 """The data of a run, from its config: a tokenizer, and the tokenized corpora that it reads."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Iterator
 
 from research.core.config import plain
-from research.core.errors import UserError
+from research.core.errors import UserError, within
 from research.data import tokenizers
 from research.data.corpus import Corpus, build_corpora
 from research.data.objectives import ObjectiveConfig
 from research.data.sources import SourceConfig, documents, fingerprint
 from research.data.tokenizers import Tokenizer, TokenizerConfig
 from research.storage import files
-
-FIELD = re.compile(r"\w+ = ")  # how a message that begins with a field's name begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +87,7 @@ def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
     tokenizer = prepare_tokenizer(config, folder)
     corpora = []
     for index, source in enumerate(config.sources):
-        with _naming(f"sources.{index}"):
+        with within(f"sources.{index}"):
             corpora.append(build_corpora(source, tokenizer, folder / "corpora"))
     prepared = Prepared(
         tokenizer, tuple(splits["train"] for splits in corpora), tuple(splits["heldout"] for splits in corpora)
@@ -104,18 +100,18 @@ def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
 def check_sources(config: DataConfig) -> None:
     """Raises UserError where a source has no files; none of them is read."""
     for index, source in enumerate(config.sources):
-        with _naming(f"data.sources.{index}"):
+        with within(f"data.sources.{index}"):
             fingerprint(source)
 
 
 def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokenizer:
     """Returns the tokenizer of a data config, trained at most once for the same text and kept in `folder`."""
     if config.tokenizer.kind not in tokenizers.TRAINED:
-        with _naming("tokenizer"):
+        with within("tokenizer"):
             return tokenizers.build(config.tokenizer, ())
     inputs = [plain(config.tokenizer), plain(config.sources)]
     for index, source in enumerate(config.sources):
-        with _naming(f"sources.{index}"):
+        with within(f"sources.{index}"):
             inputs.append(fingerprint(source))
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     final = pathlib.Path(folder) / "tokenizers" / f"{config.tokenizer.kind}-{digest}"
@@ -123,7 +119,7 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
     if not final.is_dir():
         # Read first: what goes wrong in a source is not the tokenizer's fault.
         texts = list(training_texts(config))
-        with _naming("tokenizer"):
+        with within("tokenizer"):
             tokenizer = tokenizers.build(config.tokenizer, texts)
         try:
             # A process that was first has saved the same.
@@ -134,22 +130,13 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
     return tokenizers.load(final)
 
 
-@contextlib.contextmanager
-def _naming(group: str) -> Iterator[None]:
-    """Puts the dotted name of a group of fields in front of the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{group}.{error}" if FIELD.match(str(error)) else f"{group}: {error}") from error
-
-
 def training_texts(config: DataConfig) -> Iterator[str]:
     """Yields the training documents that a tokenizer learns from, each source up to its share of the bytes."""
     sources = [source for source in config.sources if source.heldout_fraction < 1]
     total = sum(source.weight for source in sources)
     for source in sources:
         left = config.tokenizer.training_bytes * source.weight / total
-        with _naming(f"sources.{config.sources.index(source)}"):
+        with within(f"sources.{config.sources.index(source)}"):
             for document in documents(source, "train"):
                 yield from document.texts
                 left -= sum(len(text.encode("utf-8")) for text in document.texts)

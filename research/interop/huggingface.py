@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from research.core.errors import UserError, listed, nearest, shown
+from research.core.errors import UserError, listed, nearest, shown, within
 from research.interop import mapping
 from research.interop.architecture import Architecture, choose, config_from, fields_of
 from research.interop.bart import BART, MBART
@@ -85,18 +85,14 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
         raise UserError(f"{folder / CONFIG}: model_type = {shown(model_type)} is not supported. {hint} {known}")
     architecture = ARCHITECTURES[model_type]
     tensors = _tensors(folder)
-    try:
+    with within("", origin=str(folder / CONFIG)):
         config = config_from(architecture, fields_of(architecture, fields, tensors))
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
     layers = config.num_layers + config.encoder_layers + config.head.num_future
     if layers > len(tensors):  # whoever says so must not have us name the tensors of so many
         raise UserError(f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has them.")
     end_ids = read_end_ids(folder, fields)
-    try:
+    with within("", origin=str(folder)):
         return Model(architecture, config, mapping.find(architecture, config, tensors), end_ids)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
 
 
 def from_hugging_face(folder: str | pathlib.Path) -> tuple[ModelConfig, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from research.core.errors import UserError
+from research.core.errors import UserError, within
 from research.interop.llama import LLAMA
 from research.interop.mapping import params_from
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, PositionConfig
@@ -32,10 +32,8 @@ def from_llama2c(path: str | pathlib.Path) -> tuple[ModelConfig, Any]:
     if len(data) < 4 * len(HEADER):
         raise UserError(f"{path} is not a llama2.c model: it has no header of {len(HEADER)} numbers.")
     header = dict(zip(HEADER, np.frombuffer(data, "<i4", len(HEADER)).tolist(), strict=True))
-    try:
+    with within("", origin=f"{path} is not a llama2.c model"):
         config = _config(header)
-    except UserError as error:
-        raise UserError(f"{path} is not a llama2.c model: {error}") from error
     shapes = _shapes(config)
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     wanted = 4 * (len(HEADER) + sum(sizes))

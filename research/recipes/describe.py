@@ -9,7 +9,7 @@ import re
 import jax
 
 from research.core import config as configs
-from research.core.errors import UserError
+from research.core.errors import UserError, within
 from research.inspection import description, parameter_summary
 from research.inspection.mask_pictures import draw_masks, mask_pictures, row_length
 from research.inspection.parameter_summary import Part
@@ -80,10 +80,8 @@ def load_model(spec: str, overrides: list[tuple[str, str]]) -> ModelConfig:
     for name, _ in overrides:
         if name.startswith("model."):
             raise UserError(f"--config.{name}: {spec} is a model itself: say --config.{name.removeprefix('model.')}.")
-    try:
+    with within("", origin=spec.partition(":")[0]):
         return configs.bind(ModelConfig, configs.override(values, overrides))
-    except UserError as error:
-        raise UserError(f"{spec.partition(':')[0]}: {error}") from error
 
 
 def report(config: ModelConfig) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from research.core import config as configs
-from research.core.errors import UserError
+from research.core.errors import UserError, within
 from research.data.objectives import encoder_length
 from research.data.prepare import DataConfig
 from research.models.config import ModelConfig
@@ -74,10 +74,8 @@ def load_experiment(spec: str, overrides: Sequence[tuple[str, str]]) -> Experime
       UserError: what `core.config` refuses, with the file's name in front.
     """
     values = configs.override(configs.load_file(spec), overrides)
-    try:
+    with within("", origin=spec.partition(":")[0]):
         return configs.bind(ExperimentConfig, values)
-    except UserError as error:
-        raise UserError(f"{spec.partition(':')[0]}: {error}") from error
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:

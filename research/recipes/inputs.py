@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 
 from research.core.backend import cache_folder
-from research.core.errors import UserError
+from research.core.errors import UserError, within
 from research.data.batch import Batch
 from research.data.loader import Loader, heldout_batches
 from research.data.objectives import special_ids
@@ -20,10 +20,8 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
     Raises:
       UserError: the data cannot be used, none of it is held out, or the tokenizer has more ids than the model.
     """
-    try:
+    with within("data"):
         prepared = prepare(config.data, cache_folder() / "data")
-    except UserError as error:
-        raise UserError(f"data.{error}" if str(error).startswith(("sources", "tokenizer")) else str(error)) from error
     for line in prepared.report():
         logger.info("data: %s", line)
     if prepared.tokenizer.vocab_size > config.model.vocab_size:
