@@ -132,8 +132,13 @@ def _run(argv: list[str]) -> int:
         close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         raise UserError(f"{unknown[0]!r} is not known. " + (f"Did you mean {close[0]!r}?" if close else ""))
     arguments.overrides = overrides
-    with _terminable():
-        return recipe.main(arguments) or 0
+    try:
+        with _terminable():
+            return recipe.main(arguments) or 0
+    except UserError as error:
+        # Libraries name the argument that they were given, which here came from a flag.
+        names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+        raise UserError(error.text(names)) from error
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+import research
 from research import cli
+from research.core.errors import UserError
+from research.recipes.experiment import load_experiment
+from research.recipes.inputs import prepare_data
 from tests.recipes import runs
 from tests.recipes.fixtures import Unbroken
 
@@ -361,3 +365,37 @@ def test_progress_is_lines_on_a_pipe_and_a_bar_on_a_terminal(tiny: pathlib.Path,
     assert process.wait() == 0
     assert b"\rtrain: " in shown
     assert b"step 12/12" in shown
+
+
+def test_a_library_names_the_argument_and_the_command_line_the_flag(tmp_path, capsys):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UserError) as caught:
+        research.load(nowhere)
+    assert (caught.value.field, caught.value.value) == ("workdir", nowhere)
+    assert str(caught.value).startswith(f"workdir = {nowhere} is not a workdir: ")
+    assert refused(capsys, "sample", f"--workdir={nowhere}").startswith(f"--workdir = {nowhere} is not a workdir: ")
+
+    with pytest.raises(UserError) as caught:
+        research.convert(nowhere, tmp_path / "out")
+    assert caught.value.field == "source"
+    said = refused(capsys, "convert", f"--from={nowhere}", f"--to={tmp_path / 'out'}")
+    assert said == f"--from = {str(caught.value).removeprefix('source = ')}"
+
+
+def test_what_a_verb_draws_with_is_named_as_a_flag(unbroken: Unbroken, capsys):
+    assert refused(capsys, "sample", f"--workdir={unbroken.workdir}", "--prompt=a", "--top_p=2").startswith(
+        "--top_p = "
+    )
+    said = refused(capsys, "sample", f"--workdir={unbroken.workdir}", f"--prompt={70 * 'x'}")
+    assert said.startswith("--prompt: a prompt of 7")
+
+
+def test_a_mistake_in_a_config_is_data(tiny: pathlib.Path):
+    with pytest.raises(UserError) as caught:
+        load_experiment(str(tiny), [("checkpoint.keep", "0")])
+    error = caught.value
+    assert (error.origin, error.field, error.value) == (str(tiny), "checkpoint.keep", 0)
+    assert str(error).startswith(f"{tiny}: checkpoint.keep = 0 must be at least 1")
+    with pytest.raises(UserError) as caught:
+        prepare_data(load_experiment(str(tiny), [("data.sources.0.path", "/nowhere")]))
+    assert (caught.value.field, caught.value.value) == ("data.sources.0.path", "/nowhere")

@@ -61,7 +61,7 @@ def encode(
     if config.structure == "encoder":
         raise UserError("model.structure", "encoder", "makes no text: it has no decoder. It gives logits and states.")
     if not prompts:
-        raise UserError("--prompt: at least one prompt is needed.")
+        raise UserError("prompts", constraint=": at least one prompt is needed.")
     if config.structure != "encoder_decoder":
         encoded = [_ids(config, tokenizer, prompt, tokenizer.encode_prompt) for prompt in prompts]
         needed = check_room(encoded, max_tokens, config)
@@ -86,7 +86,9 @@ def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], conf
         if length > room or (new and length == room):
             leaves = "leaves no room within" if new else "is longer than"
             raise UserError(
-                f"--prompt: a prompt of {length} tokens {leaves} the model's max_length = {room}. Use a shorter one."
+                "prompts",
+                constraint=f": a prompt of {length} tokens {leaves} the model's max_length = {room}. Use a "
+                "shorter one.",
             )
         if length + new > room:
             raise UserError(
@@ -137,12 +139,12 @@ def _ids(
     if isinstance(prompt, str):
         ids = encode_text(prompt)
         if not ids:
-            raise UserError("--prompt = '' is empty, and the tokenizer has no begin or end of text to stand for it.")
+            raise UserError("prompts", "", "is empty, and the tokenizer has no begin or end of text to stand for it.")
     else:
         ids = list(prompt)
     for i in ids:
         if not 0 <= i < config.vocab_size:
-            raise UserError(_outside(config, tokenizer, prompt, i))
+            raise UserError("prompts", constraint=_outside(config, tokenizer, prompt, i))
     return ids
 
 
@@ -152,8 +154,8 @@ def _outside(config: LanguageModelConfig, tokenizer: Tokenizer, prompt: Prompt, 
     if isinstance(prompt, str) and 0 <= i < tokenizer.vocab_size:
         names = {control: name for name, control in tokenizer.control_tokens.items()}
         spelt = names[i] if i in names else tokenizer.decode([i])
-        return f"--prompt: {spelt!r} is the tokenizer's id {i}, and {bound}."
-    return f"ids: id {i} is out of range: {bound}."
+        return f": {spelt!r} is the tokenizer's id {i}, and {bound}."
+    return f": id {i} is out of range: {bound}."
 
 
 def next_logits(

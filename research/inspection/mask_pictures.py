@@ -96,8 +96,10 @@ def row_length(config: ModelConfig, length: int | None) -> int:
         return min(longest, max(PLAIN_LENGTH, WINDOWS * widest))
     if not SHORTEST <= length <= longest:
         raise UserError(
-            f"--length = {length} must lie in [{SHORTEST}, {longest}]: the longer of its two documents must fit "
-            f"max_length = {config.max_length}."
+            "length",
+            length,
+            f"must lie in [{SHORTEST}, {longest}]: the longer of its two documents must fit "
+            f"max_length = {config.max_length}.",
         )
     return length
 

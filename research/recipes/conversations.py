@@ -32,14 +32,14 @@ def from_flags(arguments: argparse.Namespace) -> list[Conversation] | None:
       UserError: flags that do not go together, or a file that holds no messages.
     """
     if arguments.messages is not None:
-        if arguments.prompt or arguments.system is not None:
+        if arguments.prompts or arguments.system is not None:
             raise UserError("--messages: its file is the whole conversation; leave out --prompt and --system.")
         return [_read(local_path("messages", arguments.messages))]
     if not arguments.chat:
         if arguments.system is not None:
             raise UserError("--system needs --chat.")
         return None
-    return [[*beginning(arguments), {"role": "user", "content": prompt}] for prompt in arguments.prompt]
+    return [[*beginning(arguments), {"role": "user", "content": prompt}] for prompt in arguments.prompts]
 
 
 def beginning(arguments: argparse.Namespace) -> Conversation:

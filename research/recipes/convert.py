@@ -57,11 +57,11 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
         missing or does not fit the model.
     """
     if format is not None and format not in FORMATS:
-        raise UserError(f"--format = {format!r} is not known. {nearest(format, FORMATS)}")
+        raise UserError("format", format, f"is not known. {nearest(format, FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype = {dtype!r} is not known. {nearest(dtype, DTYPES)}")
+        raise UserError("dtype", dtype, f"is not known. {nearest(dtype, DTYPES)}")
     if dtype is not None and format != "hf":
-        raise UserError(f"--dtype = {dtype!r} needs --format=hf: parameters in a workdir are float32.")
+        raise UserError("dtype", dtype, "needs format = 'hf': parameters in a workdir are float32.")
     origin, place = as_path(source, "source"), as_path(target, "target")
     write = _write_hugging_face if format == "hf" else _write_workdir
     faults: list[str] = []
@@ -77,7 +77,7 @@ def convert(source: str, target: str, format: str | None, tokenizer: str | None,
             continue
         logger.info("%s: %s parameters, %d layers", target, f"{count(model.shapes):,}", model.config.num_layers)
         return
-    raise UserError(f"--from = {origin}: no checkpoint is whole: {'; '.join(faults)}.")
+    raise UserError("source", origin, f": no checkpoint is whole: {'; '.join(faults)}.")
 
 
 def _fitting_tokenizer(model: ModelSource, origin: Path, given: str | None) -> Tokenizer:
@@ -86,7 +86,8 @@ def _fitting_tokenizer(model: ModelSource, origin: Path, given: str | None) -> T
     beyond = sorted(name for name, i in control.items() if i >= rows)
     if found.vocab_size - rows > len(beyond):  # text would become ids that the model has not
         raise UserError(
-            f"--tokenizer: its vocabulary of {found.vocab_size} does not fit the model's vocab_size = {rows}."
+            "tokenizer",
+            constraint=f": its vocabulary of {found.vocab_size} does not fit the model's vocab_size = {rows}.",
         )
     if beyond:
         logger.warning("The tokenizer has ids that the model's embedding of %d rows has not: %s", rows, listed(beyond))
@@ -102,7 +103,7 @@ def _tokenizer(source: Path, given: str | None) -> Tokenizer:
     try:
         path = folders.find(source if source.is_dir() else source.parent)
     except UserError as error:
-        raise UserError(f"--tokenizer is missing: {error}") from error
+        raise UserError("tokenizer", constraint=f"is missing: {error}") from error
     return folders.from_path(path)
 
 

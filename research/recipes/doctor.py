@@ -141,7 +141,7 @@ def _experiment(
             return
         mesh = language_model_program(config.model, config.optim, config.train, config.mesh, devices).mesh
     except UserError as error:
-        yield "FAIL", "config", str(error)
+        yield "FAIL", "config", error.text({"workdir": "--workdir", "config": "--config"})
         return
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     yield "ok", "config", f"{spec} fits: mesh of {sizes}"

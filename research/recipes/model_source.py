@@ -62,12 +62,12 @@ def candidates(path: Path) -> list[Callable[[], ModelSource]]:
             raise UserError(f"{path / 'checkpoints'} has no checkpoint.")
         return [functools.partial(_workdir, path, step) for step in reversed(steps)]
     if in_bucket(path):
-        raise UserError(f"--from = {path} is no workdir with checkpoints: copy what else a bucket holds to a folder.")
+        raise UserError("source", path, "is no workdir with checkpoints: copy what else a bucket holds to a folder.")
     if (path / "config.json").is_file():
         return [functools.partial(_hugging_face, path)]
     if path.is_file() and path.suffix == ".bin":
         return [functools.partial(_llama2c, path)]
-    raise UserError(f"--from = {path} is neither a Hugging Face folder, a workdir, nor a llama2.c .bin file.")
+    raise UserError("source", path, "is neither a Hugging Face folder, a workdir, nor a llama2.c .bin file.")
 
 
 def _hugging_face(path: pathlib.Path) -> ModelSource:

@@ -21,11 +21,11 @@ def new_folder(target: Path, last: str) -> Iterator[pathlib.Path]:
       UserError: `target` is there already and not empty, or cannot be made.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to = {target} exists already and is not an empty folder.")
+        raise UserError("target", target, "exists already and is not an empty folder.")
     try:
         files.make_folder(target.parent)
         files.check_writable(target.parent)
     except OSError as error:
-        raise UserError(f"--to = {target} cannot be made: {reason(error)}.") from error
+        raise UserError("target", target, f"cannot be made: {reason(error)}.") from error
     with files.new_folder(target, last=last) as folder:
         yield folder

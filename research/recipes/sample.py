@@ -39,7 +39,9 @@ BEAM_FLAGS = ("num_beams", "length_penalty", "no_repeat_ngram")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the fields of `SamplingConfig` and some of `BeamConfig` as flags."""
     parser.add_argument("--workdir", required=True, help="folder of a trained model")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", default=[], help="text to continue; may be given several times"
+    )
     conversations.add_arguments(parser)
     parser.add_argument("--stop", action="append", help="a string that ends the text; may be repeated")
     drawn = [field for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
@@ -76,7 +78,7 @@ def main(arguments: argparse.Namespace) -> None:
         fields["forced_prefix"] = tuple(model.tokenizer.encode(arguments.forced_prefix))
     fields["cache"] = arguments.cache
     if asked is None:
-        _continue(model, workdir, arguments.prompt or [""], fields)
+        _continue(model, workdir, arguments.prompts or [""], fields)
     elif asked:
         _answer(model, workdir, asked, fields)
     else:

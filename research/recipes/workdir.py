@@ -51,14 +51,16 @@ def check(workdir: Path, config: ExperimentConfig) -> None:
     try:
         files.check_writable(workdir)
     except OSError as error:
-        raise UserError(f"--workdir = {workdir} cannot be written: {reason(error)}.") from error
+        raise UserError("workdir", workdir, f"cannot be written: {reason(error)}.") from error
     if (workdir / "config.json").exists():
         held, wanted = completed(read_config(workdir)), configs.plain(config)
         difference = configs.first_difference(_fixed(held), _fixed(wanted))
         if difference is not None:
             raise UserError(
-                f"--workdir = {workdir} belongs to another config: {difference} is {_at(held, difference)} there, "
-                f"{_at(wanted, difference)} here. Use another workdir, or delete this one."
+                "workdir",
+                workdir,
+                f"belongs to another config: {difference} is {_at(held, difference)} there, "
+                f"{_at(wanted, difference)} here. Use another workdir, or delete this one.",
             )
 
 
@@ -102,7 +104,7 @@ def _locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(f"--workdir = {workdir} is in use: process {file.read()} trains there.") from error
+            raise UserError("workdir", workdir, f"is in use: process {file.read()} trains there.") from error
         except OSError as error:
             logger.warning("%s: %s: nothing keeps a second run out", file.name, error.strerror)
         file.truncate(0)
@@ -136,9 +138,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--workdir = {workdir} is not a workdir: config.json: {reason(error)}.") from error
+        raise UserError("workdir", workdir, f"is not a workdir: config.json: {reason(error)}.") from error
     except ValueError as error:
-        raise UserError(f"--workdir = {workdir} is not a workdir: config.json: {error}.") from error
+        raise UserError("workdir", workdir, f"is not a workdir: config.json: {error}.") from error
     if not isinstance(values, dict) or "model" not in values:
-        raise UserError(f"--workdir = {workdir} is not a workdir: its config.json holds no model.")
+        raise UserError("workdir", workdir, "is not a workdir: its config.json holds no model.")
     return values

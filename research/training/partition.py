@@ -147,8 +147,8 @@ def build_partition(config: TrainableConfig, boxed: Any) -> Partition:
     if not selection:
         raise UserError(
             "train.trainable",
-            constraint=f": select = {_describe(config)} matches no parameter, so everything would be frozen. There are: "
-            f"{_listed(leaves)}.",
+            constraint=f": select = {_describe(config)} matches no parameter, so everything would be frozen. "
+            f"There are: {_listed(leaves)}.",
         )
     return Partition(selection, config.frozen_dtype)
 

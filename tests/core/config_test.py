@@ -19,7 +19,7 @@ class WheelConfig:
 
     def __post_init__(self) -> None:
         if self.radius <= 0:
-            raise UserError(f"radius = {self.radius} must be above 0.")
+            raise UserError("radius", self.radius, "must be above 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CarConfig:
 
     def __post_init__(self) -> None:
         if self.seats < 1:
-            raise UserError(f"seats = {self.seats} must be at least 1.")
+            raise UserError("seats", self.seats, "must be at least 1.")
 
 
 def fails(values: dict[str, Any], cls: type = CarConfig, where: str = "") -> str:

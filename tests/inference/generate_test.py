@@ -118,8 +118,8 @@ def test_ids_are_continued_as_they_stand():
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ([1, BYTES.vocab_size], f"ids: id 259 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
-        ([-1], f"ids: id -1 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
+        ([1, BYTES.vocab_size], f"prompts: id 259 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
+        ([-1], f"prompts: id -1 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
     ],
 )
 def test_ids_that_the_model_has_not_are_refused(model, ids: list[int], said: str):

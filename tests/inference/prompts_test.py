@@ -49,7 +49,7 @@ class Bare(ByteTokenizer):
 @pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
 def test_an_empty_prompt_is_refused_where_nothing_can_stand_for_it(name: str):
     config = dataclasses.replace(VARIANTS[name], vocab_size=ByteTokenizer().vocab_size)
-    with pytest.raises(UserError, match="--prompt = '' is empty"):
+    with pytest.raises(UserError, match="prompts = '' is empty"):
         encode(config, Bare(), [""], [5])
     assert encode(config, ByteTokenizer(), [""], [5])[0].lengths.shape == (1,)
     with pytest.raises(UserError, match=r"'<s>' is the tokenizer's id 256, and the model's ids lie in \[0, 48\)"):

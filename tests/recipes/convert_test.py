@@ -125,7 +125,7 @@ def test_a_tokenizer_goes_there_and_back_in_every_form(folder, tmp_path, write):
 
 def test_a_target_below_a_file_is_refused(folder, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"--to = .*file/below/model cannot be made"):
+    with pytest.raises(UserError, match=r"target = .*file/below/model cannot be made"):
         convert(str(folder), str(tmp_path / "file" / "below" / "model"), None, None)
 
 
@@ -218,9 +218,9 @@ def test_mistakes_are_named(folder, tmp_path):
     out = str(tmp_path / "out")
     for arguments, message in (
         ((str(folder), out, "tesera", None), "Did you mean 'tessera'"),
-        ((str(folder), out, "hf", None, "int8"), "--dtype = 'int8' is not known"),
-        ((str(folder), out, None, None, "bfloat16"), "--dtype = 'bfloat16' needs --format=hf"),
-        ((str(tmp_path / "none"), out, None, None), "--from = .* is neither"),
+        ((str(folder), out, "hf", None, "int8"), "dtype = 'int8' is not known"),
+        ((str(folder), out, None, None, "bfloat16"), "dtype = 'bfloat16' needs format = 'hf'"),
+        ((str(tmp_path / "none"), out, None, None), "source = .* is neither"),
         ((str(folder), out, None, str(folder / "config.json")), "config.json is not a tokenizer.json"),
         ((str(folder), out, None, str(tmp_path)), "holds no tokenizer"),
         ((str(folder), out, None, "none.json"), "cannot be read"),
@@ -230,7 +230,7 @@ def test_mistakes_are_named(folder, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
     (bare / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="--tokenizer is missing"):
+    with pytest.raises(UserError, match="tokenizer is missing"):
         convert(str(bare), out, None, None)
 
 
