@@ -105,9 +105,8 @@ class LoadedModel:
         if not isinstance(how, BeamConfig):
             return generate(self.config, self.params, self.tokenizer, read, how, seeds, cache=cache)
         if seeds is not None:
-            raise UserError(
-                "seeds", constraint=f": num_beams = {how.num_beams} searches and draws nothing; leave them out."
-            )
+            why = f"num_beams = {how.num_beams} searches and draws nothing"
+            raise UserError("seeds", constraint=f": {why}; leave them out.")
         return [best[0] for best in beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)]
 
     def beams(
