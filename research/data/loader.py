@@ -74,7 +74,7 @@ class Loader:
             if objective.num_targets(corpus.offsets) > 0
         ]
         if not kept:
-            raise UserError("sources hold no text to train on.")
+            raise UserError("sources", constraint="hold no text to train on.")
         self._rows = [
             PackedRows(c, objective=objective, seed=seed, block_documents=config.block_documents) for c, _ in kept
         ]

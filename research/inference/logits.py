@@ -32,9 +32,9 @@ def read_inputs(
     """
     structure, kinds = config.structure, config.embedding.num_types
     if prefix is not None and structure != "prefix":
-        raise UserError(f"prefix is given for model.structure = {structure!r}.")
+        raise UserError("prefix", constraint=f"is given for model.structure = {structure!r}.")
     if types is not None and not kinds:
-        raise UserError("types are given for model.embedding.num_types = 0.")
+        raise UserError("types", constraint="are given for model.embedding.num_types = 0.")
     if (encoder_tokens is None) == (structure == "encoder_decoder"):
         need = "is missing" if encoder_tokens is None else "is given"
         raise UserError(f"encoder_tokens {need} for model.structure = {structure!r}.")
@@ -51,7 +51,9 @@ def read_inputs(
             "encoder_tokens", constraint=f": {len(encoded['tokens'])} rows must be {count}, one a row of tokens."
         )
     if segments is not None and encoder_segments is None:
-        raise UserError("encoder_segments is missing: segments alone do not say who sees which of its tokens.")
+        raise UserError(
+            "encoder_segments", constraint="is missing: segments alone do not say who sees which of its tokens."
+        )
     return read | {f"encoder_{name}": array for name, array in encoded.items()}
 
 

@@ -128,7 +128,7 @@ class HeadConfig:
         if self.scale <= 0 or (self.softcap is not None and self.softcap <= 0):
             raise UserError("scale", self.scale, f"and softcap = {self.softcap} must be above 0.")
         if self.num_classes and not self.pooler:
-            raise UserError("num_classes needs pooler = True.")
+            raise UserError("num_classes", constraint="needs pooler = True.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,16 +208,19 @@ class ModelConfig:
                 "encoder_layers", self.encoder_layers, "must be above 0 for structure = 'encoder_decoder' and 0 else."
             )
         if len(self.first_layers) > self.num_layers:
-            raise UserError(f"first_layers are {len(self.first_layers)}, more than num_layers = {self.num_layers}.")
+            raise UserError(
+                "first_layers", constraint=f"are {len(self.first_layers)}, more than num_layers = {self.num_layers}."
+            )
         if not self.pattern:
-            raise UserError("pattern must name at least one layer.")
+            raise UserError("pattern", constraint="must name at least one layer.")
         if len({(layer.experts, layer.attention_norm) for layer in self.pattern}) > 1:
             raise UserError(
                 "pattern", constraint=": its layers must agree in experts and attention_norm; first_layers may differ."
             )
         if self.structure == "encoder_decoder" and len(self.first_layers) > self.encoder_layers:
             raise UserError(
-                f"first_layers are {len(self.first_layers)}, more than encoder_layers = {self.encoder_layers}."
+                "first_layers",
+                constraint=f"are {len(self.first_layers)}, more than encoder_layers = {self.encoder_layers}.",
             )
         if self.structure != "decoder" and self.head.num_future:
             raise UserError(
@@ -239,7 +242,8 @@ class ModelConfig:
                 raise UserError("position.scaling.kind", "dynamic", f"turns at least 4 columns of a head, not {width}.")
             if position.scaling is not None and len(position.scaling.long_factors) not in (0, width // 2):
                 raise UserError(
-                    f"position.scaling.long_factors are {len(position.scaling.long_factors)}, not {width // 2}."
+                    "position.scaling.long_factors",
+                    constraint=f"are {len(position.scaling.long_factors)}, not {width // 2}.",
                 )
         if latent is not None and self.position.kind not in ("rotary", "none"):
             raise UserError("position.kind", self.position.kind, "must be 'rotary' or 'none' with attention.latent.")

@@ -56,8 +56,9 @@ class RopeScalingConfig:
             raise UserError("amplitude", self.amplitude, "must be above 0.")
         if len(self.short_factors) != len(self.long_factors) or bool(self.long_factors) != (self.kind == "longrope"):
             raise UserError(
-                f"short_factors and long_factors hold {len(self.short_factors)} and {len(self.long_factors)} numbers; "
-                "kind = 'longrope' needs one a pair of rotary columns in each, other kinds none."
+                "short_factors",
+                constraint=f"and long_factors hold {len(self.short_factors)} and {len(self.long_factors)} numbers; "
+                "kind = 'longrope' needs one a pair of rotary columns in each, other kinds none.",
             )
 
     @property
@@ -101,7 +102,7 @@ class PositionConfig:
         if self.theta <= 1:
             raise UserError("theta", self.theta, "must be above 1.")
         if self.scaling is not None and self.kind != "rotary":
-            raise UserError(f"scaling needs kind = 'rotary', not {self.kind!r}.")
+            raise UserError("scaling", constraint=f"needs kind = 'rotary', not {self.kind!r}.")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise UserError("rotary_dim", self.rotary_dim, "must be even and at least 2.")
         if self.offset < 0 or (self.offset and self.kind != "learned"):

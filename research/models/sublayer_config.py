@@ -88,7 +88,7 @@ class AttentionConfig:
         if self.latent is not None and self.num_kv_heads != self.num_heads:
             raise UserError("num_kv_heads", self.num_kv_heads, f"must be num_heads = {self.num_heads} with `latent`.")
         if self.latent is not None and (self.qkv_bias or self.sinks or self.qk_norm != "none"):
-            raise UserError("latent has neither qkv_bias, sinks nor qk_norm.")
+            raise UserError("latent", constraint="has neither qkv_bias, sinks nor qk_norm.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class MlpConfig:
         if self.clamp is not None and self.clamp <= 0:
             raise UserError("clamp", self.clamp, "must be above 0.")
         if not self.gated and (self.clamp is not None or self.up_offset):
-            raise UserError("clamp and up_offset need gated = True.")
+            raise UserError("clamp", constraint="and up_offset need gated = True.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +176,6 @@ class ExpertsConfig:
         if self.bias_speed and not self.selection_bias:
             raise UserError("bias_speed", self.bias_speed, "needs selection_bias = True.")
         if self.shared_gate and not self.shared_dim:
-            raise UserError("shared_gate needs shared_dim above 0.")
+            raise UserError("shared_gate", constraint="needs shared_dim above 0.")
         if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
             raise UserError("num_groups", self.num_groups, "leaves fewer than two experts a group.")

@@ -27,7 +27,9 @@ class DistributedConfig:
     def __post_init__(self) -> None:
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(value is None for value in given) and not all(value is None for value in given):
-            raise UserError("coordinator, num_processes and process_id must be given together, or none of them.")
+            raise UserError(
+                "coordinator", constraint=", num_processes and process_id must be given together, or none of them."
+            )
         if self.num_processes is not None and not 0 <= self.process_id < self.num_processes:
             raise UserError("process_id", self.process_id, f"must lie below num_processes = {self.num_processes}.")
 

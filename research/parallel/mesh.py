@@ -38,7 +38,7 @@ class MeshConfig:
                 raise UserError(name, size, "must be at least 1, or -1 for what is left.")
         if list(sizes.values()).count(-1) > 1:
             free = [name for name, size in sizes.items() if size == -1]
-            raise UserError(f"{free[1]} = -1: only one size may be -1, and {free[0]} is.")
+            raise UserError(free[1], -1, f": only one size may be -1, and {free[0]} is.")
         for name in ("pipeline", "context", "expert"):
             if sizes[name] != 1:
                 raise UserError(name, sizes[name], "must be 1: nothing is sharded over it yet.")

@@ -90,7 +90,7 @@ def _compiled(source: str) -> jinja2.Template:
 def choose(templates: Mapping[str, str], name: str | None, with_tools: bool) -> str:
     """Returns the template of a name; without one `tool_use` where there are tools and it exists, or else `default`."""
     if not templates:
-        raise UserError("chat_template is missing: this tokenizer has none.")
+        raise UserError("chat_template", constraint="is missing: this tokenizer has none.")
     if name is None:
         name = "tool_use" if with_tools and "tool_use" in templates else "default"
     if name not in templates:
@@ -119,7 +119,7 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
     """
     messages = inputs["messages"]
     if not messages:
-        raise UserError("messages is empty: a conversation has at least one.")
+        raise UserError("messages", constraint="is empty: a conversation has at least one.")
     for message in messages:
         if not isinstance(message, Mapping):
             raise UserError(
