@@ -130,10 +130,10 @@ def test_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, name, c
         (("train", "--config=a.py", "--workdir=run", "--config.train.steps"), "needs a value"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "--workdir = nowhere is not a workdir"),
         (("sample", "--workdir=nowhere", "--top_p=x"), "--top_p"),
-        (("sample", "--workdir=s3://bucket/run"), "--workdir = s3://bucket/run is an address of an unknown kind"),
-        (("doctor", "--workdir=s3://bucket/run"), "--workdir = s3://bucket/run is an address of an unknown kind"),
-        (("convert", "--from=hf://model", "--to=nowhere"), "--from = hf://model is an address"),
-        (("convert", "--from=nowhere", "--to=s3://bucket/run"), "--to = s3://bucket/run is an address"),
+        (("sample", "--workdir=s3://bucket/run"), "--workdir = 's3://bucket/run' is an address of an unknown kind"),
+        (("doctor", "--workdir=s3://bucket/run"), "--workdir = 's3://bucket/run' is an address of an unknown kind"),
+        (("convert", "--from=hf://model", "--to=nowhere"), "--from = 'hf://model' is an address"),
+        (("convert", "--from=nowhere", "--to=s3://bucket/run"), "--to = 's3://bucket/run' is an address"),
         (("bench", "nothing"), "nothing"),
     ],
 )
@@ -190,7 +190,7 @@ def test_address_of_an_unknown_kind_is_no_workdir(tiny: pathlib.Path, tmp_path, 
     monkeypatch.chdir(tmp_path)
     before = runs.contents(tmp_path)
     said = refused(capsys, "train", f"--config={tiny}", "--workdir=s3://bucket/run")
-    assert said.startswith("--workdir = s3://bucket/run is an address of an unknown kind")
+    assert said.startswith("--workdir = 's3://bucket/run' is an address of an unknown kind")
     assert runs.contents(tmp_path) == before
 
 

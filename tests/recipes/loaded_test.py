@@ -114,7 +114,7 @@ def test_lists_are_read_as_arrays(model):
 
 
 def test_address_of_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="workdir = s3://bucket/run is an address of an unknown kind"):
+    with pytest.raises(UserError, match="workdir = 's3://bucket/run' is an address of an unknown kind"):
         research.load("s3://bucket/run")
 
 
