@@ -11,8 +11,10 @@ All processes of a run share the folder, and call the methods of `Checkpoints` t
 
 import concurrent.futures
 import contextlib
+import errno
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +30,16 @@ from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
 from research.training import manifest_values, quiet_orbax
 from research.training.checkpoint_files import Damaged
+from research.training.presence import Presence
 
 logger = logging.getLogger("tessera")
 
 LAST_STEP = 2**31 - 1  # steps are counted in 32 bits
+# Faults of a disk that the user can mend. TensorStore gives no number, only the system's words for it.
+DISK_FAULTS = tuple(
+    os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,11 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
         self._folder, self._config = absolute(workdir) / "checkpoints", config
+        self._presence = Presence(self._folder.parent, "config.json")
         self._checkpointer = files.checkpointer(self._folder)
         # Waits for the one write in flight, then removes what need not be kept.
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        self._last_step = 0  # the last step whose writing began
         self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None
         self._passed_over: set[int] = set()  # steps newer than the one restored
         self._tidied = False
@@ -109,9 +119,11 @@ class Checkpoints:
             all processes.
 
         Raises:
-          UserError: the disk is full, now or for the checkpoint before; or a later step has its checkpoint already.
+          UserError: the disk is full or cannot be written, or the workdir is gone, now or for the checkpoint before; or
+            a later step has its checkpoint already.
         """
         self.wait()
+        self._presence.check()
         held = [old for old in self.steps() if old not in self._passed_over]
         if step in held:
             return
@@ -119,6 +131,7 @@ class Checkpoints:
             raise UserError(f"{self._folder / str(held[-1])} is newer than step {step}: restore it, or move it away.")
         self._tidy()
         quiet_orbax.start()
+        self._last_step = step
         try:
             self._checkpointer.save(self._folder / str(step), args=files.contents(step, canonical(state), extra))
         except Exception as error:
@@ -131,7 +144,7 @@ class Checkpoints:
         """Returns when no write is in flight; what went wrong with it is raised here.
 
         Raises:
-          UserError: the disk is full. Earlier checkpoints are whole.
+          UserError: the disk is full or cannot be written, and earlier checkpoints are whole; or the workdir is gone.
         """
         if self._in_flight is None:
             return
@@ -140,7 +153,11 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
+            self._check_workdir(step)
+            if not in_bucket(self._folder) and not self._folder.is_dir():
+                raise UserError(f"{self._folder} was deleted while checkpoint {step} was written.") from error
             self._explain(step, error)
+        self._check_workdir(step)
         quiet_orbax.stop()
 
     def close(self) -> None:
@@ -150,6 +167,8 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._checkpointer.close()
+            # Writes of other arrays may have gone on after the first that failed.
+            self._remove_made_again(self._last_step)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """Returns (step, state, extra) of the newest whole checkpoint; each damaged one is named in a warning.
@@ -285,12 +304,38 @@ class Checkpoints:
             for path in self._unfinished(str(step)):
                 with contextlib.suppress(OSError):
                     remove_folder(path)
-        for full in ("No space left on device", "Disk quota exceeded"):
-            if full in str(error):
-                place = self._folder / str(step)
+        self._check_workdir(step)
+        place = self._folder / str(step)
+        said = " ".join(map(str, _chain(error)))
+        for fault in DISK_FAULTS:
+            if fault in said:
                 before = "Earlier checkpoints are whole" if self.steps() else "There is no earlier checkpoint"
-                raise UserError(f"{place}: {full}; it was not written. {before}.") from error
+                raise UserError(f"{place}: {fault}; it was not written. {before}.") from error
         raise error
+
+    def _check_workdir(self, step: int) -> None:
+        """Raises UserError where the workdir was deleted, and leaves nothing there of the write of a step."""
+        self._remove_made_again(step)
+        self._presence.check()
+
+    def _remove_made_again(self, step: int) -> None:
+        """Where the workdir was deleted: removes what the write of a step has made there anew."""
+        if jax.process_index() != 0 or not self._presence.is_gone():
+            return
+        for path in (*self._unfinished(str(step)), self._folder / str(step)):
+            with contextlib.suppress(OSError):
+                remove_folder(path)
+        if not in_bucket(self._folder):
+            with contextlib.suppress(OSError):  # they are missing, or hold what somebody else has put there
+                self._folder.rmdir()
+                self._folder.parent.rmdir()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -5,6 +5,7 @@ the strings "NaN", "Infinity" and "-Infinity", which Python's `float()` and Java
 number that is not known (the utilization of a device whose peak nobody has told).
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -19,8 +20,10 @@ from typing import Any
 import jax
 import psutil
 
+from research.core.errors import UserError
 from research.storage import files
-from research.storage.paths import Path, in_bucket
+from research.storage.paths import Path, in_bucket, reason
+from research.training.presence import Presence
 
 logger = logging.getLogger("tessera")
 
@@ -59,6 +62,9 @@ class MetricsWriter:
         else:
             self._folder = workdir
         self._file = (self._folder / FILE).open("a", encoding="utf-8")
+        self._failed = False  # whether a row could not be written
+        # In a bucket the file of metrics comes with the first upload only.
+        self._presence = Presence(workdir, "config.json" if in_bucket(workdir) else FILE)
         self._board = Board(self._folder / BOARD, resumed_step)
         self._flushed = time.monotonic()
 
@@ -68,21 +74,35 @@ class MetricsWriter:
         Args:
           step: steps done, from 1.
           metrics: slash-separated names -> numbers, or arrays of one number; None where unknown.
+
+        Raises:
+          UserError: the file cannot be written, or is gone.
         """
         if self._folder is None:
             return
         values = {name: _number(value) for name, value in metrics.items()}
         row = {"step": int(step)} | {name: _jsonable(value) for name, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        if not in_bucket(self._workdir):
+            self._presence.check()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._failed = True
+            raise UserError(f"{self._folder / FILE} cannot be written: {reason(error)}.") from error
         self._board.write(int(step), {name: value for name, value in values.items() if value is not None})
         if in_bucket(self._workdir) and time.monotonic() - self._flushed >= UPLOAD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Brings the rows, and the numbers for TensorBoard, to where they are kept."""
+        """Brings the rows, and the numbers for TensorBoard, to where they are kept.
+
+        Raises:
+          UserError: the workdir is gone.
+        """
         if self._folder is None:
             return
+        self._presence.check()
         self._board.flush()
         if in_bucket(self._workdir):
             files.upload(self._folder, self._workdir)
@@ -95,13 +115,18 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flushes and closes the files. After a fault that was raised there is nothing more to say about them."""
         if self._folder is None:
+            return
+        if self._failed:
+            with contextlib.suppress(OSError):  # it tries to write the same row again
+                self._file.close()
             return
         self._file.close()
         self._board.close()
         if in_bucket(self._workdir):
-            files.upload(self._folder, self._workdir)
+            if not self._presence.is_gone():
+                files.upload(self._folder, self._workdir)
             files.remove_folder(self._folder)
 
 
