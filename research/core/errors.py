@@ -21,8 +21,9 @@ class UserError(ValueError):
     """A mistake that the user can mend: `UserError(field, value, constraint)`, or a message that is about no field.
 
     Its text is one line, `field = value constraint`. A constraint that begins with a colon follows at once, and without
-    a value the text is `field constraint`. The command line prints it without a traceback and exits with status 2.
-    Broken invariants of the code itself are `assert`s instead.
+    a value the text is `field constraint`. An origin stands in front with a colon, or without one where the message
+    begins with "is ". The command line prints it without a traceback and exits with status 2. Broken
+    invariants of the code itself are `assert`s instead.
 
     Attributes:
       field: dotted path of the config field, or name of the Python argument; empty where the message is about none.
@@ -49,7 +50,15 @@ class UserError(ValueError):
         subject = field if is_missing else f"{field} = {_printed(self.value)}"
         close = not subject or self.constraint.startswith((":", ","))
         said = f"{subject}{self.constraint}" if close else f"{subject} {self.constraint}"
-        return f"{self.origin}: {said}" if self.origin else said
+        if not self.origin:
+            return said
+        is_predicate = not subject and said.startswith("is ")
+        return f"{self.origin} {said}" if is_predicate else f"{self.origin}: {said}"
+
+    def about(self, field: str, value: Any) -> "UserError":
+        """Returns the error as one about the value of a field; one that names a field of no file stays as it is."""
+        has_field = self.field and not self.origin
+        return self if has_field else UserError(field, value, f": {self}")
 
     def inside(self, group: str, origin: str = "") -> "UserError":
         """Returns the error as it is told from outside: `group` in front of its field, `origin` in front of its own."""

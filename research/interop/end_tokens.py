@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from research.core.errors import UserError
+from research.core.errors import UserError, within
 
 GENERATION = "generation_config.json"
 FIELD = "eos_token_id"
@@ -64,10 +64,8 @@ def generation_config(fields: Mapping[str, Any]) -> bytes:
 
 
 def _named(path: pathlib.Path, values: Mapping[str, Any]) -> tuple[int, ...]:
-    try:
+    with within("", str(path)):
         return end_ids_of(values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:

@@ -100,10 +100,10 @@ def _tokenizer(source: Path, given: str | None) -> Tokenizer:
     if given is not None:
         path = local_path("tokenizer", given)
         return folders.from_folder(path) if path.is_dir() else folders.from_path(path)
-    try:
-        path = folders.find(source if source.is_dir() else source.parent)
-    except UserError as error:
-        raise UserError("tokenizer", constraint=f"is missing: {error}") from error
+    folder = source if source.is_dir() else source.parent
+    path = folders.look_for(folder)
+    if path is None:
+        raise UserError("tokenizer", constraint=f"is missing: {folder} has none of {', '.join(folders.ALL_FILES)}.")
     return folders.from_path(path)
 
 

@@ -67,6 +67,22 @@ def test_a_message_about_no_field_becomes_one_about_its_group():
     assert caught.value.field == ""
 
 
+def test_a_message_that_says_what_a_file_is_follows_its_name():
+    with pytest.raises(UserError, match=r"^a\.json is no list\.$") as caught, within("", "a.json"):
+        raise UserError("is no list.")
+    assert (caught.value.origin, caught.value.constraint) == ("a.json", "is no list.")
+    with pytest.raises(UserError, match=r"^a\.json: the file is no list\.$"), within("", "a.json"):
+        raise UserError("the file is no list.")
+
+
+def test_an_error_of_a_file_is_about_the_field_that_names_it():
+    of_file = UserError("eos", 7, "is no token.", "a.json").about("path", "a.json")
+    assert (of_file.field, of_file.value) == ("path", "a.json")
+    assert str(of_file) == "path = 'a.json': a.json: eos = 7 is no token."
+    assert str(UserError("it is empty.").about("path", "b")) == "path = 'b': it is empty."
+    assert UserError("kind", 7, "is unknown.").about("path", "b").field == "kind"
+
+
 def test_a_field_may_be_told_under_another_name_and_another_field_is_not():
     assert UserError("workdir", "x", "is not a workdir.").text({"workdir": "--workdir"}) == (
         "--workdir = 'x' is not a workdir."

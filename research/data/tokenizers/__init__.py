@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Literal
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, nearest, within
 from research.data.tokenizers import pieces
 from research.data.tokenizers.base import DESCRIPTOR, StreamDecoder, Tokenizer, check_sentinels
 from research.data.tokenizers.byte import ByteTokenizer
@@ -81,7 +81,7 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         path = folders.find(path, folders.FILES[config.kind]) if path.is_dir() else path
         tokenizer = folders.from_path(path, config.kind, config.sentinels)
     except UserError as error:
-        raise UserError("path", config.path, f": {error}") from error
+        raise error.about("path", config.path) from error
     # A model that is trained here reads prompts as its documents begin, whatever another model's tokenizer puts there.
     tokenizer.prompt_frame = None
     return tokenizer
@@ -116,7 +116,8 @@ def load(folder: str | Path) -> Tokenizer:
         known = nearest(kind, [*classes, "huggingface"])
         raise UserError(f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {known}")
     try:
-        tokenizer = classes[kind](*files, **options)
+        with within("", str(folder)):
+            tokenizer = classes[kind](*files, **options)
     except TypeError as error:
         raise UserError(f"{folder / DESCRIPTOR}: options do not fit kind = {kind!r}: {error}.") from error
     tokenizer.chat_templates = templates

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.core.errors import UserError, shown
+from research.core.errors import UserError, shown, within
 from research.data.tokenizers import exports, vocabularies
 from research.data.tokenizers.base import MOST_SENTINELS, ROLES, SENTINEL, Tokenizer
 from research.data.tokenizers.huggingface import HuggingFaceTokenizer, known_specials
@@ -52,7 +52,9 @@ class Settings:
         for role, token in found.items():
             name = token.get("content", 0) if isinstance(token, dict) else token
             if not isinstance(name, str | None):
-                raise UserError(f"beside a tokenizer_config.json whose {role}_token = {shown(token)} is not a token.")
+                raise UserError(
+                    f"is beside a tokenizer_config.json whose {role}_token = {shown(token)} is not a token."
+                )
         return {role: token for role, token in found.items() if token is not None}
 
     def sentinels(self) -> int:
@@ -61,13 +63,14 @@ class Settings:
         for field in ("additional_special_tokens", "extra_special_tokens"):  # transformers 5 calls them so
             listed = self.values.get(field) or ()
             if not isinstance(listed, list | tuple | dict):
-                raise UserError(f"beside a tokenizer_config.json whose {field} = {shown(listed)} is no list of tokens.")
+                value = shown(listed)
+                raise UserError(f"is beside a tokenizer_config.json whose {field} = {value} is no list of tokens.")
             named |= set(map(str, listed))
         count = next(n for n in itertools.count() if SENTINEL.format(n) not in named)
         stated = self.values.get("extra_ids", T5_SENTINELS if _class_name(self.values) == "T5" else 0)
         if type(stated) is not int or not 0 <= stated <= MOST_SENTINELS:
             limit = f"a count up to {MOST_SENTINELS}"
-            raise UserError(f"beside a tokenizer_config.json whose extra_ids = {shown(stated)} is not {limit}.")
+            raise UserError(f"is beside a tokenizer_config.json whose extra_ids = {shown(stated)} is not {limit}.")
         return count or stated
 
     def named_tokens(self) -> dict[str, str]:
@@ -94,10 +97,15 @@ def from_folder(folder: str | pathlib.Path) -> Tokenizer:
 
 def find(folder: pathlib.Path, names: Sequence[str] = ALL_FILES) -> pathlib.Path:
     """Returns the file of a folder from which its tokenizer is read, the first that is there of `names`."""
-    found = next((path for name in names for path in sorted(folder.glob(name))), None)
+    found = look_for(folder, names)
     if found is None:
         raise UserError(f"{folder} holds no tokenizer: it has none of {', '.join(names)}.")
     return found
+
+
+def look_for(folder: pathlib.Path, names: Sequence[str] = ALL_FILES) -> pathlib.Path | None:
+    """Returns what `find` does, or None where the folder has none of the files."""
+    return next((path for name in names for path in sorted(folder.glob(name))), None)
 
 
 def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int = 0) -> Tokenizer:
@@ -121,13 +129,12 @@ def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int 
             f"{path}: tokenizer_class = {settings.values['tokenizer_class']!r} does more than this file says: save it "
             f"with a tokenizer.json."
         )
-    try:
+    merges = _read(path.with_name("merges.txt")) if form == "vocab.json" else b""
+    with within("", str(path)):
         if form == ".model":
             tokenizer = _from_model(data, settings, sentinels)
         else:
-            tokenizer = _from_vocabulary(form, data, path, settings)
-    except UserError as error:
-        raise UserError(f"{path} is {error}") from error
+            tokenizer = _from_vocabulary(form, data, merges, settings)
     tokenizer.chat_templates = settings.chat_templates
     tokenizer.named_tokens = settings.named_tokens()
     tokenizer.prompt_frame = _prompt_frame(tokenizer, settings, is_whole=form == "tokenizer.json")
@@ -152,7 +159,7 @@ def _prompt_frame(
 def _flag(values: Mapping[str, Any], name: str) -> bool | None:
     flag = values.get(name)
     if flag is not None and not isinstance(flag, bool):
-        raise UserError(f"beside a tokenizer_config.json whose {name} = {flag!r} is neither true nor false.")
+        raise UserError(f"is beside a tokenizer_config.json whose {name} = {flag!r} is neither true nor false.")
     return flag
 
 
@@ -167,10 +174,10 @@ def _from_model(data: bytes, settings: Settings, sentinels: int) -> Tokenizer:
     return tokenizer
 
 
-def _from_vocabulary(form: str, data: bytes, path: pathlib.Path, settings: Settings) -> Tokenizer:
+def _from_vocabulary(form: str, data: bytes, merges: bytes, settings: Settings) -> Tokenizer:
     specials = settings.specials()
     if form == "vocab.json":
-        data = vocabularies.from_byte_pairs(data, _read(path.with_name("merges.txt")), specials, settings.values)
+        data = vocabularies.from_byte_pairs(data, merges, specials, settings.values)
     elif form == "vocab.txt":
         data = vocabularies.from_word_pieces(data, specials, settings.values)
     names = {role: vocabularies.token_name(token) for role, token in specials.items()}
@@ -188,7 +195,7 @@ def _check_added(tokenizer: Tokenizer, settings: Settings) -> None:
     ids = tokenizer.control_tokens
     for name, i in settings.added.items():
         if i >= tokenizer.vocab_size or (name in ids and ids[name] != i):
-            raise UserError(f"not whole: it has no {name!r} with id {i}. Save it with a tokenizer.json.")
+            raise UserError(f"is not whole: it has no {name!r} with id {i}. Save it with a tokenizer.json.")
 
 
 def read_settings(folder: pathlib.Path) -> Settings:

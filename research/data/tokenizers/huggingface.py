@@ -44,9 +44,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 token.setdefault("special", False)
             whole = all(type(token["id"]) is int for token in added.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"not a tokenizer.json: {error}.") from error
+            raise UserError(f"is not a tokenizer.json: {error}.") from error
         if not whole:
-            raise UserError("not a tokenizer.json: the id of an added token is no whole number.")
+            raise UserError("is not a tokenizer.json: the id of an added token is no whole number.")
         specials = known_specials(added) if specials is None else specials
         sentinels = _sentinels(added)
         for name in (*specials.values(), *sentinels):
@@ -138,7 +138,7 @@ def _library(content: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"not a tokenizer.json: {error}.") from error
+        raise UserError(f"is not a tokenizer.json: {error}.") from error
     library.no_padding()
     library.no_truncation()
     library.encode_special_tokens = True

@@ -50,7 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, UnicodeDecodeError) as error:  # its own message may hold a damaged piece
-            raise UserError(f"not a SentencePiece model: {' '.join(str(error).split())}.") from error
+            raise UserError(f"is not a SentencePiece model: {' '.join(str(error).split())}.") from error
         check_sentinels(sentinels)
         self._model, self._exact = model, exact
         self._pieces, self._appended = self._processor.get_piece_size(), sentinels

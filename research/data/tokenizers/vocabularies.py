@@ -36,12 +36,12 @@ def from_word_pieces(vocab: bytes, specials: Mapping[str, Any], settings: Mappin
     try:
         lines = vocab.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"not a vocab.txt: {error}.") from error
+        raise UserError(f"is not a vocab.txt: {error}.") from error
     ids = {token: i for i, token in enumerate(lines)}
     specials = known_specials(ids) | specials
     unknown = token_name(specials.get("unk"))
     if unknown not in ids:
-        raise UserError(f"not a vocab.txt of WordPiece: it has no unk_token {unknown or '[UNK]'!r}.")
+        raise UserError(f"is not a vocab.txt of WordPiece: it has no unk_token {unknown or '[UNK]'!r}.")
     tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=MAX_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -71,17 +71,17 @@ def from_byte_pairs(vocab: bytes, merges: bytes, specials: Mapping[str, Any], se
         missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys())
         lines = merges.decode("utf-8").replace("\r\n", "\n").split("\n")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"not a vocab.json with its merges.txt: {error}.") from error
+        raise UserError(f"is not a vocab.json with its merges.txt: {error}.") from error
     if missing:
-        raise UserError(f"not a byte-level vocab.json: {len(missing)} bytes are no tokens, such as {missing[0]!r}.")
+        raise UserError(f"is not a byte-level vocab.json: {len(missing)} bytes are no tokens, such as {missing[0]!r}.")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     wrong = next((pair for pair in pairs if len(pair) != 2), None)
     if wrong is not None:
-        raise UserError(f"not a merges.txt: {' '.join(wrong)!r} is not a pair of tokens.")
+        raise UserError(f"is not a merges.txt: {' '.join(wrong)!r} is not a pair of tokens.")
     try:
         model = models.BPE(ids, pairs, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"not a vocab.json with its merges.txt: {error}.") from error
+        raise UserError(f"is not a vocab.json with its merges.txt: {error}.") from error
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=_flag(settings, "add_prefix_space", False))
     tokenizer.decoder = decoders.ByteLevel()
@@ -96,7 +96,7 @@ def token_name(token: str | Mapping[str, Any] | None) -> str | None:
 def _flag(settings: Mapping[str, Any], name: str, default: bool | None) -> bool | None:
     value = settings.get(name, default)
     if value is not default and not isinstance(value, bool):
-        raise UserError(f"beside a tokenizer_config.json whose {name} = {value!r} is neither true nor false.")
+        raise UserError(f"is beside a tokenizer_config.json whose {name} = {value!r} is neither true nor false.")
     return value
 
 
