@@ -33,7 +33,8 @@ class TrainableConfig:
 
     Attributes:
       select: `all`; `heads` (output projection, its transform and bias, pooler); `last_layers` of each stack; `biases`
-        (whatever is added); `pattern`; `embedding_rows` (of the table of token embeddings).
+        (whatever is added to activations or attention scores, but not the selection biases of experts, which their
+        load moves); `pattern`; `embedding_rows` (of the table of token embeddings).
       num_layers: for `last_layers`: how many, at least 1.
       pattern: for `pattern`: a regular expression that is searched for in a parameter's path, such as
         `attention/(query|key)/`.
@@ -100,6 +101,17 @@ class Partition:
                 leaf = whole[name].astype(leaf.dtype).at[np.array(rows)].set(leaf)
             whole[name] = leaf
         return nested(whole)
+
+    def trained_rows(self, name: str, array: Any) -> Any:
+        """Returns the rows of an array that stand for the trained rows of a parameter; all where it is not cut.
+
+        Args:
+          name: of the parameter.
+          array: has a row for each of the parameter's, as the load of stacked experts has for their selection biases.
+        """
+        rows = None if self.selection is None or name not in self.selection else self.selection[name]
+        # [L, E] -> [n, E] where n of L stacked layers are trained
+        return array if rows is None else array[np.array(rows)]
 
     def _cast(self, array: Any) -> Any:
         if self.frozen_dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):

@@ -85,9 +85,7 @@ class Program:
 
         def whole(trainable: Any, like: Any) -> Any:
             params = self.partition.merge(trainable, frozen)
-            return jax.tree.map(
-                lambda leaf, to: leaf if leaf.dtype == to.dtype else leaf.astype(to.dtype), params, like
-            )
+            return jax.tree.map(lambda leaf, to: _as_type(leaf, to.dtype), params, like)
 
         if self.partition is EVERYTHING:
             return state
@@ -146,6 +144,7 @@ def build_program(
         optimizer,
         learning_rate,
         key_for(train.seed, "dropout"),
+        partition=partition,
         expert_bias_speed=expert_bias_speed,
         clip_norm=optim.clip_norm,
         ema_decay=optim.ema_decay,
@@ -180,6 +179,7 @@ def _abstract_saved(init: Init, state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def _as_type(array: Any, dtype: Any) -> Any:
+    """Returns an array in a type; it is not copied where it has that type."""
     return array if array.dtype == dtype else array.astype(dtype)
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from research.core.random import step_key
 from research.data.batch import Batch
-from research.optim.balancing import balance_experts
+from research.optim.balancing import balance_experts, selection_bias
 from research.parallel.rules import process_columns
+from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
@@ -100,6 +101,7 @@ def make_train_step(
     learning_rate: Callable[[Any], Float[Array, ""]],
     key: jax.Array,
     *,
+    partition: Partition = EVERYTHING,
     expert_bias_speed: float = 0.0,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
@@ -116,6 +118,7 @@ def make_train_step(
       optimizer: applied to the gradient.
       learning_rate: that the optimizer's next update takes, told from the optimizer's state; for the log.
       key: root of the run's dropout; each step's key is a function of it and the step.
+      partition: which parameters are trained: the load of stacked experts is cut as their selection biases are.
       expert_bias_speed: how far a step moves the biases of the choice of experts towards an even load.
       clip_norm: largest global norm of the gradient, or None.
       ema_decay: of the averaged parameters, where the state has them.
@@ -135,7 +138,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if expert_bias_speed:
-            params = balance_experts(params, report.expert_load, expert_bias_speed)
+            load = report.expert_load
+            load = {path: partition.trained_rows(selection_bias(path), of_all) for path, of_all in load.items()}
+            params = balance_experts(params, load, expert_bias_speed)
         ema = None if state.ema is None else _moved_average(state.ema, params, ema_decay)
 
         rate = jnp.asarray(learning_rate(state.opt_state), jnp.float32)

@@ -17,7 +17,8 @@ from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
-from research.training.language_model import language_model_program
+from research.training.language_model import LanguageModelLoss, language_model_program
+from research.training.partition import TrainableConfig
 from research.training.step import place_batch
 from tests.parallel.training_test import LENGTH, ROWS, begin, host_batch
 from tests.tiny import tiny_config
@@ -133,6 +134,28 @@ def test_two_devices_microbatches_and_a_loop_move_it_alike():
     params, _ = run(dataclasses.replace(MODEL, layer_loop="scan"), 3, (2, 1, 1), accumulation=2)
     for found, expected in zip(params, alone()[0], strict=False):
         np.testing.assert_array_equal(bias(found), bias(expected))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_biases_of_the_last_layers_of_a_scanned_stack_follow_the_load_of_their_own_layers(count: int):
+    model = dataclasses.replace(MODEL, num_layers=3, layer_loop="scan")
+    options = {"batch_size": ROWS, "sequence_length": LENGTH}
+    config = TrainConfig(steps=STEPS, trainable=TrainableConfig("last_layers", num_layers=count), **options)
+    program = language_model_program(model, OptimConfig(), config, MeshConfig(), jax.devices()[:1])
+    state, frozen = program.begin(None, jax.random.key(0))
+    first = program.merge(state, frozen).params
+    batch = place_batch(host_batch(0), program.batch)
+    _, report = jax.jit(LanguageModelLoss(model).sums)(first, {}, batch, None)
+    load = np.asarray(report.expert_load["layers/mlp"])
+
+    state, _ = program.compile_train_step()(state, frozen, batch)
+
+    # [3 layers, 8 experts], of which the last `count` layers are trained
+    expected = SPEED * np.sign(load.mean(axis=-1, keepdims=True) - load)
+    assert len({tuple(row) for row in expected}) == 3
+    expected[:-count] = 0
+    moved = program.merge(state, frozen).params["layers"]["mlp"]["selection_bias"]
+    np.testing.assert_allclose(moved, expected, atol=1e-6)
 
 
 def test_state_is_that_of_a_run_without_it():

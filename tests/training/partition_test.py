@@ -112,6 +112,21 @@ def test_a_saved_state_is_taken_apart_as_it_was(trainable: TrainableConfig):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_a_saved_state_of_a_later_step_keeps_the_average_apart_from_the_parameters():
+    program, _, saved, state = trained(TrainableConfig("embedding_rows", rows=(3, 40)), ema=True)
+    assert int(state.step) == STEPS
+    assert changed(state.params, state.ema) == ["embed/embedding"]  # so that one in the place of the other is seen
+
+    for whole, part in ((saved.params, state.params), (saved.ema, state.ema)):
+        rows = np.asarray(whole["embed"]["embedding"])[[3, 40]]
+        np.testing.assert_array_equal(rows, np.asarray(part["embed"]["embedding"]))
+    again, frozen = program.split(saved)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), again, state)
+    untrained = {name: leaf for name, leaf in named_leaves(frozen).items() if name != "embed/embedding"}
+    for name, leaf in untrained.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(named_leaves(saved.params)[name]), err_msg=name)
+
+
 def selected(config: TrainableConfig, model: ModelConfig) -> dict[str, Any]:
     selection = build_partition(config, abstract_params(model)).selection
     assert selection is not None
