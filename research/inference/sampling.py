@@ -24,7 +24,8 @@ class SamplingConfig:
       top_k: keeps the k likeliest tokens, and those as likely as the last of them; 0 keeps all.
       top_p: keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
       min_p: keeps tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
-      repetition_penalty: above 1 makes tokens that stand in the text already less likely.
+      repetition_penalty: above 1 makes tokens that stand in the text already less likely; in [1e-30, 1e30], so that
+        penalized logits stay finite in float32.
       seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers, and 0 after the last.
       stop: strings that end a text; they are not part of it.
     """
@@ -45,7 +46,7 @@ class SamplingConfig:
             ("top_k", self.top_k >= 0, "not be below 0"),
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "lie in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
+            ("repetition_penalty", 1e-30 <= self.repetition_penalty <= 1e30, "lie in [1e-30, 1e30]"),
             ("seed", 0 <= self.seed < SEEDS, f"lie in [0, {SEEDS})"),
             ("stop", all(self.stop), "hold no empty string"),
         ):
@@ -70,14 +71,15 @@ class SamplingParams:
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig]) -> "SamplingParams":
         """Returns the settings of rows with these configs."""
-        # A temperature that float32 rounds to 0 is low, but not greedy.
-        lowest = float(np.finfo(np.float32).tiny)
-        temperatures = [max(c.temperature, lowest) if c.temperature > 0 else 0.0 for c in configs]
+        # A temperature that float32 rounds to 0 is low, but not greedy; one that it rounds to infinity is high.
+        lowest, highest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+        temperatures = [min(max(c.temperature, lowest), highest) if c.temperature > 0 else 0.0 for c in configs]
         return cls(
             temperature=jnp.asarray(temperatures, jnp.float32),
             # A row has no more ids than an int32 counts.
             top_k=jnp.asarray([min(c.top_k, np.iinfo(np.int32).max) for c in configs], jnp.int32),
-            top_p=jnp.asarray([c.top_p for c in configs], jnp.float32),
+            # At 0 no token would stay, not even the likeliest.
+            top_p=jnp.asarray([max(c.top_p, lowest) for c in configs], jnp.float32),
             min_p=jnp.asarray([c.min_p for c in configs], jnp.float32),
             repetition_penalty=jnp.asarray([c.repetition_penalty for c in configs], jnp.float32),
         )

@@ -117,6 +117,21 @@ def test_the_likeliest_always_stays():
     assert kept(logits, top_k=1, top_p=1e-6, min_p=1.0) == {1}
 
 
+@pytest.mark.parametrize("p", [1e-30, 1e-39, 1e-46])
+def test_the_likeliest_stays_at_a_top_p_that_float32_rounds_to_zero(p: float):
+    assert kept(LOGITS, top_p=p) == {3}
+    assert set(np.asarray(draws(LOGITS, NONE_SEEN, SamplingConfig(top_p=p), 16))) == {3}
+
+
+def test_a_row_without_top_p_is_bitwise_untouched_beside_one_with_it():
+    # The first token's probability is 1 in float32, so the sum before each of the others is not below a top_p of 1.
+    logits = np.full((2, 50_000), -40.0, np.float32)
+    logits[:, 7] = 0.0
+    found = np.asarray(cut(logits, SamplingParams.of([SamplingConfig(), SamplingConfig(top_p=0.5)])))
+    assert found[0].tobytes() == logits[0].tobytes()
+    assert np.flatnonzero(np.isfinite(found[1])).tolist() == [7]
+
+
 def test_penalty_lowers_seen_tokens_of_either_sign():
     logits, seen = jnp.array([[2.0, -2.0, 2.0, 0.0]]), jnp.array([[True, True, False, True]])
     np.testing.assert_allclose(penalize(logits, seen, jnp.array([1.25])), [[1.6, -2.5, 2.0, 0.0]])
@@ -147,6 +162,15 @@ def test_greedy_takes_the_likeliest():
     assert set(np.asarray(draws(LOGITS, NONE_SEEN, SamplingConfig(temperature=0.0), 16))) == {3}
     penalized = SamplingConfig(temperature=0.0, repetition_penalty=4.0)
     assert set(np.asarray(draws(LOGITS, np.arange(5) == 3, penalized, 16))) == {0}
+
+
+@pytest.mark.parametrize(("penalty", "likeliest"), [(1e-30, 0), (1e30, 3)])
+@pytest.mark.parametrize("shift", [0.0, -100.0])
+def test_the_outermost_penalties_keep_logits_finite(penalty: float, likeliest: int, shift: float):
+    seen, config = np.arange(5) < 2, SamplingConfig(temperature=0.0, repetition_penalty=penalty)
+    logits, penalties = LOGITS + np.float32(shift), SamplingParams.of([config]).repetition_penalty
+    assert np.isfinite(penalize(jnp.asarray(logits[None]), jnp.asarray(seen[None]), penalties)).all()
+    assert set(np.asarray(draws(logits, seen, config, 4))) == {likeliest}
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-39, 1e-50])
@@ -202,6 +226,9 @@ def test_draw_of_a_sequence_depends_on_its_key_and_position_alone():
         ("top_p", 0.0),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e39),
+        ("repetition_penalty", 1e-46),
+        ("repetition_penalty", float("nan")),
         ("seed", -1),
         ("seed", 2**64),
         ("stop", ("a", "")),
