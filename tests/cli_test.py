@@ -59,6 +59,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("checkpoint.keep=0", "checkpoint.keep = 0 must be at least 1"),
         ("data.sources.0.path=/nowhere", "data.sources.0.path = '/nowhere' matches no file"),
         ("data.sources.0.heldout_fraction=0", "no document is held out"),
+        ("model.param_dtype=bfloat16", "optim.ema_decay = 0.9 needs model.param_dtype = 'float32'"),
         ("data.sources.1.path=x", "not an index below 1"),
     ],
 )

@@ -29,7 +29,7 @@ class OptimConfig:
       beta2: decay of the second moment of AdamW, Lion and Muon's rest; Adafactor has its own course.
       epsilon: added to the root of the second moment, of AdamW and Muon.
       clip_norm: gradients of a larger global norm are scaled down to it; None leaves them.
-      ema_decay: of the averaged parameters that evaluation reads; None keeps no average.
+      ema_decay: of the averaged parameters that evaluation reads; None keeps no average. It needs float32 parameters.
     """
 
     name: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = "adamw"

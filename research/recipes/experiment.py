@@ -60,6 +60,12 @@ class ExperimentConfig:
                 self.train.sequence_length,
                 f"is longer than model.max_length = {self.model.max_length}.",
             )
+        if self.optim.ema_decay is not None and self.model.param_dtype == "bfloat16":
+            raise UserError(
+                "optim.ema_decay",
+                self.optim.ema_decay,
+                "needs model.param_dtype = 'float32': in bfloat16 an average's small steps are rounded away.",
+            )
 
 
 def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
