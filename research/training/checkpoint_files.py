@@ -106,6 +106,8 @@ def check_architecture(
 ) -> None:
     """Raises UserError, naming the first array that differs, when a checkpoint holds other arrays than `wanted`.
 
+    Where all that differs is the optimizer's, the message says so: the model is the same one.
+
     Args:
       folder: of the checkpoint, for the message.
       manifest: its content.
@@ -114,12 +116,20 @@ def check_architecture(
     """
     here = {name: _show(shape.shape, shape.dtype) for name, shape in wanted.items()}
     there = {name: _show(array["shape"], array["dtype"]) for name, array in manifest["arrays"].items()}
-    for name in [*here, *(there if whole else ())]:
-        if name in here and name in there and here[name] == there[name]:
-            continue
-        has = f"is {there[name]} in it" if name in there else "is not in it"
-        wants = here.get(name, "no such array")
-        raise UserError(f"{folder} is of another architecture: {name} {has}; the config wants {wants}.")
+    names = dict.fromkeys([*here, *(there if whole else ())])
+    different = [name for name in names if name not in here or name not in there or here[name] != there[name]]
+    if not different:
+        return
+    name = different[0]
+    has = f"is {there[name]} in it" if name in there else "is not in it"
+    wants = here.get(name, "no such array")
+    differs = f"{name} {has}; the config wants {wants}"
+    if all(name.startswith("opt_state/") for name in different):
+        raise UserError(
+            f"{folder} has this model's parameters, but its optimizer's state is grouped otherwise (by an older "
+            f"version, another optimizer or another train.trainable), so train cannot resume it: {differs}."
+        )
+    raise UserError(f"{folder} is of another architecture: {differs}.")
 
 
 def read_arrays(

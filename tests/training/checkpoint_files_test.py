@@ -217,6 +217,22 @@ def test_another_architecture_is_an_error_that_names_the_first_difference(copy, 
     assert "\n" not in found
 
 
+def grouped_otherwise(state):
+    """As where the optimizer takes one parameter into another of its groups."""
+    mu = dict(state.opt_state[0].mu)
+    del mu["embed"]
+    return state.replace(opt_state=(state.opt_state[0]._replace(mu=mu), *state.opt_state[1:]))
+
+
+def test_an_optimizer_state_that_is_grouped_otherwise_is_not_called_another_architecture(copy):
+    workdir, state = copy
+    found = outcome(workdir, grouped_otherwise(state))
+    assert "checkpoints/10 has this model's parameters, but its optimizer's state is grouped otherwise" in found
+    assert "so train cannot resume it: opt_state/0/mu/embed is bfloat16[96, 8] in it; the config wants no such" in found
+    assert "another architecture" not in found
+    assert "\n" not in found
+
+
 def test_a_later_format_is_an_error(copy, monkeypatch):
     workdir, state = copy
     monkeypatch.setattr("research.training.checkpoint_files.FORMAT", 2)
