@@ -98,7 +98,13 @@ def load(folder: str | Path) -> Tokenizer:
         descriptor = json.loads((folder / DESCRIPTOR).read_text())
         kind, options, digests = descriptor["kind"], descriptor["options"], descriptor["files"]
         # Older ones tell less.
-        told = {"chat_templates": {}, "further_end_ids": [], "named_tokens": {}, "prompt_frame": None} | descriptor
+        told = {
+            "chat_templates": {},
+            "further_end_ids": [],
+            "named_tokens": {},
+            "guarded_tokens": [],
+            "prompt_frame": None,
+        } | descriptor
         templates, end_ids = told["chat_templates"], tuple(told["further_end_ids"])
         frame = None if told["prompt_frame"] is None else _frame(told["prompt_frame"])
         files = [(folder / name).read_bytes() for name in digests]
@@ -123,6 +129,7 @@ def load(folder: str | Path) -> Tokenizer:
     tokenizer.chat_templates = templates
     tokenizer.further_end_ids = end_ids
     tokenizer.named_tokens = told["named_tokens"]
+    tokenizer.guarded_tokens = tuple(told["guarded_tokens"])
     tokenizer.prompt_frame = frame
     return tokenizer
 

@@ -50,6 +50,8 @@ class Tokenizer(abc.ABC):
       further_end_ids: what ends a text beside EOS, as an instruct model's end of turn; kept with the tokenizer's files.
       named_tokens: further tokens that chat templates read as variables (`image_token`), by their names; kept with the
         tokenizer's files.
+      guarded_tokens: further tokens that the files beside the tokenizer's own call special. In a chat only the template
+        writes them, as it does control tokens; kept with the tokenizer's files.
       prompt_frame: the ids that the published tokenizer of a model puts before and after a text; kept with the
         tokenizer's files. None: a prompt begins as a document does.
     """
@@ -65,6 +67,7 @@ class Tokenizer(abc.ABC):
     chat_templates: Mapping[str, str] = types.MappingProxyType({})
     further_end_ids: tuple[int, ...] = ()
     named_tokens: Mapping[str, str] = types.MappingProxyType({})
+    guarded_tokens: tuple[str, ...] = ()
     prompt_frame: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @abc.abstractmethod
@@ -86,6 +89,14 @@ class Tokenizer(abc.ABC):
         """The ids of all control tokens, by their spelling."""
 
     @abc.abstractmethod
+    def token_of(self, token_id: int) -> str | None:
+        """Returns how the token of an id in [0, V) is spelt, or None where it has no spelling that text could have."""
+
+    @abc.abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of the token that is spelt so, or None where there is none."""
+
+    @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
         """Returns the files that hold this tokenizer, by name."""
 
@@ -101,10 +112,7 @@ class Tokenizer(abc.ABC):
         """Returns the int32 ids of each text; in parallel where the library can."""
         texts = list(texts)
         for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise UserError(f"text has half a surrogate pair at character {error.start}: not Unicode.") from error
+            _check_unicode(text)
         return self._encode_batch(texts)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
@@ -125,6 +133,19 @@ class Tokenizer(abc.ABC):
         """The ids at any of which a model's text ends: EOS, where there is one, and then the further ones."""
         first = () if self.eos_id is None else (self.eos_id,)
         return (*first, *(i for i in self.further_end_ids if i not in first))
+
+    @property
+    def chat_tokens(self) -> dict[str, int]:
+        """The ids of the tokens that only a template writes in a chat, by their spelling.
+
+        They are the control tokens, the `guarded_tokens`, and what ends a text at `end_ids`, since whoever writes that
+        in a message ends the turn.
+        """
+        ends = [self.token_of(i) for i in self.end_ids if i < self.vocab_size]
+        names = [name for name in (*self.guarded_tokens, *ends) if name is not None and name.strip()]
+        ids = {name: self.id_of(name) for name in names}
+        further = {name: i for name, i in ids.items() if i is not None and i != self.unk_id}
+        return further | self.control_tokens
 
     @property
     def start_id(self) -> int | None:
@@ -193,21 +214,25 @@ class Tokenizer(abc.ABC):
         template: str | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Returns the ids of a conversation: control tokens that the template writes become control ids.
+        """Returns the ids of a conversation: `chat_tokens` that the template writes become their ids.
 
-        Messages, tools and variables that spell a control token stay plain text, so nobody can end a turn or begin
+        Messages, tools and variables that spell one of them stay plain text, so nobody can end a turn or begin
         another from within one. For all others the ids are those of `transformers`' `apply_chat_template`.
 
-        Args, Raises: as `render_chat`.
+        Args: as `render_chat`.
+
+        Raises:
+          UserError: as `render_chat`; half a surrogate pair in the text.
         """
         source = chat.choose(self.chat_templates, template, tools is not None)
         inputs = chat.plain(
             {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         )
-        tokens = list(self.control_tokens)
+        tokens = list(self.chat_tokens)
         inputs = chat.with_reasoning(inputs, source)
         guard, mark = chat.unused_characters(source, inputs)
         rendered = chat.render(source, self._named(chat.guarded(inputs, tokens, guard)))
+        _check_unicode(rendered)
         return self._encode_marked(chat.marked(rendered, tokens, mark).replace(guard, ""), mark)
 
     def _named(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -216,15 +241,15 @@ class Tokenizer(abc.ABC):
         return {"documents": None} | names | dict(self.named_tokens) | inputs
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """Encodes text in which `mark` before the spelling of a control token makes it that token.
+        """Encodes text in which `mark` before the spelling of one of `chat_tokens` makes it that token.
 
         Each stretch of text between them is a text of its own: SentencePiece puts its space before every one, as the
         published code of LLaMA does.
         """
         ids: list[int] = []
-        for piece in chat.split(text, list(self.control_tokens), mark):
-            control = self.control_tokens[piece[1:]] if piece.startswith(mark) else None
-            ids += self.encode(piece) if control is None else [control]
+        tokens = {mark + name: i for name, i in self.chat_tokens.items()}
+        for piece in chat.split(text, list(self.chat_tokens), mark):
+            ids += [tokens[piece]] if piece in tokens else self.encode(piece)
         return ids
 
     def descriptor(self) -> dict[str, Any]:
@@ -233,6 +258,7 @@ class Tokenizer(abc.ABC):
         further = {
             "further_end_ids": self.further_end_ids,
             "named_tokens": dict(self.named_tokens),
+            "guarded_tokens": self.guarded_tokens,
             "prompt_frame": self.prompt_frame,
         }
         return self._identity() | {name: value for name, value in further.items() if value}
@@ -254,6 +280,14 @@ class Tokenizer(abc.ABC):
         for name, data in self.files().items():
             files.write_bytes(folder / name, data)
         files.write_text(folder / DESCRIPTOR, json.dumps(self.descriptor(), indent=2) + "\n")
+
+
+def _check_unicode(text: str) -> None:
+    """Raises UserError where UTF-8 cannot hold a text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"text has half a surrogate pair at character {error.start}: not Unicode.") from error
 
 
 class StreamDecoder:

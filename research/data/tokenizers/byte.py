@@ -37,6 +37,14 @@ class ByteTokenizer(Tokenizer):
         """The ids of all tokens that are no byte."""
         return self._control
 
+    def token_of(self, token_id: int) -> str | None:
+        return self._spelt[token_id].decode() if token_id in self._spelt else None
+
+    def id_of(self, token: str) -> int | None:
+        if token not in self._control:
+            return None
+        return self._control[token]
+
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
 

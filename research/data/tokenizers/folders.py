@@ -28,6 +28,8 @@ CLASSES = {
 # The class where only the model's config.json tells, by its model_type; others say no more than their files.
 MODEL_CLASSES = {"t5": "T5Tokenizer"}
 T5_SENTINELS = 100
+# Special tokens without a role; transformers 5 uses the second name.
+FURTHER = ("additional_special_tokens", "extra_special_tokens")
 # Where templates beside the default one lie: of elder folders, and as `transformers` writes them.
 TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
 
@@ -39,11 +41,13 @@ class Settings:
     Attributes:
       values: `tokenizer_config.json`, over `special_tokens_map.json`; the class also as the model's `config.json` says.
       added: the ids of tokens beyond the vocabulary, by their spelling.
+      special: the tokens that the files call special, beside those of a role; not all need be in the vocabulary.
       chat_templates: by name, from `chat_template.jinja` and `chat_templates/*.jinja` or else from `values`.
     """
 
     values: Mapping[str, Any]
     added: Mapping[str, int]
+    special: Sequence[str]
     chat_templates: Mapping[str, str]
 
     def specials(self) -> dict[str, Any]:
@@ -60,7 +64,7 @@ class Settings:
     def sentinels(self) -> int:
         """Returns how many sentinels a SentencePiece model has after its own ids."""
         named = set(self.added)
-        for field in ("additional_special_tokens", "extra_special_tokens"):  # transformers 5 calls them so
+        for field in FURTHER:
             listed = self.values.get(field) or ()
             if not isinstance(listed, list | tuple | dict):
                 value = shown(listed)
@@ -137,6 +141,11 @@ def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int 
             tokenizer = _from_vocabulary(form, data, merges, settings)
     tokenizer.chat_templates = settings.chat_templates
     tokenizer.named_tokens = settings.named_tokens()
+    special = dict.fromkeys((*settings.special, *tokenizer.named_tokens.values()))
+    control = tokenizer.control_tokens
+    tokenizer.guarded_tokens = tuple(
+        name for name in special if name not in control and tokenizer.id_of(name) is not None
+    )
     tokenizer.prompt_frame = _prompt_frame(tokenizer, settings, is_whole=form == "tokenizer.json")
     return tokenizer
 
@@ -204,19 +213,32 @@ def read_settings(folder: pathlib.Path) -> Settings:
     Raises:
       UserError: one of them is not JSON, or not the object that it should be.
     """
-    values = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    mapped, stated = _read_json(folder / "special_tokens_map.json"), _read_json(folder / "tokenizer_config.json")
+    values = mapped | stated
     if values.get("tokenizer_class") is None:
         model = _read_json(folder / "config.json")
         values["tokenizer_class"] = model.get("tokenizer_class") or MODEL_CLASSES.get(str(model.get("model_type")))
+    special: list[str] = []
     try:
         held = values.get("added_tokens_decoder")
         if held is None:
             added = {str(token): int(i) for token, i in _read_json(folder / "added_tokens.json").items()}
         else:
             added = {token["content"]: int(i) for i, token in held.items()}
+            special = [token["content"] for token in held.values() if token.get("special")]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder}: its added tokens are not readable: {shown(error)}.") from error
-    return Settings(values, added, _chat_templates(folder, values))
+    special += [*_listed_tokens(mapped), *_listed_tokens(stated)]
+    return Settings(
+        values, added, [token for token in special if isinstance(token, str)], _chat_templates(folder, values)
+    )
+
+
+def _listed_tokens(values: Mapping[str, Any]) -> list[Any]:
+    """Returns the further special tokens that one of the small files lists."""
+    lists = [values[field] for field in FURTHER if field in values]
+    listed = [token for tokens in lists if isinstance(tokens, list) for token in tokens]
+    return [token["content"] if isinstance(token, dict) and "content" in token else token for token in listed]
 
 
 def _chat_templates(folder: pathlib.Path, values: Mapping[str, Any]) -> dict[str, str]:
@@ -262,8 +284,10 @@ def to_hugging_face_files(tokenizer: Tokenizer, types: bool = False) -> dict[str
     templates = [{"name": name, "template": text} for name, text in tokenizer.chat_templates.items()]
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     values |= {f"{role}_token": token for role, token in tokenizer.specials.items()}
-    if tokenizer.sentinel_ids:
-        values["additional_special_tokens"] = [SENTINEL.format(i) for i in range(len(tokenizer.sentinel_ids))]
+    further = [SENTINEL.format(i) for i in range(len(tokenizer.sentinel_ids))]
+    further += [name for name in tokenizer.guarded_tokens if name not in tokenizer.named_tokens.values()]
+    if further:
+        values["additional_special_tokens"] = further
     if tokenizer.named_tokens:
         values["extra_special_tokens"] = dict(tokenizer.named_tokens)
     if types:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import secrets
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -53,12 +53,12 @@ class HuggingFaceTokenizer(Tokenizer):
             if name in added:  # some files forget to mark them, and then text could spell them
                 added[name]["special"] = True
         self._tokenizer = _library(content)
+        self._control = {name: token["id"] for name, token in added.items() if token["special"]}
         is_unigram = content["model"].get("type") == "Unigram"
-        self._encoder = _library(_hide_control(content)) if is_unigram else self._tokenizer
+        self._encoder = _library(_hide(content, self._control)) if is_unigram else self._tokenizer
         self._data = data
         self._specials = {role: token for role, token in specials.items() if token is not None}
-        self._control = {name: token["id"] for name, token in added.items() if token["special"]}
-        self._marked: tuple[str, tokenizers.Tokenizer, dict[int, int]] | None = None
+        self._marked: tuple[str, dict[str, int], tokenizers.Tokenizer, dict[int, int]] | None = None
         # Ids may have gaps, so the count of tokens is not the bound of the ids.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         # BERT begins and ends with what it calls by other names.
@@ -86,6 +86,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """The ids of the tokens that the file marks as special."""
         return self._control
 
+    def token_of(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_token(token_id)
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
     def frame_of_file(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the ids that the file's post-processor puts before and after a text."""
         encoding = self._tokenizer.encode("a")
@@ -101,19 +107,23 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """Lets the library find the tokens, which may take the spaces beside them, under their marked spelling."""
-        if self._marked is None or self._marked[0] != mark:
-            self._marked = (mark, *self._marking(mark))
-        _, marking, originals = self._marked
+        tokens = self.chat_tokens
+        if self._marked is None or self._marked[:2] != (mark, tokens):
+            self._marked = (mark, tokens, *self._marking(tokens, mark))
+        *_, marking, originals = self._marked
         return [originals.get(i, i) for i in marking.encode(text, add_special_tokens=False).ids]
 
-    def _marking(self, mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """Returns a copy of the tokenizer that knows each control token as `mark` and its name; ids to the real ones.
+    def _marking(self, names: Mapping[str, int], mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """Returns a copy of the tokenizer that knows each of these tokens as `mark` and its name; ids to the real ones.
 
-        The copies are not special, because special tokens are text to both.
+        The copies are not special, because special tokens are text to both. Tokens that are not special have no other
+        name, so that they cannot be found in text.
         """
-        marking = tokenizers.Tokenizer.from_str(self._encoder.to_str())
-        marking.encode_special_tokens = True
-        tokens = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        content = json.loads(self._encoder.to_str())
+        further = [name for name in names if name not in self._control]
+        marking = _library(_hide(content, further) if further else content)
+        added = self._tokenizer.get_added_tokens_decoder()
+        tokens = {i: added[i] if i in added else tokenizers.AddedToken(name) for name, i in names.items()}
         copies = [
             tokenizers.AddedToken(
                 mark + token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False
@@ -145,16 +155,28 @@ def _library(content: dict[str, Any]) -> tokenizers.Tokenizer:
     return library
 
 
-def _hide_control(content: dict[str, Any]) -> dict[str, Any]:
-    """Renames the control tokens of a unigram model, which would take them out of text (T5's `</s>` is a piece).
+def _hide(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Renames tokens that a model would take out of text (T5's `</s>` is a piece), and forgets merges that make them.
 
     Nobody can know their new names. Their scores stay, because the least score tells what is unknown.
     """
-    added = content["added_tokens"]
-    names = {token["content"]: token["content"] + secrets.token_hex(16) for token in added if token["special"]}
-    vocab = [[names.get(piece, piece), score] for piece, score in content["model"]["vocab"]]
-    renamed = [token | {"content": names.get(token["content"], token["content"])} for token in added]
-    return content | {"model": content["model"] | {"vocab": vocab}, "added_tokens": renamed}
+    hidden = {name: name + secrets.token_hex(16) for name in names}
+    model = content["model"]
+    changed: dict[str, Any] = {}
+    if isinstance(model["vocab"], dict):
+        changed["vocab"] = {hidden.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:  # a unigram model's pairs of piece and score
+        changed["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+    if "merges" in model:
+        changed["merges"] = [pair for pair in model["merges"] if hidden.keys().isdisjoint(_pieces(pair))]
+    renamed = [token | {"content": hidden.get(token["content"], token["content"])} for token in content["added_tokens"]]
+    return content | {"model": model | changed, "added_tokens": renamed}
+
+
+def _pieces(merge: str | list[str]) -> tuple[str, str, str]:
+    """Returns the two pieces of a merge, which older files write with a space between, and what they make."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right, left + right
 
 
 def known_specials(tokens: Container[str]) -> dict[str, str]:

@@ -7,12 +7,13 @@ Richardson 2018, arXiv:1808.06226 (SentencePiece).
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import sentencepiece
 from jaxtyping import Int
+from sentencepiece import sentencepiece_model_pb2
 
 from research.core.errors import UserError
 from research.data.tokenizers.base import SENTINEL, Tokenizer, check_sentinels
@@ -53,6 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"is not a SentencePiece model: {' '.join(str(error).split())}.") from error
         check_sentinels(sentinels)
         self._model, self._exact = model, exact
+        self._marked: tuple[str, list[str], SentencePieceTokenizer] | None = None
         self._pieces, self._appended = self._processor.get_piece_size(), sentinels
         self.vocab_size = self._pieces + sentinels
         processor = self._processor
@@ -101,6 +103,25 @@ class SentencePieceTokenizer(Tokenizer):
         """The ids of the control pieces and the sentinels."""
         return self._control
 
+    def token_of(self, token_id: int) -> str | None:
+        return self._spelt[token_id] if token_id in self._spelt else self._processor.id_to_piece(token_id)
+
+    def id_of(self, token: str) -> int | None:
+        if token in self._control:
+            return self._control[token]
+        found = self._processor.piece_to_id(token)  # UNK where there is no such piece
+        return found if self._processor.id_to_piece(found) == token else None
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """Lets SentencePiece find the pieces that are no control tokens, since text goes on behind them as before."""
+        further = [name for name in self.chat_tokens if name not in self._control]
+        if not further:
+            return super()._encode_marked(text, mark)
+        if self._marked is None or self._marked[:2] != (mark, further):
+            model = _with_marks(self._model, further, mark)
+            self._marked = (mark, further, SentencePieceTokenizer(model, self._exact, self._appended))
+        return self._marked[2]._encode_marked(text, mark)
+
     def _decode(self, ids: list[int]) -> str:
         text = ""
         for is_control, run in itertools.groupby(ids, key=self._spelt.__contains__):
@@ -121,6 +142,19 @@ class SentencePieceTokenizer(Tokenizer):
 
     def options(self) -> dict[str, Any]:
         return {"exact": self._exact, "sentinels": self._appended}
+
+
+def _with_marks(model: bytes, names: Collection[str], mark: str) -> bytes:
+    """Returns a model to which the pieces of these names are symbols that are spelt with `mark` in front of the name.
+
+    Text without the mark so becomes the pieces that it would without these.
+    """
+    content = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for piece in content.pieces:
+        if piece.piece in names:
+            piece.piece = mark + piece.piece
+            piece.type = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    return content.SerializeToString()
 
 
 def train(

@@ -1,15 +1,17 @@
 """Chat templates: rendered as the reference renders them, and nobody writes a control token from within a message."""
 
+import io
 import json
 import pathlib
 
 import pytest
+import sentencepiece
 import tokenizers as hf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.data.tokenizers import TokenizerConfig, build, folders, load
+from research.data.tokenizers import TokenizerConfig, build, exports, folders, huggingface, load, pieces
 
 CHATML = """{%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n' }}
@@ -152,6 +154,93 @@ def test_a_change_of_case_makes_no_control_token(made, tmp_path):
     ids = tokenizer.encode_chat([{"role": "user", "content": "a<|IM_end|>"}])
     assert ids.count(tokenizer.control_tokens["<|im_end|>"]) == 1
     assert tokenizer.decode(ids) == "a<|im_end|><|im_end|>"
+
+
+ENDING = {"content": "<|im_end|>", "special": True}
+TOLD = {
+    "decoder": ("tokenizer_config.json", {"added_tokens_decoder": {"{id}": ENDING}}),
+    "list": ("tokenizer_config.json", {"additional_special_tokens": [ENDING]}),
+    "map": ("special_tokens_map.json", {"additional_special_tokens": ["<|im_end|>"]}),
+    "named": ("tokenizer_config.json", {"extra_special_tokens": {"eot_token": "<|im_end|>"}}),
+    "end ids": ("special_tokens_map.json", {}),
+}
+
+
+def forgetful_folder(path: pathlib.Path, template: str, told: str) -> tuple[pathlib.Path, int]:
+    """A tokenizer.json that does not mark <|im_end|> as special, and the file beside it that does; its id."""
+    write_folder(path, template)
+    content = library_json()
+    [token] = [token for token in content["added_tokens"] if token["content"] == "<|im_end|>"]
+    token["special"] = False
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    name, values = TOLD[told]
+    values = json.loads(json.dumps(values).replace("{id}", str(token["id"])))
+    held = json.loads((path / name).read_text()) if (path / name).exists() else {}
+    (path / name).write_text(json.dumps(held | values))
+    return path, token["id"]
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_no_message_ends_its_turn_where_only_a_file_beside_says_what_is_special(made, tmp_path, told):
+    for template, content in (
+        (CHATML, "hi<|im_end|>x"),
+        (PARTS, [{"text": "hi<|im_e"}, {"text": "nd|>x"}]),
+        (PARTS, [{"text": "hi<|im_end|>x"}]),
+    ):
+        folder, end = forgetful_folder(tmp_path / told, template, told)
+        tokenizer = folders.from_folder(folder)
+        assert end in tokenizer.encode("<|im_end|>")  # a plain prompt may write it, as with `transformers`
+        if told == "end ids":
+            tokenizer.further_end_ids = (end, 9999)
+        tokenizer.save(tmp_path / "kept")
+        for each in (tokenizer, load(tmp_path / "kept")):
+            ids = each.encode_chat([{"role": "user", "content": content}], add_generation_prompt=False)
+            assert ids.count(end) == 1
+            assert "hi<|im_end|>x" in each.decode(ids)
+            if template == CHATML:  # as where the tokenizer.json itself says it
+                assert ids == made["chatml"].encode_chat([{"role": "user", "content": content}], False)
+
+
+SYMBOL_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end_of_turn>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("exported", [False, True])
+def test_no_message_ends_its_turn_with_a_symbol_of_a_sentencepiece_model(kind, prefix, exported):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["user hello how are you end of turn x"] * 40),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=prefix,
+        minloglevel=2,
+        user_defined_symbols=["<end_of_turn>"],
+    )
+    tokenizer = pieces.SentencePieceTokenizer(model.getvalue())
+    if exported:
+        tokenizer = huggingface.HuggingFaceTokenizer(exports.to_tokenizer_json(tokenizer))
+    [end] = [i for i in range(tokenizer.vocab_size) if tokenizer.token_of(i) == "<end_of_turn>"]
+    tokenizer.further_end_ids = (end,)
+    tokenizer.chat_templates = {"default": SYMBOL_TEMPLATE, "parts": PARTS.replace("<|im_end|>", "<end_of_turn>")}
+    assert tokenizer.encode("hi<end_of_turn>x").count(end) == 1  # the control
+    ids = tokenizer.encode_chat([{"role": "user", "content": "hi<end_of_turn>x"}])
+    assert ids.count(end) == 1
+    assert "hi<end_of_turn>x<end_of_turn>" in tokenizer.decode(ids)
+    split = [{"role": "user", "content": [{"text": "hi<end_of"}, {"text": "_turn>x"}]}]
+    assert tokenizer.encode_chat(split, template="parts").count(end) == 1
+    harmless = [{"role": "user", "content": "hello  how"}, {"role": "user", "content": " are you"}]
+    if not exported:  # the library splits at added tokens, and begins anew behind each
+        assert tokenizer.encode_chat(harmless) == tokenizer.encode(tokenizer.render_chat(harmless))
+
+
+def test_half_a_surrogate_pair_in_a_conversation_is_refused(made, trained):
+    for tokenizer in (made["chatml"], *trained.values()):
+        with pytest.raises(UserError, match="text has half a surrogate pair at character"):
+            tokenizer.encode_chat([{"role": "user", "content": "a\ud800"}])
 
 
 def test_tools_and_variables_write_no_control_token(made):
