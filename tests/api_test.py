@@ -17,6 +17,7 @@ from tests.tiny import tiny_config
 
 IMPORT = """
 import json, logging, sys
+loggers = {name: list(logging.getLogger(name).filters) for name in ("absl", "asyncio", "jax")}
 hooks = (sys.excepthook, sys.unraisablehook, sys.displayhook)
 import research
 light = not [name for name in ("jax", "numpy", "research.api") if name in sys.modules]
@@ -25,6 +26,7 @@ research.load
 print(json.dumps({
     "light": light,
     "names": names,
+    "filters": all(logging.getLogger(name).filters == filters for name, filters in loggers.items()),
     "handlers": logging.getLogger("tessera").handlers == [],
     "hooks": (sys.excepthook, sys.unraisablehook, sys.displayhook) == hooks,
 }))
@@ -35,7 +37,7 @@ def test_the_import_touches_nothing_of_others():
     printed = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=runs.ROOT)
     found = json.loads(printed.stdout.splitlines()[-1])
     assert {"convert", "describe", "load", "train"} <= set(found.pop("names"))
-    assert found == {"light": True, "handlers": True, "hooks": True}
+    assert found == {"light": True, "filters": True, "handlers": True, "hooks": True}
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():

@@ -12,6 +12,7 @@ import pytest
 import research
 from research.core.errors import UserError
 from research.core.trees import named_leaves
+from research.data import tokenizers
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.generate import Completion
 from research.recipes.experiment import load_experiment
@@ -96,11 +97,18 @@ def test_tokens_that_the_model_cannot_read_are_refused(model, tokens, said):
 
 def test_python_of_the_readme_runs_as_it_is_printed(unbroken: Unbroken, tmp_path, monkeypatch):
     [block] = re.findall(r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    shutil.copytree(unbroken.workdir, tmp_path / "runs" / "stdlib")
+    (tmp_path / "configs" / "pretrain").mkdir(parents=True)
+    shutil.copy(unbroken.config, tmp_path / "configs" / "pretrain" / "stdlib.py")
+    for name in ("stdlib", "llama-instruct"):
+        shutil.copytree(unbroken.workdir, tmp_path / "runs" / name)
+    tokenizer = tokenizers.load(tmp_path / "runs" / "llama-instruct" / "tokenizer")
+    tokenizer.chat_templates = {"default": "{{ messages[0].content }}"}
+    tokenizer.save(tmp_path / "runs" / "llama-instruct" / "tokenizer")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(block, names)
     assert names["model"].step == 12
+    assert (tmp_path / "stdlib-hf" / "model.safetensors").exists()
 
 
 def test_lists_are_read_as_arrays(model):
