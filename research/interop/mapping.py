@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +23,7 @@ from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
 from research.interop.tensor import Placed, Shape, Tensor, same_numbers
 from research.models.config import ModelConfig
-from research.models.language_model import language_model
+from research.models.language_model import abstract_params
 from research.models.layer_stack import stack_layers, unstack_layers
 from research.parallel.target import platform
 from research.storage.background import prefetch
@@ -56,20 +55,9 @@ class Piece(NamedTuple):
     values: Float32[np.ndarray, "..."]
 
 
-def abstract_params(config: ModelConfig) -> Any:
-    """Returns the shapes of a model's parameters, as a tree, in the form that suits this machine."""
-    return _abstract_params(config, platform())
-
-
-@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a deep model takes a second
-def _abstract_params(config: ModelConfig, platform: str) -> Any:
-    model = language_model(config, platform)
-    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0))))
-
-
 def unrolled_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape of each parameter of the unrolled model, by name."""
-    return named_leaves(abstract_params(dataclasses.replace(config, layer_loop="unroll")))
+    return named_leaves(abstract_params(dataclasses.replace(config, layer_loop="unroll"), platform()))
 
 
 def layer_names(names: Iterable[str], before: str) -> list[str]:
@@ -268,7 +256,7 @@ def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:
     named = {name: np.empty(shape.shape, shape.dtype) for name, shape in unrolled_shapes(config).items()}
     for name, box, values in pieces:
         named[name][box] = values
-    named, abstract = jax.tree.map(jnp.asarray, named), abstract_params(config)
+    named, abstract = jax.tree.map(jnp.asarray, named), abstract_params(config, platform())
     if "layers" in abstract:  # all but the first layers are stacked
         named = unstack_layers(stack_layers(named), named_leaves(abstract))
     return jax.tree.unflatten(jax.tree.structure(abstract), [named[name] for name in named_leaves(abstract)])

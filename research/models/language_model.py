@@ -1,8 +1,10 @@
 """What losses, generation and evaluation know of a model, whatever it is made of."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -102,3 +104,10 @@ def language_model(config: LanguageModelConfig, platform: str | None = None) -> 
     """
     assert type(config) in _MODELS, f"{type(config).__name__} is no config of a registered model"
     return _MODELS[type(config)](config, platform)
+
+
+@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a deep model takes a second
+def abstract_params(config: LanguageModelConfig, platform: str) -> Any:
+    """Returns the shapes and types of a model's parameters, as a tree, in the form that suits a platform."""
+    model = language_model(config, platform)
+    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0))))

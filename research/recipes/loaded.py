@@ -18,8 +18,9 @@ from research.inference.generate import Completion, generate
 from research.inference.logits import logits, read_inputs
 from research.inference.requests import decoding, prompts_of
 from research.inference.sampling import SamplingConfig
-from research.interop.mapping import abstract_params
 from research.models.config import ModelConfig
+from research.models.language_model import abstract_params
+from research.parallel.target import platform
 from research.recipes.workdir import read_config
 from research.storage.paths import Path, as_path
 from research.training.checkpoints import CheckpointConfig, Checkpoints
@@ -136,7 +137,7 @@ def load(workdir: str | Path) -> LoadedModel:
     """
     workdir = as_path(workdir, "workdir")
     config = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
-    abstract = abstract_params(config)
+    abstract = abstract_params(config, platform())
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         step, params = checkpoints.restore_params(_on_one_device(abstract), fields=("ema", "params"))
