@@ -31,7 +31,7 @@ describe.add_arguments = lambda parser: None
 def ended(folder: pathlib.Path, *command: str) -> tuple[int, str, str]:
     """Runs a command with the modules of a folder before all others; returns status, stdout and stderr."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=400)
     return done.returncode, done.stdout, done.stderr
 
 

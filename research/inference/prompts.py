@@ -144,7 +144,8 @@ def _ids(
         ids = list(prompt)
     for i in ids:
         if not 0 <= i < config.vocab_size:
-            raise UserError("prompts", constraint=_outside(config, tokenizer, prompt, i))
+            argument = "prompts" if isinstance(prompt, str) else "ids"
+            raise UserError(argument, constraint=_outside(config, tokenizer, prompt, i))
     return ids
 
 

@@ -170,14 +170,14 @@ def test_one_compilation_serves_a_whole_generation_and_its_like(model):
 
 def test_what_cannot_be_searched_is_refused(model):
     for prompts, fields, said in (
-        ([], {}, "--prompt: at least one prompt is needed."),
+        ([], {}, "prompts: at least one prompt is needed."),
         (["a"], {"num_beams": 300}, f"num_beams = 300 must be at most {BYTES.vocab_size}, the ids of the vocabulary."),
         (
             ["a" * 60],
             {},
             "max_tokens = 8 after a prompt of 61 tokens is more than the model's max_length = 64. Use at ",
         ),
-        (["a" * 63], {}, "--prompt: a prompt of 64 tokens leaves no room"),
+        (["a" * 63], {}, "prompts: a prompt of 64 tokens leaves no room"),
     ):
         with pytest.raises(UserError) as caught:
             run(model, prompts, **fields)
@@ -188,5 +188,5 @@ def test_empty_prompt_begins_a_document_or_is_refused(model, monkeypatch):
     assert len(run(model, [""])[0]) == 3
     monkeypatch.setattr(BYTES, "bos_id", None)
     monkeypatch.setattr(BYTES, "eos_id", None)
-    with pytest.raises(UserError, match="--prompt = '' is empty"):
+    with pytest.raises(UserError, match="prompts = '' is empty"):
         run(model, [""])

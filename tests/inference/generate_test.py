@@ -118,8 +118,8 @@ def test_ids_are_continued_as_they_stand():
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ([1, BYTES.vocab_size], f"prompts: id 259 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
-        ([-1], f"prompts: id -1 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
+        ([1, BYTES.vocab_size], f"ids: id 259 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
+        ([-1], f"ids: id -1 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
     ],
 )
 def test_ids_that_the_model_has_not_are_refused(model, ids: list[int], said: str):
@@ -134,7 +134,7 @@ def test_text_that_becomes_ids_beyond_the_embedding_is_refused(model, monkeypatc
     encode(config, BYTES, ["\x01$"], [1])
     with pytest.raises(UserError) as caught:
         encode(config, BYTES, ["\x01%"], [1])
-    assert str(caught.value) == "--prompt: '%' is the tokenizer's id 37, and the model's ids lie in [0, 37)."
+    assert str(caught.value) == "prompts: '%' is the tokenizer's id 37, and the model's ids lie in [0, 37)."
 
 
 def test_text_ends_after_max_tokens():

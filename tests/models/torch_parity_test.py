@@ -62,12 +62,12 @@ def test_norm_equals_torch_s(kind, epsilon):
     x, scale, bias = np.random.RandomState(0).standard_normal((3, 4, 5, 16)).astype(np.float32) * 0.1
     x, scale, bias = x + 1, scale[0, 0], bias[0, 0]
     theirs = torch.nn.LayerNorm(16, eps=epsilon) if kind == "layernorm" else torch.nn.RMSNorm(16, eps=epsilon)
-    params = {"scale": scale}
+    params = {"scale": jnp.asarray(scale)}
     with torch.no_grad():
         theirs.weight.copy_(torch.from_numpy(scale))
         if kind == "layernorm":
             theirs.bias.copy_(torch.from_numpy(bias))
-            params["bias"] = bias
+            params["bias"] = jnp.asarray(bias)
         wanted = theirs(torch.from_numpy(x)).numpy()
     config = NormConfig(kind=kind, epsilon=epsilon, bias=kind == "layernorm")
     np.testing.assert_allclose(Norm(config).apply({"params": params}, jnp.asarray(x)), wanted, atol=2e-6)

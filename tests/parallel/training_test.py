@@ -136,7 +136,7 @@ def test_two_processes_give_the_run_of_one_device():
         for index in range(2)
     ]
     try:
-        said = [run.communicate(timeout=120)[0] for run in runs]
+        said = [run.communicate(timeout=400)[0] for run in runs]
     finally:
         for run in runs:
             run.kill()

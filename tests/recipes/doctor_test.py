@@ -26,7 +26,7 @@ def test_sound_config_passes_on_one_screen(tiny: pathlib.Path, tmp_path, capsys)
 @pytest.mark.processes
 def test_platform_that_is_not_here_is_a_finding_and_no_traceback(tiny: pathlib.Path, tmp_path):
     process = runs.spawn("doctor", f"--config={tiny}", f"--workdir={tmp_path}", JAX_PLATFORMS="cuda")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     assert "Traceback" not in err
     assert [line for line in out.splitlines() if line.startswith("FAIL  devices")]

@@ -68,11 +68,11 @@ def test_beams_are_searched_where_there_is_more_than_one(unbroken: Unbroken, tmp
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--num_beams=3", "--temperature=0.5"], "temperature = 0.5 draws, and num_beams = 3 searches."),
-        (["--num_beams=3", "--stop=x"], "stop = ('x',) draws, and num_beams = 3 searches."),
-        (["--length_penalty=2"], "length_penalty = 2.0 needs num_beams above 1."),
-        (["--num_beams=0"], "num_beams = 0 must be at least 1."),
-        (["--cache=pages"], "cache = 'pages' is not one of dense, paged."),
+        (["--num_beams=3", "--temperature=0.5"], "--temperature = 0.5 draws, and num_beams = 3 searches."),
+        (["--num_beams=3", "--stop=x"], "--stop = ('x',) draws, and num_beams = 3 searches."),
+        (["--length_penalty=2"], "--length_penalty = 2.0 needs num_beams above 1."),
+        (["--num_beams=0"], "--num_beams = 0 must be at least 1."),
+        (["--cache=pages"], "--cache = 'pages' is not one of dense, paged."),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_in_a_line(flags: list[str], said: str, capsys):

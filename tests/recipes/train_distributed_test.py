@@ -26,7 +26,7 @@ def start(config: pathlib.Path, workdir: pathlib.Path, steps: int, tensor: int =
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
-    said = [process.communicate(timeout=120)[1].splitlines() for process in processes]
+    said = [process.communicate(timeout=400)[1].splitlines() for process in processes]
     last = [lines[-1] if lines else "" for lines in said]  # where all goes well only process 0 speaks
     return [process.returncode for process in processes], last
 

@@ -63,7 +63,7 @@ def test_signal_saves_and_exits_with_status_75(tmp_path, tiny, number, monkeypat
     assert f"step {saved}" in last
 
 
-def wait_for(path: pathlib.Path, process, seconds: float = 60) -> None:
+def wait_for(path: pathlib.Path, process, seconds: float = 400) -> None:
     """Waits until a file or folder is there."""
     until = time.monotonic() + seconds
     while not path.exists():

@@ -74,7 +74,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
         for index in range(2)
     ]
     try:
-        said = [run.communicate(timeout=120)[0] for run in runs]
+        said = [run.communicate(timeout=400)[0] for run in runs]
     finally:
         for run in runs:
             run.kill()

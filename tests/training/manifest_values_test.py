@@ -34,12 +34,13 @@ def test_arrays_and_plain_values_come_back_as_they_were():
 
 def test_one_changed_byte_of_an_array_is_damage(tmp_path):
     manifest = manifest_of(3, {}, {}, EXTRA)
-    folder = tmp_path / "manifest"
-    folder.mkdir()
+    step = tmp_path / "3"  # a checkpoint's folder has its step for a name
+    folder = step / "manifest"
+    folder.mkdir(parents=True)
     text = json.dumps(manifest)
     (folder / "manifest.json").write_text(text)
-    np.testing.assert_array_equal(decode(read_manifest(tmp_path)["extra"])["list"][1]["a"], [0, 0])
+    np.testing.assert_array_equal(decode(read_manifest(step)["extra"])["list"][1]["a"], [0, 0])
     ids = manifest["content"]["extra"]["loader"]["ids"]["__array__"]["data"]
     (folder / "manifest.json").write_text(text.replace(ids, "B" + ids[1:]))
     with pytest.raises(Damaged):
-        read_manifest(tmp_path)
+        read_manifest(step)
