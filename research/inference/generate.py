@@ -181,7 +181,8 @@ def _checked(seeds: Sequence[Any], count: int) -> list[int]:
     if len(seeds) != count:
         raise UserError("seeds", constraint=f": {len(seeds)} of them for {count} prompts; give one a prompt.")
     for seed in seeds:
-        if not isinstance(seed, numbers.Integral) or not 0 <= seed < SEEDS:
+        # A bool is an int to Python.
+        if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
             raise UserError("seeds", constraint=f": {seed!r} must be a whole number in [0, {SEEDS}).")
     return [int(seed) for seed in seeds]
 

@@ -58,11 +58,18 @@ def _read(path: pathlib.Path) -> Conversation:
 
 
 def lines() -> Iterator[str]:
-    """Yields the lines of standard input that are not blank; a terminal is prompted for each."""
+    """Yields the lines of standard input that are not blank; a terminal is prompted for each.
+
+    Raises:
+      UserError: bytes that are no text in the encoding of standard input, as a rule UTF-8.
+    """
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not text: {error}.") from error
         if not line:
             return
         if line.strip():

@@ -73,7 +73,8 @@ def main(arguments: argparse.Namespace) -> None:
     workdir = as_path(arguments.workdir, "workdir")
     model = loaded.load(workdir)
     if asked is not None and not model.tokenizer.chat_templates:
-        raise UserError(f"--chat: the model of {workdir} has no chat template. Use --prompt alone to continue a text.")
+        flag = "--chat" if arguments.messages is None else "--messages"
+        raise UserError(f"{flag}: the model of {workdir} has no chat template. Use --prompt alone to continue a text.")
     if arguments.forced_prefix is not None:
         fields["forced_prefix"] = tuple(model.tokenizer.encode(arguments.forced_prefix))
     fields["cache"] = arguments.cache

@@ -133,14 +133,17 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """Returns the plain config of a workdir.
 
     Raises:
-      UserError: it is no workdir.
+      UserError: it is no workdir, or its config's `model` or `source` is no group of fields.
     """
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError("workdir", workdir, f"is not a workdir: config.json: {reason(error)}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("workdir", workdir, f"is not a workdir: config.json: {error}.") from error
     if not isinstance(values, dict) or "model" not in values:
         raise UserError("workdir", workdir, "is not a workdir: its config.json holds no model.")
+    for name in ("model", "source"):
+        if name in values and not isinstance(values[name], dict):
+            raise UserError(name, values[name], "must be a group of fields.", origin=str(workdir / "config.json"))
     return values

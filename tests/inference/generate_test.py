@@ -235,6 +235,8 @@ def test_every_seed_of_64_bits_draws_otherwise(model):
     assert (last.tokens, first.tokens) == (found[-1].tokens, found[0].tokens)
     with pytest.raises(UserError, match=r"seeds: -1 must be a whole number in \[0, 18446744073709551616\)"):
         generate(*model, BYTES, ["abc"], GREEDY, [-1])
+    with pytest.raises(UserError, match="seeds: True must be a whole number"):
+        generate(*model, BYTES, ["abc"], GREEDY, [True])
 
 
 def test_text_that_does_not_fit_the_model_is_refused(model):

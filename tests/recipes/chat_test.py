@@ -126,7 +126,8 @@ def test_the_command_line_answers_flags_files_and_lines(workdir, model, tmp_path
         (["--messages={file}", "--prompt=a"], "--messages: its file is the whole conversation; leave out --prompt"),
         (["--system=a"], "--system needs --chat."),
         (["--chat", "--prompt=a"], "has no chat template. Use --prompt alone to continue a text."),
-        (["--chat"], "has no chat template. Use --prompt alone to continue a text."),
+        (["--chat"], "--chat: the model of {run} has no chat template. Use --prompt alone to continue a text."),
+        (["--messages={list}"], "--messages: the model of {run} has no chat template. Use --prompt alone"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_a_line(workdir, tmp_path, capsys, flags, said):
@@ -135,12 +136,52 @@ def test_what_cannot_be_answered_is_refused_in_a_line(workdir, tmp_path, capsys,
     del descriptor["chat_templates"]
     (tmp_path / "run" / "tokenizer" / "descriptor.json").write_text(json.dumps(descriptor))
     (tmp_path / "asked.json").write_text("{}")
-    flags = [flag.format(file=tmp_path / "asked.json") for flag in flags]
+    (tmp_path / "list.json").write_text(json.dumps(ASKED))
+    names = {"file": tmp_path / "asked.json", "list": tmp_path / "list.json", "run": tmp_path / "run"}
+    flags = [flag.format(**names) for flag in flags]
     assert cli.main(["sample", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    err = capsys.readouterr().err
+    assert said.format(**names) in err
+    assert err.startswith("tessera: error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "typed", "said"),
+    [
+        (["--messages={file}"], b"", "text has half a surrogate pair at character"),
+        (["--chat"], b"Hi \xff\n", "standard input is not text: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_messages_that_are_not_unicode_are_refused_in_a_line(
+    workdir, tmp_path, capsys, monkeypatch, flags, typed, said
+):
+    (tmp_path / "asked.json").write_text(json.dumps([{"role": "user", "content": "\ud800"}]))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    argv = [flag.format(file=tmp_path / "asked.json") for flag in flags]
+    assert cli.main(["sample", f"--workdir={workdir}", "--max_tokens=2", *argv]) == 2
     err = capsys.readouterr().err
     assert said in err
     assert err.startswith("tessera: error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "is not a workdir: config.json: "),
+        ('{"model": 1}', "config.json: model = 1 must be a group of fields."),
+        ('{"model": null}', "config.json: model = None must be a group of fields."),
+        ('{"model": {}, "source": []}', "config.json: source = [] must be a group of fields."),
+    ],
+)
+def test_a_config_file_of_other_json_is_refused_by_name(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        research.load(tmp_path)
+    assert said in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

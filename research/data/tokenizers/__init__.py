@@ -2,13 +2,12 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Literal
 
 from research.core.errors import UserError, nearest, within
-from research.data.tokenizers import pieces
+from research.data.tokenizers import descriptor, pieces
 from research.data.tokenizers.base import DESCRIPTOR, StreamDecoder, Tokenizer, check_sentinels
 from research.data.tokenizers.byte import ByteTokenizer
 from research.storage.paths import Path, as_path
@@ -91,26 +90,16 @@ def load(folder: str | Path) -> Tokenizer:
     """Returns the tokenizer that `Tokenizer.save` wrote into `folder`.
 
     Raises:
-      UserError: no descriptor, an unknown kind, or a file that is missing or has changed since.
+      UserError: no descriptor, one with wrong fields or an unknown kind, or a file that is missing or has changed.
     """
     folder = as_path(folder, "folder")
+    told = descriptor.read(folder)
+    kind = told.kind
     try:
-        descriptor = json.loads((folder / DESCRIPTOR).read_text())
-        kind, options, digests = descriptor["kind"], descriptor["options"], descriptor["files"]
-        # Older ones tell less.
-        told = {
-            "chat_templates": {},
-            "further_end_ids": [],
-            "named_tokens": {},
-            "guarded_tokens": [],
-            "prompt_frame": None,
-        } | descriptor
-        templates, end_ids = told["chat_templates"], tuple(told["further_end_ids"])
-        frame = None if told["prompt_frame"] is None else _frame(told["prompt_frame"])
-        files = [(folder / name).read_bytes() for name in digests]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        files = [(folder / name).read_bytes() for name in told.files]
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} does not hold a saved tokenizer: {error}.") from error
-    for (name, digest), data in zip(digests.items(), files, strict=True):
+    for (name, digest), data in zip(told.files.items(), files, strict=True):
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"{folder / name} is not the file that was saved: its digest differs.")
     classes = {cls.kind: cls for cls in (ByteTokenizer, pieces.SentencePieceTokenizer)}
@@ -123,17 +112,12 @@ def load(folder: str | Path) -> Tokenizer:
         raise UserError(f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {known}")
     try:
         with within("", str(folder)):
-            tokenizer = classes[kind](*files, **options)
-    except TypeError as error:
+            tokenizer = classes[kind](*files, **told.options)
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{folder / DESCRIPTOR}: options do not fit kind = {kind!r}: {error}.") from error
-    tokenizer.chat_templates = templates
-    tokenizer.further_end_ids = end_ids
-    tokenizer.named_tokens = told["named_tokens"]
-    tokenizer.guarded_tokens = tuple(told["guarded_tokens"])
-    tokenizer.prompt_frame = frame
+    tokenizer.chat_templates = told.chat_templates
+    tokenizer.further_end_ids = told.further_end_ids
+    tokenizer.named_tokens = told.named_tokens
+    tokenizer.guarded_tokens = told.guarded_tokens
+    tokenizer.prompt_frame = told.prompt_frame
     return tokenizer
-
-
-def _frame(stored: list[list[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    before, after = stored
-    return tuple(before), tuple(after)

@@ -134,6 +134,33 @@ def test_a_descriptor_that_was_changed_is_refused(tmp_path, changes):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("kind", [1], "kind = [1] must be a string."),
+        ("files", {"a": 1}, "files.a = 1 must be a string."),
+        ("options", [], "options = [] must be a group of fields."),
+        ("further_end_ids", "ab", "further_end_ids = 'ab' must be a list."),
+        ("further_end_ids", [-1], "further_end_ids = [-1]: -1 must be an id in [0, 16777216)."),
+        ("further_end_ids", [1.5], "further_end_ids.0 = 1.5 must be a whole number."),
+        ("further_end_ids", [True], "further_end_ids.0 = True must be a whole number."),
+        ("further_end_ids", [10**9], "further_end_ids = [1000000000]: 1000000000 must be an id in [0, 16777216)."),
+        ("chat_templates", 3, "chat_templates = 3 must be a group of fields."),
+        ("chat_templates", {"default": 3}, "chat_templates.default = 3 must be a string."),
+        ("named_tokens", [1], "named_tokens = [1] must be a group of fields."),
+        ("guarded_tokens", [1], "guarded_tokens.0 = 1 must be a string."),
+        ("prompt_frame", [[-1], []], "prompt_frame = [-1]: -1 must be an id in [0, 16777216)."),
+    ],
+)
+def test_a_field_of_another_type_in_a_descriptor_is_named_with_its_file(tmp_path, field, value, said):
+    build(TokenizerConfig(kind="bytes"), ()).save(tmp_path)
+    path = tmp_path / "descriptor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError) as caught:
+        load(tmp_path)
+    assert str(caught.value) == f"{path}: {said}"
+
+
 def test_a_config_with_more_sentinels_than_any_model_has_is_refused():
     with pytest.raises(UserError, match=r"sentinels = 100000000 must be a whole number in \[0, 10000\]"):
         TokenizerConfig(kind="bytes", sentinels=10**8)
