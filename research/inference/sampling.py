@@ -24,8 +24,7 @@ class SamplingConfig:
       top_k: keeps the k likeliest tokens, and those as likely as the last of them; 0 keeps all.
       top_p: keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
       min_p: keeps tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
-      repetition_penalty: above 1 makes tokens that stand in the text already less likely; in [1e-30, 1e30], so that
-        penalized logits stay finite in float32.
+      repetition_penalty: above 1 makes tokens that stand in the text already less likely; in [1e-30, 1e30].
       seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers, and 0 after the last.
       stop: strings that end a text; they are not part of it.
     """
@@ -40,6 +39,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # Within its bounds a repetition penalty leaves logits finite in float32.
         for name, holds, constraint in (
             ("max_tokens", self.max_tokens >= 1, "be at least 1"),
             ("temperature", self.temperature >= 0, "not be below 0"),
