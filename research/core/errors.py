@@ -90,8 +90,11 @@ def _printed(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text):,} letters)"
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A run was asked to stop, and its state is saved: the same command goes on with it.
+
+    Like KeyboardInterrupt it is no `Exception`: it may be raised in the middle of any call, and code that turns all
+    errors of a library into one of its own must let it pass.
 
     The command line exits with `status`, EX_TEMPFAIL of sysexits.h, so that a scheduler can tell it from a failure.
     """

@@ -10,8 +10,9 @@ import tokenizers as hf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from research.core.errors import UserError
+from research.core.errors import Interrupted, UserError
 from research.data.tokenizers import TokenizerConfig, build, exports, folders, huggingface, load, pieces
+from research.data.tokenizers.chat import render
 
 CHATML = """{%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n' }}
@@ -384,3 +385,11 @@ def test_named_tokens_are_known_to_templates_and_kept(tmp_path):
     assert load(tmp_path / "kept").encode_chat([{"role": "user"}]) == [258, 256, 257]
     back = json.loads(folders.to_hugging_face_files(tokenizer)["tokenizer_config.json"])
     assert back["extra_special_tokens"] == {"image_token": "<pad>", "video_token": "<s>"}
+
+
+def test_a_stop_while_a_template_is_at_work_is_no_fault_of_the_template():
+    def stopped():
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        render("{{ stopped() }}", {"stopped": stopped})
