@@ -144,8 +144,7 @@ def build_corpora(source: SourceConfig, tokenizer: Tokenizer, folder: str | path
     """
     name = f"{source.kind}-{_digest(source, tokenizer)[:16]}"
     final = pathlib.Path(folder) / name
-    # The cache is the project's own, so every hidden folder in it is an unfinished build.
-    files.remove_leftovers(final.parent, ".*")
+    files.remove_leftovers(final.parent, older=True)
     if not final.is_dir():
         try:
             final.parent.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
             inputs.append(fingerprint(source))
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     final = pathlib.Path(folder) / "tokenizers" / f"{config.tokenizer.kind}-{digest}"
-    files.remove_leftovers(final.parent, ".*")  # of the project's own cache
+    files.remove_leftovers(final.parent, older=True)
     if not final.is_dir():
         # Read first: what goes wrong in a source is not the tokenizer's fault.
         texts = list(training_texts(config))

@@ -13,8 +13,10 @@ import fcntl
 import logging
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 
 from research.storage.paths import Path, bucket_of, in_bucket, reason
@@ -23,6 +25,8 @@ logger = logging.getLogger("tessera")
 
 # How the name of a folder ends in which something is still written.
 PARTIAL = ".tessera-partial"
+# How older versions named such a folder in the cache: `.KIND-DIGEST-RANDOM`.
+_OLDER_PARTIAL = re.compile(r"\.[a-z0-9_]+-[0-9a-f]{16}-[a-z0-9_]{6,8}")
 # Bytes of a file that are on their way to a bucket at a time.
 COPY_BYTES = 2**23
 
@@ -32,7 +36,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     if in_bucket(path):
         path.write_bytes(data)
         return
-    temporary = path.with_name(f"{path.name}.tmp")
+    # A name of its own, so that two writers of one file do not write into each other's.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -43,6 +48,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    _sync_names(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,21 +125,23 @@ def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iter
         except OSError:
             if not (keep_existing and final.is_dir()):
                 raise
+        _sync_names(final.parent)
     finally:
         # After the renaming there is nothing under this name.
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 
 
-def remove_leftovers(parent: pathlib.Path, pattern: str = f".*{PARTIAL}") -> None:
+def remove_leftovers(parent: pathlib.Path, older: bool = False) -> None:
     """Removes the folders in `parent` that killed processes left; one that a living process fills is locked.
 
     Args:
       parent: may be missing.
-      pattern: what their names match.
+      older: whether those of older versions go too, whose names are not as clearly ours: in the cache alone.
     """
-    for folder in parent.glob(pattern):
-        lock = _lock(folder)
+    for folder in parent.glob(".*"):
+        is_ours = folder.name.endswith(PARTIAL) or (older and _OLDER_PARTIAL.fullmatch(folder.name))
+        lock = _lock(folder) if is_ours else None
         if lock is None:
             continue
         logger.info("%s: removed, an earlier run was stopped while it wrote it", folder)
@@ -165,24 +173,43 @@ def _check_bucket_writable(folder: Path) -> None:
         raise OSError(errno.EIO, reason(error)) from error
 
 
+def _sync_names(folder: pathlib.Path) -> None:
+    """Writes the names in a folder to the disk, so that a renaming outlasts a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written but not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do so by themselves, or never
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _make_partial(final: pathlib.Path) -> tuple[pathlib.Path, int]:
     """Returns a new locked folder beside `final` and its lock."""
     while True:
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=PARTIAL, dir=final.parent))
-        # mkdtemp's folders are their owner's alone; what is made here is like any other folder.
-        partial.chmod(0o755)
+        partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+        partial.mkdir()  # unlike `tempfile.mkdtemp` with the permissions of any other folder
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:  # taken for a leftover before it was locked
             continue
+        except BaseException:
+            partial.rmdir()
+            raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # the same
             os.close(lock)
             continue
         except OSError:  # a file system without locks, where nobody removes leftovers either
-            pass
-        return partial, lock
+            return partial, lock
+        if _is_open_as(lock, partial):
+            return partial, lock
+        os.close(lock)  # taken for a leftover between opening and locking
 
 
 def _lock(folder: pathlib.Path) -> int | None:
@@ -196,4 +223,15 @@ def _lock(folder: pathlib.Path) -> int | None:
     except OSError:
         os.close(lock)
         return None
-    return lock
+    if _is_open_as(lock, folder):
+        return lock
+    os.close(lock)  # its writer has renamed it meanwhile
+    return None
+
+
+def _is_open_as(descriptor: int, path: pathlib.Path) -> bool:
+    """Whether what a descriptor has open still lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -15,7 +15,7 @@ from research.data.packing import PackedRows
 from research.data.sources import SourceConfig
 from research.data.tokenizers import TokenizerConfig, build
 from research.data.tokenizers.byte import ByteTokenizer
-from research.storage import checksums
+from research.storage import checksums, files
 from tests.data.text import corpora, texts
 
 
@@ -164,8 +164,11 @@ def test_the_next_run_removes_what_a_killed_build_left(tmp_path, hit):
     left = tmp_path / "cache" / ".text-0123456789abcdef-x7y8z9"
     (left / "train").mkdir(parents=True)
     (left / "train" / "tokens.bin").write_bytes(b"half")
+    (tmp_path / "cache" / f".text-0123456789abcdef.x7y8z9{files.PARTIAL}").mkdir()
+    for foreign in (".git", ".text-notes", ".text-0123456789abcdef"):
+        (tmp_path / "cache" / foreign).mkdir()
     corpora(tmp_path, 10)
-    assert not list((tmp_path / "cache").glob(".*"))
+    assert {path.name for path in (tmp_path / "cache").glob(".*")} == {".git", ".text-notes", ".text-0123456789abcdef"}
 
 
 def test_the_last_token_of_a_piece_is_verified_too(tmp_path):

@@ -1,5 +1,6 @@
 """Files and folders are there whole or not at all: claims about `storage.files`."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 
+from research.core.errors import Interrupted
 from research.storage import files
+from research.storage.paths import as_path
 
 
 def test_a_file_holds_what_was_written_last_and_nothing_lies_beside_it(tmp_path):
@@ -30,6 +33,48 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_two_writers_of_a_file_do_not_write_into_each_other(tmp_path, monkeypatch):
+    """The second one writes all of its content while the first has written its own but not renamed it."""
+    fsync, nested = os.fsync, []
+
+    def meanwhile(descriptor):
+        if not nested:
+            nested.append(True)
+            files.write_bytes(tmp_path / "a", b"second, and longer")
+            assert (tmp_path / "a").read_bytes() == b"second, and longer"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    files.write_bytes(tmp_path / "a", b"first")
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_folder_of_what_was_renamed_is_written_to_the_disk(tmp_path, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def noted(descriptor):
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), sorted(os.listdir(tmp_path))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    files.write_bytes(tmp_path / "a", b"")
+    assert synced[-1] == (str(tmp_path), ["a"])
+    with files.new_folder(tmp_path / "b"):
+        pass
+    assert synced[-1] == (str(tmp_path), ["a", "b"])
+
+
+def test_a_stop_is_no_error_of_a_bucket(monkeypatch):
+    def stopped(path):
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(files, "bucket_of", stopped)
+    monkeypatch.setattr(files, "in_bucket", lambda path: True)
+    with pytest.raises(Interrupted):
+        files.check_writable(as_path("gs://bucket/run"))
+
+
 def test_a_folder_takes_its_name_when_all_is_in_it(tmp_path):
     with files.new_folder(tmp_path / "deep" / "final") as folder:
         (folder / "a").write_text("a")
@@ -38,6 +83,33 @@ def test_a_folder_takes_its_name_when_all_is_in_it(tmp_path):
     assert (tmp_path / "deep" / "final" / "a").read_text() == "a"
     assert os.listdir(tmp_path / "deep") == ["final"]
     assert (tmp_path / "deep" / "final").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_has_the_permissions_of_any_other(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with files.new_folder(tmp_path / "final"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "final").stat().st_mode & 0o777 == 0o750
+
+
+def test_a_folder_that_was_removed_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    """Another writer takes it for a leftover; a lock on what is no longer there would guard nothing."""
+    lock, removed = fcntl.flock, []
+
+    def too_late(descriptor, operation):
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].rmdir()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with files.new_folder(tmp_path / "final") as folder:
+        assert folder not in removed
+        (folder / "a").write_text("a")
+    assert os.listdir(tmp_path / "final") == ["a"]
 
 
 def test_a_folder_vanishes_where_its_writer_fails(tmp_path):
