@@ -205,7 +205,8 @@ def _decoded(
     if data is None:
         return report.skip(f"{path}:{line}", f"longer than max_record_bytes = {config.max_record_bytes}{also}")
     try:
-        return data.decode("utf-8")
+        # Files with byte order marks may have been joined; no record itself begins with one.
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         return report.skip(f"{path}:{line}", f"bad UTF-8 at byte {error.start}{also}")
@@ -217,8 +218,7 @@ def _read_jsonl(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
         with opened(path, config.zstd_window_log) as file:
             for number, data in enumerate(source_files.lines(file, config.max_record_bytes), start=1):
                 line = _decoded(data, config, report, path, number)
-                # Files with byte order marks may have been joined; JSON itself begins with none.
-                line = None if line is None else line.removeprefix("\ufeff").strip()
+                line = None if line is None else line.strip()
                 texts = _json_texts(line, fields, report, f"{path}:{number}") if line else None
                 if texts and all(texts):
                     yield "\n".join(texts), Document(f"{name}:{number}", *texts)

@@ -78,6 +78,13 @@ def test_a_text_file_is_cut_where_the_separator_stands(tmp_path):
     assert found == {"train": ["one", "two", "three"], "heldout": []}
 
 
+def test_no_part_of_a_text_file_begins_with_a_byte_order_mark(tmp_path):
+    """Files with marks may have been joined before they were cut; a mark inside of a text is a letter of it."""
+    (tmp_path / "a.txt").write_text("\ufeffone\n--\n\ufefft\ufeffwo\n--\n\ufeff")
+    found = read(SourceConfig(kind="text", path=str(tmp_path / "*.txt"), separator="\n--\n", heldout_fraction=0.0))
+    assert found == {"train": ["one", "t\ufeffwo"], "heldout": []}
+
+
 def test_size_is_that_of_plain_text_and_unknown_of_other_files(tmp_path):
     (tmp_path / "a.txt").write_text("four")
     (tmp_path / "b.txt").write_text("fünf")
