@@ -79,6 +79,8 @@ class Checkpoints:
         self._last_step = 0  # the last step whose writing began
         self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None
         self._passed_over: set[int] = set()  # steps newer than the one restored
+        # As long as a write is under way; after one that failed until `close`, for other arrays of it go on.
+        self._silence = contextlib.ExitStack()
         self._tidied = False
         self._strange: set[str] = set()  # names of folders that were said to be no checkpoints
 
@@ -130,7 +132,7 @@ class Checkpoints:
         if held and held[-1] > step:
             raise UserError(f"{self._folder / str(held[-1])} is newer than step {step}: restore it, or move it away.")
         self._tidy()
-        quiet_orbax.start()
+        self._silence.enter_context(quiet_orbax.silenced())
         self._last_step = step
         try:
             self._checkpointer.save(self._folder / str(step), args=files.contents(step, canonical(state), extra))
@@ -158,7 +160,7 @@ class Checkpoints:
                 raise UserError(f"{self._folder} was deleted while checkpoint {step} was written.") from error
             self._explain(step, error)
         self._check_workdir(step)
-        quiet_orbax.stop()
+        self._silence.close()
 
     def close(self) -> None:
         """Waits, then releases the threads."""
@@ -167,6 +169,7 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._checkpointer.close()
+            self._silence.close()
             # Writes of other arrays may have gone on after the first that failed.
             self._remove_made_again(self._last_step)
 

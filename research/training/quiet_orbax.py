@@ -4,16 +4,27 @@ They tell it many times, a page of traceback each: Orbax in its log, asyncio of 
 threads whose event loop was closed at the first error. `Checkpoints.wait` raises the same error, which is one line.
 """
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 _under_way = 0
 _hook_before: Any = None
 
 
-def start() -> None:
-    """Silences them from now on; every `start` has its `stop`, unless the write failed."""
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Silences them while the context lasts; such contexts may overlap."""
+    _start()
+    try:
+        yield
+    finally:
+        _stop()
+
+
+def _start() -> None:
     global _under_way, _hook_before
     if _under_way == 0:
         _hook_before = sys.unraisablehook
@@ -23,8 +34,7 @@ def start() -> None:
     _under_way += 1
 
 
-def stop() -> None:
-    """Lets them speak again when the last write has ended well."""
+def _stop() -> None:
     global _under_way
     _under_way -= 1
     if _under_way == 0:
