@@ -146,4 +146,6 @@ def read_config(workdir: Path) -> dict[str, Any]:
     for name in ("model", "source"):
         if name in values and not isinstance(values[name], dict):
             raise UserError(name, values[name], "must be a group of fields.", origin=str(workdir / "config.json"))
+    if "source" in values and "model_type" not in values["source"]:
+        raise UserError("source.model_type", constraint="is missing.", origin=str(workdir / "config.json"))
     return values

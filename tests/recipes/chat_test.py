@@ -172,6 +172,7 @@ def test_messages_that_are_not_unicode_are_refused_in_a_line(
         ("[" * 100_000, "is not a workdir: config.json: "),
         ('{"model": 1}', "config.json: model = 1 must be a group of fields."),
         ('{"model": null}', "config.json: model = None must be a group of fields."),
+        ('{"model": {}, "source": {}}', "config.json: source.model_type is missing."),
         ('{"model": {}, "source": []}', "config.json: source = [] must be a group of fields."),
     ],
 )
