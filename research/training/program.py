@@ -121,8 +121,7 @@ def build_program(
       init: makes boxed parameters from a key.
       loss: what is minimized.
       batch_shapes: (shape, dtype) of every array of a batch.
-      optim, train: the optimizer, and the course of the run.
-      mesh, devices: where it runs.
+      optim, train, mesh, devices: the optimizer, the course of the run, and where it runs.
       eval_loss: what is evaluated; None: the same loss.
       partition: which parameters are trained.
       expert_bias_speed: as of `make_train_step`.

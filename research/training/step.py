@@ -1,6 +1,6 @@
 """Step builders: a loss and an optimizer become `step(state, frozen, batch) -> (state, metrics)`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -95,6 +95,14 @@ def _moved_average(ema: Any, params: Any, decay: float) -> Any:
     return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
 
 
+def _balanced(params: Any, expert_load: Mapping[str, Array], speed: float, partition: Partition) -> Any:
+    """Returns the trained parameters with their selection biases moved by the load of their own layers."""
+    if not speed:
+        return params
+    load = {path: partition.trained_rows(selection_bias(path), of_all) for path, of_all in expert_load.items()}
+    return balance_experts(params, load, speed)
+
+
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -137,10 +145,7 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if expert_bias_speed:
-            load = report.expert_load
-            load = {path: partition.trained_rows(selection_bias(path), of_all) for path, of_all in load.items()}
-            params = balance_experts(params, load, expert_bias_speed)
+        params = _balanced(params, report.expert_load, expert_bias_speed, partition)
         ema = None if state.ema is None else _moved_average(state.ema, params, ema_decay)
 
         rate = jnp.asarray(learning_rate(state.opt_state), jnp.float32)
