@@ -47,13 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drawn = [field for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
     searched = [field for field in dataclasses.fields(BeamConfig) if field.name in BEAM_FLAGS]
     for config, fields in ((SamplingConfig, drawn), (BeamConfig, searched)):
-        says = dict(re.findall(r"^ +(\w+): (.+)\.$", config.__doc__, re.MULTILINE))
+        says = _meanings(config)
         for field in fields:
             default = 1 if field.name == "num_beams" else field.default
             says_it = f"{says[field.name]} (default {default})"
             parser.add_argument(f"--{field.name}", type=field.type, help=says_it, metavar="X")
     parser.add_argument("--cache", default="dense", help=f"form of the KV cache: {' or '.join(CACHES)}", metavar="X")
     parser.add_argument("--forced_prefix", help="text that every continuation found by beam search begins with")
+
+
+def _meanings(config: type) -> dict[str, str]:
+    """Returns what a config's docstring says of each field, as one line without its full stop."""
+    _, _, attributes = config.__doc__.partition("Attributes:")
+    entries, _, _ = attributes.partition("\n\n")
+    # Name and text take turns: ["", "seed", "of the …", "stop", "strings …"].
+    parts = re.split(r"^ +(\w+): ", entries, flags=re.MULTILINE)[1:]
+    return {name: " ".join(text.split()).removesuffix(".") for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
