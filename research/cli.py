@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter ends no run
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogHandler()], force=True)
     logging.getLogger("tessera").setLevel(logging.INFO)
+    for library in ("gcsfs", "fsspec", "google.auth"):  # what they log with a traceback, they raise as well
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         backend.configure()
         status = _run(argv)

@@ -5,6 +5,8 @@ through fsspec's client of Google Cloud Storage. A bucket differs in three ways:
 all, nothing is appended to one, and folders are but parts of names, so that none is made and none renamed at once.
 """
 
+import asyncio
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -16,6 +18,12 @@ from etils import epath
 from research.core.errors import UserError
 
 Path = pathlib.Path | epath.Path
+
+# Seconds to wait for a bucket's server, and how often to ask it; the client itself tries for minutes.
+REACH_SECONDS = 15
+REACH_ATTEMPTS = 3
+# The buckets that have answered to this process.
+_reached: set[str] = set()
 
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 _BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)")
@@ -34,7 +42,7 @@ def as_path(value: str | Path, name: str = "path") -> Path:
       name: of the argument, for errors.
 
     Raises:
-      UserError: an address that is not of a bucket, or a bucket whose client is not installed.
+      UserError: an address that is not of a bucket, or a bucket whose client is not installed or that does not answer.
     """
     if not isinstance(value, str):
         return value
@@ -49,7 +57,15 @@ def as_path(value: str | Path, name: str = "path") -> Path:
             name, value, "needs the client of Google Cloud Storage: pip install 'tessera[gcs]' (or pip install gcsfs)."
         )
     _keep_no_listings()
-    return epath.Path(value)
+    path = epath.Path(value)
+    bucket = os.fspath(bucket_of(path))
+    if bucket not in _reached:
+        try:
+            _reach(bucket, os.fspath(path))
+        except Exception as error:  # the client raises errors of many types
+            raise UserError(name, value, f": bucket {bucket} cannot be reached: {reason(error)}.") from error
+        _reached.add(bucket)
+    return path
 
 
 def in_bucket(path: Path) -> bool:
@@ -82,6 +98,8 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, FileNotFoundError):  # the client gives the name alone
         return "No such file or directory"
+    if isinstance(error, TimeoutError):  # the client's have no words
+        return "no answer"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -90,3 +108,30 @@ def _keep_no_listings() -> None:
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def _reach(bucket: str, path: str) -> None:
+    """Raises what the client raises where a bucket's server does not answer, or refuses to look at a path.
+
+    Whether there is a bucket or a path is left to whoever uses them.
+    """
+    import aiohttp
+    import fsspec
+
+    client = fsspec.filesystem("gs", finalize_on_close=True)  # the one that `epath` uses
+    limit = aiohttp.ClientTimeout(total=REACH_SECONDS)
+
+    async def ask() -> None:
+        await client._set_session()
+        for attempt in range(REACH_ATTEMPTS):
+            try:
+                async with client.session.get(f"{client.base}b/{bucket.removeprefix('gs://')}", timeout=limit):
+                    return
+            except (aiohttp.ClientError, TimeoutError):
+                if attempt == REACH_ATTEMPTS - 1:
+                    raise
+            await asyncio.sleep(1)
+
+    fsspec.asyn.sync(client.loop, ask)
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.asyn.sync(client.loop, client._info, path, timeout=REACH_ATTEMPTS * REACH_SECONDS)

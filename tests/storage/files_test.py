@@ -10,7 +10,6 @@ import pytest
 
 from research.core.errors import Interrupted
 from research.storage import files
-from research.storage.paths import as_path
 
 
 def test_a_file_holds_what_was_written_last_and_nothing_lies_beside_it(tmp_path):
@@ -65,14 +64,14 @@ def test_the_folder_of_what_was_renamed_is_written_to_the_disk(tmp_path, monkeyp
     assert synced[-1] == (str(tmp_path), ["a", "b"])
 
 
-def test_a_stop_is_no_error_of_a_bucket(monkeypatch):
+def test_a_stop_is_no_error_of_a_bucket(tmp_path, monkeypatch):
     def stopped(path):
         raise Interrupted("stopped")
 
     monkeypatch.setattr(files, "bucket_of", stopped)
     monkeypatch.setattr(files, "in_bucket", lambda path: True)
     with pytest.raises(Interrupted):
-        files.check_writable(as_path("gs://bucket/run"))
+        files.check_writable(tmp_path)
 
 
 def test_a_folder_takes_its_name_when_all_is_in_it(tmp_path):
