@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from research.core.errors import UserError
-from research.recipes.workdir import local_path
+from research.storage.paths import local_path
 
 Conversation = list[dict[str, Any]]
 

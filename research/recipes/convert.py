@@ -11,8 +11,8 @@ from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, write_hugging_face
 from research.recipes.model_source import ModelSource, candidates
 from research.recipes.new_folder import new_folder
-from research.recipes.workdir import local_path, write_config
-from research.storage.paths import Path, as_path
+from research.recipes.workdir import write_config
+from research.storage.paths import Path, as_path, local_path
 from research.training.checkpoint_files import Damaged
 from research.training.checkpoint_stream import write_params
 

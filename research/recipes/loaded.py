@@ -1,5 +1,6 @@
 """A trained model in one object, for the verbs that read one, notebooks and scripts."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -138,11 +139,8 @@ def load(workdir: str | Path) -> LoadedModel:
     workdir = as_path(workdir, "workdir")
     config = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
     abstract = abstract_params(config, platform())
-    checkpoints = Checkpoints(workdir, CheckpointConfig())
-    try:
+    with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
         step, params = checkpoints.restore_params(_on_one_device(abstract), fields=("ema", "params"))
-    finally:
-        checkpoints.close()
     return LoadedModel(config, params, tokenizers.load(workdir / "tokenizer"), step)
 
 

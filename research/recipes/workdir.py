@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.recipes.experiment import ExperimentConfig, completed
 from research.storage import files
-from research.storage.paths import Path, in_bucket, is_address, reason
+from research.storage.paths import Path, in_bucket, reason
 
 logger = logging.getLogger("tessera")
 
@@ -29,17 +28,6 @@ MAY_CHANGE = {
     "data": {"workers", "prefetch"},
     "model": {"layer_loop", "remat"},
 }
-
-
-def local_path(flag: str, value: str) -> pathlib.Path:
-    """Returns a folder or file of the command line as a path.
-
-    Raises:
-      UserError: it is an address, such as `gs://bucket/run`, which a path would quietly take for a local folder.
-    """
-    if is_address(value):
-        raise UserError(flag, value, "is an address: here only local or mounted folders can be used.")
-    return pathlib.Path(value)
 
 
 def check(workdir: Path, config: ExperimentConfig) -> None:

@@ -135,3 +135,14 @@ def _reach(bucket: str, path: str) -> None:
     fsspec.asyn.sync(client.loop, ask)
     with contextlib.suppress(FileNotFoundError):
         fsspec.asyn.sync(client.loop, client._info, path, timeout=REACH_ATTEMPTS * REACH_SECONDS)
+
+
+def local_path(flag: str, value: str) -> pathlib.Path:
+    """Returns a folder or file of the command line as a path.
+
+    Raises:
+      UserError: it is an address, such as `gs://bucket/run`, which a path would quietly take for a local folder.
+    """
+    if is_address(value):
+        raise UserError(flag, value, "is an address: here only local or mounted folders can be used.")
+    return pathlib.Path(value)
