@@ -25,16 +25,23 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """Prints nothing about clients that hang up in the middle of a request, as ours do when they give up."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 @contextlib.contextmanager
 def _server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+    with _Server(("127.0.0.1", 0), _Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
 
 
 def _free_port():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+    with _Server(("127.0.0.1", 0), _Refusing) as server:
         return server.server_port
 
 
