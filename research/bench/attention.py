@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax
 
+from research.bench.report import write_report
 from research.bench.sides import interleave, spread
 from research.core.errors import UserError, nearest
 from research.scaling.topology import TPU_TOPOLOGIES, tpu_devices
@@ -42,8 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
         report: Any = schedules(_chips(arguments.chips), _lengths(arguments.lengths))
     else:
         report = measurements(arguments.target, arguments.rounds)
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.json, report)
 
 
 def _chips(text: str) -> list[str]:

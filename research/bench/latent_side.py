@@ -34,7 +34,7 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     model = language_model(config, platform())
     params = nn.unbox(model.init(jax.random.key(0)))
     state = DecodeState(
-        cache=model.empty_cache(batch, slots),
+        cache=model.empty_cache(params, batch, slots),
         token=jnp.zeros(batch, jnp.int32),
         position=jnp.full(batch, slots // 2, jnp.int32),
         keys=jax.random.split(jax.random.key(0), batch),
