@@ -16,7 +16,6 @@ from research.models.cache import Cache
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable, contiguous_table
 from research.models.transformer import multiply_out
-from research.parallel.target import platform
 
 # Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
@@ -207,8 +206,8 @@ def prefill(
         known, places = _places(prompts.encoder_tokens, prompts.encoder_lengths)
         segments = known.astype(jnp.int32)
         inputs = {"encoder_tokens": prompts.encoder_tokens, "encoder_positions": places, "encoder_segments": segments}
-    model = language_model(config, platform())
-    cache = model.empty_cache(len(prompts.tokens), slots, segments, page_table=page_table)
+    model = language_model(config)
+    cache = model.empty_cache(params, len(prompts.tokens), slots, segments, page_table=page_table)
     return next_logits(config, params, prompts.tokens, positions, cache, prompts.lengths - 1, **inputs)
 
 

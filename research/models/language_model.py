@@ -61,11 +61,17 @@ class LanguageModel(Protocol):
         ...
 
     def empty_cache(
-        self, batch: int, slots: int, memory_segments: Int[Array, "B M"] | None = None, page_table: Any = None
+        self,
+        params: Any,
+        batch: int,
+        slots: int,
+        memory_segments: Int[Array, "B M"] | None = None,
+        page_table: Any = None,
     ) -> Any:
         """Returns what generation hands from token to token, before the first one.
 
         Args:
+          params: unboxed; a cache has the form of theirs.
           batch: sequences.
           slots: tokens that it can hold of each.
           memory_segments: of the tokens that an encoder reads, not 0 where they are real; None without an encoder.
@@ -99,8 +105,8 @@ def language_model(config: LanguageModelConfig, platform: str | None = None) -> 
 
     Args:
       config: of a registered class.
-      platform: `cpu`, `gpu` or `tpu`, which decides in what form parameters and caches are made where the config leaves
-        it open; None where none are made, for a model takes them in either form.
+      platform: `cpu`, `gpu` or `tpu`, which decides in what form parameters are made where the config leaves it open;
+        None where none are made, for a model takes them in either form.
     """
     assert type(config) in _MODELS, f"{type(config).__name__} is no config of a registered model"
     return _MODELS[type(config)](config, platform)

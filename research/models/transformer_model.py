@@ -21,7 +21,7 @@ class TransformerModel:
     """A transformer; `LanguageModel` says what its methods do.
 
     Attributes:
-      config: of the model; `layer_loop = "auto"` counts as `unroll` where parameters or a cache are made.
+      config: of the model; `layer_loop = "auto"` counts as `unroll` where parameters are made.
       loop: how layers are run; None follows the form of their parameters.
     """
 
@@ -51,13 +51,14 @@ class TransformerModel:
 
     def empty_cache(
         self,
+        params: Any,
         batch: int,
         slots: int,
         memory_segments: Int[Array, "B M"] | None = None,
         page_table: PageTable | None = None,
     ) -> Cache:
-        """Returns a cache of zeros."""
-        stacked = self.config.layer_loop == "scan"
+        """Returns a cache of zeros, that of stacked layers stacked as they are."""
+        stacked = "layers" in params
         return empty_cache(self.config, batch, slots, stacked, memory_segments, page_table=page_table)
 
     def flops_per_token(self, sequence_length: int, encoder_length: int = 0) -> float:

@@ -8,9 +8,10 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.prompts import Prompts, encode, prefill
+from research.inference.prompts import Prompts, encode, prefill, table_for
+from research.kernels.decode_attention import PAGE_SIZE
 from tests.models.variants import VARIANTS
-from tests.tiny import random_params, random_tokens
+from tests.tiny import random_params, random_tokens, stack, tiny_config
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope", "linear"])
@@ -38,6 +39,26 @@ def test_an_encoder_reads_a_prompt_beside_a_longer_one_as_alone(rule: str):
     # The rules change for more than 6 tokens, which the shorter prompt has only with its padding.
     np.testing.assert_allclose(first_logits(2, 9, [5, 9])[:1], first_logits(1, 5, [5]), atol=1e-5)
     assert np.abs(first_logits(2, 9, [8, 9])[:1] - first_logits(1, 5, [5])).max() > 1e-2  # the control
+
+
+def test_every_token_of_a_prompt_and_after_it_has_a_page_of_its_own():
+    prompts = Prompts(jnp.zeros((3, 64), jnp.int32), jnp.asarray([1, PAGE_SIZE, PAGE_SIZE + 1]))
+    table = table_for("paged", prompts, [2 * PAGE_SIZE, 1, 0], 4 * PAGE_SIZE)
+    pages = [row[row > 0].tolist() for row in np.asarray(table.ids)]
+    assert [len(row) for row in pages] == [3, 2, 2]
+    assert len({page for row in pages for page in row}) == 7
+    assert table_for("dense", prompts, [1, 1, 1], 64) is None
+
+
+@pytest.mark.parametrize("loop", ["auto", "scan", "unroll"])
+def test_the_cache_has_the_form_of_the_parameters_whatever_the_config_says(loop: str):
+    config = tiny_config(layer_loop=loop)
+    params, prompts = random_params(tiny_config()), Prompts(jnp.asarray(random_tokens(1, 5)), jnp.asarray([5]))
+    (logits, cache), (others, stacked) = (
+        prefill(each, prompts, config=config, slots=8) for each in (params, stack(params, config.num_layers))
+    )
+    assert (len(cache.layers), len(stacked.layers)) == (2, 1)
+    np.testing.assert_allclose(others, logits, atol=1e-5)
 
 
 class Bare(ByteTokenizer):
