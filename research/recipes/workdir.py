@@ -28,6 +28,8 @@ MAY_CHANGE = {
     "data": {"workers", "prefetch"},
     "model": {"layer_loop", "remat"},
 }
+# Parts of a config whose fields are read one by one.
+_GROUPS = ("model", "source", "train", "data")
 
 
 def check(workdir: Path, config: ExperimentConfig) -> None:
@@ -121,7 +123,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """Returns the plain config of a workdir.
 
     Raises:
-      UserError: it is no workdir, or its config's `model` or `source` is no group of fields.
+      UserError: it is no workdir, or what must be a group of fields in its config is none.
     """
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
@@ -131,7 +133,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
         raise UserError("workdir", workdir, f"is not a workdir: config.json: {error}.") from error
     if not isinstance(values, dict) or "model" not in values:
         raise UserError("workdir", workdir, "is not a workdir: its config.json holds no model.")
-    for name in ("model", "source"):
+    for name in _GROUPS:
         if name in values and not isinstance(values[name], dict):
             raise UserError(name, values[name], "must be a group of fields.", origin=str(workdir / "config.json"))
     if "source" in values and "model_type" not in values["source"]:

@@ -51,7 +51,7 @@ def source(tmp_path_factory):
     write_tokenizer(folder, chat_template=TEMPLATE)
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"eos_token_id": [257]}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 259], "top_p": 0.9}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 259, 258], "top_p": 0.9}))
     return folder
 
 
@@ -68,12 +68,12 @@ def model(workdir):
 
 
 def test_every_end_token_of_the_folder_is_kept_and_written_again(workdir, model, tmp_path):
-    assert model.tokenizer.end_ids == (257, 259)
+    assert model.tokenizer.end_ids == (257, 259, 258)
     convert(str(workdir), str(tmp_path / "back"), "hf", None)
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [257, 259]
+        assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [257, 259, 258]
     convert(str(tmp_path / "back"), str(tmp_path / "again"), None, None)
-    assert research.load(tmp_path / "again").tokenizer.end_ids == (257, 259)
+    assert research.load(tmp_path / "again").tokenizer.end_ids == (257, 259, 258)
 
 
 def test_any_end_token_ends_draws_beams_and_answers(model, monkeypatch):
@@ -174,6 +174,8 @@ def test_messages_that_are_not_unicode_are_refused_in_a_line(
         ('{"model": null}', "config.json: model = None must be a group of fields."),
         ('{"model": {}, "source": {}}', "config.json: source.model_type is missing."),
         ('{"model": {}, "source": []}', "config.json: source = [] must be a group of fields."),
+        ('{"model": {}, "train": 3}', "config.json: train = 3 must be a group of fields."),
+        ('{"model": {}, "data": null}', "config.json: data = None must be a group of fields."),
     ],
 )
 def test_a_config_file_of_other_json_is_refused_by_name(tmp_path, text, said):
