@@ -1,7 +1,8 @@
 """Files and folders that are written whole or not at all.
 
-A file is written beside its place and renamed; a folder is made under a name that ends in `PARTIAL` and renamed when
-all is in it. Whoever is killed meanwhile leaves such a folder; whoever makes the next one there removes it.
+A file is written beside its place, under a name that ends in `UNFINISHED`, and renamed; a folder is made under a name
+that ends in `PARTIAL` and renamed when all is in it. Whoever is killed meanwhile leaves such a file or folder; whoever
+next writes that file, or makes a folder there, removes it.
 
 In a bucket each file is whole without that. A folder is filled on this machine and uploaded, `last` at the end: without
 that file nobody takes the folder for one.
@@ -10,6 +11,7 @@ that file nobody takes the folder for one.
 import contextlib
 import errno
 import fcntl
+import glob
 import logging
 import os
 import pathlib
@@ -17,7 +19,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from research.storage.paths import Path, bucket_of, in_bucket, reason
 
@@ -25,6 +27,8 @@ logger = logging.getLogger("tessera")
 
 # How the name of a folder ends in which something is still written.
 PARTIAL = ".tessera-partial"
+# How the name of a file ends that is still written, behind the file's own name and eight random digits.
+UNFINISHED = ".tmp"
 # How older versions named such a folder in the cache: `.KIND-DIGEST-RANDOM`.
 _OLDER_PARTIAL = re.compile(r"\.[a-z0-9_]+-[0-9a-f]{16}-[a-z0-9_]{6,8}")
 # Bytes of a file that are on their way to a bucket at a time.
@@ -32,12 +36,16 @@ COPY_BYTES = 2**23
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, at once: whoever reads it, also after a crash, finds the old content or the new one."""
+    """Writes a file, at once: whoever reads it, also after a crash, finds the old content or the new one.
+
+    What killed writers of this file have left beside it is removed.
+    """
     if in_bucket(path):
         path.write_bytes(data)
         return
+    _remove_unfinished(path)
     # A name of its own, so that two writers of one file do not write into each other's.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary, lock = _make_locked(path, "", UNFINISHED, pathlib.Path.touch, pathlib.Path.unlink)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -48,6 +56,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
     _sync_names(path.parent)
 
 
@@ -117,7 +127,7 @@ def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iter
         return
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(final.parent)
-    partial, lock = _make_partial(final)
+    partial, lock = _make_locked(final, ".", PARTIAL, pathlib.Path.mkdir, pathlib.Path.rmdir)
     try:
         yield partial
         try:
@@ -141,11 +151,23 @@ def remove_leftovers(parent: pathlib.Path, older: bool = False) -> None:
     """
     for folder in parent.glob(".*"):
         is_ours = folder.name.endswith(PARTIAL) or (older and _OLDER_PARTIAL.fullmatch(folder.name))
-        lock = _lock(folder) if is_ours else None
+        lock = _lock(folder, os.O_DIRECTORY) if is_ours else None
         if lock is None:
             continue
         logger.info("%s: removed, an earlier run was stopped while it wrote it", folder)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_unfinished(path: pathlib.Path) -> None:
+    """Removes what killed writers of a file left beside it; what a living one writes is locked."""
+    random = 8 * "[0-9a-f]"
+    for left in path.parent.glob(f"{glob.escape(path.name)}.{random}{UNFINISHED}"):
+        lock = _lock(left, os.O_NONBLOCK)
+        if lock is None:
+            continue
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -188,17 +210,31 @@ def _sync_names(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _make_partial(final: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Returns a new locked folder beside `final` and its lock."""
+def _make_locked(
+    final: pathlib.Path,
+    before: str,
+    ending: str,
+    make: Callable[[pathlib.Path], None],
+    remove: Callable[[pathlib.Path], None],
+) -> tuple[pathlib.Path, int]:
+    """Returns a new locked file or folder beside `final`, and its lock.
+
+    Args:
+      final: the place that it will take.
+      before: what its name has in front of that of `final`.
+      ending: what its name has behind that and eight random digits.
+      make: makes it empty; unlike `tempfile` with the permissions of any other file or folder.
+      remove: removes it while it is empty.
+    """
     while True:
-        partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-        partial.mkdir()  # unlike `tempfile.mkdtemp` with the permissions of any other folder
+        partial = final.with_name(f"{before}{final.name}.{uuid.uuid4().hex[:8]}{ending}")
+        make(partial)
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:  # taken for a leftover before it was locked
             continue
         except BaseException:
-            partial.rmdir()
+            remove(partial)
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,10 +248,15 @@ def _make_partial(final: pathlib.Path) -> tuple[pathlib.Path, int]:
         os.close(lock)  # taken for a leftover between opening and locking
 
 
-def _lock(folder: pathlib.Path) -> int | None:
-    """Returns the lock of a folder, or None where somebody holds it or nobody can."""
+def _lock(path: pathlib.Path, flags: int) -> int | None:
+    """Returns the lock of a file or folder, or None where somebody holds it or nobody can.
+
+    Args:
+      path: of the file or folder.
+      flags: of `os.open`, beside that nothing is written.
+    """
     try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(path, os.O_RDONLY | flags)
     except OSError:
         return None
     try:
@@ -223,7 +264,7 @@ def _lock(folder: pathlib.Path) -> int | None:
     except OSError:
         os.close(lock)
         return None
-    if _is_open_as(lock, folder):
+    if _is_open_as(lock, path):
         return lock
     os.close(lock)  # its writer has renamed it meanwhile
     return None

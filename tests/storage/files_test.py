@@ -32,6 +32,19 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_the_next_writer_of_a_file_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    left = [tmp_path / f"a.json.{digits}{files.UNFINISHED}" for digits in ("0123abcd", "00000000")]
+    others = {"b.json.0123abcd.tmp", "a.json.tmp", "a.json.notes.tmp", "xa.json.0123abcd.tmp"}
+    for path in (*left, *(tmp_path / name for name in others)):
+        path.write_text("half")
+    with left[1].open() as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        files.write_text(tmp_path / "a.json", "{}")
+        assert set(os.listdir(tmp_path)) == {"a.json", left[1].name, *others}
+    files.write_text(tmp_path / "a.json", "{}")
+    assert set(os.listdir(tmp_path)) == {"a.json", *others}
+
+
 def test_two_writers_of_a_file_do_not_write_into_each_other(tmp_path, monkeypatch):
     """The second one writes all of its content while the first has written its own but not renamed it."""
     fsync, nested = os.fsync, []
