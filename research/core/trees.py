@@ -20,11 +20,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts of leaves under slash-separated names; the inverse of `named_leaves` for such trees."""
+def nested(named: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
+    """Returns nested dicts of leaves under slash-separated names; the inverse of `named_leaves` for such trees.
+
+    Args:
+      named: leaves by name.
+      separator: what stands between the parts of a name.
+    """
     tree: dict[str, Any] = {}
     for name, leaf in named.items():
-        *groups, last = name.split("/")
+        *groups, last = name.split(separator)
         place = tree
         for group in groups:
             place = place.setdefault(group, {})

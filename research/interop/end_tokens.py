@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.core.errors import UserError, within
+from research.storage.json_files import read_object
 
 GENERATION = "generation_config.json"
 FIELD = "eos_token_id"
@@ -53,7 +54,7 @@ def read_end_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, 
     path = folder / GENERATION
     found = list(_named(folder / "config.json", config))
     if path.is_file():
-        found += _named(path, _object(path))
+        found += _named(path, read_object(path))
     return tuple(dict.fromkeys(found))
 
 
@@ -66,13 +67,3 @@ def generation_config(fields: Mapping[str, Any]) -> bytes:
 def _named(path: pathlib.Path, values: Mapping[str, Any]) -> tuple[int, ...]:
     with within("", str(path)):
         return end_ids_of(values)
-
-
-def _object(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return values

@@ -32,6 +32,7 @@ from research.interop.safetensors_files import Stored, Writer, read_header
 from research.interop.t5 import MT5, T5
 from research.models.config import ModelConfig
 from research.storage.background import prefetch
+from research.storage.json_files import read_object
 
 logger = logging.getLogger("tessera")
 
@@ -75,7 +76,7 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
         are not those of the config; what is wrong is named. Pickled weights are never opened.
     """
     folder = pathlib.Path(folder)
-    fields = _read_json(folder / CONFIG)
+    fields = read_object(folder / CONFIG)
     if "model_type" not in fields:
         raise UserError(f"{folder / CONFIG}: model_type is missing.")
     model_type = fields["model_type"]
@@ -246,7 +247,7 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
         hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code." if pickled else ""
         raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
-    index = _read_json(folder / INDEX)
+    index = read_object(folder / INDEX)
     if not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{folder / INDEX}: weight_map is missing.")
     places = {name: str(file) for name, file in index["weight_map"].items()}
@@ -260,13 +261,3 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
         if not file.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX}: {file!r} is not a safetensors file.")
     return [folder / file for file in files], places
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return values

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError
+from research.core.trees import nested
 from research.interop.architecture import Architecture
 from research.interop.tensor import Tensor
 from research.models.config import ModelConfig
@@ -101,7 +102,7 @@ def architecture(
         if columns:
             layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             values |= shortest_pattern(layers)
-        return _nested(values)
+        return nested(values, ".")
 
     defaults = _merged(part.defaults for part in parts)
     return Architecture(
@@ -120,17 +121,6 @@ def architecture(
 
 def _merged(groups: Any) -> dict[str, Any]:
     return functools.reduce(lambda merged, group: {**merged, **group}, groups, {})
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        *groups, last = name.split(".")
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = value
-    return nested
 
 
 def shortest_pattern(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Conversations on the command line: from flags, from a file, or line by line from standard input."""
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from research.core.errors import UserError
+from research.storage.json_files import read_json
 from research.storage.paths import local_path
 
 Conversation = list[dict[str, Any]]
@@ -49,9 +49,9 @@ def beginning(arguments: argparse.Namespace) -> Conversation:
 
 def _read(path: pathlib.Path) -> Conversation:
     try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--messages = {path} cannot be read: {error}.") from error
+        messages = read_json(path)
+    except UserError as error:
+        raise UserError(f"--messages = {error}") from error
     if not isinstance(messages, list):
         raise UserError(f"--messages = {path} must be a list of messages, each with a role and its content.")
     return messages
