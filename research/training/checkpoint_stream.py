@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from research.core.errors import UserError
 from research.models.layer_stack import places, stack_layers
 from research.storage.background import BackgroundWorker, prefetch
 from research.storage.digests import RunningDigest
+from research.storage.files import new_folder
 from research.storage.flush import BackgroundFlusher, flush, reads_directly
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
@@ -59,25 +59,29 @@ def write_params(
       UserError: the disk is full.
     """
     folder = workdir.absolute() / "checkpoints" / str(step)
-    temporary = folder.with_name(f"{step}.orbax-checkpoint-tmp-stream")
-    store = _Store(temporary / files.ARRAYS, shapes)
+    with _explained(folder), new_folder(folder) as partial:
+        arrays, digests = _write_arrays(partial / files.ARRAYS, shapes, parts)
+        manifest = files.manifest_of(step, arrays, digests, {})
+        (partial / files.MANIFEST).mkdir()
+        (partial / files.MANIFEST / "manifest.json").write_text(json.dumps(manifest))
+        # As Orbax does, so that a copy in a bucket is known to be all of it.
+        (partial / files.COMMIT).write_text(f"Checkpoint commit was successful to {folder}")
+        _sync(partial)
+
+
+def _write_arrays(
+    folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct], parts: Iterable[Part]
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, str]]:
+    """Writes the arrays of a checkpoint; returns their shapes and digests by name."""
+    store = _Store(folder, shapes)
     try:
-        with _explained(folder):
-            with BackgroundFlusher(store.flush) as flusher:
-                for name, box, values in prefetch(parts):
-                    store.write(name, box, values)
-                    flusher.wrote(values.nbytes)
-            digests = store.finish()
-            manifest = files.manifest_of(step, store.arrays, digests, {})
-            (temporary / files.MANIFEST).mkdir()
-            (temporary / files.MANIFEST / "manifest.json").write_text(json.dumps(manifest))
-            # As Orbax does, so that a copy in a bucket is known to be all of it.
-            (temporary / files.COMMIT).write_text(f"Checkpoint commit was successful to {folder}")
-            _sync(temporary)
-            temporary.rename(folder)
+        with BackgroundFlusher(store.flush) as flusher:
+            for name, box, values in prefetch(parts):
+                store.write(name, box, values)
+                flusher.wrote(values.nbytes)
+        return store.arrays, store.finish()
     except BaseException:
         store.abandon()
-        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
