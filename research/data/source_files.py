@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 
 from research.core.errors import UserError
+from research.storage.paths import is_address
 
 # Bytes that are read at a time where no line ends them.
 CHUNK_BYTES = 2**20
@@ -27,8 +28,10 @@ def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
     """Returns (name, file) of everything that a file, folder or glob names, in the order of the names' hashes.
 
     Raises:
-      UserError: nothing matches, or a name that no file system takes.
+      UserError: nothing matches, a name that no file system takes, or an address.
     """
+    if is_address(path):
+        raise UserError("path", path, "is an address: sources are read from local or mounted files.")
     try:
         root, named = _match(path)
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL

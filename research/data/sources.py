@@ -319,7 +319,8 @@ def _arrow_text(value: Any, config: SourceConfig, report: SourceReport, where: s
 
 def _bounded(value: object, config: SourceConfig, report: SourceReport, where: str) -> str | None:
     """Returns a value of `field` as text, or None where it is bad: its text may stand in bytes."""
-    if isinstance(value, (str, bytes)) and len(value) > config.max_record_bytes:
+    data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    if isinstance(data, bytes) and len(data) > config.max_record_bytes:
         return report.skip(where, f"longer than max_record_bytes = {config.max_record_bytes}")
     if isinstance(value, bytes):
         try:

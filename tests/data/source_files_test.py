@@ -147,6 +147,14 @@ def test_a_name_that_no_file_has_is_one_line(path):
         list(documents(SourceConfig(kind="text", path=path), "train"))
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl", "tfds"])
+def test_an_address_is_said_to_be_none_of_a_source(kind):
+    with pytest.raises(UserError) as caught:
+        list(documents(SourceConfig(kind=kind, path="gs://bucket/texts"), "train"))
+    said = "path = 'gs://bucket/texts' is an address: sources are read from local or mounted files."
+    assert str(caught.value) == said
+
+
 def test_a_loop_of_links_is_no_text(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "a.txt").write_text("text")

@@ -58,15 +58,50 @@ def test_every_document_is_read_once_and_on_one_side(tmp_path, kind):
     assert read(config) == found
 
 
-def test_records_are_split_by_their_text_and_files_by_their_name(tmp_path):
-    """The order of the lines, and what else is there, change no document's side."""
-    path = tmp_path / "a.jsonl"
+RECORDS = [f"record {i}" for i in range(40)]
+
+
+def write_records(folder, kind: str, records: list[str]) -> SourceConfig:
+    """Writes records in this order as a source of one kind, of which three in ten are held out."""
+    folder.mkdir()
+    path, more = folder / "a", {}
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": record}) + "\n" for record in records))
+    elif kind == "parted":
+        path.write_text("<->".join(records))
+        more = {"separator": "<->"}
+    elif kind == "lines":
+        path.write_text("\n".join(records))
+        (folder / "b").write_text("\n".join(record.upper() for record in records))
+        more = {"pair_path": str(folder / "b")}
+    elif kind == "parquet":
+        parquet.write_table(pa.table({"text": records}), path)
+    else:
+        path.mkdir()
+        for index, record in enumerate(records):
+            (path / f"{index:02}.txt").write_text(record)
+    kind = "text" if kind == "parted" else kind
+    return SourceConfig(kind=kind, path=str(path), heldout_fraction=0.3, **more)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parted", "lines", "parquet", "tfds"])
+def test_records_are_split_by_their_text(tmp_path, kind):
+    """Their order, their file, and what else is there, change no record's side."""
     sides = []
-    for texts in (TEXTS, TEXTS[::-1], TEXTS[10:]):
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        sides.append(set(read(SourceConfig(kind="jsonl", path=str(path), heldout_fraction=0.3))["heldout"]))
+    for index, records in enumerate((RECORDS, RECORDS[::-1], RECORDS[10:])):
+        sides.append(set(read(write_records(tmp_path / str(index), kind, records))["heldout"]))
+    assert 4 <= len(sides[0]) <= 20
     assert sides[0] == sides[1]
-    assert sides[2] == sides[0] & set(TEXTS[10:])
+    assert sides[2] == sides[0] & set(RECORDS[10:])
+
+
+def test_files_are_split_by_their_name_in_the_folder_that_the_source_names(tmp_path):
+    sides = []
+    for index, records in enumerate((RECORDS, RECORDS[::-1])):
+        config = dataclasses.replace(write_records(tmp_path / str(index), "tfds", records), kind="text")
+        sides.append({document.name for document in documents(config, "heldout")})
+    assert 4 <= len(sides[0]) <= 20
+    assert sides[0] == sides[1]
     assert sources.stable_hash("asyncio/events.py") == 0x09ED6B3398AF75B8  # on every machine
     assert sources.is_heldout("asyncio/events.py", 0.05)
     assert not sources.is_heldout("asyncio/events.py", 0.03)
@@ -333,13 +368,14 @@ LIMIT = 1000
 
 @pytest.mark.parametrize("kind", ["jsonl", "text", "parted", "lines", "parquet", "tfds"])
 def test_a_record_above_the_bound_is_bad_and_those_beside_it_are_not(tmp_path, kind):
-    texts = ["one", "x" * 5000, "y" * LIMIT, "three"]
-    good = [text for text in texts if len(text) <= LIMIT]
-    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a"), heldout_fraction=0.0, max_bad_fraction=0.5)
+    # The third is short in letters, and too long in bytes.
+    texts = ["one", "x" * 5000, "é" * (LIMIT // 2 + 1), "y" * LIMIT, "three"]
+    good = [text for text in texts if len(text.encode()) <= LIMIT]
+    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a"), heldout_fraction=0.0, max_bad_fraction=0.7)
     if kind == "jsonl":
-        rows = [json.dumps({"text": text}) for text in texts]
+        rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
         (tmp_path / "a").write_text("\n".join(rows))
-        config = dataclasses.replace(config, max_record_bytes=len(rows[2]))
+        config = dataclasses.replace(config, max_record_bytes=len(rows[3]))
     elif kind == "parted":
         (tmp_path / "a").write_text("<->".join(texts))
         config = dataclasses.replace(config, kind="text", separator="<->", max_record_bytes=LIMIT)
