@@ -52,6 +52,12 @@ def test_best_fit_by_one_room_overflows_the_other():  # the control
     assert best_fit([3, 3], 8, [4, 4], 5).tolist() == [0, 1]
 
 
+def test_best_fit_looks_on_where_the_tightest_bin_lacks_the_other_room():
+    # The third fits beside the first by its length, and beside the second alone by its other one.
+    assert best_fit([6, 5, 3], 10, [9, 5, 2], 9).tolist() == [0, 1, 1]
+    assert best_fit([6, 4], 10, [7, 2], 9).tolist() == [0, 0]  # it fills both rooms
+
+
 def store(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Token k of document d is 100 d + k, so a token says where it comes from; ids start at 1000."""
     tokens = np.concatenate([1000 + 100 * d + np.arange(n) for d, n in enumerate(lengths)])

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from research.models.config import ModelConfig
 from tests.inference import beam_cases
 from tests.interop import cases, registry
 from tests.interop.folders import write_folder
-from tests.tiny import random_params, stack, tiny_config
+from tests.tiny import logits, random_params, stack, tiny_config
 
 BYTES = ByteTokenizer()
 BEAMS = BeamConfig(num_beams=3, max_tokens=8, num_return=3)
@@ -157,6 +158,21 @@ def test_forced_end_ends_every_text(model):
     assert "length" in {one.finish for one in free}
     assert {one.tokens[-1] for one in forced} == {BYTES.eos_id}
     assert all(len(one.tokens) <= 8 for one in forced)
+
+
+def test_any_end_id_ends_a_beam_whose_score_is_that_of_its_tokens(model, monkeypatch):
+    config, params = model
+    alone = {"num_beams": 1, "num_return": 1, "length_penalty": 0.0}
+    [[free]] = run(model, ["abc"], **alone)
+    end = free.tokens[2]
+    assert end not in (*free.tokens[:2], BYTES.eos_id)
+    monkeypatch.setattr(BYTES, "further_end_ids", (end, 9999))  # one that the model has, and one that it has not
+    [[found]] = run(model, ["abc"], **alone)
+    assert (found.tokens, found.finish) == (free.tokens[:3], "stop")
+    ids = [BYTES.bos_id, *b"abc", *found.tokens]
+    log_p = jax.nn.log_softmax(logits(config, params, np.asarray([ids], np.int32))[0])
+    wanted = sum(float(log_p[place - 1, ids[place]]) for place in range(4, 7))
+    assert found.score == pytest.approx(wanted, abs=1e-4)
 
 
 def test_one_compilation_serves_a_whole_generation_and_its_like(model):

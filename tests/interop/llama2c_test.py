@@ -1,5 +1,6 @@
 """Files of llama2.c: claims about `interop.llama2c`."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.core.trees import count
+from research.core.trees import count, named_leaves
 from research.data import tokenizers
 from research.data.tokenizers import TokenizerConfig
 from research.inference.generate import generate
@@ -17,22 +18,23 @@ from research.interop.llama2c import from_llama2c
 from tests.interop import cases
 from tests.interop.folders import TOLERANCE, logits_of
 
-GOLDEN = "llama-2-7b"
+# A key/value head for each query head, and for each four of them.
+GOLDEN, GROUPED = "llama-2-7b", "llama-2-70b"
 
 
-def write_bin(path, halves=True):
-    """Writes the golden LLaMA as llama2.c does, the output projection untied."""
-    tensors = cases.weights(cases.stored()[GOLDEN]["tensors"])
-    fields = cases.stored()[GOLDEN]["config"]
-    heads = fields["num_attention_heads"]
+def write_bin(path, golden=GOLDEN, halves=True, tied=False):
+    """Writes a golden LLaMA as llama2.c does, its output projection a matrix of its own or the embedding's."""
+    tensors = cases.weights(cases.stored()[golden]["tensors"])
+    fields = cases.stored()[golden]["config"]
+    heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+    rotated = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads} if halves else {}
 
-    def neighbours(matrix):
-        return matrix.reshape(heads, 2, -1, matrix.shape[-1]).swapaxes(1, 2).reshape(matrix.shape)
+    def neighbours(matrix, count):
+        return matrix.reshape(count, 2, -1, matrix.shape[-1]).swapaxes(1, 2).reshape(matrix.shape)
 
     def layers(name):
         parts = [tensors[f"model.layers.{layer}.{name}.weight"] for layer in range(fields["num_hidden_layers"])]
-        rotated = halves and name in ("self_attn.q_proj", "self_attn.k_proj")
-        return np.stack([neighbours(part) if rotated else part for part in parts])
+        return np.stack([neighbours(part, rotated[name]) if name in rotated else part for part in parts])
 
     names = "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
     names += " post_attention_layernorm mlp.gate_proj mlp.down_proj mlp.up_proj"
@@ -43,17 +45,29 @@ def write_bin(path, halves=True):
         tensors["model.norm.weight"],
         table,
         table,
-        tensors["lm_head.weight"],
+        *([] if tied else [tensors["lm_head.weight"]]),
     ]
-    header = [64, fields["intermediate_size"], 2, heads, heads, -cases.VOCAB, fields["max_position_embeddings"]]
+    vocabulary = cases.VOCAB if tied else -cases.VOCAB
+    header = [64, fields["intermediate_size"], 2, heads, kv_heads, vocabulary, fields["max_position_embeddings"]]
     path.write_bytes(np.array(header, "<i4").tobytes() + b"".join(part.astype("<f4").tobytes() for part in parts))
     return path
 
 
-def test_logits_equal_torch_after_conversion(tmp_path):
+@pytest.mark.parametrize("golden", [GOLDEN, GROUPED])
+def test_logits_equal_torch_after_conversion(tmp_path, golden):
+    config, params = from_llama2c(write_bin(tmp_path / "model.bin", golden))
+    assert config == cases.CASES[golden].config()
+    np.testing.assert_allclose(logits_of(config, params, cases.tokens()), cases.golden_logits(golden), atol=TOLERANCE)
+
+
+def test_a_vocabulary_above_zero_ties_the_output_to_the_embedding(tmp_path):
     config, params = from_llama2c(write_bin(tmp_path / "model.bin"))
-    assert config == cases.CASES[GOLDEN].config()
-    np.testing.assert_allclose(logits_of(config, params, cases.tokens()), cases.golden_logits(GOLDEN), atol=TOLERANCE)
+    tied_config, tied = from_llama2c(write_bin(tmp_path / "tied.bin", tied=True))
+    assert tied_config == dataclasses.replace(config, tied_embeddings=True)
+    held, wanted = named_leaves(tied), named_leaves(params)
+    assert wanted.keys() - held.keys() == {"unembed"}
+    for name, value in held.items():
+        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
 
 def test_rotary_halves_taken_for_neighbours_are_seen_by_the_comparison(tmp_path):

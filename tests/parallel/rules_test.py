@@ -25,8 +25,10 @@ from research.parallel.rules import (
     process_columns,
     process_rows,
 )
+from research.training import step
 from research.training.state import abstract_state
 from research.training.step import place_batch
+from tests.models.variants import VARIANTS
 from tests.tiny import abstract_params, tiny_config
 
 FULL = tiny_config(
@@ -61,6 +63,28 @@ SPECS = {
     "layers/mlp_norm/scale": ("pipeline", "fsdp"),
     "layers/mlp_norm/bias": ("pipeline", "fsdp"),
 }
+# Parameters of other models, by variant.
+OTHER_SPECS = {
+    "shared experts": {
+        "layers_0/mlp/router/kernel": ("fsdp", None),
+        "layers_0/mlp/selection_bias": (None,),
+        "layers_0/mlp/experts/up/kernel": ("expert", "fsdp", "tensor"),
+        "layers_0/mlp/experts/down/kernel": ("expert", "tensor", "fsdp"),
+        "layers_0/mlp/shared/up/kernel": ("fsdp", "tensor"),
+        "layers_0/mlp/shared_gate/kernel": ("fsdp", None),
+    },
+    "latent": {
+        "layers_0/attention/query_down/kernel": ("fsdp", None),
+        "layers_0/attention/query_norm/scale": (None,),
+        "layers_0/attention/query/kernel": (None, "tensor", None),
+        "layers_0/attention/latent/kernel": ("fsdp", None),
+        "layers_0/attention/turned_key/kernel": ("fsdp", None, None),
+        "layers_0/attention/key/kernel": (None, "tensor", None),
+        "layers_0/attention/value/kernel": (None, "tensor", None),
+    },
+    "buckets": {"position_bias/embedding": (None, "tensor")},
+    "encoder": {"type_embed/embedding": (None, "fsdp"), "pooler/classes/kernel": ("fsdp", None)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +97,18 @@ def test_every_parameter_lies_as_the_table_says(mesh):
     assert {name: sharding.spec for name, sharding in found.items()} == {
         name: PartitionSpec(*spec) for name, spec in SPECS.items()
     }
+
+
+@pytest.mark.parametrize("variant", OTHER_SPECS)
+def test_parameters_of_experts_latents_and_encoders_lie_as_the_table_says(variant: str, mesh):
+    found = named_leaves(param_shardings(abstract_params(VARIANTS[variant]), mesh))
+    specs = OTHER_SPECS[variant]
+    assert {name: found[name].spec for name in specs} == {name: PartitionSpec(*spec) for name, spec in specs.items()}
+
+
+def test_a_low_rank_is_whole_on_every_device():
+    assert partition_spec(("embed", "rank")) == PartitionSpec("fsdp", None)
+    assert partition_spec(("layers", "rank", "heads", "head")) == PartitionSpec("pipeline", None, "tensor", None)
 
 
 def test_activations_share_out_the_batch_and_keep_their_width():
@@ -202,6 +238,20 @@ def test_a_batch_is_cut_along_its_rows_and_its_length():
     placed = place_batch({"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=sharding)})
     np.testing.assert_array_equal(placed["tokens"], tokens)
     assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 2)}
+
+
+def test_devices_get_the_columns_of_a_row_that_they_hold(monkeypatch):
+    """As in the second of two processes, of which each has half of every row."""
+    sharding = batch_sharding(context_mesh(context=8))
+    mine = sharding.mesh.devices.ravel()[4:].tolist()
+    monkeypatch.setattr(step, "process_columns", functools.partial(process_columns, devices=mine))
+    given = []
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda *arguments: given.append(arguments))
+    tokens = np.arange(2 * 24, dtype=np.int32).reshape(2, 24)
+    place_batch({"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((2, 24), jnp.int32, sharding=sharding)})
+    [(_, local, shape)] = given
+    np.testing.assert_array_equal(local, [range(12, 24), range(36, 48)])
+    assert shape == (2, 24)
 
 
 def test_rows_that_are_no_part_of_the_batch_name_the_size_to_change():

@@ -132,6 +132,22 @@ def test_a_pair_without_one_of_its_fields_is_bad(config, tmp_path):
         prepare(config, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_pairs_are_packed_by_the_side_that_fills_its_row_first(first):
+    """The texts of one side fill rows of ten two by two; those of the other say nothing."""
+    filling = [[9, 1], [8, 2], [7, 3], [6, 4]]  # with EOS
+    sizes = [[n - 1, 0] for pair in filling for n in pair]
+    corpus = store([n for pair in sizes for n in (pair if first == 0 else pair[::-1])])
+    rooms = [100, 10] if first == 0 else [10, 100]
+    rows = packed(corpus, objective_of("translate", rooms[0], encoder_length=rooms[1]))
+    assert len(rows) == len(filling)
+    batch = epoch(rows)
+    name = "encoder_segments" if first == 0 else "segments"
+    assert (batch[name] > 0).all()
+    places = [batch[name] > 0 for name in ("segments", "encoder_segments")]
+    assert rows.plan.padding == pytest.approx(1 - sum(x.sum() for x in places) / sum(x.size for x in places))
+
+
 def test_a_row_has_room_on_both_sides_or_another_is_begun():
     """As sources the first and third fit together, as targets they do not."""
     corpus = store([2, 12, 12, 2, 2, 12])
