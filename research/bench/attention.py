@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 
-from research.bench.report import write_report
 from research.bench.sides import interleave, spread
 from research.core.errors import UserError, nearest
 from research.scaling.topology import TPU_TOPOLOGIES, tpu_devices
@@ -42,7 +42,8 @@ def main(arguments: argparse.Namespace) -> None:
         report: Any = schedules(_chips(arguments.chips), _lengths(arguments.lengths))
     else:
         report = measurements(arguments.target, arguments.rounds)
-    write_report(arguments.json, report)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _chips(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import pathlib
 import re
 import statistics
@@ -12,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import research
 from research.bench.attention import CPU_SHAPES
-from research.bench.report import write_report
 from research.bench.sides import spread, worker
 from research.core.errors import UserError, nearest
 
@@ -51,7 +51,8 @@ def main(arguments: argparse.Namespace) -> None:
             measure = _step_ratios if row in STEPS else _bench_ratios
             ratios[row] = measure(row, before, arguments.rounds)
             print(f"{row:28} {spread(ratios[row], 3)} of the speed at {arguments.before}", flush=True)
-    write_report(arguments.json, ratios)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(ratios, indent=2) + "\n")
 
 
 def _rows(only: str | None) -> list[str]:

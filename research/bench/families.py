@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
+import json
 import pathlib
 
 import research
-from research.bench.report import write_report
 from research.bench.sides import interleave, spread
 from research.core import config as configs
 from research.core.errors import UserError, nearest
@@ -47,7 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
         ratios = [own / us / (base / them) for us, them in zip(seconds[spec], seconds[DECODER], strict=True)]
         results[spec] = ratios
         print(f"{spec:24} {spread(ratios, 2)} of the decoder's FLOPs a second", flush=True)
-    write_report(arguments.json, results)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def flops(model: ModelConfig) -> float:

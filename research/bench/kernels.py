@@ -1,7 +1,9 @@
 """Cross-entropy, grouped matmul and decode attention of this project beside their peers, measured on CPU or GPU."""
 
 import argparse
+import json
 import os
+import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -9,7 +11,6 @@ from typing import Any
 import jax
 
 from research.bench.kernels_sides import page_bytes
-from research.bench.report import write_report
 from research.bench.sides import interleave, spread
 from research.core.errors import UserError, nearest
 
@@ -55,7 +56,8 @@ def main(arguments: argparse.Namespace) -> None:
         sizes = (FULL if arguments.full else SMALL)[kernel]
         for dtype in ("bfloat16",) if jax.default_backend() == "gpu" else ("float32", "bfloat16"):
             report.append(measure(kernel, dtype, sizes, arguments.rounds))
-    write_report(arguments.json, report)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def measure(kernel: str, dtype: str, sizes: dict[str, int], rounds: int) -> dict[str, Any]:

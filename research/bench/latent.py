@@ -1,8 +1,9 @@
 """A decode step of latent attention: MLA weight absorption beside decompressed MLA."""
 
 import argparse
+import json
+import pathlib
 
-from research.bench.report import write_report
 from research.bench.sides import interleave, spread
 from research.core.errors import UserError
 
@@ -34,4 +35,5 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"{form:12} {spread([1000 * turn / arguments.steps for turn in turns], 2)} ms a step")
     ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
     print(f"{'ratio':12} {spread(ratios, 2)}")
-    write_report(arguments.json, seconds)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(seconds, indent=2) + "\n")

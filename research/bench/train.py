@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
+import pathlib
 
-from research.bench.report import write_report
 from research.bench.sides import interleave, spread
 from research.core.errors import UserError
 
@@ -52,7 +53,9 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--rounds = {arguments.rounds} and --steps = {arguments.steps} must be at least 1.")
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
     results = {dtype: run(dtype, arguments.rounds, arguments.steps, arguments.same_allocator) for dtype in dtypes}
-    write_report(arguments.json, {"shape": dataclasses.asdict(SHAPE), "tokens_per_second": results})
+    if arguments.json:
+        report = {"shape": dataclasses.asdict(SHAPE), "tokens_per_second": results}
+        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def run(dtype: str, rounds: int, steps: int, same_allocator: bool = False) -> dict[str, list[float]]:
