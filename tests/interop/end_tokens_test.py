@@ -16,6 +16,7 @@ from research.interop.end_tokens import end_ids_of, generation_config, read_end_
         ({"eos_token_id": 128001}, {"eos_token_id": [128001, 128008, 128009]}, (128001, 128008, 128009)),  # LLaMA 3.1
         ({"eos_token_id": 32000}, {"eos_token_id": [32000, 32001, 32007]}, (32000, 32001, 32007)),  # Phi-3
         ({"eos_token_id": 200002}, {"eos_token_id": [200002, 199999, 200012]}, (200002, 199999, 200012)),  # gpt-oss
+        ({"eos_token_id": 7}, {"eos_token_id": [5, 7, 6]}, (7, 5, 6)),  # those of config.json first
         ({"eos_token_id": None}, {"temperature": 0.6}, ()),
         ({}, {"eos_token_id": [-1, 2, 2]}, (2,)),
     ],

@@ -49,12 +49,14 @@ def test_fields_that_change_no_logit_are_taken_and_listed_in_one_line(name, capl
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_fields_that_might_change_logits_are_in_one_error(name):
+    unknown = {"attention_sharpness": 2.0, "heat": 1, "adapter_id": 3}
     with pytest.raises(UserError) as error:
-        read(name, **HARMLESS | {"pruned_heads": {"0": [1]}, "attention_sharpness": 2.0, "heat": 1, "vocab_size": -1})
+        read(name, **HARMLESS | {"pruned_heads": {"0": [1]}, "vocab_size": -1} | unknown)
     for fault in (
         "pruned_heads = {'0': [1]} is a field of ",
         "attention_sharpness = 2.0 is",
         "heat = 1 is",
+        "adapter_id = 3 is",
         "vocab_size = -1 must be",
     ):
         assert fault in str(error.value)

@@ -134,9 +134,9 @@ def test_a_pair_without_one_of_its_fields_is_bad(config, tmp_path):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_pairs_are_packed_by_the_side_that_fills_its_row_first(first):
-    """The texts of one side fill rows of ten two by two; those of the other say nothing."""
+    """The texts of one side fill rows of ten two by two; those of the other leave room in theirs."""
     filling = [[9, 1], [8, 2], [7, 3], [6, 4]]  # with EOS
-    sizes = [[n - 1, 0] for pair in filling for n in pair]
+    sizes = [[n - 1, 29] for pair in filling for n in pair]
     corpus = store([n for pair in sizes for n in (pair if first == 0 else pair[::-1])])
     rooms = [100, 10] if first == 0 else [10, 100]
     rows = packed(corpus, objective_of("translate", rooms[0], encoder_length=rooms[1]))

@@ -214,8 +214,11 @@ def test_chat_templates_are_found_in_every_place(tmp_path):
     assert templates(chat_template="a") == {"default": "a"}
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     assert templates(chat_template=named) == {"default": "a", "tool_use": "b"}
-    (tmp_path / "chat_template.jinja").write_bytes("é\r\n".encode())
     (tmp_path / "chat_templates").mkdir()
+    (tmp_path / "chat_templates" / "tool_use.jinja").write_text("of a file")  # which comes before the config's
+    assert templates(chat_template=named) == {"default": "a", "tool_use": "of a file"}
+    (tmp_path / "chat_templates" / "tool_use.jinja").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes("é\r\n".encode())
     (tmp_path / "chat_templates" / "rag.jinja").write_text("c")
     assert templates(chat_template=named) == {"default": "é\r\n", "rag": "c"}
 
