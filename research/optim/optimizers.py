@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from research.core.errors import UserError
+from research.optim.promotion import promoting
 from research.optim.schedules import ScheduleConfig, build_schedule
 from research.parallel.parameter import Axes
 
@@ -81,7 +82,8 @@ def build_optimizer(
     def learning_rate(state: Any) -> Float[Array, ""]:
         return jnp.asarray(schedule(_update_count(state)), jnp.float32)
 
-    return _descending(config, axes, schedule), learning_rate
+    optimizer = _descending(config, axes, schedule)
+    return optax.GradientTransformation(optimizer.init, promoting(optimizer.update)), learning_rate
 
 
 def _update_count(state: Any) -> Int[Array, ""]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from research.core.errors import UserError
+from research.optim.promotion import promoting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def build_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> opt
     if config.name == "constant":
         after = optax.constant_schedule(peak)
     elif config.name == "cosine":
-        after = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)
+        after = promoting(optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction))
     elif config.name == "linear":
         after = optax.linear_schedule(peak, floor, left)
     elif config.name == "inverse_sqrt":

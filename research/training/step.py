@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from research.core.random import step_key
 from research.data.batch import Batch
 from research.optim.balancing import balance_experts, selection_bias
+from research.optim.promotion import promoting
 from research.parallel.rules import process_columns
 from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState
@@ -138,13 +139,13 @@ def make_train_step(
         dropout_key = step_key(key, state.step)
         value, report, grads = _sum_gradients(loss, state.params, frozen, batch, dropout_key, accumulation, unroll)
 
-        norm = optax.global_norm(grads)
+        norm = promoting(optax.global_norm)(grads)
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = promoting(optax.apply_updates)(state.params, updates)
         params = _balanced(params, report.expert_load, expert_bias_speed, partition)
         ema = None if state.ema is None else _moved_average(state.ema, params, ema_decay)
 

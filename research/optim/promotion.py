@@ -1,0 +1,21 @@
+"""Optax's functions where types and ranks of arrays may not mix without a word, as in this project's tests."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of Optax that runs as Optax expects: JAX promotes types and ranks by itself.
+
+    This project's own code writes its promotions down and needs none of it.
+    """
+
+    @functools.wraps(function)
+    def promoted(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return promoted
