@@ -77,7 +77,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
         loader = make_loader(config, prepared, part)
     logger.info("model: %s parameters on %d device(s)", f"{count(program.saved.params):,}", program.mesh.size)
     with clock.measure("checkpoint"):
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, config.checkpoint, program.partition.untouched(program.saved.params))
         saved, owed = restore(checkpoints, program.saved, loader, workdir)
         if saved is not None and int(saved.step) >= config.train.steps and not owed:
             logger.info("step %d of %d: nothing is left to do", saved.step, config.train.steps)

@@ -2,6 +2,7 @@
 
     <step>/arrays/…                 OCDBT files, one tree of canonical arrays (models/layer_stack.py)
     <step>/manifest/manifest.json   format, step, the shape, type and digest of each array, extra; a sha256 of all that
+    base-<digest>/arrays/…          arrays that several checkpoints share: frozen parameters (checkpoint_base.py)
 
 Orbax checks neither that the bits it returns are the bits it was given nor that a file is the one it wrote, so all of
 that is checked here, against the manifest, which guards itself by its own sha256.
@@ -9,6 +10,7 @@ that is checked here, against the manifest, which guards itself by its own sha25
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,8 +24,11 @@ from research.storage.digests import digests
 from research.storage.paths import Path, in_bucket
 from research.training import checkpoint_arrays, manifest_values
 
-FORMAT = 1
+# 2 is 1 with arrays that lie in a folder beside the checkpoint, their `place`.
+FORMATS = (1, 2)
 ARRAYS, MANIFEST = "arrays", "manifest"
+PLACE, PLACE_DIGITS = "base-", 16
+_PLACE = re.compile(f"{PLACE}[0-9a-f]{{{PLACE_DIGITS}}}")
 # What Orbax writes into a checkpoint when all else is in it.
 COMMIT = "commit_success.txt"
 
@@ -55,23 +60,40 @@ def is_complete(folder: Path) -> bool:
     return folder.is_dir()
 
 
-def contents(step: int, arrays: Mapping[str, Array], extra: Mapping[str, Any]) -> ocp.args.Composite:
-    """Returns what is to be written, digests included; every process must call this."""
-    manifest = manifest_of(step, arrays, digests(arrays), extra)
+def contents(
+    step: int, arrays: Mapping[str, Array], elsewhere: Mapping[str, Any], extra: Mapping[str, Any]
+) -> ocp.args.Composite:
+    """Returns what is to be written, digests included; every process must call this.
+
+    Args:
+      step: of the checkpoint.
+      arrays: that it holds itself.
+      elsewhere: what the manifest says of the others.
+      extra: what else belongs to it.
+    """
+    manifest = manifest_of(step, describe(arrays, digests(arrays)) | dict(elsewhere), extra)
     return ocp.args.Composite(
         **{ARRAYS: ocp.args.PyTreeSave(nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)},
     )
 
 
-def manifest_of(
-    step: int, arrays: Mapping[str, Any], digests_of: Mapping[str, str], extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the manifest of arrays (or their shapes) with these digests."""
-    described = {
+def arrays_alone(arrays: Mapping[str, Array]) -> ocp.args.Composite:
+    """Returns what is to be written of arrays that checkpoints name in their manifests."""
+    return ocp.args.Composite(**{ARRAYS: ocp.args.PyTreeSave(nested(arrays))})
+
+
+def describe(arrays: Mapping[str, Any], digests_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Returns what a manifest says of arrays (or their shapes) with these digests."""
+    return {
         name: {"shape": list(arrays[name].shape), "dtype": str(arrays[name].dtype), "digest": digest}
         for name, digest in digests_of.items()
     }
-    content = {"format": FORMAT, "step": step, "arrays": described, "extra": manifest_values.encode(extra)}
+
+
+def manifest_of(step: int, described: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the manifest of arrays that are so described."""
+    version = FORMATS[any("place" in array for array in described.values())]
+    content = {"format": version, "step": step, "arrays": described, "extra": manifest_values.encode(extra)}
     content = json.loads(json.dumps(content))  # as it will be read: string keys, lists
     return {"sha256": _sha256(content), "content": content}
 
@@ -94,11 +116,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{path.name} cannot be read ({_one_line(error)})") from error
     if not good:
         raise Damaged(f"{path.name} is not what was written (its sha256 differs)")
-    if version != FORMAT:
-        raise UserError(f"{path}: format = {version} is unknown to this version, which reads {FORMAT}.")
+    if version not in FORMATS:
+        raise UserError(f"{path}: format = {version} is unknown to this version, which reads up to {FORMATS[-1]}.")
     if str(step) != folder.name:
         raise Damaged(f"{path.name} is of step {step}: the folder has been renamed")
     return content
+
+
+def places_in(manifest: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the folders beside a checkpoint in which arrays of it lie."""
+    return frozenset(array["place"] for array in manifest["arrays"].values() if "place" in array)
+
+
+def where(folder: Path, manifest: Mapping[str, Any], name: str) -> tuple[Path, str]:
+    """Returns the store in which an array of a checkpoint lies, and the array's name there.
+
+    Raises:
+      Damaged: the manifest names a place that is none.
+    """
+    place = manifest["arrays"][name].get("place")
+    if place is None:
+        return folder / ARRAYS, name
+    if not _PLACE.fullmatch(place):
+        raise Damaged(f"array {name} lies in {place!r}, which is no folder of frozen parameters")
+    return folder.parent / place / ARRAYS, name.partition("/")[2]
 
 
 def check_architecture(
@@ -140,15 +181,29 @@ def read_arrays(
     Raises:
       Damaged: an array cannot be read, or Orbax's account of the arrays is not that of the manifest.
     """
-    _check_account(folder / ARRAYS / "_METADATA", manifest)
+    # store -> the names there of all its arrays
+    stores: dict[Path, set[str]] = {folder / ARRAYS: set()}
+    # (store, field) -> wanted arrays by their name there: parameters and their average may be one array on disk
+    groups: dict[tuple[Path, str], dict[str, str]] = {}
+    for name in manifest["arrays"]:
+        store, stored = where(folder, manifest, name)
+        stores.setdefault(store, set()).add(stored)
+        if name in wanted:
+            groups.setdefault((store, name.partition("/")[0]), {})[stored] = name
+    for store, names in stores.items():
+        _check_account(store / "_METADATA", names)
+    arrays = {}
     try:
-        return checkpoint_arrays.read_arrays(folder / ARRAYS, wanted)
+        for (store, _), names in groups.items():
+            read = checkpoint_arrays.read_arrays(store, {stored: wanted[name] for stored, name in names.items()})
+            arrays |= {names[stored]: array for stored, array in read.items()}
     except checkpoint_arrays.UnreadableArray as error:
         raise Damaged(str(error)) from error
+    return {name: arrays[name] for name in wanted}
 
 
-def _check_account(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises Damaged where the file by which Orbax finds arrays does not name those of the manifest.
+def _check_account(path: Path, wanted: set[str]) -> None:
+    """Raises Damaged where the file by which Orbax finds arrays does not name those that the manifest names.
 
     Nothing here needs the file, but whoever else reads the checkpoint does.
     """
@@ -157,7 +212,7 @@ def _check_account(path: Path, manifest: Mapping[str, Any]) -> None:
         names = {"/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in tree.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{ARRAYS}/{path.name} cannot be read ({_one_line(error)})") from error
-    different = sorted(names ^ set(manifest["arrays"]))
+    different = sorted(names ^ wanted)
     if different:
         raise Damaged(
             f"{ARRAYS}/{path.name} is not what was written (array {different[0]} is in one of it and manifest)"

@@ -61,7 +61,7 @@ def write_params(
     folder = workdir.absolute() / "checkpoints" / str(step)
     with _explained(folder), new_folder(folder) as partial:
         arrays, digests = _write_arrays(partial / files.ARRAYS, shapes, parts)
-        manifest = files.manifest_of(step, arrays, digests, {})
+        manifest = files.manifest_of(step, files.describe(arrays, digests), {})
         (partial / files.MANIFEST).mkdir()
         (partial / files.MANIFEST / "manifest.json").write_text(json.dumps(manifest))
         # As Orbax does, so that a copy in a bucket is known to be all of it.
@@ -116,7 +116,7 @@ class ParamsReader:
         self._digests = {name: RunningDigest(shape.shape) for name, shape in arrays.items()}
         direct = not in_bucket(folder) and reads_directly(folder / files.MANIFEST / "manifest.json")
         mode = "direct" if direct else "default"
-        self._folder, self._context, self._open = folder / files.ARRAYS, _context(mode), {}
+        self._folder, self._context, self._open = folder, _context(mode), {}
         self._counted: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
         self._worker = BackgroundWorker()
 
@@ -129,7 +129,8 @@ class ParamsReader:
         stack = f"{self._field}/{stack}"
         try:
             if stack not in self._open:
-                spec = {"driver": "zarr", "kvstore": store_of(self._folder, stack)}
+                store, stored = files.where(self._folder, self._manifest, stack)
+                spec = {"driver": "zarr", "kvstore": store_of(store, stored)}
                 self._open[stack] = ts.open(spec, context=self._context, open=True, read=True).result()
             array = self._open[stack]
             box, start = _bounds(array.shape, index, box)

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,12 @@ from jax.experimental import multihost_utils
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
-from research.models.layer_stack import canonical, stack_layers, unstack_layers
+from research.models.layer_stack import stack_layers, unstack_layers
 from research.storage.files import remove_folder
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
 from research.training import manifest_values, quiet_orbax
+from research.training.checkpoint_base import Base, remove_unused
 from research.training.checkpoint_files import Damaged
 from research.training.presence import Presence
 
@@ -68,10 +69,17 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Nothing on disk changes before the first `save`."""
+    """The checkpoints of one workdir. Nothing on disk changes before the first `save`.
 
-    def __init__(self, workdir: Path, config: CheckpointConfig):
+    Args:
+      workdir: whose they are.
+      config: when to save, and what to keep.
+      frozen: names of the parameters that no step changes: they are written once, not with every checkpoint.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, frozen: Collection[str] = ()):
         self._folder, self._config = absolute(workdir) / "checkpoints", config
+        self._base = Base(self._folder, frozen)
         self._presence = Presence(self._folder.parent, "config.json")
         self._checkpointer = files.checkpointer(self._folder)
         # Waits for the one write in flight, then removes what need not be kept.
@@ -135,7 +143,9 @@ class Checkpoints:
         self._silence.enter_context(quiet_orbax.silenced())
         self._last_step = step
         try:
-            self._checkpointer.save(self._folder / str(step), args=files.contents(step, canonical(state), extra))
+            arrays, elsewhere = self._base.part(state, self._checkpointer)
+            contents = files.contents(step, arrays, elsewhere, extra)
+            self._checkpointer.save(self._folder / str(step), args=contents)
         except Exception as error:
             self._explain(step, error)
         self._in_flight = step, self._background.submit(self._finish, step)
@@ -188,6 +198,7 @@ class Checkpoints:
         wanted = stack_layers(shapes)
         step, manifest, arrays = self._newest_whole(lambda manifest: wanted, step, whole=True)
         state = _rebuild(abstract_state, unstack_layers(arrays, shapes))
+        self._base.was_read(manifest)
         self._passed_over = {later for later in self.steps() if later > step}
         return step, state, manifest_values.decode(manifest["extra"])
 
@@ -266,6 +277,7 @@ class Checkpoints:
             for old in self.steps():
                 if old not in kept:
                     self._remove(old)
+            remove_unused(self._folder)
 
     def _remove(self, old: int) -> None:
         """Removes a checkpoint. One that stays costs room and no more, so it ends no run."""

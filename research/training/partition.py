@@ -102,6 +102,10 @@ class Partition:
             whole[name] = leaf
         return nested(whole)
 
+    def untouched(self, params: Any) -> frozenset[str]:
+        """Returns the names of the parameters of which no row is trained."""
+        return frozenset(() if self.selection is None else _leaves(params).keys() - self.selection.keys())
+
     def trained_rows(self, name: str, array: Any) -> Any:
         """Returns the rows of an array that stand for the trained rows of a parameter; all where it is not cut.
 

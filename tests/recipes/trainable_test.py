@@ -28,7 +28,9 @@ def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_pat
             runs.run(tiny, tmp_path / "run", **FROZEN)
     runs.assert_same_state(runs.run(tiny, tmp_path / "run", **FROZEN), unbroken)
 
-    # All parameters are in the checkpoint in their own type, the averaged ones of those that are trained.
+    # What is frozen lies beside the checkpoints of both halves of the run, once.
+    assert len(list((tmp_path / "run" / "checkpoints").glob("base-*"))) == 1
+    # All parameters are read in their own type, the averaged ones of those that are trained.
     model = load(tmp_path / "run")
     found, averaged, last = (named_leaves(tree) for tree in (model.params, unbroken.ema, unbroken.params))
     for name, leaf in found.items():

@@ -235,8 +235,8 @@ def test_an_optimizer_state_that_is_grouped_otherwise_is_not_called_another_arch
 
 def test_a_later_format_is_an_error(copy, monkeypatch):
     workdir, state = copy
-    monkeypatch.setattr("research.training.checkpoint_files.FORMAT", 2)
-    assert "format = 1 is unknown to this version, which reads 2" in outcome(workdir, state)
+    monkeypatch.setattr("research.training.checkpoint_files.FORMATS", (2, 3))
+    assert "format = 1 is unknown to this version, which reads up to 3" in outcome(workdir, state)
 
 
 def test_an_array_of_another_type_on_disk_is_caught(copy):

@@ -79,7 +79,7 @@ def test_random_keys_are_no_array_beside_a_checkpoint():
 
 
 def test_one_changed_byte_of_an_array_is_damage(tmp_path):
-    manifest = manifest_of(3, {}, {}, EXTRA)
+    manifest = manifest_of(3, {}, EXTRA)
     folder = tmp_path / "3" / "manifest"
     folder.mkdir(parents=True)
     text = json.dumps(manifest)
