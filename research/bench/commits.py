@@ -2,21 +2,25 @@
 
 import argparse
 import contextlib
-import json
+import functools
+import itertools
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import research
+from research.bench import convert, report
 from research.bench.attention import CPU_SHAPES
-from research.bench.sides import spread, worker
+from research.bench.sides import in_turns, run, worker
 from research.core.errors import UserError, nearest
 
 ROOT = pathlib.Path(research.__file__).parent.parent
+# Steps and kernels that are called in a turn.
+CALLS = 3
 FAMILIES = ("gpt2", "gemma", "mixtral", "deepseek", "t5", "bert")
 # Sides that answer turns, by the name of their row: a module of `research.bench`, and its arguments.
 STEPS = {
@@ -24,46 +28,39 @@ STEPS = {
     **{f"attention {'x'.join(map(str, s))}": ("attention_sides", "tessera", "float32", *s) for s in CPU_SHAPES},
     **{f"family {name}": ("families_side", name, "float32") for name in FAMILIES},
 }
-# Whole benches, and what their figure looks like in what they print; a higher one is better.
-BENCHES = {
-    "loader": (("loader", "--rounds=3"), r"loader +([\d.]+) .*a core-second"),
-    "convert in": (("convert", "--megabytes=500", "--rounds=1"), r"in +([\d,]+) .*MB/s"),
-    "convert out": (("convert", "--megabytes=500", "--rounds=1"), r"out +([\d,]+) .*MB/s"),
-}
+# A whole bench, and what its figure looks like in what it prints.
+LOADER, LOADER_FIGURE = ("loader", "--rounds=3"), r"loader +([\d.]+) .*core-second"
+# Of the folder that is converted, and of all that is made of it: a source, a workdir, and the way back.
+CONVERTED = 500 * 10**6
+# Files in memory, where the system has them.
+MEMORY = pathlib.Path("/dev/shm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
     parser.add_argument("--before", required=True, metavar="COMMIT", help="the commit to measure this checkout against")
     parser.add_argument("--only", help="rows, separated by commas, or beginnings of their names: train,attention")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
-    parser.add_argument("--json", metavar="FILE", help="where to write the ratios of every turn as JSON")
+    report.add_arguments(parser, rounds=5)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures both checkouts in turns, and prints the ratios of their speeds with their spread."""
-    if arguments.rounds < 1:
-        raise UserError(f"--rounds = {arguments.rounds} must be at least 1.")
+    report.check_arguments(arguments)
     rows = _rows(arguments.only)
-    ratios: dict[str, list[float]] = {}
     with _checkout(arguments.before) as before:
-        for row in rows:
-            measure = _step_ratios if row in STEPS else _bench_ratios
-            ratios[row] = measure(row, before, arguments.rounds)
-            print(f"{row:28} {spread(ratios[row], 3)} of the speed at {arguments.before}", flush=True)
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(ratios, indent=2) + "\n")
+        found = (_measure(row, {"now": ROOT, "before": before}, arguments.rounds) for row in rows)
+        report.publish("commits", arguments, itertools.chain.from_iterable(found))
 
 
 def _rows(only: str | None) -> list[str]:
-    known = [*STEPS, *BENCHES]
+    known = [*STEPS, "loader", "convert"]
     if only is None:
         return known
     wanted = []
     for name in only.split(","):
         found = [row for row in known if row.startswith(name)]
         if not found:
-            raise UserError(f"--only = {name!r} is the beginning of no row. {nearest(name, known)}")
+            raise UserError("--only", name, f"is the beginning of no row. {nearest(name, known)}")
         wanted += found
     return wanted
 
@@ -75,18 +72,28 @@ def _checkout(commit: str) -> Iterator[pathlib.Path]:
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True)
         if archive.returncode:
             said = archive.stderr.decode().strip().partition("\n")[0]
-            raise UserError(f"--before = {commit!r} is no commit of this checkout: {said}.")
+            raise UserError("--before", commit, f"is no commit of this checkout: {said}.")
         subprocess.run(["tar", "-x", "-C", place], input=archive.stdout, check=True)
         yield pathlib.Path(place)
 
 
-def _step_ratios(row: str, before: pathlib.Path, rounds: int) -> list[float]:
-    """Returns, for each turn, the seconds before over the seconds now."""
-    name, *rest = STEPS[row]
-    with contextlib.ExitStack() as stack:
-        asks = [stack.enter_context(worker([_module(root, name), *map(str, rest)], root)) for root in (ROOT, before)]
-        turns = [[ask(3) for ask in asks] for _ in range(rounds + 1)][1:]
-    return [then / now for now, then in turns]
+def _measure(row: str, roots: dict[str, pathlib.Path], rounds: int) -> Iterator[tuple[str, report.Figure]]:
+    """Yields the figures of a row; `roots` are the checkouts by their sides."""
+    if row == "loader":
+        rates = in_turns({side: functools.partial(_loader_rate, root) for side, root in roots.items()}, rounds)
+        yield row, report.Figure("M tokens/core-second", True, rates)
+    elif row == "convert":
+        yield from _conversions(roots, rounds)
+    else:
+        name, *rest = STEPS[row]
+        with contextlib.ExitStack() as stack:
+            sides = {}
+            for side, root in roots.items():
+                ask = stack.enter_context(worker([_module(root, name), *map(str, rest)], root))
+                sides[side] = functools.partial(ask, CALLS)
+            seconds = in_turns(sides, rounds)
+        times = {side: [1000 * taken / CALLS for taken in turns] for side, turns in seconds.items()}
+        yield row, report.Figure("ms", False, times)
 
 
 def _module(root: pathlib.Path, name: str) -> str:
@@ -95,18 +102,26 @@ def _module(root: pathlib.Path, name: str) -> str:
     return f"research.recipes.bench_{name}" if older.exists() else f"research.bench.{name}"
 
 
-def _bench_ratios(row: str, before: pathlib.Path, rounds: int) -> list[float]:
-    """Returns, for each turn, the figures now over the figures before."""
-    ratios = []
-    for _ in range(rounds):
-        now, then = (_figure(row, root) for root in (ROOT, before))
-        ratios.append(now / then)
-    return ratios
+def _loader_rate(root: pathlib.Path) -> float:
+    """Returns what the loader's bench of a checkout prints, the mean of several shapes."""
+    printed = run(["research", "bench", *LOADER], root)
+    return statistics.mean(float(figure) for figure in re.findall(LOADER_FIGURE, printed))
 
 
-def _figure(row: str, root: pathlib.Path) -> float:
-    """Returns the figure that a bench of a checkout prints; the mean where it prints several."""
-    arguments, pattern = BENCHES[row]
-    command: Sequence[str] = [sys.executable, "-m", "research", "bench", *arguments]
-    printed = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return statistics.mean(float(figure.replace(",", "")) for figure in re.findall(pattern, printed))
+def _conversions(roots: dict[str, pathlib.Path], rounds: int) -> Iterator[tuple[str, report.Figure]]:
+    """Yields a conversion in and one out: of files in memory where there is room, so that no disk is measured."""
+    room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * CONVERTED
+    with tempfile.TemporaryDirectory(prefix="tessera-commits-", dir=MEMORY if room else None) as place:
+        folder = pathlib.Path(place)
+        size = convert.make_folder(folder / "source", CONVERTED, "float32")
+        sides = {side: functools.partial(_there_and_back, folder, root) for side, root in roots.items()}
+        turns = in_turns(sides, rounds)
+    for way in ("in", "out"):
+        rates = {side: [size / 1e6 / each[way] for each in found] for side, found in turns.items()}
+        note = "files in memory" if room else "files on the disk"
+        yield f"convert {way}", report.Figure("MB/s", True, rates, note=note)
+
+
+def _there_and_back(folder: pathlib.Path, root: pathlib.Path) -> dict[str, float]:
+    module = _module(root, "convert_sides")
+    return {way: convert.turn(folder, way, module, root)["seconds"] for way in ("in", "out")}

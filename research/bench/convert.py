@@ -1,18 +1,18 @@
 """Conversion of a Hugging Face folder, in and out, beside a plain copy of its files."""
 
 import argparse
+import functools
+import itertools
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 
-from research.bench.convert_sides import SIDES
-from research.bench.sides import spread
+from research.bench import report
+from research.bench.sides import in_turns, run
 from research.core.errors import UserError
 from research.interop import mapping
 from research.interop.architecture import choose
@@ -21,33 +21,60 @@ from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 
 # Of one layer with the widths below, and of the embeddings.
 LAYER, EMBEDDINGS = 60_821_504, 2 * 1024 * 2048
+DTYPES = ("float32", "bfloat16")
+# What each side makes; `out` reads what `in` has made.
+TARGETS = {"copy": "copy", "in": "workdir", "out": "back"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
+    report.add_arguments(parser, rounds=3)
     parser.add_argument("--megabytes", type=int, default=256, help="of the folder (default 256)")
-    parser.add_argument("--dtype", default="float32", help="of the folder: float32 (the default) or bfloat16")
+    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both", help="of the folder (default both)")
     parser.add_argument("--folder", help="where to work: the disk to measure (default: that of temporary files)")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures the sides in turns, each a process of its own, and prints rates, ratios and memory with their spread."""
-    if arguments.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype = {arguments.dtype!r} is not float32 or bfloat16.")
+    report.check_arguments(arguments, "megabytes")
+    if arguments.folder and not pathlib.Path(arguments.folder).is_dir():
+        raise UserError("--folder", arguments.folder, "is not a folder.")
+    dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
+    rows = (measure(dtype, arguments) for dtype in dtypes)
+    report.publish("convert", arguments, itertools.chain.from_iterable(rows))
+
+
+def measure(dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[str, report.Figure]]:
+    """Yields what a conversion in and one out did beside a copy of the files; all wait until theirs are on the disk.
+
+    After the first round, which is not counted, the files are in the page cache.
+    """
     with tempfile.TemporaryDirectory(prefix="tessera-convert-", dir=arguments.folder) as place:
         folder = pathlib.Path(place)
-        size = make_folder(folder / "source", arguments.megabytes * 10**6, arguments.dtype)
-        print(f"a LLaMA of {size / 1e6:,.0f} MB of {arguments.dtype} in files of at most 1 GB, in the page cache after")
-        print("the first round, which is not counted; every side waits until its files are on the disk")
-        turns = [dict(_round(folder)) for _ in range(arguments.rounds + 1)][1:]
-    for side in SIDES:
-        rates = [size / 1e6 / turn[side]["seconds"] for turn in turns]
-        peak = max(turn[side]["peak_bytes"] for turn in turns)
-        print(f"  {side:5} {spread(rates, 0)} MB/s of the folder, at most {peak / 1e6:,.0f} MB of memory")
+        size = make_folder(folder / "source", arguments.megabytes * 10**6, dtype)
+        turns = in_turns({side: functools.partial(turn, folder, side) for side in TARGETS}, arguments.rounds)
+    rates = {side: [size / 1e6 / each["seconds"] for each in found] for side, found in turns.items()}
+    peaks = {side: max(each["peak_bytes"] for each in found) / 1e6 for side, found in turns.items()}
     for side in ("in", "out"):
-        ratios = [turn["copy"]["seconds"] / turn[side]["seconds"] for turn in turns]
-        print(f"  ratio {spread(ratios, 2)} {side} / copy")
+        memory = f"at most {peaks[side]:,.0f} MB of memory, the copy {peaks['copy']:,.0f}"
+        values = {side: rates[side], "copy": rates["copy"]}
+        yield f"{side}, {size / 1e6:,.0f} MB of {dtype}", report.Figure("MB/s", True, values, note=memory)
+
+
+def turn(
+    folder: pathlib.Path, side: str, module: str = "research.bench.convert_sides", root: pathlib.Path | None = None
+) -> dict[str, float]:
+    """Returns the seconds and the most memory that a side's turn takes, in a process of its own.
+
+    Args:
+      folder: where `source` lies, and what the sides make of it.
+      side: one of `TARGETS`.
+      module: of the sides.
+      root: the checkout whose module it is; None is the one that is running.
+    """
+    target = folder / TARGETS[side]
+    shutil.rmtree(target, ignore_errors=True)
+    return json.loads(run([module, side, str(folder / "source"), str(target)], root))
 
 
 def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
@@ -70,13 +97,3 @@ def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
     architecture, fields = choose(ARCHITECTURES.values(), config)
     write_hugging_face(architecture, fields, config, read, folder, {}, dtype, shard_bytes=10**9)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _round(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yields each side and what its turn took; `out` reads what `in` has made."""
-    targets = {"copy": folder / "copy", "in": folder / "workdir", "out": folder / "back"}
-    for target in targets.values():
-        shutil.rmtree(target, ignore_errors=True)
-    for side, target in targets.items():
-        command = [sys.executable, "-m", "research.bench.convert_sides", side, folder / "source", target]
-        yield side, json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

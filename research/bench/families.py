@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
-import json
 import pathlib
 
 import research
-from research.bench.sides import interleave, spread
+from research.bench import report
+from research.bench.sides import interleave
 from research.core import config as configs
 from research.core.errors import UserError, nearest
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
@@ -23,32 +23,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", help="presets, separated by commas: files of configs/model, as gemma.py:3-1b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
     # Single steps: now and then one takes new memory, and takes several times as long; the median leaves it out.
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
+    report.add_arguments(parser, rounds=7)
     parser.add_argument("--steps", type=int, default=1, help="training steps a turn (default 1)")
-    parser.add_argument("--json", metavar="FILE", help="where to write every turn as JSON")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures each family in turns with the decoder, and prints the ratios of their FLOPs a second."""
-    if min(arguments.rounds, arguments.steps) < 1:
-        raise UserError(f"--rounds = {arguments.rounds} and --steps = {arguments.steps} must be at least 1.")
+    report.check_arguments(arguments, "steps")
     known = sorted(path.stem for path in PRESETS.glob("*.py") if path.stem != "__init__")
     wanted = arguments.only.split(",") if arguments.only else [name for name in known if name != DECODER]
     for spec in wanted:
+        if spec == DECODER:
+            raise UserError("--only", spec, "is what all others are measured beside.")
         if spec.partition(":")[0].removesuffix(".py") not in known:
-            raise UserError(f"--only = {spec!r} is not a preset. {nearest(spec, known)}")
-    base = flops(load(DECODER, arguments.dtype))
-    results = {}
-    for spec in wanted:
-        module, steps = "research.bench.families_side", arguments.steps
-        sides = {name: [module, name, arguments.dtype] for name in (DECODER, spec)}
-        seconds = interleave(sides, arguments.rounds, steps)
-        own = flops(load(spec, arguments.dtype))
-        ratios = [own / us / (base / them) for us, them in zip(seconds[spec], seconds[DECODER], strict=True)]
-        results[spec] = ratios
-        print(f"{spec:24} {spread(ratios, 2)} of the decoder's FLOPs a second", flush=True)
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
+            raise UserError("--only", spec, f"is not a preset. {nearest(spec, known)}")
+    report.publish("families", arguments, ((spec, measure(spec, arguments)) for spec in wanted))
+
+
+def measure(spec: str, arguments: argparse.Namespace) -> report.Figure:
+    """Returns the FLOPs a second of a preset, each model's counted for itself, beside the decoder's."""
+    sides = (spec, DECODER)
+    commands = {side: ["research.bench.families_side", side, arguments.dtype] for side in sides}
+    seconds = interleave(commands, arguments.rounds, arguments.steps)
+    work = {side: arguments.steps * flops(load(side, arguments.dtype)) / 1e9 for side in sides}
+    rates = {side: [work[side] / taken for taken in turns] for side, turns in seconds.items()}
+    return report.Figure("GFLOP/s", True, rates)
 
 
 def flops(model: ModelConfig) -> float:

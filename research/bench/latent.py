@@ -1,39 +1,43 @@
 """A decode step of latent attention: MLA weight absorption beside decompressed MLA."""
 
 import argparse
-import json
-import pathlib
+import itertools
 
-from research.bench.sides import interleave, spread
+from research.bench import report
+from research.bench.sides import interleave
 from research.core.errors import UserError
 
 FORMS = ("absorbed", "decompressed")
+DTYPES = ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
+    parser.add_argument("--batch", default="1,8", help="sequences, separated by commas (default 1,8)")
     parser.add_argument("--slots", type=int, default=2048, help="of the cache (default 2048)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
+    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both", help="of the model (default both)")
+    report.add_arguments(parser, rounds=7)
     parser.add_argument("--steps", type=int, default=10, help="tokens a turn (default 10)")
-    parser.add_argument("--json", metavar="FILE", help="where to write every turn as JSON")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures both forms in turns, and prints milliseconds a step and the ratio turn by turn."""
-    for name in ("batch", "rounds", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} = {getattr(arguments, name)} must be at least 1.")
+    """Measures both forms in turns, and prints milliseconds a step and their ratios."""
+    report.check_arguments(arguments, "steps")
+    batches = [int(part) if part.isdigit() else 0 for part in arguments.batch.split(",")]
+    if min(batches) < 1:
+        raise UserError("--batch", arguments.batch, "must be whole numbers of at least 1, separated by commas.")
     least = 2 * (arguments.rounds + 1) * arguments.steps
     if arguments.slots < least:
-        raise UserError(f"--slots = {arguments.slots} must be at least {least}: half of them are read at the start.")
-    sizes = [str(arguments.batch), str(arguments.slots), arguments.dtype]
-    sides = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
-    seconds = interleave(sides, arguments.rounds, arguments.steps)
-    for form, turns in seconds.items():
-        print(f"{form:12} {spread([1000 * turn / arguments.steps for turn in turns], 2)} ms a step")
-    ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
-    print(f"{'ratio':12} {spread(ratios, 2)}")
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(seconds, indent=2) + "\n")
+        raise UserError("--slots", arguments.slots, f"must be at least {least}: half of them are read at the start.")
+    dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
+    rows = (measure(batch, dtype, arguments) for batch, dtype in itertools.product(batches, dtypes))
+    report.publish("latent", arguments, rows)
+
+
+def measure(batch: int, dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figure]:
+    """Returns the row of a batch, with the milliseconds a step of each form's turns."""
+    sizes = [str(batch), str(arguments.slots), dtype]
+    commands = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
+    seconds = interleave(commands, arguments.rounds, arguments.steps)
+    times = {form: [1000 * taken / arguments.steps for taken in turns] for form, turns in seconds.items()}
+    return f"{dtype}, batch {batch}, {arguments.slots:,} slots", report.Figure("ms", False, times)

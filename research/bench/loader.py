@@ -1,16 +1,18 @@
 """Tokens a second that the loader delivers, beside plain random crops of a token file."""
 
 import argparse
+import functools
 import itertools
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 import numpy as np
 
-from research.bench.sides import spread
+from research.bench import report
+from research.bench.sides import in_turns
 from research.core.backend import cache_folder
 from research.data.batch import Batch
 from research.data.loader import Loader
@@ -28,7 +30,7 @@ MARKS = {"mask": True, "sentinels": 100}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
+    report.add_arguments(parser, rounds=7)
     parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens a turn (default 4,000,000)")
     parser.add_argument("--objective", choices=get_args(Kind), default="causal", help="of the rows (default causal)")
     parser.add_argument("--workers", type=int, default=0, help="worker processes of the loader (default 0: threads)")
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures both sides in turns on the embedded corpus, and prints rates and ratios with their spread."""
+    report.check_arguments(arguments, "tokens")
     with tempfile.TemporaryDirectory(prefix="tessera-loader-") as folder:
         paired, unmarked = arguments.objective == "translate", ("causal", "prefix", "translate")
         config = DataConfig(
@@ -45,7 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
         )
         prepared = prepare(config, folder if paired else cache_folder() / "data")
-        measure(config, prepared, arguments.rounds, arguments.tokens)
+        report.publish("loader", arguments, measure(config, prepared, arguments.rounds, arguments.tokens))
 
 
 def pairs_of_lines(folder: pathlib.Path) -> SourceConfig:
@@ -58,29 +61,29 @@ def pairs_of_lines(folder: pathlib.Path) -> SourceConfig:
     return SourceConfig(kind="lines", path=str(paths[1]), pair_path=str(paths[0]))
 
 
-def measure(config: DataConfig, prepared: Prepared, rounds: int, tokens: int) -> None:
-    """Measures and prints what one config's loader does."""
-    corpora, workers = prepared.train, config.workers or "no"
-    print(f"loader: packed, shuffled, resumable rows with segments, {config.objective.kind}; {workers} workers")
-    print("crops:  random windows of the same token file, without documents, epochs or a position to resume from")
+def measure(config: DataConfig, prepared: Prepared, rounds: int, tokens: int) -> Iterator[tuple[str, report.Figure]]:
+    """Yields, for each shape of batches, tokens of wall time and of CPU time.
+
+    `loader` gives packed, shuffled, resumable rows with segments; `crops` gives random windows of the same token file,
+    without documents, epochs or a position to resume from.
+    """
+    corpora = prepared.train
     for batch_size, sequence_length in SHAPES:
         loader = Loader(
             corpora, config, prepared.tokenizer, batch_size=batch_size, sequence_length=sequence_length, seed=0
         )
         rng = np.random.default_rng(0)
-
-        def crops(store=corpora[0].tokens, rows=batch_size, length=sequence_length, rng=rng) -> Batch:
-            return random_crops(store, rows, length, rng)
-
         batches = max(1, tokens // (batch_size * sequence_length))
-        sides = {"loader": loader.__next__, "crops": crops}
-        turns = [{name: rates(make, batches) for name, make in sides.items()} for _ in range(rounds + 1)][1:]
+        crops = functools.partial(random_crops, corpora[0].tokens, batch_size, sequence_length, rng)
+        makers = {"loader": loader.__next__, "crops": crops}
+        turns = in_turns({side: functools.partial(rates, make, batches) for side, make in makers.items()}, rounds)
         loader.close()
-        print(f"batch {batch_size} x {sequence_length} tokens, {loader.padding:.2%} padding")
-        for name in sides:
-            for what, index in (("a second", 0), ("a core-second", 1)):
-                print(f"  {name:6}  {spread([turn[name][index] / 1e6 for turn in turns], 2)} M tokens {what}")
-        print(f"  ratio   {spread([turn['loader'][0] / turn['crops'][0] for turn in turns], 2)} loader / crops")
+
+        name = f"{config.objective.kind}, {batch_size} × {sequence_length:,} tokens"
+        padding = f"{loader.padding:.2%} padding"
+        for index, (what, unit) in enumerate((("wall time", "M tokens/s"), ("CPU time", "M tokens/core-second"))):
+            values = {side: [turn[index] / 1e6 for turn in found] for side, found in turns.items()}
+            yield f"{name}, {what}", report.Figure(unit, True, values, note=padding)
 
 
 def rates(make: Callable[[], Batch], batches: int) -> tuple[float, float]:

@@ -1,13 +1,18 @@
 """Sides of a bench: each a process that is asked, in turns with the others, to do its work so many times."""
 
 import contextlib
+import functools
 import pathlib
-import statistics
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from research.core.errors import UserError
+
+Answer = TypeVar("Answer")
 
 
 def serve(take: Callable[[], Any]) -> None:
@@ -19,23 +24,31 @@ def serve(take: Callable[[], Any]) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
+def in_turns(sides: Mapping[str, Callable[[], Answer]], rounds: int) -> dict[str, list[Answer]]:
+    """Calls each side once a round, and returns its answers after a first round, which warms up.
+
+    Each round has the other order (A B, B A, …), since the second finds the machine as the first has left it.
+    """
+    answers: dict[str, list[Answer]] = {side: [] for side in sides}
+    for turn in range(rounds + 1):
+        for side in list(sides)[:: -1 if turn % 2 else 1]:
+            answer = sides[side]()
+            if turn:
+                answers[side].append(answer)
+    return answers
+
+
 def interleave(commands: Mapping[str, Sequence[str]], rounds: int, count: int) -> dict[str, list[float]]:
-    """Returns the seconds of each side's rounds, after one that warms up.
+    """Returns the seconds of each side's rounds, which it takes in turns with the others.
 
     Args:
       commands: a module that calls `serve`, and its arguments, by the side's name.
-      rounds: of each side, in turns.
+      rounds: of each side, after one that warms up.
       count: what a side is asked for each time.
     """
-    seconds: dict[str, list[float]] = {side: [] for side in commands}
     with contextlib.ExitStack() as stack:
         workers = {side: stack.enter_context(worker(command)) for side, command in commands.items()}
-        for turn in range(rounds + 1):
-            for side, ask in workers.items():
-                taken = ask(count)
-                if turn:
-                    seconds[side].append(taken)
-    return seconds
+        return in_turns({side: functools.partial(ask, count) for side, ask in workers.items()}, rounds)
 
 
 @contextlib.contextmanager
@@ -45,25 +58,43 @@ def worker(command: Sequence[str], root: pathlib.Path | None = None) -> Iterator
     Args:
       command: a module that calls `serve`, and its arguments.
       root: the checkout whose module it is; None is the one that is running.
+
+    Raises:
+      UserError: the process ended before it answered.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
     )
 
     def ask(count: int) -> float:
-        process.stdin.write(f"{count}\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen where its answer is missing
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
         answer = process.stdout.readline()
-        assert answer, f"{' '.join(command)} stopped"
+        if not answer:
+            raise ended(command, process.wait())
         return float(answer)
 
     try:
         yield ask
     finally:
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         process.wait()
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Returns the median with the lowest and highest value."""
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+def run(command: Sequence[str], root: pathlib.Path | None = None) -> str:
+    """Runs a side to its end, and returns what it prints; arguments and errors as of `worker`."""
+    found = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, cwd=root)
+    if found.returncode:
+        raise ended(command, found.returncode)
+    return found.stdout
+
+
+def ended(command: Sequence[str], status: int) -> UserError:
+    """Returns the error of a side whose process ended with a status, or by the signal of a negative one."""
+    name = " ".join(map(str, command))
+    if status < 0:
+        said = f"was killed by {signal.Signals(-status).name}; the system kills who takes more memory than there is."
+        return UserError(f"the side `{name}` {said}")
+    return UserError(f"the side `{name}` ended with status {status}.")

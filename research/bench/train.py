@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
-import pathlib
 
-from research.bench.sides import interleave, spread
+from research.bench import report
+from research.bench.machine import without_torch_bfloat16
+from research.bench.sides import interleave
 from research.core.errors import UserError
 
 
@@ -36,9 +36,8 @@ SIDES = ("tessera", "torch")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both", help="of the products (default both)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
+    report.add_arguments(parser, rounds=7)
     parser.add_argument("--steps", type=int, default=3, help="training steps a turn (default 3)")
-    parser.add_argument("--json", metavar="FILE", help="where to write every turn as JSON")
     parser.add_argument(
         "--same_allocator", action="store_true", help="give torch this project's settings of the C library's allocator"
     )
@@ -49,33 +48,24 @@ def main(arguments: argparse.Namespace) -> None:
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"bench train needs {package}: pip install -c constraints.txt -e '.[parity]'.")
-    if min(arguments.rounds, arguments.steps) < 1:
-        raise UserError(f"--rounds = {arguments.rounds} and --steps = {arguments.steps} must be at least 1.")
+    report.check_arguments(arguments, "steps")
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
-    results = {dtype: run(dtype, arguments.rounds, arguments.steps, arguments.same_allocator) for dtype in dtypes}
-    if arguments.json:
-        report = {"shape": dataclasses.asdict(SHAPE), "tokens_per_second": results}
-        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    report.publish("train", arguments, (measure(dtype, arguments) for dtype in dtypes))
 
 
-def run(dtype: str, rounds: int, steps: int, same_allocator: bool = False) -> dict[str, list[float]]:
-    """Prints and returns the tokens a second of each side's turns.
+def measure(dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figure]:
+    """Returns the row of a type, with the tokens a second of each side's turns.
 
-    Args:
-      dtype: `float32`, where torch runs eagerly, or `bfloat16`, where it has autocast and torch.compile.
-      rounds: turns of each side; one more before them warms up.
-      steps: training steps a turn.
-      same_allocator: whether torch too keeps freed memory (`core.backend.keep_memory`).
+    In `float32` torch runs eagerly; in `bfloat16` it has autocast and torch.compile.
     """
-    module = "research.bench.train_sides"
-    commands = {"tessera": [module, "tessera", dtype], "torch": [module, "torch", dtype]}
-    commands["torch"] += ["--keep_memory"] * same_allocator
-    seconds = interleave(commands, rounds, steps)
-    rates = {side: [SHAPE.tokens * steps / taken for taken in turns] for side, turns in seconds.items()}
-    peer = "eager" if dtype == "float32" else "autocast, compiled"
-    print(f"{dtype}: {dataclasses.asdict(SHAPE)}, {rounds} turns of {steps} steps; torch: {peer}")
-    for side in SIDES:
-        print(f"  {side:8} {spread(rates[side], 0)} tokens a second")
-    ratios = [us / them for us, them in zip(*(rates[side] for side in SIDES), strict=True)]
-    print(f"  ratio    {spread(ratios, 2)} tessera / torch, turn by turn", flush=True)
-    return rates
+    peers, skipped = without_torch_bfloat16(["torch"], dtype)
+    keep = ["--keep_memory"] if arguments.same_allocator else []
+    flags = {"tessera": [], "torch": keep}
+    commands = {side: ["research.bench.train_sides", side, dtype, *flags[side]] for side in ("tessera", *peers)}
+    seconds = interleave(commands, arguments.rounds, arguments.steps)
+
+    tokens = SHAPE.tokens * arguments.steps
+    rates = {side: [tokens / taken for taken in turns] for side, turns in seconds.items()}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in dataclasses.asdict(SHAPE).items())
+    name = f"{dtype}, torch {'eager' if dtype == 'float32' else 'with autocast, compiled'}"
+    return name, report.Figure("tokens/s", True, rates, skipped, sizes)

@@ -4,7 +4,7 @@ import argparse
 import importlib
 
 EXAMPLES = """\
-  tessera bench train
+  tessera bench train --json=docs/figures/train.json
   tessera bench train --dtype=float32 --rounds=5
   tessera bench loader
   tessera bench attention --target=cpu

@@ -12,6 +12,7 @@ import pytest
 
 from research.bench import attention as bench_attention
 from research.bench import attention_sides as bench_attention_sides
+from research.bench import machine as bench_machine
 from research.bench import sides as bench_sides
 from research.core.errors import UserError
 
@@ -25,11 +26,11 @@ def arguments(*argv):
 def test_what_cannot_be_benched_is_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"--rounds = 0 must be at least 1"):
         bench_attention.main(arguments("--rounds=0"))
-    with pytest.raises(UserError, match=r"--target = gpu needs a GPU: the backend is 'cpu'"):
+    with pytest.raises(UserError, match=r"--target = 'gpu' needs a GPU: the backend is 'cpu'"):
         bench_attention.main(arguments("--target=gpu"))
-    with pytest.raises(UserError, match=r"--lengths = 4096,many must be multiples of 2048"):
+    with pytest.raises(UserError, match=r"--lengths = '4096,many' must be multiples of 2048"):
         bench_attention.main(arguments("--target=tpu-schedule", "--lengths=4096,many"))
-    with pytest.raises(UserError, match=r"--chips = v5e,v6 names 'v6', no TPU generation. Did you mean 'v6e'"):
+    with pytest.raises(UserError, match=r"--chips = 'v5e,v6' names 'v6', no TPU generation. Did you mean 'v6e'"):
         bench_attention.main(arguments("--target=tpu-schedule", "--chips=v5e,v6"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[tpu\]'"):
@@ -61,12 +62,35 @@ def test_turns_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench_attention, "CPU_SHAPES", ((1, 4096, 1, 8),))
     bench_attention.main(arguments("--target=cpu", "--rounds=2", f"--json={tmp_path / 'out.json'}"))
-    assert asked == ["tessera", "jax.nn"] * 6
+    assert asked == ["tessera", "jax.nn", "jax.nn", "tessera", "tessera", "jax.nn"] * 2
     printed = capsys.readouterr().out
-    assert "torch is left out" in printed
     assert "3.00 (3.00 to 3.00) times the speed of jax.nn" in printed
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["float32 batch 1, 4096 tokens, 1 heads of 8"] == {"tessera": [1000.0] * 2, "jax.nn": [3000.0] * 2}
+    figure = json.loads((tmp_path / "out.json").read_text())["figures"]["float32, 1 × 4,096 tokens, 1 heads of 8"]
+    assert figure["turns"] == {"tessera": [1000.0] * 2, "jax.nn": [3000.0] * 2}
+    assert figure["skipped"] == {"torch": "it is not installed (extra `parity`)"}
+    assert "torch        left out: it is not installed" in printed
+
+
+def test_torch_is_no_peer_in_bfloat16_where_it_has_no_instructions_for_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench_machine, "_instructions", lambda: {"avx2"})
+    assert bench_attention._peers("cpu", "float32") == (["jax.nn", "torch"], {})
+    assert bench_attention._peers("cpu", "bfloat16")[0] == ["jax.nn"]
+    assert bench_attention._peers("gpu", "bfloat16") == (["cudnn"], {})
+
+
+def test_a_row_of_schedules_is_cycles_beside_the_best_blocks(monkeypatch, capsys):
+    def count(side, chip, length, *blocks):
+        cycles = 100 if side == "tessera" else 100 + sum(blocks)
+        part = {"cycles": cycles, "cycles_per_mac": 0.02, "busy": 0.5, "steady": 0.75}
+        return {"blocks": blocks, "forward": part, "backward": part}
+
+    monkeypatch.setattr(bench_attention, "_count", count)
+    monkeypatch.setattr(bench_attention, "tpu_devices", lambda chip: None)
+    ((name, figure), _) = bench_attention.schedules(["v5e"], [4096])
+    assert name == "v5e, 4,096 tokens, forward"
+    assert figure.turns == {"tessera": [100], "splash": [100 + 3 * 512]}
+    assert "matrix units 50% full, in the steady loop 75%" in figure.note
 
 
 @pytest.mark.compilers

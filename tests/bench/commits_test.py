@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from research.bench import commits
+from research.bench import commits, report
 from research.core.errors import UserError
 
 
@@ -39,18 +39,38 @@ def test_a_slower_side_has_a_ratio_below_one(checkout: pathlib.Path, tmp_path: p
 
     monkeypatch.setattr(commits, "worker", worker)
     commits.main(arguments("--only=train,family gpt2", "--rounds=2", f"--json={tmp_path / 'out.json'}"))
-    assert json.loads((tmp_path / "out.json").read_text()) == {"train": [0.5, 0.5], "family gpt2": [0.5, 0.5]}
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert list(figures) == ["train", "family gpt2"]
+    for fields in figures.values():
+        assert report.Figure(**fields).ratios() == {"before": [0.5, 0.5]}
 
 
-def test_figures_are_read_from_what_a_bench_prints(checkout: pathlib.Path, monkeypatch):
-    said = "  loader  9.00 (8 to 9) M tokens a second\n  loader  {} (1 to 2) M tokens a core-second\n"
+def test_the_loader_s_figure_is_read_from_what_its_bench_prints_now_and_before(checkout: pathlib.Path, monkeypatch):
+    now = "  loader       9.00 (8.00 to 9.00) M tokens/s\n  loader       3.00 (1.00 to 4.00) M tokens/core-second\n"
+    then = "  loader  9.00 (8 to 9) M tokens a second\n  loader  2.00 (1 to 2) M tokens a core-second\n"
+    monkeypatch.setattr(commits, "run", lambda command, root: now if root == checkout else then)
+    ((name, figure),) = commits._measure("loader", {"now": checkout, "before": pathlib.Path("before")}, 1)
+    assert (name, figure.ratios()) == ("loader", {"before": [1.5]})
 
-    def run(command, cwd=None, **options):
-        figure = "3.00" if cwd == checkout else "2.00"
-        return subprocess.CompletedProcess(command, 0, stdout=said.format(figure))
 
-    monkeypatch.setattr(commits.subprocess, "run", run)
-    assert commits._bench_ratios("loader", pathlib.Path("before"), 1) == [1.5]
+@pytest.mark.parametrize("has_room", [True, False])
+def test_conversions_alternate_their_order_with_files_in_memory(checkout: pathlib.Path, monkeypatch, has_room: bool):
+    asked, before = [], pathlib.Path("before")
+
+    def turn(folder: pathlib.Path, way: str, module: str, root: pathlib.Path) -> dict[str, float]:
+        asked.append((root, way))
+        assert folder.is_relative_to(commits.MEMORY) == has_room
+        return {"seconds": 1.0 if root == checkout else 2.0}
+
+    monkeypatch.setattr(commits, "MEMORY", checkout if has_room else checkout / "nowhere")
+    monkeypatch.setattr(commits, "CONVERTED", 1)
+    monkeypatch.setattr(commits.convert, "make_folder", lambda *_: 3_000_000)
+    monkeypatch.setattr(commits.convert, "turn", turn)
+    figures = dict(commits._measure("convert", {"now": checkout, "before": before}, 1))
+    assert asked == [(root, way) for root in (checkout, before, before, checkout) for way in ("in", "out")]
+    for way in ("in", "out"):
+        assert figures[f"convert {way}"].turns == {"now": [3.0], "before": [1.5]}
+        assert figures[f"convert {way}"].note == ("files in memory" if has_room else "files on the disk")
 
 
 def test_the_files_are_those_of_the_commit(checkout: pathlib.Path):

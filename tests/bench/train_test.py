@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from research.bench import machine as bench_machine
 from research.bench import sides as bench_sides
 from research.bench import train as bench_train
 from research.bench import train_sides as bench_train_sides
@@ -57,7 +58,13 @@ def test_turns_alternate_and_the_report_holds_each(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(bench_sides, "worker", Worker)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     bench_train.main(arguments("--rounds=2", "--steps=1", "--dtype=float32", f"--json={tmp_path / 'out.json'}"))
-    assert asked == ["tessera", "torch"] * 3
-    assert "2.00 (2.00 to 2.00) tessera / torch" in capsys.readouterr().out
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["tokens_per_second"]["float32"] == {"tessera": [4096.0] * 2, "torch": [2048.0] * 2}
+    assert asked == ["tessera", "torch", "torch", "tessera", "tessera", "torch"]
+    assert "2.00 (2.00 to 2.00) times the speed of torch" in capsys.readouterr().out
+    (figure,) = json.loads((tmp_path / "out.json").read_text())["figures"].values()
+    assert figure["turns"] == {"tessera": [4096.0] * 2, "torch": [2048.0] * 2}
+
+    monkeypatch.setattr(bench_machine, "_instructions", lambda: {"avx2"})
+    bench_train.main(arguments("--rounds=2", "--steps=1", f"--json={tmp_path / 'out.json'}"))
+    _, bfloat16 = json.loads((tmp_path / "out.json").read_text())["figures"].values()
+    assert bfloat16["turns"] == {"tessera": [4096.0] * 2}
+    assert bfloat16["skipped"] == {"torch": "the processor has no bfloat16 instructions"}

@@ -1,0 +1,188 @@
+"""What benches write and documents show: one form of file, a table of it, and the blocks of Markdown that hold tables.
+
+`python -m research.bench.report FILE.md…` writes into each block of these files, between `<!-- figures: NAME -->` and
+`<!-- end of figures -->`, the table of `docs/figures/NAME.json`.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import pathlib
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import research
+from research.bench import machine
+from research.core.errors import UserError
+
+FIGURES = pathlib.Path(research.__file__).parent.parent / "docs" / "figures"
+# What a block says whose file nobody has written yet.
+UNMEASURED = "unmeasured"
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
+COLUMNS = ["what", "beside", "ratio", "lowest to highest", "ours", "theirs", "also"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """What was measured of one thing: a row of a bench.
+
+    Attributes:
+      unit: of the turns.
+      is_rate: whether more is better, as of tokens a second; of times and cycles less is.
+      turns: each side's values, which it took in turns with the others; this project's side is the first.
+      skipped: sides that were not measured, and why.
+      note: what else was found.
+    """
+
+    unit: str
+    is_rate: bool
+    turns: Mapping[str, Sequence[int | float]]
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    def ratios(self) -> dict[str, list[float]]:
+        """Returns, of each peer, our speed over its own, turn by turn."""
+        ours, *peers = self.turns
+        found = {}
+        for peer in peers:
+            pairs = zip(self.turns[ours], self.turns[peer], strict=True)
+            found[peer] = [us / them if self.is_rate else them / us for us, them in pairs]
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Adds the flags that every bench has, and how many rounds it takes by default."""
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each side (default {rounds})")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures of every turn")
+
+
+def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
+    """Refuses rounds and other counts below 1, and a file that could not be written after all turns are taken."""
+    for name in ("rounds", *counts):
+        value = vars(arguments)[name]
+        if value < 1:
+            raise UserError(f"--{name}", value, "must be at least 1.")
+    if arguments.json and not pathlib.Path(arguments.json).resolve().parent.is_dir():
+        raise UserError("--json", arguments.json, "lies in no folder that is there.")
+
+
+def publish(bench: str, arguments: argparse.Namespace, rows: Iterable[tuple[str, Figure]]) -> None:
+    """Prints the named figures of a bench as they come, and writes all of them where its `--json` says so."""
+    figures = {}
+    for name, figure in rows:
+        _print(name, figure)
+        figures[name] = dataclasses.asdict(figure)
+    if arguments.json:
+        flags = {name: value for name, value in vars(arguments).items() if name not in ("bench", "overrides", "json")}
+        given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
+        write(pathlib.Path(arguments.json), shlex.join(["tessera", "bench", bench, *given]), figures=figures)
+
+
+def _print(name: str, figure: Figure) -> None:
+    print(name)
+    for side, turns in figure.turns.items():
+        print(f"  {side:12} {spread(turns)} {figure.unit}")
+    for side, reason in figure.skipped.items():
+        print(f"  {side:12} left out: {reason}")
+    for peer, ratios in figure.ratios().items():
+        print(f"  {spread(ratios)} times the speed of {peer}, turn by turn")
+    if figure.note:
+        print(f"  {figure.note}")
+    sys.stdout.flush()
+
+
+def write(path: pathlib.Path, command: str, **content: Any) -> None:
+    """Writes what a command has found, beside the command itself, the date and the machine."""
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    report = {"command": command, "date": date, "machine": machine.describe(), **content}
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Returns a report as Markdown: what made it, and its rows.
+
+    Those of a bench are ratios with their spread and medians of both sides; another command gives `columns` and `rows`.
+    """
+    lines = [f"`{report['command']}`, {report['date']}, {machine.sentence(report['machine'])}.", ""]
+    if "figures" in report:
+        figures = {name: Figure(**fields) for name, fields in report["figures"].items()}
+        columns, rows = COLUMNS, [row for name, figure in figures.items() for row in _rows(name, figure)]
+    else:
+        columns, rows = report["columns"], report["rows"]
+    for row in (columns, ["---"] * len(columns), *rows):
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(name: str, figure: Figure) -> list[list[str]]:
+    medians = {side: f"{digits(statistics.median(turns))} {figure.unit}" for side, turns in figure.turns.items()}
+    ours, *_ = figure.turns
+    rows = []
+    for peer, ratios in figure.ratios().items():
+        ends = f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} turns" if len(ratios) > 1 else ""
+        rows.append([name, peer, digits(statistics.median(ratios)), ends, medians[ours], medians[peer], figure.note])
+    for peer, reason in figure.skipped.items():
+        rows.append([name, peer, "left out", reason, medians[ours], "", figure.note])
+    return rows
+
+
+def spread(values: Sequence[int | float]) -> str:
+    """Returns the median, with the lowest and highest value where there are several."""
+    median = digits(statistics.median(values))
+    return f"{median} ({digits(min(values))} to {digits(max(values))})" if len(values) > 1 else median
+
+
+def digits(value: int | float) -> str:
+    """Returns a number with three digits that count, or all of its whole ones."""
+    places = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{places}f}"
+
+
+def filled(text: str, folder: pathlib.Path) -> str:
+    """Returns the text of a Markdown file whose blocks hold what the files of a folder say."""
+    blocks = list(BLOCK.finditer(text))
+    if not len(blocks) == text.count("<!-- figures: ") == text.count("<!-- end of figures -->"):
+        raise UserError("has a block of figures without its beginning or end.")
+    return BLOCK.sub(lambda block: block[1] + _content(folder / f"{block[2]}.json") + block[4], text)
+
+
+def check(text: str, folder: pathlib.Path) -> list[str]:
+    """Returns the names of the blocks that hold anything else than the files say."""
+    pairs = zip(BLOCK.finditer(text), BLOCK.finditer(filled(text, folder)), strict=True)
+    return [found[2] for found, wanted in pairs if found[3] != wanted[3]]
+
+
+def _content(path: pathlib.Path) -> str:
+    if not path.exists():
+        return f"{UNMEASURED}\n"
+    try:
+        return table(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"is not a file of figures: {error!r}.", origin=str(path)) from error
+
+
+def main(paths: Sequence[str]) -> int:
+    """Fills the blocks of Markdown files, and returns the exit status."""
+    try:
+        for path in map(pathlib.Path, paths):
+            if not path.is_file():
+                raise UserError("is not a file.", origin=str(path))
+            try:
+                text = filled(path.read_text(encoding="utf-8"), FIGURES)
+            except UserError as error:
+                raise error.inside("", str(path)) from error
+            path.write_text(text, encoding="utf-8")
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
