@@ -185,7 +185,7 @@ def _constrain(
         rows = state.tokens.reshape(batch * beams, -1)
         banned = repeats(rows, jnp.repeat(state.lengths, beams), no_repeat_ngram, num_ids)
         log_p = jnp.where(banned.reshape(log_p.shape), -jnp.inf, log_p)
-    ids = jnp.arange(num_ids)
+    ids = jnp.arange(num_ids)[None, None, :]
     log_p = jnp.where(jnp.isin(ids, rules.ends) & (state.made < rules.min_tokens), -jnp.inf, log_p)
     forced = rules.forced[state.made]
     unscored = rules.unscored[state.made] | jnp.isneginf(log_p)
@@ -205,7 +205,7 @@ def repeats(tokens: Int[Array, "R S"], lengths: Int[Array, "R"], size: int, num_
     banned = jnp.zeros((rows, num_ids), bool)
     if size > slots:
         return banned
-    starts = jnp.arange(slots - size + 1)
+    starts = jnp.arange(slots - size + 1)[None, :]
     match = starts + size <= lengths[:, None]
     for i in range(size - 1):
         newest = jnp.maximum(lengths - size + 1 + i, 0)[:, None]
@@ -231,7 +231,7 @@ def advance(state: BeamState, log_p: Float[Array, "B W V"], rules: BeamRules) ->
     tokens = tokens.at[jnp.arange(batch), :, state.lengths].set(ids)
     state = state.replace(made=state.made + 1, lengths=state.lengths + 1)
     ended = jnp.isin(ids, rules.ends) | (state.made >= rules.max_tokens)
-    counts = ended & (jnp.arange(ended.shape[1]) < beams) & state.open[:, None]
+    counts = ended & (jnp.arange(ended.shape[1]) < beams)[None, :] & state.open[:, None]
     state = _finish(state, tokens, jnp.where(counts, scores, -jnp.inf), rules)
     scores, running = jax.lax.top_k(jnp.where(ended, -jnp.inf, scores), beams)
     state = state.replace(tokens=jnp.take_along_axis(tokens, running[..., None], axis=1), scores=scores)

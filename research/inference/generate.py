@@ -86,7 +86,7 @@ def prefill_step(
     logits, cache = prefill(params, prompts, config=config, slots=slots, page_table=page_table)
     # [B, T] ids -> [B, V]: which ids stand in each prompt, padding left out.
     batch, width = prompts.tokens.shape
-    real = jnp.arange(width) < prompts.lengths[:, None]
+    real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
     rows = jnp.arange(batch)[:, None]
     seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(real)
     state = DecodeState(cache, prompts.tokens[:, 0], prompts.lengths - 1, keys, sampling, seen)

@@ -216,6 +216,6 @@ def _places(tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> tuple[Bool[A
 
     These count on to a prompt's end and not through its padding: rotary rules that go by length read it there.
     """
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     real = index < lengths[:, None]
     return real, jnp.where(real, index, 0)
