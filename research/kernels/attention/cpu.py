@@ -158,7 +158,7 @@ def _scores(
         heads = (kv_heads, -1) if part.shape[1] > 1 else (1, 1)
         scores += part.reshape(part.shape[0], *heads, *part.shape[2:])
     if terms.alibi is not None:
-        slopes = terms.alibi.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        slopes = terms.alibi.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
         scores -= slopes * mask.distance(tile, reach)[:, :, None]
     return jnp.where(mask.block(tile, reach)[:, :, None], scores, HIDDEN).reshape(flat), slope
 
@@ -217,7 +217,7 @@ def _backward(
         scores, slope = _scores(q_rows, keys, batch, mask, terms, tile, reach)
         weights = jnp.exp(scores - _rows(log_total, tile))
         dweights = _matmul(g_rows, _reached(v, reach), transpose_b=True)
-        delta = jnp.sum(g_rows.astype(jnp.float32) * _rows(out, tile), axis=-1, keepdims=True)
+        delta = jnp.sum(g_rows.astype(jnp.float32) * _rows(out, tile).astype(jnp.float32), axis=-1, keepdims=True)
         dscores = weights * (dweights - delta)
         dterms = _add_to_terms(dterms, terms, dscores, delta, _rows(log_total, tile), batch, tile, reach)
         dscores = (terms.scale * (dscores if slope is None else slope * dscores)).astype(k.dtype)

@@ -108,7 +108,7 @@ def _sink_shares(
     """Returns delta times the weight of the sink: minus the gradient of the sink, a query."""
     if terms.sinks is None:
         return jnp.zeros_like(delta)
-    return delta * jnp.exp2(terms.sinks.astype(jnp.float32)[:, None] * LOG2E - log_total)
+    return delta * jnp.exp2(terms.sinks.astype(jnp.float32)[None, :, None] * LOG2E - log_total)
 
 
 def _bias_gradient(

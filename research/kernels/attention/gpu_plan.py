@@ -117,10 +117,10 @@ def block_kinds(mask: AttentionMask, plan: Plan, block_q: int, block_kv: int) ->
         first_s, last_s, single_s = first_s[:, None], last_s[:, None], single_s[:, None]
         some &= (first_t <= last_s) & (first_s <= last_t)
         every &= single_t & single_s & (first_t == first_s)
-    starts = jnp.arange(0, plan.padded_keys, block_kv)
+    starts = jnp.arange(0, plan.padded_keys, block_kv)[None, None]
     some, every = some & (starts < plan.keys), every & (starts + block_kv <= plan.keys)
     # The last block of queries may be past the end altogether: its rows are cut off, and nothing is computed for them.
-    some &= (jnp.arange(0, plan.padded_queries, block_q) < plan.queries)[:, None]
+    some &= (jnp.arange(0, plan.padded_queries, block_q) < plan.queries)[None, :, None]
     return jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int32)
 
 

@@ -31,7 +31,7 @@ def attention(
         bias = jnp.broadcast_to(terms.bias, (batch, heads, queries, keys))
         scores += bias.reshape(scores.shape)
     if terms.alibi is not None:
-        slopes = jax.lax.stop_gradient(terms.alibi).astype(jnp.float32).reshape(kv_heads, group, 1, 1)
+        slopes = jax.lax.stop_gradient(terms.alibi).astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
         scores -= slopes * mask.distance(Span(0, queries), Span(0, keys))[:, :, None]
 
     visible = mask.dense(queries, keys)[:, :, None]

@@ -84,9 +84,9 @@ def visibility(
         some = some & (q_most >= k_least) & (q_least <= k_most) & (q_most > 0) & (k_most > 0)
         every = every & (q_least == q_most) & (k_least == k_most) & (q_least == k_least)
     if keys % blocks.keys:
-        every = every & (jnp.arange(every.shape[2]) < every.shape[2] - 1)
+        every = every & (jnp.arange(every.shape[2]) < every.shape[2] - 1)[None, None]
     if queries % blocks.queries:
-        every = every & (jnp.arange(every.shape[1]) < every.shape[1] - 1)[:, None]
+        every = every & (jnp.arange(every.shape[1]) < every.shape[1] - 1)[None, :, None]
     return some, every & some
 
 

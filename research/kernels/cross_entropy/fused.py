@@ -111,8 +111,8 @@ def _fwd(
 
 
 def _bwd(objective: Objective, terms: Terms, saved: tuple[Array, Array], g: tuple[Array, Any]) -> tuple[Any, ...]:
-    dhidden, dkernel = saved
-    return (g[0] * dhidden).astype(dhidden.dtype), (g[0] * dkernel).astype(dkernel.dtype), None, None
+    dhidden, dkernel = ((g[0] * x.astype(jnp.float32)).astype(x.dtype) for x in saved)
+    return dhidden, dkernel, None, None
 
 
 objective_of_tokens.defvjp(_fwd, _bwd)

@@ -131,7 +131,7 @@ def make_logits(
 
 def is_target(targets: Int[Array, "C"], start: Any, size: int) -> Bool[Array, "C P"]:
     """Returns where a column is the target of a token."""
-    return targets[:, None] == start + jnp.arange(size)
+    return targets[:, None] == start + jnp.arange(size)[None]
 
 
 def logit_gradients(

@@ -56,7 +56,7 @@ def decode_attention(
     out, top, total = jax.lax.fori_loop(0, ends[-1], step, (jnp.zeros_like(folded), column + HIDDEN / 2, column))
     seen = total > 0
     if terms.sinks is not None:
-        total += jnp.exp(by_row(terms.sinks, pages.kv_heads, rows)[:, :, None] - top)
+        total += jnp.exp(by_row(terms.sinks, pages.kv_heads, rows)[None, :, :, None] - top)
     return unfold(out / jnp.where(seen, total, 1.0), rows).astype(q.dtype)
 
 
@@ -64,8 +64,8 @@ def _visible(
     places: Int[Array, "n"], page_size: int, length: Int[Array, ""], rows: int, group: int, window: int | None
 ) -> tuple[Int[Array, "GR S"], Array]:
     """Returns how far each key lies behind each row, and which of them the row sees."""
-    keys = (places[:, None] * page_size + jnp.arange(page_size)).reshape(-1)
-    distance = (length - behind(rows, group))[:, None] - keys
+    keys = (places[:, None] * page_size + jnp.arange(page_size)[None]).reshape(-1)
+    distance = (length - behind(rows, group))[:, None] - keys[None]
     seen = distance >= 0
     return distance, seen if window is None else seen & (distance < window)
 
@@ -95,7 +95,7 @@ def _add_piece(
         scores = terms.softcap * jnp.tanh(scores / terms.softcap)
     if terms.alibi is not None:
         slopes = by_row(terms.alibi, kv_heads, q.shape[1] * kv_heads // terms.alibi.shape[0])
-        scores -= slopes[:, :, None] * distance
+        scores -= slopes[:, :, None] * distance.astype(jnp.float32)[None]
     scores = jnp.where(seen, scores, HIDDEN)
     new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
     # The barrier keeps the sum from computing the exponential a second time.

@@ -187,7 +187,7 @@ def shares(
     parts = (steps + share - 1) // share
     ends = jnp.cumsum(parts)
     places = jnp.arange(min(batch + target, batch * most))
-    row = jnp.minimum(jnp.sum(ends <= places[:, None], axis=1), batch - 1)
+    row = jnp.minimum(jnp.sum(ends[None] <= places[:, None], axis=1), batch - 1)
     done = (places - (ends - parts)[row]) * share
     mine = jnp.where(places < ends[-1], jnp.minimum(steps[row] - done, share), 0)
     work = jnp.stack([row, starts[row] + done * STEP, mine, lengths[row]], axis=1)

@@ -112,7 +112,7 @@ def write(
     """
     count, _, size, width = pages.key.shape
     key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3]))) for x in (key, value))
-    positions = lengths[:, None] + jnp.arange(key.shape[1])
+    positions = lengths[:, None] + jnp.arange(key.shape[1])[None]
     places = positions // size
     ids = jnp.take_along_axis(table, jnp.minimum(places, table.shape[1] - 1), axis=1)
     # An index out of range is dropped, but a negative one would count from the end.

@@ -22,14 +22,14 @@ def decode_attention(
 ) -> Float[Array, "B R N H"]:
     """Decode attention, holding each sequence's keys and values and all scores; see the face of the package."""
     k, v = gather(pages, table)
-    positions = jnp.arange(k.shape[1])
+    positions = jnp.arange(k.shape[1])[None]
     # What lies past the length is anything, which times a weight of zero is not zero.
     written = (positions < lengths[:, None])[:, :, None, None]
     k, v = (jnp.where(written, x.astype(jnp.float32), 0.0) for x in (k, v))
     mask = AttentionMask(
         causal=True,
         window=window,
-        q_positions=lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1]),
+        q_positions=lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1])[None],
         kv_positions=jnp.broadcast_to(positions, k.shape[:2]),
     )
     return attention.attention(q, k, v, mask, terms).astype(q.dtype)

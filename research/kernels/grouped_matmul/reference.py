@@ -11,7 +11,7 @@ def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> None:
 def members(group_sizes: Int[Array, "E"], rows: int) -> Bool[Array, "E M"]:
     """Returns which rows belong to each group."""
     ends = jnp.cumsum(group_sizes)[:, None]
-    row = jnp.arange(rows)
+    row = jnp.arange(rows)[None]
     return (row >= ends - group_sizes[:, None]) & (row < ends)
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+import jax
 from jaxtyping import Array, Float
 
 from research.kernels.projection import cpu, reference
@@ -39,7 +40,7 @@ def project(
     assert x.shape[-axes:] == kernel.shape[:axes], (x.shape, kernel.shape, axes)
     if isinstance(kernel, WeightNode):
         y = kernel.project(x, axes, implementation)
-        return y if bias is None else y + bias.astype(y.dtype)
+        return y if bias is None else y + jax.lax.broadcast_to_rank(bias.astype(y.dtype), y.ndim)
     if implementation == "auto":
         implementation = "cpu" if platform() == "cpu" else "reference"
     if implementation == "reference":

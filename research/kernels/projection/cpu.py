@@ -16,7 +16,7 @@ def _dot(a: Float[Array, "R C"], b: Float[Array, "..."], b_axis: int = 0) -> Flo
 def affine(x: Float[Array, "M D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None) -> Float[Array, "M F"]:
     """Returns x W + b in the type of `x`; the gradients of W and b are never rounded to that type."""
     y = _dot(x, kernel.astype(x.dtype))
-    return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
+    return (y if bias is None else y + bias.astype(y.dtype)[None]).astype(x.dtype)
 
 
 def _affine_fwd(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 def _affine(x: Array, kernel: Array, bias: Array | None, axes: int) -> Array:
     y = jnp.tensordot(x, kernel.astype(x.dtype), axes)
-    return y if bias is None else y + bias.astype(x.dtype)
+    return y if bias is None else y + jax.lax.broadcast_to_rank(bias.astype(x.dtype), y.ndim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -204,11 +204,11 @@ def test_reference_extras_equal_their_equations():
     q, k, v, _ = inputs(1, 5, 5, 2, 1, 4)
     rng = np.random.default_rng(1)
     bias, sinks = jnp.asarray(rng.normal(size=(1, 2, 5, 5)), jnp.float32), jnp.array([0.5, -1.0])
-    slopes, distance = jnp.array([0.5, 0.25]), np.abs(np.arange(5)[:, None] - np.arange(5))
+    slopes, distance = jnp.array([0.5, 0.25]), np.abs(np.arange(5)[:, None] - np.arange(5)).astype(np.float32)
     terms = {"bias": bias, "alibi": slopes, "softcap": 2.0, "sinks": sinks, "scale": 0.7}
     out = attention(q, k, v, mask=AttentionMask(), implementation="reference", **terms)
     scores = 0.7 * np.einsum("tnh,sh->nts", q[0], k[0, :, 0])
-    weights = np.exp(2.0 * np.tanh(scores / 2.0) + bias[0] - slopes[:, None, None] * distance)
+    weights = np.exp(2.0 * np.tanh(scores / 2.0) + bias[0] - slopes[:, None, None] * distance[None])
     weights /= weights.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]
     np.testing.assert_allclose(out[0], np.einsum("nts,sh->tnh", weights, v[0, :, 0]), atol=1e-5)
 
