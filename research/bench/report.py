@@ -24,7 +24,8 @@ from research.core.errors import UserError
 FIGURES = pathlib.Path(research.__file__).parent.parent / "docs" / "figures"
 # What a block says whose file nobody has written yet.
 UNMEASURED = "unmeasured"
-BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"^(<!-- figures: (\w+) -->\n)(.*?)^(<!-- end of figures -->)", re.DOTALL | re.MULTILINE)
+MARK = re.compile(r"^<!-- (figures: |end of figures)", re.MULTILINE)
 COLUMNS = ["what", "beside", "ratio", "lowest to highest", "ours", "theirs", "also"]
 
 
@@ -146,8 +147,7 @@ def digits(value: int | float) -> str:
 
 def filled(text: str, folder: pathlib.Path) -> str:
     """Returns the text of a Markdown file whose blocks hold what the files of a folder say."""
-    blocks = list(BLOCK.finditer(text))
-    if not len(blocks) == text.count("<!-- figures: ") == text.count("<!-- end of figures -->"):
+    if 2 * len(BLOCK.findall(text)) != len(MARK.findall(text)):
         raise UserError("has a block of figures without its beginning or end.")
     return BLOCK.sub(lambda block: block[1] + _content(folder / f"{block[2]}.json") + block[4], text)
 
