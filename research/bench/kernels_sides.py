@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from research.bench.attention_sides import jax_attention
 from research.bench.sides import serve
 from research.core import backend
 
@@ -111,7 +112,7 @@ def decode_attention_side(
 
     def plain(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         implementation = "cudnn" if platform() == "gpu" and dtype == "bfloat16" else "xla"
-        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+        return jax_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
 
     def cache() -> tuple[Any, ...]:
         return (jnp.zeros(page_bytes(dtype, batch, length, kv_heads, head_width) // 4, jnp.float32),)

@@ -175,6 +175,7 @@ class RelativeScores(nn.Module):
         zeros = nn.initializers.zeros
         content = parameter(self, "content", zeros, shape, Axes(names, "bias"), model.param_dtype)
         distance = parameter(self, "distance", zeros, shape, Axes(names, "bias"), model.param_dtype)
+        content, distance = (x.astype(q.dtype)[None, None] for x in (content, distance))
         before = q.shape[1] if slots is None else max(slots, q.shape[1])
         only_before = slots is None and context.mask.causal and context.mask.prefix is None
         distances = jnp.arange(before - 1, -1 if only_before else -before, -1)
@@ -183,12 +184,12 @@ class RelativeScores(nn.Module):
             positional.sinusoidal(distances, model.embed_dim)
         )
         r = r * jnp.asarray(1 / math.sqrt(c.head_dim) if c.scale is None else c.scale, r.dtype)
-        scores = jnp.einsum("btnh,rnh->bntr", q + distance.astype(q.dtype), r, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("btnh,rnh->bntr", q + distance, r, preferred_element_type=jnp.float32)
         if slots is None:
-            return q + content.astype(q.dtype), shift(scores)
-        which = jnp.clip(before - 1 - context.positions[:, :, None] + jnp.arange(slots), 0, 2 * before - 2)
+            return q + content, shift(scores)
+        which = jnp.clip(before - 1 - context.positions[:, :, None] + jnp.arange(slots)[None, None], 0, 2 * before - 2)
         which = jnp.broadcast_to(which[:, None], (*scores.shape[:3], slots))
-        return q + content.astype(q.dtype), jnp.take_along_axis(scores, which, axis=-1)
+        return q + content, jnp.take_along_axis(scores, which, axis=-1)
 
 
 def shift(scores: Float[Array, "B N T R"]) -> Float[Array, "B N T T"]:

@@ -118,11 +118,11 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + c.epsilon)
         start = nn.initializers.zeros if c.unit_offset else nn.initializers.ones
         scale = parameter(self, "scale", start, shape, Axes(self.names, "scale"), self.param_dtype).astype(jnp.float32)
-        y = y * (1 + scale if c.unit_offset else scale)
+        y = y * jax.lax.broadcast_to_rank(1 + scale if c.unit_offset else scale, y.ndim)
         if c.bias:
             axes = Axes(self.names, "bias")
             bias = parameter(self, "bias", nn.initializers.zeros, shape, axes, self.param_dtype)
-            y = y + bias.astype(jnp.float32)
+            y = y + jax.lax.broadcast_to_rank(bias.astype(jnp.float32), y.ndim)
         return y.astype(x.dtype)
 
 

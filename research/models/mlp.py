@@ -118,7 +118,7 @@ def route(
       real: tokens that count for the loss; None is all of them.
     """
     scores = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
-    ranked = scores if selection is None else scores + jax.lax.stop_gradient(selection)
+    ranked = scores if selection is None else scores + jax.lax.stop_gradient(selection)[None, None]
     if config.num_groups > 1:
         grouped = ranked.reshape(*ranked.shape[:-1], config.num_groups, -1)
         best_two = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
@@ -142,7 +142,7 @@ def expert_load(num_experts: int, chosen: Int[Array, "B T k"], real: Bool[Array,
       real: tokens that count; None is all of them.
     """
     picked = jax.nn.one_hot(chosen, num_experts)
-    return jnp.sum(picked if real is None else picked * real[..., None, None], axis=(0, 1, 2))
+    return jnp.sum(picked if real is None else picked * real[..., None, None].astype(picked.dtype), axis=(0, 1, 2))
 
 
 def _router_loss(

@@ -21,14 +21,15 @@ def sinusoidal(positions: Int[Array, "..."], width: int, halves: bool = False) -
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
     frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
-    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    frequencies = jax.lax.broadcast_to_rank(frequencies.astype(np.float32), positions.ndim + 1)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-2 if halves else -1)
     return waves.reshape(*positions.shape, -1)[..., :width]
 
 
 def document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Returns the length of each token's own document, which ends where positions stop counting up."""
-    index = jnp.arange(positions.shape[1], dtype=positions.dtype)
+    index = jnp.arange(positions.shape[1], dtype=positions.dtype)[None]
     ends = jnp.concatenate([positions[:, 1:] != positions[:, :-1] + 1, jnp.ones_like(positions[:, :1], bool)], axis=1)
     own_end = jax.lax.cummin(jnp.where(ends, index, positions.shape[1]), axis=1, reverse=True)
     return positions + own_end - index + 1
@@ -87,12 +88,12 @@ def _angles(
 ) -> Float[Array, "B T half"]:
     """Returns the angle of each pair of columns, by the frequencies for documents of these lengths."""
     at, scaling = positions[..., None].astype(jnp.float32), config.scaling
-    frequencies = rotary_frequencies(config, width)
+    frequencies = rotary_frequencies(config, width)[None, None]
     if scaling is None or not scaling.by_length:
         return at * frequencies
     assert lengths is not None, f"{scaling.kind} needs lengths"
     longer = lengths[..., None] > scaling.original_length
-    exponents = np.arange(0, width, 2) / width
+    exponents = (np.arange(0, width, 2) / width)[None, None]
     if scaling.kind == "longrope":
         stretched = jnp.asarray(config.theta**-exponents / np.array(scaling.long_factors), jnp.float32)
     else:
@@ -158,7 +159,7 @@ def rounded_alibi(places: Int[Array, "B S"], num_heads: int, head_dim: int) -> F
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
     slopes = rounded(jnp.asarray(alibi_slopes(num_heads)))
-    products = rounded(slopes[:, None] * rounded(places.astype(jnp.float32))[:, None])
+    products = rounded(slopes[None, :, None] * rounded(places.astype(jnp.float32))[:, None])
     return products[:, :, None] / math.sqrt(head_dim)
 
 

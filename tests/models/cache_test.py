@@ -91,7 +91,11 @@ def test_cache_holds_a_token_in_the_slot_of_its_position():
 def test_rows_of_one_prompt_change_places_without_a_copy_of_what_its_encoder_read():
     config = VARIANTS["encoder-decoder"]
     cache = empty_cache(config, 4, 3, stacked=False, memory_segments=jnp.ones((4, 5), jnp.int32))
-    numbered = jax.tree.map(lambda leaf: leaf + jnp.arange(4).reshape(4, *[1] * (leaf.ndim - 1)), cache.layers)
+
+    def number_rows(leaf):
+        return leaf + jnp.arange(4, dtype=leaf.dtype).reshape(4, *[1] * (leaf.ndim - 1))
+
+    numbered = jax.tree.map(number_rows, cache.layers)
     cache, rows = cache.replace(layers=numbered), jnp.asarray([1, 1, 3, 2])
     moved, taken = cache.reorder(rows), cache.take(rows)
     assert moved.memory_segments is cache.memory_segments

@@ -238,7 +238,7 @@ def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
     @jax.jit
     def predicted(params: Any) -> jax.Array:
         def apply(module: Transformer) -> jax.Array:
-            hidden = jnp.ones((1, 9, config.embed_dim)) * jnp.arange(9)[None, :, None]
+            hidden = jnp.ones((1, 9, config.embed_dim)) * jnp.arange(9.0)[None, :, None]
             return module.mtp_hidden(hidden, [document["tokens"]], document["positions"], None)[0][0]
 
         return Transformer(config).apply({"params": params}, method=apply)
