@@ -111,12 +111,13 @@ def _errors(
 def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float[Array, "..."]]:
     """Returns the hidden states of real tokens, and the gradients of every attention under a random cotangent."""
     shape = (*batch["tokens"].shape, model.config.embed_dim)
-    cotangent = jax.random.normal(jax.random.key(0), shape) * (batch["segments"] != 0)[..., None]
+    real = (batch["segments"] != 0)[..., None].astype(jnp.float32)
+    cotangent = jax.random.normal(jax.random.key(0), shape) * real
 
     def objective(attention: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
         with_these = tree_map_with_path(lambda path, leaf: attention.get(path_name(path), leaf), params)
         hidden = model.hidden(with_these, model_inputs(batch)).hidden.astype(jnp.float32)
-        return jnp.sum(hidden * cotangent), hidden * (batch["segments"] != 0)[..., None]
+        return jnp.sum(hidden * cotangent), hidden * real
 
     # Of the sequence, of the encoder's, and of one over the other.
     attention = {name: leaf for name, leaf in named_leaves(params).items() if "attention/" in name}

@@ -92,6 +92,11 @@ def _sum_gradients(
     return value, report, grads
 
 
+def _norm(gradients: Any) -> Float[Array, ""]:
+    """Returns the global norm, in float32 whatever the gradients are in: bfloat16 has no digits for a sum of squares."""
+    return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+
+
 def _moved_average(ema: Any, params: Any, decay: float) -> Any:
     return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
 
@@ -139,10 +144,10 @@ def make_train_step(
         dropout_key = step_key(key, state.step)
         value, report, grads = _sum_gradients(loss, state.params, frozen, batch, dropout_key, accumulation, unroll)
 
-        norm = promoting(optax.global_norm)(grads)
+        norm = _norm(grads)
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * scale, grads)
+            grads = jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = promoting(optax.apply_updates)(state.params, updates)

@@ -8,6 +8,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from research.optim.promotion import promoting
+
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 8, 32, 96
 
 
@@ -40,7 +42,7 @@ def new_state(seed: int = 0, scanned: bool = False, ema: bool = False) -> State:
     p = params(seed, scanned)
     optimizer = optax.adam(1e-3)
     gradients = jax.tree.map(lambda x: x * 2 + 1, p)
-    _, opt_state = optimizer.update(gradients, optimizer.init(p), p)
+    _, opt_state = promoting(optimizer.update)(gradients, optimizer.init(p), p)
     return State(jnp.int32(7), p, opt_state, jax.tree.map(lambda x: x * 3, p) if ema else None)
 
 
