@@ -1,6 +1,5 @@
 """The sides of `tessera bench attention` that are timed; each imports its own framework only."""
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,36 +8,33 @@ from research.bench.sides import serve
 from research.core import backend
 
 
-def jax_attention(*operands: Any, **options: Any) -> Any:
-    """Returns `jax.nn.dot_product_attention`, which mixes bfloat16 and float32 also where JAX is told to be strict."""
-    import jax
-
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(*operands, **options)
-
-
 def jax_side(side: str, dtype: str, batch: int, length: int, heads: int, width: int) -> Callable[[], Any]:
     """Returns forward plus backward of this project (`tessera`), `jax.nn` or cuDNN through it (`cudnn`)."""
     import jax
 
     from research.kernels.attention import AttentionMask, attention
+    from research.optim.promotion import promoting
 
     if side == "tessera":
         mask = AttentionMask(causal=True)
         call = lambda q, k, v: attention(q, k, v, mask=mask)  # noqa: E731
     else:
         implementation = "cudnn" if side == "cudnn" else "xla"
-        call = functools.partial(jax_attention, is_causal=True, implementation=implementation)
+        call = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)  # noqa: E731
     q, k, v, g = (
         jax.random.normal(key, (batch, length, heads, width), dtype) for key in jax.random.split(jax.random.key(0), 4)
     )
 
-    @jax.jit
     def step(q: Any, k: Any, v: Any, g: Any) -> Any:
         out, pull = jax.vjp(call, q, k, v)
         return out, pull(g)
 
-    return lambda: jax.block_until_ready(step(q, k, v, g))
+    def compiled() -> Callable[..., Any]:
+        return jax.jit(step).lower(q, k, v, g).compile()
+
+    # JAX's own attention mixes types, as late as when it is lowered.
+    run = compiled() if side == "tessera" else promoting(compiled)()
+    return lambda: jax.block_until_ready(run(q, k, v, g))
 
 
 def torch_side(dtype: str, batch: int, length: int, heads: int, width: int) -> Callable[[], Any]:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from research.bench.attention_sides import jax_attention
 from research.bench.sides import serve
 from research.core import backend
 
@@ -24,6 +23,7 @@ import optax
 from research.kernels.cross_entropy import summed_cross_entropy
 from research.kernels.decode_attention import KVPages, decode_attention, gather
 from research.kernels.grouped_matmul import grouped_matmul
+from research.optim.promotion import promoting
 from research.parallel.target import platform
 
 PAGE = 64
@@ -112,7 +112,8 @@ def decode_attention_side(
 
     def plain(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         implementation = "cudnn" if platform() == "gpu" and dtype == "bfloat16" else "xla"
-        return jax_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+        attention = promoting(jax.nn.dot_product_attention)
+        return attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
 
     def cache() -> tuple[Any, ...]:
         return (jnp.zeros(page_bytes(dtype, batch, length, kv_heads, head_width) // 4, jnp.float32),)
