@@ -93,7 +93,7 @@ def _sum_gradients(
 
 
 def _norm(gradients: Any) -> Float[Array, ""]:
-    """Returns the global norm, in float32 whatever the gradients are in: bfloat16 has no digits for a sum of squares."""
+    """Returns the global norm, in float32 whatever the gradients are in: a sum of squares needs its digits."""
     return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
 
 
