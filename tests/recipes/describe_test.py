@@ -123,7 +123,7 @@ def who_changes(config: ModelConfig, batch: dict[str, jnp.ndarray], name: str) -
 
     tokens = batch[name]
     changed = jax.vmap(lambda s: hidden(tokens.at[0, s].set((tokens[0, s] + 7) % 48)))(jnp.arange(tokens.shape[1]))
-    return np.asarray(jnp.abs(changed - hidden(tokens)).max(axis=-1) > 1e-4).T
+    return np.asarray(jnp.abs(changed - hidden(tokens)[None]).max(axis=-1) > 1e-4).T
 
 
 @functools.cache
