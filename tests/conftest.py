@@ -37,6 +37,8 @@ pytest_plugins = ["tests.recipes.fixtures", "tests.storage.fixtures"]
 
 SHARED_DATA = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
 SLOWER_TIERS = ("thorough", "compilers", "live", "processes")
+# Tracing makes millions of small objects, and looking through them for circles takes a fifth of its time.
+gc.set_threshold(200_000, 50, 100)
 # Linux grants a process 65,530 mappings of memory, and each compiled program takes some.
 MAPPINGS = 30_000
 

@@ -34,21 +34,28 @@ def model(name: str) -> tuple[ModelConfig, dict]:
 
 
 def greedy_by_hand(config: ModelConfig, params: dict, prompt: str) -> list[int]:
-    """Reads everything anew for each token, one prompt alone, without cache and padding."""
+    """Reads everything anew for each token, one prompt alone, without a cache."""
     source = [i for i in (BYTES.bos_id, *BYTES.encode(prompt), BYTES.eos_id) if i is not None]
     ids = [config.start_id] if config.encoder_layers else [BYTES.start_id, *BYTES.encode(prompt)]
     inputs = {"encoder_tokens": jnp.asarray([source])} if config.encoder_layers else {}
+    length = len(ids) + GREEDY.max_tokens
+
+    @jax.jit
+    def next_logits(tokens: jax.Array, last: jax.Array) -> jax.Array:
+        """At place `last` of a row [length] whose later places are not written yet: none may see them."""
+        row = {"tokens": tokens[None], "positions": jnp.arange(length)[None], **inputs}
+        if config.structure == "prefix":
+            row["prefix"] = (jnp.arange(length) < len(ids)).astype(jnp.int32)[None]
+
+        def apply(module: Transformer) -> jax.Array:
+            return module.logits(module(row).hidden)[0, last]
+
+        return Transformer(config).apply({"params": params}, method=apply)
+
     found: list[int] = []
     for _ in range(GREEDY.max_tokens):
-        tokens = jnp.asarray([ids + found])
-        if config.structure == "prefix":
-            inputs = {"prefix": (jnp.arange(tokens.shape[1]) < len(ids)).astype(jnp.int32)[None]}
-
-        def apply(module: Transformer, tokens=tokens, inputs=inputs) -> jax.Array:
-            positions = jnp.arange(tokens.shape[1])[None]
-            return module.logits(module({"tokens": tokens, "positions": positions, **inputs}).hidden)[0, -1]
-
-        logits = Transformer(config).apply({"params": params}, method=apply)
+        tokens = ids + found
+        logits = next_logits(jnp.asarray(tokens + [0] * (length - len(tokens))), jnp.asarray(len(tokens) - 1))
         found.append(int(jnp.argmax(logits[: BYTES.vocab_size])))
         if found[-1] == BYTES.eos_id:
             break

@@ -30,16 +30,24 @@ EXPERTS = {"num_experts": 4, "experts_per_token": 2, "hidden_dim": 16, "balance_
 CASES = {
     "masked": ENCODER,
     "prefix": {"model__structure": "prefix", "data__objective__kind": "prefix"},
-    "span": {**BOTH, "data__objective__kind": "span", "data__tokenizer__sentinels": 8, "model__tied_embeddings": True},
+    "span": {
+        **BOTH,
+        "data__objective__kind": "span",
+        "data__tokenizer__sentinels": 8,
+        "model__tied_embeddings": True,
+        "optim__schedule__name": "constant",  # so that the number of steps decides no rate
+    },
     "infill": {**BOTH, "data__objective__kind": "infill", "data__tokenizer__mask": True},
     "experts": {f"model__experts__{name}": value for name, value in EXPERTS.items()},
     "future tokens": {"model__head__num_future": 1},
 }
 
 
-def trained(name: str, tiny: pathlib.Path, workdir: pathlib.Path, **more) -> list[float]:
-    """Trains a case and returns its losses."""
+def train(name: str, tiny: pathlib.Path, workdir: pathlib.Path, **more) -> None:
     runs.run(tiny, workdir, **CASES[name], **{"model__dropout": 0.0, "train__eval_every": 0, **more})
+
+
+def losses_of(workdir: pathlib.Path) -> list[float]:
     return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
 
 
@@ -50,7 +58,7 @@ def finished(tiny, tmp_path_factory):
     @functools.cache
     def workdir(name: str) -> pathlib.Path:
         path = tmp_path_factory.mktemp("finished") / "run"
-        trained(name, tiny, path)
+        train(name, tiny, path)
         return path
 
     return workdir
@@ -59,7 +67,7 @@ def finished(tiny, tmp_path_factory):
 @pytest.mark.parametrize("name", rest_in("thorough", CASES, "masked", "span"))
 def test_loss_falls(name, finished):
     rows = read_metrics(finished(name))
-    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    losses = losses_of(finished(name))
     assert len(losses) == runs.STEPS
     assert np.mean(losses[-3:]) < losses[0] - 0.3
     assert any("train/future_loss" in row for row in rows) == (name == "future tokens")
@@ -69,11 +77,10 @@ def test_loss_falls(name, finished):
     assert any("eval/bits_per_byte" in row for row in rows) == predicts_all
 
 
-def test_encoder_decoder_goes_on_where_it_was(tiny, tmp_path):
-    constant = {"optim__schedule__name": "constant"}  # so that the number of steps decides no rate
-    whole = trained("span", tiny, tmp_path / "whole", **constant)
-    trained("span", tiny, tmp_path / "parts", train__steps=8, **constant)
-    assert trained("span", tiny, tmp_path / "parts", **constant) == whole
+def test_encoder_decoder_goes_on_where_it_was(tiny, tmp_path, finished):
+    train("span", tiny, tmp_path / "parts", train__steps=8)
+    train("span", tiny, tmp_path / "parts")
+    assert losses_of(tmp_path / "parts") == losses_of(finished("span"))
 
 
 def test_encoder_decoder_continues_prompts_and_gives_logits(finished):
