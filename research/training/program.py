@@ -135,9 +135,10 @@ def build_program(
     def init_trainable(key: jax.Array) -> Any:
         return partition.split(init(key))[0]
 
-    trainable, frozen = jax.eval_shape(lambda key: partition.split(init(key)), jax.random.key(0))
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    trainable, frozen = jax.eval_shape(partition.split, boxed)
     optimizer, learning_rate = build_optimizer(optim, logical_axes(trainable), train.steps)
-    state = abstract_state(init_trainable, optimizer, devices_mesh, keep_ema=optim.ema_decay is not None)
+    state = abstract_state(trainable, optimizer, devices_mesh, keep_ema=optim.ema_decay is not None)
     train_step = make_train_step(
         loss,
         optimizer,
@@ -156,7 +157,7 @@ def build_program(
         partition=partition,
         state=state,
         frozen=_abstract_params(frozen, devices_mesh),
-        saved=_abstract_saved(init, state, devices_mesh),
+        saved=_abstract_saved(boxed, state, devices_mesh),
         batch=_abstract_batch(batch_shapes, devices_mesh),
         create=lambda key: create_state(init_trainable, optimizer, state, key),
         train_step=train_step,
@@ -170,9 +171,8 @@ def _abstract_batch(shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mes
     return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
 
-def _abstract_saved(init: Init, state: TrainState, mesh: Mesh) -> TrainState:
+def _abstract_saved(boxed: Any, state: TrainState, mesh: Mesh) -> TrainState:
     """Returns shapes, types and shardings of the state with all parameters."""
-    boxed = jax.eval_shape(init, jax.random.key(0))
     params = _abstract_params(boxed, mesh)
     return state.replace(params=params, ema=None if state.ema is None else params)
 

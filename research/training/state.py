@@ -97,13 +97,11 @@ def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def abstract_state(
-    init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, mesh: Mesh, *, keep_ema: bool
-) -> TrainState:
+def abstract_state(boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, keep_ema: bool) -> TrainState:
     """Returns the state's shapes, types and shardings, without an array.
 
     Args:
-      init: makes boxed parameters from a key.
+      boxed: abstract parameters with their logical axes.
       optimizer: whose state it holds.
       mesh: where it lies.
       keep_ema: whether averaged parameters are kept.
@@ -111,8 +109,7 @@ def abstract_state(
     Raises:
       UserError: the mesh does not divide a parameter.
     """
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    state = jax.eval_shape(lambda: new_state(nn.unbox(init(jax.random.key(0))), optimizer, keep_ema))
+    state = jax.eval_shape(lambda params: new_state(params, optimizer, keep_ema), nn.unbox(boxed))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,

@@ -11,7 +11,6 @@ from jax.sharding import AxisType, PartitionSpec
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.config import NormConfig, PositionConfig
-from research.models.transformer import init_params
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.mesh_axes import MESH_AXES
@@ -135,9 +134,9 @@ def test_constraint_acts_under_a_mesh_and_not_without(mesh):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd", "muon"])
 def test_moments_lie_as_their_parameters_do(name: str, mesh):
-    init = functools.partial(init_params, FULL)
-    optimizer, _ = build_optimizer(OptimConfig(name=name), logical_axes(abstract_params(FULL)), 10)
-    state = abstract_state(init, optimizer, mesh, keep_ema=True)
+    boxed = abstract_params(FULL)
+    optimizer, _ = build_optimizer(OptimConfig(name=name), logical_axes(boxed), 10)
+    state = abstract_state(boxed, optimizer, mesh, keep_ema=True)
     params = named_leaves(state.params)
     moments = 0
     for path, leaf in named_leaves((state.opt_state, state.ema)).items():
