@@ -2,7 +2,11 @@
 
 import logging
 import os
+import signal
 
+# Tests send themselves signals. A shell starts what it runs in the background with SIGINT ignored.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Nearly all the time of small tests is compilation: half of it LLVM polishing code that runs once, a quarter the newer
@@ -44,11 +48,25 @@ MAPPINGS = 30_000
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test that no mark puts into a slower tier is in `fast`."""
+    ids: dict[str, set[str]] = {}  # of the parametrized tests with the mark `fast_cases`: those of all their cases
+    named: dict[str, tuple[str, ...]] = {}
     for item in items:
+        cases = item.get_closest_marker("fast_cases")
+        if cases is not None:
+            test, _, _ = item.nodeid.partition("[")
+            ids.setdefault(test, set()).add(item.callspec.id)
+            named[test] = cases.args
+            if item.callspec.id not in cases.args:
+                item.add_marker("thorough")
         if not any(item.get_closest_marker(tier) for tier in SLOWER_TIERS):
             item.add_marker("fast")
+    for test, fast in named.items():
+        unknown = set(fast) - ids[test]
+        # A command line that names some cases collects no others.
+        if unknown and not any("[" in argument for argument in config.args):
+            raise pytest.UsageError(f"{test} has no case {sorted(unknown)[0]!r}, which its mark fast_cases names.")
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:

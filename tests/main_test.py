@@ -55,10 +55,12 @@ def test_an_exit_that_waits_for_threads_would_not_end(tmp_path):  # the control
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "XLA_FLAGS": ""}
     command = [sys.executable, str(tmp_path / "run.py"), "describe"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr.readline() == LINES[signal.SIGINT]
-        with pytest.raises(subprocess.TimeoutExpired):
-            run.wait(3)
-        run.kill()
+        try:
+            assert run.stderr.readline() == LINES[signal.SIGINT]
+            with pytest.raises(subprocess.TimeoutExpired):
+                run.wait(3)
+        finally:
+            run.kill()
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):

@@ -63,6 +63,7 @@ def golden_model(name: str, parent: Any) -> tuple[ModelConfig, Any]:
     return from_hugging_face(write_folder(parent / name, cases.stored()[name]["config"], beam_cases.tensors(name)))
 
 
+@pytest.mark.fast_cases("llama-3.2-1b")
 @pytest.mark.parametrize("name", beam_cases.MODELS)
 def test_beams_equal_transformers(name, tmp_path):
     model = golden_model(name, tmp_path)
@@ -73,6 +74,7 @@ def test_beams_equal_transformers(name, tmp_path):
         np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
 
 
+@pytest.mark.fast_cases("marian")
 @pytest.mark.parametrize("name", beam_cases.ENCODER_DECODERS)
 def test_beams_of_encoder_decoders_equal_transformers(name):
     config = registry.model(name).config

@@ -14,6 +14,7 @@ from tests.models.variants import VARIANTS
 from tests.tiny import random_params, random_tokens, stack, tiny_config
 
 
+@pytest.mark.fast_cases("5-dynamic", "9-longrope")
 @pytest.mark.parametrize("name", ["dynamic", "longrope", "linear"])
 @pytest.mark.parametrize("length", [5, 9])
 def test_padding_behind_a_prompt_changes_nothing(name: str, length: int):

@@ -16,7 +16,6 @@ from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.transformer import Transformer
 from tests.models.variants import VARIANTS
-from tests.tiers import rest_in
 from tests.tiny import random_params
 
 BYTES, GREEDY = ByteTokenizer(), SamplingConfig(temperature=0.0, max_tokens=5)
@@ -62,7 +61,8 @@ def greedy_by_hand(config: ModelConfig, params: dict, prompt: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", rest_in("thorough", STRUCTURES, "prefix", "encoder-decoder"))
+@pytest.mark.fast_cases("prefix", "encoder-decoder")
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_greedy_text_is_what_whole_reading_gives(name: str):
     config, params = model(name)
     found = generate(config, params, BYTES, PROMPTS, GREEDY)
@@ -73,7 +73,8 @@ def test_greedy_text_is_what_whole_reading_gives(name: str):
     assert [list(best[0].tokens) for best in with_one_beam] == expected
 
 
-@pytest.mark.parametrize("name", rest_in("thorough", STRUCTURES[1:], "encoder-decoder"))
+@pytest.mark.fast_cases("encoder-decoder")
+@pytest.mark.parametrize("name", STRUCTURES[1:])
 def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
     config, params = model(name)
     beams = BeamConfig(num_beams=3, max_tokens=5, num_return=2, no_repeat_ngram=2)
@@ -85,6 +86,7 @@ def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
     assert together[0][0].tokens != together[1][0].tokens
 
 
+@pytest.mark.fast_cases("prefix", "sinks")
 @pytest.mark.parametrize("name", ["prefix", "post-norm encoder-decoder", "windows", "sinks"])
 def test_pages_give_the_tokens_of_rows(name: str):
     config, params = model(name)

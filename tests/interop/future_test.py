@@ -22,6 +22,7 @@ from tests.interop.folders import write_folder
 FIRST = "model.layers.2."
 
 
+@pytest.mark.thorough
 def test_the_order_of_the_joined_inputs_is_seen_by_the_comparison():
     config, params, _ = future.model()
     kernel = params["future_0"]["projection"]["kernel"]

@@ -44,6 +44,7 @@ def read_by_token(config: ModelConfig, params: Any, tokens: np.ndarray) -> list[
     return [np.stack(row) for row in found]
 
 
+@pytest.mark.fast_cases("rotary", "alibi")
 @pytest.mark.parametrize("kind", ["none", "learned", "sinusoidal", "rotary", "alibi"])
 def test_cached_steps_give_the_training_logits(kind: str):
     config = tiny_config(position=PositionConfig(kind=kind))

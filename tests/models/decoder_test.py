@@ -122,6 +122,7 @@ def test_initial_parameters_have_the_configured_deviations_and_differ_by_layer()
     assert abs(np.corrcoef(up[0].ravel(), up[1].ravel())[0, 1]) < 0.05
 
 
+@pytest.mark.thorough
 def test_initial_parameters_are_the_same_scanned_or_unrolled():
     unrolled, scanned = (
         nn.unbox(init_params(tiny_config(layer_loop=loop), jax.random.key(3))) for loop in ("unroll", "scan")
@@ -247,6 +248,7 @@ def test_dropout_acts_only_when_asked_and_follows_its_key(layer_loop: str):
     assert np.abs(one - still).max() > 0.1
 
 
+@pytest.mark.fast_cases("scan")
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
 def test_dropout_is_drawn_alike_where_it_is_rematerialized(layer_loop: str):
     config = tiny_config(layer_loop=layer_loop, dropout=0.5)

@@ -88,6 +88,7 @@ def gradients_of(config: ModelConfig, like: Any, merge: bool) -> Any:
     return jax.jit(jax.value_and_grad(total))
 
 
+@pytest.mark.fast_cases("dense", "tied", "latent")
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_low_rank_differences_train_as_their_product_beside_plain_weights(name: str):
     config = STRUCTURES[name]
@@ -138,6 +139,7 @@ def test_latents_of_a_cache_meet_low_rank_weights():
     np.testing.assert_allclose(last_two(params), last_two(merged(params)), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_rules_and_meshes_see_through_the_node():
     config = dataclasses.replace(STRUCTURES["experts"], mlp=dataclasses.replace(STRUCTURES["experts"].mlp, bias=True))
     boxed, mesh = abstract_params(config), make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])

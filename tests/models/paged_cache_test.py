@@ -65,12 +65,11 @@ def table_of(config: ModelConfig) -> PageTable:
 
 
 def cases() -> list[Any]:
-    """Every model that has a paged form; in the tier `fast` those whose attention differs."""
-    own = ("windows", "soft caps", "sinks", "prefix", "alibi", "multi-query", "post-norm encoder-decoder")
-    rest = [pytest.param(name, "unroll", marks=pytest.mark.thorough) for name in PAGED if name not in own]
-    return [*((name, "unroll") for name in own), ("windows", "scan"), *rest]
+    """Every model that has a paged form."""
+    return [*((name, "unroll") for name in PAGED), ("windows", "scan")]
 
 
+@pytest.mark.fast_cases("windows-scan", "soft caps-unroll", "sinks-unroll", "alibi-unroll", "multi-query-unroll")
 @pytest.mark.parametrize(("name", "loop"), cases())
 def test_pages_give_the_logits_of_rows(name: str, loop: str):
     config = MODELS[name]

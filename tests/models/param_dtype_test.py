@@ -36,6 +36,7 @@ def test_every_parameter_has_the_type_of_the_config(name: str):
     assert others == {leaf for leaf in shapes if leaf.endswith("selection_bias")}
 
 
+@pytest.mark.fast_cases("sinks", "relative")
 @pytest.mark.parametrize("name", ["sinks", "relative", "clamped experts", "encoder"])
 def test_parameters_in_bfloat16_are_read_as_the_numbers_that_they_are(name: str):
     config = in_bfloat16(VARIANTS[name])

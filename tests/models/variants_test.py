@@ -17,7 +17,6 @@ from research.models.layer_stack import canonical, unstack_layers
 from research.models.transformer import Transformer
 from research.training.language_model import LanguageModelLoss
 from tests.models.variants import VARIANTS, pack, rows, unpacked
-from tests.tiers import rest_in
 from tests.tiny import abstract_params, random_params, summed, tiny_config
 
 LENGTHS = [9, 5, 7]
@@ -54,7 +53,8 @@ def _unboxed(config: ModelConfig) -> Any:
     return nn.unbox(abstract_params(config))
 
 
-@pytest.mark.parametrize("name", rest_in("thorough", VARIANTS, *REPRESENTATIVE))
+@pytest.mark.fast_cases(*REPRESENTATIVE)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_packed_documents_give_what_they_give_alone(name: str):
     config = VARIANTS[name]
     params, documents = random_params(config), rows(config, LENGTHS)
@@ -65,7 +65,8 @@ def test_packed_documents_give_what_they_give_alone(name: str):
     assert np.abs(alone).max() > 0.1
 
 
-@pytest.mark.parametrize("name", rest_in("thorough", VARIANTS, *REPRESENTATIVE))
+@pytest.mark.fast_cases("shared experts", "encoder-decoder")
+@pytest.mark.parametrize("name", VARIANTS)
 def test_scanned_layers_give_the_same(name: str):
     config = VARIANTS[name]
     params, inputs = random_params(config), pack(rows(config, LENGTHS))
@@ -86,6 +87,7 @@ def read(config: ModelConfig, params: Any, inputs: dict[str, Any], cache: Cache)
 LOOPS = ["windows", "first layers", "latent", "shared experts", "buckets", "encoder-decoder"]
 
 
+@pytest.mark.fast_cases("windows-unroll", "latent-scan", "shared experts-unroll", "encoder-decoder-unroll")
 @pytest.mark.parametrize(
     ("name", "loop"),
     [(name, "unroll") for name, config in VARIANTS.items() if config.structure != "encoder"]
@@ -169,9 +171,8 @@ def test_a_decoder_sees_the_whole_encoder_of_its_own_document():
     assert changed(config, inputs, "tokens", 7) == list(range(7, 11))
 
 
-@pytest.mark.parametrize(
-    "name", rest_in("thorough", [name for name in VARIANTS if name != "future tokens"], *REPRESENTATIVE)
-)
+@pytest.mark.fast_cases("windows", "latent", "encoder-decoder")
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "future tokens"])
 def test_every_parameter_has_a_gradient(name: str):
     config = VARIANTS[name]
     params, inputs = random_params(config), pack(rows(config, LENGTHS))
@@ -184,6 +185,7 @@ def test_every_parameter_has_a_gradient(name: str):
     assert {each for each in still if not each.startswith("pooler/") and "selection_bias" not in each} == set()
 
 
+@pytest.mark.thorough
 def test_dropout_reaches_both_stacks_of_an_encoder_decoder():
     config = dataclasses.replace(VARIANTS["encoder-decoder"], dropout=0.5)
     document, params = pack(rows(config, [9]), padding=0), random_params(config)

@@ -146,6 +146,7 @@ def test_muon_moves_tables_and_vectors_as_adam_does():
         np.testing.assert_allclose(found[name] - before[name], expected, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.fast_cases("muon", "adafactor")
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_layers_take_the_steps_of_single_ones_and_have_their_state_on_disk(name: str):
     wide = {"embed_dim": 128, "mlp": {"hidden_dim": 160}}  # large enough for Adafactor to keep rows and columns alone

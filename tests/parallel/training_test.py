@@ -77,6 +77,7 @@ def assert_same_run(found: tuple[list[dict[str, float]], Any], expected: tuple[l
         np.testing.assert_allclose(np.asarray(array), np.asarray(others[name]), atol=1e-5, err_msg=name)
 
 
+@pytest.mark.fast_cases("2x2x2")
 @pytest.mark.parametrize(
     "sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes))
 )
@@ -91,6 +92,7 @@ def test_mesh_gives_the_run_of_one_device(sizes: tuple[int, int, int]):
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.default_passes
 def test_scanned_layers_and_accumulation_give_the_same_run_on_a_mesh_as_on_one_device():
     options = {"model": dataclasses.replace(MODEL, num_layers=2, layer_loop="scan"), "accumulation": 2}

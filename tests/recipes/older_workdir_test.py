@@ -31,6 +31,7 @@ def older(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, own_cache: No
     return tmp_path / "workdir"
 
 
+@pytest.mark.thorough
 def test_a_workdir_of_an_older_commit_is_resumed(older: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     batches = runs.record_batches(monkeypatch)
     state = runs.run(older.parent / "tiny.py", older)

@@ -25,6 +25,7 @@ def test_samples_are_printed_and_kept(unbroken: Unbroken, tmp_path, capsys):
     assert kept.count(first) == 2
 
 
+@pytest.mark.fast_cases("flags0")
 @pytest.mark.parametrize("flags", [["--temperature=0.8"], ["--num_beams=3"]])
 def test_pages_give_the_samples_of_the_dense_cache(flags: list[str], unbroken: Unbroken, tmp_path, capsys):
     workdir = tmp_path / "run"

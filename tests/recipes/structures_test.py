@@ -11,7 +11,6 @@ import research
 from research.core.errors import UserError
 from research.training.metrics import read_metrics
 from tests.recipes import runs
-from tests.tiers import rest_in
 
 ENCODER = {
     "model__structure": "encoder",
@@ -64,7 +63,8 @@ def finished(tiny, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("name", rest_in("thorough", CASES, "masked", "span"))
+@pytest.mark.fast_cases("masked", "span")
+@pytest.mark.parametrize("name", CASES)
 def test_loss_falls(name, finished):
     rows = read_metrics(finished(name))
     losses = losses_of(finished(name))

@@ -41,6 +41,7 @@ def test_run_stopped_at_many_steps_ends_bitwise_as_the_unbroken_one(tmp_path, un
     assert runs.rows_without_times(tmp_path / "run") == runs.rows_without_times(unbroken.workdir)
 
 
+@pytest.mark.thorough
 def test_another_seed_ends_elsewhere(tmp_path, unbroken: Unbroken):  # the control of the test above
     state = runs.run(unbroken.config, tmp_path / "run", train__seed=1)
     with pytest.raises(AssertionError):

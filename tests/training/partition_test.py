@@ -73,6 +73,7 @@ def test_everything_moves_where_nothing_is_frozen():
     assert set(changed(first, saved.params)) == set(named_leaves(first))
 
 
+@pytest.mark.thorough
 def test_frozen_parameters_may_be_bfloat16_and_lie_on_the_mesh_by_the_table():
     half = dataclasses.replace(ONE_BIAS, frozen_dtype="bfloat16")
     program, first, saved, _ = trained(half, devices=2)

@@ -41,6 +41,7 @@ def test_sound_attention_passes(dtype, loop, mesh):
     check_attention(config, params, packed_batch(mesh), mesh)
 
 
+@pytest.mark.fast_cases("windows", "encoder-decoder")
 @pytest.mark.parametrize("name", ["windows", "shared experts", "latent", "encoder", "encoder-decoder", "prefix"])
 def test_sound_attention_of_every_structure_passes(name):
     config = VARIANTS[name]
@@ -89,6 +90,7 @@ def encoder_decoder(**changes):
     return config, random_params(config), batch
 
 
+@pytest.mark.fast_cases("True")
 @pytest.mark.parametrize("across", [True, False])
 def test_a_wrong_gradient_in_one_attention_of_an_encoder_decoder_stops_the_run(monkeypatch, across):
     config, params, batch = encoder_decoder()

@@ -91,6 +91,7 @@ def test_value_and_every_gradient_equal_the_reference(
         close(got, want)
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_as_near_to_float32_as_the_reference():
     rng, mask, terms = np.random.default_rng(0), AttentionMask(causal=True), ScoreTerms(scale=0.2)
     exact = [array(rng, 1, 300, 2, 64) for _ in range(4)]
@@ -113,6 +114,7 @@ def test_forgotten_segments_are_seen_by_the_comparison():
         close(leaking, reference.attention(q, k, v, mask, terms))
 
 
+@pytest.mark.fast_cases("100-forward0", "None-forward1")
 @pytest.mark.parametrize("forward", [SMALL, DOWN])
 @pytest.mark.parametrize("window", [None, 100])
 def test_tiles_that_the_mask_rules_out_are_never_read(window, forward):

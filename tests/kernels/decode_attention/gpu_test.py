@@ -27,6 +27,7 @@ def expect(q, *rest):
     return np.float32(jax.jit(lambda q: reference.decode_attention(q, *rest))(q.astype(jnp.float32)))
 
 
+@pytest.mark.thorough
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(call=calls([16, 64], [64], ["bfloat16", "float16"]) | calls([32, 128], [64], ["int8", "float8_e4m3fn"]))
 def test_kernels_equal_the_reference(call):
@@ -39,6 +40,7 @@ def test_kernels_equal_the_reference(call):
     np.testing.assert_allclose(found, expect(q, pages, table, lengths, window, terms), atol=tolerance)
 
 
+@pytest.mark.fast_cases("bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_kernels_equal_the_reference_with_everything_at_once(dtype, monkeypatch):
     # Rows of two pieces, parts that are joined one after the other, and slots that no sequence filled, at the ends and

@@ -32,6 +32,7 @@ def interpreted(q, pages, table, lengths, window, terms, **changed):
     return jax.jit(call)(q, pages, table, lengths)
 
 
+@pytest.mark.thorough
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(call=calls([128], [128], TYPES))
 def test_kernel_equals_the_reference(call):
@@ -41,6 +42,7 @@ def test_kernel_equals_the_reference(call):
     np.testing.assert_allclose(found, reference.decode_attention(*call[0]), atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_bfloat16_queries_are_as_near_to_float32_as_their_type_allows():
     rng, lengths = np.random.default_rng(0), [300, 77]
     pages, table, _ = cache(rng, lengths, 4, 128, 2, 128, "int8")

@@ -68,6 +68,7 @@ def test_kernels_equal_the_reference_in_value_and_both_gradients(sizes, seed):
     assert_equals_reference(*operands(40, 24, 4, jnp.float16, seed), sizes, tolerance=2e-3)
 
 
+@pytest.mark.thorough
 def test_kernels_equal_the_reference_with_wide_tiles_and_a_group_over_several():
     x, kernels, g = operands(130, 500, 3, jnp.bfloat16, 0)
     plan, together, bands = gpu._plan(512, transposed=False)
