@@ -1,6 +1,7 @@
 """A training run as programs for a mesh: what its state is, how it begins, its steps, compiled."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -131,10 +132,6 @@ def build_program(
     """
     devices_mesh = make_mesh(mesh, devices)
     check_batch(train.batch_size, train.accumulation, devices_mesh)
-
-    def init_trainable(key: jax.Array) -> Any:
-        return partition.split(init(key))[0]
-
     boxed = jax.eval_shape(init, jax.random.key(0))
     trainable, frozen = jax.eval_shape(partition.split, boxed)
     optimizer, learning_rate = build_optimizer(optim, logical_axes(trainable), train.steps)
@@ -159,7 +156,7 @@ def build_program(
         frozen=_abstract_params(frozen, devices_mesh),
         saved=_abstract_saved(boxed, state, devices_mesh),
         batch=_abstract_batch(batch_shapes, devices_mesh),
-        create=lambda key: create_state(init_trainable, optimizer, state, key),
+        create=functools.partial(create_state, lambda key: partition.split(init(key))[0], optimizer, state),
         train_step=train_step,
         eval_step=make_eval_step(loss if eval_loss is None else eval_loss),
     )
