@@ -335,8 +335,8 @@ def temporaries(device, width, dtype, implementation="auto"):
     return compiled.memory_analysis().temp_size_in_bytes / (4 * TOKENS * VOCABULARY)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.fast_cases("512")
+@pytest.mark.fast_cases(*(f"{body}-512-{dtype}" for body in ("fused", "chunked") for dtype in ("float32", "bfloat16")))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [512, 1024])
 @pytest.mark.parametrize("implementation", ["fused", "chunked"])
 def test_temporaries_are_under_a_twentieth_of_the_logits(implementation, width, dtype):
