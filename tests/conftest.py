@@ -1,4 +1,4 @@
-"""Every test sees eight CPU devices, checked shapes and one compilation cache, and lies in one tier at least."""
+"""Every test sees eight CPU devices, checked shapes, no implicit promotion and one cache, and lies in one tier."""
 
 import logging
 import os
@@ -8,6 +8,9 @@ import signal
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Where arrays of two types or ranks meet, the code says what comes of it. Processes that tests start read this too.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Nearly all the time of small tests is compilation: half of it LLVM polishing code that runs once, a quarter the newer
 # way to emit fused loops, and a tenth cutting modules up for threads that other tests keep busy. With
