@@ -51,11 +51,13 @@ def test_all_sizes_are_published(file):
     assert set(sizes(file)) == set(RELEASED[file] if file in RELEASED else PAPERS[file])
 
 
+@pytest.mark.fast_cases("gpt2", "llama", "deepseek", "t5", "gpt_oss", "mixtral")
 @pytest.mark.parametrize("file", RELEASED)
 def test_presets_have_the_released_parameters(file):
     assert {size: size_of(file, size) for size in RELEASED[file]} == RELEASED[file]
 
 
+@pytest.mark.fast_cases("gpt3", "gopher", "transformer", "prefix")
 @pytest.mark.parametrize("file", PAPERS)
 def test_presets_have_the_parameters_of_the_paper(file):
     for size, (millions, tolerance) in PAPERS[file].items():

@@ -98,6 +98,7 @@ def drawing(kind: str, **options) -> DataConfig:
     return DataConfig(sources=SOURCES, block_documents=32, objective=ObjectiveConfig(kind), **options)
 
 
+@pytest.mark.fast_cases("masked", "span")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_drawn_depends_on_the_row_and_not_on_who_makes_it(pair, kind):
     """Through the end of the first epoch: in parts, from the middle, in other batches."""

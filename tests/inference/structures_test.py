@@ -86,7 +86,7 @@ def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
     assert together[0][0].tokens != together[1][0].tokens
 
 
-@pytest.mark.fast_cases("prefix", "sinks")
+@pytest.mark.fast_cases("sinks")
 @pytest.mark.parametrize("name", ["prefix", "post-norm encoder-decoder", "windows", "sinks"])
 def test_pages_give_the_tokens_of_rows(name: str):
     config, params = model(name)

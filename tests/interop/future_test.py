@@ -35,6 +35,7 @@ def test_the_order_of_the_joined_inputs_is_seen_by_the_comparison():
     assert min(off) > 1e-2  # the second one reads what the first one gives
 
 
+@pytest.mark.thorough
 def test_another_weight_of_a_predictor_is_seen_by_the_comparison():
     found = registry.ours(registry.MTP)[1]
     larger = {name: value * 1.01 if name.startswith(FIRST) else value for name, value in found.items()}

@@ -59,7 +59,7 @@ CASES = {
 }
 
 
-@pytest.mark.fast_cases("windows, soft cap-unroll", "windows, soft cap-scan")
+@pytest.mark.fast_cases("windows, soft cap-scan")
 @pytest.mark.parametrize(("name", "loop"), [*((name, "unroll") for name in CASES), ("windows, soft cap", "scan")])
 def test_prompts_of_mixed_lengths_go_on_as_in_training(
     name: str, loop: str, forms: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch

@@ -49,6 +49,7 @@ def hidden(name: str, params: Any, loop: LayerLoop | None) -> np.ndarray:
     return np.asarray(jax.jit(lambda params: model.apply({"params": params}, inputs).hidden)(params))
 
 
+@pytest.mark.fast_cases("windows")
 @pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
 def test_a_batch_may_be_cut_inside_the_stack(name: str):
     params = random_params(VARIANTS[name])

@@ -88,7 +88,7 @@ def gradients_of(config: ModelConfig, like: Any, merge: bool) -> Any:
     return jax.jit(jax.value_and_grad(total))
 
 
-@pytest.mark.fast_cases("dense", "tied", "latent")
+@pytest.mark.fast_cases("tied", "latent")
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_low_rank_differences_train_as_their_product_beside_plain_weights(name: str):
     config = STRUCTURES[name]

@@ -69,7 +69,7 @@ def cases() -> list[Any]:
     return [*((name, "unroll") for name in PAGED), ("windows", "scan")]
 
 
-@pytest.mark.fast_cases("windows-scan", "soft caps-unroll", "sinks-unroll", "alibi-unroll", "multi-query-unroll")
+@pytest.mark.fast_cases("windows-scan", "soft caps-unroll", "multi-query-unroll")
 @pytest.mark.parametrize(("name", "loop"), cases())
 def test_pages_give_the_logits_of_rows(name: str, loop: str):
     config = MODELS[name]

@@ -28,6 +28,7 @@ def in_bfloat16(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, param_dtype="bfloat16")
 
 
+@pytest.mark.fast_cases("windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_has_the_type_of_the_config(name: str):
     shapes = named_leaves(nn.unbox(abstract_params(in_bfloat16(VARIANTS[name]))))

@@ -20,17 +20,6 @@ from tests.models.variants import VARIANTS, pack, rows, unpacked
 from tests.tiny import abstract_params, random_params, summed, tiny_config
 
 LENGTHS = [9, 5, 7]
-# One of each way to place, to attend, to choose experts and to stack.
-REPRESENTATIVE = (
-    "windows",
-    "soft caps",
-    "sandwich",
-    "longrope",
-    "shared experts",
-    "latent",
-    "encoder",
-    "encoder-decoder",
-)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -53,7 +42,7 @@ def _unboxed(config: ModelConfig) -> Any:
     return nn.unbox(abstract_params(config))
 
 
-@pytest.mark.fast_cases(*REPRESENTATIVE)
+@pytest.mark.fast_cases("windows", "shared experts", "latent", "encoder", "encoder-decoder")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_packed_documents_give_what_they_give_alone(name: str):
     config = VARIANTS[name]

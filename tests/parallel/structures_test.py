@@ -61,7 +61,7 @@ def train(
     return metrics, state.params
 
 
-@pytest.mark.fast_cases("shared experts")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     ["experts", "clamped experts", "shared experts", "latent", "buckets", "encoder", "encoder-decoder"],

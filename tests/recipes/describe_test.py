@@ -49,6 +49,7 @@ def printed_module_sums(part: parameter_summary.Part) -> bool:
     return own and all(map(printed_module_sums, part.parts))
 
 
+@pytest.mark.fast_cases("windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tree_holds_every_parameter_of_the_model(name: str):
     config = VARIANTS[name]
@@ -231,6 +232,7 @@ def test_config_and_workdir_are_told_and_drawn(tiny: pathlib.Path, tmp_path, mon
     assert (workdir / "plots" / "attention.png").is_file()
 
 
+@pytest.mark.fast_cases("windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_a_report(name: str):
     assert all(line == line.rstrip() or line[0] in "├└│ " for line in describe.report(VARIANTS[name]) if line)

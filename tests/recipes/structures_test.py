@@ -63,7 +63,7 @@ def finished(tiny, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.fast_cases("masked", "span")
+@pytest.mark.fast_cases("span")
 @pytest.mark.parametrize("name", CASES)
 def test_loss_falls(name, finished):
     rows = read_metrics(finished(name))
@@ -95,6 +95,7 @@ def test_encoder_decoder_continues_prompts_and_gives_logits(finished):
         model.logits([[258, 5, 6]])
 
 
+@pytest.mark.thorough
 def test_encoder_gives_logits_of_every_place_and_makes_no_text(finished):
     model = research.load(finished("masked"))
     assert model.logits([[5, 6, 7]]).shape == (1, 3, model.config.vocab_size)
@@ -117,6 +118,7 @@ def test_what_does_not_fit_is_said_in_one_line(changes, message, tiny, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_run_of_a_config_with_fewer_fields_goes_on(tiny, tmp_path):
     whole = runs.run(tiny, tmp_path / "whole", train__eval_every=0)
     runs.run(tiny, tmp_path / "old", train__eval_every=0, train__steps=12)

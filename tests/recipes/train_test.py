@@ -183,6 +183,7 @@ def test_step_without_a_finite_loss_is_skipped_and_counted(tmp_path, tiny, monke
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.thorough
 def test_run_whose_steps_are_never_finite_stops_without_harm(tmp_path, tiny, monkeypatch):
     poisoned_batches(monkeypatch, set(range(3, 100)))
     with pytest.raises(UserError, match=r"step 7: .* 5 times in a row .* rows 48 to 55 of the order"):

@@ -20,6 +20,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.thorough
 def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_path, tiny, monkeypatch):
     unbroken = runs.run(tiny, tmp_path / "unbroken", **FROZEN)
     with monkeypatch.context() as patch:

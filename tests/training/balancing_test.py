@@ -137,7 +137,7 @@ def test_two_devices_microbatches_and_a_loop_move_it_alike():
         np.testing.assert_array_equal(bias(found), bias(expected))
 
 
-@pytest.mark.fast_cases("1")
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [1, 2])
 def test_biases_of_the_last_layers_of_a_scanned_stack_follow_the_load_of_their_own_layers(count: int):
     model = dataclasses.replace(MODEL, num_layers=3, layer_loop="scan")

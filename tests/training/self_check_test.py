@@ -32,6 +32,7 @@ def mesh():
     return make_mesh(MeshConfig(data=2), jax.devices()[:2])
 
 
+@pytest.mark.fast_cases("scan-float32", "unroll-bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("loop", ["unroll", "scan"])
 def test_sound_attention_passes(dtype, loop, mesh):

@@ -183,6 +183,7 @@ def with_sharded_vocabulary(name, vocab):
     return mesh, hidden, jax.device_put(table, NamedSharding(mesh, table_spec)), targets, cotangents
 
 
+@pytest.mark.fast_cases("data 2, fsdp 2, tensor 2-not at all", "tensor 4-evenly")
 @pytest.mark.parametrize("vocab", [104, 101], ids=["evenly", "not at all"])
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_vocabulary_equals_one_device(name, vocab):
