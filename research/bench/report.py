@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -14,17 +15,19 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import research
 from research.bench import machine
-from research.core.errors import UserError
+from research.core.errors import UserError, within
+from research.storage.files import write_bytes, write_text
+from research.storage.json_files import read_object
 
 FIGURES = pathlib.Path(research.__file__).parent.parent / "docs" / "figures"
 # What a block says whose file nobody has written yet.
 UNMEASURED = "unmeasured"
-BLOCK = re.compile(r"^(<!-- figures: (\w+) -->\n)(.*?)^(<!-- end of figures -->)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^(<!-- figures: ([\w-]+) -->\n)(.*?)^(<!-- end of figures -->)", re.DOTALL | re.MULTILINE)
 MARK = re.compile(r"^<!-- (figures: |end of figures)", re.MULTILINE)
 COLUMNS = ["what", "beside", "ratio", "lowest to highest", "ours", "theirs", "also"]
 
@@ -69,8 +72,18 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
         value = vars(arguments)[name]
         if value < 1:
             raise UserError(f"--{name}", value, "must be at least 1.")
-    if arguments.json and not pathlib.Path(arguments.json).resolve().parent.is_dir():
-        raise UserError("--json", arguments.json, "lies in no folder that is there.")
+    if arguments.json:
+        path = pathlib.Path(arguments.json).resolve()
+        if not path.parent.is_dir():
+            raise UserError("--json", arguments.json, "lies in no folder that is there.")
+        if path.exists() and not path.is_file():
+            raise UserError("--json", arguments.json, "is no file.")
+        with _told("--json", arguments.json):
+            if path.exists():
+                write_bytes(path, path.read_bytes())
+            else:
+                write_bytes(path, b"")
+                path.unlink()
 
 
 def publish(bench: str, arguments: argparse.Namespace, rows: Iterable[tuple[str, Figure]]) -> None:
@@ -102,7 +115,17 @@ def write(path: pathlib.Path, command: str, **content: Any) -> None:
     """Writes what a command has found, beside the command itself, the date and the machine."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     report = {"command": command, "date": date, "machine": machine.describe(), **content}
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _told("--json", str(path)):
+        write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _told(name: str, value: str) -> Iterator[None]:
+    """Turns a file that cannot be written into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(name, value, f"cannot be written: {error.strerror}.") from error
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -113,11 +136,17 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [f"`{report['command']}`, {report['date']}, {machine.sentence(report['machine'])}.", ""]
     if "figures" in report:
         figures = {name: Figure(**fields) for name, fields in report["figures"].items()}
+        if not all(isinstance(figure.is_rate, bool) for figure in figures.values()):
+            raise ValueError("is_rate is true or false")
         columns, rows = COLUMNS, [row for name, figure in figures.items() for row in _rows(name, figure)]
     else:
         columns, rows = report["columns"], report["rows"]
     for row in (columns, ["---"] * len(columns), *rows):
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+        if len(row) != len(columns):
+            raise ValueError(f"a row of {len(row)} cells, not {len(columns)}")
+        # A cell is one line, and ends neither its column nor the block.
+        cells = [" ".join(cell.split()).replace("|", "\\|").replace("<!--", "&lt;!--") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,22 +191,24 @@ def _content(path: pathlib.Path) -> str:
     if not path.exists():
         return f"{UNMEASURED}\n"
     try:
-        return table(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        return table(read_object(path))
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"is not a file of figures: {error!r}.", origin=str(path)) from error
 
 
 def main(paths: Sequence[str]) -> int:
     """Fills the blocks of Markdown files, and returns the exit status."""
     try:
+        if not paths:
+            raise UserError("name the Markdown files whose blocks are to be filled.")
         for path in map(pathlib.Path, paths):
             if not path.is_file():
                 raise UserError("is not a file.", origin=str(path))
-            try:
-                text = filled(path.read_text(encoding="utf-8"), FIGURES)
-            except UserError as error:
-                raise error.inside("", str(path)) from error
-            path.write_text(text, encoding="utf-8")
+            with within("", str(path)):
+                try:
+                    write_text(path, filled(path.read_text(encoding="utf-8"), FIGURES))
+                except (OSError, UnicodeDecodeError) as error:
+                    raise UserError(f"cannot be read and written: {error}.") from error
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -83,9 +83,11 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it; one that is not there is no error."""
+    """Removes a folder with all that is in it, or a link to one; one that is not there is no error."""
     if in_bucket(folder):
         folder.rmtree(missing_ok=True)
+    elif folder.is_symlink():
+        folder.unlink()
     elif folder.is_dir():
         shutil.rmtree(folder)
 

@@ -8,6 +8,7 @@ folder's name follows from the bits in it: a run that trains other parameters fr
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -15,12 +16,16 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.layer_stack import canonical, places, stack_layers
 from research.storage.digests import digests
 from research.storage.files import remove_folder
+from research.storage.json_files import read_object
 from research.storage.paths import Path
 from research.training import checkpoint_files as files
+
+logger = logging.getLogger("tessera")
 
 # The fields of a state that hold a whole set of parameters. In the average, too, frozen parameters are what they were.
 _FIELDS = ("params", "ema")
@@ -70,8 +75,7 @@ class Base:
 
     def _write(self, arrays: dict[str, Array], checkpointer: ocp.AsyncCheckpointer) -> dict[str, dict[str, Any]]:
         described = files.describe(arrays, digests(arrays))
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[: files.PLACE_DIGITS]
-        place = f"{files.PLACE}{digest}"
+        place = files.place_of(hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
         if described and place not in self._whole:
             # A folder of this name that was not read just now may be damaged, or half written.
             if jax.process_index() == 0:
@@ -82,14 +86,20 @@ class Base:
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folders of frozen parameters that no checkpoint names, nor one that was set aside."""
-    bases = list(folder.glob(f"{files.PLACE}*"))
+    """Removes the folders of frozen parameters that no checkpoint names, nor one that was set aside.
+
+    One that stays costs room and no more, so it ends no run.
+    """
+    bases = files.shared_folders(folder)
     used: set[str] = set()
     for path in folder.glob(f"*/{files.MANIFEST}/manifest.json") if bases else ():
         try:
-            used |= files.places_in(json.loads(path.read_bytes())["content"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            used |= files.places_in(read_object(path)["content"])
+        except (UserError, LookupError, TypeError, AttributeError):
             return  # of a damaged checkpoint it cannot be told what it needs
     for path in bases:
         if path.name not in used:
-            remove_folder(path)
+            try:
+                remove_folder(path)
+            except OSError as error:
+                logger.warning("%s is no longer needed, but cannot be removed: %s", path, error)

@@ -8,10 +8,11 @@ Orbax checks neither that the bits it returns are the bits it was given nor that
 that is checked here, against the manifest, which guards itself by its own sha256.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,8 +28,9 @@ from research.training import checkpoint_arrays, manifest_values
 # 2 is 1 with arrays that lie in a folder beside the checkpoint, their `place`.
 FORMATS = (1, 2)
 ARRAYS, MANIFEST = "arrays", "manifest"
-PLACE, PLACE_DIGITS = "base-", 16
-_PLACE = re.compile(f"{PLACE}[0-9a-f]{{{PLACE_DIGITS}}}")
+# How a folder of arrays that several checkpoints share is called.
+PLACE_DIGITS = 16
+_PLACE = re.compile(f"base-[0-9a-f]{{{PLACE_DIGITS}}}")
 # What Orbax writes into a checkpoint when all else is in it.
 COMMIT = "commit_success.txt"
 
@@ -128,6 +130,16 @@ def places_in(manifest: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(array["place"] for array in manifest["arrays"].values() if "place" in array)
 
 
+def place_of(digest: str) -> str:
+    """Returns the name of the folder of arrays that together have a digest, a hexadecimal number."""
+    return f"base-{digest[:PLACE_DIGITS]}"
+
+
+def shared_folders(checkpoints: Path) -> list[Path]:
+    """Returns the folders of arrays that several checkpoints may share; a folder of another name is somebody else's."""
+    return [path for path in checkpoints.glob("base-*") if _PLACE.fullmatch(path.name)]
+
+
 def where(folder: Path, manifest: Mapping[str, Any], name: str) -> tuple[Path, str]:
     """Returns the store in which an array of a checkpoint lies, and the array's name there.
 
@@ -190,16 +202,25 @@ def read_arrays(
         stores.setdefault(store, set()).add(stored)
         if name in wanted:
             groups.setdefault((store, name.partition("/")[0]), {})[stored] = name
-    for store, names in stores.items():
-        _check_account(store / "_METADATA", names)
     arrays = {}
-    try:
-        for (store, _), names in groups.items():
+    for store, names in stores.items():
+        with _placed(folder, store):
+            _check_account(store / "_METADATA", names)
+    for (store, _), names in groups.items():
+        with _placed(folder, store):
             read = checkpoint_arrays.read_arrays(store, {stored: wanted[name] for stored, name in names.items()})
-            arrays |= {names[stored]: array for stored, array in read.items()}
-    except checkpoint_arrays.UnreadableArray as error:
-        raise Damaged(str(error)) from error
+        arrays |= {names[stored]: array for stored, array in read.items()}
     return {name: arrays[name] for name in wanted}
+
+
+@contextlib.contextmanager
+def _placed(folder: Path, store: Path) -> Iterator[None]:
+    """Has what is said of a damaged store begin with the folder that it lies in, where that is not the checkpoint's."""
+    try:
+        yield
+    except (checkpoint_arrays.UnreadableArray, Damaged) as error:
+        beside = "" if store.parent == folder else f"{store.parent.name}: "
+        raise Damaged(f"{beside}{error}") from error
 
 
 def _check_account(path: Path, wanted: set[str]) -> None:
@@ -223,8 +244,10 @@ def check_digests(manifest: Mapping[str, Any], arrays: Mapping[str, Array]) -> N
     """Raises Damaged when an array's bits are not those that were saved; every process must call this."""
     wrong = [name for name, digest in digests(arrays).items() if digest != manifest["arrays"][name]["digest"]]
     if wrong:
+        place = manifest["arrays"][wrong[0]].get("place")
+        beside = "" if place is None else f"{place}: "
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise Damaged(f"the bits of array {wrong[0]}{more} are not those that were saved (digest)")
+        raise Damaged(f"{beside}the bits of array {wrong[0]}{more} are not those that were saved (digest)")
 
 
 def _arrays_handler() -> ocp.PyTreeCheckpointHandler:

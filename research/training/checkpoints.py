@@ -12,6 +12,7 @@ All processes of a run share the folder, and call the methods of `Checkpoints` t
 import concurrent.futures
 import contextlib
 import errno
+import gc
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -89,7 +90,7 @@ class Checkpoints:
         self._passed_over: set[int] = set()  # steps newer than the one restored
         # As long as a write is under way; after one that failed until `close`, for other arrays of it go on.
         self._silence = contextlib.ExitStack()
-        self._tidied = False
+        self._tidied, self._failed = False, False
         self._strange: set[str] = set()  # names of folders that were said to be no checkpoints
 
     def steps(self) -> list[int]:
@@ -179,6 +180,8 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._checkpointer.close()
+            if self._failed:
+                gc.collect()  # tasks of other arrays tell that they have failed when they are collected
             self._silence.close()
             # Writes of other arrays may have gone on after the first that failed.
             self._remove_made_again(self._last_step)
@@ -307,7 +310,8 @@ class Checkpoints:
 
     def _unfinished(self, step: str = "*") -> list[Path]:
         """Returns what a write or a removal that was cut short has left, of one step or of all."""
-        found = [*self._folder.glob(f"{step}.orbax-checkpoint-tmp*"), *self._folder.glob(f"{step}.deleted")]
+        names = (f"{step}.orbax-checkpoint-tmp*", f"{step}.deleted", "base-*.orbax-checkpoint-tmp*")
+        found = [path for name in names for path in self._folder.glob(name)]
         if in_bucket(self._folder) and self._folder.is_dir():
             named = [path for path in self._folder.glob(step) if path.name.isdecimal()]
             found += [path for path in named if not files.is_complete(path)]
@@ -315,10 +319,12 @@ class Checkpoints:
 
     def _explain(self, step: int, error: Exception) -> None:
         """Raises what `error` means to the user, and leaves nothing half-written."""
+        self._failed = True
         if jax.process_index() == 0:
             for path in self._unfinished(str(step)):
                 with contextlib.suppress(OSError):
                     remove_folder(path)
+            remove_unused(self._folder)
         self._check_workdir(step)
         place = self._folder / str(step)
         said = " ".join(map(str, _chain(error)))
@@ -337,7 +343,7 @@ class Checkpoints:
         """Where the workdir was deleted: removes what the write of a step has made there anew."""
         if jax.process_index() != 0 or not self._presence.is_gone():
             return
-        for path in (*self._unfinished(str(step)), self._folder / str(step)):
+        for path in (*self._unfinished(str(step)), self._folder / str(step), *files.shared_folders(self._folder)):
             with contextlib.suppress(OSError):
                 remove_folder(path)
         if not in_bucket(self._folder):

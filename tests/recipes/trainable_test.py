@@ -45,6 +45,17 @@ def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_pat
     assert np.isfinite(np.asarray(jax.device_get(model.logits([[1, 2, 3]])))).all()
 
 
+@pytest.mark.thorough
+def test_rows_of_the_embedding_that_were_trained_are_resumed(tmp_path, tiny, monkeypatch):
+    rows = {"train__steps": 6, "train__trainable__select": "embedding_rows", "train__trainable__rows": (32, 97, 101)}
+    unbroken = runs.run(tiny, tmp_path / "unbroken", **rows)
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            runs.run(tiny, tmp_path / "run", **rows)
+    runs.assert_same_state(runs.run(tiny, tmp_path / "run", **rows), unbroken)
+
+
 def test_a_pattern_that_matches_nothing_is_one_line_and_leaves_no_workdir(tmp_path, tiny, capsys):
     flags = ["--config.train.trainable.select=pattern", "--config.train.trainable.pattern=attn"]
     assert runs.command("train", tiny, tmp_path / "run", *flags) == 2

@@ -1,6 +1,8 @@
 """What no step changes is written once, and checkpoints name it by place and digest."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 
@@ -12,6 +14,7 @@ import pytest
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.layer_stack import canonical
+from research.training import checkpoint_base
 from research.training import checkpoint_files as files
 from research.training.checkpoint_stream import ParamsReader
 from research.training.checkpoints import CheckpointConfig, Checkpoints
@@ -141,10 +144,14 @@ def test_a_damaged_bit_or_a_missing_folder_is_one_line_that_names_it(tmp_path, o
     flip_a_bit(base)
     with pytest.raises(UserError, match="no checkpoint is whole, and none was changed") as caught:
         opened().restore(abstract(state))
-    assert any(f"params/{name}" in str(caught.value) or name in str(caught.value) for name in RESTING)
+    assert f"{base.name}: " in str(caught.value)
+    assert any(name in str(caught.value) for name in RESTING)
     assert "\n" not in str(caught.value)
     shutil.rmtree(base)
-    with pytest.raises(UserError, match=rf"cannot be read \(FileNotFoundError.*{base.name}/arrays/_METADATA"):
+    with pytest.raises(
+        UserError,
+        match=rf"{base.name}: arrays/_METADATA cannot be read \(FileNotFoundError.*{base.name}/arrays/_METADATA",
+    ):
         opened().restore(abstract(state))
 
 
@@ -207,3 +214,110 @@ def test_parts_of_frozen_parameters_are_read_where_they_lie(tmp_path, opened):
     for name, leaf in named_leaves(state.params).items():
         assert reader.read(name, ()).tobytes() == np.asarray(leaf).tobytes(), name
     reader.check()
+
+
+def test_a_folder_of_another_name_is_somebody_else_s(tmp_path, opened):
+    state = saved_state(ema=False)
+    checkpoints = opened(keep=1)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    (base,) = bases(tmp_path)
+    copy, other = base.with_name(f"{base.name}.bak"), base.with_name("base-llama")
+    shutil.copytree(base, copy)
+    other.mkdir()
+    checkpoints.save(2, trained(state), {})
+    checkpoints.wait()
+    assert bases(tmp_path) == sorted([base, copy, other])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 200_000, "[]", "{", '{"content": {"arrays": {"params/embed": {"place": []}}}}'],
+    ids=["deep", "a list", "half", "no place"],
+)
+def test_what_a_damaged_checkpoint_needs_is_not_guessed(tmp_path, opened, content):
+    """Its folder stays, and the run goes on."""
+    state = saved_state(ema=False)
+    checkpoints = opened()
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    (base,) = bases(tmp_path)
+    (tmp_path / "checkpoints" / "1" / "manifest" / "manifest.json").write_text(content)
+    other = opened(["embed"])
+    other.save(2, state, {})
+    other.wait()
+    assert len(bases(tmp_path)) == 2
+    assert base in bases(tmp_path)
+
+
+def test_a_checkpoint_that_was_set_aside_keeps_its_folder(tmp_path, opened):
+    state = saved_state(ema=False)
+    checkpoints = opened()
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    (base,) = bases(tmp_path)
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.set-aside")
+    other = opened(["embed"])
+    other.save(2, state, {})
+    other.wait()
+    assert base in bases(tmp_path)
+    assert len(bases(tmp_path)) == 2
+    (tmp_path / "checkpoints" / "1.set-aside").rename(tmp_path / "elsewhere")  # the control
+    other.save(3, trained(state), {})
+    other.wait()
+    assert base not in bases(tmp_path)
+
+
+def test_a_folder_that_cannot_be_removed_ends_no_run(tmp_path, opened, monkeypatch, caplog):
+    state = saved_state(ema=False)
+    checkpoints = opened()
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    other = opened(["embed"])
+
+    def refused(folder):
+        if folder.exists():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(checkpoint_base, "remove_folder", refused)
+    other.save(2, state, {})
+    other.wait()
+    assert other.steps() == [2]
+    assert "is no longer needed, but cannot be removed: [Errno 13] Permission denied" in caplog.text
+
+
+def test_a_folder_may_lie_behind_a_link(tmp_path, opened):
+    """On another disk, say: the link goes when the folder is not needed, and what it points to stays."""
+    state = saved_state(ema=False)
+    checkpoints = opened()
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    (base,) = bases(tmp_path)
+    base.rename(tmp_path / "far")
+    base.symlink_to(tmp_path / "far")
+    assert_same(opened().restore(abstract(state))[1], state)
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    anew = opened()
+    anew.save(1, state, {})
+    anew.wait()
+    assert not base.is_symlink()
+    assert (tmp_path / "far").is_dir()
+    assert_same(opened().restore(abstract(state))[1], state)
+
+
+def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, opened, monkeypatch):
+    state = saved_state(ema=False)
+    checkpoints = opened()
+
+    def full(self, state, checkpointer):
+        (tmp_path / "checkpoints" / "base-0123456789abcdef.orbax-checkpoint-tmp").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "base-0123456789abcdef").mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint_base.Base, "part", full)
+    with pytest.raises(
+        UserError, match=r"No space left on device; it was not written\. There is no earlier checkpoint"
+    ):
+        checkpoints.save(1, state, {})
+    assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -113,6 +113,14 @@ def test_a_saved_state_is_taken_apart_as_it_was(trainable: TrainableConfig):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_an_array_of_which_rows_are_trained_is_not_untouched():
+    everything = set(named_leaves(program_of(ONE_BIAS).saved.params))
+    for config, touched in ((TrainableConfig("embedding_rows", rows=(3, 40)), "embed/embedding"), (ONE_BIAS, BIAS)):
+        program = program_of(config)
+        assert program.partition.untouched(program.saved.params) == everything - {touched}
+    assert program_of(TrainableConfig()).partition.untouched(program.saved.params) == frozenset()
+
+
 def test_a_saved_state_of_a_later_step_keeps_the_average_apart_from_the_parameters():
     program, _, saved, state = trained(TrainableConfig("embedding_rows", rows=(3, 40)), ema=True)
     assert int(state.step) == STEPS

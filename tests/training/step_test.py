@@ -245,6 +245,19 @@ def test_parameters_of_two_types_have_one_norm_in_float32_and_keep_their_types()
     assert float(metrics["grad_norm"]) == pytest.approx(np.hypot(float(jnp.bfloat16(w)), b), rel=1e-5)
 
 
+def test_a_clipped_gradient_in_bfloat16_is_rounded_once():
+    def gradient(**options: Any) -> tuple[Any, float]:
+        step, optimizer = stepper("mixed", rate=1.0, **options)
+        zero = new_state({"w": jnp.bfloat16(0.0), "b": jnp.float32(0.0)}, optimizer, keep_ema=False)
+        state, metrics = step(zero, numbers())
+        return -state.params["w"], float(metrics["grad_norm"])
+
+    (free, norm), (clipped, _) = gradient(), gradient(clip_norm=0.17)
+    assert clipped.dtype == jnp.bfloat16
+    assert clipped == jnp.bfloat16(float(free) * 0.17 / norm)
+    assert clipped != free * jnp.bfloat16(0.17 / norm)  # the control
+
+
 def test_average_follows_its_formula_and_is_what_evaluation_reads():
     step, optimizer = stepper(ema_decay=0.75)
     state = start(optimizer, keep_ema=True)
