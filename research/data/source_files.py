@@ -106,8 +106,8 @@ class _WideZstandard(io.RawIOBase):
             raise UserError(
                 "zstd_window_log",
                 window_log,
-                f"must be at most {BUNDLED_WINDOW_LOG} until the package zstandard is installed: pip install "
-                "'tessera[zstd]'.",
+                f"must be at most {BUNDLED_WINDOW_LOG} until the package zstandard is installed: "
+                "pip install -c constraints.txt -e '.[zstd]'.",
             ) from error
         self._errors = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**window_log)

@@ -54,7 +54,7 @@ def as_path(value: str | Path, name: str = "path") -> Path:
         raise UserError(name, value, "names no bucket. Use gs://BUCKET/FOLDER.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(
-            name, value, "needs the client of Google Cloud Storage: pip install 'tessera[gcs]' (or pip install gcsfs)."
+            name, value, "needs the client of Google Cloud Storage: pip install -c constraints.txt -e '.[gcs]'."
         )
     _keep_no_listings()
     path = epath.Path(value)

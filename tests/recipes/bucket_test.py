@@ -133,5 +133,8 @@ def test_a_bucket_without_its_client_is_one_line(tiny, capsys, monkeypatch, verb
     where = ["--from=gs://bucket/run", "--to=x"] if verb == "convert" else ["--workdir=gs://bucket/run"]
     assert cli.main([verb, *config, *where]) == 2
     error = capsys.readouterr().err
-    assert "= 'gs://bucket/run' needs the client of Google Cloud Storage: pip install 'tessera[gcs]'" in error
+    assert (
+        "= 'gs://bucket/run' needs the client of Google Cloud Storage: pip install -c constraints.txt -e '.[gcs]'"
+        in error
+    )
     assert error.count("\n") == 1
