@@ -13,7 +13,9 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from research.core.errors import UserError
@@ -52,13 +54,14 @@ class Base:
     def part(self, state: Any, checkpointer: ocp.AsyncCheckpointer) -> tuple[dict[str, Array], dict[str, Any]]:
         """Returns the canonical arrays that a checkpoint holds itself, and what its manifest says of the others.
 
-        The first call writes the others, unless the checkpoint that the run was restored from has them.
+        The first call writes the others, unless the checkpoint that the run was restored from has them; so does a call
+        that finds their folder gone.
         """
         if not self._frozen:
             return canonical(state), {}
         named = named_leaves(state)
         resting = self._resting(named)
-        if self._entries is None:
+        if self._entries is None or any(map(self._is_gone, self._places())):
             arrays = stack_layers({name: named[f"params/{name}"] for name in resting})
             self._entries = self._write(arrays, checkpointer)
         left_out = {f"{field}/{name}" for field in _FIELDS for name in resting}
@@ -76,13 +79,22 @@ class Base:
     def _write(self, arrays: dict[str, Array], checkpointer: ocp.AsyncCheckpointer) -> dict[str, dict[str, Any]]:
         described = files.describe(arrays, digests(arrays))
         place = files.place_of(hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
-        if described and place not in self._whole:
+        if described and (place not in self._whole or self._is_gone(place)):
             # A folder of this name that was not read just now may be damaged, or half written.
             if jax.process_index() == 0:
                 remove_folder(self._folder / place)
             checkpointer.save(self._folder / place, args=files.arrays_alone(arrays))
             checkpointer.wait_until_finished()
         return {name: entry | {"place": place} for name, entry in described.items()}
+
+    def _places(self) -> set[str]:
+        """Returns the folder that was written or read, if there is one."""
+        return {entry["place"] for entry in (self._entries or {}).values()}
+
+    def _is_gone(self, place: str) -> bool:
+        """Whether somebody has removed a folder that was whole; process 0 says it for all."""
+        there = (self._folder / place / files.ARRAYS / "_METADATA").exists()
+        return not bool(multihost_utils.broadcast_one_to_all(np.bool_(there)))
 
 
 def remove_unused(folder: Path) -> None:

@@ -321,3 +321,20 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, opened, monkey
     ):
         checkpoints.save(1, state, {})
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_folder_that_is_removed_in_the_middle_of_a_run_is_written_again(tmp_path, opened, resumed):
+    state = saved_state(ema=False)
+    checkpoints = opened()
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    if resumed:
+        checkpoints = opened()
+        checkpoints.restore(abstract(state))
+    (base,) = bases(tmp_path)
+    shutil.rmtree(base)
+    checkpoints.save(2, trained(state), {})
+    checkpoints.wait()
+    assert bases(tmp_path) == [base]
+    assert_same(opened().restore(abstract(state))[1], trained(state))
