@@ -166,6 +166,7 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
+            self._failed = True
             self._check_workdir(step)
             if not in_bucket(self._folder) and not self._folder.is_dir():
                 raise UserError(f"{self._folder} was deleted while checkpoint {step} was written.") from error
@@ -179,12 +180,22 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            self._checkpointer.close()
+            self._close_checkpointer()
             if self._failed:
                 gc.collect()  # tasks of other arrays tell that they have failed when they are collected
             self._silence.close()
             # Writes of other arrays may have gone on after the first that failed.
             self._remove_made_again(self._last_step)
+
+    def _close_checkpointer(self) -> None:
+        """Closes Orbax's checkpointer. It raises each error of a write once; of one that failed, `wait` has told."""
+        while True:
+            try:
+                self._checkpointer.close()
+                return
+            except Exception:
+                if not self._failed:
+                    raise
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """Returns (step, state, extra) of the newest whole checkpoint; each damaged one is named in a warning.

@@ -1,5 +1,6 @@
 """A workdir that is deleted, or a disk that cannot be written any more, ends a run in one line."""
 
+import concurrent.futures
 import errno
 import io
 import os
@@ -97,12 +98,17 @@ def test_a_workdir_deleted_while_a_checkpoint_is_written_is_not_made_again(workd
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_checkpoints_deleted_while_one_is_written_are_named(workdir, monkeypatch):
+@pytest.mark.parametrize("further_errors", [0, 2])
+def test_checkpoints_deleted_while_one_is_written_are_named(workdir, further_errors, monkeypatch):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     finalize = checkpoints._checkpointer._handler.finalize
 
     def delete(folder: pathlib.Path) -> None:
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+        for _ in range(further_errors):  # Orbax writes its metadata in another thread, which may fail as well
+            failed = concurrent.futures.Future()
+            failed.set_exception(FileNotFoundError(folder))
+            checkpoints._checkpointer._metadata_store._write_futures.append(failed)
         finalize(folder)
 
     monkeypatch.setattr(checkpoints._checkpointer._handler, "finalize", delete)
