@@ -12,8 +12,8 @@ def jax_side(side: str, dtype: str, batch: int, length: int, heads: int, width: 
     """Returns forward plus backward of this project (`tessera`), `jax.nn` or cuDNN through it (`cudnn`)."""
     import jax
 
+    from research.core.promotion import promoting
     from research.kernels.attention import AttentionMask, attention
-    from research.optim.promotion import promoting
 
     if side == "tessera":
         mask = AttentionMask(causal=True)

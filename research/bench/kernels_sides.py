@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research.core.promotion import promoting
 from research.kernels.cross_entropy import summed_cross_entropy
 from research.kernels.decode_attention import KVPages, decode_attention, gather
 from research.kernels.grouped_matmul import grouped_matmul
-from research.optim.promotion import promoting
 from research.parallel.target import platform
 
 PAGE = 64

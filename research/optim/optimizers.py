@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from research.core.errors import UserError
-from research.optim.promotion import promoting
+from research.core.promotion import promoting
 from research.optim.schedules import ScheduleConfig, build_schedule
 from research.parallel.parameter import Axes
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from research.core.errors import UserError
-from research.optim.promotion import promoting
+from research.core.promotion import promoting
 
 
 @dataclasses.dataclass(frozen=True)

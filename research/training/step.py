@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from research.core.promotion import promoting
 from research.core.random import step_key
 from research.data.batch import Batch
 from research.optim.balancing import balance_experts, selection_bias
-from research.optim.promotion import promoting
 from research.parallel.rules import process_columns
 from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState

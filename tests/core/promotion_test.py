@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.optim.promotion import promoting
+from research.core.promotion import promoting
 
 
 def add(left: jax.Array, right: jax.Array) -> jax.Array:
