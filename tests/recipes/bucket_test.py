@@ -2,13 +2,12 @@
 
 import importlib.util
 import logging
-import signal
 
 import numpy as np
 import pytest
 
 from research import cli
-from research.core.errors import Interrupted, UserError
+from research.core.errors import UserError
 from research.recipes.loaded import load
 from research.storage.paths import as_path
 from research.training.metrics import read_metrics
@@ -26,10 +25,7 @@ def _losses(workdir):
 def test_a_run_in_a_bucket_is_the_run_on_a_disk_and_resumes_bit_for_bit(unbroken, bucket, caplog, monkeypatch):
     workdir = f"{bucket}/run"
     with caplog.at_level(logging.INFO, "tessera"):
-        with monkeypatch.context() as patch:
-            runs.at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
-            with pytest.raises(Interrupted):
-                runs.run(unbroken.config, as_path(workdir))
+        runs.run_until(6, unbroken.config, as_path(workdir))
         stopped_at = max(_names(f"{workdir}/checkpoints"), key=int)
         assert 6 <= int(stopped_at) < 12
         assert {step for step, _ in _losses(workdir)} == set(range(1, int(stopped_at) + 1))

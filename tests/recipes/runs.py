@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from research import cli
+from research.core.errors import Interrupted
 from research.core.trees import named_leaves
 from research.data.loader import Loader
 from research.recipes.experiment import load_experiment
@@ -105,6 +107,14 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
             act()
 
     monkeypatch.setattr(MetricsWriter, "write", writing)
+
+
+def run_until(step: int, config: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> None:
+    """Trains as `run` does until SIGTERM comes when the row of a step is written, which saves the run's state."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run(config, workdir, **changes)
 
 
 def record_batches(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 import research
-from research.core.errors import Interrupted, UserError
+from research.core.errors import UserError
 from research.data.sources import SourceConfig, documents
 from research.recipes import train as train_recipe
 from research.training.metrics import curve, read_metrics
@@ -22,19 +21,12 @@ from tests.recipes import runs
 from tests.recipes.fixtures import Unbroken
 
 
-def stop_self(number: int) -> None:
-    os.kill(os.getpid(), number)
-
-
 def test_run_stopped_at_many_steps_ends_bitwise_as_the_unbroken_one(tmp_path, unbroken: Unbroken, monkeypatch):
     seen = runs.record_batches(monkeypatch)
     # A step's row is written while the next one is under way: this stops after 2 steps, after 4 (which are evaluated
     # and have a checkpoint), after 7, after 10 and after the last.
     for step in (1, 3, 6, 9, 11):
-        with monkeypatch.context() as patch:
-            runs.at_step(patch, step, lambda: stop_self(signal.SIGTERM))
-            with pytest.raises(Interrupted):
-                runs.run(unbroken.config, tmp_path / "run")
+        runs.run_until(step, unbroken.config, tmp_path / "run")
     state = runs.run(unbroken.config, tmp_path / "run")
     runs.assert_same_state(state, unbroken.state)
     assert seen == unbroken.batches
@@ -55,7 +47,7 @@ def test_two_runs_of_one_config_are_bitwise_the_same(tmp_path, unbroken: Unbroke
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_with_status_75(tmp_path, tiny, number, monkeypatch, capsys):
-    runs.at_step(monkeypatch, 6, lambda: stop_self(number))
+    runs.at_step(monkeypatch, 6, lambda: signal.raise_signal(number))
     assert runs.command("train", tiny, tmp_path / "run") == 75
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"tessera: stopped by {number.name} ")
@@ -87,12 +79,9 @@ def test_killed_run_repeats_from_the_last_checkpoint_to_the_same_end(tmp_path, u
 
 
 @pytest.mark.thorough
-def test_run_goes_on_on_another_mesh(tmp_path, unbroken: Unbroken, monkeypatch):
+def test_run_goes_on_on_another_mesh(tmp_path, unbroken: Unbroken):
     workdir = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        runs.at_step(patch, 5, lambda: stop_self(signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            runs.run(unbroken.config, workdir)
+    runs.run_until(5, unbroken.config, workdir)
     state = runs.run(unbroken.config, workdir, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
     table = state.params["embed"]["embedding"]  # vocab over tensor, embed over fsdp
     assert table.addressable_shards[0].data.shape == (384 // 2, 16 // 2)

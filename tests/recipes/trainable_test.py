@@ -1,13 +1,9 @@
 """A run that trains some of its parameters: resumed, and read, like any other."""
 
-import os
-import signal
-
 import jax
 import numpy as np
 import pytest
 
-from research.core.errors import Interrupted
 from research.core.trees import named_leaves
 from research.recipes.loaded import load
 from tests.recipes import runs
@@ -21,12 +17,9 @@ FROZEN = {
 
 
 @pytest.mark.thorough
-def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_path, tiny, monkeypatch):
+def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_path, tiny):
     unbroken = runs.run(tiny, tmp_path / "unbroken", **FROZEN)
-    with monkeypatch.context() as patch:
-        runs.at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            runs.run(tiny, tmp_path / "run", **FROZEN)
+    runs.run_until(3, tiny, tmp_path / "run", **FROZEN)
     runs.assert_same_state(runs.run(tiny, tmp_path / "run", **FROZEN), unbroken)
 
     # What is frozen lies beside the checkpoints of both halves of the run, once.
@@ -46,13 +39,10 @@ def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_pat
 
 
 @pytest.mark.thorough
-def test_rows_of_the_embedding_that_were_trained_are_resumed(tmp_path, tiny, monkeypatch):
+def test_rows_of_the_embedding_that_were_trained_are_resumed(tmp_path, tiny):
     rows = {"train__steps": 6, "train__trainable__select": "embedding_rows", "train__trainable__rows": (32, 97, 101)}
     unbroken = runs.run(tiny, tmp_path / "unbroken", **rows)
-    with monkeypatch.context() as patch:
-        runs.at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            runs.run(tiny, tmp_path / "run", **rows)
+    runs.run_until(4, tiny, tmp_path / "run", **rows)
     runs.assert_same_state(runs.run(tiny, tmp_path / "run", **rows), unbroken)
 
 

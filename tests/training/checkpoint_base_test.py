@@ -17,8 +17,8 @@ from research.models.layer_stack import canonical
 from research.training import checkpoint_base
 from research.training import checkpoint_files as files
 from research.training.checkpoint_stream import ParamsReader
-from research.training.checkpoints import CheckpointConfig, Checkpoints
-from tests.training.states import LAYERS, abstract, assert_same, new_state
+from research.training.checkpoints import Checkpoints
+from tests.training.states import LAYERS, abstract, assert_same, new_state, write
 
 # Whole stacks of layers but for the scales, of which one layer's is trained; the embedding.
 KERNELS = [f"layers_{i}/mlp/{name}" for i in range(LAYERS) for name in ("kernel", "bias")]
@@ -41,16 +41,11 @@ def trained(state):
 
 
 @pytest.fixture
-def opened(tmp_path):
-    made = []
-
+def opened(opened):
     def open_(frozen=FROZEN, **config) -> Checkpoints:
-        made.append(Checkpoints(tmp_path, CheckpointConfig(**config), frozen))
-        return made[-1]
+        return opened(frozen=frozen, **config)
 
-    yield open_
-    for checkpoints in made:
-        checkpoints.close()
+    return open_
 
 
 def bases(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -74,12 +69,10 @@ def test_what_is_frozen_is_written_once_and_read_with_every_checkpoint(tmp_path,
     first = saved_state(ema=ema)
     second = trained(first)
     checkpoints = opened()
-    checkpoints.save(1, first, {})
-    checkpoints.wait()
+    write(checkpoints, 1, first)
     (base,) = bases(tmp_path)
     written = {path: path.stat().st_mtime_ns for path in base.rglob("*")}
-    checkpoints.save(2, second, {})
-    checkpoints.wait()
+    write(checkpoints, 2, second)
     assert {path: path.stat().st_mtime_ns for path in base.rglob("*")} == written
 
     for step, state in ((1, first), (2, second)):
@@ -96,8 +89,7 @@ def test_what_is_frozen_is_written_once_and_read_with_every_checkpoint(tmp_path,
 def test_a_checkpoint_holds_only_what_is_trained_itself(tmp_path, opened):
     state = saved_state(ema=False).replace(opt_state=())
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     alone = json.loads((tmp_path / "checkpoints" / "1" / "arrays" / "_METADATA").read_bytes())["tree_metadata"]
     assert {tuple(key["key"] for key in entry["key_metadata"]) for entry in alone.values()} == {
         ("step",),
@@ -108,14 +100,12 @@ def test_a_checkpoint_holds_only_what_is_trained_itself(tmp_path, opened):
 def test_a_run_that_is_resumed_keeps_the_folder_that_it_has_read(tmp_path, opened):
     state = saved_state()
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     (base,) = bases(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in base.rglob("*")}
     resumed = opened()
     _, restored, _ = resumed.restore(abstract(state))
-    resumed.save(2, trained(restored), {})
-    resumed.wait()
+    write(resumed, 2, trained(restored))
     assert {path: path.stat().st_mtime_ns for path in base.rglob("*")} == before
     assert bases(tmp_path) == [base]
 
@@ -124,22 +114,19 @@ def test_a_folder_that_was_not_read_is_not_believed(tmp_path, opened):
     """Somebody removed the checkpoints and begins again; what lies beside them may be damaged."""
     state = saved_state()
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     shutil.rmtree(tmp_path / "checkpoints" / "1")
     (base,) = bases(tmp_path)
     flip_a_bit(base)
     anew = opened()
-    anew.save(1, state, {})
-    anew.wait()
+    write(anew, 1, state)
     assert_same(opened().restore(abstract(state))[1], state)
 
 
 def test_a_damaged_bit_or_a_missing_folder_is_one_line_that_names_it(tmp_path, opened):
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     (base,) = bases(tmp_path)
     flip_a_bit(base)
     with pytest.raises(UserError, match="no checkpoint is whole, and none was changed") as caught:
@@ -158,8 +145,7 @@ def test_a_damaged_bit_or_a_missing_folder_is_one_line_that_names_it(tmp_path, o
 def test_a_place_outside_the_checkpoints_is_refused(tmp_path, opened):
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     path = tmp_path / "checkpoints" / "1" / "manifest" / "manifest.json"
     content = json.loads(path.read_bytes())["content"]
     content["arrays"]["params/embed"]["place"] = "../../elsewhere"
@@ -172,17 +158,14 @@ def test_folders_that_no_checkpoint_names_are_removed_and_others_stay(tmp_path, 
     """A run that trains other parameters from step 2 on: its old folder stays as long as a checkpoint needs it."""
     state = saved_state(ema=False)
     checkpoints = opened(keep=2)
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     (old,) = bases(tmp_path)
     other = opened(["embed"], keep=2)
     _, state, _ = other.restore(abstract(state))
-    other.save(2, state, {})
-    other.wait()
+    write(other, 2, state)
     assert len(bases(tmp_path)) == 2
     assert_same(opened().restore(abstract(state), 1)[1], state)
-    other.save(3, state, {})
-    other.wait()
+    write(other, 3, state)
     assert old not in bases(tmp_path)
     assert len(bases(tmp_path)) == 1
     assert_same(opened().restore(abstract(state))[1], state)
@@ -191,14 +174,12 @@ def test_folders_that_no_checkpoint_names_are_removed_and_others_stay(tmp_path, 
 def test_a_checkpoint_that_holds_everything_is_resumed_and_written_with_a_folder(tmp_path, opened):
     state = saved_state()
     whole = opened(frozen=())
-    whole.save(1, state, {})
-    whole.wait()
+    write(whole, 1, state)
     assert files.read_manifest(tmp_path / "checkpoints" / "1")["format"] == 1
     assert not bases(tmp_path)
     resumed = opened()
     _, restored, _ = resumed.restore(abstract(state))
-    resumed.save(2, restored, {})
-    resumed.wait()
+    write(resumed, 2, restored)
     assert files.read_manifest(tmp_path / "checkpoints" / "2")["format"] == 2
     for step in (1, 2):
         assert_same(opened().restore(abstract(state), step)[1], state)
@@ -207,8 +188,7 @@ def test_a_checkpoint_that_holds_everything_is_resumed_and_written_with_a_folder
 def test_parts_of_frozen_parameters_are_read_where_they_lie(tmp_path, opened):
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named_leaves(state.params).items()}
     reader = ParamsReader(tmp_path, 1, shapes)
     for name, leaf in named_leaves(state.params).items():
@@ -219,14 +199,12 @@ def test_parts_of_frozen_parameters_are_read_where_they_lie(tmp_path, opened):
 def test_a_folder_of_another_name_is_somebody_else_s(tmp_path, opened):
     state = saved_state(ema=False)
     checkpoints = opened(keep=1)
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     (base,) = bases(tmp_path)
     copy, other = base.with_name(f"{base.name}.bak"), base.with_name("base-llama")
     shutil.copytree(base, copy)
     other.mkdir()
-    checkpoints.save(2, trained(state), {})
-    checkpoints.wait()
+    write(checkpoints, 2, trained(state))
     assert bases(tmp_path) == sorted([base, copy, other])
 
 
@@ -239,13 +217,11 @@ def test_what_a_damaged_checkpoint_needs_is_not_guessed(tmp_path, opened, conten
     """Its folder stays, and the run goes on."""
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     (base,) = bases(tmp_path)
     (tmp_path / "checkpoints" / "1" / "manifest" / "manifest.json").write_text(content)
     other = opened(["embed"])
-    other.save(2, state, {})
-    other.wait()
+    write(other, 2, state)
     assert len(bases(tmp_path)) == 2
     assert base in bases(tmp_path)
 
@@ -253,26 +229,22 @@ def test_what_a_damaged_checkpoint_needs_is_not_guessed(tmp_path, opened, conten
 def test_a_checkpoint_that_was_set_aside_keeps_its_folder(tmp_path, opened):
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     (base,) = bases(tmp_path)
     (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.set-aside")
     other = opened(["embed"])
-    other.save(2, state, {})
-    other.wait()
+    write(other, 2, state)
     assert base in bases(tmp_path)
     assert len(bases(tmp_path)) == 2
     (tmp_path / "checkpoints" / "1.set-aside").rename(tmp_path / "elsewhere")  # the control
-    other.save(3, trained(state), {})
-    other.wait()
+    write(other, 3, trained(state))
     assert base not in bases(tmp_path)
 
 
 def test_a_folder_that_cannot_be_removed_ends_no_run(tmp_path, opened, monkeypatch, caplog):
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     shutil.rmtree(tmp_path / "checkpoints" / "1")
     other = opened(["embed"])
 
@@ -281,8 +253,7 @@ def test_a_folder_that_cannot_be_removed_ends_no_run(tmp_path, opened, monkeypat
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
     monkeypatch.setattr(checkpoint_base, "remove_folder", refused)
-    other.save(2, state, {})
-    other.wait()
+    write(other, 2, state)
     assert other.steps() == [2]
     assert "is no longer needed, but cannot be removed: [Errno 13] Permission denied" in caplog.text
 
@@ -291,16 +262,14 @@ def test_a_folder_may_lie_behind_a_link(tmp_path, opened):
     """On another disk, say: the link goes when the folder is not needed, and what it points to stays."""
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     (base,) = bases(tmp_path)
     base.rename(tmp_path / "far")
     base.symlink_to(tmp_path / "far")
     assert_same(opened().restore(abstract(state))[1], state)
     shutil.rmtree(tmp_path / "checkpoints" / "1")
     anew = opened()
-    anew.save(1, state, {})
-    anew.wait()
+    write(anew, 1, state)
     assert not base.is_symlink()
     assert (tmp_path / "far").is_dir()
     assert_same(opened().restore(abstract(state))[1], state)
@@ -327,14 +296,12 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, opened, monkey
 def test_a_folder_that_is_removed_in_the_middle_of_a_run_is_written_again(tmp_path, opened, resumed):
     state = saved_state(ema=False)
     checkpoints = opened()
-    checkpoints.save(1, state, {})
-    checkpoints.wait()
+    write(checkpoints, 1, state)
     if resumed:
         checkpoints = opened()
         checkpoints.restore(abstract(state))
     (base,) = bases(tmp_path)
     shutil.rmtree(base)
-    checkpoints.save(2, trained(state), {})
-    checkpoints.wait()
+    write(checkpoints, 2, trained(state))
     assert bases(tmp_path) == [base]
     assert_same(opened().restore(abstract(state))[1], trained(state))

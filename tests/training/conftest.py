@@ -10,8 +10,8 @@ def opened(tmp_path):
     """Opens the checkpoints of a workdir; closes them after the test."""
     made = []
 
-    def open_(workdir: pathlib.Path = tmp_path, **config) -> Checkpoints:
-        made.append(Checkpoints(workdir, CheckpointConfig(**config)))
+    def open_(workdir: pathlib.Path = tmp_path, frozen=(), **config) -> Checkpoints:
+        made.append(Checkpoints(workdir, CheckpointConfig(**config), frozen))
         return made[-1]
 
     yield open_

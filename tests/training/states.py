@@ -8,7 +8,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.optim.promotion import promoting
+from research.core.promotion import promoting
+from research.training.checkpoints import Checkpoints
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 8, 32, 96
 
@@ -75,3 +76,9 @@ def assert_same(a: Any, b: Any) -> None:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
         assert jax.device_get(x).tobytes() == jax.device_get(y).tobytes()
+
+
+def write(checkpoints: Checkpoints, step: int, state: Any) -> None:
+    """Saves a checkpoint, and returns when it is whole."""
+    checkpoints.save(step, state, {})
+    checkpoints.wait()
