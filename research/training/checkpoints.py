@@ -15,6 +15,7 @@ import errno
 import gc
 import logging
 import os
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,7 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
-            self._failed = True
+            self._fail(error)
             self._check_workdir(step)
             if not in_bucket(self._folder) and not self._folder.is_dir():
                 raise UserError(f"{self._folder} was deleted while checkpoint {step} was written.") from error
@@ -180,22 +181,23 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            self._close_checkpointer()
             if self._failed:
-                gc.collect()  # tasks of other arrays tell that they have failed when they are collected
+                self._drain()
+            self._checkpointer.close()
+            if self._failed:
+                gc.collect()  # tasks that wrote other arrays report their errors when they are collected
             self._silence.close()
             # Writes of other arrays may have gone on after the first that failed.
             self._remove_made_again(self._last_step)
 
-    def _close_checkpointer(self) -> None:
-        """Closes Orbax's checkpointer. It raises each error of a write once; of one that failed, `wait` has told."""
+    def _drain(self) -> None:
+        """Waits for the rest of a write that failed. Orbax raises each of its errors once, and `wait` has told one."""
         while True:
             try:
-                self._checkpointer.close()
+                self._checkpointer.wait_until_finished()
                 return
-            except Exception:
-                if not self._failed:
-                    raise
+            except Exception as error:
+                logger.debug("Another error of a checkpoint that was not written: %s", error)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """Returns (step, state, extra) of the newest whole checkpoint; each damaged one is named in a warning.
@@ -328,9 +330,15 @@ class Checkpoints:
             found += [path for path in named if not files.is_complete(path)]
         return found
 
+    def _fail(self, error: Exception) -> None:
+        """Notes that a write has failed. The error's frames let go of the tasks that wrote other arrays."""
+        self._failed = True
+        for each in _chain(error):
+            traceback.clear_frames(each.__traceback__)
+
     def _explain(self, step: int, error: Exception) -> None:
         """Raises what `error` means to the user, and leaves nothing half-written."""
-        self._failed = True
+        self._fail(error)
         if jax.process_index() == 0:
             for path in self._unfinished(str(step)):
                 with contextlib.suppress(OSError):

@@ -1,14 +1,17 @@
 """A write that fails or is cut short leaves the earlier checkpoints whole."""
 
+import asyncio
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import jax.numpy as jnp
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from research.core.errors import UserError
 from tests.training.states import abstract, assert_same, new_state
@@ -45,6 +48,28 @@ def test_a_full_disk_at_the_first_checkpoint_promises_none_before(opened, monkey
     checkpoints.save(1, state, {})
     with pytest.raises(UserError, match=r"checkpoints/1: No space .* not written\. There is no earlier checkpoint\.$"):
         checkpoints.wait()
+
+
+def test_what_fails_of_other_arrays_is_not_reported_beside_the_line(opened, monkeypatch, caplog):
+    """Tasks report an error that nobody asked for when they are freed: that is to happen before `close` returns."""
+    checkpoints, others = opened(), weakref.WeakSet()
+
+    async def full() -> None:
+        raise ValueError("Error writing 1.orbax-checkpoint-tmp: No space left on device")  # as TensorStore says it
+
+    async def full_as_others_are(*args: object, **options: object) -> None:
+        held = [asyncio.ensure_future(full()) for _ in range(2)]
+        others.update(held)
+        await asyncio.wait(held)
+        await full()
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", full_as_others_are)
+    checkpoints.save(1, new_state(), {})
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert not others
+    assert not caplog.messages
 
 
 def test_another_error_of_the_writer_is_raised_at_the_next_wait(opened, monkeypatch):
