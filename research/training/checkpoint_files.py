@@ -47,10 +47,13 @@ def checkpointer(folder: Path) -> ocp.AsyncCheckpointer:
     """
     modes = ocp.options.AtomicityMode
     mode = modes.COMMIT_FILE if in_bucket(folder) else modes.ATOMIC_RENAME
+    # Folders that Orbax makes in the background are waited for by all its threads, for 20 minutes where the disk has
+    # no room for one: the process would not end before.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    handlers = {ARRAYS: _arrays_handler(), MANIFEST: ocp.JsonCheckpointHandler(filename="manifest.json")}
     return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(
-            **{ARRAYS: _arrays_handler(), MANIFEST: ocp.JsonCheckpointHandler(filename="manifest.json")}
-        ),
+        ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options), **handlers),
+        async_options=options,
         atomicity_options=ocp.options.AtomicityOptions(mode=mode),
     )
 

@@ -1,20 +1,23 @@
 """A write that fails or is cut short leaves the earlier checkpoints whole."""
 
 import asyncio
+import errno
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 
 import jax.numpy as jnp
 import pytest
+from orbax.checkpoint._src.path import async_path
 from orbax.checkpoint._src.serialization import serialization
 
 from research.core.errors import UserError
-from tests.training.states import abstract, assert_same, new_state
+from tests.training.states import abstract, assert_same, new_state, write
 
 FULL = OSError(28, "No space left on device")
 
@@ -70,6 +73,20 @@ def test_what_fails_of_other_arrays_is_not_reported_beside_the_line(opened, monk
     checkpoints.close()
     assert not others
     assert not caplog.messages
+
+
+def test_a_disk_without_room_for_a_folder_lets_the_process_end(opened, monkeypatch):
+    checkpoints, before = opened(), set(threading.enumerate())
+    write(checkpoints, 1, new_state())
+
+    async def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(async_path, "mkdir", full)
+    with pytest.raises(UserError, match=r"checkpoints/2: No space left on device; it was not written"):
+        write(checkpoints, 2, new_state())
+    checkpoints.close()
+    assert not [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
 
 
 def test_another_error_of_the_writer_is_raised_at_the_next_wait(opened, monkeypatch):
