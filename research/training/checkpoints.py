@@ -16,6 +16,7 @@ import gc
 import logging
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +186,10 @@ class Checkpoints:
                 self._drain()
             self._checkpointer.close()
             if self._failed:
-                gc.collect()  # tasks that wrote other arrays report their errors when they are collected
+                # Tasks that wrote other arrays report their errors when they are collected. The old writer holds some.
+                self._checkpointer = files.checkpointer(self._folder)
+                with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # "was never awaited"
+                    gc.collect()
             self._silence.close()
             # Writes of other arrays may have gone on after the first that failed.
             self._remove_made_again(self._last_step)
@@ -372,8 +376,10 @@ class Checkpoints:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and what it was raised from."""
-    while error is not None:
+    """Yields an error and what it was raised from, each once: errors may name each other."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 

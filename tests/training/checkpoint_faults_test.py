@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from orbax.checkpoint._src.path import async_path
 from orbax.checkpoint._src.serialization import serialization
 
 from research.core.errors import UserError
+from research.training import checkpoints as checkpoints_module
 from tests.training.states import abstract, assert_same, new_state, write
 
 FULL = OSError(28, "No space left on device")
@@ -60,33 +62,51 @@ def test_what_fails_of_other_arrays_is_not_reported_beside_the_line(opened, monk
     async def full() -> None:
         raise ValueError("Error writing 1.orbax-checkpoint-tmp: No space left on device")  # as TensorStore says it
 
-    async def full_as_others_are(*args: object, **options: object) -> None:
+    async def full_in_its_tasks() -> None:
         held = [asyncio.ensure_future(full()) for _ in range(2)]
         others.update(held)
         await asyncio.wait(held)
         await full()
 
+    async def full_as_others_are(*args: object, **options: object) -> None:
+        try:
+            await full_in_its_tasks()
+        except ValueError as error:
+            raise RuntimeError("the writer stopped") from error
+
     monkeypatch.setattr(serialization, "async_serialize_from_host", full_as_others_are)
     checkpoints.save(1, new_state(), {})
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="No space left on device") as caught:
         checkpoints.wait()
     checkpoints.close()
+    assert caught.value.__cause__ is not None  # as in a program that is about to print its line
     assert not others
     assert not caplog.messages
 
 
-def test_a_disk_without_room_for_a_folder_lets_the_process_end(opened, monkeypatch):
+@pytest.mark.parametrize("part", ["", "arrays", "manifest"])
+def test_a_disk_without_room_for_a_folder_lets_the_process_end(opened, part, monkeypatch):
     checkpoints, before = opened(), set(threading.enumerate())
     write(checkpoints, 1, new_state())
 
-    async def full(*args: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    mkdir = async_path.mkdir
+
+    async def full(path: pathlib.Path, *args: object, **options: object) -> None:
+        if path.name.startswith(part):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        await mkdir(path, *args, **options)
 
     monkeypatch.setattr(async_path, "mkdir", full)
     with pytest.raises(UserError, match=r"checkpoints/2: No space left on device; it was not written"):
         write(checkpoints, 2, new_state())
     checkpoints.close()
     assert not [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
+
+
+def test_errors_that_name_each_other_are_told_once():
+    first, second = OSError("first"), OSError("second")
+    first.__context__, second.__cause__ = second, first
+    assert [str(error) for error in checkpoints_module._chain(first)] == ["first", "second"]
 
 
 def test_another_error_of_the_writer_is_raised_at_the_next_wait(opened, monkeypatch):
