@@ -3,8 +3,9 @@
 
     python launch/local_pod.py -n 2 -- train --config=configs/pretrain/stdlib.py --workdir=runs/pod
 
-Lines of process 0 are printed as they come; of the others only what they say before a failure. A failure ends all;
-SIGTERM and Ctrl-C are handed on, so that all processes save and stop after the same step.
+Lines of process 0 are printed as they come; of the others only what they say before a failure. A
+failure ends all; SIGTERM and Ctrl-C are handed on, so that all processes save and stop after the
+same step.
 """
 
 import argparse
@@ -25,16 +26,25 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(count: int, command: list[str]) -> list[tuple[subprocess.Popen, "tempfile._TemporaryFileWrapper | None"]]:
+def start(
+    count: int, command: list[str]
+) -> list[tuple[subprocess.Popen, "tempfile._TemporaryFileWrapper | None"]]:
     """Starts the processes, and a file for the output of each but the first."""
     coordinator = f"localhost:{free_port()}"
     processes = []
     for index in range(count):
-        flags = {"initialize": True, "coordinator": coordinator, "num_processes": count, "process_id": index}
+        flags = {
+            "initialize": True,
+            "coordinator": coordinator,
+            "num_processes": count,
+            "process_id": index,
+        }
         overrides = [f"--config.distributed.{name}={value}" for name, value in flags.items()]
         output = tempfile.TemporaryFile("w+") if index else None  # noqa: SIM115, read when all have ended
         process = subprocess.Popen(
-            [sys.executable, "-m", "research", *command, *overrides], stdout=output, stderr=output and subprocess.STDOUT
+            [sys.executable, "-m", "research", *command, *overrides],
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
         )
         processes.append((process, output))
     return processes
@@ -58,7 +68,9 @@ def main() -> int:
     first_failure = 0
     while any(process.poll() is None for process, _ in processes):
         if not first_failure and any(process.poll() for process, _ in processes):
-            first_failure = next(process.returncode for process, _ in processes if process.returncode)
+            first_failure = next(
+                process.returncode for process, _ in processes if process.returncode
+            )
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             hand_on(signal.SIGKILL, None)
@@ -66,8 +78,13 @@ def main() -> int:
     for index, (process, output) in enumerate(processes):
         if process.returncode and output is not None:
             output.seek(0)
-            print(f"process {index} ended with status {process.returncode}:\n{output.read()[-4000:]}", file=sys.stderr)
-    return first_failure or next((process.returncode for process, _ in processes if process.returncode), 0)
+            print(
+                f"process {index} ended with status {process.returncode}:\n{output.read()[-4000:]}",
+                file=sys.stderr,
+            )
+    return first_failure or next(
+        (process.returncode for process, _ in processes if process.returncode), 0
+    )
 
 
 if __name__ == "__main__":

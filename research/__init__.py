@@ -11,8 +11,8 @@ __all__ = ["convert", "describe", "load", "train"]
 def __getattr__(name: str) -> Any:
     """Imports `research.api` when one of its names is first used.
 
-    Every module of the package imports this one first, and the command line makes settings before JAX is imported: so
-    this module imports nothing.
+    Every module of the package imports this one first, and the command line makes settings before
+    JAX is imported: so this module imports nothing.
     """
     if name not in __all__:
         raise AttributeError(f"module 'research' has no attribute {name!r}")

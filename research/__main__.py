@@ -19,7 +19,9 @@ def main() -> None:
 
 
 def _others_wait() -> bool:
-    """Whether this is one process of many: the others wait until it has said goodbye, as JAX does in `sys.exit`."""
+    """Whether this is one process of many: the others wait until it has said goodbye, as JAX does
+    in `sys.exit`.
+    """
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 

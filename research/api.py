@@ -1,4 +1,6 @@
-"""What `import research` offers notebooks and scripts: the verbs as functions, with Python values in and out."""
+"""What `import research` offers notebooks and scripts: the verbs as functions, with Python values
+in and out.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,8 @@ __all__ = ["convert", "describe", "load", "train"]
 
 
 def load(workdir: str | Path) -> LoadedModel:
-    """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`, `generate(prompts)`.
+    """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`,
+    `generate(prompts)`.
 
     Args:
       workdir: of a training run or a conversion; its newest whole checkpoint is read.
@@ -33,7 +36,8 @@ def train(
     workdir: str | Path,
     overrides: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """Trains to the last step, resuming from the newest checkpoint where there is one, and returns the model.
+    """Trains to the last step, resuming from the newest checkpoint where there is one, and returns
+    the model.
 
     Args:
       config: `FILE.py` or `FILE.py:ARG`, nested values, or the config itself.
@@ -48,7 +52,9 @@ def train(
     if isinstance(config, str):
         experiment = load_experiment(config, changes)
     else:
-        experiment = configs.bind(ExperimentConfig, configs.override(configs.plain(config), changes))
+        experiment = configs.bind(
+            ExperimentConfig, configs.override(configs.plain(config), changes)
+        )
     folder = as_path(workdir, "workdir")
     training.train(experiment, folder)
     return load_model(folder)
@@ -62,7 +68,8 @@ def convert(
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Reads a model in any known form, writes it whole or not at all, and returns the folder that it made.
+    """Reads a model in any known form, writes it whole or not at all, and returns the folder that
+    it made.
 
     Args:
       source: a Hugging Face folder, a llama2.c `.bin`, or a workdir.
@@ -72,7 +79,8 @@ def convert(
       dtype: of the tensors of a Hugging Face folder; None is float32.
 
     Raises:
-      UserError: a source that is no model, a target that holds something, or a tokenizer that does not fit.
+      UserError: a source that is no model, a target that holds something, or a tokenizer that does
+          not fit.
     """
     given = None if tokenizer is None else str(tokenizer)
     converting.convert(str(source), str(target), format, given, dtype)
@@ -80,10 +88,12 @@ def convert(
 
 
 def describe(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> str:
-    """Returns what a model is as text: a sentence, its layers and parameters as a tree, and their counts.
+    """Returns what a model is as text: a sentence, its layers and parameters as a tree, and their
+    counts.
 
     Args:
-      model: `FILE.py` or `FILE.py:ARG`, a config, or a loaded model. Its size does not matter: no array is made.
+      model: `FILE.py` or `FILE.py:ARG`, a config, or a loaded model. Its size does not matter: no
+          array is made.
 
     Raises:
       UserError: a config file that cannot be read.

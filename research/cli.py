@@ -17,7 +17,8 @@ import tqdm
 from research.core import backend, interrupts
 from research.core.errors import Interrupted, UserError
 
-# What each verb does. Its recipe is imported when it is called: the overview and a mistyped verb answer at once.
+# What each verb does. Its recipe is imported when it is called: the overview and a mistyped verb
+# answer at once.
 VERBS = {
     "train": "train a model",
     "sample": "continue prompts with a trained model",
@@ -68,14 +69,21 @@ def _terminable() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit status.
 
-    0, 2 for a user's mistake, 75 for a run that can go on later, or 128 and the number of the signal that stopped it.
+    0, 2 for a user's mistake, 75 for a run that can go on later, or 128 and the number of the
+    signal that stopped it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter ends no run
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogHandler()], force=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[_LogHandler()], force=True
+    )
     logging.getLogger("tessera").setLevel(logging.INFO)
-    for library in ("gcsfs", "fsspec", "google.auth"):  # what they log with a traceback, they raise as well
+    for library in (
+        "gcsfs",
+        "fsspec",
+        "google.auth",
+    ):  # what they log with a traceback, they raise as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         backend.configure()
@@ -115,7 +123,9 @@ def _run(argv: list[str]) -> int:
     verb = argv[0]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
-        raise UserError(f"{verb!r} is not a verb. " + (f"Did you mean {close[0]!r}?" if close else _known()))
+        raise UserError(
+            f"{verb!r} is not a verb. " + (f"Did you mean {close[0]!r}?" if close else _known())
+        )
     recipe = importlib.import_module(f"research.recipes.{verb}")
     interrupts.raise_again()
     parser = _Parser(
@@ -132,14 +142,20 @@ def _run(argv: list[str]) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-        raise UserError(f"{unknown[0]!r} is not known. " + (f"Did you mean {close[0]!r}?" if close else ""))
+        raise UserError(
+            f"{unknown[0]!r} is not known. " + (f"Did you mean {close[0]!r}?" if close else "")
+        )
     arguments.overrides = overrides
     try:
         with _terminable():
             return recipe.main(arguments) or 0
     except UserError as error:
         # Libraries name the argument that they were given, which here came from a flag.
-        names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+        names = {
+            action.dest: action.option_strings[0]
+            for action in parser._actions
+            if action.option_strings
+        }
         raise UserError(error.text(names)) from error
 
 

@@ -34,7 +34,9 @@ print(json.dumps({
 
 
 def test_the_import_touches_nothing_of_others():
-    printed = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=runs.ROOT)
+    printed = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=runs.ROOT
+    )
     found = json.loads(printed.stdout.splitlines()[-1])
     assert {"convert", "describe", "load", "train"} <= set(found.pop("names"))
     assert found == {"light": True, "filters": True, "handlers": True, "hooks": True}
@@ -61,7 +63,9 @@ def test_a_model_goes_out_and_comes_back(unbroken: Unbroken, tmp_path: pathlib.P
     there = research.convert(unbroken.workdir, tmp_path / "hf", format="hf")
     back = research.convert(there, tmp_path / "back")
     ours, theirs = research.load(unbroken.workdir), research.load(back)
-    np.testing.assert_array_equal(ours.params["embed"]["embedding"], theirs.params["embed"]["embedding"])
+    np.testing.assert_array_equal(
+        ours.params["embed"]["embedding"], theirs.params["embed"]["embedding"]
+    )
 
 
 def test_a_model_is_described_from_a_config_a_file_and_itself(unbroken: Unbroken):

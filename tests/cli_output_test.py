@@ -43,7 +43,9 @@ def test_reader_that_leaves_early_is_no_error(tiny: pathlib.Path):
 
 @pytest.mark.processes
 def test_output_stays_readable_where_a_terminal_has_few_letters(tiny: pathlib.Path):
-    process = runs.spawn("train", "--help", PYTHONIOENCODING="ascii:strict", LC_ALL="C", HOME="/nowhere")
+    process = runs.spawn(
+        "train", "--help", PYTHONIOENCODING="ascii:strict", LC_ALL="C", HOME="/nowhere"
+    )
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     assert "examples:" in out
@@ -56,7 +58,9 @@ def test_output_stays_readable_where_a_terminal_has_few_letters(tiny: pathlib.Pa
 def test_progress_is_lines_on_a_pipe_and_a_bar_on_a_terminal(tiny: pathlib.Path, tmp_path):
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    process = runs.spawn("train", f"--config={tiny}", f"--workdir={tmp_path / 'run'}", terminal=slave)
+    process = runs.spawn(
+        "train", f"--config={tiny}", f"--workdir={tmp_path / 'run'}", terminal=slave
+    )
     os.close(slave)
     shown = b""
     while True:

@@ -20,7 +20,9 @@ from tests.recipes.fixtures import Unbroken
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Runs a command that must fail with status 2 and returns its line; what a run says of its data is no matter."""
+    """Runs a command that must fail with status 2 and returns its line; what a run says of its data
+    is no matter.
+    """
     capsys.readouterr()
     status = cli.main(argv)
     out, err = capsys.readouterr()
@@ -51,7 +53,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("mesh.tensor=8", "mesh.tensor = 8 does not divide"),
         ("model.attention.num_kv_heads=3", "num_kv_heads = 3 does not divide num_heads = 4"),
         ("model.vocab_size=100", "model.vocab_size = 100 is below the tokenizer's"),
-        ("train.sequence_length=65", "train.sequence_length = 65 is longer than model.max_length = 64"),
+        (
+            "train.sequence_length=65",
+            "train.sequence_length = 65 is longer than model.max_length = 64",
+        ),
         ("train.batch_size=9", "train.batch_size = 9 is not a multiple of"),
         ("optim.schedule.warmup_steps=99", "warm-up and decay take 99 steps, but train.steps = 12"),
         ("checkpoint.keep=0", "checkpoint.keep = 0 must be at least 1"),
@@ -61,9 +66,13 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("data.sources.1.path=x", "not an index below 1"),
     ],
 )
-def test_mistake_in_the_config_is_one_line_and_leaves_nothing(tiny: pathlib.Path, tmp_path, change, said, capsys):
+def test_mistake_in_the_config_is_one_line_and_leaves_nothing(
+    tiny: pathlib.Path, tmp_path, change, said, capsys
+):
     workdir = tmp_path / "run"
-    assert said in refused(capsys, "train", f"--config={tiny}", f"--workdir={workdir}", f"--config.{change}")
+    assert said in refused(
+        capsys, "train", f"--config={tiny}", f"--workdir={workdir}", f"--config.{change}"
+    )
     assert not workdir.exists()
 
 
@@ -77,7 +86,11 @@ def test_mistake_in_the_config_is_one_line_and_leaves_nothing(tiny: pathlib.Path
 )
 def test_workdir_of_another_config_is_refused_unchanged(unbroken: Unbroken, change, said, capsys):
     before = runs.contents(unbroken.workdir)
-    arguments = (f"--config={unbroken.config}", f"--workdir={unbroken.workdir}", f"--config.{change}")
+    arguments = (
+        f"--config={unbroken.config}",
+        f"--workdir={unbroken.workdir}",
+        f"--config.{change}",
+    )
     assert said in refused(capsys, "train", *arguments)
     assert runs.contents(unbroken.workdir) == before
 
@@ -88,9 +101,15 @@ def test_checkpoint_of_another_architecture_is_named_and_left(unbroken: Unbroken
     config = (workdir / "config.json").read_text()
     (workdir / "config.json").write_text(config.replace('"hidden_dim": 32', '"hidden_dim": 48'))
     before = runs.contents(workdir)
-    arguments = (f"--config={unbroken.config}", f"--workdir={workdir}", "--config.model.mlp.hidden_dim=48")
+    arguments = (
+        f"--config={unbroken.config}",
+        f"--workdir={workdir}",
+        "--config.model.mlp.hidden_dim=48",
+    )
     assert "is of another architecture: " in refused(capsys, "train", *arguments)
-    assert "is of another architecture: " in refused(capsys, "sample", f"--workdir={workdir}", "--prompt=a")
+    assert "is of another architecture: " in refused(
+        capsys, "sample", f"--workdir={workdir}", "--prompt=a"
+    )
     assert runs.contents(workdir) == before
 
 
@@ -100,7 +119,10 @@ BAD_FILES = {
     "raises_on_import": ("import json\n\n1 / 0\n", "line 3: ZeroDivisionError"),
     "missing_module": ("import no_such_module\n", "no_such_module"),
     "no_function": ("x = 1\n", "has no get_config()"),
-    "other_result": ("def get_config():\n    return {}\n", "must return an ml_collections.ConfigDict"),
+    "other_result": (
+        "def get_config():\n    return {}\n",
+        "must return an ml_collections.ConfigDict",
+    ),
     "bytes": ("\udcff", "cannot be run"),
 }
 
@@ -122,17 +144,29 @@ def test_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, name, c
         (("trian",), "'trian' is not a verb. Did you mean 'train'?"),
         (("fly",), "'fly' is not a verb. Known: train, sample,"),
         (("train",), "--config, --workdir"),
-        (("train", "--config=nowhere.py", "--workdir=run"), "--config = 'nowhere.py' is not a file"),
+        (
+            ("train", "--config=nowhere.py", "--workdir=run"),
+            "--config = 'nowhere.py' is not a file",
+        ),
         (("train", "--config=.", "--workdir=run"), "--config = '.' is not a file"),
         (("train", "--config=a.py", "--workdir=run", "--confg=b"), "Did you mean '--config'?"),
         (("sample", "--workdir=run", "--config.train.steps=1"), "sample reads no config"),
         (("train", "--config=a.py", "--workdir=run", "--config.train.steps"), "needs a value"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "--workdir = nowhere is not a workdir"),
         (("sample", "--workdir=nowhere", "--top_p=x"), "--top_p"),
-        (("sample", "--workdir=s3://bucket/run"), "--workdir = 's3://bucket/run' is an address of an unknown kind"),
-        (("doctor", "--workdir=s3://bucket/run"), "--workdir = 's3://bucket/run' is an address of an unknown kind"),
+        (
+            ("sample", "--workdir=s3://bucket/run"),
+            "--workdir = 's3://bucket/run' is an address of an unknown kind",
+        ),
+        (
+            ("doctor", "--workdir=s3://bucket/run"),
+            "--workdir = 's3://bucket/run' is an address of an unknown kind",
+        ),
         (("convert", "--from=hf://model", "--to=nowhere"), "--from = 'hf://model' is an address"),
-        (("convert", "--from=nowhere", "--to=s3://bucket/run"), "--to = 's3://bucket/run' is an address"),
+        (
+            ("convert", "--from=nowhere", "--to=s3://bucket/run"),
+            "--to = 's3://bucket/run' is an address",
+        ),
         (("bench", "nothing"), "nothing"),
     ],
 )
@@ -185,7 +219,9 @@ def test_workdir_that_cannot_be_is_refused(tiny: pathlib.Path, tmp_path, capsys)
     assert file.read_text() == "mine"
 
 
-def test_address_of_an_unknown_kind_is_no_workdir(tiny: pathlib.Path, tmp_path, monkeypatch, capsys):
+def test_address_of_an_unknown_kind_is_no_workdir(
+    tiny: pathlib.Path, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     before = runs.contents(tmp_path)
     said = refused(capsys, "train", f"--config={tiny}", "--workdir=s3://bucket/run")
@@ -193,7 +229,9 @@ def test_address_of_an_unknown_kind_is_no_workdir(tiny: pathlib.Path, tmp_path, 
     assert runs.contents(tmp_path) == before
 
 
-def test_second_run_in_a_workdir_is_refused_and_names_the_first(tiny: pathlib.Path, tmp_path, capsys):
+def test_second_run_in_a_workdir_is_refused_and_names_the_first(
+    tiny: pathlib.Path, tmp_path, capsys
+):
     workdir = tmp_path / "run"
     workdir.mkdir()
     with (workdir / ".lock").open("w") as lock:
@@ -210,7 +248,13 @@ def test_filesystem_without_locks_is_a_warning(tiny: pathlib.Path, tmp_path, mon
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    runs.run(tiny, tmp_path / "run", train__steps=1, train__eval_batches=1, optim__schedule__warmup_steps=0)
+    runs.run(
+        tiny,
+        tmp_path / "run",
+        train__steps=1,
+        train__eval_batches=1,
+        optim__schedule__warmup_steps=0,
+    )
     assert "nothing keeps a second run out" in caplog.text
 
 
@@ -234,15 +278,27 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[Callable[[int], pathlib.Path]
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_full_disk_is_one_line_and_spares_the_checkpoints_before(tiny: pathlib.Path, unbroken, small_disk, capfd):
+def test_full_disk_is_one_line_and_spares_the_checkpoints_before(
+    tiny: pathlib.Path, unbroken, small_disk, capfd
+):
     disk = small_disk(1600)  # room for two checkpoints of this run
     workdir = disk / "run"
-    assert runs.command("train", tiny, workdir, "--config.checkpoint.keep=9", "--config.checkpoint.every=1") == 2
+    assert (
+        runs.command(
+            "train", tiny, workdir, "--config.checkpoint.keep=9", "--config.checkpoint.every=1"
+        )
+        == 2
+    )
     lines = capfd.readouterr().err.splitlines()
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
-    assert "No space left on device; it was not written. Earlier checkpoints are whole." in lines[-1]
-    # What was cut off may leave an unfinished folder, which a later run does not take for a checkpoint.
-    whole = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    assert (
+        "No space left on device; it was not written. Earlier checkpoints are whole." in lines[-1]
+    )
+    # What was cut off may leave an unfinished folder, which a later run does not take for a
+    # checkpoint.
+    whole = sorted(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
+    )
     assert whole == list(range(1, len(whole) + 1))
     shutil.copytree(workdir, disk.parent / "roomy")
     runs.assert_same_state(runs.run(tiny, disk.parent / "roomy"), unbroken.state)
@@ -286,22 +342,34 @@ def test_bad_records_below_the_set_rate_are_counted_and_named(tiny: pathlib.Path
     assert "1 skipped, first: " in capsys.readouterr().err
 
 
-def test_config_imports_its_neighbours_from_any_folder(tmp_path, tiny: pathlib.Path, monkeypatch, capsys):
+def test_config_imports_its_neighbours_from_any_folder(
+    tmp_path, tiny: pathlib.Path, monkeypatch, capsys
+):
     package = tmp_path / "project" / "experiments"
     (package / "model").mkdir(parents=True)
     for folder in (package, package / "model"):
         (folder / "__init__.py").write_text("")
     (package / "model" / "small.py").write_text("STEPS = 0\n")
-    (package / "mine.py").write_text(tiny.read_text() + "\nfrom experiments.model.small import STEPS\n")
+    (package / "mine.py").write_text(
+        tiny.read_text() + "\nfrom experiments.model.small import STEPS\n"
+    )
     monkeypatch.chdir(tmp_path / "project" / "experiments" / "model")
     assert "train.steps = 0" in refused(
-        capsys, "train", "--config=../mine.py", f"--workdir={tmp_path / 'run'}", "--config.train.steps=0"
+        capsys,
+        "train",
+        "--config=../mine.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.train.steps=0",
     )
 
 
-def test_folder_of_caches_that_cannot_be_written_is_one_line(tiny: pathlib.Path, tmp_path, monkeypatch, capsys):
+def test_folder_of_caches_that_cannot_be_written_is_one_line(
+    tiny: pathlib.Path, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("TESSERA_CACHE", "/proc/cache")
-    assert "/proc/cache" in refused(capsys, "train", f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
+    assert "/proc/cache" in refused(
+        capsys, "train", f"--config={tiny}", f"--workdir={tmp_path / 'run'}"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -311,7 +379,9 @@ def test_a_library_names_the_argument_and_the_command_line_the_flag(tmp_path, ca
         research.load(nowhere)
     assert (caught.value.field, caught.value.value) == ("workdir", nowhere)
     assert str(caught.value).startswith(f"workdir = {nowhere} is not a workdir: ")
-    assert refused(capsys, "sample", f"--workdir={nowhere}").startswith(f"--workdir = {nowhere} is not a workdir: ")
+    assert refused(capsys, "sample", f"--workdir={nowhere}").startswith(
+        f"--workdir = {nowhere} is not a workdir: "
+    )
 
     with pytest.raises(UserError) as caught:
         research.convert(nowhere, tmp_path / "out")
@@ -321,9 +391,9 @@ def test_a_library_names_the_argument_and_the_command_line_the_flag(tmp_path, ca
 
 
 def test_what_a_verb_draws_with_is_named_as_a_flag(unbroken: Unbroken, capsys):
-    assert refused(capsys, "sample", f"--workdir={unbroken.workdir}", "--prompt=a", "--top_p=2").startswith(
-        "--top_p = "
-    )
+    assert refused(
+        capsys, "sample", f"--workdir={unbroken.workdir}", "--prompt=a", "--top_p=2"
+    ).startswith("--top_p = ")
     said = refused(capsys, "sample", f"--workdir={unbroken.workdir}", f"--prompt={70 * 'x'}")
     assert said.startswith("--prompt: a prompt of 7")
 

@@ -1,4 +1,6 @@
-"""README and docs: each figure is what a command wrote into `docs/figures`, and no speed is claimed by hand."""
+"""README and docs: each figure is what a command wrote into `docs/figures`, and no speed is claimed
+by hand.
+"""
 
 import pathlib
 import re
@@ -29,7 +31,9 @@ TAKES = r"`(bash [^`]+)` takes ((?:[^,.;]|,\d)+)"
 
 
 def speed_claims(text: str) -> list[str]:
-    """Returns what a text says of speed and time, but for blocks of figures, code and what `COMMAND` takes."""
+    """Returns what a text says of speed and time, but for blocks of figures, code and what
+    `COMMAND` takes.
+    """
     text = report.BLOCK.sub("", text)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = re.sub(TAKES, "", text)
@@ -44,30 +48,39 @@ def not_shown(names: list[str], text: str) -> list[str]:
 
 
 def console_faults(text: str, printed: str) -> list[str]:
-    """Returns the lines of a text's console block that a command did not print; a line ending in `…` may be longer."""
+    """Returns the lines of a text's console block that a command did not print; a line ending in
+    `…` may be longer.
+    """
     (block,) = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     lines = printed.splitlines()
     if not lines and block == f"{report.UNMEASURED}\n":
         return []
 
     def stands(line: str) -> bool:
-        begins = line.endswith("…") and any(one.startswith(line.removesuffix("…").rstrip()) for one in lines)
+        begins = line.endswith("…") and any(
+            one.startswith(line.removesuffix("…").rstrip()) for one in lines
+        )
         return begins or line in lines
 
     return [line for line in block.splitlines() if line and not stands(line)]
 
 
 def times(printed: str) -> dict[str, str]:
-    """Returns what a text may say that each command takes, by what pytest or the shell's `time` printed after it.
+    """Returns what a text may say that each command takes, by what pytest or the shell's `time`
+    printed after it.
 
-    `$ bash launch/test.sh` and `1234 passed in 65.00s (0:01:05)` are «1 min 5 s (1,234 tests)». `.ci/run` prints
-    several such lines: their seconds count together, and the tests of the first. The shell's `real` counts alone.
+    `$ bash launch/test.sh` and `1234 passed in 65.00s (0:01:05)` are «1 min 5 s (1,234 tests)».
+    `.ci/run` prints
+    several such lines: their seconds count together, and the tests of the first. The shell's `real`
+        counts alone.
     """
     found = {}
     for command, lines in re.findall(r"^\$ (bash .+)\n((?:(?!\$ ).*\n?)*)", printed, re.MULTILINE):
         runs = re.findall(r"(\d+) passed.* in ([\d.]+)s", lines)
         wall = re.search(r"^real\s+(\d+)m([\d.]+)s", lines, re.MULTILINE)
-        seconds = round(60 * int(wall[1]) + float(wall[2]) if wall else sum(float(taken) for _, taken in runs))
+        seconds = round(
+            60 * int(wall[1]) + float(wall[2]) if wall else sum(float(taken) for _, taken in runs)
+        )
         tests = f" ({int(runs[0][0]):,} tests)" if runs else ""
         found[command] = f"{seconds // 60} min {seconds % 60} s{tests}"
     return found
@@ -160,7 +173,8 @@ def test_a_claim_by_hand_is_found(claim):
 
 def test_what_is_no_claim_is_not_found():
     text = (
-        "uploaded every 30 s; `--rounds=3 s`; 8,192 tokens; 0.4 to 4.3 % of them; `bash a` takes 1 min 5 s (3 tests)."
+        "uploaded every 30 s; `--rounds=3 s`; 8,192 tokens; 0.4 to 4.3 % of them; `bash a` "
+        "takes 1 min 5 s (3 tests)."
     )
     assert not speed_claims(text)
 
@@ -202,14 +216,24 @@ def test_times_are_those_that_were_printed():
         "bash .ci/run": "10 min 9 s (3,039 tests)",
         "bash launch/quickstart.sh": "3 min 35 s",
     }
-    said = "`bash launch/test.sh` takes 1 min 5 s\n(1,234 tests), `bash .ci/run` takes 10 min 9 s (3,039 tests).\n"
+    said = (
+        "`bash launch/test.sh` takes 1 min 5 s\n(1,234 tests), `bash .ci/run` takes 10 min 9 s "
+        "(3,039 tests).\n"
+    )
     said += "`bash launch/quickstart.sh` takes 3 min 35 s on two cores"
     assert not time_faults(said, RECORDED)
 
 
 @pytest.mark.parametrize(
     "said",
-    ["1 min 6 s (1,234 tests)", "1 min 5 s (1,235 tests)", "1 min 5 s", "an unmeasured time", "65 s", "about a minute"],
+    [
+        "1 min 6 s (1,234 tests)",
+        "1 min 5 s (1,235 tests)",
+        "1 min 5 s",
+        "an unmeasured time",
+        "65 s",
+        "about a minute",
+    ],
 )
 def test_another_time_is_found(said):
     assert len(time_faults(f"`bash launch/test.sh` takes {said}.", RECORDED)) == 1

@@ -1,9 +1,10 @@
-"""Which fields of config classes are read, and through which class: types inferred from the annotations of a package.
+"""Which fields of config classes are read, and through which class: types inferred from the
+annotations of a package.
 
-A value's type is the set of the package's classes that it may be, told from annotations (of parameters, fields,
-attributes, results), constructors, assignments and loops. A container counts as what it holds: iterating over a
-`tuple[LayerConfig, ...]`, or taking one of it, gives a `LayerConfig`. What has no annotation has no type, and a field
-that is read through it is not read.
+A value's type is the set of the package's classes that it may be, told from annotations (of
+parameters, fields, attributes, results), constructors, assignments and loops. A container counts as
+what it holds: iterating over a `tuple[LayerConfig, ...]`, or taking one of it, gives a
+`LayerConfig`. What has no annotation has no type, and a field that is read through it is not read.
 """
 
 import ast
@@ -27,9 +28,17 @@ class Package:
 
     def __init__(self, trees: Iterable[ast.Module]):
         self._trees = list(trees)
-        classes = [node for tree in self._trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        classes = [
+            node
+            for tree in self._trees
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef)
+        ]
         self._names = {node.name for node in classes}
-        self._bases = {node.name: [base.id for base in node.bases if isinstance(base, ast.Name)] for node in classes}
+        self._bases = {
+            node.name: [base.id for base in node.bases if isinstance(base, ast.Name)]
+            for node in classes
+        }
         # class -> attribute -> what it may be; functions stand under "".
         self._attributes: dict[str, dict[str, Types]] = collections.defaultdict(dict)
         self.fields: dict[str, set[str]] = collections.defaultdict(set)
@@ -87,7 +96,9 @@ class Package:
 
     def result(self, name: str) -> Types:
         """What calling a name gives: an object of a class, or a function's result."""
-        return frozenset({name}) if name in self._names else self._attributes[""].get(name, _NOTHING)
+        return (
+            frozenset({name}) if name in self._names else self._attributes[""].get(name, _NOTHING)
+        )
 
     def owners(self, types: Types, name: str) -> set[str]:
         """The config classes among these that have the field."""
@@ -111,7 +122,9 @@ class Package:
 
     def unread(self) -> set[tuple[str, str]]:
         """Pairs of a config class and a field of it that nothing reads."""
-        return {(owner, name) for owner, names in self.fields.items() for name in names} - self.fields_read()
+        return {
+            (owner, name) for owner, names in self.fields.items() for name in names
+        } - self.fields_read()
 
 
 def _is_self(node: ast.expr) -> bool:
@@ -119,11 +132,17 @@ def _is_self(node: ast.expr) -> bool:
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
-    """The single assignments of `a, b = x, y`; where one value is taken apart, each target gets its type."""
+    """The single assignments of `a, b = x, y`; where one value is taken apart, each target gets its
+    type.
+    """
     if not isinstance(target, ast.Tuple | ast.List):
         return [(target, value)]
     if isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts):
-        return [pair for one, other in zip(target.elts, value.elts, strict=True) for pair in _pairs(one, other)]
+        return [
+            pair
+            for one, other in zip(target.elts, value.elts, strict=True)
+            for pair in _pairs(one, other)
+        ]
     return [pair for one in target.elts for pair in _pairs(one, value)]
 
 
@@ -144,18 +163,28 @@ class _Scope:
         """The classes that an expression may be of."""
         match node:
             case ast.Name():
-                return self._names.get(node.id, self._package._attributes[""].get(node.id, _NOTHING))
+                return self._names.get(
+                    node.id, self._package._attributes[""].get(node.id, _NOTHING)
+                )
             case ast.Attribute():
                 return self._package.attribute(self.type_of(node.value), node.attr)
             case ast.Call(func=ast.Attribute(attr="replace"), args=[first, *_]):
                 return self.type_of(first)
-            case ast.Call(func=ast.Name(id="zip" | "enumerate" | "reversed" | "sorted" | "list" | "tuple" | "set")):
+            case ast.Call(
+                func=ast.Name(
+                    id="zip" | "enumerate" | "reversed" | "sorted" | "list" | "tuple" | "set"
+                )
+            ):
                 return self._union(node.args)
             case ast.Call(func=ast.Name(id=name)):
                 return self._names.get(name, _NOTHING) or self._package.result(name)
             case ast.Call(func=ast.Attribute() as called):
                 owner = self.type_of(called.value)
-                return self._package.attribute(owner, called.attr) or owner or self._package.result(called.attr)
+                return (
+                    self._package.attribute(owner, called.attr)
+                    or owner
+                    or self._package.result(called.attr)
+                )
             case ast.Subscript() | ast.Starred() | ast.Await():
                 return self.type_of(node.value)
             case ast.IfExp():
@@ -179,7 +208,9 @@ class _Scope:
     def _union(self, nodes: Iterable[ast.expr]) -> Types:
         return frozenset().union(*(self.type_of(node) for node in nodes))
 
-    def _inside(self, comprehension: ast.ListComp | ast.GeneratorExp | ast.SetComp | ast.DictComp) -> "_Scope":
+    def _inside(
+        self, comprehension: ast.ListComp | ast.GeneratorExp | ast.SetComp | ast.DictComp
+    ) -> "_Scope":
         inner = _Scope(self._package, self._owner, self._names)
         for loop in comprehension.generators:
             inner._bind(loop.target, loop.iter)
@@ -212,7 +243,9 @@ class _Scope:
             case ast.Assign():
                 self._bind(node.targets[0], node.value)
             case ast.AnnAssign(target=ast.Name(id=name)):
-                self._names[name] = self._package._mentioned(node.annotation) or self.type_of(node.value)
+                self._names[name] = self._package._mentioned(node.annotation) or self.type_of(
+                    node.value
+                )
             case ast.NamedExpr() | ast.For():
                 self._bind(node.target, node.iter if isinstance(node, ast.For) else node.value)
             case ast.withitem(optional_vars=ast.Name(id=name)):

@@ -29,9 +29,13 @@ describe.add_arguments = lambda parser: None
 
 
 def ended(folder: pathlib.Path, *command: str) -> tuple[int, str, str]:
-    """Runs a command with the modules of a folder before all others; returns status, stdout and stderr."""
+    """Runs a command with the modules of a folder before all others; returns status, stdout and
+    stderr.
+    """
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=400
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -46,15 +50,24 @@ def test_a_signal_during_imports_is_one_line(tmp_path, module, number):
 def test_a_signal_during_compilation_is_one_line_and_waits_for_no_thread(tmp_path, number):
     program = COMPILING.format(number=int(number)) + "from research.__main__ import main\nmain()\n"
     (tmp_path / "run.py").write_text(program)
-    assert ended(tmp_path, str(tmp_path / "run.py"), "describe") == (128 + number, "compiling\n", LINES[number])
+    assert ended(tmp_path, str(tmp_path / "run.py"), "describe") == (
+        128 + number,
+        "compiling\n",
+        LINES[number],
+    )
 
 
 def test_an_exit_that_waits_for_threads_would_not_end(tmp_path):  # the control
-    program = COMPILING.format(number=int(signal.SIGINT)) + "from research import cli\nsys.exit(cli.main())\n"
+    program = (
+        COMPILING.format(number=int(signal.SIGINT))
+        + "from research import cli\nsys.exit(cli.main())\n"
+    )
     (tmp_path / "run.py").write_text(f"import sys\n{program}")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "XLA_FLAGS": ""}
     command = [sys.executable, str(tmp_path / "run.py"), "describe"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
         try:
             assert run.stderr.readline() == LINES[signal.SIGINT]
             with pytest.raises(subprocess.TimeoutExpired):

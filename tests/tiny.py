@@ -19,14 +19,18 @@ from research.training.step import Loss
 VOCAB = 48
 
 
-def tiny_config(attention: dict[str, Any] | None = None, mlp: dict[str, Any] | None = None, **changes) -> ModelConfig:
+def tiny_config(
+    attention: dict[str, Any] | None = None, mlp: dict[str, Any] | None = None, **changes
+) -> ModelConfig:
     """A two-layer decoder; `attention`, `mlp` and further fields replace its values."""
     config = ModelConfig(
         vocab_size=VOCAB,
         num_layers=2,
         embed_dim=16,
         max_length=64,
-        attention=AttentionConfig(**({"num_heads": 4, "num_kv_heads": 2, "head_dim": 4} | (attention or {}))),
+        attention=AttentionConfig(
+            **({"num_heads": 4, "num_kv_heads": 2, "head_dim": 4} | (attention or {}))
+        ),
         mlp=dataclasses.replace(MlpConfig(hidden_dim=24), **(mlp or {})),
         init_stddev=0.3,
     )
@@ -39,7 +43,9 @@ def abstract_params(config: ModelConfig) -> Any:
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Any:
-    """Parameters with no zero bias and no scale of one, so that each of them tells in the logits."""
+    """Parameters with no zero bias and no scale of one, so that each of them tells in the
+    logits.
+    """
     rng = np.random.default_rng(seed)
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -66,9 +72,17 @@ def random_batch(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(config: ModelConfig, params: Any, tokens: Any, positions: Any = None, segments: Any = None) -> jax.Array:
-    """Float32 logits `[B, T, V]`; positions count from 0 and rows are whole where nothing else is said."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+def logits(
+    config: ModelConfig, params: Any, tokens: Any, positions: Any = None, segments: Any = None
+) -> jax.Array:
+    """Float32 logits `[B, T, V]`; positions count from 0 and rows are whole where nothing else is
+    said.
+    """
+    positions = (
+        jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if positions is None
+        else positions
+    )
 
     def apply(module: Transformer) -> jax.Array:
         whole = {} if segments is None else {"segments": segments}
@@ -78,7 +92,9 @@ def logits(config: ModelConfig, params: Any, tokens: Any, positions: Any = None,
 
 
 def summed(loss: Loss) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns `f(params, batch, key)`: all that training minimizes, as one sum, and the reported sums."""
+    """Returns `f(params, batch, key)`: all that training minimizes, as one sum, and the reported
+    sums.
+    """
 
     def call(params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         total, report = loss.sums(params, {}, batch, key)

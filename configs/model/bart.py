@@ -1,7 +1,8 @@
 """BART: `configs/model/bart.py:base`, `large`.
 
-Source: Lewis et al. 2020, arXiv:1910.13461, section 2.1, and the files released with the weights: learned positions
-whose first is row 2 of their table, normalized embeddings, one table of words for encoder, decoder and logits.
+Source: Lewis et al. 2020, arXiv:1910.13461, section 2.1, and the files released with the weights:
+learned positions whose first is row 2 of their table, normalized embeddings, one table of words for
+encoder, decoder and logits.
 Parameters: 139,420,416; 406,291,456.
 """
 
@@ -21,7 +22,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "structure": "encoder_decoder",
-            "start_id": 2,  # the end of text
+            "decoder_start_id": 2,  # the end of text
             "vocab_size": 50_265,
             "num_layers": layers,
             "encoder_layers": layers,

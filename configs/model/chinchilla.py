@@ -1,12 +1,13 @@
-"""Chinchilla: the fifty models of the scaling study, 44M to 16183M parameters, and the 70B: `…/chinchilla.py:70b`.
+"""Chinchilla: the fifty models of the scaling study, 44M to 16183M parameters, and the 70B:
+`…/chinchilla.py:70b`.
 
-Source: Hoffmann et al. 2022, arXiv:2203.15556, table A9 (the study) and table 4 (70B); RMSNorm, relative positions (Dai
-et al. 2019, arXiv:1901.02860), the vocabulary of 32,000 and 2,048 tokens of context are Gopher's, Rae et al. 2021,
-arXiv:2112.11446, section 3.1.
+Source: Hoffmann et al. 2022, arXiv:2203.15556, table A9 (the study) and table 4 (70B); RMSNorm,
+relative positions (Dai et al. 2019, arXiv:1901.02860), the vocabulary of 32,000 and 2,048 tokens of
+context are Gopher's, Rae et al. 2021, arXiv:2112.11446, section 3.1.
 
-Neither paper says which projections have biases or whether embeddings are tied; the counts do: with biases everywhere
-and tied embeddings they agree with the table to one million in every row. The activation is not stated; GELU is
-GPT-2's, whose design Gopher follows.
+Neither paper says which projections have biases or whether embeddings are tied; the counts do: with
+biases everywhere and tied embeddings they agree with the table to one million in every row. The
+activation is not stated; GELU is GPT-2's, whose design Gopher follows.
 """
 
 import ml_collections
@@ -14,7 +15,8 @@ import ml_collections
 from configs.model import gopher
 from research.core.errors import UserError, nearest
 
-# published millions of parameters: width, heads, head width, layers. The MLP is four times as wide as the model.
+# published millions of parameters: width, heads, head width, layers. The MLP is four times as wide
+# as the model.
 SIZES = {
     "44m": (512, 8, 64, 8),
     "57m": (576, 9, 64, 9),
@@ -73,6 +75,8 @@ SIZES = {
 def get_config(size: str = "70b") -> ml_collections.ConfigDict:
     """Returns the model of one size."""
     if size not in SIZES:
-        raise UserError(f"size = {size!r} is not a model of the Chinchilla study. {nearest(size, SIZES)}")
+        raise UserError(
+            f"size = {size!r} is not a model of the Chinchilla study. {nearest(size, SIZES)}"
+        )
     width, heads, head_dim, layers = SIZES[size]
     return gopher.build(layers, width, heads, head_dim)

@@ -1,17 +1,18 @@
 """DeepSeek-V3 and V2-Lite: `configs/model/deepseek.py:v3-671b`, `v3-671b-mtp`, `v2-lite-16b`.
 
-Sources: DeepSeek-AI 2024, arXiv:2412.19437, sections 2 and 4.2 (V3; R1 and V3.1 are the same); DeepSeek-AI 2024,
-arXiv:2405.04434, appendix B (V2-Lite); YaRN's numbers from the `config.json` released with the weights, where the
-scores' factor is (0.1 m ln 40 + 1)² / √(H + rope_dim) with `mscale_all_dim` for m. The loss for the load of V3's
-experts, which the paper takes a sequence at a time, is taken over the batch; the biases of their choice move by 0.001
-a step, but for the last 500 of the 14,800 billion tokens, by nothing. Parameters:
+Sources: DeepSeek-AI 2024, arXiv:2412.19437, sections 2 and 4.2 (V3; R1 and V3.1 are the same);
+DeepSeek-AI 2024, arXiv:2405.04434, appendix B (V2-Lite); YaRN's numbers from the `config.json`
+released with the weights, where the scores' factor is (0.1 m ln 40 + 1)² / √(H + rope_dim) with
+`mscale_all_dim` for m. The loss for the load of V3's experts, which the paper takes a sequence at a
+time, is taken over the batch; the biases of their choice move by 0.001 a step, but for the last 500
+of the 14,800 billion tokens, by nothing. Parameters:
 
     v3-671b 671,026,419,200    v3-671b-mtp, which has a layer for one token further, 682,636,487,424
     v2-lite-16b 15,706,484,224
 
-The released files of V3 hold 685 billion: that layer comes with copies of the embedding and the output projection, and
-each block of 8-bit numbers with its scale. V2, 236B, is left out: it picks groups of experts by their best one, V3 and
-this configuration by their best two.
+The released files of V3 hold 685 billion: that layer comes with copies of the embedding and the
+output projection, and each block of 8-bit numbers with its scale. V2, 236B, is left out: it picks
+groups of experts by their best one, V3 and this configuration by their best two.
 """
 
 import math
@@ -57,7 +58,8 @@ TWO_LITE = {
     },
 }
 
-# what its generation has, then layers, leading ones without experts, heads, `mscale_all_dim`, further tokens predicted
+# what its generation has, then layers, leading ones without experts, heads, `mscale_all_dim`,
+# further tokens predicted
 SIZES: dict[str, tuple[dict[str, Any], int, int, int, float, int]] = {
     "v3-671b": (THREE, 61, 3, 128, 1.0, 0),
     "v3-671b-mtp": (THREE, 61, 3, 128, 1.0, 1),
@@ -71,7 +73,13 @@ def get_config(size: str = "v3-671b") -> ml_collections.ConfigDict:
         raise UserError(f"size = {size!r} is not a DeepSeek. {nearest(size, SIZES)}")
     generation, layers, dense, heads, mscale, future = SIZES[size]
     head_dim, rope_dim = 128, 64
-    scaling = {"kind": "yarn", "factor": FACTOR, "original_length": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+    scaling = {
+        "kind": "yarn",
+        "factor": FACTOR,
+        "original_length": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
     config = ml_collections.ConfigDict(
         {
             "num_layers": layers,
@@ -80,14 +88,15 @@ def get_config(size: str = "v3-671b") -> ml_collections.ConfigDict:
                 "num_heads": heads,
                 "num_kv_heads": heads,
                 "head_dim": head_dim,
-                "scale": (0.1 * mscale * math.log(FACTOR) + 1) ** 2 / math.sqrt(head_dim + rope_dim),
+                "scale": (0.1 * mscale * math.log(FACTOR) + 1) ** 2
+                / math.sqrt(head_dim + rope_dim),
                 "latent": {"kv_dim": 512, "rope_dim": rope_dim, "value_dim": 128},
             },
             "mlp": {"activation": "silu", "gated": True},
             "norm": {"kind": "rmsnorm", "placement": "pre", "epsilon": 1e-6},
             "position": {"kind": "rotary", "theta": 1e4, "scaling": scaling},
             "first_layers": [{"experts": False}] * dense,
-            "head": {"num_future": future, "future_weight": 0.3},
+            "head": {"mtp_depth": future, "mtp_weight": 0.3},
             "tied_embeddings": False,
             "init_stddev": 0.006,
         }

@@ -1,18 +1,22 @@
 """Falcon: `configs/model/falcon.py:7b`, `40b`, `180b`, and Falcon 2, `11b`.
 
-Sources: Almazrouei et al. 2023, arXiv:2311.16867, section 4 (7B, 40B, 180B); Malartic et al. 2024, arXiv:2407.14885,
-section 2 (Falcon 2); biases, norms and tied embeddings from the `config.json` released with the weights and the
-modeling code beside them. Parameters: 6,921,720,704; 41,303,293,952; 178,557,088,768; 11,102,822,400. The output
-projection of the first three is their embedding, of which some of the released files hold a copy.
+Sources: Almazrouei et al. 2023, arXiv:2311.16867, section 4 (7B, 40B, 180B); Malartic et al. 2024,
+arXiv:2407.14885, section 2 (Falcon 2); biases, norms and tied embeddings from the `config.json`
+released with the weights and the
+modeling code beside them. Parameters: 6,921,720,704; 41,303,293,952; 178,557,088,768;
+11,102,822,400. The output projection of the first three is their embedding, of which some of the
+released files hold a copy.
 
-Left out: Falcon-RW 1B and 7B, whose ALiBi is added before the scores are divided by √H. Falcon 3 is LLaMA's design.
+Left out: Falcon-RW 1B and 7B, whose ALiBi is added before the scores are divided by √H. Falcon 3 is
+    LLaMA's design.
 """
 
 import ml_collections
 
 from research.core.errors import UserError, nearest
 
-# layers, width, heads, key/value heads, head width, norms of a layer, rotary base, longest sequence, tied embeddings
+# layers, width, heads, key/value heads, head width, norms of a layer, rotary base, longest
+# sequence, tied embeddings
 SIZES = {
     "7b": (32, 4544, 71, 1, 64, "parallel", 1e4, 2048, True),
     "40b": (60, 8192, 128, 8, 64, "parallel_pair", 1e4, 2048, True),

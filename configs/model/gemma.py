@@ -1,14 +1,16 @@
 """Gemma 2 and 3, all sizes: `configs/model/gemma.py:2-9b`, `3-270m`, `3-27b`, …
 
-Sources: Gemma Team 2024, arXiv:2408.00118, table 1 (Gemma 2); Gemma Team 2025, arXiv:2503.19786, table 1 and section 2
-(Gemma 3); the model card of 3 270M; epsilons, rotary bases and the scale of the queries from the `config.json` released
-with the weights. Parameters:
+Sources: Gemma Team 2024, arXiv:2408.00118, table 1 (Gemma 2); Gemma Team 2025, arXiv:2503.19786,
+table 1 and section 2 (Gemma 3); the model card of 3 270M; epsilons, rotary bases and the scale of
+the queries from the `config.json` released with the weights. Parameters:
 
     2  2b 2,614,341,888     9b 9,241,705,984     27b 27,227,128,320
-    3  270m 268,098,176     1b 999,885,952       4b 3,880,263,168     12b 11,766,034,176     27b 27,009,346,304
+    3  270m 268,098,176     1b 999,885,952       4b 3,880,263,168     12b 11,766,034,176     27b
+    27,009,346,304
 
-Gemma 3 of 4B and more sees pictures too; this is its text tower, with the 64 rows of the vocabulary that pictures need.
-Queries are scaled by 1 / √H but for the two 27B, where it is one over the root of the model's width per head.
+Gemma 3 of 4B and more sees pictures too; this is its text tower, with the 64 rows of the vocabulary
+that pictures need. Queries are scaled by 1 / √H but for the two 27B, where it is one over the root
+of the model's width per head.
 """
 
 import math
@@ -19,8 +21,12 @@ import ml_collections
 from research.core.errors import UserError, nearest
 
 
-def _three(max_length: int, window: int, factor: float | None, vocab_size: int = 262_208) -> dict[str, Any]:
-    """Returns what Gemma 3 has: normalized queries and keys, and five local layers to a global one of another base."""
+def _three(
+    max_length: int, window: int, factor: float | None, vocab_size: int = 262_208
+) -> dict[str, Any]:
+    """Returns what Gemma 3 has: normalized queries and keys, and five local layers to a global one
+    of another base.
+    """
     local = {"window": window, "position": {"kind": "rotary", "theta": 1e4}}
     scaling = None if factor is None else {"kind": "linear", "factor": factor}
     return {
@@ -43,7 +49,8 @@ TWO = {
 THREE_TINY = _three(32_768, window=512, factor=None, vocab_size=262_144)
 THREE = _three(131_072, window=1024, factor=8.0)
 
-# what its generation has, then layers, width, heads, key/value heads, head width, MLP width, what queries are scaled by
+# what its generation has, then layers, width, heads, key/value heads, head width, MLP width, what
+# queries are scaled by
 SIZES = {
     "2-2b": (TWO, 26, 2304, 8, 4, 256, 9216, 256),
     "2-9b": (TWO, 42, 3584, 16, 8, 256, 14_336, 256),
@@ -72,7 +79,12 @@ def get_config(size: str = "3-1b") -> ml_collections.ConfigDict:
                 "scale": 1 / math.sqrt(query_width),
             },
             "mlp": {"hidden_dim": hidden, "activation": "gelu_tanh", "gated": True},
-            "norm": {"kind": "rmsnorm", "placement": "sandwich", "epsilon": 1e-6, "unit_offset": True},
+            "norm": {
+                "kind": "rmsnorm",
+                "placement": "sandwich",
+                "epsilon": 1e-6,
+                "unit_offset": True,
+            },
             "tied_embeddings": True,
             "scale_embeddings": True,
         }

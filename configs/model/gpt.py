@@ -1,7 +1,8 @@
 """The first GPT: `configs/model/gpt.py`.
 
-Source: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 4.1; the vocabulary
-of 40,000 merges over 478 symbols, the tanh GELU, the biases and the tied embeddings are those of the released weights.
+Source: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section
+4.1; the vocabulary of 40,000 merges over 478 symbols, the tanh GELU, the biases and the tied
+embeddings are those of the released weights.
 Parameters: 116,534,784.
 """
 
@@ -31,7 +32,12 @@ def get_config(size: str = "117m") -> ml_collections.ConfigDict:
                 "qkv_bias": True,
                 "out_bias": True,
             },
-            "mlp": {"hidden_dim": 4 * width, "activation": "gelu_tanh", "gated": False, "bias": True},
+            "mlp": {
+                "hidden_dim": 4 * width,
+                "activation": "gelu_tanh",
+                "gated": False,
+                "bias": True,
+            },
             "norm": {"kind": "layernorm", "placement": "post", "epsilon": 1e-5, "bias": True},
             "position": {"kind": "learned"},
             "tied_embeddings": True,

@@ -1,8 +1,8 @@
 """GPT-2, all four sizes: `configs/model/gpt2.py:small` (or `124m`), `medium`, `large`, `xl`.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2, and the released weights,
-whose tanh GELU, biases and tied embeddings these are. Parameters: 124,439,808; 354,823,168; 774,030,080; 1,557,611,200.
-The paper names no dropout, and none is set.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2, and the
+released weights, whose tanh GELU, biases and tied embeddings these are. Parameters: 124,439,808;
+354,823,168; 774,030,080; 1,557,611,200. The paper names no dropout, and none is set.
 """
 
 import ml_collections
@@ -16,7 +16,12 @@ SIZES = {
     "large": (36, 1280, 20),
     "xl": (48, 1600, 25),
 }
-SIZES |= {"124m": SIZES["small"], "355m": SIZES["medium"], "774m": SIZES["large"], "1558m": SIZES["xl"]}
+SIZES |= {
+    "124m": SIZES["small"],
+    "355m": SIZES["medium"],
+    "774m": SIZES["large"],
+    "1558m": SIZES["xl"],
+}
 
 
 def get_config(size: str = "small") -> ml_collections.ConfigDict:
@@ -37,7 +42,12 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
                 "qkv_bias": True,
                 "out_bias": True,
             },
-            "mlp": {"hidden_dim": 4 * width, "activation": "gelu_tanh", "gated": False, "bias": True},
+            "mlp": {
+                "hidden_dim": 4 * width,
+                "activation": "gelu_tanh",
+                "gated": False,
+                "bias": True,
+            },
             "norm": {"kind": "layernorm", "placement": "pre", "epsilon": 1e-5, "bias": True},
             "position": {"kind": "learned"},
             "tied_embeddings": True,

@@ -1,9 +1,9 @@
 """LLaMA 1, 2 and 3, all sizes: `configs/model/llama.py:3-8b`, `1-65b`, `3.2-1b`, …
 
-Sources: Touvron et al. 2023, arXiv:2302.13971, table 2 (LLaMA 1); Touvron et al. 2023, arXiv:2307.09288, section 2.2
-(LLaMA 2, grouped queries at 70B); Dubey et al. 2024, arXiv:2407.21783, table 3 (LLaMA 3 and 3.1); the model cards of
-3.2 and 3.3; norm epsilons and rotary scaling from the `params.json` and `config.json` released with the weights.
-Parameters:
+Sources: Touvron et al. 2023, arXiv:2302.13971, table 2 (LLaMA 1); Touvron et al. 2023,
+arXiv:2307.09288, section 2.2 (LLaMA 2, grouped queries at 70B); Dubey et al. 2024,
+arXiv:2407.21783, table 3 (LLaMA 3 and 3.1); the model cards of 3.2 and 3.3; norm epsilons and
+rotary scaling from the `params.json` and `config.json` released with the weights. Parameters:
 
     1    7b 6,738,415,616   13b 13,015,864,320   33b 32,528,943,616   65b 65,285,660,672
     2    7b and 13b as 1    70b 68,976,648,192

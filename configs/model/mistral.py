@@ -1,22 +1,24 @@
-"""Mistral's dense models: `configs/model/mistral.py:7b-v0.3`, `nemo-12b`, `small-24b-2501`, `large-123b`, …
+"""Mistral's dense models: `configs/model/mistral.py:7b-v0.3`, `nemo-12b`, `small-24b-2501`,
+`large-123b`, …
 
-Sources: Jiang et al. 2023, arXiv:2310.06825, table 1 (7B v0.1), and the model cards and `config.json` released with the
-weights. Parameters:
+Sources: Jiang et al. 2023, arXiv:2310.06825, table 1 (7B v0.1), and the model cards and
+`config.json` released with the weights. Parameters:
 
     7b-v0.1 and v0.2 7,241,732,096   7b-v0.3 7,248,023,552           ministral-8b 8,019,808,256
     nemo-12b 12,247,782,400          small-22b (and Codestral) 22,247,282,688
     small-24b 23,572,403,200         large-123b 122,610,069,504
 
-`small-24b-2503` is the text tower of Small 3.1 and 3.2, which see pictures too. Ministral 8B sees all in one layer of
-four, as its card says; the `config.json` gives all layers its window. Left out: the Ministral 3 of 2025, whose queries
-grow with the position.
+`small-24b-2503` is the text tower of Small 3.1 and 3.2, which see pictures too. Ministral 8B sees
+all in one layer of four, as its card says; the `config.json` gives all layers its window. Left out:
+the Ministral 3 of 2025, whose queries grow with the position.
 """
 
 import ml_collections
 
 from research.core.errors import UserError, nearest
 
-# pieces, longest sequence, rotary base, layers, width, heads, MLP width, windows of the layers in turn
+# pieces, longest sequence, rotary base, layers, width, heads, MLP width, windows of the layers in
+# turn
 SIZES = {
     "7b-v0.1": (32_000, 32_768, 1e4, 32, 4096, 32, 14_336, (4096,)),
     "7b-v0.2": (32_000, 32_768, 1e6, 32, 4096, 32, 14_336, (None,)),

@@ -1,8 +1,9 @@
 """Mixtral: `configs/model/mixtral.py:8x7b`, `8x22b`.
 
-Sources: Jiang et al. 2024, arXiv:2401.04088, table 1 (8x7B); the model cards and `config.json` released with the
-weights. Neither says what keeps the load of the experts even in training. Parameters: 46,702,792,704, of which a token
-uses 12.9 billion; 140,630,071,296, of which it uses 39.
+Sources: Jiang et al. 2024, arXiv:2401.04088, table 1 (8x7B); the model cards and `config.json`
+released with the weights. Neither says what keeps the load of the experts even in training.
+Parameters: 46,702,792,704, of which a token uses 12.9 billion; 140,630,071,296, of which it uses
+    39.
 """
 
 import ml_collections

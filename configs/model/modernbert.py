@@ -1,8 +1,9 @@
 """ModernBERT: `configs/model/modernbert.py:base`, `large`.
 
-Source: Warner et al. 2024, arXiv:2412.13663, section 2.1 and table 4, and the `config.json` released with the weights:
-no biases but the logits', no norm before the first attention, which reads the normalized embeddings; one layer in three
-sees all, the others 64 tokens to each side, with a rotary base of their own. Parameters: 149,655,232; 395,881,664.
+Source: Warner et al. 2024, arXiv:2412.13663, section 2.1 and table 4, and the `config.json`
+released with the weights: no biases but the logits', no norm before the first attention, which
+reads the normalized embeddings; one layer in three sees all, the others 64 tokens to each side,
+with a rotary base of their own. Parameters: 149,655,232; 395,881,664.
 """
 
 import ml_collections

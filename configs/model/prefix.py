@@ -1,8 +1,8 @@
 """The prefix decoder of the T5 paper: `configs/model/prefix.py`.
 
-Source: Raffel et al. 2020, arXiv:1910.10683, section 3.2.1 and table 2, "Prefix LM": the decoder of T5 base alone,
-which sees all of the prefix and, after it, what came before. Parameters: 109,628,544; the paper says half of the 220
-million that its baseline has with an encoder.
+Source: Raffel et al. 2020, arXiv:1910.10683, section 3.2.1 and table 2, "Prefix LM": the decoder of
+T5 base alone, which sees all of the prefix and, after it, what came before. Parameters:
+109,628,544; the paper says half of the 220 million that its baseline has with an encoder.
 """
 
 import math
@@ -27,7 +27,12 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
             "num_layers": layers,
             "embed_dim": width,
             "max_length": 1024,
-            "attention": {"num_heads": heads, "num_kv_heads": heads, "head_dim": width // heads, "scale": 1.0},
+            "attention": {
+                "num_heads": heads,
+                "num_kv_heads": heads,
+                "head_dim": width // heads,
+                "scale": 1.0,
+            },
             "mlp": {"hidden_dim": 4 * width, "activation": "relu", "gated": False},
             "norm": {"kind": "rmsnorm", "placement": "pre", "epsilon": 1e-6},
             "position": {"kind": "buckets", "num_buckets": 32, "max_distance": 128},

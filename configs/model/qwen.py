@@ -1,9 +1,10 @@
 """Qwen 2.5 and 3, dense and with experts: `configs/model/qwen.py:3-0.6b`, `2.5-72b`, `3-30b-a3b`, …
 
-Sources: Qwen Team 2024, arXiv:2412.15115, table 1 (2.5); Qwen Team 2025, arXiv:2505.09388, tables 1 and 2 (3); Yang et
-al. 2024, arXiv:2407.10671, table 1 (2-57b-a14b); the model cards of 1.5-MoE and of Qwen3-Coder (480B); the sizes of
-the vocabularies, epsilons and rotary bases from the `config.json` released with the weights, of the base model where
-there is one. No paper says how much a loss for the load of the experts weighs, and none is set. Parameters:
+Sources: Qwen Team 2024, arXiv:2412.15115, table 1 (2.5); Qwen Team 2025, arXiv:2505.09388, tables 1
+and 2 (3); Yang et al. 2024, arXiv:2407.10671, table 1 (2-57b-a14b); the model cards of 1.5-MoE and
+of Qwen3-Coder (480B); the sizes of the vocabularies, epsilons and rotary bases from the
+`config.json` released with the weights, of the base model where there is one. No paper says how
+much a loss for the load of the experts weighs, and none is set. Parameters:
 
     2.5  0.5b 494,032,768      1.5b 1,543,714,304     3b 3,085,938,688      7b 7,615,616,512
          14b 14,770,033,664    32b 32,763,876,352     72b 72,706,203,648
@@ -45,7 +46,8 @@ LAX = {"norm": {"epsilon": 1e-5}}
 CHAT = {"max_length": 40_960}
 CODER = {"max_length": 262_144, "position": {"theta": 1e7}}
 
-# what its generation has, then layers, width, heads, key/value heads, head width, width of the MLP or of an expert
+# what its generation has, then layers, width, heads, key/value heads, head width, width of the MLP
+# or of an expert
 SIZES = {
     "2.5-0.5b": (BIASED | TIED, 24, 896, 14, 2, 64, 4864),
     "2.5-1.5b": (LONG | TIED, 28, 1536, 12, 2, 128, 8960),
@@ -64,7 +66,15 @@ SIZES = {
     "3-235b-a22b": (THREE | CHAT | _experts(128, 8, 1536), 94, 4096, 64, 4, 128, 1536),
     "3-480b-a35b": (THREE | CODER | _experts(160, 8, 2560), 62, 6144, 96, 8, 128, 2560),
     "2-57b-a14b": (LONG | _experts(64, 8, 2560, shared=20_480), 28, 3584, 28, 4, 128, 2560),
-    "1.5-moe-a2.7b": (BIASED | SHORT | _experts(60, 4, 1408, shared=5632), 24, 2048, 16, 16, 128, 1408),
+    "1.5-moe-a2.7b": (
+        BIASED | SHORT | _experts(60, 4, 1408, shared=5632),
+        24,
+        2048,
+        16,
+        16,
+        128,
+        1408,
+    ),
 }
 
 

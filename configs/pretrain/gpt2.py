@@ -1,10 +1,11 @@
-r"""GPT-2 on text of one's own: the preset with the learning rate, batch and decay of the GPT-3 paper's small models.
+r"""GPT-2 on text of one's own: the preset with the learning rate, batch and decay of the GPT-3
+paper's small models.
 
     tessera train --config=configs/pretrain/gpt2.py:small --workdir=runs/gpt2 \
         --config.data.sources.0.path='text/*.jsonl.gz'
 
-Source: Radford et al. 2019; Brown et al. 2020, arXiv:2005.14165, table 2.1 and appendix B. Hardware, cost and result:
-unmeasured.
+Source: Radford et al. 2019; Brown et al. 2020, arXiv:2005.14165, table 2.1 and appendix B.
+Hardware, cost and result: unmeasured.
 """
 
 import ml_collections
@@ -23,7 +24,9 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
         {
             "model": model,
             "data": {
-                "sources": [{"kind": "jsonl", "path": "text/*.jsonl.gz", "heldout_fraction": 0.005}],
+                "sources": [
+                    {"kind": "jsonl", "path": "text/*.jsonl.gz", "heldout_fraction": 0.005}
+                ],
                 "tokenizer": {"kind": "bpe", "vocab_size": 50257, "training_bytes": 200_000_000},
             },
             "train": {

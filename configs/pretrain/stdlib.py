@@ -1,4 +1,5 @@
-"""The quickstart: a LLaMA-style model of about 10 M parameters on the text that every Python carries.
+"""The quickstart: a LLaMA-style model of about 10 M parameters on the text that every Python
+carries.
 
     tessera train --config=configs/pretrain/stdlib.py --workdir=runs/stdlib
 
@@ -23,7 +24,10 @@ def get_config() -> ml_collections.ConfigDict:
                 "position": {"kind": "rotary"},
                 "tied_embeddings": True,
             },
-            "data": {"sources": [{"kind": "stdlib"}], "tokenizer": {"kind": "bpe", "vocab_size": 4096}},
+            "data": {
+                "sources": [{"kind": "stdlib"}],
+                "tokenizer": {"kind": "bpe", "vocab_size": 4096},
+            },
             "train": {
                 "steps": 320,
                 "batch_size": 8,
@@ -35,7 +39,12 @@ def get_config() -> ml_collections.ConfigDict:
             "optim": {
                 "name": "adamw",
                 "learning_rate": 1.5e-3,
-                "schedule": {"name": "wsd", "warmup_steps": 20, "decay_steps": 120, "final_fraction": 0.05},
+                "schedule": {
+                    "name": "wsd",
+                    "warmup_steps": 20,
+                    "decay_steps": 120,
+                    "final_fraction": 0.05,
+                },
                 "weight_decay": 0.1,
             },
             "checkpoint": {"every": 80, "keep": 2},

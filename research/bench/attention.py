@@ -1,4 +1,6 @@
-"""Attention of this project beside its peers: measured on CPU and GPU, counted in the schedule on TPU."""
+"""Attention of this project beside its peers: measured on CPU and GPU, counted in the schedule on
+TPU.
+"""
 
 import argparse
 import importlib.util
@@ -24,14 +26,26 @@ TARGETS = ("cpu", "gpu", "tpu-schedule")
 CPU_SHAPES = ((16, 256, 6, 64), (2, 2048, 12, 64))
 GPU_SHAPES = ((4, 4096, 16, 128), (1, 16384, 16, 128))
 # Queries and keys of a block, and keys computed at a time, of which splash attention's best counts.
-SPLASH_BLOCKS = ((512, 512, 512), (512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024), (1024, 2048, 512))
+SPLASH_BLOCKS = (
+    (512, 512, 512),
+    (512, 1024, 512),
+    (1024, 1024, 512),
+    (1024, 1024, 1024),
+    (1024, 2048, 512),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--target", choices=TARGETS, default="cpu", help="what it is for (default cpu)")
-    parser.add_argument("--chips", default="v5e,v5p,v6e", help="of tpu-schedule (default v5e,v5p,v6e)")
-    parser.add_argument("--lengths", default="4096,16384", help="tokens, of tpu-schedule (default 4096,16384)")
+    parser.add_argument(
+        "--target", choices=TARGETS, default="cpu", help="what it is for (default cpu)"
+    )
+    parser.add_argument(
+        "--chips", default="v5e,v5p,v6e", help="of tpu-schedule (default v5e,v5p,v6e)"
+    )
+    parser.add_argument(
+        "--lengths", default="4096,16384", help="tokens, of tpu-schedule (default 4096,16384)"
+    )
     report.add_arguments(parser, rounds=7)
 
 
@@ -57,14 +71,20 @@ def _chips(text: str) -> list[str]:
 def _lengths(text: str) -> list[int]:
     lengths = [int(part) if part.isdigit() else 0 for part in text.split(",")]
     if min(lengths) < 1 or any(length % 2048 for length in lengths):
-        raise UserError("--lengths", text, "must be multiples of 2048, which all block sizes of the peer divide.")
+        raise UserError(
+            "--lengths",
+            text,
+            "must be multiples of 2048, which all block sizes of the peer divide.",
+        )
     return lengths
 
 
 def measurements(target: str, rounds: int) -> Iterator[tuple[str, report.Figure]]:
     """Times forward plus backward of each side, causal, in turns; yields rows of milliseconds."""
     if target == "gpu" and jax.default_backend() != "gpu":
-        raise UserError("--target", target, f"needs a GPU: the backend is {jax.default_backend()!r}.")
+        raise UserError(
+            "--target", target, f"needs a GPU: the backend is {jax.default_backend()!r}."
+        )
     for shape in GPU_SHAPES if target == "gpu" else CPU_SHAPES:
         for dtype in ("bfloat16",) if target == "gpu" else ("float32", "bfloat16"):
             batch, length, heads, width = shape
@@ -73,11 +93,16 @@ def measurements(target: str, rounds: int) -> Iterator[tuple[str, report.Figure]
             commands = {side: [SIDES, side, dtype, *sizes] for side in ("tessera", *peers)}
             count = max(1, 2**23 // (batch * length**2))
             seconds = interleave(commands, rounds, count)
-            times = {side: [1000 * taken / count for taken in turns] for side, turns in seconds.items()}
+            times = {
+                side: [1000 * taken / count for taken in turns] for side, turns in seconds.items()
+            }
             # Half of the pairs, 2 products forward and 4 backward of 2 operations each.
             best = 12 * batch * heads * width * length**2 / 2 / min(times["tessera"]) / 1e9
             name = f"{dtype}, {batch} × {length:,} tokens, {heads} heads of {width}"
-            yield name, report.Figure("ms", False, times, skipped, f"{best:,.3f} useful TFLOP/s at best")
+            yield (
+                name,
+                report.Figure("ms", False, times, skipped, f"{best:,.3f} useful TFLOP/s at best"),
+            )
 
 
 def _peers(target: str, dtype: str) -> tuple[list[str], dict[str, str]]:
@@ -90,17 +115,28 @@ def _peers(target: str, dtype: str) -> tuple[list[str], dict[str, str]]:
 
 
 def schedules(chips: list[str], lengths: list[int]) -> Iterator[tuple[str, report.Figure]]:
-    """Counts scheduled cycles of each side, causal, bfloat16, 16 heads of 128; a schedule has no spread."""
+    """Counts scheduled cycles of each side, causal, bfloat16, 16 heads of 128; a schedule has no
+    spread.
+    """
     for chip in chips:
         tpu_devices(chip)
         for length in lengths:
             ours = _count("tessera", chip, length)
-            peers = [_count("splash", chip, length, *blocks, fused) for blocks in SPLASH_BLOCKS for fused in (1, 0)]
+            peers = [
+                _count("splash", chip, length, *blocks, fused)
+                for blocks in SPLASH_BLOCKS
+                for fused in (1, 0)
+            ]
             for part in ("forward", "backward"):
-                best = min((peer for peer in peers if part in peer), key=lambda peer: peer[part]["cycles"])
+                best = min(
+                    (peer for peer in peers if part in peer), key=lambda peer: peer[part]["cycles"]
+                )
                 name = f"{chip}, {length:,} tokens, {part}"
                 turns = {"tessera": [ours[part]["cycles"]], "splash": [best[part]["cycles"]]}
-                note = f"{_fullness(ours[part])}; splash {_fullness(best[part])}, blocks {best['blocks']}"
+                note = (
+                    f"{_fullness(ours[part])}; splash {_fullness(best[part])}, blocks "
+                    f"{best['blocks']}"
+                )
                 yield name, report.Figure("cycles", False, turns, note=note)
 
 
@@ -110,7 +146,9 @@ def _fullness(count: dict[str, Any]) -> str:
 
 
 def _count(side: str, chip: str, length: int, *blocks: int) -> dict[str, Any]:
-    """Compiles a side in a process of its own, which alone can tell the compiler where to write schedules."""
+    """Compiles a side in a process of its own, which alone can tell the compiler where to write
+    schedules.
+    """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -1,4 +1,5 @@
-"""Attention compiled for a TPU and counted: `python -m research.bench.attention_count DUMP SIDE CHIP LENGTH`.
+"""Attention compiled for a TPU and counted: `python -m research.bench.attention_count DUMP SIDE
+CHIP LENGTH`.
 
 A process of its own, since the compiler reads where to write schedules when it is loaded.
 """
@@ -25,8 +26,12 @@ from research.scaling.topology import compile_on, tpu_devices
 HEADS, WIDTH = 16, 128
 
 
-def tessera_schedule(length: int) -> tuple[Callable[..., Any], tuple[int, ...], dict[str, Sequence[Any]]]:
-    """Returns value and gradients, the shape of q, and the scalars that each kernel is handed beforehand."""
+def tessera_schedule(
+    length: int,
+) -> tuple[Callable[..., Any], tuple[int, ...], dict[str, Sequence[Any]]]:
+    """Returns value and gradients, the shape of q, and the scalars that each kernel is handed
+    beforehand.
+    """
     mask = AttentionMask(causal=True)
     forward, backward = tpu.choose_blocks(WIDTH, 2, False, length, length)
     tiles = {
@@ -35,10 +40,14 @@ def tessera_schedule(length: int) -> tuple[Callable[..., Any], tuple[int, ...], 
     }
 
     def step(q: Any, k: Any, v: Any, g: Any) -> Any:
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask=mask, implementation="tpu"), q, k, v)
+        out, pull = jax.vjp(
+            lambda q, k, v: attention(q, k, v, mask=mask, implementation="tpu"), q, k, v
+        )
         return out, pull(g)
 
-    scalars = {f"tessera_attention_{name}": (plan.counts, plan.order) for name, plan in tiles.items()}
+    scalars = {
+        f"tessera_attention_{name}": (plan.counts, plan.order) for name, plan in tiles.items()
+    }
     return step, (1, length, HEADS, WIDTH), scalars
 
 
@@ -70,7 +79,11 @@ def splash_schedule(
         "splash_mha_dq": kernel.dq_mask_info,
     }
     scalars = {
-        name: [array for array in (info.data_next, info.block_mask, info.mask_next) if array is not None]
+        name: [
+            array
+            for array in (info.data_next, info.block_mask, info.mask_next)
+            if array is not None
+        ]
         for name, info in infos.items()
         if info is not None
     }
@@ -78,10 +91,14 @@ def splash_schedule(
 
 
 def count(folder: pathlib.Path, side: str, chip: str, length: int, *blocks: int) -> dict[str, Any]:
-    """Returns cycles, cycles a useful multiply-add and how full the matrix units are, forward and backward."""
+    """Returns cycles, cycles a useful multiply-add and how full the matrix units are, forward and
+    backward.
+    """
     device = tpu_devices(chip)[0]
     with compiling_for("tpu", device.device_kind):
-        step, shape, scalars = tessera_schedule(length) if side == "tessera" else splash_schedule(length, *blocks)
+        step, shape, scalars = (
+            tessera_schedule(length) if side == "tessera" else splash_schedule(length, *blocks)
+        )
     compile_on(device, step, *[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 4)
     found: dict[str, Any] = {}
     for name, program in kernels(folder).items():
@@ -94,8 +111,10 @@ def count(folder: pathlib.Path, side: str, chip: str, length: int, *blocks: int)
     return {
         part: {
             "cycles": sum(one.cycles for one in schedules),
-            "cycles_per_mac": sum(one.cycles for one in schedules) / (pairs * WIDTH * (2 if part == "forward" else 5)),
-            "busy": sum(one.busy("MXU") * one.cycles for one in schedules) / sum(one.cycles for one in schedules),
+            "cycles_per_mac": sum(one.cycles for one in schedules)
+            / (pairs * WIDTH * (2 if part == "forward" else 5)),
+            "busy": sum(one.busy("MXU") * one.cycles for one in schedules)
+            / sum(one.cycles for one in schedules),
             "steady": max(schedules, key=lambda one: one.cycles).steady("MXU"),
         }
         for part, schedules in found.items()

@@ -8,8 +8,12 @@ from research.bench.sides import serve
 from research.core import backend
 
 
-def jax_side(side: str, dtype: str, batch: int, length: int, heads: int, width: int) -> Callable[[], Any]:
-    """Returns forward plus backward of this project (`tessera`), `jax.nn` or cuDNN through it (`cudnn`)."""
+def jax_side(
+    side: str, dtype: str, batch: int, length: int, heads: int, width: int
+) -> Callable[[], Any]:
+    """Returns forward plus backward of this project (`tessera`), `jax.nn` or cuDNN through it
+    (`cudnn`).
+    """
     import jax
 
     from research.core.promotion import promoting
@@ -17,12 +21,21 @@ def jax_side(side: str, dtype: str, batch: int, length: int, heads: int, width: 
 
     if side == "tessera":
         mask = AttentionMask(causal=True)
-        call = lambda q, k, v: attention(q, k, v, mask=mask)  # noqa: E731
+
+        def call(q, k, v):
+            return attention(q, k, v, mask=mask)
+
     else:
         implementation = "cudnn" if side == "cudnn" else "xla"
-        call = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)  # noqa: E731
+
+        def call(q, k, v):
+            return jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, implementation=implementation
+            )
+
     q, k, v, g = (
-        jax.random.normal(key, (batch, length, heads, width), dtype) for key in jax.random.split(jax.random.key(0), 4)
+        jax.random.normal(key, (batch, length, heads, width), dtype)
+        for key in jax.random.split(jax.random.key(0), 4)
     )
 
     def step(q: Any, k: Any, v: Any, g: Any) -> Any:
@@ -42,7 +55,9 @@ def torch_side(dtype: str, batch: int, length: int, heads: int, width: int) -> C
     import torch
 
     kind = getattr(torch, dtype)
-    q, k, v = (torch.randn(batch, heads, length, width, dtype=kind, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(batch, heads, length, width, dtype=kind, requires_grad=True) for _ in range(3)
+    )
     g = torch.randn(batch, heads, length, width, dtype=kind)
 
     def step() -> Any:

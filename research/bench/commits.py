@@ -1,4 +1,6 @@
-"""This checkout beside an earlier commit of it: the same steps and kernels, in turns on the same machine."""
+"""This checkout beside an earlier commit of it: the same steps and kernels, in turns on the same
+machine.
+"""
 
 import argparse
 import contextlib
@@ -22,15 +24,20 @@ ROOT = pathlib.Path(research.__file__).parent.parent
 # Steps and kernels that are called in a turn.
 CALLS = 3
 FAMILIES = ("gpt2", "gemma", "mixtral", "deepseek", "t5", "bert")
-# Sides that answer turns, by the name of their row: a module of `research.bench`, and its arguments.
+# Sides that answer turns, by the name of their row: a module of `research.bench`, and its
+# arguments.
 STEPS = {
     "train": ("train_sides", "tessera", "float32"),
-    **{f"attention {'x'.join(map(str, s))}": ("attention_sides", "tessera", "float32", *s) for s in CPU_SHAPES},
+    **{
+        f"attention {'x'.join(map(str, s))}": ("attention_sides", "tessera", "float32", *s)
+        for s in CPU_SHAPES
+    },
     **{f"family {name}": ("families_side", name, "float32") for name in FAMILIES},
 }
 # A whole bench, and what its figure looks like in what it prints.
 LOADER, LOADER_FIGURE = ("loader", "--rounds=3"), r"loader +([\d.]+) .*core-second"
-# Of the folder that is converted, and of all that is made of it: a source, a workdir, and the way back.
+# Of the folder that is converted, and of all that is made of it: a source, a workdir, and the way
+# back.
 CONVERTED = 500 * 10**6
 # Files in memory, where the system has them.
 MEMORY = pathlib.Path("/dev/shm")
@@ -38,8 +45,15 @@ MEMORY = pathlib.Path("/dev/shm")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--before", required=True, metavar="COMMIT", help="the commit to measure this checkout against")
-    parser.add_argument("--only", help="rows, separated by commas, or beginnings of their names: train,attention")
+    parser.add_argument(
+        "--before",
+        required=True,
+        metavar="COMMIT",
+        help="the commit to measure this checkout against",
+    )
+    parser.add_argument(
+        "--only", help="rows, separated by commas, or beginnings of their names: train,attention"
+    )
     report.add_arguments(parser, rounds=5)
 
 
@@ -77,10 +91,14 @@ def _checkout(commit: str) -> Iterator[pathlib.Path]:
         yield pathlib.Path(place)
 
 
-def _measure(row: str, roots: dict[str, pathlib.Path], rounds: int) -> Iterator[tuple[str, report.Figure]]:
+def _measure(
+    row: str, roots: dict[str, pathlib.Path], rounds: int
+) -> Iterator[tuple[str, report.Figure]]:
     """Yields the figures of a row; `roots` are the checkouts by their sides."""
     if row == "loader":
-        rates = in_turns({side: functools.partial(_loader_rate, root) for side, root in roots.items()}, rounds)
+        rates = in_turns(
+            {side: functools.partial(_loader_rate, root) for side, root in roots.items()}, rounds
+        )
         yield row, report.Figure("M tokens/core-second", True, rates)
     elif row == "convert":
         yield from _conversions(roots, rounds)
@@ -108,13 +126,21 @@ def _loader_rate(root: pathlib.Path) -> float:
     return statistics.mean(float(figure) for figure in re.findall(LOADER_FIGURE, printed))
 
 
-def _conversions(roots: dict[str, pathlib.Path], rounds: int) -> Iterator[tuple[str, report.Figure]]:
-    """Yields a conversion in and one out: of files in memory where there is room, so that no disk is measured."""
+def _conversions(
+    roots: dict[str, pathlib.Path], rounds: int
+) -> Iterator[tuple[str, report.Figure]]:
+    """Yields a conversion in and one out: of files in memory where there is room, so that no disk
+    is measured.
+    """
     room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * CONVERTED
-    with tempfile.TemporaryDirectory(prefix="tessera-commits-", dir=MEMORY if room else None) as place:
+    with tempfile.TemporaryDirectory(
+        prefix="tessera-commits-", dir=MEMORY if room else None
+    ) as place:
         folder = pathlib.Path(place)
         size = convert.make_folder(folder / "source", CONVERTED, "float32")
-        sides = {side: functools.partial(_there_and_back, folder, root) for side, root in roots.items()}
+        sides = {
+            side: functools.partial(_there_and_back, folder, root) for side, root in roots.items()
+        }
         turns = in_turns(sides, rounds)
     for way in ("in", "out"):
         rates = {side: [size / 1e6 / each[way] for each in found] for side, found in turns.items()}

@@ -30,12 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
     report.add_arguments(parser, rounds=3)
     parser.add_argument("--megabytes", type=int, default=256, help="of the folder (default 256)")
-    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both", help="of the folder (default both)")
-    parser.add_argument("--folder", help="where to work: the disk to measure (default: that of temporary files)")
+    parser.add_argument(
+        "--dtype", choices=(*DTYPES, "both"), default="both", help="of the folder (default both)"
+    )
+    parser.add_argument(
+        "--folder", help="where to work: the disk to measure (default: that of temporary files)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures the sides in turns, each a process of its own, and prints rates, ratios and memory with their spread."""
+    """Measures the sides in turns, each a process of its own, and prints rates, ratios and memory
+    with their spread.
+    """
     report.check_arguments(arguments, "megabytes")
     if arguments.folder and not pathlib.Path(arguments.folder).is_dir():
         raise UserError("--folder", arguments.folder, "is not a folder.")
@@ -45,24 +51,35 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[str, report.Figure]]:
-    """Yields what a conversion in and one out did beside a copy of the files; all wait until theirs are on the disk.
+    """Yields what a conversion in and one out did beside a copy of the files; all wait until theirs
+    are on the disk.
 
     After the first round, which is not counted, the files are in the page cache.
     """
     with tempfile.TemporaryDirectory(prefix="tessera-convert-", dir=arguments.folder) as place:
         folder = pathlib.Path(place)
         size = make_folder(folder / "source", arguments.megabytes * 10**6, dtype)
-        turns = in_turns({side: functools.partial(turn, folder, side) for side in TARGETS}, arguments.rounds)
-    rates = {side: [size / 1e6 / each["seconds"] for each in found] for side, found in turns.items()}
+        turns = in_turns(
+            {side: functools.partial(turn, folder, side) for side in TARGETS}, arguments.rounds
+        )
+    rates = {
+        side: [size / 1e6 / each["seconds"] for each in found] for side, found in turns.items()
+    }
     peaks = {side: max(each["peak_bytes"] for each in found) / 1e6 for side, found in turns.items()}
     for side in ("in", "out"):
         memory = f"at most {peaks[side]:,.0f} MB of memory, the copy {peaks['copy']:,.0f}"
         values = {side: rates[side], "copy": rates["copy"]}
-        yield f"{side}, {size / 1e6:,.0f} MB of {dtype}", report.Figure("MB/s", True, values, note=memory)
+        yield (
+            f"{side}, {size / 1e6:,.0f} MB of {dtype}",
+            report.Figure("MB/s", True, values, note=memory),
+        )
 
 
 def turn(
-    folder: pathlib.Path, side: str, module: str = "research.bench.convert_sides", root: pathlib.Path | None = None
+    folder: pathlib.Path,
+    side: str,
+    module: str = "research.bench.convert_sides",
+    root: pathlib.Path | None = None,
 ) -> dict[str, float]:
     """Returns the seconds and the most memory that a side's turn takes, in a process of its own.
 

@@ -1,4 +1,6 @@
-"""Training steps of every family beside those of a plain decoder: how much of its speed each keeps, by model FLOPs."""
+"""Training steps of every family beside those of a plain decoder: how much of its speed each keeps,
+by model FLOPs.
+"""
 
 import argparse
 import dataclasses
@@ -13,25 +15,35 @@ from research.models.config import LayerConfig, ModelConfig, PositionConfig
 from research.models.flops import train_flops_per_token
 
 PRESETS = pathlib.Path(research.__file__).parent.parent / "configs" / "model"
-# What all are measured against, and the sizes to which all are shrunk: its smallest width, and few layers.
+# What all are measured against, and the sizes to which all are shrunk: its smallest width, and few
+# layers.
 DECODER = "gpt2"
 LENGTH, BATCH, WIDTH, HEADS, LAYERS, VOCABULARY, WINDOW, EXPERTS = 256, 16, 768, 12, 3, 4096, 64, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--only", help="presets, separated by commas: files of configs/model, as gemma.py:3-1b")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
-    # Single steps: now and then one takes new memory, and takes several times as long; the median leaves it out.
+    parser.add_argument(
+        "--only", help="presets, separated by commas: files of configs/model, as gemma.py:3-1b"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products"
+    )
+    # Single steps: now and then one takes new memory, and takes several times as long; the median
+    # leaves it out.
     report.add_arguments(parser, rounds=7)
     parser.add_argument("--steps", type=int, default=1, help="training steps a turn (default 1)")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures each family in turns with the decoder, and prints the ratios of their FLOPs a second."""
+    """Measures each family in turns with the decoder, and prints the ratios of their FLOPs a
+    second.
+    """
     report.check_arguments(arguments, "steps")
     known = sorted(path.stem for path in PRESETS.glob("*.py") if path.stem != "__init__")
-    wanted = arguments.only.split(",") if arguments.only else [name for name in known if name != DECODER]
+    wanted = (
+        arguments.only.split(",") if arguments.only else [name for name in known if name != DECODER]
+    )
     for spec in wanted:
         if spec == DECODER:
             raise UserError("--only", spec, "is what all others are measured beside.")
@@ -41,7 +53,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(spec: str, arguments: argparse.Namespace) -> report.Figure:
-    """Returns the FLOPs a second of a preset, each model's counted for itself, beside the decoder's."""
+    """Returns the FLOPs a second of a preset, each model's counted for itself, beside the
+    decoder's.
+    """
     sides = (spec, DECODER)
     commands = {side: ["research.bench.families_side", side, arguments.dtype] for side in sides}
     seconds = interleave(commands, arguments.rounds, arguments.steps)
@@ -72,7 +86,11 @@ def shrunk(model: ModelConfig) -> ModelConfig:
         c.latent, kv_dim=128, q_dim=c.latent.q_dim and 192, rope_dim=32, value_dim=WIDTH // HEADS
     )
     attention = dataclasses.replace(
-        c, num_heads=HEADS, num_kv_heads=kv_heads, head_dim=WIDTH // HEADS - (32 if latent else 0), latent=latent
+        c,
+        num_heads=HEADS,
+        num_kv_heads=kv_heads,
+        head_dim=WIDTH // HEADS - (32 if latent else 0),
+        latent=latent,
     )
     first = tuple(_shrunk_layer(layer) for layer in model.first_layers[:1])
     pattern = tuple(_shrunk_layer(layer) for layer in model.pattern)
@@ -98,7 +116,7 @@ def shrunk(model: ModelConfig) -> ModelConfig:
         first_layers=first,
         pattern=pattern,
         experts=experts,
-        start_id=0,
+        decoder_start_id=0,
         dropout=0.0,
     )
 
@@ -109,7 +127,9 @@ def _wide(width: float) -> int:
 
 def _shrunk_layer(layer: LayerConfig) -> LayerConfig:
     position = layer.position and _shrunk_position(layer.position)
-    return dataclasses.replace(layer, window=layer.window and min(layer.window, WINDOW), position=position)
+    return dataclasses.replace(
+        layer, window=layer.window and min(layer.window, WINDOW), position=position
+    )
 
 
 def _shrunk_position(position: PositionConfig) -> PositionConfig:

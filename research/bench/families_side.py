@@ -22,11 +22,20 @@ def main(spec: str, dtype: str) -> None:
     from research.training.step import place_batch
 
     model = load(spec, dtype)
-    kinds = {"decoder": "causal", "encoder": "masked", "prefix": "prefix", "encoder_decoder": "span"}
+    kinds = {
+        "decoder": "causal",
+        "encoder": "masked",
+        "prefix": "prefix",
+        "encoder_decoder": "span",
+    }
     objective = ObjectiveConfig(kind=kinds[model.structure])
-    optim = OptimConfig(learning_rate=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=None)
+    optim = OptimConfig(
+        learning_rate=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=None
+    )
     train = TrainConfig(steps=1_000_000, batch_size=BATCH, sequence_length=LENGTH)
-    program = language_model_program(model, optim, train, MeshConfig(), jax.devices()[:1], objective)
+    program = language_model_program(
+        model, optim, train, MeshConfig(), jax.devices()[:1], objective
+    )
     step, state = program.compile_train_step(), program.create(jax.random.key(0))
     random = np.random.default_rng(0)
     rows = {}

@@ -1,4 +1,6 @@
-"""Cross-entropy, grouped matmul and decode attention of this project beside their peers, measured on CPU or GPU."""
+"""Cross-entropy, grouped matmul and decode attention of this project beside their peers, measured
+on CPU or GPU.
+"""
 
 import argparse
 import itertools
@@ -13,8 +15,13 @@ from research.bench.sides import interleave, run
 from research.core.errors import UserError, nearest
 
 SIDES = "research.bench.kernels_sides"
-# What each is timed beside: all logits in float32 at once, JAX's own product, a dense cache and a copy as large.
-PEERS = {"cross_entropy": ("plain",), "grouped_matmul": ("ragged_dot",), "decode_attention": ("jax.nn", "copy")}
+# What each is timed beside: all logits in float32 at once, JAX's own product, a dense cache and a
+# copy as large.
+PEERS = {
+    "cross_entropy": ("plain",),
+    "grouped_matmul": ("ragged_dot",),
+    "decode_attention": ("jax.nn", "copy"),
+}
 # In the order that the sides take them.
 SMALL = {
     "cross_entropy": {"tokens": 2048, "width": 512, "vocabulary": 32_064},
@@ -24,25 +31,39 @@ SMALL = {
 FULL = {
     "cross_entropy": {"tokens": 8192, "width": 512, "vocabulary": 128_256},
     "grouped_matmul": {"rows": 8192, "width": 1024, "features": 2048, "experts": 64},
-    "decode_attention": {"batch": 16, "length": 16_384, "heads": 32, "kv_heads": 8, "head_width": 128},
+    "decode_attention": {
+        "batch": 16,
+        "length": 16_384,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_width": 128,
+    },
 }
 TURN_FLOPS = 2**36
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--only", default=",".join(PEERS), help=f"which of them (default {','.join(PEERS)})")
-    parser.add_argument("--full", action="store_true", help="the sizes of large models; on CPU minutes and 20 GB")
+    parser.add_argument(
+        "--only", default=",".join(PEERS), help=f"which of them (default {','.join(PEERS)})"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="the sizes of large models; on CPU minutes and 20 GB"
+    )
     report.add_arguments(parser, rounds=7)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures the kernels asked for in turns with their peers, and prints times and ratios with their spread."""
+    """Measures the kernels asked for in turns with their peers, and prints times and ratios with
+    their spread.
+    """
     report.check_arguments(arguments)
     kernels = arguments.only.split(",")
     for kernel in kernels:
         if kernel not in PEERS:
-            raise UserError("--only", kernel, f"is no kernel of this bench. {nearest(kernel, PEERS)}")
+            raise UserError(
+                "--only", kernel, f"is no kernel of this bench. {nearest(kernel, PEERS)}"
+            )
     # Several processes share the device, so none may take all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if jax.default_backend() == "tpu":
@@ -54,11 +75,18 @@ def main(arguments: argparse.Namespace) -> None:
     report.publish("kernels", arguments, itertools.chain.from_iterable(rows))
 
 
-def measure(kernel: str, dtype: str, sizes: dict[str, int], rounds: int) -> Iterator[tuple[str, report.Figure]]:
-    """Times one kernel and its peers in turns; yields the milliseconds a call, and what else its row has."""
+def measure(
+    kernel: str, dtype: str, sizes: dict[str, int], rounds: int
+) -> Iterator[tuple[str, report.Figure]]:
+    """Times one kernel and its peers in turns; yields the milliseconds a call, and what else its
+    row has.
+    """
     numbers = [str(size) for size in sizes.values()]
     count = max(1, TURN_FLOPS // flops(kernel, sizes))
-    commands = {side: [SIDES, "turns", kernel, side, dtype, *numbers] for side in ("tessera", *PEERS[kernel])}
+    commands = {
+        side: [SIDES, "turns", kernel, side, dtype, *numbers]
+        for side in ("tessera", *PEERS[kernel])
+    }
     seconds = interleave(commands, rounds, count)
     times = {side: [1000 * taken / count for taken in turns] for side, turns in seconds.items()}
     name = f"{kernel}, {dtype}, {', '.join(f'{name} {size:,}' for name, size in sizes.items())}"
@@ -66,10 +94,21 @@ def measure(kernel: str, dtype: str, sizes: dict[str, int], rounds: int) -> Iter
         yield name, report.Figure("ms", False, times, note=memory(dtype, sizes))
     elif kernel == "grouped_matmul":
         # Useful is each row with one expert.
-        rates = {side: [flops(kernel, sizes) / (1e6 * turn) for turn in turns] for side, turns in times.items()}
-        yield name, report.Figure("ms", False, times, note=f"{report.spread(rates['tessera'])} useful GFLOP/s")
+        rates = {
+            side: [flops(kernel, sizes) / (1e6 * turn) for turn in turns]
+            for side, turns in times.items()
+        }
+        yield (
+            name,
+            report.Figure(
+                "ms", False, times, note=f"{report.spread(rates['tessera'])} useful GFLOP/s"
+            ),
+        )
     else:
-        yield name, report.Figure("ms", False, {side: times[side] for side in ("tessera", "jax.nn")})
+        yield (
+            name,
+            report.Figure("ms", False, {side: times[side] for side in ("tessera", "jax.nn")}),
+        )
         yield f"{name}, bandwidth of pages and of a copy", bandwidth(dtype, sizes, times)
 
 
@@ -87,22 +126,32 @@ def memory(dtype: str, sizes: dict[str, int]) -> str:
     logits = 4 * sizes["tokens"] * sizes["vocabulary"]
     taken = {}
     for side in ("tessera", *PEERS["cross_entropy"]):
-        printed = run([SIDES, "temporaries", "cross_entropy", side, dtype, *map(str, sizes.values())])
+        printed = run(
+            [SIDES, "temporaries", "cross_entropy", side, dtype, *map(str, sizes.values())]
+        )
         taken[side] = int(printed.splitlines()[-1])
     parts = [f"{side} {size / 1e6:,.1f} MB ({size / logits:.1%})" for side, size in taken.items()]
     return f"temporaries (and part of the float32 logits): {', '.join(parts)}"
 
 
 def bandwidth(dtype: str, sizes: dict[str, int], times: dict[str, list[float]]) -> report.Figure:
-    """Returns gigabytes a second: of the pages that are read, and of what the copy reads and writes."""
-    read = page_bytes(dtype, *(sizes[name] for name in ("batch", "length", "kv_heads", "head_width")))
+    """Returns gigabytes a second: of the pages that are read, and of what the copy reads and
+    writes.
+    """
+    read = page_bytes(
+        dtype, *(sizes[name] for name in ("batch", "length", "kv_heads", "head_width"))
+    )
     factors = {"tessera": 1, "copy": 2}
-    rates = {side: [factor * read / (1e6 * turn) for turn in times[side]] for side, factor in factors.items()}
+    rates = {
+        side: [factor * read / (1e6 * turn) for turn in times[side]]
+        for side, factor in factors.items()
+    }
     return report.Figure("GB/s", True, rates)
 
 
 if __name__ == "__main__":
-    # The other benches of the command line need packages for data; this one runs where there is JAX and little else.
+    # The other benches of the command line need packages for data; this one runs where there is JAX
+    # and little else.
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     main(parser.parse_args())

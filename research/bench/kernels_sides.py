@@ -1,7 +1,7 @@
 """The sides of `tessera bench kernels`, each in a process of its own.
 
-`python -m research.bench.kernels_sides turns|temporaries KERNEL SIDE DTYPE SIZES…` serves turns, or prints the
-bytes of the compiled temporaries.
+`python -m research.bench.kernels_sides turns|temporaries KERNEL SIDE DTYPE SIZES…` serves turns, or
+prints the bytes of the compiled temporaries.
 """
 
 import itertools
@@ -36,7 +36,9 @@ def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 
 def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabulary: int) -> Side:
-    """Mean loss and gradients of hidden states and float32 kernel: `tessera`, or `plain` with all float32 logits."""
+    """Mean loss and gradients of hidden states and float32 kernel: `tessera`, or `plain` with all
+    float32 logits.
+    """
 
     def mean(nll: Any, log_z: Any) -> Any:
         return nll.sum() / tokens, None
@@ -60,12 +62,16 @@ def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabular
 
 
 def group_sizes(rows: int, experts: int) -> list[int]:
-    """Returns rows of each expert, all rows together; the last expert has nearly twice its even share."""
+    """Returns rows of each expert, all rows together; the last expert has nearly twice its even
+    share.
+    """
     ends = [rows * index * (index + 1) // (experts * (experts + 1)) for index in range(experts + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
-def grouped_matmul_side(side: str, dtype: str, rows: int, width: int, features: int, experts: int) -> Side:
+def grouped_matmul_side(
+    side: str, dtype: str, rows: int, width: int, features: int, experts: int
+) -> Side:
     """Product and gradients of rows and kernels: `tessera`, or `ragged_dot` of JAX."""
     product = grouped_matmul if side == "tessera" else jax.lax.ragged_dot
 
@@ -95,7 +101,9 @@ def page_bytes(dtype: str, batch: int, length: int, kv_heads: int, head_width: i
 def decode_attention_side(
     side: str, dtype: str, batch: int, length: int, heads: int, kv_heads: int, head_width: int
 ) -> Side:
-    """One new token a sequence: `tessera` over scattered pages, `jax.nn` over a dense cache, or a `copy` as large."""
+    """One new token a sequence: `tessera` over scattered pages, `jax.nn` over a dense cache, or a
+    `copy` as large.
+    """
     lengths = jnp.asarray(sequence_lengths(batch, length), jnp.int32)
     places = -(-length // PAGE)
 
@@ -116,9 +124,15 @@ def decode_attention_side(
         return attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
 
     def cache() -> tuple[Any, ...]:
-        return (jnp.zeros(page_bytes(dtype, batch, length, kv_heads, head_width) // 4, jnp.float32),)
+        return (
+            jnp.zeros(page_bytes(dtype, batch, length, kv_heads, head_width) // 4, jnp.float32),
+        )
 
-    sides = {"tessera": (decode_attention, paged), "jax.nn": (plain, dense), "copy": (lambda x: x + 1, cache)}
+    sides = {
+        "tessera": (decode_attention, paged),
+        "jax.nn": (plain, dense),
+        "copy": (lambda x: x + 1, cache),
+    }
     return sides[side]
 
 
@@ -133,7 +147,13 @@ def main(action: str, kernel: str, side: str, dtype: str, *sizes: str) -> None:
     """Serves turns of a side until its input ends, or prints its temporaries."""
     function, arguments = BUILDERS[kernel](side, dtype, *map(int, sizes))
     if action == "temporaries":
-        print(jax.jit(function).lower(*jax.eval_shape(arguments)).compile().memory_analysis().temp_size_in_bytes)
+        print(
+            jax.jit(function)
+            .lower(*jax.eval_shape(arguments))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
         return
     step, operands = jax.jit(function), jax.jit(arguments)()
     serve(lambda: jax.block_until_ready(step(*operands)))

@@ -13,9 +13,13 @@ DTYPES = ("float32", "bfloat16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--batch", default="1,8", help="sequences, separated by commas (default 1,8)")
+    parser.add_argument(
+        "--batch", default="1,8", help="sequences, separated by commas (default 1,8)"
+    )
     parser.add_argument("--slots", type=int, default=2048, help="of the cache (default 2048)")
-    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both", help="of the model (default both)")
+    parser.add_argument(
+        "--dtype", choices=(*DTYPES, "both"), default="both", help="of the model (default both)"
+    )
     report.add_arguments(parser, rounds=7)
     parser.add_argument("--steps", type=int, default=10, help="tokens a turn (default 10)")
 
@@ -25,10 +29,16 @@ def main(arguments: argparse.Namespace) -> None:
     report.check_arguments(arguments, "steps")
     batches = [int(part) if part.isdigit() else 0 for part in arguments.batch.split(",")]
     if min(batches) < 1:
-        raise UserError("--batch", arguments.batch, "must be whole numbers of at least 1, separated by commas.")
+        raise UserError(
+            "--batch", arguments.batch, "must be whole numbers of at least 1, separated by commas."
+        )
     least = 2 * (arguments.rounds + 1) * arguments.steps
     if arguments.slots < least:
-        raise UserError("--slots", arguments.slots, f"must be at least {least}: half of them are read at the start.")
+        raise UserError(
+            "--slots",
+            arguments.slots,
+            f"must be at least {least}: half of them are read at the start.",
+        )
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
     rows = (measure(batch, dtype, arguments) for batch, dtype in itertools.product(batches, dtypes))
     report.publish("latent", arguments, rows)
@@ -39,5 +49,7 @@ def measure(batch: int, dtype: str, arguments: argparse.Namespace) -> tuple[str,
     sizes = [str(batch), str(arguments.slots), dtype]
     commands = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
     seconds = interleave(commands, arguments.rounds, arguments.steps)
-    times = {form: [1000 * taken / arguments.steps for taken in turns] for form, turns in seconds.items()}
+    times = {
+        form: [1000 * taken / arguments.steps for taken in turns] for form, turns in seconds.items()
+    }
     return f"{dtype}, batch {batch}, {arguments.slots:,} slots", report.Figure("ms", False, times)

@@ -31,13 +31,21 @@ MARKS = {"mask": True, "sentinels": 100}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
     report.add_arguments(parser, rounds=7)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens a turn (default 4,000,000)")
-    parser.add_argument("--objective", choices=get_args(Kind), default="causal", help="of the rows (default causal)")
-    parser.add_argument("--workers", type=int, default=0, help="worker processes of the loader (default 0: threads)")
+    parser.add_argument(
+        "--tokens", type=int, default=4_000_000, help="tokens a turn (default 4,000,000)"
+    )
+    parser.add_argument(
+        "--objective", choices=get_args(Kind), default="causal", help="of the rows (default causal)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="worker processes of the loader (default 0: threads)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures both sides in turns on the embedded corpus, and prints rates and ratios with their spread."""
+    """Measures both sides in turns on the embedded corpus, and prints rates and ratios with their
+    spread.
+    """
     report.check_arguments(arguments, "tokens")
     with tempfile.TemporaryDirectory(prefix="tessera-loader-") as folder:
         paired, unmarked = arguments.objective == "translate", ("causal", "prefix", "translate")
@@ -48,52 +56,74 @@ def main(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
         )
         prepared = prepare(config, folder if paired else cache_folder() / "data")
-        report.publish("loader", arguments, measure(config, prepared, arguments.rounds, arguments.tokens))
+        report.publish(
+            "loader", arguments, measure(config, prepared, arguments.rounds, arguments.tokens)
+        )
 
 
 def pairs_of_lines(folder: pathlib.Path) -> SourceConfig:
-    """Writes the embedded corpus as pairs of texts, each line and the next one, and returns them as a source."""
+    """Writes the embedded corpus as pairs of texts, each line and the next one, and returns them as
+    a source.
+    """
     texts = (document.text.splitlines() for document in documents(SourceConfig(), "train"))
-    pairs = [pair for lines in texts for pair in itertools.pairwise(line for line in lines if line.strip())]
+    pairs = [
+        pair
+        for lines in texts
+        for pair in itertools.pairwise(line for line in lines if line.strip())
+    ]
     paths = [folder / name for name in ("read.txt", "given.txt")]
     for path, side in zip(paths, zip(*pairs, strict=True), strict=True):
         path.write_text("\n".join(side), encoding="utf-8")
     return SourceConfig(kind="lines", path=str(paths[1]), pair_path=str(paths[0]))
 
 
-def measure(config: DataConfig, prepared: Prepared, rounds: int, tokens: int) -> Iterator[tuple[str, report.Figure]]:
+def measure(
+    config: DataConfig, prepared: Prepared, rounds: int, tokens: int
+) -> Iterator[tuple[str, report.Figure]]:
     """Yields, for each shape of batches, tokens of wall time and of CPU time.
 
-    `loader` gives packed, shuffled, resumable rows with segments; `crops` gives random windows of the same token file,
-    without documents, epochs or a position to resume from.
+    `loader` gives packed, shuffled, resumable rows with segments; `crops` gives random windows of
+    the same token file, without documents, epochs or a position to resume from.
     """
     corpora = prepared.train
     for batch_size, sequence_length in SHAPES:
         loader = Loader(
-            corpora, config, prepared.tokenizer, batch_size=batch_size, sequence_length=sequence_length, seed=0
+            corpora,
+            config,
+            prepared.tokenizer,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            seed=0,
         )
         rng = np.random.default_rng(0)
         batches = max(1, tokens // (batch_size * sequence_length))
         crops = functools.partial(random_crops, corpora[0].tokens, batch_size, sequence_length, rng)
         makers = {"loader": loader.__next__, "crops": crops}
-        turns = in_turns({side: functools.partial(rates, make, batches) for side, make in makers.items()}, rounds)
+        turns = in_turns(
+            {side: functools.partial(rates, make, batches) for side, make in makers.items()}, rounds
+        )
         loader.close()
 
         name = f"{config.objective.kind}, {batch_size} × {sequence_length:,} tokens"
         padding = f"{loader.padding:.2%} padding"
-        for index, (what, unit) in enumerate((("wall time", "M tokens/s"), ("CPU time", "M tokens/core-second"))):
+        for index, (what, unit) in enumerate(
+            (("wall time", "M tokens/s"), ("CPU time", "M tokens/core-second"))
+        ):
             values = {side: [turn[index] / 1e6 for turn in found] for side, found in turns.items()}
             yield f"{name}, {what}", report.Figure(unit, True, values, note=padding)
 
 
 def rates(make: Callable[[], Batch], batches: int) -> tuple[float, float]:
-    """Returns tokens a second of wall time, and of CPU time of this process: all its threads, not its workers.
+    """Returns tokens a second of wall time, and of CPU time of this process: all its threads, not
+    its workers.
 
     Counted are those that a model reads, in the encoder and in the decoder; not padding.
     """
     wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
     for _ in range(batches):
-        tokens += sum(np.count_nonzero(array) for name, array in make().items() if name.endswith("segments"))
+        tokens += sum(
+            np.count_nonzero(array) for name, array in make().items() if name.endswith("segments")
+        )
     return tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)
 
 

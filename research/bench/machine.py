@@ -15,7 +15,9 @@ BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def describe() -> dict[str, Any]:
-    """Returns the processor, its cores and instructions, memory, accelerators, and versions of packages."""
+    """Returns the processor, its cores and instructions, memory, accelerators, and versions of
+    packages.
+    """
     model = re.search(r"^model name\s*:\s*(.+)$", _processor(), re.MULTILINE)
     found = _instructions()
     return {
@@ -42,11 +44,14 @@ def sentence(machine: Mapping[str, Any]) -> str:
 def without_torch_bfloat16(peers: Sequence[str], dtype: str) -> tuple[list[str], dict[str, str]]:
     """Returns the peers that can be measured, and why the others are left out.
 
-    Without instructions for bfloat16 torch computes it number by number, which takes hundreds of times as long.
+    Without instructions for bfloat16 torch computes it number by number, which takes hundreds of
+    times as long.
     """
     if dtype != "bfloat16" or "torch" not in peers or _instructions() & BFLOAT16:
         return list(peers), {}
-    return [peer for peer in peers if peer != "torch"], {"torch": "the processor has no bfloat16 instructions"}
+    return [peer for peer in peers if peer != "torch"], {
+        "torch": "the processor has no bfloat16 instructions"
+    }
 
 
 def _processor() -> str:
@@ -61,9 +66,19 @@ def _instructions() -> set[str]:
 
 
 def _nvidia() -> list[str]:
-    """Returns the models of NVIDIA's GPUs; JAX, which knows all accelerators, would take them from the sides."""
-    texts = [pathlib.Path(path).read_text() for path in glob.glob("/proc/driver/nvidia/gpus/*/information")]
-    return [line.partition(":")[2].strip() for text in texts for line in text.splitlines() if line.startswith("Model:")]
+    """Returns the models of NVIDIA's GPUs; JAX, which knows all accelerators, would take them from
+    the sides.
+    """
+    texts = [
+        pathlib.Path(path).read_text()
+        for path in glob.glob("/proc/driver/nvidia/gpus/*/information")
+    ]
+    return [
+        line.partition(":")[2].strip()
+        for text in texts
+        for line in text.splitlines()
+        if line.startswith("Model:")
+    ]
 
 
 def _versions() -> dict[str, str]:

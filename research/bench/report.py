@@ -1,7 +1,8 @@
-"""What benches write and documents show: one form of file, a table of it, and the blocks of Markdown that hold tables.
+"""What benches write and documents show: one form of file, a table of it, and the blocks of
+Markdown that hold tables.
 
-`python -m research.bench.report FILE.md…` writes into each block of these files, between `<!-- figures: NAME -->` and
-`<!-- end of figures -->`, the table of `docs/figures/NAME.json`.
+`python -m research.bench.report FILE.md…` writes into each block of these files, between `<!--
+figures: NAME -->` and `<!-- end of figures -->`, the table of `docs/figures/NAME.json`.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from research.storage.json_files import read_object
 FIGURES = pathlib.Path(research.__file__).parent.parent / "docs" / "figures"
 # What a block says whose file nobody has written yet.
 UNMEASURED = "unmeasured"
-BLOCK = re.compile(r"^(<!-- figures: ([\w-]+) -->\n)(.*?)^(<!-- end of figures -->)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^(<!-- figures: ([\w-]+) -->\n)(.*?)^(<!-- end of figures -->)", re.DOTALL | re.MULTILINE
+)
 MARK = re.compile(r"^<!-- (figures: |end of figures)", re.MULTILINE)
 COLUMNS = ["what", "beside", "ratio", "lowest to highest", "ours", "theirs", "also"]
 
@@ -39,7 +42,8 @@ class Figure:
     Attributes:
       unit: of the turns.
       is_rate: whether more is better, as of tokens a second; of times and cycles less is.
-      turns: each side's values, which it took in turns with the others; this project's side is the first.
+      turns: each side's values, which it took in turns with the others; this project's side is the
+          first.
       skipped: sides that were not measured, and why.
       note: what else was found.
     """
@@ -62,12 +66,16 @@ class Figure:
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Adds the flags that every bench has, and how many rounds it takes by default."""
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each side (default {rounds})")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"turns of each side (default {rounds})"
+    )
     parser.add_argument("--json", metavar="FILE", help="where to write the figures of every turn")
 
 
 def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
-    """Refuses rounds and other counts below 1, and a file that could not be written after all turns are taken."""
+    """Refuses rounds and other counts below 1, and a file that could not be written after all turns
+    are taken.
+    """
     for name in ("rounds", *counts):
         value = vars(arguments)[name]
         if value < 1:
@@ -87,15 +95,29 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
 
 
 def publish(bench: str, arguments: argparse.Namespace, rows: Iterable[tuple[str, Figure]]) -> None:
-    """Prints the named figures of a bench as they come, and writes all of them where its `--json` says so."""
+    """Prints the named figures of a bench as they come, and writes all of them where its `--json`
+    says so.
+    """
     figures = {}
     for name, figure in rows:
         _print(name, figure)
         figures[name] = dataclasses.asdict(figure)
     if arguments.json:
-        flags = {name: value for name, value in vars(arguments).items() if name not in ("bench", "overrides", "json")}
-        given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
-        write(pathlib.Path(arguments.json), shlex.join(["tessera", "bench", bench, *given]), figures=figures)
+        flags = {
+            name: value
+            for name, value in vars(arguments).items()
+            if name not in ("bench", "overrides", "json")
+        }
+        given = [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in flags.items()
+            if value
+        ]
+        write(
+            pathlib.Path(arguments.json),
+            shlex.join(["tessera", "bench", bench, *given]),
+            figures=figures,
+        )
 
 
 def _print(name: str, figure: Figure) -> None:
@@ -131,32 +153,55 @@ def _told(name: str, value: str) -> Iterator[None]:
 def table(report: Mapping[str, Any]) -> str:
     """Returns a report as Markdown: what made it, and its rows.
 
-    Those of a bench are ratios with their spread and medians of both sides; another command gives `columns` and `rows`.
+    Those of a bench are ratios with their spread and medians of both sides; another command gives
+    `columns` and `rows`.
     """
     lines = [f"`{report['command']}`, {report['date']}, {machine.sentence(report['machine'])}.", ""]
     if "figures" in report:
         figures = {name: Figure(**fields) for name, fields in report["figures"].items()}
         if not all(isinstance(figure.is_rate, bool) for figure in figures.values()):
             raise ValueError("is_rate is true or false")
-        columns, rows = COLUMNS, [row for name, figure in figures.items() for row in _rows(name, figure)]
+        columns, rows = (
+            COLUMNS,
+            [row for name, figure in figures.items() for row in _rows(name, figure)],
+        )
     else:
         columns, rows = report["columns"], report["rows"]
     for row in (columns, ["---"] * len(columns), *rows):
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} cells, not {len(columns)}")
         # A cell is one line, and ends neither its column nor the block.
-        cells = [" ".join(cell.split()).replace("|", "\\|").replace("<!--", "&lt;!--") for cell in row]
+        cells = [
+            " ".join(cell.split()).replace("|", "\\|").replace("<!--", "&lt;!--") for cell in row
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _rows(name: str, figure: Figure) -> list[list[str]]:
-    medians = {side: f"{digits(statistics.median(turns))} {figure.unit}" for side, turns in figure.turns.items()}
+    medians = {
+        side: f"{digits(statistics.median(turns))} {figure.unit}"
+        for side, turns in figure.turns.items()
+    }
     ours, *_ = figure.turns
     rows = []
     for peer, ratios in figure.ratios().items():
-        ends = f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} turns" if len(ratios) > 1 else ""
-        rows.append([name, peer, digits(statistics.median(ratios)), ends, medians[ours], medians[peer], figure.note])
+        ends = (
+            f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} turns"
+            if len(ratios) > 1
+            else ""
+        )
+        rows.append(
+            [
+                name,
+                peer,
+                digits(statistics.median(ratios)),
+                ends,
+                medians[ours],
+                medians[peer],
+                figure.note,
+            ]
+        )
     for peer, reason in figure.skipped.items():
         rows.append([name, peer, "left out", reason, medians[ours], "", figure.note])
     return rows
@@ -165,7 +210,9 @@ def _rows(name: str, figure: Figure) -> list[list[str]]:
 def spread(values: Sequence[int | float]) -> str:
     """Returns the median, with the lowest and highest value where there are several."""
     median = digits(statistics.median(values))
-    return f"{median} ({digits(min(values))} to {digits(max(values))})" if len(values) > 1 else median
+    return (
+        f"{median} ({digits(min(values))} to {digits(max(values))})" if len(values) > 1 else median
+    )
 
 
 def digits(value: int | float) -> str:
@@ -178,7 +225,9 @@ def filled(text: str, folder: pathlib.Path) -> str:
     """Returns the text of a Markdown file whose blocks hold what the files of a folder say."""
     if 2 * len(BLOCK.findall(text)) != len(MARK.findall(text)):
         raise UserError("has a block of figures without its beginning or end.")
-    return BLOCK.sub(lambda block: block[1] + _content(folder / f"{block[2]}.json") + block[4], text)
+    return BLOCK.sub(
+        lambda block: block[1] + _content(folder / f"{block[2]}.json") + block[4], text
+    )
 
 
 def check(text: str, folder: pathlib.Path) -> list[str]:

@@ -1,7 +1,9 @@
-"""The scalar unit of a TPU core, as far as control flow needs it: 32-bit integers, predicates, scalar memory.
+"""The scalar unit of a TPU core, as far as control flow needs it: 32-bit integers, predicates,
+scalar memory.
 
-Instructions are read in the compiler's own text and become Python source, a function a stretch of bundles.
-Registers are the machine's own (`%s105_s6` is s6): values that merge after a branch merge there.
+Instructions are read in the compiler's own text and become Python source, a function a stretch of
+bundles. Registers are the machine's own (`%s105_s6` is s6): values that merge after a branch merge
+there.
 """
 
 import re
@@ -11,7 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
-_INSTRUCTION = re.compile(r"^(?:%\w+?(?:_(?P<register>[sp]\d+))? = )?(?P<op>[a-z][\w.]*)(?: (?P<rest>.*))?$", re.DOTALL)
+_INSTRUCTION = re.compile(
+    r"^(?:%\w+?(?:_(?P<register>[sp]\d+))? = )?(?P<op>[a-z][\w.]*)(?: (?P<rest>.*))?$", re.DOTALL
+)
 _GUARD = re.compile(r"^\((!?%\w+)(?:, ([^)]*))?\),? ?")
 _ADDRESS = re.compile(r"\[smem:\[([^]]*(?:\[[^]]*\])?[^]]*)\]\]?")
 _ALLOCATION = re.compile(r"\[?#allocation(\d+)(?:_spill)?(?: \+ \$(0x[0-9a-f]+|\d+))?\]?")
@@ -44,7 +48,9 @@ class _Unknown:
     def _same(self, *_: Any) -> "_Unknown":
         return self
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __ror__ = _same
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = (
+        __ror__
+    ) = _same
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __xor__ = __rxor__ = _same
 
     def _unknown(self, _: Any) -> "_Unknown":
@@ -87,7 +93,9 @@ class Machine:
         self.memory[address] = value
 
     def fetch(self, source: Any, target: Any) -> None:
-        """Copies the operand that `source` points to, if it is given, to scalar memory at `target`."""
+        """Copies the operand that `source` points to, if it is given, to scalar memory at
+        `target`.
+        """
         if not isinstance(source, _Pointer) or source.operand >= len(self._operands):
             return
         operand = self._operands[source.operand]
@@ -96,13 +104,18 @@ class Machine:
 
 
 def words(array: Shaped[np.ndarray, "..."]) -> Int[np.ndarray, " words"]:
-    """Returns an operand as 32-bit words in the order in which it lies in scalar memory: tiles of (8, 128).
+    """Returns an operand as 32-bit words in the order in which it lies in scalar memory: tiles of
+    (8, 128).
 
     Four rows of 8-bit numbers share a word; vectors of 32-bit numbers lie as they are.
     """
     if array.ndim == 1 and array.dtype.itemsize == 4:
         return array.astype(np.int32)
-    rows = array.reshape(-1, array.shape[-2], array.shape[-1]) if array.ndim > 1 else array.reshape(1, 1, -1)
+    rows = (
+        array.reshape(-1, array.shape[-2], array.shape[-1])
+        if array.ndim > 1
+        else array.reshape(1, 1, -1)
+    )
     height = 8
     while height // 2 >= max(rows.shape[1], 4 // rows.dtype.itemsize):
         height //= 2
@@ -110,13 +123,17 @@ def words(array: Shaped[np.ndarray, "..."]) -> Int[np.ndarray, " words"]:
     tiles = np.pad(rows, pads).astype(array.dtype)
     packed = 4 // array.dtype.itemsize
     a, b, c = tiles.shape
-    tiles = tiles.reshape(a, b // height, height // packed, packed, c // 128, 128).transpose(0, 1, 4, 2, 5, 3)
+    tiles = tiles.reshape(a, b // height, height // packed, packed, c // 128, 128).transpose(
+        0, 1, 4, 2, 5, 3
+    )
     return np.ascontiguousarray(tiles).view(np.int32).ravel()
 
 
 def wrap(value: Any) -> Any:
     """Returns a number as a signed one of 32 bits."""
-    return value if isinstance(value, _Unknown) else ((value + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+    return (
+        value if isinstance(value, _Unknown) else ((value + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+    )
 
 
 def negate(predicate: Any) -> Any:
@@ -139,12 +156,13 @@ def select(predicate: Any, value: Any, otherwise: Any) -> Any:
 def translate(
     bundles: Sequence[Sequence[str]], branches: Mapping[int, tuple[str, str | None, int]]
 ) -> Callable[[Machine], int | None]:
-    """Returns a function that runs a stretch of bundles and returns the bundle to branch to, or None.
+    """Returns a function that runs a stretch of bundles and returns the bundle to branch to, or
+    None.
 
     Args:
       bundles: the instructions of each bundle.
-      branches: for a bundle with a branch: `!` where it is taken if its predicate is false, the predicate's register
-        (None where it is always taken), and the bundle that it leads to.
+      branches: for a bundle with a branch: `!` where it is taken if its predicate is false, the
+        predicate's register (None where it is always taken), and the bundle that it leads to.
     """
     lines = ["def block(m):", "  s, p, target = m.s, m.p, None"]
     for i, bundle in enumerate(bundles):
@@ -154,13 +172,21 @@ def translate(
             condition = "True" if register is None else f"{'not ' if negated else ''}p[{register}]"
             lines.append(f"  if {condition}: target = {to}")
     lines.append("  return target")
-    names = {"Pointer": _Pointer, "wrap": wrap, "negate": negate, "both": both, "select": select, "UNKNOWN": UNKNOWN}
+    names = {
+        "Pointer": _Pointer,
+        "wrap": wrap,
+        "negate": negate,
+        "both": both,
+        "select": select,
+        "UNKNOWN": UNKNOWN,
+    }
     exec("\n".join(lines), names)
     return names["block"]
 
 
 def _bundle(bundle: Sequence[str]) -> list[str]:
-    """Returns the source of a bundle's scalar instructions; all of them read before any of them writes.
+    """Returns the source of a bundle's scalar instructions; all of them read before any of them
+    writes.
 
     Merges of values and casts of pointers are no instructions: they name a register anew.
     """
@@ -194,7 +220,9 @@ def _bundle(bundle: Sequence[str]) -> list[str]:
 
 
 def _expression(op: str, rest: str) -> str:
-    """Returns the source of an instruction's value; `UNKNOWN` where it is a vector's, or never met before."""
+    """Returns the source of an instruction's value; `UNKNOWN` where it is a vector's, or never met
+    before.
+    """
     if op == "sld" and (address := _ADDRESS.match(rest)):
         return f"m.load({_sum(address.group(1))})"
     if op.startswith("inlined_call_operand"):

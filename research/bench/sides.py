@@ -1,4 +1,6 @@
-"""Sides of a bench: each a process that is asked, in turns with the others, to do its work so many times."""
+"""Sides of a bench: each a process that is asked, in turns with the others, to do its work so many
+times.
+"""
 
 import contextlib
 import functools
@@ -27,7 +29,8 @@ def serve(take: Callable[[], Any]) -> None:
 def in_turns(sides: Mapping[str, Callable[[], Answer]], rounds: int) -> dict[str, list[Answer]]:
     """Calls each side once a round, and returns its answers after a first round, which warms up.
 
-    Each round has the other order (A B, B A, …), since the second finds the machine as the first has left it.
+    Each round has the other order (A B, B A, …), since the second finds the machine as the first
+    has left it.
     """
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
@@ -38,7 +41,9 @@ def in_turns(sides: Mapping[str, Callable[[], Answer]], rounds: int) -> dict[str
     return answers
 
 
-def interleave(commands: Mapping[str, Sequence[str]], rounds: int, count: int) -> dict[str, list[float]]:
+def interleave(
+    commands: Mapping[str, Sequence[str]], rounds: int, count: int
+) -> dict[str, list[float]]:
     """Returns the seconds of each side's rounds, which it takes in turns with the others.
 
     Args:
@@ -48,12 +53,17 @@ def interleave(commands: Mapping[str, Sequence[str]], rounds: int, count: int) -
     """
     with contextlib.ExitStack() as stack:
         workers = {side: stack.enter_context(worker(command)) for side, command in commands.items()}
-        return in_turns({side: functools.partial(ask, count) for side, ask in workers.items()}, rounds)
+        return in_turns(
+            {side: functools.partial(ask, count) for side, ask in workers.items()}, rounds
+        )
 
 
 @contextlib.contextmanager
-def worker(command: Sequence[str], root: pathlib.Path | None = None) -> Iterator[Callable[[int], float]]:
-    """Starts a side in a process of its own, and gives a function that asks it and returns the seconds.
+def worker(
+    command: Sequence[str], root: pathlib.Path | None = None
+) -> Iterator[Callable[[int], float]]:
+    """Starts a side in a process of its own, and gives a function that asks it and returns the
+    seconds.
 
     Args:
       command: a module that calls `serve`, and its arguments.
@@ -63,11 +73,17 @@ def worker(command: Sequence[str], root: pathlib.Path | None = None) -> Iterator
       UserError: the process ended before it answered.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-m", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
     )
 
     def ask(count: int) -> float:
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen where its answer is missing
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it has ended, which is seen where its answer is missing
             process.stdin.write(f"{count}\n")
             process.stdin.flush()
         answer = process.stdout.readline()
@@ -85,16 +101,23 @@ def worker(command: Sequence[str], root: pathlib.Path | None = None) -> Iterator
 
 def run(command: Sequence[str], root: pathlib.Path | None = None) -> str:
     """Runs a side to its end, and returns what it prints; arguments and errors as of `worker`."""
-    found = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, cwd=root)
+    found = subprocess.run(
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, cwd=root
+    )
     if found.returncode:
         raise ended(command, found.returncode)
     return found.stdout
 
 
 def ended(command: Sequence[str], status: int) -> UserError:
-    """Returns the error of a side whose process ended with a status, or by the signal of a negative one."""
+    """Returns the error of a side whose process ended with a status, or by the signal of a negative
+    one.
+    """
     name = " ".join(map(str, command))
     if status < 0:
-        said = f"was killed by {signal.Signals(-status).name}; the system kills who takes more memory than there is."
+        said = (
+            f"was killed by {signal.Signals(-status).name}; the system kills who takes more "
+            "memory than there is."
+        )
         return UserError(f"the side `{name}` {said}")
     return UserError(f"the side `{name}` ended with status {status}.")

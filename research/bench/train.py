@@ -1,4 +1,6 @@
-"""Training steps of this project and of `transformers` GPT-2 on torch, in turns on the same machine."""
+"""Training steps of this project and of `transformers` GPT-2 on torch, in turns on the same
+machine.
+"""
 
 import argparse
 import dataclasses
@@ -35,11 +37,15 @@ SIDES = ("tessera", "torch")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
-    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both", help="of the products (default both)")
+    parser.add_argument(
+        "--dtype", choices=(*DTYPES, "both"), default="both", help="of the products (default both)"
+    )
     report.add_arguments(parser, rounds=7)
     parser.add_argument("--steps", type=int, default=3, help="training steps a turn (default 3)")
     parser.add_argument(
-        "--same_allocator", action="store_true", help="give torch this project's settings of the C library's allocator"
+        "--same_allocator",
+        action="store_true",
+        help="give torch this project's settings of the C library's allocator",
     )
 
 
@@ -47,7 +53,9 @@ def main(arguments: argparse.Namespace) -> None:
     """Measures both sides in turns, and prints rates and ratios with their spread."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"bench train needs {package}: pip install -c constraints.txt -e '.[parity]'.")
+            raise UserError(
+                f"bench train needs {package}: pip install -c constraints.txt -e '.[parity]'."
+            )
     report.check_arguments(arguments, "steps")
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
     report.publish("train", arguments, (measure(dtype, arguments) for dtype in dtypes))
@@ -61,7 +69,10 @@ def measure(dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figu
     peers, skipped = without_torch_bfloat16(["torch"], dtype)
     keep = ["--keep_memory"] if arguments.same_allocator else []
     flags = {"tessera": [], "torch": keep}
-    commands = {side: ["research.bench.train_sides", side, dtype, *flags[side]] for side in ("tessera", *peers)}
+    commands = {
+        side: ["research.bench.train_sides", side, dtype, *flags[side]]
+        for side in ("tessera", *peers)
+    }
     seconds = interleave(commands, arguments.rounds, arguments.steps)
 
     tokens = SHAPE.tokens * arguments.steps

@@ -1,6 +1,8 @@
-"""The two sides of `tessera bench train`, each a process: it reads a number of steps, takes them, answers the seconds.
+"""The two sides of `tessera bench train`, each a process: it reads a number of steps, takes them,
+answers the seconds.
 
-Each imports its own framework only, inside its function, so that the threads of two runtimes never share a process.
+Each imports its own framework only, inside its function, so that the threads of two runtimes never
+share a process.
 """
 
 import sys
@@ -16,7 +18,13 @@ def tessera_step(dtype: str) -> Callable[[], float]:
     import jax
     import numpy as np
 
-    from research.models.config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, PositionConfig
+    from research.models.config import (
+        AttentionConfig,
+        MlpConfig,
+        ModelConfig,
+        NormConfig,
+        PositionConfig,
+    )
     from research.optim.optimizers import OptimConfig
     from research.optim.schedules import ScheduleConfig
     from research.parallel.mesh import MeshConfig
@@ -29,7 +37,9 @@ def tessera_step(dtype: str) -> Callable[[], float]:
         num_layers=SHAPE.layers,
         embed_dim=SHAPE.width,
         max_length=SHAPE.length,
-        attention=AttentionConfig(SHAPE.heads, SHAPE.heads, SHAPE.width // SHAPE.heads, qkv_bias=True, out_bias=True),
+        attention=AttentionConfig(
+            SHAPE.heads, SHAPE.heads, SHAPE.width // SHAPE.heads, qkv_bias=True, out_bias=True
+        ),
         mlp=MlpConfig(4 * SHAPE.width, activation="gelu_tanh", gated=False, bias=True),
         norm=NormConfig(kind="layernorm", bias=True),
         position=PositionConfig(kind="learned"),
@@ -47,11 +57,15 @@ def tessera_step(dtype: str) -> Callable[[], float]:
     train = TrainConfig(steps=1_000_000, batch_size=SHAPE.batch, sequence_length=SHAPE.length)
     program = language_model_program(model, optim, train, MeshConfig(), jax.devices()[:1])
     step, state = program.compile_train_step(), program.create(jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(SHAPE.vocabulary, size=(SHAPE.batch, SHAPE.length + 1), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(
+        SHAPE.vocabulary, size=(SHAPE.batch, SHAPE.length + 1), dtype=np.int32
+    )
     rows = {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(np.arange(SHAPE.length, dtype=np.int32), (SHAPE.batch, SHAPE.length)),
+        "positions": np.broadcast_to(
+            np.arange(SHAPE.length, dtype=np.int32), (SHAPE.batch, SHAPE.length)
+        ),
         "segments": np.ones((SHAPE.batch, SHAPE.length), np.int32),
         "weights": np.ones((SHAPE.batch, SHAPE.length), np.float32),
     }
@@ -66,7 +80,9 @@ def tessera_step(dtype: str) -> Callable[[], float]:
 
 
 def torch_step(dtype: str) -> Callable[[], float]:
-    """Returns a step of GPT-2 with SDPA attention and the fused AdamW: eager, or in bfloat16 autocast and compiled."""
+    """Returns a step of GPT-2 with SDPA attention and the fused AdamW: eager, or in bfloat16
+    autocast and compiled.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM at the edges of a process: before there is anything to save, and at its end.
 
-In between, a signal is an exception or a mark that the training loop looks at (`cli`, `training.loop`).
+In between, a signal is an exception or a mark that the training loop looks at (`cli`,
+`training.loop`).
 """
 
 import contextlib
@@ -21,8 +22,9 @@ def _exit_at_once(number: int, frame: Any) -> None:
 def exit_at_once() -> None:
     """From now on a signal ends the process with one line and status 128 + its number.
 
-    For the time while modules are imported: an exception there would surface as any other, out of code that other
-    projects have written. A signal that whoever started the process has set to be ignored stays ignored.
+    For the time while modules are imported: an exception there would surface as any other, out of
+    code that other projects have written. A signal that whoever started the process has set to be
+    ignored stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
@@ -31,7 +33,9 @@ def exit_at_once() -> None:
 
 
 def raise_again() -> None:
-    """Takes `exit_at_once` back: from now on Ctrl-C raises KeyboardInterrupt, so that what is half done is undone."""
+    """Takes `exit_at_once` back: from now on Ctrl-C raises KeyboardInterrupt, so that what is half
+    done is undone.
+    """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) is _exit_at_once:
@@ -41,7 +45,8 @@ def raise_again() -> None:
 def leave(status: int) -> None:
     """Ends the process without waiting for its threads.
 
-    A thread may be inside XLA's compiler for minutes; Python would wait for it, or take down what it stands on.
+    A thread may be inside XLA's compiler for minutes; Python would wait for it, or take down what
+    it stands on.
     """
     for number in _WORDS:
         signal.signal(number, signal.SIG_IGN)

@@ -17,8 +17,9 @@ logger = logging.getLogger("tessera")
 class Progress:
     """Counts units of work towards a total, which may be an estimate, or None; a context manager.
 
-    On a terminal it draws a bar. On a pipe it logs a line with rate and ETA at most every few seconds, so that short
-    work stays silent; `lines=False` leaves that to work that logs of its own.
+    On a terminal it draws a bar. On a pipe it logs a line with rate and ETA at most every few
+    seconds, so that short work stays silent; `lines=False` leaves that to work that logs of its
+    own.
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "it", lines: bool = True):
@@ -27,7 +28,9 @@ class Progress:
         self._said = self._start
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(desc=label, total=total, unit=unit, unit_scale=True, dynamic_ncols=True, leave=False)
+            self._bar = tqdm.tqdm(
+                desc=label, total=total, unit=unit, unit_scale=True, dynamic_ncols=True, leave=False
+            )
 
     def __enter__(self) -> "Progress":
         return self
@@ -56,7 +59,9 @@ class Progress:
         return f"{self._label}: {done}, {rate:,.0f} {self._unit}/s, ETA {left:.0f} s"
 
 
-def track(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+def track(
+    items: Iterable[T], label: str, total: int | None = None, unit: str = "it"
+) -> Iterator[T]:
     """Yields `items` and shows how far they are."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Functions of Optax and JAX that mix types and ranks of arrays, where that is forbidden as in this project's tests."""
+"""Functions of Optax and JAX that mix types and ranks of arrays, where that is forbidden as in this
+project's tests.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +10,8 @@ import jax
 
 
 def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of Optax or JAX under the rules that it was written for: types and ranks are promoted.
+    """Returns a function of Optax or JAX under the rules that it was written for: types and ranks
+    are promoted.
 
     This project's own code writes its promotions down and needs none of it.
     """

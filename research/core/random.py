@@ -12,7 +12,9 @@ SEEDS = 2**64
 
 
 def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
-    """Returns the key of each seed in [0, 2⁶⁴). Below 2³² it is `jax.random.key(seed)`, which knows no larger seed."""
+    """Returns the key of each seed in [0, 2⁶⁴). Below 2³² it is `jax.random.key(seed)`, which knows
+    no larger seed.
+    """
     # Threefry's key is the seed's upper 32 bits and its lower 32 bits: [B] -> [B, 2].
     halves = [(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds]
     return jax.random.wrap_key_data(np.array(halves, np.uint32), impl="threefry2x32")

@@ -21,7 +21,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def nested(named: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
-    """Returns nested dicts of leaves under slash-separated names; the inverse of `named_leaves` for such trees.
+    """Returns nested dicts of leaves under slash-separated names; the inverse of `named_leaves` for
+    such trees.
 
     Args:
       named: leaves by name.
@@ -43,9 +44,11 @@ def count(tree: Any) -> int:
 
 
 def node(static: tuple[str, ...]) -> Callable[[type[T]], type[T]]:
-    """Makes a frozen dataclass a node of JAX trees whose fields are leaves, but for those named in `static`.
+    """Makes a frozen dataclass a node of JAX trees whose fields are leaves, but for those named in
+    `static`.
 
-    A tree is rebuilt past `__init__` and its checks: JAX puts shapes, specs and placeholders where the arrays were.
+    A tree is rebuilt past `__init__` and its checks: JAX puts shapes, specs and placeholders where
+    the arrays were.
     """
 
     def register(cls: type[T]) -> type[T]:

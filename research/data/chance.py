@@ -1,11 +1,16 @@
-"""Randomness without a state: a draw is a hash of what it is for, so it does not matter who makes it, or when."""
+"""Randomness without a state: a draw is a hash of what it is for, so it does not matter who makes
+it, or when.
+"""
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer, UInt
 
 
-def hash64(values: Integer[np.ndarray, "*N"], *salts: int | UInt[np.ndarray, "*N"]) -> UInt[np.ndarray, "*N"]:
-    """Returns splitmix64 of each value, stirred with each salt: draws that no version of NumPy can change.
+def hash64(
+    values: Integer[np.ndarray, "*N"], *salts: int | UInt[np.ndarray, "*N"]
+) -> UInt[np.ndarray, "*N"]:
+    """Returns splitmix64 of each value, stirred with each salt: draws that no version of NumPy can
+    change.
 
     Args:
       values: what is drawn for; not negative.
@@ -31,25 +36,31 @@ def fraction(draws: UInt[np.ndarray, "*N"]) -> np.ndarray:
     return (draws >> np.uint64(11)) * 2.0**-53
 
 
-def below(draws: UInt[np.ndarray, "*N"], bound: Integer[np.ndarray, "*N"] | int) -> Int[np.ndarray, "*N"]:
+def below(
+    draws: UInt[np.ndarray, "*N"], bound: Integer[np.ndarray, "*N"] | int
+) -> Int[np.ndarray, "*N"]:
     """Returns the draws as integers in [0, bound), for bounds far below 2⁵³."""
     return (fraction(draws) * bound).astype(np.int64)
 
 
 def shuffled(draws: UInt[np.ndarray, "N"], group: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
-    """Returns an order that keeps the groups in theirs and sorts each by the draws; equal draws stay as they were.
+    """Returns an order that keeps the groups in theirs and sorts each by the draws; equal draws
+    stay as they were.
 
     Args:
       draws: of each item.
       group: of each item, in [0, 2²⁴).
     """
-    return np.argsort((group.astype(np.uint64) << np.uint64(40)) | (draws >> np.uint64(24)), kind="stable")
+    return np.argsort(
+        (group.astype(np.uint64) << np.uint64(40)) | (draws >> np.uint64(24)), kind="stable"
+    )
 
 
 def choose(
     draws: UInt[np.ndarray, "N"], sizes: Int[np.ndarray, "G"], counts: Int[np.ndarray, "G"]
 ) -> Bool[np.ndarray, "N"]:
-    """Marks `counts[g]` of the `sizes[g]` items of each group, every choice as likely as every other.
+    """Marks `counts[g]` of the `sizes[g]` items of each group, every choice as likely as every
+    other.
 
     Args:
       draws: of each item, group by group.

@@ -1,12 +1,12 @@
 """Tokenized documents on disk: one memory-mapped array of ids, and where each document begins.
 
-A corpus folder holds `tokens.bin` (uint16 or uint32, the framed documents one after the other), `offsets.npy`,
-`bytes.npy`, `checksums.npy` (of the blocks of `tokens.bin`) and `corpus.json`. It is written under another name and
-renamed when whole, so a build that is killed leaves nothing that could be read. A pair of texts is two documents: what
-is read, then what is made from it.
+A corpus folder holds `tokens.bin` (uint16 or uint32, the framed documents one after the other),
+`offsets.npy`, `bytes.npy`, `checksums.npy` (of the blocks of `tokens.bin`) and `corpus.json`. It is
+written under another name and renamed when whole, so a build that is killed leaves nothing that
+could be read. A pair of texts is two documents: what is read, then what is made from it.
 
-`corpus.json` guards itself and the tables, which are verified when a corpus is opened; a block of tokens is verified
-when it is first read.
+`corpus.json` guards itself and the tables, which are verified when a corpus is opened; a block of
+tokens is verified when it is first read.
 """
 
 import contextlib
@@ -25,7 +25,15 @@ from jaxtyping import Int, Shaped, UInt
 from research.core.config import plain
 from research.core.errors import UserError
 from research.core.progress import Progress
-from research.data.sources import Document, SourceConfig, SourceReport, Split, fingerprint, size_bytes, split_documents
+from research.data.sources import (
+    Document,
+    SourceConfig,
+    SourceReport,
+    Split,
+    fingerprint,
+    size_bytes,
+    split_documents,
+)
 from research.data.tokenizers import Tokenizer
 from research.storage import files
 from research.storage.checksums import BlockChecksums, BlockVerifier, file_checksum
@@ -39,7 +47,8 @@ TABLES = ("offsets", "bytes", "checksums")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The documents of one split of one source, as ids. Cheap to copy to another process: it is opened by its folder.
+    """The documents of one split of one source, as ids. Cheap to copy to another process: it is
+    opened by its folder.
 
     Attributes:
       folder: where it lies.
@@ -49,7 +58,8 @@ class Corpus:
       pad_id: what fills the rest of a row: the tokenizer's PAD, or 0.
       digest: a hash of the tokens and of where the documents begin.
       report: what reading the source met.
-      verifier: compares blocks of `tokens` with their checksums; None for tokens that come from no file.
+      verifier: compares blocks of `tokens` with their checksums; None for tokens that come from no
+          file.
     """
 
     folder: pathlib.Path
@@ -70,12 +80,15 @@ class Corpus:
         return len(self.num_bytes)
 
     def document(self, index: int) -> Shaped[np.ndarray, "_"]:
-        """Returns the framed ids of one document; raises a UserError where they are not those that were written."""
+        """Returns the framed ids of one document; raises a UserError where they are not those that
+        were written.
+        """
         self.verify(self.offsets[index : index + 1], np.diff(self.offsets[index : index + 2]))
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def verify(self, starts: Int[np.ndarray, "ranges"], lengths: Int[np.ndarray, "ranges"]) -> None:
-        """Looks at the blocks of tokens that these ranges touch, each of them once in the life of this object.
+        """Looks at the blocks of tokens that these ranges touch, each of them once in the life of
+        this object.
 
         Args:
           starts: where each range begins in `tokens`.
@@ -87,13 +100,16 @@ class Corpus:
         damaged = None if self.verifier is None else self.verifier.first_damaged(starts, lengths)
         if damaged is not None:
             raise UserError(
-                f"{self.folder / 'tokens.bin'}: ids {damaged[0]:,} to {damaged[1] - 1:,} are not those that were "
+                f"{self.folder / 'tokens.bin'}: ids {damaged[0]:,} to {damaged[1] - 1:,} are not "
+                "those that were "
                 f"written (checksum). Delete {self.folder.parent} to build it again."
             )
 
 
 def open_corpus(folder: str | pathlib.Path) -> Corpus:
-    """Opens a corpus folder; raises a UserError where it is none, was cut short, or its tables were changed."""
+    """Opens a corpus folder; raises a UserError where it is none, was cut short, or its tables were
+    changed.
+    """
     folder = pathlib.Path(folder)
     again = f"Delete {folder.parent} to build it again."
     try:
@@ -104,7 +120,9 @@ def open_corpus(folder: str | pathlib.Path) -> Corpus:
                 changed.append(f"{name}.npy")
         if changed:
             raise UserError(f"{folder / changed[0]} is not what was written (checksum). {again}")
-        offsets, num_bytes, checksums = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in TABLES)
+        offsets, num_bytes, checksums = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in TABLES
+        )
         tokens = _map(folder / "tokens.bin", np.dtype(info["dtype"]))
         pad_id, digest, report = info["pad_id"], info["digest"], SourceReport(**info["report"])
     except UserError:
@@ -113,7 +131,9 @@ def open_corpus(folder: str | pathlib.Path) -> Corpus:
         raise UserError(f"{folder} is not a tokenized corpus: {error}. {again}") from error
     if offsets[-1] != len(tokens):
         raise UserError(f"{folder} has lost part of its files. {again}")
-    return Corpus(folder, tokens, offsets, num_bytes, pad_id, digest, report, BlockVerifier(tokens, checksums))
+    return Corpus(
+        folder, tokens, offsets, num_bytes, pad_id, digest, report, BlockVerifier(tokens, checksums)
+    )
 
 
 def _check(info: Mapping[str, Any]) -> int:
@@ -128,13 +148,16 @@ def _map(path: pathlib.Path, dtype: np.dtype) -> Shaped[np.ndarray, "_"]:
     return np.memmap(path, dtype, mode="r")
 
 
-def build_corpora(source: SourceConfig, tokenizer: Tokenizer, folder: str | pathlib.Path) -> dict[Split, Corpus]:
+def build_corpora(
+    source: SourceConfig, tokenizer: Tokenizer, folder: str | pathlib.Path
+) -> dict[Split, Corpus]:
     """Tokenizes a source in one pass, or opens what an earlier build with the same inputs left.
 
     Args:
       source: where the text comes from.
       tokenizer: what encodes it.
-      folder: the cache; each distinct (source, its files, tokenizer) gets a folder of its own inside.
+      folder: the cache; each distinct (source, its files, tokenizer) gets a folder of its own
+          inside.
 
     Returns:
       The corpus of each split; one without documents is still a corpus.
@@ -168,7 +191,9 @@ def _build(source: SourceConfig, tokenizer: Tokenizer, final: pathlib.Path) -> N
         writers = {split: _Writer(partial / split, tokenizer) for split in SPLITS}
         for writer in writers.values():
             opened.callback(writer.close)
-        with Progress(f"tokenize {source.kind} {source.path}".strip(), size_bytes(source), "bytes") as progress:
+        with Progress(
+            f"tokenize {source.kind} {source.path}".strip(), size_bytes(source), "bytes"
+        ) as progress:
             for batch in _batches(split_documents(source, report)):
                 texts = [(split, text) for split, document in batch for text in document.texts]
                 encoded = tokenizer.encode_batch([text for _, text in texts])

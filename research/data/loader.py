@@ -1,7 +1,9 @@
-"""Batches of packed rows: the row at global index i, with all that is drawn in it, depends on the seed and i alone.
+"""Batches of packed rows: the row at global index i, with all that is drawn in it, depends on the
+seed and i alone.
 
-Row i of the stream goes to batch i // B. Of that batch, part p of P holds the rows p·B/P to (p+1)·B/P, so the number
-of hosts, of workers and the shape of the mesh change who makes a row and never which row it is.
+Row i of the stream goes to batch i // B. Of that batch, part p of P holds the rows p·B/P to
+(p+1)·B/P, so the number of hosts, of workers and the shape of the mesh change who makes a row and
+never which row it is.
 """
 
 import hashlib
@@ -23,9 +25,11 @@ from research.data.packing import PADDING_ROW, PackedRows
 from research.data.prepare import DataConfig
 from research.data.tokenizers import Tokenizer
 
-# Held-out rows are packed and ordered in one way, whatever the seed of the run: runs are compared on them.
+# Held-out rows are packed and ordered in one way, whatever the seed of the run: runs are compared
+# on them.
 HELDOUT_SEED = 0
-# Rows that an endless stream may give: Grain counts batches in floating point, which its own endlessness overflows.
+# Rows that an endless stream may give: Grain counts batches in floating point, which its own
+# endlessness overflows.
 ENDLESS = 2**50
 
 
@@ -33,7 +37,8 @@ class Loader:
     """An endless iterator over one part of every batch.
 
     Attributes:
-      position: global index of the next row; all that a checkpoint needs (with what `state` adds as a check).
+      position: global index of the next row; all that a checkpoint needs (with what `state` adds as
+          a check).
     """
 
     def __init__(
@@ -58,13 +63,14 @@ class Loader:
           batch_size: rows of a batch over all processes, B.
           sequence_length: T.
           seed: of the packing, the shuffle, and what the objective draws.
-          part_index: p, in [0, P); processes whose devices lie in one part of the batch read the same one.
+          part_index: p, in [0, P); processes whose devices lie in one part of the batch read the
+              same one.
           part_count: P, a divisor of B.
           start: global index of the first row.
 
         Raises:
-          UserError: a batch that does not divide, rows that are too short, no text at all, or a tokenizer without
-            what the objective needs.
+          UserError: a batch that does not divide, rows that are too short, no text at all, or a
+            tokenizer without what the objective needs.
         """
         _check_sizes(batch_size, sequence_length, part_count)
         objective = build(config.objective, tokenizer, sequence_length)
@@ -76,12 +82,20 @@ class Loader:
         if not kept:
             raise UserError("sources", constraint="hold no text to train on.")
         self._rows = [
-            PackedRows(c, objective=objective, seed=seed, block_documents=config.block_documents) for c, _ in kept
+            PackedRows(c, objective=objective, seed=seed, block_documents=config.block_documents)
+            for c, _ in kept
         ]
-        self._stream = row_stream([len(rows) for rows in self._rows], [weight for _, weight in kept], seed)
+        self._stream = row_stream(
+            [len(rows) for rows in self._rows], [weight for _, weight in kept], seed
+        )
         self._config, self._batch_size = config, batch_size
         self._part_index, self._part_count = part_index, part_count
-        order = [seed, sequence_length, config.block_documents, [(c.digest, weight) for c, weight in kept]]
+        order = [
+            seed,
+            sequence_length,
+            config.block_documents,
+            [(c.digest, weight) for c, weight in kept],
+        ]
         order += identity(config.objective, objective)
         self._order = hashlib.sha256(json.dumps(order).encode()).hexdigest()
         self._iterator: grain.DatasetIterator | None = None
@@ -114,27 +128,37 @@ class Loader:
         if self._iterator is None:
             self._iterator = self._start()
         batch = next(self._iterator)
-        if self._config.workers:  # out of the memory shared with the workers, which is freed only when let go of
+        if (
+            self._config.workers
+        ):  # out of the memory shared with the workers, which is freed only when let go of
             batch = {name: np.array(values) for name, values in batch.items()}
         self.position += self._batch_size
         return batch
 
     def _start(self) -> grain.DatasetIterator:
         size = self._batch_size // self._part_count
-        batches = self._stream[self.position : self.position + ENDLESS].batch(size, batch_fn=_Gather(self._rows))
+        batches = self._stream[self.position : self.position + ENDLESS].batch(
+            size, batch_fn=_Gather(self._rows)
+        )
         mine = batches[self._part_index :: self._part_count]
         threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._config.prefetch)
         dataset = mine.to_iter_dataset(threads)
         if self._config.workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads its own flags, and not every program is an absl app
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain reads its own flags, and not every program is an absl app
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(self._config.workers, per_worker_buffer_size=self._config.prefetch)
+                grain.MultiprocessingOptions(
+                    self._config.workers, per_worker_buffer_size=self._config.prefetch
+                )
             )
         return iter(dataset)
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps, as JSON holds it: the position, and a digest of what decides the order."""
+        """Returns what a checkpoint keeps, as JSON holds it: the position, and a digest of what
+        decides the order.
+        """
         return {"position": self.position, "order": self._order}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -146,7 +170,8 @@ class Loader:
         if state["order"] != self._order:
             raise UserError(
                 "data",
-                constraint=": the checkpoint was made with other data, weights, objective, packing, seed or"
+                constraint=": the checkpoint was made with other data, weights, objective, "
+                "packing, seed or"
                 " sequence_length; its position in the samples means nothing here.",
             )
         self.close()
@@ -170,7 +195,8 @@ def heldout_batches(
     part_count: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """Yields every held-out row exactly once, in an order that no run changes; the last batch is filled with padding.
+    """Yields every held-out row exactly once, in an order that no run changes; the last batch is
+    filled with padding.
 
     The order is mixed, so the first `max_batches` are a fair sample of the whole.
 
@@ -190,18 +216,24 @@ def heldout_batches(
     _check_sizes(batch_size, sequence_length, part_count)
     objective = build(config.objective, tokenizer, sequence_length)
     rows = [
-        PackedRows(c, objective=objective, seed=HELDOUT_SEED, block_documents=config.block_documents)
+        PackedRows(
+            c, objective=objective, seed=HELDOUT_SEED, block_documents=config.block_documents
+        )
         for c in corpora
         if objective.num_targets(c.offsets) > 0
     ]
     if not rows:
-        raise UserError("sources", constraint=": no document is held out; raise heldout_fraction or add text.")
+        raise UserError(
+            "sources", constraint=": no document is held out; raise heldout_fraction or add text."
+        )
     table = [(source, row, 0) for source, packed in enumerate(rows) for row in range(len(packed))]
     stream = grain.MapDataset.source(table).shuffle(seed=HELDOUT_SEED)
     gather = _Gather(rows)
     size = batch_size // part_count
     count = -(-len(table) // batch_size)
-    for g in track(range(count if max_batches is None else min(count, max_batches)), "evaluate", unit="batches"):
+    for g in track(
+        range(count if max_batches is None else min(count, max_batches)), "evaluate", unit="batches"
+    ):
         first = g * batch_size + part_index * size
         wanted = [stream[i] for i in range(first, min(first + size, len(table)))]
         yield gather(wanted + [(0, PADDING_ROW, 0)] * (size - len(wanted)))
@@ -215,7 +247,9 @@ def _check_sizes(batch_size: int, sequence_length: int, part_count: int) -> None
 
 
 class _Gather:
-    """Makes a batch of (source, row, epoch) triples. A class, because workers receive it by pickle."""
+    """Makes a batch of (source, row, epoch) triples. A class, because workers receive it by
+    pickle.
+    """
 
     def __init__(self, rows: Sequence[PackedRows]):
         self._rows = list(rows)

@@ -1,6 +1,8 @@
-"""Which row comes when: a global shuffle in every epoch, and sources mixed by weight. An index in, a row out.
+"""Which row comes when: a global shuffle in every epoch, and sources mixed by weight. An index in,
+a row out.
 
-Both are functions of (seed, i) that need no state, so any position can be reached at once and any host can compute it.
+Both are functions of (seed, i) that need no state, so any position can be reached at once and any
+host can compute it.
 """
 
 from collections.abc import Sequence
@@ -11,11 +13,13 @@ from research.data.source_files import stable_hash
 
 
 def row_stream(num_rows: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Returns an endless dataset whose element i is (source, row, epoch): whatever is random in a row differs by epoch.
+    """Returns an endless dataset whose element i is (source, row, epoch): whatever is random in a
+    row differs by epoch.
 
-    Every source passes through all its rows, newly shuffled, before it repeats one. Sources alternate in fixed
-    proportions: after n rows, source k has given n · wₖ / Σ w of them, rounded (Grain keeps the proportions to within
-    1 % of the smallest weight).
+    Every source passes through all its rows, newly shuffled, before it repeats one. Sources
+    alternate in fixed
+    proportions: after n rows, source k has given n · wₖ / Σ w of them, rounded (Grain keeps the
+    proportions to within 1 % of the smallest weight).
 
     Args:
       num_rows: rows of each source in an epoch, at least 1.
@@ -24,9 +28,15 @@ def row_stream(num_rows: Sequence[int], weights: Sequence[float], seed: int) -> 
     """
     streams = []
     for source, rows in enumerate(num_rows):
-        # Grain shuffles epoch e with the seed plus e: sources and runs get seeds that are far apart.
+        # Grain shuffles epoch e with the seed plus e: sources and runs get seeds that are far
+        # apart.
         own_seed = stable_hash(f"{seed}/{source}") % 2**32
-        streams.append(grain.MapDataset.range(rows).shuffle(seed=own_seed).repeat().map_with_index(_Tag(source, rows)))
+        streams.append(
+            grain.MapDataset.range(rows)
+            .shuffle(seed=own_seed)
+            .repeat()
+            .map_with_index(_Tag(source, rows))
+        )
     return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, list(weights))
 
 

@@ -1,11 +1,13 @@
 """Best-fit packing: which pieces of which documents share a row, planned from lengths alone.
 
-The documents are put in an order that the seed fixes, and packed block by block, so memory for planning is bounded
-and row i is a pure function of (seed, objective, i). Inside a block a document is cut into the longest pieces that fill
-a row, and what is left is packed by best-fit decreasing: longest first, each into the fullest row that still has room.
-A row of an encoder-decoder has two rooms, and a piece needs its place in both.
+The documents are put in an order that the seed fixes, and packed block by block, so memory for
+planning is bounded and row i is a pure function of (seed, objective, i). Inside a block a document
+is cut into the longest pieces that fill a row, and what is left is packed by best-fit decreasing:
+longest first, each into the fullest row that still has room. A row of an encoder-decoder has two
+rooms, and a piece needs its place in both.
 
-Source: Ding et al. 2024, arXiv:2404.10830, section 3 (there over the whole corpus; here over blocks).
+Source: Ding et al. 2024, arXiv:2404.10830, section 3 (there over the whole corpus; here over
+    blocks).
 """
 
 import dataclasses
@@ -50,7 +52,9 @@ class Plan:
         return len(self.row_starts) - 1
 
 
-def plan_rows(offsets: Int[np.ndarray, "_"], objective: Objective, *, seed: int, block_documents: int) -> Plan:
+def plan_rows(
+    offsets: Int[np.ndarray, "_"], objective: Objective, *, seed: int, block_documents: int
+) -> Plan:
     """Plans the rows of one epoch.
 
     Args:
@@ -65,10 +69,14 @@ def plan_rows(offsets: Int[np.ndarray, "_"], objective: Objective, *, seed: int,
     documents = objective.documents(offsets)
     order = np.argsort(hash64(np.arange(len(documents)), seed, ORDER), kind="stable")
     order = order[documents.lengths[order] > 0]
-    blocks = [order[first : first + block_documents] for first in range(0, len(order), block_documents)]
+    blocks = [
+        order[first : first + block_documents] for first in range(0, len(order), block_documents)
+    ]
     plans = [_pack_block(documents[block], objective, seed) for block in blocks]
     none = np.zeros(0, np.int64)
-    *pieces, row_sizes = [np.concatenate([none, *parts]) for parts in zip(*plans, strict=True)] or [none] * 4
+    *pieces, row_sizes = [np.concatenate([none, *parts]) for parts in zip(*plans, strict=True)] or [
+        none
+    ] * 4
     places = len(row_sizes) * (objective.sequence_length + objective.encoder_length)
     padding = 1.0 - int(objective.widths(*pieces[1:]).sum()) / max(places, 1)
     left_out = len(order) - len(pieces[0]) if objective.whole else 0
@@ -78,12 +86,16 @@ def plan_rows(offsets: Int[np.ndarray, "_"], objective: Objective, *, seed: int,
 def _pack_block(
     documents: Runs, objective: Objective, seed: int
 ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "R"]]:
-    """Returns starts, lengths, notes and pieces a row of one block: the full rows first, then the packed rests."""
+    """Returns starts, lengths, notes and pieces a row of one block: the full rows first, then the
+    packed rests.
+    """
     pieces, full = objective.cut(documents, seed)
     full_pieces, rest = np.flatnonzero(full), np.flatnonzero(~full)
     rooms = np.array([objective.sequence_length, objective.encoder_length])
     widths = objective.widths(pieces.lengths[rest], pieces.notes[rest])
-    tight = int(np.argmax(widths.sum(axis=1) / np.maximum(rooms, 1)))  # the room that runs out first
+    tight = int(
+        np.argmax(widths.sum(axis=1) / np.maximum(rooms, 1))
+    )  # the room that runs out first
     longest_first = np.argsort(-widths[tight], kind="stable")
     rest, widths = rest[longest_first], widths[:, longest_first].tolist()
     row = best_fit(widths[tight], int(rooms[tight]), widths[1 - tight], int(rooms[1 - tight]))
@@ -92,14 +104,18 @@ def _pack_block(
     return pieces.starts, pieces.lengths, pieces.notes, row_sizes
 
 
-def best_fit(lengths: list[int], capacity: int, others: list[int], other_capacity: int) -> Int[np.ndarray, "P"]:
+def best_fit(
+    lengths: list[int], capacity: int, others: list[int], other_capacity: int
+) -> Int[np.ndarray, "P"]:
     """Returns the bin of each piece: the fullest open one that has room, else a new one.
 
-    Bit c of `room` says that some bin has c places left, so the tightest bin for n is the lowest set bit from n on.
-    Of the bins with equally many places left the newest is asked whether its other room suffices, too.
+    Bit c of `room` says that some bin has c places left, so the tightest bin for n is the lowest
+    set bit from n on. Of the bins with equally many places left the newest is asked whether its
+    other room suffices, too.
 
     Args:
-      lengths: in [1, capacity], in the order in which they are placed (longest first for best-fit decreasing).
+      lengths: in [1, capacity], in the order in which they are placed (longest first for best-fit
+          decreasing).
       capacity: size of every bin.
       others: what each piece takes of a bin's other room, in [0, other_capacity].
       other_capacity: size of that.
@@ -130,7 +146,9 @@ def best_fit(lengths: list[int], capacity: int, others: list[int], other_capacit
 
 
 class PackedRows:
-    """The packed rows of a corpus; a batch of them is made from the token store when it is asked for."""
+    """The packed rows of a corpus; a batch of them is made from the token store when it is asked
+    for.
+    """
 
     def __init__(self, corpus: Corpus, *, objective: Objective, seed: int, block_documents: int):
         """Args: as `plan_rows`.
@@ -139,11 +157,19 @@ class PackedRows:
           UserError: a corpus without a single piece, or rows that are too short.
         """
         self.corpus, self._objective = corpus, objective
-        self.plan = plan_rows(np.asarray(corpus.offsets), objective, seed=seed, block_documents=block_documents)
+        self.plan = plan_rows(
+            np.asarray(corpus.offsets), objective, seed=seed, block_documents=block_documents
+        )
         if self.plan.num_rows == 0:
-            long = f": its {self.plan.left_out} pairs are all too long for a row" if self.plan.left_out else ""
+            long = (
+                f": its {self.plan.left_out} pairs are all too long for a row"
+                if self.plan.left_out
+                else ""
+            )
             raise UserError(f"{corpus.folder} holds no text to learn from{long}.")
-        self._seed = stable_hash(f"{seed}/{corpus.digest}")  # the same places of two corpora draw differently
+        self._seed = stable_hash(
+            f"{seed}/{corpus.digest}"
+        )  # the same places of two corpora draw differently
 
     def __len__(self) -> int:
         return self.plan.num_rows
@@ -158,7 +184,9 @@ class PackedRows:
         numbers = np.repeat(first, sizes) + ragged_arange(sizes)
         # A causal piece of n pairs reads n + 1 tokens; the last piece of a store may end with it.
         starts = self.plan.starts[numbers]
-        self.corpus.verify(starts, np.minimum(self.plan.lengths[numbers] + 1, len(self.corpus.tokens) - starts))
+        self.corpus.verify(
+            starts, np.minimum(self.plan.lengths[numbers] + 1, len(self.corpus.tokens) - starts)
+        )
         pieces = Pieces(
             self.corpus.tokens,
             starts,

@@ -41,14 +41,22 @@ class DataConfig:
             raise UserError("sources", (), "must name at least one source.")
         if all(source.heldout_fraction == 1 for source in self.sources):
             raise UserError(
-                "sources", constraint=": every source has heldout_fraction = 1.0, so nothing is left to train on."
+                "sources",
+                constraint=": every source has heldout_fraction = 1.0, so nothing is left to "
+                "train on.",
             )
         for index, source in enumerate(self.sources):
-            name, value = ("pair_path", source.pair_path) if source.pair_path else ("pair_field", source.pair_field)
+            name, value = (
+                ("pair_path", source.pair_path)
+                if source.pair_path
+                else ("pair_field", source.pair_field)
+            )
             if (self.objective.kind == "translate") != bool(value):
                 need = "be empty" if value else "name the other text of a pair"
                 raise UserError(
-                    f"sources.{index}.{name}", value, f"must {need} for objective.kind = {self.objective.kind!r}."
+                    f"sources.{index}.{name}",
+                    value,
+                    f"must {need} for objective.kind = {self.objective.kind!r}.",
                 )
         for name, least in (("block_documents", 1), ("workers", 0), ("prefetch", 1)):
             value = getattr(self, name)
@@ -58,7 +66,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Everything that loaders need; the corpora stand in the order of `DataConfig.sources`, empty ones included."""
+    """Everything that loaders need; the corpora stand in the order of `DataConfig.sources`, empty
+    ones included.
+    """
 
     tokenizer: Tokenizer
     train: tuple[Corpus, ...]
@@ -70,18 +80,23 @@ class Prepared:
         for train, heldout in zip(self.train, self.heldout, strict=True):
             read = train.report
             line = (
-                f"{train.folder.parent.name}: {train.num_documents:,} documents, {len(train.tokens):,} tokens to train;"
+                f"{train.folder.parent.name}: {train.num_documents:,} documents, "
+                f"{len(train.tokens):,} tokens to train;"
                 f" {heldout.num_documents:,} documents, {len(heldout.tokens):,} tokens held out"
             )
-            lines.append(f"{line}; {read.bad:,} skipped, first: {read.first_bad}" if read.bad else line)
+            lines.append(
+                f"{line}; {read.bad:,} skipped, first: {read.first_bad}" if read.bad else line
+            )
         return lines
 
 
 def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
-    """Builds what a run needs inside `folder`, or finds it there from an earlier run with the same inputs.
+    """Builds what a run needs inside `folder`, or finds it there from an earlier run with the same
+    inputs.
 
     Raises:
-      UserError: a source or tokenizer that cannot be read, nothing to train on, or a disk that is full.
+      UserError: a source or tokenizer that cannot be read, nothing to train on, or a disk that is
+          full.
     """
     folder = pathlib.Path(folder)
     tokenizer = prepare_tokenizer(config, folder)
@@ -90,10 +105,15 @@ def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
         with within(f"sources.{index}"):
             corpora.append(build_corpora(source, tokenizer, folder / "corpora"))
     prepared = Prepared(
-        tokenizer, tuple(splits["train"] for splits in corpora), tuple(splits["heldout"] for splits in corpora)
+        tokenizer,
+        tuple(splits["train"] for splits in corpora),
+        tuple(splits["heldout"] for splits in corpora),
     )
     if not any(corpus.num_documents for corpus in prepared.train):
-        raise UserError("sources", constraint=": no document is left to train on; lower heldout_fraction or add text.")
+        raise UserError(
+            "sources",
+            constraint=": no document is left to train on; lower heldout_fraction or add text.",
+        )
     return prepared
 
 
@@ -105,7 +125,9 @@ def check_sources(config: DataConfig) -> None:
 
 
 def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokenizer:
-    """Returns the tokenizer of a data config, trained at most once for the same text and kept in `folder`."""
+    """Returns the tokenizer of a data config, trained at most once for the same text and kept in
+    `folder`.
+    """
     if config.tokenizer.kind not in tokenizers.TRAINED:
         with within("tokenizer"):
             return tokenizers.build(config.tokenizer, ())
@@ -131,7 +153,9 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """Yields the training documents that a tokenizer learns from, each source up to its share of the bytes."""
+    """Yields the training documents that a tokenizer learns from, each source up to its share of
+    the bytes.
+    """
     sources = [source for source in config.sources if source.heldout_fraction < 1]
     total = sum(source.weight for source in sources)
     for source in sources:

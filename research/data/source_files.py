@@ -1,4 +1,6 @@
-"""Files of text: found by a pattern, opened whatever compresses them, read record by record in bounded memory."""
+"""Files of text: found by a pattern, opened whatever compresses them, read record by record in
+bounded memory.
+"""
 
 import codecs
 import contextlib
@@ -15,23 +17,29 @@ from research.storage.paths import is_address
 
 # Bytes that are read at a time where no line ends them.
 CHUNK_BYTES = 2**20
-# The largest window that the bundled Zstandard decoder allows, as a power of 2; larger ones need `zstandard`.
+# The largest window that the bundled Zstandard decoder allows, as a power of 2; larger ones need
+# `zstandard`.
 BUNDLED_WINDOW_LOG = 27
 
 
 def stable_hash(key: str) -> int:
     """Returns 64 bits that are the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
-    """Returns (name, file) of everything that a file, folder or glob names, in the order of the names' hashes.
+    """Returns (name, file) of everything that a file, folder or glob names, in the order of the
+    names' hashes.
 
     Raises:
       UserError: nothing matches, a name that no file system takes, or an address.
     """
     if is_address(path):
-        raise UserError("path", path, "is an address: sources are read from local or mounted files.")
+        raise UserError(
+            "path", path, "is an address: sources are read from local or mounted files."
+        )
     try:
         root, named = _match(path)
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
@@ -46,12 +54,18 @@ def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
 
 
 def _match(path: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
-    """Returns the folder that names are relative to, and the files; of a single file, that file twice."""
+    """Returns the folder that names are relative to, and the files; of a single file, that file
+    twice.
+    """
     root = pathlib.Path(path)
     if root.is_file():
         return root, [root]
     if root.is_dir():
-        found = [file for file in root.rglob("*") if not any(p.startswith(".") for p in file.relative_to(root).parts)]
+        found = [
+            file
+            for file in root.rglob("*")
+            if not any(p.startswith(".") for p in file.relative_to(root).parts)
+        ]
     else:
         found = [pathlib.Path(name) for name in glob.glob(path, recursive=True)]
         while glob.has_magic(str(root)):
@@ -60,8 +74,11 @@ def _match(path: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path, zstd_window_log: int = BUNDLED_WINDOW_LOG) -> Iterator[io.BufferedReader]:
-    """Opens a plain, gzip or Zstandard file by its name's end, behind its byte order mark where it has one.
+def opened(
+    path: pathlib.Path, zstd_window_log: int = BUNDLED_WINDOW_LOG
+) -> Iterator[io.BufferedReader]:
+    """Opens a plain, gzip or Zstandard file by its name's end, behind its byte order mark where it
+    has one.
 
     Args:
       path: of the file.
@@ -90,14 +107,17 @@ def _binary(path: pathlib.Path, zstd_window_log: int) -> io.BufferedReader:
     if path.suffix == ".zst" and zstd_window_log > BUNDLED_WINDOW_LOG:
         return io.BufferedReader(_WideZstandard(path, zstd_window_log), CHUNK_BYTES)
     if path.suffix == ".zst":
-        import pyarrow  # heavy, and only for such files; unlike `zstandard` it notices a file that was cut short
+        # heavy, and only for such files; unlike `zstandard` it notices a file that was cut short
+        import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), CHUNK_BYTES)
     return path.open("rb")
 
 
 class _WideZstandard(io.RawIOBase):
-    """Zstandard frames with windows that the bundled decoder refuses; a file that was cut short is an OSError."""
+    """Zstandard frames with windows that the bundled decoder refuses; a file that was cut short is
+    an OSError.
+    """
 
     def __init__(self, path: pathlib.Path, window_log: int):
         try:
@@ -113,7 +133,10 @@ class _WideZstandard(io.RawIOBase):
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**window_log)
         self._file = path.open("rb")
         self._frame = self._decompressor.decompressobj()
-        self._fresh, self._data = True, b""  # whether the frame has had no byte yet; what is decoded and not yet read
+        self._fresh, self._data = (
+            True,
+            b"",
+        )  # whether the frame has had no byte yet; what is decoded and not yet read
 
     def readable(self) -> bool:
         return True
@@ -151,7 +174,9 @@ class _WideZstandard(io.RawIOBase):
 
 
 def lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
-    """Yields the lines of a file with their ends; None for a line of more than `limit` bytes, which is not kept."""
+    """Yields the lines of a file with their ends; None for a line of more than `limit` bytes, which
+    is not kept.
+    """
     line = file.readline(limit + 1)
     while line:
         if len(line) <= limit or line.endswith(b"\n"):
@@ -163,7 +188,9 @@ def lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
         line = file.readline(limit + 1)
 
 
-def parts(file: io.BufferedReader, separator: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
+def parts(
+    file: io.BufferedReader, separator: bytes, limit: int
+) -> Iterator[tuple[int, bytes | None]]:
     """Yields (number of its first line, bytes) of what stands between separators.
 
     The bytes are None where they are more than `limit`; these are not kept.

@@ -1,7 +1,8 @@
-"""Where documents come from: the embedded corpus, text files, lines of JSON or of pairs, Parquet, TFDS, as one stream.
+"""Where documents come from: the embedded corpus, text files, lines of JSON or of pairs, Parquet,
+TFDS, as one stream.
 
-Whether a document is held out depends on a hash of its name (a file) or of its text (a record) alone: never on the
-order of reading, the number of documents, the machine or the version of Python.
+Whether a document is held out depends on a hash of its name (a file) or of its text (a record)
+alone: never on the order of reading, the number of documents, the machine or the version of Python.
 """
 
 import dataclasses
@@ -25,23 +26,27 @@ class SourceConfig:
     """One source of text.
 
     Attributes:
-      kind: `stdlib` (text that every Python carries), `text` (a document a file), `jsonl` (plain, .gz or .zst),
-        `lines` (a pair of texts a line, in two files), `parquet`, or `tfds` (a prepared dataset, or text files that are
-        prepared as one).
+      kind: `stdlib` (text that every Python carries), `text` (a document a file), `jsonl` (plain,
+        .gz or .zst), `lines` (a pair of texts a line, in two files), `parquet`, or `tfds` (a
+        prepared dataset, or text files that are prepared as one).
       path: file, folder (searched recursively) or glob pattern; not used by `stdlib`.
-      field: the field of a JSON object, the column of a Parquet file or the feature of a TFDS example with the text.
-      pair_field: the field of a JSON object with the text from which the one in `field` is made: a pair of texts for
-        `data.objective.kind = "translate"`; empty: documents are single texts.
-      pair_path: of `lines`, as many files whose lines are what those of `path` are made from, in the order of names.
+      field: the field of a JSON object, the column of a Parquet file or the feature of a TFDS
+          example with the text.
+      pair_field: the field of a JSON object with the text from which the one in `field` is made: a
+        pair of texts for `data.objective.kind = "translate"`; empty: documents are single texts.
+      pair_path: of `lines`, as many files whose lines are what those of `path` are made from, in
+          the order of names.
       separator: where to cut a text file into several documents; empty: one document a file.
       tfds_split: the TFDS split that is read.
       weight: share of this source in the training mixture, relative to the other weights; above 0.
-      heldout_fraction: share of the documents kept for evaluation, in [0, 1]. 1 makes the source evaluation only.
+      heldout_fraction: share of the documents kept for evaluation, in [0, 1]. 1 makes the source
+          evaluation only.
       max_bad_fraction: share of unreadable records, in [0, 1], above which the source fails.
-      max_record_bytes: bytes of a record (a file of text, a part between separators, a line, a value), at least 1; a
-        longer one counts as unreadable and is never held in memory, however well it was compressed.
-      zstd_window_log: the largest window of a Zstandard frame, as a power of 2 in [10, 31]; reading takes that much
-        memory. Above 27 it needs the package `zstandard`.
+      max_record_bytes: bytes of a record (a file of text, a part between separators, a line, a
+        value), at least 1; a longer one counts as unreadable and is never held in memory, however
+        well it was compressed.
+      zstd_window_log: the largest window of a Zstandard frame, as a power of 2 in [10, 31]; reading
+        takes that much memory. Above 27 it needs the package `zstandard`.
     """
 
     kind: Literal["stdlib", "text", "jsonl", "lines", "parquet", "tfds"] = "stdlib"
@@ -64,7 +69,9 @@ class SourceConfig:
         if not self.field:
             raise UserError("field", "", "must name the field that holds the text.")
         if self.pair_field and self.kind != "jsonl":
-            raise UserError("pair_field", self.pair_field, f"must be empty for kind = {self.kind!r}.")
+            raise UserError(
+                "pair_field", self.pair_field, f"must be empty for kind = {self.kind!r}."
+            )
         if bool(self.pair_path) != (self.kind == "lines"):
             need = "be empty" if self.pair_path else "name the other files"
             raise UserError("pair_path", self.pair_path, f"must {need} for kind = {self.kind!r}.")
@@ -119,7 +126,8 @@ class SourceReport:
         seen = self.documents + self.bad
         if self.bad > max_bad_fraction * seen and (at_end or seen >= EARLY_JUDGEMENT):
             raise UserError(
-                f"{self.first_bad} ({self.bad} of {seen} records are bad, above max_bad_fraction = {max_bad_fraction})."
+                f"{self.first_bad} ({self.bad} of {seen} records are bad, above max_bad_fraction "
+                f"= {max_bad_fraction})."
             )
 
 
@@ -128,7 +136,9 @@ def is_heldout(key: str, fraction: float) -> bool:
     return stable_hash(key) < fraction * 2**64
 
 
-def documents(config: SourceConfig, split: Split, report: SourceReport | None = None) -> Iterator[Document]:
+def documents(
+    config: SourceConfig, split: Split, report: SourceReport | None = None
+) -> Iterator[Document]:
     """Yields the documents of one split, always in the same order, which no name or date decides.
 
     Args:
@@ -144,7 +154,9 @@ def documents(config: SourceConfig, split: Split, report: SourceReport | None = 
 
 
 def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tuple[Split, Document]]:
-    """Yields the documents of both splits in one pass, each with its split; arguments and errors as `documents`."""
+    """Yields the documents of both splits in one pass, each with its split; arguments and errors as
+    `documents`.
+    """
     for key, document in _READERS[config.kind](config, report):
         report.documents += 1
         yield "heldout" if is_heldout(key, config.heldout_fraction) else "train", document
@@ -155,17 +167,29 @@ def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tupl
 
 
 def fingerprint(config: SourceConfig) -> list[list[str | int]]:
-    """Returns what tells a changed source from an unchanged one: name, size and time of every file."""
-    files = sorted(stdlib.files().items()) if config.kind == "stdlib" else sorted(find_files(config.path))
+    """Returns what tells a changed source from an unchanged one: name, size and time of every
+    file.
+    """
+    files = (
+        sorted(stdlib.files().items())
+        if config.kind == "stdlib"
+        else sorted(find_files(config.path))
+    )
     files += sorted(find_files(config.pair_path)) if config.pair_path else []
     return [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
 
 
 def size_bytes(config: SourceConfig) -> int | None:
-    """Returns about how many bytes of text a source holds, or None where only reading it would tell."""
+    """Returns about how many bytes of text a source holds, or None where only reading it would
+    tell.
+    """
     files = fingerprint(config)
     packed = any(str(name).endswith((".gz", ".zst")) for name, _, _ in files)
-    return None if packed or config.kind not in ("stdlib", "text") else sum(int(size) for _, size, _ in files)
+    return (
+        None
+        if packed or config.kind not in ("stdlib", "text")
+        else sum(int(size) for _, size, _ in files)
+    )
 
 
 Keyed = tuple[str, Document]
@@ -190,7 +214,12 @@ def _read_text(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 
 
 def _decoded(
-    data: bytes | None, config: SourceConfig, report: SourceReport, path: object, line: int, also: str = ""
+    data: bytes | None,
+    config: SourceConfig,
+    report: SourceReport,
+    path: object,
+    line: int,
+    also: str = "",
 ) -> str | None:
     """Returns a record as text, or None where it is bad: its line is then counted.
 
@@ -203,7 +232,9 @@ def _decoded(
       also: what to say after a fault.
     """
     if data is None:
-        return report.skip(f"{path}:{line}", f"longer than max_record_bytes = {config.max_record_bytes}{also}")
+        return report.skip(
+            f"{path}:{line}", f"longer than max_record_bytes = {config.max_record_bytes}{also}"
+        )
     try:
         # Files with byte order marks may have been joined; no record itself begins with one.
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -216,7 +247,9 @@ def _read_jsonl(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
     fields = (config.field, config.pair_field) if config.pair_field else (config.field,)
     for name, path in find_files(config.path):
         with opened(path, config.zstd_window_log) as file:
-            for number, data in enumerate(source_files.lines(file, config.max_record_bytes), start=1):
+            for number, data in enumerate(
+                source_files.lines(file, config.max_record_bytes), start=1
+            ):
                 line = _decoded(data, config, report, path, number)
                 line = None if line is None else line.strip()
                 texts = _json_texts(line, fields, report, f"{path}:{number}") if line else None
@@ -227,7 +260,11 @@ def _read_jsonl(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 def _read_lines(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
     found, beside = find_files(config.path), find_files(config.pair_path)
     if len(found) != len(beside):
-        raise UserError("pair_path", config.pair_path, f"matches {len(beside)} files, path {len(found)}: not pairs.")
+        raise UserError(
+            "pair_path",
+            config.pair_path,
+            f"matches {len(beside)} files, path {len(found)}: not pairs.",
+        )
     other = dict(zip(sorted(found), sorted(beside), strict=True))
     for name, path in found:
         other_path = other[name, path][1]
@@ -249,20 +286,30 @@ def _line_pairs(
 ) -> Iterator[tuple[bytes | None, bytes | None]]:
     """Yields the lines of two files side by side; raises a UserError where one has more of them."""
     end = object()
-    with opened(path, config.zstd_window_log) as file, opened(other_path, config.zstd_window_log) as other_file:
+    with (
+        opened(path, config.zstd_window_log) as file,
+        opened(other_path, config.zstd_window_log) as other_file,
+    ):
         both = [source_files.lines(each, config.max_record_bytes) for each in (file, other_file)]
         for number, pair in enumerate(itertools.zip_longest(*both, fillvalue=end)):
             if end in pair:
                 short, long = (path, other_path) if pair[0] is end else (other_path, path)
-                raise UserError(f"{short} has {number} lines and {long} has more: they must be pairs of lines.")
+                raise UserError(
+                    f"{short} has {number} lines and {long} has more: they must be pairs of lines."
+                )
             yield pair
 
 
-def _json_texts(line: str, fields: tuple[str, ...], report: SourceReport, where: str) -> list[str] | None:
+def _json_texts(
+    line: str, fields: tuple[str, ...], report: SourceReport, where: str
+) -> list[str] | None:
     """Returns the texts of one JSON line, or None where the line is bad."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # broken, a number of too many digits, nested too deeply
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # broken, a number of too many digits, nested too deeply
         return report.skip(where, f"broken JSON: {error}")
     texts = []
     for field in fields:
@@ -294,7 +341,9 @@ def _read_parquet(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]
             with parquet.ParquetFile(path) as file:
                 if config.field not in file.schema_arrow.names:
                     known = ", ".join(file.schema_arrow.names)
-                    raise UserError("field", config.field, f"is not a column of {path}. Columns: {known}.")
+                    raise UserError(
+                        "field", config.field, f"is not a column of {path}. Columns: {known}."
+                    )
                 number = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[config.field]):
                     for value in batch.column(0):

@@ -1,7 +1,8 @@
 """The embedded corpus: text that every Python carries, so that the quickstart downloads nothing.
 
-Three kinds of document: the language reference (`pydoc_data`), the source files of the standard library, and the
-docstrings of each such file as prose. A file and its docstrings share one key, so they fall on the same side of the
+Three kinds of document: the language reference (`pydoc_data`), the source files of the standard
+library, and the docstrings of each such file as prose. A file and its docstrings share one key, so
+they fall on the same side of the
 split. Nothing is imported: the files are read and parsed.
 """
 
@@ -12,10 +13,12 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
 
-# Top-level folders left out: third-party code, the test suite (as large as the library itself, and not always
-# installed), compiled extensions, and codecs, which are near-copies of one another: some would be held out beside
-# their twins in training.
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "lib-dynload", "encodings", "__pycache__"})
+# Top-level folders left out: third-party code, the test suite (as large as the library itself, and
+# not always installed), compiled extensions, and codecs, which are near-copies of one another: some
+# would be held out beside their twins in training.
+LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "lib-dynload", "encodings", "__pycache__"}
+)
 TOPICS = "pydoc_data/topics.py"
 MIN_DOCSTRING = 40
 
@@ -24,7 +27,12 @@ def files() -> dict[str, pathlib.Path]:
     """Returns the corpus files by name, as `asyncio/events.py`."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     tops = [top for top in root.iterdir() if not _is_left_out(top.name)]
-    found = [path for top in tops for path in (top.rglob("*.py") if top.is_dir() else [top]) if path.suffix == ".py"]
+    found = [
+        path
+        for top in tops
+        for path in (top.rglob("*.py") if top.is_dir() else [top])
+        if path.suffix == ".py"
+    ]
     named = {path.relative_to(root).as_posix(): path for path in found}
     # Test data is broken on purpose.
     return {name: path for name, path in sorted(named.items()) if "/tests/data/" not in name}
@@ -72,7 +80,9 @@ def _topics(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def _docstrings(tree: ast.Module) -> str:
-    """Returns the docstrings of a module, its classes and functions in the order of the text, each under its name."""
+    """Returns the docstrings of a module, its classes and functions in the order of the text, each
+    under its name.
+    """
     parts, stack = [], [tree]
     while stack:
         node = stack.pop()
@@ -81,6 +91,10 @@ def _docstrings(tree: ast.Module) -> str:
             if doc and len(doc) >= MIN_DOCSTRING:
                 parts.append(doc if isinstance(node, ast.Module) else f"{node.name}\n\n{doc}")
         # Expressions, most of the tree, hold no definitions.
-        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler))]
+        inner = [
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, (ast.stmt, ast.excepthandler))
+        ]
         stack.extend(reversed(inner))
     return "\n\n\n".join(parts)

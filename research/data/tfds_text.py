@@ -1,7 +1,8 @@
-"""TensorFlow Datasets without TensorFlow: a builder over local text files, and reading what TFDS has prepared.
+"""TensorFlow Datasets without TensorFlow: a builder over local text files, and reading what TFDS
+has prepared.
 
-Everything is read by random access (`tfds.data_source`, ArrayRecord), which needs no TensorFlow. TFDS takes a while to
-import, so only the code that meets a `tfds` source imports this module.
+Everything is read by random access (`tfds.data_source`, ArrayRecord), which needs no TensorFlow.
+TFDS takes a while to import, so only the code that meets a `tfds` source imports this module.
 """
 
 import codecs
@@ -21,19 +22,29 @@ Named = tuple[str, str | bytes]
 
 
 class TesseraText(tfds.core.GeneratorBasedBuilder):
-    """Text files as a TFDS dataset: an example a file, with its `name` and `text`, in one split `train`."""
+    """Text files as a TFDS dataset: an example a file, with its `name` and `text`, in one split
+    `train`.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # TFDS would look beside the code for the checksums of downloads; there are none
+    code_path = (
+        None  # TFDS would look beside the code for the checksums of downloads; there are none
+    )
 
     def __init__(self, *, files: Mapping[str, str], **options: Any):
-        """Args: files: path of each file by the name that its example gets. options: those of TFDS."""
+        """Args: files: path of each file by the name that its example gets. options: those of
+        TFDS.
+        """
         self._files = dict(files)
         super().__init__(**options)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, description="Local text files.", features=features)
+        features = tfds.features.FeaturesDict(
+            {"name": tfds.features.Text(), "text": tfds.features.Text()}
+        )
+        return tfds.core.DatasetInfo(
+            builder=self, description="Local text files.", features=features
+        )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         return {"train": self._generate_examples()}
@@ -41,16 +52,33 @@ class TesseraText(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, path in sorted(self._files.items()):
             # Bytes, so that a file of bad UTF-8 comes through to the reader, who counts it.
-            yield name, {"name": name, "text": pathlib.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)}
+            yield (
+                name,
+                {
+                    "name": name,
+                    "text": pathlib.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8),
+                },
+            )
 
 
-def prepare(files: Mapping[str, pathlib.Path], data_dir: str | pathlib.Path) -> Sequence[dict[str, Any]]:
-    """Prepares text files under `data_dir`, if that has not been done, and returns the examples for random access."""
+def prepare(
+    files: Mapping[str, pathlib.Path], data_dir: str | pathlib.Path
+) -> Sequence[dict[str, Any]]:
+    """Prepares text files under `data_dir`, if that has not been done, and returns the examples for
+    random access.
+    """
     tfds.disable_progress_bar()
-    options = {"file_format": "array_record", "files": {name: str(path) for name, path in files.items()}}
+    options = {
+        "file_format": "array_record",
+        "files": {name: str(path) for name, path in files.items()},
+    }
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
         return tfds.data_source(
-            TesseraText.name, split="train", data_dir=str(data_dir), download=True, builder_kwargs=options
+            TesseraText.name,
+            split="train",
+            data_dir=str(data_dir),
+            download=True,
+            builder_kwargs=options,
         )
 
 
@@ -61,8 +89,8 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
       path: what the source names; for messages.
       split: the TFDS split; only read where `path` is a prepared dataset.
       field: the feature with the text.
-      files: the files that `path` matches: a prepared dataset (with `dataset_info.json`), ArrayRecord files beside
-        their `features.json`, or text files, which are prepared first.
+      files: the files that `path` matches: a prepared dataset (with `dataset_info.json`),
+        ArrayRecord files beside their `features.json`, or text files, which are prepared first.
 
     Raises:
       UserError: a dataset of another file format, or without that split or feature.
@@ -74,14 +102,18 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
             with _readable(path):
                 example = examples[number]
             if field not in example:
-                raise UserError("field", field, f"is not a feature of {path}. Features: {listed(example)}.")
+                raise UserError(
+                    "field", field, f"is not a feature of {path}. Features: {listed(example)}."
+                )
             name = example["name"].decode() if "name" in example else str(number)
             yield name, example[field]
 
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Turns whatever a damaged dataset makes TFDS raise, which is of many types, into a UserError of one line."""
+    """Turns whatever a damaged dataset makes TFDS raise, which is of many types, into a UserError
+    of one line.
+    """
     try:
         yield
     except UserError:
@@ -94,7 +126,9 @@ def _readable(path: str) -> Iterator[None]:
 def _open(
     path: str, split: str, files: Mapping[str, pathlib.Path], stack: contextlib.ExitStack
 ) -> Sequence[dict[str, Any]]:
-    """Returns the examples of files as `texts` describes them; what is prepared first lasts as long as `stack`."""
+    """Returns the examples of files as `texts` describes them; what is prepared first lasts as long
+    as `stack`.
+    """
     folders = {file.parent for name, file in files.items() if file.name == "dataset_info.json"}
     if len(folders) > 1:
         raise UserError("path", path, f"holds {len(folders)} prepared datasets; name one of them.")
@@ -108,13 +142,16 @@ def _open(
 def _open_prepared(folder: pathlib.Path, split: str) -> Sequence[dict[str, Any]]:
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
-        raise UserError("tfds_split", split, f"is not a split of {folder}: {listed(builder.info.splits)}.")
+        raise UserError(
+            "tfds_split", split, f"is not a split of {folder}: {listed(builder.info.splits)}."
+        )
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:
         raise UserError(
             f"{folder} is prepared as {builder.info.file_format.value}, which has no random access."
-            " Prepare it with file_format = 'array_record', or let path name its ArrayRecord files if it has any."
+            " Prepare it with file_format = 'array_record', or let path name its ArrayRecord "
+            "files if it has any."
         ) from error
 
 

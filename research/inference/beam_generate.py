@@ -1,4 +1,6 @@
-"""Prompts in, the likeliest continuations out: beam search over a decoder, with or without an encoder."""
+"""Prompts in, the likeliest continuations out: beam search over a decoder, with or without an
+encoder.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -58,7 +60,8 @@ def beam_generate(
     *,
     cache: str = "dense",
 ) -> list[list[Beam]]:
-    """Returns the best continuations of each prompt, best first; they do not depend on the other prompts.
+    """Returns the best continuations of each prompt, best first; they do not depend on the other
+    prompts.
 
     Args:
       config: the model.
@@ -69,14 +72,17 @@ def beam_generate(
       cache: `dense` or `paged`, with the same result.
 
     Raises:
-      UserError: no prompts, one that does not fit the model's positions, settings that do not fit its ids, or a cache
-        that the model has not.
+      UserError: no prompts, one that does not fit the model's positions, settings that do not fit
+        its ids, or a cache that the model has not.
     """
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     if beams.num_beams > num_ids:
-        raise UserError("num_beams", beams.num_beams, f"must be at most {num_ids}, the ids of the vocabulary.")
+        raise UserError(
+            "num_beams", beams.num_beams, f"must be at most {num_ids}, the ids of the vocabulary."
+        )
     prompt_rows, slots = encode(config, tokenizer, prompts, [beams.max_tokens] * len(prompts))
-    # Beams take pages of their own when the search begins: before, there is nothing but the prompts.
+    # Beams take pages of their own when the search begins: before, there is nothing but the
+    # prompts.
     page_table = table_for(cache, prompt_rows, [0] * len(prompts), slots)
     found = beam_search(
         Steps(config),
@@ -90,7 +96,8 @@ def beam_generate(
     )
     before = prompt_ids(config, prompt_rows)
     return [
-        [_beam(tokenizer, ids, one, beams.max_tokens) for one in best] for ids, best in zip(before, found, strict=True)
+        [_beam(tokenizer, ids, one, beams.max_tokens) for one in best]
+        for ids, best in zip(before, found, strict=True)
     ]
 
 

@@ -1,9 +1,10 @@
 """Beam search: the likeliest continuations instead of drawn ones, one compiled step a token.
 
-The search knows no model. It drives a `BeamModel`: what a step is, and how rows of its state are picked.
+The search knows no model. It drives a `BeamModel`: what a step is, and how rows of its state are
+picked.
 
-Further letters: `W` beams of a prompt, `R` = B · W rows of the model's state, `C` candidates for the next beams; `S`
-are the places of a sequence, prompt included.
+Further letters: `W` beams of a prompt, `R` = B · W rows of the model's state, `C` candidates for
+the next beams; `S` are the places of a sequence, prompt included.
 """
 
 import dataclasses
@@ -25,24 +26,27 @@ from research.core.progress import track
 class BeamConfig:
     """How the likeliest continuations are searched.
 
-    A finished hypothesis of n new tokens, its end-of-text id included, scores Σ log p / n^length_penalty.
+    A finished hypothesis of n new tokens, its end-of-text id included, scores Σ log p /
+    n^length_penalty.
 
     Attributes:
       num_beams: hypotheses kept of each prompt, W.
       max_tokens: new tokens at most.
       min_tokens: new tokens before an end of text, at least.
       length_penalty: above 0 favours long texts, below 0 short ones.
-      no_repeat_ngram: n-grams of this many tokens occur once at most, those of the prompt included; 0 is no such rule.
-      early_stopping: when the search ends, given W finished hypotheses: `True` at once; `False` when the best running
-        one, scored as it stands, is no better than the worst finished; `"never"` when it could not become better.
+      no_repeat_ngram: n-grams of this many tokens occur once at most, those of the prompt included;
+          0 is no such rule.
+      early_stopping: when the search ends, given W finished hypotheses: `True` at once; `False`
+        when the best running one, scored as it stands, is no better than the worst finished;
+        `"never"` when it could not become better.
       num_return: hypotheses returned of each prompt, best first.
       forced_prefix: ids that every continuation begins with; their log p counts.
       forced_bos: id that comes even before `forced_prefix`, with log p = 0, or None.
       forced_eos: whether what is `max_tokens` long ends with the end-of-text id, with log p = 0.
 
-    Source: Wu et al. 2016, arXiv:1609.08144, equation 14, for the length penalty, which there is ((5 + n) / 6)^α beside
-    a coverage penalty; n^α and the three stopping rules are those of transformers. No repeated n-grams: Paulus et al.
-    2018, arXiv:1705.04304, section 2.5.
+    Source: Wu et al. 2016, arXiv:1609.08144, equation 14, for the length penalty, which there is
+    ((5 + n) / 6)^α beside a coverage penalty; n^α and the three stopping rules are those of
+    transformers. No repeated n-grams: Paulus et al. 2018, arXiv:1705.04304, section 2.5.
     """
 
     num_beams: int = 4
@@ -61,11 +65,23 @@ class BeamConfig:
         for name, holds, constraint in (
             ("num_beams", self.num_beams >= 1, "be at least 1"),
             ("max_tokens", self.max_tokens >= 1, "be at least 1"),
-            ("max_tokens", self.max_tokens >= forced, f"be at least {forced}, the number of forced ids"),
-            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"lie in [0, max_tokens = {self.max_tokens}]"),
+            (
+                "max_tokens",
+                self.max_tokens >= forced,
+                f"be at least {forced}, the number of forced ids",
+            ),
+            (
+                "min_tokens",
+                0 <= self.min_tokens <= self.max_tokens,
+                f"lie in [0, max_tokens = {self.max_tokens}]",
+            ),
             ("length_penalty", np.isfinite(self.length_penalty), "be finite"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "not be below 0"),
-            ("num_return", 1 <= self.num_return <= self.num_beams, f"lie in [1, num_beams = {self.num_beams}]"),
+            (
+                "num_return",
+                1 <= self.num_return <= self.num_beams,
+                f"lie in [1, num_beams = {self.num_beams}]",
+            ),
         ):
             if not holds:
                 raise UserError(name, getattr(self, name), f"must {constraint}.")
@@ -73,7 +89,8 @@ class BeamConfig:
 
 @runtime_checkable
 class BeamModel(Protocol):
-    """What is searched: a value, hashable and equal where its fields are, so that it compiles once for all searches.
+    """What is searched: a value, hashable and equal where its fields are, so that it compiles once
+    for all searches.
 
     Its state is a tree of arrays that has read all tokens but the newest of each row.
     """
@@ -81,7 +98,9 @@ class BeamModel(Protocol):
     def step(
         self, params: Any, state: Any, tokens: Int[Array, "R"], positions: Int[Array, "R"]
     ) -> tuple[Float[Array, "R V"], Any]:
-        """Reads one token a row, at its position in the sequence; returns the logits of the next one, and the state."""
+        """Reads one token a row, at its position in the sequence; returns the logits of the next
+        one, and the state.
+        """
 
     def take(self, state: Any, rows: Int[Array, "R"]) -> Any:
         """Returns the state whose rows are those of `state` at `rows`, in this order."""
@@ -102,7 +121,8 @@ class BeamRules:
       min_tokens: before an end of text.
       length_penalty: exponent.
       ends_full: whether W finished hypotheses end the search.
-      horizon: the length for which a running hypothesis is scored when its hopes are weighed, where it is shorter.
+      horizon: the length for which a running hypothesis is scored when its hopes are weighed, where
+          it is shorter.
     """
 
     forced: Int[Array, "S"]
@@ -164,7 +184,9 @@ def beam_step(
     no_repeat_ngram: int,
     num_ids: int,
 ) -> BeamState:
-    """Feeds the newest token of each hypothesis and keeps the best continuations, made of ids below `num_ids`."""
+    """Feeds the newest token of each hypothesis and keeps the best continuations, made of ids below
+    `num_ids`.
+    """
     batch, beams, _ = state.tokens.shape
     newest = jnp.broadcast_to((state.lengths - 1)[:, None], (batch, beams))
     tokens = jnp.take_along_axis(state.tokens, newest[..., None], axis=-1)
@@ -179,7 +201,9 @@ def beam_step(
 def _constrain(
     state: BeamState, log_p: Float[Array, "B W V"], rules: BeamRules, no_repeat_ngram: int
 ) -> Float[Array, "B W V"]:
-    """Sets log p of what must not come next to -∞. What is forced comes even where another rule forbids it."""
+    """Sets log p of what must not come next to -∞. What is forced comes even where another rule
+    forbids it.
+    """
     batch, beams, num_ids = log_p.shape
     if no_repeat_ngram:
         rows = state.tokens.reshape(batch * beams, -1)
@@ -189,11 +213,16 @@ def _constrain(
     log_p = jnp.where(jnp.isin(ids, rules.ends) & (state.made < rules.min_tokens), -jnp.inf, log_p)
     forced = rules.forced[state.made]
     unscored = rules.unscored[state.made] | jnp.isneginf(log_p)
-    return jnp.where(forced < 0, log_p, jnp.where(ids == forced, jnp.where(unscored, 0.0, log_p), -jnp.inf))
+    return jnp.where(
+        forced < 0, log_p, jnp.where(ids == forced, jnp.where(unscored, 0.0, log_p), -jnp.inf)
+    )
 
 
-def repeats(tokens: Int[Array, "R S"], lengths: Int[Array, "R"], size: int, num_ids: int) -> Bool[Array, "R V"]:
-    """Returns which ids would complete an n-gram of `size` tokens that stands in the sequence already.
+def repeats(
+    tokens: Int[Array, "R S"], lengths: Int[Array, "R"], size: int, num_ids: int
+) -> Bool[Array, "R V"]:
+    """Returns which ids would complete an n-gram of `size` tokens that stands in the sequence
+    already.
 
     Args:
       tokens: sequences, each followed by anything.
@@ -213,11 +242,14 @@ def repeats(tokens: Int[Array, "R S"], lengths: Int[Array, "R"], size: int, num_
     return banned.at[jnp.arange(rows)[:, None], tokens[:, size - 1 :]].max(match)
 
 
-def advance(state: BeamState, log_p: Float[Array, "B W V"], rules: BeamRules) -> tuple[BeamState, Int[Array, "B W"]]:
-    """Extends the hypotheses by one token; of equal ones that of the better beam, then that of the lower id, is first.
+def advance(
+    state: BeamState, log_p: Float[Array, "B W V"], rules: BeamRules
+) -> tuple[BeamState, Int[Array, "B W"]]:
+    """Extends the hypotheses by one token; of equal ones that of the better beam, then that of the
+    lower id, is first.
 
-    Of the best (K + 1) · W continuations W run on even where each beam ends in all K ways. Of those that end only the
-    best W count.
+    Of the best (K + 1) · W continuations W run on even where each beam ends in all K ways. Of those
+    that end only the best W count.
 
     Returns:
       the state, but for the model's, and the beam that each running hypothesis continues.
@@ -234,15 +266,23 @@ def advance(state: BeamState, log_p: Float[Array, "B W V"], rules: BeamRules) ->
     counts = ended & (jnp.arange(ended.shape[1]) < beams)[None, :] & state.open[:, None]
     state = _finish(state, tokens, jnp.where(counts, scores, -jnp.inf), rules)
     scores, running = jax.lax.top_k(jnp.where(ended, -jnp.inf, scores), beams)
-    state = state.replace(tokens=jnp.take_along_axis(tokens, running[..., None], axis=1), scores=scores)
+    state = state.replace(
+        tokens=jnp.take_along_axis(tokens, running[..., None], axis=1), scores=scores
+    )
     state = state.replace(open=state.open & _hopeful(state, rules))
     return state, jnp.take_along_axis(parents, running, axis=1)
 
 
-def _finish(state: BeamState, tokens: Int[Array, "B C S"], scores: Float[Array, "B C"], rules: BeamRules) -> BeamState:
-    """Puts continuations among the finished ones, those of score -∞ excepted, and keeps the best."""
+def _finish(
+    state: BeamState, tokens: Int[Array, "B C S"], scores: Float[Array, "B C"], rules: BeamRules
+) -> BeamState:
+    """Puts continuations among the finished ones, those of score -∞ excepted, and keeps the
+    best.
+    """
     scores = scores / state.made.astype(jnp.float32) ** rules.length_penalty
-    scores, best = jax.lax.top_k(jnp.concatenate([state.done_scores, scores], axis=1), state.done_scores.shape[1])
+    scores, best = jax.lax.top_k(
+        jnp.concatenate([state.done_scores, scores], axis=1), state.done_scores.shape[1]
+    )
     made = jnp.concatenate([state.done_made, jnp.full(tokens.shape[:2], state.made)], axis=1)
     tokens = jnp.concatenate([state.done_tokens, tokens], axis=1)
     return state.replace(
@@ -253,7 +293,9 @@ def _finish(state: BeamState, tokens: Int[Array, "B C S"], scores: Float[Array, 
 
 
 def _hopeful(state: BeamState, rules: BeamRules) -> Bool[Array, "B"]:
-    """Returns whether the best running hypothesis may yet displace a finished one; False where none is running."""
+    """Returns whether the best running hypothesis may yet displace a finished one; False where none
+    is running.
+    """
     length = jnp.maximum(state.made, rules.horizon).astype(jnp.float32)
     worst = state.done_scores[:, -1]
     full = worst > -jnp.inf
@@ -271,13 +313,14 @@ def beam_search(
     num_ids: int,
     end_ids: Sequence[int],
 ) -> list[list[Hypothesis]]:
-    """Returns the best continuations of each prompt, best first; they do not depend on the other prompts.
+    """Returns the best continuations of each prompt, best first; they do not depend on the other
+    prompts.
 
     Args:
       model: what is searched.
       params: its parameters.
-      state: its state with one row a prompt, which has read all but the last token of each. It may have read the last
-        one too where reading it again changes nothing.
+      state: its state with one row a prompt, which has read all but the last token of each. It may
+        have read the last one too where reading it again changes nothing.
       prompts: ids, at least one each; of an encoder-decoder those that the decoder begins with.
       beams: how.
       slots: places of a sequence: at least the longest prompt and `max_tokens`.
@@ -352,16 +395,27 @@ def _rules(beams: BeamConfig, slots: int, end_ids: Sequence[int]) -> BeamRules:
         min_tokens=jnp.int32(beams.min_tokens),
         length_penalty=jnp.float32(beams.length_penalty),
         ends_full=jnp.asarray(beams.early_stopping is True),
-        horizon=jnp.int32(beams.max_tokens if beams.early_stopping == "never" and beams.length_penalty > 0 else 0),
+        horizon=jnp.int32(
+            beams.max_tokens if beams.early_stopping == "never" and beams.length_penalty > 0 else 0
+        ),
     )
 
 
-def _collect(search: BeamState, lengths: Int[np.ndarray, "B"], beams: BeamConfig) -> list[list[Hypothesis]]:
-    """Returns the finished hypotheses; fewer than `num_return` only where the rules leave no more."""
-    tokens, scores, made = (np.asarray(x) for x in (search.done_tokens, search.done_scores, search.done_made))
+def _collect(
+    search: BeamState, lengths: Int[np.ndarray, "B"], beams: BeamConfig
+) -> list[list[Hypothesis]]:
+    """Returns the finished hypotheses; fewer than `num_return` only where the rules leave no
+    more.
+    """
+    tokens, scores, made = (
+        np.asarray(x) for x in (search.done_tokens, search.done_scores, search.done_made)
+    )
     found = [
         [
-            Hypothesis(tuple(tokens[row, i, length : length + made[row, i]].tolist()), float(scores[row, i]))
+            Hypothesis(
+                tuple(tokens[row, i, length : length + made[row, i]].tolist()),
+                float(scores[row, i]),
+            )
             for i in range(beams.num_return)
             if scores[row, i] > -np.inf
         ]
@@ -371,7 +425,8 @@ def _collect(search: BeamState, lengths: Int[np.ndarray, "B"], beams: BeamConfig
         raise UserError(
             "no_repeat_ngram",
             beams.no_repeat_ngram,
-            f"with min_tokens = {beams.min_tokens} leaves prompt {found.index([])} no continuation of max_tokens "
+            f"with min_tokens = {beams.min_tokens} leaves prompt {found.index([])} no "
+            "continuation of max_tokens "
             f"= {beams.max_tokens}.",
         )
     return found

@@ -99,7 +99,9 @@ def decode_step(
 ) -> DecodeState:
     """Feeds the newest token of each sequence and draws the next one, below `num_ids`."""
     zero = jnp.zeros_like(state.position)
-    logits, cache = next_logits(config, params, state.token[:, None], state.position[:, None], state.cache, zero)
+    logits, cache = next_logits(
+        config, params, state.token[:, None], state.position[:, None], state.cache, zero
+    )
     return _advance(state, logits[:, :num_ids], cache)
 
 
@@ -120,26 +122,31 @@ def generate(
     *,
     cache: str = "dense",
 ) -> list[Completion]:
-    """Continues each prompt; a prompt's text depends on its own seed and settings, not on the others in the batch.
+    """Continues each prompt; a prompt's text depends on its own seed and settings, not on the
+    others in the batch.
 
     Args:
       config: the model.
       params: its parameters.
       tokenizer: the one it was trained with.
       prompts: any number, of any lengths; texts, or ids that are read as they stand.
-      sampling: how tokens are drawn: for all prompts, or one a prompt. Other values compile nothing anew.
-      seeds: one a prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and where that is one for
-        all, `sampling.seed + i` for prompt i.
-      cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the same result.
+      sampling: how tokens are drawn: for all prompts, or one a prompt. Other values compile nothing
+          anew.
+      seeds: one a prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and
+        where that is one for all, `sampling.seed + i` for prompt i.
+      cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the
+          same result.
 
     Raises:
-      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, not as many seeds or
-        settings as prompts, or a cache that the model has not.
+      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, not as
+        many seeds or settings as prompts, or a cache that the model has not.
     """
     settings = _by_prompt(sampling, len(prompts))
     new_tokens = [each.max_tokens for each in settings]
     prompt_rows, slots = encode(config, tokenizer, prompts, new_tokens)
-    keys = keys_of([each.seed for each in settings] if seeds is None else _checked(seeds, len(prompts)))
+    keys = keys_of(
+        [each.seed for each in settings] if seeds is None else _checked(seeds, len(prompts))
+    )
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     state = prefill_step(
         params,
@@ -165,13 +172,19 @@ def generate(
     return [text.completion() for text in texts]
 
 
-def _by_prompt(sampling: SamplingConfig | Sequence[SamplingConfig], count: int) -> list[SamplingConfig]:
+def _by_prompt(
+    sampling: SamplingConfig | Sequence[SamplingConfig], count: int
+) -> list[SamplingConfig]:
     """Returns the settings of each prompt; one for all gives prompt i the seed `seed + i`."""
     if isinstance(sampling, SamplingConfig):
-        return [dataclasses.replace(sampling, seed=(sampling.seed + i) % SEEDS) for i in range(count)]
+        return [
+            dataclasses.replace(sampling, seed=(sampling.seed + i) % SEEDS) for i in range(count)
+        ]
     if len(sampling) != count:
         raise UserError(
-            "sampling", constraint=f": {len(sampling)} settings for {count} prompts; give one a prompt, or one for all."
+            "sampling",
+            constraint=f": {len(sampling)} settings for {count} prompts; give one a prompt, or "
+            "one for all.",
         )
     return list(sampling)
 
@@ -179,21 +192,32 @@ def _by_prompt(sampling: SamplingConfig | Sequence[SamplingConfig], count: int) 
 def _checked(seeds: Sequence[Any], count: int) -> list[int]:
     """Returns the seeds; raises UserError where they are not one a prompt, or no 64-bit numbers."""
     if len(seeds) != count:
-        raise UserError("seeds", constraint=f": {len(seeds)} of them for {count} prompts; give one a prompt.")
+        raise UserError(
+            "seeds", constraint=f": {len(seeds)} of them for {count} prompts; give one a prompt."
+        )
     for seed in seeds:
         # A bool is an int to Python.
-        if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
-            raise UserError("seeds", constraint=f": {seed!r} must be a whole number in [0, {SEEDS}).")
+        if (
+            not isinstance(seed, numbers.Integral)
+            or isinstance(seed, bool)
+            or not 0 <= seed < SEEDS
+        ):
+            raise UserError(
+                "seeds", constraint=f": {seed!r} must be a whole number in [0, {SEEDS})."
+            )
     return [int(seed) for seed in seeds]
 
 
 def prompt_ids(config: LanguageModelConfig, prompts: Prompts) -> list[list[int]]:
-    """Returns the ids that stand before the new ones in each text; a decoder's start id is no text."""
+    """Returns the ids that stand before the new ones in each text; a decoder's start id is no
+    text.
+    """
     return [[] if config.structure == "encoder_decoder" else row for row in prompts.rows()]
 
 
 class Detokenizer:
-    """Turns one sequence's new tokens into text, until an end id, a stop string or the last token allowed.
+    """Turns one sequence's new tokens into text, until an end id, a stop string or the last token
+    allowed.
 
     Args:
       tokenizer: of the model.
@@ -202,7 +226,9 @@ class Detokenizer:
       max_tokens: new tokens at most.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop: Sequence[str], max_tokens: int):
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop: Sequence[str], max_tokens: int
+    ):
         self._end_ids, self._stop, self._max_tokens = tokenizer.end_ids, stop, max_tokens
         self._stream = StreamDecoder(tokenizer)
         for token in prompt:

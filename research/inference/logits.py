@@ -28,7 +28,8 @@ def read_inputs(
     """Returns what a model reads of whole sequences, all looked at.
 
     Raises:
-      UserError: what `rows_of` and `beside` refuse, or something that the model does not read, or is missing.
+      UserError: what `rows_of` and `beside` refuse, or something that the model does not read, or
+          is missing.
     """
     structure, kinds = config.structure, config.embedding.num_types
     if prefix is not None and structure != "prefix":
@@ -45,14 +46,19 @@ def read_inputs(
         read["prefix"] = beside("prefix", prefix, read["tokens"], 2)
     if encoder_tokens is None:
         return read
-    encoded, count = rows_of(config, "encoder_tokens", encoder_tokens, encoder_segments), len(read["tokens"])
+    encoded, count = (
+        rows_of(config, "encoder_tokens", encoder_tokens, encoder_segments),
+        len(read["tokens"]),
+    )
     if len(encoded["tokens"]) != count:
         raise UserError(
-            "encoder_tokens", constraint=f": {len(encoded['tokens'])} rows must be {count}, one a row of tokens."
+            "encoder_tokens",
+            constraint=f": {len(encoded['tokens'])} rows must be {count}, one a row of tokens.",
         )
     if segments is not None and encoder_segments is None:
         raise UserError(
-            "encoder_segments", constraint="is missing: segments alone do not say who sees which of its tokens."
+            "encoder_segments",
+            constraint="is missing: segments alone do not say who sees which of its tokens.",
         )
     return read | {f"encoder_{name}": array for name, array in encoded.items()}
 
@@ -66,29 +72,36 @@ def rows_of(
       config: of the model that is to read them.
       name: of the tokens, for messages.
       tokens: rows of ids.
-      segments: of packed rows, 0 for padding; positions start anew in each. None: a row is one sequence.
+      segments: of packed rows, 0 for padding; positions start anew in each. None: a row is one
+          sequence.
 
     Raises:
-      UserError: not rows of ids, an id out of range, rows longer than the model's positions, or segments that are not
-        one a token.
+      UserError: not rows of ids, an id out of range, rows longer than the model's positions, or
+        segments that are not one a token.
     """
     ids = _whole_numbers(name, tokens)
     if ids.ndim != 2 or not ids.size:
         raise UserError(f"{name}: shape {ids.shape} must be [rows, ids]: one row is [[1, 2, 3]].")
     _check_range(name, ids, config.vocab_size)
     if ids.shape[1] > config.max_length:
-        raise UserError(f"{name}: {ids.shape[1]} is longer than model.max_length = {config.max_length}.")
+        raise UserError(
+            f"{name}: {ids.shape[1]} is longer than model.max_length = {config.max_length}."
+        )
     rows = jnp.asarray(ids, jnp.int32)
     index = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
     if segments is None:
         return {"tokens": rows, "positions": index}
     numbers = beside(name.replace("tokens", "segments"), segments, rows, 2**31)
-    starts = jnp.concatenate([jnp.ones_like(numbers[:, :1]), jnp.diff(numbers, axis=1)], axis=1) != 0
+    starts = (
+        jnp.concatenate([jnp.ones_like(numbers[:, :1]), jnp.diff(numbers, axis=1)], axis=1) != 0
+    )
     positions = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     return {"tokens": rows, "positions": positions, "segments": numbers}
 
 
-def beside(name: str, values: ArrayLike, tokens: Int[Array, "B T"], limit: int) -> Int[Array, "B T"]:
+def beside(
+    name: str, values: ArrayLike, tokens: Int[Array, "B T"], limit: int
+) -> Int[Array, "B T"]:
     """Returns numbers that say something of each token.
 
     Raises:
@@ -96,7 +109,9 @@ def beside(name: str, values: ArrayLike, tokens: Int[Array, "B T"], limit: int) 
     """
     numbers = _whole_numbers(name, values)
     if numbers.shape != tokens.shape:
-        raise UserError(f"{name}: shape {numbers.shape} must be {tokens.shape}, that of the tokens.")
+        raise UserError(
+            f"{name}: shape {numbers.shape} must be {tokens.shape}, that of the tokens."
+        )
     _check_range(name, numbers, limit)
     return jnp.asarray(numbers, jnp.int32)
 
@@ -105,7 +120,9 @@ def _whole_numbers(name: str, values: ArrayLike) -> Int[np.ndarray, "..."]:
     try:
         array = np.asarray(values)
     except ValueError as error:  # of rows that differ in length
-        raise UserError(f"{name}: rows must be equally long; fill them up and give segments.") from error
+        raise UserError(
+            f"{name}: rows must be equally long; fill them up and give segments."
+        ) from error
     if array.size and array.dtype.kind not in "iu":
         raise UserError(f"{name}: must be whole numbers, not {array.dtype.name}.")
     return array.astype(np.int64)

@@ -1,4 +1,6 @@
-"""Prompts as a model reads them, and the prefill: all of them read at once, before the first new token."""
+"""Prompts as a model reads them, and the prefill: all of them read at once, before the first new
+token.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -50,15 +52,24 @@ Prompt = str | Sequence[int]
 
 
 def encode(
-    config: LanguageModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: Sequence[int]
+    config: LanguageModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_tokens: Sequence[int],
 ) -> tuple[Prompts, int]:
-    """Returns the prompts in rows, and the slots that a cache needs for each of them and its `max_tokens` new tokens.
+    """Returns the prompts in rows, and the slots that a cache needs for each of them and its
+    `max_tokens` new tokens.
 
     Raises:
-      UserError: no prompts, one that does not fit the model's positions or ids, or a model that makes no text.
+      UserError: no prompts, one that does not fit the model's positions or ids, or a model that
+          makes no text.
     """
     if config.structure == "encoder":
-        raise UserError("model.structure", "encoder", "makes no text: it has no decoder. It gives logits and states.")
+        raise UserError(
+            "model.structure",
+            "encoder",
+            "makes no text: it has no decoder. It gives logits and states.",
+        )
     if not prompts:
         raise UserError("prompts", constraint=": at least one prompt is needed.")
     if config.structure != "encoder_decoder":
@@ -68,16 +79,21 @@ def encode(
     else:
         sources = [_ids(config, tokenizer, prompt, tokenizer.encode_source) for prompt in prompts]
         check_room(sources, [0] * len(sources), config)
-        encoded = [[config.start_id]] * len(prompts)
+        encoded = [[config.decoder_start_id]] * len(prompts)
         needed = check_room(encoded, max_tokens, config)
         read = Prompts(
-            *(jnp.asarray(array) for array in (encoded, [1] * len(prompts))), *_pad(sources, config.max_length)
+            *(jnp.asarray(array) for array in (encoded, [1] * len(prompts))),
+            *_pad(sources, config.max_length),
         )
     return read, min(bucket(needed), config.max_length)
 
 
-def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], config: LanguageModelConfig) -> int:
-    """Returns the slots of the longest text; raises UserError where a prompt and its new tokens do not fit."""
+def check_room(
+    encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], config: LanguageModelConfig
+) -> int:
+    """Returns the slots of the longest text; raises UserError where a prompt and its new tokens do
+    not fit.
+    """
     room = config.max_length
     lengths = [len(ids) for ids in encoded]
     # The longest prompt is named first.
@@ -86,14 +102,16 @@ def check_room(encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], conf
             leaves = "leaves no room within" if new else "is longer than"
             raise UserError(
                 "prompts",
-                constraint=f": a prompt of {length} tokens {leaves} the model's max_length = {room}. Use a "
+                constraint=f": a prompt of {length} tokens {leaves} the model's max_length = "
+                f"{room}. Use a "
                 "shorter one.",
             )
         if length + new > room:
             raise UserError(
                 "max_tokens",
                 new,
-                f"after a prompt of {length} tokens is more than the model's max_length = {room}. Use at most "
+                f"after a prompt of {length} tokens is more than the model's max_length = {room}. "
+                "Use at most "
                 f"{room - length}.",
             )
     return max(length + new for length, new in zip(lengths, max_tokens, strict=True))
@@ -105,8 +123,11 @@ def check_cache(cache: str) -> None:
         raise UserError("cache", cache, f"is not one of {', '.join(CACHES)}.")
 
 
-def table_for(cache: str, prompts: Prompts, new_tokens: Sequence[int], slots: int) -> PageTable | None:
-    """Returns the pages of a batch of prompts, each with room for its new tokens; None for the dense cache.
+def table_for(
+    cache: str, prompts: Prompts, new_tokens: Sequence[int], slots: int
+) -> PageTable | None:
+    """Returns the pages of a batch of prompts, each with room for its new tokens; None for the
+    dense cache.
 
     Raises:
       UserError: there is no such form of the cache.
@@ -115,7 +136,9 @@ def table_for(cache: str, prompts: Prompts, new_tokens: Sequence[int], slots: in
     if cache == "dense":
         return None
     lengths = np.asarray(prompts.lengths).tolist()
-    return contiguous_table([old + new for old, new in zip(lengths, new_tokens, strict=True)], slots)
+    return contiguous_table(
+        [old + new for old, new in zip(lengths, new_tokens, strict=True)], slots
+    )
 
 
 def bucket(length: int) -> int:
@@ -123,7 +146,9 @@ def bucket(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def _pad(encoded: Sequence[Sequence[int]], max_length: int) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+def _pad(
+    encoded: Sequence[Sequence[int]], max_length: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     lengths = [len(ids) for ids in encoded]
     padded = np.zeros((len(encoded), min(bucket(max(lengths)), max_length)), np.int32)
     for row, ids in enumerate(encoded):
@@ -132,13 +157,22 @@ def _pad(encoded: Sequence[Sequence[int]], max_length: int) -> tuple[Int[Array, 
 
 
 def _ids(
-    config: LanguageModelConfig, tokenizer: Tokenizer, prompt: Prompt, encode_text: Callable[[str], list[int]]
+    config: LanguageModelConfig,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    encode_text: Callable[[str], list[int]],
 ) -> list[int]:
-    """Returns the ids of a prompt; raises UserError where there are none, or one that the model has not."""
+    """Returns the ids of a prompt; raises UserError where there are none, or one that the model has
+    not.
+    """
     if isinstance(prompt, str):
         ids = encode_text(prompt)
         if not ids:
-            raise UserError("prompts", "", "is empty, and the tokenizer has no begin or end of text to stand for it.")
+            raise UserError(
+                "prompts",
+                "",
+                "is empty, and the tokenizer has no begin or end of text to stand for it.",
+            )
     else:
         ids = list(prompt)
     for i in ids:
@@ -187,9 +221,15 @@ def next_logits(
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
 def prefill(
-    params: Any, prompts: Prompts, *, config: LanguageModelConfig, slots: int, page_table: PageTable | None = None
+    params: Any,
+    prompts: Prompts,
+    *,
+    config: LanguageModelConfig,
+    slots: int,
+    page_table: PageTable | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Returns the logits after each prompt, and the cache. What stands there for padding is never seen.
+    """Returns the logits after each prompt, and the cache. What stands there for padding is never
+    seen.
 
     Args:
       params: of the model.
@@ -205,16 +245,25 @@ def prefill(
     if prompts.encoder_tokens is not None:
         known, places = _places(prompts.encoder_tokens, prompts.encoder_lengths)
         segments = known.astype(jnp.int32)
-        inputs = {"encoder_tokens": prompts.encoder_tokens, "encoder_positions": places, "encoder_segments": segments}
+        inputs = {
+            "encoder_tokens": prompts.encoder_tokens,
+            "encoder_positions": places,
+            "encoder_segments": segments,
+        }
     model = language_model(config)
     cache = model.empty_cache(params, len(prompts.tokens), slots, segments, page_table=page_table)
-    return next_logits(config, params, prompts.tokens, positions, cache, prompts.lengths - 1, **inputs)
+    return next_logits(
+        config, params, prompts.tokens, positions, cache, prompts.lengths - 1, **inputs
+    )
 
 
-def _places(tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:
+def _places(
+    tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:
     """Returns which tokens are no padding, and their positions.
 
-    These count on to a prompt's end and not through its padding: rotary rules that go by length read it there.
+    These count on to a prompt's end and not through its padding: rotary rules that go by length
+    read it there.
     """
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     real = index < lengths[:, None]

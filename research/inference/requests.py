@@ -32,13 +32,16 @@ def prompts_of(
       chat: further arguments of `Tokenizer.encode_chat`.
 
     Raises:
-      UserError: not exactly one of the three, something else than rows of ids, or a conversation that the model's chat
-        template does not take.
+      UserError: not exactly one of the three, something else than rows of ids, or a conversation
+        that the model's chat template does not take.
     """
     if sum(given is not None for given in (prompts, ids, messages)) != 1:
         raise UserError("prompts, ids and messages: exactly one of them must be given.")
     if chat is not None and messages is None:
-        raise UserError("chat", constraint=": these are arguments of the chat template, which messages alone have.")
+        raise UserError(
+            "chat",
+            constraint=": these are arguments of the chat template, which messages alone have.",
+        )
     if prompts is not None:
         return list(prompts)
     if ids is not None:
@@ -51,7 +54,9 @@ def prompts_of(
 
 def _row(row: Any) -> list[int]:
     if isinstance(row, str) or not isinstance(row, Sequence | np.ndarray):
-        raise UserError("ids", constraint=f": {row!r} must be a row of ids: one prompt is [[1, 2, 3]].")
+        raise UserError(
+            "ids", constraint=f": {row!r} must be a row of ids: one prompt is [[1, 2, 3]]."
+        )
     if len(row) == 0:
         raise UserError("ids", constraint=": a row of no ids cannot be continued.")
     for i in row:
@@ -72,6 +77,10 @@ def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
     names = {field.name for field in dataclasses.fields(wanted)}
     for field in dataclasses.fields(other):
         if field.name in fields and field.name not in names:
-            why = f"draws, and num_beams = {fields['num_beams']} searches" if searches else "needs num_beams above 1"
+            why = (
+                f"draws, and num_beams = {fields['num_beams']} searches"
+                if searches
+                else "needs num_beams above 1"
+            )
             raise UserError(field.name, fields[field.name], f"{why}.")
     return configs.bind(wanted, fields)

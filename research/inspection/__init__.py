@@ -1,1 +1,3 @@
-"""Floor 7: what a model is, for people to read: parameters as a tree, a description, pictures of attention masks."""
+"""Floor 7: what a model is, for people to read: parameters as a tree, a description, pictures of
+attention masks.
+"""

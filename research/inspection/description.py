@@ -40,8 +40,18 @@ _ACTIVATIONS = {
     "relu": "ReLU",
     "silu": "SiLU",
 }
-_SCALINGS = {"linear": "linear", "dynamic": "dynamic NTK", "yarn": "YaRN", "llama3": "LLaMA 3", "longrope": "LongRoPE"}
-_QK_NORMS = {"none": "", "head": "RMS norm of each head's queries and keys", "all": "RMS norm of queries and of keys"}
+_SCALINGS = {
+    "linear": "linear",
+    "dynamic": "dynamic NTK",
+    "yarn": "YaRN",
+    "llama3": "LLaMA 3",
+    "longrope": "LongRoPE",
+}
+_QK_NORMS = {
+    "none": "",
+    "head": "RMS norm of each head's queries and keys",
+    "all": "RMS norm of queries and of keys",
+}
 
 
 def sentence(config: ModelConfig, parameters: int) -> str:
@@ -55,7 +65,8 @@ def sentence(config: ModelConfig, parameters: int) -> str:
     if config.structure == "encoder_decoder":
         layers = f"{config.encoder_layers} and {layers}"
     return (
-        f"{_STRUCTURES[config.structure]}, {layers}, width {config.embed_dim:,}, {heads(config.attention)}, "
+        f"{_STRUCTURES[config.structure]}, {layers}, width {config.embed_dim:,}, "
+        f"{heads(config.attention)}, "
         f"vocabulary {config.vocab_size:,}, {parameters:,} parameters"
     )
 
@@ -70,7 +81,9 @@ def facts(config: ModelConfig) -> dict[str, str]:
         "experts": "" if config.experts is None else _experts(config.experts),
         "norm": _norm(config.norm),
         "embedding": _listed(
-            "also the output projection" if config.tied_embeddings else "apart from the output projection",
+            "also the output projection"
+            if config.tied_embeddings
+            else "apart from the output projection",
             f"times √{config.embed_dim:,}" if config.scale_embeddings else "",
             "normalized" if config.embedding.norm else "",
             f"{config.embedding.num_types} types of segments" if config.embedding.num_types else "",
@@ -85,7 +98,10 @@ def heads(attention: AttentionConfig) -> str:
     """Returns the heads of the attention."""
     n, k, latent = attention.num_heads, attention.num_kv_heads, attention.latent
     if latent is not None:
-        return f"{_many(n, 'head')} of {attention.head_dim} + {latent.rope_dim} on latents of {latent.kv_dim:,}"
+        return (
+            f"{_many(n, 'head')} of {attention.head_dim} + {latent.rope_dim} on latents of "
+            f"{latent.kv_dim:,}"
+        )
     if n == k:
         return f"{_many(n, 'head')} of {attention.head_dim}"
     return f"{n} query heads sharing {_many(k, 'key/value head')} of {attention.head_dim}"
@@ -102,10 +118,12 @@ def positions(position: PositionConfig) -> str:
     return {
         "none": "none",
         "learned": "learned, added to the embeddings",
-        "sinusoidal": f"sinusoidal{', sines before cosines' if position.halves else ''}, added to the embeddings",
+        "sinusoidal": f"sinusoidal{', sines before cosines' if position.halves else ''}, added to "
+        "the embeddings",
         "alibi": "ALiBi, a bias by distance",
         "alibi_bfloat16": "ALiBi, a bias by distance, as bfloat16 rounds it",
-        "buckets": f"a learned bias for {position.num_buckets} buckets of distances up to {position.max_distance}",
+        "buckets": f"a learned bias for {position.num_buckets} buckets of distances up to "
+        f"{position.max_distance}",
         "relative": "relative, a product of queries and projected distances",
     }[position.kind]
 
@@ -119,15 +137,21 @@ def _scaling(scaling: RopeScalingConfig) -> str:
 
 
 def layer(config: ModelConfig, kind: LayerConfig) -> str:
-    """Returns what the layers of a kind do: what they see, and where they differ from the model's other kinds."""
+    """Returns what the layers of a kind do: what they see, and where they differ from the model's
+    other kinds.
+    """
     kinds = set(config.layers())
     dense = config.experts is not None and not kind.experts
     return _listed(
         sight(config, kind.window),
-        positions(config.position_of(kind)) if len({config.position_of(other) for other in kinds}) > 1 else "",
+        positions(config.position_of(kind))
+        if len({config.position_of(other) for other in kinds}) > 1
+        else "",
         "dense MLP" if dense else "",
         _chosen(config.experts) if config.experts is not None and not dense else "",
-        "no norm before attention" if not kind.attention_norm and config.norm.reads_normalized else "",
+        "no norm before attention"
+        if not kind.attention_norm and config.norm.reads_normalized
+        else "",
     )
 
 
@@ -144,7 +168,9 @@ def _attention(attention: AttentionConfig) -> str:
     latent = attention.latent
     return _listed(
         f"values of {latent.value_dim}" if latent is not None else "",
-        f"queries from a latent of {latent.q_dim:,}" if latent is not None and latent.q_dim is not None else "",
+        f"queries from a latent of {latent.q_dim:,}"
+        if latent is not None and latent.q_dim is not None
+        else "",
         f"scores times {attention.scale:.4g}" if attention.scale not in (None, 1) else "",
         "scores not scaled" if attention.scale == 1 else "",
         f"scores capped at {attention.softcap:g}" if attention.softcap is not None else "",
@@ -173,7 +199,11 @@ def _mlp(mlp: MlpConfig) -> str:
 
 
 def _experts(experts: ExpertsConfig) -> str:
-    groups = f" out of {experts.groups_per_token} of {experts.num_groups} groups" if experts.num_groups > 1 else ""
+    groups = (
+        f" out of {experts.groups_per_token} of {experts.num_groups} groups"
+        if experts.num_groups > 1
+        else ""
+    )
     gated = ", weighed by a sigmoid" if experts.shared_gate else ""
     return _listed(
         _chosen(experts),
@@ -200,7 +230,7 @@ def _head(head: HeadConfig) -> str:
         f"logits capped at {head.softcap:g}" if head.softcap is not None else "",
         "a pooler" if head.pooler else "",
         f"{head.num_classes} classes" if head.num_classes else "",
-        f"{_many(head.num_future, 'further token')} predicted in training" if head.num_future else "",
+        f"{_many(head.mtp_depth, 'further token')} predicted in training" if head.mtp_depth else "",
     )
 
 

@@ -18,12 +18,13 @@ from research.models.transformer import memory_mask, sequence_mask
 from research.storage import files
 from research.storage.paths import Path
 
-# Sixteenths of a row that its two documents take; the rest is padding. An encoder's row is filled otherwise, so that
-# the two sides of cross-attention can be told apart.
+# Sixteenths of a row that its two documents take; the rest is padding. An encoder's row is filled
+# otherwise, so that the two sides of cross-attention can be told apart.
 DOCUMENTS, ENCODER_DOCUMENTS = (9, 5), (6, 8)
 # A document's prefix is one part in this many.
 PREFIX_SHARE = 3
-# Tokens of a row without windows; how many times the widest window others have; bounds of what is drawn.
+# Tokens of a row without windows; how many times the widest window others have; bounds of what is
+# drawn.
 PLAIN_LENGTH, WINDOWS, SHORTEST, MOST_CELLS = 32, 4, 16, 64
 # What a cell may be.
 HIDDEN, PADDING, FIRST, SECOND, FIRST_AHEAD, SECOND_AHEAD = range(6)
@@ -39,7 +40,9 @@ _PANELS_A_ROW = 3
 
 
 class Row(NamedTuple):
-    """A packed row: of each token its document (1, 2, or 0 for padding), its place there, and whether in its prefix."""
+    """A packed row: of each token its document (1, 2, or 0 for padding), its place there, and
+    whether in its prefix.
+    """
 
     segments: Int[np.ndarray, "T"]
     positions: Int[np.ndarray, "T"]
@@ -88,11 +91,14 @@ def row_length(config: ModelConfig, length: int | None) -> int:
       length: as the user wants it; None is enough to see windows open and close.
 
     Raises:
-      UserError: a length at which the documents are too short to show anything, or longer than the model's.
+      UserError: a length at which the documents are too short to show anything, or longer than the
+          model's.
     """
     longest = max(SHORTEST, config.max_length * 16 // DOCUMENTS[0])
     if length is None:
-        widest = max((layer.window for layer in config.layers() if layer.window is not None), default=0)
+        widest = max(
+            (layer.window for layer in config.layers() if layer.window is not None), default=0
+        )
         return min(longest, max(PLAIN_LENGTH, WINDOWS * widest))
     if not SHORTEST <= length <= longest:
         raise UserError(
@@ -109,8 +115,8 @@ def mask_pictures(config: ModelConfig, length: int) -> list[MaskPicture]:
 
     Args:
       config: the model.
-      length: tokens of the row, at least `SHORTEST`. Of a long row every step-th token is drawn; they see each other
-        as they do in the whole row.
+      length: tokens of the row, at least `SHORTEST`. Of a long row every step-th token is drawn;
+        they see each other as they do in the whole row.
     """
     step = math.ceil(length / MOST_CELLS)
     row = packed_row(length // step, DOCUMENTS)
@@ -121,7 +127,9 @@ def mask_pictures(config: ModelConfig, length: int) -> list[MaskPicture]:
     cross = MaskPicture(
         f"cross-attention, {layers_name(list(range(config.num_layers)))}",
         "sees its document in the encoder",
-        _dense(memory_mask(segments, segments, jnp.asarray(memory.segments)[None]), len(row.segments)),
+        _dense(
+            memory_mask(segments, segments, jnp.asarray(memory.segments)[None]), len(row.segments)
+        ),
         row.segments,
         memory.segments,
         step,
@@ -142,7 +150,11 @@ def packed_row(tokens: int, sixteenths: tuple[int, int]) -> Row:
     lengths = (first, second, tokens - first - second)
     positions = [np.arange(length) for length in lengths]
     prefix = [place < len(place) // PREFIX_SHARE for place in positions]
-    return Row(np.repeat([1, 2, 0], lengths), np.concatenate(positions), np.concatenate(prefix).astype(np.int32))
+    return Row(
+        np.repeat([1, 2, 0], lengths),
+        np.concatenate(positions),
+        np.concatenate(prefix).astype(np.int32),
+    )
 
 
 def _self_attention(config: ModelConfig, stack: str, row: Row, step: int) -> list[MaskPicture]:
@@ -154,10 +166,16 @@ def _self_attention(config: ModelConfig, stack: str, row: Row, step: int) -> lis
     pictures = []
     for window, numbers in by_window.items():
         # |i − j| · step < window just where |i − j| < ⌈window / step⌉.
-        mask = dataclasses.replace(whole, window=None if window is None else math.ceil(window / step))
+        mask = dataclasses.replace(
+            whole, window=None if window is None else math.ceil(window / step)
+        )
         seen = _dense(mask, len(row.segments))
         name, ahead = f"{stack}{layers_name(numbers)}", config.structure == "prefix"
-        pictures.append(MaskPicture(name, sight(config, window), seen, row.segments, row.segments, step, ahead=ahead))
+        pictures.append(
+            MaskPicture(
+                name, sight(config, window), seen, row.segments, row.segments, step, ahead=ahead
+            )
+        )
     return pictures
 
 
@@ -173,7 +191,8 @@ def draw_masks(pictures: list[MaskPicture], title: str, path: Path) -> None:
       title: of the figure.
       path: the file; its folder exists.
     """
-    # Deferred: heavy. The figure is made without pyplot, so neither a display nor global state is needed.
+    # Deferred: heavy. The figure is made without pyplot, so neither a display nor global state is
+    # needed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -191,8 +210,13 @@ def draw_masks(pictures: list[MaskPicture], title: str, path: Path) -> None:
     every = "" if step == 1 else f", one in {step} drawn"
     figure.suptitle(f"{title}\na row of {length:,} tokens{every}", fontsize=11)
     used = {int(cell) for picture in pictures for cell in np.unique(picture.cells())}
-    handles = [Patch(color=colour, label=name) for cell, (colour, name) in _LOOKS.items() if cell in used]
-    places = {"loc": "outside lower center", "ncols": len(handles) if columns > 1 else math.ceil(len(handles) / 2)}
+    handles = [
+        Patch(color=colour, label=name) for cell, (colour, name) in _LOOKS.items() if cell in used
+    ]
+    places = {
+        "loc": "outside lower center",
+        "ncols": len(handles) if columns > 1 else math.ceil(len(handles) / 2),
+    }
     figure.legend(handles=handles, frameon=False, fontsize=9, **places)
     image = io.BytesIO()
     figure.savefig(image, format="png")
@@ -207,9 +231,19 @@ def _draw(axes: Any, picture: MaskPicture) -> None:
     colours = np.array([to_rgb(_LOOKS[cell][0]) for cell in sorted(_LOOKS)])
     height, width = cells.shape[0] * step, cells.shape[1] * step
     axes.imshow(colours[cells], extent=(0, width, height, 0), interpolation="none")
-    for lines, segments, end in ((axes.hlines, picture.queries, width), (axes.vlines, picture.keys, height)):
+    for lines, segments, end in (
+        (axes.hlines, picture.queries, width),
+        (axes.vlines, picture.keys, height),
+    ):
         lines(np.arange(1, len(segments)) * step, 0, end, color="white", linewidth=0.5)
-        lines((np.flatnonzero(np.diff(segments)) + 1) * step, 0, end, color="#333333", linewidth=1, zorder=3)
+        lines(
+            (np.flatnonzero(np.diff(segments)) + 1) * step,
+            0,
+            end,
+            color="#333333",
+            linewidth=1,
+            zorder=3,
+        )
     axes.set_title(f"{picture.layers}\n{picture.sight}", fontsize=9.5)
     axes.set_xlabel(picture.key_label)
     axes.set_ylabel("query position")

@@ -1,4 +1,6 @@
-"""A model taken apart: its parameters as a tree of named shapes, counted without an array ever being made."""
+"""A model taken apart: its parameters as a tree of named shapes, counted without an array ever
+being made.
+"""
 
 import dataclasses
 import math
@@ -16,7 +18,8 @@ from research.models.language_model import language_model
 from research.models.stack import layer_name
 from research.parallel.parameter import is_box
 
-# What a token meets before the layers, and last; all else stands between in the order of its making.
+# What a token meets before the layers, and last; all else stands between in the order of its
+# making.
 _FIRST = ("embed", "encoder", "position_embed", "type_embed", "position_bias", "embed_norm")
 _LAST = ("transform", "unembed", "logit_bias")
 
@@ -55,7 +58,10 @@ class Part:
         if not self.parts:
             yield self.name, self, times
         for part in self.parts:
-            yield from ((f"{self.name}/{path}", leaf, number) for path, leaf, number in part.parameters(times))
+            yield from (
+                (f"{self.name}/{path}", leaf, number)
+                for path, leaf, number in part.parameters(times)
+            )
 
 
 def take_apart(config: ModelConfig) -> Part:
@@ -67,7 +73,8 @@ def take_apart(config: ModelConfig) -> Part:
 
     def trace() -> Any:
         params = language_model(_shortened(config)).init(jax.random.key(0))
-        # Modules still stand in the order in which a token meets them; what `eval_shape` returns is sorted.
+        # Modules still stand in the order in which a token meets them; what `eval_shape` returns is
+        # sorted.
         found.append(Part("model", parts=tuple(_stack(config, params))))
         return params
 
@@ -76,7 +83,9 @@ def take_apart(config: ModelConfig) -> Part:
 
 
 def _shortened(config: ModelConfig) -> ModelConfig:
-    """Returns the model with its first layers and one more of each stack: those of a pattern are built alike."""
+    """Returns the model with its first layers and one more of each stack: those of a pattern are
+    built alike.
+    """
     enough = len(config.first_layers) + 1
     return dataclasses.replace(
         config,
@@ -97,7 +106,9 @@ def _stack(config: ModelConfig, params: dict[str, Any]) -> Iterator[Part]:
         built = params[layer_name(config, min(indices[0], len(config.first_layers)))]
         yield dataclasses.replace(_part(layers_name(indices), built), times=len(indices))
     others = [name for name in params if "layers_" not in name and name not in (*_FIRST, *_LAST)]
-    yield from (_part(name, params[name]) for name in (*others, *(name for name in _LAST if name in params)))
+    yield from (
+        _part(name, params[name]) for name in (*others, *(name for name in _LAST if name in params))
+    )
 
 
 def _part(name: str, value: Any) -> Part:
@@ -128,21 +139,29 @@ def layers_name(indices: list[int]) -> str:
 
 
 def tree_lines(model: Part) -> list[str]:
-    """Returns the tree as lines of three columns: what it is, its axes and sizes, how many parameters that is.
+    """Returns the tree as lines of three columns: what it is, its axes and sizes, how many
+    parameters that is.
 
     A module that is built as an earlier one says so in the place of its parts.
     """
     rows = list(_rows(model.parts, "", {}))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [f"{name:{widths[0]}}  {shape:{widths[1]}}  {number:>{widths[2]}}" for name, shape, number in rows]
+    return [
+        f"{name:{widths[0]}}  {shape:{widths[1]}}  {number:>{widths[2]}}"
+        for name, shape, number in rows
+    ]
 
 
-def _rows(parts: tuple[Part, ...], indent: str, seen: dict[tuple[Part, ...], str]) -> Iterator[tuple[str, str, str]]:
+def _rows(
+    parts: tuple[Part, ...], indent: str, seen: dict[tuple[Part, ...], str]
+) -> Iterator[tuple[str, str, str]]:
     for part in parts:
         name, last = part.name, part is parts[-1]
         while len(part.parts) == 1 and part.times is None:
             name, part = f"{name}/{part.parts[0].name}", part.parts[0]
-        says = " × ".join(f"{axis} {size:,}" for axis, size in zip(part.axes, part.shape, strict=True))
+        says = " × ".join(
+            f"{axis} {size:,}" for axis, size in zip(part.axes, part.shape, strict=True)
+        )
         if part.times is not None and part.times > 1:
             says = f"{part.times} × {part.each:,}"
         deeper = part.parts
@@ -156,7 +175,9 @@ def _rows(parts: tuple[Part, ...], indent: str, seen: dict[tuple[Part, ...], str
 
 def active_parameters(config: ModelConfig, model: Part) -> int:
     """Returns the parameters less those of the experts that a token does not go to."""
-    return sum(int(part.each * number * _share(config, part)) for _, part, number in model.parameters())
+    return sum(
+        int(part.each * number * _share(config, part)) for _, part, number in model.parameters()
+    )
 
 
 def _share(config: ModelConfig, part: Part) -> Fraction:
@@ -167,10 +188,18 @@ def _share(config: ModelConfig, part: Part) -> Fraction:
 
 
 def cache_numbers(config: ModelConfig) -> tuple[int, int]:
-    """Returns the numbers that the KV cache holds for a token of the model, and for one of its encoder."""
+    """Returns the numbers that the KV cache holds for a token of the model, and for one of its
+    encoder.
+    """
 
     def size(slots: int, memory: int) -> int:
-        segments = jnp.ones((1, memory), jnp.int32) if config.structure == "encoder_decoder" else None
-        return count(jax.eval_shape(lambda: jax.tree.leaves(empty_cache(config, 1, slots, True, segments).layers)))
+        segments = (
+            jnp.ones((1, memory), jnp.int32) if config.structure == "encoder_decoder" else None
+        )
+        return count(
+            jax.eval_shape(
+                lambda: jax.tree.leaves(empty_cache(config, 1, slots, True, segments).layers)
+            )
+        )
 
     return size(1, 0), size(0, 1)

@@ -12,11 +12,19 @@ _TESSERA = {
     "swish": "silu",
 }
 # The name to write.
-THEIRS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "gelu_sigmoid": "quick_gelu", "relu": "relu", "silu": "silu"}
+THEIRS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_new",
+    "gelu_sigmoid": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 
 def to_tessera(name: str, field: str) -> str:
-    """Returns Tessera's name of the activation that `field` of config.json names; raises UserError for others."""
+    """Returns Tessera's name of the activation that `field` of config.json names; raises UserError
+    for others.
+    """
     if name not in _TESSERA:
         raise UserError(field, name, f"is not supported. {nearest(str(name), _TESSERA)}")
     return _TESSERA[name]

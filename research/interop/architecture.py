@@ -1,6 +1,8 @@
-"""What an architecture of Hugging Face is: data that says where each tensor goes and what each config field means.
+"""What an architecture of Hugging Face is: data that says where each tensor goes and what each
+config field means.
 
-An architecture is a value, as a family is a value of `ModelConfig`: nothing here or in the engine knows one by name.
+An architecture is a value, as a family is a value of `ModelConfig`: nothing here or in the engine
+knows one by name.
 """
 
 import dataclasses
@@ -21,8 +23,23 @@ logger = logging.getLogger("tessera")
 
 # Fields of every config.json that change nothing a model computes from tokens to logits.
 INERT = (
-    *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "label2id", "model_type"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "return_dict", "task_specific_params"),
+    *(
+        "_name_or_path",
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "label2id",
+        "model_type",
+    ),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+    ),
     *("tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache"),
 )
 # What a checkpoint's config does not settle: where and how it runs, and what only training sees.
@@ -30,7 +47,7 @@ NOT_CONVERTED = {
     "": ("dropout", "dtype", "layer_loop", "param_dtype", "remat"),
     "attention": ("implementation",),
     "experts": ("balance_weight", "bias_speed", "z_weight"),
-    "head": ("future_weight",),
+    "head": ("mtp_weight",),
 }
 # More layers than any model has: who reads a config.json goes through them one by one.
 LAYERS = 10_000
@@ -38,7 +55,8 @@ LAYERS = 10_000
 _DROPOUT = re.compile(r"dropout|pdrop|layerdrop")
 # More than any value of a field has.
 _LETTERS = 1000
-# Numbers this near to each other are the same: config.json may hold another function of one, as a rounded decimal.
+# Numbers this near to each other are the same: config.json may hold another function of one, as a
+# rounded decimal.
 _NEAR = 1e-9
 # How many refusals a message shows.
 _NEAREST = 3
@@ -50,26 +68,31 @@ class Architecture:
 
     Attributes:
       model_type: its name in config.json.
-      model_class: the class of `transformers` that has a language model's head; `write` may name another one.
+      model_class: the class of `transformers` that has a language model's head; `write` may name
+          another one.
       tensors: where each tensor goes; one whose parameters a model does not have is not there.
-      classes: class of `transformers` -> regular expression of a tensor that only it has, the fullest class first. The
-        tensors, not `architectures` of config.json, say which it is: some folders hold more than the class that they
-        were saved for.
-      counted: field of config.json -> regular expression of a tensor of what it counts. Without such a tensor there is
+      classes: class of `transformers` -> regular expression of a tensor that only it has, the
+        fullest class first. The tensors, not `architectures` of config.json, say which it is: some
+        folders hold more than the class that they were saved for.
+      counted: field of config.json -> regular expression of a tensor of what it counts. Without
+          such a tensor there is
         none of it: `transformers` saves the number of layers that it does not save.
       prefixes: of tensor names, that some folders have and others leave out.
-      spellings: (regular expression, replacement) of names that elder folders have for the same tensors.
-      copies: tensor -> the tensor that it repeats. Copies are not written; read, they must be equal, and one stands in
-        for the other where only one is there. A name that is a tensor of the model is no copy (an output projection
-        that is not tied).
+      spellings: (regular expression, replacement) of names that elder folders have for the same
+          tensors.
+      copies: tensor -> the tensor that it repeats. Copies are not written; read, they must be
+        equal, and one stands in for the other where only one is there. A name that is a tensor of
+        the model is no copy (an output projection that is not tied).
       ignored: regular expression of tensors that no parameter takes -> why.
       required: fields of config.json without a default, all of them counts.
       defaults: fields that may be missing, with the defaults of `transformers`.
       only: fields that have one supported value each.
       inert: fields that change no logit, beside `INERT` and those of `unread`.
-      from_tensors: returns the fields that the tensors know better, from all fields and the tensors by name.
+      from_tensors: returns the fields that the tensors know better, from all fields and the tensors
+          by name.
       read: returns the values of a `ModelConfig` from the fields.
-      write: returns the fields of a `ModelConfig`; raises UserError for one that it has no words for.
+      write: returns the fields of a `ModelConfig`; raises UserError for one that it has no words
+          for.
     """
 
     model_type: str
@@ -85,7 +108,9 @@ class Architecture:
     defaults: Mapping[str, Any]
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inert: tuple[str, ...] = ()
-    from_tensors: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda fields, tensors: {}
+    from_tensors: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = (
+        lambda fields, tensors: {}
+    )
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
 
@@ -94,12 +119,14 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
     """Returns the model of a config.json.
 
     Raises:
-      UserError: fields that are missing, ask for what Tessera does not have, or are not known and might change a
-        logit; all of them are named.
+      UserError: fields that are missing, ask for what Tessera does not have, or are not known and
+        might change a logit; all of them are named.
     """
     a = architecture
     if fields.get("quantization_config"):
-        raise UserError("quantization_config is set: its weights are quantized, and only plain ones are read.")
+        raise UserError(
+            "quantization_config is set: its weights are quantized, and only plain ones are read."
+        )
     faults = [*_counts_missing(a, fields), *_unsupported(a, fields)]
     if faults:
         raise UserError(f"{listed(faults, '; ')}.")
@@ -109,7 +136,9 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())
-        raise UserError(f"a field of {a.model_type!r} has a value that makes no model: {said}.") from error
+        raise UserError(
+            f"a field of {a.model_type!r} has a value that makes no model: {said}."
+        ) from error
     return bind(ModelConfig, values)
 
 
@@ -120,7 +149,10 @@ def _counts_missing(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]
         if name not in fields:
             yield f"{name} is missing"
         elif type(fields[name]) is not int or not 1 <= fields[name] < limit:
-            yield f"{name} = {shown(fields[name])} must be a whole number of at least 1 and below {limit:,}"
+            yield (
+                f"{name} = {shown(fields[name])} must be a whole number of at least 1 and below "
+                f"{limit:,}"
+            )
 
 
 def _unsupported(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]:
@@ -138,15 +170,25 @@ def _unsupported(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]:
         elif is_unread(name):
             unread.append(name)
         elif _DROPOUT.search(name) and isinstance(value, float | int):
-            logger.warning("%s = %s is left out: Tessera drops nothing there. Only training would differ.", name, value)
+            logger.warning(
+                "%s = %s is left out: Tessera drops nothing there. Only training would differ.",
+                name,
+                value,
+            )
         else:
             yield f"{name} = {shown(value)} is a field of {a.model_type!r} that is not supported"
     if unread:
-        logger.info("left out of config.json, as no logit depends on them: %s", listed(sorted(unread), limit=50))
+        logger.info(
+            "left out of config.json, as no logit depends on them: %s",
+            listed(sorted(unread), limit=50),
+        )
 
 
-def fields_of(architecture: Architecture, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config.json with what the tensors know better: their class, and what is counted and not there.
+def fields_of(
+    architecture: Architecture, fields: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a config.json with what the tensors know better: their class, and what is counted and
+    not there.
 
     Args:
       architecture: what it is.
@@ -165,7 +207,9 @@ def fields_of(architecture: Architecture, fields: Mapping[str, Any], tensors: Ma
 
 
 def class_of(architecture: Architecture, names: Iterable[str]) -> str:
-    """Returns the class of `transformers` whose tensors these are; the last of the classes where none is certain."""
+    """Returns the class of `transformers` whose tensors these are; the last of the classes where
+    none is certain.
+    """
     names = list(names)
     for name, pattern in architecture.classes.items():
         if any(re.search(pattern, each) for each in names):
@@ -196,7 +240,8 @@ def choose(
       first: the model_type to try before all others: the one that the model came from.
 
     Raises:
-      UserError: none holds it; of those that come nearest, the field that each cannot have is named.
+      UserError: none holds it; of those that come nearest, the field that each cannot have is
+          named.
     """
     refusals = []
     for architecture in sorted(architectures, key=lambda each: each.model_type != first):
@@ -207,7 +252,9 @@ def choose(
             continue
         if not differences:
             return architecture, fields
-        refusals.append((len(differences), f"{differences[0]} is not what {architecture.model_type!r} has"))
+        refusals.append(
+            (len(differences), f"{differences[0]} is not what {architecture.model_type!r} has")
+        )
     nearest = [said for _, said in sorted(refusals, key=lambda each: each[0])[:_NEAREST]]
     raise UserError(f"no Hugging Face architecture holds this model: {'; '.join(nearest)}.")
 
@@ -224,7 +271,9 @@ def _try(architecture: Architecture, config: ModelConfig) -> tuple[dict[str, Any
 
 
 def _settled(config: ModelConfig) -> dict[str, Any]:
-    """Returns what a checkpoint's config settles; each layer by itself, however the model counts them."""
+    """Returns what a checkpoint's config settles; each layer by itself, however the model counts
+    them.
+    """
     values = plain(config)
     for group, names in NOT_CONVERTED.items():
         for name in names:

@@ -41,7 +41,9 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "embedding": {"norm": True},
         "head": {"bias": fields["architectures"][0].endswith("ForConditionalGeneration")},
         # BART starts with its end of text; None is transformers' way of saying so.
-        "start_id": 2 if fields["decoder_start_token_id"] is None else fields["decoder_start_token_id"],
+        "decoder_start_id": 2
+        if fields["decoder_start_token_id"] is None
+        else fields["decoder_start_token_id"],
         "tied_embeddings": fields["tie_word_embeddings"],
         "scale_embeddings": fields["scale_embedding"],
         "dropout": fields["dropout"],
@@ -52,7 +54,9 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _write(architecture: str, config: ModelConfig) -> dict[str, Any]:
     attention, mlp = config.attention, config.mlp
     return {
-        "architectures": [f"{architecture}{'ForConditionalGeneration' if config.head.bias else 'Model'}"],
+        "architectures": [
+            f"{architecture}{'ForConditionalGeneration' if config.head.bias else 'Model'}"
+        ],
         "vocab_size": config.vocab_size,
         "encoder_layers": config.encoder_layers,
         "decoder_layers": config.num_layers,
@@ -69,7 +73,7 @@ def _write(architecture: str, config: ModelConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "init_std": config.init_stddev,
         "is_encoder_decoder": True,
-        "decoder_start_token_id": config.start_id,
+        "decoder_start_token_id": config.decoder_start_id,
     }
 
 
@@ -80,7 +84,12 @@ def _layer(*attentions: tuple[str, str]) -> tuple[Tensor, ...]:
         tensors += projections(f"{name}.{{part}}_proj", attention, "qkv")
         tensors += linear(f"{name}.out_proj", f"{attention}/out", num_inputs=2)
         tensors += norm(f"{name}_layer_norm", f"{attention}_norm")
-    return (*tensors, *linear("fc1", "mlp/up"), *linear("fc2", "mlp/down"), *norm("final_layer_norm", "mlp_norm"))
+    return (
+        *tensors,
+        *linear("fc1", "mlp/up"),
+        *linear("fc2", "mlp/down"),
+        *norm("final_layer_norm", "mlp_norm"),
+    )
 
 
 def _stack(theirs: str, ours: str, layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -112,7 +121,14 @@ BART = Architecture(
         "lm_head.weight": "model.shared.weight",
     },
     required=(
-        *("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"),
+        *(
+            "vocab_size",
+            "d_model",
+            "encoder_layers",
+            "decoder_layers",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+        ),
         *("encoder_attention_heads", "decoder_attention_heads"),
     ),
     defaults={
@@ -126,8 +142,17 @@ BART = Architecture(
         "decoder_start_token_id": None,
     },
     only={
-        **{"is_encoder_decoder": True, "is_decoder": False, "normalize_embedding": True, "extra_pos_embeddings": 2},
-        **{"add_final_layer_norm": False, "normalize_before": False, "static_position_embeddings": False},
+        **{
+            "is_encoder_decoder": True,
+            "is_decoder": False,
+            "normalize_embedding": True,
+            "extra_pos_embeddings": 2,
+        },
+        **{
+            "add_final_layer_norm": False,
+            "normalize_before": False,
+            "static_position_embeddings": False,
+        },
     },
     # A field that others repeat, and those of the fine-tuning.
     inert=("num_hidden_layers", "add_bias_logits", "save_step"),

@@ -1,4 +1,6 @@
-"""BERT, RoBERTa and XLM-RoBERTa in Hugging Face's form (`transformers.BertForPreTraining`, `RobertaForMaskedLM`, …)."""
+"""BERT, RoBERTa and XLM-RoBERTa in Hugging Face's form (`transformers.BertForPreTraining`,
+`RobertaForMaskedLM`, …).
+"""
 
 import dataclasses
 import functools
@@ -25,7 +27,11 @@ _XLM_ROBERTA: Heads = {f"XLM{name}": head for name, head in _ROBERTA.items()}
 
 
 def _read(heads: Heads, offset: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    name, width, num_heads = fields["architectures"][0], fields["hidden_size"], fields["num_attention_heads"]
+    name, width, num_heads = (
+        fields["architectures"][0],
+        fields["hidden_size"],
+        fields["num_attention_heads"],
+    )
     if name not in heads:
         raise UserError(f"architectures = [{name!r}] is not supported: {', '.join(heads)} are.")
     return {
@@ -41,7 +47,12 @@ def _read(heads: Heads, offset: int, fields: Mapping[str, Any]) -> dict[str, Any
             "gated": False,
             "bias": True,
         },
-        "norm": {"kind": "layernorm", "placement": "post", "epsilon": fields["layer_norm_eps"], "bias": True},
+        "norm": {
+            "kind": "layernorm",
+            "placement": "post",
+            "epsilon": fields["layer_norm_eps"],
+            "bias": True,
+        },
         "position": {"kind": "learned", "offset": offset},
         "embedding": {"norm": True, "num_types": fields["type_vocab_size"]},
         "head": dataclasses.asdict(heads[name]),
@@ -53,7 +64,9 @@ def _read(heads: Heads, offset: int, fields: Mapping[str, Any]) -> dict[str, Any
 
 def _read_roberta(heads: Heads, fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["hidden_act"] != "gelu":
-        raise UserError("hidden_act", fields["hidden_act"], "is not supported: the head has 'gelu' in any case.")
+        raise UserError(
+            "hidden_act", fields["hidden_act"], "is not supported: the head has 'gelu' in any case."
+        )
     # Positions begin behind that of padding, whose number is that of the padding token.
     return _read(heads, fields["pad_token_id"] + 1, fields)
 
@@ -107,7 +120,8 @@ def _tensors(root: str) -> tuple[Tensor, ...]:
 def _ignored(root: str) -> dict[str, str]:
     return {
         rf"{root}\.embeddings\.(position_ids|token_type_ids)": "numbers from 0 on, or zeros",
-        rf"{root}\.pooler\.dense\.(weight|bias)": "the pooler, which a masked language model does not have",
+        rf"{root}\.pooler\.dense\.(weight|bias)": "the pooler, which a masked language model does "
+        "not have",
     }
 
 
@@ -135,7 +149,13 @@ BERT = Architecture(
     },
     ignored=_ignored("bert"),
     required=(
-        *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+        *(
+            "vocab_size",
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+        ),
         *("max_position_embeddings", "type_vocab_size"),
     ),
     defaults={

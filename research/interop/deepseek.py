@@ -13,7 +13,14 @@ from research.interop.llama import MLP, PRE_NORMS, RMS, SIZES, activation, decod
 from research.interop.mixtures import LOADS, experts
 from research.interop.modules import UNEMBED, linear, norm, table, within
 from research.interop.parts import Part, fixed, named
-from research.interop.rotary import read_rotary, rope_fields, rope_kind, rotary, write_rotary, yarn_amplitude
+from research.interop.rotary import (
+    read_rotary,
+    rope_fields,
+    rope_kind,
+    rotary,
+    write_rotary,
+    yarn_amplitude,
+)
 from research.interop.tensor import Tensor
 from research.models.config import LatentConfig, ModelConfig
 
@@ -25,7 +32,9 @@ def _latent(config: ModelConfig) -> LatentConfig:
 
 
 def _neighbours(width: int) -> Int[np.ndarray, "width"]:
-    """Returns which column of halves each is, where the columns that are turned together lie beside each other."""
+    """Returns which column of halves each is, where the columns that are turned together lie beside
+    each other.
+    """
     return np.arange(width).reshape(2, -1).T.reshape(-1)
 
 
@@ -61,7 +70,12 @@ ATTENTION = (
     *norm("self_attn.q_a_layernorm", "attention/query_norm"),
     *linear("self_attn.q_b_proj", "attention/query", order=_query_order, when=_has_query_latent),
     *linear("self_attn.q_proj", "attention/query", order=_query_order, when=_has_no_query_latent),
-    *linear("self_attn.kv_a_proj_with_mqa", "attention/latent", "attention/turned_key", order=_latent_order),
+    *linear(
+        "self_attn.kv_a_proj_with_mqa",
+        "attention/latent",
+        "attention/turned_key",
+        order=_latent_order,
+    ),
     *norm("self_attn.kv_a_layernorm", "attention/latent_norm"),
     *linear("self_attn.kv_b_proj", "attention/key", "attention/value", order=_key_value_order),
     *linear("self_attn.o_proj", "attention/out", num_inputs=2),
@@ -85,13 +99,18 @@ LATENT = named(
 
 
 def _read_scale(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the positions, and the factor on the scores that comes with their scaling (`mscale_all_dim`)."""
+    """Reads the positions, and the factor on the scores that comes with their scaling
+    (`mscale_all_dim`).
+    """
     rope = rope_fields(fields)
     values = read_rotary(fields)
     weight = rope.get("mscale_all_dim") if rope_kind(rope) == "yarn" else None
     if not weight:
         return values
-    factor, width = values["position.scaling"]["factor"], fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
+    factor, width = (
+        values["position.scaling"]["factor"],
+        fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
+    )
     return values | {"attention.scale": yarn_amplitude(factor, weight) ** 2 / math.sqrt(width)}
 
 
@@ -102,7 +121,8 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
     if scaling is None or scaling.kind != "yarn" or scaling.factor == 1:
         raise UserError("attention.scale needs position.scaling of kind 'yarn'")
     raised = math.sqrt(scale * math.sqrt(config.attention.head_dim + _latent(config).rope_dim)) - 1
-    # Twelve digits, so that 1 is written as 1: the root and its square are not inverse to the last bit.
+    # Twelve digits, so that 1 is written as 1: the root and its square are not inverse to the last
+    # bit.
     weight = float(f"{raised / (0.1 * math.log(scaling.factor)):.12g}")
     rope = fields["rope_scaling"] | {"mscale_all_dim": weight}
     if scaling.amplitude == 1:  # in the authors' words, which their own code reads, too
@@ -129,7 +149,8 @@ def _is_tied(config: ModelConfig) -> bool:
 
 
 _LAYER = "model.layers.{future}"
-# As released: the main model's embedding and output projection stand in each of these layers once more.
+# As released: the main model's embedding and output projection stand in each of these layers once
+# more.
 FUTURE = (
     dataclasses.replace(table(f"{_LAYER}.embed_tokens", "embed"), copy=True),
     *norm(f"{_LAYER}.enorm", "{future}/embed_norm"),
@@ -155,8 +176,8 @@ def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _write_dense(config: ModelConfig) -> dict[str, Any]:
     if config.experts is None or config.experts.shared_dim % config.experts.hidden_dim:
         raise UserError("experts.shared_dim is not a multiple of experts.hidden_dim")
-    if config.head.num_future and not config.layers()[-1].experts:
-        raise UserError("head.num_future needs experts in the last layer, for its layers have them")
+    if config.head.mtp_depth and not config.layers()[-1].experts:
+        raise UserError("head.mtp_depth needs experts in the last layer, for its layers have them")
     return {
         "first_k_dense_replace": sum(not layer.experts for layer in config.layers()),
         "intermediate_size": config.mlp.hidden_dim,
@@ -194,7 +215,7 @@ DEEPSEEK_V3 = decoder(
         required=("intermediate_size",),
         defaults={"n_shared_experts": 1, "first_k_dense_replace": 3},
     ),
-    named({"num_nextn_predict_layers": "head.num_future"}, num_nextn_predict_layers=1),
+    named({"num_nextn_predict_layers": "head.mtp_depth"}, num_nextn_predict_layers=1),
     activation(),
     Part(read=_read_scale, write=_write_scale, defaults=rotary().defaults),
     LOADS,
@@ -212,6 +233,7 @@ DEEPSEEK_V3 = decoder(
     counted={"num_nextn_predict_layers": r"\.eh_proj\.weight$"},
     ignored={
         # transformers leaves it out by this number, too.
-        r"model\.layers\.61\..*": "a layer that predicts a further token, which config.json does not count",
+        r"model\.layers\.61\..*": "a layer that predicts a further token, which config.json does "
+        "not count",
     },
 )

@@ -1,4 +1,6 @@
-"""Decoders of LLaMA's lineage without experts, in Hugging Face's form: Mistral, Qwen 2 and 3, OLMo 2, Phi-3."""
+"""Decoders of LLaMA's lineage without experts, in Hugging Face's form: Mistral, Qwen 2 and 3, OLMo
+2, Phi-3.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -99,14 +101,21 @@ OLMO2 = decoder(
 
 
 def _read_phi_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Its scaling has three names, a length beside the group, and may turn a part of each head only."""
+    """Its scaling has three names, a length beside the group, and may turn a part of each head
+    only.
+    """
     rope = {"partial_rotary_factor": fields["partial_rotary_factor"], **rope_fields(fields)}
     part = rope.pop("partial_rotary_factor")
     if rope_kind(rope) in ("su", "yarn", "longrope"):
         rope |= {"rope_type": "longrope", ORIGINAL: fields[ORIGINAL]}
     elif rope_kind(rope) != "default":
-        raise UserError("rope_type", rope_kind(rope), "of a Phi-3 is not supported: only 'longrope' is.")
-    values = {f"position.{name}": value for name, value in position(rope, fields["max_position_embeddings"]).items()}
+        raise UserError(
+            "rope_type", rope_kind(rope), "of a Phi-3 is not supported: only 'longrope' is."
+        )
+    values = {
+        f"position.{name}": value
+        for name, value in position(rope, fields["max_position_embeddings"]).items()
+    }
     width = fields["hidden_size"] // fields["num_attention_heads"]
     return values | {"position.rotary_dim": None if part == 1 else int(width * part)}
 

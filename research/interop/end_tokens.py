@@ -1,7 +1,8 @@
-"""The ids that end a model's text, as Hugging Face's `config.json` and `generation_config.json` name them.
+"""The ids that end a model's text, as Hugging Face's `config.json` and `generation_config.json`
+name them.
 
-Instruct models have several: the end of a text and the end of a turn (Gemma, LLaMA 3, Qwen, Phi-3), and the call of a
-tool (gpt-oss). One of the two files may name fewer than the other.
+Instruct models have several: the end of a text and the end of a turn (Gemma, LLaMA 3, Qwen, Phi-3),
+and the call of a tool (gpt-oss). One of the two files may name fewer than the other.
 """
 
 import json
@@ -28,7 +29,8 @@ _COPIED = (
 
 
 def end_ids_of(values: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns the ids that one of the two files names: one, several, or none. A negative id stands for none.
+    """Returns the ids that one of the two files names: one, several, or none. A negative id stands
+    for none.
 
     Raises:
       UserError: something else than ids, or more of them than any model has.
@@ -46,7 +48,8 @@ def end_ids_of(values: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def read_end_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns every id that ends a text, those of `config` (the folder's config.json) first, none of them twice.
+    """Returns every id that ends a text, those of `config` (the folder's config.json) first, none
+    of them twice.
 
     Raises:
       UserError: a file that is no JSON object, or names something else than ids.
@@ -59,7 +62,9 @@ def read_end_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, 
 
 
 def generation_config(fields: Mapping[str, Any]) -> bytes:
-    """Returns the generation_config.json that says the same of tokens as the config.json of `fields`."""
+    """Returns the generation_config.json that says the same of tokens as the config.json of
+    `fields`.
+    """
     values = {name: fields[name] for name in _COPIED if name in fields and fields[name] is not None}
     return (json.dumps(values, indent=2) + "\n").encode()
 

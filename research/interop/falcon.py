@@ -21,9 +21,12 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": fields["num_hidden_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"],
-        "attention": multi_head(width, num_heads, fields["bias"]) | {"num_kv_heads": _kv_heads(fields)},
+        "attention": multi_head(width, num_heads, fields["bias"])
+        | {"num_kv_heads": _kv_heads(fields)},
         "mlp": {
-            "hidden_dim": 4 * width if fields["ffn_hidden_size"] is None else fields["ffn_hidden_size"],
+            "hidden_dim": 4 * width
+            if fields["ffn_hidden_size"] is None
+            else fields["ffn_hidden_size"],
             "activation": to_tessera(fields["activation"], "activation"),
             "gated": False,
             "bias": fields["bias"],
@@ -57,19 +60,25 @@ def _kv_heads(fields: Mapping[str, Any]) -> int:
     if fields["multi_query"]:
         return 1
     if kv_heads not in (None, num_heads):
-        raise UserError("num_kv_heads", kv_heads, f"must be num_attention_heads = {num_heads} without multi_query.")
+        raise UserError(
+            "num_kv_heads",
+            kv_heads,
+            f"must be num_attention_heads = {num_heads} without multi_query.",
+        )
     return num_heads
 
 
 def _placement(fields: Mapping[str, Any]) -> str:
     norms, new, parallel = (
-        fields[name] for name in ("num_ln_in_parallel_attn", "new_decoder_architecture", "parallel_attn")
+        fields[name]
+        for name in ("num_ln_in_parallel_attn", "new_decoder_architecture", "parallel_attn")
     )
     if (new and not parallel) or norms not in ((None, 1, 2) if new else (None, 1)):
         raise UserError(
             "num_ln_in_parallel_attn",
             norms,
-            f"and parallel_attn = {parallel!r} are not supported with new_decoder_architecture = {new!r}.",
+            f"and parallel_attn = {parallel!r} are not supported with new_decoder_architecture = "
+            f"{new!r}.",
         )
     if new:
         return "parallel" if norms == 1 else "parallel_pair"
@@ -78,7 +87,8 @@ def _placement(fields: Mapping[str, Any]) -> str:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     attention, placement = config.attention, config.norm.placement
-    # The elder design does not know two parallel norms, nor a number of key/value heads between one and all.
+    # The elder design does not know two parallel norms, nor a number of key/value heads between one
+    # and all.
     elder = placement != "parallel_pair" and attention.num_kv_heads in (1, attention.num_heads)
     own = write_rotary(config) if config.position.kind == "rotary" else {}
     return own | {
@@ -105,7 +115,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _by_group(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
-    """Returns the order of the joined queries, keys and values: each key/value head has its queries before it."""
+    """Returns the order of the joined queries, keys and values: each key/value head has its queries
+    before it.
+    """
     c = config.attention
     queries = np.arange(c.num_heads).reshape(c.num_kv_heads, -1)
     keys = c.num_heads + np.arange(c.num_kv_heads)[:, None]
@@ -141,7 +153,10 @@ FALCON = Architecture(
         UNEMBED,
     ),
     copies={"lm_head.weight": "transformer.word_embeddings.weight"},
-    ignored={r"transformer\.h\.\d+\.self_attention\.rotary_emb\.inv_freq": "frequencies that the config gives"},
+    ignored={
+        r"transformer\.h\.\d+\.self_attention\.rotary_emb\.inv_freq": "frequencies that the "
+        "config gives"
+    },
     required=("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads"),
     defaults={
         "num_kv_heads": None,

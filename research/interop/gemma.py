@@ -24,7 +24,9 @@ SANDWICH = (
 
 
 def _write_scale(config: ModelConfig) -> dict[str, Any]:
-    width = config.attention.head_dim if config.attention.scale is None else config.attention.scale**-2
+    width = (
+        config.attention.head_dim if config.attention.scale is None else config.attention.scale**-2
+    )
     return {"query_pre_attn_scalar": round(width)}
 
 
@@ -66,22 +68,36 @@ def _local(fields: Mapping[str, Any], layer: int) -> bool:
 
 
 def _read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Local and global layers turn by frequencies of their own, which elder folders have in fields of their own."""
+    """Local and global layers turn by frequencies of their own, which elder folders have in fields
+    of their own.
+    """
     ropes = fields["rope_parameters"] or {}
     scaling = fields["rope_scaling"] or {}
-    if not isinstance(ropes, dict) or not isinstance(scaling, dict) or ropes.keys() - {LOCAL, GLOBAL}:
-        raise UserError("rope_parameters", ropes, f"must be a group for {LOCAL} and one for {GLOBAL}.")
+    if (
+        not isinstance(ropes, dict)
+        or not isinstance(scaling, dict)
+        or ropes.keys() - {LOCAL, GLOBAL}
+    ):
+        raise UserError(
+            "rope_parameters", ropes, f"must be a group for {LOCAL} and one for {GLOBAL}."
+        )
     longest = fields["max_position_embeddings"]
     everywhere = {"rope_theta": fields["rope_theta"], **(ropes.get(GLOBAL) or {}), **scaling}
-    local = position({"rope_theta": fields["rope_local_base_freq"], **(ropes.get(LOCAL) or {})}, longest)
+    local = position(
+        {"rope_theta": fields["rope_local_base_freq"], **(ropes.get(LOCAL) or {})}, longest
+    )
     return {
         **{f"position.{name}": value for name, value in position(everywhere, longest).items()},
-        "layers.position": [local if kind == LOCAL else None for kind in layer_types(fields, _local)],
+        "layers.position": [
+            local if kind == LOCAL else None for kind in layer_types(fields, _local)
+        ],
     }
 
 
 def _write_rotary(config: ModelConfig) -> dict[str, Any]:
-    local = next((config.position_of(layer) for layer in config.layers() if layer.window is not None), None)
+    local = next(
+        (config.position_of(layer) for layer in config.layers() if layer.window is not None), None
+    )
     ropes = {GLOBAL: write_position(config.position)}
     return {"rope_parameters": ropes | ({} if local is None else {LOCAL: write_position(local)})}
 
@@ -138,11 +154,20 @@ GEMMA3 = dataclasses.replace(
         (r"^language_model\.lm_head", "lm_head"),
     ),
     ignored=GEMMA3_TEXT.ignored
-    | {r"(model\.)?(vision_tower|multi_modal_projector)\..*": "what sees pictures, which Tessera does not"},
+    | {
+        r"(model\.)?(vision_tower|multi_modal_projector)\..*": "what sees pictures, which Tessera "
+        "does not"
+    },
     required=(),
     defaults={"text_config": None},
     inert=(
-        *("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"),
+        *(
+            "vision_config",
+            "mm_tokens_per_image",
+            "boi_token_index",
+            "eoi_token_index",
+            "image_token_index",
+        ),
         *("initializer_range", "tie_word_embeddings"),
     ),
     read=_read_text,

@@ -1,4 +1,6 @@
-"""GPT and GPT-2 in Hugging Face's form (`transformers.OpenAIGPTLMHeadModel` and `GPT2LMHeadModel`)."""
+"""GPT and GPT-2 in Hugging Face's form (`transformers.OpenAIGPTLMHeadModel` and
+`GPT2LMHeadModel`).
+"""
 
 import functools
 from collections.abc import Mapping
@@ -15,10 +17,16 @@ from research.models.config import ModelConfig
 _FIRST_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
-def _model(fields: Mapping[str, Any], hidden_dim: int, activation: str, placement: str) -> dict[str, Any]:
+def _model(
+    fields: Mapping[str, Any], hidden_dim: int, activation: str, placement: str
+) -> dict[str, Any]:
     width, num_heads = fields["n_embd"], fields["n_head"]
     if fields["embd_pdrop"] != fields["resid_pdrop"]:
-        raise UserError("embd_pdrop", fields["embd_pdrop"], f"must equal resid_pdrop = {fields['resid_pdrop']!r}.")
+        raise UserError(
+            "embd_pdrop",
+            fields["embd_pdrop"],
+            f"must equal resid_pdrop = {fields['resid_pdrop']!r}.",
+        )
     return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["n_layer"],
@@ -26,7 +34,12 @@ def _model(fields: Mapping[str, Any], hidden_dim: int, activation: str, placemen
         "max_length": fields["n_positions"],
         "attention": multi_head(width, num_heads, bias=True),
         "mlp": {"hidden_dim": hidden_dim, "activation": activation, "gated": False, "bias": True},
-        "norm": {"kind": "layernorm", "placement": placement, "epsilon": fields["layer_norm_epsilon"], "bias": True},
+        "norm": {
+            "kind": "layernorm",
+            "placement": placement,
+            "epsilon": fields["layer_norm_epsilon"],
+            "bias": True,
+        },
         "position": {"kind": "learned"},
         "tied_embeddings": fields["tie_word_embeddings"],
         "dropout": fields["resid_pdrop"],
@@ -36,12 +49,18 @@ def _model(fields: Mapping[str, Any], hidden_dim: int, activation: str, placemen
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     hidden = 4 * fields["n_embd"] if fields["n_inner"] is None else fields["n_inner"]
-    return _model(fields, hidden, to_tessera(fields["activation_function"], "activation_function"), "pre")
+    return _model(
+        fields, hidden, to_tessera(fields["activation_function"], "activation_function"), "pre"
+    )
 
 
 def _read_first(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["afn"] not in _FIRST_ACTIVATIONS:
-        raise UserError("afn", fields["afn"], f"is not supported. {nearest(str(fields['afn']), _FIRST_ACTIVATIONS)}")
+        raise UserError(
+            "afn",
+            fields["afn"],
+            f"is not supported. {nearest(str(fields['afn']), _FIRST_ACTIVATIONS)}",
+        )
     return _model(fields, 4 * fields["n_embd"], _FIRST_ACTIVATIONS[fields["afn"]], "post")
 
 
@@ -123,10 +142,16 @@ GPT2 = Architecture(
     prefixes=("transformer.",),
     tensors=_tensors("wte", "wpe"),
     copies={"lm_head.weight": "transformer.wte.weight"},
-    ignored={r"transformer\.h\.\d+\.attn\.(bias|masked_bias)": "the causal mask, which is no parameter"},
+    ignored={
+        r"transformer\.h\.\d+\.attn\.(bias|masked_bias)": "the causal mask, which is no parameter"
+    },
     required=_REQUIRED,
     defaults=_DEFAULTS | {"n_inner": None, "activation_function": "gelu_new"},
-    only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    only={
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
     # A field that n_positions repeats; the order of a product's factors.
     inert=("n_ctx", "reorder_and_upcast_attn"),
     read=_read,

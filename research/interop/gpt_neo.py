@@ -1,4 +1,6 @@
-"""GPT-Neo in Hugging Face's form (`transformers.GPTNeoForCausalLM`): global and local layers in turns."""
+"""GPT-Neo in Hugging Face's form (`transformers.GPTNeoForCausalLM`): global and local layers in
+turns.
+"""
 
 import itertools
 from collections.abc import Mapping
@@ -19,23 +21,38 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     width = fields["hidden_size"]
     if fields["embed_dropout"] != fields["resid_dropout"]:
         raise UserError(
-            "embed_dropout", fields["embed_dropout"], f"must equal resid_dropout = {fields['resid_dropout']!r}."
+            "embed_dropout",
+            fields["embed_dropout"],
+            f"must equal resid_dropout = {fields['resid_dropout']!r}.",
         )
     return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["num_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"],
-        "attention": multi_head(width, fields["num_heads"], bias=False) | {"out_bias": True, "scale": 1.0},
+        "attention": multi_head(width, fields["num_heads"], bias=False)
+        | {"out_bias": True, "scale": 1.0},
         "mlp": {
-            "hidden_dim": 4 * width if fields["intermediate_size"] is None else fields["intermediate_size"],
+            "hidden_dim": 4 * width
+            if fields["intermediate_size"] is None
+            else fields["intermediate_size"],
             "activation": to_tessera(fields["activation_function"], "activation_function"),
             "gated": False,
             "bias": True,
         },
-        "norm": {"kind": "layernorm", "placement": "pre", "epsilon": fields["layer_norm_epsilon"], "bias": True},
+        "norm": {
+            "kind": "layernorm",
+            "placement": "pre",
+            "epsilon": fields["layer_norm_epsilon"],
+            "bias": True,
+        },
         "position": {"kind": "learned"},
-        **shortest_pattern([{"window": fields["window_size"] if kind == _LOCAL else None} for kind in _kinds(fields)]),
+        **shortest_pattern(
+            [
+                {"window": fields["window_size"] if kind == _LOCAL else None}
+                for kind in _kinds(fields)
+            ]
+        ),
         "tied_embeddings": fields["tie_word_embeddings"],
         "dropout": fields["resid_dropout"],
         "init_stddev": fields["initializer_range"],
@@ -43,7 +60,9 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kinds(fields: Mapping[str, Any]) -> list[str]:
-    """Returns the kind of each layer: `attention_types` is groups of kinds, each so many times over."""
+    """Returns the kind of each layer: `attention_types` is groups of kinds, each so many times
+    over.
+    """
     count, groups = fields["num_layers"], fields["attention_types"]
     named = (kind for group, times in groups for _ in range(times) for kind in group)
     kinds = list(itertools.islice(named, count + 1))
@@ -52,7 +71,9 @@ def _kinds(fields: Mapping[str, Any]) -> list[str]:
     for kind in kinds:
         if kind not in (_GLOBAL, _LOCAL):
             raise UserError(
-                "attention_types", constraint=f": {shown(kind)} is not supported, only {_GLOBAL!r} and {_LOCAL!r} are."
+                "attention_types",
+                constraint=f": {shown(kind)} is not supported, only {_GLOBAL!r} and {_LOCAL!r} "
+                "are.",
             )
     return kinds
 
@@ -101,7 +122,10 @@ GPT_NEO = Architecture(
         UNEMBED,
     ),
     copies={"lm_head.weight": "transformer.wte.weight"},
-    ignored={r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)": "the layer's mask, which is no parameter"},
+    ignored={
+        r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)": "the layer's mask, which is "
+        "no parameter"
+    },
     required=("vocab_size", "num_layers", "hidden_size", "num_heads", "max_position_embeddings"),
     defaults={
         "attention_types": [[[_GLOBAL, _LOCAL], 12]],

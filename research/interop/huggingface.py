@@ -40,7 +40,21 @@ logger = logging.getLogger("tessera")
 _ALL = (
     *(GPT2, LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3, GEMMA3),
-    *(GPT, GPT_NEO, FALCON, MPT, BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, T5, MT5, BART, MBART, MARIAN),
+    *(
+        GPT,
+        GPT_NEO,
+        FALCON,
+        MPT,
+        BERT,
+        ROBERTA,
+        XLM_ROBERTA,
+        MODERNBERT,
+        T5,
+        MT5,
+        BART,
+        MBART,
+        MARIAN,
+    ),
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -69,11 +83,13 @@ class Model:
 
 
 def open_hugging_face(folder: str | pathlib.Path) -> Model:
-    """Returns the model of a folder; all that can be wrong with it is found, but no weights are read.
+    """Returns the model of a folder; all that can be wrong with it is found, but no weights are
+    read.
 
     Raises:
-      UserError: an architecture or a feature that is not supported, a file that is missing or broken, or tensors that
-        are not those of the config; what is wrong is named. Pickled weights are never opened.
+      UserError: an architecture or a feature that is not supported, a file that is missing or
+        broken, or tensors that are not those of the config; what is wrong is named. Pickled weights
+        are never opened.
     """
     folder = pathlib.Path(folder)
     fields = read_object(folder / CONFIG)
@@ -83,21 +99,28 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = f"Known: {', '.join(sorted(ARCHITECTURES))}."
         hint = nearest(str(model_type), ARCHITECTURES).replace(known, "")
-        raise UserError(f"{folder / CONFIG}: model_type = {shown(model_type)} is not supported. {hint} {known}")
+        raise UserError(
+            f"{folder / CONFIG}: model_type = {shown(model_type)} is not supported. {hint} {known}"
+        )
     architecture = ARCHITECTURES[model_type]
     tensors = _tensors(folder)
     with within("", origin=str(folder / CONFIG)):
         config = config_from(architecture, fields_of(architecture, fields, tensors))
-    layers = config.num_layers + config.encoder_layers + config.head.num_future
+    layers = config.num_layers + config.encoder_layers + config.head.mtp_depth
     if layers > len(tensors):  # whoever says so must not have us name the tensors of so many
-        raise UserError(f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has them.")
+        raise UserError(
+            f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has "
+            "them."
+        )
     end_ids = read_end_ids(folder, fields)
     with within("", origin=str(folder)):
         return Model(architecture, config, mapping.find(architecture, config, tensors), end_ids)
 
 
 def from_hugging_face(folder: str | pathlib.Path) -> tuple[ModelConfig, Any]:
-    """Returns the model of a folder and its float32 parameters in memory; raises as `open_hugging_face`."""
+    """Returns the model of a folder and its float32 parameters in memory; raises as
+    `open_hugging_face`.
+    """
     model = open_hugging_face(folder)
     return model.config, mapping.parameters(model.config, model.source.pieces())
 
@@ -115,15 +138,19 @@ def to_hugging_face(
       config: the model.
       params: its parameters, layers scanned or unrolled.
       folder: made where it is missing.
-      token_ids: `bos`, `eos` (one, or all that end a text) and `pad` of its tokenizer; None says that there are none,
-        where `transformers` would take those of the family's own tokenizer, which may lie outside of the vocabulary.
+      token_ids: `bos`, `eos` (one, or all that end a text) and `pad` of its tokenizer; None says
+        that there are none, where `transformers` would take those of the family's own tokenizer,
+        which may lie outside of the vocabulary.
       model_type: the architecture to try before all others.
 
     Raises:
-      UserError: no architecture holds this model; of the nearest ones the field that each cannot have is named.
+      UserError: no architecture holds this model; of the nearest ones the field that each cannot
+          have is named.
     """
     architecture, fields = choose(ARCHITECTURES.values(), config, first=model_type)
-    write_hugging_face(architecture, fields, config, mapping.reader(config, params), folder, token_ids or NO_TOKENS)
+    write_hugging_face(
+        architecture, fields, config, mapping.reader(config, params), folder, token_ids or NO_TOKENS
+    )
 
 
 def write_hugging_face(
@@ -155,7 +182,11 @@ def write_hugging_face(
     """
     folder = pathlib.Path(folder)
     # What the architecture itself says of a token wins: some count positions from it.
-    fields = {**{f"{role}_token_id": token for role, token in token_ids.items()}, **fields, "dtype": dtype}
+    fields = {
+        **{f"{role}_token_id": token for role, token in token_ids.items()},
+        **fields,
+        "dtype": dtype,
+    }
     placed = mapping.placements(architecture, config)
     kind = np.dtype(dtype)
     files = _shards(mapping.shapes_of(placed), kind.itemsize, shard_bytes)
@@ -166,7 +197,9 @@ def write_hugging_face(
         _write_files(folder, files, kind, mapping.write(placed, read, kind))
         if len(files) > 1:
             places = {name: file for file, shapes in files.items() for name in shapes}
-            size = kind.itemsize * sum(_count(shape) for shapes in files.values() for shape in shapes.values())
+            size = kind.itemsize * sum(
+                _count(shape) for shapes in files.values() for shape in shapes.values()
+            )
             index = {"metadata": {"total_size": size}, "weight_map": places}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         _remove_older(folder, files)
@@ -175,14 +208,20 @@ def write_hugging_face(
 
 
 def _remove_older(folder: pathlib.Path, files: Mapping[str, Any]) -> None:
-    """Removes the weights of a model that was saved here before: a reader could take them for this one's."""
+    """Removes the weights of a model that was saved here before: a reader could take them for this
+    one's.
+    """
     written = {*files, *([INDEX] if len(files) > 1 else [])}
     for path in list(folder.iterdir()):
-        if path.name not in written and (path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):
+        if path.name not in written and (
+            path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)
+        ):
             path.unlink()
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, dict[str, Any]]:
+def _shards(
+    shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int
+) -> dict[str, dict[str, Any]]:
     """Returns files -> the shapes of their tensors, in order."""
     shards, room = [{}], limit
     for name, shape in shapes.items():
@@ -195,7 +234,9 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) ->
     if len(shards) == 1:
         return {WEIGHTS: shards[0]}
     # A name as `_SHARD` has it.
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    return {
+        f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)
+    }
 
 
 def _write_files(
@@ -227,36 +268,52 @@ def _tensors(folder: pathlib.Path) -> dict[str, Stored]:
             if name in tensors:
                 raise UserError(f"{path}: {name} is in {tensors[name].path.name}, too.")
             tensors[name] = tensor
-    lost = sorted(name for name, file in places.items() if name not in tensors or tensors[name].path.name != file)
+    lost = sorted(
+        name
+        for name, file in places.items()
+        if name not in tensors or tensors[name].path.name != file
+    )
     if lost:
-        raise UserError(f"{folder / INDEX}: not in the files that it names: {listed(map(shown, lost))}.")
+        raise UserError(
+            f"{folder / INDEX}: not in the files that it names: {listed(map(shown, lost))}."
+        )
     return tensors
 
 
 def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """Returns the files that hold the weights, all of them in the folder itself, and what an index says is where.
+    """Returns the files that hold the weights, all of them in the folder itself, and what an index
+    says is where.
 
-    A single file wins over an index, as in transformers: whoever saves a small model over a large one leaves the
-    index and perhaps the shards of the large one behind.
+    A single file wins over an index, as in transformers: whoever saves a small model over a large
+    one leaves the index and perhaps the shards of the large one behind.
     """
     if (folder / WEIGHTS).is_file():
         if (folder / INDEX).exists():
-            logger.warning("%s is left out: %s is there, and has all weights.", folder / INDEX, WEIGHTS)
+            logger.warning(
+                "%s is left out: %s is there, and has all weights.", folder / INDEX, WEIGHTS
+            )
         return [folder / WEIGHTS], {}
     if not (folder / INDEX).is_file():
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-        hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code." if pickled else ""
+        hint = (
+            f" {pickled[0]} is pickled, and running a pickle runs its author's code."
+            if pickled
+            else ""
+        )
         raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
     index = read_object(folder / INDEX)
     if not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{folder / INDEX}: weight_map is missing.")
     places = {name: str(file) for name, file in index["weight_map"].items()}
     files = sorted(set(places.values()))
-    # Compared with the names that the folder has: any text may stand in an index, and no system takes them all.
+    # Compared with the names that the folder has: any text may stand in an index, and no system
+    # takes them all.
     present = {path.name for path in folder.iterdir() if path.is_file()}
     gone = [file for file in files if file not in present]
     if gone:
-        raise UserError(f"{folder / INDEX}: {listed(map(shown, gone))} is not a file of this folder.")
+        raise UserError(
+            f"{folder / INDEX}: {listed(map(shown, gone))} is not a file of this folder."
+        )
     for file in files:
         if not file.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX}: {file!r} is not a safetensors file.")

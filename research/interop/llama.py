@@ -1,4 +1,6 @@
-"""LLaMA 1, 2 and 3 in Hugging Face's form, and what the many decoders have that are built like it."""
+"""LLaMA 1, 2 and 3 in Hugging Face's form, and what the many decoders have that are built like
+it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +17,19 @@ ATTENTION = (
     *projections("self_attn.{part}_proj", "attention", "qkv"),
     *linear("self_attn.o_proj", "attention/out", num_inputs=2),
 )
-QK_NORM = (*norm("self_attn.q_norm", "attention/query_norm"), *norm("self_attn.k_norm", "attention/key_norm"))
+QK_NORM = (
+    *norm("self_attn.q_norm", "attention/query_norm"),
+    *norm("self_attn.k_norm", "attention/key_norm"),
+)
 MLP = (
     *linear("mlp.gate_proj", "mlp/gate"),
     *linear("mlp.up_proj", "mlp/up"),
     *linear("mlp.down_proj", "mlp/down"),
 )
-PRE_NORMS = (*norm("input_layernorm", "attention_norm"), *norm("post_attention_layernorm", "mlp_norm"))
+PRE_NORMS = (
+    *norm("input_layernorm", "attention_norm"),
+    *norm("post_attention_layernorm", "mlp_norm"),
+)
 
 SIZES = named(
     {
@@ -38,11 +46,15 @@ SIZES = named(
     tie_word_embeddings=False,
     initializer_range=0.02,
 )
-RMS = fixed({"norm.kind": "rmsnorm", "norm.placement": "pre", "norm.bias": False, "mlp.gated": True})
+RMS = fixed(
+    {"norm.kind": "rmsnorm", "norm.placement": "pre", "norm.bias": False, "mlp.gated": True}
+)
 
 
 def _read_heads(fields: Mapping[str, Any]) -> dict[str, Any]:
-    heads, kv_heads, width = (fields[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    heads, kv_heads, width = (
+        fields[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
     return {
         "attention.num_kv_heads": heads if kv_heads is None else kv_heads,
         "attention.head_dim": fields["hidden_size"] // heads if width is None else width,
@@ -60,7 +72,9 @@ HEADS = Part(
 DENSE = named({"intermediate_size": "mlp.hidden_dim"})
 
 
-def activation(field: str = "hidden_act", default: str = "silu", gelu_tanh: str = "gelu_new") -> Part:
+def activation(
+    field: str = "hidden_act", default: str = "silu", gelu_tanh: str = "gelu_new"
+) -> Part:
     """Returns the part of the activation.
 
     Args:
@@ -88,7 +102,11 @@ def biases(default: bool, out: bool = False, field: str = "attention_bias") -> P
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {"attention.qkv_bias": fields[field], "attention.out_bias": out and fields[field]}
 
-    return Part(read=read, write=lambda config: {field: config.attention.qkv_bias}, defaults={field: default})
+    return Part(
+        read=read,
+        write=lambda config: {field: config.attention.qkv_bias},
+        defaults={field: default},
+    )
 
 
 CORE = (SIZES, RMS, HEADS)
@@ -102,7 +120,8 @@ def decoder(
     further: tuple[Tensor, ...] = (),
     **rest: Any,
 ) -> Architecture:
-    """Returns an architecture built as LLaMA is: an embedding, layers, a last norm, an output projection.
+    """Returns an architecture built as LLaMA is: an embedding, layers, a last norm, an output
+    projection.
 
     Args:
       model_type, model_class, rest: see `Architecture`.
@@ -113,7 +132,10 @@ def decoder(
     options = {
         "prefixes": ("model.",),
         "copies": {"lm_head.weight": "model.embed_tokens.weight"},
-        "ignored": {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies that the config gives"},
+        "ignored": {
+            r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "frequencies that the config "
+            "gives"
+        },
     }
     tensors = (
         table("model.embed_tokens", "embed"),

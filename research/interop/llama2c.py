@@ -1,4 +1,6 @@
-"""Models of llama2.c: the first version of its `.bin` files, as karpathy/llama2.c's `run.c` reads them."""
+"""Models of llama2.c: the first version of its `.bin` files, as karpathy/llama2.c's `run.c` reads
+them.
+"""
 
 import pathlib
 from typing import Any
@@ -9,7 +11,13 @@ from jaxtyping import Float32
 from research.core.errors import UserError, within
 from research.interop.llama import LLAMA
 from research.interop.mapping import params_from
-from research.models.config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, PositionConfig
+from research.models.config import (
+    AttentionConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
 
 HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
 
@@ -18,8 +26,8 @@ def from_llama2c(path: str | pathlib.Path) -> tuple[ModelConfig, Any]:
     """Returns the model of a file and its float32 parameters.
 
     Args:
-      path: seven little-endian int32, then float32 tensors without names. A vocabulary below 0 means that the output
-        projection is a matrix of its own.
+      path: seven little-endian int32, then float32 tensors without names. A vocabulary below 0
+        means that the output projection is a matrix of its own.
 
     Raises:
       UserError: the header makes no model, or the file is not as long as its header says.
@@ -30,7 +38,9 @@ def from_llama2c(path: str | pathlib.Path) -> tuple[ModelConfig, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if len(data) < 4 * len(HEADER):
-        raise UserError(f"{path} is not a llama2.c model: it has no header of {len(HEADER)} numbers.")
+        raise UserError(
+            f"{path} is not a llama2.c model: it has no header of {len(HEADER)} numbers."
+        )
     header = dict(zip(HEADER, np.frombuffer(data, "<i4", len(HEADER)).tolist(), strict=True))
     with within("", origin=f"{path} is not a llama2.c model"):
         config = _config(header)
@@ -38,10 +48,14 @@ def from_llama2c(path: str | pathlib.Path) -> tuple[ModelConfig, Any]:
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     wanted = 4 * (len(HEADER) + sum(sizes))
     if len(data) != wanted:
-        raise UserError(f"{path} has {len(data):,} bytes, but its header {header} describes {wanted:,}.")
+        raise UserError(
+            f"{path} has {len(data):,} bytes, but its header {header} describes {wanted:,}."
+        )
     values = np.frombuffer(data, "<f4", offset=4 * len(HEADER))
     parts = np.split(values, np.cumsum(sizes)[:-1])
-    tensors = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    tensors = {
+        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
     return config, params_from(LLAMA, config, _hugging_face_form(config, tensors))
 
 
@@ -54,7 +68,9 @@ def _config(header: dict[str, int]) -> ModelConfig:
         num_layers=header["n_layers"],
         embed_dim=width,
         max_length=header["seq_len"],
-        attention=AttentionConfig(num_heads=heads, num_kv_heads=header["n_kv_heads"], head_dim=width // heads),
+        attention=AttentionConfig(
+            num_heads=heads, num_kv_heads=header["n_kv_heads"], head_dim=width // heads
+        ),
         mlp=MlpConfig(hidden_dim=header["hidden_dim"], activation="silu", gated=True),
         norm=NormConfig(kind="rmsnorm", placement="pre", epsilon=1e-5),
         position=PositionConfig(kind="rotary", theta=10_000.0),
@@ -63,7 +79,9 @@ def _config(header: dict[str, int]) -> ModelConfig:
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each tensor in the order of the file, under the names of Hugging Face's LLaMA."""
+    """Returns the shape of each tensor in the order of the file, under the names of Hugging Face's
+    LLaMA.
+    """
     layers, width, hidden = config.num_layers, config.embed_dim, config.mlp.hidden_dim
     c = config.attention
     q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -91,7 +109,9 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _hugging_face_form(
     config: ModelConfig, tensors: dict[str, Float32[np.ndarray, "..."]]
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """Returns the tensors that hold parameters, layer by layer; rotary pairs that were neighbours become halves."""
+    """Returns the tensors that hold parameters, layer by layer; rotary pairs that were neighbours
+    become halves.
+    """
     heads = {
         "self_attn.q_proj.weight": config.attention.num_heads,
         "self_attn.k_proj.weight": config.attention.num_kv_heads,
@@ -102,7 +122,9 @@ def _hugging_face_form(
             named[name] = value
         elif name not in ("cosines", "sines"):
             for layer, matrix in enumerate(value):
-                named[f"model.layers.{layer}.{name}"] = _halves(matrix, heads[name]) if name in heads else matrix
+                named[f"model.layers.{layer}.{name}"] = (
+                    _halves(matrix, heads[name]) if name in heads else matrix
+                )
     return named
 
 

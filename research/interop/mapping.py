@@ -1,8 +1,9 @@
-"""The conversion engine: which numbers of a checkpoint are which of a model, both ways, a piece at a time.
+"""The conversion engine: which numbers of a checkpoint are which of a model, both ways, a piece at
+a time.
 
-It knows no architecture and no file: tensors come from any mapping of names to arrays, and parameters go, named as an
-unrolled model names them, wherever the caller puts them. A piece is a part of one tensor, so that a model of any size
-passes through a few hundred megabytes.
+It knows no architecture and no file: tensors come from any mapping of names to arrays, and
+parameters go, named as an unrolled model names them, wherever the caller puts them. A piece is a
+part of one tensor, so that a model of any size passes through a few hundred megabytes.
 """
 
 import dataclasses
@@ -30,10 +31,13 @@ from research.storage.background import prefetch
 
 logger = logging.getLogger("tessera")
 
-# The most bytes of a piece, as float32: small enough that its memory is used again and not given back in between.
+# The most bytes of a piece, as float32: small enough that its memory is used again and not given
+# back in between.
 PIECE_BYTES = 2**25
 # Names that only quantized weights have: the scales beside them, or the packed numbers themselves.
-_QUANTIZED = re.compile(r".*(_scale_inv|_scales|_blocks|\.qweight|\.qzeros|\.scales|\.absmax|\.weight_scale)")
+_QUANTIZED = re.compile(
+    r".*(_scale_inv|_scales|_blocks|\.qweight|\.qzeros|\.scales|\.absmax|\.weight_scale)"
+)
 _FUTURE = "{future}"
 _LAYER = re.compile(r"(?P<first>first_)?layers_(?P<index>\d+)")
 
@@ -57,7 +61,9 @@ class Piece(NamedTuple):
 
 def unrolled_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape of each parameter of the unrolled model, by name."""
-    return named_leaves(abstract_params(dataclasses.replace(config, layer_loop="unroll"), platform()))
+    return named_leaves(
+        abstract_params(dataclasses.replace(config, layer_loop="unroll"), platform())
+    )
 
 
 def layer_names(names: Iterable[str], before: str) -> list[str]:
@@ -67,9 +73,14 @@ def layer_names(names: Iterable[str], before: str) -> list[str]:
       names: of all parameters.
       before: what is before the layer in the names of its parameters, `encoder/` for instance.
     """
-    subtrees = {name.removeprefix(before).partition("/")[0] for name in names if name.startswith(before)}
+    subtrees = {
+        name.removeprefix(before).partition("/")[0] for name in names if name.startswith(before)
+    }
     layers = [match for match in map(_LAYER.fullmatch, subtrees) if match]
-    return [match[0] for match in sorted(layers, key=lambda match: (match["first"] is None, int(match["index"])))]
+    return [
+        match[0]
+        for match in sorted(layers, key=lambda match: (match["first"] is None, int(match["index"])))
+    ]
 
 
 def placements(architecture: Architecture, config: ModelConfig) -> list[Placed]:
@@ -83,27 +94,37 @@ def placements(architecture: Architecture, config: ModelConfig) -> list[Placed]:
     for stack, group in itertools.groupby(architecture.tensors, key=_stack_of):
         tensors = list(group)
         for number, layer in _members(stack, shapes, config):
-            placed += [each for tensor in tensors for each in _place(tensor, number, layer, shapes, config)]
+            placed += [
+                each for tensor in tensors for each in _place(tensor, number, layer, shapes, config)
+            ]
     homeless = sorted(set(shapes) - {name for each in placed for name in each.ours})
     if homeless:
-        raise UserError(f"a {architecture.model_type} checkpoint has no place for {listed(homeless)}.")
+        raise UserError(
+            f"a {architecture.model_type} checkpoint has no place for {listed(homeless)}."
+        )
     return placed
 
 
 def _stack_of(tensor: Tensor) -> str | None:
-    """Returns what is before the layer in the names of its parameters; `{future}` is the stack of the predictors."""
+    """Returns what is before the layer in the names of its parameters; `{future}` is the stack of
+    the predictors.
+    """
     if _FUTURE in tensor.theirs:
         return _FUTURE
     before, layer, _ = tensor.ours[0].partition("{layer}")
     return before if layer else None
 
 
-def _members(stack: str | None, names: Iterable[str], config: ModelConfig) -> Iterable[tuple[int, str]]:
-    """Returns the number and the subtree of each layer of a stack; what is in none stands by itself."""
+def _members(
+    stack: str | None, names: Iterable[str], config: ModelConfig
+) -> Iterable[tuple[int, str]]:
+    """Returns the number and the subtree of each layer of a stack; what is in none stands by
+    itself.
+    """
     if stack is None:
         return [(0, "")]
     if stack == _FUTURE:
-        return [(config.num_layers + k, f"future_{k}") for k in range(config.head.num_future)]
+        return [(config.num_layers + k, f"future_{k}") for k in range(config.head.mtp_depth)]
     return enumerate(layer_names(names, stack))
 
 
@@ -111,11 +132,16 @@ def _place(
     tensor: Tensor, number: int, layer: str, shapes: Mapping[str, Shape], config: ModelConfig
 ) -> Iterator[Placed]:
     ours = tuple(name.replace("{layer}", layer).replace(_FUTURE, layer) for name in tensor.ours)
-    if not all(name in shapes for name in ours) or (tensor.when is not None and not tensor.when(config)):
+    if not all(name in shapes for name in ours) or (
+        tensor.when is not None and not tensor.when(config)
+    ):
         return
     held = tuple(shapes[name] for name in ours)
     theirs = tensor.theirs.replace("{layer}", str(number)).replace(_FUTURE, str(number))
-    names = [theirs.replace("{expert}", str(expert)) for expert in range(held[0][0] if "{expert}" in theirs else 1)]
+    names = [
+        theirs.replace("{expert}", str(expert))
+        for expert in range(held[0][0] if "{expert}" in theirs else 1)
+    ]
     order = None if tensor.order is None else np.asarray(tensor.order(config))
     yield Placed(tensor, tuple(names), ours, held, order)
 
@@ -133,7 +159,9 @@ class Source:
     tensors: Mapping[str, Any]
 
     def pieces(self, limit: int = PIECE_BYTES) -> Iterator[Piece]:
-        """Yields all parameters, piece by piece, in the order in which their tensors lie in the checkpoint."""
+        """Yields all parameters, piece by piece, in the order in which their tensors lie in the
+        checkpoint.
+        """
         rank = {name: i for i, name in enumerate(self.tensors)}
         for placed in sorted(self.placed, key=lambda each: rank[each.theirs[0]]):
             for cut in placed.cuts(limit):
@@ -156,10 +184,12 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
     Args:
       architecture: whose tensors they are.
       config: the model.
-      tensors: by name, in the order in which they lie; each has `shape` and `dtype`, and `np.asarray` reads it.
+      tensors: by name, in the order in which they lie; each has `shape` and `dtype`, and
+          `np.asarray` reads it.
 
     Raises:
-      UserError: tensors that are missing, not known, of another shape or quantized, all of them named.
+      UserError: tensors that are missing, not known, of another shape or quantized, all of them
+          named.
     """
     placed, copies = _without_copies(placements(architecture, config))
     copies = {**architecture.copies, **copies}
@@ -168,7 +198,8 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
     quantized = [name for name in tensors if _is_quantized(name, tensors[name].dtype)]
     if quantized:
         raise UserError(
-            f"{quantized[0]} is quantized, and {len(quantized) - 1} others are: only plain floating weights are read."
+            f"{quantized[0]} is quantized, and {len(quantized) - 1} others are: only plain "
+            "floating weights are read."
         )
     for name, shape in wanted.items():
         if name not in found:
@@ -181,7 +212,9 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
             faults.append(f"{found[name]} has the type {tensor.dtype}, not a floating one")
     faults += _leftovers(architecture, copies, found, left, tensors)
     if faults:
-        raise UserError(f"not a {architecture.model_type} checkpoint of this config: {listed(faults, '; ')}.")
+        raise UserError(
+            f"not a {architecture.model_type} checkpoint of this config: {listed(faults, '; ')}."
+        )
     order = {name: i for i, name in enumerate(tensors)}
     names = sorted(wanted, key=lambda name: order[found[name]])
     return Source(tuple(placed), {name: tensors[found[name]] for name in names})
@@ -200,9 +233,14 @@ def _is_quantized(name: str, dtype: Any) -> bool:
 
 
 def _recognize(
-    architecture: Architecture, wanted: Iterable[str], copies: Mapping[str, str], tensors: Iterable[str]
+    architecture: Architecture,
+    wanted: Iterable[str],
+    copies: Mapping[str, str],
+    tensors: Iterable[str],
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Returns full names -> names of the wanted tensors that are there, the same of others, and what is double."""
+    """Returns full names -> names of the wanted tensors that are there, the same of others, and
+    what is double.
+    """
     wanted = set(wanted)
     known = wanted | copies.keys()
     ignored = [re.compile(pattern) for pattern in architecture.ignored]
@@ -214,7 +252,8 @@ def _recognize(
         candidates = [spelled, *(prefix + spelled for prefix in architecture.prefixes)]
         candidates += [spelled.removeprefix(prefix) for prefix in architecture.prefixes]
         full = next((each for each in candidates if each in known), None) or next(
-            (each for each in candidates if any(pattern.fullmatch(each) for pattern in ignored)), name
+            (each for each in candidates if any(pattern.fullmatch(each) for pattern in ignored)),
+            name,
         )
         into = found if full in wanted else left
         if full in into:
@@ -236,7 +275,10 @@ def _leftovers(
     """Returns what is wrong with the tensors that no parameter takes."""
     faults, reasons = [], {}
     for full, name in left.items():
-        reason = next((why for pattern, why in architecture.ignored.items() if re.fullmatch(pattern, full)), None)
+        reason = next(
+            (why for pattern, why in architecture.ignored.items() if re.fullmatch(pattern, full)),
+            None,
+        )
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
         elif full not in copies:
@@ -247,23 +289,34 @@ def _leftovers(
                 why = " (tie_word_embeddings)" if full in architecture.copies else ""
                 faults.append(f"{name} differs from {original}, which it repeats{why}")
     for reason, names in reasons.items():
-        logger.info("%s%s left out: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
+        logger.info(
+            "%s%s left out: %s",
+            names[0],
+            f" and {len(names) - 1} more" if names[1:] else "",
+            reason,
+        )
     return faults
 
 
 def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:
     """Returns the tree of parameters, in the form that `config` has in memory, that pieces make."""
-    named = {name: np.empty(shape.shape, shape.dtype) for name, shape in unrolled_shapes(config).items()}
+    named = {
+        name: np.empty(shape.shape, shape.dtype) for name, shape in unrolled_shapes(config).items()
+    }
     for name, box, values in pieces:
         named[name][box] = values
     named, abstract = jax.tree.map(jnp.asarray, named), abstract_params(config, platform())
     if "layers" in abstract:  # all but the first layers are stacked
         named = unstack_layers(stack_layers(named), named_leaves(abstract))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [named[name] for name in named_leaves(abstract)])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [named[name] for name in named_leaves(abstract)]
+    )
 
 
 def reader(config: ModelConfig, params: Any) -> Read:
-    """Returns what reads parts of a tree of parameters by the names of the unrolled model; inverse of `parameters`."""
+    """Returns what reads parts of a tree of parameters by the names of the unrolled model; inverse
+    of `parameters`.
+    """
     named = unstack_layers(stack_layers(named_leaves(params)), unrolled_shapes(config))
     return lambda name, box: np.asarray(named[name])[box]
 
@@ -271,11 +324,13 @@ def reader(config: ModelConfig, params: Any) -> Read:
 def write(
     placed: Iterable[Placed], read: Read, dtype: Any, limit: int = PIECE_BYTES
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-    """Yields names of tensors and the next rows of each, tensor after tensor in the order of `shapes_of`.
+    """Yields names of tensors and the next rows of each, tensor after tensor in the order of
+    `shapes_of`.
 
     Args:
       placed: the model's `placements`.
-      read: returns a part of a parameter; each number is asked for once, and once more for each copy, in equal parts.
+      read: returns a part of a parameter; each number is asked for once, and once more for each
+          copy, in equal parts.
       dtype: of the tensors.
       limit: the most bytes of a piece, as float32.
     """
@@ -296,7 +351,9 @@ def params_from(architecture: Architecture, config: ModelConfig, tensors: Mappin
     return parameters(config, find(architecture, config, tensors).pieces())
 
 
-def tensors_from(architecture: Architecture, config: ModelConfig, params: Any) -> dict[str, Float32[np.ndarray, "..."]]:
+def tensors_from(
+    architecture: Architecture, config: ModelConfig, params: Any
+) -> dict[str, Float32[np.ndarray, "..."]]:
     """Returns the tensors of a model in memory; the inverse of `params_from`."""
     placed = placements(architecture, config)
     parts: dict[str, list[np.ndarray]] = {}

@@ -1,4 +1,6 @@
-"""Marian's translators, Transformers of 2017, in Hugging Face's form (`transformers.MarianMTModel`)."""
+"""Marian's translators, Transformers of 2017, in Hugging Face's form
+(`transformers.MarianMTModel`).
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +17,9 @@ _WITH_HEAD, _BARE = "MarianMTModel", "MarianModel"
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["decoder_vocab_size"] not in (None, fields["vocab_size"]):
         raise UserError(
-            "decoder_vocab_size", fields["decoder_vocab_size"], f"must equal vocab_size = {fields['vocab_size']!r}."
+            "decoder_vocab_size",
+            fields["decoder_vocab_size"],
+            f"must equal vocab_size = {fields['vocab_size']!r}.",
         )
     own = {
         "position": {"kind": "sinusoidal", "halves": True},
@@ -34,7 +38,9 @@ MARIAN: Architecture = dataclasses.replace(
     model_type="marian",
     model_class=_WITH_HEAD,
     classes={_WITH_HEAD: "final_logits_bias", _BARE: ""},
-    ignored={r"model\.(encoder|decoder)\.embed_positions\.weight": "sinusoids, which are no parameters"},
+    ignored={
+        r"model\.(encoder|decoder)\.embed_positions\.weight": "sinusoids, which are no parameters"
+    },
     defaults={
         **BART.defaults,
         "architectures": [_WITH_HEAD],
@@ -42,7 +48,11 @@ MARIAN: Architecture = dataclasses.replace(
         "decoder_vocab_size": None,
     },
     only={
-        **{"is_encoder_decoder": True, "is_decoder": False, "share_encoder_decoder_embeddings": True},
+        **{
+            "is_encoder_decoder": True,
+            "is_decoder": False,
+            "share_encoder_decoder_embeddings": True,
+        },
         **{"add_final_layer_norm": False, "normalize_before": False},
         **{"normalize_embedding": False, "static_position_embeddings": True},
     },

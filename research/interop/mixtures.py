@@ -1,7 +1,7 @@
 """Decoders with experts in Hugging Face's form: Mixtral, Qwen 2 and 3 MoE, gpt-oss.
 
-transformers 5 holds the experts of a layer in one tensor in memory; on disk each has its own, as released, but in
-gpt-oss.
+transformers 5 holds the experts of a layer in one tensor in memory; on disk each has its own, as
+released, but in gpt-oss.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,8 @@ from research.interop.tensor import Tensor
 from research.interop.windows import layer_windows, one_window
 from research.models.config import ModelConfig
 
-# What only training sees, by a loss for the load of the experts that Tessera takes a layer at a time.
+# What only training sees, by a loss for the load of the experts that Tessera takes a layer at a
+# time.
 LOADS = Part(inert=("output_router_logits", "router_aux_loss_coef"))
 
 
@@ -58,7 +59,10 @@ MIXTRAL = decoder(
     *CORE,
     named({"intermediate_size": "experts.hidden_dim"}),
     named(
-        {"num_local_experts": "experts.num_experts", "num_experts_per_tok": "experts.experts_per_token"},
+        {
+            "num_local_experts": "experts.num_experts",
+            "num_experts_per_tok": "experts.experts_per_token",
+        },
         num_local_experts=8,
         num_experts_per_tok=2,
     ),
@@ -72,7 +76,9 @@ MIXTRAL = decoder(
 
 
 def _read_sparse(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Says which layers have experts; where all have, no field tells the width of an MLP that there is not."""
+    """Says which layers have experts; where all have, no field tells the width of an MLP that there
+    is not.
+    """
     dense, step = fields["mlp_only_layers"] or (), fields["decoder_sparse_step"]
     sparse = [i not in dense and (i + 1) % step == 0 for i in range(fields["num_hidden_layers"])]
     width = fields["moe_intermediate_size" if all(sparse) else "intermediate_size"]
@@ -123,7 +129,10 @@ QWEN2_MOE = decoder(
     biases(default=True, field="qkv_bias"),
     rotary(),
     layer_windows(
-        4096, lambda fields, i: i % 2 == 0 and i < fields["max_window_layers"], switch=True, max_window_layers=28
+        4096,
+        lambda fields, i: i % 2 == 0 and i < fields["max_window_layers"],
+        switch=True,
+        max_window_layers=28,
     ),
     LOADS,
     Part(defaults={"num_key_value_heads": 16}),

@@ -19,12 +19,20 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
     name, activation = fields["architectures"][0], fields["hidden_activation"]
     if name not in (_WITH_HEAD, _WITHOUT):
-        raise UserError(f"architectures = [{name!r}] is not supported: {_WITH_HEAD} and {_WITHOUT} are.")
+        raise UserError(
+            f"architectures = [{name!r}] is not supported: {_WITH_HEAD} and {_WITHOUT} are."
+        )
     if fields["classifier_activation"] != activation:
         raise UserError(
-            "classifier_activation", fields["classifier_activation"], f"must be hidden_activation = {activation!r}."
+            "classifier_activation",
+            fields["classifier_activation"],
+            f"must be hidden_activation = {activation!r}.",
         )
-    head = {"transform": True, "transform_bias": fields["classifier_bias"], "bias": fields["decoder_bias"]}
+    head = {
+        "transform": True,
+        "transform_bias": fields["classifier_bias"],
+        "bias": fields["decoder_bias"],
+    }
     # Attention of the first layer reads the embeddings, which are normalized already.
     first, *rest = _layers(fields)
     return {
@@ -58,13 +66,21 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layers(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what the first layer does, and what the others do over and over."""
-    period, count, named = fields["global_attn_every_n_layers"], fields["num_hidden_layers"], fields["layer_types"]
+    period, count, named = (
+        fields["global_attn_every_n_layers"],
+        fields["num_hidden_layers"],
+        fields["layer_types"],
+    )
     if not isinstance(period, int) or period < 1:
-        raise UserError("global_attn_every_n_layers", period, "must be a whole number of at least 1.")
+        raise UserError(
+            "global_attn_every_n_layers", period, "must be a whole number of at least 1."
+        )
     stated = [_SLIDING if i % period else _FULL for i in range(max(count, period + 1))]
     kinds = stated[:count] if named is None else list(named)
     if len(kinds) != count or not {*kinds} <= {_FULL, _SLIDING}:
-        raise UserError("layer_types", named, f"must name {count} layers, each {_FULL!r} or {_SLIDING!r}.")
+        raise UserError(
+            "layer_types", named, f"must name {count} layers, each {_FULL!r} or {_SLIDING!r}."
+        )
     pattern = stated[1 : period + 1] if kinds == stated[:count] else _shortest_pattern(kinds[1:])
     local = {
         # Tokens at half of this width are the last that are seen.
@@ -83,7 +99,9 @@ def _shortest_pattern(kinds: list[str]) -> list[str]:
 def _position(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     elder = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}[kind]
     named = (fields["rope_parameters"] or {}).get(kind)
-    rope = rope_fields({"rope_theta": fields[elder], "rope_scaling": None, "rope_parameters": named})
+    rope = rope_fields(
+        {"rope_theta": fields[elder], "rope_scaling": None, "rope_parameters": named}
+    )
     return position(rope, fields["max_position_embeddings"])
 
 
@@ -146,7 +164,13 @@ MODERNBERT = Architecture(
         Tensor("decoder.bias", ("logit_bias",)),
     ),
     copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
-    required=("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+    required=(
+        "vocab_size",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+    ),
     defaults={
         "architectures": [_WITH_HEAD],
         "max_position_embeddings": 8192,
@@ -169,7 +193,12 @@ MODERNBERT = Architecture(
     only={"tie_word_embeddings": True},
     inert=(
         # How weights begin, how sparse losses and kernels are run, a head for other tasks.
-        *("initializer_cutoff_factor", "sparse_prediction", "sparse_pred_ignore_index", "reference_compile"),
+        *(
+            "initializer_cutoff_factor",
+            "sparse_prediction",
+            "sparse_pred_ignore_index",
+            "reference_compile",
+        ),
         *("deterministic_flash_attn", "repad_logits_with_grad", "classifier_pooling"),
         # The positions' kind and an epsilon, which other fields say.
         *("position_embedding_type", "layer_norm_eps"),

@@ -1,4 +1,6 @@
-"""What torch models are made of: how their modules lie in a checkpoint, and their attention as configuration."""
+"""What torch models are made of: how their modules lie in a checkpoint, and their attention as
+configuration.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +21,9 @@ def table(theirs: str, ours: str) -> Tensor:
     return Tensor(f"{theirs}.weight", (f"{ours}/embedding",), num_inputs=1)
 
 
-def linear(theirs: str, *ours: str, num_inputs: int = 1, transposed: bool = True, **rest: Any) -> tuple[Tensor, Tensor]:
+def linear(
+    theirs: str, *ours: str, num_inputs: int = 1, transposed: bool = True, **rest: Any
+) -> tuple[Tensor, Tensor]:
     """Returns the weight of a torch `Linear`, and the bias that some have.
 
     Args:
@@ -35,7 +39,9 @@ def linear(theirs: str, *ours: str, num_inputs: int = 1, transposed: bool = True
     )
 
 
-def norm(theirs: str, ours: str, when: Callable[[ModelConfig], bool] | None = None) -> tuple[Tensor, Tensor]:
+def norm(
+    theirs: str, ours: str, when: Callable[[ModelConfig], bool] | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the scale of a norm, and the bias that some have; see `Tensor.when`."""
     return (
         Tensor(f"{theirs}.weight", (f"{ours}/scale",), when=when),
@@ -52,7 +58,11 @@ def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[T
       names: what stands there.
     """
     pairs = zip(PARTS, names, strict=True)
-    return tuple(each for part, name in pairs for each in linear(theirs.replace("{part}", name), f"{ours}/{part}"))
+    return tuple(
+        each
+        for part, name in pairs
+        for each in linear(theirs.replace("{part}", name), f"{ours}/{part}")
+    )
 
 
 def within(theirs: str, ours: str, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -65,14 +75,18 @@ def within(theirs: str, ours: str, tensors: Iterable[Tensor]) -> tuple[Tensor, .
     """
     return tuple(
         dataclasses.replace(
-            tensor, theirs=f"{theirs}.{tensor.theirs}", ours=tuple(f"{ours}/{name}" for name in tensor.ours)
+            tensor,
+            theirs=f"{theirs}.{tensor.theirs}",
+            ours=tuple(f"{ours}/{name}" for name in tensor.ours),
         )
         for tensor in tensors
     )
 
 
 def multi_head(width: int, num_heads: int, bias: bool) -> dict[str, Any]:
-    """Returns the values of an `AttentionConfig` whose heads have a key and a value each, and together the width."""
+    """Returns the values of an `AttentionConfig` whose heads have a key and a value each, and
+    together the width.
+    """
     return {
         "num_heads": num_heads,
         "num_kv_heads": num_heads,

@@ -29,7 +29,8 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": fields["n_layers"],
         "embed_dim": width,
         "max_length": fields["max_seq_len"],
-        "attention": multi_head(width, num_heads, bias=False) | {"scale": attention["softmax_scale"]},
+        "attention": multi_head(width, num_heads, bias=False)
+        | {"scale": attention["softmax_scale"]},
         "mlp": {"hidden_dim": 4 * width, "activation": "gelu", "gated": False},
         "norm": {"kind": "layernorm", "placement": "pre", "epsilon": fields["layer_norm_epsilon"]},
         "position": {"kind": "alibi"},
@@ -103,8 +104,16 @@ MPT = Architecture(
     },
     only={"expansion_ratio": 4, "logit_scale": None, "no_bias": True},
     inert=(
-        # How it was trained and run; with ALiBi there are no learned positions whatever this field says.
-        *("embedding_fraction", "init_config", "init_device", "norm_type", "verbose", "learned_pos_emb"),
+        # How it was trained and run; with ALiBi there are no learned positions whatever this field
+        # says.
+        *(
+            "embedding_fraction",
+            "init_config",
+            "init_device",
+            "norm_type",
+            "verbose",
+            "learned_pos_emb",
+        ),
         "fc_type",
     ),
     read=_read,

@@ -1,4 +1,6 @@
-"""A config.json in parts: groups of fields that several architectures share, each readable and writable by itself."""
+"""A config.json in parts: groups of fields that several architectures share, each readable and
+writable by itself.
+"""
 
 import dataclasses
 import functools
@@ -24,8 +26,8 @@ class Part:
     """Some fields of a config.json and what they say of a model.
 
     Attributes:
-      read: returns values by the dotted names of a `ModelConfig`'s fields, or lists of them, one a layer, by the names
-        of a `LayerConfig`'s behind `layers.`.
+      read: returns values by the dotted names of a `ModelConfig`'s fields, or lists of them, one a
+        layer, by the names of a `LayerConfig`'s behind `layers.`.
       write: returns the fields; raises UserError for a model that they have no words for.
       required, defaults, only, inert: see `Architecture`.
     """
@@ -68,7 +70,11 @@ def either(field: str, elder: str, name: str, default: Any) -> Part:
             raise UserError(field, given[0], f"must equal {elder} = {given[1]!r}.")
         return {name: given[0] if given else default}
 
-    return Part(read=read, write=lambda config: {field: _value(config, name)}, defaults={field: None, elder: None})
+    return Part(
+        read=read,
+        write=lambda config: {field: _value(config, name)},
+        defaults={field: None, elder: None},
+    )
 
 
 def fixed(values: Mapping[str, Any]) -> Part:
@@ -87,7 +93,11 @@ def _value(config: ModelConfig, name: str) -> Any:
 
 
 def architecture(
-    model_type: str, model_class: str, tensors: tuple[Tensor, ...], parts: Sequence[Part], **rest: Any
+    model_type: str,
+    model_class: str,
+    tensors: tuple[Tensor, ...],
+    parts: Sequence[Part],
+    **rest: Any,
 ) -> Architecture:
     """Returns an architecture whose config.json consists of parts.
 
@@ -98,9 +108,15 @@ def architecture(
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         values = _merged(part.read(fields) for part in parts)
-        columns = {name.removeprefix(_LAYERS): values.pop(name) for name in list(values) if name.startswith(_LAYERS)}
+        columns = {
+            name.removeprefix(_LAYERS): values.pop(name)
+            for name in list(values)
+            if name.startswith(_LAYERS)
+        }
         if columns:
-            layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            layers = [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
             values |= shortest_pattern(layers)
         return nested(values, ".")
 
@@ -124,7 +140,8 @@ def _merged(groups: Any) -> dict[str, Any]:
 
 
 def shortest_pattern(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the `first_layers` and the `pattern` that give these layers and are the fewest together.
+    """Returns the `first_layers` and the `pattern` that give these layers and are the fewest
+    together.
 
     Args:
       layers: the values of a `LayerConfig` each; those of a pattern agree in `experts`.
@@ -132,7 +149,11 @@ def shortest_pattern(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     best = None
     for first in range(len(layers)):
         rest = layers[first:]
-        period = next(n for n in range(1, len(rest) + 1) if all(each == rest[i % n] for i, each in enumerate(rest)))
+        period = next(
+            n
+            for n in range(1, len(rest) + 1)
+            if all(each == rest[i % n] for i, each in enumerate(rest))
+        )
         alike = all(each.get("experts") == rest[0].get("experts") for each in rest[:period])
         if alike and (best is None or first + period < sum(best)):
             best = (first, period)

@@ -1,4 +1,6 @@
-"""Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` before it."""
+"""Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and
+`rope_scaling` before it.
+"""
 
 import logging
 import math
@@ -35,10 +37,19 @@ _NEEDED = {
     "longrope": ("short_factor", "long_factor", ORIGINAL),
 }
 _ALLOWED = {
-    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
+    "yarn": (
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "mscale",
+        "mscale_all_dim",
+    ),
     "longrope": ("factor", "attention_factor"),
 }
-# What transformers leaves out with a warning: fields of other kinds, other projects' name of a factor, a remark.
+# What transformers leaves out with a warning: fields of other kinds, other projects' name of a
+# factor, a remark.
 _UNREAD = (*_OURS, "mscale", "mscale_all_dim", "attn_factor", "finetuned")
 
 
@@ -58,9 +69,14 @@ def rotary(theta: float = 10_000.0, default: Mapping[str, Any] | None = None) ->
 
 
 def read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the positions, by dotted names, and the longest sequence where a scaling changes it."""
+    """Returns the positions, by dotted names, and the longest sequence where a scaling changes
+    it.
+    """
     rope = rope_fields(fields)
-    values = {f"position.{name}": value for name, value in position(rope, fields["max_position_embeddings"]).items()}
+    values = {
+        f"position.{name}": value
+        for name, value in position(rope, fields["max_position_embeddings"]).items()
+    }
     if rope_kind(rope) == "dynamic":  # whose maximum is that of the unstretched model
         values["max_length"] = round(fields["max_position_embeddings"] * rope["factor"])
     return values
@@ -80,7 +96,10 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     for group in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields[group], dict | None):
             raise UserError(group, fields[group], "must be a group of fields.")
-    return {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or fields["rope_parameters"] or {})}
+    return {
+        "rope_theta": fields["rope_theta"],
+        **(fields["rope_scaling"] or fields["rope_parameters"] or {}),
+    }
 
 
 def rope_kind(rope: Mapping[str, Any]) -> Any:
@@ -104,7 +123,9 @@ def position(rope: Mapping[str, Any], longest: int) -> dict[str, Any]:
 
 
 def _read_by(kind: str, rope: Mapping[str, Any], longest: int) -> dict[str, Any]:
-    """Returns the fields that a kind of scaling reads; those that transformers does not read either are left out."""
+    """Returns the fields that a kind of scaling reads; those that transformers does not read either
+    are left out.
+    """
     read = (*_NEEDED[kind], *_ALLOWED.get(kind, ()))
     given = {ORIGINAL: longest} if ORIGINAL in _NEEDED[kind] else {}
     faults, unread = [], []
@@ -117,19 +138,28 @@ def _read_by(kind: str, rope: Mapping[str, Any], longest: int) -> dict[str, Any]
             unread.append(f"{name} = {shown(value)}")
         elif name != "partial_rotary_factor" or value != 1:
             faults.append(f"{name} = {shown(value)} of rope_type = {kind!r} is not supported")
-    faults += [f"{name} of rope_type = {kind!r} is missing" for name in _NEEDED[kind] if name not in given]
+    faults += [
+        f"{name} of rope_type = {kind!r} is missing" for name in _NEEDED[kind] if name not in given
+    ]
     if faults:
         raise UserError(f"{listed(faults, '; ')}.")
     if unread:
-        logger.warning("left out of rope_type = %r, which does not read it: %s", kind, listed(unread))
+        logger.warning(
+            "left out of rope_type = %r, which does not read it: %s", kind, listed(unread)
+        )
     return given
 
 
 def _scaling(kind: str, given: Mapping[str, Any], longest: int) -> dict[str, Any]:
-    values = {"kind": kind, **{_OURS[name]: value for name, value in given.items() if name in _OURS}}
+    values = {
+        "kind": kind,
+        **{_OURS[name]: value for name, value in given.items() if name in _OURS},
+    }
     if kind == "dynamic":
         values["original_length"] = longest
-    if kind in _ALLOWED:  # its default, where there is one, is how many times longer the context became
+    if (
+        kind in _ALLOWED
+    ):  # its default, where there is one, is how many times longer the context became
         factor = values.setdefault("factor", longest / given[ORIGINAL])
         values.setdefault("amplitude", _amplitude(kind, factor, given))
     if kind == "longrope":  # which reads no factor but for the amplitude
@@ -138,11 +168,15 @@ def _scaling(kind: str, given: Mapping[str, Any], longest: int) -> dict[str, Any
 
 
 def _amplitude(kind: str, factor: float | int, given: Mapping[str, Any]) -> float:
-    """The factor on cosines and sines where none is given: arXiv:2309.00071, section 3.4; arXiv:2402.13753, 3.3."""
+    """The factor on cosines and sines where none is given: arXiv:2309.00071, section 3.4;
+    arXiv:2402.13753, 3.3.
+    """
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(given[ORIGINAL])) if factor > 1 else 1.0
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return yarn_amplitude(factor, given["mscale"]) / yarn_amplitude(factor, given["mscale_all_dim"])
+        return yarn_amplitude(factor, given["mscale"]) / yarn_amplitude(
+            factor, given["mscale_all_dim"]
+        )
     return yarn_amplitude(factor, 1)
 
 
@@ -158,9 +192,16 @@ def write_scaling(scaling: RopeScalingConfig | None) -> dict[str, Any] | None:
     names = dict.fromkeys((*_NEEDED[scaling.kind], *_ALLOWED.get(scaling.kind, ())))
     if scaling.kind == "longrope":
         del names["factor"]
-    return {"rope_type": scaling.kind} | {name: getattr(scaling, _OURS[name]) for name in names if name in _OURS}
+    return {"rope_type": scaling.kind} | {
+        name: getattr(scaling, _OURS[name]) for name in names if name in _OURS
+    }
 
 
 def write_position(position: PositionConfig) -> dict[str, Any]:
-    """Returns the fields of a position as one group, as transformers 5 has them for a kind of layers each."""
-    return {"rope_theta": position.theta, **(write_scaling(position.scaling) or {"rope_type": "default"})}
+    """Returns the fields of a position as one group, as transformers 5 has them for a kind of
+    layers each.
+    """
+    return {
+        "rope_theta": position.theta,
+        **(write_scaling(position.scaling) or {"rope_type": "default"}),
+    }

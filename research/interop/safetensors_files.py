@@ -1,8 +1,10 @@
 """Safetensors files, read and written a part at a time.
 
-    8 bytes: N, little-endian · N bytes of JSON: name -> dtype, shape, data_offsets · the tensors' bytes, without gaps
+    8 bytes: N, little-endian · N bytes of JSON: name -> dtype, shape, data_offsets · the tensors'
+    bytes, without gaps
 
-The header is somebody else's word: each of its claims is checked before a byte of data is looked at.
+The header is somebody else's word: each of its claims is checked before a byte of data is looked
+at.
 
 Source of the format: huggingface/safetensors, README.md, "Format".
 """
@@ -109,7 +111,9 @@ def _parse(text: bytes) -> dict[str, Any]:
     return header
 
 
-def _tensors(path: pathlib.Path, header: Mapping[str, Any], start: int, size: int) -> dict[str, Stored]:
+def _tensors(
+    path: pathlib.Path, header: Mapping[str, Any], start: int, size: int
+) -> dict[str, Stored]:
     spans = {}
     for name, entry in header.items():
         if name != "__metadata__":  # words about the file, which say nothing of its tensors
@@ -118,7 +122,10 @@ def _tensors(path: pathlib.Path, header: Mapping[str, Any], start: int, size: in
     for name in sorted(spans, key=lambda each: spans[each][2]):
         dtype, shape, (first, last) = spans[name]
         if first != end:
-            raise _Lie(f"{name} starts at byte {first:,} of the data, not at {end:,} where the one before ends")
+            raise _Lie(
+                f"{name} starts at byte {first:,} of the data, not at {end:,} where the one "
+                "before ends"
+            )
         if last - first != math.prod(shape) * dtype.itemsize:
             raise _Lie(f"{name} has {last - first:,} bytes, but is {dtype}{list(shape)}")
         tensors[name], end = Stored(path, start + first, dtype, shape), last
@@ -146,20 +153,30 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int,
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )
 
 
 class Writer:
-    """Writes one file: all names first, then the tensors' rows one after the other. A context manager."""
+    """Writes one file: all names first, then the tensors' rows one after the other. A context
+    manager.
+    """
 
     def __init__(self, path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any):
         self._dtype, self._left = np.dtype(dtype), {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # the tensors lie as torch has them
+        header: dict[str, Any] = {
+            "__metadata__": {"format": "pt"}
+        }  # the tensors lie as torch has them
         end = 0
         for name, shape in shapes.items():
             self._left[name] = math.prod(shape) * self._dtype.itemsize
             start, end = end, end + self._left[name]
-            header[name] = {"dtype": _NAMES[self._dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": _NAMES[self._dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the data is aligned
         self._names = list(shapes)

@@ -1,4 +1,6 @@
-"""T5, T5 1.1, Flan-T5, UL2 and mT5 in Hugging Face's form (`transformers.T5ForConditionalGeneration`)."""
+"""T5, T5 1.1, Flan-T5, UL2 and mT5 in Hugging Face's form
+(`transformers.T5ForConditionalGeneration`).
+"""
 
 import dataclasses
 import math
@@ -14,16 +16,20 @@ from research.models.config import ModelConfig
 
 
 def _is_scaled(fields: Mapping[str, Any]) -> bool:
-    """Whether the decoder's states are divided by √D before the output projection, as in the first T5.
+    """Whether the decoder's states are divided by √D before the output projection, as in the first
+    T5.
 
-    Until transformers 5, `tie_word_embeddings` said so; since then another field does, and all are called tied.
+    Until transformers 5, `tie_word_embeddings` said so; since then another field does, and all are
+    called tied.
     """
     scaled = fields["scale_decoder_outputs"]
     return fields["tie_word_embeddings"] if scaled is None else scaled
 
 
 def _from_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns whether the output projection is the embedding: where it lies there with numbers of its own it is not."""
+    """Returns whether the output projection is the embedding: where it lies there with numbers of
+    its own it is not.
+    """
     tied = "lm_head.weight" not in tensors
     if not tied:  # equal to the embedding, or all that there is of it
         tables = [tensors[name] for name in _EMBEDDINGS if name in tensors]
@@ -36,7 +42,9 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "structure": "encoder_decoder",
         "vocab_size": fields["vocab_size"],
-        "num_layers": layers if fields["num_decoder_layers"] is None else fields["num_decoder_layers"],
+        "num_layers": layers
+        if fields["num_decoder_layers"] is None
+        else fields["num_decoder_layers"],
         "encoder_layers": layers,
         "embed_dim": width,
         "max_length": fields["n_positions"],
@@ -55,7 +63,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
         },
         "head": {"scale": 1 / math.sqrt(width)} if _is_scaled(fields) else {},
         # A decoder of this family starts with the padding token.
-        "start_id": fields["decoder_start_token_id"] or 0,
+        "decoder_start_id": fields["decoder_start_token_id"] or 0,
         "tied_embeddings": fields["tie_word_embeddings"],
         "dropout": fields["dropout_rate"],
         "init_stddev": fields["initializer_range"],
@@ -69,11 +77,15 @@ def _read_activation(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("feed_forward_proj", name, "must be an activation, or `gated-` and one.")
     # The exact GELU was never meant: `gated-gelu` is a name from before the approximation had one.
     activation = "gelu_new" if name == "gated-gelu" else activation
-    if fields["dense_act_fn"] not in (None, activation) or fields["is_gated_act"] not in (None, kind == "gated"):
+    if fields["dense_act_fn"] not in (None, activation) or fields["is_gated_act"] not in (
+        None,
+        kind == "gated",
+    ):
         raise UserError(
             "dense_act_fn",
             fields["dense_act_fn"],
-            f"and is_gated_act = {fields['is_gated_act']!r} must agree with feed_forward_proj = {name!r}.",
+            f"and is_gated_act = {fields['is_gated_act']!r} must agree with feed_forward_proj = "
+            f"{name!r}.",
         )
     return {"activation": to_tessera(activation, "feed_forward_proj"), "gated": kind == "gated"}
 
@@ -100,7 +112,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "dropout_rate": config.dropout,
         "initializer_range": config.init_stddev,
         "is_encoder_decoder": True,
-        "decoder_start_token_id": config.start_id,
+        "decoder_start_token_id": config.decoder_start_id,
     }
 
 
@@ -132,7 +144,10 @@ def _layer(*sublayers: tuple[str, str]) -> tuple[Tensor, ...]:
 
 def _stack(theirs: str, ours: str, layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (
-        table(f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{ours}position_bias"),
+        table(
+            f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias",
+            f"{ours}position_bias",
+        ),
         *within(f"{theirs}.block.{{layer}}", f"{ours}{{layer}}", layer),
         *norm(f"{theirs}.final_layer_norm", f"{ours}final_norm"),
     )
@@ -156,7 +171,9 @@ T5 = Architecture(
         "lm_head.weight": "shared.weight",
     },
     ignored={
-        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": "no position enters there"
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": (
+            "no position enters there"
+        )
     },
     required=("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
     defaults={

@@ -1,4 +1,6 @@
-"""How one tensor of a checkpoint holds parameters: the same numbers in another order, so every way back is bitwise."""
+"""How one tensor of a checkpoint holds parameters: the same numbers in another order, so every way
+back is bitwise.
+"""
 
 import dataclasses
 import math
@@ -23,22 +25,24 @@ class Tensor:
     """One tensor of a checkpoint and the parameters that it holds.
 
     Attributes:
-      theirs: its name; `{layer}` stands for the number of a layer. Where it holds `{expert}` there is one tensor an
-        expert, and each is a slice of the parameters' leading axis. `{future}` stands for the number of a layer that
+      theirs: its name; `{layer}` stands for the number of a layer. Where it holds `{expert}` there
+        is one tensor an expert, and each is a slice of the parameters' leading axis. `{future}`
+        stands for the number of a layer that
         predicts a further token: these are counted on after the others.
-      ours: the parameters whose output axes lie in it one after the other; `{layer}` stands for the layer's subtree,
-        `layers_0` for instance, and what is before it says which stack is meant (`encoder/{layer}/…`); `{future}` for
-        that of a predictor.
-      num_inputs: how many leading axes of a parameter (those of an expert, without their own) are inputs; the others
-        are outputs, and both are made one axis. 0 for vectors.
+      ours: the parameters whose output axes lie in it one after the other; `{layer}` stands for the
+        layer's subtree, `layers_0` for instance, and what is before it says which stack is meant
+        (`encoder/{layer}/…`); `{future}` for that of a predictor.
+      num_inputs: how many leading axes of a parameter (those of an expert, without their own) are
+        inputs; the others are outputs, and both are made one axis. 0 for vectors.
       transposed: whether outputs come first, as in torch's `Linear`.
-      experts: whether the leading axis of the parameters is that of experts, and of the tensor's, too.
-      order: returns for a model which of the parameters' joined outputs each output of the tensor is; None where they
-        lie as they are.
+      experts: whether the leading axis of the parameters is that of experts, and of the tensor's,
+          too.
+      order: returns for a model which of the parameters' joined outputs each output of the tensor
+        is; None where they lie as they are.
       unsqueezed: whether the tensor has one more axis of size 1 in front.
       when: tells the models that have it, where its parameters alone do not; None is all.
-      copy: whether it repeats the tensor of the same parameters that is none: written, as that one is; read, it may be
-        missing, and must be equal.
+      copy: whether it repeats the tensor of the same parameters that is none: written, as that one
+        is; read, it may be missing, and must be equal.
     """
 
     theirs: str
@@ -56,8 +60,8 @@ class Tensor:
 class Placed:
     """A tensor of one model and layer.
 
-    It can be cut along the axis of the parameters that leads in the tensor, too, so that no more than a part of a
-    large one need be in memory.
+    It can be cut along the axis of the parameters that leads in the tensor, too, so that no more
+    than a part of a large one need be in memory.
 
     Attributes:
       kind: what it is.
@@ -89,13 +93,16 @@ class Placed:
         return (1, *shape) if self.kind.unsqueezed else shape
 
     def cuts(self, limit: int) -> list[slice | None]:
-        """Returns ranges of the leading axis, each of at most `limit` bytes of float32; [None] is the whole tensor."""
+        """Returns ranges of the leading axis, each of at most `limit` bytes of float32; [None] is
+        the whole tensor.
+        """
         axis = self._axis()
         if axis is None:
             return [None]
         size = self.shapes[0][axis]
         row = 4 * sum(map(math.prod, self.shapes)) // max(size, 1)
-        # A power of two: the pieces in which checkpoints are stored are powers of two as well, so none is cut in two.
+        # A power of two: the pieces in which checkpoints are stored are powers of two as well, so
+        # none is cut in two.
         rows = 1 << max(limit // max(row, 1), 1).bit_length() - 1
         if rows >= size:
             return [None]
@@ -107,7 +114,9 @@ class Placed:
             return ()
         return (*[slice(None)] * self._axis(), cut)
 
-    def unpack(self, tensors: Mapping[str, Any], cut: slice | None) -> list[Float32[np.ndarray, "..."]]:
+    def unpack(
+        self, tensors: Mapping[str, Any], cut: slice | None
+    ) -> list[Float32[np.ndarray, "..."]]:
         """Returns a cut of each parameter.
 
         Args:
@@ -116,13 +125,17 @@ class Placed:
         """
         if self._has_experts:
             cut = slice(0, self.shapes[0][0]) if cut is None else cut
-            parts = [np.empty((cut.stop - cut.start, *shape[1:]), np.float32) for shape in self.shapes]
+            parts = [
+                np.empty((cut.stop - cut.start, *shape[1:]), np.float32) for shape in self.shapes
+            ]
             for place, expert in enumerate(range(cut.start, cut.stop)):
                 if self._by_expert:
                     matrix = np.asarray(tensors[self.theirs[expert]])
                 else:
                     matrix = np.asarray(tensors[self.theirs[0]])[expert]
-                for part, value in zip(parts, self._unpack(matrix, self._inner(self.shapes)), strict=True):
+                for part, value in zip(
+                    parts, self._unpack(matrix, self._inner(self.shapes)), strict=True
+                ):
                     part[place] = value
             return parts
         value = np.asarray(tensors[self.theirs[0]])
@@ -130,9 +143,15 @@ class Placed:
         if cut is None:
             return self._unpack(value, self.shapes)
         axis, (shape,) = self._axis(), self.shapes
-        group = shape[axis + 1 :] if axis == self.kind.num_inputs else shape[axis + 1 : self.kind.num_inputs]
+        group = (
+            shape[axis + 1 :]
+            if axis == self.kind.num_inputs
+            else shape[axis + 1 : self.kind.num_inputs]
+        )
         rows = slice(cut.start * math.prod(group), cut.stop * math.prod(group))
-        return self._unpack(value[rows], ((*shape[:axis], cut.stop - cut.start, *shape[axis + 1 :]),))
+        return self._unpack(
+            value[rows], ((*shape[:axis], cut.stop - cut.start, *shape[axis + 1 :]),)
+        )
 
     def pack(
         self, parameters: list[Float[np.ndarray, "..."]], cut: slice | None, dtype: np.dtype
@@ -147,7 +166,9 @@ class Placed:
             yield name, self._pack([value[place] for value in parameters], dtype)
 
     def _axis(self) -> int | None:
-        """The axis of the parameters that leads in the tensor; None where the tensor must stay whole."""
+        """The axis of the parameters that leads in the tensor; None where the tensor must stay
+        whole.
+        """
         if self._has_experts:
             return 0
         if len(self.ours) > 1 or self.order is not None or not self.shapes[0]:
@@ -157,18 +178,25 @@ class Placed:
     def _inner(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         return tuple(shape[1:] for shape in shapes) if self._has_experts else shapes
 
-    def _pack(self, parameters: list[Float[np.ndarray, "..."]], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    def _pack(
+        self, parameters: list[Float[np.ndarray, "..."]], dtype: np.dtype
+    ) -> Shaped[np.ndarray, "..."]:
         flat = [value.reshape(self._flat_shape(value.shape)) for value in parameters]
         packed = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
         packed = packed if self.order is None else packed[..., self.order]
         return contiguous(packed.T if self.kind.transposed else packed, dtype)
 
-    def _unpack(self, matrix: Shaped[np.ndarray, "..."], shapes: tuple[Shape, ...]) -> list[Float32[np.ndarray, "..."]]:
+    def _unpack(
+        self, matrix: Shaped[np.ndarray, "..."], shapes: tuple[Shape, ...]
+    ) -> list[Float32[np.ndarray, "..."]]:
         matrix = matrix.T if self.kind.transposed else matrix
         matrix = matrix if self.order is None else matrix[..., np.argsort(self.order)]
         ends = np.cumsum([self._flat_shape(shape)[-1] for shape in shapes])
         parts = np.split(matrix, ends[:-1], axis=-1)
-        return [contiguous(part, np.float32).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [
+            contiguous(part, np.float32).reshape(shape)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
 
     def _matrix_shape(self, shapes: tuple[Shape, ...]) -> Shape:
         flat = [self._flat_shape(shape) for shape in shapes]
@@ -183,8 +211,8 @@ class Placed:
 def contiguous(x: Shaped[np.ndarray, "..."], dtype: Any) -> Shaped[np.ndarray, "..."]:
     """Returns `x` row by row in a type; without a copy where it is so already.
 
-    NumPy copies a transposed matrix along one of its sides, where the other side misses the cache at each step; tiles
-    are about three times as fast.
+    NumPy copies a transposed matrix along one of its sides, where the other side misses the cache
+    at each step; tiles are about three times as fast.
     """
     if x.ndim != 2 or x.flags.c_contiguous:
         return np.ascontiguousarray(x, dtype)
@@ -196,7 +224,9 @@ def contiguous(x: Shaped[np.ndarray, "..."], dtype: Any) -> Shaped[np.ndarray, "
 
 
 def same_numbers(a: Any, b: Any) -> bool:
-    """Returns whether two tensors have the same bits, or the same numbers in types of their own; a slice at a time."""
+    """Returns whether two tensors have the same bits, or the same numbers in types of their own; a
+    slice at a time.
+    """
     if a.shape != b.shape:
         return False
     if a.dtype == b.dtype:
@@ -212,4 +242,6 @@ def same_numbers(a: Any, b: Any) -> bool:
         return x[start : start + rows].astype(common, copy=False).view(read_as)
 
     equal_nan = read_as == common  # bits of integers have none
-    return all(np.array_equal(part(a, i), part(b, i), equal_nan=equal_nan) for i in range(0, len(a), rows))
+    return all(
+        np.array_equal(part(a, i), part(b, i), equal_nan=equal_nan) for i in range(0, len(a), rows)
+    )

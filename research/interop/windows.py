@@ -21,19 +21,27 @@ def one_window(default: int | None = None, switch: bool = False) -> Part:
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         window = None if switch and not fields["use_sliding_window"] else fields["sliding_window"]
         # One that holds the longest sequence hides nothing.
-        window = None if window is not None and window >= fields["max_position_embeddings"] else window
+        window = (
+            None if window is not None and window >= fields["max_position_embeddings"] else window
+        )
         return {"layers.window": [window] * fields["num_hidden_layers"]}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         window = config.layers()[0].window
-        return {"sliding_window": window, **({"use_sliding_window": window is not None} if switch else {})}
+        return {
+            "sliding_window": window,
+            **({"use_sliding_window": window is not None} if switch else {}),
+        }
 
     defaults = {"sliding_window": default, **({"use_sliding_window": False} if switch else {})}
     return Part(read=read, write=write, defaults=defaults)
 
 
 def layer_windows(
-    default: int, local: Callable[[Mapping[str, Any], int], bool], switch: bool = False, **defaults: Any
+    default: int,
+    local: Callable[[Mapping[str, Any], int], bool],
+    switch: bool = False,
+    **defaults: Any,
 ) -> Part:
     """Returns the part of a window that `layer_types` says which layers have.
 
@@ -61,19 +69,29 @@ def layer_windows(
         return fields | ({"use_sliding_window": window is not None} if switch else {})
 
     defaults |= {"sliding_window": default, "layer_types": None}
-    return Part(read=read, write=write, defaults=defaults | ({"use_sliding_window": False} if switch else {}))
+    return Part(
+        read=read,
+        write=write,
+        defaults=defaults | ({"use_sliding_window": False} if switch else {}),
+    )
 
 
-def layer_types(fields: Mapping[str, Any], local: Callable[[Mapping[str, Any], int], bool]) -> list[str]:
+def layer_types(
+    fields: Mapping[str, Any], local: Callable[[Mapping[str, Any], int], bool]
+) -> list[str]:
     """Returns the kind of each layer: what `layer_types` says, or else `local`."""
     count, kinds = fields["num_hidden_layers"], fields["layer_types"]
     if kinds is None:
         return [LOCAL if local(fields, i) else GLOBAL for i in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count:
-        raise UserError("layer_types", kinds, f"must be a list of num_hidden_layers = {count} names.")
+        raise UserError(
+            "layer_types", kinds, f"must be a list of num_hidden_layers = {count} names."
+        )
     for kind in kinds:
         if kind not in (LOCAL, GLOBAL):
             raise UserError(
-                "layer_types", constraint=f": {shown(kind)} is not supported. {nearest(str(kind), (LOCAL, GLOBAL))}"
+                "layer_types",
+                constraint=f": {shown(kind)} is not supported. "
+                f"{nearest(str(kind), (LOCAL, GLOBAL))}",
             )
     return kinds

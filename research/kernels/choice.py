@@ -1,7 +1,8 @@
 """Which body of an operation computes a call, and why.
 
-A body is a module with the operation and with `refusal(...)`, which takes the call's arguments and returns the rule
-that keeps the body from taking them, with the nearest value that it allows, or None.
+A body is a module with the operation and with `refusal(...)`, which takes the call's arguments and
+returns the rule that keeps the body from taking them, with the nearest value that it allows, or
+None.
 """
 
 import functools
@@ -23,7 +24,8 @@ def choose(
     preferred: Mapping[str, Sequence[str]],
     *arguments: Any,
 ) -> str:
-    """Returns the name of the body to call; what `auto` picked of several is logged once, with its reason.
+    """Returns the name of the body to call; what `auto` picked of several is logged once, with its
+    reason.
 
     Args:
       operation: what the log calls it.
@@ -47,7 +49,9 @@ def choose(
             return name
         refusals[name] = refusal
     why = "; ".join(f"{name!r} refuses {rule}" for name, rule in refusals.items())
-    advice = "" if implementation == "reference" else " Or take implementation = 'reference' by name."
+    advice = (
+        "" if implementation == "reference" else " Or take implementation = 'reference' by name."
+    )
     raise UserError("implementation", implementation, f": {why}.{advice}")
 
 

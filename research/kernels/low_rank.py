@@ -27,7 +27,8 @@ class LowRank(WeightNode):
       a: `[stacks..., inputs..., R]`.
       b: `[stacks..., R, outputs...]`.
 
-    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, equation 3; a scale of the product is part of `a` or `b`.
+    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, equation 3; a scale of the product is part of
+        `a` or `b`.
     """
 
     base: Float[Array, "..."]
@@ -46,7 +47,9 @@ class LowRank(WeightNode):
 
     @property
     def _stacks(self) -> int:
-        """How many leading axes are shared: a has them, its inputs and R; b has them, R and its outputs."""
+        """How many leading axes are shared: a has them, its inputs and R; b has them, R and its
+        outputs.
+        """
         return self.a.ndim + self.b.ndim - 2 - self.base.ndim
 
     def as_array(self) -> Float[Array, "..."]:
@@ -55,10 +58,14 @@ class LowRank(WeightNode):
         rank = self.a.shape[-1]
         inputs = math.prod(self.a.shape[len(stacks) : -1])
         # [stacks, inputs, R] times [stacks, R, outputs]
-        product = jnp.matmul(self.a.reshape(*stacks, inputs, rank), self.b.reshape(*stacks, rank, -1))
+        product = jnp.matmul(
+            self.a.reshape(*stacks, inputs, rank), self.b.reshape(*stacks, rank, -1)
+        )
         return self.base + product.reshape(self.base.shape).astype(self.base.dtype)
 
-    def project(self, x: Float[Array, "..."], axes: int, implementation: str) -> Float[Array, "..."]:
+    def project(
+        self, x: Float[Array, "..."], axes: int, implementation: str
+    ) -> Float[Array, "..."]:
         """Returns x base + (x a) b."""
         plain = project(x, self.base, axes=axes, implementation=implementation)
         narrow = project(x, self.a, axes=axes, implementation=implementation)
@@ -97,7 +104,9 @@ class LowRank(WeightNode):
         base = jnp.concatenate([self.base, row[None]], axis=0)
         return LowRank(base, jnp.pad(self.a, ((0, 1), (0, 0))), self.b)
 
-    def as_product(self, x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
+    def as_product(
+        self, x: Float[Array, "*batch D"]
+    ) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
         """Returns [x, x a] and [base; b], one above the other."""
         wider = jnp.concatenate([x, x @ self.a.astype(x.dtype)], axis=-1)
         return wider, jnp.concatenate([self.base, self.b.astype(self.base.dtype)], axis=0)
@@ -106,7 +115,14 @@ class LowRank(WeightNode):
         """Returns the node of the axes of base, a and b."""
         stacks = self._stacks
         inputs = self.a.ndim - 1
-        filled = (*axes, *(None,) * (self.base.ndim - len(axes)))  # a partition may leave out trailing axes
+        filled = (
+            *axes,
+            *(None,) * (self.base.ndim - len(axes)),
+        )  # a partition may leave out trailing axes
         kind = PartitionSpec if isinstance(axes, PartitionSpec) else lambda *names: names
-        leaves = (axes, kind(*filled[:inputs], inner), kind(*filled[:stacks], inner, *filled[inputs:]))
+        leaves = (
+            axes,
+            kind(*filled[:inputs], inner),
+            kind(*filled[:stacks], inner, *filled[inputs:]),
+        )
         return jax.tree.unflatten(jax.tree.structure(self), leaves)

@@ -1,8 +1,9 @@
 """Matrices that really lie row by row, for matmul libraries that want them so.
 
-Left to itself XLA folds a transpose into the matmul that reads it or makes it. On CPU that matmul then misses the
-library: half the speed in bfloat16, which is widened to float32 first or refused at run time, and a little less in
-float32.
+Left to itself XLA folds a transpose into the matmul that reads it or makes it. On CPU that matmul
+then misses the
+library: half the speed in bfloat16, which is widened to float32 first or refused at run time, and a
+little less in float32.
 """
 
 import jax
@@ -15,7 +16,8 @@ from research.parallel.target import platform
 def row_major(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Returns `x` with its last axis contiguous in memory, then the one before it, and so on.
 
-    It does so on CPU, and not under a mesh of several devices: the partitioner would gather `x` on each of them.
+    It does so on CPU, and not under a mesh of several devices: the partitioner would gather `x` on
+    each of them.
     """
     if platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
         return x

@@ -1,7 +1,8 @@
 """What stands in the place of a plain array wherever a model multiplies with a weight.
 
-Whoever multiplies with a weight calls `project`, `grouped_matmul`, `cross_entropy` or a function of this module. Each
-takes a plain array or a `WeightNode`, so a model does not know which of them its weights are.
+Whoever multiplies with a weight calls `project`, `grouped_matmul`, `cross_entropy` or a function of
+this module. Each takes a plain array or a `WeightNode`, so a model does not know which of them its
+weights are.
 """
 
 import abc
@@ -21,8 +22,8 @@ Axes = tuple[Any, ...] | PartitionSpec
 class WeightNode(abc.ABC):
     """A weight that is made of several arrays: a node of JAX trees whose leaves are these arrays.
 
-    Its shape is that of the plain weight it stands for. Leading axes (layers, experts) may be cut from all its leaves
-    at once, as `jax.lax.scan` does.
+    Its shape is that of the plain weight it stands for. Leading axes (layers, experts) may be cut
+    from all its leaves at once, as `jax.lax.scan` does.
     """
 
     @property
@@ -40,7 +41,9 @@ class WeightNode(abc.ABC):
         """Returns the plain weight."""
 
     @abc.abstractmethod
-    def project(self, x: Float[Array, "..."], axes: int, implementation: str) -> Float[Array, "..."]:
+    def project(
+        self, x: Float[Array, "..."], axes: int, implementation: str
+    ) -> Float[Array, "..."]:
         """Returns x W over the last `axes` axes of `x`; see `kernels.projection.project`."""
 
     @abc.abstractmethod
@@ -66,7 +69,9 @@ class WeightNode(abc.ABC):
         """Returns the matrix with one more row."""
 
     @abc.abstractmethod
-    def as_product(self, x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
+    def as_product(
+        self, x: Float[Array, "*batch D"]
+    ) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
         """Returns plain arrays whose product is x W, without a plain W."""
 
     @abc.abstractmethod
@@ -111,7 +116,9 @@ def append_row(weight: Weight, row: Float[Array, "F"]) -> Weight:
     return jnp.concatenate([weight, row[None]], axis=0)
 
 
-def as_product(x: Float[Array, "*batch D"], weight: Weight) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
+def as_product(
+    x: Float[Array, "*batch D"], weight: Weight
+) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
     """Returns plain arrays whose product is x W."""
     return weight.as_product(x) if isinstance(weight, WeightNode) else (x, weight)
 
@@ -122,7 +129,9 @@ def split_axes(weight: Weight, axes: Axes, inner: Any = None) -> Any:
 
 
 def constrain_weight(weight: Weight, names: tuple[str | None, ...]) -> Weight:
-    """Lays a weight out by its logical axes, as `parallel.rules.constrain` does with an activation."""
+    """Lays a weight out by its logical axes, as `parallel.rules.constrain` does with an
+    activation.
+    """
     if not isinstance(weight, WeightNode):
         return constrain(weight, names)
     leaf_names = weight.split_axes(names, None)

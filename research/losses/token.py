@@ -4,8 +4,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def weighted_sum(values: Float[Array, "*batch"], weights: Float[Array, "*batch"]) -> Float[Array, ""]:
-    """Returns Σ w v in float32. A value of weight 0 counts nothing, not even where it is infinite."""
+def weighted_sum(
+    values: Float[Array, "*batch"], weights: Float[Array, "*batch"]
+) -> Float[Array, ""]:
+    """Returns Σ w v in float32. A value of weight 0 counts nothing, not even where it is
+    infinite.
+    """
     return jnp.sum(jnp.where(weights == 0, 0.0, values.astype(jnp.float32) * weights))
 
 

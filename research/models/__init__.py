@@ -1,1 +1,3 @@
-"""Floor 3: the transformer as configuration. A family is a value of `ModelConfig`, never a branch on its name."""
+"""Floor 3: the transformer as configuration. A family is a value of `ModelConfig`, never a branch
+on its name.
+"""

@@ -1,4 +1,6 @@
-"""The attention sublayers: over the sequence itself, and over what an encoder made of another one."""
+"""The attention sublayers: over the sequence itself, and over what an encoder made of another
+one.
+"""
 
 import dataclasses
 import math
@@ -29,7 +31,8 @@ class Context:
       mask: who sees whom, without a layer's window.
       lengths: of each token's document, for rotary frequencies that go by it.
       bias: added to the scores of every layer, or None.
-      memory: what the encoder made of its sequence, or None where there is none or the cache holds it.
+      memory: what the encoder made of its sequence, or None where there is none or the cache holds
+          it.
       memory_mask: who sees it.
       page_table: where the pages of each row lie, where there is a paged cache.
       key: of the layers' dropout; None drops nothing.
@@ -50,12 +53,16 @@ class Context:
 
 
 def residual_stddev(config: ModelConfig) -> float:
-    """Returns the initial deviation of projections into the residual stream, which 2L of them add to."""
+    """Returns the initial deviation of projections into the residual stream, which 2L of them add
+    to.
+    """
     return config.init_stddev / math.sqrt(2 * config.num_layers)
 
 
 def project_heads(config: ModelConfig, name: str) -> Projection:
-    """Returns the projection D → heads of `query`, `key` or `value`; a submodule of the module that is being called."""
+    """Returns the projection D → heads of `query`, `key` or `value`; a submodule of the module that
+    is being called.
+    """
     c = config.attention
     heads, axis = (c.num_heads, "heads") if name == "query" else (c.num_kv_heads, "kv_heads")
     return Projection(
@@ -83,7 +90,9 @@ def project_out(config: ModelConfig) -> Projection:
     )
 
 
-def head_norm(config: ModelConfig, names: tuple[str, ...], name: str, epsilon: float | None = None) -> Norm:
+def head_norm(
+    config: ModelConfig, names: tuple[str, ...], name: str, epsilon: float | None = None
+) -> Norm:
     """Returns an RMS norm inside attention; None is the epsilon of the model's norms."""
     epsilon = config.norm.epsilon if epsilon is None else epsilon
     rms = NormConfig(kind="rmsnorm", epsilon=epsilon, unit_offset=config.norm.unit_offset)
@@ -128,7 +137,9 @@ class Attention(nn.Module):
         if c.qk_norm != "none":
             together = {"head": ("head",), "all": ("heads", "head")}[c.qk_norm]
             q = head_norm(model, together, "query_norm")(q)
-            k = head_norm(model, together if c.qk_norm == "head" else ("kv_heads", "head"), "key_norm")(k)
+            k = head_norm(
+                model, together if c.qk_norm == "head" else ("kv_heads", "head"), "key_norm"
+            )(k)
         q = positional.rotate(position, q, positions, context.lengths)
         k = positional.rotate(position, k, positions, context.lengths)
         q = constrain(q, ("batch", "length", "heads", "head"))
@@ -137,11 +148,15 @@ class Attention(nn.Module):
         if position.kind == "relative":
             slots = None if cache is None else cache.slots
             q, bias = RelativeScores(model, name="relative")(q, context, slots)
-        alibi = jnp.asarray(positional.alibi_slopes(c.num_heads)) if position.kind == "alibi" else None
+        alibi = (
+            jnp.asarray(positional.alibi_slopes(c.num_heads)) if position.kind == "alibi" else None
+        )
         sinks = None
         if c.sinks:
             init = nn.initializers.normal(model.init_stddev)
-            sinks = parameter(self, "sinks", init, (c.num_heads,), Axes(("heads",), "bias"), model.param_dtype)
+            sinks = parameter(
+                self, "sinks", init, (c.num_heads,), Axes(("heads",), "bias"), model.param_dtype
+            )
             sinks = sinks.astype(jnp.float32)
 
         mask = dataclasses.replace(context.mask, window=self.layer.window)
@@ -156,12 +171,15 @@ class Attention(nn.Module):
 
 
 class RelativeScores(nn.Module):
-    """Scores by distance that depend on the query: (q + b) · R(t − s), with R the projected waves of a distance.
+    """Scores by distance that depend on the query: (q + b) · R(t − s), with R the projected waves
+    of a distance.
 
-    Returns the query that meets the keys, q + a, and those scores as a bias, which takes [B, N, T, S]. Without a cache
-    a score stands for each distance that is seen, and is shifted to its key; what lies outside is hidden by the mask.
+    Returns the query that meets the keys, q + a, and those scores as a bias, which takes [B, N, T,
+    S]. Without a cache a score stands for each distance that is seen, and is shifted to its key;
+    what lies outside is hidden by the mask.
 
-    Source: Dai et al. 2019 (Transformer-XL), arXiv:1901.02860, section 3.3, where a and b are u and v, and appendix B.
+    Source: Dai et al. 2019 (Transformer-XL), arXiv:1901.02860, section 3.3, where a and b are u and
+        v, and appendix B.
     """
 
     config: ModelConfig
@@ -179,7 +197,11 @@ class RelativeScores(nn.Module):
         before = q.shape[1] if slots is None else max(slots, q.shape[1])
         only_before = slots is None and context.mask.causal and context.mask.prefix is None
         distances = jnp.arange(before - 1, -1 if only_before else -before, -1)
-        options = {"stddev": model.init_stddev, "dtype": model.dtype, "param_dtype": model.param_dtype}
+        options = {
+            "stddev": model.init_stddev,
+            "dtype": model.dtype,
+            "param_dtype": model.param_dtype,
+        }
         r = Projection(shape, ("embed", *names), name="projection", **options)(
             positional.sinusoidal(distances, model.embed_dim)
         )
@@ -187,20 +209,28 @@ class RelativeScores(nn.Module):
         scores = jnp.einsum("btnh,rnh->bntr", q + distance, r, preferred_element_type=jnp.float32)
         if slots is None:
             return q + content, shift(scores)
-        which = jnp.clip(before - 1 - context.positions[:, :, None] + jnp.arange(slots)[None, None], 0, 2 * before - 2)
+        which = jnp.clip(
+            before - 1 - context.positions[:, :, None] + jnp.arange(slots)[None, None],
+            0,
+            2 * before - 2,
+        )
         which = jnp.broadcast_to(which[:, None], (*scores.shape[:3], slots))
         return q + content, jnp.take_along_axis(scores, which, axis=-1)
 
 
 def shift(scores: Float[Array, "B N T R"]) -> Float[Array, "B N T T"]:
-    """Returns y[t, s] = x[t, T − 1 − t + s], where x has it: the scores of distances T − 1, T − 2, … by key.
+    """Returns y[t, s] = x[t, T − 1 − t + s], where x has it: the scores of distances T − 1, T − 2,
+    … by key.
 
-    With a column more in front, and cut anew into rows of the old width, each row starts one later than the one before.
+    With a column more in front, and cut anew into rows of the old width, each row starts one later
+    than the one before.
 
     Source: Dai et al. 2019, arXiv:1901.02860, appendix B.
     """
     *lead, length, width = scores.shape
-    flat = jnp.pad(scores, [(0, 0)] * len(lead) + [(0, 0), (1, 0)]).reshape(*lead, length * (width + 1))
+    flat = jnp.pad(scores, [(0, 0)] * len(lead) + [(0, 0), (1, 0)]).reshape(
+        *lead, length * (width + 1)
+    )
     return flat[..., length:].reshape(*lead, length, width)[..., :length]
 
 

@@ -19,7 +19,8 @@ Stream = Float[Array, "B T D"]
 
 
 class Block(nn.Module):
-    """Residual sublayers, normalized where `NormConfig.placement` says: attention, cross-attention, MLP or experts.
+    """Residual sublayers, normalized where `NormConfig.placement` says: attention, cross-attention,
+    MLP or experts.
 
     Attributes:
       config: the model.
@@ -33,7 +34,9 @@ class Block(nn.Module):
     def __call__(
         self, x: Stream, cache: LayerCache | None, context: Context
     ) -> tuple[Stream, LayerCache | None, LayerReport]:
-        """Returns the stream, the cache with these tokens in it, and what the experts tell beside their output."""
+        """Returns the stream, the cache with these tokens in it, and what the experts tell beside
+        their output.
+        """
         c, report = self.config, empty_report()
         attention_class = Attention if c.attention.latent is None else LatentAttention
 
@@ -57,7 +60,9 @@ class Block(nn.Module):
         if c.norm.placement.startswith("parallel"):
             first = Norm(c.norm, param_dtype=c.param_dtype, name="attention_norm")(x)
             second = (
-                first if c.norm.placement == "parallel" else Norm(c.norm, param_dtype=c.param_dtype, name="mlp_norm")(x)
+                first
+                if c.norm.placement == "parallel"
+                else Norm(c.norm, param_dtype=c.param_dtype, name="mlp_norm")(x)
             )
             y = attend(first) + feed_forward(second)
             x = x + self._drop(y, context, 0)
@@ -68,15 +73,21 @@ class Block(nn.Module):
             x = self._sublayer("mlp", x, feed_forward, context, 2)
         return constrain(x, ("batch", "length", "embed")), cache, report
 
-    def _sublayer(self, name: str, x: Stream, f: Callable[[Stream], Stream], context: Context, index: int) -> Stream:
+    def _sublayer(
+        self, name: str, x: Stream, f: Callable[[Stream], Stream], context: Context, index: int
+    ) -> Stream:
         norm = self.config.norm
         reads = norm.reads_normalized and (name != "attention" or self.layer.attention_norm)
-        y = f(Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x) if reads else x)
+        y = f(
+            Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x) if reads else x
+        )
         if norm.writes_normalized:
             y = Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_out_norm")(y)
         x = x + self._drop(y, context, index)
         return (
-            Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x) if norm.placement == "post" else x
+            Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x)
+            if norm.placement == "post"
+            else x
         )
 
     def _drop(self, y: Stream, context: Context, index: int) -> Stream:

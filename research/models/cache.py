@@ -1,6 +1,7 @@
 """The KV cache: what attention keeps of the tokens that a model has read, as a pytree.
 
-Layers reach it through `attend` alone. Which form it has, and where in it a token lies, is the cache's business.
+Layers reach it through `attend` alone. Which form it has, and where in it a token lies, is the
+cache's business.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,8 @@ class TokenCache(Protocol):
         Args:
           q: queries of the new tokens.
           k, v: what the cache keeps of the new tokens, in the shapes of its own form.
-          mask: of the new tokens among themselves; its window and its prefix hold for the cached tokens too.
+          mask: of the new tokens among themselves; its window and its prefix hold for the cached
+              tokens too.
           positions: consecutive in each row, then padding of any position.
           page_table: where the pages of each row lie, for a paged cache; else None.
           attention: of queries over the arrays of all slots, called with (q, keys, values, mask).
@@ -49,9 +51,13 @@ class TokenCache(Protocol):
         """Returns the cache of `rows`, in this order; those of a paged cache are its pages."""
 
 
-def _write(slots: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], start: Int[Array, "B"]) -> Array:
+def _write(
+    slots: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], start: Int[Array, "B"]
+) -> Array:
     """Returns the slots with T tokens written from slot `start` of each row on."""
-    write = jax.vmap(lambda row, tokens, first: jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0))
+    write = jax.vmap(
+        lambda row, tokens, first: jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0)
+    )
     return write(slots, new.astype(slots.dtype), start)
 
 
@@ -63,8 +69,9 @@ def _pick(leaf: Array, rows: Int[Array, "R"], axis: int) -> Array:
 class DenseCache:
     """Keys and values of one layer in rows: the token of position p lies in slot p.
 
-    Slots after a sequence's newest token hold left-overs (of padding, say). No query sees them, since a query sees
-    only slots up to its own position, and they are overwritten before it gets there.
+    Slots after a sequence's newest token hold left-overs (of padding, say). No query sees them,
+    since a query sees only slots up to its own position, and they are overwritten before it gets
+    there.
     """
 
     key: Float[Array, "*L B S K H"]
@@ -169,7 +176,9 @@ class LayerCache:
         assert not isinstance(self.tokens, PagedCache), "the slots of a paged cache are its table's"
         return self.tokens.slots
 
-    def attend(self, q: Array, k: Array, v: Array, **how: Any) -> tuple[Float[Array, "B T N V"], "LayerCache"]:
+    def attend(
+        self, q: Array, k: Array, v: Array, **how: Any
+    ) -> tuple[Float[Array, "B T N V"], "LayerCache"]:
         """As of `TokenCache`."""
         out, tokens = self.tokens.attend(q, k, v, **how)
         return out, self.replace(tokens=tokens)
@@ -191,7 +200,8 @@ class Cache:
     """What later tokens need of earlier ones.
 
     Attributes:
-      layers: one a layer; of a scanned model, one each of its first layers and then one with a leading layer axis.
+      layers: one a layer; of a scanned model, one each of its first layers and then one with a
+          leading layer axis.
       memory_segments: which of the encoder's tokens are real, not 0; None without an encoder.
       page_table: where the pages of each row lie, in all layers; None where the cache has no pages.
     """
@@ -217,7 +227,9 @@ class Cache:
         return moved.replace(layers=layers, memory_segments=segments)
 
     def reorder(self, rows: Int[Array, "R"]) -> "Cache":
-        """Returns the cache of `rows`, where each row has read the same of the encoder as the one that it replaces."""
+        """Returns the cache of `rows`, where each row has read the same of the encoder as the one
+        that it replaces.
+        """
         page_table, taken = None, rows
         if self.page_table is not None:
             page_table, taken = self.page_table.copy_rows(rows)
@@ -241,13 +253,16 @@ def empty_cache(
       batch: sequences.
       slots: tokens that it can hold of each.
       stacked: whether layers are scanned.
-      memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models that have one.
+      memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models
+          that have one.
       page_table: makes it a paged cache, with the places of this table in the place of `slots`.
 
     Raises:
       UserError: there is a page table, and the model has no paged form.
     """
-    assert (memory_segments is not None) == (config.structure == "encoder_decoder"), "an encoder needs its segments"
+    assert (memory_segments is not None) == (config.structure == "encoder_decoder"), (
+        "an encoder needs its segments"
+    )
 
     def layer(*axes: int) -> LayerCache:
         if page_table is None:
@@ -258,7 +273,9 @@ def empty_cache(
             return LayerCache(tokens)
         heads = (config.attention.num_kv_heads, config.attention.head_dim)
         shape = (*axes, batch, memory_segments.shape[1], *heads)
-        return LayerCache(tokens, MemoryCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
+        return LayerCache(
+            tokens, MemoryCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+        )
 
     first = len(config.first_layers) if stacked else config.num_layers
     layers = [layer() for _ in range(first)]
@@ -268,7 +285,9 @@ def empty_cache(
 
 
 def _empty_tokens(config: ModelConfig, rows: tuple[int, ...]) -> DenseCache | LatentCache:
-    """Returns a layer's cache of zeros for its own sequence; `rows` are its axes before those of a token."""
+    """Returns a layer's cache of zeros for its own sequence; `rows` are its axes before those of a
+    token.
+    """
     c = config.attention
     if c.latent is not None:
         widths = (c.latent.kv_dim, c.latent.rope_dim)

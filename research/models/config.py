@@ -1,11 +1,20 @@
-"""What a model is: frozen configs, validated where they are made. A family is a value of them, never a branch."""
+"""What a model is: frozen configs, validated where they are made. A family is a value of them,
+never a branch.
+"""
 
 import dataclasses
 from typing import Literal
 
+from research.core.config import renamed
 from research.core.errors import UserError
 from research.models.position_config import PositionConfig, RopeScalingConfig
-from research.models.sublayer_config import AttentionConfig, ExpertsConfig, LatentConfig, MlpConfig, at_least
+from research.models.sublayer_config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LatentConfig,
+    MlpConfig,
+    at_least,
+)
 
 __all__ = [
     "AttentionConfig",
@@ -28,9 +37,10 @@ class NormConfig:
 
     Attributes:
       kind: `layernorm` subtracts the mean, `rmsnorm` does not.
-      placement: where a sublayer f is normalized: `pre` x + f(norm(x)); `post` norm(x + f(x)); `sandwich`
-        x + norm(f(norm(x))) (Gemma 2); `output` x + norm(f(x)) (OLMo 2); `parallel` adds both sublayers of one
-        norm(x) at once (Falcon 7B), `parallel_pair` of a norm each (Falcon 40B). All but `post` end with a norm.
+      placement: where a sublayer f is normalized: `pre` x + f(norm(x)); `post` norm(x + f(x));
+        `sandwich` x + norm(f(norm(x))) (Gemma 2); `output` x + norm(f(x)) (OLMo 2); `parallel` adds
+        both sublayers of one norm(x) at once (Falcon 7B), `parallel_pair` of a norm each (Falcon
+        40B). All but `post` end with a norm.
       epsilon: added to the variance.
       bias: whether a learned offset follows the scale.
       unit_offset: whether the learned scale is counted from one, (1 + scale), as in Gemma.
@@ -77,7 +87,9 @@ class LayerConfig:
         if self.window is not None and self.window < 1:
             raise UserError("window", self.window, "must be at least 1.")
         if self.position is not None and self.position.kind not in ("none", "rotary"):
-            raise UserError("position.kind", self.position.kind, "of a layer must be 'none' or 'rotary'.")
+            raise UserError(
+                "position.kind", self.position.kind, "of a layer must be 'none' or 'rotary'."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +113,18 @@ class HeadConfig:
     """From the last hidden states to logits.
 
     Attributes:
-      transform: whether a projection, the MLP's activation and a norm come before the output projection (BERT).
+      transform: whether a projection, the MLP's activation and a norm come before the output
+          projection (BERT).
       transform_bias: whether that projection has a bias.
       bias: whether the logits have one.
       scale: factor on the hidden states (T5's tied embeddings: 1 / √D).
       softcap: bound of the logits, softcap · tanh(logit / softcap), or None.
-      pooler: whether the first token's state, projected and squashed by tanh, stands for the sequence (BERT).
+      pooler: whether the first token's state, projected and squashed by tanh, stands for the
+          sequence (BERT).
       num_classes: classes that a projection of the pooled state tells apart; 0 is none.
-      num_future: further tokens that are predicted, each by a layer of its own (DeepSeek-V3, arXiv:2412.19437,
-        section 2.2); training only.
-      future_weight: of their mean loss.
+      mtp_depth: layers of multi-token prediction, each for one token further ahead (DeepSeek-V3,
+        arXiv:2412.19437, section 2.2); training only.
+      mtp_weight: of their mean loss.
     """
 
     transform: bool = False
@@ -120,11 +134,11 @@ class HeadConfig:
     softcap: float | None = None
     pooler: bool = False
     num_classes: int = 0
-    num_future: int = 0
-    future_weight: float = 0.3
+    mtp_depth: int = renamed("num_future", default=0)
+    mtp_weight: float = renamed("future_weight", default=0.3)
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "num_classes", "num_future", "future_weight")
+        at_least(self, 0, "num_classes", "mtp_depth", "mtp_weight")
         if self.scale <= 0 or (self.softcap is not None and self.softcap <= 0):
             raise UserError("scale", self.scale, f"and softcap = {self.softcap} must be above 0.")
         if self.num_classes and not self.pooler:
@@ -144,26 +158,32 @@ class ModelConfig:
       mlp: the feed-forward sublayer.
       norm: the normalization.
       position: where positions enter.
-      structure: `decoder` sees what came before; `encoder` sees all; `prefix` sees all of a prefix and what came before
-        (Raffel et al. 2020, arXiv:1910.10683, section 3.2.1); `encoder_decoder` is a decoder that also sees what an
-        encoder of `encoder_layers` layers made of another sequence.
+      structure: `decoder` sees what came before; `encoder` sees all; `prefix` sees all of a prefix
+        and what came before (Raffel et al. 2020, arXiv:1910.10683, section 3.2.1);
+        `encoder_decoder` is a decoder that also sees what an encoder of `encoder_layers` layers
+        made of another sequence.
       encoder_layers: blocks of the encoder; 0 but for `encoder_decoder`.
-      start_id: what the decoder of an encoder-decoder begins with; others begin with their prompt.
-      first_layers: what the leading layers do otherwise; they may have other parameters than the rest.
-      pattern: the same for the layers after them, over and over; these all have the same parameters.
+      decoder_start_id: what the decoder of an encoder-decoder begins with; others begin with their
+          prompt.
+      first_layers: what the leading layers do otherwise; they may have other parameters than the
+          rest.
+      pattern: the same for the layers after them, over and over; these all have the same
+          parameters.
       experts: a mixture of experts in the place of the feed-forward sublayer, or None.
       embedding: what happens to the embeddings.
       head: from hidden states to logits.
       tied_embeddings: whether the embedding is also the output projection.
-      scale_embeddings: whether embeddings are multiplied by √D, as with sinusoidal positions (Vaswani et al. 2017).
+      scale_embeddings: whether embeddings are multiplied by √D, as with sinusoidal positions
+          (Vaswani et al. 2017).
       dropout: rate on embeddings and on what each sublayer adds.
-      init_stddev: of all matrices; projections into the residual stream are divided by √(2L) (GPT-2).
+      init_stddev: of all matrices; projections into the residual stream are divided by √(2L)
+          (GPT-2).
       dtype: of activations and matrix products.
       param_dtype: of parameters; selection biases of experts are float32 all the same.
-      layer_loop: `scan` compiles one block for all layers, `unroll` each one; `auto` unrolls on CPU, where loops are
-        slow. The parameters on disk are the same.
-      remat: what the backward pass recomputes: `none`, all of a block (`full`), or all but its matrix products (`dots`)
-        or those without batch dimensions (`dots_no_batch`).
+      layer_loop: `scan` compiles one block for all layers, `unroll` each one; `auto` unrolls on
+        CPU, where loops are slow. The parameters on disk are the same.
+      remat: what the backward pass recomputes: `none`, all of a block (`full`), or all but its
+        matrix products (`dots`) or those without batch dimensions (`dots_no_batch`).
     """
 
     vocab_size: int
@@ -176,7 +196,7 @@ class ModelConfig:
     position: PositionConfig = PositionConfig()
     structure: Literal["decoder", "encoder", "prefix", "encoder_decoder"] = "decoder"
     encoder_layers: int = 0
-    start_id: int = 0
+    decoder_start_id: int = renamed("start_id", default=0)
     first_layers: tuple[LayerConfig, ...] = ()
     pattern: tuple[LayerConfig, ...] = (LayerConfig(),)
     experts: ExpertsConfig | None = None
@@ -201,57 +221,94 @@ class ModelConfig:
         self._check_positions()
 
     def _check_layers(self) -> None:
-        if not 0 <= self.start_id < self.vocab_size:
-            raise UserError("start_id", self.start_id, f"must lie in [0, vocab_size = {self.vocab_size}).")
+        if not 0 <= self.decoder_start_id < self.vocab_size:
+            raise UserError(
+                "decoder_start_id",
+                self.decoder_start_id,
+                f"must lie in [0, vocab_size = {self.vocab_size}).",
+            )
         if (self.encoder_layers > 0) != (self.structure == "encoder_decoder"):
             raise UserError(
-                "encoder_layers", self.encoder_layers, "must be above 0 for structure = 'encoder_decoder' and 0 else."
+                "encoder_layers",
+                self.encoder_layers,
+                "must be above 0 for structure = 'encoder_decoder' and 0 else.",
             )
         if len(self.first_layers) > self.num_layers:
             raise UserError(
-                "first_layers", constraint=f"are {len(self.first_layers)}, more than num_layers = {self.num_layers}."
+                "first_layers",
+                constraint=f"are {len(self.first_layers)}, more than num_layers = "
+                f"{self.num_layers}.",
             )
         if not self.pattern:
             raise UserError("pattern", constraint="must name at least one layer.")
         if len({(layer.experts, layer.attention_norm) for layer in self.pattern}) > 1:
             raise UserError(
-                "pattern", constraint=": its layers must agree in experts and attention_norm; first_layers may differ."
+                "pattern",
+                constraint=": its layers must agree in experts and attention_norm; first_layers "
+                "may differ.",
             )
         if self.structure == "encoder_decoder" and len(self.first_layers) > self.encoder_layers:
             raise UserError(
                 "first_layers",
-                constraint=f"are {len(self.first_layers)}, more than encoder_layers = {self.encoder_layers}.",
+                constraint=f"are {len(self.first_layers)}, more than encoder_layers = "
+                f"{self.encoder_layers}.",
             )
-        if self.structure != "decoder" and self.head.num_future:
+        if self.structure != "decoder" and self.head.mtp_depth:
             raise UserError(
-                "head.num_future", self.head.num_future, f"needs structure = 'decoder', not {self.structure!r}."
+                "head.mtp_depth",
+                self.head.mtp_depth,
+                f"needs structure = 'decoder', not {self.structure!r}.",
             )
 
     def _check_positions(self) -> None:
         latent = self.attention.latent
         rotated = self.attention.head_dim if latent is None else latent.rope_dim
-        for position in (self.position, *(layer.position for layer in (*self.first_layers, *self.pattern))):
+        for position in (
+            self.position,
+            *(layer.position for layer in (*self.first_layers, *self.pattern)),
+        ):
             if position is None or position.kind != "rotary":
                 continue
             width = rotated if position.rotary_dim is None else position.rotary_dim
             if width % 2:
                 raise UserError("attention.head_dim", rotated, "must be even for rotary positions.")
             if width > rotated:
-                raise UserError("position.rotary_dim", width, f"is more than attention.head_dim = {rotated}.")
+                raise UserError(
+                    "position.rotary_dim", width, f"is more than attention.head_dim = {rotated}."
+                )
             if position.scaling is not None and position.scaling.kind == "dynamic" and width < 4:
-                raise UserError("position.scaling.kind", "dynamic", f"turns at least 4 columns of a head, not {width}.")
-            if position.scaling is not None and len(position.scaling.long_factors) not in (0, width // 2):
+                raise UserError(
+                    "position.scaling.kind",
+                    "dynamic",
+                    f"turns at least 4 columns of a head, not {width}.",
+                )
+            if position.scaling is not None and len(position.scaling.long_factors) not in (
+                0,
+                width // 2,
+            ):
                 raise UserError(
                     "position.scaling.long_factors",
                     constraint=f"are {len(position.scaling.long_factors)}, not {width // 2}.",
                 )
         if latent is not None and self.position.kind not in ("rotary", "none"):
-            raise UserError("position.kind", self.position.kind, "must be 'rotary' or 'none' with attention.latent.")
+            raise UserError(
+                "position.kind",
+                self.position.kind,
+                "must be 'rotary' or 'none' with attention.latent.",
+            )
         windows = any(layer.window is not None for layer in (*self.first_layers, *self.pattern))
         if self.structure == "prefix" and (windows or self.position.kind.startswith("alibi")):
-            raise UserError("structure", "prefix", f"takes neither windows nor position.kind = {self.position.kind!r}.")
+            raise UserError(
+                "structure",
+                "prefix",
+                f"takes neither windows nor position.kind = {self.position.kind!r}.",
+            )
         if self.structure != "decoder" and self.position.kind == "alibi_bfloat16":
-            raise UserError("position.kind", "alibi_bfloat16", f"needs structure = 'decoder', not {self.structure!r}.")
+            raise UserError(
+                "position.kind",
+                "alibi_bfloat16",
+                f"needs structure = 'decoder', not {self.structure!r}.",
+            )
 
     def layers(self) -> tuple[LayerConfig, ...]:
         """Returns what each layer of the decoder (or the only stack) does, L of them."""
@@ -261,7 +318,11 @@ class ModelConfig:
     def encoder(self) -> "ModelConfig":
         """Returns the encoder of an encoder-decoder as a model of its own."""
         return dataclasses.replace(
-            self, structure="encoder", num_layers=self.encoder_layers, encoder_layers=0, head=HeadConfig()
+            self,
+            structure="encoder",
+            num_layers=self.encoder_layers,
+            encoder_layers=0,
+            head=HeadConfig(),
         )
 
     def position_of(self, layer: LayerConfig) -> PositionConfig:

@@ -51,7 +51,9 @@ class DotProduct:
         lengths: Int[Array, "B"],
         window: int | None,
     ) -> Float[Array, "B R N H"]:
-        """Returns the attention of each row's R newest tokens over its pages; arguments as of `decode_attention`."""
+        """Returns the attention of each row's R newest tokens over its pages; arguments as of
+        `decode_attention`.
+        """
         terms = self.terms
         assert terms.bias is None, "decode attention takes no bias"
         return decode_attention(
@@ -70,10 +72,12 @@ class DotProduct:
 
 
 def mask_of_slots(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) -> AttentionMask:
-    """Returns which slots of its cached row each new token sees: slot s holds the token of position s.
+    """Returns which slots of its cached row each new token sees: slot s holds the token of position
+    s.
 
     Args:
-      mask: of the new tokens among themselves; its window and its prefix hold for the cached ones too.
+      mask: of the new tokens among themselves; its window and its prefix hold for the cached ones
+          too.
       positions: of the new tokens.
       slots: of a row, S.
     """

@@ -31,7 +31,9 @@ class Transform(nn.Module):
             param_dtype=c.param_dtype,
             name="projection",
         )(x)
-        return Norm(c.norm, param_dtype=c.param_dtype, name="norm")(ACTIVATIONS[c.mlp.activation](y))
+        return Norm(c.norm, param_dtype=c.param_dtype, name="norm")(
+            ACTIVATIONS[c.mlp.activation](y)
+        )
 
 
 class Pooler(nn.Module):
@@ -43,20 +45,33 @@ class Pooler(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
+    def __call__(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
         c = self.config
-        options = {"use_bias": True, "stddev": c.init_stddev, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        pooled = jnp.tanh(Projection(x.shape[-1:], ("embed", "mlp"), name="projection", **options)(x[:, 0]))
+        options = {
+            "use_bias": True,
+            "stddev": c.init_stddev,
+            "dtype": c.dtype,
+            "param_dtype": c.param_dtype,
+        }
+        pooled = jnp.tanh(
+            Projection(x.shape[-1:], ("embed", "mlp"), name="projection", **options)(x[:, 0])
+        )
         if not c.head.num_classes:
             return pooled, None
-        return pooled, Projection((c.head.num_classes,), ("embed", "classes"), name="classes", **options)(pooled)
+        return pooled, Projection(
+            (c.head.num_classes,), ("embed", "classes"), name="classes", **options
+        )(pooled)
 
 
 class MTPModule(nn.Module):
-    """One depth of multi-token prediction: block([norm(e); norm(h)] W), with e the embedding of the token that follows.
+    """One depth of multi-token prediction: block([norm(e); norm(h)] W), with e the embedding of the
+    token that follows.
 
-    Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv:2412.19437, section 2.2, equations 21 and 22; embedding and output
-    projection are the model's. As in the released weights e comes before h, and h has passed the last norm.
+    Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv:2412.19437, section 2.2, equations 21 and 22;
+    embedding and output projection are the model's. As in the released weights e comes before h,
+    and h has passed the last norm.
     """
 
     config: ModelConfig

@@ -44,9 +44,15 @@ class LanguageModel(Protocol):
         ...
 
     def hidden(
-        self, params: Any, inputs: ModelInputs | Batch, *, cache: Any = None, key: jax.Array | None = None
+        self,
+        params: Any,
+        inputs: ModelInputs | Batch,
+        *,
+        cache: Any = None,
+        key: jax.Array | None = None,
     ) -> Output:
-        """Returns the hidden states of tokens, and the cache with the tokens in it where one is given.
+        """Returns the hidden states of tokens, and the cache with the tokens in it where one is
+        given.
 
         Args:
           params: unboxed.
@@ -74,7 +80,8 @@ class LanguageModel(Protocol):
           params: unboxed; a cache has the form of theirs.
           batch: sequences.
           slots: tokens that it can hold of each.
-          memory_segments: of the tokens that an encoder reads, not 0 where they are real; None without an encoder.
+          memory_segments: of the tokens that an encoder reads, not 0 where they are real; None
+              without an encoder.
           page_table: makes it a paged cache.
         """
         ...
@@ -105,15 +112,19 @@ def language_model(config: LanguageModelConfig, platform: str | None = None) -> 
 
     Args:
       config: of a registered class.
-      platform: `cpu`, `gpu` or `tpu`, which decides in what form parameters are made where the config leaves it open;
-        None where none are made, for a model takes them in either form.
+      platform: `cpu`, `gpu` or `tpu`, which decides in what form parameters are made where the
+        config leaves it open; None where none are made, for a model takes them in either form.
     """
     assert type(config) in _MODELS, f"{type(config).__name__} is no config of a registered model"
     return _MODELS[type(config)](config, platform)
 
 
-@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a deep model takes a second
+@functools.lru_cache(
+    maxsize=8
+)  # a conversion asks several times, and tracing a deep model takes a second
 def abstract_params(config: LanguageModelConfig, platform: str) -> Any:
-    """Returns the shapes and types of a model's parameters, as a tree, in the form that suits a platform."""
+    """Returns the shapes and types of a model's parameters, as a tree, in the form that suits a
+    platform.
+    """
     model = language_model(config, platform)
     return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0))))

@@ -1,4 +1,6 @@
-"""Multi-head latent attention (MLA): keys and values of all heads come from one narrow latent a token."""
+"""Multi-head latent attention (MLA): keys and values of all heads come from one narrow latent a
+token.
+"""
 
 import dataclasses
 import functools
@@ -18,9 +20,11 @@ from research.parallel.rules import constrain
 
 
 class LatentAttention(nn.Module):
-    """Attention whose cache holds a latent c and one rotary key r a token instead of all heads' keys and values.
+    """Attention whose cache holds a latent c and one rotary key r a token instead of all heads'
+    keys and values.
 
-        c = norm(x W_c),  r = rope(x W_r),  k_n = [c W_k,n, r],  v_n = c W_v,n,  q_n = [.., rope(..)] of norm(x W_q)
+        c = norm(x W_c),  r = rope(x W_r),  k_n = [c W_k,n, r],  v_n = c W_v,n,  q_n = [..,
+        rope(..)] of norm(x W_q)
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv:2405.04434, section 2.1, equations 9 to 19.
     """
@@ -35,27 +39,44 @@ class LatentAttention(nn.Module):
         model, c = self.config, self.config.attention
         latent, position = c.latent, model.position_of(self.layer)
         assert latent is not None
-        options = {"stddev": model.init_stddev, "dtype": model.dtype, "param_dtype": model.param_dtype}
+        options = {
+            "stddev": model.init_stddev,
+            "dtype": model.dtype,
+            "param_dtype": model.param_dtype,
+        }
 
         def rope(heads: Float[Array, "B T heads R"]) -> Float[Array, "B T heads R"]:
             return positional.rotate(position, heads, context.positions, context.lengths)
 
         source, axis = x, "embed"
         if latent.q_dim is not None:
-            narrow = Projection((latent.q_dim,), ("embed", "latent"), name="query_down", **options)(x)
-            source, axis = head_norm(model, ("latent",), "query_norm", latent.epsilon)(narrow), "latent"
+            narrow = Projection((latent.q_dim,), ("embed", "latent"), name="query_down", **options)(
+                x
+            )
+            source, axis = (
+                head_norm(model, ("latent",), "query_norm", latent.epsilon)(narrow),
+                "latent",
+            )
         width = c.head_dim + latent.rope_dim
-        q = Projection((c.num_heads, width), (axis, "heads", "head"), name="query", **options)(source)
+        q = Projection((c.num_heads, width), (axis, "heads", "head"), name="query", **options)(
+            source
+        )
         q = jnp.concatenate([q[..., : c.head_dim], rope(q[..., c.head_dim :])], axis=-1)
 
         latents = Projection((latent.kv_dim,), ("embed", "latent"), name="latent", **options)(x)
         latents = head_norm(model, ("latent",), "latent_norm", latent.epsilon)(latents)
         # The name on disk is older than the word for it.
-        k_rope = Projection((1, latent.rope_dim), ("embed", "types", "head"), name="turned_key", **options)(x)
+        k_rope = Projection(
+            (1, latent.rope_dim), ("embed", "types", "head"), name="turned_key", **options
+        )(x)
         k_rope = rope(k_rope)[:, :, 0]
 
-        key = Projection((c.num_heads, c.head_dim), ("latent", "heads", "head"), name="key", **options)
-        value = Projection((c.num_heads, latent.value_dim), ("latent", "heads", "head"), name="value", **options)
+        key = Projection(
+            (c.num_heads, c.head_dim), ("latent", "heads", "head"), name="key", **options
+        )
+        value = Projection(
+            (c.num_heads, latent.value_dim), ("latent", "heads", "head"), name="value", **options
+        )
         mask = dataclasses.replace(context.mask, window=self.layer.window)
         if cache is None:
             out = _decompressed(c, key, value, q, latents, k_rope, mask)
@@ -68,16 +89,20 @@ class LatentAttention(nn.Module):
 
 
 def absorbs(c: AttentionConfig, queries: int, slots: int) -> bool:
-    """Whether MLA weight absorption is cheaper than decompressed MLA: with few queries, and many slots.
+    """Whether MLA weight absorption is cheaper than decompressed MLA: with few queries, and many
+    slots.
 
-    Absorbed, W_k,n is multiplied into the queries and W_v,n into the sums, so that attention runs over the latents
-    themselves. Decompressed, latents of all slots are projected to the keys and values of all heads. Multiplications
-    of a head, first those with W_k,n and W_v,n, then those of its scores and sums:
+    Absorbed, W_k,n is multiplied into the queries and W_v,n into the sums, so that attention runs
+    over the latents themselves. Decompressed, latents of all slots are projected to the keys and
+    values of all heads. Multiplications of a head, first those with W_k,n and W_v,n, then those of
+    its scores and sums:
 
-        slots · kv_dim (H + value_dim) + queries · slots (H + rope_dim + value_dim)       decompressed
-        queries · kv_dim (H + value_dim) + queries · slots (2 kv_dim + rope_dim)          absorbed
+        slots · kv_dim (H + value_dim) + queries · slots (H + rope_dim + value_dim)
+        decompressed queries · kv_dim (H + value_dim) + queries · slots (2 kv_dim + rope_dim)
+        absorbed
 
-    Besides, the scores of all heads must be no more than the cache holds, for an implementation may hold them at once.
+    Besides, the scores of all heads must be no more than the cache holds, for an implementation may
+    hold them at once.
 
     Args:
       c: with `latent`.
@@ -88,7 +113,9 @@ def absorbs(c: AttentionConfig, queries: int, slots: int) -> bool:
     assert latent is not None
     matrices = latent.kv_dim * (c.head_dim + latent.value_dim)
     cached = latent.kv_dim + latent.rope_dim
-    decompressed = slots * matrices + queries * slots * (c.head_dim + latent.rope_dim + latent.value_dim)
+    decompressed = slots * matrices + queries * slots * (
+        c.head_dim + latent.rope_dim + latent.value_dim
+    )
     absorbed = queries * matrices + queries * slots * (latent.kv_dim + cached)
     return absorbed < decompressed and queries * c.num_heads <= cached
 
@@ -136,11 +163,17 @@ def _absorbed(
     q = jnp.concatenate([plain, q[..., c.head_dim :]], axis=-1)
     q = constrain(q, ("batch", "length", "heads", "head"))
     k = jnp.concatenate([latents, k_rope], axis=-1)[:, :, None]
-    attention = dataclasses.replace(attention, implementation=for_wide_heads(attention.implementation))
+    attention = dataclasses.replace(
+        attention, implementation=for_wide_heads(attention.implementation)
+    )
     # The keys are the values too: what their rotary columns sum up to is left out.
     sums = attention(q, k, k, mask)[..., :width]
     return einsum("BTNC,CNV->BTNV", sums, to_value)
 
 
 def _fill(x: Float[Array, "B T heads W"], width: int) -> Float[Array, "B T heads H"]:
-    return x if x.shape[-1] == width else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+    return (
+        x
+        if x.shape[-1] == width
+        else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+    )

@@ -1,7 +1,8 @@
 """How the layers of a stack are run: one after the other, or in a loop over stacked parameters.
 
-A stack is handed one of these strategies. It gets the stream of the whole batch, so it may also cut the batch into
-microbatches, as a pipeline does. The parameters on disk are the same for all of them (`models.layer_stack`).
+A stack is handed one of these strategies. It gets the stream of the whole batch, so it may also cut
+the batch into microbatches, as a pipeline does. The parameters on disk are the same for all of them
+(`models.layer_stack`).
 """
 
 import dataclasses
@@ -53,13 +54,16 @@ class Layers:
 class LayerLoop(Protocol):
     """A way to run layers."""
 
-    def run(self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context) -> LayersOutput:
+    def run(
+        self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context
+    ) -> LayersOutput:
         """Returns the stream behind the layers, their caches in the form given, and their reports.
 
         Args:
           layers: at least one.
           x: the stream before them.
-          caches: one a layer, or a single one with a leading layer axis where parameters are stacked; None without.
+          caches: one a layer, or a single one with a leading layer axis where parameters are
+              stacked; None without.
           context: of the stack.
         """
         ...
@@ -69,7 +73,9 @@ class LayerLoop(Protocol):
 class Unrolled:
     """Each layer is compiled by itself, from parameters of its own."""
 
-    def run(self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context) -> LayersOutput:
+    def run(
+        self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context
+    ) -> LayersOutput:
         """Returns what `LayerLoop.run` says."""
         new_caches, reports = [], {}
         for i, (name, block) in enumerate(zip(layers.names, layers.blocks, strict=True)):
@@ -81,19 +87,24 @@ class Unrolled:
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-    """One loop whose body is a round of the pattern; parameters, caches and reports have a leading layer axis.
+    """One loop whose body is a round of the pattern; parameters, caches and reports have a leading
+    layer axis.
 
-    Layers after the last whole round are unrolled; only then are their parameters cut out of the stack, which copies
-    them.
+    Layers after the last whole round are unrolled; only then are their parameters cut out of the
+    stack, which copies them.
     """
 
-    def run(self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context) -> LayersOutput:
+    def run(
+        self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context
+    ) -> LayersOutput:
         """Returns what `LayerLoop.run` says."""
         stacked = (layers.params, None if caches is None else caches[0])
         count = len(layers.kinds)
         whole = count - count % layers.period
 
-        x, beside = _run_rounds(layers, x, jax.tree.map(lambda leaf: leaf[:whole], stacked), context)
+        x, beside = _run_rounds(
+            layers, x, jax.tree.map(lambda leaf: leaf[:whole], stacked), context
+        )
         parts = [beside]
         for index in range(whole, count):
             x, beside = _run_alone(layers, x, _take(stacked, index), context, index)
@@ -108,7 +119,11 @@ class Scanned:
 
 def at_layer(context: Context, index: int | Int[Array, ""]) -> Context:
     """Returns the context with the layer's own dropout key."""
-    return context if context.key is None else dataclasses.replace(context, key=jax.random.fold_in(context.key, index))
+    return (
+        context
+        if context.key is None
+        else dataclasses.replace(context, key=jax.random.fold_in(context.key, index))
+    )
 
 
 def _run_rounds(layers: Layers, x: Stream, stacked: Any, context: Context) -> tuple[Stream, Any]:
@@ -138,12 +153,16 @@ def _run_rounds(layers: Layers, x: Stream, stacked: Any, context: Context) -> tu
     return x, jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), beside)
 
 
-def _run_alone(layers: Layers, x: Stream, own: Any, context: Context, index: int) -> tuple[Stream, Any]:
+def _run_alone(
+    layers: Layers, x: Stream, own: Any, context: Context, index: int
+) -> tuple[Stream, Any]:
     """Runs one layer behind the loop; returns the stream, and its cache and report."""
 
     def layer(x: Stream, own: Any) -> LayerOutput:
         params, cache = own
-        return layers.apply(layers.kinds[index], params, x, cache, at_layer(context, layers.first + index))
+        return layers.apply(
+            layers.kinds[index], params, x, cache, at_layer(context, layers.first + index)
+        )
 
     if layers.remat is not None:
         layer = jax.checkpoint(layer, policy=layers.remat)

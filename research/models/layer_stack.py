@@ -1,11 +1,12 @@
 """One form of the layers on disk, whether they are scanned or unrolled in memory.
 
-In memory an unrolled model has one subtree a layer (`layers_0`, `layers_1`, …) and a scanned model one subtree
-`layers` whose leaves have a leading axis L. The stacked form is canonical: a scanned model, the large kind, is then
-written and read without a copy, and only an unrolled one pays for the stacking.
+In memory an unrolled model has one subtree a layer (`layers_0`, `layers_1`, …) and a scanned model
+one subtree `layers` whose leaves have a leading axis L. The stacked form is canonical: a scanned
+model, the large kind, is then written and read without a copy, and only an unrolled one pays for
+the stacking.
 
-Trees travel here as flat dicts of slash-separated names (`core.trees.named_leaves`), so that parameters and the
-mirrors of them inside an optimizer state are treated alike.
+Trees travel here as flat dicts of slash-separated names (`core.trees.named_leaves`), so that
+parameters and the mirrors of them inside an optimizer state are treated alike.
 """
 
 import re
@@ -23,16 +24,19 @@ _LAYER = re.compile(r"(?P<before>(?:.*?/)?[^/]*layers)_(?P<index>\d+)/(?P<after>
 
 
 def stack_layers(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `named` with the leaves of `layers_0`, `layers_1`, … stacked into one leaf of `layers` each.
+    """Returns `named` with the leaves of `layers_0`, `layers_1`, … stacked into one leaf of
+    `layers` each.
 
-    A leaf is stacked when every layer 0 … L - 1 has it in the same shape and type; what only some layers have stays as
-    it is. Names that are canonical already pass through untouched, without a copy.
+    A leaf is stacked when every layer 0 … L - 1 has it in the same shape and type; what only some
+    layers have stays as it is. Names that are canonical already pass through untouched, without a
+    copy.
 
     Args:
       named: arrays, or their shapes as `jax.ShapeDtypeStruct`.
 
     Returns:
-      arrays or shapes, as given; a stacked array is sharded as its layers are, and its new axis is not sharded.
+      arrays or shapes, as given; a stacked array is sharded as its layers are, and its new axis is
+      not sharded.
     """
     stacks = _stacks(named)
     members = {name for names in stacks.values() for name in names}
@@ -45,8 +49,11 @@ def stack_layers(named: Mapping[str, Any]) -> dict[str, Any]:
     return result | (jax.jit(_stack, out_shardings=shardings)(parts) if parts else {})
 
 
-def unstack_layers(stacked: Mapping[str, Array], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Returns the arrays that `like` names, cut out of their canonical form; the inverse of `stack_layers`.
+def unstack_layers(
+    stacked: Mapping[str, Array], like: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Array]:
+    """Returns the arrays that `like` names, cut out of their canonical form; the inverse of
+    `stack_layers`.
 
     Args:
       stacked: canonical arrays, at least those that `like` needs.
@@ -56,7 +63,9 @@ def unstack_layers(stacked: Mapping[str, Array], like: Mapping[str, jax.ShapeDty
     result = {name: stacked[name] for name in like if name in stacked}
     parts = {stack: stacked[stack] for stack in stacks}
     if parts:
-        shardings = {stack: [_sharding(like[name]) for name in names] for stack, names in stacks.items()}
+        shardings = {
+            stack: [_sharding(like[name]) for name in names] for stack, names in stacks.items()
+        }
         layers = jax.jit(_unstack, out_shardings=shardings)(parts)
         for stack, names in stacks.items():
             result.update(zip(names, layers[stack], strict=True))
@@ -64,11 +73,14 @@ def unstack_layers(stacked: Mapping[str, Array], like: Mapping[str, jax.ShapeDty
 
 
 def places(named: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
-    """Returns where each leaf of an unrolled model lies on disk: the canonical name, and its layer's index there.
+    """Returns where each leaf of an unrolled model lies on disk: the canonical name, and its
+    layer's index there.
 
     The index is None where the leaf lies alone, not in a stack.
     """
-    stacked = {name: (stack, i) for stack, names in _stacks(named).items() for i, name in enumerate(names)}
+    stacked = {
+        name: (stack, i) for stack, names in _stacks(named).items() for i, name in enumerate(names)
+    }
     return {name: stacked.get(name, (name, None)) for name in named}
 
 
@@ -96,7 +108,9 @@ def _stacks(named: Mapping[str, Any]) -> dict[str, list[str]]:
 def _stacked_shape(leaves: list[Any]) -> jax.ShapeDtypeStruct:
     sharding = _sharding(leaves[0])
     if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec), memory_kind=sharding.memory_kind)
+        sharding = NamedSharding(
+            sharding.mesh, PartitionSpec(None, *sharding.spec), memory_kind=sharding.memory_kind
+        )
     return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype, sharding=sharding)
 
 

@@ -13,11 +13,14 @@ from research.kernels.weights import Weight, WeightNode, constrain_weight, take_
 from research.models.config import NormConfig
 from research.parallel.parameter import Axes, boxed
 
-# In float32, whatever the type: a bfloat16 chain is rounded at each of its steps, which on CPU takes most of the time.
+# In float32, whatever the type: a bfloat16 chain is rounded at each of its steps, which on CPU
+# takes most of the time.
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype),
     "gelu_tanh": lambda x: jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype),
-    "gelu_sigmoid": lambda x: (x.astype(jnp.float32) * jax.nn.sigmoid(1.702 * x.astype(jnp.float32))).astype(x.dtype),
+    "gelu_sigmoid": lambda x: (
+        x.astype(jnp.float32) * jax.nn.sigmoid(1.702 * x.astype(jnp.float32))
+    ).astype(x.dtype),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -33,7 +36,8 @@ def parameter(
 ) -> Weight:
     """Returns a parameter of a module, made by `init` where it does not exist yet.
 
-    One that exists may be a `WeightNode` in the place of an array; then its shape is checked as that of an array is.
+    One that exists may be a `WeightNode` in the place of an array; then its shape is checked as
+    that of an array is.
 
     Args:
       module: that has the parameter, in `setup` or a compact method.
@@ -46,7 +50,9 @@ def parameter(
     if module.has_variable("params", name):
         value = module.get_variable("params", name)
         if isinstance(value, WeightNode):
-            assert value.shape == shape, f"{name} of {'/'.join(module.path)} has shape {value.shape}, not {shape}"
+            assert value.shape == shape, (
+                f"{name} of {'/'.join(module.path)} has shape {value.shape}, not {shape}"
+            )
             return value
     return module.param(name, boxed(init, axes), shape, dtype)
 
@@ -89,14 +95,17 @@ class Projection(nn.Module):
         if not self.use_bias:
             return kernel, None
         axes = Axes(self.names[self.num_inputs :], "bias")
-        return kernel, parameter(self, "bias", nn.initializers.zeros, self.features, axes, self.param_dtype)
+        return kernel, parameter(
+            self, "bias", nn.initializers.zeros, self.features, axes, self.param_dtype
+        )
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), in float32.
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019,
+    arXiv:1910.07467), in float32.
 
-    y = (x − μ) / √(σ² + ε) · scale + bias, where RMSNorm takes μ = 0 and σ² = mean(x²), and a scale with
-    `unit_offset` is counted from one.
+    y = (x − μ) / √(σ² + ε) · scale + bias, where RMSNorm takes μ = 0 and σ² = mean(x²), and a scale
+    with `unit_offset` is counted from one.
 
     Attributes:
       config: which norm.
@@ -117,7 +126,9 @@ class Norm(nn.Module):
             y = y - y.mean(axis=axes, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + c.epsilon)
         start = nn.initializers.zeros if c.unit_offset else nn.initializers.ones
-        scale = parameter(self, "scale", start, shape, Axes(self.names, "scale"), self.param_dtype).astype(jnp.float32)
+        scale = parameter(
+            self, "scale", start, shape, Axes(self.names, "scale"), self.param_dtype
+        ).astype(jnp.float32)
         y = y * jax.lax.broadcast_to_rank(1 + scale if c.unit_offset else scale, y.ndim)
         if c.bias:
             axes = Axes(self.names, "bias")
@@ -148,9 +159,12 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         init = nn.initializers.normal(self.stddev)
         shape = (self.rows, self.width)
-        self.embedding = parameter(self, "embedding", init, shape, Axes(tuple(self.names), self.kind), self.param_dtype)
+        self.embedding = parameter(
+            self, "embedding", init, shape, Axes(tuple(self.names), self.kind), self.param_dtype
+        )
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        # Whole rows first: a lookup in a table whose rows are split makes the partitioner copy the table everywhere.
+        # Whole rows first: a lookup in a table whose rows are split makes the partitioner copy the
+        # table everywhere.
         table = constrain_weight(self.embedding, (self.names[0], None))
         return take_rows(table, ids).astype(jnp.float32)

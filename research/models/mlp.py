@@ -23,7 +23,9 @@ from research.parallel.shard_map import shard_map, sharding_axes
 def activate(
     config: MlpConfig, up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None
 ) -> Float[Array, "*rows F"]:
-    """Returns act(up), or act(gate) ⊙ (up + offset) where gated, both clamped where the config says so."""
+    """Returns act(up), or act(gate) ⊙ (up + offset) where gated, both clamped where the config says
+    so.
+    """
     act = ACTIVATIONS[config.activation]
     if gate is None:
         return act(up)
@@ -54,15 +56,20 @@ class Mlp(nn.Module):
         up = Projection(name="up", **inner, **options)(x)
         gate = Projection(name="gate", **inner, **options)(x) if c.gated else None
         h = constrain(activate(c, up, gate), ("batch", "length", "mlp"))
-        return Projection(x.shape[-1:], ("mlp", "embed"), stddev=residual_stddev(model), name="down", **options)(h)
+        return Projection(
+            x.shape[-1:], ("mlp", "embed"), stddev=residual_stddev(model), name="down", **options
+        )(h)
 
 
 class Experts(nn.Module):
-    """A mixture of experts: Σ_e w_e · expert_e(x) over the chosen experts e, plus the shared expert.
+    """A mixture of experts: Σ_e w_e · expert_e(x) over the chosen experts e, plus the shared
+    expert.
 
-    Returns the sum, and what the layer tells beside it: the loss of the router, and the load of each expert.
+    Returns the sum, and what the layer tells beside it: the loss of the router, and the load of
+    each expert.
 
-    Source: Shazeer et al. 2017, arXiv:1701.06538, equation 1; dropless as in Gale et al. 2022, arXiv:2211.15841; shared
+    Source: Shazeer et al. 2017, arXiv:1701.06538, equation 1; dropless as in Gale et al. 2022,
+        arXiv:2211.15841; shared
     experts, sigmoid scores and groups: DeepSeek-AI 2024, arXiv:2412.19437, equations 12 to 16.
     """
 
@@ -74,7 +81,8 @@ class Experts(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerReport]:
         model, c = self.config, self.config.experts
         assert c is not None
-        # The router is small and its choice is sharp, so it is computed in float32 whatever the type.
+        # The router is small and its choice is sharp, so it is computed in float32 whatever the
+        # type.
         logits = Projection(
             (c.num_experts,),
             ("embed", "router"),
@@ -88,14 +96,20 @@ class Experts(nn.Module):
             # In float32 whatever the type of the others: its small steps would be lost in bfloat16.
             shape = (c.num_experts,)
             axes = Axes(("selection",), "selection")
-            selection = parameter(self, "selection_bias", nn.initializers.zeros, shape, axes, "float32")
+            selection = parameter(
+                self, "selection_bias", nn.initializers.zeros, shape, axes, "float32"
+            )
         chosen, weights, loss = route(c, logits, selection, real)
         kernels = ExpertKernels(model, name="experts")()
         y = _mix(model.mlp, x, chosen, weights.astype(x.dtype), kernels)
         if c.shared_dim:
             shared = Mlp(model, c.shared_dim, name="shared")(x)
             if c.shared_gate:
-                options = {"stddev": model.init_stddev, "dtype": model.dtype, "param_dtype": model.param_dtype}
+                options = {
+                    "stddev": model.init_stddev,
+                    "dtype": model.dtype,
+                    "param_dtype": model.param_dtype,
+                }
                 gate = Projection((1,), ("embed", "types"), name="shared_gate", **options)
                 shared = shared * jax.nn.sigmoid(gate(x))
             y = y + shared
@@ -113,8 +127,8 @@ def route(
     Args:
       config: the mixture.
       logits: of the router, float32.
-      selection: added to the scores for the choice alone; it has no gradient, but may follow the load
-        (`optim.balancing`).
+      selection: added to the scores for the choice alone; it has no gradient, but may follow the
+        load (`optim.balancing`).
       real: tokens that count for the loss; None is all of them.
     """
     scores = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
@@ -133,7 +147,9 @@ def route(
     return chosen, weights * config.scale, _router_loss(config, logits, scores, chosen, real)
 
 
-def expert_load(num_experts: int, chosen: Int[Array, "B T k"], real: Bool[Array, "B T"] | None) -> Float[Array, "E"]:
+def expert_load(
+    num_experts: int, chosen: Int[Array, "B T k"], real: Bool[Array, "B T"] | None
+) -> Float[Array, "E"]:
     """Returns how many real tokens chose each expert.
 
     Args:
@@ -142,7 +158,10 @@ def expert_load(num_experts: int, chosen: Int[Array, "B T k"], real: Bool[Array,
       real: tokens that count; None is all of them.
     """
     picked = jax.nn.one_hot(chosen, num_experts)
-    return jnp.sum(picked if real is None else picked * real[..., None, None].astype(picked.dtype), axis=(0, 1, 2))
+    return jnp.sum(
+        picked if real is None else picked * real[..., None, None].astype(picked.dtype),
+        axis=(0, 1, 2),
+    )
 
 
 def _router_loss(
@@ -152,7 +171,9 @@ def _router_loss(
     chosen: Int[Array, "B T k"],
     real: Bool[Array, "B T"] | None,
 ) -> Float[Array, ""]:
-    """Returns balance_weight · E Σ_e f_e P_e + z_weight · mean(logsumexp²), f the share of choices, P of scores."""
+    """Returns balance_weight · E Σ_e f_e P_e + z_weight · mean(logsumexp²), f the share of choices,
+    P of scores.
+    """
     weight = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)
     weight = weight / jnp.maximum(weight.sum(), 1.0)
     loss = jnp.zeros(())
@@ -167,7 +188,9 @@ def _router_loss(
 
 
 class ExpertKernels(nn.Module):
-    """The projections of all experts: `up`, `gate` [E, D, F] and `down` [E, F, D], each with its bias or None."""
+    """The projections of all experts: `up`, `gate` [E, D, F] and `down` [E, F, D], each with its
+    bias or None.
+    """
 
     config: ModelConfig
 
@@ -179,7 +202,13 @@ class ExpertKernels(nn.Module):
         outward = ((c.hidden_dim, model.embed_dim), ("mlp", "embed"), residual_stddev(model))
         wanted = {"up": inward, **({"gate": inward} if model.mlp.gated else {}), "down": outward}
         return {
-            name: ExpertKernel(c.num_experts, *of, use_bias=model.mlp.bias, param_dtype=model.param_dtype, name=name)()
+            name: ExpertKernel(
+                c.num_experts,
+                *of,
+                use_bias=model.mlp.bias,
+                param_dtype=model.param_dtype,
+                name=name,
+            )()
             for name, of in wanted.items()
         }
 
@@ -231,7 +260,9 @@ def _mix(
             return _mix_local(config, x, chosen, weights, kernels)
         kernel, bias = kernels["down"]
         if bias is not None:  # which is added once, not by every share of the width
-            kernels = kernels | {"down": (kernel, jnp.where(jax.lax.axis_index(width) == 0, bias, 0.0))}
+            kernels = kernels | {
+                "down": (kernel, jnp.where(jax.lax.axis_index(width) == 0, bias, 0.0))
+            }
         return jax.lax.psum(_mix_local(config, x, chosen, weights, kernels), width)
 
     specs = {
@@ -248,7 +279,9 @@ def _mix_local(
     weights: Float[Array, "B T k"],
     kernels: dict[str, Any],
 ) -> Float[Array, "B T D"]:
-    """Sorts the choices by expert, takes each run of rows through its expert, and puts them back."""
+    """Sorts the choices by expert, takes each run of rows through its expert, and puts them
+    back.
+    """
     per_token, num_experts = chosen.shape[-1], kernels["up"][0].shape[0]
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
@@ -268,8 +301,12 @@ def _mix_local(
 
 
 @jax.custom_vjp
-def _permute(x: Float[Array, "M D"], order: Int[Array, "M"], back: Int[Array, "M"]) -> Float[Array, "M D"]:
-    """Returns x[order]; `back` undoes the order, so that the gradient is picked too, where it would be scattered."""
+def _permute(
+    x: Float[Array, "M D"], order: Int[Array, "M"], back: Int[Array, "M"]
+) -> Float[Array, "M D"]:
+    """Returns x[order]; `back` undoes the order, so that the gradient is picked too, where it would
+    be scattered.
+    """
     return x[order]
 
 

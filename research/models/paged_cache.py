@@ -21,10 +21,11 @@ from research.models.dot_product import DotProduct, mask_of_slots
 
 @flax.struct.dataclass
 class PageTable:
-    """Which page holds which tokens: that of position p of row b lies in page `ids[b, p // C]`, slot `p % C`.
+    """Which page holds which tokens: that of position p of row b lies in page `ids[b, p // C]`,
+    slot `p % C`.
 
-    All ids are pages that there are. Page 0 belongs to no row: it stands in the places that a row does not need, and
-    padding is written there, and whatever comes after a row's end.
+    All ids are pages that there are. Page 0 belongs to no row: it stands in the places that a row
+    does not need, and padding is written there, and whatever comes after a row's end.
 
     Attributes:
       ids: of the pages.
@@ -42,11 +43,14 @@ class PageTable:
         return self.ids.shape[1] * self.page_size
 
     def copy_rows(self, rows: Int[Array, "R"]) -> tuple["PageTable", Int[Array, "P"]]:
-        """Returns a table in which each of `rows` has pages of its own, and the old page that each new one copies."""
+        """Returns a table in which each of `rows` has pages of its own, and the old page that each
+        new one copies.
+        """
         places = self.ids.shape[1]
         count = rows.shape[0] * places
         ids = 1 + jnp.arange(count, dtype=jnp.int32).reshape(rows.shape[0], places)
-        # [R, places] -> [1 + R · places]: new page 1 + r · places + j copies the j-th page of rows[r].
+        # [R, places] -> [1 + R · places]: new page 1 + r · places + j copies the j-th page of
+        # rows[r].
         sources = self.ids.at[rows].get(mode="clip").reshape(-1)
         return PageTable(ids, 1 + count, self.page_size), jnp.pad(sources, (1, 0))
 
@@ -74,13 +78,18 @@ def paged_unsupported_reason(config: ModelConfig) -> str | None:
     if config.attention.latent is not None:
         return "attention.latent caches latents, and pages hold keys and values of heads"
     if config.position.kind in ("buckets", "relative", "alibi_bfloat16"):
-        return f"position.kind = {config.position.kind!r} adds a bias to the scores, which attention over pages lacks"
+        return (
+            f"position.kind = {config.position.kind!r} adds a bias to the scores, which "
+            "attention over pages lacks"
+        )
     return None
 
 
 @flax.struct.dataclass
 class PagedCache:
-    """Keys and values of one layer in pages; the table, which all layers share, comes with each call."""
+    """Keys and values of one layer in pages; the table, which all layers share, comes with each
+    call.
+    """
 
     pages: KVPages
 
@@ -97,28 +106,35 @@ class PagedCache:
     ) -> tuple[Float[Array, "B T N H"], "PagedCache"]:
         """As of `TokenCache`, with keys and values of all key/value heads.
 
-        One new token a row goes through decode attention, which reads the pages where they lie. More are a prompt:
-        their rows' pages are gathered for the attention of training.
+        One new token a row goes through decode attention, which reads the pages where they lie.
+        More are a prompt: their rows' pages are gathered for the attention of training.
         """
         assert page_table is not None, "a paged cache needs its table"
         start = positions[:, 0]
         pages = write(self.pages, page_table.ids, start, k, v)
         if q.shape[1] == 1 and mask.prefix is None:
-            # A row that has ended counts on past its last slot. What it reads no longer matters, but must exist.
+            # A row that has ended counts on past its last slot. What it reads no longer matters,
+            # but must exist.
             lengths = jnp.minimum(start + 1, page_table.slots)
             out = attention.over_pages(q, pages, page_table.ids, lengths, mask.window)
             return out, PagedCache(pages)
         # Pages may be wider than the heads, which then end in zeros.
         keys, values = (x[..., : k.shape[3]] for x in gather(pages, page_table.ids))
-        return attention(q, keys, values, mask_of_slots(mask, positions, page_table.slots)), PagedCache(pages)
+        return attention(
+            q, keys, values, mask_of_slots(mask, positions, page_table.slots)
+        ), PagedCache(pages)
 
     def take(self, pages: Int[Array, "P"]) -> "PagedCache":
         """Returns the cache of `pages`, in this order."""
         axis = self.pages.key.ndim - 4  # 1 where layers are stacked
-        return PagedCache(jax.tree.map(lambda leaf: jnp.take(leaf, pages, axis=axis, mode="clip"), self.pages))
+        return PagedCache(
+            jax.tree.map(lambda leaf: jnp.take(leaf, pages, axis=axis, mode="clip"), self.pages)
+        )
 
 
-def empty_paged_cache(config: ModelConfig, page_table: PageTable, stack: tuple[int, ...]) -> PagedCache:
+def empty_paged_cache(
+    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...]
+) -> PagedCache:
     """Returns a layer's pages of zeros, or those of a stack of layers.
 
     Raises:
@@ -126,7 +142,11 @@ def empty_paged_cache(config: ModelConfig, page_table: PageTable, stack: tuple[i
     """
     reason = paged_unsupported_reason(config)
     if reason is not None:
-        raise UserError("cache", "paged", f"is not possible for this model: {reason}. Use cache = 'dense'.")
+        raise UserError(
+            "cache", "paged", f"is not possible for this model: {reason}. Use cache = 'dense'."
+        )
     c = config.attention
     pages = pages_for(page_table.num_pages, c.num_kv_heads, c.head_dim, config.dtype)
-    return PagedCache(jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pages))
+    return PagedCache(
+        jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pages)
+    )

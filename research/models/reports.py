@@ -34,10 +34,12 @@ class LayerReports:
     """What all layers tell together.
 
     Attributes:
-      router_loss: the mean over a stack's layers that have experts, added over stacks; 0 without experts.
-      expert_load: how many real tokens chose each expert, by the path of the experts' parameters: `layers_0/mlp`,
-        `encoder/layers_0/mlp`, or `layers/mlp` with a leading layer axis where layers are scanned. The selection bias
-        that the load moves is the parameter `selection_bias` under that path.
+      router_loss: the mean over a stack's layers that have experts, added over stacks; 0 without
+          experts.
+      expert_load: how many real tokens chose each expert, by the path of the experts' parameters:
+        `layers_0/mlp`, `encoder/layers_0/mlp`, or `layers/mlp` with a leading layer axis where
+        layers are scanned. The selection bias that the load moves is the parameter `selection_bias`
+        under that path.
     """
 
     router_loss: Float[Array, ""]
@@ -45,11 +47,15 @@ class LayerReports:
 
     def under(self, path: str) -> "LayerReports":
         """Returns the reports of a stack whose parameters lie under `path`."""
-        return LayerReports(self.router_loss, {f"{path}/{name}": load for name, load in self.expert_load.items()})
+        return LayerReports(
+            self.router_loss, {f"{path}/{name}": load for name, load in self.expert_load.items()}
+        )
 
     def __add__(self, other: "LayerReports") -> "LayerReports":
         """Returns the reports of two stacks."""
-        return LayerReports(self.router_loss + other.router_loss, self.expert_load | other.expert_load)
+        return LayerReports(
+            self.router_loss + other.router_loss, self.expert_load | other.expert_load
+        )
 
 
 def no_reports() -> LayerReports:

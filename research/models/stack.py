@@ -1,4 +1,6 @@
-"""Layers on top of each other: what an encoder, a decoder and both of an encoder-decoder are made of."""
+"""Layers on top of each other: what an encoder, a decoder and both of an encoder-decoder are made
+of.
+"""
 
 import dataclasses
 import math
@@ -29,7 +31,8 @@ _REMAT_POLICIES = {
 
 
 def resolve_layer_loop(config: ModelConfig, platform: str) -> ModelConfig:
-    """Returns the config with `layer_loop = "auto"` decided: XLA for CPU runs the body of a loop at about half speed.
+    """Returns the config with `layer_loop = "auto"` decided: XLA for CPU runs the body of a loop at
+    about half speed.
 
     Args:
       config: the model.
@@ -41,7 +44,9 @@ def resolve_layer_loop(config: ModelConfig, platform: str) -> ModelConfig:
 
 
 def layer_name(config: ModelConfig, index: int) -> str:
-    """Returns the name of an unrolled layer's parameters: `first_layers_i`, then `layers_i`, each from 0."""
+    """Returns the name of an unrolled layer's parameters: `first_layers_i`, then `layers_i`, each
+    from 0.
+    """
     first = len(config.first_layers)
     return f"first_layers_{index}" if index < first else f"layers_{index - first}"
 
@@ -54,7 +59,8 @@ class Stack(nn.Module):
     Attributes:
       config: the model, or `ModelConfig.encoder()` of it.
       bare: whether to leave its layers out, whose parameters `init_params` makes one by one.
-      loop: how the layers of `pattern` are run; None unrolls them, or scans them where their parameters are stacked.
+      loop: how the layers of `pattern` are run; None unrolls them, or scans them where their
+          parameters are stacked.
     """
 
     config: ModelConfig
@@ -65,10 +71,14 @@ class Stack(nn.Module):
         c = self.config
         if c.position.kind == "learned":
             rows = c.max_length + c.position.offset
-            self.position_embed = Embedding(rows, c.embed_dim, ("positions", "embed"), c.init_stddev, c.param_dtype)
+            self.position_embed = Embedding(
+                rows, c.embed_dim, ("positions", "embed"), c.init_stddev, c.param_dtype
+            )
         if c.position.kind == "buckets":
             sizes = (c.position.num_buckets, c.attention.num_heads)
-            self.position_bias = Embedding(*sizes, ("buckets", "heads"), c.init_stddev, c.param_dtype, "bias")
+            self.position_bias = Embedding(
+                *sizes, ("buckets", "heads"), c.init_stddev, c.param_dtype, "bias"
+            )
         if c.embedding.num_types:
             sizes = (c.embedding.num_types, c.embed_dim)
             self.type_embed = Embedding(*sizes, ("types", "embed"), c.init_stddev, c.param_dtype)
@@ -97,7 +107,9 @@ class Stack(nn.Module):
         memory_mask: AttentionMask | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, LayerReports]:
-        """Returns the hidden states, the cache with these tokens in it, and what the layers tell beside them."""
+        """Returns the hidden states, the cache with these tokens in it, and what the layers tell
+        beside them.
+        """
         c = self.config
         x = self._place(x, positions, types)
         drop_key = None if key is None else jax.random.fold_in(key, 0)
@@ -113,11 +125,15 @@ class Stack(nn.Module):
         x = self.final_norm(x) if c.norm.placement != "post" else x
         return x, cache, collect_reports(reports)
 
-    def drop_embedded(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
+    def drop_embedded(
+        self, x: Float[Array, "B T D"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
         """Drops entries of embeddings; without a key none."""
         return self.embed_dropout(x, deterministic=key is None, rng=key)
 
-    def context(self, positions: Int[Array, "B T"], mask: AttentionMask, cache: Cache | None) -> Context:
+    def context(
+        self, positions: Int[Array, "B T"], mask: AttentionMask, cache: Cache | None
+    ) -> Context:
         """Returns what positions tell each layer, for `run` and for layers that come after it."""
         c = self.config
         scalings = [c.position_of(kind).scaling for kind in c.layers()]
@@ -131,7 +147,10 @@ class Stack(nn.Module):
         return dataclasses.replace(context, bias=self._bias(context, cache))
 
     def _place(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], types: Int[Array, "B T"] | None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        types: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         c = self.config
         if c.scale_embeddings:
@@ -145,7 +164,9 @@ class Stack(nn.Module):
         return self.embed_norm(x) if c.embedding.norm else x
 
     def _bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N #T S"] | None:
-        """Returns what is added to the scores of all layers, if anything: by distance (T5), or by key (Falcon-RW)."""
+        """Returns what is added to the scores of all layers, if anything: by distance (T5), or by
+        key (Falcon-RW).
+        """
         c, slots = self.config, None if cache is None else cache.slots
         query_places, key_places = _places(context, slots)
         if c.position.kind == "alibi_bfloat16":
@@ -161,7 +182,9 @@ class Stack(nn.Module):
     def _run_layers(
         self, x: Float[Array, "B T D"], cache: Cache | None, context: Context
     ) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, LayerReport]]:
-        """Returns the stream, the cache, and the reports of layers by the name of their parameters."""
+        """Returns the stream, the cache, and the reports of layers by the name of their
+        parameters.
+        """
         caches = None if cache is None else cache.layers
         new_caches: tuple[LayerCache, ...] = ()
         reports = {}
@@ -174,16 +197,29 @@ class Stack(nn.Module):
         return x, None if cache is None else cache.replace(layers=new_caches), reports
 
     def _groups(self) -> list[tuple[LayerLoop, Layers]]:
-        """Returns the first layers and those of the pattern, each with the way to run them; without empty groups."""
+        """Returns the first layers and those of the pattern, each with the way to run them; without
+        empty groups.
+        """
         c = self.config
         kinds, first = c.layers(), len(c.first_layers)
         names = tuple(layer_name(c, index) for index in range(c.num_layers))
         remat = None if c.remat == "none" else _REMAT_POLICIES[c.remat]
-        params = self.get_variable("params", "layers") if self.has_variable("params", "layers") else None
+        params = (
+            self.get_variable("params", "layers") if self.has_variable("params", "layers") else None
+        )
 
         def group(start: int, stop: int, blocks: Sequence[Block], params: Any) -> Layers:
             period = len(c.pattern)
-            return Layers(start, names[start:stop], kinds[start:stop], period, blocks, self._apply, params, remat)
+            return Layers(
+                start,
+                names[start:stop],
+                kinds[start:stop],
+                period,
+                blocks,
+                self._apply,
+                params,
+                remat,
+            )
 
         if self.bare:
             return []
@@ -197,14 +233,21 @@ class Stack(nn.Module):
         return [(loop, layers) for loop, layers in groups if layers.kinds]
 
     def _apply(
-        self, kind: LayerConfig, params: Any, x: Float[Array, "B T D"], cache: LayerCache | None, context: Context
+        self,
+        kind: LayerConfig,
+        params: Any,
+        x: Float[Array, "B T D"],
+        cache: LayerCache | None,
+        context: Context,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
         """Runs a layer of a kind on given parameters."""
         return Block(self.config, kind, parent=None).apply({"params": params}, x, cache, context)
 
 
 def _places(context: Context, slots: int | None) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
-    """Returns where queries and keys stand, as far as distances go: in a row their indices, else their cache slots."""
+    """Returns where queries and keys stand, as far as distances go: in a row their indices, else
+    their cache slots.
+    """
     if slots is None:
         index = jnp.arange(context.positions.shape[1])[None]
         return index, index

@@ -15,21 +15,26 @@ def at_least(config: Any, least: int, *names: str) -> None:
         if getattr(config, name) < least:
             raise UserError(name, getattr(config, name), f"must be at least {least}.")
         if getattr(config, name) >= _LIMIT:
-            raise UserError(name, getattr(config, name), f"must be below {_LIMIT:,}, an array's limit.")
+            raise UserError(
+                name, getattr(config, name), f"must be below {_LIMIT:,}, an array's limit."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention: queries, keys and values come from narrow latents (DeepSeek-V2, arXiv:2405.04434).
+    """Multi-head latent attention: queries, keys and values come from narrow latents (DeepSeek-V2,
+    arXiv:2405.04434).
 
-    A head then has `head_dim` columns without position and `rope_dim` turned ones, whose key all heads share.
+    A head then has `head_dim` columns without position and `rope_dim` turned ones, whose key all
+    heads share.
 
     Attributes:
       kv_dim: width of the latent of keys and values.
       q_dim: width of the queries' latent; None projects queries directly.
       rope_dim: turned columns of a head, even.
       value_dim: width of a head's values.
-      epsilon: added to the variance of the latents, which the released code does not take from the model's norms.
+      epsilon: added to the variance of the latents, which the released code does not take from the
+          model's norms.
     """
 
     kv_dim: int
@@ -51,18 +56,20 @@ class AttentionConfig:
 
     Attributes:
       num_heads: query heads N.
-      num_kv_heads: key/value heads K: N is multi-head, 1 is multi-query, between them grouped-query attention.
+      num_kv_heads: key/value heads K: N is multi-head, 1 is multi-query, between them grouped-query
+          attention.
       head_dim: head width H.
       qkv_bias: whether the query, key and value projections have a bias.
       out_bias: whether the output projection has one.
       scale: factor on the scores; None is 1 / √H. T5 has 1.
       softcap: bound of the scores, softcap · tanh(score / softcap), or None.
-      sinks: whether each head has a learned logit that takes part in the softmax's denominator only (gpt-oss).
-      qk_norm: RMS norm of queries and keys before they are turned: of each `head` (Qwen 3), of all of them together as
-        one vector (`all`, OLMo 2), or `none`.
+      sinks: whether each head has a learned logit that takes part in the softmax's denominator only
+          (gpt-oss).
+      qk_norm: RMS norm of queries and keys before they are turned: of each `head` (Qwen 3), of all
+        of them together as one vector (`all`, OLMo 2), or `none`.
       latent: multi-head latent attention, or None.
-      implementation: which kernel computes it; `auto` picks by backend, and `reference`, which holds all scores of a
-        layer, is taken by name only.
+      implementation: which kernel computes it; `auto` picks by backend, and `reference`, which
+        holds all scores of a layer, is taken by name only.
     """
 
     num_heads: int
@@ -80,13 +87,19 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "num_kv_heads", "head_dim")
         if self.num_heads % self.num_kv_heads:
-            raise UserError("num_kv_heads", self.num_kv_heads, f"does not divide num_heads = {self.num_heads}.")
+            raise UserError(
+                "num_kv_heads", self.num_kv_heads, f"does not divide num_heads = {self.num_heads}."
+            )
         for name in ("scale", "softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(name, value, "must be above 0.")
         if self.latent is not None and self.num_kv_heads != self.num_heads:
-            raise UserError("num_kv_heads", self.num_kv_heads, f"must be num_heads = {self.num_heads} with `latent`.")
+            raise UserError(
+                "num_kv_heads",
+                self.num_kv_heads,
+                f"must be num_heads = {self.num_heads} with `latent`.",
+            )
         if self.latent is not None and (self.qkv_bias or self.sinks or self.qk_norm != "none"):
             raise UserError("latent", constraint="has neither qkv_bias, sinks nor qk_norm.")
 
@@ -97,10 +110,13 @@ class MlpConfig:
 
     Attributes:
       hidden_dim: width F.
-      activation: `gelu` is exact, `gelu_tanh` its tanh approximation, `gelu_sigmoid` x · sigmoid(1.702 x).
-      gated: whether a second projection is activated and multiplied in (SwiGLU with `silu`, GeGLU with `gelu`).
+      activation: `gelu` is exact, `gelu_tanh` its tanh approximation, `gelu_sigmoid` x ·
+          sigmoid(1.702 x).
+      gated: whether a second projection is activated and multiplied in (SwiGLU with `silu`, GeGLU
+          with `gelu`).
       bias: whether its projections have biases.
-      clamp: bound of what is activated (from above) and of what it is multiplied with (gpt-oss), or None.
+      clamp: bound of what is activated (from above) and of what it is multiplied with (gpt-oss), or
+          None.
       up_offset: added to what the activated projection is multiplied with (gpt-oss has 1).
     """
 
@@ -121,7 +137,8 @@ class MlpConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts in the place of the feed-forward sublayer, which says how each expert is built.
+    """A mixture of experts in the place of the feed-forward sublayer, which says how each expert is
+    built.
 
     Every token goes to `experts_per_token` experts, whatever their load: none is dropped.
 
@@ -131,16 +148,19 @@ class ExpertsConfig:
       hidden_dim: width F of an expert.
       shared_dim: width of the expert that every token goes to; 0 is none.
       shared_gate: whether the shared expert is weighed by a learned sigmoid (Qwen 2).
-      score: what the router's logits become: a `softmax` over the experts, or a `sigmoid` each (DeepSeek-V3).
+      score: what the router's logits become: a `softmax` over the experts, or a `sigmoid` each
+          (DeepSeek-V3).
       renormalize: whether the weights of the chosen experts are divided by their sum.
       router_bias: whether the router's logits have a learned bias.
       selection_bias: whether a bias that only the choice sees is added to the scores (DeepSeek-V3).
-      bias_speed: how far that bias moves in a step of training: up where an expert has less than the mean load, down
-        where it has more; 0 leaves it.
-      num_groups: groups of experts, of which a token may use `groups_per_token`, those with the best two experts.
+      bias_speed: how far that bias moves in a step of training: up where an expert has less than
+        the mean load, down where it has more; 0 leaves it.
+      num_groups: groups of experts, of which a token may use `groups_per_token`, those with the
+          best two experts.
       groups_per_token: see `num_groups`.
       scale: factor on the weights of the chosen experts.
-      balance_weight: of the loss that keeps the load even (Fedus et al. 2021, arXiv:2101.03961, equation 4).
+      balance_weight: of the loss that keeps the load even (Fedus et al. 2021, arXiv:2101.03961,
+          equation 4).
       z_weight: of the router's z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5).
     """
 
@@ -161,7 +181,15 @@ class ExpertsConfig:
     z_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_experts", "experts_per_token", "hidden_dim", "num_groups", "groups_per_token")
+        at_least(
+            self,
+            1,
+            "num_experts",
+            "experts_per_token",
+            "hidden_dim",
+            "num_groups",
+            "groups_per_token",
+        )
         at_least(self, 0, "shared_dim", "balance_weight", "bias_speed", "z_weight")
         if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
             raise UserError(
@@ -172,7 +200,9 @@ class ExpertsConfig:
             )
         within = self.num_experts // self.num_groups * self.groups_per_token
         if self.experts_per_token > within:
-            raise UserError("experts_per_token", self.experts_per_token, f"must be at most {within}.")
+            raise UserError(
+                "experts_per_token", self.experts_per_token, f"must be at most {within}."
+            )
         if self.bias_speed and not self.selection_bias:
             raise UserError("bias_speed", self.bias_speed, "needs selection_bias = True.")
         if self.shared_gate and not self.shared_dim:

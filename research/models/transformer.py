@@ -1,4 +1,6 @@
-"""The transformer: embedding, stacks of blocks, heads; decoder, encoder, prefix decoder or encoder-decoder."""
+"""The transformer: embedding, stacks of blocks, heads; decoder, encoder, prefix decoder or
+encoder-decoder.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,9 +33,10 @@ class Output(NamedTuple):
     Attributes:
       hidden: the last states, which `projection` reads.
       cache: with these tokens in it, where one was given.
-      reports: what the layers tell beside: the loss of routers, an encoder's added to a decoder's, and experts' loads.
-      mtp_hidden: the states that predict one token further each (multi-token prediction), where the model has such
-        modules and was given targets.
+      reports: what the layers tell beside: the loss of routers, an encoder's added to a decoder's,
+          and experts' loads.
+      mtp_hidden: the states that predict one token further each (multi-token prediction), where the
+        model has such modules and was given targets.
       mtp_weight: of their mean loss in training.
     """
 
@@ -45,7 +48,8 @@ class Output(NamedTuple):
 
 
 class LogitTerms(NamedTuple):
-    """The logits before they are multiplied out: cap(hidden · kernel), with cap(z) = softcap · tanh(z / softcap).
+    """The logits before they are multiplied out: cap(hidden · kernel), with cap(z) = softcap ·
+    tanh(z / softcap).
 
     Attributes:
       hidden: states, in the type of activations.
@@ -61,14 +65,16 @@ class LogitTerms(NamedTuple):
 class Transformer(nn.Module):
     """Maps tokens to hidden states, and hidden states to logits.
 
-    The two are apart so that a loss can take the output projection in chunks, without `[B, T, V]` logits.
+    The two are apart so that a loss can take the output projection in chunks, without `[B, T, V]`
+    logits.
 
     Attributes:
       config: which variant it is.
       bare: whether to leave the layers out, whose parameters `init_params` makes one by one.
       loop: how layers are run; None unrolls them, or scans them where their parameters are stacked.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019 (GPT-2) for the pre-norm decoder.
+    Source: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019 (GPT-2) for the pre-norm
+        decoder.
     """
 
     config: ModelConfig
@@ -77,9 +83,12 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.embed_dim, ("vocab", "embed"), c.init_stddev, c.param_dtype)
+        self.embed = Embedding(
+            c.vocab_size, c.embed_dim, ("vocab", "embed"), c.init_stddev, c.param_dtype
+        )
         self.decoder = Stack(c, bare=self.bare, loop=self.loop)
-        # The decoder's parameters lie beside the embedding's and not in a group of their own: `layers_0/…`.
+        # The decoder's parameters lie beside the embedding's and not in a group of their own:
+        # `layers_0/…`.
         nn.share_scope(self, self.decoder)
         if c.structure == "encoder_decoder":
             self.encoder = Stack(c.encoder(), bare=self.bare, loop=self.loop)
@@ -88,7 +97,7 @@ class Transformer(nn.Module):
         if c.head.pooler:
             self.pooler = Pooler(c)
         # Called `future` on disk.
-        self.future = [MTPModule(c) for _ in range(c.head.num_future)]
+        self.future = [MTPModule(c) for _ in range(c.head.mtp_depth)]
         if not c.tied_embeddings:
             init = nn.initializers.normal(c.init_stddev)
             shape = (c.embed_dim, c.vocab_size)
@@ -97,7 +106,9 @@ class Transformer(nn.Module):
         if c.head.bias:
             zeros = nn.initializers.zeros
             axes = Axes(("vocab",), "bias")
-            self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), axes, c.param_dtype)
+            self.logit_bias = parameter(
+                self, "logit_bias", zeros, (c.vocab_size,), axes, c.param_dtype
+            )
 
     def __call__(
         self,
@@ -107,12 +118,14 @@ class Transformer(nn.Module):
         embeddings: Float[Array, "B T D"] | None = None,
         deterministic: bool = True,
     ) -> Output:
-        """Returns the hidden states that the output projection reads, and the cache with these tokens in it.
+        """Returns the hidden states that the output projection reads, and the cache with these
+        tokens in it.
 
         Args:
-          inputs: a batch, or what a model reads of one. With a cache, `positions` of a row must be consecutive, then
-            padding, and the encoder's tokens are left out once the cache holds them. Multi-token prediction reads
-            `targets`, where there are any: they are the tokens that follow.
+          inputs: a batch, or what a model reads of one. With a cache, `positions` of a row must be
+            consecutive, then padding, and the encoder's tokens are left out once the cache holds
+            them. Multi-token prediction reads `targets`, where there are any: they are the tokens
+            that follow.
           cache: keys and values of earlier tokens.
           embeddings: what stands in the place of the embedded `tokens`, which may then be left out.
           deterministic: False drops activations, with the random stream `dropout`.
@@ -132,7 +145,9 @@ class Transformer(nn.Module):
             cache,
             types=types,
             memory=memory,
-            memory_mask=memory_mask(positions, segments, encoder_segments if cache is None else cache.memory_segments),
+            memory_mask=memory_mask(
+                positions, segments, encoder_segments if cache is None else cache.memory_segments
+            ),
             key=key,
         )
         output = Output(x, cache, reports + beside)
@@ -140,14 +155,17 @@ class Transformer(nn.Module):
             return output
         # Of depth k, from 1, the token k places further on is the target k - 1 places further on.
         following = [shift_left(inputs["targets"], k) for k in range(len(self.future))]
-        states, more = self.mtp_hidden(x, following, positions, segments, deterministic=deterministic)
-        weight = self.config.head.future_weight
+        states, more = self.mtp_hidden(
+            x, following, positions, segments, deterministic=deterministic
+        )
+        weight = self.config.head.mtp_weight
         return output._replace(reports=output.reports + more, mtp_hidden=states, mtp_weight=weight)
 
     def encode(
         self, inputs: ModelInputs | Batch, key: jax.Array | None = None
     ) -> tuple[Float[Array, "B M D"], LayerReports]:
-        """Returns what the encoder of an encoder-decoder makes of its tokens, and what its layers tell beside.
+        """Returns what the encoder of an encoder-decoder makes of its tokens, and what its layers
+        tell beside.
 
         Args:
           inputs: as of `__call__`; positions count from 0 where none are given.
@@ -159,13 +177,19 @@ class Transformer(nn.Module):
             positions = inputs["encoder_positions"]
         segments = _given(inputs, "encoder_segments")
         mask = AttentionMask(q_segments=segments, kv_segments=segments)
-        key = None if key is None else jax.random.fold_in(key, 2)  # the decoder's keys are 0 and 1 of it
+        key = (
+            None if key is None else jax.random.fold_in(key, 2)
+        )  # the decoder's keys are 0 and 1 of it
         options = {"types": None, "memory": None, "memory_mask": None, "key": key}
         x, _, reports = self.encoder.run(self.embed(tokens), mask, positions, None, **options)
         return x, reports.under("encoder")
 
-    def pooled(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
-        """Returns the state that stands for each row, from its first token, and the logits of its class, if any."""
+    def pooled(
+        self, hidden: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
+        """Returns the state that stands for each row, from its first token, and the logits of its
+        class, if any.
+        """
         return self.pooler(hidden)
 
     def mtp_hidden(
@@ -177,7 +201,8 @@ class Transformer(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[tuple[Float[Array, "B T D"], ...], LayerReports]:
-        """Returns the states that predict one token further each, and what their layers tell beside.
+        """Returns the states that predict one token further each, and what their layers tell
+        beside.
 
         Args:
           hidden: the last states, before the transform of a head.
@@ -190,7 +215,9 @@ class Transformer(nn.Module):
         key = None if deterministic or not self.config.dropout else self.make_rng("dropout")
         states, reports = [], {}
         for depth, (predict, tokens) in enumerate(zip(self.future, following, strict=True)):
-            drop_key, own = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, depth))
+            drop_key, own = (
+                (None, None) if key is None else jax.random.split(jax.random.fold_in(key, depth))
+            )
             embedded = self.decoder.drop_embedded(self.embed(tokens).astype(hidden.dtype), drop_key)
             hidden, report = predict(hidden, embedded, dataclasses.replace(context, key=own))
             states.append(hidden)
@@ -221,7 +248,9 @@ class Transformer(nn.Module):
 def multiply_out(terms: LogitTerms) -> Float[Array, "B T V"]:
     """Returns float32 logits."""
     hidden, kernel = as_product(terms.hidden, terms.kernel)
-    z = jnp.einsum("btd,dv->btv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    z = jnp.einsum(
+        "btd,dv->btv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
     if terms.softcap is not None:
         z = terms.softcap * jnp.tanh(z / terms.softcap)
     return constrain(z, ("batch", "length", "vocab"))
@@ -254,16 +283,21 @@ def sequence_mask(
         return mask
     if cached:  # then a row is one sequence
         return dataclasses.replace(mask, prefix=prefix.sum(axis=1))
-    # To the mask, all tokens of a prefix stand where their sequence begins: none of them comes later than another.
+    # To the mask, all tokens of a prefix stand where their sequence begins: none of them comes
+    # later than another.
     index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=positions.dtype), positions.shape)
     places = jnp.where(prefix != 0, index - positions, index)
     return dataclasses.replace(mask, q_positions=places, kv_positions=places)
 
 
 def memory_mask(
-    positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, encoder_segments: Int[Array, "B M"] | None
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None,
+    encoder_segments: Int[Array, "B M"] | None,
 ) -> AttentionMask:
-    """Returns which of the encoder's tokens each token sees: those of its segment, or the real ones."""
+    """Returns which of the encoder's tokens each token sees: those of its segment, or the real
+    ones.
+    """
     if encoder_segments is None:
         return AttentionMask()
     if segments is None:
@@ -275,15 +309,17 @@ def memory_mask(
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Returns the initial parameters, each boxed with its logical axis names.
 
-    They are a function of the key alone: those of a layer of its number besides, whether layers are scanned or not.
-    Layers are stacked where `layer_loop` is `scan`; `auto` has to be resolved before (`stack.resolve_layer_loop`), and
-    counts as `unroll`.
+    They are a function of the key alone: those of a layer of its number besides, whether layers are
+    scanned or not. Layers are stacked where `layer_loop` is `scan`; `auto` has to be resolved
+    before (`stack.resolve_layer_loop`), and counts as `unroll`.
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def touch(module: Transformer) -> None:
         encoder = {"encoder_tokens": tokens} if config.structure == "encoder_decoder" else {}
-        hidden = module({"tokens": tokens, "positions": tokens, "targets": tokens, **encoder}).hidden
+        hidden = module(
+            {"tokens": tokens, "positions": tokens, "targets": tokens, **encoder}
+        ).hidden
         if config.head.pooler:
             module.pooled(hidden)
         module.logits(hidden)
@@ -299,17 +335,25 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 def _init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Returns the parameters of a stack's layers by name."""
     tokens, hidden = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.embed_dim), config.dtype)
-    memory = {"memory": hidden, "memory_mask": AttentionMask()} if config.structure == "encoder_decoder" else {}
+    memory = (
+        {"memory": hidden, "memory_mask": AttentionMask()}
+        if config.structure == "encoder_decoder"
+        else {}
+    )
     context = Context(tokens, AttentionMask(causal=True), lengths=tokens, **memory)
 
     def init_layer(index: Int[Array, ""] | int, kind: LayerConfig) -> Any:
-        return Block(config, kind).init(jax.random.fold_in(key, index), hidden, None, context)["params"]
+        return Block(config, kind).init(jax.random.fold_in(key, index), hidden, None, context)[
+            "params"
+        ]
 
     kinds, first = config.layers(), len(config.first_layers)
     alone = first if config.layer_loop == "scan" else config.num_layers
     params = {layer_name(config, i): init_layer(i, kinds[i]) for i in range(alone)}
     if alone < config.num_layers:
-        stacked = jax.vmap(lambda index: init_layer(index, config.pattern[0]))(jnp.arange(alone, config.num_layers))
+        stacked = jax.vmap(lambda index: init_layer(index, config.pattern[0]))(
+            jnp.arange(alone, config.num_layers)
+        )
         params["layers"] = jax.tree.map(_name_layers, stacked, is_leaf=is_box)
     return params
 

@@ -38,7 +38,12 @@ class TransformerModel:
         return init_params(self.config, key)
 
     def hidden(
-        self, params: Any, inputs: ModelInputs | Batch, *, cache: Cache | None = None, key: jax.Array | None = None
+        self,
+        params: Any,
+        inputs: ModelInputs | Batch,
+        *,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
     ) -> Output:
         """Returns hidden states and what comes with them."""
         rngs = {} if key is None else {"dropout": key}
@@ -47,7 +52,9 @@ class TransformerModel:
 
     def projection(self, params: Any, hidden: Float[Array, "*batch D"]) -> LogitTerms:
         """Returns the logits of hidden states as a product that is not made yet."""
-        return Transformer(self.config).apply({"params": params}, hidden, method=Transformer.projection)
+        return Transformer(self.config).apply(
+            {"params": params}, hidden, method=Transformer.projection
+        )
 
     def empty_cache(
         self,
@@ -59,7 +66,9 @@ class TransformerModel:
     ) -> Cache:
         """Returns a cache of zeros, that of stacked layers stacked as they are."""
         stacked = "layers" in params
-        return empty_cache(self.config, batch, slots, stacked, memory_segments, page_table=page_table)
+        return empty_cache(
+            self.config, batch, slots, stacked, memory_segments, page_table=page_table
+        )
 
     def flops_per_token(self, sequence_length: int, encoder_length: int = 0) -> float:
         """Returns the FLOPs of one training step, per token of the decoder."""

@@ -15,18 +15,22 @@ def selection_bias(path: str) -> str:
     return f"{path}/selection_bias"
 
 
-def balance_experts(params: Any, expert_load: Mapping[str, Float[Array, "*L E"]], speed: float) -> Any:
-    """Returns the parameters with each selection bias raised by `speed` below the mean load, and lowered above it.
+def balance_experts(
+    params: Any, expert_load: Mapping[str, Float[Array, "*L E"]], speed: float
+) -> Any:
+    """Returns the parameters with each selection bias raised by `speed` below the mean load, and
+    lowered above it.
 
     bias ← bias + speed · sign(mean load − load)
 
     Args:
       params: of a model; a selection bias that is not among them stays as it is.
-      expert_load: how many tokens chose each expert, by the path of the experts' parameters; of the layers that
-        the parameters have.
+      expert_load: how many tokens chose each expert, by the path of the experts' parameters; of the
+        layers that the parameters have.
       speed: of the biases, whatever the optimizer and its rate.
 
-    Source: Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
+    Source: Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-AI 2024, arXiv:2412.19437,
+        section 2.1.2.
     """
     load_of = {selection_bias(path): load for path, load in expert_load.items()}
 

@@ -1,4 +1,6 @@
-"""Optimizers by name. What an array is, a matrix or a bias, is told by its box, never by its path or shape."""
+"""Optimizers by name. What an array is, a matrix or a bias, is told by its box, never by its path
+or shape.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,12 +27,15 @@ class OptimConfig:
         (matrices with momentum `beta1`; the rest by AdamW with Nesterov momentum).
       learning_rate: the peak.
       schedule: its course.
-      weight_decay: decoupled, times the learning rate, on matrices only (embeddings included, biases never).
+      weight_decay: decoupled, times the learning rate, on matrices only (embeddings included,
+          biases never).
       beta1: decay of the first moment (or momentum); Adafactor has none.
-      beta2: decay of the second moment of AdamW, Lion and Muon's rest; Adafactor has its own course.
+      beta2: decay of the second moment of AdamW, Lion and Muon's rest; Adafactor has its own
+          course.
       epsilon: added to the root of the second moment, of AdamW and Muon.
       clip_norm: gradients of a larger global norm are scaled down to it; None leaves them.
-      ema_decay: of the averaged parameters that evaluation reads; None keeps no average. It needs float32 parameters.
+      ema_decay: of the averaged parameters that evaluation reads; None keeps no average. It needs
+          float32 parameters.
     """
 
     name: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = "adamw"
@@ -73,9 +78,9 @@ def build_optimizer(
     Raises:
       UserError: a schedule that is longer than the run.
 
-    Source: AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101; Adafactor: Shazeer & Stern 2018, arXiv:1804.04235; Lion:
-    Chen et al. 2023, arXiv:2302.06675; Muon: Jordan et al. 2024, with the update scaled to AdamW's size as in Liu et
-    al. 2025, arXiv:2502.16982, section 2.2.
+    Source: AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101; Adafactor: Shazeer & Stern 2018,
+    arXiv:1804.04235; Lion: Chen et al. 2023, arXiv:2302.06675; Muon: Jordan et al. 2024, with the
+    update scaled to AdamW's size as in Liu et al. 2025, arXiv:2502.16982, section 2.2.
     """
     schedule = build_schedule(config.schedule, config.learning_rate, total_steps)
 
@@ -87,7 +92,9 @@ def build_optimizer(
 
 
 def _update_count(state: Any) -> Int[Array, ""]:
-    """Returns the updates that an optimizer has made, as the part of it that follows the schedule counts them."""
+    """Returns the updates that an optimizer has made, as the part of it that follows the schedule
+    counts them.
+    """
 
     def scheduled(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -96,7 +103,9 @@ def _update_count(state: Any) -> Int[Array, ""]:
     return counter.count
 
 
-def _descending(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+def _descending(
+    config: OptimConfig, axes: Any, rate: optax.Schedule
+) -> optax.GradientTransformation:
     matrices = jax.tree.map(lambda axes: axes.is_matrix, axes)
     decay = {"weight_decay": config.weight_decay, "mask": matrices}
     if config.name == "adamw":
@@ -106,7 +115,9 @@ def _descending(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.G
     if config.name == "sgd":
         direction = optax.chain(optax.trace(config.beta1), optax.scale(-1.0))
     elif config.name == "adafactor":
-        direction = _layer_by_layer(optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False), axes)
+        direction = _layer_by_layer(
+            optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False), axes
+        )
     else:
         direction = contrib.muon(
             1.0,
@@ -126,20 +137,30 @@ def _descending(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.G
 
 
 def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """Lets a transformation that looks at whole arrays see one layer at a time where layers are stacked.
+    """Lets a transformation that looks at whole arrays see one layer at a time where layers are
+    stacked.
 
     So a scanned model takes the steps of an unrolled one, and their states are the same on disk.
     """
     batched = jax.tree.map(lambda axes: 0 if "layers" in axes.names else None, axes)
     stacked = [
-        path for path, axis in jax.tree_util.tree_leaves_with_path(batched, is_leaf=lambda x: x is None) if axis == 0
+        path
+        for path, axis in jax.tree_util.tree_leaves_with_path(batched, is_leaf=lambda x: x is None)
+        if axis == 0
     ]
     if not stacked:
         return inner
 
     def state_axes(params: Any) -> Any:
-        """Returns 0 for each array of the state that stands for a stacked parameter: its path ends in that one's."""
-        one = jax.tree.map(lambda axis, p: p if axis is None else p[0], batched, params, is_leaf=lambda x: x is None)
+        """Returns 0 for each array of the state that stands for a stacked parameter: its path ends
+        in that one's.
+        """
+        one = jax.tree.map(
+            lambda axis, p: p if axis is None else p[0],
+            batched,
+            params,
+            is_leaf=lambda x: x is None,
+        )
         return jax.tree_util.tree_map_with_path(
             lambda path, _: 0 if any(path[-len(end) :] == end for end in stacked) else None,
             jax.eval_shape(inner.init, one),
@@ -158,8 +179,12 @@ def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.Gra
 
 
 def _muon_axes(axes: Axes) -> contrib.MuonDimensionNumbers | None:
-    """Returns which axes of a kernel are inputs and which outputs; each layer and each expert is a matrix of its own.
+    """Returns which axes of a kernel are inputs and which outputs; each layer and each expert is a
+    matrix of its own.
 
-    Tables are left to AdamW: one row of theirs is one id's, and rows of rare ids have no gradient most of the time.
+    Tables are left to AdamW: one row of theirs is one id's, and rows of rare ids have no gradient
+        most of the time.
     """
-    return contrib.MuonDimensionNumbers(*axes.inputs_and_outputs()) if axes.kind == "kernel" else None
+    return (
+        contrib.MuonDimensionNumbers(*axes.inputs_and_outputs()) if axes.kind == "kernel" else None
+    )

@@ -17,9 +17,10 @@ class ScheduleConfig:
     Attributes:
       name: `constant`, `cosine`, `linear`, `inverse_sqrt`, or `wsd` (warm-up, stable, decay).
       warmup_steps: steps of linear rise from 0 to the peak.
-      decay_steps: for `wsd`: the last steps, of linear decay; otherwise decay begins where the warm-up ends.
-      final_fraction: the rate that the run ends at, after its last step, as a fraction of the peak; `inverse_sqrt` and
-        `constant` ignore it.
+      decay_steps: for `wsd`: the last steps, of linear decay; otherwise decay begins where the
+          warm-up ends.
+      final_fraction: the rate that the run ends at, after its last step, as a fraction of the peak;
+        `inverse_sqrt` and `constant` ignore it.
     """
 
     name: Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"] = "cosine"
@@ -29,7 +30,11 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.decay_steps < 0:
-            raise UserError("warmup_steps", self.warmup_steps, f"and decay_steps = {self.decay_steps} must be ≥ 0.")
+            raise UserError(
+                "warmup_steps",
+                self.warmup_steps,
+                f"and decay_steps = {self.decay_steps} must be ≥ 0.",
+            )
         if not 0 <= self.final_fraction <= 1:
             raise UserError("final_fraction", self.final_fraction, "must lie in [0, 1].")
         if self.name == "wsd" and self.decay_steps == 0:
@@ -47,14 +52,16 @@ def build_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> opt
     Raises:
       UserError: the parts are longer than the run.
 
-    Source: cosine: Loshchilov & Hutter 2016, arXiv:1608.03983, equation 5; inverse square root: Vaswani et al. 2017,
-    arXiv:1706.03762, section 5.3; warm-up–stable–decay: Hu et al. 2024, arXiv:2404.06395, section 4.
+    Source: cosine: Loshchilov & Hutter 2016, arXiv:1608.03983, equation 5; inverse square root:
+    Vaswani et al. 2017, arXiv:1706.03762, section 5.3; warm-up–stable–decay: Hu et al. 2024,
+    arXiv:2404.06395, section 4.
     """
     warmup, floor = config.warmup_steps, peak * config.final_fraction
     parts = warmup + (config.decay_steps if config.name == "wsd" else 0)
     if parts > total_steps:
         raise UserError(
-            "optim.schedule", constraint=f": warm-up and decay take {parts} steps, but train.steps = {total_steps}."
+            "optim.schedule",
+            constraint=f": warm-up and decay take {parts} steps, but train.steps = {total_steps}.",
         )
     left = max(total_steps - warmup, 1)
     if config.name == "constant":

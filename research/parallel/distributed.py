@@ -28,17 +28,24 @@ class DistributedConfig:
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(value is None for value in given) and not all(value is None for value in given):
             raise UserError(
-                "coordinator", constraint=", num_processes and process_id must be given together, or none of them."
+                "coordinator",
+                constraint=", num_processes and process_id must be given together, or none of "
+                "them.",
             )
         if self.num_processes is not None and not 0 <= self.process_id < self.num_processes:
-            raise UserError("process_id", self.process_id, f"must lie below num_processes = {self.num_processes}.")
+            raise UserError(
+                "process_id",
+                self.process_id,
+                f"must lie below num_processes = {self.num_processes}.",
+            )
 
 
 def initialize(config: DistributedConfig) -> None:
     """Joins the other processes where the config asks for it; must run before any device is used.
 
     Raises:
-      UserError: neither the config nor a cluster that JAX knows tells where the others are, or they do not answer.
+      UserError: neither the config nor a cluster that JAX knows tells where the others are, or they
+          do not answer.
     """
     if config.initialize:
         try:

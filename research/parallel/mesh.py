@@ -13,7 +13,8 @@ from research.parallel.mesh_axes import MESH_AXES
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 for what is left.
+    """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 for
+    what is left.
 
     Attributes:
       data: replicas that share out the batch.
@@ -72,15 +73,23 @@ def resolve_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def _misfit(sizes: dict[str, int], num_devices: int) -> str:
-    """Names the largest axis (or `data`) that alone can make the product fit, else says to lower one."""
+    """Names the largest axis (or `data`) that alone can make the product fit, else says to lower
+    one.
+    """
     used = {name: size for name, size in sizes.items() if size != 1}
     shape = " × ".join(f"{name} {size}" for name, size in used.items()) or "all sizes 1"
     for name, size in sorted((used | {"data": sizes["data"]}).items(), key=lambda item: -item[1]):
         others = math.prod(abs(other) for key, other in used.items() if key != name)
         if size != -1 and num_devices % others == 0:
             right = num_devices // others
-            return f"mesh.{name} = {size} does not fit {num_devices} devices ({shape}). Set mesh.{name} = {right}."
-    return f"mesh does not fit {num_devices} devices ({shape}). Set mesh.data = -1 and let the others divide them."
+            return (
+                f"mesh.{name} = {size} does not fit {num_devices} devices ({shape}). Set "
+                f"mesh.{name} = {right}."
+            )
+    return (
+        f"mesh does not fit {num_devices} devices ({shape}). Set mesh.data = -1 and let the "
+        "others divide them."
+    )
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -92,4 +101,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes(config, len(devices))
     shape = tuple(sizes[name] for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return jax.make_mesh(
+        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )

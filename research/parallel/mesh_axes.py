@@ -1,4 +1,6 @@
-"""The names of the mesh axes, for all that shards: the mesh itself, the rules, and kernels that run once a device."""
+"""The names of the mesh axes, for all that shards: the mesh itself, the rules, and kernels that run
+once a device.
+"""
 
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
 # Those that share out the batch.

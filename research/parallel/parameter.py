@@ -9,7 +9,8 @@ import flax.struct
 import jax
 from jaxtyping import Array
 
-# kernel: multiplied with its inputs. table: one row or column for each id. bias: added. scale: multiplied, one by one.
+# kernel: multiplied with its inputs. table: one row or column for each id. bias: added. scale:
+# multiplied, one by one.
 # selection: added to the scores that experts are chosen by, and moved by their load.
 Kind = Literal["kernel", "table", "bias", "scale", "selection"]
 
@@ -71,4 +72,6 @@ def is_box(leaf: Any) -> bool:
 
 def logical_axes(params: Any) -> Any:
     """Returns the axes of boxed parameters, in their tree."""
-    return jax.tree.map(lambda box: Axes(box.names, box.kind, box.num_inputs), params, is_leaf=is_box)
+    return jax.tree.map(
+        lambda box: Axes(box.names, box.kind, box.num_inputs), params, is_leaf=is_box
+    )

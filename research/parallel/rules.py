@@ -13,8 +13,9 @@ from research.core.trees import path_name
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.parameter import is_box
 
-# First come, first served: a mesh axis that an earlier row took for the same array is not used again, so activations,
-# whose batch takes `fsdp`, keep their width whole, while parameters shard it.
+# First come, first served: a mesh axis that an earlier row took for the same array is not used
+# again, so activations, whose batch takes `fsdp`, keep their width whole, while parameters shard
+# it.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
     ("length", ("context",)),
@@ -53,7 +54,9 @@ def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[Array, "..."]:
-    """Lays an activation out by its logical axes; without a mesh in context (`jax.set_mesh`) it does nothing."""
+    """Lays an activation out by its logical axes; without a mesh in context (`jax.set_mesh`) it
+    does nothing.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
@@ -73,7 +76,8 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
                 raise UserError(
                     f"mesh.{mesh_axis}",
                     mesh.shape[mesh_axis],
-                    f"does not divide {name} = {size} of {path_name(path)}. Use {_divisors(size, mesh.size)}.",
+                    f"does not divide {name} = {size} of {path_name(path)}. Use "
+                    f"{_divisors(size, mesh.size)}.",
                 )
         return NamedSharding(mesh, spec)
 
@@ -95,7 +99,8 @@ def process_rows(
 ) -> tuple[int, int]:
     """Returns (i, n): of a batch cut into n even parts, a process holds the rows of part i.
 
-    Where an axis that does not share out the batch reaches over processes, several of them hold the same part.
+    Where an axis that does not share out the batch reaches over processes, several of them hold the
+    same part.
 
     Args:
       sharding: from `batch_sharding`.
@@ -106,7 +111,9 @@ def process_rows(
       UserError: the rows of the process's devices are no such part.
     """
     devices = sharding.addressable_devices if devices is None else devices
-    whole = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])).devices_indices_map((batch_size,))
+    whole = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])).devices_indices_map(
+        (batch_size,)
+    )
     ranges = {whole[device][0].indices(batch_size)[:2] for device in devices}
     first, size = min(start for start, _ in ranges), sum(stop - start for start, stop in ranges)
     together = max(stop for _, stop in ranges) == first + size
@@ -114,7 +121,8 @@ def process_rows(
         raise UserError(
             "mesh.tensor",
             sharding.mesh.shape["tensor"],
-            ": the rows of a process are no even part of the batch. Use a divisor or a multiple of the "
+            ": the rows of a process are no even part of the batch. Use a divisor or a multiple "
+            "of the "
             f"{len(devices)} devices of a process.",
         )
     return first // size, batch_size // size
@@ -136,14 +144,17 @@ def process_columns(
       UserError: the tokens do not follow each other.
     """
     devices = sharding.addressable_devices if devices is None else devices
-    whole = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1])).devices_indices_map((length,))
+    whole = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1])).devices_indices_map(
+        (length,)
+    )
     ranges = {whole[device][0].indices(length)[:2] for device in devices}
     start, stop = min(start for start, _ in ranges), max(stop for _, stop in ranges)
     if sum(stop - start for start, stop in ranges) != stop - start:
         raise UserError(
             "mesh.context",
             sharding.mesh.shape["context"],
-            ": the tokens of a process do not follow each other in a row. Use a divisor or a multiple of the "
+            ": the tokens of a process do not follow each other in a row. Use a divisor or a "
+            "multiple of the "
             f"{len(devices)} devices of a process.",
         )
     return start, stop

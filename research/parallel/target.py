@@ -1,4 +1,6 @@
-"""Which platform and chip the kernels are picked for: those of the mesh in context, which a program is built for."""
+"""Which platform and chip the kernels are picked for: those of the mesh in context, which a program
+is built for.
+"""
 
 import contextlib
 import contextvars
@@ -7,14 +9,19 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-# The chips whose tensor cores take the instructions of Hopper kernels; those before and after have others.
+# The chips whose tensor cores take the instructions of Hopper kernels; those before and after have
+# others.
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
-_TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("target", default=None)
+_TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar(
+    "target", default=None
+)
 
 
 def platform() -> str:
-    """Returns `cpu`, `gpu` or `tpu`: that of the mesh in context; without a mesh that of this machine."""
+    """Returns `cpu`, `gpu` or `tpu`: that of the mesh in context; without a mesh that of this
+    machine.
+    """
     return _target()[0]
 
 
@@ -29,7 +36,9 @@ def mesh_platform(mesh: Mesh) -> str:
 
 
 def _target() -> tuple[str, str]:
-    """Returns platform and chip: those of `compiling_for`, else of the mesh in context, else of this machine."""
+    """Returns platform and chip: those of `compiling_for`, else of the mesh in context, else of
+    this machine.
+    """
     target = _TARGET.get()
     if target is not None:
         return target
@@ -54,13 +63,16 @@ def not_hopper() -> str | None:
 
 
 def compiling_for_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """Picks kernels for the devices of a mesh in what is traced inside, where the mesh itself is not in context."""
+    """Picks kernels for the devices of a mesh in what is traced inside, where the mesh itself is
+    not in context.
+    """
     return compiling_for(mesh_platform(mesh), mesh.devices.flat[0].device_kind)
 
 
 @contextlib.contextmanager
 def compiling_for(name: str, kind: str = "") -> Iterator[None]:
-    """Picks kernels for a platform in what is traced inside without a mesh, as counts for another machine need.
+    """Picks kernels for a platform in what is traced inside without a mesh, as counts for another
+    machine need.
 
     Args:
       name: `cpu`, `gpu` or `tpu`.

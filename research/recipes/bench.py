@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="|".join(BENCHES))
     for name in BENCHES:
         bench = importlib.import_module(f"research.bench.{name}")
-        bench.add_arguments(benches.add_parser(name, prog=f"tessera bench {name}", help=bench.__doc__.splitlines()[0]))
+        bench.add_arguments(
+            benches.add_parser(
+                name, prog=f"tessera bench {name}", help=bench.__doc__.splitlines()[0]
+            )
+        )
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,6 @@
-"""Conversations on the command line: from flags, from a file, or line by line from standard input."""
+"""Conversations on the command line: from flags, from a file, or line by line from standard
+input.
+"""
 
 import argparse
 import pathlib
@@ -18,28 +20,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="each --prompt is a user's message, answered through the model's chat template; without one, messages are "
+        help="each --prompt is a user's message, answered through the model's chat template; "
+        "without one, messages are "
         "read from standard input, a line each, and are one conversation",
     )
-    parser.add_argument("--messages", help="a JSON file with the messages of a conversation to answer")
+    parser.add_argument(
+        "--messages", help="a JSON file with the messages of a conversation to answer"
+    )
     parser.add_argument("--system", help="with --chat: the system message that comes first")
 
 
 def from_flags(arguments: argparse.Namespace) -> list[Conversation] | None:
-    """Returns the conversations that flags name, [] where they are to be read as they come, or None without a chat.
+    """Returns the conversations that flags name, [] where they are to be read as they come, or None
+    without a chat.
 
     Raises:
       UserError: flags that do not go together, or a file that holds no messages.
     """
     if arguments.messages is not None:
         if arguments.prompts or arguments.system is not None:
-            raise UserError("--messages: its file is the whole conversation; leave out --prompt and --system.")
+            raise UserError(
+                "--messages: its file is the whole conversation; leave out --prompt and --system."
+            )
         return [_read(local_path("messages", arguments.messages))]
     if not arguments.chat:
         if arguments.system is not None:
             raise UserError("--system needs --chat.")
         return None
-    return [[*beginning(arguments), {"role": "user", "content": prompt}] for prompt in arguments.prompts]
+    return [
+        [*beginning(arguments), {"role": "user", "content": prompt}] for prompt in arguments.prompts
+    ]
 
 
 def beginning(arguments: argparse.Namespace) -> Conversation:
@@ -53,7 +63,9 @@ def _read(path: pathlib.Path) -> Conversation:
     except UserError as error:
         raise UserError(f"--messages = {error}") from error
     if not isinstance(messages, list):
-        raise UserError(f"--messages = {path} must be a list of messages, each with a role and its content.")
+        raise UserError(
+            f"--messages = {path} must be a list of messages, each with a role and its content."
+        )
     return messages
 
 

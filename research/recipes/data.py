@@ -1,4 +1,6 @@
-"""`tessera data`: build the tokenizer and the corpora of a config, and show what a model will read."""
+"""`tessera data`: build the tokenizer and the corpora of a config, and show what a model will
+read.
+"""
 
 import argparse
 import logging
@@ -20,7 +22,9 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this verb."""
     add_config_argument(parser)
-    parser.add_argument("--rows", type=int, default=1, help="rows of the first batch to show (default 1)")
+    parser.add_argument(
+        "--rows", type=int, default=1, help="rows of the first batch to show (default 1)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -31,12 +35,17 @@ def main(arguments: argparse.Namespace) -> None:
     batch = next(loader)
     loader.close()
     if config.data.objective.predicts_all_text:
-        logger.info("data: the held-out text has %.3f bytes a token", bytes_per_target(prepared.heldout))
+        logger.info(
+            "data: the held-out text has %.3f bytes a token", bytes_per_target(prepared.heldout)
+        )
     sides = [name.removesuffix("tokens") for name in batch if name.endswith("tokens")]
     for row in range(min(arguments.rows, config.train.batch_size)):
         for side in sides:
             tokens, segments = batch[f"{side}tokens"][row], batch[f"{side}segments"][row]
             empty = int((segments == 0).sum())
-            print(f"{side}row {row}: {int(segments.max())} documents, {empty} of {len(segments)} padding")
+            print(
+                f"{side}row {row}: {int(segments.max())} documents, {empty} of {len(segments)} "
+                "padding"
+            )
             for segment in np.unique(segments[segments > 0]):
                 print(repr(prepared.tokenizer.decode(tokens[segments == segment].tolist())))

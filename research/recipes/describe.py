@@ -1,4 +1,6 @@
-"""`tessera describe`: what a config makes: layers, shapes and counts as a tree, attention masks as a picture."""
+"""`tessera describe`: what a config makes: layers, shapes and counts as a tree, attention masks as
+a picture.
+"""
 
 import argparse
 import dataclasses
@@ -35,8 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this verb."""
     add_config_argument(parser, required=False)
     parser.add_argument("--workdir", help="folder of a trained model, in the place of --config")
-    parser.add_argument("--out", help="folder for the picture (default WORKDIR/plots or describe/CONFIG)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens in the picture (default 32, or four windows)")
+    parser.add_argument(
+        "--out", help="folder for the picture (default WORKDIR/plots or describe/CONFIG)"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens in the picture (default 32, or four windows)",
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -61,11 +70,22 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path]:
         raise UserError("describe takes either --config or --workdir.")
     if arguments.config is not None:
         name = re.sub(r"[^\w.-]+", "-", pathlib.Path(arguments.config).name.replace(".py", ""))
-        return name, load_model(arguments.config, arguments.overrides), pathlib.Path("describe") / name
+        return (
+            name,
+            load_model(arguments.config, arguments.overrides),
+            pathlib.Path("describe") / name,
+        )
     if arguments.overrides:
-        raise UserError(f"--config.{arguments.overrides[0][0]}: it changes a --config, and a --workdir has its own.")
+        raise UserError(
+            f"--config.{arguments.overrides[0][0]}: it changes a --config, and a --workdir has "
+            "its own."
+        )
     workdir = as_path(arguments.workdir, "workdir")
-    return absolute(workdir).name, configs.bind(ModelConfig, read_config(workdir)["model"], "model"), workdir / "plots"
+    return (
+        absolute(workdir).name,
+        configs.bind(ModelConfig, read_config(workdir)["model"], "model"),
+        workdir / "plots",
+    )
 
 
 def load_model(spec: str, overrides: list[tuple[str, str]]) -> ModelConfig:
@@ -79,7 +99,10 @@ def load_model(spec: str, overrides: list[tuple[str, str]]) -> ModelConfig:
         return load_experiment(spec, overrides).model
     for name, _ in overrides:
         if name.startswith("model."):
-            raise UserError(f"--config.{name}: {spec} is a model itself: say --config.{name.removeprefix('model.')}.")
+            raise UserError(
+                f"--config.{name}: {spec} is a model itself: say "
+                f"--config.{name.removeprefix('model.')}."
+            )
     with within("", origin=spec.partition(":")[0]):
         return configs.bind(ModelConfig, configs.override(values, overrides))
 
@@ -93,13 +116,17 @@ def report(config: ModelConfig) -> list[str]:
     else:
         facts |= _layers(config, "")
     sections = [_table(facts), parameter_summary.tree_lines(model), _table(sums(config, model))]
-    return [description.sentence(config, model.count), *(line for lines in sections for line in ("", *lines))]
+    return [
+        description.sentence(config, model.count),
+        *(line for lines in sections for line in ("", *lines)),
+    ]
 
 
 def _layers(config: ModelConfig, stack: str) -> dict[str, str]:
     kinds = parameter_summary.layer_kinds(config).items()
     return {
-        f"{stack}{parameter_summary.layers_name(numbers)}": description.layer(config, kind) for kind, numbers in kinds
+        f"{stack}{parameter_summary.layers_name(numbers)}": description.layer(config, kind)
+        for kind, numbers in kinds
     }
 
 
@@ -111,20 +138,24 @@ def _table(rows: dict[str, str]) -> list[str]:
 def sums(config: ModelConfig, model: Part) -> dict[str, str]:
     """Returns what the model comes to, by name."""
     tables = sum(part.count for part in model.parts if part.name in ("embed", "unembed"))
-    plain = dataclasses.replace(config, head=dataclasses.replace(config.head, num_future=0))
+    plain = dataclasses.replace(config, head=dataclasses.replace(config.head, mtp_depth=0))
     whole = config.max_length if config.structure == "encoder_decoder" else 0
     forward = round(train_flops_per_token(plain, config.max_length, whole) / 3)
     said = {
         "parameters": f"{model.count:,}",
         "embedding": f"{tables:,} of them, {tables / model.count:.1%}"
         + ("" if config.tied_embeddings else ", the output projection with it"),
-        "memory": ", ".join(f"{_short(size * model.count)}B in {dtype}" for dtype, size in BYTES.items()),
+        "memory": ", ".join(
+            f"{_short(size * model.count)}B in {dtype}" for dtype, size in BYTES.items()
+        ),
         "forward": f"{_short(forward)}FLOP a token of a sequence of {config.max_length:,}"
         + (", which reads as many of the encoder" if whole else ""),
     }
     if config.experts is not None:
         active = parameter_summary.active_parameters(config, model)
-        said["active"] = f"{active:,} a token, {active / model.count:.1%}: its experts and all that is no expert"
+        said["active"] = (
+            f"{active:,} a token, {active / model.count:.1%}: its experts and all that is no expert"
+        )
     if config.structure != "encoder":
         own, encoder = (2 * numbers for numbers in parameter_summary.cache_numbers(config))
         more = f", and {encoder:,} for one of the encoder" if encoder else ""

@@ -44,9 +44,13 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         kind, structure = self.data.objective.kind, self.model.structure
         if structure not in STRUCTURES[kind]:
-            fitting = " or ".join(repr(kind) for kind, structures in STRUCTURES.items() if structure in structures)
+            fitting = " or ".join(
+                repr(kind) for kind, structures in STRUCTURES.items() if structure in structures
+            )
             raise UserError(
-                "data.objective.kind", kind, f"does not train model.structure = {structure!r}. Use {fitting}."
+                "data.objective.kind",
+                kind,
+                f"does not train model.structure = {structure!r}. Use {fitting}.",
             )
         if encoder_length(self.data.objective, self.train.sequence_length) > self.model.max_length:
             raise UserError(
@@ -64,13 +68,16 @@ class ExperimentConfig:
             raise UserError(
                 "optim.ema_decay",
                 self.optim.ema_decay,
-                "needs model.param_dtype = 'float32': in bfloat16 an average's small steps are rounded away.",
+                "needs model.param_dtype = 'float32': in bfloat16 an average's small steps are "
+                "rounded away.",
             )
 
 
 def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--config`; the command line takes `--config.a.b=VALUE` for itself."""
-    parser.add_argument("--config", required=required, help="FILE.py, or FILE.py:ARG; --config.a.b=VALUE changes it")
+    parser.add_argument(
+        "--config", required=required, help="FILE.py, or FILE.py:ARG; --config.a.b=VALUE changes it"
+    )
 
 
 def load_experiment(spec: str, overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:
@@ -85,8 +92,12 @@ def load_experiment(spec: str, overrides: Sequence[tuple[str, str]]) -> Experime
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a plain config that a workdir holds with the fields that are newer than it, at their defaults."""
+    """Returns a plain config that a workdir holds with the fields that are newer than it, at their
+    defaults.
+    """
     try:
         return configs.plain(configs.bind(ExperimentConfig, values))
-    except UserError:  # of a converted model, or of a version that had other fields: taken as it stands
+    except (
+        UserError
+    ):  # of a converted model, or of a version that had other fields: taken as it stands
         return values

@@ -18,7 +18,8 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
     """Returns the run's tokenizer and corpora, built or reused.
 
     Raises:
-      UserError: the data cannot be used, none of it is held out, or the tokenizer has more ids than the model.
+      UserError: the data cannot be used, none of it is held out, or the tokenizer has more ids than
+          the model.
     """
     with within("data"):
         prepared = prepare(config.data, cache_folder() / "data")
@@ -32,20 +33,28 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
         )
     if config.model.structure == "encoder_decoder":
         start = special_ids(config.data.objective, prepared.tokenizer).start
-        if start != config.model.start_id:
+        if start != config.model.decoder_start_id:
             raise UserError(
-                "model.start_id",
-                config.model.start_id,
+                "model.decoder_start_id",
+                config.model.decoder_start_id,
                 f"is not the id {start} that data.objective.decoder_start = "
-                f"{config.data.objective.decoder_start!r} begins the decoder with. Make them agree.",
+                f"{config.data.objective.decoder_start!r} begins the decoder with. Make them "
+                "agree.",
             )
     if not any(corpus.num_documents for corpus in prepared.heldout):
-        raise UserError("data.sources", constraint=": no document is held out; raise heldout_fraction or add text.")
+        raise UserError(
+            "data.sources",
+            constraint=": no document is held out; raise heldout_fraction or add text.",
+        )
     return prepared
 
 
-def make_loader(config: ExperimentConfig, prepared: Prepared, part: tuple[int, int] = (0, 1)) -> Loader:
-    """Returns the training batches, from the first one: part i of n of each, from `parallel.rules.process_rows`."""
+def make_loader(
+    config: ExperimentConfig, prepared: Prepared, part: tuple[int, int] = (0, 1)
+) -> Loader:
+    """Returns the training batches, from the first one: part i of n of each, from
+    `parallel.rules.process_rows`.
+    """
     loader = Loader(
         prepared.train,
         config.data,
@@ -56,13 +65,19 @@ def make_loader(config: ExperimentConfig, prepared: Prepared, part: tuple[int, i
         part_index=part[0],
         part_count=part[1],
     )
-    logger.info("data: %s rows an epoch, %.2f %% padding", f"{loader.rows_per_epoch:,}", 100 * loader.padding)
+    logger.info(
+        "data: %s rows an epoch, %.2f %% padding",
+        f"{loader.rows_per_epoch:,}",
+        100 * loader.padding,
+    )
     if loader.left_out:
         logger.warning("data: %s pairs are left out: too long for a row", f"{loader.left_out:,}")
     return loader
 
 
-def heldout_rows(config: ExperimentConfig, prepared: Prepared, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+def heldout_rows(
+    config: ExperimentConfig, prepared: Prepared, part: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
     """Yields part i of n of the held-out batches, `train.eval_batches` of them at most."""
     return heldout_batches(
         prepared.heldout,

@@ -57,17 +57,23 @@ class LoadedModel:
 
         Args:
           tokens: ids [B, T] below the vocabulary's size, as lists or an array.
-          segments: [B, T], of packed rows, 0 for padding; positions start anew in each. None: a row is one sequence.
+          segments: [B, T], of packed rows, 0 for padding; positions start anew in each. None: a row
+              is one sequence.
           encoder_tokens: ids [B, M] that an encoder-decoder's encoder reads.
           encoder_segments: [B, M], as `segments`, and of the same documents; packed rows need both.
-          types: kind of segment of each token [B, T], for models with `embedding.num_types`; None is 0.
-          prefix: 1 where a token belongs to its document's prefix [B, T], for `structure` prefix; None has no prefix.
+          types: kind of segment of each token [B, T], for models with `embedding.num_types`; None
+              is 0.
+          prefix: 1 where a token belongs to its document's prefix [B, T], for `structure` prefix;
+              None has no prefix.
 
         Raises:
-          UserError: no rows of ids, a number out of range, rows too long, or what the model does not read, or misses.
+          UserError: no rows of ids, a number out of range, rows too long, or what the model does
+              not read, or misses.
         """
         beside = {"types": types, "prefix": prefix}
-        read = read_inputs(self.config, tokens, segments, encoder_tokens, encoder_segments, **beside)
+        read = read_inputs(
+            self.config, tokens, segments, encoder_tokens, encoder_segments, **beside
+        )
         return logits(self.config, self.params, read)
 
     def generate(
@@ -82,26 +88,36 @@ class LoadedModel:
         cache: str = "dense",
         **fields: Any,
     ) -> list[Completion]:
-        """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that beam search finds.
+        """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that
+        beam search finds.
 
-        Exactly one of `prompts`, `ids` and `messages` is given. A text ends at any of the tokenizer's `end_ids`.
+        Exactly one of `prompts`, `ids` and `messages` is given. A text ends at any of the
+        tokenizer's `end_ids`.
 
         Args:
           prompts: texts; what the model's own tokenizer puts before and after a text is put there.
           ids: rows of ids, which are read as they stand.
-          messages: a conversation, dicts of `role` and `content`, or a list of conversations, for the model's chat
-            template; what is generated is the assistant's answer. Special tokens in messages stay text.
-          chat: further arguments of `Tokenizer.encode_chat`: `tools`, `template`, and the template's own variables.
-          sampling: settings of their own for each prompt, in the place of `fields`; all run in one batch.
+          messages: a conversation, dicts of `role` and `content`, or a list of conversations, for
+            the model's chat template; what is generated is the assistant's answer. Special tokens
+            in messages stay text.
+          chat: further arguments of `Tokenizer.encode_chat`: `tools`, `template`, and the
+              template's own variables.
+          sampling: settings of their own for each prompt, in the place of `fields`; all run in one
+              batch.
           seeds: of the draws, one a prompt.
-          cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the same result.
+          cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with
+              the same result.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
 
         Raises:
-          UserError: a field that is not known or out of range, or prompts, messages or a cache that do not fit.
+          UserError: a field that is not known or out of range, or prompts, messages or a cache that
+              do not fit.
         """
         if sampling is not None and fields:
-            raise UserError("sampling", constraint=f": it says all, so {', '.join(sorted(fields))} must be left out.")
+            raise UserError(
+                "sampling",
+                constraint=f": it says all, so {', '.join(sorted(fields))} must be left out.",
+            )
         how = decoding(fields) if sampling is None else sampling
         read = prompts_of(self.tokenizer, prompts, ids, messages, chat)
         if not isinstance(how, BeamConfig):
@@ -109,7 +125,12 @@ class LoadedModel:
         if seeds is not None:
             why = f"num_beams = {how.num_beams} searches and draws nothing"
             raise UserError("seeds", constraint=f": {why}; leave them out.")
-        return [best[0] for best in beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)]
+        return [
+            best[0]
+            for best in beam_generate(
+                self.config, self.params, self.tokenizer, read, how, cache=cache
+            )
+        ]
 
     def beams(
         self,
@@ -121,7 +142,8 @@ class LoadedModel:
         cache: str = "dense",
         **fields: Any,
     ) -> list[list[Beam]]:
-        """Returns the `num_return` best continuations of each prompt; `fields` are those of `BeamConfig`.
+        """Returns the `num_return` best continuations of each prompt; `fields` are those of
+        `BeamConfig`.
 
         Args, Raises: as `generate`.
         """
@@ -140,10 +162,14 @@ def load(workdir: str | Path) -> LoadedModel:
     config = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
     abstract = abstract_params(config, platform())
     with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
-        step, params = checkpoints.restore_params(_on_one_device(abstract), fields=("ema", "params"))
+        step, params = checkpoints.restore_params(
+            _on_one_device(abstract), fields=("ema", "params")
+        )
     return LoadedModel(config, params, tokenizers.load(workdir / "tokenizer"), step)
 
 
 def _on_one_device(abstract: Any) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+    )

@@ -1,4 +1,6 @@
-"""The model that `convert` reads, wherever it lies: a Hugging Face folder, a llama2.c file, a workdir."""
+"""The model that `convert` reads, wherever it lies: a Hugging Face folder, a llama2.c file, a
+workdir.
+"""
 
 import dataclasses
 import functools
@@ -24,7 +26,8 @@ from research.training.checkpoints import CheckpointConfig, Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model whose numbers are read when they are asked for: each once by `pieces`, or at least once by `read`.
+    """A model whose numbers are read when they are asked for: each once by `pieces`, or at least
+    once by `read`.
 
     Attributes:
       config: what it is.
@@ -51,8 +54,8 @@ def candidates(path: Path) -> list[Callable[[], ModelSource]]:
     """Returns what opens the model of a path; of a workdir each checkpoint, the newest first.
 
     Raises:
-      UserError: there is no model; opening one raises UserError for a model that is not supported or broken, and
-        `Damaged` for a checkpoint that is not what was saved.
+      UserError: there is no model; opening one raises UserError for a model that is not supported
+        or broken, and `Damaged` for a checkpoint that is not what was saved.
     """
     if (path / "checkpoints").is_dir():
         checkpoints = Checkpoints(path, CheckpointConfig())
@@ -62,12 +65,18 @@ def candidates(path: Path) -> list[Callable[[], ModelSource]]:
             raise UserError(f"{path / 'checkpoints'} has no checkpoint.")
         return [functools.partial(_workdir, path, step) for step in reversed(steps)]
     if in_bucket(path):
-        raise UserError("source", path, "is no workdir with checkpoints: copy what else a bucket holds to a folder.")
+        raise UserError(
+            "source",
+            path,
+            "is no workdir with checkpoints: copy what else a bucket holds to a folder.",
+        )
     if (path / "config.json").is_file():
         return [functools.partial(_hugging_face, path)]
     if path.is_file() and path.suffix == ".bin":
         return [functools.partial(_llama2c, path)]
-    raise UserError("source", path, "is neither a Hugging Face folder, a workdir, nor a llama2.c .bin file.")
+    raise UserError(
+        "source", path, "is neither a Hugging Face folder, a workdir, nor a llama2.c .bin file."
+    )
 
 
 def _hugging_face(path: pathlib.Path) -> ModelSource:
@@ -85,7 +94,9 @@ def _hugging_face(path: pathlib.Path) -> ModelSource:
 def _llama2c(path: pathlib.Path) -> ModelSource:
     config, params = from_llama2c(path)
     shapes, read = mapping.unrolled_shapes(config), mapping.reader(config, params)
-    return ModelSource(config, shapes, functools.partial(_pieces, shapes, read), read, model_type="llama")
+    return ModelSource(
+        config, shapes, functools.partial(_pieces, shapes, read), read, model_type="llama"
+    )
 
 
 def _workdir(path: Path, step: int) -> ModelSource:

@@ -17,7 +17,8 @@ logger = logging.getLogger("tessera")
 def restore(
     checkpoints: Checkpoints, abstract: TrainState, loader: Loader, workdir: Path
 ) -> tuple[TrainState | None, bool]:
-    """Returns the newest good state, with the loader set to go on from it, and whether it must still be evaluated.
+    """Returns the newest good state, with the loader set to go on from it, and whether it must
+    still be evaluated.
 
     The state is None where there is no checkpoint.
     """

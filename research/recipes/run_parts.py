@@ -1,4 +1,6 @@
-"""Parts of a training run that follow from its config: evaluation, the check of the first batch, rates."""
+"""Parts of a training run that follow from its config: evaluation, the check of the first batch,
+rates.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,20 +23,30 @@ from research.training.step import place_batch
 
 
 def evaluation(
-    config: ExperimentConfig, program: Program, frozen: Any, prepared: Prepared, part: tuple[int, int]
+    config: ExperimentConfig,
+    program: Program,
+    frozen: Any,
+    prepared: Prepared,
+    part: tuple[int, int],
 ) -> Callable[[TrainState], dict[str, float]]:
     """Returns the held-out metrics of a state, as a function that is compiled."""
     step = program.compile_eval_step()
-    text_size = bytes_per_target(prepared.heldout) if config.data.objective.predicts_all_text else None
+    text_size = (
+        bytes_per_target(prepared.heldout) if config.data.objective.predicts_all_text else None
+    )
 
     def held_out(state: TrainState) -> dict[str, float]:
-        batches = (place_batch(rows, program.batch) for rows in heldout_rows(config, prepared, part))
+        batches = (
+            place_batch(rows, program.batch) for rows in heldout_rows(config, prepared, part)
+        )
         return evaluate(step, state.eval_params(), frozen, batches, text_size)
 
     return held_out
 
 
-def first_batch_check(config: ExperimentConfig, program: Program, frozen: Any) -> Callable[[TrainState, Batch], None]:
+def first_batch_check(
+    config: ExperimentConfig, program: Program, frozen: Any
+) -> Callable[[TrainState, Batch], None]:
     """Returns what raises where the kernels cannot be trusted with a state and its batch."""
 
     def check(state: TrainState, batch: Batch) -> None:
@@ -47,6 +59,8 @@ def first_batch_check(config: ExperimentConfig, program: Program, frozen: Any) -
 def throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Throughput:
     """Returns what turns a step's time into rates."""
     length = config.train.sequence_length
-    flops = train_flops_per_token(config.model, length, encoder_length(config.data.objective, length))
+    flops = train_flops_per_token(
+        config.model, length, encoder_length(config.data.objective, length)
+    )
     peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
     return Throughput(flops, None if peak is None else peak * mesh.size, mesh.size)

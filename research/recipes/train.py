@@ -39,7 +39,9 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this verb."""
     add_config_argument(parser)
-    parser.add_argument("--workdir", required=True, help="folder of the run; a run that was stopped goes on there")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run; a run that was stopped goes on there"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -53,12 +55,17 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _stop_outside_of_the_loop(number: int, frame: Any) -> None:
-    """The loop has a handler of its own; before and after it there is nothing that must be saved."""
-    raise Interrupted("stopped by SIGTERM outside of the steps; the same command goes on from the last checkpoint")
+    """The loop has a handler of its own; before and after it there is nothing that must be
+    saved.
+    """
+    raise Interrupted(
+        "stopped by SIGTERM outside of the steps; the same command goes on from the last checkpoint"
+    )
 
 
 def train(config: ExperimentConfig, workdir: Path) -> TrainState:
-    """Trains to the last step, from the newest checkpoint where there is one, and returns the final state.
+    """Trains to the last step, from the newest checkpoint where there is one, and returns the final
+    state.
 
     Raises:
       UserError: a config that does not fit the data, the devices or the workdir.
@@ -75,9 +82,15 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     with clock.measure("data"):
         prepared = prepare_data(config)
         loader = make_loader(config, prepared, part)
-    logger.info("model: %s parameters on %d device(s)", f"{count(program.saved.params):,}", program.mesh.size)
+    logger.info(
+        "model: %s parameters on %d device(s)",
+        f"{count(program.saved.params):,}",
+        program.mesh.size,
+    )
     with clock.measure("checkpoint"):
-        checkpoints = Checkpoints(workdir, config.checkpoint, program.partition.untouched(program.saved.params))
+        checkpoints = Checkpoints(
+            workdir, config.checkpoint, program.partition.untouched(program.saved.params)
+        )
         saved, owed = restore(checkpoints, program.saved, loader, workdir)
         if saved is not None and int(saved.step) >= config.train.steps and not owed:
             logger.info("step %d of %d: nothing is left to do", saved.step, config.train.steps)

@@ -19,7 +19,8 @@ from research.storage.paths import Path, in_bucket, reason
 
 logger = logging.getLogger("tessera")
 
-# What may change when a run goes on: where and how long it runs, what is kept and shown. Nothing that it computes.
+# What may change when a run goes on: where and how long it runs, what is kept and shown. Nothing
+# that it computes.
 MAY_CHANGE = {
     "mesh": None,
     "distributed": None,
@@ -84,7 +85,9 @@ def claim(workdir: Path, config: ExperimentConfig, tokenizer: Tokenizer) -> Iter
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    """Holds the workdir's lock, which the system takes back from a process that dies. The file itself stays."""
+    """Holds the workdir's lock, which the system takes back from a process that dies. The file
+    itself stays.
+    """
     if in_bucket(workdir):
         logger.warning("%s: a bucket has no locks: nothing keeps a second run out", workdir)
         yield
@@ -94,7 +97,9 @@ def _locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError("workdir", workdir, f"is in use: process {file.read()} trains there.") from error
+            raise UserError(
+                "workdir", workdir, f"is in use: process {file.read()} trains there."
+            ) from error
         except OSError as error:
             logger.warning("%s: %s: nothing keeps a second run out", file.name, error.strerror)
         file.truncate(0)
@@ -110,7 +115,9 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
         if name not in MAY_CHANGE:
             fixed[name] = group
         elif MAY_CHANGE[name] is not None:
-            fixed[name] = {key: value for key, value in group.items() if key not in MAY_CHANGE[name]}
+            fixed[name] = {
+                key: value for key, value in group.items() if key not in MAY_CHANGE[name]
+            }
     return fixed
 
 
@@ -128,14 +135,23 @@ def read_config(workdir: Path) -> dict[str, Any]:
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError("workdir", workdir, f"is not a workdir: config.json: {reason(error)}.") from error
+        raise UserError(
+            "workdir", workdir, f"is not a workdir: config.json: {reason(error)}."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError("workdir", workdir, f"is not a workdir: config.json: {error}.") from error
     if not isinstance(values, dict) or "model" not in values:
         raise UserError("workdir", workdir, "is not a workdir: its config.json holds no model.")
     for name in _GROUPS:
         if name in values and not isinstance(values[name], dict):
-            raise UserError(name, values[name], "must be a group of fields.", origin=str(workdir / "config.json"))
+            raise UserError(
+                name,
+                values[name],
+                "must be a group of fields.",
+                origin=str(workdir / "config.json"),
+            )
     if "source" in values and "model_type" not in values["source"]:
-        raise UserError("source.model_type", constraint="is missing.", origin=str(workdir / "config.json"))
+        raise UserError(
+            "source.model_type", constraint="is missing.", origin=str(workdir / "config.json")
+        )
     return values

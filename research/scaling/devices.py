@@ -1,8 +1,9 @@
-"""What one device can do at most, by the name under which JAX reports it (`jax.Device.device_kind`).
+"""What one device can do at most, by the name under which JAX reports it
+(`jax.Device.device_kind`).
 
-A device is what `jax.devices()` lists. On TPU v2, v3 and 7x that is one of the two cores of a chip, so the figures are
-half of the chip's; on v4 and v5p both cores are one device. All figures are dense, never "with sparsity", and decimal
-except where the vendor gives GiB.
+A device is what `jax.devices()` lists. On TPU v2, v3 and 7x that is one of the two cores of a chip,
+so the figures are half of the chip's; on v4 and v5p both cores are one device. All figures are
+dense, never "with sparsity", and decimal except where the vendor gives GiB.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ class Device:
 
     Attributes:
       bfloat16: FLOP/s of matrix products in bfloat16; None where the hardware has none.
-      float32: FLOP/s of matrix products of float32 arrays at JAX's default precision, which is one bfloat16 pass on
-        TPUs, TF32 on NVIDIA's Ampere and later, and true float32 before.
+      float32: FLOP/s of matrix products of float32 arrays at JAX's default precision, which is one
+        bfloat16 pass on TPUs, TF32 on NVIDIA's Ampere and later, and true float32 before.
       memory_bytes: of the device's own memory.
       bandwidth: of that memory, bytes/s.
     """
@@ -31,16 +32,23 @@ class Device:
 def _tpu(tflops: int, gib: int, gigabytes_per_second: int, cores_per_chip: int = 1) -> Device:
     """A device from the figures of its chip."""
     peak = tflops * 1e12 / cores_per_chip
-    return Device(peak, peak, gib * GIB // cores_per_chip, gigabytes_per_second * 1e9 / cores_per_chip)
+    return Device(
+        peak, peak, gib * GIB // cores_per_chip, gigabytes_per_second * 1e9 / cores_per_chip
+    )
 
 
-def _gpu(bf16_tflops: float | int | None, f32_tflops: float | int, gigabytes: int, gigabytes_per_second: int) -> Device:
+def _gpu(
+    bf16_tflops: float | int | None,
+    f32_tflops: float | int,
+    gigabytes: int,
+    gigabytes_per_second: int,
+) -> Device:
     bfloat16 = None if bf16_tflops is None else bf16_tflops * 1e12
     return Device(bfloat16, f32_tflops * 1e12, gigabytes * 10**9, gigabytes_per_second * 1e9)
 
 
-# Google Cloud documentation, "TPU architecture" and the page of each version: "peak compute per chip (BF16)", "HBM
-# capacity", "HBM bandwidth".
+# Google Cloud documentation, "TPU architecture" and the page of each version: "peak compute per
+# chip (BF16)", "HBM capacity", "HBM bandwidth".
 _TPU_V2 = _tpu(45, 16, 700, cores_per_chip=2)
 _TPU_V3 = _tpu(123, 32, 900, cores_per_chip=2)
 _TPU_V4 = _tpu(275, 32, 1200)
@@ -49,7 +57,8 @@ _TPU_V5P = _tpu(459, 95, 2765)
 _TPU_V6E = _tpu(918, 32, 1638)
 _TPU_7X = _tpu(2307, 192, 7380, cores_per_chip=2)
 
-# NVIDIA datasheets of each product; halved where they say "with sparsity". Second column: TF32, or FP32 before Ampere.
+# NVIDIA datasheets of each product; halved where they say "with sparsity". Second column: TF32, or
+# FP32 before Ampere.
 _V100_16, _V100_32 = _gpu(None, 15.7, 16, 900), _gpu(None, 15.7, 32, 900)  # V100 datasheet, SXM2
 _T4 = _gpu(None, 8.1, 16, 320)  # T4 datasheet
 _A100_40, _A100_80 = _gpu(312, 156, 40, 1555), _gpu(312, 156, 80, 2039)  # A100 datasheet, SXM4
@@ -92,15 +101,22 @@ DEVICES = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Returns the most FLOP/s that one device can do in matrix products, or None where it is not known.
+    """Returns the most FLOP/s that one device can do in matrix products, or None where it is not
+    known.
 
-    Nothing is guessed: of a CPU, or of a device that the table does not name, the utilization is unknown.
+    Nothing is guessed: of a CPU, or of a device that the table does not name, the utilization is
+        unknown.
 
     Args:
       device_kind: as `jax.devices()[0].device_kind`.
-      dtype: of the arrays that are multiplied, "bfloat16" or "float32"; of others nothing is known here.
+      dtype: of the arrays that are multiplied, "bfloat16" or "float32"; of others nothing is known
+          here.
     """
     if device_kind not in DEVICES:
         return None
     device = DEVICES[device_kind]
-    return {"bfloat16": device.bfloat16, "float32": device.float32}[dtype] if dtype in ("bfloat16", "float32") else None
+    return (
+        {"bfloat16": device.bfloat16, "float32": device.float32}[dtype]
+        if dtype in ("bfloat16", "float32")
+        else None
+    )

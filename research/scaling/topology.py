@@ -1,4 +1,6 @@
-"""Devices that are not here: what the TPU and GPU compilers need to compile for them on a CPU machine."""
+"""Devices that are not here: what the TPU and GPU compilers need to compile for them on a CPU
+machine.
+"""
 
 import functools
 import importlib.util
@@ -30,7 +32,8 @@ def tpu_devices(topology: str) -> list[Any]:
     """Returns the devices of a TPU topology, to compile for.
 
     Args:
-      topology: a generation of `TPU_TOPOLOGIES`, or a generation with its shape as the compiler spells it, `v5e:4x4`.
+      topology: a generation of `TPU_TOPOLOGIES`, or a generation with its shape as the compiler
+          spells it, `v5e:4x4`.
 
     Raises:
       UserError: the compiler is not installed, or does not know the topology.
@@ -39,7 +42,9 @@ def tpu_devices(topology: str) -> list[Any]:
         raise UserError("no TPU compiler is installed: pip install -c constraints.txt -e '.[tpu]'.")
     generation = topology.partition(":")[0]
     if generation not in TPU_TOPOLOGIES:
-        raise UserError("topology", topology, f"is no TPU generation. {nearest(generation, TPU_TOPOLOGIES)}")
+        raise UserError(
+            "topology", topology, f"is no TPU generation. {nearest(generation, TPU_TOPOLOGIES)}"
+        )
     return _devices("tpu", TPU_TOPOLOGIES.get(topology, topology))
 
 
@@ -50,25 +55,33 @@ def gpu_devices() -> list[Any]:
       UserError: the compiler is not installed.
     """
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise UserError("no GPU compiler is installed: pip install -c constraints.txt -e '.[cuda]'.")
+        raise UserError(
+            "no GPU compiler is installed: pip install -c constraints.txt -e '.[cuda]'."
+        )
     return _devices("cuda", "h200", target_config=H200.read_text(), topology="1x1x8")
 
 
 @functools.cache
 def _devices(platform: str, topology_name: str, **options: str) -> list[Any]:
-    # Compiling needs no chip, so any number of processes may hold the compiler, and none asks a cloud for its host.
+    # Compiling needs no chip, so any number of processes may hold the compiler, and none asks a
+    # cloud for its host.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        found = topologies.get_topology_desc(platform=platform, topology_name=topology_name, **options)
+        found = topologies.get_topology_desc(
+            platform=platform, topology_name=topology_name, **options
+        )
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        raise UserError("topology", topology_name, f"does not exist for {platform}: {first_line}") from error
+        raise UserError(
+            "topology", topology_name, f"does not exist for {platform}: {first_line}"
+        ) from error
     return list(found.devices)
 
 
 def compile_on(device: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Compiles `function` for one device that need not be here, with the kernels that are picked there.
+    """Compiles `function` for one device that need not be here, with the kernels that are picked
+    there.
 
     Args:
       device: of `tpu_devices`, `gpu_devices` or this machine's CPU.
@@ -80,12 +93,20 @@ def compile_on(device: Any, function: Callable[..., Any], *arguments: Any) -> An
     """
     platform = device.platform if device.platform in ("cpu", "tpu") else "gpu"
     here = SingleDeviceSharding(device)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
-    # A function of its own for each device: one that was traced before would come back with another chip's kernels.
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments
+    )
+    # A function of its own for each device: one that was traced before would come back with another
+    # chip's kernels.
     own = functools.partial(function)
     with compiling_for(platform, device.device_kind):
-        lowered = jax.jit(own).trace(*shapes).lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+        lowered = (
+            jax.jit(own)
+            .trace(*shapes)
+            .lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+        )
     with warnings.catch_warnings():
-        # Programs of chips that are not here are kept as all others are, but JAX cannot load them again.
+        # Programs of chips that are not here are kept as all others are, but JAX cannot load them
+        # again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         return lowered.compile()

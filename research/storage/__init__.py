@@ -1,1 +1,3 @@
-"""Floor 1: files and folders that are written whole or not at all, background reading and writing, digests."""
+"""Floor 1: files and folders that are written whole or not at all, background reading and writing,
+digests.
+"""

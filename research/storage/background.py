@@ -1,4 +1,6 @@
-"""Work in a thread beside the caller's: items made before they are needed, and calls made in the background."""
+"""Work in a thread beside the caller's: items made before they are needed, and calls made in the
+background.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +10,9 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """Yields `items`, each made in a thread while the one before it is used; at most two exist at a time."""
+    """Yields `items`, each made in a thread while the one before it is used; at most two exist at a
+    time.
+    """
     items, end = iter(items), object()
     with ThreadPoolExecutor(1, "prefetch") as pool:
         future = pool.submit(next, items, end)
@@ -19,7 +23,9 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 
 class BackgroundWorker:
-    """Makes calls in a thread, one at a time and in order; a caller that is faster waits for the call before."""
+    """Makes calls in a thread, one at a time and in order; a caller that is faster waits for the
+    call before.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "background")

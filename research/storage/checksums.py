@@ -1,7 +1,8 @@
-"""Checksums of a large file by blocks: what is read of it is verified when it is first read, and nothing else.
+"""Checksums of a large file by blocks: what is read of it is verified when it is first read, and
+nothing else.
 
-A checksum is the CRC-32 of `BLOCK_BYTES` bytes (the last block has what is left), which misses a change of a block with
-probability 2⁻³².
+A checksum is the CRC-32 of `BLOCK_BYTES` bytes (the last block has what is left), which misses a
+change of a block with probability 2⁻³².
 """
 
 import pathlib

@@ -2,13 +2,13 @@
 
     digest(x) = ( Σ_i m₁(x_i ⊕ h₁(i)) mod 2³²,  Σ_i m₂(x_i ⊕ h₂(i)) mod 2³² )
 
-`x_i` are the bits of element `i` (its index in the whole array), `h` spreads the index, and `m₁`, `m₂` are bijections
-of 32-bit words. Both sums are blind to order, so every device adds up its own part and nothing is gathered. A change
-of one element, a flipped bit for instance, changes both sums for certain, because `m` is a bijection; any other damage
-goes unseen with probability 2⁻⁶⁴.
+`x_i` are the bits of element `i` (its index in the whole array), `h` spreads the index, and `m₁`,
+`m₂` are bijections of 32-bit words. Both sums are blind to order, so every device adds up its own
+part and nothing is gathered. A change of one element, a flipped bit for instance, changes both sums
+for certain, because `m` is a bijection; any other damage goes unseen with probability 2⁻⁶⁴.
 
-Source of the bijections: the finalizer of MurmurHash3 (Appleby 2011) and "lowbias32" of Wellons 2018, "Prospecting for
-hash functions".
+Source of the bijections: the finalizer of MurmurHash3 (Appleby 2011) and "lowbias32" of Wellons
+2018, "Prospecting for hash functions".
 """
 
 import functools
@@ -31,7 +31,9 @@ _MIXES = (
 
 
 def digests(named: Mapping[str, Array]) -> dict[str, str]:
-    """Returns 16 hexadecimal digits for each array; all processes that hold a part of it must call this."""
+    """Returns 16 hexadecimal digits for each array; all processes that hold a part of it must call
+    this.
+    """
     sums = {name: _digest_on_its_devices(leaf) for name, leaf in named.items()}
     return {name: _text(np.asarray(pair)) for name, pair in sums.items()}
 
@@ -48,7 +50,8 @@ class RunningDigest:
     def add(self, part: Shaped[np.ndarray, "..."], start: tuple[int, ...]) -> None:
         """Adds the part whose first element has the indices `start` in the array."""
         self._left -= part.size
-        # The part as rows that lie without gaps in the array: its last cut axis, and those after it.
+        # The part as rows that lie without gaps in the array: its last cut axis, and those after
+        # it.
         cut = [axis for axis, size in enumerate(part.shape) if size != self._shape[axis]]
         lead = cut[-1] if cut else 0
         rows = math.prod(part.shape[:lead])
@@ -77,7 +80,9 @@ class RunningDigest:
             index += along.reshape(-1, *[1] * (len(lead) - axis - 1))
         return index.reshape(-1)
 
-    def _add(self, bits: Shaped[np.ndarray, "rows columns"], starts: UInt32[np.ndarray, "rows"]) -> None:
+    def _add(
+        self, bits: Shaped[np.ndarray, "rows columns"], starts: UInt32[np.ndarray, "rows"]
+    ) -> None:
         mixed, shifted = np.empty(bits.shape, np.uint32), np.empty(bits.shape, np.uint32)
         for i, (spread, offset, steps) in enumerate(_MIXES):
             first = starts * np.uint32(spread) + np.uint32(offset)
@@ -94,11 +99,19 @@ class RunningDigest:
 def digest_sums(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     """Returns both sums of one array; pure, for use under `jit`."""
     bits, index = _bits(x), _index(x.shape)
-    mixed = [_mix(bits ^ (index * jnp.uint32(spread) + jnp.uint32(offset)), m) for spread, offset, m in _MIXES]
+    mixed = [
+        _mix(bits ^ (index * jnp.uint32(spread) + jnp.uint32(offset)), m)
+        for spread, offset, m in _MIXES
+    ]
     zero = jnp.uint32(0)
     # One reduction of both: XLA for CPU vectorizes it, and does not vectorize one of each.
     return jnp.stack(
-        jax.lax.reduce(tuple(mixed), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(x.ndim)))
+        jax.lax.reduce(
+            tuple(mixed),
+            (zero, zero),
+            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+            tuple(range(x.ndim)),
+        )
     )
 
 

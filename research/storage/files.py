@@ -1,11 +1,11 @@
 """Files and folders that are written whole or not at all.
 
-A file is written beside its place, under a name that ends in `UNFINISHED`, and renamed; a folder is made under a name
-that ends in `PARTIAL` and renamed when all is in it. Whoever is killed meanwhile leaves such a file or folder; whoever
-next writes that file, or makes a folder there, removes it.
+A file is written beside its place, under a name that ends in `UNFINISHED`, and renamed; a folder is
+made under a name that ends in `PARTIAL` and renamed when all is in it. Whoever is killed meanwhile
+leaves such a file or folder; whoever next writes that file, or makes a folder there, removes it.
 
-In a bucket each file is whole without that. A folder is filled on this machine and uploaded, `last` at the end: without
-that file nobody takes the folder for one.
+In a bucket each file is whole without that. A folder is filled on this machine and uploaded, `last`
+at the end: without that file nobody takes the folder for one.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ logger = logging.getLogger("tessera")
 
 # How the name of a folder ends in which something is still written.
 PARTIAL = ".tessera-partial"
-# How the name of a file ends that is still written, behind the file's own name and eight random digits.
+# How the name of a file ends that is still written, behind the file's own name and eight random
+# digits.
 UNFINISHED = ".tmp"
 # How older versions named such a folder in the cache: `.KIND-DIGEST-RANDOM`.
 _OLDER_PARTIAL = re.compile(r"\.[a-z0-9_]+-[0-9a-f]{16}-[a-z0-9_]{6,8}")
@@ -36,7 +37,8 @@ COPY_BYTES = 2**23
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, at once: whoever reads it, also after a crash, finds the old content or the new one.
+    """Writes a file, at once: whoever reads it, also after a crash, finds the old content or the
+    new one.
 
     What killed writers of this file have left beside it is removed.
     """
@@ -67,7 +69,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds text to the end of a file, which is made where it is missing; in a bucket the file is written anew."""
+    """Adds text to the end of a file, which is made where it is missing; in a bucket the file is
+    written anew.
+    """
     if not in_bucket(path):
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -77,13 +81,17 @@ def append_text(path: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it where they are missing; in a bucket there is nothing to make."""
+    """Makes a folder and those above it where they are missing; in a bucket there is nothing to
+    make.
+    """
     if not in_bucket(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it, or a link to one; one that is not there is no error."""
+    """Removes a folder with all that is in it, or a link to one; one that is not there is no
+    error.
+    """
     if in_bucket(folder):
         folder.rmtree(missing_ok=True)
     elif folder.is_symlink():
@@ -102,17 +110,22 @@ def upload(source: pathlib.Path, target: Path, last: str = "") -> None:
     """
     paths = sorted(path for path in source.rglob("*") if path.is_file())
     for path in sorted(paths, key=lambda path: path == source / last):
-        with path.open("rb") as file, (target / path.relative_to(source).as_posix()).open("wb") as copy:
+        with (
+            path.open("rb") as file,
+            (target / path.relative_to(source).as_posix()).open("wb") as copy,
+        ):
             shutil.copyfileobj(file, copy, COPY_BYTES)
 
 
 @contextlib.contextmanager
 def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iterator[pathlib.Path]:
-    """Yields a local folder that becomes `final` when the context ends, and vanishes where it raises.
+    """Yields a local folder that becomes `final` when the context ends, and vanishes where it
+    raises.
 
     Args:
       final: must not be there, or be an empty folder.
-      keep_existing: whether a folder of this name that somebody else has made meanwhile is kept, and this one given up.
+      keep_existing: whether a folder of this name that somebody else has made meanwhile is kept,
+          and this one given up.
       last: the file that is uploaded last where `final` is in a bucket.
 
     Raises:
@@ -145,11 +158,13 @@ def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iter
 
 
 def remove_leftovers(parent: pathlib.Path, older: bool = False) -> None:
-    """Removes the folders in `parent` that killed processes left; one that a living process fills is locked.
+    """Removes the folders in `parent` that killed processes left; one that a living process fills
+    is locked.
 
     Args:
       parent: may be missing.
-      older: whether those of older versions go too, whose names are not as clearly ours: in the cache alone.
+      older: whether those of older versions go too, whose names are not as clearly ours: in the
+          cache alone.
     """
     for folder in parent.glob(".*"):
         is_ours = folder.name.endswith(PARTIAL) or (older and _OLDER_PARTIAL.fullmatch(folder.name))
@@ -174,7 +189,9 @@ def _remove_unfinished(path: pathlib.Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError where a file cannot be made in a folder, or in the nearest one above that exists."""
+    """Raises OSError where a file cannot be made in a folder, or in the nearest one above that
+    exists.
+    """
     if in_bucket(folder):
         _check_bucket_writable(folder)
         return
@@ -206,7 +223,10 @@ def _sync_names(folder: pathlib.Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do so by themselves, or never
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # file systems that do so by themselves, or never
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,6 @@
-"""Large files that reach the disk while they are written, and leave memory as soon as they are there."""
+"""Large files that reach the disk while they are written, and leave memory as soon as they are
+there.
+"""
 
 import mmap
 import os
@@ -12,10 +14,11 @@ STRIDE = 2**26
 
 
 def flush(descriptor: int) -> None:
-    """Waits until the data of a file is on the disk, and lets its memory go to what is written next.
+    """Waits until the data of a file is on the disk, and lets its memory go to what is written
+    next.
 
-    Left to itself the system keeps all pages of a file that it has memory for, takes new ones for new data, which may
-    cost more than the data, and writes them at the end, when everybody waits.
+    Left to itself the system keeps all pages of a file that it has memory for, takes new ones for
+    new data, which may cost more than the data, and writes them at the end, when everybody waits.
     """
     os.fdatasync(descriptor)
     if hasattr(os, "posix_fadvise"):  # not on every system; it is but advice
@@ -23,13 +26,17 @@ def flush(descriptor: int) -> None:
 
 
 def reads_directly(path: pathlib.Path) -> bool:
-    """Whether files beside this one can be read past the page cache, whose new pages cost more than the data."""
+    """Whether files beside this one can be read past the page cache, whose new pages cost more than
+    the data.
+    """
     if not hasattr(os, "O_DIRECT"):
         return False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
-            with mmap.mmap(-1, mmap.PAGESIZE) as page:  # which is aligned as direct reading wants it
+            with mmap.mmap(
+                -1, mmap.PAGESIZE
+            ) as page:  # which is aligned as direct reading wants it
                 os.preadv(descriptor, [page], 0)
         finally:
             os.close(descriptor)
@@ -39,7 +46,8 @@ def reads_directly(path: pathlib.Path) -> bool:
 
 
 class BackgroundFlusher:
-    """Flushes files in a thread while more is written. A context manager, whose end waits for the flush under way.
+    """Flushes files in a thread while more is written. A context manager, whose end waits for the
+    flush under way.
 
     Args:
       flush: is called each time when enough was written; what it raises is raised by the next call.

@@ -8,7 +8,9 @@ from research.storage.paths import Path
 
 
 def read_json(path: Path) -> Any:
-    """Returns the value that a file holds; raises UserError where it cannot be read or is no JSON."""
+    """Returns the value that a file holds; raises UserError where it cannot be read or is no
+    JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

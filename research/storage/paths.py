@@ -1,8 +1,9 @@
 """Where files lie: in a folder of this machine or in a bucket, behind one `Path`.
 
-A local path is a `pathlib.Path`. `gs://bucket/folder` is an `etils.epath.Path`, which has the same methods and goes
-through fsspec's client of Google Cloud Storage. A bucket differs in three ways: an object is there whole or not at
-all, nothing is appended to one, and folders are but parts of names, so that none is made and none renamed at once.
+A local path is a `pathlib.Path`. `gs://bucket/folder` is an `etils.epath.Path`, which has the same
+methods and goes through fsspec's client of Google Cloud Storage. A bucket differs in three ways: an
+object is there whole or not at all, nothing is appended to one, and folders are but parts of names,
+so that none is made and none renamed at once.
 """
 
 import asyncio
@@ -19,7 +20,8 @@ from research.core.errors import UserError
 
 Path = pathlib.Path | epath.Path
 
-# Seconds to wait for a bucket's server, and how often to ask it; the client itself tries for minutes.
+# Seconds to wait for a bucket's server, and how often to ask it; the client itself tries for
+# minutes.
 REACH_SECONDS = 15
 REACH_ATTEMPTS = 3
 # The buckets that have answered to this process.
@@ -30,7 +32,9 @@ _BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)")
 
 
 def is_address(value: str) -> bool:
-    """Whether a name is an address, such as `gs://bucket/run`, that a local path would be mistaken for."""
+    """Whether a name is an address, such as `gs://bucket/run`, that a local path would be mistaken
+    for.
+    """
     return bool(_ADDRESS.match(value))
 
 
@@ -42,19 +46,24 @@ def as_path(value: str | Path, name: str = "path") -> Path:
       name: of the argument, for errors.
 
     Raises:
-      UserError: an address that is not of a bucket, or a bucket whose client is not installed or that does not answer.
+      UserError: an address that is not of a bucket, or a bucket whose client is not installed or
+          that does not answer.
     """
     if not isinstance(value, str):
         return value
     if not is_address(value):
         return pathlib.Path(value)
     if not value.startswith("gs://"):
-        raise UserError(name, value, "is an address of an unknown kind. Use a folder, or gs://BUCKET/FOLDER.")
+        raise UserError(
+            name, value, "is an address of an unknown kind. Use a folder, or gs://BUCKET/FOLDER."
+        )
     if not _BUCKET.match(value):
         raise UserError(name, value, "names no bucket. Use gs://BUCKET/FOLDER.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(
-            name, value, "needs the client of Google Cloud Storage: pip install -c constraints.txt -e '.[gcs]'."
+            name,
+            value,
+            "needs the client of Google Cloud Storage: pip install -c constraints.txt -e '.[gcs]'.",
         )
     _keep_no_listings()
     path = epath.Path(value)
@@ -63,7 +72,9 @@ def as_path(value: str | Path, name: str = "path") -> Path:
         try:
             _reach(bucket, os.fspath(path))
         except Exception as error:  # the client raises errors of many types
-            raise UserError(name, value, f": bucket {bucket} cannot be reached: {reason(error)}.") from error
+            raise UserError(
+                name, value, f": bucket {bucket} cannot be reached: {reason(error)}."
+            ) from error
         _reached.add(bucket)
     return path
 
@@ -93,7 +104,9 @@ def kvstore(folder: Path) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """Returns why a file cannot be used, in the system's words or those of a bucket's client, on one line."""
+    """Returns why a file cannot be used, in the system's words or those of a bucket's client, on
+    one line.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, FileNotFoundError):  # the client gives the name alone
@@ -104,14 +117,17 @@ def reason(error: BaseException) -> str:
 
 
 def _keep_no_listings() -> None:
-    """Lets the client ask the bucket each time: TensorStore writes there too, and so do other machines."""
+    """Lets the client ask the bucket each time: TensorStore writes there too, and so do other
+    machines.
+    """
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 def _reach(bucket: str, path: str) -> None:
-    """Raises what the client raises where a bucket's server does not answer, or refuses to look at a path.
+    """Raises what the client raises where a bucket's server does not answer, or refuses to look at
+    a path.
 
     Whether there is a bucket or a path is left to whoever uses them.
     """
@@ -125,7 +141,9 @@ def _reach(bucket: str, path: str) -> None:
         await client._set_session()
         for attempt in range(REACH_ATTEMPTS):
             try:
-                async with client.session.get(f"{client.base}b/{bucket.removeprefix('gs://')}", timeout=limit):
+                async with client.session.get(
+                    f"{client.base}b/{bucket.removeprefix('gs://')}", timeout=limit
+                ):
                     return
             except (aiohttp.ClientError, TimeoutError):
                 if attempt == REACH_ATTEMPTS - 1:
@@ -141,8 +159,11 @@ def local_path(flag: str, value: str) -> pathlib.Path:
     """Returns a folder or file of the command line as a path.
 
     Raises:
-      UserError: it is an address, such as `gs://bucket/run`, which a path would quietly take for a local folder.
+      UserError: it is an address, such as `gs://bucket/run`, which a path would quietly take for a
+          local folder.
     """
     if is_address(value):
-        raise UserError(flag, value, "is an address: here only local or mounted folders can be used.")
+        raise UserError(
+            flag, value, "is an address: here only local or mounted folders can be used."
+        )
     return pathlib.Path(value)

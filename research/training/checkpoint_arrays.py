@@ -1,7 +1,9 @@
-"""The arrays of a checkpoint, read as whole sharded arrays: each process reads the boxes that its devices hold.
+"""The arrays of a checkpoint, read as whole sharded arrays: each process reads the boxes that its
+devices hold.
 
-Orbax writes them; they are read with TensorStore itself, which Orbax is built on. Orbax's reader runs many reads in one
-event loop, and closes that at the first error: the others then each print a traceback from threads of their own.
+Orbax writes them; they are read with TensorStore itself, which Orbax is built on. Orbax's reader
+runs many reads in one event loop, and closes that at the first error: the others then each print a
+traceback from threads of their own.
 """
 
 import collections
@@ -43,11 +45,17 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opening = {
-        name: ts.open({"driver": "zarr", "kvstore": store_of(folder, name)}, context=context, open=True, read=True)
+        name: ts.open(
+            {"driver": "zarr", "kvstore": store_of(folder, name)},
+            context=context,
+            open=True,
+            read=True,
+        )
         for name in wanted
     }
     arrays = {}
-    # A read that has been started ends in the background; whether it failed is asked when its turn comes.
+    # A read that has been started ends in the background; whether it failed is asked when its turn
+    # comes.
     for name, parts in _ahead(_started(opening, wanted)):
         shape = wanted[name]
         values = {box: _result(name, future) for box, future in parts.items()}
@@ -69,9 +77,11 @@ def _started(
         if store.shape != shape.shape or dtype != shape.dtype:
             stored = f"{dtype}[{', '.join(map(str, store.shape))}]"
             raise UnreadableArray(f"array {name} cannot be read (it is stored as {stored})")
-        # Replicas are read once: {((0, 4), (0, 8)), ((4, 8), (0, 8))} for [8, 8] over two devices by rows.
+        # Replicas are read once: {((0, 4), (0, 8)), ((4, 8), (0, 8))} for [8, 8] over two devices
+        # by rows.
         boxes = {
-            _box(index, shape.shape) for index in shape.sharding.addressable_devices_indices_map(shape.shape).values()
+            _box(index, shape.shape)
+            for index in shape.sharding.addressable_devices_indices_map(shape.shape).values()
         }
         reads = {box: store[tuple(slice(*bounds) for bounds in box)].read() for box in boxes}
         size = sum(math.prod(stop - start for start, stop in box) for box in boxes)
@@ -81,7 +91,9 @@ def _started(
 def _ahead(
     started: Iterator[tuple[str, int, dict[Box, ts.Future]]],
 ) -> Iterator[tuple[str, dict[Box, ts.Future]]]:
-    """Yields the reads of arrays in order, so many begun before they are needed as fill `AHEAD_BYTES`."""
+    """Yields the reads of arrays in order, so many begun before they are needed as fill
+    `AHEAD_BYTES`.
+    """
     waiting: collections.deque[tuple[str, int, dict[Box, ts.Future]]] = collections.deque()
     held = 0
     for name, size, reads in started:
@@ -96,14 +108,19 @@ def _ahead(
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """Returns the bounds of a device's part, (slice(None), slice(0, 4)) of [2, 8] as ((0, 2), (0, 4))."""
+    """Returns the bounds of a device's part, (slice(None), slice(0, 4)) of [2, 8] as ((0, 2), (0,
+    4)).
+    """
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def _result(name: str, future: ts.Future) -> Any:
     try:
         return future.result()
-    except (ValueError, OSError) as error:  # TensorStore raises ValueError for nearly all that can be wrong with a file
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # TensorStore raises ValueError for nearly all that can be wrong with a file
         said, _, _ = str(error).partition(" [tensorstore_spec=")
         said = " ".join(f"{type(error).__name__}: {said}".split())
         raise UnreadableArray(f"array {name} cannot be read ({said[:300]})") from error

@@ -1,9 +1,12 @@
-"""Parameters that a run never changes: written once beside its checkpoints, which name them by place and digest.
+"""Parameters that a run never changes: written once beside its checkpoints, which name them by
+place and digest.
 
-    checkpoints/base-<digest>/arrays/…   OCDBT files, one tree of canonical arrays by the parameters' names
+    checkpoints/base-<digest>/arrays/…   OCDBT files, one tree of canonical arrays by the
+    parameters' names
 
-The manifest of a checkpoint describes these arrays like all others, and says of each that it lies in that folder. The
-folder's name follows from the bits in it: a run that trains other parameters from some step on leaves it as it is.
+The manifest of a checkpoint describes these arrays like all others, and says of each that it lies
+in that folder. The folder's name follows from the bits in it: a run that trains other parameters
+from some step on leaves it as it is.
 """
 
 import hashlib
@@ -29,7 +32,8 @@ from research.training import checkpoint_files as files
 
 logger = logging.getLogger("tessera")
 
-# The fields of a state that hold a whole set of parameters. In the average, too, frozen parameters are what they were.
+# The fields of a state that hold a whole set of parameters. In the average, too, frozen parameters
+# are what they were.
 _FIELDS = ("params", "ema")
 
 
@@ -43,19 +47,25 @@ class Base:
 
     def __init__(self, folder: Path, frozen: Collection[str]):
         self._folder, self._frozen = folder, frozenset(frozen)
-        # What the manifests say of each array by its canonical name; None before the first checkpoint is written.
+        # What the manifests say of each array by its canonical name; None before the first
+        # checkpoint is written.
         self._entries: dict[str, dict[str, Any]] | None = None
         self._whole: frozenset[str] = frozenset()
 
     def was_read(self, manifest: dict[str, Any]) -> None:
-        """Takes note of a checkpoint that was read and is whole: its frozen parameters need not be written again."""
+        """Takes note of a checkpoint that was read and is whole: its frozen parameters need not be
+        written again.
+        """
         self._whole = files.places_in(manifest)
 
-    def part(self, state: Any, checkpointer: ocp.AsyncCheckpointer) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Returns the canonical arrays that a checkpoint holds itself, and what its manifest says of the others.
+    def part(
+        self, state: Any, checkpointer: ocp.AsyncCheckpointer
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Returns the canonical arrays that a checkpoint holds itself, and what its manifest says
+        of the others.
 
-        The first call writes the others, unless the checkpoint that the run was restored from has them; so does a call
-        that finds their folder gone.
+        The first call writes the others, unless the checkpoint that the run was restored from has
+        them; so does a call that finds their folder gone.
         """
         if not self._frozen:
             return canonical(state), {}
@@ -66,19 +76,35 @@ class Base:
             self._entries = self._write(arrays, checkpointer)
         left_out = {f"{field}/{name}" for field in _FIELDS for name in resting}
         held = {name.partition("/")[0] for name in named.keys() & left_out}
-        entries = {f"{field}/{name}": entry for field in sorted(held) for name, entry in self._entries.items()}
-        return stack_layers({name: leaf for name, leaf in named.items() if name not in left_out}), entries
+        entries = {
+            f"{field}/{name}": entry
+            for field in sorted(held)
+            for name, entry in self._entries.items()
+        }
+        return stack_layers(
+            {name: leaf for name, leaf in named.items() if name not in left_out}
+        ), entries
 
     def _resting(self, named: dict[str, Array]) -> list[str]:
-        """Returns the frozen parameters, but for layers that lie in one array with layers that are trained."""
-        params = {name.partition("/")[2]: leaf for name, leaf in named.items() if name.startswith("params/")}
+        """Returns the frozen parameters, but for layers that lie in one array with layers that are
+        trained.
+        """
+        params = {
+            name.partition("/")[2]: leaf
+            for name, leaf in named.items()
+            if name.startswith("params/")
+        }
         where = places(params)
         changing = {stack for name, (stack, _) in where.items() if name not in self._frozen}
         return [name for name, (stack, _) in where.items() if stack not in changing]
 
-    def _write(self, arrays: dict[str, Array], checkpointer: ocp.AsyncCheckpointer) -> dict[str, dict[str, Any]]:
+    def _write(
+        self, arrays: dict[str, Array], checkpointer: ocp.AsyncCheckpointer
+    ) -> dict[str, dict[str, Any]]:
         described = files.describe(arrays, digests(arrays))
-        place = files.place_of(hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
+        place = files.place_of(
+            hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        )
         if described and (place not in self._whole or self._is_gone(place)):
             # A folder of this name that was not read just now may be damaged, or half written.
             if jax.process_index() == 0:
@@ -98,7 +124,8 @@ class Base:
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folders of frozen parameters that no checkpoint names, nor one that was set aside.
+    """Removes the folders of frozen parameters that no checkpoint names, nor one that was set
+    aside.
 
     One that stays costs room and no more, so it ends no run.
     """

@@ -1,8 +1,9 @@
 """A checkpoint written and read a part at a time, for models that are never whole in memory.
 
-On disk it is what `Checkpoints` writes and reads (checkpoint_files.py): the same OCDBT store of canonical arrays, the
-same manifest with the same digests. Orbax writes arrays whole, so the store is written here with TensorStore, which
-Orbax itself is built on, and Orbax's account of the tree beside it.
+On disk it is what `Checkpoints` writes and reads (checkpoint_files.py): the same OCDBT store of
+canonical arrays, the same manifest with the same digests. Orbax writes arrays whole, so the store
+is written here with TensorStore, which Orbax itself is built on, and Orbax's account of the tree
+beside it.
 """
 
 import collections
@@ -31,8 +32,8 @@ from research.training import checkpoint_files as files
 from research.training.checkpoint_arrays import store_of
 from research.training.checkpoint_files import Damaged
 
-# Bytes of a chunk, the least that is read from disk at a time: a device that holds a small part of an array in a
-# sharded model reads little more than its part.
+# Bytes of a chunk, the least that is read from disk at a time: a device that holds a small part of
+# an array in a sharded model reads little more than its part.
 CHUNK_BYTES = 2**22
 # Bytes on their way to the disk while the next part is made.
 _IN_FLIGHT = 2**27
@@ -45,7 +46,10 @@ Part = tuple[str, Box, Shaped[np.ndarray, "..."]]
 
 
 def write_params(
-    workdir: pathlib.Path, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct], parts: Iterable[Part]
+    workdir: pathlib.Path,
+    step: int,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    parts: Iterable[Part],
 ) -> None:
     """Writes a checkpoint that holds parameters alone, whole or not at all.
 
@@ -53,7 +57,8 @@ def write_params(
       workdir: where `checkpoints/<step>` is made.
       step: of the checkpoint, which must not be there.
       shapes: of all parameters of the unrolled model, by name.
-      parts: names, boxes (() is the whole parameter) and values; together they are each number once.
+      parts: names, boxes (() is the whole parameter) and values; together they are each number
+          once.
 
     Raises:
       UserError: the disk is full.
@@ -131,12 +136,16 @@ class ParamsReader:
             if stack not in self._open:
                 store, stored = files.where(self._folder, self._manifest, stack)
                 spec = {"driver": "zarr", "kvstore": store_of(store, stored)}
-                self._open[stack] = ts.open(spec, context=self._context, open=True, read=True).result()
+                self._open[stack] = ts.open(
+                    spec, context=self._context, open=True, read=True
+                ).result()
             array = self._open[stack]
             box, start = _bounds(array.shape, index, box)
             values = array[box].read().result()
         except ValueError as error:  # all that TensorStore raises
-            raise Damaged(f"array {stack} cannot be read ({str(error).splitlines()[0][:300]})") from error
+            raise Damaged(
+                f"array {stack} cannot be read ({str(error).splitlines()[0][:300]})"
+            ) from error
         part = (stack, start, values.shape)
         if part not in self._counted:
             self._counted.add(part)
@@ -205,7 +214,9 @@ class _Store:
 
     def flush(self) -> None:
         """Flushes the files that are complete and were not flushed before."""
-        complete = {path for path in self._folder.glob("d/*") if not path.name.endswith(_UNFINISHED)}
+        complete = {
+            path for path in self._folder.glob("d/*") if not path.name.endswith(_UNFINISHED)
+        }
         for path in complete - self._flushed:
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -259,12 +270,20 @@ def _bounds(shape: tuple[int, ...], index: int | None, box: Box) -> tuple[Box, t
     box = box if index is None else (slice(index, index + 1), *box)
     box = (*box, *[slice(None)] * (len(shape) - len(box)))
     ranges = [each.indices(size) for each, size in zip(box, shape, strict=True)]
-    return tuple(slice(start, stop) for start, stop, _ in ranges), tuple(start for start, _, _ in ranges)
+    return tuple(slice(start, stop) for start, stop, _ in ranges), tuple(
+        start for start, _, _ in ranges
+    )
 
 
 def _context(mode: str = "default") -> ts.Context:
     # Files are synced by `flush`, many at a time, and once more when all is written.
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False, "file_io_mode": {"mode": mode}})
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "file_io_sync": False,
+            "file_io_mode": {"mode": mode},
+        }
+    )
 
 
 def _sync(folder: pathlib.Path) -> None:

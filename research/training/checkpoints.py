@@ -1,10 +1,11 @@
 """Checkpoints of a run: written while training goes on, whole or not at all, checked when read.
 
-`<workdir>/checkpoints/<step>/` holds one checkpoint. A folder of another name there is never taken for one: Orbax
-writes into `<step>.orbax-checkpoint-tmp…` and renames it when all is in it; an old checkpoint is renamed to
-`<step>.deleted` before its files go; a damaged one that training has gone back behind becomes `<step>.set-aside`. In a
-bucket, where nothing is renamed at once, a folder is a checkpoint when `commit_success.txt` is in it: Orbax writes that
-file last, and it is the first that goes.
+`<workdir>/checkpoints/<step>/` holds one checkpoint. A folder of another name there is never taken
+for one: Orbax writes into `<step>.orbax-checkpoint-tmp…` and renames it when all is in it; an old
+checkpoint is renamed to `<step>.deleted` before its files go; a damaged one that training has gone
+back behind becomes `<step>.set-aside`. In a bucket, where nothing is renamed at once, a folder is a
+checkpoint when `commit_success.txt` is in it: Orbax writes that file last, and it is the first that
+goes.
 
 All processes of a run share the folder, and call the methods of `Checkpoints` together.
 """
@@ -39,10 +40,19 @@ from research.training.presence import Presence
 logger = logging.getLogger("tessera")
 
 LAST_STEP = 2**31 - 1  # steps are counted in 32 bits
-# Faults of a disk that the user can mend. TensorStore gives no number, only the system's words for it.
+# Faults of a disk that the user can mend. TensorStore gives no number, only the system's words for
+# it.
 DISK_FAULTS = tuple(
     os.strerror(number)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+    for number in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ESTALE,
+    )
 )
 
 
@@ -52,8 +62,10 @@ class CheckpointConfig:
 
     Attributes:
       every: steps from one checkpoint to the next.
-      keep: how many of the latest checkpoints stay on disk, at least 1. While one is written there is one more.
-      keep_every: checkpoints at multiples of this many steps stay for ever; None keeps only the latest.
+      keep: how many of the latest checkpoints stay on disk, at least 1. While one is written there
+          is one more.
+      keep_every: checkpoints at multiples of this many steps stay for ever; None keeps only the
+          latest.
       asynchronous: write in the background while training goes on; False waits for each write.
     """
 
@@ -66,9 +78,15 @@ class CheckpointConfig:
         if self.every < 1:
             raise UserError("every", self.every, "must be at least 1 step.")
         if self.keep < 1:
-            raise UserError("keep", self.keep, "must be at least 1: the run goes on from the latest checkpoint.")
+            raise UserError(
+                "keep", self.keep, "must be at least 1: the run goes on from the latest checkpoint."
+            )
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
-            raise UserError("keep_every", self.keep_every, f"must be a multiple of every = {self.every}, or None.")
+            raise UserError(
+                "keep_every",
+                self.keep_every,
+                f"must be a multiple of every = {self.every}, or None.",
+            )
 
 
 class Checkpoints:
@@ -77,7 +95,8 @@ class Checkpoints:
     Args:
       workdir: whose they are.
       config: when to save, and what to keep.
-      frozen: names of the parameters that no step changes: they are written once, not with every checkpoint.
+      frozen: names of the parameters that no step changes: they are written once, not with every
+          checkpoint.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, frozen: Collection[str] = ()):
@@ -90,7 +109,8 @@ class Checkpoints:
         self._last_step = 0  # the last step whose writing began
         self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None
         self._passed_over: set[int] = set()  # steps newer than the one restored
-        # As long as a write is under way; after one that failed until `close`, for other arrays of it go on.
+        # As long as a write is under way; after one that failed until `close`, for other arrays of
+        # it go on.
         self._silence = contextlib.ExitStack()
         self._tidied, self._failed = False, False
         self._strange: set[str] = set()  # names of folders that were said to be no checkpoints
@@ -104,7 +124,11 @@ class Checkpoints:
             name = path.name
             if in_bucket(path) and not files.is_complete(path):
                 continue  # one that is being written
-            if len(name) <= len(str(LAST_STEP)) and name == str(int(name)) and int(name) <= LAST_STEP:
+            if (
+                len(name) <= len(str(LAST_STEP))
+                and name == str(int(name))
+                and int(name) <= LAST_STEP
+            ):
                 steps.append(int(name))
             elif name not in self._strange:
                 self._strange.add(name)
@@ -113,7 +137,9 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest step that has a checkpoint, or None; a run starts at step 0 only when this is None."""
+        """The newest step that has a checkpoint, or None; a run starts at step 0 only when this is
+        None.
+        """
         return max(self.steps(), default=None)
 
     def due(self, step: int) -> bool:
@@ -123,17 +149,19 @@ class Checkpoints:
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint; waits first for the one in flight, if there is one.
 
-        When this returns, `state` may be donated. A step that has its checkpoint already is left as it is.
+        When this returns, `state` may be donated. A step that has its checkpoint already is left as
+        it is.
 
         Args:
           step: how many steps `state` has seen.
-          state: a pytree of arrays. Random keys are not among them: randomness is a function of (seed, step).
-          extra: JSON values and small NumPy arrays that belong to it (the loader's position, counters, …), the same on
-            all processes.
+          state: a pytree of arrays. Random keys are not among them: randomness is a function of
+              (seed, step).
+          extra: JSON values and small NumPy arrays that belong to it (the loader's position,
+            counters, …), the same on all processes.
 
         Raises:
-          UserError: the disk is full or cannot be written, or the workdir is gone, now or for the checkpoint before; or
-            a later step has its checkpoint already.
+          UserError: the disk is full or cannot be written, or the workdir is gone, now or for the
+            checkpoint before; or a later step has its checkpoint already.
         """
         self.wait()
         self._presence.check()
@@ -141,7 +169,10 @@ class Checkpoints:
         if step in held:
             return
         if held and held[-1] > step:
-            raise UserError(f"{self._folder / str(held[-1])} is newer than step {step}: restore it, or move it away.")
+            raise UserError(
+                f"{self._folder / str(held[-1])} is newer than step {step}: restore it, or move "
+                "it away."
+            )
         self._tidy()
         self._silence.enter_context(quiet_orbax.silenced())
         self._last_step = step
@@ -159,7 +190,8 @@ class Checkpoints:
         """Returns when no write is in flight; what went wrong with it is raised here.
 
         Raises:
-          UserError: the disk is full or cannot be written, and earlier checkpoints are whole; or the workdir is gone.
+          UserError: the disk is full or cannot be written, and earlier checkpoints are whole; or
+              the workdir is gone.
         """
         if self._in_flight is None:
             return
@@ -171,7 +203,9 @@ class Checkpoints:
             self._fail(error)
             self._check_workdir(step)
             if not in_bucket(self._folder) and not self._folder.is_dir():
-                raise UserError(f"{self._folder} was deleted while checkpoint {step} was written.") from error
+                raise UserError(
+                    f"{self._folder} was deleted while checkpoint {step} was written."
+                ) from error
             self._explain(step, error)
         self._check_workdir(step)
         self._silence.close()
@@ -186,16 +220,21 @@ class Checkpoints:
                 self._drain()
             self._checkpointer.close()
             if self._failed:
-                # Tasks that wrote other arrays report their errors when they are collected. The old writer holds some.
+                # Tasks that wrote other arrays report their errors when they are collected. The old
+                # writer holds some.
                 self._checkpointer = files.checkpointer(self._folder)
-                with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # "was never awaited"
+                with warnings.catch_warnings(
+                    action="ignore", category=RuntimeWarning
+                ):  # "was never awaited"
                     gc.collect()
             self._silence.close()
             # Writes of other arrays may have gone on after the first that failed.
             self._remove_made_again(self._last_step)
 
     def _drain(self) -> None:
-        """Waits for the rest of a write that failed. Orbax raises each of its errors once, and `wait` has told one."""
+        """Waits for the rest of a write that failed. Orbax raises each of its errors once, and
+        `wait` has told one.
+        """
         while True:
             try:
                 self._checkpointer.wait_until_finished()
@@ -203,16 +242,20 @@ class Checkpoints:
             except Exception as error:
                 logger.debug("Another error of a checkpoint that was not written: %s", error)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-        """Returns (step, state, extra) of the newest whole checkpoint; each damaged one is named in a warning.
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[int, Any, dict[str, Any]]:
+        """Returns (step, state, extra) of the newest whole checkpoint; each damaged one is named in
+        a warning.
 
         Args:
-          abstract_state: the state's shapes, types and shardings, which may be of another mesh than the saved ones;
-            its layers may be scanned or unrolled.
+          abstract_state: the state's shapes, types and shardings, which may be of another mesh than
+            the saved ones; its layers may be scanned or unrolled.
           step: this checkpoint and no other.
 
         Raises:
-          UserError: there is no checkpoint, none is whole, or the newest is of another architecture.
+          UserError: there is no checkpoint, none is whole, or the newest is of another
+              architecture.
         """
         shapes = _shapes(abstract_state)
         wanted = stack_layers(shapes)
@@ -230,8 +273,8 @@ class Checkpoints:
         Args:
           abstract_params: as in `restore`, of the parameters alone.
           step: this checkpoint and no other.
-          fields: the state's fields to look for; the first that the checkpoint has is read: ("ema", "params") prefers
-            averaged parameters.
+          fields: the state's fields to look for; the first that the checkpoint has is read: ("ema",
+            "params") prefers averaged parameters.
 
         Raises:
           UserError: as `restore`.
@@ -257,7 +300,9 @@ class Checkpoints:
         self.wait()
         steps = [of for of in self.steps() if step in (None, of)]
         if not steps:
-            raise UserError(f"{self._folder} has no checkpoint{'' if step is None else f' of step {step}'}.")
+            raise UserError(
+                f"{self._folder} has no checkpoint{'' if step is None else f' of step {step}'}."
+            )
         faults = []
         while steps:
             candidate = int(multihost_utils.broadcast_one_to_all(np.int32(steps.pop())))
@@ -265,7 +310,11 @@ class Checkpoints:
                 return candidate, *self._read(self._folder / str(candidate), wanted, whole)
             except Damaged as damage:
                 faults.append(f"{self._folder / str(candidate)}: {damage}")
-                logger.warning("Damaged checkpoint %s.%s", faults[-1], " Trying the one before." if steps else "")
+                logger.warning(
+                    "Damaged checkpoint %s.%s",
+                    faults[-1],
+                    " Trying the one before." if steps else "",
+                )
         raise UserError(f"no checkpoint is whole, and none was changed: {'; '.join(faults)}.")
 
     def _read(
@@ -309,10 +358,14 @@ class Checkpoints:
                 folder = folder.rename(self._folder / f"{old}.deleted")
             remove_folder(folder)
         except OSError as error:
-            logger.warning("Checkpoint %d is no longer needed, but cannot be removed: %s", old, error)
+            logger.warning(
+                "Checkpoint %d is no longer needed, but cannot be removed: %s", old, error
+            )
 
     def _tidy(self) -> None:
-        """Before the first save: removes what a killed run left, sets aside what the restored step has passed over."""
+        """Before the first save: removes what a killed run left, sets aside what the restored step
+        has passed over.
+        """
         if jax.process_index() == 0 and self._folder.is_dir():
             if not self._tidied:
                 for path in self._unfinished():
@@ -321,7 +374,9 @@ class Checkpoints:
                 aside = self._folder / f"{step}.set-aside"
                 remove_folder(aside)
                 (self._folder / str(step)).rename(aside)
-                logger.warning("Checkpoint %d was passed over at restore; it is now %s.", step, aside)
+                logger.warning(
+                    "Checkpoint %d was passed over at restore; it is now %s.", step, aside
+                )
         self._passed_over = set()
         self._tidied = True
 
@@ -335,7 +390,9 @@ class Checkpoints:
         return found
 
     def _fail(self, error: Exception) -> None:
-        """Notes that a write has failed. The error's frames let go of the tasks that wrote other arrays."""
+        """Notes that a write has failed. The error's frames let go of the tasks that wrote other
+        arrays.
+        """
         self._failed = True
         for each in _chain(error):
             traceback.clear_frames(each.__traceback__)
@@ -353,12 +410,18 @@ class Checkpoints:
         said = " ".join(map(str, _chain(error)))
         for fault in DISK_FAULTS:
             if fault in said:
-                before = "Earlier checkpoints are whole" if self.steps() else "There is no earlier checkpoint"
+                before = (
+                    "Earlier checkpoints are whole"
+                    if self.steps()
+                    else "There is no earlier checkpoint"
+                )
                 raise UserError(f"{place}: {fault}; it was not written. {before}.") from error
         raise error
 
     def _check_workdir(self, step: int) -> None:
-        """Raises UserError where the workdir was deleted, and leaves nothing there of the write of a step."""
+        """Raises UserError where the workdir was deleted, and leaves nothing there of the write of
+        a step.
+        """
         self._remove_made_again(step)
         self._presence.check()
 
@@ -366,11 +429,17 @@ class Checkpoints:
         """Where the workdir was deleted: removes what the write of a step has made there anew."""
         if jax.process_index() != 0 or not self._presence.is_gone():
             return
-        for path in (*self._unfinished(str(step)), self._folder / str(step), *files.shared_folders(self._folder)):
+        for path in (
+            *self._unfinished(str(step)),
+            self._folder / str(step),
+            *files.shared_folders(self._folder),
+        ):
             with contextlib.suppress(OSError):
                 remove_folder(path)
         if not in_bucket(self._folder):
-            with contextlib.suppress(OSError):  # they are missing, or hold what somebody else has put there
+            with contextlib.suppress(
+                OSError
+            ):  # they are missing, or hold what somebody else has put there
                 self._folder.rmdir()
                 self._folder.parent.rmdir()
 
@@ -387,7 +456,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            leaf.shape,
+            leaf.dtype,
+            sharding=leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0]),
         )
         for name, leaf in named_leaves(tree).items()
     }

@@ -12,8 +12,8 @@ OTHER = "other"
 class Clock:
     """Counts every moment from its making to `stop` in exactly one category, or in `other`.
 
-    JAX runs what it is given later: whoever measures "compute" must wait for the result within it, or the time turns up
-    where it is waited for.
+    JAX runs what it is given later: whoever measures "compute" must wait for the result within it,
+    or the time turns up where it is waited for.
 
     Args:
       now: returns seconds; steadily growing.
@@ -40,7 +40,9 @@ class Clock:
         self._stopped = True
 
     def seconds(self) -> dict[str, float]:
-        """Returns the seconds of each category so far, `other` last; together they are the wall time."""
+        """Returns the seconds of each category so far, `other` last; together they are the wall
+        time.
+        """
         self._switch(self._current)
         return dict(self._seconds)
 
@@ -48,7 +50,10 @@ class Clock:
         """Returns one line such as `wall 120.0 s: compute 96.1 %, data 0.4 %, …, other 0.2 %`."""
         seconds = self.seconds()
         wall = sum(seconds.values())
-        shares = (f"{category} {100 * spent / max(wall, 1e-9):.1f} %" for category, spent in seconds.items())
+        shares = (
+            f"{category} {100 * spent / max(wall, 1e-9):.1f} %"
+            for category, spent in seconds.items()
+        )
         return f"wall {wall:.1f} s: {', '.join(shares)}"
 
     def _switch(self, category: str) -> str:

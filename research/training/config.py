@@ -17,13 +17,15 @@ class TrainConfig:
       sequence_length: tokens of a row.
       accumulation: microbatches that a batch is taken in; divides the batch size.
       z_loss: coefficient of the z-loss; 0 leaves it out.
-      label_smoothing: share of the target spread over the vocabulary, in [0, 1); evaluation has none.
+      label_smoothing: share of the target spread over the vocabulary, in [0, 1); evaluation has
+          none.
       log_every: steps between lines of the log.
       eval_every: steps between evaluations on held-out text; 0 evaluates at the end only.
       eval_batches: held-out batches an evaluation at most; 0 takes them all.
       max_skipped: this many steps in a row without a finite loss stop the run.
       trainable: which parameters are trained; the others are frozen.
-      self_check: whether the first batch is also taken through the plain attention, and drift stops the run.
+      self_check: whether the first batch is also taken through the plain attention, and drift stops
+          the run.
     """
 
     steps: int
@@ -41,7 +43,14 @@ class TrainConfig:
     self_check: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "accumulation", "log_every", "max_skipped"):
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "accumulation",
+            "log_every",
+            "max_skipped",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1.")
         for name in ("eval_every", "eval_batches", "z_loss"):
@@ -53,4 +62,8 @@ class TrainConfig:
         if not 0 <= self.seed < 2**31:
             raise UserError("seed", self.seed, "must lie in [0, 2147483648).")
         if self.batch_size % self.accumulation:
-            raise UserError("accumulation", self.accumulation, f"does not divide batch_size = {self.batch_size}.")
+            raise UserError(
+                "accumulation",
+                self.accumulation,
+                f"does not divide batch_size = {self.batch_size}.",
+            )

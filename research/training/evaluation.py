@@ -18,7 +18,8 @@ def evaluate(
     batches: Iterable[Batch],
     bytes_per_target: float | None,
 ) -> dict[str, float]:
-    """Returns the mean loss in nats a token that is predicted, and in bits a byte of text where that means something.
+    """Returns the mean loss in nats a token that is predicted, and in bits a byte of text where
+    that means something.
 
     bits per byte = loss / (ln 2 · bytes per token)
 
@@ -27,7 +28,8 @@ def evaluate(
       trainable: the trained parameters, or their average.
       frozen: the other parameters.
       batches: on the devices.
-      bytes_per_target: UTF-8 bytes of held-out text for each token that is predicted; None: not all of the text is.
+      bytes_per_target: UTF-8 bytes of held-out text for each token that is predicted; None: not all
+          of the text is.
     """
     sums: dict[str, np.float64] = {"loss": np.float64(0), "weight": np.float64(0)}
     for batch in batches:

@@ -29,14 +29,15 @@ from research.training.step import Metrics, Report
 class LanguageModelLoss:
     """The weighted cross-entropy of a model, in nats a token, and the terms that training adds.
 
-    These are the z-loss, the router loss of experts, and the loss of multi-token prediction, where the config has them;
-    of the last the plain mean over the depths is reported. The output projection is taken in chunks, so float32 logits
-    of the whole batch never exist.
+    These are the z-loss, the router loss of experts, and the loss of multi-token prediction, where
+    the config has them; of the last the plain mean over the depths is reported. The output
+    projection is taken in chunks, so float32 logits of the whole batch never exist.
 
     Attributes:
       config: the model.
       z_coefficient: of the z-loss, 0 for none.
-      label_smoothing: in [0, 1), part of the reported loss; 0 leaves it plain, as evaluation needs it.
+      label_smoothing: in [0, 1), part of the reported loss; 0 leaves it plain, as evaluation needs
+          it.
       partition: puts the trainable and the frozen parameters together.
     """
 
@@ -49,20 +50,24 @@ class LanguageModelLoss:
         """Returns the weights of all tokens together."""
         return jnp.sum(batch["weights"])
 
-    def sums(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, ""], Report]:
+    def sums(
+        self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[Float[Array, ""], Report]:
         """Returns the loss summed over tokens, and what else there is to tell."""
         params = self.partition.merge(trainable, frozen)
         model = language_model(self.config)
         output = model.hidden(params, batch, key=key)
 
-        total, sums = self._cross_entropy(model.projection(params, output.hidden), batch["targets"], batch["weights"])
+        total, sums = self._cross_entropy(
+            model.projection(params, output.hidden), batch["targets"], batch["weights"]
+        )
         mtp = [
             self._cross_entropy(model.projection(params, hidden), *_targets_at(batch, depth))
             for depth, hidden in enumerate(output.mtp_hidden, start=1)
         ]
         if mtp:
             total = total + output.mtp_weight * sum(loss for loss, _ in mtp) / len(mtp)
-            sums = {**sums, "future_loss": sum(metrics["loss"] for _, metrics in mtp) / len(mtp)}
+            sums = {**sums, "mtp_loss": sum(metrics["loss"] for _, metrics in mtp) / len(mtp)}
 
         reports = output.reports
         means = {"router_loss": reports.router_loss} if reports.expert_load else {}
@@ -92,7 +97,9 @@ class LanguageModelLoss:
 
 
 def _targets_at(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """Returns the targets that are `depth` places further on, and their weights: 0 past the end of a sequence."""
+    """Returns the targets that are `depth` places further on, and their weights: 0 past the end of
+    a sequence.
+    """
     same = shift_left(batch["segments"], depth) == batch["segments"]
     weights = jnp.where(same, shift_left(batch["weights"], depth), 0.0)
     return shift_left(batch["targets"], depth), weights
@@ -106,10 +113,12 @@ def language_model_program(
     devices: Sequence[jax.Device] | None = None,
     objective: ObjectiveConfig = CAUSAL,
 ) -> Program:
-    """Returns the training of a language model on `devices` (all by default); nothing is compiled yet.
+    """Returns the training of a language model on `devices` (all by default); nothing is compiled
+    yet.
 
     Raises:
-      UserError: sizes that do not fit the devices, a schedule longer than the run, or nothing to train.
+      UserError: sizes that do not fit the devices, a schedule longer than the run, or nothing to
+          train.
     """
     place = make_mesh(mesh, devices)
     untargeted = language_model(model, mesh_platform(place)).init

@@ -25,13 +25,17 @@ logger = logging.getLogger("tessera")
 
 @runtime_checkable  # so that the tests' checks of types can look at it
 class Stream(Protocol):
-    """A stream of host batches whose position can be saved: of a corpus, or of what the model itself has drawn."""
+    """A stream of host batches whose position can be saved: of a corpus, or of what the model
+    itself has drawn.
+    """
 
     def next(self, state: TrainState) -> Batch:
         """Returns the next batch; a stream of the model's own samples draws them from `state`."""
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: JSON values and small NumPy arrays, the same on all processes."""
+        """Returns what a checkpoint keeps: JSON values and small NumPy arrays, the same on all
+        processes.
+        """
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` returned."""
@@ -71,7 +75,8 @@ class Run:
       frozen: what the step reads beside its state.
       stream: the batches of this process.
       place: puts a host batch on the devices.
-      check: looks at the first batch and the state that meets it, and raises where the kernels cannot be trusted.
+      check: looks at the first batch and the state that meets it, and raises where the kernels
+          cannot be trusted.
       evaluate: held-out metrics of a state.
       saved: what a checkpoint keeps of a state.
       checkpoints: where the state is kept.
@@ -97,7 +102,8 @@ class Run:
 def _stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
 
-    Of many processes, JAX itself catches SIGTERM and tells the others, so there SIGINT is turned into that.
+    Of many processes, JAX itself catches SIGTERM and tells the others, so there SIGINT is turned
+    into that.
     """
     caught: list[int] = []
     many = jax.process_count() > 1
@@ -118,11 +124,14 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: bool = False) -> TrainState:
+def train(
+    state: TrainState, run: Run, config: TrainConfig, evaluation_owed: bool = False
+) -> TrainState:
     """Takes the state from its step to the last one.
 
-    Metrics of a step are read after the next one is under way, so the devices never wait for the host. A step's state
-    is saved before it is evaluated, which may take longer than whoever stops the run is ready to wait.
+    Metrics of a step are read after the next one is under way, so the devices never wait for the
+    host. A step's state is saved before it is evaluated, which may take longer than whoever stops
+    the run is ready to wait.
 
     Args:
       state: where to go on; its buffers are given up.
@@ -136,7 +145,10 @@ def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: boo
     """
     clock, first = run.clock, int(state.step)
     meter = _Meter(run, config, first)
-    with _stop_signals() as signals, Progress("train", config.steps - first, "step", lines=False) as progress:
+    with (
+        _stop_signals() as signals,
+        Progress("train", config.steps - first, "step", lines=False) as progress,
+    ):
         if evaluation_owed:
             meter.evaluate(first, state)
         pending: tuple[int, Metrics] | None = None
@@ -169,7 +181,9 @@ def train(state: TrainState, run: Run, config: TrainConfig, evaluation_owed: boo
             if stop:
                 run.checkpoints.wait()
                 name = signal.Signals(stop).name
-                raise Interrupted(f"stopped by {name} after step {step}; the same command goes on from there")
+                raise Interrupted(
+                    f"stopped by {name} after step {step}; the same command goes on from there"
+                )
             if evaluates:
                 meter.evaluate(step, state)
     with clock.measure("checkpoint"):
@@ -205,11 +219,15 @@ class _Meter:
         if values["skipped_in_row"] >= self._config.max_skipped and not self.diverged:
             rows = self._config.batch_size
             self.diverged = (
-                f"step {step}: loss or gradient was not finite {int(values['skipped_in_row'])} times in a row "
-                f"(train.max_skipped); the batch holds rows {(step - 1) * rows} to {step * rows - 1} of the order."
+                f"step {step}: loss or gradient was not finite {int(values['skipped_in_row'])} "
+                "times in a row "
+                f"(train.max_skipped); the batch holds rows {(step - 1) * rows} to "
+                f"{step * rows - 1} of the order."
             )
         elif values["skipped_in_row"]:
-            logger.warning("step %d: loss or gradient is not finite; skipped, nothing was changed", step)
+            logger.warning(
+                "step %d: loss or gradient is not finite; skipped, nothing was changed", step
+            )
         if step % self._config.log_every == 0 or step == self._config.steps or self.diverged:
             self._report(step, values)
 

@@ -1,6 +1,7 @@
 """What a checkpoint keeps beside its arrays, as JSON: plain values, and small arrays bit for bit.
 
-They lie in the manifest, so they are written with it, whole or not at all, and its sha256 guards them.
+They lie in the manifest, so they are written with it, whole or not at all, and its sha256 guards
+them.
 """
 
 import base64
@@ -17,16 +18,19 @@ _ARRAY = "__array__"
 
 
 def encode(value: Any, name: str = "extra") -> Any:
-    """Returns nested dicts and lists with every array as a JSON object of its type, shape and bytes.
+    """Returns nested dicts and lists with every array as a JSON object of its type, shape and
+    bytes.
 
-    Arrays are NumPy's and JAX's, and NumPy's scalars, but for those that are Python numbers or strings as well.
+    Arrays are NumPy's and JAX's, and NumPy's scalars, but for those that are Python numbers or
+    strings as well.
 
     Args:
       value: what to encode.
       name: of the value, for errors.
 
     Raises:
-      UserError: an array that would not come back as it is, such as one of objects or of random keys.
+      UserError: an array that would not come back as it is, such as one of objects or of random
+          keys.
     """
     if isinstance(value, dict):
         assert _ARRAY not in value, f"the key {_ARRAY!r} is taken"
@@ -39,11 +43,16 @@ def encode(value: Any, name: str = "extra") -> Any:
         value = _on_the_host(value, name)
     if isinstance(value, (np.ndarray, np.generic)):
         return {_ARRAY: _encode_array(np.asarray(value), name)}
-    raise UserError(name, constraint=f"is a {type(value).__name__}, which JSON has not. Use plain values and arrays.")
+    raise UserError(
+        name,
+        constraint=f"is a {type(value).__name__}, which JSON has not. Use plain values and arrays.",
+    )
 
 
 def decode(value: Any) -> Any:
-    """Returns what `encode` was given: tuples as lists, scalars of NumPy and arrays of JAX as arrays of NumPy."""
+    """Returns what `encode` was given: tuples as lists, scalars of NumPy and arrays of JAX as
+    arrays of NumPy.
+    """
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):
@@ -59,9 +68,15 @@ def decode(value: Any) -> Any:
 
 def _on_the_host(array: jax.Array, name: str) -> np.ndarray:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        raise UserError(name, constraint="is an array of random keys. Use jax.random.key_data(keys).")
+        raise UserError(
+            name, constraint="is an array of random keys. Use jax.random.key_data(keys)."
+        )
     if not array.is_fully_addressable:
-        raise UserError(name, constraint="is an array of which other processes hold a part. It belongs into the state.")
+        raise UserError(
+            name,
+            constraint="is an array of which other processes hold a part. It belongs into the "
+            "state.",
+        )
     return np.asarray(array)
 
 
@@ -73,7 +88,9 @@ def _encode_array(array: np.ndarray, name: str) -> dict[str, Any]:
 
 
 def _type_name(dtype: np.dtype, name: str) -> str:
-    """Returns the name from which NumPy makes a type again: bfloat16 has only `name`, strings have only `str`."""
+    """Returns the name from which NumPy makes a type again: bfloat16 has only `name`, strings have
+    only `str`.
+    """
     for spelt in () if dtype.hasobject else (dtype.name, dtype.str):
         try:
             found = np.dtype(spelt).newbyteorder("<")
@@ -81,4 +98,7 @@ def _type_name(dtype: np.dtype, name: str) -> str:
             continue
         if found == dtype:
             return spelt
-    raise UserError(name, constraint=f"is an array of {dtype}, which a checkpoint cannot keep beside its arrays.")
+    raise UserError(
+        name,
+        constraint=f"is an array of {dtype}, which a checkpoint cannot keep beside its arrays.",
+    )

@@ -1,8 +1,10 @@
-"""The numbers of a run: `metrics.jsonl`, one row a line, the same for TensorBoard, and the line of the log.
+"""The numbers of a run: `metrics.jsonl`, one row a line, the same for TensorBoard, and the line of
+the log.
 
-A row is `{"step": …, "train/loss": …}`. JSON has no words for the numbers that are not finite, so these are written as
-the strings "NaN", "Infinity" and "-Infinity", which Python's `float()` and JavaScript's `Number()` read back; null is a
-number that is not known (the utilization of a device whose peak nobody has told).
+A row is `{"step": …, "train/loss": …}`. JSON has no words for the numbers that are not finite, so
+these are written as the strings "NaN", "Infinity" and "-Infinity", which Python's `float()` and
+JavaScript's `Number()` read back; null is a number that is not known (the utilization of a device
+whose peak nobody has told).
 """
 
 import contextlib
@@ -35,10 +37,12 @@ UPLOAD_SECONDS = 30.0
 class MetricsWriter:
     """Appends rows to a workdir's metrics; on processes other than the first it does nothing.
 
-    After a resume the rows end as those of an unbroken run do: what was written after the checkpoint is dropped, for it
-    will be written again. So a step's training row must be written, and flushed, before its checkpoint is saved.
+    After a resume the rows end as those of an unbroken run do: what was written after the
+    checkpoint is dropped, for it will be written again. So a step's training row must be written,
+    and flushed, before its checkpoint is saved.
 
-    Nothing is appended to a file in a bucket: there the files lie on this machine, and are uploaded as wholes.
+    Nothing is appended to a file in a bucket: there the files lie on this machine, and are uploaded
+        as wholes.
 
     Args:
       workdir: the run's folder.
@@ -49,7 +53,8 @@ class MetricsWriter:
         self._folder: pathlib.Path | None = None
         if jax.process_index() != 0:
             return
-        # Deferred: importing it takes more than a second, which no verb that only reads metrics should pay.
+        # Deferred: importing it takes more than a second, which no verb that only reads metrics
+        # should pay.
         from research.training.tensorboard import Board
 
         self._workdir = workdir
@@ -69,7 +74,8 @@ class MetricsWriter:
         self._flushed = time.monotonic()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one row; it is in the file, whole, when this returns, or in a bucket after `flush`.
+        """Appends one row; it is in the file, whole, when this returns, or in a bucket after
+        `flush`.
 
         Args:
           step: steps done, from 1.
@@ -90,7 +96,9 @@ class MetricsWriter:
         except OSError as error:
             self._failed = True
             raise UserError(f"{self._folder / FILE} cannot be written: {reason(error)}.") from error
-        self._board.write(int(step), {name: value for name, value in values.items() if value is not None})
+        self._board.write(
+            int(step), {name: value for name, value in values.items() if value is not None}
+        )
         if in_bucket(self._workdir) and time.monotonic() - self._flushed >= UPLOAD_SECONDS:
             self.flush()
 
@@ -115,7 +123,9 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        """Flushes and closes the files. After a fault that was raised there is nothing more to say about them."""
+        """Flushes and closes the files. After a fault that was raised there is nothing more to say
+        about them.
+        """
         if self._folder is None:
             return
         if self._failed:
@@ -131,7 +141,9 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a workdir, in order, numbers that are not finite as floats; what is no row is left out."""
+    """Returns the rows of a workdir, in order, numbers that are not finite as floats; what is no
+    row is left out.
+    """
     return [row for _, row in _rows(workdir / FILE) if row is not None]
 
 
@@ -147,8 +159,8 @@ def curve(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list
 
 
 def memory_in_use() -> tuple[int, str]:
-    """Returns bytes and whose they are: the most that a "device" of this process has held, where devices tell, else
-    what the "process" holds now (its resident set)."""
+    """Returns bytes and whose they are: the most that a "device" of this process has held, where
+    devices tell, else what the "process" holds now (its resident set)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
     return (max(peaks), "device") if peaks else (psutil.Process().memory_info().rss, "process")
@@ -160,8 +172,8 @@ def format_line(step: int, total: int, row: Mapping[str, float | int | None]) ->
     Args:
       step: steps done.
       total: steps of the run.
-      row: loss, gradient norm and learning rate under `train/`, tokens per second and mfu (None where the peak of the
-        devices is not known) under `throughput/`, and `time/step_ms`.
+      row: loss, gradient norm and learning rate under `train/`, tokens per second and mfu (None
+        where the peak of the devices is not known) under `throughput/`, and `time/step_ms`.
     """
     mfu, (held, whose) = row["throughput/mfu"], memory_in_use()
     eta = datetime.timedelta(seconds=round((total - step) * row["time/step_ms"] / 1000))
@@ -183,23 +195,34 @@ def format_line(step: int, total: int, row: Mapping[str, float | int | None]) ->
 
 def format_evaluation(row: Mapping[str, float | int]) -> str:
     """Returns the log line of a row of held-out metrics."""
-    return "  ".join([f"step {row['step']}"] + [f"{name} {row[name]:.4f}" for name in row if name != "step"])
+    return "  ".join(
+        [f"step {row['step']}"] + [f"{name} {row[name]:.4f}" for name in row if name != "step"]
+    )
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites the file without later rows and torn lines, at once: whoever reads sees the old file or the new one."""
+    """Rewrites the file without later rows and torn lines, at once: whoever reads sees the old file
+    or the new one.
+    """
     if not path.exists():
         return
     rows = _rows(path)
     kept = [line for line, row in rows if row is not None and row["step"] <= step]
     if len(kept) == len(rows):
         return
-    logger.info("%s: %d rows after step %d dropped; they will be written again.", path, len(rows) - len(kept), step)
+    logger.info(
+        "%s: %d rows after step %d dropped; they will be written again.",
+        path,
+        len(rows) - len(kept),
+        step,
+    )
     files.write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
-    """Returns the lines of a file, each with its row, or None where it is torn or changed by another hand."""
+    """Returns the lines of a file, each with its row, or None where it is torn or changed by
+    another hand.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
@@ -212,7 +235,9 @@ def _parse(line: str) -> dict[str, Any] | None:
         if not isinstance(row, dict) or type(row["step"]) is not int:
             return None
         # The words for numbers that are not finite become numbers; any other word is an error.
-        values = {name: float(value) if isinstance(value, str) else value for name, value in row.items()}
+        values = {
+            name: float(value) if isinstance(value, str) else value for name, value in row.items()
+        }
     except (ValueError, KeyError, RecursionError):
         return None
     numeric = all(value is None or isinstance(value, (int, float)) for value in values.values())

@@ -1,8 +1,8 @@
 """Which parameters a run trains: the others are frozen, with no gradient, no moment and no average.
 
-A parameter is trained whole, or in some of its rows (rows of the embedding, or layers of a stack). Both parts are trees
-with the parameters' own names; a frozen tree also holds the arrays of which only rows are trained, and those rows of it
-are never read.
+A parameter is trained whole, or in some of its rows (rows of the embedding, or layers of a stack).
+Both parts are trees with the parameters' own names; a frozen tree also holds the arrays of which
+only rows are trained, and those rows of it are never read.
 """
 
 import dataclasses
@@ -32,12 +32,13 @@ class TrainableConfig:
     """Which parameters are trained.
 
     Attributes:
-      select: `all`; `heads` (output projection, its transform and bias, pooler); `last_layers` of each stack; `biases`
-        (whatever is added to activations or attention scores, but not the selection biases of experts, which their
-        load moves); `pattern`; `embedding_rows` (of the table of token embeddings).
+      select: `all`; `heads` (output projection, its transform and bias, pooler); `last_layers` of
+        each stack; `biases` (whatever is added to activations or attention scores, but not the
+        selection biases of experts, which their load moves); `pattern`; `embedding_rows` (of the
+        table of token embeddings).
       num_layers: for `last_layers`: how many, at least 1.
-      pattern: for `pattern`: a regular expression that is searched for in a parameter's path, such as
-        `attention/(query|key)/`.
+      pattern: for `pattern`: a regular expression that is searched for in a parameter's path, such
+        as `attention/(query|key)/`.
       rows: for `embedding_rows`: ids of the tokens.
       frozen_dtype: the type that frozen parameters are kept in; None is their own.
     """
@@ -56,9 +57,13 @@ class TrainableConfig:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise UserError("pattern", self.pattern, f"is not a regular expression: {error}.") from error
+            raise UserError(
+                "pattern", self.pattern, f"is not a regular expression: {error}."
+            ) from error
         if self.select == "embedding_rows" and not self.rows:
-            raise UserError("rows", (), "must name at least one token for select = 'embedding_rows'.")
+            raise UserError(
+                "rows", (), "must name at least one token for select = 'embedding_rows'."
+            )
         if len(set(self.rows)) < len(self.rows) or min(self.rows, default=0) < 0:
             raise UserError("rows", self.rows, "must be different ids, none below 0.")
 
@@ -104,16 +109,22 @@ class Partition:
 
     def untouched(self, params: Any) -> frozenset[str]:
         """Returns the names of the parameters of which no row is trained."""
-        return frozenset(() if self.selection is None else _leaves(params).keys() - self.selection.keys())
+        return frozenset(
+            () if self.selection is None else _leaves(params).keys() - self.selection.keys()
+        )
 
     def trained_rows(self, name: str, array: Any) -> Any:
-        """Returns the rows of an array that stand for the trained rows of a parameter; all where it is not cut.
+        """Returns the rows of an array that stand for the trained rows of a parameter; all where it
+        is not cut.
 
         Args:
           name: of the parameter.
-          array: has a row for each of the parameter's, as the load of stacked experts has for their selection biases.
+          array: has a row for each of the parameter's, as the load of stacked experts has for their
+              selection biases.
         """
-        rows = None if self.selection is None or name not in self.selection else self.selection[name]
+        rows = (
+            None if self.selection is None or name not in self.selection else self.selection[name]
+        )
         # [L, E] -> [n, E] where n of L stacked layers are trained
         return array if rows is None else array[np.array(rows)]
 
@@ -139,7 +150,9 @@ def _changed(leaf: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _rows(leaf: Any, rows: tuple[int, ...]) -> Any:
-    """Returns some rows of an array, or of the array in a box; rows of a table are on every device."""
+    """Returns some rows of an array, or of the array in a box; rows of a table are on every
+    device.
+    """
     taken = _changed(leaf, lambda array: array[np.array(rows)])
     if not is_box(leaf) or leaf.names[0] == "layers":
         return taken
@@ -154,7 +167,8 @@ def build_partition(config: TrainableConfig, boxed: Any) -> Partition:
       boxed: abstract parameters with their logical axes.
 
     Raises:
-      UserError: nothing is selected, so everything would be frozen; the message names what there is.
+      UserError: nothing is selected, so everything would be frozen; the message names what there
+          is.
     """
     leaves = _leaves(boxed)
     if config.select == "all":
@@ -163,7 +177,8 @@ def build_partition(config: TrainableConfig, boxed: Any) -> Partition:
     if not selection:
         raise UserError(
             "train.trainable",
-            constraint=f": select = {_describe(config)} matches no parameter, so everything would be frozen. "
+            constraint=f": select = {_describe(config)} matches no parameter, so everything would "
+            "be frozen. "
             f"There are: {_listed(leaves)}.",
         )
     return Partition(selection, config.frozen_dtype)
@@ -180,7 +195,8 @@ def _select(config: TrainableConfig, leaves: Mapping[str, Any]) -> Selection:
         size = leaves["embed/embedding"].value.shape[0]
         if max(config.rows) >= size:
             raise UserError(
-                "train.trainable.rows", constraint=f": {max(config.rows)} is not below model.vocab_size = {size}."
+                "train.trainable.rows",
+                constraint=f": {max(config.rows)} is not below model.vocab_size = {size}.",
             )
         return {"embed/embedding": config.rows}
     return _last_layers(config.num_layers, leaves)
@@ -192,9 +208,13 @@ def _last_layers(count: int, leaves: Mapping[str, Any]) -> Selection:
     order: dict[str, set[tuple[bool, int]]] = {}
     for name, box in leaves.items():
         if found := _UNROLLED.fullmatch(name):
-            order.setdefault(found["stack"], set()).add((found["first"] is None, int(found["index"])))
+            order.setdefault(found["stack"], set()).add(
+                (found["first"] is None, int(found["index"]))
+            )
         elif found := _SCANNED.fullmatch(name):
-            order.setdefault(found["stack"], set()).update((True, i) for i in range(box.value.shape[0]))
+            order.setdefault(found["stack"], set()).update(
+                (True, i) for i in range(box.value.shape[0])
+            )
     last = {stack: set(sorted(layers)[-count:]) for stack, layers in order.items()}
 
     selection: Selection = {}
@@ -209,7 +229,11 @@ def _last_layers(count: int, leaves: Mapping[str, Any]) -> Selection:
 
 
 def _describe(config: TrainableConfig) -> str:
-    return f"'pattern', pattern = {config.pattern!r}" if config.select == "pattern" else repr(config.select)
+    return (
+        f"'pattern', pattern = {config.pattern!r}"
+        if config.select == "pattern"
+        else repr(config.select)
+    )
 
 
 def _listed(names: Mapping[str, Any]) -> str:

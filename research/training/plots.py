@@ -21,8 +21,8 @@ def plot_loss(workdir: Path) -> Path:
     Raises:
       UserError: the workdir's metrics have no loss yet.
     """
-    # Deferred: heavy, and wanted at the end of a run only. The figure is made without pyplot, so neither a display nor
-    # global state is needed.
+    # Deferred: heavy, and wanted at the end of a run only. The figure is made without pyplot, so
+    # neither a display nor global state is needed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -60,7 +60,9 @@ def _draw_train(axes: Any, steps: list[int], values: list[float]) -> None:
     pale = {"alpha": 0.3} if many else {"label": "train"}
     axes.plot(steps, values, color=_COLOURS[TRAIN], linewidth=1, **pale)
     if many:
-        axes.plot(steps, _smooth(np.asarray(values)), color=_COLOURS[TRAIN], linewidth=1.8, label="train")
+        axes.plot(
+            steps, _smooth(np.asarray(values)), color=_COLOURS[TRAIN], linewidth=1.8, label="train"
+        )
 
 
 def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
@@ -77,12 +79,18 @@ def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
 def _draw_eval(axes: Any, steps: list[int], values: list[float], bits: list[float]) -> None:
     if not steps:
         return
-    label = f"evaluation: last {values[-1]:.3f}" + (f", {bits[-1]:.3f} bits per byte" if bits else "")
-    axes.plot(steps, values, color=_COLOURS[EVAL], marker="o", markersize=3.5, linewidth=1.5, label=label)
+    label = f"evaluation: last {values[-1]:.3f}" + (
+        f", {bits[-1]:.3f} bits per byte" if bits else ""
+    )
+    axes.plot(
+        steps, values, color=_COLOURS[EVAL], marker="o", markersize=3.5, linewidth=1.5, label=label
+    )
 
 
 def _limits(*curves: list[float]) -> tuple[float, float]:
-    """From just below the least loss to the loss near the start, so that a spike does not flatten the rest."""
+    """From just below the least loss to the loss near the start, so that a spike does not flatten
+    the rest.
+    """
     finite = sorted(value for values in curves for value in values if abs(value) < float("inf"))
     if not finite:
         return 0.0, 1.0

@@ -19,7 +19,14 @@ from research.parallel.target import mesh_platform
 from research.training.config import TrainConfig
 from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState, abstract_state, create_state
-from research.training.step import AbstractBatch, Loss, Metrics, Step, make_eval_step, make_train_step
+from research.training.step import (
+    AbstractBatch,
+    Loss,
+    Metrics,
+    Step,
+    make_eval_step,
+    make_train_step,
+)
 
 Init = Callable[[jax.Array], Any]
 
@@ -32,7 +39,8 @@ class Program:
       mesh: the devices.
       init: makes all boxed parameters from a key.
       partition: which of them are trained.
-      state: shapes, types and shardings of the training state, whose parameters are the trainable ones.
+      state: shapes, types and shardings of the training state, whose parameters are the trainable
+          ones.
       frozen: the same of the frozen parameters; empty where everything is trained.
       saved: the same of the state with all parameters, as a checkpoint has it.
       batch: the same of a batch.
@@ -54,17 +62,25 @@ class Program:
 
     def compile_train_step(self) -> Step:
         """Returns the step compiled; the new state lies as the old one, whose buffers it takes."""
-        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(_shardings(self.state), None))
+        step = jax.jit(
+            self.train_step, donate_argnums=0, out_shardings=(_shardings(self.state), None)
+        )
         with jax.set_mesh(self.mesh):
             return step.lower(self.state, self.frozen, self.batch).compile()
 
     def compile_eval_step(self) -> Callable[[Any, Any, Batch], Metrics]:
         """Returns the evaluation compiled."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.eval_step).lower(self.state.eval_params(), self.frozen, self.batch).compile()
+            return (
+                jax.jit(self.eval_step)
+                .lower(self.state.eval_params(), self.frozen, self.batch)
+                .compile()
+            )
 
     def begin(self, saved: TrainState | None, key: jax.Array) -> tuple[TrainState, Any]:
-        """Returns the state and the frozen parameters to go on with: those of a checkpoint, or new ones from a key."""
+        """Returns the state and the frozen parameters to go on with: those of a checkpoint, or new
+        ones from a key.
+        """
         return (self.create(key), self.create_frozen(key)) if saved is None else self.split(saved)
 
     def create_frozen(self, key: jax.Array) -> Any:
@@ -116,7 +132,8 @@ def build_program(
     partition: Partition = EVERYTHING,
     expert_bias_speed: float = 0.0,
 ) -> Program:
-    """Returns the run's functions on `devices` (all by default); nothing is compiled and no array is made.
+    """Returns the run's functions on `devices` (all by default); nothing is compiled and no array
+    is made.
 
     Args:
       init: makes boxed parameters from a key.
@@ -156,7 +173,9 @@ def build_program(
         frozen=_abstract_params(frozen, devices_mesh),
         saved=_abstract_saved(boxed, state, devices_mesh),
         batch=_abstract_batch(batch_shapes, devices_mesh),
-        create=functools.partial(create_state, lambda key: partition.split(init(key))[0], optimizer, state),
+        create=functools.partial(
+            create_state, lambda key: partition.split(init(key))[0], optimizer, state
+        ),
         train_step=train_step,
         eval_step=make_eval_step(loss if eval_loss is None else eval_loss),
     )

@@ -1,7 +1,8 @@
 """What Orbax and TensorStore print of a write that failed is silenced while one is under way.
 
-They tell it many times, a page of traceback each: Orbax in its log, asyncio of each other array, TensorStore from
-threads whose event loop was closed at the first error. `Checkpoints.wait` raises the same error, which is one line.
+They tell it many times, a page of traceback each: Orbax in its log, asyncio of each other array,
+TensorStore from threads whose event loop was closed at the first error. `Checkpoints.wait` raises
+the same error, which is one line.
 """
 
 import contextlib
@@ -44,7 +45,10 @@ def _stop() -> None:
 
 
 def _tell_unraisable(unraisable: Any) -> None:
-    closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+    closed = (
+        isinstance(unraisable.exc_value, RuntimeError)
+        and str(unraisable.exc_value) == "Event loop is closed"
+    )
     if not closed:
         _hook_before(unraisable)
 

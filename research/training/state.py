@@ -19,7 +19,8 @@ from research.parallel.rules import param_shardings
 class TrainState:
     """Everything that a checkpoint must hold for the run to go on bit for bit.
 
-    The fields have no shapes: the same tree also holds shapes, shardings and names in place of its arrays.
+    The fields have no shapes: the same tree also holds shapes, shardings and names in place of its
+        arrays.
 
     Attributes:
       step: batches taken so far, skipped ones included; int32, as the other counters.
@@ -41,8 +42,12 @@ class TrainState:
         """Returns the parameters to evaluate: the average where there is one."""
         return self.params if self.ema is None else self.ema
 
-    def advance(self, params: Any, opt_state: Any, ema: Any, finite: Bool[Array, ""]) -> "TrainState":
-        """Returns the state after a step: with the new values where it was finite, with the old ones where not."""
+    def advance(
+        self, params: Any, opt_state: Any, ema: Any, finite: Bool[Array, ""]
+    ) -> "TrainState":
+        """Returns the state after a step: with the new values where it was finite, with the old
+        ones where not.
+        """
         old = (self.params, self.opt_state, self.ema)
         params, opt_state, ema = jax.tree.map(
             lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema), old
@@ -72,8 +77,9 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, keep_ema: bo
 def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
     """Returns the sharding of every array of an abstract state.
 
-    An array of the optimizer or the average that stands for a parameter (its path ends in the parameter's, its shape is
-    the same) lies as that parameter does; counters and factored moments are on every device.
+    An array of the optimizer or the average that stands for a parameter (its path ends in the
+    parameter's, its shape is the same) lies as that parameter does; counters and factored moments
+    are on every device.
 
     Args:
       state: shapes, as `jax.eval_shape` gives them.
@@ -97,7 +103,9 @@ def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def abstract_state(boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, keep_ema: bool) -> TrainState:
+def abstract_state(
+    boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, keep_ema: bool
+) -> TrainState:
     """Returns the state's shapes, types and shardings, without an array.
 
     Args:
@@ -118,11 +126,17 @@ def abstract_state(boxed: Any, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def create_state(
-    init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, abstract: TrainState, key: jax.Array
+    init: Callable[[jax.Array], Any],
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    key: jax.Array,
 ) -> TrainState:
-    """Returns the state of step 0, every array made where `abstract` puts it; the mesh changes no value."""
+    """Returns the state of step 0, every array made where `abstract` puts it; the mesh changes no
+    value.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(
-        lambda key: new_state(nn.unbox(init(key)), optimizer, abstract.ema is not None), out_shardings=shardings
+        lambda key: new_state(nn.unbox(init(key)), optimizer, abstract.ema is not None),
+        out_shardings=shardings,
     )
     return make(key)

@@ -1,4 +1,6 @@
-"""Step builders: a loss and an optimizer become `step(state, frozen, batch) -> (state, metrics)`."""
+"""Step builders: a loss and an optimizer become `step(state, frozen, batch) -> (state,
+metrics)`.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -26,8 +28,8 @@ class Report(NamedTuple):
 
     Attributes:
       sums: for the log, divided by the weight of the whole batch as the loss's own sum is.
-      means: losses that are means of what they were computed from (the router loss). They are minimized too, and the
-        mean over microbatches counts.
+      means: losses that are means of what they were computed from (the router loss). They are
+        minimized too, and the mean over microbatches counts.
       expert_load: how many real tokens chose each expert, by the path of the experts' parameters.
     """
 
@@ -41,12 +43,16 @@ class Loss(Protocol):
     """What a run minimizes: a sum over a batch, divided by a weight of its own."""
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
-        """Returns the denominator: how many tokens, sequences, pairs or prompts the batch holds, or a constant.
+        """Returns the denominator: how many tokens, sequences, pairs or prompts the batch holds, or
+        a constant.
 
-        A step asks for it once, over the whole batch, before microbatches and devices see their parts.
+        A step asks for it once, over the whole batch, before microbatches and devices see their
+        parts.
         """
 
-    def sums(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, ""], Report]:
+    def sums(
+        self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[Float[Array, ""], Report]:
         """Returns the sum over a batch, or over a part of it, and what else there is to tell.
 
         Args:
@@ -58,15 +64,27 @@ class Loss(Protocol):
 
 
 def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
-    """Returns every `count`-th row: each device's share of the batch gives as many rows to each microbatch."""
+    """Returns every `count`-th row: each device's share of the batch gives as many rows to each
+    microbatch.
+    """
     # [B, T] -> [B / count, count, T] -> [B / count, T]
-    return {name: array.reshape(-1, count, *array.shape[1:])[:, index] for name, array in batch.items()}
+    return {
+        name: array.reshape(-1, count, *array.shape[1:])[:, index] for name, array in batch.items()
+    }
 
 
 def _sum_gradients(
-    loss: Loss, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, accumulation: int, unroll: bool
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    key: jax.Array,
+    accumulation: int,
+    unroll: bool,
 ) -> tuple[Float[Array, ""], Report, Any]:
-    """Returns what is minimized, the report and the gradients: means over the whole batch, but for counts of load."""
+    """Returns what is minimized, the report and the gradients: means over the whole batch, but for
+    counts of load.
+    """
     weight = loss.weight(batch)
     weight = jnp.where(weight > 0, weight, 1.0)
 
@@ -93,7 +111,9 @@ def _sum_gradients(
 
 
 def _norm(gradients: Any) -> Float[Array, ""]:
-    """Returns the global norm, in float32 whatever the gradients are in: a sum of squares needs its digits."""
+    """Returns the global norm, in float32 whatever the gradients are in: a sum of squares needs its
+    digits.
+    """
     return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
 
 
@@ -101,11 +121,18 @@ def _moved_average(ema: Any, params: Any, decay: float) -> Any:
     return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
 
 
-def _balanced(params: Any, expert_load: Mapping[str, Array], speed: float, partition: Partition) -> Any:
-    """Returns the trained parameters with their selection biases moved by the load of their own layers."""
+def _balanced(
+    params: Any, expert_load: Mapping[str, Array], speed: float, partition: Partition
+) -> Any:
+    """Returns the trained parameters with their selection biases moved by the load of their own
+    layers.
+    """
     if not speed:
         return params
-    load = {path: partition.trained_rows(selection_bias(path), of_all) for path, of_all in expert_load.items()}
+    load = {
+        path: partition.trained_rows(selection_bias(path), of_all)
+        for path, of_all in expert_load.items()
+    }
     return balance_experts(params, load, speed)
 
 
@@ -122,18 +149,23 @@ def make_train_step(
     accumulation: int = 1,
     unroll: bool = False,
 ) -> Step:
-    """Returns the pure training step. It differentiates and changes the state's parameters, and nothing frozen.
+    """Returns the pure training step. It differentiates and changes the state's parameters, and
+    nothing frozen.
 
-    A step whose loss or gradient is not finite changes no parameter and no optimizer state; it is counted, and its
-    batch is gone.
+    A step whose loss or gradient is not finite changes no parameter and no optimizer state; it is
+    counted, and its batch is gone.
 
     Args:
-      loss: what is minimized; its sums are divided by the weight of the whole batch, whatever the accumulation.
+      loss: what is minimized; its sums are divided by the weight of the whole batch, whatever the
+          accumulation.
       optimizer: applied to the gradient.
-      learning_rate: that the optimizer's next update takes, told from the optimizer's state; for the log.
+      learning_rate: that the optimizer's next update takes, told from the optimizer's state; for
+          the log.
       key: root of the run's dropout; each step's key is a function of it and the step.
-      partition: which parameters are trained: the load of stacked experts is cut as their selection biases are.
-      expert_bias_speed: how far a step moves the biases of the choice of experts towards an even load.
+      partition: which parameters are trained: the load of stacked experts is cut as their selection
+          biases are.
+      expert_bias_speed: how far a step moves the biases of the choice of experts towards an even
+          load.
       clip_norm: largest global norm of the gradient, or None.
       ema_decay: of the averaged parameters, where the state has them.
       accumulation: microbatches that the batch is taken in; divides the batch size.
@@ -142,7 +174,9 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = step_key(key, state.step)
-        value, report, grads = _sum_gradients(loss, state.params, frozen, batch, dropout_key, accumulation, unroll)
+        value, report, grads = _sum_gradients(
+            loss, state.params, frozen, batch, dropout_key, accumulation, unroll
+        )
 
         norm = _norm(grads)
         if clip_norm is not None:
@@ -172,10 +206,12 @@ def make_train_step(
 
 
 def place_batch(batch: Batch, like: AbstractBatch) -> Batch:
-    """Puts this process's rows of a batch on its devices, as part of the global batch that `like` describes.
+    """Puts this process's rows of a batch on its devices, as part of the global batch that `like`
+    describes.
 
     Args:
-      batch: whole rows, those of `parallel.rules.process_rows`; of each the devices get the tokens that they hold.
+      batch: whole rows, those of `parallel.rules.process_rows`; of each the devices get the tokens
+          that they hold.
       like: shapes, types and shardings of the global batch.
     """
     placed = {}
@@ -187,7 +223,9 @@ def place_batch(batch: Batch, like: AbstractBatch) -> Batch:
 
 
 def make_eval_step(loss: Loss) -> Callable[[Any, Any, Batch], Metrics]:
-    """Returns `step(trainable, frozen, batch) -> sums` over the batch: the reported losses and their weight."""
+    """Returns `step(trainable, frozen, batch) -> sums` over the batch: the reported losses and
+    their weight.
+    """
 
     def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
         _, report = loss.sums(trainable, frozen, batch, None)

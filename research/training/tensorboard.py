@@ -1,7 +1,7 @@
 """TensorBoard's event files, written by the thread that has the numbers.
 
-tensorboardX's own writer has a thread that reckons its waits from the system's clock: where that is set back by days,
-the thread dies, and who writes waits for it for ever.
+tensorboardX's own writer has a thread that reckons its waits from the system's clock: where that is
+set back by days, the thread dies, and who writes waits for it for ever.
 """
 
 import logging
@@ -19,7 +19,8 @@ SECONDS_BETWEEN_FLUSHES = 30.0
 
 
 class Board:
-    """Appends scalars to a new event file. What goes wrong with it is a warning: metrics.jsonl has the numbers too.
+    """Appends scalars to a new event file. What goes wrong with it is a warning: metrics.jsonl has
+    the numbers too.
 
     Args:
       folder: of the event files.

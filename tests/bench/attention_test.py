@@ -1,4 +1,6 @@
-"""`tessera bench attention`: what it refuses, that its sides compute the same, and what its counts are made of."""
+"""`tessera bench attention`: what it refuses, that its sides compute the same, and what its counts
+are made of.
+"""
 
 import argparse
 import importlib.util
@@ -30,7 +32,9 @@ def test_what_cannot_be_benched_is_one_line(monkeypatch):
         bench_attention.main(arguments("--target=gpu"))
     with pytest.raises(UserError, match=r"--lengths = '4096,many' must be multiples of 2048"):
         bench_attention.main(arguments("--target=tpu-schedule", "--lengths=4096,many"))
-    with pytest.raises(UserError, match=r"--chips = 'v5e,v6' names 'v6', no TPU generation. Did you mean 'v6e'"):
+    with pytest.raises(
+        UserError, match=r"--chips = 'v5e,v6' names 'v6', no TPU generation. Did you mean 'v6e'"
+    ):
         bench_attention.main(arguments("--target=tpu-schedule", "--chips=v5e,v6"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[tpu\]'"):
@@ -39,7 +43,9 @@ def test_what_cannot_be_benched_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sides_return_value_and_gradients_of_the_same_attention(dtype):
-    ours, theirs = (bench_attention_sides.jax_side(side, dtype, 1, 64, 2, 8)() for side in ("tessera", "jax.nn"))
+    ours, theirs = (
+        bench_attention_sides.jax_side(side, dtype, 1, 64, 2, 8)() for side in ("tessera", "jax.nn")
+    )
     for got, want in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True):
         difference = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
         assert difference < (1e-5 if dtype == "float32" else 0.1)
@@ -53,7 +59,9 @@ def test_turns_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, 
             self.side = command[1]
 
         def __enter__(self):
-            return lambda count: asked.append(self.side) or {"tessera": 1.0, "jax.nn": 3.0}[self.side]
+            return lambda count: (
+                asked.append(self.side) or {"tessera": 1.0, "jax.nn": 3.0}[self.side]
+            )
 
         def __exit__(self, *exception):
             pass
@@ -65,7 +73,9 @@ def test_turns_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, 
     assert asked == ["tessera", "jax.nn", "jax.nn", "tessera", "tessera", "jax.nn"] * 2
     printed = capsys.readouterr().out
     assert "3.00 (3.00 to 3.00) times the speed of jax.nn" in printed
-    figure = json.loads((tmp_path / "out.json").read_text())["figures"]["float32, 1 × 4,096 tokens, 1 heads of 8"]
+    figure = json.loads((tmp_path / "out.json").read_text())["figures"][
+        "float32, 1 × 4,096 tokens, 1 heads of 8"
+    ]
     assert figure["turns"] == {"tessera": [1000.0] * 2, "jax.nn": [3000.0] * 2}
     assert figure["skipped"] == {"torch": "it is not installed (extra `parity`)"}
     assert "torch        left out: it is not installed" in printed

@@ -32,29 +32,45 @@ def checkout(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     return tmp_path
 
 
-def test_a_slower_side_has_a_ratio_below_one(checkout: pathlib.Path, tmp_path: pathlib.Path, monkeypatch):
+def test_a_slower_side_has_a_ratio_below_one(
+    checkout: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
+):
     @contextlib.contextmanager
     def worker(command: list[str], root: pathlib.Path):
         yield lambda count: 4.0 if root == checkout else 2.0
 
     monkeypatch.setattr(commits, "worker", worker)
-    commits.main(arguments("--only=train,family gpt2", "--rounds=2", f"--json={tmp_path / 'out.json'}"))
+    commits.main(
+        arguments("--only=train,family gpt2", "--rounds=2", f"--json={tmp_path / 'out.json'}")
+    )
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert list(figures) == ["train", "family gpt2"]
     for fields in figures.values():
         assert report.Figure(**fields).ratios() == {"before": [0.5, 0.5]}
 
 
-def test_the_loader_s_figure_is_read_from_what_its_bench_prints_now_and_before(checkout: pathlib.Path, monkeypatch):
-    now = "  loader       9.00 (8.00 to 9.00) M tokens/s\n  loader       3.00 (1.00 to 4.00) M tokens/core-second\n"
-    then = "  loader  9.00 (8 to 9) M tokens a second\n  loader  2.00 (1 to 2) M tokens a core-second\n"
+def test_the_loader_s_figure_is_read_from_what_its_bench_prints_now_and_before(
+    checkout: pathlib.Path, monkeypatch
+):
+    now = (
+        "  loader       9.00 (8.00 to 9.00) M tokens/s\n  loader       3.00 (1.00 to 4.00) M "
+        "tokens/core-second\n"
+    )
+    then = (
+        "  loader  9.00 (8 to 9) M tokens a second\n  loader  2.00 (1 to 2) M tokens a "
+        "core-second\n"
+    )
     monkeypatch.setattr(commits, "run", lambda command, root: now if root == checkout else then)
-    ((name, figure),) = commits._measure("loader", {"now": checkout, "before": pathlib.Path("before")}, 1)
+    ((name, figure),) = commits._measure(
+        "loader", {"now": checkout, "before": pathlib.Path("before")}, 1
+    )
     assert (name, figure.ratios()) == ("loader", {"before": [1.5]})
 
 
 @pytest.mark.parametrize("has_room", [True, False])
-def test_conversions_alternate_their_order_with_files_in_memory(checkout: pathlib.Path, monkeypatch, has_room: bool):
+def test_conversions_alternate_their_order_with_files_in_memory(
+    checkout: pathlib.Path, monkeypatch, has_room: bool
+):
     asked, before = [], pathlib.Path("before")
 
     def turn(folder: pathlib.Path, way: str, module: str, root: pathlib.Path) -> dict[str, float]:
@@ -67,10 +83,14 @@ def test_conversions_alternate_their_order_with_files_in_memory(checkout: pathli
     monkeypatch.setattr(commits.convert, "make_folder", lambda *_: 3_000_000)
     monkeypatch.setattr(commits.convert, "turn", turn)
     figures = dict(commits._measure("convert", {"now": checkout, "before": before}, 1))
-    assert asked == [(root, way) for root in (checkout, before, before, checkout) for way in ("in", "out")]
+    assert asked == [
+        (root, way) for root in (checkout, before, before, checkout) for way in ("in", "out")
+    ]
     for way in ("in", "out"):
         assert figures[f"convert {way}"].turns == {"now": [3.0], "before": [1.5]}
-        assert figures[f"convert {way}"].note == ("files in memory" if has_room else "files on the disk")
+        assert figures[f"convert {way}"].note == (
+            "files in memory" if has_room else "files on the disk"
+        )
 
 
 def test_the_files_are_those_of_the_commit(checkout: pathlib.Path):

@@ -1,4 +1,6 @@
-"""`tessera bench convert`: its rows beside a copy, each turn in a process of its own, and what it refuses."""
+"""`tessera bench convert`: its rows beside a copy, each turn in a process of its own, and what it
+refuses.
+"""
 
 import argparse
 import json
@@ -26,7 +28,12 @@ def test_both_ways_are_measured_beside_a_copy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "run", run)
     monkeypatch.setattr(convert, "make_folder", lambda folder, size, dtype: size)
-    flags = ("--rounds=1", "--megabytes=8", f"--folder={tmp_path}", f"--json={tmp_path / 'out.json'}")
+    flags = (
+        "--rounds=1",
+        "--megabytes=8",
+        f"--folder={tmp_path}",
+        f"--json={tmp_path / 'out.json'}",
+    )
     convert.main(arguments(*flags))
     assert asked == 2 * ["copy", "in", "out", "out", "in", "copy"]
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]

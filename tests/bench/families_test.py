@@ -16,10 +16,21 @@ def arguments(*argv):
 
 
 def test_a_row_is_the_flops_a_second_beside_the_decoder_s(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "interleave", lambda commands, rounds, count: dict.fromkeys(commands, [2.0] * rounds))
-    families.main(arguments("--only=gemma.py:3-1b", "--rounds=1", "--steps=3", f"--json={tmp_path / 'out.json'}"))
+    monkeypatch.setattr(
+        families,
+        "interleave",
+        lambda commands, rounds, count: dict.fromkeys(commands, [2.0] * rounds),
+    )
+    families.main(
+        arguments(
+            "--only=gemma.py:3-1b", "--rounds=1", "--steps=3", f"--json={tmp_path / 'out.json'}"
+        )
+    )
     figure = json.loads((tmp_path / "out.json").read_text())["figures"]["gemma.py:3-1b"]
-    work = {side: 3 * families.flops(families.load(side, "float32")) for side in ("gemma.py:3-1b", "gpt2")}
+    work = {
+        side: 3 * families.flops(families.load(side, "float32"))
+        for side in ("gemma.py:3-1b", "gpt2")
+    }
     assert figure["is_rate"]
     assert figure["turns"] == {side: pytest.approx([flops / 2e9]) for side, flops in work.items()}
 

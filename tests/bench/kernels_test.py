@@ -1,4 +1,6 @@
-"""`tessera bench kernels`: what it refuses, that its sides compute the same, and what it makes of their times."""
+"""`tessera bench kernels`: what it refuses, that its sides compute the same, and what it makes of
+their times.
+"""
 
 import argparse
 import json
@@ -16,7 +18,11 @@ from research.bench import kernels_sides as bench_kernels_sides
 from research.bench import sides as bench_sides
 from research.core.errors import UserError
 
-TINY = {"cross_entropy": (24, 8, 40), "grouped_matmul": (24, 8, 16, 3), "decode_attention": (3, 100, 4, 2, 8)}
+TINY = {
+    "cross_entropy": (24, 8, 40),
+    "grouped_matmul": (24, 8, 16, 3),
+    "decode_attention": (3, 100, 4, 2, 8),
+}
 
 
 def arguments(*argv):
@@ -28,7 +34,9 @@ def arguments(*argv):
 def test_what_cannot_be_benched_is_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"--rounds = 0 must be at least 1"):
         bench_kernels.main(arguments("--rounds=0"))
-    with pytest.raises(UserError, match=r"--only = 'cross-entropy' is no kernel .* Did you mean 'cross_entropy'"):
+    with pytest.raises(
+        UserError, match=r"--only = 'cross-entropy' is no kernel .* Did you mean 'cross_entropy'"
+    ):
         bench_kernels.main(arguments("--only=grouped_matmul,cross-entropy"))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(UserError, match="needs a CPU or a GPU: no two processes share a TPU"):
@@ -43,7 +51,9 @@ def result(kernel, side, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", TINY)
 def test_sides_return_the_same(kernel, dtype):
-    ours, theirs = (result(kernel, side, dtype) for side in ("tessera", bench_kernels.PEERS[kernel][0]))
+    ours, theirs = (
+        result(kernel, side, dtype) for side in ("tessera", bench_kernels.PEERS[kernel][0])
+    )
     for got, want in zip(ours, theirs, strict=True):
         scale = np.abs(np.asarray(want, np.float32)).max()
         difference = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
@@ -68,7 +78,9 @@ class Worker:
         self.side = command[3]
 
     def __enter__(self):
-        return lambda count: self.asked.append(self.side) or {"tessera": 1.0, "copy": 0.5}.get(self.side, 4.0)
+        return lambda count: (
+            self.asked.append(self.side) or {"tessera": 1.0, "copy": 0.5}.get(self.side, 4.0)
+        )
 
     def __exit__(self, *exception):
         pass
@@ -79,9 +91,13 @@ def test_turns_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, 
     monkeypatch.setattr(Worker, "asked", [])
     monkeypatch.setattr(bench_kernels, "TURN_FLOPS", 1)
     for kernel, sizes in TINY.items():
-        monkeypatch.setitem(bench_kernels.SMALL, kernel, dict(zip(bench_kernels.SMALL[kernel], sizes, strict=True)))
+        monkeypatch.setitem(
+            bench_kernels.SMALL, kernel, dict(zip(bench_kernels.SMALL[kernel], sizes, strict=True))
+        )
     out = tmp_path / "out.json"
-    bench_kernels.main(arguments("--rounds=2", "--only=grouped_matmul,decode_attention", f"--json={out}"))
+    bench_kernels.main(
+        arguments("--rounds=2", "--only=grouped_matmul,decode_attention", f"--json={out}")
+    )
     turns = [["tessera", "ragged_dot"], ["tessera", "jax.nn", "copy"]]
     assert Worker.asked == [side for sides in turns for side in 2 * (sides + sides[::-1] + sides)]
     printed = capsys.readouterr().out
@@ -94,7 +110,10 @@ def test_turns_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, 
     assert matmul["note"].endswith("useful GFLOP/s")
     assert decode["turns"] == {"tessera": [1000.0] * 2, "jax.nn": [4000.0] * 2}
     read = bench_kernels_sides.page_bytes("float32", 3, 100, 2, 8)
-    assert copy["turns"] == {"tessera": pytest.approx([read / 1e9] * 2), "copy": pytest.approx([4 * read / 1e9] * 2)}
+    assert copy["turns"] == {
+        "tessera": pytest.approx([read / 1e9] * 2),
+        "copy": pytest.approx([4 * read / 1e9] * 2),
+    }
 
 
 def test_cross_entropy_is_measured_with_its_temporaries(monkeypatch):
@@ -107,7 +126,10 @@ def test_cross_entropy_is_measured_with_its_temporaries(monkeypatch):
 
 
 def test_it_runs_without_the_packages_for_data():
-    missing = "sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets', 'ml_collections', 'torch')))"
+    missing = (
+        "sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets', "
+        "'ml_collections', 'torch')))"
+    )
     run = "runpy.run_module('research.bench.kernels', run_name='__main__')"
     code = f"import runpy, sys; {missing}; sys.argv = ['bench', '--help']; {run}"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -23,9 +23,14 @@ def test_each_batch_and_type_has_a_row_of_milliseconds_a_step(tmp_path, monkeypa
     monkeypatch.setattr(latent, "interleave", interleave)
     latent.main(arguments("--rounds=2", f"--json={tmp_path / 'out.json'}"))
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
-    assert list(figures) == [f"{kind}, batch {n}, 2,048 slots" for n in (1, 8) for kind in ("float32", "bfloat16")]
+    assert list(figures) == [
+        f"{kind}, batch {n}, 2,048 slots" for n in (1, 8) for kind in ("float32", "bfloat16")
+    ]
     for figure in figures.values():
-        assert figure["turns"] == {"absorbed": pytest.approx([10.0] * 2), "decompressed": pytest.approx([50.0] * 2)}
+        assert figure["turns"] == {
+            "absorbed": pytest.approx([10.0] * 2),
+            "decompressed": pytest.approx([50.0] * 2),
+        }
 
 
 @pytest.mark.parametrize(

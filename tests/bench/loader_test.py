@@ -1,4 +1,6 @@
-"""`tessera bench loader`: every objective can be measured, and what is counted are tokens that a model reads."""
+"""`tessera bench loader`: every objective can be measured, and what is counted are tokens that a
+model reads.
+"""
 
 import argparse
 import dataclasses
@@ -22,14 +24,20 @@ def test_every_objective_is_measured(objective, tmp_path, monkeypatch, capsys):
 
     def prepare_little(config, folder):
         source = corpus if objective != "translate" else config.sources[0]
-        tokenizer = TokenizerConfig(kind="bytes", mask=config.tokenizer.mask, sentinels=config.tokenizer.sentinels)
-        return prepare(dataclasses.replace(config, sources=(source,), tokenizer=tokenizer), tmp_path)
+        tokenizer = TokenizerConfig(
+            kind="bytes", mask=config.tokenizer.mask, sentinels=config.tokenizer.sentinels
+        )
+        return prepare(
+            dataclasses.replace(config, sources=(source,), tokenizer=tokenizer), tmp_path
+        )
 
     monkeypatch.setattr(bench_loader, "prepare", prepare_little)
     monkeypatch.setattr(bench_loader, "documents", lambda source, split: documents(corpus, split))
     parser = argparse.ArgumentParser()
     bench_loader.add_arguments(parser)
-    bench_loader.main(parser.parse_args([f"--objective={objective}", "--rounds=1", "--tokens=5000"]))
+    bench_loader.main(
+        parser.parse_args([f"--objective={objective}", "--rounds=1", "--tokens=5000"])
+    )
     printed = capsys.readouterr().out
     assert printed.count(f"{objective}, ") == 2 * len(bench_loader.SHAPES)
     assert printed.count(" M tokens/core-second") == 2 * len(bench_loader.SHAPES)

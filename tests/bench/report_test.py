@@ -1,4 +1,6 @@
-"""What benches write: one form, the table that it makes, and the blocks of Markdown that hold tables."""
+"""What benches write: one form, the table that it makes, and the blocks of Markdown that hold
+tables.
+"""
 
 import argparse
 import json
@@ -9,8 +11,12 @@ import pytest
 from research.bench import report
 from research.core.errors import UserError
 
-TIMES = report.Figure("ms", False, {"tessera": [10.0, 20.0, 10.0], "jax.nn": [25.0, 40.0, 60.0]}, note="a | b")
-RATES = report.Figure("tokens/s", True, {"tessera": [3000.0], "torch": [1500.0]}, {"other": "not here"})
+TIMES = report.Figure(
+    "ms", False, {"tessera": [10.0, 20.0, 10.0], "jax.nn": [25.0, 40.0, 60.0]}, note="a | b"
+)
+RATES = report.Figure(
+    "tokens/s", True, {"tessera": [3000.0], "torch": [1500.0]}, {"other": "not here"}
+)
 
 
 def arguments(*argv: str) -> argparse.Namespace:
@@ -23,7 +29,11 @@ def arguments(*argv: str) -> argparse.Namespace:
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    report.publish("toy", arguments("--full", f"--json={tmp_path / 'toy.json'}"), [("times", TIMES), ("rates", RATES)])
+    report.publish(
+        "toy",
+        arguments("--full", f"--json={tmp_path / 'toy.json'}"),
+        [("times", TIMES), ("rates", RATES)],
+    )
     return tmp_path
 
 
@@ -36,7 +46,10 @@ def test_a_file_holds_every_turn_and_what_made_it(folder):
     held = json.loads((folder / "toy.json").read_text())
     assert list(held) == ["command", "date", "machine", "figures"]
     assert held["command"] == "tessera bench toy --rounds=3 --full --steps=1"
-    assert held["figures"]["times"]["turns"] == {"tessera": [10.0, 20.0, 10.0], "jax.nn": [25.0, 40.0, 60.0]}
+    assert held["figures"]["times"]["turns"] == {
+        "tessera": [10.0, 20.0, 10.0],
+        "jax.nn": [25.0, 40.0, 60.0],
+    }
     assert {name: report.Figure(**fields) for name, fields in held["figures"].items()} == {
         "times": TIMES,
         "rates": RATES,
@@ -55,7 +68,9 @@ def test_figures_are_printed_as_they_come(folder, capsys):
 def test_a_table_has_the_ratio_its_spread_and_both_medians(folder):
     text = report.table(json.loads((folder / "toy.json").read_text()))
     assert text.startswith("`tessera bench toy --rounds=3 --full --steps=1`, 2")
-    assert "| times | jax.nn | 2.50 | 2.00 to 6.00, 3 turns | 10.0 ms | 40.0 ms | a \\| b |\n" in text
+    assert (
+        "| times | jax.nn | 2.50 | 2.00 to 6.00, 3 turns | 10.0 ms | 40.0 ms | a \\| b |\n" in text
+    )
     assert "| rates | torch | 2.00 |  | 3,000 tokens/s | 1,500 tokens/s |  |\n" in text
     assert "| rates | other | left out | not here | 3,000 tokens/s |  |  |\n" in text
 
@@ -67,7 +82,8 @@ def test_another_command_gives_its_columns_and_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(712_551.0, "712,551"), (33.62, "33.6"), (0.9951, "0.995"), (0.0207, "0.0207"), (0.0, "0")]
+    ("value", "said"),
+    [(712_551.0, "712,551"), (33.62, "33.6"), (0.9951, "0.995"), (0.0207, "0.0207"), (0.0, "0")],
 )
 def test_numbers_have_three_digits_or_all_whole_ones(value, said):
     assert report.digits(value) == said
@@ -86,7 +102,9 @@ def test_blocks_are_filled_and_a_changed_digit_is_found(folder):
     assert report.check(filled.replace("unmeasured", "3 ms"), folder) == ["later"]
 
 
-@pytest.mark.parametrize("text", ["<!-- figures: toy -->\n" + block("toy", ""), "<!-- end of figures -->"])
+@pytest.mark.parametrize(
+    "text", ["<!-- figures: toy -->\n" + block("toy", ""), "<!-- end of figures -->"]
+)
 def test_half_a_block_is_refused(text, folder):
     with pytest.raises(UserError, match="a block of figures without its beginning or end"):
         report.filled(text, folder)
@@ -97,7 +115,9 @@ def broken(content: str) -> str:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"command": "a"}', broken("a"), broken({})])
-def test_a_file_that_no_bench_wrote_is_one_line_and_status_2(content, tmp_path, monkeypatch, capsys):
+def test_a_file_that_no_bench_wrote_is_one_line_and_status_2(
+    content, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(report, "FIGURES", tmp_path)
     (tmp_path / "toy.json").write_text(content)
     (tmp_path / "a.md").write_text(block("toy", ""))
@@ -124,7 +144,10 @@ def test_mistakes_in_flags_name_the_flag(tmp_path):
     for flag, said in (
         ("--rounds=0", "--rounds = 0 must be at least 1"),
         ("--steps=0", "--steps = 0 must be at least 1"),
-        (f"--json={tmp_path}/none/out.json", f"--json = '{tmp_path}/none/out.json' lies in no folder"),
+        (
+            f"--json={tmp_path}/none/out.json",
+            f"--json = '{tmp_path}/none/out.json' lies in no folder",
+        ),
     ):
         with pytest.raises(UserError, match=f"^{said}") as found:
             report.check_arguments(arguments(flag), "steps")

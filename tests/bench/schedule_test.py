@@ -13,13 +13,14 @@ import pytest
 from research.bench.scalar_program import words
 from research.bench.schedule import kernels, run
 
-# A loop of `limit` rounds, `limit` being the first word of operand 0, around a region that every other round skips.
+# A loop of `limit` rounds, `limit` being the first word of operand 0, around a region that every
+# other round skips.
 PROGRAM = """\
 = control target key start
 LB: loop body
 = control target key end
 
-     0   :  { %s1_s0 = inlined_call_operand.hbm [index: 0, shape index: {}]  ;;  %s2_s1 = smov [#allocation3] }
+     0   :  { %s1_s0 = inlined_call_operand.hbm [index: 0] ;; %s2_s1 = smov [#allocation3] }
    0x1   :  { %3 = dma.hbm_to_smem /*hbm=*/%s1_s0, /*size*/2, /*smem=*/%s2_s1, [#allocation2] }
    0x2   :  { %s4_s2 = sld [smem:[#allocation3]]  ;;  %s5_s3 = smov 4294967295 }
    0x3   :  { %s6_s4 = sand.u32 7, %s4_s2  ;;  %s6_s5 = smov 0 } /* Start region 1 */
@@ -39,7 +40,9 @@ USE = "== CAPACTIY:\nMXU, SALU\n    4     2\n== UTILIZATION:\n"
 
 def write_dump(folder: pathlib.Path) -> pathlib.Path:
     rows = ["0 2"] * 8 + ["4 0", "2 0"] + ["0 1"] * 4
-    (folder / "17-toy.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(USE + "\n".join(rows) + "\n")
+    (folder / "17-toy.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(
+        USE + "\n".join(rows) + "\n"
+    )
     (folder / "17-toy.1-71-schedule-analysis_final_bundles.txt").write_text("")
     program = folder / "17-toy.1-72-final_bundles.txt"
     program.write_text(PROGRAM)
@@ -82,11 +85,15 @@ def double(x_ref, o_ref):
 
 def program(x):
     rows = pl.BlockSpec((8, 128), lambda i: (i, 0))
-    return pl.pallas_call(double, jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(x.shape[0] // 8,), in_specs=[rows],
-                          out_specs=rows, name="double")(x)
+    return pl.pallas_call(
+        double, jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(x.shape[0] // 8,),
+        in_specs=[rows], out_specs=rows, name="double",
+    )(x)
 
-compile_on(tpu_devices(sys.argv[1])[0], program, jax.ShapeDtypeStruct((8 * int(sys.argv[2]), 128), jnp.float32))
-(path,) = [path for name, path in kernels(pathlib.Path(sys.argv[3])).items() if name.startswith("double")]
+rows = jax.ShapeDtypeStruct((8 * int(sys.argv[2]), 128), jnp.float32)
+compile_on(tpu_devices(sys.argv[1])[0], program, rows)
+found = kernels(pathlib.Path(sys.argv[3]))
+(path,) = [path for name, path in found.items() if name.startswith("double")]
 print(json.dumps(run(path).cycles))
 """
 
@@ -95,7 +102,9 @@ print(json.dumps(run(path).cycles))
 def cycles(chip: str, steps: int, folder: pathlib.Path) -> int:
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     command = [sys.executable, "-c", KERNEL, chip, str(steps), str(folder)]
-    found = subprocess.run(command, env=os.environ | {"LIBTPU_INIT_ARGS": flags}, capture_output=True, text=True)
+    found = subprocess.run(
+        command, env=os.environ | {"LIBTPU_INIT_ARGS": flags}, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
 

@@ -19,7 +19,9 @@ serve(take)
 
 def test_each_round_has_the_other_order_and_the_first_is_not_counted():
     asked = []
-    found = sides.in_turns({side: lambda side=side: asked.append(side) or len(asked) for side in "ab"}, 2)
+    found = sides.in_turns(
+        {side: lambda side=side: asked.append(side) or len(asked) for side in "ab"}, 2
+    )
     assert asked == ["a", "b", "b", "a", "a", "b"]
     assert found == {"a": [4, 5], "b": [3, 6]}
 

@@ -57,7 +57,9 @@ def test_turns_alternate_and_the_report_holds_each(monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(bench_sides, "worker", Worker)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    bench_train.main(arguments("--rounds=2", "--steps=1", "--dtype=float32", f"--json={tmp_path / 'out.json'}"))
+    bench_train.main(
+        arguments("--rounds=2", "--steps=1", "--dtype=float32", f"--json={tmp_path / 'out.json'}")
+    )
     assert asked == ["tessera", "torch", "torch", "tessera", "tessera", "torch"]
     assert "2.00 (2.00 to 2.00) times the speed of torch" in capsys.readouterr().out
     (figure,) = json.loads((tmp_path / "out.json").read_text())["figures"].values()

@@ -30,7 +30,8 @@ def preset(file: str, size: str) -> ModelConfig:
 
 def size_of(file: str, size: str) -> int:
     config = preset(file, size)
-    # Scanned layers are traced once, however many there are; plain attention and zeros take a third of the time.
+    # Scanned layers are traced once, however many there are; plain attention and zeros take a third
+    # of the time.
     attention = dataclasses.replace(config.attention, implementation="reference")
     return parameters(dataclasses.replace(config, layer_loop="scan", attention=attention))
 
@@ -68,12 +69,15 @@ def test_each_count_stands_in_the_preset():
     for file, published in RELEASED.items():
         text = importlib.import_module(f"configs.model.{file}").__doc__
         missing = {size for size, number in published.items() if f"{number:,}" not in text}
-        grid = {size for size in missing if file == "bert" and "x" in size}  # 24 small ones, of which four have names
+        grid = {
+            size for size in missing if file == "bert" and "x" in size
+        }  # 24 small ones, of which four have names
         assert missing == grid, file
 
 
 def test_the_files_of_deepseek_v3_hold_685_billion():
-    # Beside the further layer lie copies of the embedding and the output projection, and a scale a 128 × 128 block.
+    # Beside the further layer lie copies of the embedding and the output projection, and a scale a
+    # 128 × 128 block.
     config = preset("deepseek", "v3-671b-mtp")
     numbers = size_of("deepseek", "v3-671b-mtp") + 2 * config.vocab_size * config.embed_dim
     assert round(numbers * (1 + 1 / 128**2) / 1e9) == 685
@@ -99,13 +103,20 @@ def shrunk(config: ModelConfig) -> dict[str, Any]:
     grouping = "multi-head" if kv_heads == heads else "multi-query" if kv_heads == 1 else "grouped"
     values["attention"] |= {"num_heads": grouping, "num_kv_heads": grouping, "head_dim": 64}
     values["mlp"]["hidden_dim"] = 64
-    return values | {"vocab_size": 64, "num_layers": 4, "encoder_layers": 4, "embed_dim": 64, "max_length": 64}
+    return values | {
+        "vocab_size": 64,
+        "num_layers": 4,
+        "encoder_layers": 4,
+        "embed_dim": 64,
+        "max_length": 64,
+    }
 
 
 def test_no_two_families_are_the_same_model():
     families = {file: {str(shrunk(preset(file, size))) for size in sizes(file)} for file in FILES}
     same = {(a, b) for a, b in itertools.combinations(FILES, 2) if families[a] & families[b]}
-    # Hoffmann et al. 2022, section 4.1: Chinchilla "uses the same model architecture and training setup as Gopher".
+    # Hoffmann et al. 2022, section 4.1: Chinchilla "uses the same model architecture and training
+    # setup as Gopher".
     assert same == {("chinchilla", "gopher")}
 
 
@@ -128,16 +139,28 @@ def test_layers_take_turns(file, size, windows):
 
 
 def test_local_layers_have_rotary_bases_of_their_own():
-    for file, size, of_all, local in (("gemma", "3-4b", 1e6, 1e4), ("modernbert", "large", 160_000, 1e4)):
+    for file, size, of_all, local in (
+        ("gemma", "3-4b", 1e6, 1e4),
+        ("modernbert", "large", 160_000, 1e4),
+    ):
         config = preset(file, size)
         bases = {layer.window is None: config.position_of(layer).theta for layer in config.layers()}
         assert bases == {True: of_all, False: local}
-        assert all(config.position_of(layer).scaling is None for layer in config.layers() if layer.window)
+        assert all(
+            config.position_of(layer).scaling is None for layer in config.layers() if layer.window
+        )
 
 
 def test_first_layers_differ():
-    assert preset("deepseek", "v3-671b").layers()[2:4] == (LayerConfig(experts=False), LayerConfig())
-    assert [layer.attention_norm for layer in preset("modernbert", "base").layers()[:3]] == [False, True, True]
+    assert preset("deepseek", "v3-671b").layers()[2:4] == (
+        LayerConfig(experts=False),
+        LayerConfig(),
+    )
+    assert [layer.attention_norm for layer in preset("modernbert", "base").layers()[:3]] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def on_meta(file: str, size: str) -> Any:
@@ -154,7 +177,11 @@ def on_meta(file: str, size: str) -> Any:
 def test_transformers_counts_the_same_parameters(file, size):
     model = on_meta(file, size)
     number = sum(parameter.numel() for parameter in model.parameters())
-    number += sum(value.numel() for name, value in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    number += sum(
+        value.numel()
+        for name, value in model.named_buffers()
+        if name.endswith("e_score_correction_bias")
+    )
     assert number == size_of(file, size)
 
 
@@ -173,11 +200,15 @@ def test_every_released_family_is_compared_with_transformers():
     ],
 )
 def test_transformers_scales_scores_the_same(file, size, attention):
-    assert on_meta(file, size).get_submodule(attention).scaling == pytest.approx(preset(file, size).attention.scale)
+    assert on_meta(file, size).get_submodule(attention).scaling == pytest.approx(
+        preset(file, size).attention.scale
+    )
 
 
 @pytest.mark.live
-@pytest.mark.parametrize(("file", "size"), [("gpt_oss", "20b"), ("phi3", "mini-128k"), ("deepseek", "v3-671b")])
+@pytest.mark.parametrize(
+    ("file", "size"), [("gpt_oss", "20b"), ("phi3", "mini-128k"), ("deepseek", "v3-671b")]
+)
 def test_transformers_has_the_same_rotary_amplitude(file, size):
     rotary = on_meta(file, size).model.rotary_emb
     assert rotary.attention_scaling == pytest.approx(preset(file, size).position.scaling.amplitude)

@@ -10,7 +10,9 @@ from research.recipes.experiment import load_experiment
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "pretrain"
 
 
-@pytest.mark.parametrize("path", [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "__init__"], ids=str)
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "__init__"], ids=str
+)
 def test_config_binds_and_says_what_it_cost(path: pathlib.Path):
     load_experiment(str(path), [])
     header = path.read_text().partition('"""\n\nimport')[0]

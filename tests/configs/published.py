@@ -1,19 +1,29 @@
 """How large the models of the presets are, as published.
 
-`RELEASED` holds the parameters in the released weights, each tied matrix once: what `transformers` builds from the
-`config.json` beside them, with the output projection of T5 1.1 and UL2, which it ties, and the selection biases of
-DeepSeek-V3, which it does not count. The card of Ministral 8B states the number itself; arXiv:2302.13971, table 2,
-gives LLaMA 1's as 6.7B, 13.0B, 32.5B and 65.2B.
+`RELEASED` holds the parameters in the released weights, each tied matrix once: what `transformers`
+builds from the `config.json` beside them, with the output projection of T5 1.1 and UL2, which it
+ties, and the selection biases of DeepSeek-V3, which it does not count. The card of Ministral 8B
+states the number itself; arXiv:2302.13971, table 2, gives LLaMA 1's as 6.7B, 13.0B, 32.5B and
+65.2B.
 
-`PAPERS` holds what a paper says where no weights were released, in millions, and how far a preset may be from it: half
-a unit of the last digit where nothing else is said.
+`PAPERS` holds what a paper says where no weights were released, in millions, and how far a preset
+may be from it: half a unit of the last digit where nothing else is said.
 """
 
 RELEASED = {
     "bart": {"base": 139_420_416, "large": 406_291_456},
     "bert": {
-        **{"base": 110_106_428, "large": 336_226_108, "base-cased": 108_932_934, "large-cased": 334_661_958},
-        **{"base-chinese": 102_882_442, "base-multilingual": 168_055_961, "base-multilingual-cased": 178_566_653},
+        **{
+            "base": 110_106_428,
+            "large": 336_226_108,
+            "base-cased": 108_932_934,
+            "large-cased": 334_661_958,
+        },
+        **{
+            "base-chinese": 102_882_442,
+            "base-multilingual": 168_055_961,
+            "base-multilingual-cased": 178_566_653,
+        },
         **{"tiny": 4_433_468, "mini": 11_267_900, "small": 29_058_876, "medium": 41_668_412},
         **{"2x128": 4_433_468, "2x256": 9_688_380, "2x512": 22_754_108, "2x768": 39_227_708},
         **{"4x128": 4_830_012, "4x256": 11_267_900, "4x512": 29_058_876, "4x768": 53_403_452},
@@ -22,9 +32,19 @@ RELEASED = {
         **{"10x128": 6_019_644, "10x256": 16_006_460, "10x512": 47_973_180, "10x768": 95_930_684},
         **{"12x128": 6_416_188, "12x256": 17_585_980, "12x512": 54_277_948, "12x768": 110_106_428},
     },
-    # The second: with the layer for one token further, of which the release says 11.5B beside its projection [2D, D].
-    "deepseek": {"v3-671b": 671_026_419_200, "v3-671b-mtp": 682_636_487_424, "v2-lite-16b": 15_706_484_224},
-    "falcon": {"7b": 6_921_720_704, "40b": 41_303_293_952, "180b": 178_557_088_768, "11b": 11_102_822_400},
+    # The second: with the layer for one token further, of which the release says 11.5B beside its
+    # projection [2D, D].
+    "deepseek": {
+        "v3-671b": 671_026_419_200,
+        "v3-671b-mtp": 682_636_487_424,
+        "v2-lite-16b": 15_706_484_224,
+    },
+    "falcon": {
+        "7b": 6_921_720_704,
+        "40b": 41_303_293_952,
+        "180b": 178_557_088_768,
+        "11b": 11_102_822_400,
+    },
     "gemma": {
         **{"2-2b": 2_614_341_888, "2-9b": 9_241_705_984, "2-27b": 27_227_128_320},
         **{"3-270m": 268_098_176, "3-1b": 999_885_952, "3-4b": 3_880_263_168},
@@ -37,7 +57,12 @@ RELEASED = {
     },
     "gpt_oss": {"20b": 20_914_757_184, "120b": 116_829_156_672},
     "llama": {
-        **{"1-7b": 6_738_415_616, "1-13b": 13_015_864_320, "1-33b": 32_528_943_616, "1-65b": 65_285_660_672},
+        **{
+            "1-7b": 6_738_415_616,
+            "1-13b": 13_015_864_320,
+            "1-33b": 32_528_943_616,
+            "1-65b": 65_285_660_672,
+        },
         **{"2-7b": 6_738_415_616, "2-13b": 13_015_864_320, "2-70b": 68_976_648_192},
         **{"3-8b": 8_030_261_248, "3-70b": 70_553_706_496},
         **{"3.1-8b": 8_030_261_248, "3.1-70b": 70_553_706_496, "3.1-405b": 405_853_388_800},
@@ -46,45 +71,126 @@ RELEASED = {
     "mistral": {
         **{"7b-v0.1": 7_241_732_096, "7b-v0.2": 7_241_732_096, "7b-v0.3": 7_248_023_552},
         **{"ministral-8b": 8_019_808_256, "nemo-12b": 12_247_782_400, "small-22b": 22_247_282_688},
-        **{"small-24b-2501": 23_572_403_200, "small-24b-2503": 23_572_403_200, "large-123b": 122_610_069_504},
+        **{
+            "small-24b-2501": 23_572_403_200,
+            "small-24b-2503": 23_572_403_200,
+            "large-123b": 122_610_069_504,
+        },
     },
     "mixtral": {"8x7b": 46_702_792_704, "8x22b": 140_630_071_296},
     "modernbert": {"base": 149_655_232, "large": 395_881_664},
     "mpt": {"7b": 6_649_286_656, "7b-8k": 6_649_286_656, "30b": 29_957_200_896},
-    "olmo2": {"1b": 1_484_916_736, "7b": 7_298_617_344, "13b": 13_716_198_400, "32b": 32_234_279_936},
+    "olmo2": {
+        "1b": 1_484_916_736,
+        "7b": 7_298_617_344,
+        "13b": 13_716_198_400,
+        "32b": 32_234_279_936,
+    },
     "phi3": {
         **{"mini-4k": 3_821_079_552, "mini-128k": 3_821_079_552, "3.5-mini": 3_821_079_552},
         **{"medium-4k": 13_960_238_080, "medium-128k": 13_960_238_080},
     },
     "qwen": {
-        **{"2.5-0.5b": 494_032_768, "2.5-1.5b": 1_543_714_304, "2.5-3b": 3_085_938_688, "2.5-7b": 7_615_616_512},
+        **{
+            "2.5-0.5b": 494_032_768,
+            "2.5-1.5b": 1_543_714_304,
+            "2.5-3b": 3_085_938_688,
+            "2.5-7b": 7_615_616_512,
+        },
         **{"2.5-14b": 14_770_033_664, "2.5-32b": 32_763_876_352, "2.5-72b": 72_706_203_648},
-        **{"3-0.6b": 596_049_920, "3-1.7b": 1_720_574_976, "3-4b": 4_022_468_096, "3-8b": 8_190_735_360},
+        **{
+            "3-0.6b": 596_049_920,
+            "3-1.7b": 1_720_574_976,
+            "3-4b": 4_022_468_096,
+            "3-8b": 8_190_735_360,
+        },
         **{"3-14b": 14_768_307_200, "3-32b": 32_762_123_264},
-        **{"3-30b-a3b": 30_532_122_624, "3-235b-a22b": 235_093_634_560, "3-480b-a35b": 480_154_875_392},
+        **{
+            "3-30b-a3b": 30_532_122_624,
+            "3-235b-a22b": 235_093_634_560,
+            "3-480b-a35b": 480_154_875_392,
+        },
         **{"2-57b-a14b": 57_408_658_944, "1.5-moe-a2.7b": 14_315_784_192},
     },
     "roberta": {"base": 124_697_433, "large": 355_412_057},
     "t5": {
-        **{"small": 60_506_624, "base": 222_903_552, "large": 737_668_096, "3b": 2_851_598_336, "11b": 11_307_321_344},
+        **{
+            "small": 60_506_624,
+            "base": 222_903_552,
+            "large": 737_668_096,
+            "3b": 2_851_598_336,
+            "11b": 11_307_321_344,
+        },
         **{"1.1-small": 76_961_152, "1.1-base": 247_577_856, "1.1-large": 783_150_080},
         **{"1.1-xl": 2_849_757_184, "1.1-xxl": 11_135_332_352, "ul2-20b": 19_591_209_984},
     },
 }
 
-# Hoffmann et al. 2022, arXiv:2203.15556, table A9, which agrees to a million, not always to half of one; 70B.
+# Hoffmann et al. 2022, arXiv:2203.15556, table A9, which agrees to a million, not always to half of
+# one; 70B.
 CHINCHILLA = [
-    *(44, 57, 74, 90, 106, 117, 140, 163, 175, 196, 217, 251, 278, 306, 425, 489, 509, 552, 587, 632, 664, 724, 816),
-    *(893, 1018, 1143, 1266, 1424, 1429, 1593, 1609, 1731, 1794, 2007, 2283, 2298, 2639, 2980, 3530, 3802, 4084),
+    *(
+        44,
+        57,
+        74,
+        90,
+        106,
+        117,
+        140,
+        163,
+        175,
+        196,
+        217,
+        251,
+        278,
+        306,
+        425,
+        489,
+        509,
+        552,
+        587,
+        632,
+        664,
+        724,
+        816,
+    ),
+    *(
+        893,
+        1018,
+        1143,
+        1266,
+        1424,
+        1429,
+        1593,
+        1609,
+        1731,
+        1794,
+        2007,
+        2283,
+        2298,
+        2639,
+        2980,
+        3530,
+        3802,
+        4084,
+    ),
     *(4516, 6796, 9293, 11452, 12295, 12569, 13735, 14940, 16183),
 ]
-# Brown et al. 2020, arXiv:2005.14165, table 2.1: 350M is 356 of GPT-2's shape, 13.0B and 175.0B are not so exact.
+# Brown et al. 2020, arXiv:2005.14165, table 2.1: 350M is 356 of GPT-2's shape, 13.0B and 175.0B are
+# not so exact.
 GPT3 = {"125m": (125, 0.5), "350m": (350, 6), "760m": (760, 0.5), "1.3b": (1300, 50)}
 PAPERS = {
-    "chinchilla": {f"{millions}m": (millions, 1) for millions in CHINCHILLA} | {"70b": (70_000, 500)},
+    "chinchilla": {f"{millions}m": (millions, 1) for millions in CHINCHILLA}
+    | {"70b": (70_000, 500)},
     # Rae et al. 2021, arXiv:2112.11446, table 1.
     "gopher": {
-        **{"44m": (44, 0.5), "117m": (117, 0.5), "417m": (417, 0.5), "1.4b": (1400, 50), "7.1b": (7100, 50)},
+        **{
+            "44m": (44, 0.5),
+            "117m": (117, 0.5),
+            "417m": (417, 0.5),
+            "1.4b": (1400, 50),
+            "7.1b": (7100, 50),
+        },
         "280b": (280_000, 500),
     },
     "gpt3": {

@@ -7,7 +7,8 @@ import pytest
 
 from research.core import backend
 
-# Takes and fills 64 MiB ten times over, and says how many pages had to be mapped after the first time.
+# Takes and fills 64 MiB ten times over, and says how many pages had to be mapped after the first
+# time.
 FAULTS = """
 import resource, sys
 import numpy as np
@@ -26,12 +27,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(mode: str, **environment: str) -> int:
     command = [sys.executable, "-c", FAULTS, mode]
-    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc's allocator is set")
 def test_freed_memory_stays_mapped_unless_the_user_says_otherwise():
-    # Where memory is short the system takes pages away, which are then mapped again: not in each of three turns.
+    # Where memory is short the system takes pages away, which are then mapped again: not in each of
+    # three turns.
     assert min(faults("kept") for _ in range(3)) < 100
     assert faults("plain") > 100
     assert faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > 100
@@ -47,7 +51,9 @@ def test_freed_memory_stays_mapped_unless_the_user_says_otherwise():
     ],
     ids=["a compiler only", "said by the user", "a TPU", "nothing"],
 )
-def test_the_tpu_compiler_alone_is_no_tpu(installed, vendors, given, expected, monkeypatch, tmp_path):
+def test_the_tpu_compiler_alone_is_no_tpu(
+    installed, vendors, given, expected, monkeypatch, tmp_path
+):
     for index, vendor in enumerate(vendors):
         (tmp_path / str(index)).write_text(f"{vendor}\n")
     monkeypatch.setattr(backend, "VENDORS", str(tmp_path / "*"))

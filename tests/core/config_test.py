@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.core.config import bind, first_difference, load_file, override, plain, to_json
+from research.core.config import (
+    _say_renamed,
+    bind,
+    first_difference,
+    load_file,
+    override,
+    plain,
+    renamed,
+    to_json,
+)
 from research.core.errors import UserError
 
 
@@ -57,7 +66,9 @@ def typed(**assignments: str) -> CarConfig:
 
 
 def test_unknown_field_is_named_with_the_nearest():
-    assert fails({"name": "Ada", "sped": 1.0}) == "sped is not a config field. Did you mean 'speed'?"
+    assert (
+        fails({"name": "Ada", "sped": 1.0}) == "sped is not a config field. Did you mean 'speed'?"
+    )
 
 
 def test_unknown_field_of_a_group_is_named_with_its_path():
@@ -70,7 +81,9 @@ def test_field_of_a_group_is_found_where_it_belongs():
 
 
 def test_unknown_field_like_no_other_lists_the_known_ones():
-    assert fails({"qqqqqq": 1}, WheelConfig) == "qqqqqq is not a config field. Known: radius, spokes."
+    assert (
+        fails({"qqqqqq": 1}, WheelConfig) == "qqqqqq is not a config field. Known: radius, spokes."
+    )
 
 
 def test_missing_field_is_named():
@@ -109,11 +122,16 @@ def test_near_literal_is_advised():
 
 
 def test_item_of_a_list_is_named_by_its_index():
-    assert fails({"name": "Ada", "size": [1, "x"]}).startswith("size.1 = 'x' must be a finite number")
+    assert fails({"name": "Ada", "size": [1, "x"]}).startswith(
+        "size.1 = 'x' must be a finite number"
+    )
 
 
 def test_value_that_the_owner_refuses_is_named_with_its_path():
-    assert fails({"name": "Ada", "wheels": [{"radius": -1.0}]}) == "wheels.0.radius = -1.0 must be above 0."
+    assert (
+        fails({"name": "Ada", "wheels": [{"radius": -1.0}]})
+        == "wheels.0.radius = -1.0 must be above 0."
+    )
     assert fails({"name": "Ada", "seats": 0}, where="car") == "car.seats = 0 must be at least 1."
 
 
@@ -122,13 +140,18 @@ def test_group_whose_name_begins_its_fields_name_is_still_prefixed():
 
 
 def test_values_become_what_their_fields_say():
-    car = bind(CarConfig, {"name": "Ada", "speed": 3, "spare": {"spokes": 8}, "wheels": [{}, {"radius": 2}]})
+    car = bind(
+        CarConfig,
+        {"name": "Ada", "speed": 3, "spare": {"spokes": 8}, "wheels": [{}, {"radius": 2}]},
+    )
     assert type(car.speed) is float
     assert car.spare == WheelConfig(1.0, 8)
     assert car.wheels == (WheelConfig(), WheelConfig(2.0))
 
 
-@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("1", True), ("no", False)])
+@pytest.mark.parametrize(
+    ("word", "value"), [("true", True), ("False", False), ("1", True), ("no", False)]
+)
 def test_typed_words_are_booleans(word: str, value: bool):
     assert typed(electric=word).electric is value
 
@@ -199,7 +222,12 @@ def test_override_that_leads_nowhere_is_refused(name: str, message: str):
 @st.composite
 def hints_and_values(draw: st.DrawFn, depth: int = 2) -> tuple[Any, Any]:
     """A type that a field may have, and a value of it."""
-    kinds = ["int", "float", "bool", "str", "literal", "optional"] + ["many", "pair", "dict", "group"] * (depth > 0)
+    kinds = ["int", "float", "bool", "str", "literal", "optional"] + [
+        "many",
+        "pair",
+        "dict",
+        "group",
+    ] * (depth > 0)
     kind = draw(st.sampled_from(kinds))
     scalars = {
         "int": (int, st.integers()),
@@ -252,7 +280,9 @@ def test_any_config_survives_the_way_to_json_and_back(pair: tuple[type, Any]):
     )
 )
 def test_any_value_can_be_typed(car: CarConfig):
-    texts = {name: str(getattr(car, name)) for name in ("name", "speed", "seats", "electric", "size")}
+    texts = {
+        name: str(getattr(car, name)) for name in ("name", "speed", "seats", "electric", "size")
+    }
     assert bind(CarConfig, override({}, list(texts.items()))) == car
 
 
@@ -270,7 +300,9 @@ CONFIG_FILE = """
 import ml_collections
 
 def get_config(size="small"):
-    return ml_collections.ConfigDict({"name": size, "wheels": ({"spokes": 3},), "front": {"radius": 2.0}})
+    return ml_collections.ConfigDict(
+        {"name": size, "wheels": ({"spokes": 3},), "front": {"radius": 2.0}}
+    )
 """
 
 
@@ -279,14 +311,21 @@ def test_config_file_is_read_with_its_argument(tmp_path):
     path.write_text(CONFIG_FILE)
     assert bind(CarConfig, load_file(str(path))).name == "small"
     car = bind(CarConfig, load_file(f"{path}:large"))
-    assert (car.name, car.wheels, car.front) == ("large", (WheelConfig(spokes=3),), WheelConfig(2.0))
+    assert (car.name, car.wheels, car.front) == (
+        "large",
+        (WheelConfig(spokes=3),),
+        WheelConfig(2.0),
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("x = (", "cannot be run"),
-        ("import no_such_module", "cannot be run: line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "import no_such_module",
+            "cannot be run: line 1: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         ("x = 1", "has no get_config"),
         ("def get_config(): return {}", "must return an ml_collections.ConfigDict"),
     ],
@@ -306,3 +345,32 @@ def test_config_file_that_is_not_there_or_takes_no_argument_is_refused(tmp_path)
     path.write_text("def get_config(): return None")
     with pytest.raises(UserError, match=r"car.py:large.*positional argument"):
         load_file(f"{path}:large")
+
+
+@dataclasses.dataclass(frozen=True)
+class RenamedConfig:
+    depth: int = renamed("num_future", default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterConfig:
+    head: RenamedConfig = RenamedConfig()
+
+
+def test_former_name_of_a_field_is_read_and_said_once(caplog):
+    _say_renamed.cache_clear()
+    with caplog.at_level("WARNING", "tessera"):
+        bound = [bind(OuterConfig, {"head": {"num_future": n}}) for n in (2, 3)]
+    assert [config.head.depth for config in bound] == [2, 3]
+    said = "head.num_future is called head.depth now; the former name is still read"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_former_name_takes_an_override_from_the_command_line():
+    values = override({}, [("head.num_future", "4")])
+    assert bind(OuterConfig, values) == OuterConfig(RenamedConfig(4))
+
+
+def test_former_name_beside_the_new_one_is_refused():
+    with pytest.raises(UserError, match=r"^head\.num_future is the former name of depth, which"):
+        bind(OuterConfig, {"head": {"num_future": 1, "depth": 2}})

@@ -28,7 +28,11 @@ def test_user_error_is_a_value_error():
 
 def test_the_path_the_value_and_the_constraint_are_data():
     error = UserError("sources.0.path", "/nowhere", "matches no file.")
-    assert (error.field, error.value, error.constraint) == ("sources.0.path", "/nowhere", "matches no file.")
+    assert (error.field, error.value, error.constraint) == (
+        "sources.0.path",
+        "/nowhere",
+        "matches no file.",
+    )
     assert str(error) == "sources.0.path = '/nowhere' matches no file."
 
 
@@ -42,7 +46,10 @@ def test_the_path_the_value_and_the_constraint_are_data():
         (UserError("sources", constraint=": no text."), "sources: no text."),
         (UserError("sources", constraint="hold no text."), "sources hold no text."),
         (UserError("the disk is full."), "the disk is full."),
-        (UserError("steps", 0, "must be at least 1.", "tiny.py"), "tiny.py: steps = 0 must be at least 1."),
+        (
+            UserError("steps", 0, "must be at least 1.", "tiny.py"),
+            "tiny.py: steps = 0 must be at least 1.",
+        ),
     ],
 )
 def test_an_error_reads_as_one_line(error, said):
@@ -53,7 +60,11 @@ def test_an_error_reads_as_one_line(error, said):
 def test_a_group_goes_in_front_of_the_field_and_a_file_in_front_of_both():
     with pytest.raises(UserError) as caught, within("data", "tiny.py"), within("sources.0"):
         raise UserError("weight", -1.0, "must be above 0.")
-    assert (caught.value.field, caught.value.value, caught.value.origin) == ("data.sources.0.weight", -1.0, "tiny.py")
+    assert (caught.value.field, caught.value.value, caught.value.origin) == (
+        "data.sources.0.weight",
+        -1.0,
+        "tiny.py",
+    )
     assert str(caught.value) == "tiny.py: data.sources.0.weight = -1.0 must be above 0."
 
 
@@ -62,7 +73,10 @@ def test_a_message_about_no_field_becomes_one_about_its_group():
         raise UserError("a.txt:3: bad UTF-8.")
     assert caught.value.field == "data.sources.0"
     assert str(caught.value) == "data.sources.0: a.txt:3: bad UTF-8."
-    with pytest.raises(UserError, match=r"^config\.json: it is empty\.$") as caught, within("", "config.json"):
+    with (
+        pytest.raises(UserError, match=r"^config\.json: it is empty\.$") as caught,
+        within("", "config.json"),
+    ):
         raise UserError("it is empty.")
     assert caught.value.field == ""
 
@@ -87,7 +101,10 @@ def test_a_field_may_be_told_under_another_name_and_another_field_is_not():
     assert UserError("workdir", "x", "is not a workdir.").text({"workdir": "--workdir"}) == (
         "--workdir = 'x' is not a workdir."
     )
-    assert UserError("a.workdir", 1, "is wrong.").text({"workdir": "--workdir"}) == "a.workdir = 1 is wrong."
+    assert (
+        UserError("a.workdir", 1, "is wrong.").text({"workdir": "--workdir"})
+        == "a.workdir = 1 is wrong."
+    )
 
 
 def test_a_value_without_end_is_cut():

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 
 from research.core.trees import count, named_leaves, nested
 
-TREE = {"a": {"kernel": jnp.zeros((2, 3))}, "b": (jnp.zeros(4, jnp.bfloat16), jnp.zeros((), jnp.int32))}
+TREE = {
+    "a": {"kernel": jnp.zeros((2, 3))},
+    "b": (jnp.zeros(4, jnp.bfloat16), jnp.zeros((), jnp.int32)),
+}
 
 
 def test_leaves_have_slash_separated_names():

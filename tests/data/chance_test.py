@@ -18,13 +18,18 @@ def splitmix(z: int) -> int:
 
 
 @settings(max_examples=50, deadline=None)
-@given(value=st.integers(0, 2**40), salts=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3))
+@given(
+    value=st.integers(0, 2**40), salts=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3)
+)
 def test_draws_are_those_of_plain_integers(value, salts):
     expected = value + 1
     for salt in salts:
         expected = splitmix(expected ^ salt)
     assert int(hash64(np.array([value]), *salts)[0]) == expected
-    assert int(hash64(np.array([value]), *(np.array([salt], np.uint64) for salt in salts))[0]) == expected
+    assert (
+        int(hash64(np.array([value]), *(np.array([salt], np.uint64) for salt in salts))[0])
+        == expected
+    )
 
 
 def test_draws_are_even():
@@ -42,7 +47,9 @@ def test_each_group_has_its_smallest_draws_chosen(sizes, seed, data):
     first = 0
     for n, count in zip(sizes, counts, strict=True):
         group = draws[first : first + n] >> np.uint64(24)
-        np.testing.assert_array_equal(np.sort(group[chosen[first : first + n]]), np.sort(group)[:count])
+        np.testing.assert_array_equal(
+            np.sort(group[chosen[first : first + n]]), np.sort(group)[:count]
+        )
         first += n
 
 

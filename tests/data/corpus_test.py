@@ -50,19 +50,25 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path):
 
 def test_a_corpus_is_built_once_for_the_same_inputs(tmp_path, monkeypatch):
     first = corpora(tmp_path, 30)["train"]
-    source = SourceConfig(kind="text", path=str(tmp_path / "text-30-1"), heldout_fraction=0.2, weight=3.0)
+    source = SourceConfig(
+        kind="text", path=str(tmp_path / "text-30-1"), heldout_fraction=0.2, weight=3.0
+    )
     with monkeypatch.context() as patch:
         patch.setattr(corpus_module, "_build", lambda *_: pytest.fail("built again"))
         again = build_corpora(source, ByteTokenizer(), tmp_path / "cache")["train"]
     assert again.folder == first.folder
     (tmp_path / "text-30-1" / "new.txt").write_text("new")
-    assert build_corpora(source, ByteTokenizer(), tmp_path / "cache")["train"].folder != first.folder
+    assert (
+        build_corpora(source, ByteTokenizer(), tmp_path / "cache")["train"].folder != first.folder
+    )
     other = build(TokenizerConfig(vocab_size=320), texts(30))
     assert build_corpora(source, other, tmp_path / "cache")["train"].folder != first.folder
 
 
 def test_equal_content_has_an_equal_digest(tmp_path):
-    """The order of samples may be checked against it on another machine, where files have other dates."""
+    """The order of samples may be checked against it on another machine, where files have other
+    dates.
+    """
     a, b = corpora(tmp_path / "a", 30)["train"], corpora(tmp_path / "b", 30)["train"]
     assert a.digest == b.digest
     assert a.digest != corpora(tmp_path / "a", 31)["train"].digest
@@ -113,7 +119,9 @@ def _large(tmp_path, blocks=3):
 
 @pytest.mark.parametrize("name", ["offsets.npy", "bytes.npy", "checksums.npy", "corpus.json"])
 @pytest.mark.parametrize("place", [0, 9, 60, -9, -2])
-def test_a_flipped_bit_in_a_table_is_refused_by_name_when_the_corpus_is_opened(tmp_path, name, place):
+def test_a_flipped_bit_in_a_table_is_refused_by_name_when_the_corpus_is_opened(
+    tmp_path, name, place
+):
     folder = corpora(tmp_path, 30)["train"].folder
     _flip(folder / name, place)
     with pytest.raises(UserError, match=r"train[/ ].*Delete .*cache/text-\w+ to build it again"):
@@ -134,7 +142,9 @@ def test_a_changed_id_is_refused_when_its_block_is_read_and_only_then(tmp_path):
     _flip(folder / "tokens.bin", 2 * (block + 5))
     corpus = open_corpus(folder)
     corpus.verify(np.array([0, 2 * block]), np.array([block, 10]))
-    with pytest.raises(UserError, match=rf"tokens\.bin: ids {block:,} to {2 * block - 1:,} are not those"):
+    with pytest.raises(
+        UserError, match=rf"tokens\.bin: ids {block:,} to {2 * block - 1:,} are not those"
+    ):
         corpus.verify(np.array([0, block - 1]), np.array([1, 2]))
     with pytest.raises(UserError, match="are not those that were written"):
         corpus.document(0)
@@ -145,7 +155,9 @@ def test_a_batch_of_changed_ids_is_refused(tmp_path):
     np.memmap(folder / "tokens.bin", np.uint16, "r+")[:] = 7
     objective = objectives.build(objectives.ObjectiveConfig(), ByteTokenizer(), 64)
     rows = PackedRows(open_corpus(folder), objective=objective, seed=0, block_documents=100)
-    with pytest.raises(UserError, match=r"tokens\.bin: ids 0 to [\d,]+ are not those that were written"):
+    with pytest.raises(
+        UserError, match=r"tokens\.bin: ids 0 to [\d,]+ are not those that were written"
+    ):
         rows.batch(np.array([0]), np.array([0]))
 
 
@@ -168,16 +180,24 @@ def test_the_next_run_removes_what_a_killed_build_left(tmp_path, hit):
     for foreign in (".git", ".text-notes", ".text-0123456789abcdef"):
         (tmp_path / "cache" / foreign).mkdir()
     corpora(tmp_path, 10)
-    assert {path.name for path in (tmp_path / "cache").glob(".*")} == {".git", ".text-notes", ".text-0123456789abcdef"}
+    assert {path.name for path in (tmp_path / "cache").glob(".*")} == {
+        ".git",
+        ".text-notes",
+        ".text-0123456789abcdef",
+    }
 
 
 def test_the_last_token_of_a_piece_is_verified_too(tmp_path):
-    """A causal piece of n pairs reads n + 1 tokens: here the last one lies in a block of its own."""
+    """A causal piece of n pairs reads n + 1 tokens: here the last one lies in a block of its
+    own.
+    """
     (tmp_path / "a.txt").write_text("x" * (checksums.BLOCK_BYTES // 2 - 1))
     source = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), heldout_fraction=0.0)
     folder = build_corpora(source, ByteTokenizer(), tmp_path / "cache")["train"].folder
     _flip(folder / "tokens.bin", -1)
-    objective = objectives.build(objectives.ObjectiveConfig(), ByteTokenizer(), checksums.BLOCK_BYTES // 2)
+    objective = objectives.build(
+        objectives.ObjectiveConfig(), ByteTokenizer(), checksums.BLOCK_BYTES // 2
+    )
     rows = PackedRows(open_corpus(folder), objective=objective, seed=0, block_documents=100)
     block = checksums.BLOCK_BYTES // 2
     with pytest.raises(UserError, match=f"ids {block:,} to {block:,} are not"):

@@ -1,4 +1,6 @@
-"""The row at a global index depends on the seed and the index alone: not on processes, workers or restarts."""
+"""The row at a global index depends on the seed and the index alone: not on processes, workers or
+restarts.
+"""
 
 import collections
 import itertools
@@ -88,14 +90,18 @@ def test_another_batch_size_goes_on_with_the_next_row(pair):
     take(first, 3)
     second = loader(pair, batch_size=5)
     second.restore(first.state())
-    assert_same(joined(take(second, 4)), {name: values[3 * B : 3 * B + 20] for name, values in rows.items()})
+    assert_same(
+        joined(take(second, 4)), {name: values[3 * B : 3 * B + 20] for name, values in rows.items()}
+    )
 
 
 KINDS = ("masked", "prefix", "span", "denoise", "infill")
 
 
 def drawing(kind: str, **options) -> DataConfig:
-    return DataConfig(sources=SOURCES, block_documents=32, objective=ObjectiveConfig(kind), **options)
+    return DataConfig(
+        sources=SOURCES, block_documents=32, objective=ObjectiveConfig(kind), **options
+    )
 
 
 @pytest.mark.fast_cases("masked", "span")
@@ -106,7 +112,9 @@ def test_what_is_drawn_depends_on_the_row_and_not_on_who_makes_it(pair, kind):
     count = loader(pair, config).rows_per_epoch // B + 3
     whole = joined(take(loader(pair, config), count))
     for parts in (2, 4):
-        shares = [take(loader(pair, config, part_index=p, part_count=parts), count) for p in range(parts)]
+        shares = [
+            take(loader(pair, config, part_index=p, part_count=parts), count) for p in range(parts)
+        ]
         assert_same(joined([share[step] for step in range(count) for share in shares]), whole, kind)
     first, second = loader(pair, config), loader(pair, config, batch_size=5)
     take(first, count - 2)
@@ -131,20 +139,30 @@ def test_the_second_epoch_has_the_same_text_and_other_draws(pair, kind):
     for batches in everything:
         rows = joined(batches)
         names = [name for name in rows if name.endswith("tokens")]
-        both = np.concatenate([rows[name][rows[name.replace("tokens", "segments")] > 0] for name in names])
+        both = np.concatenate(
+            [rows[name][rows[name.replace("tokens", "segments")] > 0] for name in names]
+        )
         texts.append(collections.Counter(both[both < 256].tolist()).total())
-        examples.append({b"".join(values.tobytes() for values in batch.values()) for batch in batches})
+        examples.append(
+            {b"".join(values.tobytes() for values in batch.values()) for batch in batches}
+        )
     assert kind in ("masked", "infill") or texts[0] == texts[1]
     shared = len(examples[0] & examples[1]) / len(examples[0])
-    # Short pieces lose their one span at the end, as in T5, in every epoch. Causal rows are the control.
-    assert shared == 1 if kind == "causal" else shared < (0.8 if kind in ("span", "denoise") else 0.1), shared
+    # Short pieces lose their one span at the end, as in T5, in every epoch. Causal rows are the
+    # control.
+    assert (
+        shared == 1 if kind == "causal" else shared < (0.8 if kind in ("span", "denoise") else 0.1)
+    ), shared
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heldout_rows_are_drawn_in_one_way(pair, kind):
     heldout = [splits["heldout"] for splits in pair]
     options = {"batch_size": 4, "sequence_length": T}
-    first, again = (joined(list(heldout_batches(heldout, drawing(kind), TOKENIZER, **options))) for _ in range(2))
+    first, again = (
+        joined(list(heldout_batches(heldout, drawing(kind), TOKENIZER, **options)))
+        for _ in range(2)
+    )
     assert_same(first, again, kind)
     assert first["weights"].sum() > 0
 
@@ -152,13 +170,17 @@ def test_heldout_rows_are_drawn_in_one_way(pair, kind):
 def test_an_objective_needs_its_tokens(pair):
     config, tokenizer = DataConfig(objective=ObjectiveConfig("masked")), MarkedBytes()
     tokenizer.mask_id = None
-    with pytest.raises(UserError, match=r"^data\.objective\.kind = 'masked' needs a tokenizer with mask_id"):
+    with pytest.raises(
+        UserError, match=r"^data\.objective\.kind = 'masked' needs a tokenizer with mask_id"
+    ):
         Loader([pair[0]["train"]], config, tokenizer, batch_size=1, sequence_length=T, seed=0)
 
 
 def test_a_state_of_other_data_or_seed_is_refused(pair):
     state = loader(pair).state()
-    other_weights = DataConfig(sources=(SourceConfig(weight=2.0), SourceConfig()), block_documents=32)
+    other_weights = DataConfig(
+        sources=(SourceConfig(weight=2.0), SourceConfig()), block_documents=32
+    )
     for other in (
         loader(pair, seed=12),
         loader(pair, sequence_length=16),
@@ -189,7 +211,10 @@ def test_an_epoch_holds_every_row_once_and_the_next_has_another_order(pair):
 def test_sources_without_text_are_left_out(pair, tmp_path):
     empty = corpora(tmp_path, 3, heldout_fraction=1.0)
     assert_same(
-        *(take(made, 1)[0] for made in (loader([pair[0], empty]), loader(pair[:1], DataConfig(block_documents=32))))
+        *(
+            take(made, 1)[0]
+            for made in (loader([pair[0], empty]), loader(pair[:1], DataConfig(block_documents=32)))
+        )
     )
     with pytest.raises(UserError, match="no text to train on"):
         loader([empty], DataConfig())
@@ -199,13 +224,24 @@ def test_sources_without_text_are_left_out(pair, tmp_path):
 def test_evaluation_sees_every_heldout_pair_exactly_once(pair, batch, count):
     heldout = [splits["heldout"] for splits in pair]
     options = {"batch_size": batch, "sequence_length": T, "part_count": count}
-    parts = [list(heldout_batches(heldout, CONFIG, TOKENIZER, part_index=p, **options)) for p in range(count)]
+    parts = [
+        list(heldout_batches(heldout, CONFIG, TOKENIZER, part_index=p, **options))
+        for p in range(count)
+    ]
     assert len({len(part) for part in parts}) == 1
     assert all(values["tokens"].shape == (batch // count, T) for part in parts for values in part)
     everything = joined([values for part in parts for values in part])
-    assert everything["weights"].sum() == sum(len(corpus.tokens) - corpus.num_documents for corpus in heldout)
+    assert everything["weights"].sum() == sum(
+        len(corpus.tokens) - corpus.num_documents for corpus in heldout
+    )
     seen = collections.Counter(
-        zip(*(everything[name][everything["weights"] > 0].tolist() for name in ("tokens", "targets")), strict=True)
+        zip(
+            *(
+                everything[name][everything["weights"] > 0].tolist()
+                for name in ("tokens", "targets")
+            ),
+            strict=True,
+        )
     )
     wanted = collections.Counter()
     for corpus in heldout:
@@ -217,7 +253,9 @@ def test_evaluation_sees_every_heldout_pair_exactly_once(pair, batch, count):
 
 def test_evaluation_can_stop_early_and_needs_text(pair):
     heldout = [splits["heldout"] for splits in pair]
-    batches = list(heldout_batches(heldout, CONFIG, TOKENIZER, batch_size=4, sequence_length=T, max_batches=2))
+    batches = list(
+        heldout_batches(heldout, CONFIG, TOKENIZER, batch_size=4, sequence_length=T, max_batches=2)
+    )
     whole = list(heldout_batches(heldout, CONFIG, TOKENIZER, batch_size=4, sequence_length=T))
     assert_same(joined(batches), joined(whole[:2]))
     with pytest.raises(UserError, match="no document is held out"):
@@ -238,7 +276,11 @@ def test_impossible_sizes_are_refused(pair, options, message):
 
 
 def test_importing_the_loader_imports_no_heavy_optional_package():
-    program = "import sys, research.data.loader; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    program = (
+        "import sys, research.data.loader; print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "grain" in loaded
     assert not {"tensorflow_datasets", "pyarrow", "tokenizers", "matplotlib", "torch"} & set(loaded)

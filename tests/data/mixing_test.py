@@ -7,7 +7,9 @@ from research.data.mixing import row_stream
 
 def test_a_mixture_keeps_its_weights_and_every_source_its_epochs():
     rows = [row_stream([50, 30, 20], [5.0, 3.0, 2.0], seed=1)[i] for i in range(100)]
-    assert sorted(rows) == [(source, row, 0) for source, n in enumerate([50, 30, 20]) for row in range(n)]
+    assert sorted(rows) == [
+        (source, row, 0) for source, n in enumerate([50, 30, 20]) for row in range(n)
+    ]
     half = collections.Counter(source for source, _, _ in rows[:50])
     assert half == {0: 25, 1: 15, 2: 10}
 
@@ -22,4 +24,6 @@ def test_sources_and_seeds_are_shuffled_apart():
 
 
 def test_one_row_is_enough():
-    assert [row_stream([1], [1.0], seed=0)[i] for i in range(3)] == [(0, 0, epoch) for epoch in range(3)]
+    assert [row_stream([1], [1.0], seed=0)[i] for i in range(3)] == [
+        (0, 0, epoch) for epoch in range(3)
+    ]

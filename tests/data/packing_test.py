@@ -1,4 +1,6 @@
-"""Packing: every pair of tokens once, no document beside itself in a row it did not earn, and hardly any padding."""
+"""Packing: every pair of tokens once, no document beside itself in a row it did not earn, and
+hardly any padding.
+"""
 
 import numpy as np
 import pytest
@@ -59,13 +61,17 @@ def test_best_fit_looks_on_where_the_tightest_bin_lacks_the_other_room():
 
 
 def store(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Token k of document d is 100 d + k, so a token says where it comes from; ids start at 1000."""
+    """Token k of document d is 100 d + k, so a token says where it comes from; ids start at
+    1000.
+    """
     tokens = np.concatenate([1000 + 100 * d + np.arange(n) for d, n in enumerate(lengths)])
     return tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)])
 
 
 @settings(max_examples=150, deadline=None)
-@given(lengths=LENGTHS, width=st.integers(1, 24), block=st.integers(1, 70), seed=st.integers(0, 2**63))
+@given(
+    lengths=LENGTHS, width=st.integers(1, 24), block=st.integers(1, 70), seed=st.integers(0, 2**63)
+)
 def test_every_pair_comes_exactly_once_and_rows_keep_the_contract(lengths, width, block, seed):
     tokens, offsets = store(lengths)
     pairs = np.maximum(np.diff(offsets) - 1, 0)
@@ -77,9 +83,14 @@ def test_every_pair_comes_exactly_once_and_rows_keep_the_contract(lengths, width
         assert values.dtype == (np.float32 if name == "weights" else np.int32)
     real = batch["segments"] > 0
     wanted = sorted(
-        (int(tokens[i]), int(tokens[i + 1])) for o, n in zip(offsets, pairs, strict=False) for i in range(o, o + n)
+        (int(tokens[i]), int(tokens[i + 1]))
+        for o, n in zip(offsets, pairs, strict=False)
+        for i in range(o, o + n)
     )
-    assert sorted(zip(batch["tokens"][real].tolist(), batch["targets"][real].tolist(), strict=True)) == wanted
+    assert (
+        sorted(zip(batch["tokens"][real].tolist(), batch["targets"][real].tolist(), strict=True))
+        == wanted
+    )
     np.testing.assert_array_equal(batch["weights"], real.astype(np.float32))
     for name, fill in (("tokens", 7), ("targets", 7), ("positions", 0)):
         assert (batch[name][~real] == fill).all()
@@ -89,7 +100,9 @@ def test_every_pair_comes_exactly_once_and_rows_keep_the_contract(lengths, width
 
 
 def check_row(row: dict[str, np.ndarray]) -> None:
-    """Segments count up from 1 without gaps, padding is at the end, and a segment is one run of one document."""
+    """Segments count up from 1 without gaps, padding is at the end, and a segment is one run of one
+    document.
+    """
     segments = row["segments"][row["segments"] > 0]
     assert (row["segments"][: len(segments)] > 0).all()
     assert len(segments) > 0
@@ -104,7 +117,9 @@ def check_row(row: dict[str, np.ndarray]) -> None:
 
 
 def packed(corpus, seed: int, width: int, block: int = 64) -> PackedRows:
-    return PackedRows(corpus, objective=build(CAUSAL, MarkedBytes(), width), seed=seed, block_documents=block)
+    return PackedRows(
+        corpus, objective=build(CAUSAL, MarkedBytes(), width), seed=seed, block_documents=block
+    )
 
 
 def first(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +149,12 @@ def test_a_padding_row_holds_nothing(tmp_path):
 def test_larger_blocks_leave_less_padding():
     pairs = np.arange(4000) * 7919 % 300 + 1
     plans = [
-        plan_rows(np.cumsum([0, *(pairs + 1)]), build(CAUSAL, MarkedBytes(), 512), seed=0, block_documents=block)
+        plan_rows(
+            np.cumsum([0, *(pairs + 1)]),
+            build(CAUSAL, MarkedBytes(), 512),
+            seed=0,
+            block_documents=block,
+        )
         for block in (4, 64, 4000)
     ]
     assert plans[0].padding > plans[1].padding > plans[2].padding

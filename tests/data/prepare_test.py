@@ -18,7 +18,9 @@ def config(tmp_path) -> DataConfig:
         (tmp_path / name).mkdir()
         for i, text in enumerate(texts(60, seed)):
             (tmp_path / name / f"{i}.txt").write_text(text)
-    sources = [{"kind": "text", "path": str(tmp_path / name), "heldout_fraction": 0.2} for name in "ab"]
+    sources = [
+        {"kind": "text", "path": str(tmp_path / name), "heldout_fraction": 0.2} for name in "ab"
+    ]
     return bind(DataConfig, {"sources": sources, "tokenizer": {"vocab_size": 320}})
 
 
@@ -27,7 +29,9 @@ def test_a_config_is_prepared_once(config, tmp_path, monkeypatch):
     assert len(first.train) == len(first.heldout) == 2
     assert first.tokenizer.decode(first.train[1].document(0)) in texts(60, 2)
     assert 0.3 < bytes_per_target(first.heldout) < 9
-    assert [line.split(":")[0] for line in first.report()] == [c.folder.parent.name for c in first.train]
+    assert [line.split(":")[0] for line in first.report()] == [
+        c.folder.parent.name for c in first.train
+    ]
     monkeypatch.setattr(prepare_module.tokenizers, "build", lambda *_: pytest.fail("trained again"))
     second = prepare(config, tmp_path / "cache")
     assert second.tokenizer.digest() == first.tokenizer.digest()
@@ -55,14 +59,20 @@ def test_a_mistake_names_its_source(config, tmp_path):
     (tmp_path / "b" / "bad.txt").write_bytes(b"\xff" * 9)
     for kind in ("bytes", "bpe"):
         with pytest.raises(UserError, match=r"^sources\.1: .*bad\.txt:1: bad UTF-8 at byte 0"):
-            prepare(DataConfig(sources=config.sources, tokenizer=TokenizerConfig(kind=kind)), tmp_path / "cache")
+            prepare(
+                DataConfig(sources=config.sources, tokenizer=TokenizerConfig(kind=kind)),
+                tmp_path / "cache",
+            )
 
 
 def test_a_missing_path_has_its_dotted_name(config, tmp_path):
     missing = SourceConfig(kind="text", path=str(tmp_path / "missing"))
     for tokenizer in (TokenizerConfig(), TokenizerConfig(kind="bytes")):
         with pytest.raises(UserError, match=r"^sources\.1\.path = .*missing' matches no file"):
-            prepare(DataConfig(sources=(config.sources[0], missing), tokenizer=tokenizer), tmp_path / "cache")
+            prepare(
+                DataConfig(sources=(config.sources[0], missing), tokenizer=tokenizer),
+                tmp_path / "cache",
+            )
     loaded = TokenizerConfig(kind="huggingface", path=str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"^tokenizer\.path = .*missing' cannot be read"):
         prepare(DataConfig(sources=config.sources, tokenizer=loaded), tmp_path / "cache")
@@ -70,8 +80,12 @@ def test_a_missing_path_has_its_dotted_name(config, tmp_path):
 
 def test_skipped_records_are_reported(config, tmp_path):
     (tmp_path / "b" / "bad.txt").write_bytes(b"\xff" * 9)
-    sources = tuple(SourceConfig(**{**vars(source), "max_bad_fraction": 0.1}) for source in config.sources)
-    prepared = prepare(DataConfig(sources=sources, tokenizer=TokenizerConfig(kind="bytes")), tmp_path / "cache")
+    sources = tuple(
+        SourceConfig(**{**vars(source), "max_bad_fraction": 0.1}) for source in config.sources
+    )
+    prepared = prepare(
+        DataConfig(sources=sources, tokenizer=TokenizerConfig(kind="bytes")), tmp_path / "cache"
+    )
     assert "skipped" not in prepared.report()[0]
     assert "; 1 skipped, first: " in prepared.report()[1]
 

@@ -53,11 +53,15 @@ def test_byte_order_marks_are_no_text(tmp_path, suffix):
 
 def test_byte_order_marks_of_files_that_become_a_dataset_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(MARK + b"text")
-    assert train_texts(SourceConfig(kind="tfds", path=str(tmp_path), heldout_fraction=0.0)) == ["text"]
+    assert train_texts(SourceConfig(kind="tfds", path=str(tmp_path), heldout_fraction=0.0)) == [
+        "text"
+    ]
 
 
 def frame(window_log: int, data: bytes) -> bytes:
-    """A Zstandard frame of one raw block (RFC 8878, 3.1.1), whose decoder must keep a window of 2^window_log bytes."""
+    """A Zstandard frame of one raw block (RFC 8878, 3.1.1), whose decoder must keep a window of
+    2^window_log bytes.
+    """
     magic, descriptor = b"\x28\xb5\x2f\xfd", b"\x00"
     window = bytes([(window_log - 10) << 3])
     block = (len(data) << 3 | 1).to_bytes(3, "little")  # the size, raw, the last one
@@ -68,7 +72,9 @@ def test_a_window_above_the_limit_is_one_line_that_names_the_option(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(frame(27, b'{"text": "one"}\n') + frame(28, b'{"text": "two"}\n'))
     config = SourceConfig(kind="jsonl", path=str(path), heldout_fraction=0.0)
-    with pytest.raises(UserError, match=r"a\.jsonl\.zst .* zstd_window_log = 27 must be higher") as error:
+    with pytest.raises(
+        UserError, match=r"a\.jsonl\.zst .* zstd_window_log = 27 must be higher"
+    ) as error:
         list(documents(config, "train"))
     assert "\n" not in str(error.value)
     path.write_bytes(frame(27, b'{"text": "one"}\n'))  # the control: a window of the limit
@@ -80,7 +86,9 @@ def test_a_wider_window_without_the_package_is_one_line(tmp_path, monkeypatch):
     path.write_bytes(frame(28, b'{"text": "one"}\n'))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     config = SourceConfig(kind="jsonl", path=str(path), zstd_window_log=28)
-    with pytest.raises(UserError, match=r"zstd_window_log = 28 must be at most 27 until .*'\.\[zstd\]'\.$"):
+    with pytest.raises(
+        UserError, match=r"zstd_window_log = 28 must be at most 27 until .*'\.\[zstd\]'\.$"
+    ):
         list(documents(config, "train"))
 
 
@@ -88,7 +96,9 @@ def test_a_wider_window_is_read_where_the_option_allows_it(tmp_path):
     pytest.importorskip("zstandard", reason="needs the extra zstd")
     path = tmp_path / "a.jsonl.zst"
     rows = [b'{"text": "%s"}\n' % (b"%d " % i * 999) for i in range(100)]
-    path.write_bytes(frame(31, rows[0]) + zstd(b"".join(rows[1:50])) + frame(20, b"") + zstd(b"".join(rows[50:])))
+    path.write_bytes(
+        frame(31, rows[0]) + zstd(b"".join(rows[1:50])) + frame(20, b"") + zstd(b"".join(rows[50:]))
+    )
     config = SourceConfig(kind="jsonl", path=str(path), zstd_window_log=31, heldout_fraction=0.0)
     assert train_texts(config) == [f"{i} " * 999 for i in range(100)]
     with pytest.raises(UserError, match="zstd_window_log = 30 must be higher"):
@@ -158,6 +168,8 @@ def test_an_address_is_said_to_be_none_of_a_source(kind):
 def test_a_loop_of_links_is_no_text(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "a.txt").write_text("text")
-    assert train_texts(SourceConfig(kind="text", path=str(tmp_path), heldout_fraction=0.0)) == ["text"]
+    assert train_texts(SourceConfig(kind="text", path=str(tmp_path), heldout_fraction=0.0)) == [
+        "text"
+    ]
     with pytest.raises(UserError, match="path = "):
         list(documents(SourceConfig(kind="text", path=str(tmp_path / "loop")), "train"))

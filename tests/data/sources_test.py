@@ -1,4 +1,6 @@
-"""Documents from every kind of source; what is broken is counted and named; the split depends on nothing but names."""
+"""Documents from every kind of source; what is broken is counted and named; the split depends on
+nothing but names.
+"""
 
 import dataclasses
 import gzip
@@ -19,7 +21,9 @@ BYTES = {f"part/{i:02}.txt": text.encode() for i, text in enumerate(TEXTS)}
 
 
 def read(config: SourceConfig, report: SourceReport | None = None) -> dict[str, list[str]]:
-    return {split: [d.text for d in documents(config, split, report)] for split in ("train", "heldout")}
+    return {
+        split: [d.text for d in documents(config, split, report)] for split in ("train", "heldout")
+    }
 
 
 def zstd(data: bytes) -> bytes:
@@ -34,7 +38,9 @@ def write(folder, kind: str):
             (folder / name).write_bytes(data)
         return folder
     if kind == "parquet":
-        parquet.write_table(pa.table({"text": TEXTS, "n": range(40)}), folder / "a.parquet", row_group_size=7)
+        parquet.write_table(
+            pa.table({"text": TEXTS, "n": range(40)}), folder / "a.parquet", row_group_size=7
+        )
         return folder / "a.parquet"
     lines = "".join(json.dumps({"text": text}) + "\n\n" for text in TEXTS).encode()
     (folder / "a.jsonl").write_bytes(lines[:999])
@@ -49,7 +55,9 @@ def write(folder, kind: str):
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "tfds"])
 def test_every_document_is_read_once_and_on_one_side(tmp_path, kind):
-    config = SourceConfig(kind=kind.split(".")[0], path=str(write(tmp_path, kind)), heldout_fraction=0.3)
+    config = SourceConfig(
+        kind=kind.split(".")[0], path=str(write(tmp_path, kind)), heldout_fraction=0.3
+    )
     report = SourceReport()
     found = read(config, report)
     assert sorted(found["train"] + found["heldout"]) == sorted(TEXTS)
@@ -98,7 +106,9 @@ def test_records_are_split_by_their_text(tmp_path, kind):
 def test_files_are_split_by_their_name_in_the_folder_that_the_source_names(tmp_path):
     sides = []
     for index, records in enumerate((RECORDS, RECORDS[::-1])):
-        config = dataclasses.replace(write_records(tmp_path / str(index), "tfds", records), kind="text")
+        config = dataclasses.replace(
+            write_records(tmp_path / str(index), "tfds", records), kind="text"
+        )
         sides.append({document.name for document in documents(config, "heldout")})
     assert 4 <= len(sides[0]) <= 20
     assert sides[0] == sides[1]
@@ -109,14 +119,24 @@ def test_files_are_split_by_their_name_in_the_folder_that_the_source_names(tmp_p
 
 def test_a_text_file_is_cut_where_the_separator_stands(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree")
-    found = read(SourceConfig(kind="text", path=str(tmp_path / "*.txt"), separator="\n\n", heldout_fraction=0.0))
+    found = read(
+        SourceConfig(
+            kind="text", path=str(tmp_path / "*.txt"), separator="\n\n", heldout_fraction=0.0
+        )
+    )
     assert found == {"train": ["one", "two", "three"], "heldout": []}
 
 
 def test_no_part_of_a_text_file_begins_with_a_byte_order_mark(tmp_path):
-    """Files with marks may have been joined before they were cut; a mark inside of a text is a letter of it."""
+    """Files with marks may have been joined before they were cut; a mark inside of a text is a
+    letter of it.
+    """
     (tmp_path / "a.txt").write_text("\ufeffone\n--\n\ufefft\ufeffwo\n--\n\ufeff")
-    found = read(SourceConfig(kind="text", path=str(tmp_path / "*.txt"), separator="\n--\n", heldout_fraction=0.0))
+    found = read(
+        SourceConfig(
+            kind="text", path=str(tmp_path / "*.txt"), separator="\n--\n", heldout_fraction=0.0
+        )
+    )
     assert found == {"train": ["one", "t\ufeffwo"], "heldout": []}
 
 
@@ -135,21 +155,33 @@ def test_hidden_files_are_not_text(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.txt").write_text("hidden")
     (tmp_path / "a.txt").write_text("seen")
-    assert read(SourceConfig(kind="text", path=str(tmp_path), heldout_fraction=0.0))["train"] == ["seen"]
+    assert read(SourceConfig(kind="text", path=str(tmp_path), heldout_fraction=0.0))["train"] == [
+        "seen"
+    ]
 
 
 def write_lines(folder, **texts: bytes) -> SourceConfig:
     for name, data in texts.items():
         (folder / f"{name[:-3]}.{name[-2:]}.gz").write_bytes(gzip.compress(data))
-    return SourceConfig(kind="lines", path=str(folder / "*.de.gz"), pair_path=str(folder / "*.en.gz"))
+    return SourceConfig(
+        kind="lines", path=str(folder / "*.de.gz"), pair_path=str(folder / "*.en.gz")
+    )
 
 
 def test_lines_of_two_files_are_pairs(tmp_path):
     config = write_lines(
-        tmp_path, b_en=b"one\r\ntwo\n\nfour\n", b_de=b"eins\nzwei\xe2\x80\xa8!\n\nvier", a_en=b"six", a_de=b"sechs\n"
+        tmp_path,
+        b_en=b"one\r\ntwo\n\nfour\n",
+        b_de=b"eins\nzwei\xe2\x80\xa8!\n\nvier",
+        a_en=b"six",
+        a_de=b"sechs\n",
     )
     report = SourceReport()
-    found = [(d.name, d.source, d.text) for split in ("train", "heldout") for d in documents(config, split, report)]
+    found = [
+        (d.name, d.source, d.text)
+        for split in ("train", "heldout")
+        for d in documents(config, split, report)
+    ]
     assert sorted(found) == [
         ("a.de.gz:1", "six", "sechs"),
         ("b.de.gz:1", "one", "eins"),
@@ -175,7 +207,9 @@ def test_files_whose_lines_are_no_pairs_are_named(tmp_path):
 
 def test_captions_are_read_in_two_languages(shared_data):
     folder = shared_data / "multi30k"
-    config = SourceConfig(kind="lines", path=str(folder / "val.de.gz"), pair_path=str(folder / "val.en.gz"))
+    config = SourceConfig(
+        kind="lines", path=str(folder / "val.de.gz"), pair_path=str(folder / "val.en.gz")
+    )
     found = [document for split in ("train", "heldout") for document in documents(config, split)]
     first = next(document for document in found if document.name == "val.de.gz:1")
     assert len(found) == 1014
@@ -203,7 +237,9 @@ def test_bad_lines_are_counted_and_named_and_fail_past_the_limit(tmp_path, line,
     assert report.bad == 1
     assert message in report.first_bad
     strict = SourceConfig(kind="jsonl", path=str(path), max_bad_fraction=0.3)
-    with pytest.raises(UserError, match=message.replace("[", r"\[") + r".*\(1 of 3 records are bad"):
+    with pytest.raises(
+        UserError, match=message.replace("[", r"\[") + r".*\(1 of 3 records are bad"
+    ):
         list(documents(strict, "train"))
 
 
@@ -212,7 +248,11 @@ def test_a_mostly_bad_source_fails_before_its_end(tmp_path):
     path.write_bytes(b'{"text": "good"}\n' + b"x\n" * 5000 + b'{"text": "good"}\n' * 5000)
     report = SourceReport()
     with pytest.raises(UserError, match=r"a\.jsonl:2"):
-        list(documents(SourceConfig(kind="jsonl", path=str(path), max_bad_fraction=0.4), "train", report))
+        list(
+            documents(
+                SourceConfig(kind="jsonl", path=str(path), max_bad_fraction=0.4), "train", report
+            )
+        )
     assert report.documents == 2
 
 
@@ -236,7 +276,9 @@ def test_missing_empty_and_damaged_sources_are_named(tmp_path):
     (tmp_path / "not.parquet").write_bytes(b"no")
     parquet.write_table(pa.table({"body": ["a"]}), tmp_path / "other.parquet")
     (tmp_path / "not.jsonl.zst").write_bytes(b"no frame of Zstandard")
-    (tmp_path / "cut.jsonl.zst").write_bytes(zstd(b"".join(b'{"text": "%d"}\n' % i for i in range(9)))[:-4])
+    (tmp_path / "cut.jsonl.zst").write_bytes(
+        zstd(b"".join(b'{"text": "%d"}\n' % i for i in range(9)))[:-4]
+    )
     for kind, name, message in [
         ("text", "missing", "matches no file"),
         ("text", "empty", "matches no file"),
@@ -261,7 +303,10 @@ def test_missing_empty_and_damaged_sources_are_named(tmp_path):
         ({"heldout_fraction": 1.5}, "heldout_fraction = 1.5"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction = -0.1"),
         ({"field": ""}, "field = ''"),
-        ({"kind": "lines", "path": "a"}, "pair_path = '' must name the other files for kind = 'lines'"),
+        (
+            {"kind": "lines", "path": "a"},
+            "pair_path = '' must name the other files for kind = 'lines'",
+        ),
         ({"max_record_bytes": 0}, "max_record_bytes = 0 must be at least 1"),
         ({"zstd_window_log": 32}, r"zstd_window_log = 32 must lie in \[10, 31\]"),
         ({"pair_path": "b"}, "pair_path = 'b' must be empty for kind = 'stdlib'"),
@@ -287,18 +332,29 @@ def test_a_prepared_tfds_dataset_is_read_where_it_lies(tmp_path):
 def test_c4_reads_as_array_record_and_parquet(shared_data):
     c4 = shared_data / "c4-minimal"
     records = str(c4 / "c4" / "en" / "3.0.1" / "c4-train.array_record*")
-    texts = [d.text for d in documents(SourceConfig(kind="tfds", path=records, heldout_fraction=0.0), "train")]
+    texts = [
+        d.text
+        for d in documents(SourceConfig(kind="tfds", path=records, heldout_fraction=0.0), "train")
+    ]
     assert len(texts) == 1000
     assert texts[0].startswith("Posted on April 12, 2018 by admin")
-    rows = SourceConfig(kind="parquet", path=str(c4 / "hf" / "c4" / "*train*.parquet"), heldout_fraction=0.0)
+    rows = SourceConfig(
+        kind="parquet", path=str(c4 / "hf" / "c4" / "*train*.parquet"), heldout_fraction=0.0
+    )
     assert len(list(documents(rows, "train"))) == 200
     with pytest.raises(UserError, match="tfrecord, which has no random access"):
         list(documents(SourceConfig(kind="tfds", path=str(c4 / "c4")), "train"))
 
 
 HARD_LINES = {
-    "a number of too many digits": (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "broken JSON: Exceeds the limit"),
-    "deep": (b'{"text": "x", "n": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "broken JSON: maximum recursion"),
+    "a number of too many digits": (
+        b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
+        "broken JSON: Exceeds the limit",
+    ),
+    "deep": (
+        b'{"text": "x", "n": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        "broken JSON: maximum recursion",
+    ),
     "a NUL": (b'{"text": "x\0y"}', "broken JSON"),
     "UTF-16": ('{"text": "x"}'.encode("utf-16-le"), "broken JSON"),
 }
@@ -318,7 +374,9 @@ def test_whatever_a_line_raises_is_one_bad_record(tmp_path, name):
 
 def test_a_pair_that_is_bad_twice_is_one_bad_record(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 1, "from": 2}\n{"text": "a", "from": "b"}\n')
-    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"), pair_field="from", max_bad_fraction=0.5)
+    config = SourceConfig(
+        kind="jsonl", path=str(tmp_path / "a.jsonl"), pair_field="from", max_bad_fraction=0.5
+    )
     report = SourceReport()
     list(documents(config, "train", report))
     lines = write_lines(tmp_path, a_en=b"one\n\xff", a_de=b"eins\n\xff\n")
@@ -327,9 +385,15 @@ def test_a_pair_that_is_bad_twice_is_one_bad_record(tmp_path):
 
 
 def test_values_of_parquet_that_python_has_no_text_for_are_bad_records(tmp_path):
-    far = pa.array([0, 2**52], pa.int64()).cast(pa.timestamp("ms"))  # beyond the years of Python's dates
-    parquet.write_table(pa.table({"far": far, "bytes": [b"good", b"b\xffd"]}), tmp_path / "a.parquet")
-    config = SourceConfig(kind="parquet", path=str(tmp_path / "a.parquet"), field="bytes", max_bad_fraction=1.0)
+    far = pa.array([0, 2**52], pa.int64()).cast(
+        pa.timestamp("ms")
+    )  # beyond the years of Python's dates
+    parquet.write_table(
+        pa.table({"far": far, "bytes": [b"good", b"b\xffd"]}), tmp_path / "a.parquet"
+    )
+    config = SourceConfig(
+        kind="parquet", path=str(tmp_path / "a.parquet"), field="bytes", max_bad_fraction=1.0
+    )
     report = SourceReport()
     found = read(config, report)
     assert found["train"] + found["heldout"] == ["good"]
@@ -346,7 +410,9 @@ def test_whatever_a_damaged_dataset_raises_is_one_line(tmp_path):
         (tmp_path / f"{index}.txt").write_text(f"document {index}")
     tfds_text.prepare(dict(sources.find_files(str(tmp_path))), tmp_path / "prepared")
     files = [path for path in (tmp_path / "prepared").rglob("*") if path.is_file()]
-    config = SourceConfig(kind="tfds", path=str(tmp_path / "prepared"), heldout_fraction=0.0, max_bad_fraction=1.0)
+    config = SourceConfig(
+        kind="tfds", path=str(tmp_path / "prepared"), heldout_fraction=0.0, max_bad_fraction=1.0
+    )
     for index in range(60):
         path = files[index % len(files)]
         whole = path.read_bytes()
@@ -371,7 +437,9 @@ def test_a_record_above_the_bound_is_bad_and_those_beside_it_are_not(tmp_path, k
     # The third is short in letters, and too long in bytes.
     texts = ["one", "x" * 5000, "é" * (LIMIT // 2 + 1), "y" * LIMIT, "three"]
     good = [text for text in texts if len(text.encode()) <= LIMIT]
-    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a"), heldout_fraction=0.0, max_bad_fraction=0.7)
+    config = SourceConfig(
+        kind="jsonl", path=str(tmp_path / "a"), heldout_fraction=0.0, max_bad_fraction=0.7
+    )
     if kind == "jsonl":
         rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
         (tmp_path / "a").write_text("\n".join(rows))
@@ -382,9 +450,13 @@ def test_a_record_above_the_bound_is_bad_and_those_beside_it_are_not(tmp_path, k
     elif kind == "lines":
         (tmp_path / "a").write_text("\n".join(texts))
         (tmp_path / "b").write_text("\n".join(reversed(texts)))
-        good = [text for text in good if text != "y" * LIMIT]  # beside the long one of the other side
+        good = [
+            text for text in good if text != "y" * LIMIT
+        ]  # beside the long one of the other side
         pair_path = str(tmp_path / "b")
-        config = dataclasses.replace(config, kind="lines", pair_path=pair_path, max_record_bytes=LIMIT)
+        config = dataclasses.replace(
+            config, kind="lines", pair_path=pair_path, max_record_bytes=LIMIT
+        )
     elif kind == "parquet":
         parquet.write_table(pa.table({"text": texts}), tmp_path / "a")
         config = dataclasses.replace(config, kind=kind, max_record_bytes=LIMIT)

@@ -1,4 +1,6 @@
-"""Small tokenized corpora for the tests of this folder, and a tokenizer with every control token."""
+"""Small tokenized corpora for the tests of this folder, and a tokenizer with every control
+token.
+"""
 
 import pathlib
 
@@ -14,7 +16,9 @@ def texts(count: int, seed: int = 1) -> list[str]:
     return [f"{i}:" + chr(97 + i % 26) * ((i * i * 7919 + seed) % 97) for i in range(count)]
 
 
-def corpora(folder: pathlib.Path, count: int, seed: int = 1, heldout_fraction: float = 0.2) -> dict[str, Corpus]:
+def corpora(
+    folder: pathlib.Path, count: int, seed: int = 1, heldout_fraction: float = 0.2
+) -> dict[str, Corpus]:
     """Writes `texts` as files and tokenizes them into bytes."""
     source = folder / f"text-{count}-{seed}"
     source.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,9 @@ VOCAB = 50_200
 
 
 def store(lengths: list[int]) -> Corpus:
-    """Returns framed documents of these lengths. A token of the text is its place in the store: no two are equal."""
+    """Returns framed documents of these lengths. A token of the text is its place in the store: no
+    two are equal.
+    """
     documents, place = [], 0
     for n in lengths:
         documents.append(np.array([HEAD, *range(place + 1, place + 1 + n), TAIL]))
@@ -47,4 +53,6 @@ def store(lengths: list[int]) -> Corpus:
     tokens = np.concatenate(documents).astype(np.uint16)
     assert place < HEAD
     offsets = np.concatenate([[0], np.cumsum([n + 2 for n in lengths])])
-    return Corpus(pathlib.Path("store"), tokens, offsets, np.array(lengths), PAD, "digest", SourceReport())
+    return Corpus(
+        pathlib.Path("store"), tokens, offsets, np.array(lengths), PAD, "digest", SourceReport()
+    )

@@ -40,7 +40,9 @@ def run(model: tuple[ModelConfig, Any], prompts: list[str], **fields) -> list[li
     return beam_generate(*model, BYTES, prompts, dataclasses.replace(BEAMS, **fields))
 
 
-def golden_search(name: str, model: tuple[ModelConfig, Any], beams: BeamConfig) -> list[list[Hypothesis]]:
+def golden_search(
+    name: str, model: tuple[ModelConfig, Any], beams: BeamConfig
+) -> list[list[Hypothesis]]:
     """Searches all golden prompts at once, however long they are."""
     config, params = model
     padded = np.zeros((len(beam_cases.PROMPTS), 8), np.int32)
@@ -60,7 +62,9 @@ def golden_search(name: str, model: tuple[ModelConfig, Any], beams: BeamConfig) 
 
 
 def golden_model(name: str, parent: Any) -> tuple[ModelConfig, Any]:
-    return from_hugging_face(write_folder(parent / name, cases.stored()[name]["config"], beam_cases.tensors(name)))
+    return from_hugging_face(
+        write_folder(parent / name, cases.stored()[name]["config"], beam_cases.tensors(name))
+    )
 
 
 @pytest.mark.fast_cases("llama-3.2-1b")
@@ -69,8 +73,12 @@ def test_beams_equal_transformers(name, tmp_path):
     model = golden_model(name, tmp_path)
     for beams, wanted in zip(beam_cases.GRID, beam_cases.stored(name), strict=True):
         found = golden_search(name, model, beams)[: len(wanted)]
-        assert [[one.tokens for one in best] for best in found] == [[one.tokens for one in best] for best in wanted]
-        scores = [np.array([one.score for best in texts for one in best]) for texts in (found, wanted)]
+        assert [[one.tokens for one in best] for best in found] == [
+            [one.tokens for one in best] for best in wanted
+        ]
+        scores = [
+            np.array([one.score for best in texts for one in best]) for texts in (found, wanted)
+        ]
         np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
 
 
@@ -84,14 +92,20 @@ def test_beams_of_encoder_decoders_equal_transformers(name):
         sources[row, : len(ids)] = ids
         lengths.append(len(ids))
     starts = [[beam_cases.START]] * len(lengths)
-    prompts = Prompts(jnp.asarray(starts), jnp.ones(len(lengths), int), jnp.asarray(sources), jnp.asarray(lengths))
+    prompts = Prompts(
+        jnp.asarray(starts), jnp.ones(len(lengths), int), jnp.asarray(sources), jnp.asarray(lengths)
+    )
     cache = prefill(params, prompts, config=config, slots=16)[1]
     told_apart = set()
     for beams, wanted in zip(beam_cases.grid(name), beam_cases.stored(name), strict=True):
         options = {"slots": 16, "num_ids": cases.VOCAB, "end_ids": [beam_cases.eos_id(name)]}
         found = beam_search(Steps(config), params, cache, starts, beams, **options)
-        assert [[one.tokens for one in best] for best in found] == [[one.tokens for one in best] for best in wanted]
-        scores = [np.array([one.score for best in texts for one in best]) for texts in (found, wanted)]
+        assert [[one.tokens for one in best] for best in found] == [
+            [one.tokens for one in best] for best in wanted
+        ]
+        scores = [
+            np.array([one.score for best in texts for one in best]) for texts in (found, wanted)
+        ]
         np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
         told_apart.add(str([best[0].tokens for best in found]))
     assert len(told_apart) > 6
@@ -100,14 +114,20 @@ def test_beams_of_encoder_decoders_equal_transformers(name):
 @pytest.mark.parametrize("name", beam_cases.MODELS)
 def test_goldens_tell_the_settings_apart(name):  # the control
     eos_id, stored = beam_cases.MODELS[name][1], beam_cases.stored(name)
-    texts = {beams: [best[0].tokens for best in row] for beams, row in zip(beam_cases.GRID, stored, strict=True)}
+    texts = {
+        beams: [best[0].tokens for best in row]
+        for beams, row in zip(beam_cases.GRID, stored, strict=True)
+    }
     for field, values in (
         ("length_penalty", (0.0, 2.0)),
         ("early_stopping", (True, "never")),
         ("min_tokens", (0, 4)),
         ("forced_prefix", ((), (7, 50))),
     ):
-        by_value = [{str(texts[beams]) for beams in texts if getattr(beams, field) == value} for value in values]
+        by_value = [
+            {str(texts[beams]) for beams in texts if getattr(beams, field) == value}
+            for value in values
+        ]
         assert by_value[0] != by_value[1], field
     ended = [one.tokens[-1] == eos_id for row in stored for best in row for one in best]
     assert 0.2 < np.mean(ended) < 0.95
@@ -140,7 +160,9 @@ def test_beams_of_a_prompt_do_not_depend_on_the_batch(model):
     for prompt, found in zip(prompts, run(model, prompts, no_repeat_ngram=2), strict=True):
         [alone] = run(model, [prompt], no_repeat_ngram=2)
         assert [one.tokens for one in alone] == [one.tokens for one in found]
-        np.testing.assert_allclose([one.score for one in alone], [one.score for one in found], atol=1e-5)
+        np.testing.assert_allclose(
+            [one.score for one in alone], [one.score for one in found], atol=1e-5
+        )
 
 
 def test_another_prompt_has_other_beams(model):  # the control
@@ -168,7 +190,9 @@ def test_any_end_id_ends_a_beam_whose_score_is_that_of_its_tokens(model, monkeyp
     [[free]] = run(model, ["abc"], **alone)
     end = free.tokens[2]
     assert end not in (*free.tokens[:2], BYTES.eos_id)
-    monkeypatch.setattr(BYTES, "further_end_ids", (end, 9999))  # one that the model has, and one that it has not
+    monkeypatch.setattr(
+        BYTES, "further_end_ids", (end, 9999)
+    )  # one that the model has, and one that it has not
     [[found]] = run(model, ["abc"], **alone)
     assert (found.tokens, found.finish) == (free.tokens[:3], "stop")
     ids = [BYTES.bos_id, *b"abc", *found.tokens]
@@ -182,18 +206,30 @@ def test_one_compilation_serves_a_whole_generation_and_its_like(model):
     prefill.clear_cache()
     run(model, ["abc", "de"])
     assert (prefill._cache_size(), beam_step._cache_size()) == (1, 1)
-    run(model, ["something else", "?"], length_penalty=2.0, max_tokens=5, early_stopping=True, forced_prefix=(65,))
+    run(
+        model,
+        ["something else", "?"],
+        length_penalty=2.0,
+        max_tokens=5,
+        early_stopping=True,
+        forced_prefix=(65,),
+    )
     assert (prefill._cache_size(), beam_step._cache_size()) == (1, 1)
 
 
 def test_what_cannot_be_searched_is_refused(model):
     for prompts, fields, said in (
         ([], {}, "prompts: at least one prompt is needed."),
-        (["a"], {"num_beams": 300}, f"num_beams = 300 must be at most {BYTES.vocab_size}, the ids of the vocabulary."),
+        (
+            ["a"],
+            {"num_beams": 300},
+            f"num_beams = 300 must be at most {BYTES.vocab_size}, the ids of the vocabulary.",
+        ),
         (
             ["a" * 60],
             {},
-            "max_tokens = 8 after a prompt of 61 tokens is more than the model's max_length = 64. Use at ",
+            "max_tokens = 8 after a prompt of 61 tokens is more than the model's max_length = 64. "
+            "Use at ",
         ),
         (["a" * 63], {}, "prompts: a prompt of 64 tokens leaves no room"),
     ):

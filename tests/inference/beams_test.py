@@ -20,7 +20,9 @@ PROMPTS = ([3], [2, 5, 2, 5, 0], [4, 4, 0])
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """A model whose logits depend on all tokens before: its state is a number of them, and a row of a table follows."""
+    """A model whose logits depend on all tokens before: its state is a number of them, and a row of
+    a table follows.
+    """
 
     def step(self, params: Any, state: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
         state = (7 * state + 31 * tokens + 13 * positions + 1) % STATES
@@ -55,7 +57,11 @@ def table(ids: int, seed: int = 0) -> np.ndarray:
 
 
 def search(
-    params: np.ndarray, beams: BeamConfig, prompts: Any = PROMPTS, model: Toy | None = None, ends: Any = (EOS,)
+    params: np.ndarray,
+    beams: BeamConfig,
+    prompts: Any = PROMPTS,
+    model: Toy | None = None,
+    ends: Any = (EOS,),
 ) -> Any:
     """Runs the search; the states have read all but the last token of each prompt."""
     state = jnp.asarray([number(prompt[:-1]) for prompt in prompts])
@@ -97,7 +103,9 @@ def extensions(
     return [(row[i], i) for i in may]
 
 
-def plain_search(params: np.ndarray, prompt: list[int], beams: BeamConfig, ends: Any = (EOS,)) -> list[Hypothesis]:
+def plain_search(
+    params: np.ndarray, prompt: list[int], beams: BeamConfig, ends: Any = (EOS,)
+) -> list[Hypothesis]:
     """Beam search in loops."""
     log_p = np.asarray(jax.nn.log_softmax(params))
     running, done = [(np.float32(0.0), [])], []
@@ -113,13 +121,24 @@ def plain_search(params: np.ndarray, prompt: list[int], beams: BeamConfig, ends:
             if new[-1] not in ends and made < beams.max_tokens:
                 running.append((total, new))
             elif rank < beams.num_beams:
-                done.append(Hypothesis(tuple(new), float(total / np.float32(made) ** np.float32(beams.length_penalty))))
+                done.append(
+                    Hypothesis(
+                        tuple(new),
+                        float(total / np.float32(made) ** np.float32(beams.length_penalty)),
+                    )
+                )
         running = running[: beams.num_beams]
         done.sort(key=lambda hypothesis: -hypothesis.score)
         done = done[: beams.num_beams]
         full = len(done) == beams.num_beams
-        length = beams.max_tokens if beams.early_stopping == "never" and beams.length_penalty > 0 else made
-        hopeless = full and (not running or running[0][0] / length**beams.length_penalty <= done[-1].score)
+        length = (
+            beams.max_tokens
+            if beams.early_stopping == "never" and beams.length_penalty > 0
+            else made
+        )
+        hopeless = full and (
+            not running or running[0][0] / length**beams.length_penalty <= done[-1].score
+        )
         if not running or hopeless or (full and beams.early_stopping is True):
             break
     return done[: beams.num_return]
@@ -134,14 +153,18 @@ def every_text(params: np.ndarray, prompt: list[int], beams: BeamConfig) -> list
             ends = new[-1] == EOS or length == beams.max_tokens
             fits = all(allowed([*prompt, *new[:i]], i, token, beams) for i, token in enumerate(new))
             if ends and EOS not in new[:-1] and fits:
-                total = sum(log_p[number([*prompt, *new[:i]])][token] for i, token in enumerate(new))
+                total = sum(
+                    log_p[number([*prompt, *new[:i]])][token] for i, token in enumerate(new)
+                )
                 found.append(Hypothesis(tuple(new), total / length**beams.length_penalty))
     return sorted(found, key=lambda hypothesis: -hypothesis.score)
 
 
 def assert_same(found: list[Hypothesis], wanted: list[Hypothesis]) -> None:
     assert [one.tokens for one in found] == [one.tokens for one in wanted]
-    np.testing.assert_allclose([one.score for one in found], [one.score for one in wanted], rtol=1e-5)
+    np.testing.assert_allclose(
+        [one.score for one in found], [one.score for one in wanted], rtol=1e-5
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -151,11 +174,15 @@ def assert_same(found: list[Hypothesis], wanted: list[Hypothesis]) -> None:
     early=st.sampled_from([False, True, "never"]),
     min_tokens=st.integers(0, 4),
     max_tokens=st.integers(4, 7),
-    forced=st.sampled_from([{}, {"forced_prefix": (5, 2)}, {"forced_bos": 2, "forced_prefix": (5,)}]),
+    forced=st.sampled_from(
+        [{}, {"forced_prefix": (5, 2)}, {"forced_bos": 2, "forced_prefix": (5,)}]
+    ),
     forced_eos=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_beams_are_those_of_plain_loops(shape, penalty, early, min_tokens, max_tokens, forced, forced_eos, seed):
+def test_beams_are_those_of_plain_loops(
+    shape, penalty, early, min_tokens, max_tokens, forced, forced_eos, seed
+):
     beams = BeamConfig(
         num_beams=shape[0],
         no_repeat_ngram=shape[1],
@@ -173,7 +200,9 @@ def test_beams_are_those_of_plain_loops(shape, penalty, early, min_tokens, max_t
         assert_same(found, best)
 
 
-@pytest.mark.parametrize("rules", [{}, {"min_tokens": 3}, {"forced_eos": True}, {"early_stopping": True}])
+@pytest.mark.parametrize(
+    "rules", [{}, {"min_tokens": 3}, {"forced_eos": True}, {"early_stopping": True}]
+)
 def test_beams_end_at_any_of_several_ids(rules):
     ends = (EOS, 0, 7)
     beams = BeamConfig(num_beams=3, max_tokens=6, num_return=3, **rules)
@@ -184,15 +213,24 @@ def test_beams_end_at_any_of_several_ids(rules):
         assert_same(best, plain_search(params, prompt, beams, ends))
     last = {one.tokens[-1] for best in found for one in best}
     assert last & {0, 7}
-    assert [best[0].tokens for best in search(params, beams)] != [best[0].tokens for best in found]  # the control
+    assert [best[0].tokens for best in search(params, beams)] != [
+        best[0].tokens for best in found
+    ]  # the control
 
 
-@pytest.mark.parametrize("rules", [{}, {"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"min_tokens": 2}])
+@pytest.mark.parametrize(
+    "rules", [{}, {"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"min_tokens": 2}]
+)
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 def test_beams_as_many_as_texts_find_the_best_of_all_texts(rules, penalty):
     # A width of V² · (V - 1) holds every text of 3 tokens; half of the candidates may end.
     beams = BeamConfig(
-        num_beams=64, max_tokens=3, length_penalty=penalty, early_stopping="never", num_return=6, **rules
+        num_beams=64,
+        max_tokens=3,
+        length_penalty=penalty,
+        early_stopping="never",
+        num_return=6,
+        **rules,
     )
     for found, prompt in zip(search(table(4), beams, ([3], [2, 0])), ([3], [2, 0]), strict=True):
         assert_same(found, every_text(table(4), prompt, beams)[:6])
@@ -201,7 +239,8 @@ def test_beams_as_many_as_texts_find_the_best_of_all_texts(rules, penalty):
 def test_one_beam_misses_the_best_of_all_texts():  # the control
     beams = BeamConfig(num_beams=1, max_tokens=3, length_penalty=0.0, early_stopping="never")
     missed = [
-        search(table(4, seed), beams, ([3],))[0][0] != every_text(table(4, seed), [3], beams)[0] for seed in range(9)
+        search(table(4, seed), beams, ([3],))[0][0] != every_text(table(4, seed), [3], beams)[0]
+        for seed in range(9)
     ]
     assert any(missed)
 
@@ -224,7 +263,8 @@ def test_rows_that_stay_where_they_are_give_other_texts():  # the control
 def test_no_ngram_stands_twice_with_those_of_the_prompt():
     for size in (2, 3):
         free, strict = (
-            search(table(4), BeamConfig(num_beams=2, max_tokens=7, min_tokens=7, no_repeat_ngram=n)) for n in (0, size)
+            search(table(4), BeamConfig(num_beams=2, max_tokens=7, min_tokens=7, no_repeat_ngram=n))
+            for n in (0, size)
         )
         assert free != strict
         for (best,), prompt in zip(strict, PROMPTS, strict=True):
@@ -306,9 +346,15 @@ def test_settings_that_cannot_be_are_refused(fields, said):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"forced_prefix": (3, 12)}, "forced_prefix: id 12 is out of range: it must lie in [0, 12)."),
+        (
+            {"forced_prefix": (3, 12)},
+            "forced_prefix: id 12 is out of range: it must lie in [0, 12).",
+        ),
         ({"forced_bos": -1}, "forced_bos: id -1 is out of range: it must lie in [0, 12)."),
-        ({"forced_prefix": (EOS,)}, "forced_prefix: id 1 is the end of text, which nothing can follow."),
+        (
+            {"forced_prefix": (EOS,)},
+            "forced_prefix: id 1 is the end of text, which nothing can follow.",
+        ),
     ],
 )
 def test_forced_ids_that_cannot_be_are_refused(fields, said):
@@ -320,8 +366,12 @@ def test_forced_ids_that_cannot_be_are_refused(fields, said):
 def test_forced_end_needs_an_end():
     state = jnp.asarray([number([])])
     beams = BeamConfig(max_tokens=4, forced_eos=True)
-    with pytest.raises(UserError, match="forced_eos = True needs a tokenizer that has an end-of-text id"):
-        beam_search(Toy(), jnp.asarray(table(12)), state, ([3],), beams, slots=SLOTS, num_ids=12, end_ids=())
+    with pytest.raises(
+        UserError, match="forced_eos = True needs a tokenizer that has an end-of-text id"
+    ):
+        beam_search(
+            Toy(), jnp.asarray(table(12)), state, ([3],), beams, slots=SLOTS, num_ids=12, end_ids=()
+        )
 
 
 def test_rules_that_leave_no_text_are_named():

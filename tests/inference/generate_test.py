@@ -29,7 +29,9 @@ def model() -> tuple[ModelConfig, Any]:
 
 
 def chain(*texts: bytes, vocab_size: int = BYTES.vocab_size) -> tuple[ModelConfig, Any]:
-    """A model that goes through each of `texts` byte by byte and then ends; other ids follow themselves."""
+    """A model that goes through each of `texts` byte by byte and then ends; other ids follow
+    themselves.
+    """
     config = ModelConfig(
         vocab_size=vocab_size,
         num_layers=1,
@@ -59,7 +61,9 @@ def test_greedy_text_is_the_argmax_of_the_training_logits(model):
     for prompt, found in zip(prompts, run(model, prompts), strict=True):
         ids = [BYTES.bos_id, *prompt.encode()]
         for token in found.tokens:
-            row = np.asarray(logits(config, params, np.pad(ids, (0, 40 - len(ids))).astype(np.int32)[None]))
+            row = np.asarray(
+                logits(config, params, np.pad(ids, (0, 40 - len(ids))).astype(np.int32)[None])
+            )
             best = np.argsort(row[0, len(ids) - 1])
             assert token == best[-1]
             ids.append(token)
@@ -93,7 +97,11 @@ def test_each_prompt_takes_the_seed_it_is_given(model):
 
 def test_text_ends_with_the_end_of_text_token():
     found = run(chain(b"abcdef"), ["a", "d", "xc"])
-    assert [(g.text, g.finish) for g in found] == [("bcdef", "stop"), ("ef", "stop"), ("def", "stop")]
+    assert [(g.text, g.finish) for g in found] == [
+        ("bcdef", "stop"),
+        ("ef", "stop"),
+        ("def", "stop"),
+    ]
     assert found[1].tokens == (*b"ef", BYTES.eos_id)
 
 
@@ -118,7 +126,10 @@ def test_ids_are_continued_as_they_stand():
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ([1, BYTES.vocab_size], f"ids: id 259 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
+        (
+            [1, BYTES.vocab_size],
+            f"ids: id 259 is out of range: the model's ids lie in [0, {BYTES.vocab_size}).",
+        ),
         ([-1], f"ids: id -1 is out of range: the model's ids lie in [0, {BYTES.vocab_size})."),
     ],
 )
@@ -134,7 +145,10 @@ def test_text_that_becomes_ids_beyond_the_embedding_is_refused(model, monkeypatc
     encode(config, BYTES, ["\x01$"], [1])
     with pytest.raises(UserError) as caught:
         encode(config, BYTES, ["\x01%"], [1])
-    assert str(caught.value) == "prompts: '%' is the tokenizer's id 37, and the model's ids lie in [0, 37)."
+    assert (
+        str(caught.value)
+        == "prompts: '%' is the tokenizer's id 37, and the model's ids lie in [0, 37)."
+    )
 
 
 def test_text_ends_after_max_tokens():
@@ -180,8 +194,14 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
 
 def test_tokens_of_prompt_and_text_are_seen_and_padding_is_not(model):
     config, params = model
-    tokens, lengths, rules = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1]), SamplingParams.of([GREEDY] * 2)
-    state = prefill_step(params, Prompts(tokens, lengths), keys_of([0, 1]), rules, config=config, slots=8)
+    tokens, lengths, rules = (
+        jnp.array([[5, 6, 7], [8, 0, 0]]),
+        jnp.array([3, 1]),
+        SamplingParams.of([GREEDY] * 2),
+    )
+    state = prefill_step(
+        params, Prompts(tokens, lengths), keys_of([0, 1]), rules, config=config, slots=8
+    )
     for row, prompt in enumerate(([5, 6, 7], [8])):
         assert set(np.flatnonzero(state.seen[row]).tolist()) == {*prompt, int(state.token[row])}
     np.testing.assert_array_equal(state.position, lengths)
@@ -203,7 +223,8 @@ def test_one_compilation_serves_all_settings(model):
     decode_step.clear_cache()
     run(model, ["abc"] * len(MIXED), temperature=1.0)
     assert (prefill_step._cache_size(), decode_step._cache_size()) == (1, 1)
-    # Neither another prompt, seed, stop string, limit nor rule of drawing compiles anything, for all rows or for some.
+    # Neither another prompt, seed, stop string, limit nor rule of drawing compiles anything, for
+    # all rows or for some.
     others = [f"another prompt {i}" for i in range(len(MIXED))]
     run(model, others, temperature=1.0, seed=3, stop=("q",), max_tokens=7)
     for changed in MIXED:
@@ -217,23 +238,32 @@ def test_one_compilation_serves_all_settings(model):
 def test_prompts_of_one_batch_take_settings_of_their_own(model):
     prompts = ["abc", "a much longer prompt than the first", "x", "abc", "abc", "abc"]
     together = generate(*model, BYTES, prompts, MIXED)
-    alone = [generate(*model, BYTES, [prompt], each)[0] for prompt, each in zip(prompts, MIXED, strict=True)]
+    alone = [
+        generate(*model, BYTES, [prompt], each)[0]
+        for prompt, each in zip(prompts, MIXED, strict=True)
+    ]
     assert together == alone
     # The control: the same prompt reads on otherwise by other settings.
     same = [together[i].tokens for i, prompt in enumerate(prompts) if prompt == "abc"]
     assert len(set(same)) == len(same)
-    with pytest.raises(UserError, match="sampling: 6 settings for 1 prompts; give one a prompt, or one for all"):
+    with pytest.raises(
+        UserError, match="sampling: 6 settings for 1 prompts; give one a prompt, or one for all"
+    ):
         generate(*model, BYTES, ["abc"], MIXED)
 
 
 def test_every_seed_of_64_bits_draws_otherwise(model):
     seeds = [0, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
-    found = generate(*model, BYTES, ["abc"] * len(seeds), dataclasses.replace(GREEDY, temperature=1.0), seeds)
+    found = generate(
+        *model, BYTES, ["abc"] * len(seeds), dataclasses.replace(GREEDY, temperature=1.0), seeds
+    )
     assert len({text.tokens for text in found}) == len(seeds)
     # After the last seed comes the first.
     last, first = run(model, ["abc", "abc"], temperature=1.0, seed=2**64 - 1)
     assert (last.tokens, first.tokens) == (found[-1].tokens, found[0].tokens)
-    with pytest.raises(UserError, match=r"seeds: -1 must be a whole number in \[0, 18446744073709551616\)"):
+    with pytest.raises(
+        UserError, match=r"seeds: -1 must be a whole number in \[0, 18446744073709551616\)"
+    ):
         generate(*model, BYTES, ["abc"], GREEDY, [-1])
     with pytest.raises(UserError, match="seeds: True must be a whole number"):
         generate(*model, BYTES, ["abc"], GREEDY, [True])
@@ -243,7 +273,8 @@ def test_text_that_does_not_fit_the_model_is_refused(model):
     with pytest.raises(UserError) as caught:
         run(model, ["a" * 60], max_tokens=4)
     assert str(caught.value) == (
-        "max_tokens = 4 after a prompt of 61 tokens is more than the model's max_length = 64. Use at most 3."
+        "max_tokens = 4 after a prompt of 61 tokens is more than the model's max_length = 64. Use "
+        "at most 3."
     )
     assert len(run(chain(b"ab"), ["x" * 60], max_tokens=3)[0].tokens) == 3
 

@@ -1,4 +1,6 @@
-"""Searches the golden beams with transformers: `python -m tests.inference.make_beam_goldens` (extra `parity`)."""
+"""Searches the golden beams with transformers: `python -m tests.inference.make_beam_goldens` (extra
+`parity`).
+"""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +13,8 @@ from research.inference.beams import BeamConfig
 from tests.inference import beam_cases
 from tests.interop import torch_models
 
-# Beams that noise of this size in log p changes were no goldens: other float32 arithmetic could change them too.
+# Beams that noise of this size in log p changes were no goldens: other float32 arithmetic could
+# change them too.
 NOISE, DRAWS = 1e-4, 3
 
 
@@ -30,13 +33,25 @@ def load(name: str) -> Any:
         kind, config = torch_models.MODELS[name]
         model = kind._from_config(config, dtype=torch.float32).eval()
         # Rules that a family's generation has of its own are no part of the comparison.
-        model.generation_config = transformers.GenerationConfig(decoder_start_token_id=beam_cases.START)
-        tensors |= {"final_logits_bias": tensors["final_logits_bias"]} if "final_logits_bias" in tensors else {}
-        model.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()}, strict=False)
+        model.generation_config = transformers.GenerationConfig(
+            decoder_start_token_id=beam_cases.START
+        )
+        tensors |= (
+            {"final_logits_bias": tensors["final_logits_bias"]}
+            if "final_logits_bias" in tensors
+            else {}
+        )
+        model.load_state_dict(
+            {key: torch.from_numpy(value) for key, value in tensors.items()}, strict=False
+        )
         model.tie_weights()
         return model
     config = torch_models.DECODERS[name]
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        .float()
+        .eval()
+    )
     with torch.no_grad():
         for key, value in model.named_parameters():
             value.copy_(torch.from_numpy(tensors[key]))
@@ -46,9 +61,14 @@ def load(name: str) -> Any:
 def search(
     model: Any, prompt: Sequence[int], beams: BeamConfig, eos_id: int, noise: int | None = None
 ) -> list[tuple[list[int], float]]:
-    """Returns new ids and score of the hypotheses of a prompt, which the encoder reads if there is one."""
+    """Returns new ids and score of the hypotheses of a prompt, which the encoder reads if there is
+    one.
+    """
     bos = [] if beams.forced_bos is None else [beams.forced_bos]
-    prefix, start = bos + list(beams.forced_prefix), 1 if model.config.is_encoder_decoder else len(prompt)
+    prefix, start = (
+        bos + list(beams.forced_prefix),
+        1 if model.config.is_encoder_decoder else len(prompt),
+    )
 
     def allowed(_: int, ids: torch.Tensor) -> list[int]:
         made = len(ids) - start
@@ -76,7 +96,10 @@ def search(
     )
     rows = [row[start:].tolist() for row in found.sequences]
     ends = [row.index(eos_id) + 1 if eos_id in row else len(row) for row in rows]
-    return [(row[:end], float(score)) for row, end, score in zip(rows, ends, found.sequences_scores, strict=True)]
+    return [
+        (row[:end], float(score))
+        for row, end, score in zip(rows, ends, found.sequences_scores, strict=True)
+    ]
 
 
 def compute(name: str) -> list[list[list[tuple[list[int], float]]]]:
@@ -87,10 +110,15 @@ def compute(name: str) -> list[list[list[tuple[list[int], float]]]]:
         best = search(model, prompt, beams, eos_id)
         for seed in range(DRAWS):
             noisy = search(model, prompt, beams, eos_id, seed)
-            assert [ids for ids, _ in noisy] == [ids for ids, _ in best], f"{beams}: a near tie after {prompt}"
+            assert [ids for ids, _ in noisy] == [ids for ids, _ in best], (
+                f"{beams}: a near tie after {prompt}"
+            )
         return [(ids, round(score, 6)) for ids, score in best]
 
-    return [[certain(prompt, beams) for prompt in beam_cases.prompts(name, beams)] for beams in beam_cases.grid(name)]
+    return [
+        [certain(prompt, beams) for prompt in beam_cases.prompts(name, beams)]
+        for beams in beam_cases.grid(name)
+    ]
 
 
 def main() -> None:

@@ -22,24 +22,35 @@ def test_padding_behind_a_prompt_changes_nothing(name: str, length: int):
     params, tokens = random_params(config), random_tokens(1, length)
     found = []
     for padding in (0, 7):
-        prompts = Prompts(jnp.asarray(np.pad(tokens, ((0, 0), (0, padding)))), jnp.asarray([length]))
+        prompts = Prompts(
+            jnp.asarray(np.pad(tokens, ((0, 0), (0, padding)))), jnp.asarray([length])
+        )
         found.append(prefill(params, prompts, config=config, slots=16)[0])
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["dynamic", "longrope"])
 def test_an_encoder_reads_a_prompt_beside_a_longer_one_as_alone(rule: str):
-    config = dataclasses.replace(VARIANTS["sinusoidal encoder-decoder"], position=VARIANTS[rule].position)
+    config = dataclasses.replace(
+        VARIANTS["sinusoidal encoder-decoder"], position=VARIANTS[rule].position
+    )
     params, tokens = random_params(config), random_tokens(2, 9)
     start = jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)
 
     def first_logits(rows: int, width: int, lengths: list[int]):
-        prompts = Prompts(start[0][:rows], start[1][:rows], jnp.asarray(tokens[:rows, :width]), jnp.asarray(lengths))
+        prompts = Prompts(
+            start[0][:rows],
+            start[1][:rows],
+            jnp.asarray(tokens[:rows, :width]),
+            jnp.asarray(lengths),
+        )
         return prefill(params, prompts, config=config, slots=16)[0]
 
     # The rules change for more than 6 tokens, which the shorter prompt has only with its padding.
     np.testing.assert_allclose(first_logits(2, 9, [5, 9])[:1], first_logits(1, 5, [5]), atol=1e-5)
-    assert np.abs(first_logits(2, 9, [8, 9])[:1] - first_logits(1, 5, [5])).max() > 1e-2  # the control
+    assert (
+        np.abs(first_logits(2, 9, [8, 9])[:1] - first_logits(1, 5, [5])).max() > 1e-2
+    )  # the control
 
 
 def test_every_token_of_a_prompt_and_after_it_has_a_page_of_its_own():
@@ -54,9 +65,13 @@ def test_every_token_of_a_prompt_and_after_it_has_a_page_of_its_own():
 @pytest.mark.parametrize("loop", ["auto", "scan", "unroll"])
 def test_the_cache_has_the_form_of_the_parameters_whatever_the_config_says(loop: str):
     config = tiny_config(layer_loop=loop)
-    params, prompts = random_params(tiny_config()), Prompts(jnp.asarray(random_tokens(1, 5)), jnp.asarray([5]))
+    params, prompts = (
+        random_params(tiny_config()),
+        Prompts(jnp.asarray(random_tokens(1, 5)), jnp.asarray([5])),
+    )
     (logits, cache), (others, stacked) = (
-        prefill(each, prompts, config=config, slots=8) for each in (params, stack(params, config.num_layers))
+        prefill(each, prompts, config=config, slots=8)
+        for each in (params, stack(params, config.num_layers))
     )
     assert (len(cache.layers), len(stacked.layers)) == (2, 1)
     np.testing.assert_allclose(others, logits, atol=1e-5)
@@ -65,7 +80,7 @@ def test_the_cache_has_the_form_of_the_parameters_whatever_the_config_says(loop:
 class Bare(ByteTokenizer):
     """Bytes without any id that is no text."""
 
-    bos_id = eos_id = start_id = None
+    bos_id = eos_id = document_start_id = None
 
 
 @pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
@@ -74,5 +89,7 @@ def test_an_empty_prompt_is_refused_where_nothing_can_stand_for_it(name: str):
     with pytest.raises(UserError, match="prompts = '' is empty"):
         encode(config, Bare(), [""], [5])
     assert encode(config, ByteTokenizer(), [""], [5])[0].lengths.shape == (1,)
-    with pytest.raises(UserError, match=r"'<s>' is the tokenizer's id 256, and the model's ids lie in \[0, 48\)"):
+    with pytest.raises(
+        UserError, match=r"'<s>' is the tokenizer's id 256, and the model's ids lie in \[0, 48\)"
+    ):
         encode(VARIANTS[name], ByteTokenizer(), [""], [5])

@@ -33,15 +33,24 @@ def test_one_conversation_or_several_become_ids():
     ("given", "said"),
     [
         ({}, "prompts, ids and messages: exactly one of them must be given."),
-        ({"prompts": ["a"], "ids": [[1]]}, "prompts, ids and messages: exactly one of them must be given."),
-        ({"prompts": ["a"], "chat": {}}, "chat: these are arguments of the chat template, which messages alone have."),
+        (
+            {"prompts": ["a"], "ids": [[1]]},
+            "prompts, ids and messages: exactly one of them must be given.",
+        ),
+        (
+            {"prompts": ["a"], "chat": {}},
+            "chat: these are arguments of the chat template, which messages alone have.",
+        ),
         ({"ids": [1, 2]}, "ids: 1 must be a row of ids: one prompt is [[1, 2, 3]]."),
         ({"ids": ["ab"]}, "ids: 'ab' must be a row of ids: one prompt is [[1, 2, 3]]."),
         ({"ids": [[]]}, "ids: a row of no ids cannot be continued."),
         ({"ids": [[1.0]]}, "ids: 1.0 must be a whole number."),
         ({"ids": [[True]]}, "ids: True must be a whole number."),
         ({"messages": []}, "messages is empty: a conversation has at least one."),
-        ({"messages": ["Hello"]}, "messages: 'H' must be a dict, as in {'role': 'user', 'content': 'Hello'}."),
+        (
+            {"messages": ["Hello"]},
+            "messages: 'H' must be a dict, as in {'role': 'user', 'content': 'Hello'}.",
+        ),
     ],
 )
 def test_what_is_no_prompt_is_refused(given, said):

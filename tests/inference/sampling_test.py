@@ -10,10 +10,19 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.core.random import keys_of
-from research.inference.sampling import SamplingConfig, SamplingParams, draw, largest, penalize, truncate
+from research.inference.sampling import (
+    SamplingConfig,
+    SamplingParams,
+    draw,
+    largest,
+    penalize,
+    truncate,
+)
 
 VOCAB = 12
-ROWS = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 2)
+ROWS = st.integers(0, 10_000).map(
+    lambda seed: np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 2
+)
 
 
 cut = jax.jit(truncate)
@@ -69,14 +78,20 @@ def test_min_p_keeps_a_fraction_of_the_likeliest(logits: np.ndarray, p: float):
 @given(ROWS, st.integers(1, VOCAB), st.floats(0.01, 0.999))
 def test_top_p_is_taken_of_what_top_k_leaves(logits: np.ndarray, k: int, p: float):
     left = np.where(logits >= np.sort(logits)[-k], logits, -np.inf)
-    assert kept(logits, top_k=k, top_p=p) == nucleus(softmax(left), p) & set(np.flatnonzero(left > -np.inf).tolist())
+    assert kept(logits, top_k=k, top_p=p) == nucleus(softmax(left), p) & set(
+        np.flatnonzero(left > -np.inf).tolist()
+    )
 
 
 def test_top_p_that_is_reached_exactly_takes_no_further_token():
     # Halves of each other, down to the last bit: the logit whose exponential is rounded to 1/2.
-    near = np.float32(np.log(0.5)) + np.arange(-4, 5, dtype=np.float32) * np.finfo(np.float32).epsneg
+    near = (
+        np.float32(np.log(0.5)) + np.arange(-4, 5, dtype=np.float32) * np.finfo(np.float32).epsneg
+    )
     rows = [np.array([0.0, x, x], np.float32) for x in near]
-    logits = next(row for row in rows if np.asarray(jax.nn.softmax(row)).tolist() == [0.5, 0.25, 0.25])
+    logits = next(
+        row for row in rows if np.asarray(jax.nn.softmax(row)).tolist() == [0.5, 0.25, 0.25]
+    )
     assert kept(logits, top_p=0.5) == {0}
     assert kept(logits, top_p=float(np.nextafter(np.float32(0.5), np.float32(1)))) == {0, 1, 2}
 
@@ -109,7 +124,9 @@ def test_rows_are_cut_by_settings_of_their_own():
     together = cut(rows, SamplingParams.of(configs))
     for row, config, found in zip(rows, configs, together, strict=True):
         np.testing.assert_array_equal(found, cut(row[None], SamplingParams.of([config]))[0])
-    assert len({int(np.isfinite(row).sum()) for row in together}) > 3  # the control: they are cut differently
+    assert (
+        len({int(np.isfinite(row).sum()) for row in together}) > 3
+    )  # the control: they are cut differently
 
 
 def test_the_likeliest_always_stays():
@@ -124,10 +141,13 @@ def test_the_likeliest_stays_at_a_top_p_that_float32_rounds_to_zero(p: float):
 
 
 def test_a_row_without_top_p_is_bitwise_untouched_beside_one_with_it():
-    # The first token's probability is 1 in float32, so the sum before each of the others is not below a top_p of 1.
+    # The first token's probability is 1 in float32, so the sum before each of the others is not
+    # below a top_p of 1.
     logits = np.full((2, 50_000), -40.0, np.float32)
     logits[:, 7] = 0.0
-    found = np.asarray(cut(logits, SamplingParams.of([SamplingConfig(), SamplingConfig(top_p=0.5)])))
+    found = np.asarray(
+        cut(logits, SamplingParams.of([SamplingConfig(), SamplingConfig(top_p=0.5)]))
+    )
     assert found[0].tobytes() == logits[0].tobytes()
     assert np.flatnonzero(np.isfinite(found[1])).tolist() == [7]
 
@@ -143,7 +163,9 @@ draw_rows = jax.jit(draw)
 def draws(logits: np.ndarray, seen: np.ndarray, config: SamplingConfig, count: int) -> jax.Array:
     """Many draws of one sequence, at one position after the other."""
     rows, seen = (np.broadcast_to(x, (count, *x.shape)) for x in (logits, seen))
-    return draw_rows(rows, seen, keys_of([0] * count), jnp.arange(count), SamplingParams.of([config] * count))
+    return draw_rows(
+        rows, seen, keys_of([0] * count), jnp.arange(count), SamplingParams.of([config] * count)
+    )
 
 
 def test_keys_are_those_of_the_seeds():
@@ -169,7 +191,9 @@ def test_greedy_takes_the_likeliest():
 def test_the_outermost_penalties_keep_logits_finite(penalty: float, likeliest: int, shift: float):
     seen, config = np.arange(5) < 2, SamplingConfig(temperature=0.0, repetition_penalty=penalty)
     logits, penalties = LOGITS + np.float32(shift), SamplingParams.of([config]).repetition_penalty
-    assert np.isfinite(penalize(jnp.asarray(logits[None]), jnp.asarray(seen[None]), penalties)).all()
+    assert np.isfinite(
+        penalize(jnp.asarray(logits[None]), jnp.asarray(seen[None]), penalties)
+    ).all()
     assert set(np.asarray(draws(logits, seen, config, 4))) == {likeliest}
 
 
@@ -182,7 +206,8 @@ def test_low_temperature_tends_to_greedy(temperature: float):
 
 def p_value(temperature: float, expected: np.ndarray) -> float:
     found = np.bincount(
-        np.asarray(draws(LOGITS, NONE_SEEN, SamplingConfig(temperature=temperature), 4000)), minlength=5
+        np.asarray(draws(LOGITS, NONE_SEEN, SamplingConfig(temperature=temperature), 4000)),
+        minlength=5,
     )
     return scipy.stats.chisquare(found, 4000 * expected).pvalue
 

@@ -1,4 +1,6 @@
-"""Generation by every structure: prefix decoders and encoder-decoders continue as their logits say; encoders refuse."""
+"""Generation by every structure: prefix decoders and encoder-decoders continue as their logits say;
+encoders refuse.
+"""
 
 import dataclasses
 
@@ -20,13 +22,22 @@ from tests.tiny import random_params
 
 BYTES, GREEDY = ByteTokenizer(), SamplingConfig(temperature=0.0, max_tokens=5)
 PROMPTS = ["ab", "a longer prompt"]
-STRUCTURES = ("prefix", "encoder-decoder", "post-norm encoder-decoder", "sinusoidal encoder-decoder")
+STRUCTURES = (
+    "prefix",
+    "encoder-decoder",
+    "post-norm encoder-decoder",
+    "sinusoidal encoder-decoder",
+)
 
 
 def model(name: str) -> tuple[ModelConfig, dict]:
-    config = dataclasses.replace(VARIANTS[name], vocab_size=BYTES.vocab_size, start_id=3 * ("encoder" in name))
+    config = dataclasses.replace(
+        VARIANTS[name], vocab_size=BYTES.vocab_size, decoder_start_id=3 * ("encoder" in name)
+    )
     params = random_params(config, seed=3)
-    if config.encoder_layers:  # random weights make what the encoder says too faint to change a text
+    if (
+        config.encoder_layers
+    ):  # random weights make what the encoder says too faint to change a text
         for layer in range(config.num_layers):
             params[f"layers_{layer}"]["cross_attention"]["out"]["kernel"] *= 8
     return config, jax.tree.map(jnp.asarray, params)
@@ -35,13 +46,19 @@ def model(name: str) -> tuple[ModelConfig, dict]:
 def greedy_by_hand(config: ModelConfig, params: dict, prompt: str) -> list[int]:
     """Reads everything anew for each token, one prompt alone, without a cache."""
     source = [i for i in (BYTES.bos_id, *BYTES.encode(prompt), BYTES.eos_id) if i is not None]
-    ids = [config.start_id] if config.encoder_layers else [BYTES.start_id, *BYTES.encode(prompt)]
+    ids = (
+        [config.decoder_start_id]
+        if config.encoder_layers
+        else [BYTES.document_start_id, *BYTES.encode(prompt)]
+    )
     inputs = {"encoder_tokens": jnp.asarray([source])} if config.encoder_layers else {}
     length = len(ids) + GREEDY.max_tokens
 
     @jax.jit
     def next_logits(tokens: jax.Array, last: jax.Array) -> jax.Array:
-        """At place `last` of a row [length] whose later places are not written yet: none may see them."""
+        """At place `last` of a row [length] whose later places are not written yet: none may see
+        them.
+        """
         row = {"tokens": tokens[None], "positions": jnp.arange(length)[None], **inputs}
         if config.structure == "prefix":
             row["prefix"] = (jnp.arange(length) < len(ids)).astype(jnp.int32)[None]
@@ -54,7 +71,9 @@ def greedy_by_hand(config: ModelConfig, params: dict, prompt: str) -> list[int]:
     found: list[int] = []
     for _ in range(GREEDY.max_tokens):
         tokens = ids + found
-        logits = next_logits(jnp.asarray(tokens + [0] * (length - len(tokens))), jnp.asarray(len(tokens) - 1))
+        logits = next_logits(
+            jnp.asarray(tokens + [0] * (length - len(tokens))), jnp.asarray(len(tokens) - 1)
+        )
         found.append(int(jnp.argmax(logits[: BYTES.vocab_size])))
         if found[-1] == BYTES.eos_id:
             break
@@ -69,7 +88,9 @@ def test_greedy_text_is_what_whole_reading_gives(name: str):
     expected = [greedy_by_hand(config, params, prompt) for prompt in PROMPTS]
     assert [list(text.tokens) for text in found] == expected
     assert expected[0] != expected[1]
-    with_one_beam = beam_generate(config, params, BYTES, PROMPTS, BeamConfig(num_beams=1, max_tokens=5))
+    with_one_beam = beam_generate(
+        config, params, BYTES, PROMPTS, BeamConfig(num_beams=1, max_tokens=5)
+    )
     assert [list(best[0].tokens) for best in with_one_beam] == expected
 
 
@@ -82,7 +103,9 @@ def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
     for prompt, found in zip(PROMPTS, together, strict=True):
         (alone,) = beam_generate(config, params, BYTES, [prompt], beams)
         assert [beam.tokens for beam in found] == [beam.tokens for beam in alone]
-        np.testing.assert_allclose([beam.score for beam in found], [beam.score for beam in alone], atol=1e-5)
+        np.testing.assert_allclose(
+            [beam.score for beam in found], [beam.score for beam in alone], atol=1e-5
+        )
     assert together[0][0].tokens != together[1][0].tokens
 
 
@@ -90,7 +113,10 @@ def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
 @pytest.mark.parametrize("name", ["prefix", "post-norm encoder-decoder", "windows", "sinks"])
 def test_pages_give_the_tokens_of_rows(name: str):
     config, params = model(name)
-    drawn = [SamplingConfig(temperature=0.0, max_tokens=5), SamplingConfig(temperature=1.0, max_tokens=30, seed=1)]
+    drawn = [
+        SamplingConfig(temperature=0.0, max_tokens=5),
+        SamplingConfig(temperature=1.0, max_tokens=30, seed=1),
+    ]
     beams = BeamConfig(num_beams=3, max_tokens=5, num_return=2)
     texts, searched = [], []
     for cache in ("dense", "paged"):
@@ -107,7 +133,9 @@ def test_a_model_without_a_paged_form_makes_no_text_with_pages():
     config, params = model("encoder-decoder")  # with learned biases by distance
     for ask in (
         lambda: generate(config, params, BYTES, PROMPTS, GREEDY, cache="paged"),
-        lambda: beam_generate(config, params, BYTES, PROMPTS, BeamConfig(max_tokens=5), cache="paged"),
+        lambda: beam_generate(
+            config, params, BYTES, PROMPTS, BeamConfig(max_tokens=5), cache="paged"
+        ),
     ):
         with pytest.raises(UserError, match="cache = 'paged' is not possible for this model"):
             ask()

@@ -1,4 +1,6 @@
-"""The golden cases: shrunk presets, and weights that a seed gives, so that the goldens hold inputs and logits only."""
+"""The golden cases: shrunk presets, and weights that a seed gives, so that the goldens hold inputs
+and logits only.
+"""
 
 import dataclasses
 import json
@@ -29,7 +31,10 @@ class Case:
 
     def config(self) -> ModelConfig:
         """Returns the shrunk preset."""
-        overrides = [tuple(item.split("=")) for item in f"vocab_size={VOCAB} num_layers=2 {self.shrink}".split()]
+        overrides = [
+            tuple(item.split("="))
+            for item in f"vocab_size={VOCAB} num_layers=2 {self.shrink}".split()
+        ]
         values = configs.load_file(str(ROOT / "configs" / "model" / self.preset))
         return configs.bind(ModelConfig, configs.override(values, overrides))
 
@@ -48,13 +53,19 @@ CASES = {
     "llama-2-7b": Case("llama.py:2-7b", _shape(64, 4, 4, 172, LENGTH)),
     "llama-2-70b": Case("llama.py:2-70b", _shape(64, 8, 2, 224, LENGTH)),
     "llama-3-8b": Case("llama.py:3-8b", _shape(64, 4, 1, 224, LENGTH)),
-    "llama-3.1-8b": Case("llama.py:3.1-8b", _shape(64, 4, 1, 224, 64) + " position.scaling.original_length=16"),
-    "llama-3.2-1b": Case("llama.py:3.2-1b", _shape(64, 4, 2, 256, 64) + " position.scaling.original_length=16"),
+    "llama-3.1-8b": Case(
+        "llama.py:3.1-8b", _shape(64, 4, 1, 224, 64) + " position.scaling.original_length=16"
+    ),
+    "llama-3.2-1b": Case(
+        "llama.py:3.2-1b", _shape(64, 4, 2, 256, 64) + " position.scaling.original_length=16"
+    ),
 }
 
 
 def weights(shapes: dict[str, list[int]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns a tensor a name: norm scales near 1, biases that matter, embeddings small enough for epsilons to show."""
+    """Returns a tensor a name: norm scales near 1, biases that matter, embeddings small enough for
+    epsilons to show.
+    """
     random = np.random.RandomState(seed)  # its numbers never change between versions of NumPy
     tensors = {}
     for name in sorted(shapes):
@@ -78,12 +89,16 @@ def stored() -> dict[str, dict[str, Any]]:
 
 
 def facts(gradients: dict[str, np.ndarray]) -> np.ndarray:
-    """Returns what stands for the gradients, by name: the norm of each, and its product with a seeded random tensor."""
+    """Returns what stands for the gradients, by name: the norm of each, and its product with a
+    seeded random tensor.
+    """
     random = np.random.RandomState(1)
     rows = []
     for name in sorted(gradients):
         gradient = gradients[name].astype(np.float64)
-        rows.append((np.linalg.norm(gradient), np.vdot(gradient, random.standard_normal(gradient.shape))))
+        rows.append(
+            (np.linalg.norm(gradient), np.vdot(gradient, random.standard_normal(gradient.shape)))
+        )
     return np.array(rows)
 
 

@@ -1,4 +1,6 @@
-"""Families that are no LLaMA: what released folders hold that transformers does not write today, what is refused."""
+"""Families that are no LLaMA: what released folders hold that transformers does not write today,
+what is refused.
+"""
 
 import dataclasses
 import json
@@ -30,11 +32,16 @@ def parts(name):
 def test_convert_streams_there_and_back(name, tmp_path):
     _, config, tensors = parts(name)
     folder = write_folder(tmp_path / "in", registry.stored()[name]["config"], tensors)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "tile": 1}, unk_token="[UNK]"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "tile": 1}, unk_token="[UNK]")
+    )
     words.save(str(folder / "tokenizer.json"))
     convert(str(folder), str(tmp_path / "workdir"), None, None)
     convert(str(tmp_path / "workdir"), str(tmp_path / "out"), "hf", None)
-    back = {name: np.asarray(stored) for name, stored in read_header(tmp_path / "out" / "model.safetensors").items()}
+    back = {
+        name: np.asarray(stored)
+        for name, stored in read_header(tmp_path / "out" / "model.safetensors").items()
+    }
     assert registry.same(back, tensors)
     assert open_hugging_face(tmp_path / "out").config == config
     assert research.load(tmp_path / "workdir").config == config
@@ -44,7 +51,9 @@ def test_convert_streams_there_and_back(name, tmp_path):
 
 
 def read(name, fields, tensors):
-    """Reads tensors as `open_hugging_face` does, and returns the config and the tensors as they are written."""
+    """Reads tensors as `open_hugging_face` does, and returns the config and the tensors as they are
+    written.
+    """
     architecture = parts(name)[0]
     config = config_from(architecture, fields_of(architecture, fields, tensors))
     return config, tensors_from(architecture, config, params_from(architecture, config, tensors))
@@ -77,7 +86,10 @@ def test_elder_names_of_norms_copies_and_buffers_of_bert_are_read():
 
 
 def test_encoders_without_head_are_read():
-    for name, root, heads in (("bert", "bert", r"^cls\."), ("modernbert", "model", r"^(head|decoder)\.")):
+    for name, root, heads in (
+        ("bert", "bert", r"^cls\."),
+        ("modernbert", "model", r"^(head|decoder)\."),
+    ):
         _, config, tensors = parts(name)
         body = renamed(without(tensors, heads), rf"^{root}\.", "")
         found, written = read(name, registry.stored()[name]["config"], body)
@@ -90,23 +102,40 @@ def test_encoders_without_head_are_read():
 def test_a_pooler_without_classes_is_left_out_beside_a_head_of_words():
     _, config, tensors = parts("roberta")
     width = config.embed_dim
-    pooler = {"roberta.pooler.dense.weight": np.ones((width, width)), "roberta.pooler.dense.bias": np.ones(width)}
+    pooler = {
+        "roberta.pooler.dense.weight": np.ones((width, width)),
+        "roberta.pooler.dense.bias": np.ones(width),
+    }
     copy = {"lm_head.decoder.bias": tensors["lm_head.bias"]}
-    found, written = read("roberta", registry.stored()["roberta"]["config"], tensors | pooler | copy)
+    found, written = read(
+        "roberta", registry.stored()["roberta"]["config"], tensors | pooler | copy
+    )
     assert found == config
     assert registry.same(written, tensors)
 
 
 def test_elder_fields_are_read():
     elder = {
-        "modernbert": {"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0, "global_attn_every_n_layers": 3},
+        "modernbert": {
+            "global_rope_theta": 160_000.0,
+            "local_rope_theta": 10_000.0,
+            "global_attn_every_n_layers": 3,
+        },
         "falcon2-11b": {"rope_theta": 500_042.0, "rope_scaling": None},
         "t5-1.1": {"tie_word_embeddings": False, "n_positions": 512, "output_past": True},
     }
-    new = ("rope_parameters", "layer_types", "scale_decoder_outputs", "dense_act_fn", "is_gated_act")
+    new = (
+        "rope_parameters",
+        "layer_types",
+        "scale_decoder_outputs",
+        "dense_act_fn",
+        "is_gated_act",
+    )
     for name, fields in elder.items():
         architecture, config, _ = parts(name)
-        fields = {key: value for key, value in registry.stored()[name]["config"].items() if key not in new} | fields
+        fields = {
+            key: value for key, value in registry.stored()[name]["config"].items() if key not in new
+        } | fields
         assert config_from(architecture, fields) == config
 
 
@@ -114,7 +143,10 @@ def test_layers_of_modernbert_are_read_by_name():
     architecture, config, _ = parts("modernbert")
     fields = registry.stored()["modernbert"]["config"]
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-    windows = [layer.window for layer in config_from(architecture, fields | {"layer_types": kinds}).layers()]
+    windows = [
+        layer.window
+        for layer in config_from(architecture, fields | {"layer_types": kinds}).layers()
+    ]
     assert windows == [5, None, 5, None]
     with pytest.raises(UserError, match="layer_types"):
         config_from(architecture, fields | {"layer_types": kinds[1:]})
@@ -126,14 +158,19 @@ def test_copies_and_leftovers_of_t5_and_bart_are_read():
     _, config, tensors = parts("t5")
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     more = dict.fromkeys(copies, tensors["shared.weight"])
-    more["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((32, 4), np.float32)
+    more["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros(
+        (32, 4), np.float32
+    )
     found, written = read("t5", registry.stored()["t5"]["config"], tensors | more)
     assert found == config
     assert registry.same(written, tensors)
     # As bart-base: saved without head, so without the prefix and the bias of the logits.
     _, config, tensors = parts("bart")
     body = without(tensors, "final_logits_bias")
-    more = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), tensors["model.shared.weight"])
+    more = dict.fromkeys(
+        ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        tensors["model.shared.weight"],
+    )
     fields = registry.stored()["bart"]["config"] | {"normalize_before": False, "num_beams": 4}
     found, written = read("bart", fields, renamed(body, r"^model\.", "") | more)
     assert found == dataclasses.replace(config, head=HeadConfig())
@@ -142,8 +179,14 @@ def test_copies_and_leftovers_of_t5_and_bart_are_read():
 
 def test_names_without_prefix_and_masks_of_gpt_are_read():
     _, config, tensors = parts("gpt")
-    bare = renamed(tensors, r"^transformer\.", "") | {"h.0.attn.bias": np.tril(np.ones((1, 1, 32, 32)))}
-    fields = registry.stored()["gpt"]["config"] | {"n_ctx": 32, "n_special": 40, "predict_special_tokens": True}
+    bare = renamed(tensors, r"^transformer\.", "") | {
+        "h.0.attn.bias": np.tril(np.ones((1, 1, 32, 32)))
+    }
+    fields = registry.stored()["gpt"]["config"] | {
+        "n_ctx": 32,
+        "n_special": 40,
+        "predict_special_tokens": True,
+    }
     found, written = read("gpt", fields, bare)
     assert found == config
     assert registry.same(written, tensors)
@@ -151,23 +194,49 @@ def test_names_without_prefix_and_masks_of_gpt_are_read():
 
 def test_sinusoids_and_fields_of_a_released_marian_are_read():
     _, config, tensors = parts("marian")
-    sinusoids = {f"model.{stack}.embed_positions.weight": np.ones((48, 32)) for stack in ("encoder", "decoder")}
-    elder = {"static_position_embeddings": True, "normalize_before": False, "normalize_embedding": False}
-    elder |= {"add_bias_logits": False, "bad_words_ids": [[1]], "_num_labels": 3, "num_beams": 6, "max_length": 512}
-    found, written = read("marian", registry.stored()["marian"]["config"] | elder, tensors | sinusoids)
+    sinusoids = {
+        f"model.{stack}.embed_positions.weight": np.ones((48, 32))
+        for stack in ("encoder", "decoder")
+    }
+    elder = {
+        "static_position_embeddings": True,
+        "normalize_before": False,
+        "normalize_embedding": False,
+    }
+    elder |= {
+        "add_bias_logits": False,
+        "bad_words_ids": [[1]],
+        "_num_labels": 3,
+        "num_beams": 6,
+        "max_length": 512,
+    }
+    found, written = read(
+        "marian", registry.stored()["marian"]["config"] | elder, tensors | sinusoids
+    )
     assert found == config
     assert registry.same(written, tensors)
     body = without(tensors, "final_logits_bias")
-    found, written = read("marian", registry.stored()["marian"]["config"], renamed(body, r"^model\.", ""))
+    found, written = read(
+        "marian", registry.stored()["marian"]["config"], renamed(body, r"^model\.", "")
+    )
     assert found == dataclasses.replace(config, head=HeadConfig())
     assert registry.same(written, body)
 
 
 def test_masks_and_fields_of_a_released_gpt_neo_are_read():
     _, config, tensors = parts("gpt-neo")
-    buffers = {f"transformer.h.0.attn.attention.{name}": np.ones((1, 1, 40, 40)) for name in ("bias", "masked_bias")}
-    elder = {"summary_type": "cls_index", "summary_first_dropout": 0.1, "gradient_checkpointing": False}
-    found, written = read("gpt-neo", registry.stored()["gpt-neo"]["config"] | elder, tensors | buffers)
+    buffers = {
+        f"transformer.h.0.attn.attention.{name}": np.ones((1, 1, 40, 40))
+        for name in ("bias", "masked_bias")
+    }
+    elder = {
+        "summary_type": "cls_index",
+        "summary_first_dropout": 0.1,
+        "gradient_checkpointing": False,
+    }
+    found, written = read(
+        "gpt-neo", registry.stored()["gpt-neo"]["config"] | elder, tensors | buffers
+    )
     assert found == config
     assert registry.same(written, tensors)
 
@@ -180,10 +249,14 @@ def test_the_two_tokenizers_of_marian_are_refused_and_another_one_is_taken(tmp_p
     with pytest.raises(UserError, match=r"merges\.txt cannot be read"):
         convert(str(folder), str(tmp_path / "workdir"), None, None)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
-    with pytest.raises(UserError, match="tokenizer_class = 'MarianTokenizer' does more than this file says"):
+    with pytest.raises(
+        UserError, match="tokenizer_class = 'MarianTokenizer' does more than this file says"
+    ):
         convert(str(folder), str(tmp_path / "workdir"), None, None)
     assert not (tmp_path / "workdir").exists()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "tile": 1}, unk_token="</s>"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"</s>": 0, "tile": 1}, unk_token="</s>")
+    )
     words.save(str(tmp_path / "tokenizer.json"))
     convert(str(folder), str(tmp_path / "workdir"), None, str(tmp_path / "tokenizer.json"))
     assert research.load(tmp_path / "workdir").config == config
@@ -193,15 +266,35 @@ def test_the_two_tokenizers_of_marian_are_refused_and_another_one_is_taken(tmp_p
     ("name", "fields", "message"),
     [
         ("gpt", {"afn": "mish"}, "afn = 'mish' is not supported"),
-        ("falcon-7b", {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn = False"),
+        (
+            "falcon-7b",
+            {"new_decoder_architecture": True, "parallel_attn": False},
+            "parallel_attn = False",
+        ),
         ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),
-        ("falcon-7b", {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads = 2 must be num_attention_heads = 4"),
-        ("falcon-7b", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+        (
+            "falcon-7b",
+            {"multi_query": False, "num_kv_heads": 2},
+            "num_kv_heads = 2 must be num_attention_heads = 4",
+        ),
+        (
+            "falcon-7b",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type = 'dynamic'",
+        ),
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "attn_config.clip_qkv = 6.0"),
         ("mpt", {"attn_config": {"alibi": False}}, "attn_config.alibi = False"),
-        ("mpt", {"logit_scale": "inv_sqrt_d_model"}, "logit_scale = 'inv_sqrt_d_model' is not supported"),
+        (
+            "mpt",
+            {"logit_scale": "inv_sqrt_d_model"},
+            "logit_scale = 'inv_sqrt_d_model' is not supported",
+        ),
         ("bert", {"is_decoder": True}, "is_decoder = True is not supported"),
-        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
+        (
+            "bert",
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type = 'relative_key'",
+        ),
         ("bert", {"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
         ("roberta", {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
         ("modernbert", {"classifier_activation": "silu"}, "classifier_activation = 'silu'"),
@@ -209,12 +302,28 @@ def test_the_two_tokenizers_of_marian_are_refused_and_another_one_is_taken(tmp_p
         ("t5", {"feed_forward_proj": "swiglu-silu"}, "feed_forward_proj = 'swiglu-silu'"),
         ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder = False is not supported"),
         ("bart", {"decoder_attention_heads": 8}, "decoder_attention_heads = 8 must equal"),
-        ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings = False"),
-        ("marian", {"decoder_vocab_size": 65}, "decoder_vocab_size = 65 must equal vocab_size = 64"),
-        ("marian", {"normalize_embedding": True}, "normalize_embedding = True is not supported: only False is"),
+        (
+            "marian",
+            {"share_encoder_decoder_embeddings": False},
+            "share_encoder_decoder_embeddings = False",
+        ),
+        (
+            "marian",
+            {"decoder_vocab_size": 65},
+            "decoder_vocab_size = 65 must equal vocab_size = 64",
+        ),
+        (
+            "marian",
+            {"normalize_embedding": True},
+            "normalize_embedding = True is not supported: only False is",
+        ),
         ("gpt-neo", {"attention_types": [[["global"], 2]]}, "must name num_layers = 3 layers"),
         ("gpt-neo", {"attention_types": [[["global"], 10**12]]}, "must name num_layers = 3 layers"),
-        ("gpt-neo", {"attention_types": [[["global", "sparse", "local"], 1]]}, "'sparse' is not supported"),
+        (
+            "gpt-neo",
+            {"attention_types": [[["global", "sparse", "local"], 1]]},
+            "'sparse' is not supported",
+        ),
         ("gpt-neo", {"attention_types": [3]}, "makes no model"),
         ("gpt-neo", {"embed_dropout": 0.1}, "embed_dropout = 0.1 must equal resid_dropout = 0.0"),
     ],
@@ -249,12 +358,18 @@ def test_missing_tensors_of_both_stacks_are_named():
 
 def test_config_of_a_released_mpt_is_read():
     released = json.loads(
-        """{"attn_config": {"alibi": true, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
-        "attn_type": "multihead_attention", "attn_uses_sequence_id": false, "clip_qkv": null, "prefix_lm": false,
-        "qk_ln": false, "softmax_scale": null}, "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0,
-        "expansion_ratio": 4, "init_config": {"name": "kaiming_normal_"}, "init_device": "cpu", "learned_pos_emb": true,
-        "logit_scale": null, "max_seq_len": 2048, "model_type": "mpt", "n_heads": 32, "n_layers": 32, "no_bias": true,
-        "norm_type": "low_precision_layernorm", "resid_pdrop": 0, "verbose": 0, "vocab_size": 50432}"""
+        """{"attn_config": {"alibi": true, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop":
+        0, "attn_type": "multihead_attention", "attn_uses_sequence_id": false, "clip_qkv": null,
+        "prefix_lm": false, "qk_ln": false, "softmax_scale": null}, "d_model": 4096, "emb_pdrop":
+        0, "embedding_fraction": 1.0, "expansion_ratio": 4, "init_config": {"name":
+        "kaiming_normal_"}, "init_device": "cpu", "learned_pos_emb": true, "logit_scale": null,
+        "max_seq_len": 2048, "model_type": "mpt", "n_heads": 32, "n_layers": 32, "no_bias": true,
+        "norm_type": "low_precision_layernorm", "resid_pdrop": 0, "verbose": 0, "vocab_size":
+        50432}"""
     )
     config = config_from(ARCHITECTURES["mpt"], released)
-    assert (config.position.kind, config.attention.head_dim, config.norm.bias) == ("alibi", 128, False)
+    assert (config.position.kind, config.attention.head_dim, config.norm.bias) == (
+        "alibi",
+        128,
+        False,
+    )

@@ -1,4 +1,6 @@
-"""Decoders that transformers has: what of their config.json is not supported, and what they have no words for."""
+"""Decoders that transformers has: what of their config.json is not supported, and what they have no
+words for.
+"""
 
 import numpy as np
 import pytest
@@ -13,23 +15,55 @@ from tests.interop import registry
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("llama-yarn", {"rope_scaling": {"rope_type": "ntk"}}, "rope_type = 'ntk' is not supported."),
-        ("llama-yarn", {"rope_scaling": {"rope_type": "linear"}}, "factor of rope_type = 'linear' is missing"),
-        ("llama-yarn", {"rope_scaling": {"mrope_section": [2]}}, "mrope_section = [2] of rope_type = 'default'"),
-        ("llama-yarn", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 of rope_type"),
+        (
+            "llama-yarn",
+            {"rope_scaling": {"rope_type": "ntk"}},
+            "rope_type = 'ntk' is not supported.",
+        ),
+        (
+            "llama-yarn",
+            {"rope_scaling": {"rope_type": "linear"}},
+            "factor of rope_type = 'linear' is missing",
+        ),
+        (
+            "llama-yarn",
+            {"rope_scaling": {"mrope_section": [2]}},
+            "mrope_section = [2] of rope_type = 'default'",
+        ),
+        (
+            "llama-yarn",
+            {"rope_scaling": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5 of rope_type",
+        ),
         ("mistral", {"hidden_act": "xielu"}, "hidden_act = 'xielu' is not supported."),
-        ("mistral", {"attention_bias": True}, "attention_bias = True is a field of 'mistral' that is not supported"),
+        (
+            "mistral",
+            {"attention_bias": True},
+            "attention_bias = True is a field of 'mistral' that is not supported",
+        ),
         ("mistral", {"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ("mistral", {"sliding_window": "8"}, "makes no model"),
         ("gemma2", {"layer_types": ["full_attention"]}, "must be a list of num_hidden_layers = 2"),
-        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "'chunked_attention' is not supported"),
+        (
+            "gemma2",
+            {"layer_types": ["chunked_attention"] * 2},
+            "'chunked_attention' is not supported",
+        ),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
         ("qwen2-moe", {"decoder_sparse_step": 0}, "makes no model"),
         ("qwen3-moe", {"num_experts": 8}, "num_experts = 8 must equal num_local_experts = 4"),
-        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear' of a Phi-3"),
+        (
+            "phi3",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type = 'linear' of a Phi-3",
+        ),
         ("gpt-oss", {"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0 is not supported: only 1.702 is"),
-        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported: only 'sigmoid' is"),
+        (
+            "deepseek-v3",
+            {"scoring_func": "softmax"},
+            "scoring_func = 'softmax' is not supported: only 'sigmoid' is",
+        ),
         ("deepseek-v3", {"rope_interleave": False}, "rope_interleave = False is not supported"),
         ("deepseek-v3", {"attention_bias": True}, "attention_bias = True"),
     ],
@@ -50,8 +84,12 @@ def test_a_value_that_is_not_supported_is_named(name, fields, message):
         ("gpt-oss", {"mlp.clamp": None}, "mlp.clamp"),
         ("deepseek-v3", {"experts.shared_dim": 25}, "experts.shared_dim"),
         ("deepseek-v3", {"position.scaling": None}, "attention.scale"),
-        ("deepseek-v3", {"head.num_future": 1, "pattern": (LayerConfig(experts=False),)}, "head.num_future"),
-        ("mixtral", {"head.num_future": 1}, "head.num_future"),
+        (
+            "deepseek-v3",
+            {"head.mtp_depth": 1, "pattern": (LayerConfig(experts=False),)},
+            "head.mtp_depth",
+        ),
+        ("mixtral", {"head.mtp_depth": 1}, "head.mtp_depth"),
         ("olmo2", {"experts": None, "norm.placement": "post"}, "norm.placement"),
     ],
 )
@@ -82,5 +120,9 @@ def test_a_layer_of_a_further_token_that_is_not_counted_is_left_out(caplog):
     held = registry.model("deepseek-v3")
     architecture, config, tensors = held.architecture, held.config, dict(held.tensors)
     caplog.set_level("INFO", logger="tessera")
-    params_from(architecture, config, tensors | {"model.layers.61.eh_proj.weight": np.zeros((32, 64), np.float32)})
+    params_from(
+        architecture,
+        config,
+        tensors | {"model.layers.61.eh_proj.weight": np.zeros((32, 64), np.float32)},
+    )
     assert "model.layers.61.eh_proj.weight left out" in caplog.text

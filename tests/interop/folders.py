@@ -13,7 +13,8 @@ from research.models.config import ModelConfig
 from research.models.transformer import Transformer
 from tests.interop import cases
 
-# Of logits up to 6. Float32 itself puts torch's own logits up to 1.4e-5 from those it computes in float64.
+# Of logits up to 6. Float32 itself puts torch's own logits up to 1.4e-5 from those it computes in
+# float64.
 TOLERANCE = 3e-5
 
 
@@ -23,7 +24,9 @@ def golden_folder(parent: pathlib.Path, name: str) -> pathlib.Path:
     return write_folder(parent / name, stored["config"], cases.weights(stored["tensors"]))
 
 
-def write_folder(folder: pathlib.Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> pathlib.Path:
+def write_folder(
+    folder: pathlib.Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> pathlib.Path:
     """Writes a Hugging Face folder as transformers would."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
@@ -42,4 +45,6 @@ def _apply(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
 
 def logits_of(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarray:
     """Returns float32 logits `[B, T, V]` of whole sequences."""
-    return np.asarray(jax.jit(lambda params: _apply(config, params, jnp.asarray(tokens, jnp.int32)))(params))
+    return np.asarray(
+        jax.jit(lambda params: _apply(config, params, jnp.asarray(tokens, jnp.int32)))(params)
+    )

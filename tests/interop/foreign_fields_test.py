@@ -1,4 +1,6 @@
-"""Fields of config.json that others leave there: what changes no logit is taken, what might is named."""
+"""Fields of config.json that others leave there: what changes no logit is taken, what might is
+named.
+"""
 
 import numpy as np
 import pytest
@@ -31,7 +33,9 @@ def read(name, **fields):
     """The config of a golden case with other fields."""
     stored = STORED[name]
     architecture, fields = ARCHITECTURES[stored["config"]["model_type"]], stored["config"] | fields
-    return config_from(architecture, fields_of(architecture, fields, cases.weights(stored["tensors"])))
+    return config_from(
+        architecture, fields_of(architecture, fields, cases.weights(stored["tensors"]))
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +78,9 @@ def test_fields_of_attention_in_mpt_are_told_apart_as_well():
     attention = STORED["mpt"]["config"]["attn_config"]
     taken = attention | {"_attn_implementation_autoset": True, "pruned_heads": {}}
     assert read("mpt", attn_config=taken) == read("mpt")
-    with pytest.raises(UserError, match=r"attn_config\.clip_qkv = 6\.0 .*; attn_config\.heat = 2 is not supported"):
+    with pytest.raises(
+        UserError, match=r"attn_config\.clip_qkv = 6\.0 .*; attn_config\.heat = 2 is not supported"
+    ):
         read("mpt", attn_config=attention | {"clip_qkv": 6.0, "heat": 2})
 
 
@@ -84,15 +90,22 @@ ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16
 @pytest.mark.parametrize(
     ("kind", "left_out"),
     [
-        ("yarn", {"attn_factor": 0.878}),  # as released: transformers reads `attention_factor` alone
+        (
+            "yarn",
+            {"attn_factor": 0.878},
+        ),  # as released: transformers reads `attention_factor` alone
         ("yarn", {"finetuned": True, "low_freq_factor": 1.0}),
         ("linear", {"attn_factor": 0.878, "beta_fast": 32.0}),
         ("dynamic", {"attention_factor": 1.5}),
         ("llama3", {"mscale": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
     ],
 )
-def test_fields_of_other_kinds_of_rotary_scaling_are_left_out_with_a_warning(kind, left_out, caplog):
-    needed = {name: left_out.pop(name) for name in list(left_out) if kind == "llama3" and name != "mscale"}
+def test_fields_of_other_kinds_of_rotary_scaling_are_left_out_with_a_warning(
+    kind, left_out, caplog
+):
+    needed = {
+        name: left_out.pop(name) for name in list(left_out) if kind == "llama3" and name != "mscale"
+    }
     rope = {**ROPE, **needed, "rope_type": kind}
     plain = read("llama-yarn", rope_parameters=rope)
     caplog.clear()
@@ -103,7 +116,14 @@ def test_fields_of_other_kinds_of_rotary_scaling_are_left_out_with_a_warning(kin
 
 def test_all_unknown_and_missing_fields_of_rotary_scaling_are_in_one_error():
     with pytest.raises(UserError) as error:
-        read("llama-yarn", rope_parameters={"rope_type": "linear", "mrope_section": [2], "partial_rotary_factor": 0.5})
+        read(
+            "llama-yarn",
+            rope_parameters={
+                "rope_type": "linear",
+                "mrope_section": [2],
+                "partial_rotary_factor": 0.5,
+            },
+        )
     for fault in (
         "mrope_section = [2] of",
         "partial_rotary_factor = 0.5 of",
@@ -114,7 +134,9 @@ def test_all_unknown_and_missing_fields_of_rotary_scaling_are_in_one_error():
 
 def test_a_rotary_factor_of_all_of_the_head_is_taken():
     assert read("llama-yarn", partial_rotary_factor=1.0) == read("llama-yarn")
-    with pytest.raises(UserError, match=r"partial_rotary_factor = 0\.5 is not supported: only 1 is"):
+    with pytest.raises(
+        UserError, match=r"partial_rotary_factor = 0\.5 is not supported: only 1 is"
+    ):
         read("llama-yarn", partial_rotary_factor=0.5)
 
 
@@ -158,7 +180,23 @@ def test_an_mt5_is_never_scaled():
     assert (config.tied_embeddings, config.head.scale) == (True, 1.0)
 
 
-HOSTILE = (True, -1, 0, 10**30, float("nan"), float("inf"), "x" * 10**5, "\n", [], {}, [[]], {"a": {}}, None, 0.5, [0])
+HOSTILE = (
+    True,
+    -1,
+    0,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "x" * 10**5,
+    "\n",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    None,
+    0.5,
+    [0],
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

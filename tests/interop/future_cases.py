@@ -1,4 +1,6 @@
-"""The golden case of predictors of further tokens: DeepSeek-V3's, two of them, so that one reads what another gives."""
+"""The golden case of predictors of further tokens: DeepSeek-V3's, two of them, so that one reads
+what another gives.
+"""
 
 import functools
 import json
@@ -19,7 +21,10 @@ from tests.tiny import summed
 
 DEPTH, WEIGHT = 2, 0.3
 # Tensor of a predictor -> the tensor that it doubles.
-DOUBLES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+DOUBLES = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
 
 Tensors = dict[str, np.ndarray]
 
@@ -36,7 +41,14 @@ def weights(shapes: dict[str, list[int]]) -> Tensors:
 
 def original_of(name: str) -> str | None:
     """Returns the tensor that a tensor doubles, or None."""
-    return next((original for double, original in DOUBLES.items() if name.endswith(double) and name != original), None)
+    return next(
+        (
+            original
+            for double, original in DOUBLES.items()
+            if name.endswith(double) and name != original
+        ),
+        None,
+    )
 
 
 def without_doubles(tensors: Tensors) -> Tensors:
@@ -87,7 +99,9 @@ def logits(config: ModelConfig, params: Any) -> list[np.ndarray]:
         states, _ = module.mtp_hidden(hidden, following, given["positions"], None)
         return [module.logits(state) for state in states]
 
-    found = jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(params)
+    found = jax.jit(lambda params: Transformer(config).apply({"params": params}, method=apply))(
+        params
+    )
     return [np.asarray(each)[:, :-depth] for depth, each in enumerate(found, 1)]
 
 
@@ -96,4 +110,6 @@ def gradients() -> Any:
     """Returns the gradient of the loss that training takes, a token."""
     config, params, _ = model()
     given, loss = batch(), summed(LanguageModelLoss(config))
-    return jax.jit(jax.grad(lambda params: loss(params, given, None)[0] / given["weights"].sum()))(params)
+    return jax.jit(jax.grad(lambda params: loss(params, given, None)[0] / given["weights"].sum()))(
+        params
+    )

@@ -1,4 +1,6 @@
-"""Predictors of further tokens, against goldens of transformers' own: logits, gradients, the layout of tensors."""
+"""Predictors of further tokens, against goldens of transformers' own: logits, gradients, the layout
+of tensors.
+"""
 
 import dataclasses
 import json
@@ -27,7 +29,9 @@ def test_the_order_of_the_joined_inputs_is_seen_by_the_comparison():
     config, params, _ = future.model()
     kernel = params["future_0"]["projection"]["kernel"]
     turned = {"kernel": np.roll(kernel, len(kernel) // 2, axis=0)}
-    logits = future.logits(config, params | {"future_0": params["future_0"] | {"projection": turned}})
+    logits = future.logits(
+        config, params | {"future_0": params["future_0"] | {"projection": turned}}
+    )
     off = [
         registry.off_by({**registry.ours(registry.MTP)[0], f"depth_{i}": each}, registry.MTP)
         for i, each in enumerate(logits, 1)
@@ -38,7 +42,9 @@ def test_the_order_of_the_joined_inputs_is_seen_by_the_comparison():
 @pytest.mark.thorough
 def test_another_weight_of_a_predictor_is_seen_by_the_comparison():
     found = registry.ours(registry.MTP)[1]
-    larger = {name: value * 1.01 if name.startswith(FIRST) else value for name, value in found.items()}
+    larger = {
+        name: value * 1.01 if name.startswith(FIRST) else value for name, value in found.items()
+    }
     assert registry.facts_off_by(larger, registry.MTP) > 10 * registry.GRADIENTS
 
 
@@ -78,7 +84,9 @@ def test_a_double_that_is_none_is_refused_in_one_line(double, original, tmp_path
     _, _, tensors = future.model()
     other = tensors[original].copy()
     other[3, 4] += 1
-    with pytest.raises(UserError, match=f"{FIRST}{double} differs from {original}, which it repeats.$") as error:
+    with pytest.raises(
+        UserError, match=f"{FIRST}{double} differs from {original}, which it repeats.$"
+    ) as error:
         opened(tmp_path, tensors | {FIRST + double: other})
     assert "\n" not in str(error.value)
 
@@ -87,16 +95,24 @@ def test_layers_that_are_counted_and_not_there_are_left_out(tmp_path, caplog):
     """As transformers saves them."""
     config, params, tensors = future.model()
     caplog.set_level("INFO", logger="tessera")
-    main = {name: value for name, value in tensors.items() if not name.startswith((FIRST, "model.layers.3."))}
+    main = {
+        name: value
+        for name, value in tensors.items()
+        if not name.startswith((FIRST, "model.layers.3."))
+    }
     found, read = opened(tmp_path, main)
     assert "num_nextn_predict_layers = 2 is left out" in caplog.text
-    assert found == dataclasses.replace(config, head=dataclasses.replace(config.head, num_future=0))
-    assert set(named_leaves(read)) == {name for name in named_leaves(params) if not name.startswith("future")}
+    assert found == dataclasses.replace(config, head=dataclasses.replace(config.head, mtp_depth=0))
+    assert set(named_leaves(read)) == {
+        name for name in named_leaves(params) if not name.startswith("future")
+    }
 
 
 def test_what_one_of_them_lacks_and_what_is_too_many_is_named(tmp_path):
     _, _, tensors = future.model()
-    lacking = {name: value for name, value in tensors.items() if name != "model.layers.3.eh_proj.weight"}
+    lacking = {
+        name: value for name, value in tensors.items() if name != "model.layers.3.eh_proj.weight"
+    }
     with pytest.raises(UserError, match=r"model\.layers\.3\.eh_proj\.weight is missing"):
         opened(tmp_path / "lacking", lacking)
     with pytest.raises(UserError, match=r"model\.layers\.3\.eh_proj\.weight is not known"):
@@ -106,10 +122,15 @@ def test_what_one_of_them_lacks_and_what_is_too_many_is_named(tmp_path):
 def test_doubles_of_a_tied_model_are_all_its_embedding(tmp_path):
     config, params, _ = future.model()
     tied = dataclasses.replace(config, tied_embeddings=True)
-    to_hugging_face(tied, {name: value for name, value in params.items() if name != "unembed"}, tmp_path)
+    to_hugging_face(
+        tied, {name: value for name, value in params.items() if name != "unembed"}, tmp_path
+    )
     written = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     for name in (f"{FIRST}embed_tokens.weight", "model.layers.3.shared_head.head.weight"):
         np.testing.assert_array_equal(written[name], written["model.embed_tokens.weight"])
     assert "lm_head.weight" not in written
-    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == future.DEPTH
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"]
+        == future.DEPTH
+    )
     assert open_hugging_face(tmp_path).config == tied

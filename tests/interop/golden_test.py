@@ -1,4 +1,6 @@
-"""Every golden case: logits and gradients equal torch's, another model does not, and all goes back as it came."""
+"""Every golden case: logits and gradients equal torch's, another model does not, and all goes back
+as it came.
+"""
 
 import dataclasses
 
@@ -14,7 +16,8 @@ from research.models.config import LayerConfig, PositionConfig
 from tests.interop import registry
 from tests.interop.folders import write_folder
 
-# What `fast` sees of each claim: windows and scaling, experts, latents, an encoder, two stacks, a preset.
+# What `fast` sees of each claim: windows and scaling, experts, latents, an encoder, two stacks, a
+# preset.
 FAST = ("gpt2-small", "gemma3", "gpt-oss", "deepseek-v3", "bert", "t5", "gopher", "prefix-gpt2")
 
 
@@ -40,7 +43,9 @@ def test_logits_and_gradients_equal_torch(name):
 
 def window(width):
     def change(config):
-        layers = [dataclasses.replace(each, window=each.window and width) for each in config.pattern]
+        layers = [
+            dataclasses.replace(each, window=each.window and width) for each in config.pattern
+        ]
         return dataclasses.replace(config, pattern=tuple(layers))
 
     return change
@@ -66,13 +71,19 @@ def backwards(config):
             ("llama-yarn", {"position.scaling.truncate": False}),
             ("llama-longrope", {"position.scaling.long_factors": (1.0, 2.2, 3.5, 6.0)}),
             ("mistral", {"pattern": (LayerConfig(window=9),)}),
-            ("ministral", {"pattern": (LayerConfig(window=8), LayerConfig(), LayerConfig(window=8))}),
+            (
+                "ministral",
+                {"pattern": (LayerConfig(window=8), LayerConfig(), LayerConfig(window=8))},
+            ),
             ("gemma2", {"pattern": (LayerConfig(), LayerConfig(window=8))}),
             ("gemma2", {"attention.softcap": 5.1}),
             ("gemma2", {"head.softcap": None}),
             ("gemma2", {"attention.scale": None}),
             ("gemma2", {"norm.unit_offset": False}),
-            ("gemma3", {"pattern": (LayerConfig(window=8),) * 2 + (LayerConfig(),)}),  # local layers of the global base
+            (
+                "gemma3",
+                {"pattern": (LayerConfig(window=8),) * 2 + (LayerConfig(),)},
+            ),  # local layers of the global base
             ("qwen2-windows", {"pattern": (LayerConfig(),)}),
             ("qwen2-moe", {"experts.renormalize": True}),
             ("qwen3", {"position.theta": 10_000.0}),
@@ -107,7 +118,10 @@ def backwards(config):
             ("gopher", {"position": PositionConfig(kind="none")}),
             ("gopher", {"attention.scale": 1.0}),
             ("prefix", {"position.max_distance": 30}),
-            *((name, {"structure": "decoder"}) for name in ("prefix", "prefix-llama", "prefix-gpt2")),
+            *(
+                (name, {"structure": "decoder"})
+                for name in ("prefix", "prefix-llama", "prefix-gpt2")
+            ),
         ]
     ),
 )
@@ -131,7 +145,9 @@ def test_a_prefix_of_one_token_more_or_less_is_seen_by_the_comparison(name):
 def test_another_order_of_columns_is_seen_by_the_comparison(name):
     held = registry.model(name)
     kinds = tuple(dataclasses.replace(each, order=None) for each in held.architecture.tensors)
-    params = params_from(dataclasses.replace(held.architecture, tensors=kinds), held.config, held.tensors)
+    params = params_from(
+        dataclasses.replace(held.architecture, tensors=kinds), held.config, held.tensors
+    )
     assert registry.off_by(registry.outputs(name, held.config, params=params), name) > 1e-2
 
 
@@ -142,20 +158,32 @@ def test_scanned_layers_give_the_same_logits_and_go_back(name):
     params = params_from(held.architecture, config, held.tensors)
     count = config.num_layers - len(config.first_layers)
     assert all(leaf.shape[0] == count for leaf in jax.tree.leaves(params["layers"]))
-    assert registry.off_by(registry.outputs(name, config, params=params), name) < registry.CASES[name].logits
+    assert (
+        registry.off_by(registry.outputs(name, config, params=params), name)
+        < registry.CASES[name].logits
+    )
     assert registry.same(tensors_from(held.architecture, config, params), held.tensors)
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_round_trip_is_bitwise(name, tmp_path):
     held = registry.model(name)
-    config, params = from_hugging_face(write_folder(tmp_path / "in", registry.stored()[name]["config"], held.tensors))
+    config, params = from_hugging_face(
+        write_folder(tmp_path / "in", registry.stored()[name]["config"], held.tensors)
+    )
     assert config == held.config
-    architecture, fields = choose(ARCHITECTURES.values(), config, first=held.architecture.model_type)
+    architecture, fields = choose(
+        ARCHITECTURES.values(), config, first=held.architecture.model_type
+    )
     assert architecture is held.architecture
     assert config_from(architecture, fields) == config
-    write_hugging_face(architecture, fields, config, reader(config, params), tmp_path / "out", {"pad": None})
-    back = {key: np.asarray(value) for key, value in read_header(tmp_path / "out" / "model.safetensors").items()}
+    write_hugging_face(
+        architecture, fields, config, reader(config, params), tmp_path / "out", {"pad": None}
+    )
+    back = {
+        key: np.asarray(value)
+        for key, value in read_header(tmp_path / "out" / "model.safetensors").items()
+    }
     assert registry.same(back, held.tensors)
     again, parameters = from_hugging_face(tmp_path / "out")
     assert again == config
@@ -177,4 +205,6 @@ def test_a_case_is_its_preset_but_for_its_sizes(name):
         assert getattr(shrunk, field) == getattr(preset, field)
     assert shrunk.position.kind == preset.position.kind
     assert (shrunk.mlp.activation, shrunk.mlp.gated) == (preset.mlp.activation, preset.mlp.gated)
-    assert [layer.window is None for layer in shrunk.pattern] == [layer.window is None for layer in preset.pattern]
+    assert [layer.window is None for layer in shrunk.pattern] == [
+        layer.window is None for layer in preset.pattern
+    ]

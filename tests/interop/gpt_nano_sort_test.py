@@ -1,4 +1,6 @@
-"""A small trained GPT, layer by layer: every activation is the one that its authors saw, and it sorts."""
+"""A small trained GPT, layer by layer: every activation is the one that its authors saw, and it
+sorts.
+"""
 
 import base64
 import dataclasses
@@ -78,7 +80,9 @@ def trained(shared_data):
 @pytest.mark.parametrize(("theirs", "ours"), OUTPUTS.items())
 def test_activation_equals_the_authors(trained, theirs, ours):
     wanted, _, seen = trained
-    found = np.asarray(next(value for name, value in seen.items() if name.startswith(f"{ours}/__call__/")))
+    found = np.asarray(
+        next(value for name, value in seen.items() if name.startswith(f"{ours}/__call__/"))
+    )
     if found.ndim == 4:
         found = found.swapaxes(1, 2)
     np.testing.assert_allclose(found, np.broadcast_to(wanted[theirs], found.shape), atol=1e-5)

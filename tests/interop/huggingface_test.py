@@ -61,7 +61,11 @@ def test_biases_of_all_projections_are_read_and_written():
     fields = cases.stored()[LLAMA_1]["config"] | {"attention_bias": True, "mlp_bias": True}
     config = config_from(LLAMA, fields)
     shapes = dict(cases.stored()[LLAMA_1]["tensors"])
-    shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items() if "_proj" in name}
+    shapes |= {
+        name.replace("weight", "bias"): shape[:1]
+        for name, shape in shapes.items()
+        if "_proj" in name
+    }
     tensors = cases.weights(shapes)
     assert_same(tensors_from(LLAMA, config, params_from(LLAMA, config, tensors)), tensors)
 
@@ -86,7 +90,9 @@ def test_a_copy_of_a_tied_embedding_is_read_only_where_it_is_one():
 
 def test_bfloat16_in_several_files_is_read(tmp_path):
     stored = cases.stored()[LLAMA_1]
-    tensors = {name: value.astype(jnp.bfloat16) for name, value in cases.weights(stored["tensors"]).items()}
+    tensors = {
+        name: value.astype(jnp.bfloat16) for name, value in cases.weights(stored["tensors"]).items()
+    }
     folder = golden_folder(tmp_path, LLAMA_1)
     (folder / "model.safetensors").unlink()
     names, places = sorted(tensors), {}
@@ -128,20 +134,32 @@ def test_all_wrong_tensors_are_named_at_once():
             {"num_hidden_layers": 10**9},
             "num_hidden_layers = 1000000000 must be a whole number of at least 1 and",
         ),
-        (LLAMA_1, {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type = 'ntk' is not supported"),
+        (
+            LLAMA_1,
+            {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}},
+            "rope_type = 'ntk' is not supported",
+        ),
         (
             LLAMA_1,
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
             "of rope_type = 'llama3' is missing",
         ),
-        (LLAMA_1, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        (
+            LLAMA_1,
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
         (LLAMA_1, {"sliding_window": 128}, "sliding_window = 128"),
         (LLAMA_1, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA_1, {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported"),
         (LLAMA_1, {"hidden_size": "64"}, "hidden_size = '64' must be a whole number"),
         (LLAMA_1, {"vocab_size": 10**12}, "vocab_size = 1000000000000 must be a whole number"),
         (LLAMA_1, {"num_key_value_heads": 3}, "num_kv_heads = 3 does not divide"),
-        (GPT, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
+        (
+            GPT,
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx = True is not supported",
+        ),
         (GPT, {"scale_attn_weights": False}, "scale_attn_weights = False is not supported"),
         (GPT, {"embd_pdrop": 0.3}, "embd_pdrop = 0.3 must equal resid_pdrop"),
     ],
@@ -157,14 +175,18 @@ def test_a_feature_that_is_not_supported_is_named(name, fields, message, tmp_pat
 
 def test_known_architectures_are_listed_once(tmp_path):
     for unknown in (None, "mamba"):  # one has a neighbour and one has not
-        folder = write_folder(tmp_path, cases.stored()[LLAMA_1]["config"] | {"model_type": unknown}, {})
+        folder = write_folder(
+            tmp_path, cases.stored()[LLAMA_1]["config"] | {"model_type": unknown}, {}
+        )
         with pytest.raises(UserError) as error:
             from_hugging_face(folder)
         assert str(error.value).count("Known: bart, bert, ") == 1
 
 
 def test_a_missing_field_is_named():
-    fields = {name: value for name, value in cases.stored()[GPT]["config"].items() if name != "n_head"}
+    fields = {
+        name: value for name, value in cases.stored()[GPT]["config"].items() if name != "n_head"
+    }
     with pytest.raises(UserError, match="n_head is missing"):
         config_from(GPT2, fields)
 
@@ -173,7 +195,11 @@ def test_broken_folders_are_refused_in_one_line(tmp_path):
     folder = golden_folder(tmp_path, LLAMA_1)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-    for content, message in ((whole[:-4], "cannot be read"), (b"\xff" * 64, "cannot be read"), (b"", "cannot be read")):
+    for content, message in (
+        (whole[:-4], "cannot be read"),
+        (b"\xff" * 64, "cannot be read"),
+        (b"", "cannot be read"),
+    ):
         weights.write_bytes(content)
         with pytest.raises(UserError, match=message):
             from_hugging_face(folder)
@@ -216,7 +242,9 @@ def test_a_model_that_no_architecture_holds_is_refused_by_field(changes, field, 
 
 
 def test_of_many_refusals_the_nearest_are_shown():
-    config = dataclasses.replace(config_from(LLAMA, cases.stored()[LLAMA_1]["config"]), scale_embeddings=True)
+    config = dataclasses.replace(
+        config_from(LLAMA, cases.stored()[LLAMA_1]["config"]), scale_embeddings=True
+    )
     many = [dataclasses.replace(GPT2, model_type=f"gpt{i}") for i in range(9)]
     with pytest.raises(UserError) as error:
         choose([*many, LLAMA], config)

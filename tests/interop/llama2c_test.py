@@ -23,7 +23,9 @@ GOLDEN, GROUPED = "llama-2-7b", "llama-2-70b"
 
 
 def write_bin(path, golden=GOLDEN, halves=True, tied=False):
-    """Writes a golden LLaMA as llama2.c does, its output projection a matrix of its own or the embedding's."""
+    """Writes a golden LLaMA as llama2.c does, its output projection a matrix of its own or the
+    embedding's.
+    """
     tensors = cases.weights(cases.stored()[golden]["tensors"])
     fields = cases.stored()[golden]["config"]
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
@@ -33,8 +35,13 @@ def write_bin(path, golden=GOLDEN, halves=True, tied=False):
         return matrix.reshape(count, 2, -1, matrix.shape[-1]).swapaxes(1, 2).reshape(matrix.shape)
 
     def layers(name):
-        parts = [tensors[f"model.layers.{layer}.{name}.weight"] for layer in range(fields["num_hidden_layers"])]
-        return np.stack([neighbours(part, rotated[name]) if name in rotated else part for part in parts])
+        parts = [
+            tensors[f"model.layers.{layer}.{name}.weight"]
+            for layer in range(fields["num_hidden_layers"])
+        ]
+        return np.stack(
+            [neighbours(part, rotated[name]) if name in rotated else part for part in parts]
+        )
 
     names = "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
     names += " post_attention_layernorm mlp.gate_proj mlp.down_proj mlp.up_proj"
@@ -48,8 +55,18 @@ def write_bin(path, golden=GOLDEN, halves=True, tied=False):
         *([] if tied else [tensors["lm_head.weight"]]),
     ]
     vocabulary = cases.VOCAB if tied else -cases.VOCAB
-    header = [64, fields["intermediate_size"], 2, heads, kv_heads, vocabulary, fields["max_position_embeddings"]]
-    path.write_bytes(np.array(header, "<i4").tobytes() + b"".join(part.astype("<f4").tobytes() for part in parts))
+    header = [
+        64,
+        fields["intermediate_size"],
+        2,
+        heads,
+        kv_heads,
+        vocabulary,
+        fields["max_position_embeddings"],
+    ]
+    path.write_bytes(
+        np.array(header, "<i4").tobytes() + b"".join(part.astype("<f4").tobytes() for part in parts)
+    )
     return path
 
 
@@ -57,7 +74,9 @@ def write_bin(path, golden=GOLDEN, halves=True, tied=False):
 def test_logits_equal_torch_after_conversion(tmp_path, golden):
     config, params = from_llama2c(write_bin(tmp_path / "model.bin", golden))
     assert config == cases.CASES[golden].config()
-    np.testing.assert_allclose(logits_of(config, params, cases.tokens()), cases.golden_logits(golden), atol=TOLERANCE)
+    np.testing.assert_allclose(
+        logits_of(config, params, cases.tokens()), cases.golden_logits(golden), atol=TOLERANCE
+    )
 
 
 def test_a_vocabulary_above_zero_ties_the_output_to_the_embedding(tmp_path):
@@ -72,7 +91,9 @@ def test_a_vocabulary_above_zero_ties_the_output_to_the_embedding(tmp_path):
 
 def test_rotary_halves_taken_for_neighbours_are_seen_by_the_comparison(tmp_path):
     config, params = from_llama2c(write_bin(tmp_path / "model.bin", halves=False))
-    assert np.abs(logits_of(config, params, cases.tokens()) - cases.golden_logits(GOLDEN)).max() > 0.1
+    assert (
+        np.abs(logits_of(config, params, cases.tokens()) - cases.golden_logits(GOLDEN)).max() > 0.1
+    )
 
 
 def test_broken_files_are_refused_in_one_line(tmp_path):
@@ -95,7 +116,9 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
 @pytest.fixture(scope="module", params=["as it is", "through Hugging Face's form"])
 def stories(shared_data, request, tmp_path_factory):
     folder = shared_data / "stories260K"
-    tokenizer = tokenizers.build(TokenizerConfig(kind="sentencepiece", path=str(folder / "tok512.model")), ())
+    tokenizer = tokenizers.build(
+        TokenizerConfig(kind="sentencepiece", path=str(folder / "tok512.model")), ()
+    )
     config, params = from_llama2c(folder / "stories260K.bin")
     if request.param != "as it is":
         out = tmp_path_factory.mktemp("stories")
@@ -108,14 +131,22 @@ def stories(shared_data, request, tmp_path_factory):
 def test_stories260k_continues_as_its_authors_run_does(stories):
     config, params, tokenizer = stories
     assert count(params) == 260_032
-    (story,) = generate(config, params, tokenizer, ["Once upon a time"], SamplingConfig(temperature=0.0, max_tokens=24))
+    (story,) = generate(
+        config,
+        params,
+        tokenizer,
+        ["Once upon a time"],
+        SamplingConfig(temperature=0.0, max_tokens=24),
+    )
     assert story.text.startswith(", there was a little girl named Lily.")
 
 
 def test_stories260k_has_its_measured_loss(stories, shared_data):
     config, params, tokenizer = stories
     text = (shared_data / "tinystories-sample" / "tinystories_sample.txt").read_text()
-    documents = [[1, *tokenizer.encode(part.strip())] for part in text.split("<|endoftext|>") if part.strip()]
+    documents = [
+        [1, *tokenizer.encode(part.strip())] for part in text.split("<|endoftext|>") if part.strip()
+    ]
     assert len(documents) == 5
     rows = np.zeros((5, 512), np.int32)
     for row, ids in zip(rows, documents, strict=True):

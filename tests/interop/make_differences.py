@@ -1,4 +1,5 @@
-"""Writes how far each family is from torch, by the committed goldens: `python -m tests.interop.make_differences`.
+"""Writes how far each family is from torch, by the committed goldens: `python -m
+tests.interop.make_differences`.
 
 README's table of families is made from the file by `python -m research.bench.report README.md`.
 """
@@ -38,7 +39,9 @@ FAMILIES = (
     Family("GPT", "gpt", "learned positions, post-norm", "gpt"),
     Family("GPT-2", "gpt2", "learned positions, pre-norm", "gpt2-small gpt2-xl"),
     Family("GPT-3, GPT-Neo", "gpt3", "dense and banded layers in turns", "gpt-3 gpt-neo"),
-    Family("Gopher, Chinchilla", "gopher chinchilla", "Transformer-XL's relative positions", "gopher"),
+    Family(
+        "Gopher, Chinchilla", "gopher chinchilla", "Transformer-XL's relative positions", "gopher"
+    ),
     Family(
         "LLaMA 1, 2, 3",
         "llama",
@@ -122,7 +125,10 @@ def main() -> None:
     """Writes the file."""
     rows = [row(family) for family in FAMILIES]
     report.write(
-        report.FIGURES / "families_torch.json", "python -m tests.interop.make_differences", columns=COLUMNS, rows=rows
+        report.FIGURES / "families_torch.json",
+        "python -m tests.interop.make_differences",
+        columns=COLUMNS,
+        rows=rows,
     )
 
 

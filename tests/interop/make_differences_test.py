@@ -1,4 +1,6 @@
-"""The table of families: every golden case and every preset is in one row, and the file has these rows."""
+"""The table of families: every golden case and every preset is in one row, and the file has these
+rows.
+"""
 
 import json
 
@@ -11,13 +13,17 @@ def test_every_golden_case_and_every_preset_is_in_one_row():
     cases = [name for family in make_differences.FAMILIES for name in family.cases.split()]
     presets = [name for family in make_differences.FAMILIES for name in family.presets.split()]
     assert sorted(cases) == sorted(registry.CASES)
-    assert sorted(presets) == sorted(path.stem for path in (ROOT / "configs" / "model").glob("[a-z]*.py"))
+    assert sorted(presets) == sorted(
+        path.stem for path in (ROOT / "configs" / "model").glob("[a-z]*.py")
+    )
 
 
 def test_the_file_has_a_row_a_family_and_no_difference_above_what_the_goldens_allow():
     held = json.loads((report.FIGURES / "families_torch.json").read_text())
     assert held["columns"] == make_differences.COLUMNS
-    for (name, _, parts, logits, gradients), family in zip(held["rows"], make_differences.FAMILIES, strict=True):
+    for (name, _, parts, logits, gradients), family in zip(
+        held["rows"], make_differences.FAMILIES, strict=True
+    ):
         assert (name, parts) == (family.name, family.parts)
         assert float(logits) < max(registry.CASES[case].logits for case in family.cases.split())
         assert float(gradients) < registry.GRADIENTS

@@ -1,4 +1,6 @@
-"""Computes the goldens with torch and transformers: `python -m tests.interop.make_goldens` (extra `parity`)."""
+"""Computes the goldens with torch and transformers: `python -m tests.interop.make_goldens` (extra
+`parity`).
+"""
 
 import json
 import pathlib
@@ -29,13 +31,20 @@ def main() -> None:
         return {name: found[name] for name, each in registry.CASES.items() if each is suite}
 
     for file, suite in (("cases", registry.DECODERS), ("encoders", registry.ENCODERS)):
-        lines = [f"{json.dumps(name)}: {json.dumps(described)}" for name, (described, _) in held(suite).items()]
+        lines = [
+            f"{json.dumps(name)}: {json.dumps(described)}"
+            for name, (described, _) in held(suite).items()
+        ]
         (cases.GOLDENS / f"{file}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     for key in ("logits", "gradients"):
         arrays = {name: arrays[key] for name, (_, arrays) in held(registry.DECODERS).items()}
         np.savez_compressed(cases.GOLDENS / f"{key}.npz", **arrays)
     for file, suite in (("encoders", registry.ENCODERS), ("presets", registry.PRESETS)):
-        flat = {f"{name}/{key}": value for name, (_, arrays) in held(suite).items() for key, value in arrays.items()}
+        flat = {
+            f"{name}/{key}": value
+            for name, (_, arrays) in held(suite).items()
+            for key, value in arrays.items()
+        }
         np.savez_compressed(cases.GOLDENS / f"{file}.npz", **flat)
     described, arrays = found[registry.MTP]
     (cases.GOLDENS / "future.json").write_text(json.dumps(described) + "\n")

@@ -1,4 +1,6 @@
-"""The engine moves numbers and changes none: claims about `interop.mapping` and `interop.tensor`, on made-up models."""
+"""The engine moves numbers and changes none: claims about `interop.mapping` and `interop.tensor`,
+on made-up models.
+"""
 
 import dataclasses
 
@@ -26,8 +28,14 @@ EXPERTS, HIDDEN = 5, 7
 
 
 def layer(name, dense):
-    attention = {f"{name}/attention/{part}/kernel": (6, n, 5) for part, n in (("query", 4), ("key", 2), ("value", 2))}
-    attention |= {f"{name}/attention/out/kernel": (4, 5, 6), f"{name}/attention/query_norm/scale": (5,)}
+    attention = {
+        f"{name}/attention/{part}/kernel": (6, n, 5)
+        for part, n in (("query", 4), ("key", 2), ("value", 2))
+    }
+    attention |= {
+        f"{name}/attention/out/kernel": (4, 5, 6),
+        f"{name}/attention/query_norm/scale": (5,),
+    }
     if dense:
         return attention | {f"{name}/mlp/up/kernel": (6, 9), f"{name}/mlp/up/bias": (9,)}
     experts = {f"{name}/mlp/experts/{part}/kernel": (EXPERTS, 6, HIDDEN) for part in ("up", "gate")}
@@ -67,8 +75,12 @@ MADE_UP = dataclasses.replace(
     tensors=(
         Tensor("shared.weight", ("embed/embedding",), num_inputs=1),
         Tensor("final_logits_bias", ("logits_bias",), unsqueezed=True),
-        Tensor("h.{layer}.qkv.weight", qkv("kernel"), num_inputs=1, transposed=True, order=by_group),
-        Tensor("h.{layer}.out.weight", ("{layer}/attention/out/kernel",), num_inputs=2, transposed=True),
+        Tensor(
+            "h.{layer}.qkv.weight", qkv("kernel"), num_inputs=1, transposed=True, order=by_group
+        ),
+        Tensor(
+            "h.{layer}.out.weight", ("{layer}/attention/out/kernel",), num_inputs=2, transposed=True
+        ),
         Tensor("h.{layer}.q_norm.weight", ("{layer}/attention/query_norm/scale",)),
         Tensor("h.{layer}.dense.weight", ("{layer}/mlp/up/kernel",), num_inputs=1, transposed=True),
         Tensor("h.{layer}.dense.bias", ("{layer}/mlp/up/bias",)),
@@ -109,7 +121,9 @@ def made_up_shapes(monkeypatch):
 @pytest.fixture
 def params():
     random = np.random.default_rng(0)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    return {
+        name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()
+    }
 
 
 def written(params, limit=mapping.PIECE_BYTES, dtype=np.float32):
@@ -146,15 +160,25 @@ def test_tensors_hold_what_their_description_says(params):
     tensors = written(params)
     np.testing.assert_array_equal(tensors["final_logits_bias"], params["logits_bias"][None])
     # The first layer of the whole stack is the dense one; that of number 1 is `layers_0`.
-    np.testing.assert_array_equal(tensors["h.0.dense.weight"], params["first_layers_0/mlp/up/kernel"].T)
+    np.testing.assert_array_equal(
+        tensors["h.0.dense.weight"], params["first_layers_0/mlp/up/kernel"].T
+    )
     assert "h.1.dense.weight" not in tensors
-    np.testing.assert_array_equal(tensors["h.2.experts.3.down.weight"], params["layers_1/mlp/experts/down/kernel"][3].T)
-    np.testing.assert_array_equal(tensors["encoder.10.up.weight"], params["encoder/layers_10/mlp/up/kernel"])
+    np.testing.assert_array_equal(
+        tensors["h.2.experts.3.down.weight"], params["layers_1/mlp/experts/down/kernel"][3].T
+    )
+    np.testing.assert_array_equal(
+        tensors["encoder.10.up.weight"], params["encoder/layers_10/mlp/up/kernel"]
+    )
     gate_up = tensors["h.1.experts.gate_up"]
     np.testing.assert_array_equal(gate_up[..., 0::2], params["layers_0/mlp/experts/gate/kernel"])
     np.testing.assert_array_equal(gate_up[..., 1::2], params["layers_0/mlp/experts/up/kernel"])
-    np.testing.assert_array_equal(tensors["h.1.experts.gate_up_bias"][:, 1::2], params["layers_0/mlp/experts/up/bias"])
-    rows = tensors["h.1.qkv.weight"].reshape(2, 4, 5, 6)  # groups of two query heads, a key and a value
+    np.testing.assert_array_equal(
+        tensors["h.1.experts.gate_up_bias"][:, 1::2], params["layers_0/mlp/experts/up/bias"]
+    )
+    rows = tensors["h.1.qkv.weight"].reshape(
+        2, 4, 5, 6
+    )  # groups of two query heads, a key and a value
     query, key = params["layers_0/attention/query/kernel"], params["layers_0/attention/key/kernel"]
     np.testing.assert_array_equal(rows[1, 0], query[:, 2].T)
     np.testing.assert_array_equal(rows[1, 2], key[:, 1].T)
@@ -187,13 +211,18 @@ def test_prefixes_spellings_and_ignored_tensors_are_understood(params):
     tensors = written(params)
     names = {name: f"wrapper.{name}" for name in tensors}
     names["h.0.q_norm.weight"] = "wrapper.h.0.q_norm.gamma"
-    found = {names[name]: value for name, value in tensors.items()} | {"model.h.0.inv_freq": np.zeros(3)}
+    found = {names[name]: value for name, value in tensors.items()} | {
+        "model.h.0.inv_freq": np.zeros(3)
+    }
     assert_same(read_back(found), params)
 
 
 def test_copies_must_repeat_their_original_and_may_stand_in_for_it(params):
     tensors = written(params)
-    copy = {"lm_head.weight": tensors["shared.weight"], "encoder.embed_tokens.weight": tensors["shared.weight"]}
+    copy = {
+        "lm_head.weight": tensors["shared.weight"],
+        "encoder.embed_tokens.weight": tensors["shared.weight"],
+    }
     assert_same(read_back(tensors | copy), params)
     with pytest.raises(UserError, match=r"lm_head\.weight differs from shared\.weight"):
         read_back(tensors | copy | {"lm_head.weight": copy["lm_head.weight"] + 1})
@@ -204,7 +233,11 @@ def test_copies_must_repeat_their_original_and_may_stand_in_for_it(params):
 def test_copies_are_compared_by_bits(params):
     tensors = written(params)
     tensors["shared.weight"][0, 0] = np.nan
-    assert np.isnan(read_back(tensors | {"lm_head.weight": tensors["shared.weight"].copy()})["embed/embedding"][0, 0])
+    assert np.isnan(
+        read_back(tensors | {"lm_head.weight": tensors["shared.weight"].copy()})["embed/embedding"][
+            0, 0
+        ]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
@@ -239,7 +272,11 @@ def test_all_faults_are_in_one_error(params):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"h.0.dense.weight_scale_inv": np.ones(2)}, {"h.0.dense.weight": np.zeros((9, 6), jnp.float8_e4m3fn)}]
+    "extra",
+    [
+        {"h.0.dense.weight_scale_inv": np.ones(2)},
+        {"h.0.dense.weight": np.zeros((9, 6), jnp.float8_e4m3fn)},
+    ],
 )
 def test_quantized_weights_are_named_as_such(extra, params):
     with pytest.raises(UserError, match=r"h\.0\.dense\.weight.* is quantized"):
@@ -248,7 +285,9 @@ def test_quantized_weights_are_named_as_such(extra, params):
 
 def test_parameters_without_a_place_are_named():
     with pytest.raises(UserError, match="no place for logits_bias"):
-        mapping.placements(dataclasses.replace(MADE_UP, tensors=MADE_UP.tensors[:1] + MADE_UP.tensors[2:]), CONFIG)
+        mapping.placements(
+            dataclasses.replace(MADE_UP, tensors=MADE_UP.tensors[:1] + MADE_UP.tensors[2:]), CONFIG
+        )
 
 
 def test_pieces_are_no_larger_than_asked():

@@ -19,7 +19,8 @@ LAYERS = DECODERS["deepseek-v3"].num_hidden_layers
 
 
 def write_seeded(folder: pathlib.Path) -> dict[str, Any]:
-    """Writes the folder as DeepSeek's are laid out; returns its config and the shapes of its tensors.
+    """Writes the folder as DeepSeek's are laid out; returns its config and the shapes of its
+    tensors.
 
     Source of the layout: README_WEIGHTS.md beside the released weights, and their index.
     """
@@ -30,31 +31,52 @@ def write_seeded(folder: pathlib.Path) -> dict[str, Any]:
     width, last = config.hidden_size, f"model.layers.{LAYERS - 1}."
     for layer in range(LAYERS, LAYERS + future_cases.DEPTH):
         before = f"model.layers.{layer}."
-        block = {name.replace(last, before): shape for name, shape in shapes.items() if name.startswith(last)}
-        shapes |= block | {f"{before}{norm}.weight": [width] for norm in ("enorm", "hnorm", "shared_head.norm")}
+        block = {
+            name.replace(last, before): shape
+            for name, shape in shapes.items()
+            if name.startswith(last)
+        }
+        shapes |= block | {
+            f"{before}{norm}.weight": [width] for norm in ("enorm", "hnorm", "shared_head.norm")
+        }
         shapes[f"{before}eh_proj.weight"] = [width, 2 * width]
-        shapes |= {f"{before}{double}": shapes[name] for double, name in future_cases.DOUBLES.items()}
+        shapes |= {
+            f"{before}{double}": shapes[name] for double, name in future_cases.DOUBLES.items()
+        }
     shapes = dict(sorted(shapes.items()))
     main.save_pretrained(folder)
-    safetensors.numpy.save_file(future_cases.weights(shapes), folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.numpy.save_file(
+        future_cases.weights(shapes), folder / "model.safetensors", metadata={"format": "pt"}
+    )
     return {"config": json.loads((folder / "config.json").read_text()), "tensors": shapes}
 
 
 def load(folder: pathlib.Path) -> tuple[transformers.PreTrainedModel, MtpModel]:
-    """Returns the model of a folder and its predictors, once nothing in it is missing or left over."""
+    """Returns the model of a folder and its predictors, once nothing in it is missing or left
+    over.
+    """
     main, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"], report["missing_keys"]
-    further = tuple(f"model.layers.{layer}." for layer in range(LAYERS, LAYERS + future_cases.DEPTH))
-    assert all(name.startswith(further) for name in report["unexpected_keys"]), report["unexpected_keys"]
+    further = tuple(
+        f"model.layers.{layer}." for layer in range(LAYERS, LAYERS + future_cases.DEPTH)
+    )
+    assert all(name.startswith(further) for name in report["unexpected_keys"]), report[
+        "unexpected_keys"
+    ]
     # The class knows the number of the released model's; this one has fewer layers.
-    main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[" + "".join(name[-2] for name in further) + r"]\."]
+    main._keys_to_ignore_on_load_unexpected = [
+        r"model\.layers\.[" + "".join(name[-2] for name in further) + r"]\."
+    ]
     return main.eval(), MtpModel.from_pretrained(main).eval()
 
 
-def compute(main: transformers.PreTrainedModel, mtp: MtpModel) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Returns the logits of each depth, and the gradient of the loss of DeepSeek-V3's equations 24 and 25.
+def compute(
+    main: transformers.PreTrainedModel, mtp: MtpModel
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Returns the logits of each depth, and the gradient of the loss of DeepSeek-V3's equations 24
+    and 25.
 
     Gradients have the names of the tensors, but for those that stand in a file twice.
     """
@@ -67,20 +89,27 @@ def compute(main: transformers.PreTrainedModel, mtp: MtpModel) -> tuple[list[np.
     for depth in range(1, future_cases.DEPTH + 1):
         # At each place the state that has seen it and the `depth` tokens after it.
         following = targets[:, depth - 1 : -1]
-        states = mtp.forward_layer(depth - 1, states[:, :-1], positions[:, depth:], None, input_ids=following)
+        states = mtp.forward_layer(
+            depth - 1, states[:, :-1], positions[:, depth:], None, input_ids=following
+        )
         found.append(mtp.shared_head(states))
-        loss = loss + future_cases.WEIGHT / future_cases.DEPTH * _summed(found[-1], targets[:, depth:])
+        loss = loss + future_cases.WEIGHT / future_cases.DEPTH * _summed(
+            found[-1], targets[:, depth:]
+        )
     (loss / targets.numel()).backward()
     return [logits.detach().numpy() for logits in found], _gradients(main, mtp)
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum"
+    )
 
 
 @torch.no_grad()
 def _gradients(main: transformers.PreTrainedModel, mtp: MtpModel) -> dict[str, np.ndarray]:
-    """Returns gradients by the names in the folder; transformers itself takes its fused tensors apart.
+    """Returns gradients by the names in the folder; transformers itself takes its fused tensors
+    apart.
 
     It does so with those of a predictor's block in the place of the last layer's.
     """
@@ -95,10 +124,16 @@ def _gradients(main: transformers.PreTrainedModel, mtp: MtpModel) -> dict[str, n
         for name, value in main.model.layers[-1].named_parameters():
             value.copy_(block[name].grad)
         before = f"model.layers.{number}."
-        found |= {name.replace(last, before): value for name, value in _saved(main).items() if name.startswith(last)}
+        found |= {
+            name.replace(last, before): value
+            for name, value in _saved(main).items()
+            if name.startswith(last)
+        }
         own = {name: getattr(layer, name) for name in ("enorm", "hnorm", "eh_proj")}
         own["shared_head.norm"] = layer.post_norm
-        found |= {f"{before}{name}.weight": module.weight.grad.numpy() for name, module in own.items()}
+        found |= {
+            f"{before}{name}.weight": module.weight.grad.numpy() for name, module in own.items()
+        }
     return found
 
 

@@ -63,7 +63,11 @@ def test_a_named_part_reads_and_writes_groups_and_refuses_one_that_is_not_there(
 
 def test_a_field_of_two_names_is_read_by_either_and_must_not_contradict_itself():
     part = either("new", "old", "mlp.hidden_dim", default=7)
-    assert part.read({"new": None, "old": 3}) == part.read({"new": 3, "old": 3}) == {"mlp.hidden_dim": 3}
+    assert (
+        part.read({"new": None, "old": 3})
+        == part.read({"new": 3, "old": 3})
+        == {"mlp.hidden_dim": 3}
+    )
     assert part.read({"new": None, "old": None}) == {"mlp.hidden_dim": 7}
     assert part.write(MODEL) == {"new": 8}
     with pytest.raises(UserError, match="new = 1 must equal old = 2"):
@@ -82,7 +86,13 @@ def test_windows_go_out_as_layer_types():
     assert part.read({**fields, "num_hidden_layers": 2}) == {"layers.window": [None, 4]}
     off = {**fields, "use_sliding_window": False, "num_hidden_layers": 2}
     assert part.read(off) == {"layers.window": [None, None]}
-    elder = {"sliding_window": 4, "use_sliding_window": True, "layer_types": None, "num_hidden_layers": 2, "from": 1}
+    elder = {
+        "sliding_window": 4,
+        "use_sliding_window": True,
+        "layer_types": None,
+        "num_hidden_layers": 2,
+        "from": 1,
+    }
     assert part.read(elder) == {"layers.window": [None, 4]}
 
 
@@ -91,9 +101,13 @@ def test_windows_go_out_as_layer_types():
     [
         None,
         RopeScalingConfig(kind="linear", factor=2.0),
-        RopeScalingConfig(kind="yarn", factor=2.0, original_length=16, amplitude=1.25, truncate=False),
+        RopeScalingConfig(
+            kind="yarn", factor=2.0, original_length=16, amplitude=1.25, truncate=False
+        ),
         RopeScalingConfig(kind="llama3", factor=2.0, original_length=16),
-        RopeScalingConfig(kind="longrope", original_length=16, short_factors=(1.0,), long_factors=(2.0,)),
+        RopeScalingConfig(
+            kind="longrope", original_length=16, short_factors=(1.0,), long_factors=(2.0,)
+        ),
     ],
 )
 def test_a_position_goes_out_and_comes_back(scaling):

@@ -1,4 +1,6 @@
-"""The cases once more, of parts of transformers, as functions of Tessera's parameters that torch can differentiate."""
+"""The cases once more, of parts of transformers, as functions of Tessera's parameters that torch
+can differentiate.
+"""
 
 import types
 from collections.abc import Callable
@@ -20,7 +22,9 @@ Tensors = dict[str, torch.Tensor]
 Reference = Callable[[ModelConfig, Tensors, Tensors], torch.Tensor]
 
 
-def measured(reference: Reference, config: ModelConfig, named: Named, given: Named) -> tuple[np.ndarray, Named]:
+def measured(
+    reference: Reference, config: ModelConfig, named: Named, given: Named
+) -> tuple[np.ndarray, Named]:
     """Returns the logits of a batch, and the gradients of its mean cross-entropy by name."""
     torch.manual_seed(0)  # of parts that nothing reads
     leaves = {name: torch.from_numpy(value).requires_grad_() for name, value in named.items()}
@@ -32,14 +36,19 @@ def measured(reference: Reference, config: ModelConfig, named: Named, given: Nam
 
 def _call(model: torch.nn.Module, tensors: Tensors, **inputs: torch.Tensor) -> torch.Tensor:
     """Returns what a model with these tensors in the place of its own makes of its inputs."""
-    unknown = tensors.keys() - dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()]).keys()
+    unknown = (
+        tensors.keys()
+        - dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()]).keys()
+    )
     assert not unknown, unknown
     model.set_attn_implementation("eager")
     found = torch.func.functional_call(model.eval(), tensors, kwargs={**inputs, "use_cache": False})
     return found.last_hidden_state if "last_hidden_state" in found else found.logits
 
 
-def _linear(theirs: str, leaves: Tensors, ours: str, num_inputs: int = 1, scale: float = 1.0) -> Tensors:
+def _linear(
+    theirs: str, leaves: Tensors, ours: str, num_inputs: int = 1, scale: float = 1.0
+) -> Tensors:
     """Returns the tensors of a torch `Linear`."""
     kernel = leaves[f"{ours}/kernel"].flatten(num_inputs).flatten(0, num_inputs - 1)
     bias = {f"{theirs}.bias": leaves[f"{ours}/bias"].flatten()} if f"{ours}/bias" in leaves else {}
@@ -52,7 +61,9 @@ def _norm(theirs: str, leaves: Tensors, ours: str) -> Tensors:
 
 
 def _attention(theirs: str, leaves: Tensors, ours: str, names: str, scale: float = 1.0) -> Tensors:
-    """Returns the tensors of the four `Linear`s with these names; those of the queries times `scale`."""
+    """Returns the tensors of the four `Linear`s with these names; those of the queries times
+    `scale`.
+    """
     query, key, value, out = (f"{theirs}.{name}" for name in names.split())
     return {
         **_linear(query, leaves, f"{ours}/query", scale=scale),
@@ -63,9 +74,11 @@ def _attention(theirs: str, leaves: Tensors, ours: str, names: str, scale: float
 
 
 def _sines_first(config: ModelConfig, leaves: Tensors) -> Tensors:
-    """Returns the parameters of the same model whose width has its even columns first, then its odd ones.
+    """Returns the parameters of the same model whose width has its even columns first, then its odd
+    ones.
 
-    Where each sine has its cosine beside it, those of Marian and XLNet come first, and nothing else has an order.
+    Where each sine has its cosine beside it, those of Marian and XLNet come first, and nothing else
+    has an order.
     """
     order = torch.cat([torch.arange(start, config.embed_dim, 2) for start in (0, 1)])
     boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -82,7 +95,10 @@ def transformer(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.T
     """Marian with no biases in attention, and the norms' epsilon of the preset."""
     shape = {"encoder_layers": config.encoder_layers, "decoder_layers": config.num_layers}
     for stack in ("encoder", "decoder"):
-        shape |= {f"{stack}_attention_heads": config.attention.num_heads, f"{stack}_ffn_dim": config.mlp.hidden_dim}
+        shape |= {
+            f"{stack}_attention_heads": config.attention.num_heads,
+            f"{stack}_ffn_dim": config.mlp.hidden_dim,
+        }
     ids = {"pad_token_id": None, "eos_token_id": 0, "decoder_start_token_id": 0}
     model = hf.MarianMTModel(
         hf.MarianConfig(
@@ -99,15 +115,25 @@ def transformer(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.T
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = config.norm.epsilon
     leaves = _sines_first(config, leaves)
-    tensors = {name: torch.zeros_like(value) for name, value in model.named_parameters() if name.endswith("bias")}
+    tensors = {
+        name: torch.zeros_like(value)
+        for name, value in model.named_parameters()
+        if name.endswith("bias")
+    }
     tensors["model.shared.weight"] = leaves["embed/embedding"]
     attentions = {"self_attn": "attention", "encoder_attn": "cross_attention"}
-    for stack, count, before in (("encoder", config.encoder_layers, "encoder/"), ("decoder", config.num_layers, "")):
+    for stack, count, before in (
+        ("encoder", config.encoder_layers, "encoder/"),
+        ("decoder", config.num_layers, ""),
+    ):
         for i in range(count):
             theirs, ours = f"model.{stack}.layers.{i}", f"{before}layers_{i}"
             for name, attention in list(attentions.items())[: 1 if before else 2]:
                 tensors |= _attention(
-                    f"{theirs}.{name}", leaves, f"{ours}/{attention}", "q_proj k_proj v_proj out_proj"
+                    f"{theirs}.{name}",
+                    leaves,
+                    f"{ours}/{attention}",
+                    "q_proj k_proj v_proj out_proj",
                 )
                 tensors |= _norm(f"{theirs}.{name}_layer_norm", leaves, f"{ours}/{attention}_norm")
             tensors |= _linear(f"{theirs}.fc1", leaves, f"{ours}/mlp/up")
@@ -131,7 +157,9 @@ def _gpt(config: ModelConfig, leaves: Tensors) -> Tensors:
 
 
 def gpt3(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.Tensor:
-    """GPT-Neo with biases of queries, keys and values, and with queries divided by the root of a head's width."""
+    """GPT-Neo with biases of queries, keys and values, and with queries divided by the root of a
+    head's width.
+    """
     kinds = ["global" if layer.window is None else "local" for layer in config.layers()]
     model = hf.GPTNeoForCausalLM(
         hf.GPTNeoConfig(
@@ -160,13 +188,23 @@ def gpt3(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.Tensor:
 def gopher(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.Tensor:
     """A decoder around the scores of XLNet, which are those of Transformer-XL."""
     c, tokens, length = config.attention, batch["tokens"], batch["tokens"].shape[1]
-    sizes = {"d_model": config.embed_dim, "n_head": c.num_heads, "n_layer": 1, "d_inner": 1, "vocab_size": 1}
-    waves = hf.XLNetModel(hf.XLNetConfig(**sizes)).relative_positional_encoding(length, length, bsz=len(tokens))
+    sizes = {
+        "d_model": config.embed_dim,
+        "n_head": c.num_heads,
+        "n_layer": 1,
+        "d_inner": 1,
+        "vocab_size": 1,
+    }
+    waves = hf.XLNetModel(hf.XLNetConfig(**sizes)).relative_positional_encoding(
+        length, length, bsz=len(tokens)
+    )
     later = torch.ones(length, length).triu(1)[:, :, None, None]
     rows = torch.cat([torch.arange(start, config.embed_dim, 2) for start in (0, 1)])
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], leaves[f"{name}/scale"], config.norm.epsilon)
+        return torch.nn.functional.rms_norm(
+            x, x.shape[-1:], leaves[f"{name}/scale"], config.norm.epsilon
+        )
 
     def linear(x: torch.Tensor, name: str, num_inputs: int = 1) -> torch.Tensor:
         return torch.tensordot(x, leaves[f"{name}/kernel"], num_inputs) + leaves[f"{name}/bias"]
@@ -195,9 +233,14 @@ def gopher(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.Tensor
 
 
 def _prefix_mask(batch: Tensors) -> torch.Tensor:
-    """Returns what to add to the scores `[B, 1, T, S]`: a key is seen that came before, or is of the prefix."""
+    """Returns what to add to the scores `[B, 1, T, S]`: a key is seen that came before, or is of
+    the prefix.
+    """
     length = batch["tokens"].shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool).tril() | (batch["prefix"] != 0)[:, None, None, :]
+    seen = (
+        torch.ones(length, length, dtype=torch.bool).tril()
+        | (batch["prefix"] != 0)[:, None, None, :]
+    )
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
@@ -257,7 +300,9 @@ def prefix_llama(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.
     }
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}", f"layers_{i}"
-        tensors |= _attention(f"{theirs}.self_attn", leaves, f"{ours}/attention", "q_proj k_proj v_proj o_proj")
+        tensors |= _attention(
+            f"{theirs}.self_attn", leaves, f"{ours}/attention", "q_proj k_proj v_proj o_proj"
+        )
         tensors |= _norm(f"{theirs}.input_layernorm", leaves, f"{ours}/attention_norm")
         tensors |= _norm(f"{theirs}.post_attention_layernorm", leaves, f"{ours}/mlp_norm")
         for part in ("gate", "up", "down"):
@@ -281,10 +326,18 @@ def prefix_gpt2(config: ModelConfig, leaves: Tensors, batch: Tensors) -> torch.T
     for i in range(config.num_layers):
         theirs, ours = f"transformer.h.{i}", f"layers_{i}"
         plain = _attention("", leaves, f"{ours}/attention", "q k v out")
-        plain |= _linear(".fc", leaves, f"{ours}/mlp/up") | _linear(".proj", leaves, f"{ours}/mlp/down")
+        plain |= _linear(".fc", leaves, f"{ours}/mlp/up") | _linear(
+            ".proj", leaves, f"{ours}/mlp/down"
+        )
         # Its weights have their inputs first.
-        for name, parts in {"attn.c_attn": "qkv", "attn.c_proj": ("out",), "mlp.c_fc": ("fc",)}.items():
-            tensors[f"{theirs}.{name}.weight"] = torch.cat([plain[f".{part}.weight"] for part in parts]).T
+        for name, parts in {
+            "attn.c_attn": "qkv",
+            "attn.c_proj": ("out",),
+            "mlp.c_fc": ("fc",),
+        }.items():
+            tensors[f"{theirs}.{name}.weight"] = torch.cat(
+                [plain[f".{part}.weight"] for part in parts]
+            ).T
             tensors[f"{theirs}.{name}.bias"] = torch.cat([plain[f".{part}.bias"] for part in parts])
         tensors[f"{theirs}.mlp.c_proj.weight"] = plain[".proj.weight"].T
         tensors[f"{theirs}.mlp.c_proj.bias"] = plain[".proj.bias"]

@@ -1,4 +1,6 @@
-"""The registry of golden cases: every family beside torch. One list, whatever file holds what torch computed."""
+"""The registry of golden cases: every family beside torch. One list, whatever file holds what torch
+computed.
+"""
 
 import dataclasses
 import functools
@@ -42,8 +44,9 @@ class Suite:
 
     Attributes:
       logits: how far logits may be from torch's, as a part of the largest of them.
-      least: gradients with a smaller part of the largest one's norm than this count by this part. That of a key's bias
-        is zero but for rounding, as the softmax does not see it; and some experts have none, as no token goes there.
+      least: gradients with a smaller part of the largest one's norm than this count by this part.
+        That of a key's bias is zero but for rounding, as the softmax does not see it; and some
+        experts have none, as no token goes there.
     """
 
     logits: float
@@ -51,13 +54,17 @@ class Suite:
 
 
 DECODERS, ENCODERS = Suite(logits=2e-5, least=1e-6), Suite(logits=3e-5, least=1e-3)
-# Shrunk presets that no checkpoint of transformers holds, whose parts it has; predictors of further tokens.
+# Shrunk presets that no checkpoint of transformers holds, whose parts it has; predictors of further
+# tokens.
 PRESETS, FURTHER = Suite(logits=3e-5, least=1e-3), Suite(logits=2e-5, least=1e-6)
 
 PRESET_LENGTH = 40
-# Tokens of each row's prefix, where there is one; tokens of each row that an encoder reads, where there is one.
+# Tokens of each row's prefix, where there is one; tokens of each row that an encoder reads, where
+# there is one.
 PREFIXES, SOURCES = (0, 1, 17, PRESET_LENGTH), (PRESET_LENGTH + 6, 31, 1, PRESET_LENGTH)
-_SHAPE = "embed_dim=32 attention.num_heads=4 attention.num_kv_heads=4 attention.head_dim=8 max_length=64"
+_SHAPE = (
+    "embed_dim=32 attention.num_heads=4 attention.num_kv_heads=4 attention.head_dim=8 max_length=64"
+)
 PRESET_CASES = {
     "transformer": Case("transformer.py:base", f"{_SHAPE} mlp.hidden_dim=48 encoder_layers=3"),
     "gpt-3": Case("gpt3.py:small", f"{_SHAPE} mlp.hidden_dim=80 num_layers=3 pattern.1.window=8"),
@@ -65,9 +72,12 @@ PRESET_CASES = {
     # Its head divides by the root of the width.
     "prefix": Case(
         "prefix.py:base",
-        f"{_SHAPE} mlp.hidden_dim=48 head.scale={32**-0.5} position.num_buckets=8 position.max_distance=24",
+        f"{_SHAPE} mlp.hidden_dim=48 head.scale={32**-0.5} position.num_buckets=8 "
+        "position.max_distance=24",
     ),
-    "prefix-llama": Case("llama.py:3-8b", f"{_SHAPE} mlp.hidden_dim=48 attention.num_kv_heads=2 structure=prefix"),
+    "prefix-llama": Case(
+        "llama.py:3-8b", f"{_SHAPE} mlp.hidden_dim=48 attention.num_kv_heads=2 structure=prefix"
+    ),
     "prefix-gpt2": Case("gpt2.py:small", f"{_SHAPE} mlp.hidden_dim=48 structure=prefix"),
 }
 MTP = "deepseek-v3-mtp"
@@ -75,7 +85,9 @@ MTP = "deepseek-v3-mtp"
 
 @functools.cache
 def stored() -> dict[str, dict[str, Any]]:
-    """Returns, by case, the `config` and the `tensors` (shapes by name) that transformers wrote; presets have none."""
+    """Returns, by case, the `config` and the `tensors` (shapes by name) that transformers wrote;
+    presets have none.
+    """
     encoders = json.loads((cases.GOLDENS / "encoders.json").read_text())
     return {**cases.stored(), **encoders, MTP: future.stored()}
 
@@ -90,7 +102,9 @@ CASES: dict[str, Suite] = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A case's model; presets have no architecture, and their tensors are the parameters by name."""
+    """A case's model; presets have no architecture, and their tensors are the parameters by
+    name.
+    """
 
     architecture: Architecture | None
     config: ModelConfig
@@ -104,7 +118,12 @@ def model(name: str) -> Model:
     if name in PRESET_CASES:
         config = PRESET_CASES[name].config()
         named = _preset_weights(config)
-        return Model(None, config, parameters(config, (Piece(key, (), value) for key, value in named.items())), named)
+        return Model(
+            None,
+            config,
+            parameters(config, (Piece(key, (), value) for key, value in named.items())),
+            named,
+        )
     fields, shapes = stored()[name]["config"], stored()[name]["tensors"]
     tensors = future.weights(shapes) if name == MTP else cases.weights(shapes)
     architecture = ARCHITECTURES[fields["model_type"]]
@@ -115,7 +134,9 @@ def model(name: str) -> Model:
 def _preset_weights(config: ModelConfig) -> Named:
     """Returns the parameters by their names in an unrolled model."""
     shapes = {name: list(shape.shape) for name, shape in unrolled_shapes(config).items()}
-    found = cases.weights({name.replace("/scale", "/weight"): shape for name, shape in shapes.items()})
+    found = cases.weights(
+        {name.replace("/scale", "/weight"): shape for name, shape in shapes.items()}
+    )
     return {name.replace("/weight", "/scale"): value for name, value in found.items()}
 
 
@@ -134,7 +155,10 @@ def batch(name: str) -> Batch:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         targets = np.roll(tokens, -1, axis=1)
         found = {"tokens": tokens, "positions": positions, "targets": targets, "weights": weights}
-    return {key: value if value.dtype == np.float32 else value.astype(np.int32) for key, value in found.items()}
+    return {
+        key: value if value.dtype == np.float32 else value.astype(np.int32)
+        for key, value in found.items()
+    }
 
 
 def _encoder_batch(name: str, config: ModelConfig) -> Batch:
@@ -155,7 +179,11 @@ def _preset_batch(config: ModelConfig) -> Batch:
     random, rows = np.random.RandomState(3), len(PREFIXES)
     tokens, targets = random.randint(0, cases.VOCAB, (2, rows, PRESET_LENGTH))
     index = np.arange(PRESET_LENGTH)
-    found = {"tokens": tokens, "targets": targets, "positions": np.broadcast_to(index, tokens.shape)}
+    found = {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": np.broadcast_to(index, tokens.shape),
+    }
     if config.structure == "prefix":
         found["prefix"] = index < np.array(PREFIXES)[:, None]
     if config.structure == "encoder_decoder":
@@ -170,12 +198,17 @@ def _tokens(random: np.random.RandomState, length: int, padded: bool, prefix: st
     tokens = random.randint(FIRST_TOKEN, cases.VOCAB, (2, length))
     positions = np.broadcast_to(np.arange(length), tokens.shape)
     real = np.array([[length], [round(REAL * length) if padded else length]])
-    return {f"{prefix}tokens": tokens, f"{prefix}positions": positions, f"{prefix}segments": (positions < real) * 1}
+    return {
+        f"{prefix}tokens": tokens,
+        f"{prefix}positions": positions,
+        f"{prefix}segments": (positions < real) * 1,
+    }
 
 
 @functools.cache
 def computation(config: ModelConfig) -> Any:
-    """Returns a function of parameters and batch: the gradient of the mean cross-entropies, the logits of `logits_of`.
+    """Returns a function of parameters and batch: the gradient of the mean cross-entropies, the
+    logits of `logits_of`.
 
     Some families have equal models.
     """
@@ -208,13 +241,19 @@ def _cross_entropy(logits: Any, targets: Any, weights: Any) -> Any:
 
 @functools.cache
 def golden(name: str) -> Named:
-    """Returns what torch computed: `logits` (or those of each `depth_…`), `classes` if any, `gradients` as facts."""
+    """Returns what torch computed: `logits` (or those of each `depth_…`), `classes` if any,
+    `gradients` as facts.
+    """
     if CASES[name] is DECODERS:
         return {key: np.load(cases.GOLDENS / f"{key}.npz")[name] for key in ("logits", "gradients")}
     if CASES[name] is FURTHER:
         return future.golden()
-    with np.load(cases.GOLDENS / ("presets.npz" if CASES[name] is PRESETS else "encoders.npz")) as arrays:
-        return {key.partition("/")[2]: arrays[key] for key in arrays if key.partition("/")[0] == name}
+    with np.load(
+        cases.GOLDENS / ("presets.npz" if CASES[name] is PRESETS else "encoders.npz")
+    ) as arrays:
+        return {
+            key.partition("/")[2]: arrays[key] for key in arrays if key.partition("/")[0] == name
+        }
 
 
 @functools.cache
@@ -224,17 +263,23 @@ def ours(name: str) -> tuple[Named, Named]:
     if CASES[name] is FURTHER:
         logits = future.logits(held.config, held.params)
         outputs = {f"depth_{depth}": each for depth, each in enumerate(logits, 1)}
-        return outputs, future.without_doubles(tensors_from(held.architecture, held.config, future.gradients()))
+        return outputs, future.without_doubles(
+            tensors_from(held.architecture, held.config, future.gradients())
+        )
     gradients, found = computation(held.config)(held.params, given)
     if held.architecture is None:
         return _outputs(name, *found), jax.tree.map(np.asarray, named_leaves(gradients))
     return _outputs(name, *found), tensors_from(held.architecture, held.config, gradients)
 
 
-def outputs(name: str, config: ModelConfig, given: Batch | None = None, params: Any = None) -> Named:
+def outputs(
+    name: str, config: ModelConfig, given: Batch | None = None, params: Any = None
+) -> Named:
     """Returns what another model makes of a case's batch and parameters, or of others."""
     given = batch(name) if given is None else given
-    found = jax.jit(lambda params: logits_of(config, params, given))(model(name).params if params is None else params)
+    found = jax.jit(lambda params: logits_of(config, params, given))(
+        model(name).params if params is None else params
+    )
     return _outputs(name, *found)
 
 
@@ -246,10 +291,15 @@ def _outputs(name: str, words: Any, classes: Any) -> Named:
 
 
 def off_by(found: Named, name: str) -> float:
-    """Returns the largest difference from torch's outputs, in units of each one's largest number."""
+    """Returns the largest difference from torch's outputs, in units of each one's largest
+    number.
+    """
     wanted = {key: value for key, value in golden(name).items() if key != "gradients"}
     assert found.keys() == wanted.keys()
-    return max(float(np.abs(found[key] - value).max() / np.abs(value).max()) for key, value in wanted.items())
+    return max(
+        float(np.abs(found[key] - value).max() / np.abs(value).max())
+        for key, value in wanted.items()
+    )
 
 
 def facts_off_by(gradients: Named, name: str) -> float:
@@ -260,11 +310,16 @@ def facts_off_by(gradients: Named, name: str) -> float:
 
 
 def norms_off_by(found: Named, wanted: Named, least: float) -> float:
-    """Returns the largest norm of a gradient's difference, in units of the gradient's norm; see `Suite.least`."""
+    """Returns the largest norm of a gradient's difference, in units of the gradient's norm; see
+    `Suite.least`.
+    """
     assert found.keys() == wanted.keys()
     norms = {name: np.linalg.norm(value) for name, value in wanted.items()}
     floor = least * max(norms.values())
-    return max(float(np.linalg.norm(found[name] - wanted[name]) / max(norms[name], floor)) for name in wanted)
+    return max(
+        float(np.linalg.norm(found[name] - wanted[name]) / max(norms[name], floor))
+        for name in wanted
+    )
 
 
 def changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
@@ -278,7 +333,9 @@ def changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
 
 def same(found: Named, wanted: Named) -> bool:
     """Returns whether tensors are the same to the bit."""
-    return found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    return found.keys() == wanted.keys() and all(
+        np.array_equal(found[name], wanted[name]) for name in wanted
+    )
 
 
 def leaves(params: Any) -> Named:

@@ -1,4 +1,6 @@
-"""The golden cases live, where torch is importable (extra `parity`): each gradient whole, and the way back."""
+"""The golden cases live, where torch is importable (extra `parity`): each gradient whole, and the
+way back.
+"""
 
 import dataclasses
 import json
@@ -26,13 +28,17 @@ pytestmark = pytest.mark.live
 def test_goldens_are_what_torch_computes_and_each_gradient_is_equal(name, tmp_path):
     suite = registry.CASES[name]
     if name not in registry.PRESET_CASES:
-        description = json.loads(json.dumps([torch_references.write_seeded(name, tmp_path), registry.stored()[name]]))
+        description = json.loads(
+            json.dumps([torch_references.write_seeded(name, tmp_path), registry.stored()[name]])
+        )
         for each in description:
             each["config"].pop("transformers_version")
         assert description[0] == description[1]
     outputs, gradients = torch_references.compute(name, tmp_path)
     assert registry.off_by(outputs, name) < suite.logits
-    assert registry.norms_off_by(registry.ours(name)[1], gradients, suite.least) < registry.GRADIENTS
+    assert (
+        registry.norms_off_by(registry.ours(name)[1], gradients, suite.least) < registry.GRADIENTS
+    )
 
 
 @pytest.mark.parametrize("name", registry.stored())
@@ -49,12 +55,16 @@ def test_every_case_has_a_reference():
     assert {*torch_models.MODELS, registry.MTP} == registry.stored().keys()
 
 
-@pytest.mark.parametrize("fields", [{"attn_factor": 0.878}, {"finetuned": True, "low_freq_factor": 1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"attn_factor": 0.878}, {"finetuned": True, "low_freq_factor": 1.0}]
+)
 def test_transformers_leaves_the_same_fields_of_a_scaling_out(fields, tmp_path):
     held, stored = registry.model("llama-yarn"), registry.stored()["llama-yarn"]["config"]
     rope = stored["rope_parameters"] | fields
     folder = write_folder(tmp_path, stored | {"rope_parameters": rope}, held.tensors)
-    assert registry.off_by(torch_references.compute("llama-yarn", folder)[0], "llama-yarn") < TOLERANCE
+    assert (
+        registry.off_by(torch_references.compute("llama-yarn", folder)[0], "llama-yarn") < TOLERANCE
+    )
     assert from_hugging_face(folder)[0] == held.config
 
 
@@ -68,7 +78,9 @@ def test_transformers_ties_and_scales_a_t5_as_two_facts(tied, scaled, tmp_path):
     wanted, _ = torch_references.compute("t5-1.1", folder)
     config, params = from_hugging_face(folder)
     found = registry.outputs("t5-1.1", config, params=params)
-    np.testing.assert_allclose(found["logits"], wanted["logits"], atol=1e-5 * np.abs(wanted["logits"]).max())
+    np.testing.assert_allclose(
+        found["logits"], wanted["logits"], atol=1e-5 * np.abs(wanted["logits"]).max()
+    )
     to_hugging_face(config, params, tmp_path / "out", model_type="t5")
     again, _ = torch_references.compute("t5-1.1", tmp_path / "out")
     np.testing.assert_allclose(again["logits"], wanted["logits"], atol=1e-6)
@@ -77,18 +89,29 @@ def test_transformers_ties_and_scales_a_t5_as_two_facts(tied, scaled, tmp_path):
 @pytest.mark.parametrize("name", ["llama-2-70b", "qwen3-moe", "gpt-oss"])
 def test_a_folder_that_transformers_saved_is_read(name, tmp_path):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(torch_models.DECODERS[name], attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        torch_models.DECODERS[name], attn_implementation="eager"
+    )
     model.eval().save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     with torch.no_grad():
         wanted = model(torch.from_numpy(cases.tokens()).long()).logits.numpy()
-    np.testing.assert_allclose(logits_of(*from_hugging_face(tmp_path), cases.tokens()), wanted, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        logits_of(*from_hugging_face(tmp_path), cases.tokens()), wanted, atol=TOLERANCE
+    )
 
 
 def test_the_text_of_a_model_that_sees_pictures_is_read(tmp_path, caplog):
     text = torch_models.DECODERS["gemma3"].to_dict()
-    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(text_config=text, vision_config=sight | {"image_size": 28, "patch_size": 14})
+    sight = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=sight | {"image_size": 28, "patch_size": 14}
+    )
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -100,7 +123,10 @@ def test_the_text_of_a_model_that_sees_pictures_is_read(tmp_path, caplog):
     to_hugging_face(config, params, tmp_path / "out", model_type="gemma3")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
     weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    newer = {name.replace("language_model.model.", "model.language_model."): value for name, value in weights.items()}
+    newer = {
+        name.replace("language_model.model.", "model.language_model."): value
+        for name, value in weights.items()
+    }
     safetensors.numpy.save_file(newer, tmp_path / "model.safetensors")
     open_hugging_face(tmp_path)
 
@@ -108,10 +134,16 @@ def test_the_text_of_a_model_that_sees_pictures_is_read(tmp_path, caplog):
 def test_transformers_leaves_the_layer_of_a_model_as_deep_as_the_released_one_out(tmp_path):
     config = registry.model(registry.MTP).config
     shallow = {"num_layers": 61, "first_layers": (LayerConfig(experts=False),) * 58}
-    config = dataclasses.replace(config, **shallow, head=dataclasses.replace(config.head, num_future=1))
-    shapes = {name: list(shape) for name, shape in shapes_of(placements(DEEPSEEK_V3, config)).items()}
+    config = dataclasses.replace(
+        config, **shallow, head=dataclasses.replace(config.head, mtp_depth=1)
+    )
+    shapes = {
+        name: list(shape) for name, shape in shapes_of(placements(DEEPSEEK_V3, config)).items()
+    }
     assert "model.layers.61.eh_proj.weight" in shapes
     write_folder(tmp_path, fields_from(DEEPSEEK_V3, config), future.weights(shapes))
-    _, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

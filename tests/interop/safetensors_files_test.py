@@ -50,7 +50,9 @@ def test_files_of_the_library_are_read(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_written_in_rows_the_library_reads(dtype, tmp_path):
     tensors = {name: np.asarray(value.astype(dtype)) for name, value in TENSORS.items()}
-    with Writer(tmp_path / "x", {name: value.shape for name, value in tensors.items()}, dtype) as writer:
+    with Writer(
+        tmp_path / "x", {name: value.shape for name, value in tensors.items()}, dtype
+    ) as writer:
         writer.write("a", tensors["a"][:1])
         writer.write("a", tensors["a"][1:])
         writer.write("b.weight", tensors["b.weight"])
@@ -65,9 +67,15 @@ def test_what_is_written_in_rows_the_library_reads(dtype, tmp_path):
 
 def test_rows_out_of_turn_and_missing_rows_are_refused(tmp_path):
     shapes = {"a": (2,), "b": (2,)}
-    with pytest.raises(AssertionError, match="one after the other"), Writer(tmp_path / "x", shapes, "f4") as writer:
+    with (
+        pytest.raises(AssertionError, match="one after the other"),
+        Writer(tmp_path / "x", shapes, "f4") as writer,
+    ):
         writer.write("b", np.zeros(2, np.float32))
-    with pytest.raises(AssertionError, match="all tensors"), Writer(tmp_path / "x", shapes, "f4") as writer:
+    with (
+        pytest.raises(AssertionError, match="all tensors"),
+        Writer(tmp_path / "x", shapes, "f4") as writer,
+    ):
         writer.write("a", np.zeros(1, np.float32))
 
 
@@ -75,7 +83,10 @@ BAD = {
     "no file": (None, "No such file"),
     "nothing": (b"", "a header of 0 bytes is none for a file of 0"),
     "a short length": (b"\x02\x00", "is none for a file of 2"),
-    "a header beyond the end": ((64).to_bytes(8, "little") + b"{}", "a header of 64 bytes is none for a file of 10"),
+    "a header beyond the end": (
+        (64).to_bytes(8, "little") + b"{}",
+        "a header of 64 bytes is none for a file of 10",
+    ),
     "a header of an exabyte": ((2**60).to_bytes(8, "little") + b"{}", "is none for a file"),
     "no JSON": (b"{{", "is not JSON"),
     "no text": (b"\xff\xfe{}", "is not JSON"),
@@ -104,7 +115,10 @@ BAD = {
     "an enormous shape": ({"a": entry(shape=(2**62, 2**62))}, "has 8 bytes, but is"),
     "a gap": ({"a": entry(offsets=(4, 12))}, "starts at byte 4"),
     "an overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, "starts at byte 4"),
-    "data that is cut short": ({"a": entry(shape=(4,), offsets=(0, 16))}, "its tensors end at byte"),
+    "data that is cut short": (
+        {"a": entry(shape=(4,), offsets=(0, 16))},
+        "its tensors end at byte",
+    ),
     "data that nobody owns": ({"a": entry(shape=(1,), offsets=(0, 4))}, "its tensors end at byte"),
 }
 
@@ -127,7 +141,9 @@ def test_every_lie_is_named_in_one_line(case, tmp_path):
 
 
 def test_the_honest_header_of_these_cases_is_read(tmp_path):
-    found = read_header(write(tmp_path / "x", {"__metadata__": {"format": "pt"}, "a": entry()}, bytes(8)))
+    found = read_header(
+        write(tmp_path / "x", {"__metadata__": {"format": "pt"}, "a": entry()}, bytes(8))
+    )
     np.testing.assert_array_equal(np.asarray(found["a"]), [0, 0])
 
 
@@ -145,14 +161,22 @@ def read_or_refuse(path):
 
 KEYS = st.sampled_from(["a", "b", "dtype", "shape", "data_offsets", "__metadata__"])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["F32", "BF16"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["F32", "BF16"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=12,
 )
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
-@hypothesis.given(header=JSON | st.dictionaries(st.text(max_size=3), st.just(entry())), data=st.binary(max_size=20))
+@hypothesis.given(
+    header=JSON | st.dictionaries(st.text(max_size=3), st.just(entry())),
+    data=st.binary(max_size=20),
+)
 def test_any_json_is_read_or_refused(header, data, tmp_path_factory):
     path = write(tmp_path_factory.getbasetemp() / "fuzz", header, data)
     assert read_or_refuse(path) in (None, len(data))
@@ -160,9 +184,13 @@ def test_any_json_is_read_or_refused(header, data, tmp_path_factory):
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(place=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans())
-def test_any_damaged_byte_leaves_a_file_that_is_refused_or_of_the_same_size(place, value, cut, tmp_path_factory):
+def test_any_damaged_byte_leaves_a_file_that_is_refused_or_of_the_same_size(
+    place, value, cut, tmp_path_factory
+):
     path = tmp_path_factory.getbasetemp() / "damaged"
     whole = safetensors.numpy.save(TENSORS)
     place %= len(whole)
     path.write_bytes(whole[:place] if cut else whole[:place] + bytes([value]) + whole[place + 1 :])
-    assert read_or_refuse(path) in ((None,) if cut else (None, sum(x.nbytes for x in TENSORS.values())))
+    assert read_or_refuse(path) in (
+        (None,) if cut else (None, sum(x.nbytes for x in TENSORS.values()))
+    )

@@ -1,4 +1,6 @@
-"""`tessera convert` moves every kind of tensor a piece at a time: experts, latents, columns in another order."""
+"""`tessera convert` moves every kind of tensor a piece at a time: experts, latents, columns in
+another order.
+"""
 
 import json
 
@@ -42,7 +44,10 @@ def test_there_and_back_is_bitwise(folder, tmp_path):
     assert set(written) == set(wanted)
     for name, value in wanted.items():
         np.testing.assert_array_equal(written[name], value, err_msg=name)
-    kinds = [json.loads((each / "config.json").read_text())["model_type"] for each in (folder, tmp_path / "out")]
+    kinds = [
+        json.loads((each / "config.json").read_text())["model_type"]
+        for each in (folder, tmp_path / "out")
+    ]
     assert kinds[0] == kinds[1]
 
 

@@ -1,4 +1,6 @@
-"""A model passes through in pieces: claims about `interop.huggingface` and `training.checkpoint_stream` together."""
+"""A model passes through in pieces: claims about `interop.huggingface` and
+`training.checkpoint_stream` together.
+"""
 
 import json
 import tracemalloc
@@ -12,7 +14,12 @@ from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.interop import huggingface, mapping
 from research.interop.architecture import choose
-from research.interop.huggingface import ARCHITECTURES, from_hugging_face, open_hugging_face, write_hugging_face
+from research.interop.huggingface import (
+    ARCHITECTURES,
+    from_hugging_face,
+    open_hugging_face,
+    write_hugging_face,
+)
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 from research.training import checkpoint_stream
 from research.training.checkpoint_stream import ParamsReader, write_params
@@ -74,7 +81,9 @@ def test_bfloat16_is_written_when_asked_for_and_comes_back(tmp_path):
     for name, value in cases.weights(cases.stored()["llama-1-7b"]["tensors"]).items():
         np.testing.assert_array_equal(found[name], value.astype(found[name].dtype))
         assert found[name].dtype.name == "bfloat16"
-    again = sharded(tmp_path / "again", config, mapping.reader(*from_hugging_face(folder)), "bfloat16")
+    again = sharded(
+        tmp_path / "again", config, mapping.reader(*from_hugging_face(folder)), "bfloat16"
+    )
     for name, value in tensors_in(again).items():
         np.testing.assert_array_equal(value, found[name])
 
@@ -84,7 +93,12 @@ def wide(tmp_path_factory):
     """A folder of a model of some size, and that size."""
     shapes = {name: shape.shape for name, shape in mapping.unrolled_shapes(WIDE).items()}
     folder = tmp_path_factory.mktemp("wide") / "source"
-    sharded(folder, WIDE, lambda name, box: np.ones(shapes[name], np.float32)[box], shard_bytes=20 * MEGABYTE)
+    sharded(
+        folder,
+        WIDE,
+        lambda name, box: np.ones(shapes[name], np.float32)[box],
+        shard_bytes=20 * MEGABYTE,
+    )
     return folder, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -128,7 +142,9 @@ def refused(folder):
 
 @pytest.fixture
 def indexed(tmp_path):
-    """Writes an index beside the only file of a golden model, which it may name as `whole.safetensors`."""
+    """Writes an index beside the only file of a golden model, which it may name as
+    `whole.safetensors`.
+    """
 
     def write(places):
         folder = golden_folder(tmp_path, "llama-1-7b")
@@ -141,7 +157,17 @@ def indexed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "..", "sub/x.safetensors", "gone", "", "a\0b", "x" * 300]
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "..",
+        "sub/x.safetensors",
+        "gone",
+        "",
+        "a\0b",
+        "x" * 300,
+    ],
 )
 def test_an_index_names_files_of_its_folder_only(name, indexed):
     said = refused(indexed({"model.norm.weight": name}))
@@ -173,7 +199,9 @@ def test_thousands_of_tensors_too_many_are_one_short_line(tmp_path):
     assert len(said) < 800
 
 
-@pytest.mark.parametrize("stale", [{"model.norm.weight": "model-00001-of-00002.safetensors"}, "no map"])
+@pytest.mark.parametrize(
+    "stale", [{"model.norm.weight": "model-00001-of-00002.safetensors"}, "no map"]
+)
 def test_a_single_file_wins_over_an_index_that_a_larger_model_left_behind(stale, tmp_path, caplog):
     folder = golden_folder(tmp_path, "llama-1-7b")
     wanted = tensors_in(folder)
@@ -184,7 +212,9 @@ def test_a_single_file_wins_over_an_index_that_a_larger_model_left_behind(stale,
     safetensors.numpy.save_file(other, folder / "model-00001-of-00002.safetensors")
     _, again = from_hugging_face(folder)  # and with older weights in a file that it names
     for found in (params, again):
-        written = mapping.write(mapping.placements(ARCHITECTURES["llama"], config), mapping.reader(config, found), "f4")
+        written = mapping.write(
+            mapping.placements(ARCHITECTURES["llama"], config), mapping.reader(config, found), "f4"
+        )
         for name, rows in written:
             np.testing.assert_array_equal(rows.reshape(-1), wanted[name].reshape(-1), err_msg=name)
 
@@ -195,12 +225,18 @@ def test_weights_from_before_are_replaced_whatever_their_files(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.safetensors").write_bytes(b"")  # not of a model that was saved here
     for held, shard_bytes in ((other, 50_000), (params, 10**9), (other, 70_000), (params, 50_000)):
-        folder = sharded(tmp_path / "out", config, mapping.reader(config, held), shard_bytes=shard_bytes)
+        folder = sharded(
+            tmp_path / "out", config, mapping.reader(config, held), shard_bytes=shard_bytes
+        )
         found = named_leaves(from_hugging_face(folder)[1])
         for name, value in named_leaves(held).items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
         index = folder / "model.safetensors.index.json"
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        files = (
+            set(json.loads(index.read_text())["weight_map"].values())
+            if index.exists()
+            else {"model.safetensors"}
+        )
         assert {path.name for path in folder.glob("*.safetensors")} == files | {"mine.safetensors"}
 
 

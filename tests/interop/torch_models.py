@@ -1,7 +1,7 @@
 """The golden cases as models of transformers, by name.
 
-The configs are written here as the families' own config.json says them, not made from Tessera's presets, so that the
-golden tests compare two readings of the same sources.
+The configs are written here as the families' own config.json says them, not made from Tessera's
+presets, so that the golden tests compare two readings of the same sources.
 """
 
 from typing import Any
@@ -42,8 +42,17 @@ BART = {
     "decoder_attention_heads": 4,
     "max_position_embeddings": 48,
 }
-FALCON = {**SIZES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
-BERT, ROBERTA = hf.BertConfig(**ENCODER), hf.RobertaConfig(**ENCODER, type_vocab_size=1, layer_norm_eps=1e-5)
+FALCON = {
+    **SIZES,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+BERT, ROBERTA = (
+    hf.BertConfig(**ENCODER),
+    hf.RobertaConfig(**ENCODER, type_vocab_size=1, layer_norm_eps=1e-5),
+)
 
 
 def _gpt2(width: int, heads: int) -> hf.GPT2Config:
@@ -58,7 +67,9 @@ def _gpt2(width: int, heads: int) -> hf.GPT2Config:
     )
 
 
-def _llama(heads: int, kv_heads: int, hidden: int, length: int = cases.LENGTH, **rest: Any) -> hf.LlamaConfig:
+def _llama(
+    heads: int, kv_heads: int, hidden: int, length: int = cases.LENGTH, **rest: Any
+) -> hf.LlamaConfig:
     return hf.LlamaConfig(
         vocab_size=cases.VOCAB,
         hidden_size=64,
@@ -135,10 +146,18 @@ DECODERS = {
     "llama-3-8b": _llama(4, 1, 224, rms_norm_eps=1e-5, rope_parameters=_default_rope(500_000.0)),
     "llama-3.1-8b": _llama(4, 1, 224, 64, rms_norm_eps=1e-5, rope_parameters=_llama3_rope(8.0)),
     "llama-3.2-1b": _llama(
-        4, 2, 256, 64, rms_norm_eps=1e-5, rope_parameters=_llama3_rope(32.0), tie_word_embeddings=True
+        4,
+        2,
+        256,
+        64,
+        rms_norm_eps=1e-5,
+        rope_parameters=_llama3_rope(32.0),
+        tie_word_embeddings=True,
     ),
     "llama-linear": _sized(hf.LlamaConfig, rope_parameters=_rope("linear", factor=4.0)),
-    "llama-dynamic": _sized(hf.LlamaConfig, max_position_embeddings=16, rope_parameters=_rope("dynamic", factor=4.0)),
+    "llama-dynamic": _sized(
+        hf.LlamaConfig, max_position_embeddings=16, rope_parameters=_rope("dynamic", factor=4.0)
+    ),
     "llama-yarn": _sized(hf.LlamaConfig, rope_parameters=_rope("yarn", **YARN)),
     "llama-longrope": _sized(hf.LlamaConfig, rope_parameters=_rope("longrope", **LONG)),
     "llama-biases": _sized(hf.LlamaConfig, attention_bias=True, mlp_bias=True),
@@ -162,7 +181,12 @@ DECODERS = {
     "gemma3": _sized(
         hf.Gemma3TextConfig,
         layers=4,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        layer_types=[
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
         head_dim=12,
         query_pre_attn_scalar=10,
         sliding_window=WINDOW,
@@ -173,10 +197,18 @@ DECODERS = {
     ),
     "qwen2": _sized(hf.Qwen2Config, tie_word_embeddings=True),
     "qwen2-windows": _sized(
-        hf.Qwen2Config, layers=3, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+        hf.Qwen2Config,
+        layers=3,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=1,
     ),
-    "qwen2-moe": _sized(hf.Qwen2MoeConfig, shared_expert_intermediate_size=40, mlp_only_layers=[0], **MIXED),
-    "qwen3": _sized(hf.Qwen3Config, head_dim=12, rope_parameters=_rope("default") | {"rope_theta": 1e6}),
+    "qwen2-moe": _sized(
+        hf.Qwen2MoeConfig, shared_expert_intermediate_size=40, mlp_only_layers=[0], **MIXED
+    ),
+    "qwen3": _sized(
+        hf.Qwen3Config, head_dim=12, rope_parameters=_rope("default") | {"rope_theta": 1e6}
+    ),
     "qwen3-moe": _sized(hf.Qwen3MoeConfig, head_dim=12, norm_topk_prob=True, **MIXED),
     "olmo2": _sized(hf.Olmo2Config),
     "phi3": _sized(hf.Phi3Config, sliding_window=WINDOW),
@@ -205,7 +237,11 @@ DECODERS = {
         **DEEPSEEK,
     ),
     "deepseek-v3-direct": _sized(
-        hf.DeepseekV3Config, q_lora_rank=None, first_k_dense_replace=0, n_shared_experts=2, **DEEPSEEK
+        hf.DeepseekV3Config,
+        q_lora_rank=None,
+        first_k_dense_replace=0,
+        n_shared_experts=2,
+        **DEEPSEEK,
     ),
 }
 
@@ -230,7 +266,10 @@ ENCODERS = {
         ),
     ),
     "falcon-7b": (hf.FalconForCausalLM, hf.FalconConfig(**FALCON)),
-    "falcon-40b": (hf.FalconForCausalLM, hf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon-40b": (
+        hf.FalconForCausalLM,
+        hf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    ),
     "falcon2-11b": (
         hf.FalconForCausalLM,
         hf.FalconConfig(
@@ -255,7 +294,10 @@ ENCODERS = {
         ),
     ),
     # Six heads, so that slopes fill up between powers of two.
-    "mpt": (hf.MptForCausalLM, hf.MptConfig(**SIZES, d_model=36, n_heads=6, n_layers=2, max_seq_len=32)),
+    "mpt": (
+        hf.MptForCausalLM,
+        hf.MptConfig(**SIZES, d_model=36, n_heads=6, n_layers=2, max_seq_len=32),
+    ),
     "bert": (hf.BertForPreTraining, BERT),
     "bert-words": (hf.BertForMaskedLM, BERT),
     "roberta": (hf.RobertaForMaskedLM, ROBERTA),
@@ -266,7 +308,12 @@ ENCODERS = {
     # More tokens than the window on both sides; layers that are full, local, local and full.
     "modernbert": (
         hf.ModernBertForMaskedLM,
-        hf.ModernBertConfig(**(ENCODER | {"num_hidden_layers": 4}), cls_token_id=0, sep_token_id=0, local_attention=8),
+        hf.ModernBertConfig(
+            **(ENCODER | {"num_hidden_layers": 4}),
+            cls_token_id=0,
+            sep_token_id=0,
+            local_attention=8,
+        ),
     ),
     "t5": (hf.T5ForConditionalGeneration, hf.T5Config(**T5)),
     "t5-1.1": (
@@ -282,11 +329,16 @@ ENCODERS = {
     # Its decoder starts with padding.
     "marian": (
         hf.MarianMTModel,
-        hf.MarianConfig(**BART, scale_embedding=True, activation_function="swish", decoder_start_token_id=1),
+        hf.MarianConfig(
+            **BART, scale_embedding=True, activation_function="swish", decoder_start_token_id=1
+        ),
     ),
     "mbart": (hf.MBartForConditionalGeneration, hf.MBartConfig(**BART, scale_embedding=True)),
 }
 # Output projections of their own, which transformers 5 would tie where no weights say otherwise.
 UNTIED = ("t5-1.1", "ul2", "mt5")
 
-MODELS = {**{name: (hf.AutoModelForCausalLM, config) for name, config in DECODERS.items()}, **ENCODERS}
+MODELS = {
+    **{name: (hf.AutoModelForCausalLM, config) for name, config in DECODERS.items()},
+    **ENCODERS,
+}

@@ -18,7 +18,9 @@ Named = dict[str, np.ndarray]
 
 
 def write_seeded(name: str, folder: pathlib.Path) -> Described:
-    """Writes a case as transformers does, with the seed's weights; returns its config and the shapes of its tensors."""
+    """Writes a case as transformers does, with the seed's weights; returns its config and the
+    shapes of its tensors.
+    """
     if name == registry.MTP:
         return mtp_references.write_seeded(folder)
     kind, config = MODELS[name]
@@ -29,7 +31,9 @@ def write_seeded(name: str, folder: pathlib.Path) -> Described:
     made.save_pretrained(folder)
     written = safetensors.numpy.load_file(folder / "model.safetensors")
     shapes = {name: list(written[name].shape) for name in sorted(written)}
-    safetensors.numpy.save_file(cases.weights(shapes), folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.numpy.save_file(
+        cases.weights(shapes), folder / "model.safetensors", metadata={"format": "pt"}
+    )
     return {"config": json.loads((folder / "config.json").read_text()), "tensors": shapes}
 
 
@@ -45,17 +49,23 @@ def compute(name: str, folder: pathlib.Path | None) -> tuple[Named, Named]:
         return {f"depth_{depth}": each for depth, each in enumerate(logits, 1)}, gradients
     if name in registry.PRESET_CASES:
         held, reference = registry.model(name), presets_references.REFERENCES[name]
-        logits, gradients = presets_references.measured(reference, held.config, held.tensors, registry.batch(name))
+        logits, gradients = presets_references.measured(
+            reference, held.config, held.tensors, registry.batch(name)
+        )
         return {"logits": logits}, gradients
     eager = {"attn_implementation": "eager"} if name in DECODERS else {}
-    model, report = MODELS[name][0].from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **eager)
+    model, report = MODELS[name][0].from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, **eager
+    )
     assert not report["missing_keys"], report["missing_keys"]
     assert not report["unexpected_keys"], report["unexpected_keys"]
     return _compute(name, model.eval())
 
 
 def _compute(name: str, model: hf.PreTrainedModel) -> tuple[Named, Named]:
-    """A model whose tensors are its gradients is saved, so that transformers takes its fused tensors apart."""
+    """A model whose tensors are its gradients is saved, so that transformers takes its fused
+    tensors apart.
+    """
     batch = {
         key: torch.from_numpy(value.astype(np.float32 if key == "weights" else np.int64))
         for key, value in registry.batch(name).items()
@@ -68,7 +78,9 @@ def _compute(name: str, model: hf.PreTrainedModel) -> tuple[Named, Named]:
     loss = torch.nn.functional.cross_entropy(words[real], batch["targets"][real])
     outputs = {"logits": (words if name in DECODERS else words[real]).detach().numpy()}
     if "classes" in batch:
-        loss = loss + torch.nn.functional.cross_entropy(found.seq_relationship_logits, batch["classes"])
+        loss = loss + torch.nn.functional.cross_entropy(
+            found.seq_relationship_logits, batch["classes"]
+        )
         outputs["classes"] = found.seq_relationship_logits.detach().numpy()
     loss.backward()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
@@ -91,4 +103,8 @@ def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     padding = 1 - batch["segments"]
     # RoBERTa counts positions by the padding tokens.
     tokens = batch["tokens"] * batch["segments"] + TOKENS["pad_token_id"] * padding
-    return {"input_ids": tokens, **({"attention_mask": batch["segments"]} if padding.any() else {}), **types}
+    return {
+        "input_ids": tokens,
+        **({"attention_mask": batch["segments"]} if padding.any() else {}),
+        **types,
+    }

@@ -1,4 +1,6 @@
-"""Chips that are not here, and JAX's interpreter of GPU kernels, which else compiles for most of the tests' time."""
+"""Chips that are not here, and JAX's interpreter of GPU kernels, which else compiles for most of
+the tests' time.
+"""
 
 import threading
 from typing import Any
@@ -21,10 +23,14 @@ def h200() -> Any:
 
 
 def _run_jaxpr(jaxpr: Any, consts: Any, *arguments: Any) -> None:
-    """Runs what a thread of an interpreted kernel does, compiled once and not once a thread and block."""
+    """Runs what a thread of an interpreted kernel does, compiled once and not once a thread and
+    block.
+    """
     with _LOCK:
         if jaxpr not in _PROGRAMS:
-            function = jax.jit(lambda consts, *arguments: jax.core.eval_jaxpr(jaxpr, consts, *arguments))
+            function = jax.jit(
+                lambda consts, *arguments: jax.core.eval_jaxpr(jaxpr, consts, *arguments)
+            )
             _PROGRAMS[jaxpr] = function.lower(consts, *arguments).compile()
     _PROGRAMS[jaxpr](consts, *arguments)
 

@@ -1,4 +1,6 @@
-"""Whoever multiplies with a weight takes base + a b in its place, and finds what the plain sum gives."""
+"""Whoever multiplies with a weight takes base + a b in its place, and finds what the plain sum
+gives.
+"""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +16,15 @@ from research.kernels.cross_entropy import cross_entropy, summed_cross_entropy
 from research.kernels.grouped_matmul import grouped_matmul
 from research.kernels.low_rank import LowRank
 from research.kernels.projection import project
-from research.kernels.weights import append_row, as_array, as_product, einsum, split_axes, take_rows, transpose
+from research.kernels.weights import (
+    append_row,
+    as_array,
+    as_product,
+    einsum,
+    split_axes,
+    take_rows,
+    transpose,
+)
 
 RANK = 2
 SIZES = jnp.asarray([3, 0, 2])
@@ -25,26 +35,41 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def low_rank(inputs: tuple[int, ...], outputs: tuple[int, ...], stacks: tuple[int, ...] = ()) -> LowRank:
+def low_rank(
+    inputs: tuple[int, ...], outputs: tuple[int, ...], stacks: tuple[int, ...] = ()
+) -> LowRank:
     base = normal(1, *stacks, *inputs, *outputs)
     return LowRank(base, normal(2, *stacks, *inputs, RANK), normal(3, *stacks, RANK, *outputs))
 
 
 def losses(weight: Any) -> tuple[jax.Array, jax.Array]:
-    return cross_entropy(normal(4, 2, 3, 5), weight, jnp.arange(6).reshape(2, 3), softcap=3.0, label_smoothing=0.1)
+    return cross_entropy(
+        normal(4, 2, 3, 5), weight, jnp.arange(6).reshape(2, 3), softcap=3.0, label_smoothing=0.1
+    )
 
 
 def summed(weight: Any) -> jax.Array:
-    return summed_cross_entropy(lambda nll, _: (nll.sum(), nll), normal(4, 6, 5), weight, jnp.arange(6))[0]
+    return summed_cross_entropy(
+        lambda nll, _: (nll.sum(), nll), normal(4, 6, 5), weight, jnp.arange(6)
+    )[0]
 
 
 # name -> (what is computed from the weight, the weight)
 OPERATIONS: dict[str, tuple[Callable[[Any], Any], LowRank]] = {
     "project": (lambda w: project(normal(4, 3, 5), w, normal(5, 2, 4)), low_rank((5,), (2, 4))),
     "project two axes": (lambda w: project(normal(4, 3, 2, 4), w, axes=2), low_rank((2, 4), (5,))),
-    "grouped matmul": (lambda w: grouped_matmul(normal(4, 5, 6), w, SIZES), low_rank((6,), (4,), (3,))),
-    "einsum": (lambda w: einsum("BTNH,CNH->BTNC", normal(4, 1, 3, 2, 4), w), low_rank((5,), (2, 4))),
-    "einsum the other way": (lambda w: einsum("BTNC,CNV->BTNV", normal(4, 1, 3, 2, 5), w), low_rank((5,), (2, 4))),
+    "grouped matmul": (
+        lambda w: grouped_matmul(normal(4, 5, 6), w, SIZES),
+        low_rank((6,), (4,), (3,)),
+    ),
+    "einsum": (
+        lambda w: einsum("BTNH,CNH->BTNC", normal(4, 1, 3, 2, 4), w),
+        low_rank((5,), (2, 4)),
+    ),
+    "einsum the other way": (
+        lambda w: einsum("BTNC,CNV->BTNV", normal(4, 1, 3, 2, 5), w),
+        low_rank((5,), (2, 4)),
+    ),
     "rows of a table": (lambda w: take_rows(w, IDS), low_rank((6,), (5,))),
     "cross-entropy": (losses, low_rank((5,), (6,))),
     "tied cross-entropy": (lambda w: losses(transpose(w)), low_rank((6,), (5,))),
@@ -62,7 +87,9 @@ def test_an_operation_gives_what_the_plain_sum_gives(name: str):
     axes = "xyz"[:stacks]
     rest = weight.a.ndim - 1 - stacks
     inputs, outputs = "ijk"[:rest], "uvw"[: weight.b.ndim - 1 - stacks]
-    plain = weight.base + jnp.einsum(f"{axes}{inputs}r,{axes}r{outputs}->{axes}{inputs}{outputs}", weight.a, weight.b)
+    plain = weight.base + jnp.einsum(
+        f"{axes}{inputs}r,{axes}r{outputs}->{axes}{inputs}{outputs}", weight.a, weight.b
+    )
     found = jax.tree.leaves(jax.jit(function)(weight))
     expected = jax.tree.leaves(jax.jit(function)(plain))
     without = jax.tree.leaves(jax.jit(function)(weight.base))
@@ -85,6 +112,9 @@ def test_axes_of_the_leaves_follow_from_those_of_the_weight():
     names = split_axes(weight, ("expert", "embed", "mlp"), "rank")
     assert (names.a, names.b) == (("expert", "embed", "rank"), ("expert", "rank", "mlp"))
     specs = split_axes(weight, PartitionSpec(None, "tensor"))
-    assert (specs.base, specs.a) == (PartitionSpec(None, "tensor"), PartitionSpec(None, "tensor", None))
+    assert (specs.base, specs.a) == (
+        PartitionSpec(None, "tensor"),
+        PartitionSpec(None, "tensor", None),
+    )
     assert specs.b == PartitionSpec(None, None, None)
     assert split_axes(jnp.zeros(2), ("embed",)) == ("embed",)

@@ -20,7 +20,9 @@ LENGTHS, WIDTH, TOTAL, SLOTS = np.array([5, 9, 1]), 10, 14, 16
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(config: ModelConfig, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+def read(
+    config: ModelConfig, params: Any, tokens: Any, positions: Any, cache: Cache
+) -> tuple[jax.Array, Cache]:
     def apply(module: Transformer) -> tuple[jax.Array, Cache]:
         output = module({"tokens": tokens, "positions": positions}, cache)
         return module.logits(output.hidden), output.cache
@@ -29,7 +31,9 @@ def read(config: ModelConfig, params: Any, tokens: Any, positions: Any, cache: C
 
 
 def read_by_token(config: ModelConfig, params: Any, tokens: np.ndarray) -> list[np.ndarray]:
-    """Prompts of different lengths in one padded batch, then one token a step; each row's logits by position."""
+    """Prompts of different lengths in one padded batch, then one token a step; each row's logits by
+    position.
+    """
     rows = np.arange(len(tokens))
     prompts = np.where(np.arange(WIDTH) < LENGTHS[:, None], tokens[:, :WIDTH], 7)
     positions = np.tile(np.arange(WIDTH), (len(tokens), 1))
@@ -62,7 +66,9 @@ def test_cached_steps_give_the_training_logits(kind: str):
 def test_left_over_slots_are_never_seen():
     config = tiny_config()
     params, tokens = random_params(config), random_tokens(1, 3)
-    full = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e4), empty_cache(config, 1, SLOTS, stacked=False))
+    full = jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, 1e4), empty_cache(config, 1, SLOTS, stacked=False)
+    )
     found, _ = read(config, params, tokens, np.arange(3)[None], full)
     np.testing.assert_allclose(found, logits(config, params, tokens), atol=1e-5)
 
@@ -79,7 +85,9 @@ def test_cache_holds_a_token_in_the_slot_of_its_position():
         return q
 
     where = {"positions": jnp.array([[0, 1], [2, 3]]), "page_table": None}
-    _, new = cache.attend(key, key, -key, mask=AttentionMask(causal=True), attention=attention, **where)
+    _, new = cache.attend(
+        key, key, -key, mask=AttentionMask(causal=True), attention=attention, **where
+    )
     np.testing.assert_array_equal(new.key[0, :2], key[0])
     np.testing.assert_array_equal(new.key[1, 2:], key[1])
     np.testing.assert_array_equal(new.value, -new.key)

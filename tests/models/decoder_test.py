@@ -16,7 +16,15 @@ from research.models.config import LayerConfig, ModelConfig, NormConfig, Positio
 from research.models.stack import resolve_layer_loop
 from research.models.transformer import Transformer, init_params
 from tests.models.plain import plain_logits
-from tests.tiny import VOCAB, abstract_params, logits, random_params, random_tokens, stack, tiny_config
+from tests.tiny import (
+    VOCAB,
+    abstract_params,
+    logits,
+    random_params,
+    random_tokens,
+    stack,
+    tiny_config,
+)
 
 KINDS = ("none", "learned", "sinusoidal", "rotary", "alibi")
 GPT2 = {
@@ -35,7 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "post-norm": GPT2 | {"norm": NormConfig(kind="layernorm", bias=True, placement="post")},
     "rmsnorm with bias": {"norm": NormConfig(bias=True, epsilon=0.1)},
-    "gated with biases": {"mlp": {"activation": "gelu_tanh", "bias": True}, "attention": {"qkv_bias": True}},
+    "gated with biases": {
+        "mlp": {"activation": "gelu_tanh", "bias": True},
+        "attention": {"qkv_bias": True},
+    },
     "relu": {"mlp": {"activation": "relu", "gated": False}, "tied_embeddings": True},
 }
 
@@ -59,7 +70,9 @@ def packed() -> dict[str, np.ndarray]:
 def test_logits_equal_the_plain_mathematics(name: str, packed):
     config = tiny_config(**VARIANTS[name])
     params = random_params(config)
-    expected = plain_logits(config, params, *(packed[key][0] for key in ("tokens", "positions", "segments")))
+    expected = plain_logits(
+        config, params, *(packed[key][0] for key in ("tokens", "positions", "segments"))
+    )
     found = logits(config, params, **packed)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found[0], expected, atol=2e-5, rtol=2e-5)
@@ -69,14 +82,21 @@ def test_logits_equal_the_plain_mathematics(name: str, packed):
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_multi_query_and_multi_head_attention_equal_the_plain_mathematics(kv_heads: int, packed):
     config = tiny_config()
-    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, num_kv_heads=kv_heads))
+    config = dataclasses.replace(
+        config, attention=dataclasses.replace(config.attention, num_kv_heads=kv_heads)
+    )
     params = random_params(config)
-    expected = plain_logits(config, params, *(packed[key][0] for key in ("tokens", "positions", "segments")))
+    expected = plain_logits(
+        config, params, *(packed[key][0] for key in ("tokens", "positions", "segments"))
+    )
     np.testing.assert_allclose(logits(config, params, **packed)[0], expected, atol=2e-5, rtol=2e-5)
 
 
 def test_parameters_have_the_shapes_of_the_legend():
-    shapes = {name: leaf.shape for name, leaf in named_leaves(nn.unbox(abstract_params(tiny_config(**GPT2)))).items()}
+    shapes = {
+        name: leaf.shape
+        for name, leaf in named_leaves(nn.unbox(abstract_params(tiny_config(**GPT2)))).items()
+    }
     layer = {
         "attention/query/kernel": (16, 4, 4),
         "attention/query/bias": (4, 4),
@@ -103,8 +123,14 @@ def test_parameters_have_the_shapes_of_the_legend():
 
 def test_gate_and_untied_output_add_their_parameters():
     plain = tiny_config(mlp={"gated": False}, tied_embeddings=True)
-    assert count(abstract_params(tiny_config(mlp={"gated": False}))) - count(abstract_params(plain)) == 16 * VOCAB
-    assert count(abstract_params(tiny_config(tied_embeddings=True))) - count(abstract_params(plain)) == 2 * 16 * 24
+    assert (
+        count(abstract_params(tiny_config(mlp={"gated": False}))) - count(abstract_params(plain))
+        == 16 * VOCAB
+    )
+    assert (
+        count(abstract_params(tiny_config(tied_embeddings=True))) - count(abstract_params(plain))
+        == 2 * 16 * 24
+    )
 
 
 def test_initial_parameters_have_the_configured_deviations_and_differ_by_layer():
@@ -116,7 +142,9 @@ def test_initial_parameters_have_the_configured_deviations_and_differ_by_layer()
     assert up.shape == (2, 64, 256)
     assert np.std(up) == pytest.approx(0.1, rel=0.05)
     assert np.std(down) == pytest.approx(0.1 / 2, rel=0.05)
-    assert np.std(params["layers"]["attention"]["out"]["kernel"]) == pytest.approx(0.1 / 2, rel=0.05)
+    assert np.std(params["layers"]["attention"]["out"]["kernel"]) == pytest.approx(
+        0.1 / 2, rel=0.05
+    )
     assert np.std(params["embed"]["embedding"]) == pytest.approx(0.1, rel=0.05)
     assert (params["final_norm"]["scale"] == 1).all()
     assert abs(np.corrcoef(up[0].ravel(), up[1].ravel())[0, 1]) < 0.05
@@ -125,7 +153,8 @@ def test_initial_parameters_have_the_configured_deviations_and_differ_by_layer()
 @pytest.mark.thorough
 def test_initial_parameters_are_the_same_scanned_or_unrolled():
     unrolled, scanned = (
-        nn.unbox(init_params(tiny_config(layer_loop=loop), jax.random.key(3))) for loop in ("unroll", "scan")
+        nn.unbox(init_params(tiny_config(layer_loop=loop), jax.random.key(3)))
+        for loop in ("unroll", "scan")
     )
     for name, leaf in named_leaves(stack(unrolled, 2)).items():
         np.testing.assert_array_equal(leaf, named_leaves(scanned)[name], err_msg=name)
@@ -187,17 +216,27 @@ def test_rematerialization_changes_no_value(layer_loop: str, remat: str):
     plain = tiny_config(layer_loop=layer_loop)
     params = random_params(plain)
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    expected, found = gradient(params, plain), gradient(params, dataclasses.replace(plain, remat=remat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    expected, found = (
+        gradient(params, plain),
+        gradient(params, dataclasses.replace(plain, remat=remat)),
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
-def test_rematerialization_multiplies_out_again_what_is_not_kept(layer_loop: str, monkeypatch: pytest.MonkeyPatch):
-    # As accelerators have it: on CPU, products with gradients of their own are multiplied out again in any case.
+def test_rematerialization_multiplies_out_again_what_is_not_kept(
+    layer_loop: str, monkeypatch: pytest.MonkeyPatch
+):
+    # As accelerators have it: on CPU, products with gradients of their own are multiplied out again
+    # in any case.
     monkeypatch.setattr("research.kernels.projection.platform", lambda: "tpu")
     products = {}
     for remat in ("none", "dots", "dots_no_batch", "full"):
-        config = tiny_config(attention={"implementation": "reference"}, layer_loop=layer_loop, remat=remat)
+        config = tiny_config(
+            attention={"implementation": "reference"}, layer_loop=layer_loop, remat=remat
+        )
         text = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(random_params(config), config))
         products[remat] = text.count("dot_general")
     # Attention's products have batch dimensions.
@@ -217,11 +256,17 @@ def kept_products(jaxpr: Any) -> int:
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
 def test_every_layer_is_rematerialized(layer_loop: str):
     windows = (LayerConfig(window=4), LayerConfig())
-    config = tiny_config(num_layers=6, first_layers=(LayerConfig(),), pattern=windows, layer_loop=layer_loop)
-    params = nn.unbox(abstract_params(config))  # two rounds of the pattern, and one layer after them
+    config = tiny_config(
+        num_layers=6, first_layers=(LayerConfig(),), pattern=windows, layer_loop=layer_loop
+    )
+    params = nn.unbox(
+        abstract_params(config)
+    )  # two rounds of the pattern, and one layer after them
     kept = {
         remat: kept_products(
-            jax.make_jaxpr(loss, static_argnums=1)(params, dataclasses.replace(config, remat=remat)).jaxpr
+            jax.make_jaxpr(loss, static_argnums=1)(
+                params, dataclasses.replace(config, remat=remat)
+            ).jaxpr
         )
         for remat in ("none", "full")
     }
@@ -233,7 +278,11 @@ def hidden(config: ModelConfig, params: Any, key: jax.Array | None) -> jax.Array
     tokens, positions = jnp.asarray(random_tokens(1, 14)), jnp.arange(14)[None]
     rngs = {} if key is None else {"dropout": key}
     inputs = {"tokens": tokens, "positions": positions}
-    return Transformer(config).apply({"params": params}, inputs, deterministic=key is None, rngs=rngs).hidden
+    return (
+        Transformer(config)
+        .apply({"params": params}, inputs, deterministic=key is None, rngs=rngs)
+        .hidden
+    )
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
@@ -258,7 +307,9 @@ def test_dropout_is_drawn_alike_where_it_is_rematerialized(layer_loop: str):
         return jax.jit(jax.grad(lambda params: jnp.sum(hidden(config, params, key) ** 2)))(params)
 
     found, expected = slope(dataclasses.replace(config, remat="full")), slope(config)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
 
 
 def test_half_precision_is_near_and_keeps_float32_parameters_and_logits(params, packed):
@@ -266,6 +317,8 @@ def test_half_precision_is_near_and_keeps_float32_parameters_and_logits(params, 
     found = logits(config, params, **packed)
     exact = logits(tiny_config(), params, **packed)
     assert found.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(nn.unbox(abstract_params(config)))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nn.unbox(abstract_params(config)))} == {
+        jnp.dtype("float32")
+    }
     difference = np.abs(found - exact)[:, :12]
     assert 1e-4 < difference.max() < 0.3

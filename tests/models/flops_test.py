@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.config import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig, ModelConfig, PositionConfig
+from research.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    PositionConfig,
+)
 from research.models.flops import keys_seen, matmul_parameters, train_flops_per_token
 from research.models.transformer import sequence_mask
 
@@ -29,7 +36,9 @@ def test_gpt2_small_by_hand():
 
 def test_llama3_8b_by_hand():
     weights = matmul_parameters(config(32, 4096, 32, 8, 128, 14336, True, 128256))
-    assert weights == 8_030_261_248 - 128256 * 4096 - 65 * 4096  # all, less the lookup table and the norms
+    assert (
+        weights == 8_030_261_248 - 128256 * 4096 - 65 * 4096
+    )  # all, less the lookup table and the norms
 
 
 def model(params, tokens, gated):
@@ -37,7 +46,10 @@ def model(params, tokens, gated):
     x = params["embed"][tokens]
     for layer in params["layers"]:
         q = jnp.einsum("btd,dkgh->btkgh", x, layer["q"])
-        k, v = jnp.einsum("btd,dkh->btkh", x, layer["k"]), jnp.einsum("btd,dkh->btkh", x, layer["v"])
+        k, v = (
+            jnp.einsum("btd,dkh->btkh", x, layer["k"]),
+            jnp.einsum("btd,dkh->btkh", x, layer["v"]),
+        )
         mixed = jnp.einsum("bkgts,bskh->btkgh", jnp.einsum("btkgh,bskh->bkgts", q, k), v)
         x = jnp.einsum("btkgh,kghd->btd", mixed, layer["out"])
         hidden = jnp.einsum("btd,df->btf", x, layer["up"])
@@ -54,9 +66,18 @@ def test_count_equals_that_of_xla_for_a_model_of_matrix_products(gated):
     def shape(*sizes):
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
-    layer = {"q": shape(d, k, n // k, h), "k": shape(d, k, h), "v": shape(d, k, h), "out": shape(k, n // k, h, d)}
+    layer = {
+        "q": shape(d, k, n // k, h),
+        "k": shape(d, k, h),
+        "v": shape(d, k, h),
+        "out": shape(k, n // k, h, d),
+    }
     layer |= {"up": shape(d, f), "down": shape(f, d)} | ({"gate": shape(d, f)} if gated else {})
-    params = {"embed": shape(vocabulary, d), "layers": [layer] * layers, "head": shape(d, vocabulary)}
+    params = {
+        "embed": shape(vocabulary, d),
+        "layers": [layer] * layers,
+        "head": shape(d, vocabulary),
+    }
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
     def step(params, tokens, cotangent):
@@ -65,7 +86,9 @@ def test_count_equals_that_of_xla_for_a_model_of_matrix_products(gated):
 
     lowered = jax.jit(step).lower(params, tokens, shape(batch, length, vocabulary))
     counted = lowered.cost_analysis()["flops"] / (batch * length)
-    expected = train_flops_per_token(config(layers, d, n, k, h, f, gated, vocabulary), length, visible_only=False)
+    expected = train_flops_per_token(
+        config(layers, d, n, k, h, f, gated, vocabulary), length, visible_only=False
+    )
     # XLA also counts the additions where gradients meet, and those of the embedding's gradient.
     assert expected <= counted <= 1.01 * expected
 
@@ -100,8 +123,14 @@ def test_keys_are_those_that_the_mask_shows(structure, window):
     base = dataclasses.replace(config(1, 64, 4, 4, 16, 128, True, 100), structure=structure)
     positions = jnp.broadcast_to(jnp.arange(length), (len(prefixes), length))
     inside = jnp.asarray(np.arange(length) < prefixes[:, None], jnp.int32)
-    mask = dataclasses.replace(sequence_mask(base, positions, None, inside, cached=False), window=window)
-    seen = np.broadcast_to(mask.dense(length, length), (len(prefixes), 1, length, length)).sum(axis=-1).mean()
+    mask = dataclasses.replace(
+        sequence_mask(base, positions, None, inside, cached=False), window=window
+    )
+    seen = (
+        np.broadcast_to(mask.dense(length, length), (len(prefixes), 1, length, length))
+        .sum(axis=-1)
+        .mean()
+    )
     assert keys_seen(base, LayerConfig(window=window), length) == pytest.approx(seen, abs=1)
     if structure == "prefix":
         assert abs(seen - length / 2) > 3  # as much as it differs from causal attention
@@ -115,12 +144,18 @@ def test_experts_count_those_that_a_token_goes_to():
 
 
 def test_encoder_decoder_counts_each_stack_for_its_own_tokens():
-    both = dataclasses.replace(config(2, 64, 4, 4, 16, 128, True, 100), structure="encoder_decoder", encoder_layers=3)
+    both = dataclasses.replace(
+        config(2, 64, 4, 4, 16, 128, True, 100), structure="encoder_decoder", encoder_layers=3
+    )
     stack = 4 * 64 * 64 + 3 * 64 * 128
     decoder = 2 * (stack + 2 * 64 * 64) + 64 * 100
     encoder = 3 * stack + 2 * 2 * 64 * 64
     attention = 12 * 64 * (2 * 16 + 2 * 48 + 3 * 48 * 1.5)
     assert train_flops_per_token(both, 32, 48) == 6 * decoder + 6 * encoder * 1.5 + attention
-    local = dataclasses.replace(both, pattern=(LayerConfig(window=8),))  # which the encoder's tokens have on both sides
+    local = dataclasses.replace(
+        both, pattern=(LayerConfig(window=8),)
+    )  # which the encoder's tokens have on both sides
     hidden = 12 * 64 * (2 * (16 - 7) + 3 * (48 - 2 * (8 - 64 / 96)) * 1.5)
-    assert train_flops_per_token(both, 32, 48) - train_flops_per_token(local, 32, 48) == pytest.approx(hidden)
+    assert train_flops_per_token(both, 32, 48) - train_flops_per_token(
+        local, 32, 48
+    ) == pytest.approx(hidden)

@@ -1,4 +1,6 @@
-"""Losses and generation know a `LanguageModel`, not the transformer: a table of bigrams is trained and generates."""
+"""Losses and generation know a `LanguageModel`, not the transformer: a table of bigrams is trained
+and generates.
+"""
 
 import dataclasses
 from typing import Any, Literal
@@ -46,7 +48,12 @@ class Bigram:
         return LogitTerms(hidden, params["table"], None)
 
     def empty_cache(
-        self, params: Any, batch: int, slots: int, memory_segments: Any = None, page_table: Any = None
+        self,
+        params: Any,
+        batch: int,
+        slots: int,
+        memory_segments: Any = None,
+        page_table: Any = None,
     ) -> Cache:
         return Cache(())
 
@@ -67,7 +74,9 @@ def test_a_bigram_table_learns_what_follows_what_by_the_loss_of_any_model():
 
     @jax.jit
     def step(params: Any) -> tuple[Any, jax.Array]:
-        (_, sums), gradient = jax.value_and_grad(lambda p: loss(p, batch, None), has_aux=True)(params)
+        (_, sums), gradient = jax.value_and_grad(lambda p: loss(p, batch, None), has_aux=True)(
+            params
+        )
         return jax.tree.map(lambda p, g: p - g, params, gradient), sums["loss"] / 32
 
     losses = []
@@ -77,7 +86,9 @@ def test_a_bigram_table_learns_what_follows_what_by_the_loss_of_any_model():
     assert losses[0] == pytest.approx(np.log(48), rel=1e-5)
     assert losses[-1] < 0.3
     seen = np.unique(np.asarray(batch["tokens"]))
-    np.testing.assert_array_equal(np.argmax(np.asarray(params["table"])[seen], axis=1), (seen * 5 + 3) % 48)
+    np.testing.assert_array_equal(
+        np.argmax(np.asarray(params["table"])[seen], axis=1), (seen * 5 + 3) % 48
+    )
 
 
 def test_a_bigram_table_generates_through_the_engine():
@@ -86,7 +97,11 @@ def test_a_bigram_table_generates_through_the_engine():
     for first, second in zip(b"abcd", b"bcda", strict=True):
         table[first, second] = 9.0
     text = generate(
-        config, {"table": jnp.asarray(table)}, BYTES, ["xa", "c"], SamplingConfig(temperature=0.0, max_tokens=5)
+        config,
+        {"table": jnp.asarray(table)},
+        BYTES,
+        ["xa", "c"],
+        SamplingConfig(temperature=0.0, max_tokens=5),
     )
     assert [each.text for each in text] == ["bcdab", "dabcd"]
 

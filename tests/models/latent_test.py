@@ -1,4 +1,6 @@
-"""Latent attention with a cache: few queries go to the latents, and get what heads with keys and values give them."""
+"""Latent attention with a cache: few queries go to the latents, and get what heads with keys and
+values give them.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,8 +27,12 @@ NARROW = LatentConfig(kv_dim=6, q_dim=10, rope_dim=4, value_dim=5)
 WIDE = LatentConfig(kv_dim=7, q_dim=None, rope_dim=2, value_dim=9)
 
 
-def model(sizes: LatentConfig = NARROW, attention: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
-    return tiny_config(attention={"num_kv_heads": 4, "latent": sizes} | (attention or {}), **changes)
+def model(
+    sizes: LatentConfig = NARROW, attention: dict[str, Any] | None = None, **changes: Any
+) -> ModelConfig:
+    return tiny_config(
+        attention={"num_kv_heads": 4, "latent": sizes} | (attention or {}), **changes
+    )
 
 
 @pytest.fixture
@@ -44,10 +50,20 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 @pytest.mark.parametrize(
     ("queries", "slots", "expected"),
-    [(1, 1, False), (1, 2, True), (1, 4096, True), (4, 4096, True), (5, 4096, False), (4, 4, False), (64, 128, False)],
+    [
+        (1, 1, False),
+        (1, 2, True),
+        (1, 4096, True),
+        (4, 4096, True),
+        (5, 4096, False),
+        (4, 4, False),
+        (64, 128, False),
+    ],
 )
 def test_few_queries_of_many_slots_are_absorbed(queries: int, slots: int, expected: bool):
-    sizes = LatentConfig(kv_dim=512, q_dim=1536, rope_dim=64, value_dim=128)  # DeepSeek-V3, whose cache holds 576
+    sizes = LatentConfig(
+        kv_dim=512, q_dim=1536, rope_dim=64, value_dim=128
+    )  # DeepSeek-V3, whose cache holds 576
     config = AttentionConfig(num_heads=128, num_kv_heads=128, head_dim=128, latent=sizes)
     assert latent.absorbs(config, queries, slots) is expected
 
@@ -55,12 +71,16 @@ def test_few_queries_of_many_slots_are_absorbed(queries: int, slots: int, expect
 CASES = {
     "scale": model(attention={"scale": 0.7}),
     "direct queries": model(WIDE),
-    "windows, soft cap": model(attention={"softcap": 2.0}, pattern=(LayerConfig(window=4), LayerConfig())),
+    "windows, soft cap": model(
+        attention={"softcap": 2.0}, pattern=(LayerConfig(window=4), LayerConfig())
+    ),
 }
 
 
 @pytest.mark.fast_cases("windows, soft cap-scan")
-@pytest.mark.parametrize(("name", "loop"), [*((name, "unroll") for name in CASES), ("windows, soft cap", "scan")])
+@pytest.mark.parametrize(
+    ("name", "loop"), [*((name, "unroll") for name in CASES), ("windows, soft cap", "scan")]
+)
 def test_prompts_of_mixed_lengths_go_on_as_in_training(
     name: str, loop: str, forms: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ):
@@ -77,7 +97,9 @@ def test_prompts_of_mixed_lengths_go_on_as_in_training(
     monkeypatch.setattr(latent, "absorbs", note)
     found = read_by_token(config, params, tokens)
     for row, length in enumerate(LENGTHS + TOTAL - LENGTHS.max()):
-        np.testing.assert_allclose(found[row], expected[row, :length], atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            found[row], expected[row, :length], atol=1e-5 * np.abs(expected).max()
+        )
     assert set(taken) == {(10, False), (1, True)}  # the prompts, and the tokens after them
 
 
@@ -88,7 +110,13 @@ def test_several_new_tokens_give_what_heads_give(forms: Callable[[bool], None]):
     found = []
     for absorbed in (False, True):
         forms(absorbed)
-        _, cache = read(config, params, tokens[:, :6], positions[:, :6], empty_cache(config, 2, 12, stacked=False))
+        _, cache = read(
+            config,
+            params,
+            tokens[:, :6],
+            positions[:, :6],
+            empty_cache(config, 2, 12, stacked=False),
+        )
         found.append(read(config, params, tokens[:, 6:], positions[:, 6:], cache)[0])
     np.testing.assert_allclose(found[1], found[0], atol=1e-5 * np.abs(found[0]).max())
 
@@ -101,7 +129,12 @@ def test_greedy_text_is_that_of_heads(forms: Callable[[bool], None]):
     for absorbed in (False, True):
         forms(absorbed)
         sampling = SamplingConfig(temperature=0.0, max_tokens=24)
-        texts.append([one.tokens for one in generate(config, params, tokenizer, ["abc", "a longer one"], sampling)])
+        texts.append(
+            [
+                one.tokens
+                for one in generate(config, params, tokenizer, ["abc", "a longer one"], sampling)
+            ]
+        )
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 2
 
@@ -112,13 +145,21 @@ def test_a_mesh_gives_the_step_of_one_device():
     positions = np.tile(np.arange(6), (4, 1))
 
     def prompt_and_step(params: Any) -> tuple[jax.Array, Cache]:
-        _, cache = read(config, params, tokens[:, :5], positions[:, :5], empty_cache(config, 4, 12, stacked=False))
+        _, cache = read(
+            config,
+            params,
+            tokens[:, :5],
+            positions[:, :5],
+            empty_cache(config, 4, 12, stacked=False),
+        )
         return read(config, params, tokens[:, 5:], positions[:, 5:], cache)
 
     expected = prompt_and_step(params)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        found = prompt_and_step(jax.device_put(params, param_shardings(abstract_params(config), mesh)))
+        found = prompt_and_step(
+            jax.device_put(params, param_shardings(abstract_params(config), mesh))
+        )
     for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, other, atol=1e-5 * np.abs(other).max())
     assert len(found[0].sharding.device_set) == 8
@@ -132,7 +173,9 @@ def test_a_step_projects_no_slots_to_heads(forms: Callable[[bool], None]):
     for absorbed in (False, True):
         forms(absorbed)
         one, cache = jnp.zeros((1, 1), jnp.int32), empty_cache(config, 1, slots, stacked=False)
-        step = jax.jit(lambda params, one=one, cache=cache: read(config, params, one, one, cache)[0])
+        step = jax.jit(
+            lambda params, one=one, cache=cache: read(config, params, one, one, cache)[0]
+        )
         flops[absorbed] = step.lower(random_params(config)).cost_analysis()["flops"]
     projected = 2 * slots * sizes.kv_dim * c.num_heads * (c.head_dim + sizes.value_dim)
     assert flops[False] > projected

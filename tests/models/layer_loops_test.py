@@ -46,7 +46,9 @@ class Halves:
 def hidden(name: str, params: Any, loop: LayerLoop | None) -> np.ndarray:
     inputs = unpacked(rows(VARIANTS[name], LENGTHS))
     model = Transformer(VARIANTS[name], loop=loop)
-    return np.asarray(jax.jit(lambda params: model.apply({"params": params}, inputs).hidden)(params))
+    return np.asarray(
+        jax.jit(lambda params: model.apply({"params": params}, inputs).hidden)(params)
+    )
 
 
 @pytest.mark.fast_cases("windows")

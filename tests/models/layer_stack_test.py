@@ -68,7 +68,9 @@ def test_what_only_some_layers_have_stays_as_it_is():
         "decoder/layers_1/v": (5,),
         "decoder/layers/w": (2, 2),
     }
-    assert_same(unstack_layers(stacked, {name: abstract(leaf) for name, leaf in named.items()}), named)
+    assert_same(
+        unstack_layers(stacked, {name: abstract(leaf) for name, leaf in named.items()}), named
+    )
 
 
 def test_more_than_ten_layers_stay_in_order():

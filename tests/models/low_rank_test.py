@@ -1,4 +1,6 @@
-"""A model does not know what its weights are: base + a b in the place of every matrix, in every structure."""
+"""A model does not know what its weights are: base + a b in the place of every matrix, in every
+structure.
+"""
 
 import dataclasses
 from typing import Any
@@ -28,7 +30,9 @@ STRUCTURES: dict[str, ModelConfig] = {
     "experts": dataclasses.replace(VARIANTS["shared experts"], num_layers=2),
     "latent": dataclasses.replace(VARIANTS["latent"], num_layers=1),
     "tied": tiny_config(num_layers=1, tied_embeddings=True, head=HeadConfig(bias=True)),
-    "encoder-decoder": dataclasses.replace(VARIANTS["encoder-decoder"], num_layers=1, encoder_layers=1),
+    "encoder-decoder": dataclasses.replace(
+        VARIANTS["encoder-decoder"], num_layers=1, encoder_layers=1
+    ),
 }
 
 
@@ -45,7 +49,8 @@ def with_low_rank(boxed: Any, params: Any) -> Any:
         axes = box.names[stacks:]
         if len(axes) < 2 or "buckets" in axes:
             return jnp.asarray(base)
-        # What is projected back to the model width has one output axis; all else has one input axis.
+        # What is projected back to the model width has one output axis; all else has one input
+        # axis.
         inputs = len(axes) - 1 if axes[-1] == "embed" else 1
         split = stacks + inputs
         a = rng.normal(0, 0.3, (*base.shape[:split], RANK)).astype(np.float32)
@@ -56,13 +61,19 @@ def with_low_rank(boxed: Any, params: Any) -> Any:
 
 
 def merged(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: as_array(leaf) if is_node(leaf) else leaf, params, is_leaf=is_node)
+    return jax.tree.map(
+        lambda leaf: as_array(leaf) if is_node(leaf) else leaf, params, is_leaf=is_node
+    )
 
 
 def batch_of(config: ModelConfig) -> dict[str, jax.Array]:
     inputs = pack(rows(config, [7, 5]))
     weights = (inputs["segments"] != 0).astype(jnp.float32)
-    return {**inputs, "targets": jnp.asarray(random_tokens(1, weights.shape[1], seed=5)), "weights": weights}
+    return {
+        **inputs,
+        "targets": jnp.asarray(random_tokens(1, weights.shape[1], seed=5)),
+        "weights": weights,
+    }
 
 
 def split(params: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -106,10 +117,18 @@ def test_low_rank_differences_train_as_their_product_beside_plain_weights(name: 
     for leaf, array in factors.items():
         assert np.abs(array - split(params)[0][leaf]).max() > 1e-5, leaf
     for leaf, array in others.items():  # the base has not moved by a bit
-        np.testing.assert_array_equal(array, named_leaves(base)[leaf.removesuffix("/base")], err_msg=leaf)
+        np.testing.assert_array_equal(
+            array, named_leaves(base)[leaf.removesuffix("/base")], err_msg=leaf
+        )
 
-    model, inputs, trained = language_model(config), batch_of(config), joined(params, factors, others)
-    logits = jax.jit(lambda params: multiply_out(model.projection(params, model.hidden(params, inputs).hidden)))
+    model, inputs, trained = (
+        language_model(config),
+        batch_of(config),
+        joined(params, factors, others),
+    )
+    logits = jax.jit(
+        lambda params: multiply_out(model.projection(params, model.hidden(params, inputs).hidden))
+    )
     by_node, by_sum = np.asarray(logits(trained)), np.asarray(logits(merged(trained)))
     np.testing.assert_allclose(by_node, by_sum, atol=1e-6 * max(1, np.abs(by_sum).max()))
     (value, found), (plain, expected) = (
@@ -118,8 +137,11 @@ def test_low_rank_differences_train_as_their_product_beside_plain_weights(name: 
     )
     assert float(value) == pytest.approx(float(plain), rel=1e-6)
     for leaf, gradient in expected.items():
-        # A sum over tokens in another order: float32 rounds the largest of these to about 1e-5 of it.
-        np.testing.assert_allclose(found[leaf], gradient, atol=1e-4 * np.abs(gradient).max(), err_msg=leaf)
+        # A sum over tokens in another order: float32 rounds the largest of these to about 1e-5 of
+        # it.
+        np.testing.assert_allclose(
+            found[leaf], gradient, atol=1e-4 * np.abs(gradient).max(), err_msg=leaf
+        )
 
 
 def test_latents_of_a_cache_meet_low_rank_weights():
@@ -132,17 +154,26 @@ def test_latents_of_a_cache_meet_low_rank_weights():
     def last_two(params: Any) -> jax.Array:
         cache = empty_cache(config, 1, 33, stacked=False)
         index = jnp.arange(33)[None]
-        cache = model.hidden(params, {"tokens": tokens[:, :32], "positions": index[:, :32]}, cache=cache).cache
+        cache = model.hidden(
+            params, {"tokens": tokens[:, :32], "positions": index[:, :32]}, cache=cache
+        ).cache
         # One token over many slots: the keys' weights are absorbed into the query.
-        return model.hidden(params, {"tokens": tokens[:, 32:], "positions": index[:, 32:]}, cache=cache).hidden
+        return model.hidden(
+            params, {"tokens": tokens[:, 32:], "positions": index[:, 32:]}, cache=cache
+        ).hidden
 
     np.testing.assert_allclose(last_two(params), last_two(merged(params)), atol=1e-5)
 
 
 @pytest.mark.thorough
 def test_rules_and_meshes_see_through_the_node():
-    config = dataclasses.replace(STRUCTURES["experts"], mlp=dataclasses.replace(STRUCTURES["experts"].mlp, bias=True))
-    boxed, mesh = abstract_params(config), make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    config = dataclasses.replace(
+        STRUCTURES["experts"], mlp=dataclasses.replace(STRUCTURES["experts"].mlp, bias=True)
+    )
+    boxed, mesh = (
+        abstract_params(config),
+        make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4]),
+    )
     params = with_low_rank(boxed, random_params(config))
 
     def box_leaves(box: nn.LogicallyPartitioned, leaf: Any) -> Any:

@@ -9,8 +9,8 @@ import pytest
 from research.models.config import ExpertsConfig
 from research.models.mlp import route
 
-# Four groups of two experts. The sums of their scores are 1.0, 1.1, 0.9 and 0.55: the first two groups are the best,
-# though the third has the second-best expert.
+# Four groups of two experts. The sums of their scores are 1.0, 1.1, 0.9 and 0.55: the first two
+# groups are the best, though the third has the second-best expert.
 SCORES = np.array([0.9, 0.1, 0.6, 0.5, 0.7, 0.2, 0.3, 0.25], np.float32)
 CONFIG = ExpertsConfig(
     num_experts=8,
@@ -24,7 +24,9 @@ CONFIG = ExpertsConfig(
 )
 
 
-def routed(selection: list[float] | None, config: ExpertsConfig = CONFIG) -> tuple[list[int], list[float]]:
+def routed(
+    selection: list[float] | None, config: ExpertsConfig = CONFIG
+) -> tuple[list[int], list[float]]:
     """The experts of a token with `SCORES`, and their weights."""
     logits = jnp.asarray(np.log(SCORES / (1 - SCORES)))[None, None]
     bias = None if selection is None else jnp.asarray(selection, jnp.float32)

@@ -1,4 +1,6 @@
-"""A paged cache gives what a dense one gives, for every model that has a paged form; the others say what they lack."""
+"""A paged cache gives what a dense one gives, for every model that has a paged form; the others say
+what they lack.
+"""
 
 import dataclasses
 from typing import Any
@@ -26,9 +28,18 @@ MODELS = VARIANTS | {
     "learned positions": tiny_config(position=PositionConfig(kind="learned")),
 }
 PAGED = [
-    name for name, config in MODELS.items() if config.structure != "encoder" and not paged_unsupported_reason(config)
+    name
+    for name, config in MODELS.items()
+    if config.structure != "encoder" and not paged_unsupported_reason(config)
 ]
-WITHOUT = ["latent", "latent, direct queries", "relative", "buckets", "rounded alibi", "encoder-decoder"]
+WITHOUT = [
+    "latent",
+    "latent, direct queries",
+    "relative",
+    "buckets",
+    "rounded alibi",
+    "encoder-decoder",
+]
 
 
 def prompts_for(config: ModelConfig) -> Prompts:
@@ -41,7 +52,9 @@ def prompts_for(config: ModelConfig) -> Prompts:
     return Prompts(start, jnp.ones(len(LENGTHS), jnp.int32), tokens, lengths)
 
 
-def read(config: ModelConfig, params: Any, page_table: PageTable | None) -> tuple[np.ndarray, Cache]:
+def read(
+    config: ModelConfig, params: Any, page_table: PageTable | None
+) -> tuple[np.ndarray, Cache]:
     """Logits [1 + STEPS, B, V] after the prompts and after each of some more tokens."""
     prompts = prompts_for(config)
     logits, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=page_table)
@@ -55,7 +68,9 @@ def continued(
     found, more = [logits], random_tokens(len(LENGTHS), STEPS, seed=9)
     for i in range(STEPS):
         positions = (prompts.lengths + i)[:, None].astype(jnp.int32)
-        logits, cache = step(config, params, more[:, i : i + 1], positions, cache, jnp.zeros(len(LENGTHS), jnp.int32))
+        logits, cache = step(
+            config, params, more[:, i : i + 1], positions, cache, jnp.zeros(len(LENGTHS), jnp.int32)
+        )
         found.append(logits)
     return np.stack(found), cache
 
@@ -82,14 +97,20 @@ def test_pages_give_the_logits_of_rows(name: str, loop: str):
 
 
 def test_every_model_is_paged_or_says_why_not():
-    without = [name for name, config in MODELS.items() if paged_unsupported_reason(config) is not None]
+    without = [
+        name for name, config in MODELS.items() if paged_unsupported_reason(config) is not None
+    ]
     assert sorted(without) == sorted(WITHOUT)
 
 
-@pytest.mark.parametrize(("name", "said"), [("latent", "attention.latent"), ("buckets", "position.kind = 'buckets'")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("latent", "attention.latent"), ("buckets", "position.kind = 'buckets'")]
+)
 def test_a_model_without_a_paged_form_says_what_is_not_possible(name: str, said: str):
     config = MODELS[name]
-    with pytest.raises(UserError, match=f"cache = 'paged' is not possible for this model: {said}") as caught:
+    with pytest.raises(
+        UserError, match=f"cache = 'paged' is not possible for this model: {said}"
+    ) as caught:
         read(config, random_params(config), table_of(config))
     assert "\n" not in str(caught.value)
 
@@ -149,9 +170,21 @@ def test_a_row_that_has_ended_counts_on_without_reading_what_is_not_there():
     _, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=table)
     step = jax.jit(next_logits, static_argnums=0)
     far = jnp.full((len(LENGTHS), 1), SLOTS + 40, jnp.int32).at[0].set(LENGTHS[0])
-    found, _ = step(config, params, random_tokens(len(LENGTHS), 1), far, cache, jnp.zeros(len(LENGTHS), jnp.int32))
+    found, _ = step(
+        config,
+        params,
+        random_tokens(len(LENGTHS), 1),
+        far,
+        cache,
+        jnp.zeros(len(LENGTHS), jnp.int32),
+    )
     alone, _ = step(
-        config, params, random_tokens(len(LENGTHS), 1), far.at[1:].set(LENGTHS[0]), cache, jnp.zeros(3, jnp.int32)
+        config,
+        params,
+        random_tokens(len(LENGTHS), 1),
+        far.at[1:].set(LENGTHS[0]),
+        cache,
+        jnp.zeros(3, jnp.int32),
     )
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found[0], alone[0])

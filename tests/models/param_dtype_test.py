@@ -28,7 +28,9 @@ def in_bfloat16(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, param_dtype="bfloat16")
 
 
-@pytest.mark.fast_cases("windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder")
+@pytest.mark.fast_cases(
+    "windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder"
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_has_the_type_of_the_config(name: str):
     shapes = named_leaves(nn.unbox(abstract_params(in_bfloat16(VARIANTS[name]))))
@@ -58,7 +60,10 @@ def test_a_step_keeps_their_type_and_undoes_what_is_not_finite():
     batch = place_batch(random_batch(4, 8), program.batch)
 
     def bits(state: Any) -> dict[str, np.ndarray]:
-        return {name: np.array(leaf) for name, leaf in named_leaves((state.params, state.opt_state)).items()}
+        return {
+            name: np.array(leaf)
+            for name, leaf in named_leaves((state.params, state.opt_state)).items()
+        }
 
     losses = []
     for _ in range(6):

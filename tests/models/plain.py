@@ -9,7 +9,11 @@ from research.models.config import ModelConfig, PositionConfig
 
 
 def plain_logits(
-    config: ModelConfig, params: Any, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray
+    config: ModelConfig,
+    params: Any,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    segments: np.ndarray,
 ) -> np.ndarray:
     """Logits `[T, V]` of one row."""
     params = _double(params)
@@ -36,7 +40,11 @@ def plain_logits(
 
 
 def _double(tree: Any) -> Any:
-    return {k: _double(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree, np.float64)
+    return (
+        {k: _double(v) for k, v in tree.items()}
+        if isinstance(tree, dict)
+        else np.asarray(tree, np.float64)
+    )
 
 
 def _norm(config: ModelConfig, weights: Any, x: np.ndarray) -> np.ndarray:
@@ -48,7 +56,9 @@ def _norm(config: ModelConfig, weights: Any, x: np.ndarray) -> np.ndarray:
 
 def _wave(position: int, width: int) -> np.ndarray:
     angles = [position / 10_000 ** (2 * (i // 2) / width) for i in range(width)]
-    return np.array([math.cos(angle) if i % 2 else math.sin(angle) for i, angle in enumerate(angles)])
+    return np.array(
+        [math.cos(angle) if i % 2 else math.sin(angle) for i, angle in enumerate(angles)]
+    )
 
 
 def _turn(config: PositionConfig, vector: np.ndarray, position: int) -> np.ndarray:
@@ -95,6 +105,8 @@ def _mlp(config: ModelConfig, weights: Any, x: np.ndarray) -> np.ndarray:
         "relu": lambda z: np.maximum(z, 0),
         "silu": lambda z: z / (1 + np.exp(-z)),
         "gelu": lambda z: z * (1 + np.vectorize(math.erf)(z / math.sqrt(2))) / 2,
-        "gelu_tanh": lambda z: z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
+        "gelu_tanh": lambda z: (
+            z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
+        ),
     }[config.mlp.activation](gate)
     return _linear(weights["down"], act * up if config.mlp.gated else act)

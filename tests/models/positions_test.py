@@ -9,14 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.models.config import PositionConfig, RopeScalingConfig
-from research.models.positions import alibi_slopes, rotary_frequencies, rotate, rounded_alibi, sinusoidal
+from research.models.positions import (
+    alibi_slopes,
+    rotary_frequencies,
+    rotate,
+    rounded_alibi,
+    sinusoidal,
+)
 
 ROTARY = PositionConfig(kind="rotary")
 
 
 def test_sinusoidal_waves_have_their_closed_form():
     found = sinusoidal(jnp.array([[0, 1, 50]]), 6)
-    expected = [[f(p / 10_000 ** (2 * i / 6)) for i in range(3) for f in (math.sin, math.cos)] for p in (0, 1, 50)]
+    expected = [
+        [f(p / 10_000 ** (2 * i / 6)) for i in range(3) for f in (math.sin, math.cos)]
+        for p in (0, 1, 50)
+    ]
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
     assert sinusoidal(jnp.array([[3]]), 5).shape == (1, 1, 5)
     halves = sinusoidal(jnp.array([[0, 1, 50]]), 6, halves=True)
@@ -24,11 +33,15 @@ def test_sinusoidal_waves_have_their_closed_form():
 
 
 def turned(vector: np.ndarray, position: int) -> np.ndarray:
-    return np.asarray(rotate(ROTARY, jnp.asarray(vector)[None, None, None], jnp.array([[position]])))[0, 0, 0]
+    return np.asarray(
+        rotate(ROTARY, jnp.asarray(vector)[None, None, None], jnp.array([[position]]))
+    )[0, 0, 0]
 
 
 @settings(deadline=None, max_examples=20)
-@given(p=st.integers(0, 500), q=st.integers(0, 500), shift=st.integers(0, 500), seed=st.integers(0, 9))
+@given(
+    p=st.integers(0, 500), q=st.integers(0, 500), shift=st.integers(0, 500), seed=st.integers(0, 9)
+)
 def test_rotary_scores_depend_on_the_distance_alone(p: int, q: int, shift: int, seed: int):
     x, y = np.random.default_rng(seed).normal(size=(2, 8)).astype(np.float32)
     score, shifted = turned(x, p) @ turned(y, q), turned(x, p + shift) @ turned(y, q + shift)
@@ -71,7 +84,11 @@ def test_stretched_frequencies_slow_long_waves_and_keep_short_ones():
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_a_document_of_the_original_length_is_not_scaled_and_one_token_more_is(kind: str):
-    factors = {"short_factors": (1.0, 1.2), "long_factors": (2.0, 3.0)} if kind == "longrope" else {"factor": 2.0}
+    factors = (
+        {"short_factors": (1.0, 1.2), "long_factors": (2.0, 3.0)}
+        if kind == "longrope"
+        else {"factor": 2.0}
+    )
     scaling = RopeScalingConfig(kind=kind, original_length=6, **factors)
     config = PositionConfig(theta=100.0, scaling=scaling)
     x, positions = jnp.ones((1, 6, 1, 4)), jnp.arange(6)[None]
@@ -86,7 +103,9 @@ def test_a_document_of_the_original_length_is_not_scaled_and_one_token_more_is(k
 def test_alibi_slopes_are_those_of_the_paper():
     eight = [2.0**-i for i in range(1, 9)]
     np.testing.assert_allclose(alibi_slopes(8), eight)
-    np.testing.assert_allclose(alibi_slopes(12), [*eight, *[2.0 ** -(i + 0.5) for i in range(4)]], rtol=1e-6)
+    np.testing.assert_allclose(
+        alibi_slopes(12), [*eight, *[2.0 ** -(i + 0.5) for i in range(4)]], rtol=1e-6
+    )
     np.testing.assert_allclose(alibi_slopes(1), [2.0**-8])
 
 

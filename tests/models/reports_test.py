@@ -16,12 +16,19 @@ from tests.models.variants import pack, rows
 from tests.tiny import random_params, stack, tiny_config
 
 EXPERTS = ExpertsConfig(
-    num_experts=4, experts_per_token=1, hidden_dim=8, score="sigmoid", selection_bias=True, balance_weight=0.1
+    num_experts=4,
+    experts_per_token=1,
+    hidden_dim=8,
+    score="sigmoid",
+    selection_bias=True,
+    balance_weight=0.1,
 )
 MODELS = {
-    "dense first layer": tiny_config(num_layers=3, first_layers=(LayerConfig(experts=False),), experts=EXPERTS),
+    "dense first layer": tiny_config(
+        num_layers=3, first_layers=(LayerConfig(experts=False),), experts=EXPERTS
+    ),
     "encoder-decoder": tiny_config(structure="encoder_decoder", encoder_layers=3, experts=EXPERTS),
-    "multi-token prediction": tiny_config(head=HeadConfig(num_future=2), experts=EXPERTS),
+    "multi-token prediction": tiny_config(head=HeadConfig(mtp_depth=2), experts=EXPERTS),
 }
 
 
@@ -64,12 +71,16 @@ def test_every_selection_bias_finds_the_number_of_real_tokens_of_each_expert(nam
 
 
 def test_scanned_layers_report_what_unrolled_ones_do():
-    config = tiny_config(num_layers=3, pattern=(LayerConfig(), LayerConfig(window=4)), experts=EXPERTS)
+    config = tiny_config(
+        num_layers=3, pattern=(LayerConfig(), LayerConfig(window=4)), experts=EXPERTS
+    )
     params = random_params(config)
     unrolled = reports_of(config, params)
     scanned = reports_of(dataclasses.replace(config, layer_loop="scan"), stack(params, 3))
     loads = jnp.stack([unrolled.expert_load[f"layers_{i}/mlp"] for i in range(3)])
-    assert len({tuple(load) for load in np.asarray(loads)}) > 1  # the layers differ, so that their order tells
+    assert (
+        len({tuple(load) for load in np.asarray(loads)}) > 1
+    )  # the layers differ, so that their order tells
     np.testing.assert_array_equal(scanned.expert_load["layers/mlp"], loads)
     assert set(scanned.expert_load) == {"layers/mlp"}
     np.testing.assert_allclose(scanned.router_loss, unrolled.router_loss, rtol=1e-6)

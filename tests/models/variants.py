@@ -1,4 +1,6 @@
-"""One small model for each thing that a family's configuration can say, shared by the tests of models."""
+"""One small model for each thing that a family's configuration can say, shared by the tests of
+models.
+"""
 
 import dataclasses
 from typing import Any
@@ -27,29 +29,43 @@ def _rotary(**scaling: Any) -> PositionConfig:
     return PositionConfig(theta=1000.0, scaling=RopeScalingConfig(**scaling))
 
 
-_EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, hidden_dim=8, balance_weight=0.01, z_weight=0.001)
+_EXPERTS = ExpertsConfig(
+    num_experts=4, experts_per_token=2, hidden_dim=8, balance_weight=0.01, z_weight=0.001
+)
 
 VARIANTS: dict[str, ModelConfig] = {
     "windows": tiny_config(num_layers=5, pattern=(_LOCAL, _GLOBAL)),
-    "first layers": tiny_config(num_layers=4, first_layers=(LayerConfig(attention_norm=False),), pattern=(_LOCAL,)),
-    "soft caps": tiny_config(attention={"softcap": 2.0, "scale": 0.7}, head=HeadConfig(softcap=3.0)),
+    "first layers": tiny_config(
+        num_layers=4, first_layers=(LayerConfig(attention_norm=False),), pattern=(_LOCAL,)
+    ),
+    "soft caps": tiny_config(
+        attention={"softcap": 2.0, "scale": 0.7}, head=HeadConfig(softcap=3.0)
+    ),
     "sinks": tiny_config(attention={"sinks": True}),
     "head norm": tiny_config(attention={"qk_norm": "head"}, norm=NormConfig(unit_offset=True)),
     "qk norm": tiny_config(attention={"qk_norm": "all"}, norm=NormConfig(placement="output")),
     "sandwich": tiny_config(norm=NormConfig(placement="sandwich"), scale_embeddings=True),
-    "parallel": tiny_config(norm=dataclasses.replace(_LAYER_NORM, placement="parallel"), mlp={"gated": False}),
+    "parallel": tiny_config(
+        norm=dataclasses.replace(_LAYER_NORM, placement="parallel"), mlp={"gated": False}
+    ),
     "parallel pair": tiny_config(norm=dataclasses.replace(_LAYER_NORM, placement="parallel_pair")),
     "post-norm": tiny_config(norm=dataclasses.replace(_LAYER_NORM, placement="post")),
     "part of a head": tiny_config(position=PositionConfig(rotary_dim=2)),
     "linear": tiny_config(position=_rotary(kind="linear", factor=2.0)),
     "dynamic": tiny_config(position=_rotary(kind="dynamic", factor=2.0, original_length=6)),
-    "yarn": tiny_config(position=_rotary(kind="yarn", factor=4.0, original_length=16, amplitude=1.1)),
+    "yarn": tiny_config(
+        position=_rotary(kind="yarn", factor=4.0, original_length=16, amplitude=1.1)
+    ),
     "longrope": tiny_config(
-        position=_rotary(kind="longrope", original_length=6, short_factors=(1.0, 1.2), long_factors=(2.0, 3.0))
+        position=_rotary(
+            kind="longrope", original_length=6, short_factors=(1.0, 1.2), long_factors=(2.0, 3.0)
+        )
     ),
     "buckets": tiny_config(position=PositionConfig(kind="buckets", num_buckets=8, max_distance=8)),
     "rounded alibi": tiny_config(position=PositionConfig(kind="alibi_bfloat16")),
-    "relative": tiny_config(position=PositionConfig(kind="relative"), attention={"num_kv_heads": 4}),
+    "relative": tiny_config(
+        position=PositionConfig(kind="relative"), attention={"num_kv_heads": 4}
+    ),
     "learned with offset": tiny_config(
         position=PositionConfig(kind="learned", offset=2), embedding=EmbeddingConfig(True)
     ),
@@ -76,12 +92,18 @@ VARIANTS: dict[str, ModelConfig] = {
         ),
     ),
     "latent": tiny_config(
-        attention={"num_kv_heads": 4, "latent": LatentConfig(kv_dim=6, q_dim=10, rope_dim=4, value_dim=5)}
+        attention={
+            "num_kv_heads": 4,
+            "latent": LatentConfig(kv_dim=6, q_dim=10, rope_dim=4, value_dim=5),
+        }
     ),
     "latent, direct queries": tiny_config(
-        attention={"num_kv_heads": 4, "latent": LatentConfig(kv_dim=6, q_dim=None, rope_dim=2, value_dim=9)}
+        attention={
+            "num_kv_heads": 4,
+            "latent": LatentConfig(kv_dim=6, q_dim=None, rope_dim=2, value_dim=9),
+        }
     ),
-    "future tokens": tiny_config(head=HeadConfig(num_future=2)),
+    "future tokens": tiny_config(head=HeadConfig(mtp_depth=2)),
     "encoder": tiny_config(
         structure="encoder",
         position=PositionConfig(kind="learned"),
@@ -140,11 +162,15 @@ def pack(documents: list[dict[str, np.ndarray]], padding: int = 3) -> dict[str, 
     """The documents one after the other in one row, with padding behind them."""
     packed: dict[str, Any] = {}
     for name in documents[0]:
-        packed[name] = jnp.asarray(np.pad(np.concatenate([d[name] for d in documents], axis=1), ((0, 0), (0, padding))))
+        packed[name] = jnp.asarray(
+            np.pad(np.concatenate([d[name] for d in documents], axis=1), ((0, 0), (0, padding)))
+        )
     for segments, tokens in (("segments", "tokens"), ("encoder_segments", "encoder_tokens")):
         if tokens in documents[0]:
             numbers = [np.full(d[tokens].shape, i + 1) for i, d in enumerate(documents)]
-            packed[segments] = jnp.asarray(np.pad(np.concatenate(numbers, axis=1), ((0, 0), (0, padding))))
+            packed[segments] = jnp.asarray(
+                np.pad(np.concatenate(numbers, axis=1), ((0, 0), (0, padding)))
+            )
     return packed
 
 
@@ -153,6 +179,8 @@ def unpacked(documents: list[dict[str, np.ndarray]]) -> dict[str, jnp.ndarray]:
     singles = [pack([document], padding=0) for document in documents]
     width = {name: max(single[name].shape[1] for single in singles) for name in singles[0]}
     return {
-        name: jnp.concatenate([jnp.pad(s[name], ((0, 0), (0, width[name] - s[name].shape[1]))) for s in singles])
+        name: jnp.concatenate(
+            [jnp.pad(s[name], ((0, 0), (0, width[name] - s[name].shape[1]))) for s in singles]
+        )
         for name in width
     }

@@ -35,7 +35,9 @@ def scanned(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
     config = dataclasses.replace(config, layer_loop="scan")
     like = named_leaves(_unboxed(config))
     held = unstack_layers(canonical(jax.tree.map(jnp.asarray, params)), like)
-    return config, jax.tree.unflatten(jax.tree.structure(_unboxed(config)), [held[name] for name in like])
+    return config, jax.tree.unflatten(
+        jax.tree.structure(_unboxed(config)), [held[name] for name in like]
+    )
 
 
 def _unboxed(config: ModelConfig) -> Any:
@@ -65,7 +67,9 @@ def test_scanned_layers_give_the_same(name: str):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(config: ModelConfig, params: Any, inputs: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
+def read(
+    config: ModelConfig, params: Any, inputs: dict[str, Any], cache: Cache
+) -> tuple[jax.Array, Cache]:
     def apply(module: Transformer) -> tuple[jax.Array, Cache]:
         output = module(inputs, cache)
         return module.logits(output.hidden), output.cache
@@ -76,7 +80,9 @@ def read(config: ModelConfig, params: Any, inputs: dict[str, Any], cache: Cache)
 LOOPS = ["windows", "first layers", "latent", "shared experts", "buckets", "encoder-decoder"]
 
 
-@pytest.mark.fast_cases("windows-unroll", "latent-scan", "shared experts-unroll", "encoder-decoder-unroll")
+@pytest.mark.fast_cases(
+    "windows-unroll", "latent-scan", "shared experts-unroll", "encoder-decoder-unroll"
+)
 @pytest.mark.parametrize(
     ("name", "loop"),
     [(name, "unroll") for name, config in VARIANTS.items() if config.structure != "encoder"]
@@ -90,7 +96,9 @@ def test_cached_steps_give_the_training_logits(name: str, loop: str):
         config, params = scanned(config, params)
     memory = jnp.ones_like(document["encoder_tokens"]) if "encoder_tokens" in document else None
     cache = empty_cache(config, 1, 12, loop == "scan", memory)
-    prompt = {key: array if key.startswith("encoder") else array[:, :6] for key, array in document.items()}
+    prompt = {
+        key: array if key.startswith("encoder") else array[:, :6] for key, array in document.items()
+    }
     first, cache = read(config, params, prompt, cache)
     found = list(np.asarray(first)[0])
     later = ("tokens", "positions", "types")  # the encoder and the prefix are in the cache
@@ -98,7 +106,8 @@ def test_cached_steps_give_the_training_logits(name: str, loop: str):
         step = {key: document[key][:, place : place + 1] for key in later if key in document}
         new, cache = read(config, params, step, cache)
         found.append(np.asarray(new)[0, 0])
-    # Rules that go by a document's length turn its earlier keys otherwise once it has outgrown its context.
+    # Rules that go by a document's length turn its earlier keys otherwise once it has outgrown its
+    # context.
     by_length = config.position.scaling is not None and config.position.scaling.by_length
     end = 6 if by_length else 9
     if by_length:
@@ -111,7 +120,9 @@ def changed(config: ModelConfig, inputs: dict[str, Any], name: str, place: int) 
     params = random_params(config)
     other = {key: np.array(array) for key, array in inputs.items()}
     other[name][0, place] = (other[name][0, place] + 1) % config.vocab_size
-    difference = np.abs(logits(config, params, inputs) - logits(config, params, other))[0].max(axis=-1)
+    difference = np.abs(logits(config, params, inputs) - logits(config, params, other))[0].max(
+        axis=-1
+    )
     return np.flatnonzero(difference > 1e-7).tolist()
 
 
@@ -128,7 +139,9 @@ def test_an_encoder_sees_all():
         assert changed(config, document, "tokens", place) == list(range(10))
 
 
-@pytest.mark.parametrize(("structure", "seen"), [("decoder", range(6, 9)), ("encoder", range(4, 9))])
+@pytest.mark.parametrize(
+    ("structure", "seen"), [("decoder", range(6, 9)), ("encoder", range(4, 9))]
+)
 def test_a_window_hides_what_is_as_far_as_it_is_wide(structure: str, seen: range):
     config = tiny_config(num_layers=1, structure=structure, pattern=(LayerConfig(window=3),))
     (document,) = rows(config, [12])
@@ -168,10 +181,14 @@ def test_every_parameter_has_a_gradient(name: str):
     targets = jnp.roll(inputs["tokens"], -1, axis=1)
     weights = (inputs["segments"] != 0).astype(jnp.float32)
     batch = {**inputs, "targets": targets, "weights": weights}
-    gradients = jax.jit(jax.grad(lambda params: summed(LanguageModelLoss(config))(params, batch, None)[0]))(params)
+    gradients = jax.jit(
+        jax.grad(lambda params: summed(LanguageModelLoss(config))(params, batch, None)[0])
+    )(params)
     still = {name for name, leaf in named_leaves(gradients).items() if not np.abs(leaf).max() > 0}
     # The pooler is not part of the loss of a language model, and the selection bias is set by rule.
-    assert {each for each in still if not each.startswith("pooler/") and "selection_bias" not in each} == set()
+    assert {
+        each for each in still if not each.startswith("pooler/") and "selection_bias" not in each
+    } == set()
 
 
 @pytest.mark.thorough
@@ -185,9 +202,13 @@ def test_dropout_reaches_both_stacks_of_an_encoder_decoder():
             whole = module(document, deterministic=key is None).hidden
             return module.encode(document, key=key)[0], whole
 
-        return Transformer(config).apply({"params": params}, rngs={} if key is None else {"dropout": key}, method=apply)
+        return Transformer(config).apply(
+            {"params": params}, rngs={} if key is None else {"dropout": key}, method=apply
+        )
 
-    plain, one, other = (states(params, key) for key in (None, jax.random.key(1), jax.random.key(2)))
+    plain, one, other = (
+        states(params, key) for key in (None, jax.random.key(1), jax.random.key(2))
+    )
     for without, first, second in zip(plain, one, other, strict=True):
         assert np.abs(first - without).max() > 0.1
         assert np.abs(first - second).max() > 0.1
@@ -198,7 +219,9 @@ def test_only_real_tokens_of_the_encoder_are_seen_whatever_their_number():
     (document,), params = rows(config, [5]), random_params(config)
     expected = logits(config, params, document)
     seven = jnp.full_like(document["encoder_tokens"], 7)
-    np.testing.assert_allclose(logits(config, params, document | {"encoder_segments": seven}), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        logits(config, params, document | {"encoder_segments": seven}), expected, atol=1e-5
+    )
 
 
 _LATENT = LatentConfig(kv_dim=6, q_dim=10, rope_dim=4, value_dim=5)
@@ -216,27 +239,33 @@ def test_cross_attention_beside_latents_has_a_cache_of_its_own_shape():
     latents = {"num_kv_heads": 4, "latent": _LATENT}
     config = tiny_config(structure="encoder_decoder", encoder_layers=1, attention=latents)
     (document,), params = rows(config, [8]), random_params(config)
-    empty = empty_cache(config, 1, 12, stacked=False, memory_segments=jnp.ones_like(document["encoder_tokens"]))
+    empty = empty_cache(
+        config, 1, 12, stacked=False, memory_segments=jnp.ones_like(document["encoder_tokens"])
+    )
     found, cache = read(config, params, document, empty)
     np.testing.assert_allclose(found, logits(config, params, document), atol=1e-5)
-    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [leaf.shape for leaf in jax.tree.leaves(empty)]
+    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [
+        leaf.shape for leaf in jax.tree.leaves(empty)
+    ]
 
 
 def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
-    config = dataclasses.replace(VARIANTS["buckets"], head=HeadConfig(num_future=1))
+    config = dataclasses.replace(VARIANTS["buckets"], head=HeadConfig(mtp_depth=1))
     document, params = pack(rows(config, [9]), padding=0), random_params(config)
 
     @jax.jit
     def predicted(params: Any) -> jax.Array:
         def apply(module: Transformer) -> jax.Array:
             hidden = jnp.ones((1, 9, config.embed_dim)) * jnp.arange(9.0)[None, :, None]
-            return module.mtp_hidden(hidden, [document["tokens"]], document["positions"], None)[0][0]
+            return module.mtp_hidden(hidden, [document["tokens"]], document["positions"], None)[0][
+                0
+            ]
 
         return Transformer(config).apply({"params": params}, method=apply)
 
     other = params | {"position_bias": jax.tree.map(lambda leaf: -leaf, params["position_bias"])}
     assert np.abs(predicted(params) - predicted(other)).max() > 0.01
-    by_length = dataclasses.replace(VARIANTS["longrope"], head=HeadConfig(num_future=1))
+    by_length = dataclasses.replace(VARIANTS["longrope"], head=HeadConfig(mtp_depth=1))
     inputs = pack(rows(by_length, [9, 5]))
     batch = {**inputs, "targets": inputs["tokens"], "weights": jnp.ones(inputs["tokens"].shape)}
     loss = jax.jit(lambda params: summed(LanguageModelLoss(by_length))(params, batch, None)[0])
@@ -254,9 +283,13 @@ def test_predictors_of_tokens_further_on_drop_what_blocks_drop():
             options = {"deterministic": key is None}
             return module.mtp_hidden(hidden, following, document["positions"], None, **options)[0]
 
-        return Transformer(config).apply({"params": params}, rngs={} if key is None else {"dropout": key}, method=apply)
+        return Transformer(config).apply(
+            {"params": params}, rngs={} if key is None else {"dropout": key}, method=apply
+        )
 
-    plain, one, other = (predicted(params, key) for key in (None, jax.random.key(1), jax.random.key(2)))
+    plain, one, other = (
+        predicted(params, key) for key in (None, jax.random.key(1), jax.random.key(2))
+    )
     for without, first, second in zip(plain, one, other, strict=True):
         assert np.abs(first - without).max() > 0.1
         assert np.abs(first - second).max() > 0.1
@@ -271,7 +304,11 @@ def test_routers_of_an_encoder_are_kept_even_too():
         layer = params["encoder"]["layers_2"]  # whose router tells the decoder next to nothing
         layer = layer | {"mlp": layer["mlp"] | {"router": {"kernel": encoder_router}}}
         encoder = params["encoder"] | {"layers_2": layer}
-        return Transformer(config).apply({"params": params | {"encoder": encoder}}, document).reports.router_loss
+        return (
+            Transformer(config)
+            .apply({"params": params | {"encoder": encoder}}, document)
+            .reports.router_loss
+        )
 
     even = jnp.zeros_like(params["encoder"]["layers_2"]["mlp"]["router"]["kernel"])
     # Scores that are all alike have the least z-loss, log(4)², and a steep router has more.

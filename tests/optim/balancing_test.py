@@ -10,7 +10,9 @@ def test_bias_moves_by_its_speed_towards_the_mean_load():
     params = {"layers": {"mlp": {"selection_bias": jnp.ones((2, 3)), "up": jnp.ones(4)}}}
     load = jnp.array([[5.0, 1.0, 0.0], [2.0, 2.0, 2.0]])
     moved = balance_experts(params, {"layers/mlp": load}, 0.25)
-    np.testing.assert_array_equal(moved["layers"]["mlp"]["selection_bias"], [[0.75, 1.25, 1.25], [1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(
+        moved["layers"]["mlp"]["selection_bias"], [[0.75, 1.25, 1.25], [1.0, 1.0, 1.0]]
+    )
     np.testing.assert_array_equal(moved["layers"]["mlp"]["up"], params["layers"]["mlp"]["up"])
 
 

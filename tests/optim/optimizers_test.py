@@ -44,7 +44,9 @@ ARRAYS: dict[str, tuple[Axes, tuple[int, ...], bool]] = {
 
 def random_arrays(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, (_, shape, _) in ARRAYS.items()}
+    return {
+        name: rng.normal(size=shape).astype(np.float32) for name, (_, shape, _) in ARRAYS.items()
+    }
 
 
 def steps(gradients: list[dict[str, np.ndarray]], **fields) -> dict[str, np.ndarray]:
@@ -80,7 +82,15 @@ def by_equation(name: str, gradients: list[Any], array: str, decay: float) -> np
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
 def test_steps_follow_the_equation(name: str):
     gradients = [random_arrays(seed) for seed in (1, 2, 3)]
-    found = steps(gradients, name=name, learning_rate=0.1, beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.5)
+    found = steps(
+        gradients,
+        name=name,
+        learning_rate=0.1,
+        beta1=0.8,
+        beta2=0.9,
+        epsilon=1e-3,
+        weight_decay=0.5,
+    )
     for array, (_, _, decays) in ARRAYS.items():
         expected = by_equation(name, gradients, array, 0.5 if decays else 0.0)
         np.testing.assert_allclose(found[array], expected, atol=1e-5, err_msg=array)
@@ -93,18 +103,32 @@ def test_decay_shrinks_matrices_and_tables_and_nothing_else(name: str):
     without = steps(gradients, name=name, learning_rate=0.1, weight_decay=0.0)
     for array, (_, _, decays) in ARRAYS.items():
         expected = -0.1 * 0.5 * random_arrays(0)[array] if decays else 0.0
-        np.testing.assert_allclose(with_decay[array] - without[array], expected, atol=1e-6, err_msg=array)
+        np.testing.assert_allclose(
+            with_decay[array] - without[array], expected, atol=1e-6, err_msg=array
+        )
 
 
 def test_every_parameter_of_a_model_is_told_apart():
     config = tiny_config(attention={"qkv_bias": True, "out_bias": True}, mlp={"bias": True})
     boxed = abstract_params(config)
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), nn.unbox(boxed))
-    optimizer, _ = build_optimizer(OptimConfig(name="sgd", schedule=CONSTANT), logical_axes(boxed), 10)
-    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
-    decayed = jax.tree_util.tree_map_with_path(lambda path, leaf: (path[-1].key, bool(np.any(leaf))), updates)
+    optimizer, _ = build_optimizer(
+        OptimConfig(name="sgd", schedule=CONSTANT), logical_axes(boxed), 10
+    )
+    updates, _ = optimizer.update(
+        jax.tree.map(np.zeros_like, params), optimizer.init(params), params
+    )
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (path[-1].key, bool(np.any(leaf))), updates
+    )
     found = set(jax.tree.leaves(decayed, is_leaf=lambda leaf: isinstance(leaf, tuple)))
-    expected = {("kernel", True), ("embedding", True), ("unembed", True), ("scale", False), ("bias", False)}
+    expected = {
+        ("kernel", True),
+        ("embedding", True),
+        ("unembed", True),
+        ("scale", False),
+        ("bias", False),
+    }
     assert found == expected
 
 
@@ -134,14 +158,25 @@ def test_muon_takes_each_layer_and_each_expert_by_itself(name: str):
     mixed = {**gradient, name: np.stack([gradient["up"], *(50 * gradient[name][1:])])}
     found = steps([mixed], name="muon", learning_rate=0.1, weight_decay=0.0)
     before = random_arrays(0)
-    np.testing.assert_allclose(found[name][0] - before[name][0], found["up"] - before["up"], atol=1e-6)
+    np.testing.assert_allclose(
+        found[name][0] - before[name][0], found["up"] - before["up"], atol=1e-6
+    )
 
 
 def test_muon_moves_tables_and_vectors_as_adam_does():
     before, gradient = random_arrays(0), random_arrays(1)
     found = steps([gradient], name="muon", learning_rate=0.1, weight_decay=0.0, beta1=0.8)
-    for name in ("embedding", "positions", "unembed", "scale", "query_bias", "experts_bias", "distance_bias"):
-        # Nesterov's first step: (β1 m̂' + (1 − β1) ĝ) / |g|, with m̂' = (1 − β1) g / (1 − β1²) and ĝ = g / (1 − β1).
+    for name in (
+        "embedding",
+        "positions",
+        "unembed",
+        "scale",
+        "query_bias",
+        "experts_bias",
+        "distance_bias",
+    ):
+        # Nesterov's first step: (β1 m̂' + (1 − β1) ĝ) / |g|, with m̂' = (1 − β1) g / (1 − β1²) and
+        # ĝ = g / (1 − β1).
         expected = -0.1 * (0.8 * 0.2 / (1 - 0.8**2) + 1) * np.sign(gradient[name])
         np.testing.assert_allclose(found[name] - before[name], expected, rtol=1e-3, err_msg=name)
 
@@ -149,7 +184,10 @@ def test_muon_moves_tables_and_vectors_as_adam_does():
 @pytest.mark.fast_cases("muon", "adafactor")
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_layers_take_the_steps_of_single_ones_and_have_their_state_on_disk(name: str):
-    wide = {"embed_dim": 128, "mlp": {"hidden_dim": 160}}  # large enough for Adafactor to keep rows and columns alone
+    wide = {
+        "embed_dim": 128,
+        "mlp": {"hidden_dim": 160},
+    }  # large enough for Adafactor to keep rows and columns alone
 
     def stepped(layer_loop: str) -> dict[str, Any]:
         config = tiny_config(layer_loop=layer_loop, **wide)
@@ -168,7 +206,9 @@ def test_stacked_layers_take_the_steps_of_single_ones_and_have_their_state_on_di
     unrolled, scanned = stepped("unroll"), stepped("scan")
     assert unrolled.keys() == scanned.keys()
     for array in unrolled:
-        np.testing.assert_allclose(unrolled[array], scanned[array], rtol=0, atol=1e-6, err_msg=array)
+        np.testing.assert_allclose(
+            unrolled[array], scanned[array], rtol=0, atol=1e-6, err_msg=array
+        )
 
 
 def test_adafactor_keeps_rows_and_columns_alone_of_large_matrices():
@@ -182,7 +222,11 @@ def test_adafactor_keeps_rows_and_columns_alone_of_large_matrices():
     assert sum(np.size(leaf) for leaf in jax.tree.leaves(state)) < 128 + 256 + 10
     rng = np.random.default_rng(0)
     signs = rng.choice([-1.0, 1.0], (128, 256))
-    gradient = {"up": (rng.uniform(0.1, 9, (128, 1)) * rng.uniform(0.1, 9, (1, 256)) * signs).astype(np.float32)}
+    gradient = {
+        "up": (rng.uniform(0.1, 9, (128, 1)) * rng.uniform(0.1, 9, (1, 256)) * signs).astype(
+            np.float32
+        )
+    }
     updates, _ = jax.jit(optimizer.update)(gradient, state, params)
     # Squares of rank one are factored without loss, so that the first update is the sign.
     np.testing.assert_allclose(updates["up"], -0.1 * signs, rtol=1e-3)
@@ -195,7 +239,11 @@ def learner() -> tuple[Any, Any, Any]:
     params = random_params(config)
     batch = {name: jnp.asarray(array) for name, array in random_batch(2, 8).items()}
     loss = summed(LanguageModelLoss(config))
-    return params, logical_axes(abstract_params(config)), jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
+    return (
+        params,
+        logical_axes(abstract_params(config)),
+        jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0])),
+    )
 
 
 def losses(name: str, learning_rate: float) -> list[float]:
@@ -213,7 +261,8 @@ def losses(name: str, learning_rate: float) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "learning_rate"), [("adamw", 0.02), ("adafactor", 0.02), ("lion", 0.005), ("sgd", 0.01), ("muon", 0.05)]
+    ("name", "learning_rate"),
+    [("adamw", 0.02), ("adafactor", 0.02), ("lion", 0.005), ("sgd", 0.01), ("muon", 0.05)],
 )
 def test_optimizer_learns_one_batch_by_heart(name: str, learning_rate: float):
     found = losses(name, learning_rate)

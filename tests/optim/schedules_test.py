@@ -31,7 +31,10 @@ def test_without_warm_up_the_first_step_has_the_peak(name: str):
     ("name", "formula"),
     [
         ("constant", lambda step: PEAK),
-        ("cosine", lambda step: PEAK * (0.2 + 0.8 * (1 + math.cos(math.pi * (step - WARMUP) / 100)) / 2)),
+        (
+            "cosine",
+            lambda step: PEAK * (0.2 + 0.8 * (1 + math.cos(math.pi * (step - WARMUP) / 100)) / 2),
+        ),
         ("linear", lambda step: PEAK * (1 - 0.8 * (step - WARMUP) / 100)),
         ("inverse_sqrt", lambda step: PEAK * math.sqrt(WARMUP / step)),
         ("wsd", lambda step: PEAK * (1 - 0.8 * max(0, step - 90) / 20)),
@@ -48,11 +51,15 @@ def test_rate_stays_at_its_end():
 
 
 def test_inverse_square_root_without_warm_up_starts_at_the_peak():
-    np.testing.assert_allclose(rates([0, 3, 8], name="inverse_sqrt"), [PEAK, PEAK / 2, PEAK / 3], rtol=1e-6)
+    np.testing.assert_allclose(
+        rates([0, 3, 8], name="inverse_sqrt"), [PEAK, PEAK / 2, PEAK / 3], rtol=1e-6
+    )
 
 
 def test_parts_that_fill_the_run_are_accepted():
-    found = rates([0, 10, 30], total=30, name="wsd", warmup_steps=10, decay_steps=20, final_fraction=0.0)
+    found = rates(
+        [0, 10, 30], total=30, name="wsd", warmup_steps=10, decay_steps=20, final_fraction=0.0
+    )
     assert found == pytest.approx([0.0, PEAK, 0.0])
 
 

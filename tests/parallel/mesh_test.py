@@ -28,14 +28,24 @@ def test_free_size_takes_what_is_left():
     ("devices", "fields", "message"),
     [
         (8, {"tensor": 3}, "mesh.tensor = 3 does not fit 8 devices"),
-        (8, {"data": 4, "tensor": 4}, "mesh.data = 4 does not fit 8 devices (data 4 × tensor 4). Set mesh.data = 2."),
-        (8, {"data": 1, "fsdp": 16}, "mesh.fsdp = 16 does not fit 8 devices (fsdp 16). Set mesh.fsdp = 8."),
+        (
+            8,
+            {"data": 4, "tensor": 4},
+            "mesh.data = 4 does not fit 8 devices (data 4 × tensor 4). Set mesh.data = 2.",
+        ),
+        (
+            8,
+            {"data": 1, "fsdp": 16},
+            "mesh.fsdp = 16 does not fit 8 devices (fsdp 16). Set mesh.fsdp = 8.",
+        ),
         (8, {"data": 2}, "mesh.data = 2 does not fit 8 devices (data 2). Set mesh.data = 8."),
         (8, {"data": 1}, "mesh.data = 1 does not fit 8 devices (all sizes 1). Set mesh.data = 8."),
         (6, {"data": 4, "fsdp": 4}, "mesh does not fit 6 devices (data 4 × fsdp 4)."),
     ],
 )
-def test_sizes_that_do_not_fit_are_named_with_the_one_to_change(devices: int, fields: dict[str, int], message: str):
+def test_sizes_that_do_not_fit_are_named_with_the_one_to_change(
+    devices: int, fields: dict[str, int], message: str
+):
     with pytest.raises(UserError) as caught:
         sizes(devices, **fields)
     assert str(caught.value).startswith(message)
@@ -57,7 +67,9 @@ def test_advice_is_followed_by_a_mesh_that_fits(devices: int, data: int, fsdp: i
         if not value.isdigit():
             # No size alone can mend it.
             assert value.startswith("-1 and let the others divide them")
-            assert all(devices % (abs(data) * fsdp * tensor // config[axis]) for axis in ("fsdp", "tensor"))
+            assert all(
+                devices % (abs(data) * fsdp * tensor // config[axis]) for axis in ("fsdp", "tensor")
+            )
             return
         found = resolve_sizes(MeshConfig(**{**config, name: int(value)}), devices)
     assert found["data"] * found["fsdp"] * found["tensor"] == devices
@@ -81,8 +93,17 @@ def test_impossible_size_is_refused(fields: dict[str, int], message: str):
 def test_mesh_has_every_axis_and_each_device_once():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     assert mesh.axis_names == MESH_AXES
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "pipeline": 1, "context": 1, "expert": 1, "tensor": 2}
-    assert sorted(device.id for device in mesh.devices.flat) == [device.id for device in jax.devices()]
+    assert dict(mesh.shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "pipeline": 1,
+        "context": 1,
+        "expert": 1,
+        "tensor": 2,
+    }
+    assert sorted(device.id for device in mesh.devices.flat) == [
+        device.id for device in jax.devices()
+    ]
     assert make_mesh(MeshConfig(), jax.devices()[:3]).shape["data"] == 3
 
 

@@ -102,17 +102,25 @@ def test_every_parameter_lies_as_the_table_says(mesh):
 def test_parameters_of_experts_latents_and_encoders_lie_as_the_table_says(variant: str, mesh):
     found = named_leaves(param_shardings(abstract_params(VARIANTS[variant]), mesh))
     specs = OTHER_SPECS[variant]
-    assert {name: found[name].spec for name in specs} == {name: PartitionSpec(*spec) for name, spec in specs.items()}
+    assert {name: found[name].spec for name in specs} == {
+        name: PartitionSpec(*spec) for name, spec in specs.items()
+    }
 
 
 def test_a_low_rank_is_whole_on_every_device():
     assert partition_spec(("embed", "rank")) == PartitionSpec("fsdp", None)
-    assert partition_spec(("layers", "rank", "heads", "head")) == PartitionSpec("pipeline", None, "tensor", None)
+    assert partition_spec(("layers", "rank", "heads", "head")) == PartitionSpec(
+        "pipeline", None, "tensor", None
+    )
 
 
 def test_activations_share_out_the_batch_and_keep_their_width():
-    assert partition_spec(("batch", "length", "embed")) == PartitionSpec(("data", "fsdp"), "context", None)
-    assert partition_spec(("batch", "length", "mlp")) == PartitionSpec(("data", "fsdp"), "context", "tensor")
+    assert partition_spec(("batch", "length", "embed")) == PartitionSpec(
+        ("data", "fsdp"), "context", None
+    )
+    assert partition_spec(("batch", "length", "mlp")) == PartitionSpec(
+        ("data", "fsdp"), "context", "tensor"
+    )
     assert partition_spec(("batch", "length", "heads", "head")) == PartitionSpec(
         ("data", "fsdp"), "context", "tensor", None
     )
@@ -163,7 +171,9 @@ def test_parameter_that_the_mesh_does_not_divide_is_named():
         "mesh.tensor = 8 does not divide kv_heads = 2 of layers_0/attention/key/kernel. Use 1 or 2."
     )
     narrow = abstract_params(tiny_config(embed_dim=12))
-    with pytest.raises(UserError, match=r"mesh.fsdp = 8 does not divide embed = 12 of .*\. Use 1, 2, 3, 4 or 6\."):
+    with pytest.raises(
+        UserError, match=r"mesh.fsdp = 8 does not divide embed = 12 of .*\. Use 1, 2, 3, 4 or 6\."
+    ):
         param_shardings(narrow, make_mesh(MeshConfig(data=1, fsdp=8)))
 
 
@@ -171,7 +181,10 @@ def test_batch_that_cannot_be_shared_out_is_refused(mesh):
     check_batch(8, 2, mesh)
     with pytest.raises(UserError) as caught:
         check_batch(12, 2, mesh)
-    message = "train.batch_size = 12 is not a multiple of mesh.data × mesh.fsdp × train.accumulation = 8. Use 8."
+    message = (
+        "train.batch_size = 12 is not a multiple of mesh.data × mesh.fsdp × "
+        "train.accumulation = 8. Use 8."
+    )
     assert str(caught.value) == message
     with pytest.raises(UserError, match=r"train.batch_size = 2 .* Use 4\."):
         check_batch(2, 1, mesh)
@@ -211,7 +224,11 @@ def context_mesh(**sizes: int) -> jax.sharding.Mesh:
     ("sizes", "processes", "parts"),
     [
         ({"data": 2, "context": 4}, 2, [(0, 2, 0, 24), (1, 2, 0, 24)]),
-        ({"data": 2, "context": 4}, 4, [(0, 2, 0, 12), (0, 2, 12, 24), (1, 2, 0, 12), (1, 2, 12, 24)]),
+        (
+            {"data": 2, "context": 4},
+            4,
+            [(0, 2, 0, 12), (0, 2, 12, 24), (1, 2, 0, 12), (1, 2, 12, 24)],
+        ),
         ({"context": 4, "tensor": 2}, 4, [(0, 1, 6 * i, 6 * i + 6) for i in range(4)]),
         ({"fsdp": 8}, 2, [(0, 2, 0, 24), (1, 2, 0, 24)]),
     ],
@@ -220,21 +237,28 @@ def test_process_holds_the_part_of_each_row_that_its_devices_hold(sizes, process
     mesh, each = context_mesh(**sizes), 8 // processes
     devices = [mesh.devices.ravel()[i * each : (i + 1) * each].tolist() for i in range(processes)]
     sharding = batch_sharding(mesh)
-    found = [(*process_rows(sharding, 16, mine), *process_columns(sharding, 24, mine)) for mine in devices]
+    found = [
+        (*process_rows(sharding, 16, mine), *process_columns(sharding, 24, mine))
+        for mine in devices
+    ]
     assert found == parts
 
 
 def test_tokens_of_a_process_that_do_not_follow_each_other_name_the_size_to_change():
     mesh = context_mesh(context=8)
     devices = mesh.devices.ravel()
-    with pytest.raises(UserError, match=r"^mesh\.context = 8: the tokens of a process do not follow each other"):
+    with pytest.raises(
+        UserError, match=r"^mesh\.context = 8: the tokens of a process do not follow each other"
+    ):
         process_columns(batch_sharding(mesh), 24, [devices[0], devices[2]])
 
 
 def test_a_batch_is_cut_along_its_rows_and_its_length():
     sharding = batch_sharding(context_mesh(data=2, context=4))
     tokens = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
-    placed = place_batch({"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=sharding)})
+    placed = place_batch(
+        {"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=sharding)}
+    )
     np.testing.assert_array_equal(placed["tokens"], tokens)
     assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 2)}
 
@@ -245,9 +269,13 @@ def test_devices_get_the_columns_of_a_row_that_they_hold(monkeypatch):
     mine = sharding.mesh.devices.ravel()[4:].tolist()
     monkeypatch.setattr(step, "process_columns", functools.partial(process_columns, devices=mine))
     given = []
-    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(
+        jax, "make_array_from_process_local_data", lambda *arguments: given.append(arguments)
+    )
     tokens = np.arange(2 * 24, dtype=np.int32).reshape(2, 24)
-    place_batch({"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((2, 24), jnp.int32, sharding=sharding)})
+    place_batch(
+        {"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((2, 24), jnp.int32, sharding=sharding)}
+    )
     [(_, local, shape)] = given
     np.testing.assert_array_equal(local, [range(12, 24), range(36, 48)])
     assert shape == (2, 24)

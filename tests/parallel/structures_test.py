@@ -1,4 +1,6 @@
-"""A mesh changes where arrays lie, and no value, whatever the model is: steps on eight devices and on one."""
+"""A mesh changes where arrays lie, and no value, whatever the model is: steps on eight devices and
+on one.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,14 +24,21 @@ from tests.parallel.training_test import begin
 from tests.tiny import random_params, random_tokens
 
 STEPS, ROWS, LENGTH = 2, 8, 16
-# Relative, and absolute below 1. In float64 both runs of the encoder-decoder agree to 8e-15 in every number of both
-# steps, so that what differs in float32 is rounding: 3e-6 in its first gradient.
+# Relative, and absolute below 1. In float64 both runs of the encoder-decoder agree to 8e-15 in
+# every number of both steps, so that what differs in float32 is rounding: 3e-6 in its first
+# gradient.
 TOLERANCE = 1e-5
-# The second gradient is taken at parameters that differ already. Where AdamW's epsilon is large beside a gradient, the
-# update is learning_rate / epsilon = 30 times as far off as the gradient, some 6e-6. Noise of 2e-6 on every parameter,
-# a fifth of what is allowed, moves the second norm by 1e-4 (encoder-decoder, shared experts) and the loss by 3e-6.
+# The second gradient is taken at parameters that differ already. Where AdamW's epsilon is large
+# beside a gradient, the update is learning_rate / epsilon = 30 times as far off as the gradient,
+# some 6e-6. Noise of 2e-6 on every parameter, a fifth of what is allowed, moves the second norm by
+# 1e-4 (encoder-decoder, shared experts) and the loss by 3e-6.
 SECOND_NORM_TOLERANCE = 1e-4
-OBJECTIVES = {"decoder": "causal", "encoder": "masked", "prefix": "prefix", "encoder_decoder": "span"}
+OBJECTIVES = {
+    "decoder": "causal",
+    "encoder": "masked",
+    "prefix": "prefix",
+    "encoder_decoder": "span",
+}
 
 
 def host_batch(model: ModelConfig, index: int) -> dict[str, np.ndarray]:
@@ -37,8 +46,12 @@ def host_batch(model: ModelConfig, index: int) -> dict[str, np.ndarray]:
     packed = []
     for row in range(ROWS):
         documents = pack(rows(model, [3 + row % 4, 5], seed=100 * index + 10 * row), padding=0)
-        packed.append({name: np.pad(x, ((0, 0), (0, LENGTH - x.shape[1]))) for name, x in documents.items()})
-    batch = {name: np.concatenate([one[name] for one in packed]).astype(np.int32) for name in packed[0]}
+        packed.append(
+            {name: np.pad(x, ((0, 0), (0, LENGTH - x.shape[1]))) for name, x in documents.items()}
+        )
+    batch = {
+        name: np.concatenate([one[name] for one in packed]).astype(np.int32) for name in packed[0]
+    }
     real = batch["segments"] != 0
     batch["weights"] = np.where(real, 0.5 + np.arange(ROWS)[:, None] / ROWS, 0).astype(np.float32)
     return batch | {"targets": random_tokens(ROWS, LENGTH, index)}
@@ -56,7 +69,9 @@ def train(
     step, state, metrics = program.compile_train_step(), begin(program.state, model), []
     for index in range(STEPS):
         batch = host_batch(model, index)
-        state, row = step(state, {}, place_batch({name: batch[name] for name in program.batch}, program.batch))
+        state, row = step(
+            state, {}, place_batch({name: batch[name] for name in program.batch}, program.batch)
+        )
         metrics.append({name: float(value) for name, value in row.items()})
     return metrics, state.params
 
@@ -64,13 +79,23 @@ def train(
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
-    ["experts", "clamped experts", "shared experts", "latent", "buckets", "encoder", "encoder-decoder"],
+    [
+        "experts",
+        "clamped experts",
+        "shared experts",
+        "latent",
+        "buckets",
+        "encoder",
+        "encoder-decoder",
+    ],
 )
 def test_a_mesh_gives_the_run_of_one_device(name: str):
     model = dataclasses.replace(VARIANTS[name], dropout=0.1)
     metrics, params = train(model, MeshConfig(data=2, fsdp=2, tensor=2))
     expected_metrics, expected = train(model, MeshConfig(), jax.devices()[:1])
-    norms, expected_norms = ([row.pop("grad_norm") for row in rows] for rows in (metrics, expected_metrics))
+    norms, expected_norms = (
+        [row.pop("grad_norm") for row in rows] for rows in (metrics, expected_metrics)
+    )
     for row, other in zip(metrics, expected_metrics, strict=True):
         assert row == pytest.approx(other, abs=TOLERANCE, rel=TOLERANCE)
     assert norms[0] == pytest.approx(expected_norms[0], rel=TOLERANCE)
@@ -79,6 +104,7 @@ def test_a_mesh_gives_the_run_of_one_device(name: str):
     for leaf, array in named_leaves(params).items():
         other = np.asarray(named_leaves(expected)[leaf])
         np.testing.assert_allclose(np.asarray(array), other, atol=1e-5, err_msg=leaf)
-        # The control: the steps have moved every parameter that they train by far more than the tolerance.
+        # The control: the steps have moved every parameter that they train by far more than the
+        # tolerance.
         trained = not leaf.startswith("pooler/") and "type_embed" not in leaf
         assert not trained or np.abs(other - initial[leaf]).max() > 1e-3, leaf

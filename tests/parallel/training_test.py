@@ -27,7 +27,9 @@ from research.training.step import place_batch
 from tests.tiny import random_batch, random_params, tiny_config
 
 STEPS, ROWS, LENGTH = 5, 16, 8
-MODEL = dataclasses.replace(tiny_config(num_layers=1, dropout=0.1), attention=AttentionConfig(8, 8, 2))
+MODEL = dataclasses.replace(
+    tiny_config(num_layers=1, dropout=0.1), attention=AttentionConfig(8, 8, 2)
+)
 
 
 def host_batch(index: int) -> dict[str, np.ndarray]:
@@ -42,15 +44,22 @@ def host_batch(index: int) -> dict[str, np.ndarray]:
 def begin(shapes: TrainState, model: ModelConfig) -> TrainState:
     """The state of step 0, where AdamW's moments are zero, without a compilation."""
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.device_put(state.replace(params=random_params(model)), jax.tree.map(lambda leaf: leaf.sharding, shapes))
+    return jax.device_put(
+        state.replace(params=random_params(model)), jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    )
 
 
 def train(
-    mesh: MeshConfig, devices: Sequence[jax.Device] | None = None, model: ModelConfig = MODEL, accumulation: int = 1
+    mesh: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,
+    model: ModelConfig = MODEL,
+    accumulation: int = 1,
 ) -> tuple[list[dict[str, float]], Any]:
     """The metrics of each step, and the last state."""
     optim = OptimConfig(learning_rate=3e-3, epsilon=1e-6, schedule=ScheduleConfig(name="constant"))
-    config = TrainConfig(steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation, z_loss=1e-4)
+    config = TrainConfig(
+        steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation, z_loss=1e-4
+    )
     program = language_model_program(model, optim, config, mesh, devices)
     step, state, rows = program.compile_train_step(), begin(program.state, model), []
     part, parts = process_rows(program.batch["tokens"].sharding, ROWS)
@@ -68,18 +77,24 @@ def alone() -> tuple[list[dict[str, float]], Any]:
     return train(MeshConfig(), jax.devices()[:1])
 
 
-def assert_same_run(found: tuple[list[dict[str, float]], Any], expected: tuple[list[dict[str, float]], Any]) -> None:
+def assert_same_run(
+    found: tuple[list[dict[str, float]], Any], expected: tuple[list[dict[str, float]], Any]
+) -> None:
     for row, other in zip(found[0], expected[0], strict=True):
         assert row == pytest.approx(other, abs=1e-5, rel=1e-5)
     params, others = named_leaves(found[1].params), named_leaves(expected[1].params)
     assert set(params) == set(others)
     for name, array in params.items():
-        np.testing.assert_allclose(np.asarray(array), np.asarray(others[name]), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(array), np.asarray(others[name]), atol=1e-5, err_msg=name
+        )
 
 
 @pytest.mark.fast_cases("2x2x2")
 @pytest.mark.parametrize(
-    "sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes))
+    "sizes",
+    [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)],
+    ids=lambda sizes: "x".join(map(str, sizes)),
 )
 def test_mesh_gives_the_run_of_one_device(sizes: tuple[int, int, int]):
     data, fsdp, tensor = sizes
@@ -88,14 +103,19 @@ def test_mesh_gives_the_run_of_one_device(sizes: tuple[int, int, int]):
     kernel = found[1].params["layers_0"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (16 // fsdp, 24 // tensor)
     # The control: the steps have moved every parameter by far more than the tolerance.
-    moved = jax.tree.map(lambda new, old: np.abs(np.asarray(new) - old).max(), found[1].params, random_params(MODEL))
+    moved = jax.tree.map(
+        lambda new, old: np.abs(np.asarray(new) - old).max(), found[1].params, random_params(MODEL)
+    )
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
 @pytest.mark.thorough
 @pytest.mark.default_passes
 def test_scanned_layers_and_accumulation_give_the_same_run_on_a_mesh_as_on_one_device():
-    options = {"model": dataclasses.replace(MODEL, num_layers=2, layer_loop="scan"), "accumulation": 2}
+    options = {
+        "model": dataclasses.replace(MODEL, num_layers=2, layer_loop="scan"),
+        "accumulation": 2,
+    }
     found = train(MeshConfig(data=2, fsdp=2, tensor=2), **options)
     assert_same_run(found, train(MeshConfig(), jax.devices()[:1], **options))
 
@@ -124,7 +144,8 @@ def test_two_processes_give_the_run_of_one_device():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The last flag of a name counts; the others stay, since another compilation may give other bits.
+    # The last flag of a name counts; the others stay, since another compilation may give other
+    # bits.
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     runs = [
@@ -144,6 +165,8 @@ def test_two_processes_give_the_run_of_one_device():
             run.kill()
     assert all(run.returncode == 0 for run in runs), "\n".join(said)
     for text in said:
-        rows = json.loads(next(line for line in text.splitlines() if line.startswith("ROWS")).removeprefix("ROWS"))
+        rows = json.loads(
+            next(line for line in text.splitlines() if line.startswith("ROWS")).removeprefix("ROWS")
+        )
         for row, other in zip(rows, alone()[0], strict=True):
             assert row == pytest.approx(other, abs=1e-5, rel=1e-5)

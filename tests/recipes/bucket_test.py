@@ -1,4 +1,6 @@
-"""A workdir in a bucket is like any other: claims about the verbs with `gs://` addresses, against a local emulator."""
+"""A workdir in a bucket is like any other: claims about the verbs with `gs://` addresses, against a
+local emulator.
+"""
 
 import importlib.util
 import logging
@@ -19,10 +21,16 @@ def _names(folder):
 
 
 def _losses(workdir):
-    return [(row["step"], row["train/loss"]) for row in read_metrics(as_path(workdir)) if "train/loss" in row]
+    return [
+        (row["step"], row["train/loss"])
+        for row in read_metrics(as_path(workdir))
+        if "train/loss" in row
+    ]
 
 
-def test_a_run_in_a_bucket_is_the_run_on_a_disk_and_resumes_bit_for_bit(unbroken, bucket, caplog, monkeypatch):
+def test_a_run_in_a_bucket_is_the_run_on_a_disk_and_resumes_bit_for_bit(
+    unbroken, bucket, caplog, monkeypatch
+):
     workdir = f"{bucket}/run"
     with caplog.at_level(logging.INFO, "tessera"):
         runs.run_until(6, unbroken.config, as_path(workdir))
@@ -53,7 +61,18 @@ def trained(unbroken, emulator):
 
 def test_sample_reads_a_bucket_and_keeps_its_text_there(trained, unbroken, capsys):
     for _ in range(2):
-        assert cli.main(["sample", f"--workdir={trained}", "--prompt=the ", "--max_tokens=4", "--temperature=0"]) == 0
+        assert (
+            cli.main(
+                [
+                    "sample",
+                    f"--workdir={trained}",
+                    "--prompt=the ",
+                    "--max_tokens=4",
+                    "--temperature=0",
+                ]
+            )
+            == 0
+        )
     capsys.readouterr()
     text = (as_path(trained) / "samples.txt").read_text()
     assert text.count("step 12, ") == 2
@@ -75,7 +94,10 @@ def test_convert_takes_a_workdir_out_of_a_bucket_and_into_one(trained, bucket, t
 
 
 def test_a_conversion_that_fails_leaves_nothing_in_a_bucket(trained, bucket, tmp_path, capsys):
-    assert cli.main(["convert", f"--from={trained}", f"--to={bucket}/x", f"--tokenizer={tmp_path}"]) == 2
+    assert (
+        cli.main(["convert", f"--from={trained}", f"--to={bucket}/x", f"--tokenizer={tmp_path}"])
+        == 2
+    )
     assert not as_path(f"{bucket}/x").exists()
     assert cli.main(["convert", f"--from={trained}", f"--to={trained}"]) == 2
     assert "exists already and is not an empty folder" in capsys.readouterr().err
@@ -89,7 +111,9 @@ def test_describe_and_doctor_take_a_bucket(trained, capsys):
 
 
 def test_a_checkpoint_that_is_being_written_in_a_bucket_is_none(unbroken, bucket):
-    """What a killed run leaves there: arrays and manifest, but not the file that Orbax writes last."""
+    """What a killed run leaves there: arrays and manifest, but not the file that Orbax writes
+    last.
+    """
     workdir = as_path(f"{bucket}/run")
     runs.run(unbroken.config, workdir)
     (workdir / "checkpoints" / "12" / "commit_success.txt").unlink()
@@ -99,7 +123,10 @@ def test_a_checkpoint_that_is_being_written_in_a_bucket_is_none(unbroken, bucket
 
 
 def test_another_config_is_refused_a_workdir_in_a_bucket(trained, unbroken):
-    with pytest.raises(UserError, match=r"belongs to another config: optim\.learning_rate is 0\.01 there, 0\.02 here"):
+    with pytest.raises(
+        UserError,
+        match=r"belongs to another config: optim\.learning_rate is 0\.01 there, 0\.02 here",
+    ):
         runs.run(unbroken.config, as_path(trained), optim__learning_rate=0.02)
 
 
@@ -124,13 +151,19 @@ def test_a_wrong_address_is_one_line(emulator, tiny, capsys, address, message):
 @pytest.mark.parametrize("verb", ["train", "sample", "describe", "doctor", "convert"])
 def test_a_bucket_without_its_client_is_one_line(tiny, capsys, monkeypatch, verb):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "gcsfs" else find(name, *rest),
+    )
     config = [f"--config={tiny}"] if verb == "train" else []
-    where = ["--from=gs://bucket/run", "--to=x"] if verb == "convert" else ["--workdir=gs://bucket/run"]
+    where = (
+        ["--from=gs://bucket/run", "--to=x"] if verb == "convert" else ["--workdir=gs://bucket/run"]
+    )
     assert cli.main([verb, *config, *where]) == 2
     error = capsys.readouterr().err
     assert (
-        "= 'gs://bucket/run' needs the client of Google Cloud Storage: pip install -c constraints.txt -e '.[gcs]'"
-        in error
+        "= 'gs://bucket/run' needs the client of Google Cloud Storage: pip install -c "
+        "constraints.txt -e '.[gcs]'" in error
     )
     assert error.count("\n") == 1

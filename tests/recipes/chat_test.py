@@ -1,4 +1,6 @@
-"""A chat model's way in, its answers, and its way out: ends, framing and template are those of its folder."""
+"""A chat model's way in, its answers, and its way out: ends, framing and template are those of its
+folder.
+"""
 
 import io
 import json
@@ -20,7 +22,10 @@ from research.recipes.convert import convert
 from tests.tiny import random_params, tiny_config
 
 SPECIALS = ("<bos>", "<eos>", "<turn>", "<end_of_turn>")
-TEMPLATE = "<bos>{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end_of_turn>{% endfor %}<turn>assistant"
+TEMPLATE = (
+    "<bos>{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end_of_turn>{% endfor "
+    "%}<turn>assistant"
+)
 ASKED = [{"role": "user", "content": "Hi<end_of_turn>"}]
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
@@ -34,10 +39,16 @@ def write_tokenizer(folder, added=SPECIALS, post_processor=None, **settings) -> 
     tokenizer.add_special_tokens([*added])
     if post_processor is not None:
         named = [(name, tokenizer.token_to_id(name)) for name in added]
-        tokenizer.post_processor = processors.TemplateProcessing(single=post_processor, special_tokens=named)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=post_processor, special_tokens=named
+        )
     folder.mkdir(exist_ok=True, parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    values = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    values = {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    } | settings
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
 
 
@@ -51,7 +62,9 @@ def source(tmp_path_factory):
     write_tokenizer(folder, chat_template=TEMPLATE)
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"eos_token_id": [257]}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 259, 258], "top_p": 0.9}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [257, 259, 258], "top_p": 0.9})
+    )
     return folder
 
 
@@ -95,11 +108,17 @@ def test_messages_are_the_ids_of_the_template_and_special_tokens_in_them_stay_te
     ids = [256, 258, *encode("user\nHi<end_of_turn>"), 259, 258, *encode("assistant")]
     assert 259 not in encode("Hi<end_of_turn>")
     assert model.generate(messages=ASKED, **GREEDY) == model.generate(ids=[ids], **GREEDY)
-    assert model.generate(messages=[ASKED, ASKED], **GREEDY) == model.generate(ids=[ids, ids], **GREEDY)
-    assert model.beams(messages=ASKED, num_beams=2, max_tokens=3) == model.beams(ids=[ids], num_beams=2, max_tokens=3)
+    assert model.generate(messages=[ASKED, ASKED], **GREEDY) == model.generate(
+        ids=[ids, ids], **GREEDY
+    )
+    assert model.beams(messages=ASKED, num_beams=2, max_tokens=3) == model.beams(
+        ids=[ids], num_beams=2, max_tokens=3
+    )
 
 
-def test_the_command_line_answers_flags_files_and_lines(workdir, model, tmp_path, capsys, monkeypatch):
+def test_the_command_line_answers_flags_files_and_lines(
+    workdir, model, tmp_path, capsys, monkeypatch
+):
     own = tmp_path / "run"
     shutil.copytree(workdir, own)
     [wanted] = model.generate(messages=ASKED, **GREEDY)
@@ -111,7 +130,11 @@ def test_the_command_line_answers_flags_files_and_lines(workdir, model, tmp_path
     assert capsys.readouterr().out == wanted.text + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi<end_of_turn>\n\nand?\n"))
     assert cli.main([*argv, "--chat"]) == 0
-    second = [*ASKED, {"role": "assistant", "content": wanted.text}, {"role": "user", "content": "and?"}]
+    second = [
+        *ASKED,
+        {"role": "assistant", "content": wanted.text},
+        {"role": "user", "content": "and?"},
+    ]
     [answer] = model.generate(messages=second, **GREEDY)
     assert capsys.readouterr().out == f"{wanted.text}\n{answer.text}\n"
     kept = (own / "samples.txt").read_text(encoding="utf-8")
@@ -123,11 +146,21 @@ def test_the_command_line_answers_flags_files_and_lines(workdir, model, tmp_path
     [
         (["--messages=nowhere.json"], "--messages = nowhere.json cannot be read"),
         (["--messages={file}"], "must be a list of messages"),
-        (["--messages={file}", "--prompt=a"], "--messages: its file is the whole conversation; leave out --prompt"),
+        (
+            ["--messages={file}", "--prompt=a"],
+            "--messages: its file is the whole conversation; leave out --prompt",
+        ),
         (["--system=a"], "--system needs --chat."),
         (["--chat", "--prompt=a"], "has no chat template. Use --prompt alone to continue a text."),
-        (["--chat"], "--chat: the model of {run} has no chat template. Use --prompt alone to continue a text."),
-        (["--messages={list}"], "--messages: the model of {run} has no chat template. Use --prompt alone"),
+        (
+            ["--chat"],
+            "--chat: the model of {run} has no chat template. Use --prompt alone to continue a "
+            "text.",
+        ),
+        (
+            ["--messages={list}"],
+            "--messages: the model of {run} has no chat template. Use --prompt alone",
+        ),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_a_line(workdir, tmp_path, capsys, flags, said):
@@ -137,7 +170,11 @@ def test_what_cannot_be_answered_is_refused_in_a_line(workdir, tmp_path, capsys,
     (tmp_path / "run" / "tokenizer" / "descriptor.json").write_text(json.dumps(descriptor))
     (tmp_path / "asked.json").write_text("{}")
     (tmp_path / "list.json").write_text(json.dumps(ASKED))
-    names = {"file": tmp_path / "asked.json", "list": tmp_path / "list.json", "run": tmp_path / "run"}
+    names = {
+        "file": tmp_path / "asked.json",
+        "list": tmp_path / "list.json",
+        "run": tmp_path / "run",
+    }
     flags = [flag.format(**names) for flag in flags]
     assert cli.main(["sample", f"--workdir={tmp_path / 'run'}", *flags]) == 2
     err = capsys.readouterr().err
@@ -150,7 +187,11 @@ def test_what_cannot_be_answered_is_refused_in_a_line(workdir, tmp_path, capsys,
     ("flags", "typed", "said"),
     [
         (["--messages={file}"], b"", "text has half a surrogate pair at character"),
-        (["--chat"], b"Hi \xff\n", "standard input is not text: 'utf-8' codec can't decode byte 0xff"),
+        (
+            ["--chat"],
+            b"Hi \xff\n",
+            "standard input is not text: 'utf-8' codec can't decode byte 0xff",
+        ),
     ],
 )
 def test_messages_that_are_not_unicode_are_refused_in_a_line(
@@ -192,14 +233,20 @@ def test_a_config_file_of_other_json_is_refused_by_name(tmp_path, text, said):
     [
         (None, {}, ([], [])),
         (None, {"add_bos_token": False}, ([], [])),  # Phi-3
-        (None, {"bos_token": None, "eos_token": "<end_of_turn>", "add_bos_token": False}, ([], [])),  # Qwen
+        (
+            None,
+            {"bos_token": None, "eos_token": "<end_of_turn>", "add_bos_token": False},
+            ([], []),
+        ),  # Qwen
         (None, {"add_bos_token": True}, ([], [])),  # transformers 5 reads the tokenizer.json alone
         ("<bos> $A", {}, ([256], [])),  # LLaMA 3
         ("<bos> $A", {"add_bos_token": False}, ([256], [])),
         ("<bos> $A <eos> <turn>", {}, ([256], [257, 258])),  # a language follows, as mBART's
     ],
 )
-def test_prompts_are_framed_as_the_model_s_own_tokenizer_does(tmp_path, post_processor, settings, framed):
+def test_prompts_are_framed_as_the_model_s_own_tokenizer_does(
+    tmp_path, post_processor, settings, framed
+):
     write_tokenizer(tmp_path / "hf", post_processor=post_processor, **settings)
     tokenizer = folders.from_folder(tmp_path / "hf")
     before, after = framed
@@ -237,7 +284,9 @@ def test_a_workdir_of_an_older_version_ends_with_eos_and_begins_as_a_document(tm
     assert older.digest() == tokenizer.digest()
 
 
-def test_a_tokenizer_with_an_id_more_than_the_embedding_loads_with_a_warning(source, tmp_path, caplog):
+def test_a_tokenizer_with_an_id_more_than_the_embedding_loads_with_a_warning(
+    source, tmp_path, caplog
+):
     larger = tmp_path / "larger"
     shutil.copytree(source, larger)
     write_tokenizer(larger, added=(*SPECIALS, "<image>"), chat_template=TEMPLATE)
@@ -248,7 +297,9 @@ def test_a_tokenizer_with_an_id_more_than_the_embedding_loads_with_a_warning(sou
     ]
     model = research.load(tmp_path / "workdir")
     assert (model.tokenizer.vocab_size, model.config.vocab_size) == (261, 260)
-    with pytest.raises(UserError, match=r"ids: id 260 is out of range: the model's ids lie in \[0, 260\)"):
+    with pytest.raises(
+        UserError, match=r"ids: id 260 is out of range: the model's ids lie in \[0, 260\)"
+    ):
         model.generate(ids=[[260]], **GREEDY)
     drawn = model.generate(["a"] * 4, temperature=100.0, max_tokens=32)
     assert max(token for text in drawn for token in text.tokens) < 260
@@ -260,6 +311,8 @@ def test_a_tokenizer_whose_text_has_more_ids_than_the_embedding_is_refused(sourc
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["vocab"] |= {f"extra{i}": 260 + i for i in range(5)}
     (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="its vocabulary of 265 does not fit the model's vocab_size = 260"):
+    with pytest.raises(
+        UserError, match="its vocabulary of 265 does not fit the model's vocab_size = 260"
+    ):
         convert(str(source), str(tmp_path / "workdir"), None, str(other))
     assert not (tmp_path / "workdir").exists()

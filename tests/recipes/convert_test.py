@@ -70,18 +70,31 @@ def test_workdir_has_the_tokenizer_of_its_source(workdir):
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert (tokenizer.bos_id, tokenizer.eos_id) == (256, 257)
     chat = [{"role": "user", "content": "a</s>"}]
-    assert tokenizer.encode_chat(chat) == [256, *tokenizer.encode("a</s>\n ü"), 257]  # Jinja has one end of line
+    assert tokenizer.encode_chat(chat) == [
+        256,
+        *tokenizer.encode("a</s>\n ü"),
+        257,
+    ]  # Jinja has one end of line
 
 
 def test_the_way_back_is_bitwise(folder, workdir, tmp_path):
     convert(str(workdir), str(tmp_path / "back"), "hf", None)
-    back, source = (safetensors.numpy.load_file(path / "model.safetensors") for path in (tmp_path / "back", folder))
+    back, source = (
+        safetensors.numpy.load_file(path / "model.safetensors")
+        for path in (tmp_path / "back", folder)
+    )
     assert set(back) == set(source)
     for name in source:
         np.testing.assert_array_equal(back[name], source[name], err_msg=name)
-    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (
+        folder / "tokenizer.json"
+    ).read_bytes()
     specials = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
-    assert (specials["bos_token"], specials["eos_token"], specials["chat_template"]) == ("<s>", "</s>", TEMPLATE)
+    assert (specials["bos_token"], specials["eos_token"], specials["chat_template"]) == (
+        "<s>",
+        "</s>",
+        TEMPLATE,
+    )
     assert json.loads((tmp_path / "back" / "config.json").read_text())["bos_token_id"] == 256
 
 
@@ -99,7 +112,11 @@ def byte_pairs(folder):
 def sentence_pieces(folder):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 9), model_writer=model, vocab_size=16, model_type="bpe", minloglevel=2
+        sentence_iterator=iter([TEXT] * 9),
+        model_writer=model,
+        vocab_size=16,
+        model_type="bpe",
+        minloglevel=2,
     )
     (folder / "spiece.model").write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
@@ -113,10 +130,21 @@ def test_a_tokenizer_goes_there_and_back_in_every_form(folder, tmp_path, write):
     convert(str(source), str(tmp_path / "workdir"), None, None)
     convert(str(tmp_path / "workdir"), str(tmp_path / "back"), "hf", None)
     wanted = folders.from_folder(source)
-    held, back = research.load(tmp_path / "workdir").tokenizer, folders.from_folder(tmp_path / "back")
+    held, back = (
+        research.load(tmp_path / "workdir").tokenizer,
+        folders.from_folder(tmp_path / "back"),
+    )
     for tokenizer in (held, back):
         assert tokenizer.encode(TEXT) == wanted.encode(TEXT)
-        for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "mask_id", "sentinel_ids"):
+        for name in (
+            "vocab_size",
+            "bos_id",
+            "eos_id",
+            "pad_id",
+            "unk_id",
+            "mask_id",
+            "sentinel_ids",
+        ):
             assert getattr(tokenizer, name) == getattr(wanted, name), name
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
@@ -164,12 +192,16 @@ def read_tokenizer_after(act, monkeypatch):
 def write_arrays_before(act, monkeypatch):
     """Has `act` happen when all is written and the folder has not taken its name."""
     write = convert_recipe.write_params
-    monkeypatch.setattr(convert_recipe, "write_params", lambda *arguments: write(*arguments) or act())
+    monkeypatch.setattr(
+        convert_recipe, "write_params", lambda *arguments: write(*arguments) or act()
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at_moment", [read_tokenizer_after, write_arrays_before])
-def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, number, at_moment, monkeypatch, capsys):
+def test_a_conversion_that_is_stopped_leaves_nothing(
+    folder, tmp_path, number, at_moment, monkeypatch, capsys
+):
     made = []
 
     def stop():
@@ -181,7 +213,9 @@ def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, number, a
     status = cli.main(["convert", f"--from={folder}", f"--to={tmp_path / 'out'}"])
     assert status == 128 + number
     said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line.startswith("tessera: ")] == said[-1:]  # no traceback beside it
+    assert [line for line in said if line.startswith("tessera: ")] == said[
+        -1:
+    ]  # no traceback beside it
     assert [name.startswith(".out.") for name in made] == [True]
     assert list(tmp_path.iterdir()) == []
 
@@ -190,7 +224,10 @@ def test_a_checkpoint_is_converted_from_before_the_damaged_one(workdir, tmp_path
     source = tmp_path / "source"
     shutil.copytree(workdir, source)
     shutil.copytree(source / "checkpoints" / "0", source / "checkpoints" / "7")
-    largest = max((source / "checkpoints" / "7" / "arrays" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    largest = max(
+        (source / "checkpoints" / "7" / "arrays" / "d").iterdir(),
+        key=lambda path: path.stat().st_size,
+    )
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
@@ -209,7 +246,10 @@ def test_the_source_s_architecture_is_remembered(workdir):
 
 def test_a_folder_becomes_another_folder_of_bfloat16(folder, tmp_path):
     convert(str(folder), str(tmp_path / "out"), "hf", None, "bfloat16")
-    found, source = (safetensors.numpy.load_file(path / "model.safetensors") for path in (tmp_path / "out", folder))
+    found, source = (
+        safetensors.numpy.load_file(path / "model.safetensors")
+        for path in (tmp_path / "out", folder)
+    )
     for name, value in source.items():
         np.testing.assert_array_equal(found[name], value.astype(found[name].dtype), err_msg=name)
 
@@ -221,7 +261,10 @@ def test_mistakes_are_named(folder, tmp_path):
         ((str(folder), out, "hf", None, "int8"), "dtype = 'int8' is not known"),
         ((str(folder), out, None, None, "bfloat16"), "dtype = 'bfloat16' needs format = 'hf'"),
         ((str(tmp_path / "none"), out, None, None), "source = .* is neither"),
-        ((str(folder), out, None, str(folder / "config.json")), "config.json is not a tokenizer.json"),
+        (
+            (str(folder), out, None, str(folder / "config.json")),
+            "config.json is not a tokenizer.json",
+        ),
         ((str(folder), out, None, str(tmp_path)), "holds no tokenizer"),
         ((str(folder), out, None, "none.json"), "cannot be read"),
     ):
@@ -230,7 +273,9 @@ def test_mistakes_are_named(folder, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
     (bare / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer is missing: .*/bare has none of tokenizer\.json, "):
+    with pytest.raises(
+        UserError, match=r"tokenizer is missing: .*/bare has none of tokenizer\.json, "
+    ):
         convert(str(bare), out, None, None)
 
 

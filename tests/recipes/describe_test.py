@@ -26,7 +26,13 @@ from tests.recipes import runs
 from tests.tiny import abstract_params, random_params, tiny_config
 
 MODELS = runs.ROOT / "configs" / "model"
-PRESETS = ("llama.py:3.1-405b", "deepseek.py:v3-671b-mtp", "t5.py:base", "gemma.py:3-1b", "modernbert.py:base")
+PRESETS = (
+    "llama.py:3.1-405b",
+    "deepseek.py:v3-671b-mtp",
+    "t5.py:base",
+    "gemma.py:3-1b",
+    "modernbert.py:base",
+)
 # Variants that sum up what masks depend on.
 SIGHTED = ("windows", "local encoder", "prefix", "encoder-decoder")
 
@@ -49,7 +55,9 @@ def printed_module_sums(part: parameter_summary.Part) -> bool:
     return own and all(map(printed_module_sums, part.parts))
 
 
-@pytest.mark.fast_cases("windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder")
+@pytest.mark.fast_cases(
+    "windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder"
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tree_holds_every_parameter_of_the_model(name: str):
     config = VARIANTS[name]
@@ -67,7 +75,9 @@ def test_tree_holds_every_parameter_of_the_model(name: str):
 
 def test_tree_tells_a_missing_parameter():  # the control
     config = VARIANTS["sinks"]
-    without = dataclasses.replace(config, attention=dataclasses.replace(config.attention, sinks=False))
+    without = dataclasses.replace(
+        config, attention=dataclasses.replace(config.attention, sinks=False)
+    )
     assert parameter_summary.take_apart(without).count != count(nn.unbox(abstract_params(config)))
 
 
@@ -79,7 +89,9 @@ def test_tree_of_a_preset_holds_every_parameter(preset: str):
 
 
 def matrices(config: ModelConfig) -> int:
-    """Weights of the tree that a token is multiplied with, of experts those that it goes to, and the head's."""
+    """Weights of the tree that a token is multiplied with, of experts those that it goes to, and
+    the head's.
+    """
     total = config.embed_dim * config.vocab_size
     for path, part, number in parameter_summary.take_apart(config).parameters():
         if part.name == "kernel" and "pooler" not in path:
@@ -89,7 +101,9 @@ def matrices(config: ModelConfig) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", ["soft caps", "shared experts", "latent", "latent, direct queries", "encoder"])
+@pytest.mark.parametrize(
+    "name", ["soft caps", "shared experts", "latent", "latent, direct queries", "encoder"]
+)
 def test_matrices_of_the_tree_are_those_that_flops_are_counted_of(name: str):
     assert matrices(VARIANTS[name]) == matmul_parameters(VARIANTS[name])
 
@@ -105,7 +119,10 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet():
 def test_cache_numbers_count_keys_and_values_of_all_layers():
     assert parameter_summary.cache_numbers(tiny_config()) == (2 * 2 * 2 * 4, 0)
     assert parameter_summary.cache_numbers(VARIANTS["latent"]) == (2 * (6 + 4), 0)
-    assert parameter_summary.cache_numbers(VARIANTS["encoder-decoder"]) == (2 * 2 * 2 * 4, 2 * 2 * 2 * 4)
+    assert parameter_summary.cache_numbers(VARIANTS["encoder-decoder"]) == (
+        2 * 2 * 2 * 4,
+        2 * 2 * 2 * 4,
+    )
 
 
 def test_layers_are_named_by_runs():
@@ -120,10 +137,16 @@ def who_changes(config: ModelConfig, batch: dict[str, jnp.ndarray], name: str) -
 
     @jax.jit
     def hidden(tokens: jax.Array) -> jax.Array:
-        return Transformer(config).apply({"params": params}, model_inputs(batch) | {name: tokens}).hidden[0]
+        return (
+            Transformer(config)
+            .apply({"params": params}, model_inputs(batch) | {name: tokens})
+            .hidden[0]
+        )
 
     tokens = batch[name]
-    changed = jax.vmap(lambda s: hidden(tokens.at[0, s].set((tokens[0, s] + 7) % 48)))(jnp.arange(tokens.shape[1]))
+    changed = jax.vmap(lambda s: hidden(tokens.at[0, s].set((tokens[0, s] + 7) % 48)))(
+        jnp.arange(tokens.shape[1])
+    )
     return np.asarray(jnp.abs(changed - hidden(tokens)[None]).max(axis=-1) > 1e-4).T
 
 
@@ -132,7 +155,11 @@ def pictured(name: str) -> list[tuple[mask_pictures.MaskPicture, np.ndarray]]:
     """Pictures of a variant beside what a model of that layer alone does."""
     config, found = VARIANTS[name], []
     row, memory = (mask_pictures.packed_row(16, part) for part in ((9, 5), (6, 8)))
-    batch = {"tokens": jnp.asarray(np.arange(16)[None] % 48), "positions": row.positions, "segments": row.segments}
+    batch = {
+        "tokens": jnp.asarray(np.arange(16)[None] % 48),
+        "positions": row.positions,
+        "segments": row.segments,
+    }
     batch |= {"prefix": row.prefix, "encoder_tokens": batch["tokens"]}
     batch |= {"encoder_positions": memory.positions, "encoder_segments": memory.segments}
     batch = {key: jnp.atleast_2d(jnp.asarray(value, jnp.int32)) for key, value in batch.items()}
@@ -176,7 +203,9 @@ def test_picture_of_another_window_is_not_what_the_model_sees():  # the control
 @pytest.mark.parametrize("structure", ["decoder", "encoder"])
 @pytest.mark.parametrize("window", [None, 1, 30, 257])
 def test_large_picture_is_every_step_th_token_of_the_dense_mask(structure: str, window: int | None):
-    config = tiny_config(structure=structure, max_length=1024, pattern=(LayerConfig(window=window),))
+    config = tiny_config(
+        structure=structure, max_length=1024, pattern=(LayerConfig(window=window),)
+    )
     (picture,) = mask_pictures.mask_pictures(config, 640)
     assert picture.step == 10
     assert picture.visible.shape == (64, 64)
@@ -216,7 +245,10 @@ def test_config_and_workdir_are_told_and_drawn(tiny: pathlib.Path, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     status, out, err = tell(capsys, f"--config={tiny}", "--config.model.num_layers=5")
     assert status == 0
-    assert out.startswith("decoder, 5 layers, width 16, 4 query heads sharing 2 key/value heads of 4, vocabulary 384, ")
+    assert out.startswith(
+        "decoder, 5 layers, width 16, 4 query heads sharing 2 key/value heads of 4, vocabulary "
+        "384, "
+    )
     assert re.search(r"layers 0–4 +5 × ", out)
     assert f"describe/{tiny.stem}/attention.png" in err
     drawn = tmp_path / "describe" / tiny.stem / "attention.png"
@@ -232,10 +264,16 @@ def test_config_and_workdir_are_told_and_drawn(tiny: pathlib.Path, tmp_path, mon
     assert (workdir / "plots" / "attention.png").is_file()
 
 
-@pytest.mark.fast_cases("windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder")
+@pytest.mark.fast_cases(
+    "windows", "sinks", "shared experts", "latent", "encoder-decoder", "encoder"
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_a_report(name: str):
-    assert all(line == line.rstrip() or line[0] in "├└│ " for line in describe.report(VARIANTS[name]) if line)
+    assert all(
+        line == line.rstrip() or line[0] in "├└│ "
+        for line in describe.report(VARIANTS[name])
+        if line
+    )
 
 
 def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):

@@ -25,7 +25,9 @@ def test_sound_config_passes_on_one_screen(tiny: pathlib.Path, tmp_path, capsys)
 
 @pytest.mark.processes
 def test_platform_that_is_not_here_is_a_finding_and_no_traceback(tiny: pathlib.Path, tmp_path):
-    process = runs.spawn("doctor", f"--config={tiny}", f"--workdir={tmp_path}", JAX_PLATFORMS="cuda")
+    process = runs.spawn(
+        "doctor", f"--config={tiny}", f"--workdir={tmp_path}", JAX_PLATFORMS="cuda"
+    )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     assert "Traceback" not in err
@@ -43,15 +45,27 @@ def test_workdir_that_cannot_be_written_fails(tmp_path, capsys):
 
 
 def test_mesh_and_model_that_do_not_fit_fail(tiny: pathlib.Path, tmp_path, capsys):
-    changes = {"mesh.data": 3, "mesh.tensor": 8, "train.batch_size": 9, "optim.schedule.warmup_steps": 99}
+    changes = {
+        "mesh.data": 3,
+        "mesh.tensor": 8,
+        "train.batch_size": 9,
+        "optim.schedule.warmup_steps": 99,
+    }
     for change, value in changes.items():
-        status, lines = examine(capsys, f"--config={tiny}", f"--workdir={tmp_path}", *runs.flags({change: value}))
+        status, lines = examine(
+            capsys, f"--config={tiny}", f"--workdir={tmp_path}", *runs.flags({change: value})
+        )
         assert status == 1
-        assert any(line.startswith("FAIL  config") and f"{change.rpartition('.')[0]}" in line for line in lines), lines
+        assert any(
+            line.startswith("FAIL  config") and f"{change.rpartition('.')[0]}" in line
+            for line in lines
+        ), lines
 
 
 def test_missing_corpus_and_foreign_workdir_fail(tiny: pathlib.Path, unbroken, tmp_path, capsys):
-    status, lines = examine(capsys, f"--config={tiny}", f"--workdir={unbroken.workdir}", "--config.train.seed=3")
+    status, lines = examine(
+        capsys, f"--config={tiny}", f"--workdir={unbroken.workdir}", "--config.train.seed=3"
+    )
     assert status == 1
     assert any("belongs to another config: train.seed" in line for line in lines)
     status, lines = examine(

@@ -23,7 +23,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs() -> Iterator[None]:
-    """Runs of one config in a file of tests share its program: tracing and compiling it is most of their time."""
+    """Runs of one config in a file of tests share its program: tracing and compiling it is most of
+    their time.
+    """
     build, programs = train_recipe.language_model_program, {}
 
     def program(*arguments: Any, **options: Any) -> Program:

@@ -44,7 +44,9 @@ def batch(unbroken: Unbroken) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def loss_of_training(model, batch) -> float:
     """The mean loss of the batch as the training step computes it, without dropout."""
-    _, sums = summed(LanguageModelLoss(model.config))(model.params, jax.tree.map(jnp.asarray, batch), None)
+    _, sums = summed(LanguageModelLoss(model.config))(
+        model.params, jax.tree.map(jnp.asarray, batch), None
+    )
     return float(sums["loss"]) / batch["weights"].sum()
 
 
@@ -68,7 +70,9 @@ def test_packed_logits_give_the_loss_of_training(model, batch, loss_of_training)
 
 
 def test_packed_logits_without_segments_are_others(model, batch, loss_of_training):  # the control
-    assert mean_loss(model.logits(batch["tokens"]), batch) != pytest.approx(loss_of_training, rel=1e-4)
+    assert mean_loss(model.logits(batch["tokens"]), batch) != pytest.approx(
+        loss_of_training, rel=1e-4
+    )
 
 
 def test_greedy_text_takes_the_likeliest_token_of_the_logits(model):
@@ -96,7 +100,9 @@ def test_tokens_that_the_model_cannot_read_are_refused(model, tokens, said):
 
 
 def test_python_of_the_readme_runs_as_it_is_printed(unbroken: Unbroken, tmp_path, monkeypatch):
-    [block] = re.findall(r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    [block] = re.findall(
+        r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     (tmp_path / "configs" / "pretrain").mkdir(parents=True)
     shutil.copy(unbroken.config, tmp_path / "configs" / "pretrain" / "stdlib.py")
     for name in ("stdlib", "llama-instruct"):
@@ -122,11 +128,15 @@ def test_lists_are_read_as_arrays(model):
 
 
 def test_address_of_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="workdir = 's3://bucket/run' is an address of an unknown kind"):
+    with pytest.raises(
+        UserError, match="workdir = 's3://bucket/run' is an address of an unknown kind"
+    ):
         research.load("s3://bucket/run")
 
 
-@pytest.mark.parametrize("sampling", [{"top_q": 1.0}, {"temperature": float("nan")}, {"max_tokens": 64}])
+@pytest.mark.parametrize(
+    "sampling", [{"top_q": 1.0}, {"temperature": float("nan")}, {"max_tokens": 64}]
+)
 def test_generate_refuses_what_cannot_be(model, sampling):
     with pytest.raises(UserError, match=next(iter(sampling))):
         model.generate(["the"], **sampling)
@@ -164,12 +174,32 @@ def test_search_takes_no_seeds(model):
         ("windows", {"tokens": [[1.5, 2.0]]}, "tokens: must be whole numbers, not float64."),
         ("windows", {"tokens": [[2**40]]}, "tokens: id 1099511627776 is out of range"),
         ("windows", {"tokens": [[]]}, "tokens: shape (1, 0) must be [rows, ids]"),
-        ("windows", {"tokens": [[1, 2]], "segments": [[1, 1, 1]]}, "segments: shape (1, 3) must be (1, 2)"),
-        ("windows", {"tokens": [[1, 2]], "prefix": [[1, 0]]}, "prefix is given for model.structure = 'decoder'."),
-        ("windows", {"tokens": [[1, 2]], "types": [[1, 0]]}, "types are given for model.embedding.num_types = 0."),
+        (
+            "windows",
+            {"tokens": [[1, 2]], "segments": [[1, 1, 1]]},
+            "segments: shape (1, 3) must be (1, 2)",
+        ),
+        (
+            "windows",
+            {"tokens": [[1, 2]], "prefix": [[1, 0]]},
+            "prefix is given for model.structure = 'decoder'.",
+        ),
+        (
+            "windows",
+            {"tokens": [[1, 2]], "types": [[1, 0]]},
+            "types are given for model.embedding.num_types = 0.",
+        ),
         ("prefix", {"tokens": [[1, 2]], "prefix": [[1]]}, "prefix: shape (1, 1) must be (1, 2)"),
-        ("encoder", {"tokens": [[1, 2]], "types": [[1, 2]]}, "types: id 2 is out of range: it must lie in [0, 2)."),
-        ("encoder-decoder", {"tokens": [[1]], "encoder_tokens": [[3], [5]]}, "encoder_tokens: 2 rows must be 1"),
+        (
+            "encoder",
+            {"tokens": [[1, 2]], "types": [[1, 2]]},
+            "types: id 2 is out of range: it must lie in [0, 2).",
+        ),
+        (
+            "encoder-decoder",
+            {"tokens": [[1]], "encoder_tokens": [[3], [5]]},
+            "encoder_tokens: 2 rows must be 1",
+        ),
         (
             "encoder-decoder",
             {"tokens": [[1, 2]], "segments": [[1, 2]], "encoder_tokens": [[3, 4]]},

@@ -1,4 +1,6 @@
-"""A run whose workdir or disk is taken away ends in one line with status 2, and makes nothing anew."""
+"""A run whose workdir or disk is taken away ends in one line with status 2, and makes nothing
+anew.
+"""
 
 import errno
 import os
@@ -20,15 +22,19 @@ def last_line(text: str) -> str:
     return lines[-1]
 
 
-# Before a checkpoint is saved, while it may still be written, and between two. What is just being written may hinder
-# the removal of the folders above it, as it does for `rm -r`.
+# Before a checkpoint is saved, while it may still be written, and between two. What is just being
+# written may hinder the removal of the folders above it, as it does for `rm -r`.
 @pytest.mark.fast_cases("5")
 @pytest.mark.parametrize("step", [4, 5, 7])
-def test_a_workdir_deleted_in_the_middle_of_a_run_is_one_line(tmp_path, tiny, step, monkeypatch, capfd):
+def test_a_workdir_deleted_in_the_middle_of_a_run_is_one_line(
+    tmp_path, tiny, step, monkeypatch, capfd
+):
     workdir = tmp_path / "run"
     runs.at_step(monkeypatch, step, lambda: shutil.rmtree(workdir, ignore_errors=True))
     assert runs.command("train", tiny, workdir) == 2
-    assert f"--workdir = {workdir} was deleted while the run trained" in last_line(capfd.readouterr().err)
+    assert f"--workdir = {workdir} was deleted while the run trained" in last_line(
+        capfd.readouterr().err
+    )
     assert not workdir.exists()
 
 
@@ -41,18 +47,26 @@ def read_only(*args: object, **options: object) -> None:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-def test_a_disk_that_is_read_only_at_a_row_of_metrics_is_one_line(tmp_path, tiny, monkeypatch, capfd):
+def test_a_disk_that_is_read_only_at_a_row_of_metrics_is_one_line(
+    tmp_path, tiny, monkeypatch, capfd
+):
     workdir = tmp_path / "run"
     open_writer = MetricsWriter.__init__
 
     def open_and_lose(self: MetricsWriter, *args: object) -> None:
         open_writer(self, *args)
-        runs.at_step(monkeypatch, 5, lambda: monkeypatch.setattr(self._file, "flush", read_only, raising=True))
+        runs.at_step(
+            monkeypatch,
+            5,
+            lambda: monkeypatch.setattr(self._file, "flush", read_only, raising=True),
+        )
 
     monkeypatch.setattr(MetricsWriter, "__init__", open_and_lose)
     assert runs.command("train", tiny, workdir) == 2
     said = last_line(capfd.readouterr().err)
-    assert said == f"tessera: error: {workdir}/metrics.jsonl cannot be written: Read-only file system."
+    assert (
+        said == f"tessera: error: {workdir}/metrics.jsonl cannot be written: Read-only file system."
+    )
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
 
 
@@ -63,8 +77,11 @@ def test_a_disk_that_is_read_only_at_a_checkpoint_is_one_line(tmp_path, tiny, mo
     def save_and_lose(self: Checkpoints, step: int, *args: object) -> None:
         if step == 8:
             self.wait()
-            # How long Orbax's other threads wait for the folder that is not made; a process ends after them.
-            monkeypatch.setattr("orbax.checkpoint._src.multihost.multihost.coordination_timeout", lambda: 5)
+            # How long Orbax's other threads wait for the folder that is not made; a process ends
+            # after them.
+            monkeypatch.setattr(
+                "orbax.checkpoint._src.multihost.multihost.coordination_timeout", lambda: 5
+            )
             monkeypatch.setattr(pathlib.Path, "mkdir", read_only)
             monkeypatch.setattr(os, "mkdir", read_only)
             monkeypatch.setattr(os, "makedirs", read_only)
@@ -72,6 +89,9 @@ def test_a_disk_that_is_read_only_at_a_checkpoint_is_one_line(tmp_path, tiny, mo
 
     monkeypatch.setattr(Checkpoints, "save", save_and_lose)
     assert runs.command("train", tiny, workdir) == 2
-    said = f"{workdir}/checkpoints/8: Read-only file system; it was not written. Earlier checkpoints are whole."
+    said = (
+        f"{workdir}/checkpoints/8: Read-only file system; it was not written. Earlier "
+        "checkpoints are whole."
+    )
     assert last_line(capfd.readouterr().err).endswith(said)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]

@@ -1,12 +1,14 @@
-"""Makes `tests/recipes/older_workdir`: a run that was stopped after step 8 of 12, and what its last steps gave.
+"""Makes `tests/recipes/older_workdir`: a run that was stopped after step 8 of 12, and what its last
+steps gave.
 
-Run once, at the root of a checkout of the commit whose files are to be kept readable (718c7bb), under the flags of the
-compiler in `tests/conftest.py`, since other flags round otherwise:
+Run once, at the root of a checkout of the commit whose files are to be kept readable (718c7bb),
+under the flags of the compiler in `tests/conftest.py`, since other flags round otherwise:
 
     JAX_PLATFORMS=cpu XLA_FLAGS="…" python -m tests.recipes.make_older_workdir FOLDER
 
-The model has each thing whose place in the state is easy to lose: experts whose selection biases follow their load,
-a first layer that is built otherwise, multi-token prediction, averaged parameters, dropout.
+The model has each thing whose place in the state is easy to lose: experts whose selection biases
+follow their load, a first layer that is built otherwise, multi-token prediction, averaged
+parameters, dropout.
 """
 
 import hashlib
@@ -33,10 +35,13 @@ import ml_collections
 def get_config():
     return ml_collections.ConfigDict({
         "model": {
-            "vocab_size": 260, "num_layers": 3, "embed_dim": 8, "max_length": 64, "dropout": 0.1, "init_stddev": 0.1,
-            "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4}, "mlp": {"hidden_dim": 8},
+            "vocab_size": 260, "num_layers": 3, "embed_dim": 8, "max_length": 64,
+            "dropout": 0.1, "init_stddev": 0.1,
+            "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4},
+            "mlp": {"hidden_dim": 8},
             "experts": {
-                "num_experts": 4, "experts_per_token": 2, "hidden_dim": 8, "selection_bias": True, "bias_speed": 0.01,
+                "num_experts": 4, "experts_per_token": 2, "hidden_dim": 8,
+                "selection_bias": True, "bias_speed": 0.01,
                 "score": "sigmoid", "balance_weight": 0.01,
             },
             "first_layers": [{"experts": False}], "head": {"num_future": 1},
@@ -45,7 +50,9 @@ def get_config():
             "sources": [{"kind": "text", "path": "corpus", "heldout_fraction": 0.2}],
             "tokenizer": {"kind": "bytes"},
         },
-        "train": {"steps": 12, "batch_size": 8, "sequence_length": 32, "log_every": 1, "eval_every": 4},
+        "train": {
+            "steps": 12, "batch_size": 8, "sequence_length": 32, "log_every": 1, "eval_every": 4,
+        },
         "optim": {"learning_rate": 0.01, "schedule": {"warmup_steps": 2}, "ema_decay": 0.9},
         "checkpoint": {"every": 4, "keep": 1},
     })
@@ -54,7 +61,10 @@ def get_config():
 
 def digests(state: object) -> dict[str, str]:
     """The digest of the bytes of every array, by name."""
-    return {name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for name, leaf in named_leaves(state).items()}
+    return {
+        name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+        for name, leaf in named_leaves(state).items()
+    }
 
 
 def main(folder: pathlib.Path) -> None:
@@ -76,10 +86,16 @@ def main(folder: pathlib.Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         batches = runs.record_batches(patch)
         state = runs.run(folder / "tiny.py", done)
-    step = max(int(path.name) for path in (stopped / "checkpoints").iterdir() if path.name.isdigit())
+    step = max(
+        int(path.name) for path in (stopped / "checkpoints").iterdir() if path.name.isdigit()
+    )
     rows = [row for row in read_metrics(done) if row["step"] > step]
     kept = [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "throughput/", "memory"))}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("time/", "throughput/", "memory"))
+        }
         for row in rows
     ]
     expected = {
@@ -87,7 +103,10 @@ def main(folder: pathlib.Path) -> None:
         "batches": [hashlib.sha256(batch).hexdigest() for batch in batches],
         "rows": kept,
         "last": digests(state),
-        "last_norms": {name: float(np.linalg.norm(leaf)) for name, leaf in named_leaves(jax.device_get(state)).items()},
+        "last_norms": {
+            name: float(np.linalg.norm(leaf))
+            for name, leaf in named_leaves(jax.device_get(state)).items()
+        },
     }
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     for path in (stopped / "tensorboard", stopped / "plots"):

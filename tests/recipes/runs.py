@@ -1,4 +1,6 @@
-"""Tiny runs of the real verbs: a corpus of a few texts, a config file, and the command line in this process."""
+"""Tiny runs of the real verbs: a corpus of a few texts, a config file, and the command line in this
+process.
+"""
 
 import os
 import pathlib
@@ -30,8 +32,10 @@ import ml_collections
 def get_config():
     return ml_collections.ConfigDict({{
         "model": {{
-            "vocab_size": 384, "num_layers": 2, "embed_dim": 16, "max_length": 64, "dropout": 0.1, "init_stddev": 0.1,
-            "attention": {{"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}}, "mlp": {{"hidden_dim": 32}},
+            "vocab_size": 384, "num_layers": 2, "embed_dim": 16, "max_length": 64,
+            "dropout": 0.1, "init_stddev": 0.1,
+            "attention": {{"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}},
+            "mlp": {{"hidden_dim": 32}},
         }},
         "data": {{
             "sources": [{{"kind": "text", "path": {path!r}, "heldout_fraction": 0.2}}],
@@ -50,7 +54,9 @@ def write_corpus(folder: pathlib.Path, count: int = 40) -> pathlib.Path:
     """Writes texts of different lengths that a byte model can learn something from."""
     folder.mkdir()
     for i in range(count):
-        (folder / f"{i:02}.txt").write_text(f"{i} times: " + "the cat sat on the mat. " * (1 + i % 5))
+        (folder / f"{i:02}.txt").write_text(
+            f"{i} times: " + "the cat sat on the mat. " * (1 + i % 5)
+        )
     return folder
 
 
@@ -77,7 +83,9 @@ def run(config: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> TrainSta
     return train(load_experiment(str(config), pairs), workdir)
 
 
-def spawn(*arguments: str, devices: int = 8, terminal: int | None = None, **environment: str) -> subprocess.Popen[str]:
+def spawn(
+    *arguments: str, devices: int = 8, terminal: int | None = None, **environment: str
+) -> subprocess.Popen[str]:
     """Starts the command line as its own process, both streams on pipes, or on a terminal."""
     environment = {
         **os.environ,
@@ -110,7 +118,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
 
 
 def run_until(step: int, config: pathlib.Path, workdir: pathlib.Path, **changes: Any) -> None:
-    """Trains as `run` does until SIGTERM comes when the row of a step is written, which saves the run's state."""
+    """Trains as `run` does until SIGTERM comes when the row of a step is written, which saves the
+    run's state.
+    """
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -118,7 +128,9 @@ def run_until(step: int, config: pathlib.Path, workdir: pathlib.Path, **changes:
 
 
 def record_batches(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Returns a list that receives the tokens of every training batch, in the order of their use."""
+    """Returns a list that receives the tokens of every training batch, in the order of their
+    use.
+    """
     seen, take = [], Loader.next
 
     def taking(self: Loader, state: Any = None) -> dict[str, np.ndarray]:
@@ -135,17 +147,26 @@ def assert_same_state(state: TrainState, other: TrainState) -> None:
     ours, theirs = named_leaves(state), named_leaves(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]), err_msg=name)
+        np.testing.assert_array_equal(
+            np.asarray(ours[name]), np.asarray(theirs[name]), err_msg=name
+        )
 
 
 def rows_without_times(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Returns what a run has measured, less what depends on the machine."""
     return [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "throughput/"))}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("time/", "throughput/"))
+        }
         for row in read_metrics(workdir)
     ]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes | None]:
     """Returns every file under a folder with its bytes, and every folder with None."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }

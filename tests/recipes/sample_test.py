@@ -27,13 +27,17 @@ def test_samples_are_printed_and_kept(unbroken: Unbroken, tmp_path, capsys):
 
 @pytest.mark.fast_cases("flags0")
 @pytest.mark.parametrize("flags", [["--temperature=0.8"], ["--num_beams=3"]])
-def test_pages_give_the_samples_of_the_dense_cache(flags: list[str], unbroken: Unbroken, tmp_path, capsys):
+def test_pages_give_the_samples_of_the_dense_cache(
+    flags: list[str], unbroken: Unbroken, tmp_path, capsys
+):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken.workdir, workdir)
     prompts = ["--prompt=the cat", "--prompt=12 12 12 12 12 12 12 12 12", "--max_tokens=12"]
     texts = []
     for cache in ("dense", "paged"):
-        assert cli.main(["sample", f"--workdir={workdir}", *prompts, *flags, f"--cache={cache}"]) == 0
+        assert (
+            cli.main(["sample", f"--workdir={workdir}", *prompts, *flags, f"--cache={cache}"]) == 0
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
@@ -41,7 +45,12 @@ def test_pages_give_the_samples_of_the_dense_cache(flags: list[str], unbroken: U
 def test_empty_prompt_begins_a_document(unbroken: Unbroken, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken.workdir, workdir)
-    assert cli.main(["sample", f"--workdir={workdir}", "--prompt=", "--max_tokens=4", "--temperature=0"]) == 0
+    assert (
+        cli.main(
+            ["sample", f"--workdir={workdir}", "--prompt=", "--max_tokens=4", "--temperature=0"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip()
 
 
@@ -58,18 +67,33 @@ def test_samples_that_cannot_be_kept_are_printed_all_the_same(unbroken: Unbroken
 def test_beams_are_searched_where_there_is_more_than_one(unbroken: Unbroken, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken.workdir, workdir)
-    argv = ["sample", f"--workdir={workdir}", "--prompt=the", "--prompt=cat", "--max_tokens=8", "--num_beams=3"]
-    assert cli.main([*argv, "--forced_prefix= sat", "--length_penalty=0.5", "--no_repeat_ngram=3"]) == 0
+    argv = [
+        "sample",
+        f"--workdir={workdir}",
+        "--prompt=the",
+        "--prompt=cat",
+        "--max_tokens=8",
+        "--num_beams=3",
+    ]
+    assert (
+        cli.main([*argv, "--forced_prefix= sat", "--length_penalty=0.5", "--no_repeat_ngram=3"])
+        == 0
+    )
     first, second = capsys.readouterr().out.split("\n\n")
     assert first.startswith("the sat")
     assert second.startswith("cat sat")
-    assert "step 12, BeamConfig(num_beams=3" in (workdir / "samples.txt").read_text(encoding="utf-8")
+    assert "step 12, BeamConfig(num_beams=3" in (workdir / "samples.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--num_beams=3", "--temperature=0.5"], "--temperature = 0.5 draws, and num_beams = 3 searches."),
+        (
+            ["--num_beams=3", "--temperature=0.5"],
+            "--temperature = 0.5 draws, and num_beams = 3 searches.",
+        ),
         (["--num_beams=3", "--stop=x"], "--stop = ('x',) draws, and num_beams = 3 searches."),
         (["--length_penalty=2"], "--length_penalty = 2.0 needs num_beams above 1."),
         (["--num_beams=0"], "--num_beams = 0 must be at least 1."),

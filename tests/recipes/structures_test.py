@@ -1,4 +1,6 @@
-"""One loop trains every structure: each objective's packed batches, resumed, sampled and read from Python."""
+"""One loop trains every structure: each objective's packed batches, resumed, sampled and read from
+Python.
+"""
 
 import functools
 import json
@@ -23,7 +25,7 @@ BOTH = {
     "model__structure": "encoder_decoder",
     "model__encoder_layers": 2,
     "model__position__kind": "buckets",
-    "model__start_id": 258,
+    "model__decoder_start_id": 258,
 }
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "hidden_dim": 16, "balance_weight": 0.01}
 CASES = {
@@ -38,12 +40,14 @@ CASES = {
     },
     "infill": {**BOTH, "data__objective__kind": "infill", "data__tokenizer__mask": True},
     "experts": {f"model__experts__{name}": value for name, value in EXPERTS.items()},
-    "future tokens": {"model__head__num_future": 1},
+    "future tokens": {"model__head__mtp_depth": 1},
 }
 
 
 def train(name: str, tiny: pathlib.Path, workdir: pathlib.Path, **more) -> None:
-    runs.run(tiny, workdir, **CASES[name], **{"model__dropout": 0.0, "train__eval_every": 0, **more})
+    runs.run(
+        tiny, workdir, **CASES[name], **{"model__dropout": 0.0, "train__eval_every": 0, **more}
+    )
 
 
 def losses_of(workdir: pathlib.Path) -> list[float]:
@@ -70,7 +74,7 @@ def test_loss_falls(name, finished):
     losses = losses_of(finished(name))
     assert len(losses) == runs.STEPS
     assert np.mean(losses[-3:]) < losses[0] - 0.3
-    assert any("train/future_loss" in row for row in rows) == (name == "future tokens")
+    assert any("train/mtp_loss" in row for row in rows) == (name == "future tokens")
     assert any("eval/loss" in row for row in rows)
     # Bits a byte mean something only where all of the text is predicted.
     predicts_all = name in ("experts", "future tokens")
@@ -106,9 +110,15 @@ def test_encoder_gives_logits_of_every_place_and_makes_no_text(finished):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__objective__kind": "masked"}, "does not train model.structure = 'decoder'. Use 'causal'."),
+        (
+            {"data__objective__kind": "masked"},
+            "does not train model.structure = 'decoder'. Use 'causal'.",
+        ),
         ({**BOTH}, "does not train model.structure = 'encoder_decoder'. Use 'span' or"),
-        ({**CASES["span"], "model__start_id": 3}, "model.start_id = 3 is not the id"),
+        (
+            {**CASES["span"], "model__decoder_start_id": 3},
+            "model.decoder_start_id = 3 is not the id",
+        ),
         ({**CASES["span"], "data__tokenizer__sentinels": 0}, "sentinel_ids"),
     ],
 )

@@ -15,19 +15,29 @@ from tests.recipes import runs
 SCHEDULE = {"optim.schedule.name": "constant", "train.eval_every": 0}
 
 
-def start(config: pathlib.Path, workdir: pathlib.Path, steps: int, tensor: int = 1) -> list[subprocess.Popen[str]]:
+def start(
+    config: pathlib.Path, workdir: pathlib.Path, steps: int, tensor: int = 1
+) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     changes = {"train.steps": steps, "distributed.coordinator": f"localhost:{port}", **SCHEDULE}
-    changes |= {"distributed.initialize": True, "distributed.num_processes": 2, "mesh.tensor": tensor}
+    changes |= {
+        "distributed.initialize": True,
+        "distributed.num_processes": 2,
+        "mesh.tensor": tensor,
+    }
     arguments = ["train", f"--config={config}", f"--workdir={workdir}", *runs.flags(changes)]
-    return [runs.spawn(*arguments, f"--config.distributed.process_id={i}", devices=1) for i in range(2)]
+    return [
+        runs.spawn(*arguments, f"--config.distributed.process_id={i}", devices=1) for i in range(2)
+    ]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
     said = [process.communicate(timeout=400)[1].splitlines() for process in processes]
-    last = [lines[-1] if lines else "" for lines in said]  # where all goes well only process 0 speaks
+    last = [
+        lines[-1] if lines else "" for lines in said
+    ]  # where all goes well only process 0 speaks
     return [process.returncode for process in processes], last
 
 
@@ -36,7 +46,9 @@ def test_two_processes_stop_together_and_end_as_one_process_does(tiny: pathlib.P
     workdir = tmp_path / "two"
     processes = start(tiny, workdir, 100_000)
     until = time.monotonic() + 120
-    while not (workdir / "config.json").exists():  # it compiles now: the notice waits for the first steps
+    while not (
+        workdir / "config.json"
+    ).exists():  # it compiles now: the notice waits for the first steps
         assert all(process.poll() is None for process in processes)
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -53,6 +65,9 @@ def test_two_processes_stop_together_and_end_as_one_process_does(tiny: pathlib.P
     changes = {name.replace(".", "__"): value for name, value in SCHEDULE.items()}
     runs.run(tiny, tmp_path / "one", train__steps=stopped + 3, **changes)
     for name in ("train/loss", "eval/loss"):
-        ours, theirs = curve(read_metrics(workdir), name), curve(read_metrics(tmp_path / "one"), name)
+        ours, theirs = (
+            curve(read_metrics(workdir), name),
+            curve(read_metrics(tmp_path / "one"), name),
+        )
         assert ours[0] == theirs[0]
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5)

@@ -21,10 +21,12 @@ from tests.recipes import runs
 from tests.recipes.fixtures import Unbroken
 
 
-def test_run_stopped_at_many_steps_ends_bitwise_as_the_unbroken_one(tmp_path, unbroken: Unbroken, monkeypatch):
+def test_run_stopped_at_many_steps_ends_bitwise_as_the_unbroken_one(
+    tmp_path, unbroken: Unbroken, monkeypatch
+):
     seen = runs.record_batches(monkeypatch)
-    # A step's row is written while the next one is under way: this stops after 2 steps, after 4 (which are evaluated
-    # and have a checkpoint), after 7, after 10 and after the last.
+    # A step's row is written while the next one is under way: this stops after 2 steps, after 4
+    # (which are evaluated and have a checkpoint), after 7, after 10 and after the last.
     for step in (1, 3, 6, 9, 11):
         runs.run_until(step, unbroken.config, tmp_path / "run")
     state = runs.run(unbroken.config, tmp_path / "run")
@@ -86,7 +88,10 @@ def test_run_goes_on_on_another_mesh(tmp_path, unbroken: Unbroken):
     table = state.params["embed"]["embedding"]  # vocab over tensor, embed over fsdp
     assert table.addressable_shards[0].data.shape == (384 // 2, 16 // 2)
     for name in ("train/loss", "eval/loss"):
-        ours, theirs = curve(read_metrics(workdir), name), curve(read_metrics(unbroken.workdir), name)
+        ours, theirs = (
+            curve(read_metrics(workdir), name),
+            curve(read_metrics(unbroken.workdir), name),
+        )
         assert ours[0] == theirs[0]
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5)
 
@@ -107,12 +112,16 @@ def test_finished_run_goes_on_where_steps_are_added(tmp_path, unbroken: Unbroken
     shutil.copytree(unbroken.workdir, tmp_path / "run")
     state = runs.run(unbroken.config, tmp_path / "run", train__steps=14)
     assert int(state.step) == 14
-    assert [row["step"] for row in read_metrics(tmp_path / "run") if "train/loss" in row] == list(range(1, 15))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "train/loss" in row] == list(
+        range(1, 15)
+    )
 
 
 def damage(checkpoint: pathlib.Path) -> None:
     """Flips a bit of the largest array."""
-    largest = max(jax.tree.leaves(research.load(checkpoint.parent.parent).params), key=lambda leaf: leaf.size)
+    largest = max(
+        jax.tree.leaves(research.load(checkpoint.parent.parent).params), key=lambda leaf: leaf.size
+    )
     raw = np.asarray(largest).tobytes()[:512]  # each device writes a part
     [path] = [path for path in checkpoint.rglob("*") if path.is_file() and raw in path.read_bytes()]
     data = bytearray(path.read_bytes())
@@ -130,27 +139,37 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, unbroken:
     assert runs.rows_without_times(workdir) == runs.rows_without_times(unbroken.workdir)
 
 
-def test_run_never_starts_anew_when_all_checkpoints_are_damaged(tmp_path, unbroken: Unbroken, capsys):
+def test_run_never_starts_anew_when_all_checkpoints_are_damaged(
+    tmp_path, unbroken: Unbroken, capsys
+):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken.workdir, workdir)
     damage(workdir / "checkpoints" / "12")
     damage(workdir / "checkpoints" / "8")
     before = runs.contents(workdir)
     assert runs.command("train", unbroken.config, workdir, "--config.train.steps=20") == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("tessera: error: no checkpoint is whole")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("tessera: error: no checkpoint is whole")
+    )
     assert runs.contents(workdir) == before
 
 
 def test_diverged_run_stops_and_names_step_and_batch(tmp_path, tiny, capsys):
     assert runs.command("train", tiny, tmp_path / "run", "--config.optim.learning_rate=1e30") == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"step \d+: loss or gradient was not finite 5 times in a row .* rows \d+ to \d+ of", last)
+    assert re.search(
+        r"step \d+: loss or gradient was not finite 5 times in a row .* rows \d+ to \d+ of", last
+    )
     rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
     assert max(row["train/skipped_in_row"] for row in rows) >= 5
 
 
 def poisoned_batches(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Makes the loss of some steps of the next run, which must not evaluate before, not a number."""
+    """Makes the loss of some steps of the next run, which must not evaluate before, not a
+    number.
+    """
     place, count = train_recipe.place_batch, itertools.count(1)
 
     def placing(batch, like):
@@ -167,7 +186,9 @@ def test_step_without_a_finite_loss_is_skipped_and_counted(tmp_path, tiny, monke
     assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (8, 2, 0)
     rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
     assert [row["train/skipped"] for row in rows] == [0, 1, 2, 2, 2, 2, 2, 2]
-    assert [math.isnan(row["train/loss"]) for row in rows] == [step in (2, 3) for step in range(1, 9)]
+    assert [math.isnan(row["train/loss"]) for row in rows] == [
+        step in (2, 3) for step in range(1, 9)
+    ]
     assert "step 2: loss or gradient is not finite" in caplog.text
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
@@ -175,16 +196,27 @@ def test_step_without_a_finite_loss_is_skipped_and_counted(tmp_path, tiny, monke
 @pytest.mark.thorough
 def test_run_whose_steps_are_never_finite_stops_without_harm(tmp_path, tiny, monkeypatch):
     poisoned_batches(monkeypatch, set(range(3, 100)))
-    with pytest.raises(UserError, match=r"step 7: .* 5 times in a row .* rows 48 to 55 of the order"):
+    with pytest.raises(
+        UserError, match=r"step 7: .* 5 times in a row .* rows 48 to 55 of the order"
+    ):
         runs.run(tiny, tmp_path / "run", train__eval_every=0)
     monkeypatch.undo()
-    state = runs.run(tiny, tmp_path / "run", train__eval_every=0)  # the batches were at fault: it goes on behind them
+    state = runs.run(
+        tiny, tmp_path / "run", train__eval_every=0
+    )  # the batches were at fault: it goes on behind them
     assert int(state.step) == runs.STEPS
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 def test_workdir_describes_the_run(unbroken: Unbroken):
-    for name in ("config.json", "tokenizer", "checkpoints/12", "checkpoints/8", "metrics.jsonl", "tensorboard"):
+    for name in (
+        "config.json",
+        "tokenizer",
+        "checkpoints/12",
+        "checkpoints/8",
+        "metrics.jsonl",
+        "tensorboard",
+    ):
         assert (unbroken.workdir / name).exists(), name
     assert not (unbroken.workdir / "checkpoints" / "4").exists()
     assert (unbroken.workdir / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -192,7 +224,9 @@ def test_workdir_describes_the_run(unbroken: Unbroken):
     rows = read_metrics(unbroken.workdir)
     trained = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in trained] == list(range(1, runs.STEPS + 1))
-    assert all("throughput/mfu" in row and row["throughput/tokens_per_second"] > 0 for row in trained)
+    assert all(
+        "throughput/mfu" in row and row["throughput/tokens_per_second"] > 0 for row in trained
+    )
     assert [row["step"] for row in rows if "eval/bits_per_byte" in row] == [4, 8, 12]
     assert trained[-1]["train/loss"] < trained[0]["train/loss"] - 1
 
@@ -201,15 +235,22 @@ def test_bits_per_byte_are_those_computed_by_hand(unbroken: Unbroken):
     model = research.load(unbroken.workdir)
     path = str(unbroken.config.parent / "corpus")
     size, pieces = 0, []
-    for document in documents(SourceConfig(kind="text", path=path, heldout_fraction=0.2), "heldout"):
+    for document in documents(
+        SourceConfig(kind="text", path=path, heldout_fraction=0.2), "heldout"
+    ):
         ids = model.tokenizer.frame(np.asarray(model.tokenizer.encode(document.text), np.int32))
         size += len(document.text.encode())
         # As the loader cuts: pieces of at most a row, positions anew in each.
         pieces += [ids[start : start + 33] for start in range(0, len(ids) - 1, 32)]
     rows = np.stack([np.pad(piece, (0, 33 - len(piece)), constant_values=-1) for piece in pieces])
-    tokens, targets = np.maximum(rows[:, :-1], 0), rows[:, 1:]  # what stands behind a piece, it does not see
+    tokens, targets = (
+        np.maximum(rows[:, :-1], 0),
+        rows[:, 1:],
+    )  # what stands behind a piece, it does not see
     log_p = np.asarray(jax.nn.log_softmax(model.logits(tokens)), np.float64)
-    nats = -(np.take_along_axis(log_p, np.maximum(targets, 0)[..., None], -1)[..., 0] * (targets >= 0)).sum()
+    nats = -(
+        np.take_along_axis(log_p, np.maximum(targets, 0)[..., None], -1)[..., 0] * (targets >= 0)
+    ).sum()
     found = curve(read_metrics(unbroken.workdir), "eval/bits_per_byte")[1][-1]
     assert found == pytest.approx(nats / math.log(2) / size, rel=1e-4)
 
@@ -222,12 +263,18 @@ def test_times_of_a_run_sum_to_its_wall_time(tmp_path, tiny, monkeypatch):
     runs.run(tiny, tmp_path / "run", train__steps=100, train__eval_every=50, checkpoint__every=50)
     whole, wall = time.perf_counter() - start, written[0] - start
     row = [row for row in read_metrics(tmp_path / "run") if "time/other" in row][-1]
-    spent = {name: value for name, value in row.items() if name.startswith("time/") and name != "time/step_ms"}
+    spent = {
+        name: value
+        for name, value in row.items()
+        if name.startswith("time/") and name != "time/step_ms"
+    }
     assert row["time/other"] < 0.01 * whole
     assert 0.99 * wall <= sum(spent.values()) <= wall
 
 
-def test_run_killed_before_its_first_checkpoint_says_that_it_starts_anew(tmp_path, unbroken: Unbroken, caplog):
+def test_run_killed_before_its_first_checkpoint_says_that_it_starts_anew(
+    tmp_path, unbroken: Unbroken, caplog
+):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken.workdir, workdir)
     shutil.rmtree(workdir / "checkpoints")

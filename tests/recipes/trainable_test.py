@@ -26,7 +26,9 @@ def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_pat
     assert len(list((tmp_path / "run" / "checkpoints").glob("base-*"))) == 1
     # All parameters are read in their own type, the averaged ones of those that are trained.
     model = load(tmp_path / "run")
-    found, averaged, last = (named_leaves(tree) for tree in (model.params, unbroken.ema, unbroken.params))
+    found, averaged, last = (
+        named_leaves(tree) for tree in (model.params, unbroken.ema, unbroken.params)
+    )
     for name, leaf in found.items():
         assert leaf.dtype == np.float32
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(averaged[name]), err_msg=name)
@@ -40,7 +42,11 @@ def test_a_run_with_frozen_parameters_is_resumed_and_read_like_any_other(tmp_pat
 
 @pytest.mark.thorough
 def test_rows_of_the_embedding_that_were_trained_are_resumed(tmp_path, tiny):
-    rows = {"train__steps": 6, "train__trainable__select": "embedding_rows", "train__trainable__rows": (32, 97, 101)}
+    rows = {
+        "train__steps": 6,
+        "train__trainable__select": "embedding_rows",
+        "train__trainable__rows": (32, 97, 101),
+    }
     unbroken = runs.run(tiny, tmp_path / "unbroken", **rows)
     runs.run_until(4, tiny, tmp_path / "run", **rows)
     runs.assert_same_state(runs.run(tiny, tmp_path / "run", **rows), unbroken)

@@ -32,5 +32,6 @@ def test_figures_are_plausible():
         assert 8e9 <= device.memory_bytes <= 300e9, kind
         assert 3e11 <= device.bandwidth <= 1e13, kind
         assert 5e12 < device.float32 <= (device.bfloat16 or device.float32) < 5e15, kind
-        # A device of these years multiplies some tens to hundreds of numbers for each byte that it reads.
+        # A device of these years multiplies some tens to hundreds of numbers for each byte that it
+        # reads.
         assert 10 < device.float32 / device.bandwidth < 800, kind

@@ -48,12 +48,16 @@ def test_a_function_is_traced_anew_for_each_chip(libtpu):
 @pytest.mark.compilers
 def test_a_matmul_is_compiled_for_an_h200_that_is_not_here():
     pytest.importorskip("jax_cuda12_plugin", reason="needs the extra `cuda`")
-    compiled = compile_on(gpu_devices()[0], lambda x: x @ x, jax.ShapeDtypeStruct((256, 256), jnp.bfloat16))
+    compiled = compile_on(
+        gpu_devices()[0], lambda x: x @ x, jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    )
     assert "__cublas" in compiled.as_text() or "triton" in compiled.as_text()
 
 
 def test_an_unknown_topology_is_one_line(libtpu):
-    with pytest.raises(UserError, match=r"topology = 'v5' is no TPU generation. Did you mean 'v5[ep]'"):
+    with pytest.raises(
+        UserError, match=r"topology = 'v5' is no TPU generation. Did you mean 'v5[ep]'"
+    ):
         tpu_devices("v5")
     with pytest.raises(UserError, match=r"topology = 'v5e:3x5' does not exist for tpu: ") as caught:
         tpu_devices("v5e:3x5")

@@ -1,4 +1,6 @@
-"""A bucket that does not answer is one line: claims about `storage.paths` and what the command line shows of it."""
+"""A bucket that does not answer is one line: claims about `storage.paths` and what the command line
+shows of it.
+"""
 
 import contextlib
 import http.server
@@ -15,7 +17,10 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
     """Answers as Google's servers do to whoever has no credentials."""
 
     def do_GET(self):
-        said = b'{"error": {"code": 401, "message": "Anonymous caller does not have storage.objects.list access"}}'
+        said = (
+            b'{"error": {"code": 401, "message": "Anonymous caller does not have '
+            b'storage.objects.list access"}}'
+        )
         self.send_response(401)
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
@@ -26,7 +31,9 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Prints nothing about clients that hang up in the middle of a request, as ours do when they give up."""
+    """Prints nothing about clients that hang up in the middle of a request, as ours do when they
+    give up.
+    """
 
     def handle_error(self, request, client_address):
         pass
@@ -71,7 +78,10 @@ def test_a_bucket_whose_server_is_not_there_is_one_line_soon(at_port, capfd):
     at_port(_free_port())
     start = time.monotonic()
     error = _said(capfd)
-    assert "--workdir = 'gs://bucket/run': bucket gs://bucket cannot be reached: Connect call failed" in error
+    assert (
+        "--workdir = 'gs://bucket/run': bucket gs://bucket cannot be reached: Connect call failed"
+        in error
+    )
     assert time.monotonic() - start < 30  # the client alone takes longer to give up
 
 
@@ -79,4 +89,7 @@ def test_a_bucket_that_wants_credentials_is_one_line(at_port, capfd):
     with _server() as port:
         at_port(port)
         error = _said(capfd)
-    assert "bucket gs://bucket cannot be reached: Anonymous caller does not have storage.objects.list access" in error
+    assert (
+        "bucket gs://bucket cannot be reached: Anonymous caller does not have "
+        "storage.objects.list access" in error
+    )

@@ -12,7 +12,9 @@ SHAPE = (3, 5)
 
 
 def array(dtype: str) -> np.ndarray:
-    raw = np.random.default_rng(0).integers(0, 256, size=(*SHAPE, jnp.dtype(dtype).itemsize), dtype=np.uint8)
+    raw = np.random.default_rng(0).integers(
+        0, 256, size=(*SHAPE, jnp.dtype(dtype).itemsize), dtype=np.uint8
+    )
     return raw.view(jnp.dtype(dtype))[..., 0] if dtype != "bool" else raw[..., 0] > 127
 
 
@@ -35,7 +37,9 @@ def reference(x: np.ndarray) -> str:
     return text
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32", "uint8", "bool", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "int32", "uint32", "uint8", "bool", "float8_e4m3fn"]
+)
 def test_digest_equals_a_plain_count(dtype):
     x = array(dtype)
     assert digests({"x": jnp.asarray(x)}) == {"x": reference(x)}
@@ -46,7 +50,9 @@ def test_digest_of_a_scalar_and_of_nothing():
     assert found == {"scalar": reference(np.float32([-0.0])), "empty": "0" * 16}
 
 
-@pytest.mark.parametrize(("sizes", "spec"), [((8, 1), ("a", None)), ((2, 4), ("a", "b")), ((2, 4), (None, ("a", "b")))])
+@pytest.mark.parametrize(
+    ("sizes", "spec"), [((8, 1), ("a", None)), ((2, 4), ("a", "b")), ((2, 4), (None, ("a", "b")))]
+)
 def test_digest_does_not_depend_on_the_mesh(sizes, spec):
     x = np.random.default_rng(1).normal(size=(16, 24)).astype(np.float32)
     mesh = jax.make_mesh(sizes, ("a", "b"))
@@ -70,13 +76,18 @@ def test_every_single_flipped_bit_changes_both_sums(dtype):
 
 def test_exchanged_elements_and_rows_change_the_digest():
     x = array("float32")
-    found = [digests({"x": jnp.asarray(y)})["x"] for y in (x, x[::-1], x[:, ::-1], np.roll(x, 1), x.T.reshape(SHAPE))]
+    found = [
+        digests({"x": jnp.asarray(y)})["x"]
+        for y in (x, x[::-1], x[:, ::-1], np.roll(x, 1), x.T.reshape(SHAPE))
+    ]
     assert len(set(found)) == len(found)
 
 
 PARTS = {
     "layers": [(slice(i, i + 1),) for i in range(6)],
-    "columns of layers": [(slice(i, i + 1), slice(None), slice(j, j + 3)) for i in range(6) for j in (0, 3, 6)],
+    "columns of layers": [
+        (slice(i, i + 1), slice(None), slice(j, j + 3)) for i in range(6) for j in (0, 3, 6)
+    ],
     "planes": [(slice(None), slice(j, j + 1)) for j in range(5)],
     "blocks": [(slice(i, i + 2), slice(j, j + 3), slice(None)) for i in (0, 2, 4) for j in (0, 3)],
     "all of it": [()],
@@ -88,7 +99,9 @@ PARTS = {
 def test_digest_of_parts_in_any_order_is_that_of_the_whole(parts, dtype, monkeypatch):
     monkeypatch.setattr("research.storage.digests._BLOCK", 7)
     _ramp.cache_clear()
-    raw = np.random.default_rng(3).integers(0, 256, size=(6, 5, 8, jnp.dtype(dtype).itemsize), dtype=np.uint8)
+    raw = np.random.default_rng(3).integers(
+        0, 256, size=(6, 5, 8, jnp.dtype(dtype).itemsize), dtype=np.uint8
+    )
     x = raw.view(jnp.dtype(dtype))[..., 0]
     running = RunningDigest(x.shape)
     for box in reversed(PARTS[parts]):

@@ -1,7 +1,9 @@
-"""Serves one bucket of Google Cloud Storage on this machine: `python -m tests.storage.emulator PORT BUCKET`.
+"""Serves one bucket of Google Cloud Storage on this machine: `python -m tests.storage.emulator PORT
+BUCKET`.
 
-The emulator of the package index knows no generations, which TensorStore needs to write a store that others write too:
-each object's own is told with its bytes, and a request that names another one is refused.
+The emulator of the package index knows no generations, which TensorStore needs to write a store
+that others write too: each object's own is told with its bytes, and a request that names another
+    one is refused.
 """
 
 import functools
@@ -22,12 +24,18 @@ def _generation(storage: Any, bucket: str, name: str) -> int:
 
 
 def _conditional(handler: Callable[..., None]) -> Callable[..., None]:
-    """Returns a handler that keeps a request's preconditions on the generation of its object, and tells it."""
+    """Returns a handler that keeps a request's preconditions on the generation of its object, and
+    tells it.
+    """
 
     @functools.wraps(handler)
     def handle(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> None:
         bucket = request.params["bucket_name"]
-        name = request.params["object_id"] if "object_id" in request.params else request.query.get("name", [""])[0]
+        name = (
+            request.params["object_id"]
+            if "object_id" in request.params
+            else request.query.get("name", [""])[0]
+        )
         generation = _generation(storage, bucket, name)
         (wanted,) = request.query.get("ifGenerationMatch", [generation])
         (known,) = request.query.get("ifGenerationNotMatch", [None])

@@ -46,7 +46,9 @@ def test_the_next_writer_of_a_file_removes_what_a_killed_one_left_and_nothing_el
 
 
 def test_two_writers_of_a_file_do_not_write_into_each_other(tmp_path, monkeypatch):
-    """The second one writes all of its content while the first has written its own but not renamed it."""
+    """The second one writes all of its content while the first has written its own but not renamed
+    it.
+    """
     fsync, nested = os.fsync, []
 
     def meanwhile(descriptor):
@@ -108,7 +110,9 @@ def test_a_folder_has_the_permissions_of_any_other(tmp_path):
 
 
 def test_a_folder_that_was_removed_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
-    """Another writer takes it for a leftover; a lock on what is no longer there would guard nothing."""
+    """Another writer takes it for a leftover; a lock on what is no longer there would guard
+    nothing.
+    """
     lock, removed = fcntl.flock, []
 
     def too_late(descriptor, operation):
@@ -165,7 +169,9 @@ with files.new_folder(pathlib.Path(sys.argv[1])) as folder:
 
 
 def _writer(final):
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(final)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(final)], stdout=subprocess.PIPE, text=True
+    )
     return process, process.stdout.readline().strip()
 
 

@@ -30,7 +30,9 @@ def _wait_for(port: int, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="session")
 def emulator() -> Iterator[str]:
-    """The address of the emulator's only bucket; all clients of this process and those that it starts go there."""
+    """The address of the emulator's only bucket; all clients of this process and those that it
+    starts go there.
+    """
     port = _free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.storage.emulator", str(port), "emulated"],
@@ -45,7 +47,9 @@ def emulator() -> Iterator[str]:
             patch.setenv("STORAGE_EMULATOR_HOST", url)
             patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
             patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks a service that the emulator has not
+            patch.setenv(
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+            )  # asks a service that the emulator has not
             yield "gs://emulated"
     finally:
         process.kill()

@@ -1,4 +1,6 @@
-"""Experts are kept evenly loaded by biases that move at a fixed speed, outside of the optimizer's own work."""
+"""Experts are kept evenly loaded by biases that move at a fixed speed, outside of the optimizer's
+own work.
+"""
 
 import dataclasses
 import functools
@@ -24,17 +26,27 @@ from tests.parallel.training_test import LENGTH, ROWS, begin, host_batch
 from tests.tiny import tiny_config
 
 SPEED, STEPS = 0.02, 40
-EXPERTS = ExpertsConfig(num_experts=8, experts_per_token=2, hidden_dim=8, score="sigmoid", selection_bias=True)
+EXPERTS = ExpertsConfig(
+    num_experts=8, experts_per_token=2, hidden_dim=8, score="sigmoid", selection_bias=True
+)
 MODEL = tiny_config(num_layers=1, experts=dataclasses.replace(EXPERTS, bias_speed=SPEED))
 CONTROL = tiny_config(num_layers=1, experts=EXPERTS)
 
 Run = tuple[list[dict[str, np.ndarray]], list[dict[str, float]]]
 
 
-def run(model: ModelConfig, steps: int, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1) -> Run:
-    """The parameters before each step and after the last, and the metrics of each; all batches are two in turns."""
-    optim = OptimConfig(learning_rate=1e-3, epsilon=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=0.5)
-    config = TrainConfig(steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation)
+def run(
+    model: ModelConfig, steps: int, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1
+) -> Run:
+    """The parameters before each step and after the last, and the metrics of each; all batches are
+    two in turns.
+    """
+    optim = OptimConfig(
+        learning_rate=1e-3, epsilon=1e-4, schedule=ScheduleConfig(name="constant"), clip_norm=0.5
+    )
+    config = TrainConfig(
+        steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation
+    )
     mesh = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
     program = language_model_program(model, optim, config, mesh, jax.devices()[: math.prod(sizes)])
     step, state, metrics = program.compile_train_step(), begin(program.state, model), []
@@ -84,11 +96,15 @@ def loads(params: dict[str, np.ndarray], index: int) -> np.ndarray:
     batch, tree = host_batch(index % 2), {}
     for name, value in params.items():
         *groups, last = name.split("/")
-        functools.reduce(lambda place, group: place.setdefault(group, {}), groups, tree)[last] = jnp.asarray(value)
+        functools.reduce(lambda place, group: place.setdefault(group, {}), groups, tree)[last] = (
+            jnp.asarray(value)
+        )
     scored, load = np.asarray(scores()(tree, batch)), np.zeros(EXPERTS.num_experts)
     for row, column in np.argwhere(batch["segments"] != 0):
         ranked = scored[row, column] + bias(params)
-        for expert in sorted(range(len(load)), key=lambda expert: -ranked[expert])[: EXPERTS.experts_per_token]:
+        for expert in sorted(range(len(load)), key=lambda expert: -ranked[expert])[
+            : EXPERTS.experts_per_token
+        ]:
             load[expert] += 1
     return load
 
@@ -118,7 +134,9 @@ def test_load_becomes_even_by_the_bias_alone():
 
 
 def test_nothing_else_is_touched():
-    """Neither the norm, the clipping nor the moments of the others see the load; no decay sees the bias."""
+    """Neither the norm, the clipping nor the moments of the others see the load; no decay sees the
+    bias.
+    """
     (params, metrics), (others, expected) = alone(), control()
     assert metrics[0] == expected[0]
     assert metrics[0]["grad_norm"] > 0.5  # so that it is clipped
@@ -139,10 +157,14 @@ def test_two_devices_microbatches_and_a_loop_move_it_alike():
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("count", [1, 2])
-def test_biases_of_the_last_layers_of_a_scanned_stack_follow_the_load_of_their_own_layers(count: int):
+def test_biases_of_the_last_layers_of_a_scanned_stack_follow_the_load_of_their_own_layers(
+    count: int,
+):
     model = dataclasses.replace(MODEL, num_layers=3, layer_loop="scan")
     options = {"batch_size": ROWS, "sequence_length": LENGTH}
-    config = TrainConfig(steps=STEPS, trainable=TrainableConfig("last_layers", num_layers=count), **options)
+    config = TrainConfig(
+        steps=STEPS, trainable=TrainableConfig("last_layers", num_layers=count), **options
+    )
     program = language_model_program(model, OptimConfig(), config, MeshConfig(), jax.devices()[:1])
     state, frozen = program.begin(None, jax.random.key(0))
     first = program.merge(state, frozen).params
@@ -162,6 +184,13 @@ def test_biases_of_the_last_layers_of_a_scanned_stack_follow_the_load_of_their_o
 
 def test_state_is_that_of_a_run_without_it():
     """So a run may go on with another speed, as DeepSeek-V3's did."""
-    options = (OptimConfig(), TrainConfig(steps=9, batch_size=ROWS, sequence_length=LENGTH), MeshConfig())
-    states = [language_model_program(model, *options, jax.devices()[:1]).state for model in (MODEL, CONTROL)]
+    options = (
+        OptimConfig(),
+        TrainConfig(steps=9, batch_size=ROWS, sequence_length=LENGTH),
+        MeshConfig(),
+    )
+    states = [
+        language_model_program(model, *options, jax.devices()[:1]).state
+        for model in (MODEL, CONTROL)
+    ]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -58,7 +58,9 @@ def size(folder: pathlib.Path) -> int:
 
 def flip_a_bit(folder: pathlib.Path) -> None:
     """Of the largest file, which holds arrays' values."""
-    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -77,8 +79,14 @@ def test_what_is_frozen_is_written_once_and_read_with_every_checkpoint(tmp_path,
 
     for step, state in ((1, first), (2, second)):
         manifest = files.read_manifest(tmp_path / "checkpoints" / str(step))
-        there = {name for name, array in manifest["arrays"].items() if array.get("place") == base.name}
-        assert there == {f"{field}/{name}" for field in (["params", "ema"] if ema else ["params"]) for name in RESTING}
+        there = {
+            name for name, array in manifest["arrays"].items() if array.get("place") == base.name
+        }
+        assert there == {
+            f"{field}/{name}"
+            for field in (["params", "ema"] if ema else ["params"])
+            for name in RESTING
+        }
         assert set(manifest["arrays"]) == set(canonical(state))
         _, restored, _ = opened().restore(abstract(state), step)
         assert_same(restored, state)
@@ -90,7 +98,9 @@ def test_a_checkpoint_holds_only_what_is_trained_itself(tmp_path, opened):
     state = saved_state(ema=False).replace(opt_state=())
     checkpoints = opened()
     write(checkpoints, 1, state)
-    alone = json.loads((tmp_path / "checkpoints" / "1" / "arrays" / "_METADATA").read_bytes())["tree_metadata"]
+    alone = json.loads((tmp_path / "checkpoints" / "1" / "arrays" / "_METADATA").read_bytes())[
+        "tree_metadata"
+    ]
     assert {tuple(key["key"] for key in entry["key_metadata"]) for entry in alone.values()} == {
         ("step",),
         ("params", "layers", "scale"),
@@ -135,10 +145,9 @@ def test_a_damaged_bit_or_a_missing_folder_is_one_line_that_names_it(tmp_path, o
     assert any(name in str(caught.value) for name in RESTING)
     assert "\n" not in str(caught.value)
     shutil.rmtree(base)
-    with pytest.raises(
-        UserError,
-        match=rf"{base.name}: arrays/_METADATA cannot be read \(FileNotFoundError.*{base.name}/arrays/_METADATA",
-    ):
+    metadata = f"{base.name}/arrays/_METADATA"
+    said = rf"{base.name}: arrays/_METADATA cannot be read \(FileNotFoundError.*{metadata}"
+    with pytest.raises(UserError, match=said):
         opened().restore(abstract(state))
 
 
@@ -150,12 +159,16 @@ def test_a_place_outside_the_checkpoints_is_refused(tmp_path, opened):
     content = json.loads(path.read_bytes())["content"]
     content["arrays"]["params/embed"]["place"] = "../../elsewhere"
     path.write_text(json.dumps({"sha256": files._sha256(content), "content": content}))
-    with pytest.raises(UserError, match=r"'\.\./\.\./elsewhere', which is no folder of frozen parameters"):
+    with pytest.raises(
+        UserError, match=r"'\.\./\.\./elsewhere', which is no folder of frozen parameters"
+    ):
         opened().restore(abstract(state))
 
 
 def test_folders_that_no_checkpoint_names_are_removed_and_others_stay(tmp_path, opened):
-    """A run that trains other parameters from step 2 on: its old folder stays as long as a checkpoint needs it."""
+    """A run that trains other parameters from step 2 on: its old folder stays as long as a
+    checkpoint needs it.
+    """
     state = saved_state(ema=False)
     checkpoints = opened(keep=2)
     write(checkpoints, 1, state)
@@ -189,7 +202,10 @@ def test_parts_of_frozen_parameters_are_read_where_they_lie(tmp_path, opened):
     state = saved_state(ema=False)
     checkpoints = opened()
     write(checkpoints, 1, state)
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named_leaves(state.params).items()}
+    shapes = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in named_leaves(state.params).items()
+    }
     reader = ParamsReader(tmp_path, 1, shapes)
     for name, leaf in named_leaves(state.params).items():
         assert reader.read(name, ()).tobytes() == np.asarray(leaf).tobytes(), name
@@ -259,7 +275,9 @@ def test_a_folder_that_cannot_be_removed_ends_no_run(tmp_path, opened, monkeypat
 
 
 def test_a_folder_may_lie_behind_a_link(tmp_path, opened):
-    """On another disk, say: the link goes when the folder is not needed, and what it points to stays."""
+    """On another disk, say: the link goes when the folder is not needed, and what it points to
+    stays.
+    """
     state = saved_state(ema=False)
     checkpoints = opened()
     write(checkpoints, 1, state)
@@ -280,20 +298,25 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, opened, monkey
     checkpoints = opened()
 
     def full(self, state, checkpointer):
-        (tmp_path / "checkpoints" / "base-0123456789abcdef.orbax-checkpoint-tmp").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "base-0123456789abcdef.orbax-checkpoint-tmp").mkdir(
+            parents=True
+        )
         (tmp_path / "checkpoints" / "base-0123456789abcdef").mkdir()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint_base.Base, "part", full)
     with pytest.raises(
-        UserError, match=r"No space left on device; it was not written\. There is no earlier checkpoint"
+        UserError,
+        match=r"No space left on device; it was not written\. There is no earlier checkpoint",
     ):
         checkpoints.save(1, state, {})
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_folder_that_is_removed_in_the_middle_of_a_run_is_written_again(tmp_path, opened, resumed):
+def test_a_folder_that_is_removed_in_the_middle_of_a_run_is_written_again(
+    tmp_path, opened, resumed
+):
     state = saved_state(ema=False)
     checkpoints = opened()
     write(checkpoints, 1, state)

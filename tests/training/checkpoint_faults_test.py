@@ -34,7 +34,9 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_whole(opened, tmp_p
 
     monkeypatch.setattr(checkpoints._checkpointer._handler, "finalize", full)
     checkpoints.save(2, state, {})
-    with pytest.raises(UserError, match=r"checkpoints/2: No space left on device; it was not written") as error:
+    with pytest.raises(
+        UserError, match=r"checkpoints/2: No space left on device; it was not written"
+    ) as error:
         checkpoints.save(3, state, {})
     assert "\n" not in str(error.value)
     assert str(error.value).endswith("Earlier checkpoints are whole.")
@@ -51,16 +53,23 @@ def test_a_full_disk_at_the_first_checkpoint_promises_none_before(opened, monkey
 
     monkeypatch.setattr(checkpoints._checkpointer._handler, "finalize", full)
     checkpoints.save(1, state, {})
-    with pytest.raises(UserError, match=r"checkpoints/1: No space .* not written\. There is no earlier checkpoint\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints/1: No space .* not written\. There is no earlier checkpoint\.$",
+    ):
         checkpoints.wait()
 
 
 def test_what_fails_of_other_arrays_is_not_reported_beside_the_line(opened, monkeypatch, caplog):
-    """Tasks report an error that nobody asked for when they are freed: that is to happen before `close` returns."""
+    """Tasks report an error that nobody asked for when they are freed: that is to happen before
+    `close` returns.
+    """
     checkpoints, others = opened(), weakref.WeakSet()
 
     async def full() -> None:
-        raise ValueError("Error writing 1.orbax-checkpoint-tmp: No space left on device")  # as TensorStore says it
+        raise ValueError(
+            "Error writing 1.orbax-checkpoint-tmp: No space left on device"
+        )  # as TensorStore says it
 
     async def full_in_its_tasks() -> None:
         held = [asyncio.ensure_future(full()) for _ in range(2)]
@@ -97,10 +106,14 @@ def test_a_disk_without_room_for_a_folder_lets_the_process_end(opened, part, mon
         await mkdir(path, *args, **options)
 
     monkeypatch.setattr(async_path, "mkdir", full)
-    with pytest.raises(UserError, match=r"checkpoints/2: No space left on device; it was not written"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/2: No space left on device; it was not written"
+    ):
         write(checkpoints, 2, new_state())
     checkpoints.close()
-    assert not [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
+    assert not [
+        thread for thread in threading.enumerate() if thread not in before and not thread.daemon
+    ]
 
 
 def test_errors_that_name_each_other_are_told_once():
@@ -125,15 +138,21 @@ def test_another_error_of_the_writer_is_raised_at_the_next_wait(opened, monkeypa
     assert checkpoints.restore(abstract(state))[0] == 1
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # not a traceback beside the line
+@pytest.mark.filterwarnings(
+    "error::pytest.PytestUnraisableExceptionWarning"
+)  # not a traceback beside the line
 def test_a_really_full_disk_leaves_earlier_checkpoints_whole(opened, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", small], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", small], capture_output=True
+    )
     if mount.returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        state = new_state().replace(params={"w": jnp.arange(2**20, dtype=jnp.float32)}, opt_state=())
+        state = new_state().replace(
+            params={"w": jnp.arange(2**20, dtype=jnp.float32)}, opt_state=()
+        )
         checkpoints = opened(small, keep=5)
         checkpoints.save(1, state, {})
         checkpoints.wait()
@@ -162,7 +181,9 @@ state = {"step": jnp.int32(0), "w": jnp.zeros((512, 1024)), "m": layers}
 train = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig(every=1, keep=2))
 if checkpoints.latest is not None:
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     step, state, extra = checkpoints.restore(shapes)
     assert all(bool(jnp.all(leaf == step)) for leaf in jax.tree.leaves(state)), "restored a mixture"
     assert extra == {"step": step}
@@ -180,13 +201,18 @@ def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     for attempt in range(4):
         run = subprocess.Popen(
-            [sys.executable, "-c", TRAIN, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", TRAIN, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         first = run.stdout.readline().split()
         assert first, "the run failed"
         if attempt:
             assert first[0] == "restored"
-            assert int(first[1]) >= reached - 2  # the one in flight, and the one that the pipe told of before its end
+            assert (
+                int(first[1]) >= reached - 2
+            )  # the one in flight, and the one that the pipe told of before its end
         for _ in range(3):  # whatever the machine, four attempts reach a dozen
             first = run.stdout.readline().split()
         time.sleep(rng.random())
@@ -195,5 +221,7 @@ def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(tmp_path):
         run.wait()
         reached = int(said[-1]) if len(said) > 1 and said[-1].isdecimal() else int(first[1])
         names = [path.name.partition(".")[2] for path in (tmp_path / "checkpoints").iterdir()]
-        assert all(name in ("", "deleted") or name.startswith("orbax-checkpoint-tmp") for name in names)
+        assert all(
+            name in ("", "deleted") or name.startswith("orbax-checkpoint-tmp") for name in names
+        )
     assert reached > 10

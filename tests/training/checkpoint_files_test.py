@@ -20,7 +20,9 @@ from research.training.checkpoints import CheckpointConfig, Checkpoints
 from tests.training.states import abstract, assert_same, new_state
 
 # No read that fails may leave anything behind that prints a traceback.
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning", "error::RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "error::pytest.PytestUnraisableExceptionWarning", "error::RuntimeWarning"
+)
 
 EXTRA = {"loader": {"position": 12345}, "losses": [0.1, 1e-300]}
 
@@ -43,7 +45,9 @@ def copy(saved, tmp_path):
 
 
 def outcome(workdir: pathlib.Path, state) -> str:
-    """What restoring says: the error's text, or "" when every bit of state and extra is as it was saved."""
+    """What restoring says: the error's text, or "" when every bit of state and extra is as it was
+    saved.
+    """
     try:
         step, restored, extra = Checkpoints(workdir, CheckpointConfig()).restore(abstract(state))
     except UserError as error:
@@ -54,7 +58,9 @@ def outcome(workdir: pathlib.Path, state) -> str:
 
 
 def files_of(workdir: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
-    return sorted(path for path in (workdir / "checkpoints" / "10").rglob(pattern) if path.is_file())
+    return sorted(
+        path for path in (workdir / "checkpoints" / "10").rglob(pattern) if path.is_file()
+    )
 
 
 def size(path: pathlib.Path) -> int:
@@ -70,7 +76,11 @@ def flip(path: pathlib.Path, bit: int) -> None:
 def place_of(workdir: pathlib.Path, array) -> tuple[pathlib.Path, int]:
     """The file and the byte at which an array's raw bytes lie."""
     raw = np.asarray(array).tobytes()
-    [found] = [(path, path.read_bytes().index(raw)) for path in files_of(workdir) if raw in path.read_bytes()]
+    [found] = [
+        (path, path.read_bytes().index(raw))
+        for path in files_of(workdir)
+        if raw in path.read_bytes()
+    ]
     return found
 
 
@@ -84,7 +94,8 @@ def test_every_flipped_bit_is_caught_or_harmless(saved):
     caught = 0
     files = files_of(workdir)
     data = [path for path in files if path.parent.name == "d"]
-    # Files that hold more are hit more often: their number, order and names differ from one writing to the next.
+    # Files that hold more are hit more often: their number, order and names differ from one writing
+    # to the next.
     chosen = [
         path
         for among, count in ((data, 90), (files, 30))
@@ -117,7 +128,9 @@ def test_each_of_forty_flipped_bits_names_its_array(saved):
         path, start = place_of(workdir, arrays[name])
         bit = 8 * start + rng.randrange(8 * arrays[name].nbytes)
         flip(path, bit)
-        assert f"checkpoints/10: the bits of array {name} are not those that were saved" in outcome(workdir, state)
+        assert f"checkpoints/10: the bits of array {name} are not those that were saved" in outcome(
+            workdir, state
+        )
         flip(path, bit)
     assert outcome(workdir, state) == ""
 
@@ -142,7 +155,9 @@ def test_missing_short_and_empty_files_are_caught_or_harmless(saved):
                 path.unlink()
             else:
                 path.write_bytes(whole[: len(whole) // 2] if harm == "short" else b"")
-            caught[path.relative_to(workdir / "checkpoints" / "10").as_posix(), harm] = outcome(workdir, state)
+            caught[path.relative_to(workdir / "checkpoints" / "10").as_posix(), harm] = outcome(
+                workdir, state
+            )
             path.write_bytes(whole)
     assert "manifest.json is missing" in caught["manifest/manifest.json", "missing"]
     assert "manifest.json cannot be read" in caught["manifest/manifest.json", "short"]
@@ -198,14 +213,19 @@ def test_all_damaged_is_an_error_that_names_all(copy):
 
 
 def wider(tree):
-    return jax.tree.map(lambda x: x if x.ndim == 0 else jnp.concatenate([x, x[..., :1]], axis=-1), tree)
+    return jax.tree.map(
+        lambda x: x if x.ndim == 0 else jnp.concatenate([x, x[..., :1]], axis=-1), tree
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (wider, "params/embed is bfloat16[96, 8] in it; the config wants bfloat16[96, 9]"),
-        (lambda s: s.replace(ema=s.params), "ema/embed is not in it; the config wants bfloat16[96, 8]"),
+        (
+            lambda s: s.replace(ema=s.params),
+            "ema/embed is not in it; the config wants bfloat16[96, 8]",
+        ),
         (
             lambda s: s.replace(params={k: v for k, v in s.params.items() if k != "embed"}),
             "params/embed is bfloat16[96, 8] in it; the config wants no such array",
@@ -214,7 +234,10 @@ def wider(tree):
             lambda s: s.replace(params={k: v for k, v in s.params.items() if k != "layers_2"}),
             "params/layers/mlp/bias is bfloat16[3, 32] in it; the config wants bfloat16[2, 32]",
         ),
-        (lambda s: s.replace(step=jnp.float32(0)), "step is int32[] in it; the config wants float32[]"),
+        (
+            lambda s: s.replace(step=jnp.float32(0)),
+            "step is int32[] in it; the config wants float32[]",
+        ),
     ],
 )
 def test_another_architecture_is_an_error_that_names_the_first_difference(copy, change, said):
@@ -234,8 +257,14 @@ def grouped_otherwise(state):
 def test_an_optimizer_state_that_is_grouped_otherwise_is_not_called_another_architecture(copy):
     workdir, state = copy
     found = outcome(workdir, grouped_otherwise(state))
-    assert "checkpoints/10 has this model's parameters, but its optimizer's state is grouped otherwise" in found
-    assert "so train cannot resume it: opt_state/0/mu/embed is bfloat16[96, 8] in it; the config wants no such" in found
+    assert (
+        "checkpoints/10 has this model's parameters, but its optimizer's state is grouped otherwise"
+        in found
+    )
+    assert (
+        "so train cannot resume it: opt_state/0/mu/embed is bfloat16[96, 8] in it; the config "
+        "wants no such" in found
+    )
     assert "another architecture" not in found
     assert "\n" not in found
 
@@ -253,13 +282,21 @@ def test_an_array_of_another_type_on_disk_is_caught(copy):
     spec = {"driver": "zarr", "kvstore": store_of(folder, "params/layers/scale")}
     values = ts.open(spec, open=True).result().read().result()
     assert values.dtype == np.float32
-    other = {"metadata": {"shape": [3, 8], "chunks": [3, 8], "dtype": "<i4"}, "delete_existing": True, "create": True}
+    other = {
+        "metadata": {"shape": [3, 8], "chunks": [3, 8], "dtype": "<i4"},
+        "delete_existing": True,
+        "create": True,
+    }
     ts.open({**spec, **other}).result().write(values.view(np.int32)).result()
-    assert "params/layers/scale cannot be read (it is stored as int32[3, 8])" in outcome(workdir, state)
+    assert "params/layers/scale cannot be read (it is stored as int32[3, 8])" in outcome(
+        workdir, state
+    )
 
 
 def test_every_flipped_bit_of_the_small_files_is_caught_or_harmless(saved):
-    """All of them but the arrays' bits: whatever parses them, no error of another type, and no other bits."""
+    """All of them but the arrays' bits: whatever parses them, no error of another type, and no
+    other bits.
+    """
     workdir, state = saved
     rng, caught, count = random.Random(2), 0, 0
     small = [path for path in files_of(workdir) if path.parent.name != "d"]
@@ -275,7 +312,9 @@ def test_every_flipped_bit_of_the_small_files_is_caught_or_harmless(saved):
     assert outcome(workdir, state) == ""
 
 
-def test_a_flipped_bit_in_the_name_of_an_array_is_damage_and_the_checkpoint_before_is_used(copy, caplog):
+def test_a_flipped_bit_in_the_name_of_an_array_is_damage_and_the_checkpoint_before_is_used(
+    copy, caplog
+):
     workdir, state = copy
     checkpoints = Checkpoints(workdir, CheckpointConfig(every=10))
     checkpoints.save(20, state, {})

@@ -1,4 +1,6 @@
-"""A checkpoint that was never whole in memory is like any other: claims about `training.checkpoint_stream`."""
+"""A checkpoint that was never whole in memory is like any other: claims about
+`training.checkpoint_stream`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,10 @@ from tests.training.states import abstract, assert_same, new_state, params
 
 
 def shapes_of(tree):
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named_leaves(tree).items()}
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in named_leaves(tree).items()
+    }
 
 
 def parts_of(tree):
@@ -71,7 +76,9 @@ def test_its_manifest_is_that_of_a_checkpoint_saved_whole(streamed, tmp_path):
 
 def test_orbax_alone_reads_it(streamed):
     workdir, tree = streamed
-    restored = ocp.PyTreeCheckpointer().restore(epath.Path(workdir / "checkpoints" / "5" / "arrays"))
+    restored = ocp.PyTreeCheckpointer().restore(
+        epath.Path(workdir / "checkpoints" / "5" / "arrays")
+    )
     for name, wanted in canonical(tree).items():
         found = named_leaves(restored["params"])[name]
         np.testing.assert_array_equal(found, wanted, err_msg=name)
@@ -130,7 +137,9 @@ def test_a_part_that_never_comes_is_an_error_and_leaves_nothing(tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("part", [(1, 4096, 28672), (1, 4, 7168, 2048), (128256, 64), (1, 64), (1, 1, 1, 1), (1, 0, 3)])
+@pytest.mark.parametrize(
+    "part", [(1, 4096, 28672), (1, 4, 7168, 2048), (128256, 64), (1, 64), (1, 1, 1, 1), (1, 0, 3)]
+)
 def test_chunks_are_small_and_their_edges_are_those_of_parts(part, monkeypatch):
     chunk = chunk_shape(part, 4)
     assert 4 * np.prod(chunk) <= checkpoint_stream.CHUNK_BYTES

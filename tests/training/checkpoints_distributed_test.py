@@ -60,7 +60,8 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The last flag of a name counts; the others stay, since another compilation may give other bits.
+    # The last flag of a name counts; the others stay, since another compilation may give other
+    # bits.
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     runs = [

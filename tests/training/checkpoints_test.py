@@ -23,7 +23,9 @@ def test_restored_state_and_extra_are_bitwise_those_saved(opened, asynchronous):
     checkpoints.save(3, state, extra)
     assert asynchronous or checkpoints.steps() == [3]
     step, restored, found = (
-        opened().restore(abstract(state)) if not asynchronous else checkpoints.restore(abstract(state))
+        opened().restore(abstract(state))
+        if not asynchronous
+        else checkpoints.restore(abstract(state))
     )
     assert (step, found) == (3, extra)
     assert checkpoints.latest == 3
@@ -31,7 +33,9 @@ def test_restored_state_and_extra_are_bitwise_those_saved(opened, asynchronous):
 
 
 def test_a_state_donated_while_it_is_written_is_saved_as_it_was(opened):
-    state = new_state().replace(params={"w": jnp.arange(2**20, dtype=jnp.float32)}, opt_state=(), ema=None)
+    state = new_state().replace(
+        params={"w": jnp.arange(2**20, dtype=jnp.float32)}, opt_state=(), ema=None
+    )
     train = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     checkpoints = opened(keep=4)
     for step in range(1, 4):
@@ -40,7 +44,9 @@ def test_a_state_donated_while_it_is_written_is_saved_as_it_was(opened):
             state = train(state)
     for step in range(1, 4):
         _, restored, _ = checkpoints.restore(abstract(state), step)
-        np.testing.assert_array_equal(restored.params["w"], np.arange(2**20, dtype=np.float32) + 5 * (step - 1))
+        np.testing.assert_array_equal(
+            restored.params["w"], np.arange(2**20, dtype=np.float32) + 5 * (step - 1)
+        )
 
 
 def test_training_goes_on_while_one_write_is_in_flight_and_no_more(opened, monkeypatch):
@@ -70,12 +76,19 @@ def test_the_latest_and_every_kth_are_kept(opened, tmp_path):
         checkpoints.save(step, state, {})
     checkpoints.wait()
     assert checkpoints.steps() == [4, 8, 9, 10]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "4", "8", "9"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "10",
+        "4",
+        "8",
+        "9",
+    ]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(opened, tmp_path, caplog):
     state, checkpoints = new_state(), opened(every=1, keep=1)
-    (tmp_path / "checkpoints" / "1.deleted" / "file").mkdir(parents=True)  # in the way of the first one's new name
+    (tmp_path / "checkpoints" / "1.deleted" / "file").mkdir(
+        parents=True
+    )  # in the way of the first one's new name
     checkpoints._tidied = True
     for step in (1, 2, 3):
         checkpoints.save(step, state, {})
@@ -130,14 +143,18 @@ def test_parameters_alone_restore_without_the_optimizer(opened, tmp_path, scanne
     checkpoints = opened()
     checkpoints.save(1, state, {})
     checkpoints.wait()
-    raw = np.asarray(jnp.stack([state.opt_state[0].nu[f"layers_{i}"]["mlp"]["kernel"] for i in range(3)])).tobytes()
+    raw = np.asarray(
+        jnp.stack([state.opt_state[0].nu[f"layers_{i}"]["mlp"]["kernel"] for i in range(3)])
+    ).tobytes()
     [path] = [path for path in tmp_path.rglob("*") if path.is_file() and raw in path.read_bytes()]
     path.write_bytes(path.read_bytes().replace(raw, bytes(len(raw))))
     like = new_state(scanned=scanned).params
     step, params = opened().restore_params(abstract(like))
     assert step == 1
     assert_same(params, like)
-    with pytest.raises(UserError, match="opt_state/0/nu/layers/mlp/kernel"):  # the control: it was damaged
+    with pytest.raises(
+        UserError, match="opt_state/0/nu/layers/mlp/kernel"
+    ):  # the control: it was damaged
         opened().restore(abstract(state))
 
 
@@ -218,7 +235,10 @@ def test_exchanged_folders_are_no_checkpoints(opened, tmp_path):
     checkpoints = opened(keep=3)
     step, _, extra = checkpoints.restore(abstract(state))
     assert (step, extra) == (20, {"n": 20})
-    with pytest.raises(UserError, match=r"checkpoints/30: manifest\.json is of step 25: the folder has been renamed"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints/30: manifest\.json is of step 25: the folder has been renamed",
+    ):
         checkpoints.restore(abstract(state), step=30)
     for step in (25, 30):
         checkpoints.save(step, state, {"n": step})
@@ -247,7 +267,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("file", ["manifest/manifest.json", "arrays/_METADATA", ""])
 @pytest.mark.parametrize("harm", HOSTILE)
-def test_a_hostile_file_in_a_checkpoint_is_passed_over_and_said(opened, tmp_path, caplog, harm, file):
+def test_a_hostile_file_in_a_checkpoint_is_passed_over_and_said(
+    opened, tmp_path, caplog, harm, file
+):
     state, writer = new_state(), opened()
     for step in (10, 20):
         writer.save(step, state, {"n": step})
@@ -273,7 +295,9 @@ def test_a_fresh_run_does_not_write_below_the_checkpoints_of_another(opened):
     writer.save(10, state, {"first": True})
     writer.wait()
     other = opened()
-    with pytest.raises(UserError, match="checkpoints/10 is newer than step 5: restore it, or move it away"):
+    with pytest.raises(
+        UserError, match="checkpoints/10 is newer than step 5: restore it, or move it away"
+    ):
         other.save(5, state, {})
     other.save(10, state, {"first": False})
     assert other.restore(abstract(state))[2] == {"first": True}

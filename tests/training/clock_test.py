@@ -32,7 +32,14 @@ def test_an_inner_block_pauses_the_outer_one():
         t.now += 32
     t.now += 64
     found = clock.seconds()
-    assert found == {"compute": 0, "data": 32, "checkpoint": 0, "evaluation": 26, "compile": 4, "other": 65}
+    assert found == {
+        "compute": 0,
+        "data": 32,
+        "checkpoint": 0,
+        "evaluation": 26,
+        "compile": 4,
+        "other": 65,
+    }
     assert sum(found.values()) == t.now - 100
     assert list(found)[-1] == "other"
 
@@ -92,5 +99,6 @@ def test_the_report_names_every_category():
         t.now += 0.5
     t.now += 0.5
     assert clock.report() == (
-        "wall 10.0 s: compute 90.0 %, data 5.0 %, checkpoint 0.0 %, evaluation 0.0 %, compile 0.0 %, other 5.0 %"
+        "wall 10.0 s: compute 90.0 %, data 5.0 %, checkpoint 0.0 %, evaluation 0.0 %, compile 0.0 "
+        "%, other 5.0 %"
     )

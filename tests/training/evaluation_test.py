@@ -24,7 +24,13 @@ def batch(value: float, weight: float) -> dict:
 
 
 def test_mean_is_taken_over_all_tokens_and_not_over_batches():
-    found = evaluate(make_eval_step(ValueLoss()), None, None, [batch(2.0, 1.0), batch(4.0, 0.25)], bytes_per_target=3.5)
+    found = evaluate(
+        make_eval_step(ValueLoss()),
+        None,
+        None,
+        [batch(2.0, 1.0), batch(4.0, 0.25)],
+        bytes_per_target=3.5,
+    )
     mean = (2 * 4 + 4 * 1) / 5
     assert found["eval/loss"] == pytest.approx(mean)
     assert found["eval/bits_per_byte"] == pytest.approx(mean / math.log(2) / 3.5)
@@ -33,10 +39,14 @@ def test_mean_is_taken_over_all_tokens_and_not_over_batches():
 
 
 def test_light_tokens_weigh_as_much_as_heavy_ones():
-    found = evaluate(make_eval_step(ValueLoss()), None, None, [batch(2.0, 1e-3)], bytes_per_target=1.0)
+    found = evaluate(
+        make_eval_step(ValueLoss()), None, None, [batch(2.0, 1e-3)], bytes_per_target=1.0
+    )
     assert found["eval/loss"] == pytest.approx(2.0)
 
 
 def test_bits_per_byte_are_left_out_where_not_all_of_the_text_is_predicted():
-    found = evaluate(make_eval_step(ValueLoss()), None, None, [batch(2.0, 1.0)], bytes_per_target=None)
+    found = evaluate(
+        make_eval_step(ValueLoss()), None, None, [batch(2.0, 1.0)], bytes_per_target=None
+    )
     assert found.keys() == {"eval/loss"}

@@ -25,7 +25,9 @@ def language() -> tuple[Any, Any, dict[str, jax.Array], np.ndarray]:
     batch["segments"][1, 5:] = 0
     batch["weights"][1, 5:] = 0
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
-    z = np.asarray(logits(config, params, batch["tokens"], batch["positions"], batch["segments"]), np.float64)
+    z = np.asarray(
+        logits(config, params, batch["tokens"], batch["positions"], batch["segments"]), np.float64
+    )
     return config, params, batch, z
 
 
@@ -41,12 +43,14 @@ def test_language_model_loss_is_weighted_cross_entropy_and_z_loss():
 
 
 def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total():
-    config = tiny_config(num_layers=1, head=HeadConfig(num_future=1, future_weight=0.3))
+    config = tiny_config(num_layers=1, head=HeadConfig(mtp_depth=1, mtp_weight=0.3))
     params, batch = random_params(config), jax.tree.map(jnp.asarray, random_batch(2, 6))
 
     def apply(module: Transformer) -> jax.Array:
         hidden = module({name: batch[name] for name in ("tokens", "positions")}).hidden
-        states, _ = module.mtp_hidden(hidden, [batch["targets"]], batch["positions"], batch["segments"])
+        states, _ = module.mtp_hidden(
+            hidden, [batch["targets"]], batch["positions"], batch["segments"]
+        )
         return module.logits(states[0])
 
     log_p = jax.nn.log_softmax(
@@ -55,28 +59,34 @@ def test_loss_of_further_tokens_is_reported_by_itself_and_weighed_in_the_total()
     # At each place but the last the token after the next one is predicted.
     wanted = -sum(log_p[row, t, batch["targets"][row, t + 1]] for row in range(2) for t in range(5))
     total, sums = jax.jit(summed(LanguageModelLoss(config)))(params, batch, None)
-    assert float(sums["future_loss"]) == pytest.approx(float(wanted), rel=1e-5)
-    assert float(total) == pytest.approx(float(sums["loss"] + 0.3 * sums["future_loss"]), rel=1e-6)
+    assert float(sums["mtp_loss"]) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(total) == pytest.approx(float(sums["loss"] + 0.3 * sums["mtp_loss"]), rel=1e-6)
 
 
 def test_further_tokens_are_predicted_inside_a_document_alone():
-    config = tiny_config(num_layers=1, head=HeadConfig(num_future=2))
+    config = tiny_config(num_layers=1, head=HeadConfig(mtp_depth=2))
     params, batch = random_params(config), random_batch(1, 8)
     loss = jax.jit(summed(LanguageModelLoss(config)))
 
-    def future_loss(*documents: slice) -> float:
+    def mtp_loss(*documents: slice) -> float:
         """Of these parts of the row, packed into one in their places."""
-        packed = dict(batch, segments=np.zeros_like(batch["segments"]), positions=np.zeros_like(batch["positions"]))
+        packed = dict(
+            batch,
+            segments=np.zeros_like(batch["segments"]),
+            positions=np.zeros_like(batch["positions"]),
+        )
         for number, part in enumerate(documents, 1):
             packed["segments"][:, part] = number
             packed["positions"][:, part] = np.arange(part.stop - part.start)
         packed["weights"] = (packed["segments"] != 0).astype(np.float32)
-        return float(loss(params, jax.tree.map(jnp.asarray, packed), None)[1]["future_loss"])
+        return float(loss(params, jax.tree.map(jnp.asarray, packed), None)[1]["mtp_loss"])
 
     first, second = slice(0, 3), slice(3, 8)
-    apart = future_loss(first) + future_loss(second)
-    assert future_loss(first, second) == pytest.approx(apart, rel=1e-5)
-    assert abs(future_loss(slice(0, 8)) - apart) > 1  # the control: one document of both has more to predict
+    apart = mtp_loss(first) + mtp_loss(second)
+    assert mtp_loss(first, second) == pytest.approx(apart, rel=1e-5)
+    assert (
+        abs(mtp_loss(slice(0, 8)) - apart) > 1
+    )  # the control: one document of both has more to predict
 
 
 def test_label_smoothing_mixes_the_loss_with_the_mean_of_the_vocabulary():
@@ -100,9 +110,14 @@ def test_evaluation_gives_sums_and_their_weight():
 def test_dropout_acts_in_training_and_not_in_evaluation():
     config, params, batch, _ = language()
     dropping = jax.jit(summed(LanguageModelLoss(tiny_config(dropout=0.5))))
-    still, plain = (loss(params, batch, None)[0] for loss in (dropping, jax.jit(summed(LanguageModelLoss(config)))))
+    still, plain = (
+        loss(params, batch, None)[0]
+        for loss in (dropping, jax.jit(summed(LanguageModelLoss(config))))
+    )
     assert float(still) == pytest.approx(float(plain), rel=1e-6)
-    one, same, other = (float(dropping(params, batch, jax.random.key(seed))[0]) for seed in (0, 0, 1))
+    one, same, other = (
+        float(dropping(params, batch, jax.random.key(seed))[0]) for seed in (0, 0, 1)
+    )
     assert one == same
     assert abs(one - other) > 1e-2
     assert abs(one - float(still)) > 1e-2

@@ -1,4 +1,6 @@
-"""The loop drives a step: order of events, rates, signals, divergence. The step here adds one to a number."""
+"""The loop drives a step: order of events, rates, signals, divergence. The step here adds one to a
+number.
+"""
 
 import os
 import pathlib
@@ -30,7 +32,9 @@ def first_state() -> TrainState:
 
 
 class Bench:
-    """A run whose every event is recorded, on a clock that only its parts move: a step takes 2 s, evaluation 100 s."""
+    """A run whose every event is recorded, on a clock that only its parts move: a step takes 2 s,
+    evaluation 100 s.
+    """
 
     def __init__(self, workdir: pathlib.Path, every: int = 100):
         self.workdir, self.events, self.time, self.given = workdir, [], 0.0, 0
@@ -41,7 +45,9 @@ class Bench:
         self.writer = MetricsWriter(workdir)
         self.clock = Clock(lambda: self.time)
 
-    def step(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, frozen: Any, batch: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         number = int(state.step) + 1
         self.time += 2
         self.events.append(f"step {number}")
@@ -51,9 +57,15 @@ class Bench:
         row = (state.skipped_in_row + 1) * bad
         values = {"loss": float(number), "grad_norm": 1.0, "learning_rate": 0.1, "tokens": TOKENS}
         metrics = {name: jnp.float32(value) for name, value in values.items()}
-        metrics |= {"skipped": (state.skipped + bad).astype(jnp.float32), "skipped_in_row": row.astype(jnp.float32)}
+        metrics |= {
+            "skipped": (state.skipped + bad).astype(jnp.float32),
+            "skipped_in_row": row.astype(jnp.float32),
+        }
         new = state.replace(
-            step=state.step + 1, params={"w": state.params["w"] + 1}, skipped=state.skipped + bad, skipped_in_row=row
+            step=state.step + 1,
+            params={"w": state.params["w"] + 1},
+            skipped=state.skipped + bad,
+            skipped_in_row=row,
         )
         return new, metrics
 
@@ -93,7 +105,9 @@ class Bench:
             throughput=throughput,
         )
         try:
-            return train(first_state(), run, TrainConfig(batch_size=2, sequence_length=3, **config), owed)
+            return train(
+                first_state(), run, TrainConfig(batch_size=2, sequence_length=3, **config), owed
+            )
         finally:
             self.writer.close()
             self.checkpoints.close()
@@ -209,7 +223,11 @@ def test_steps_that_are_not_finite_are_named_and_passed(tmp_path, caplog):
     bench.bad = {2, 3, 5}
     bench.train(steps=6, log_every=1, max_skipped=3)
     assert [row["train/skipped"] for row in bench.rows()] == [0, 1, 2, 2, 3, 3]
-    assert [record.message.partition(":")[0] for record in caplog.records if "not finite" in record.message] == [
+    assert [
+        record.message.partition(":")[0]
+        for record in caplog.records
+        if "not finite" in record.message
+    ] == [
         "step 2",
         "step 3",
         "step 5",
@@ -219,7 +237,8 @@ def test_steps_that_are_not_finite_are_named_and_passed(tmp_path, caplog):
 def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_batch(tmp_path):
     bench = Bench(tmp_path)
     bench.bad = {2, 4, 5, 6, 7}
-    said = r"^step 6: .* 3 times in a row \(train\.max_skipped\); the batch holds rows 10 to 11 of the order\.$"
+    rows = "the batch holds rows 10 to 11 of the order"
+    said = rf"^step 6: .* 3 times in a row \(train\.max_skipped\); {rows}\.$"
     with pytest.raises(UserError, match=said):
         bench.train(steps=9, max_skipped=3)
     assert not any(event.startswith("evaluate") for event in bench.events)

@@ -39,7 +39,9 @@ def _back(value):
     return decode(json.loads(json.dumps(encode(value))))
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "complex64", "datetime64[ns]"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "complex64", "datetime64[ns]"]
+)
 def test_types_that_numpy_lacks_come_back_too(name):
     array = np.arange(3).astype(np.dtype(name))
     found = _back({"a": array})["a"]
@@ -48,7 +50,9 @@ def test_types_that_numpy_lacks_come_back_too(name):
 
 
 def test_scalars_and_arrays_of_jax_come_back_as_arrays():
-    found = _back([np.float32(2.5), jnp.arange(3, dtype=jnp.int8), jnp.bfloat16(0.5), np.bool_(True)])
+    found = _back(
+        [np.float32(2.5), jnp.arange(3, dtype=jnp.int8), jnp.bfloat16(0.5), np.bool_(True)]
+    )
     assert [array.dtype.name for array in found] == ["float32", "int8", "bfloat16", "bool"]
     assert [array.tolist() for array in found] == [2.5, [0, 1, 2], 0.5, True]
 
@@ -62,7 +66,10 @@ def test_arrays_of_older_checkpoints_are_read():
     ("value", "message"),
     [
         (np.array([None]), "is an array of object, which a checkpoint cannot keep"),
-        (np.zeros(2, "i4,f4"), "is an array of [('f0', '<i4'), ('f1', '<f4')], which a checkpoint cannot keep"),
+        (
+            np.zeros(2, "i4,f4"),
+            "is an array of [('f0', '<i4'), ('f1', '<f4')], which a checkpoint cannot keep",
+        ),
         ({1, 2}, "is a set, which JSON has not"),
     ],
 )
@@ -74,7 +81,9 @@ def test_what_would_not_come_back_is_one_line(value, message):
 
 
 def test_random_keys_are_no_array_beside_a_checkpoint():
-    with pytest.raises(UserError, match=r"^extra\.key is an array of random keys\. Use jax\.random\.key_data"):
+    with pytest.raises(
+        UserError, match=r"^extra\.key is an array of random keys\. Use jax\.random\.key_data"
+    ):
         encode({"key": jax.random.key(0)})
 
 
@@ -84,7 +93,9 @@ def test_one_changed_byte_of_an_array_is_damage(tmp_path):
     folder.mkdir(parents=True)
     text = json.dumps(manifest)
     (folder / "manifest.json").write_text(text)
-    np.testing.assert_array_equal(decode(read_manifest(tmp_path / "3")["extra"])["list"][1]["a"], [0, 0])
+    np.testing.assert_array_equal(
+        decode(read_manifest(tmp_path / "3")["extra"])["list"][1]["a"], [0, 0]
+    )
     ids = manifest["content"]["extra"]["loader"]["ids"]["__array__"]["data"]
     (folder / "manifest.json").write_text(text.replace(ids, "B" + ids[1:]))
     with pytest.raises(Damaged, match="its sha256 differs"):

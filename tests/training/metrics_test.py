@@ -25,7 +25,9 @@ def write_run(workdir, steps, resumed_step=0):
     for step in steps:
         writer.write(step, {"train/loss": 1 / step, "train/tokens": step * 10})
         if step % 5 == 0:
-            writer.write(step, {"eval/loss": jnp.float32(2 / step), "eval/bits_per_byte": np.float64(0.1)})
+            writer.write(
+                step, {"eval/loss": jnp.float32(2 / step), "eval/bits_per_byte": np.float64(0.1)}
+            )
     return writer
 
 
@@ -64,7 +66,10 @@ def test_a_resumed_run_has_the_rows_of_an_unbroken_one(tmp_path, torn):
     write_run(tmp_path / "resumed", range(11, 21), resumed_step=10).close()
     files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("unbroken", "resumed")]
     assert files[0] == files[1]
-    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
+        "metrics.jsonl",
+        "tensorboard",
+    ]
 
 
 def test_without_truncation_a_resumed_run_would_repeat_rows(tmp_path):  # the control
@@ -79,13 +84,20 @@ def test_tensorboard_gets_the_same_numbers_and_purges_at_resume(tmp_path):
     write_run(tmp_path, range(1, 4)).close()
     write_run(tmp_path, [3], resumed_step=2).close()
     events = []
-    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        (tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
+    ):
         data = path.read_bytes()
         while data:
             length = int.from_bytes(data[:8], "little")
             events.append(Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
-    scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value if v.tag == "train/loss"]
+    scalars = [
+        (e.step, v.tag, v.simple_value)
+        for e in events
+        for v in e.summary.value
+        if v.tag == "train/loss"
+    ]
     assert [step for step, _, _ in scalars] == [1, 2, 3, 3]
     assert scalars[1][2] == pytest.approx(0.5)
     assert [e.step for e in events if e.session_log.status == 1 and e.step] == [1, 3]
@@ -127,7 +139,8 @@ def devices_that_hold(monkeypatch, *peaks: int) -> None:
 def test_the_log_line_holds_the_fields_of_the_design_in_order(monkeypatch):
     devices_that_hold(monkeypatch, 2**20, 3 * 2**29)
     assert format_line(7, 1000, ROW) == (
-        "step    7/1000  loss 3.1416  grad_norm 0.500  lr 3.000e-04  tokens/s 2,048  tokens/s/device 256  "
+        "step    7/1000  loss 3.1416  grad_norm 0.500  lr 3.000e-04  tokens/s 2,048  "
+        "tokens/s/device 256  "
         "mfu 25.6% (causal half)  memory 1.50 GiB (device)  step_ms 500.0  eta 0:08:16"
     )
 

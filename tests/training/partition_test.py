@@ -30,15 +30,21 @@ ONE_BIAS = TrainableConfig("pattern", pattern=BIAS)
 STEPS = 10
 
 
-def program_of(trainable: TrainableConfig, ema: bool = False, model: ModelConfig = MODEL, devices: int = 1) -> Program:
-    optim = OptimConfig(learning_rate=0.01, schedule=ScheduleConfig(name="constant"), ema_decay=0.5 if ema else None)
+def program_of(
+    trainable: TrainableConfig, ema: bool = False, model: ModelConfig = MODEL, devices: int = 1
+) -> Program:
+    optim = OptimConfig(
+        learning_rate=0.01, schedule=ScheduleConfig(name="constant"), ema_decay=0.5 if ema else None
+    )
     train = TrainConfig(steps=STEPS, batch_size=2, sequence_length=8, trainable=trainable)
     mesh = MeshConfig(fsdp=devices)
     return language_model_program(model, optim, train, mesh, jax.devices()[:devices])
 
 
 @functools.cache
-def trained(trainable: TrainableConfig, ema: bool = False, devices: int = 1) -> tuple[Program, Any, Any, TrainState]:
+def trained(
+    trainable: TrainableConfig, ema: bool = False, devices: int = 1
+) -> tuple[Program, Any, Any, TrainState]:
     """The program, the parameters at the beginning and at the end, and the last state."""
     program = program_of(trainable, ema, devices=devices)
     state, frozen = program.begin(None, jax.random.key(0))
@@ -96,7 +102,9 @@ def test_single_rows_of_the_embedding_are_trained():
     before, after = first["embed"]["embedding"], np.asarray(saved.params["embed"]["embedding"])
     moved = [row for row in range(len(before)) if before[row].tobytes() != after[row].tobytes()]
     assert moved == [3, 40]
-    assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {(2, MODEL.embed_dim)}
+    assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {
+        (2, MODEL.embed_dim)
+    }
 
 
 @pytest.mark.parametrize(
@@ -115,7 +123,10 @@ def test_a_saved_state_is_taken_apart_as_it_was(trainable: TrainableConfig):
 
 def test_an_array_of_which_rows_are_trained_is_not_untouched():
     everything = set(named_leaves(program_of(ONE_BIAS).saved.params))
-    for config, touched in ((TrainableConfig("embedding_rows", rows=(3, 40)), "embed/embedding"), (ONE_BIAS, BIAS)):
+    for config, touched in (
+        (TrainableConfig("embedding_rows", rows=(3, 40)), "embed/embedding"),
+        (ONE_BIAS, BIAS),
+    ):
         program = program_of(config)
         assert program.partition.untouched(program.saved.params) == everything - {touched}
     assert program_of(TrainableConfig()).partition.untouched(program.saved.params) == frozenset()
@@ -124,16 +135,24 @@ def test_an_array_of_which_rows_are_trained_is_not_untouched():
 def test_a_saved_state_of_a_later_step_keeps_the_average_apart_from_the_parameters():
     program, _, saved, state = trained(TrainableConfig("embedding_rows", rows=(3, 40)), ema=True)
     assert int(state.step) == STEPS
-    assert changed(state.params, state.ema) == ["embed/embedding"]  # so that one in the place of the other is seen
+    assert changed(state.params, state.ema) == [
+        "embed/embedding"
+    ]  # so that one in the place of the other is seen
 
     for whole, part in ((saved.params, state.params), (saved.ema, state.ema)):
         rows = np.asarray(whole["embed"]["embedding"])[[3, 40]]
         np.testing.assert_array_equal(rows, np.asarray(part["embed"]["embedding"]))
     again, frozen = program.split(saved)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), again, state)
-    untrained = {name: leaf for name, leaf in named_leaves(frozen).items() if name != "embed/embedding"}
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), again, state
+    )
+    untrained = {
+        name: leaf for name, leaf in named_leaves(frozen).items() if name != "embed/embedding"
+    }
     for name, leaf in untrained.items():
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(named_leaves(saved.params)[name]), err_msg=name)
+        np.testing.assert_array_equal(
+            np.asarray(leaf), np.asarray(named_leaves(saved.params)[name]), err_msg=name
+        )
 
 
 def selected(config: TrainableConfig, model: ModelConfig) -> dict[str, Any]:
@@ -143,7 +162,9 @@ def selected(config: TrainableConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def test_each_choice_names_what_it_says():
-    model = dataclasses.replace(MODEL, first_layers=(LayerConfig(),), head=HeadConfig(bias=True, transform=True))
+    model = dataclasses.replace(
+        MODEL, first_layers=(LayerConfig(),), head=HeadConfig(bias=True, transform=True)
+    )
     everything = set(named_leaves(logical_axes(abstract_params(model))))
     heads = selected(TrainableConfig("heads"), model)
     assert {name.partition("/")[0] for name in heads} == {"unembed", "logit_bias", "transform"}
@@ -172,16 +193,35 @@ def test_last_layers_of_a_scanned_stack_are_rows_of_it():
 def test_both_stacks_of_an_encoder_decoder_have_last_layers():
     model = tiny_config(structure="encoder_decoder", encoder_layers=3)
     last = selected(TrainableConfig("last_layers"), model)
-    assert {name.rpartition("layers_")[0] + name.rpartition("layers_")[2][0] for name in last} == {"encoder/2", "1"}
+    assert {name.rpartition("layers_")[0] + name.rpartition("layers_")[2][0] for name in last} == {
+        "encoder/2",
+        "1",
+    }
 
 
 @pytest.mark.parametrize(
     ("config", "model", "said"),
     [
-        (TrainableConfig("pattern", pattern="attn"), MODEL, r"pattern = 'attn' matches no parameter.*embed/embedding"),
-        (TrainableConfig("biases"), tiny_config(), "select = 'biases' matches no parameter, so everything"),
-        (TrainableConfig("heads"), tiny_config(tied_embeddings=True), "select = 'heads' matches no parameter"),
-        (TrainableConfig("embedding_rows", rows=(48,)), MODEL, "rows: 48 is not below model.vocab_size = 48"),
+        (
+            TrainableConfig("pattern", pattern="attn"),
+            MODEL,
+            r"pattern = 'attn' matches no parameter.*embed/embedding",
+        ),
+        (
+            TrainableConfig("biases"),
+            tiny_config(),
+            "select = 'biases' matches no parameter, so everything",
+        ),
+        (
+            TrainableConfig("heads"),
+            tiny_config(tied_embeddings=True),
+            "select = 'heads' matches no parameter",
+        ),
+        (
+            TrainableConfig("embedding_rows", rows=(48,)),
+            MODEL,
+            "rows: 48 is not below model.vocab_size = 48",
+        ),
     ],
 )
 def test_a_choice_of_nothing_is_refused_and_names_what_there_is(config, model, said):

@@ -18,7 +18,10 @@ def write_run(workdir, steps, bits=True):
         writer.write(step, {"train/loss": loss if step != 90 else math.inf})
         if step % 50 == 0:
             held_out = 1.6 + 4 * math.exp(-step / 80)
-            writer.write(step, {"eval/loss": held_out} | ({"eval/bits_per_byte": held_out / 2.5} if bits else {}))
+            writer.write(
+                step,
+                {"eval/loss": held_out} | ({"eval/bits_per_byte": held_out / 2.5} if bits else {}),
+            )
     writer.close()
 
 
@@ -26,7 +29,10 @@ def colours(path) -> dict[str, int]:
     """How many pixels are nearly of each curve's colour."""
     pixels = matplotlib.image.imread(path)[..., :3]
     wanted = {"train": (0x44, 0x77, 0xAA), "eval": (0xCC, 0x33, 0x11)}
-    return {name: int((abs(pixels * 255 - colour).max(axis=-1) < 12).sum()) for name, colour in wanted.items()}
+    return {
+        name: int((abs(pixels * 255 - colour).max(axis=-1) < 12).sum())
+        for name, colour in wanted.items()
+    }
 
 
 def test_both_curves_are_drawn(tmp_path):

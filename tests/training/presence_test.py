@@ -15,7 +15,10 @@ from research.training.metrics import MetricsWriter, read_metrics
 from research.training.presence import Presence
 from tests.training.states import new_state
 
-GONE = r"^workdir = .*/run was deleted while the run trained \({} is gone\): nothing more is written there\.$"
+GONE = (
+    r"^workdir = .*/run was deleted while the run trained \({} is gone\): "
+    r"nothing more is written there\.$"
+)
 
 
 @pytest.fixture
@@ -60,7 +63,9 @@ def test_metrics_on_a_disk_that_became_read_only_are_one_line(workdir, caplog):
     writer.write(1, {"train/loss": 1.0})
     writer._file.close()
     writer._file = io.TextIOWrapper(io.BufferedWriter(Unwritable(workdir / "metrics.jsonl", "a")))
-    with pytest.raises(UserError, match=r"run/metrics\.jsonl cannot be written: Read-only file system\.$"):
+    with pytest.raises(
+        UserError, match=r"run/metrics\.jsonl cannot be written: Read-only file system\.$"
+    ):
         writer.write(2, {"train/loss": 1.0})
     writer.close()
     assert not caplog.messages
@@ -79,7 +84,9 @@ def test_a_workdir_deleted_between_two_checkpoints_is_not_made_again(workdir):
 
 
 @pytest.mark.parametrize("made_again", [False, True])
-def test_a_workdir_deleted_while_a_checkpoint_is_written_is_not_made_again(workdir, made_again, monkeypatch, capfd):
+def test_a_workdir_deleted_while_a_checkpoint_is_written_is_not_made_again(
+    workdir, made_again, monkeypatch, capfd
+):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     finalize = checkpoints._checkpointer._handler.finalize
 
@@ -105,7 +112,9 @@ def test_checkpoints_deleted_while_one_is_written_are_named(workdir, further_err
 
     def delete(folder: pathlib.Path) -> None:
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-        for _ in range(further_errors):  # Orbax writes its metadata in another thread, which may fail as well
+        for _ in range(
+            further_errors
+        ):  # Orbax writes its metadata in another thread, which may fail as well
             failed = concurrent.futures.Future()
             failed.set_exception(FileNotFoundError(folder))
             checkpoints._checkpointer._metadata_store._write_futures.append(failed)
@@ -113,14 +122,18 @@ def test_checkpoints_deleted_while_one_is_written_are_named(workdir, further_err
 
     monkeypatch.setattr(checkpoints._checkpointer._handler, "finalize", delete)
     checkpoints.save(1, new_state(), {})
-    with pytest.raises(UserError, match=r"/run/checkpoints was deleted while checkpoint 1 was written\.$"):
+    with pytest.raises(
+        UserError, match=r"/run/checkpoints was deleted while checkpoint 1 was written\.$"
+    ):
         checkpoints.wait()
     checkpoints.close()
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("place", ["save", "finalize"])
-def test_a_checkpoint_on_a_disk_that_cannot_be_written_any_more_is_one_line(workdir, number, place, monkeypatch):
+def test_a_checkpoint_on_a_disk_that_cannot_be_written_any_more_is_one_line(
+    workdir, number, place, monkeypatch
+):
     state, checkpoints = new_state(), Checkpoints(workdir, CheckpointConfig())
     checkpoints.save(1, state, {})
     checkpoints.wait()
@@ -135,7 +148,8 @@ def test_a_checkpoint_on_a_disk_that_cannot_be_written_any_more_is_one_line(work
         checkpoints.save(2, state, {})
         checkpoints.wait()
 
-    said = rf"checkpoints/2: {os.strerror(number)}; it was not written\. Earlier checkpoints are whole\.$"
+    cause = os.strerror(number)
+    said = rf"checkpoints/2: {cause}; it was not written\. Earlier checkpoints are whole\.$"
     with pytest.raises(UserError, match=said):
         save_another()
     checkpoints.close()

@@ -21,5 +21,7 @@ def test_evaluation_is_plain_whatever_training_adds_to_its_loss(option):
     sums = jax.jit(program.eval_step)(params, {}, batch)
     assert float(sums["loss"] + sums["z_loss"]) == pytest.approx(float(plain), rel=1e-6)
     # The control: in training the same tokens cost more.
-    trained, _ = jax.jit(summed(LanguageModelLoss(model, train.z_loss, train.label_smoothing)))(params, batch, None)
+    trained, _ = jax.jit(summed(LanguageModelLoss(model, train.z_loss, train.label_smoothing)))(
+        params, batch, None
+    )
     assert abs(float(trained) / float(plain) - 1) > 1e-3

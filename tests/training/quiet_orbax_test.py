@@ -1,4 +1,6 @@
-"""Orbax is silent about a write that failed, and nothing stays replaced: claims about `training.quiet_orbax`."""
+"""Orbax is silent about a write that failed, and nothing stays replaced: claims about
+`training.quiet_orbax`.
+"""
 
 import logging
 import sys
@@ -12,7 +14,9 @@ from tests.training.states import new_state
 
 
 def _replaced():
-    return sys.unraisablehook, *(tuple(logging.getLogger(name).filters) for name in ("absl", "asyncio"))
+    return sys.unraisablehook, *(
+        tuple(logging.getLogger(name).filters) for name in ("absl", "asyncio")
+    )
 
 
 def test_hooks_are_put_back_where_a_write_raises():

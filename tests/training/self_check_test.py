@@ -23,7 +23,9 @@ def packed_batch(mesh, count=8, length=24):
     tokens = rng.integers(0, 16, (count, length))
     positions = np.tile(np.arange(length // 4), (count, 4))
     batch = {"tokens": tokens, "targets": tokens, "positions": positions, "segments": segments}
-    batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()} | {"weights": jnp.ones((count, length))}
+    batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()} | {
+        "weights": jnp.ones((count, length))
+    }
     return jax.device_put(batch, batch_sharding(mesh))
 
 
@@ -43,7 +45,9 @@ def test_sound_attention_passes(dtype, loop, mesh):
 
 
 @pytest.mark.fast_cases("windows", "encoder-decoder")
-@pytest.mark.parametrize("name", ["windows", "shared experts", "latent", "encoder", "encoder-decoder", "prefix"])
+@pytest.mark.parametrize(
+    "name", ["windows", "shared experts", "latent", "encoder", "encoder-decoder", "prefix"]
+)
 def test_sound_attention_of_every_structure_passes(name):
     config = VARIANTS[name]
     one = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -80,7 +84,9 @@ def test_attention_that_is_wrong_stops_the_run(monkeypatch, fault, where, dtype,
     monkeypatch.setattr(cpu, "attention", fault(cpu.attention))
     with pytest.raises(UserError, match=rf"attention.implementation = 'auto' drifts .*: {where}"):
         check_attention(config, params, packed_batch(mesh), mesh)
-    plain = dataclasses.replace(config, attention=dataclasses.replace(config.attention, implementation="reference"))
+    plain = dataclasses.replace(
+        config, attention=dataclasses.replace(config.attention, implementation="reference")
+    )
     check_attention(plain, params, packed_batch(mesh), mesh)
 
 
@@ -98,10 +104,14 @@ def test_a_wrong_gradient_in_one_attention_of_an_encoder_decoder_stops_the_run(m
     sound, wrong = cpu.attention, with_wrong_gradient(cpu.attention)
 
     def attention(q, k, v, mask, terms):
-        return (wrong if not mask.causal and (q.shape[1] != k.shape[1]) == across else sound)(q, k, v, mask, terms)
+        return (wrong if not mask.causal and (q.shape[1] != k.shape[1]) == across else sound)(
+            q, k, v, mask, terms
+        )
 
     monkeypatch.setattr(cpu, "attention", attention)
-    with pytest.raises(UserError, match="the gradient of encoder/" if not across else "the gradient of "):
+    with pytest.raises(
+        UserError, match="the gradient of encoder/" if not across else "the gradient of "
+    ):
         check_attention(config, params, batch, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 

@@ -17,7 +17,9 @@ from tests.tiny import tiny_config
 INIT = functools.partial(init_params, tiny_config(num_layers=1))
 
 
-def created(mesh: MeshConfig, devices: list[jax.Device] | None = None) -> tuple[TrainState, TrainState]:
+def created(
+    mesh: MeshConfig, devices: list[jax.Device] | None = None
+) -> tuple[TrainState, TrainState]:
     optimizer = optax.adam(1e-3)
     abstract = abstract_state(
         jax.eval_shape(INIT, jax.random.key(0)), optimizer, make_mesh(mesh, devices), keep_ema=True

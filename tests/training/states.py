@@ -1,4 +1,6 @@
-"""Small training states: one dict of parameters, Adam's state of it, scanned or unrolled, on any mesh."""
+"""Small training states: one dict of parameters, Adam's state of it, scanned or unrolled, on any
+mesh.
+"""
 
 from typing import Any
 
@@ -28,14 +30,21 @@ def params(seed: int, scanned: bool) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(seed), LAYERS)
     layers = [
         {
-            "mlp": {"kernel": jax.random.normal(key, (WIDTH, HIDDEN)), "bias": jnp.full((HIDDEN,), i, jnp.bfloat16)},
+            "mlp": {
+                "kernel": jax.random.normal(key, (WIDTH, HIDDEN)),
+                "bias": jnp.full((HIDDEN,), i, jnp.bfloat16),
+            },
             "scale": jax.random.uniform(key, (WIDTH,)),
         }
         for i, key in enumerate(keys)
     ]
     blocks = {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)} if scanned else {}
     unrolled = {} if scanned else {f"layers_{i}": layer for i, layer in enumerate(layers)}
-    return {"embed": jax.random.normal(keys[0], (VOCABULARY, WIDTH)).astype(jnp.bfloat16)} | blocks | unrolled
+    return (
+        {"embed": jax.random.normal(keys[0], (VOCABULARY, WIDTH)).astype(jnp.bfloat16)}
+        | blocks
+        | unrolled
+    )
 
 
 def new_state(seed: int = 0, scanned: bool = False, ema: bool = False) -> State:
@@ -55,7 +64,9 @@ def shardings(state: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
 
     def one(leaf: Any) -> NamedSharding:
         divides = leaf.ndim > 0 and leaf.shape[-1] % size == 0
-        return NamedSharding(mesh, PartitionSpec(*([None] * (leaf.ndim - 1)), axes) if divides else PartitionSpec())
+        return NamedSharding(
+            mesh, PartitionSpec(*([None] * (leaf.ndim - 1)), axes) if divides else PartitionSpec()
+        )
 
     return jax.tree.map(one, state)
 
@@ -66,8 +77,12 @@ def on_mesh(state: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
 
 def abstract(state: Any, mesh: Mesh | None = None, axes: tuple[str, ...] = ()) -> Any:
     """Shapes of `state`, on a mesh or where it lies now."""
-    places = jax.tree.map(lambda x: x.sharding, state) if mesh is None else shardings(state, mesh, axes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+    places = (
+        jax.tree.map(lambda x: x.sharding, state) if mesh is None else shardings(state, mesh, axes)
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places
+    )
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -23,7 +23,9 @@ PLAIN = {"weight_decay": 0.0, "beta1": 0.0}
 
 
 class TokenLoss:
-    """A loss of numbers in the place of a model; batches hold numbers where they usually hold ids."""
+    """A loss of numbers in the place of a model; batches hold numbers where they usually hold
+    ids.
+    """
 
     def weight(self, batch: Any) -> jax.Array:
         return jnp.sum(batch["weights"])
@@ -50,7 +52,10 @@ class RootLoss(TokenLoss):
 
 class NoisyLoss(TokenLoss):
     def total(self, params: Any, batch: Any, key: Any) -> jax.Array:
-        return jnp.sum(params["w"] * jax.random.normal(key, batch["weights"].shape)) + 0.0 * params["b"]
+        return (
+            jnp.sum(params["w"] * jax.random.normal(key, batch["weights"].shape))
+            + 0.0 * params["b"]
+        )
 
 
 class OffsetLoss(TokenLoss):
@@ -64,11 +69,15 @@ class MixedLoss(LineLoss):
     """Reads parameters of any type as float32."""
 
     def total(self, params: Any, batch: Any, key: Any) -> jax.Array:
-        return super().total({name: leaf.astype(jnp.float32) for name, leaf in params.items()}, batch, key)
+        return super().total(
+            {name: leaf.astype(jnp.float32) for name, leaf in params.items()}, batch, key
+        )
 
 
 class PairLoss(LineLoss):
-    """Counts rows and not tokens; with a mean of each microbatch beside the sum, and a count of load."""
+    """Counts rows and not tokens; with a mean of each microbatch beside the sum, and a count of
+    load.
+    """
 
     def weight(self, batch: Any) -> jax.Array:
         return jnp.float32(batch["weights"].shape[0])
@@ -101,14 +110,20 @@ def numbers(seed: int = 0, weights: Any = None) -> dict[str, jax.Array]:
     }
 
 
-def start(optimizer: optax.GradientTransformation, keep_ema: bool = False, w: float = 2.0) -> TrainState:
+def start(
+    optimizer: optax.GradientTransformation, keep_ema: bool = False, w: float = 2.0
+) -> TrainState:
     return new_state({"w": jnp.float32(w), "b": jnp.float32(-1.0)}, optimizer, keep_ema)
 
 
 @functools.lru_cache
 def stepper(name: str = "line", rate: float = 0.1, momentum: bool = False, **options) -> Any:
-    """A compiled step without frozen parameters; its learning rate falls with the count of updates."""
-    config = OptimConfig(name="adamw" if momentum else "sgd", learning_rate=rate, schedule=FALLING, **PLAIN)
+    """A compiled step without frozen parameters; its learning rate falls with the count of
+    updates.
+    """
+    config = OptimConfig(
+        name="adamw" if momentum else "sgd", learning_rate=rate, schedule=FALLING, **PLAIN
+    )
     optimizer, learning_rate = build_optimizer(config, AXES, 10)
     step = make_train_step(LOSSES[name], optimizer, learning_rate, key_for(0, "dropout"), **options)
     return jax.jit(lambda state, batch: step(state, {"scale": jnp.float32(3)}, batch)), optimizer
@@ -116,7 +131,9 @@ def stepper(name: str = "line", rate: float = 0.1, momentum: bool = False, **opt
 
 def by_hand(batch: Any, w: float = 2.0, b: float = -1.0) -> tuple[float, float, float]:
     """Mean loss and gradients by w and b of the line."""
-    x, y, weights = (np.asarray(batch[name], np.float64) for name in ("tokens", "targets", "weights"))
+    x, y, weights = (
+        np.asarray(batch[name], np.float64) for name in ("tokens", "targets", "weights")
+    )
     error, total = w * x + b - y, weights.sum()
     return (
         (weights * error**2).sum() / total,
@@ -209,8 +226,11 @@ def test_skips_are_counted_and_the_row_of_them_ends_with_a_good_step():
     state, seen = start(optimizer), []
     for batch in (bad, good, bad, bad, good):
         state, metrics = step(state, batch)
-        seen.append((int(state.skipped), int(state.skipped_in_row), float(metrics["learning_rate"])))
-    # The rate in the log is the one that a good step would have had: skipped steps do not use the schedule up.
+        seen.append(
+            (int(state.skipped), int(state.skipped_in_row), float(metrics["learning_rate"]))
+        )
+    # The rate in the log is the one that a good step would have had: skipped steps do not use the
+    # schedule up.
     expected = [(1, 1, 0.1), (1, 0, 0.1), (2, 1, 0.09), (3, 2, 0.09), (3, 0, 0.09)]
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
     assert int(state.step) == 5
@@ -231,7 +251,10 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction():
     direction = moved(free) / np.linalg.norm(moved(free))
     np.testing.assert_allclose(moved(clipped) / 0.25, direction, atol=1e-5)
     np.testing.assert_array_equal(moved(stepper(rate=1.0, clip_norm=1e3)[0]), moved(free))
-    assert clipped(start(optimizer), batch)[1]["grad_norm"] == free(start(optimizer), batch)[1]["grad_norm"]
+    assert (
+        clipped(start(optimizer), batch)[1]["grad_norm"]
+        == free(start(optimizer), batch)[1]["grad_norm"]
+    )
 
 
 def test_parameters_of_two_types_have_one_norm_in_float32_and_keep_their_types():
@@ -239,10 +262,14 @@ def test_parameters_of_two_types_have_one_norm_in_float32_and_keep_their_types()
     first = new_state({"w": jnp.bfloat16(2.0), "b": jnp.float32(-1.0)}, optimizer, keep_ema=False)
     state, metrics = step(first, numbers())
     state, _ = step(state, numbers())
-    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == [leaf.dtype for leaf in jax.tree.leaves(first)]
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == [
+        leaf.dtype for leaf in jax.tree.leaves(first)
+    ]
     _, w, b = by_hand(numbers())
     assert metrics["grad_norm"].dtype == jnp.float32
-    assert float(metrics["grad_norm"]) == pytest.approx(np.hypot(float(jnp.bfloat16(w)), b), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(
+        np.hypot(float(jnp.bfloat16(w)), b), rel=1e-5
+    )
 
 
 def test_a_clipped_gradient_in_bfloat16_is_rounded_once():
@@ -273,7 +300,9 @@ def test_average_follows_its_formula_and_is_what_evaluation_reads():
 
 
 def uneven() -> dict[str, jax.Array]:
-    """A batch whose every second row has no weight but for one token, so that microbatches weigh differently."""
+    """A batch whose every second row has no weight but for one token, so that microbatches weigh
+    differently.
+    """
     weights = np.ones((ROWS, LENGTH))
     weights[::2, 1:] = 0
     return numbers(weights=weights)
@@ -312,8 +341,12 @@ def test_a_loss_has_its_own_denominator_and_means_beside_its_sum(count: int):
 def test_microbatches_are_a_loop_unless_they_are_to_be_unrolled():
     def loops(**options: bool) -> int:
         optimizer, rate = optax.sgd(0.1), optax.constant_schedule(0.1)
-        step = make_train_step(LineLoss(), optimizer, rate, key_for(0, "dropout"), accumulation=2, **options)
-        return jax.jit(step).lower(start(optimizer), {}, numbers()).as_text().count("stablehlo.while")
+        step = make_train_step(
+            LineLoss(), optimizer, rate, key_for(0, "dropout"), accumulation=2, **options
+        )
+        return (
+            jax.jit(step).lower(start(optimizer), {}, numbers()).as_text().count("stablehlo.while")
+        )
 
     assert loops() == 1
     assert loops(unroll=True) == 0
@@ -324,9 +357,14 @@ def test_randomness_is_a_function_of_seed_and_step():
     state = start(optimizer)
     batch = numbers()
     assert_bits(step(state, batch)[0], step(state, batch)[0])
-    first, later = step(state, batch)[1]["loss"], step(state.replace(step=jnp.int32(7)), batch)[1]["loss"]
+    first, later = (
+        step(state, batch)[1]["loss"],
+        step(state.replace(step=jnp.int32(7)), batch)[1]["loss"],
+    )
     assert abs(float(first - later)) > 1e-3
-    other = jax.jit(make_train_step(NoisyLoss(), optimizer, lambda step: 0.1, key_for(1, "dropout")))
+    other = jax.jit(
+        make_train_step(NoisyLoss(), optimizer, lambda step: 0.1, key_for(1, "dropout"))
+    )
     assert abs(float(other(state, {}, batch)[1]["loss"] - first)) > 1e-3
 
 

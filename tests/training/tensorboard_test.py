@@ -13,7 +13,9 @@ DAY = 86_400.0
 
 
 def scalars(folder: pathlib.Path) -> list[tuple[int, str, float]]:
-    """The numbers of the folder's one event file, whose records are: length (8 bytes), check (4), event, check (4)."""
+    """The numbers of the folder's one event file, whose records are: length (8 bytes), check (4),
+    event, check (4).
+    """
     [path] = folder.iterdir()
     data, found = path.read_bytes(), []
     while data:
@@ -48,4 +50,7 @@ def test_a_full_disk_is_one_warning(tmp_path, monkeypatch, caplog):
     board.write(1, {"loss": 1.0})
     board.write(2, {"loss": 1.0})
     board.close()
-    assert caplog.text.count("TensorBoard gets no more numbers: [Errno 28] No space left on device") == 1
+    assert (
+        caplog.text.count("TensorBoard gets no more numbers: [Errno 28] No space left on device")
+        == 1
+    )

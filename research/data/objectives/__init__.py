@@ -1,7 +1,8 @@
-"""What a model learns from a piece of a document: an objective makes examples, and examples make a `data.batch.Batch`.
+"""What a model learns from a piece of a document: an objective makes examples, and examples make a
+`data.batch.Batch`.
 
-Every objective gives the arrays that a batch must have. The prefix objective adds `prefix`, and those of a model with
-an encoder add the encoder's.
+Every objective gives the arrays that a batch must have. The prefix objective adds `prefix`, and
+those of a model with an encoder add the encoder's.
 """
 
 import dataclasses
@@ -55,7 +56,9 @@ def batch_shapes(
         names += ("prefix",)
     if config.kind in ENCODED:
         names += batches.ENCODER
-    return batches.shapes(names, batch_size, sequence_length, encoder_length(config, sequence_length))
+    return batches.shapes(
+        names, batch_size, sequence_length, encoder_length(config, sequence_length)
+    )
 
 
 def encoder_length(config: ObjectiveConfig, sequence_length: int) -> int:
@@ -75,9 +78,13 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
         if denoiser.mode_id is not None and denoiser.mode_id >= tokenizer.vocab_size:
             raise UserError(
                 "data.objective",
-                constraint=f": mode_id = {denoiser.mode_id} must lie in the tokenizer's [0, {tokenizer.vocab_size}).",
+                constraint=f": mode_id = {denoiser.mode_id} must lie in the tokenizer's [0, "
+                f"{tokenizer.vocab_size}).",
             )
-    ids, widths = special_ids(config, tokenizer), (sequence_length, encoder_length(config, sequence_length))
+    ids, widths = (
+        special_ids(config, tokenizer),
+        (sequence_length, encoder_length(config, sequence_length)),
+    )
     match config.kind:
         case "causal":
             return Causal(ids, *widths)
@@ -105,11 +112,15 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
     def needed(name: str) -> Any:
         value = getattr(tokenizer, name)
         if value in (None, ()):
-            raise UserError("data.objective.kind", config.kind, f"needs a tokenizer with {name}; this one has none.")
+            raise UserError(
+                "data.objective.kind",
+                config.kind,
+                f"needs a tokenizer with {name}; this one has none.",
+            )
         return value
 
     pad = 0 if tokenizer.pad_id is None else tokenizer.pad_id
-    ids = Ids(pad, tokenizer.vocab_size, tokenizer.start_id, tokenizer.eos_id)
+    ids = Ids(pad, tokenizer.vocab_size, tokenizer.document_start_id, tokenizer.eos_id)
     if config.kind in ("masked", "infill"):
         ids = dataclasses.replace(ids, mask=needed("mask_id"))
     if config.kind in ("span", "denoise"):
@@ -123,6 +134,8 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
 
 
 def identity(config: ObjectiveConfig, objective: Objective) -> list[Any]:
-    """Returns what of an objective decides the content of a row, beside the corpus and T; as JSON holds it."""
+    """Returns what of an objective decides the content of a row, beside the corpus and T; as JSON
+    holds it.
+    """
     # A causal row has nothing of its own, and its runs are older than the other objectives.
     return [] if config.kind == "causal" else [plain(config), dataclasses.asdict(objective.ids)]

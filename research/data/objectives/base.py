@@ -83,17 +83,26 @@ class Pieces:
         """Returns where each token of the pieces lies in the store."""
         return np.repeat(self.starts, self.lengths) + ragged_arange(self.lengths)
 
-    def draws(self, purpose: int, lengths: Int[np.ndarray, "P"] | None = None) -> UInt[np.ndarray, "_"]:
-        """Returns a draw for each token of the pieces, or for the first `lengths` of each; other purposes, others."""
+    def draws(
+        self, purpose: int, lengths: Int[np.ndarray, "P"] | None = None
+    ) -> UInt[np.ndarray, "_"]:
+        """Returns a draw for each token of the pieces, or for the first `lengths` of each; other
+        purposes, others.
+        """
         lengths = self.lengths if lengths is None else lengths
-        return hash64(np.repeat(self.starts, lengths) + ragged_arange(lengths), np.repeat(self.salts, lengths), purpose)
+        return hash64(
+            np.repeat(self.starts, lengths) + ragged_arange(lengths),
+            np.repeat(self.salts, lengths),
+            purpose,
+        )
 
 
 NOTE = 1  # what the seed is hashed with for the note of a piece; the plan's own draws have 0
 
 
 class Objective(abc.ABC):
-    """Makes batches of pieces. The widths of a piece are known from its length and note, before anything is drawn.
+    """Makes batches of pieces. The widths of a piece are known from its length and note, before
+    anything is drawn.
 
     Attributes:
       sequence_length: T.
@@ -120,7 +129,8 @@ class Objective(abc.ABC):
         return Runs(offsets[:-1] + head, lengths, np.zeros_like(lengths))
 
     def num_targets(self, offsets: Int[np.ndarray, "_"]) -> int:
-        """Returns how much there is to learn from in framed documents, in the objective's own measure of length.
+        """Returns how much there is to learn from in framed documents, in the objective's own
+        measure of length.
 
         Args:
           offsets: as of `documents`.
@@ -128,7 +138,8 @@ class Objective(abc.ABC):
         return int(self.documents(offsets).lengths.sum())
 
     def cut(self, documents: Runs, seed: int) -> tuple[Runs, Bool[np.ndarray, "P"]]:
-        """Returns the pieces of documents, and which of them fill a row: all but the last of each do.
+        """Returns the pieces of documents, and which of them fill a row: all but the last of each
+        do.
 
         Raises:
           UserError: rows too short for a piece of one token.
@@ -141,7 +152,9 @@ class Objective(abc.ABC):
             notes = np.zeros(len(number), np.int64)
         else:
             draws = fraction(hash64(starts[document] + number, seed, NOTE))
-            notes = np.searchsorted(np.cumsum(self.shares[:-1]) / sum(self.shares), draws, side="right")
+            notes = np.searchsorted(
+                np.cumsum(self.shares[:-1]) / sum(self.shares), draws, side="right"
+            )
         taken = longest[notes]
         begins = np.cumsum(taken) - taken
         begins = begins - np.repeat(begins[np.cumsum(most) - most], most)
@@ -159,18 +172,29 @@ class Objective(abc.ABC):
         lengths = np.arange(1, rooms.sum() + 1)  # a token of a piece is in one of the rows at least
         notes = [np.full(len(lengths), note) for note in range(len(self.shares))]
         # Widths never fall, so those that fit come first.
-        longest = np.array([(self.widths(lengths, note) <= rooms).all(axis=0).sum() for note in notes])
+        longest = np.array(
+            [(self.widths(lengths, note) <= rooms).all(axis=0).sum() for note in notes]
+        )
         if longest.min() == 0:
             wide, encoder = self.widths(np.ones(1, np.int64), np.array([longest.argmin()]))[:, 0]
-            need = f"{wide}" + (f", and encoder_length = {self.encoder_length} at least {encoder}" if encoder else "")
+            need = f"{wide}" + (
+                f", and encoder_length = {self.encoder_length} at least {encoder}"
+                if encoder
+                else ""
+            )
             raise UserError(
-                "sequence_length", self.sequence_length, f"must be at least {need}: that is what a single token takes."
+                "sequence_length",
+                self.sequence_length,
+                f"must be at least {need}: that is what a single token takes.",
             )
         return longest
 
     @abc.abstractmethod
-    def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
-        """Returns the places that pieces take in the decoder (or the only) row and in the encoder's.
+    def widths(
+        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+    ) -> Int[np.ndarray, "2 P"]:
+        """Returns the places that pieces take in the decoder (or the only) row and in the
+        encoder's.
 
         Neither falls as the length grows.
         """
@@ -199,18 +223,23 @@ class Layout:
 
         Args:
           side: put before every name.
-          flat: a value for each token, piece by piece, and what fills the rest; float32 where they are floating.
+          flat: a value for each token, piece by piece, and what fills the rest; float32 where they
+              are floating.
         """
         rows = len(self.row_sizes)
         of_row = np.repeat(np.arange(rows), self.row_sizes)
         filled = np.bincount(of_row, weights=self.lengths, minlength=rows).astype(np.int64)
         # The k-th token of a row lies in its k-th place.
-        place = np.arange(filled.sum()) + np.repeat(np.arange(rows) * self.width - (np.cumsum(filled) - filled), filled)
+        place = np.arange(filled.sum()) + np.repeat(
+            np.arange(rows) * self.width - (np.cumsum(filled) - filled), filled
+        )
         segments = np.repeat(ragged_arange(self.row_sizes) + 1, self.lengths)
         flat = {**flat, "positions": (ragged_arange(self.lengths), 0), "segments": (segments, 0)}
         batch = {}
         for name, (values, fill) in flat.items():
-            spread = np.full(rows * self.width, fill, np.float32 if values.dtype.kind == "f" else np.int32)
+            spread = np.full(
+                rows * self.width, fill, np.float32 if values.dtype.kind == "f" else np.int32
+            )
             spread[place] = values
             batch[side + name] = spread.reshape(rows, self.width)
         return batch
@@ -229,7 +258,9 @@ def woven(
     return out
 
 
-def shifted(targets: Int[np.ndarray, "_"], lengths: Int[np.ndarray, "P"], start: int) -> Int[np.ndarray, "_"]:
+def shifted(
+    targets: Int[np.ndarray, "_"], lengths: Int[np.ndarray, "P"], start: int
+) -> Int[np.ndarray, "_"]:
     """Returns the decoder's input for its targets: one on, each piece after its `start`."""
     tokens = np.empty_like(targets)
     tokens[1:] = targets[:-1]
@@ -251,5 +282,7 @@ def encoder_decoder_batch(
     read = Layout(encoder_lengths, row_sizes, objective.encoder_length)
     given = Layout(target_lengths, row_sizes, objective.sequence_length)
     return given.arrays(
-        tokens=(tokens, ids.pad), targets=(targets, ids.pad), weights=(np.ones(len(targets), np.float32), 0.0)
+        tokens=(tokens, ids.pad),
+        targets=(targets, ids.pad),
+        weights=(np.ones(len(targets), np.float32), 0.0),
     ) | read.arrays("encoder_", tokens=(encoder, ids.pad))

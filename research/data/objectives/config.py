@@ -40,13 +40,16 @@ class MaskedConfig:
         _check_density(self.density)
         if min(self.mask, self.random) < 0 or self.mask + self.random > 1:
             raise UserError(
-                "mask", self.mask, f"and random = {self.random} must not be negative, nor above 1 together."
+                "mask",
+                self.mask,
+                f"and random = {self.random} must not be negative, nor above 1 together.",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class SpanConfig:
-    """Span corruption: some spans of the text are left out of the encoder's input, and the decoder gives them.
+    """Span corruption: some spans of the text are left out of the encoder's input, and the decoder
+    gives them.
 
     Attributes:
       density: share of a piece's tokens that is left out, in (0, 1).
@@ -86,7 +89,8 @@ UL2 = (
 
 @dataclasses.dataclass(frozen=True)
 class InfillConfig:
-    """Text infilling: one mask token stands for a span of any length, and the decoder gives the whole text.
+    """Text infilling: one mask token stands for a span of any length, and the decoder gives the
+    whole text.
 
     Attributes:
       density: share of a piece's tokens that is left out, in (0, 1).
@@ -110,10 +114,10 @@ class ObjectiveConfig:
     """What a model learns from a document.
 
     Attributes:
-      kind: `causal` (each token from those before it), `masked` (hidden tokens from all others), `prefix` (the rest of
-        a piece from its beginning, which is seen in both directions), or, with an encoder: `span` (what is left out),
-        `denoise` (a mixture of such), `infill` (the whole text from a damaged one), `translate` (the second text of a
-        pair from the first).
+      kind: `causal` (each token from those before it), `masked` (hidden tokens from all others),
+        `prefix` (the rest of a piece from its beginning, which is seen in both directions), or,
+        with an encoder: `span` (what is left out), `denoise` (a mixture of such), `infill` (the
+        whole text from a damaged one), `translate` (the second text of a pair from the first).
       encoder_length: tokens of a row of the encoder, S; None: as many as the decoder's.
       decoder_start: the token that the decoder's input begins with: T5 takes PAD, BART EOS.
       masked: read by `masked`.
@@ -136,14 +140,18 @@ class ObjectiveConfig:
                 raise UserError("encoder_length", self.encoder_length, "must be at least 1.")
             if self.kind not in ENCODED:
                 raise UserError(
-                    "encoder_length", self.encoder_length, f"must be None for kind = {self.kind!r}: it has no encoder."
+                    "encoder_length",
+                    self.encoder_length,
+                    f"must be None for kind = {self.kind!r}: it has no encoder.",
                 )
         if not self.denoisers:
             raise UserError("denoisers", (), "must name at least one.")
 
     @property
     def predicts_all_text(self) -> bool:
-        """Whether every token of the text is predicted once, so that the loss is that of so many bytes."""
+        """Whether every token of the text is predicted once, so that the loss is that of so many
+        bytes.
+        """
         return self.kind == "causal"
 
 

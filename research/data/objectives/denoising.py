@@ -1,7 +1,9 @@
-"""Objectives of an encoder-decoder that mends a damaged text: span corruption, mixtures of it, infilling.
+"""Objectives of an encoder-decoder that mends a damaged text: span corruption, mixtures of it,
+infilling.
 
-How much of a piece is left out, and in how many spans, depends on its length alone. So the planner knows the widths of
-a piece in both rows, and only where the spans lie is drawn, anew in every epoch.
+How much of a piece is left out, and in how many spans, depends on its length alone. So the planner
+knows the widths of a piece in both rows, and only where the spans lie is drawn, anew in every
+epoch.
 """
 
 import numpy as np
@@ -15,8 +17,11 @@ from research.data.objectives.config import InfillConfig, SpanConfig
 SEGMENTATION, GAPS, LENGTHS, SENTENCES = range(4)
 
 
-def noise_tokens(lengths: Int[np.ndarray, "P"], density: Shaped[np.ndarray, "P"]) -> Int[np.ndarray, "P"]:
-    """Returns how many tokens are left out of each piece: density · n, rounded, but neither none nor all.
+def noise_tokens(
+    lengths: Int[np.ndarray, "P"], density: Shaped[np.ndarray, "P"]
+) -> Int[np.ndarray, "P"]:
+    """Returns how many tokens are left out of each piece: density · n, rounded, but neither none
+    nor all.
 
     A piece of one token loses it.
     """
@@ -32,11 +37,16 @@ def span_count(
 
 
 def alternating(
-    kept: Int[np.ndarray, "P"], noise: Int[np.ndarray, "P"], spans: Int[np.ndarray, "P"], draws: UInt[np.ndarray, "_"]
+    kept: Int[np.ndarray, "P"],
+    noise: Int[np.ndarray, "P"],
+    spans: Int[np.ndarray, "P"],
+    draws: UInt[np.ndarray, "_"],
 ) -> Int[np.ndarray, "_ 2"]:
-    """Draws the lengths of the kept and of the left-out runs, which alternate: kept first, a left-out one last.
+    """Draws the lengths of the kept and of the left-out runs, which alternate: kept first, a
+    left-out one last.
 
-    Both numbers are cut into as many parts as there are spans, none of them empty, each way as likely as the others.
+    Both numbers are cut into as many parts as there are spans, none of them empty, each way as
+    likely as the others.
 
     Args:
       kept, noise: tokens of each kind in each piece.
@@ -58,33 +68,45 @@ def alternating(
 
 
 class Spans(Objective):
-    """The encoder reads a text with a sentinel for each span that is left out; the decoder gives sentinels and spans.
+    """The encoder reads a text with a sentinel for each span that is left out; the decoder gives
+    sentinels and spans.
 
-        text     t₁ t₂ t₃ t₄ t₅ t₆        encoder  [mode] t₁ ⟨0⟩ t₄ t₅ ⟨1⟩ EOS      decoder  ⟨0⟩ t₂ t₃ ⟨1⟩ t₆ EOS
+        text     t₁ t₂ t₃ t₄ t₅ t₆        encoder  [mode] t₁ ⟨0⟩ t₄ t₅ ⟨1⟩ EOS      decoder  ⟨0⟩ t₂
+        t₃ ⟨1⟩ t₆ EOS
 
-    With several denoisers each piece has one, fixed when the rows are planned; its spans change with the epoch. There
-    are never more spans than sentinels: the spans of very long pieces are longer. A piece too short for two spans loses
-    its end.
+    With several denoisers each piece has one, fixed when the rows are planned; its spans change
+    with the epoch. There
+    are never more spans than sentinels: the spans of very long pieces are longer. A piece too short
+    for two spans loses its end.
 
-    Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4; Tay et al. 2022, arXiv:2205.05131, section 3.1.2.
+    Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4; Tay et al. 2022, arXiv:2205.05131,
+        section 3.1.2.
     """
 
-    def __init__(self, denoisers: tuple[SpanConfig, ...], ids: Ids, sequence_length: int, encoder_length: int):
+    def __init__(
+        self, denoisers: tuple[SpanConfig, ...], ids: Ids, sequence_length: int, encoder_length: int
+    ):
         super().__init__(ids, sequence_length, encoder_length)
         self.shares = tuple(denoiser.weight for denoiser in denoisers)
         self._density = np.array([denoiser.density for denoiser in denoisers])
         # A span of any length is one that never ends before the noise does.
-        self._mean_span = np.array([np.inf if d.mean_span is None else d.mean_span for d in denoisers])
+        self._mean_span = np.array(
+            [np.inf if d.mean_span is None else d.mean_span for d in denoisers]
+        )
         self._mode = np.array([-1 if d.mode_id is None else d.mode_id for d in denoisers])
 
-    def _counts(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> tuple[np.ndarray, ...]:
+    def _counts(
+        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+    ) -> tuple[np.ndarray, ...]:
         """Returns tokens kept, tokens left out, and spans of each piece."""
         noise = noise_tokens(lengths, self._density[notes])
         kept = lengths - noise
         most = np.minimum(np.minimum(noise, kept), len(self.ids.sentinels))
         return kept, noise, span_count(noise, self._mean_span[notes], most)
 
-    def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
+    def widths(
+        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+    ) -> Int[np.ndarray, "2 P"]:
         kept, noise, spans = self._counts(lengths, notes)
         return np.stack([noise + spans + 1, kept + spans + 1 + (self._mode[notes] >= 0)])
 
@@ -99,25 +121,34 @@ class Spans(Objective):
         out_lengths, in_lengths = self.widths(pieces.lengths, pieces.notes)
         out_ends, in_ends = np.cumsum(out_lengths), np.cumsum(in_lengths)
         piece = np.repeat(np.arange(len(spans)), spans)
-        # Before the k-th sentinel of all come as many sentinels, and the EOS (and mode) of the pieces before.
+        # Before the k-th sentinel of all come as many sentinels, and the EOS (and mode) of the
+        # pieces before.
         k = np.arange(len(runs))
         in_sentinels = np.cumsum(runs[:, 0]) + k + piece + np.cumsum(mode >= 0)[piece]
         out_sentinels = np.cumsum(runs[:, 1]) - runs[:, 1] + k + piece
         marks = [(in_sentinels, sentinels), (in_ends - 1, ids.tail)]
         marks.append(((in_ends - in_lengths)[mode >= 0], mode[mode >= 0]))
         encoder = woven(int(in_lengths.sum()), marks, text[~is_noise])
-        targets = woven(int(out_lengths.sum()), [(out_sentinels, sentinels), (out_ends - 1, ids.tail)], text[is_noise])
-        return encoder_decoder_batch(self, encoder, in_lengths, targets, out_lengths, pieces.row_sizes)
+        targets = woven(
+            int(out_lengths.sum()),
+            [(out_sentinels, sentinels), (out_ends - 1, ids.tail)],
+            text[is_noise],
+        )
+        return encoder_decoder_batch(
+            self, encoder, in_lengths, targets, out_lengths, pieces.row_sizes
+        )
 
 
 class Infill(Objective):
-    """The encoder reads a text, sentences shuffled, a mask for each span that is left out; the decoder gives it whole.
+    """The encoder reads a text, sentences shuffled, a mask for each span that is left out; the
+    decoder gives it whole.
 
-    Spans have Poisson lengths, zero included, under the condition that they add up to the tokens left out: given its
-    sum, a vector of equal Poisson variables is multinomial, so each token left out picks its span. No two masks meet.
-    A sentence ends with a full stop.
+    Spans have Poisson lengths, zero included, under the condition that they add up to the tokens
+    left out: given its sum, a vector of equal Poisson variables is multinomial, so each token left
+    out picks its span. No two masks meet. A sentence ends with a full stop.
 
-    Source: Lewis et al. 2019, arXiv:1910.13461, section 2.2. There the number of spans is drawn, too.
+    Source: Lewis et al. 2019, arXiv:1910.13461, section 2.2. There the number of spans is drawn,
+        too.
     """
 
     def __init__(self, config: InfillConfig, ids: Ids, sequence_length: int, encoder_length: int):
@@ -129,9 +160,15 @@ class Infill(Objective):
         """Returns tokens kept, tokens left out, and spans of each piece."""
         noise = noise_tokens(lengths, np.full(len(lengths), self._config.density))
         kept = lengths - noise
-        return kept, noise, span_count(noise, np.full(len(lengths), self._config.mean_span), kept + 1)
+        return (
+            kept,
+            noise,
+            span_count(noise, np.full(len(lengths), self._config.mean_span), kept + 1),
+        )
 
-    def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
+    def widths(
+        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+    ) -> Int[np.ndarray, "2 P"]:
         kept, _, spans = self._counts(lengths)
         return np.stack([lengths, kept + spans]) + self._frame
 
@@ -144,20 +181,40 @@ class Infill(Objective):
         piece = np.repeat(np.arange(len(spans)), spans)
         first = np.cumsum(spans) - spans
         gap = gaps - (np.cumsum(kept + 1) - (kept + 1))[piece]
-        pick = np.repeat(first, noise) + below(pieces.draws(LENGTHS, noise), np.repeat(spans, noise))
+        pick = np.repeat(first, noise) + below(
+            pieces.draws(LENGTHS, noise), np.repeat(spans, noise)
+        )
         left_out = np.bincount(pick, minlength=len(gaps))
         # Each span is left out after the kept tokens, and the spans, before its gap.
         before = np.cumsum(left_out) - left_out
-        begin = gap + before - before[first][piece] + (np.cumsum(pieces.lengths) - pieces.lengths)[piece]
+        begin = (
+            gap
+            + before
+            - before[first][piece]
+            + (np.cumsum(pieces.lengths) - pieces.lengths)[piece]
+        )
         is_noise = np.zeros(len(text), bool)
         is_noise[np.repeat(begin, left_out) + ragged_arange(left_out)] = True
-        damaged = text[self._sentence_order(pieces, text)][~is_noise] if self._config.permute else text[~is_noise]
-        masks = (np.cumsum(in_lengths) - in_lengths)[piece] + (self._frame - 1) + gap + ragged_arange(spans)
+        damaged = (
+            text[self._sentence_order(pieces, text)][~is_noise]
+            if self._config.permute
+            else text[~is_noise]
+        )
+        masks = (
+            (np.cumsum(in_lengths) - in_lengths)[piece]
+            + (self._frame - 1)
+            + gap
+            + ragged_arange(spans)
+        )
         encoder = self._framed([(masks, self.ids.mask)], damaged, in_lengths)
         targets = self._framed([], text, out_lengths)
-        return encoder_decoder_batch(self, encoder, in_lengths, targets, out_lengths, pieces.row_sizes)
+        return encoder_decoder_batch(
+            self, encoder, in_lengths, targets, out_lengths, pieces.row_sizes
+        )
 
-    def _sentence_order(self, pieces: Pieces, text: Shaped[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
+    def _sentence_order(
+        self, pieces: Pieces, text: Shaped[np.ndarray, "_"]
+    ) -> Int[np.ndarray, "_"]:
         begins = ragged_arange(pieces.lengths) == 0
         begins[1:] |= text[:-1] == self.ids.stop
         sentence = np.cumsum(begins) - 1

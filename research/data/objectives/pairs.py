@@ -11,8 +11,9 @@ from research.data.objectives.base import Ids, Objective, Pieces, Runs, encoder_
 class Translate(Objective):
     """The encoder reads the first text of a pair, the decoder gives the second; each ends with EOS.
 
-    In the store a pair is two framed documents, one after the other. Its length counts the tokens of both, frames
-    included, its note those of the first. A pair is never cut; one that is too long for a row is left out.
+    In the store a pair is two framed documents, one after the other. Its length counts the tokens
+    of both, frames included, its note those of the first. A pair is never cut; one that is too long
+    for a row is left out.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.
     """
@@ -34,7 +35,9 @@ class Translate(Objective):
         fits = (self.widths(documents.lengths, documents.notes) <= rooms).all(axis=0)
         return documents[fits], np.zeros(fits.sum(), bool)
 
-    def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
+    def widths(
+        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+    ) -> Int[np.ndarray, "2 P"]:
         return np.stack([lengths - notes, notes]) - self._head
 
     def batch(self, pieces: Pieces) -> Batch:
@@ -42,6 +45,8 @@ class Translate(Objective):
         # A framed text without its head is one that ends with EOS.
         sides = []
         for starts, lengths in ((pieces.starts, read), (pieces.starts + pieces.notes, given)):
-            sides.append(pieces.tokens[np.repeat(starts + self._head, lengths) + ragged_arange(lengths)])
+            sides.append(
+                pieces.tokens[np.repeat(starts + self._head, lengths) + ragged_arange(lengths)]
+            )
         encoder, targets = (side.astype(np.int64) for side in sides)
         return encoder_decoder_batch(self, encoder, read, targets, given, pieces.row_sizes)

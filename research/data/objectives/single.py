@@ -1,9 +1,9 @@
 """Objectives of a model without an encoder of its own: causal, prefix, masked.
 
-Causal: a framed document `[head] t₁ … tₙ [tail]` (`Tokenizer.frame`) gives the pairs (head → t₁), (t₁ → t₂), …,
-(tₙ → tail). A piece is a run of such pairs, so every token of a document but its first is a target exactly once,
-however the document was cut, and no position is spent on a token without a successor. Positions begin at 0 in every
-piece.
+Causal: a framed document `[head] t₁ … tₙ [tail]` (`Tokenizer.frame`) gives the pairs (head → t₁),
+(t₁ → t₂), …, (tₙ → tail). A piece is a run of such pairs, so every token of a document but its
+first is a target exactly once, however the document was cut, and no position is spent on a token
+without a successor. Positions begin at 0 in every piece.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,9 @@ CHOICE, TREATMENT, REPLACEMENT = range(3)
 
 
 def bytes_per_target(corpora: Iterable[Corpus]) -> float:
-    """Returns the UTF-8 bytes of text that one predicted token stands for: bits per byte = loss / ln 2 / this."""
+    """Returns the UTF-8 bytes of text that one predicted token stands for: bits per byte = loss /
+    ln 2 / this.
+    """
     num_bytes, targets = 0, 0
     for corpus in corpora:
         num_bytes += int(corpus.num_bytes.sum())
@@ -68,19 +70,28 @@ class Causal(Objective):
         lengths = _pairs(offsets)
         return Runs(offsets[:-1], lengths, np.zeros_like(lengths))
 
-    def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
+    def widths(
+        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+    ) -> Int[np.ndarray, "2 P"]:
         return np.stack([lengths, np.zeros_like(lengths)])
 
     def batch(self, pieces: Pieces) -> Batch:
         return causal_batch(
-            pieces.tokens, pieces.starts, pieces.lengths, pieces.row_sizes, self.sequence_length, self.ids.pad
+            pieces.tokens,
+            pieces.starts,
+            pieces.lengths,
+            pieces.row_sizes,
+            self.sequence_length,
+            self.ids.pad,
         )
 
 
 class Prefix(Causal):
-    """The rest of a piece from its first p tokens, which see one another in both directions; `prefix` marks them.
+    """The rest of a piece from its first p tokens, which see one another in both directions;
+    `prefix` marks them.
 
-    p is drawn from 1 … n for a piece of n pairs. A pair has weight where its target is not in the prefix.
+    p is drawn from 1 … n for a piece of n pairs. A pair has weight where its target is not in the
+    prefix.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 3.2.1.
     """
@@ -88,9 +99,12 @@ class Prefix(Causal):
     def batch(self, pieces: Pieces) -> Batch:
         lengths = pieces.lengths
         seen = 1 + below(pieces.draws(CHOICE, np.ones_like(lengths)), lengths)
-        inside = np.repeat(seen, lengths) - ragged_arange(lengths)  # above 0: in the prefix; above 1: so is the target
+        inside = np.repeat(seen, lengths) - ragged_arange(
+            lengths
+        )  # above 0: in the prefix; above 1: so is the target
         extra = Layout(lengths, pieces.row_sizes, self.sequence_length).arrays(
-            prefix=((inside > 0).astype(np.int32), 0), weights=((inside <= 1).astype(np.float32), 0.0)
+            prefix=((inside > 0).astype(np.int32), 0),
+            weights=((inside <= 1).astype(np.float32), 0.0),
         )
         return super().batch(pieces) | {name: extra[name] for name in ("prefix", "weights")}
 
@@ -98,10 +112,11 @@ class Prefix(Causal):
 class Masked(Objective):
     """Hidden tokens of a piece from all others. Which are hidden is drawn anew in every epoch.
 
-    Every piece is framed as a document is; the frame is never hidden. Random tokens are any of the vocabulary.
+    Every piece is framed as a document is; the frame is never hidden. Random tokens are any of the
+    vocabulary.
 
-    Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1; Liu et al. 2019, arXiv:1907.11692, section 4.1. Here
-    the number of hidden tokens is rounded in each piece, and at least one.
+    Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1; Liu et al. 2019, arXiv:1907.11692,
+    section 4.1. Here the number of hidden tokens is rounded in each piece, and at least one.
     """
 
     def __init__(self, config: MaskedConfig, ids: Ids, sequence_length: int):
@@ -109,7 +124,9 @@ class Masked(Objective):
         self._config = config
         self._framing = int(ids.head is not None), int(ids.tail is not None)
 
-    def widths(self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]) -> Int[np.ndarray, "2 P"]:
+    def widths(
+        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+    ) -> Int[np.ndarray, "2 P"]:
         return np.stack([lengths + sum(self._framing), np.zeros_like(lengths)])
 
     def batch(self, pieces: Pieces) -> Batch:
@@ -121,7 +138,9 @@ class Masked(Objective):
         replacement = below(pieces.draws(REPLACEMENT)[hidden], self.ids.vocab_size)
         shown = text.copy()
         shown[hidden] = np.where(
-            treatment < c.mask, self.ids.mask, np.where(treatment < c.mask + c.random, replacement, text[hidden])
+            treatment < c.mask,
+            self.ids.mask,
+            np.where(treatment < c.mask + c.random, replacement, text[hidden]),
         )
         lengths = self.widths(pieces.lengths, pieces.notes)[0]
         return Layout(lengths, pieces.row_sizes, self.sequence_length).arrays(
@@ -133,7 +152,13 @@ class Masked(Objective):
     def _framed(
         self, text: Shaped[np.ndarray, "_"], lengths: Int[np.ndarray, "P"], frame: bool = True
     ) -> Int[np.ndarray, "_"]:
-        """Returns the pieces' values with the ids of the frame around each, or zeros in their places."""
+        """Returns the pieces' values with the ids of the frame around each, or zeros in their
+        places.
+        """
         ends = np.cumsum(lengths)
         places = ((ends - lengths, self.ids.head), (ends - 1, self.ids.tail))
-        return woven(int(lengths.sum()), [(at, mark if frame else 0) for at, mark in places if mark is not None], text)
+        return woven(
+            int(lengths.sum()),
+            [(at, mark if frame else 0) for at, mark in places if mark is not None],
+            text,
+        )

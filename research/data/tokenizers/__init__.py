@@ -24,15 +24,18 @@ class TokenizerConfig:
     """Which tokenizer.
 
     Attributes:
-      kind: `bpe` or `unigram` (trained on the sources with SentencePiece), `bytes`, or files to load: `huggingface`
-        (`tokenizer.json`, `vocab.txt`, or `vocab.json` with `merges.txt`) or `sentencepiece` (`*.model`).
-      vocab_size: ids of a trained tokenizer, at least 300 beside the mask and the sentinels; the others have their own.
-      path: the file to load, or the folder that holds it under its usual name; files beside it tell its special tokens
-        and chat templates.
-      training_bytes: how much text to train on, above 0; shared by the sources in proportion to their weights.
+      kind: `bpe` or `unigram` (trained on the sources with SentencePiece), `bytes`, or files to
+        load: `huggingface` (`tokenizer.json`, `vocab.txt`, or `vocab.json` with `merges.txt`) or
+            `sentencepiece` (`*.model`).
+      vocab_size: ids of a trained tokenizer, at least 300 beside the mask and the sentinels; the
+          others have their own.
+      path: the file to load, or the folder that holds it under its usual name; files beside it tell
+        its special tokens and chat templates.
+      training_bytes: how much text to train on, above 0; shared by the sources in proportion to
+          their weights.
       mask: whether `bpe`, `unigram` or `bytes` have a MASK, for masked objectives.
-      sentinels: how many sentinels they have, for span objectives; of `sentencepiece`, how many follow its own ids, 0
-        for as many as the files beside it tell.
+      sentinels: how many sentinels they have, for span objectives; of `sentencepiece`, how many
+        follow its own ids, 0 for as many as the files beside it tell.
     """
 
     kind: Literal["bpe", "unigram", "bytes", "huggingface", "sentencepiece"] = "bpe"
@@ -51,9 +54,15 @@ class TokenizerConfig:
             raise UserError("sentinels", self.sentinels, "must not be negative.")
         check_sentinels(self.sentinels)
         if loaded and self.mask:
-            raise UserError("mask", True, f"has no place in a tokenizer that is loaded: kind = {self.kind!r}.")
+            raise UserError(
+                "mask", True, f"has no place in a tokenizer that is loaded: kind = {self.kind!r}."
+            )
         if self.kind == "huggingface" and self.sentinels:
-            raise UserError("sentinels", self.sentinels, "must be 0 for kind = 'huggingface': its file has its own.")
+            raise UserError(
+                "sentinels",
+                self.sentinels,
+                "must be 0 for kind = 'huggingface': its file has its own.",
+            )
         least = MIN_TRAINED_VOCAB + (self.mask + self.sentinels if self.kind in TRAINED else 0)
         if self.vocab_size < least:
             raise UserError("vocab_size", self.vocab_size, f"must be at least {least}.")
@@ -71,7 +80,9 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         return pieces.train(config.kind, texts, config.vocab_size, config.mask, config.sentinels)
     if config.kind == "bytes":
         return ByteTokenizer(config.mask, config.sentinels)
-    from research.data.tokenizers import folders  # brings a library that tokenizers trained here do not need
+    from research.data.tokenizers import (
+        folders,
+    )  # brings a library that tokenizers trained here do not need
 
     path = pathlib.Path(config.path)
     if not path.exists():
@@ -81,7 +92,8 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         tokenizer = folders.from_path(path, config.kind, config.sentinels)
     except UserError as error:
         raise error.about("path", config.path) from error
-    # A model that is trained here reads prompts as its documents begin, whatever another model's tokenizer puts there.
+    # A model that is trained here reads prompts as its documents begin, whatever another model's
+    # tokenizer puts there.
     tokenizer.prompt_frame = None
     return tokenizer
 
@@ -90,7 +102,8 @@ def load(folder: str | Path) -> Tokenizer:
     """Returns the tokenizer that `Tokenizer.save` wrote into `folder`.
 
     Raises:
-      UserError: no descriptor, one with wrong fields or an unknown kind, or a file that is missing or has changed.
+      UserError: no descriptor, one with wrong fields or an unknown kind, or a file that is missing
+          or has changed.
     """
     folder = as_path(folder, "folder")
     told = descriptor.read(folder)
@@ -114,7 +127,9 @@ def load(folder: str | Path) -> Tokenizer:
         with within("", str(folder)):
             tokenizer = classes[kind](*files, **told.options)
     except (TypeError, AttributeError) as error:
-        raise UserError(f"{folder / DESCRIPTOR}: options do not fit kind = {kind!r}: {error}.") from error
+        raise UserError(
+            f"{folder / DESCRIPTOR}: options do not fit kind = {kind!r}: {error}."
+        ) from error
     tokenizer.chat_templates = told.chat_templates
     tokenizer.further_end_ids = told.further_end_ids
     tokenizer.named_tokens = told.named_tokens

@@ -25,7 +25,9 @@ MOST_SENTINELS = 10_000
 
 
 def check_sentinels(count: int) -> int:
-    """Returns the count; raises UserError where it is no number of sentinels that a model could have."""
+    """Returns the count; raises UserError where it is no number of sentinels that a model could
+    have.
+    """
     if type(count) is not int or not 0 <= count <= MOST_SENTINELS:
         raise UserError("sentinels", count, f"must be a whole number in [0, {MOST_SENTINELS}].")
     return count
@@ -34,8 +36,8 @@ def check_sentinels(count: int) -> int:
 class Tokenizer(abc.ABC):
     """Text to ids and back.
 
-    Control tokens are put in by code only: text that spells `<s>`, `[MASK]` or `<|endoftext|>` is encoded as the plain
-    characters that it is. Where there is no such token, its id is None.
+    Control tokens are put in by code only: text that spells `<s>`, `[MASK]` or `<|endoftext|>` is
+    encoded as the plain characters that it is. Where there is no such token, its id is None.
 
     Attributes:
       kind: the name of the class in a descriptor.
@@ -45,15 +47,19 @@ class Tokenizer(abc.ABC):
       pad_id: what fills a row.
       unk_id: what stands for text that the vocabulary cannot spell. Text does produce it.
       mask_id: what stands for a token to be guessed.
-      sentinel_ids: what stands for the first, second, … span to be guessed; empty where there are none.
-      chat_templates: Jinja templates by name, the usual one under `default`; kept with the tokenizer's files.
-      further_end_ids: what ends a text beside EOS, as an instruct model's end of turn; kept with the tokenizer's files.
-      named_tokens: further tokens that chat templates read as variables (`image_token`), by their names; kept with the
-        tokenizer's files.
-      guarded_tokens: further tokens that the files beside the tokenizer's own call special. In a chat only the template
-        writes them, as it does control tokens; kept with the tokenizer's files.
-      prompt_frame: the ids that the published tokenizer of a model puts before and after a text; kept with the
-        tokenizer's files. None: a prompt begins as a document does.
+      sentinel_ids: what stands for the first, second, … span to be guessed; empty where there are
+          none.
+      chat_templates: Jinja templates by name, the usual one under `default`; kept with the
+          tokenizer's files.
+      further_end_ids: what ends a text beside EOS, as an instruct model's end of turn; kept with
+          the tokenizer's files.
+      named_tokens: further tokens that chat templates read as variables (`image_token`), by their
+        names; kept with the tokenizer's files.
+      guarded_tokens: further tokens that the files beside the tokenizer's own call special. In a
+        chat only the template writes them, as it does control tokens; kept with the tokenizer's
+        files.
+      prompt_frame: the ids that the published tokenizer of a model puts before and after a text;
+        kept with the tokenizer's files. None: a prompt begins as a document does.
     """
 
     kind: ClassVar[str]
@@ -76,7 +82,9 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        """Decodes ids in [0, V), none of them BOS, EOS or PAD; other control ids as they are spelt."""
+        """Decodes ids in [0, V), none of them BOS, EOS or PAD; other control ids as they are
+        spelt.
+        """
 
     @property
     @abc.abstractmethod
@@ -90,7 +98,9 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def token_of(self, token_id: int) -> str | None:
-        """Returns how the token of an id in [0, V) is spelt, or None where it has no spelling that text could have."""
+        """Returns how the token of an id in [0, V) is spelt, or None where it has no spelling that
+        text could have.
+        """
 
     @abc.abstractmethod
     def id_of(self, token: str) -> int | None:
@@ -105,7 +115,9 @@ class Tokenizer(abc.ABC):
         """Returns what the descriptor holds beside the kind: the further arguments of the class."""
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without control ids; raises a UserError for half a surrogate pair."""
+        """Returns the ids of `text`, without control ids; raises a UserError for half a surrogate
+        pair.
+        """
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Iterable[str]) -> list[Int[np.ndarray, "_"]]:
@@ -116,7 +128,8 @@ class Tokenizer(abc.ABC):
         return self._encode_batch(texts)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
-        """Returns the text of `ids`; BOS, EOS and PAD are silent, bytes that are not UTF-8 become U+FFFD.
+        """Returns the text of `ids`; BOS, EOS and PAD are silent, bytes that are not UTF-8 become
+        U+FFFD.
 
         Raises:
           UserError: an id outside [0, V).
@@ -124,13 +137,18 @@ class Tokenizer(abc.ABC):
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
-                raise UserError(f"token id {i} is outside the vocabulary: it must lie in [0, {self.vocab_size}).")
+                raise UserError(
+                    f"token id {i} is outside the vocabulary: it must lie in [0, "
+                    f"{self.vocab_size})."
+                )
         control = (self.bos_id, self.eos_id, self.pad_id)
         return self._decode([i for i in ids if i not in control])
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids at any of which a model's text ends: EOS, where there is one, and then the further ones."""
+        """The ids at any of which a model's text ends: EOS, where there is one, and then the
+        further ones.
+        """
         first = () if self.eos_id is None else (self.eos_id,)
         return (*first, *(i for i in self.further_end_ids if i not in first))
 
@@ -138,41 +156,53 @@ class Tokenizer(abc.ABC):
     def chat_tokens(self) -> dict[str, int]:
         """The ids of the tokens that only a template writes in a chat, by their spelling.
 
-        They are the control tokens, the `guarded_tokens`, and what ends a text at `end_ids`, since whoever writes that
-        in a message ends the turn.
+        They are the control tokens, the `guarded_tokens`, and what ends a text at `end_ids`, since
+        whoever writes that in a message ends the turn.
         """
         ends = [self.token_of(i) for i in self.end_ids if i < self.vocab_size]
-        names = [name for name in (*self.guarded_tokens, *ends) if name is not None and name.strip()]
+        names = [
+            name for name in (*self.guarded_tokens, *ends) if name is not None and name.strip()
+        ]
         ids = {name: self.id_of(name) for name in names}
         further = {name: i for name, i in ids.items() if i is not None and i != self.unk_id}
         return further | self.control_tokens
 
     @property
-    def start_id(self) -> int | None:
-        """What begins a document: BOS; where there is none EOS, as for GPT-2, but nothing where T5's sentinels are."""
+    def document_start_id(self) -> int | None:
+        """What begins a document: BOS; where there is none EOS, as for GPT-2, but nothing where
+        T5's sentinels are.
+        """
         if self.bos_id is None and not self.sentinel_ids:
             return self.eos_id
         return self.bos_id
 
     def frame(self, ids: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
-        """Returns one document as a model reads it: [start] ids [end]; the end is EOS, or nothing."""
-        marks = [np.array([] if mark is None else [mark], np.int32) for mark in (self.start_id, self.eos_id)]
+        """Returns one document as a model reads it: [start] ids [end]; the end is EOS, or
+        nothing.
+        """
+        marks = [
+            np.array([] if mark is None else [mark], np.int32)
+            for mark in (self.document_start_id, self.eos_id)
+        ]
         return np.concatenate([marks[0], ids, marks[1]])
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns a text's ids as a decoder is to continue them: framed by `prompt_frame`, or as a document begins.
+        """Returns a text's ids as a decoder is to continue them: framed by `prompt_frame`, or as a
+        document begins.
 
         What would be no id at all is what a document begins with.
         """
         ids = self.encode(text)
-        start = [] if self.start_id is None else [self.start_id]
+        start = [] if self.document_start_id is None else [self.document_start_id]
         if self.prompt_frame is None:
             return [*start, *ids]
         before, after = self.prompt_frame
         return [*before, *ids, *after] or start
 
     def encode_source(self, text: str) -> list[int]:
-        """Returns a text's ids as an encoder reads them: framed by `prompt_frame`, or by BOS and EOS where they are."""
+        """Returns a text's ids as an encoder reads them: framed by `prompt_frame`, or by BOS and
+        EOS where they are.
+        """
         if self.prompt_frame is None:
             marks = (self.bos_id, self.eos_id)
             before, after = (() if mark is None else (mark,) for mark in marks)
@@ -191,17 +221,25 @@ class Tokenizer(abc.ABC):
         """Returns a conversation as the text that the model's chat template makes of it.
 
         Args:
-          messages: dicts of `role`, `content` and whatever else the template reads; plain JSON values.
+          messages: dicts of `role`, `content` and whatever else the template reads; plain JSON
+              values.
           add_generation_prompt: whether the text ends with what begins the assistant's next turn.
           tools: JSON schemas of functions that the model may call.
-          template: the name of one of `chat_templates`; None takes `tool_use` where tools are given, or `default`.
+          template: the name of one of `chat_templates`; None takes `tool_use` where tools are
+              given, or `default`.
           variables: further variables of the template.
 
         Raises:
-          UserError: no such template, messages that are no plain JSON, or a template that refuses them or fails.
+          UserError: no such template, messages that are no plain JSON, or a template that refuses
+              them or fails.
         """
         inputs = chat.plain(
-            {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+            {
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+                **variables,
+            }
         )
         source = chat.choose(self.chat_templates, template, tools is not None)
         return chat.render(source, self._named(chat.with_reasoning(inputs, source)))
@@ -214,10 +252,12 @@ class Tokenizer(abc.ABC):
         template: str | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Returns the ids of a conversation: `chat_tokens` that the template writes become their ids.
+        """Returns the ids of a conversation: `chat_tokens` that the template writes become their
+        ids.
 
-        Messages, tools and variables that spell one of them stay plain text, so nobody can end a turn or begin
-        another from within one. For all others the ids are those of `transformers`' `apply_chat_template`.
+        Messages, tools and variables that spell one of them stay plain text, so nobody can end a
+        turn or begin another from within one. For all others the ids are those of `transformers`'
+        `apply_chat_template`.
 
         Args: as `render_chat`.
 
@@ -226,7 +266,12 @@ class Tokenizer(abc.ABC):
         """
         source = chat.choose(self.chat_templates, template, tools is not None)
         inputs = chat.plain(
-            {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+            {
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+                **variables,
+            }
         )
         tokens = list(self.chat_tokens)
         inputs = chat.with_reasoning(inputs, source)
@@ -241,10 +286,11 @@ class Tokenizer(abc.ABC):
         return {"documents": None} | names | dict(self.named_tokens) | inputs
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """Encodes text in which `mark` before the spelling of one of `chat_tokens` makes it that token.
+        """Encodes text in which `mark` before the spelling of one of `chat_tokens` makes it that
+        token.
 
-        Each stretch of text between them is a text of its own: SentencePiece puts its space before every one, as the
-        published code of LLaMA does.
+        Each stretch of text between them is a text of its own: SentencePiece puts its space before
+        every one, as the published code of LLaMA does.
         """
         ids: list[int] = []
         tokens = {mark + name: i for name, i in self.chat_tokens.items()}
@@ -265,7 +311,9 @@ class Tokenizer(abc.ABC):
 
     def _identity(self) -> dict[str, Any]:
         """Returns the part of the descriptor that decides how text and conversations become ids."""
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.files().items())}
+        digests = {
+            name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.files().items())
+        }
         templates = {"chat_templates": dict(self.chat_templates)} if self.chat_templates else {}
         return {"kind": self.kind, "options": self.options(), "files": digests, **templates}
 
@@ -287,15 +335,19 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"text has half a surrogate pair at character {error.start}: not Unicode.") from error
+        raise UserError(
+            f"text has half a surrogate pair at character {error.start}: not Unicode."
+        ) from error
 
 
 class StreamDecoder:
-    """Decodes ids as they come: the pieces add up to the text of all ids, and no character is shown half.
+    """Decodes ids as they come: the pieces add up to the text of all ids, and no character is shown
+    half.
 
-    The bytes of an unfinished character decode to up to three U+FFFD at the end, so these are held back until more
-    ids, or the end, decide. Only a window of the last ids is decoded again: it begins with the ids of an earlier
-    piece, because some tokenizers write the first id of a text differently.
+    The bytes of an unfinished character decode to up to three U+FFFD at the end, so these are held
+    back until more ids, or the end, decide. Only a window of the last ids is decoded again: it
+    begins with the ids of an earlier piece, because some tokenizers write the first id of a text
+    differently.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -310,9 +362,14 @@ class StreamDecoder:
         certain = len(text) - min(len(text) - len(text.rstrip("\ufffd")), 3)
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
-        if new.strip() and certain == len(text):  # a window of spaces only could not tell the first id
+        if new.strip() and certain == len(
+            text
+        ):  # a window of spaces only could not tell the first id
             self._window = self._window[self._earlier :]
-            self._earlier, self._shown = len(self._window), len(self._tokenizer.decode(self._window))
+            self._earlier, self._shown = (
+                len(self._window),
+                len(self._tokenizer.decode(self._window)),
+            )
         return new
 
     def flush(self) -> str:

@@ -1,4 +1,6 @@
-"""Bytes as tokens: the 256 bytes of UTF-8, then BOS, EOS and PAD, then MASK and sentinels where they are wanted."""
+"""Bytes as tokens: the 256 bytes of UTF-8, then BOS, EOS and PAD, then MASK and sentinels where
+they are wanted.
+"""
 
 from typing import Any, ClassVar
 
@@ -17,7 +19,9 @@ class ByteTokenizer(Tokenizer):
     bos_id, eos_id, pad_id = 256, 257, 258
 
     def __init__(self, mask: bool = False, sentinels: int = 0):
-        """Args: mask: whether there is a MASK, id 259. sentinels: how many, with the ids after it."""
+        """Args: mask: whether there is a MASK, id 259. sentinels: how many, with the ids after
+        it.
+        """
         check_sentinels(sentinels)
         self.mask_id = 259 if mask else None
         first = 259 + mask
@@ -30,7 +34,9 @@ class ByteTokenizer(Tokenizer):
     @property
     def specials(self) -> dict[str, str]:
         """The spelling of the tokens that have a part to play, by their `ROLES`."""
-        return {role: name for role, name in NAMES.items() if role != "mask" or self.mask_id is not None}
+        return {
+            role: name for role, name in NAMES.items() if role != "mask" or self.mask_id is not None
+        }
 
     @property
     def control_tokens(self) -> dict[str, int]:
@@ -49,7 +55,9 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
-        return b"".join(bytes([i]) if i < 256 else self._spelt[i] for i in ids).decode("utf-8", errors="replace")
+        return b"".join(bytes([i]) if i < 256 else self._spelt[i] for i in ids).decode(
+            "utf-8", errors="replace"
+        )
 
     def files(self) -> dict[str, bytes]:
         return {}

@@ -1,12 +1,13 @@
 """Chat templates: a conversation as the text that a model was taught to read.
 
-A template is Jinja, as Hugging Face keeps it with a model. It comes with a download, so it runs in Jinja's sandbox and
-sees plain JSON values only.
+A template is Jinja, as Hugging Face keeps it with a model. It comes with a download, so it runs in
+Jinja's sandbox and sees plain JSON values only.
 
-What people write must not become a control token. So before the template runs, a private character, the guard, breaks
-every spelling of a control token in the inputs; in the text that comes out, only the template's own control tokens are
-whole, and another private character, the mark, goes before each. Then the guards can go. A template that takes letters
-out of the middle of a message could still join a token; none that is published does.
+What people write must not become a control token. So before the template runs, a private character,
+the guard, breaks every spelling of a control token in the inputs; in the text that comes out, only
+the template's own control tokens are whole, and another private character, the mark, goes before
+each. Then the guards can go. A template that takes letters out of the middle of a message could
+still join a token; none that is published does.
 """
 
 import datetime
@@ -29,7 +30,9 @@ PRIVATE = range(0xE000, 0xF900)  # Unicode's first private use area
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`: says which text is the assistant's, and changes nothing."""
+    """`{% generation %} … {% endgeneration %}`: says which text is the assistant's, and changes
+    nothing.
+    """
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -62,10 +65,16 @@ def _raise(message: str) -> None:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter would escape what HTML reserves."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _now(form: str) -> str:
@@ -78,7 +87,11 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace}
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": _now,
+        "namespace": _Namespace,
+    }
     return environment
 
 
@@ -88,13 +101,17 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def choose(templates: Mapping[str, str], name: str | None, with_tools: bool) -> str:
-    """Returns the template of a name; without one `tool_use` where there are tools and it exists, or else `default`."""
+    """Returns the template of a name; without one `tool_use` where there are tools and it exists,
+    or else `default`.
+    """
     if not templates:
         raise UserError("chat_template", constraint="is missing: this tokenizer has none.")
     if name is None:
         name = "tool_use" if with_tools and "tool_use" in templates else "default"
     if name not in templates:
-        raise UserError("chat_template", name, f"is not one of this tokenizer's. {nearest(name, templates)}")
+        raise UserError(
+            "chat_template", name, f"is not one of this tokenizer's. {nearest(name, templates)}"
+        )
     return templates[name]
 
 
@@ -112,7 +129,8 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
 
 def plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns a template's inputs as plain JSON values; what a message holds as None, it does not hold.
+    """Returns a template's inputs as plain JSON values; what a message holds as None, it does not
+    hold.
 
     Raises:
       UserError: no messages, a message that is no dict, or a value that JSON does not have.
@@ -123,9 +141,13 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
     for message in messages:
         if not isinstance(message, Mapping):
             raise UserError(
-                "messages", constraint=f": {message!r} must be a dict, as in {{'role': 'user', 'content': 'Hello'}}."
+                "messages",
+                constraint=f": {message!r} must be a dict, as in "
+                f"{{'role': 'user', 'content': 'Hello'}}.",
             )
-    held = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    held = [
+        {key: value for key, value in message.items() if value is not None} for message in messages
+    ]
     return {key: _plain(value, key) for key, value in (inputs | {"messages": held}).items()}
 
 
@@ -141,9 +163,11 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def with_reasoning(inputs: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Returns a template's inputs in which what a model thought before an answer has the names that the template reads.
+    """Returns a template's inputs in which what a model thought before an answer has the names that
+    the template reads.
 
-    `reasoning_content`, `thinking` and `reasoning` of a message mean the same; a name that it holds keeps its value.
+    `reasoning_content`, `thinking` and `reasoning` of a message mean the same; a name that it holds
+    keeps its value.
     """
     read = [name for name in REASONING if name in _names_in(source)]
     messages = []
@@ -156,13 +180,17 @@ def with_reasoning(inputs: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _names_in(source: str) -> frozenset[str]:
-    """Returns the attributes and the texts that a template's code names; none of one that is no Jinja."""
+    """Returns the attributes and the texts that a template's code names; none of one that is no
+    Jinja.
+    """
     try:
         tree = _environment().parse(source)
     except (jinja2.TemplateError, RecursionError):
         return frozenset()
     attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
-    texts = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    texts = {
+        node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)
+    }
     return frozenset(attributes | texts)
 
 
@@ -171,12 +199,17 @@ def unused_characters(source: str, inputs: Mapping[str, Any]) -> tuple[str, str]
     used = set(source) | set(json.dumps(inputs, ensure_ascii=False))
     found = list(itertools.islice((chr(code) for code in PRIVATE if chr(code) not in used), 2))
     if len(found) < 2:
-        raise UserError("messages use every private character of Unicode: none is left to mark control tokens with.")
+        raise UserError(
+            "messages use every private character of Unicode: none is left to mark control tokens "
+            "with."
+        )
     return found[0], found[1]
 
 
 def guarded(value: Any, tokens: Sequence[str], guard: str) -> Any:
-    """Returns plain values in which no text spells a control token, whatever is put after it: `guard` is in between."""
+    """Returns plain values in which no text spells a control token, whatever is put after it:
+    `guard` is in between.
+    """
     tokens = _breakable(tokens)
     rests: dict[str, list[str]] = {}
     for token in tokens:
@@ -188,7 +221,9 @@ def guarded(value: Any, tokens: Sequence[str], guard: str) -> Any:
 
     def guard_text(text: str) -> str:
         body = text.rstrip()  # templates strip what they get
-        if any(body[-length:].lower() in beginnings for length in range(1, min(longest, len(body)) + 1)):
+        if any(
+            body[-length:].lower() in beginnings for length in range(1, min(longest, len(body)) + 1)
+        ):
             text = body + guard + text[len(body) :]
         return spelt.sub(guard, text)
 
@@ -203,8 +238,8 @@ def guarded(value: Any, tokens: Sequence[str], guard: str) -> Any:
 
 
 def _breakable(tokens: Sequence[str]) -> list[str]:
-    """Returns the tokens that have a middle, the longest first; no published tokenizer has a control token of one
-    character, and text would have to lose that character."""
+    """Returns the tokens that have a middle, the longest first; no published tokenizer has a
+    control token of one character, and text would have to lose that character."""
     return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
 
 

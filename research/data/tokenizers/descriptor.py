@@ -9,7 +9,8 @@ from research.core.errors import UserError, within
 from research.data.tokenizers.base import DESCRIPTOR
 from research.storage.paths import Path
 
-# More ids than any vocabulary has. An end id may lie beyond the tokenizer's own, since some models have more rows.
+# More ids than any vocabulary has. An end id may lie beyond the tokenizer's own, since some models
+# have more rows.
 MOST_IDS = 1 << 24
 
 
@@ -21,7 +22,8 @@ class Descriptor:
       kind: of the tokenizer's class.
       options: further arguments of the class.
       files: SHA-256 digests of the tokenizer's files, by their names.
-      chat_templates, further_end_ids, named_tokens, guarded_tokens, prompt_frame: as in `Tokenizer`.
+      chat_templates, further_end_ids, named_tokens, guarded_tokens, prompt_frame: as in
+      `Tokenizer`.
     """
 
     kind: str
@@ -35,14 +37,18 @@ class Descriptor:
 
     def __post_init__(self):
         before, after = self.prompt_frame or ((), ())
-        for field, ids in (("further_end_ids", self.further_end_ids), ("prompt_frame", (*before, *after))):
+        for field, ids in (
+            ("further_end_ids", self.further_end_ids),
+            ("prompt_frame", (*before, *after)),
+        ):
             for i in ids:
                 if not 0 <= i < MOST_IDS:
                     raise UserError(field, list(ids), f": {i} must be an id in [0, {MOST_IDS}).")
 
 
 def read(folder: Path) -> Descriptor:
-    """Returns the descriptor in the folder of a saved tokenizer; fields that it does not know say nothing to it.
+    """Returns the descriptor in the folder of a saved tokenizer; fields that it does not know say
+    nothing to it.
 
     Raises:
       UserError: there is none, or one of its fields is missing or of another type.
@@ -56,4 +62,6 @@ def read(folder: Path) -> Descriptor:
         raise UserError("is not a JSON object.", origin=str(path))
     names = {field.name for field in dataclasses.fields(Descriptor)}
     with within("", str(path)):
-        return configs.bind(Descriptor, {name: value for name, value in values.items() if name in names})
+        return configs.bind(
+            Descriptor, {name: value for name, value in values.items() if name in names}
+        )

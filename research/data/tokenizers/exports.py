@@ -1,6 +1,7 @@
 """A `tokenizer.json` for the tokenizers that have none: SentencePiece models and bytes.
 
-It tells the `tokenizers` library to do what SentencePiece does; how far that goes is what its tests measure.
+It tells the `tokenizers` library to do what SentencePiece does; how far that goes is what its tests
+measure.
 """
 
 import re
@@ -36,8 +37,12 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     if "unk" in specials:  # text that spells it is not unknown
         control = {specials["unk"]: tokenizer.unk_id, **control}
     names = sorted(control, key=control.__getitem__)
-    library.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in names])
-    assert all(library.token_to_id(name) == i for name, i in control.items()), "control tokens lie where they lay"
+    library.add_special_tokens(
+        [tokenizers.AddedToken(name, normalized=False, special=True) for name in names]
+    )
+    assert all(library.token_to_id(name) == i for name, i in control.items()), (
+        "control tokens lie where they lay"
+    )
     if "bos" in specials:
         library = _framed(library, [(specials["bos"], 0), (None, 0)], specials["bos"])
     elif "eos" in specials:  # as T5 is read, with sentinels or, as mT5, without
@@ -60,9 +65,13 @@ def _framed(library: tokenizers.Tokenizer, single: list[Part], token: str) -> to
 
 
 def _from_bytes() -> tokenizers.Tokenizer:
-    """Byte-level pairs without a pair; the library writes a byte as a character that can be seen."""
+    """Byte-level pairs without a pair; the library writes a byte as a character that can be
+    seen.
+    """
     rest = (byte for byte in range(256) if byte not in PRINTABLE)
-    signs = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    signs = {byte: chr(byte) for byte in PRINTABLE} | {
+        byte: chr(256 + i) for i, byte in enumerate(rest)
+    }
     library = tokenizers.Tokenizer(models.BPE({signs[byte]: byte for byte in range(256)}, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
@@ -70,7 +79,9 @@ def _from_bytes() -> tokenizers.Tokenizer:
 
 
 def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
-    """Returns what the library makes of a SentencePiece model; raises UserError where it makes nothing of it."""
+    """Returns what the library makes of a SentencePiece model; raises UserError where it makes
+    nothing of it.
+    """
     try:
         return _library_of(sentencepiece_model_pb2.ModelProto.FromString(data))
     except UserError:
@@ -78,7 +89,8 @@ def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     except Exception as error:  # both libraries raise bare Exception for a damaged model
         raise UserError(
             "tokenizer",
-            constraint=f": its model cannot be written as a tokenizer.json: {' '.join(str(error).split())}.",
+            constraint=": its model cannot be written as a tokenizer.json: "
+            f"{' '.join(str(error).split())}.",
         ) from error
 
 
@@ -86,13 +98,16 @@ def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokeniz
     trainer, rules = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (UNIGRAM, BYTE_PAIRS) or trainer.treat_whitespace_as_suffix:
         raise UserError(
-            "tokenizer", constraint=": this kind of SentencePiece model cannot be written as a tokenizer.json."
+            "tokenizer",
+            constraint=": this kind of SentencePiece model cannot be written as a tokenizer.json.",
         )
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     spellable = {piece.piece for piece in model.pieces if piece.type in (NORMAL, UNUSED)}
     if trainer.model_type == UNIGRAM:
-        library = tokenizers.Tokenizer(models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback))
+        library = tokenizers.Tokenizer(
+            models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback)
+        )
     else:
         ids = {piece: i for i, (piece, _) in enumerate(pieces)}
         unknown = pieces[trainer.unk_id][0]
@@ -102,12 +117,14 @@ def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokeniz
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=trainer.byte_fallback,
-            # A symbol stands alone in its stretch of text, which is looked up as a whole before it is merged.
+            # A symbol stands alone in its stretch of text, which is looked up as a whole before it
+            # is merged.
             ignore_merges=bool(symbols),
         )
         library = tokenizers.Tokenizer(byte_pairs)
     library.normalizer = normalizers.Sequence(_normalizers(rules))
-    # The library would find the spelling of a byte or a control token in text, as a piece or as a whole stretch.
+    # The library would find the spelling of a byte or a control token in text, as a piece or as a
+    # whole stretch.
     hidden = [name for name, _ in pieces if name not in spellable and name not in symbols]
     whole = symbols or trainer.model_type == UNIGRAM
     splits = [*_isolated(symbols), *_broken(hidden if whole else [], spellable)]
@@ -121,19 +138,24 @@ def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokeniz
 
 
 def _isolated(symbols: list[str]) -> list[pre_tokenizers.PreTokenizer]:
-    """Returns what cuts user-defined symbols out of text, the longest where several fit, as SentencePiece does.
+    """Returns what cuts user-defined symbols out of text, the longest where several fit, as
+    SentencePiece does.
 
-    They are no added tokens: the library would take those out before it normalizes, and then begin what follows anew,
-    with a space in front.
+    They are no added tokens: the library would take those out before it normalizes, and then begin
+    what follows anew, with a space in front.
     """
     if not symbols:
         return []
     longest_first = sorted(symbols, key=len, reverse=True)
-    return [pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, longest_first))), "isolated")]
+    return [
+        pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, longest_first))), "isolated")
+    ]
 
 
 def _broken(names: list[str], spellable: set[str]) -> list[pre_tokenizers.PreTokenizer]:
-    """Returns what cuts the spellings of `names` in two, where no piece of text lies across the cut."""
+    """Returns what cuts the spellings of `names` in two, where no piece of text lies across the
+    cut.
+    """
     pairs = {piece[i : i + 2] for piece in spellable for i in range(len(piece) - 1)}
     cuts: set[str] = set()
     for name in names:
@@ -142,11 +164,17 @@ def _broken(names: list[str], spellable: set[str]) -> list[pre_tokenizers.PreTok
             at = places[0] if places else 1
             rest = BYTE_END if re.fullmatch(BYTE_END, name[at:]) else re.escape(name[at:])
             cuts.add(f"(?<={re.escape(name[:at])})(?={rest})")
-    return [pre_tokenizers.Split(tokenizers.Regex("|".join(sorted(cuts))), "isolated")] if cuts else []
+    return (
+        [pre_tokenizers.Split(tokenizers.Regex("|".join(sorted(cuts))), "isolated")] if cuts else []
+    )
 
 
-def _merges(pieces: list[tuple[str, float]], ids: dict[str, int], spellable: set[str]) -> list[tuple[str, str]]:
-    """Returns the pairs of pieces that make a piece, in the order in which SentencePiece would merge them."""
+def _merges(
+    pieces: list[tuple[str, float]], ids: dict[str, int], spellable: set[str]
+) -> list[tuple[str, str]]:
+    """Returns the pairs of pieces that make a piece, in the order in which SentencePiece would
+    merge them.
+    """
     ranked = sorted((-score, ids[piece], piece) for piece, score in pieces if len(piece) > 1)
     splits = ((piece[:at], piece[at:]) for _, _, piece in ranked for at in range(1, len(piece)))
     return [(left, right) for left, right in splits if left in spellable and right in spellable]

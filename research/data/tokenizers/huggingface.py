@@ -13,8 +13,8 @@ from jaxtyping import Int
 from research.core.errors import UserError
 from research.data.tokenizers.base import ROLES, SENTINEL, Tokenizer
 
-# A tokenizer.json does not say which token begins or ends a text; where the files beside it do not either, these names
-# decide (GPT-2, LLaMA 1 and 2, RoBERTa, BART, T5, LLaMA 3, Gemma, BERT, Qwen).
+# A tokenizer.json does not say which token begins or ends a text; where the files beside it do not
+# either, these names decide (GPT-2, LLaMA 1 and 2, RoBERTa, BART, T5, LLaMA 3, Gemma, BERT, Qwen).
 KNOWN = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>"),
     "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"),
@@ -27,12 +27,15 @@ KNOWN = {
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`. Encodes as the library does, except that text never yields a special token."""
+    """A `tokenizer.json`. Encodes as the library does, except that text never yields a special
+    token.
+    """
 
     kind: ClassVar[str] = "huggingface"
 
     def __init__(self, data: bytes, specials: Mapping[str, str | None] | None = None):
-        """Args: data: the `tokenizer.json`. specials: the token of each of `ROLES`; None: by known names.
+        """Args: data: the `tokenizer.json`. specials: the token of each of `ROLES`; None: by known
+        names.
 
         Raises:
           UserError: not a tokenizer.json, or a special token that it does not have.
@@ -60,7 +63,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._specials = {role: token for role, token in specials.items() if token is not None}
         self._marked: tuple[str, dict[str, int], tokenizers.Tokenizer, dict[int, int]] | None = None
         # Ids may have gaps, so the count of tokens is not the bound of the ids.
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.vocab_size = 1 + max(
+            self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1
+        )
         # BERT begins and ends with what it calls by other names.
         self.bos_id, self.eos_id = self._id("bos", "cls"), self._id("eos", "sep")
         self.pad_id, self.unk_id, self.mask_id = (self._id(role) for role in ("pad", "unk", "mask"))
@@ -72,7 +77,9 @@ class HuggingFaceTokenizer(Tokenizer):
             if role in self._specials:
                 found = self._tokenizer.token_to_id(self._specials[role])
                 if found is None:
-                    raise UserError(role, self._specials[role], "is not a token of this tokenizer.json.")
+                    raise UserError(
+                        role, self._specials[role], "is not a token of this tokenizer.json."
+                    )
                 return found
         return None
 
@@ -98,7 +105,9 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = list(zip(encoding.ids, encoding.special_tokens_mask, strict=True))
         # What the post-processor adds is marked 1, and what the text itself becomes 0.
         before = [i for i, _ in itertools.takewhile(lambda pair: pair[1], ids)]
-        after = [i for i, _ in itertools.takewhile(lambda pair: pair[1], reversed(ids[len(before) :]))]
+        after = [
+            i for i, _ in itertools.takewhile(lambda pair: pair[1], reversed(ids[len(before) :]))
+        ]
         return tuple(before), tuple(reversed(after))
 
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
@@ -106,32 +115,45 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """Lets the library find the tokens, which may take the spaces beside them, under their marked spelling."""
+        """Lets the library find the tokens, which may take the spaces beside them, under their
+        marked spelling.
+        """
         tokens = self.chat_tokens
         if self._marked is None or self._marked[:2] != (mark, tokens):
             self._marked = (mark, tokens, *self._marking(tokens, mark))
         *_, marking, originals = self._marked
         return [originals.get(i, i) for i in marking.encode(text, add_special_tokens=False).ids]
 
-    def _marking(self, names: Mapping[str, int], mark: str) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """Returns a copy of the tokenizer that knows each of these tokens as `mark` and its name; ids to the real ones.
+    def _marking(
+        self, names: Mapping[str, int], mark: str
+    ) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """Returns a copy of the tokenizer that knows each of these tokens as `mark` and its name;
+        ids to the real ones.
 
-        The copies are not special, because special tokens are text to both. Tokens that are not special have no other
-        name, so that they cannot be found in text.
+        The copies are not special, because special tokens are text to both. Tokens that are not
+        special have no other name, so that they cannot be found in text.
         """
         content = json.loads(self._encoder.to_str())
         further = [name for name in names if name not in self._control]
         marking = _library(_hide(content, further) if further else content)
         added = self._tokenizer.get_added_tokens_decoder()
-        tokens = {i: added[i] if i in added else tokenizers.AddedToken(name) for name, i in names.items()}
+        tokens = {
+            i: added[i] if i in added else tokenizers.AddedToken(name) for name, i in names.items()
+        }
         copies = [
             tokenizers.AddedToken(
-                mark + token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False
+                mark + token.content,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=False,
+                special=False,
             )
             for token in tokens.values()
         ]
         marking.add_tokens(copies)
-        return marking, {marking.token_to_id(mark + token.content): i for i, token in tokens.items()}
+        return marking, {
+            marking.token_to_id(mark + token.content): i for i, token in tokens.items()
+        }
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -156,9 +178,11 @@ def _library(content: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _hide(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Renames tokens that a model would take out of text (T5's `</s>` is a piece), and forgets merges that make them.
+    """Renames tokens that a model would take out of text (T5's `</s>` is a piece), and forgets
+    merges that make them.
 
-    Nobody can know their new names. Their scores stay, because the least score tells what is unknown.
+    Nobody can know their new names. Their scores stay, because the least score tells what is
+    unknown.
     """
     hidden = {name: name + secrets.token_hex(16) for name in names}
     model = content["model"]
@@ -168,13 +192,20 @@ def _hide(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     else:  # a unigram model's pairs of piece and score
         changed["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
     if "merges" in model:
-        changed["merges"] = [pair for pair in model["merges"] if hidden.keys().isdisjoint(_pieces(pair))]
-    renamed = [token | {"content": hidden.get(token["content"], token["content"])} for token in content["added_tokens"]]
+        changed["merges"] = [
+            pair for pair in model["merges"] if hidden.keys().isdisjoint(_pieces(pair))
+        ]
+    renamed = [
+        token | {"content": hidden.get(token["content"], token["content"])}
+        for token in content["added_tokens"]
+    ]
     return content | {"model": model | changed, "added_tokens": renamed}
 
 
 def _pieces(merge: str | list[str]) -> tuple[str, str, str]:
-    """Returns the two pieces of a merge, which older files write with a space between, and what they make."""
+    """Returns the two pieces of a merge, which older files write with a space between, and what
+    they make.
+    """
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right, left + right
 

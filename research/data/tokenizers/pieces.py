@@ -1,7 +1,7 @@
 """SentencePiece: byte-pair and unigram pieces with byte fallback, trained here or loaded.
 
-Sources: Sennrich et al. 2016, arXiv:1508.07909 (byte pairs); Kudo 2018, arXiv:1804.10959 (unigram); Kudo and
-Richardson 2018, arXiv:1808.06226 (SentencePiece).
+Sources: Sennrich et al. 2016, arXiv:1508.07909 (byte pairs); Kudo 2018, arXiv:1804.10959 (unigram);
+Kudo and Richardson 2018, arXiv:1808.06226 (SentencePiece).
 """
 
 import io
@@ -21,7 +21,8 @@ from research.data.tokenizers.base import SENTINEL, Tokenizer, check_sentinels
 # SentencePiece writes a space as this character, and so would read this character as a space.
 META_SPACE = "\u2581"
 MAX_LINE_BYTES = 1 << 16
-# Part of the result of unigram training, whose sums are taken thread by thread: a constant, never the machine's count.
+# Part of the result of unigram training, whose sums are taken thread by thread: a constant, never
+# the machine's count.
 TRAINING_THREADS = 4
 MASKS = ("<mask>", "[MASK]")
 
@@ -29,9 +30,10 @@ MASKS = ("<mask>", "[MASK]")
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
-    A model trained by `train` is exact: it normalizes nothing, so `decode(encode(text)) == text` for any text. The
-    one character that SentencePiece itself would lose, U+2581, is spelt here by its three byte pieces. A loaded model
-    keeps its own normalization (LLaMA's puts a space in front) and gives the ids that SentencePiece gives.
+    A model trained by `train` is exact: it normalizes nothing, so `decode(encode(text)) == text`
+    for any text. The one character that SentencePiece itself would lose, U+2581, is spelt here by
+    its three byte pieces. A loaded model keeps its own normalization (LLaMA's puts a space in
+    front) and gives the ids that SentencePiece gives.
     """
 
     kind: ClassVar[str] = "sentencepiece"
@@ -42,16 +44,21 @@ class SentencePieceTokenizer(Tokenizer):
         Args:
           model: the serialized model.
           exact: whether `train` made it.
-          sentinels: ids after the model's own, the first sentinel having the last, as T5's 100; a model that holds
-            sentinels among its pieces needs none.
+          sentinels: ids after the model's own, the first sentinel having the last, as T5's 100; a
+            model that holds sentinels among its pieces needs none.
 
         Raises:
           UserError: `model` is not a SentencePiece model.
         """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, UnicodeDecodeError) as error:  # its own message may hold a damaged piece
-            raise UserError(f"is not a SentencePiece model: {' '.join(str(error).split())}.") from error
+        except (
+            RuntimeError,
+            UnicodeDecodeError,
+        ) as error:  # its own message may hold a damaged piece
+            raise UserError(
+                f"is not a SentencePiece model: {' '.join(str(error).split())}."
+            ) from error
         check_sentinels(sentinels)
         self._model, self._exact = model, exact
         self._marked: tuple[str, list[str], SentencePieceTokenizer] | None = None
@@ -60,7 +67,9 @@ class SentencePieceTokenizer(Tokenizer):
         processor = self._processor
         ids = (processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id())
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (None if i < 0 else i for i in ids)
-        controls = {processor.id_to_piece(i): i for i in range(self._pieces) if processor.is_control(i)}
+        controls = {
+            processor.id_to_piece(i): i for i in range(self._pieces) if processor.is_control(i)
+        }
         self.mask_id = next((controls[name] for name in MASKS if name in controls), None)
         held = itertools.takewhile(controls.__contains__, map(SENTINEL.format, itertools.count()))
         self.sentinel_ids = (
@@ -84,7 +93,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _plain(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
         if len(texts) == 1:  # a pool of threads costs more than one text
             return [np.array(self._processor.encode(texts[0]), np.int32)]
-        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=self._threads)]
+        return [
+            np.array(ids, np.int32)
+            for ids in self._processor.encode(texts, num_threads=self._threads)
+        ]
 
     def _join(self, parts: list[Int[np.ndarray, "_"]]) -> Int[np.ndarray, "_"]:
         joined = [parts[0]]
@@ -95,7 +107,13 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def specials(self) -> dict[str, str]:
         """The spelling of the tokens that have a part to play, by their `ROLES`."""
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id, "mask": self.mask_id}
+        ids = {
+            "bos": self.bos_id,
+            "eos": self.eos_id,
+            "unk": self.unk_id,
+            "pad": self.pad_id,
+            "mask": self.mask_id,
+        }
         return {role: self._processor.id_to_piece(i) for role, i in ids.items() if i is not None}
 
     @property
@@ -104,7 +122,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self._control
 
     def token_of(self, token_id: int) -> str | None:
-        return self._spelt[token_id] if token_id in self._spelt else self._processor.id_to_piece(token_id)
+        return (
+            self._spelt[token_id]
+            if token_id in self._spelt
+            else self._processor.id_to_piece(token_id)
+        )
 
     def id_of(self, token: str) -> int | None:
         if token in self._control:
@@ -113,13 +135,19 @@ class SentencePieceTokenizer(Tokenizer):
         return found if self._processor.id_to_piece(found) == token else None
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """Lets SentencePiece find the pieces that are no control tokens, since text goes on behind them as before."""
+        """Lets SentencePiece find the pieces that are no control tokens, since text goes on behind
+        them as before.
+        """
         further = [name for name in self.chat_tokens if name not in self._control]
         if not further:
             return super()._encode_marked(text, mark)
         if self._marked is None or self._marked[:2] != (mark, further):
             model = _with_marks(self._model, further, mark)
-            self._marked = (mark, further, SentencePieceTokenizer(model, self._exact, self._appended))
+            self._marked = (
+                mark,
+                further,
+                SentencePieceTokenizer(model, self._exact, self._appended),
+            )
         return self._marked[2]._encode_marked(text, mark)
 
     def _decode(self, ids: list[int]) -> str:
@@ -132,7 +160,9 @@ class SentencePieceTokenizer(Tokenizer):
         return text
 
     def _text(self, ids: list[int], first: bool) -> str:
-        """Decodes pieces; the library drops the space that they begin with, which is right only for the first ones."""
+        """Decodes pieces; the library drops the space that they begin with, which is right only for
+        the first ones.
+        """
         text = self._processor.decode(ids)
         spaced = self._processor.id_to_piece(ids[0]).startswith(META_SPACE)
         return text if first or not spaced or text.startswith(" ") else " " + text
@@ -145,7 +175,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _with_marks(model: bytes, names: Collection[str], mark: str) -> bytes:
-    """Returns a model to which the pieces of these names are symbols that are spelt with `mark` in front of the name.
+    """Returns a model to which the pieces of these names are symbols that are spelt with `mark` in
+    front of the name.
 
     Text without the mark so becomes the pieces that it would without these.
     """
@@ -158,7 +189,11 @@ def _with_marks(model: bytes, names: Collection[str], mark: str) -> bytes:
 
 
 def train(
-    kind: Literal["bpe", "unigram"], texts: Iterable[str], vocab_size: int, mask: bool = False, sentinels: int = 0
+    kind: Literal["bpe", "unigram"],
+    texts: Iterable[str],
+    vocab_size: int,
+    mask: bool = False,
+    sentinels: int = 0,
 ) -> SentencePieceTokenizer:
     """Trains an exact tokenizer; the same texts in the same order give the same bytes.
 

@@ -1,6 +1,7 @@
 """What a `tokenizer.json` puts around a text, written so that any spelling of a token is one token.
 
-The library's own template language splits at spaces and reads `x:1` as the token `x` of the second kind.
+The library's own template language splits at spaces and reads `x:1` as the token `x` of the second
+kind.
 """
 
 import json
@@ -9,14 +10,19 @@ from typing import Any
 
 import tokenizers
 
-# A part of a template: the spelling of a token, or None for the text, with the kind of segment that it belongs to.
+# A part of a template: the spelling of a token, or None for the text, with the kind of segment that
+# it belongs to.
 Part = tuple[str | None, int]
 
 
 def with_template(
-    library: tokenizers.Tokenizer, single: Sequence[Part], pair: Sequence[Part], ids: Mapping[str, int]
+    library: tokenizers.Tokenizer,
+    single: Sequence[Part],
+    pair: Sequence[Part],
+    ids: Mapping[str, int],
 ) -> tokenizers.Tokenizer:
-    """Returns the tokenizer with what it puts around one text and around two, the second one's parts in their order.
+    """Returns the tokenizer with what it puts around one text and around two, the second one's
+    parts in their order.
 
     Args:
       library: the tokenizer.
@@ -30,7 +36,9 @@ def with_template(
         "type": "TemplateProcessing",
         "single": _parts(single),
         "pair": _parts(pair),
-        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in used},
+        "special_tokens": {
+            name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in used
+        },
     }
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 

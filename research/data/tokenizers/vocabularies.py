@@ -1,8 +1,9 @@
 """A `tokenizer.json` from the older files that hold a vocabulary alone.
 
-Sources: Devlin et al. 2018, arXiv:1810.04805 (BERT; WordPiece: Wu et al. 2016, arXiv:1609.08144); Radford et al. 2019,
-"Language Models are Unsupervised Multitask Learners" (byte pairs over bytes; also RoBERTa's, arXiv:1907.11692, and
-BART's, arXiv:1910.13461). The algorithms are those of the `tokenizers` library.
+Sources: Devlin et al. 2018, arXiv:1810.04805 (BERT; WordPiece: Wu et al. 2016, arXiv:1609.08144);
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (byte pairs over bytes;
+also RoBERTa's, arXiv:1907.11692, and BART's, arXiv:1910.13461). The algorithms are those of the
+`tokenizers` library.
 """
 
 import json
@@ -21,14 +22,18 @@ from research.data.tokenizers.post_processing import with_template
 MAX_WORD = 100
 
 
-def from_word_pieces(vocab: bytes, specials: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
+def from_word_pieces(
+    vocab: bytes, specials: Mapping[str, Any], settings: Mapping[str, Any]
+) -> bytes:
     """Returns the tokenizer.json of a WordPiece vocabulary.
 
     Args:
       vocab: `vocab.txt`, a token a line.
-      specials: the token of each role, a string or the dict of an added token; for other roles usual names are tried.
-      settings: a `tokenizer_config.json`; what it does not say is as in BERT-uncased: `do_lower_case`,
-        `strip_accents` (None: where letters are made lower), `tokenize_chinese_chars`.
+      specials: the token of each role, a string or the dict of an added token; for other roles
+          usual names are tried.
+      settings: a `tokenizer_config.json`; what it does not say is as in BERT-uncased:
+        `do_lower_case`, `strip_accents` (None: where letters are made lower),
+        `tokenize_chinese_chars`.
 
     Raises:
       UserError: not text, or no token for what is unknown.
@@ -41,8 +46,12 @@ def from_word_pieces(vocab: bytes, specials: Mapping[str, Any], settings: Mappin
     specials = known_specials(ids) | specials
     unknown = token_name(specials.get("unk"))
     if unknown not in ids:
-        raise UserError(f"is not a vocab.txt of WordPiece: it has no unk_token {unknown or '[UNK]'!r}.")
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=MAX_WORD))
+        raise UserError(
+            f"is not a vocab.txt of WordPiece: it has no unk_token {unknown or '[UNK]'!r}."
+        )
+    tokenizer = tokenizers.Tokenizer(
+        models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=MAX_WORD)
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=_flag(settings, "tokenize_chinese_chars", True),
@@ -54,13 +63,16 @@ def from_word_pieces(vocab: bytes, specials: Mapping[str, Any], settings: Mappin
     return _finish(tokenizer, specials, has_kinds=True)
 
 
-def from_byte_pairs(vocab: bytes, merges: bytes, specials: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
+def from_byte_pairs(
+    vocab: bytes, merges: bytes, specials: Mapping[str, Any], settings: Mapping[str, Any]
+) -> bytes:
     """Returns the tokenizer.json of a byte-level BPE vocabulary, as GPT-2, RoBERTa and BART have.
 
     Args:
       vocab: `vocab.json`, the id of each token.
       merges: `merges.txt`, the two parts of a token a line, in order of rank.
-      specials: the token of each role, a string or the dict of an added token; for other roles usual names are tried.
+      specials: the token of each role, a string or the dict of an added token; for other roles
+          usual names are tried.
       settings: a `tokenizer_config.json`, of which `add_prefix_space` is read.
 
     Raises:
@@ -73,30 +85,41 @@ def from_byte_pairs(vocab: bytes, merges: bytes, specials: Mapping[str, Any], se
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"is not a vocab.json with its merges.txt: {error}.") from error
     if missing:
-        raise UserError(f"is not a byte-level vocab.json: {len(missing)} bytes are no tokens, such as {missing[0]!r}.")
+        raise UserError(
+            f"is not a byte-level vocab.json: {len(missing)} bytes are no tokens, such as "
+            f"{missing[0]!r}."
+        )
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     wrong = next((pair for pair in pairs if len(pair) != 2), None)
     if wrong is not None:
         raise UserError(f"is not a merges.txt: {' '.join(wrong)!r} is not a pair of tokens.")
     try:
-        model = models.BPE(ids, pairs, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
+        model = models.BPE(
+            ids, pairs, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False
+        )
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"is not a vocab.json with its merges.txt: {error}.") from error
     tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=_flag(settings, "add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=_flag(settings, "add_prefix_space", False)
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return _finish(tokenizer, known_specials(ids) | specials, has_kinds=False)
 
 
 def token_name(token: str | Mapping[str, Any] | None) -> str | None:
-    """Returns the spelling of a special token as Hugging Face's files write it: a string, or the dict of a token."""
+    """Returns the spelling of a special token as Hugging Face's files write it: a string, or the
+    dict of a token.
+    """
     return token["content"] if isinstance(token, Mapping) else token
 
 
 def _flag(settings: Mapping[str, Any], name: str, default: bool | None) -> bool | None:
     value = settings.get(name, default)
     if value is not default and not isinstance(value, bool):
-        raise UserError(f"is beside a tokenizer_config.json whose {name} = {value!r} is neither true nor false.")
+        raise UserError(
+            f"is beside a tokenizer_config.json whose {name} = {value!r} is neither true nor false."
+        )
     return value
 
 
@@ -104,12 +127,16 @@ def _added(token: str | Mapping[str, Any]) -> tokenizers.AddedToken:
     """Returns a special token with what its dict says of the spaces beside it."""
     if isinstance(token, str):
         return tokenizers.AddedToken(token, special=True, normalized=False)
-    flags = {name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    flags = {
+        name: bool(token.get(name, False))
+        for name in ("single_word", "lstrip", "rstrip", "normalized")
+    }
     return tokenizers.AddedToken(token["content"], special=True, **flags)
 
 
 def _finish(tokenizer: tokenizers.Tokenizer, specials: Mapping[str, Any], has_kinds: bool) -> bytes:
-    """Adds the special tokens, those that the vocabulary lacks after its last id, and what begins and ends a text.
+    """Adds the special tokens, those that the vocabulary lacks after its last id, and what begins
+    and ends a text.
 
     Of two texts BERT's second one is of another kind; RoBERTa's has another end token before it.
     """

@@ -30,8 +30,9 @@ def attention(
         s = cap(scale · q kᵀ) + bias − alibi · |p_t − p_s|
         out = Σ_visible exp(s) v / (Σ_visible exp(s) + exp(sink))
 
-    with cap(x) = softcap · tanh(x / softcap) and p the mask's positions. Accumulation and softmax are float32; the
-    result has the type of `q`. A query that sees nothing gets zeros, and so do its gradients.
+    with cap(x) = softcap · tanh(x / softcap) and p the mask's positions. Accumulation and softmax
+    are float32; the result has the type of `q`. A query that sees nothing gets zeros, and so do its
+    gradients.
 
     Args:
       q: queries; N is a multiple of K, and query head n reads key head n // (N / K).
@@ -43,16 +44,16 @@ def attention(
       softcap: bound of the scores, above 0; None is no bound.
       sinks: a logit a head that takes part in the denominator only.
       scale: factor on the scores; None is 1 / √H.
-      implementation: the body; `auto` takes the fastest that knows what is asked, and never `reference`, which holds
-        `[B, N, T, S]` and is taken by name only.
+      implementation: the body; `auto` takes the fastest that knows what is asked, and never
+        `reference`, which holds `[B, N, T, S]` and is taken by name only.
 
     Raises:
-      UserError: N is no multiple of K, q, k and v differ in type, or the body is not there or does not take what is
-        asked; the message names the rule and the nearest value that it allows.
+      UserError: N is no multiple of K, q, k and v differ in type, or the body is not there or does
+        not take what is asked; the message names the rule and the nearest value that it allows.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; groups: Ainslie et al. 2023, arXiv:2305.13245; ALiBi:
-    Press et al. 2021, arXiv:2108.12409; cap: Gemma 2, arXiv:2408.00118, section 2; sinks: gpt-oss model card,
-    arXiv:2508.10925, section 2.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; groups: Ainslie et al. 2023,
+    arXiv:2305.13245; ALiBi: Press et al. 2021, arXiv:2108.12409; cap: Gemma 2, arXiv:2408.00118,
+    section 2; sinks: gpt-oss model card, arXiv:2508.10925, section 2.
     """
     if q.shape[2] % k.shape[2]:
         raise UserError("num_kv_heads", k.shape[2], f"does not divide num_heads = {q.shape[2]}.")

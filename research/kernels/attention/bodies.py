@@ -1,4 +1,6 @@
-"""The bodies of attention: each is `attention(q, k, v, mask, terms)` and `refusal(q, k, mask, terms)`."""
+"""The bodies of attention: each is `attention(q, k, v, mask, terms)` and `refusal(q, k, mask,
+terms)`.
+"""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -16,7 +18,13 @@ from research.parallel.target import platform
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"]
 Body = Callable[..., Float[Array, "B T N H"]]
 
-BODIES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "tpu": tpu, "gpu": gpu, "cudnn": cudnn}
+BODIES: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "tpu": tpu,
+    "gpu": gpu,
+    "cudnn": cudnn,
+}
 PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("cudnn", "gpu")}
 # What the partitioner may cut by itself; the others run once a device on its share.
 PARTITIONED = ("reference", "cpu")
@@ -40,7 +48,8 @@ def choose(
 
 
 def for_wide_heads(implementation: Implementation) -> Implementation:
-    """Returns the implementation for few queries whose heads are wider than fast ones on GPU and TPU take.
+    """Returns the implementation for few queries whose heads are wider than fast ones on GPU and
+    TPU take.
 
     It is `reference` there, for scores as few as these may be held; on CPU it is the one given.
     """

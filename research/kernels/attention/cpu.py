@@ -1,13 +1,15 @@
-"""Attention for CPU: tiles of queries against the keys that they can reach, with a gradient of its own.
+"""Attention for CPU: tiles of queries against the keys that they can reach, with a gradient of its
+own.
 
-What makes it fast: batched matmuls over `[B·K]` that the matmul library takes as they are (no operand transposed on the
-left), the division by the softmax's denominator after the matmul with the values, blocks above the diagonal never
-computed, only the log of the denominator kept for the backward pass, and shares: the library runs small matmuls on one
-thread, but the runtime gives threads of their own to those that do not wait for each other.
+What makes it fast: batched matmuls over `[B·K]` that the matmul library takes as they are (no
+operand transposed on the left), the division by the softmax's denominator after the matmul with the
+values, blocks above the diagonal never computed, only the log of the denominator kept for the
+backward pass, and shares: the library runs small matmuls on one thread, but the runtime gives
+    threads of their own to those that do not wait for each other.
 
-What keeps memory linear in length: tiles stay as they are however many there are. The few of a short sequence are
-written out, each with its own reach. Those of a long one are loops over as many bands, in which all tiles take what the
-band reaches.
+What keeps memory linear in length: tiles stay as they are however many there are. The few of a
+short sequence are written out, each with its own reach. Those of a long one are loops over as many
+bands, in which all tiles take what the band reaches.
 """
 
 import dataclasses
@@ -24,7 +26,8 @@ from research.kernels.attention.terms import ScoreTerms
 from research.kernels.row_major import swap_last
 
 TILE, MAX_BANDS = 128, 8
-# How many shares a call is cut into, where each has so many scores; more of them take longer to compile.
+# How many shares a call is cut into, where each has so many scores; more of them take longer to
+# compile.
 SHARES, SHARE_SCORES = 4, 2**18
 # exp gives 0 for it whatever is subtracted, and sums with it stay finite.
 HIDDEN = -1e30
@@ -50,12 +53,18 @@ class _Band:
     reach: Span
 
     def visit(self, step: _Step, carry: Any) -> tuple[Any, tuple[Array, ...]]:
-        """Folds `carry, outs = step(carry, tile, reach)` over the tiles; `outs` `[BK, G, R, _]` are joined along R."""
+        """Folds `carry, outs = step(carry, tile, reach)` over the tiles; `outs` `[BK, G, R, _]` are
+        joined along R.
+        """
         if self.tiles == 1:
             return step(carry, Span(self.start, self.rows), self.reach)
         starts = self.start + self.rows * jnp.arange(self.tiles)
-        carry, outs = jax.lax.scan(lambda c, start: step(c, Span(start, self.rows), self.reach), carry, starts)
-        return carry, tuple(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1]) for x in outs)
+        carry, outs = jax.lax.scan(
+            lambda c, start: step(c, Span(start, self.rows), self.reach), carry, starts
+        )
+        return carry, tuple(
+            jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1]) for x in outs
+        )
 
 
 def _bands(mask: AttentionMask, queries: int, keys: int) -> Iterator[_Band]:
@@ -88,7 +97,9 @@ class _Share:
         if term.ndim == 1:
             return (self.heads,)
         whole = slice(None)
-        return self.sequences if term.shape[0] > 1 else whole, self.heads if term.shape[1] > 1 else whole
+        return self.sequences if term.shape[0] > 1 else whole, self.heads if term.shape[
+            1
+        ] > 1 else whole
 
 
 def _shares(shape: tuple[int, ...], keys: int, kv_heads: int) -> list[list[_Share]]:
@@ -99,7 +110,9 @@ def _shares(shape: tuple[int, ...], keys: int, kv_heads: int) -> list[list[_Shar
         wanted = 1  # The partitioner would gather what is cut.
     sequences = _even_cuts(batch, wanted)
     groups, cuts = heads // kv_heads, _even_cuts(kv_heads, wanted // len(sequences))
-    return [[_Share(s, h, slice(h.start * groups, h.stop * groups)) for h in cuts] for s in sequences]
+    return [
+        [_Share(s, h, slice(h.start * groups, h.stop * groups)) for h in cuts] for s in sequences
+    ]
 
 
 def _even_cuts(size: int, parts: int) -> list[slice]:
@@ -163,8 +176,12 @@ def _scores(
     return jnp.where(mask.block(tile, reach)[:, :, None], scores, HIDDEN).reshape(flat), slope
 
 
-def _part_of_bias(bias: Float[Array, "#B #N #T #S"], tile: Span, reach: Span) -> tuple[tuple, tuple[int, ...]]:
-    """Returns where the bias of a tile starts, and its shape: an axis that is broadcast is whole."""
+def _part_of_bias(
+    bias: Float[Array, "#B #N #T #S"], tile: Span, reach: Span
+) -> tuple[tuple, tuple[int, ...]]:
+    """Returns where the bias of a tile starts, and its shape: an axis that is broadcast is
+    whole.
+    """
     sizes = bias.shape
     rows, columns = tile if sizes[2] > 1 else Span(0, 1), reach if sizes[3] > 1 else Span(0, 1)
     return (0, 0, rows.start, columns.start), (*sizes[:2], rows.size, columns.size)
@@ -198,7 +215,9 @@ def _forward(
             total += jnp.exp(sinks - top.reshape(batch, *sinks.shape[1:])).reshape(total.shape)
         out = _matmul(weights, _reached(v, reach)) / jnp.where(seen, total, 1.0)
         log_total = jnp.where(seen, top + jnp.log(total), jnp.inf)
-        return None, tuple(x.reshape(*q.shape[:2], tile.size, -1) for x in (out.astype(v.dtype), log_total))
+        return None, tuple(
+            x.reshape(*q.shape[:2], tile.size, -1) for x in (out.astype(v.dtype), log_total)
+        )
 
     bands = _bands(mask, q.shape[2], k.shape[1])
     outs, log_totals = zip(*(band.visit(step, None)[1] for band in bands), strict=True)
@@ -206,7 +225,11 @@ def _forward(
 
 
 def _backward(
-    saved: tuple[Array, ...], g: Float[Array, "BK G T H"], batch: int, mask: AttentionMask, terms: ScoreTerms
+    saved: tuple[Array, ...],
+    g: Float[Array, "BK G T H"],
+    batch: int,
+    mask: AttentionMask,
+    terms: ScoreTerms,
 ) -> tuple[Array, Array, Array, ScoreTerms]:
     """Returns the gradients of q, k and v, heads first, and those of the terms in float32."""
     q, k, v, out, log_total = saved
@@ -217,9 +240,15 @@ def _backward(
         scores, slope = _scores(q_rows, keys, batch, mask, terms, tile, reach)
         weights = jnp.exp(scores - _rows(log_total, tile))
         dweights = _matmul(g_rows, _reached(v, reach), transpose_b=True)
-        delta = jnp.sum(g_rows.astype(jnp.float32) * _rows(out, tile).astype(jnp.float32), axis=-1, keepdims=True)
+        delta = jnp.sum(
+            g_rows.astype(jnp.float32) * _rows(out, tile).astype(jnp.float32),
+            axis=-1,
+            keepdims=True,
+        )
         dscores = weights * (dweights - delta)
-        dterms = _add_to_terms(dterms, terms, dscores, delta, _rows(log_total, tile), batch, tile, reach)
+        dterms = _add_to_terms(
+            dterms, terms, dscores, delta, _rows(log_total, tile), batch, tile, reach
+        )
         dscores = (terms.scale * (dscores if slope is None else slope * dscores)).astype(k.dtype)
         weights, dscores = jax.lax.optimization_barrier((weights.astype(v.dtype), dscores))
         dq = _matmul(dscores, keys).reshape(*q.shape[:2], tile.size, -1)
@@ -232,7 +261,9 @@ def _backward(
     dqs, dterms = [], _zeros_like(terms)
     for band in _bands(mask, q.shape[2], k.shape[1]):
         columns = slice(band.reach.start, band.reach.start + band.reach.size)
-        (dk_part, dv_part, dterms), (dq,) = band.visit(step, (dk[:, :, columns], dv[:, :, columns], dterms))
+        (dk_part, dv_part, dterms), (dq,) = band.visit(
+            step, (dk[:, :, columns], dv[:, :, columns], dterms)
+        )
         dk, dv = dk.at[:, :, columns].set(dk_part), dv.at[:, :, columns].set(dv_part)
         dqs.append(dq)
     dk, dv = (jnp.swapaxes(x.astype(k.dtype), 1, 2)[:, None] for x in (dk, dv))
@@ -263,12 +294,16 @@ def _add_to_terms(
         shares["bias"] = jax.lax.dynamic_update_slice(sums.bias, part, start)
     if terms.sinks is not None:
         sinks = _sinks(terms, delta.shape[0] // batch, tile.size)
-        weighted = delta * jnp.exp(sinks - log_total.reshape(batch, *sinks.shape[1:])).reshape(delta.shape)
+        weighted = delta * jnp.exp(sinks - log_total.reshape(batch, *sinks.shape[1:])).reshape(
+            delta.shape
+        )
         shares["sinks"] = sums.sinks - weighted.reshape(batch, -1, tile.size).sum(axis=(0, 2))
     return dataclasses.replace(sums, **shares)
 
 
-def refusal(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms) -> None:
+def refusal(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
+) -> None:
     """Takes everything."""
 
 
@@ -282,16 +317,25 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Attention by tiles of queries; see the face of the package for the equation.
 
-    Source: the backward pass is Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 2, with whole rows of scores.
+    Source: the backward pass is Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 2, with
+        whole rows of scores.
     """
     return _attention_fwd(q, k, v, mask, terms)[0]
 
 
-def _attention_fwd(q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms) -> tuple[Array, tuple]:
+def _attention_fwd(
+    q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms
+) -> tuple[Array, tuple]:
     def one(share: _Share) -> tuple[Array, tuple[Array, ...]]:
-        parts = q[share.sequences, :, share.heads], *(x[share.sequences, :, share.kv_heads] for x in (k, v))
+        parts = (
+            q[share.sequences, :, share.heads],
+            *(x[share.sequences, :, share.kv_heads] for x in (k, v)),
+        )
         batch, _, kv_heads, _ = parts[1].shape
-        mine = _split_heads(parts[0], kv_heads), *(_split_heads(x, kv_heads)[:, 0] for x in parts[1:])
+        mine = (
+            _split_heads(parts[0], kv_heads),
+            *(_split_heads(x, kv_heads)[:, 0] for x in parts[1:]),
+        )
         out, log_total = _forward(*mine, batch, share.of_mask(mask), share.of_terms(terms))
         return _merge_heads(out, batch), (*mine, out, log_total)
 
@@ -305,7 +349,9 @@ def _attention_bwd(saved: tuple, g: Float[Array, "B T N H"]) -> tuple:
     keys = [mine[1].shape for row in saved for mine in row]
     dterms = _zeros_like(terms)
     found = []
-    for shares, row in zip(_shares(g.shape, keys[0][1], sum(x[0] for x in keys) // g.shape[0]), saved, strict=True):
+    for shares, row in zip(
+        _shares(g.shape, keys[0][1], sum(x[0] for x in keys) // g.shape[0]), saved, strict=True
+    ):
         found.append([])
         for share, mine in zip(shares, row, strict=True):
             part = g[share.sequences, :, share.heads]
@@ -313,8 +359,12 @@ def _attention_bwd(saved: tuple, g: Float[Array, "B T N H"]) -> tuple:
             part = _split_heads(part, mine[1].shape[0] // batch)
             *grads, dpart = _backward(mine, part, batch, share.of_mask(mask), share.of_terms(terms))
             found[-1].append([_merge_heads(x, batch) for x in grads])
-            dterms = jax.tree.map(lambda x, y, share=share: x.at[share.part(x)].add(y), dterms, dpart)
-    dq, dk, dv = (_put_together([[grads[which] for grads in row] for row in found]) for which in range(3))
+            dterms = jax.tree.map(
+                lambda x, y, share=share: x.at[share.part(x)].add(y), dterms, dpart
+            )
+    dq, dk, dv = (
+        _put_together([[grads[which] for grads in row] for row in found]) for which in range(3)
+    )
     return dq, dk, dv, None, jax.tree.map(lambda x, y: x.astype(y.dtype), dterms, terms)
 
 

@@ -7,7 +7,8 @@ from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.parallel.target import platform
 
-# JAX's wrapper takes 256 from Hopper on, but asks the chip that is here, so that no other machine could plan for it.
+# JAX's wrapper takes 256 from Hopper on, but asks the chip that is here, so that no other machine
+# could plan for it.
 MAX_WIDTH = 128
 
 
@@ -16,7 +17,8 @@ def refusal(
 ) -> str | None:
     """Returns the rule of cuDNN that a call breaks, with the nearest value that it allows.
 
-    Nothing here knows whether a gradient will be taken, so the rules are those of training. Packed documents are
+    Nothing here knows whether a gradient will be taken, so the rules are those of training. Packed
+    documents are
     refused too: cuDNN takes them as offsets and lengths, which say less than a segment a token.
     """
     described = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
@@ -35,7 +37,10 @@ def refusal(
     queries, keys = q.shape[1], k.shape[1]
     if mask.causal and queries != keys:
         # Which corner its diagonal starts from is not its contract.
-        return f"{queries} queries and {keys} keys with causal: it takes as many queries as keys, such as {keys}"
+        return (
+            f"{queries} queries and {keys} keys with causal: it takes as many queries as keys, "
+            f"such as {keys}"
+        )
     if terms.bias is not None and (why := _bias_refusal(q, k, terms.bias)):
         return why
     if platform() != "gpu":
@@ -52,12 +57,18 @@ def _bias_refusal(
     if batch > 1:
         return f"bias at batch = {batch}: it gives its gradient at batch = 1"
     if bias.shape != (1, heads, queries, keys):
-        return f"bias of shape {bias.shape}: it takes {(1, heads, queries, keys)}, with nothing broadcast"
+        return (
+            f"bias of shape {bias.shape}: it takes {(1, heads, queries, keys)}, with nothing "
+            "broadcast"
+        )
     if bias.dtype != q.dtype:
         return f"bias in {bias.dtype.name}: it takes it in the queries' {q.dtype.name}"
     if queries % 2 or keys % 2:
         even = (queries + queries % 2, keys + keys % 2)
-        return f"bias of {queries} queries and {keys} keys: it takes even lengths, such as {even[0]} and {even[1]}"
+        return (
+            f"bias of {queries} queries and {keys} keys: it takes even lengths, such as "
+            f"{even[0]} and {even[1]}"
+        )
     return None
 
 
@@ -68,7 +79,9 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Full, causal and causal sliding-window attention with an optional bias, in bfloat16 or float16."""
+    """Full, causal and causal sliding-window attention with an optional bias, in bfloat16 or
+    float16.
+    """
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q,

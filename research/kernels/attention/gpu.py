@@ -1,8 +1,9 @@
 """Attention for Hopper GPUs: Pallas kernels for what cuDNN does not know, forward and backward.
 
-The kernels take whole tiles: tokens and head widths that are not are padded with zeros here, and padded keys hidden.
-Which blocks meet is found out beforehand from a few numbers a block; those that the mask rules out are never visited.
-Memory is linear in length but for those lists, which take four bytes a pair of blocks: a scores' array over 8,192.
+The kernels take whole tiles: tokens and head widths that are not are padded with zeros here, and
+padded keys hidden. Which blocks meet is found out beforehand from a few numbers a block; those that
+the mask rules out are never visited. Memory is linear in length but for those lists, which take
+four bytes a pair of blocks: a scores' array over 8,192.
 """
 
 import functools
@@ -12,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from research.kernels.attention.gpu_backward import STEP, bias_gradient, key_gradients, query_gradient
+from research.kernels.attention.gpu_backward import (
+    STEP,
+    bias_gradient,
+    key_gradients,
+    query_gradient,
+)
 from research.kernels.attention.gpu_forward import forward, key_block
 from research.kernels.attention.gpu_plan import ROWS, TILE, Plan, block_kinds, extras, pad_tokens
 from research.kernels.attention.gpu_tile import LOG2E
@@ -59,7 +65,9 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> Array:
+def _attention(
+    q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms, plan: Plan
+) -> Array:
     return _attention_fwd(q, k, v, mask, terms, plan)[0]
 
 
@@ -83,19 +91,29 @@ def _attention_bwd(plan: Plan, saved: tuple, g: Float[Array, "B T N H"]) -> tupl
 
     dq = query_gradient(plan, operands, given, block_kinds(mask, plan, TILE, STEP))
     turned = given | ({"bias": jnp.swapaxes(given["bias"], 2, 3)} if "bias" in given else {})
-    a_key = ("dbias",) if terms.bias is not None and terms.bias.shape[2] == 1 < terms.bias.shape[3] else ()
+    a_key = (
+        ("dbias",)
+        if terms.bias is not None and terms.bias.shape[2] == 1 < terms.bias.shape[3]
+        else ()
+    )
     # The sums of both do not fit in the registers of wide heads.
     launches = [("dk", "dv", *a_key)] if width <= 128 else [("dk", *a_key), ("dv",)]
     kinds = block_kinds(mask, plan, STEP, TILE)
     found: dict[str, Array] = {}
     for wanted in launches:
-        found |= dict(zip(wanted, key_gradients(plan, operands, turned, kinds, wanted), strict=True))
+        found |= dict(
+            zip(wanted, key_gradients(plan, operands, turned, kinds, wanted), strict=True)
+        )
     dk, dv = (found[name][:, : plan.keys, :, :width] for name in ("dk", "dv"))
     shares = _sink_shares(terms, log_total, delta)
     dbias = _bias_gradient(plan, operands, given, mask, terms, found, shares)
-    dsinks = None if terms.sinks is None else -jnp.sum(shares, axis=(0, 2)).astype(terms.sinks.dtype)
+    dsinks = (
+        None if terms.sinks is None else -jnp.sum(shares, axis=(0, 2)).astype(terms.sinks.dtype)
+    )
     dalibi = None if terms.alibi is None else jnp.zeros_like(terms.alibi)
-    dterms = ScoreTerms(bias=dbias, alibi=dalibi, sinks=dsinks, softcap=terms.softcap, scale=terms.scale)
+    dterms = ScoreTerms(
+        bias=dbias, alibi=dalibi, sinks=dsinks, softcap=terms.softcap, scale=terms.scale
+    )
     return dq[:, : plan.queries, :, :width], dk, dv, None, dterms
 
 

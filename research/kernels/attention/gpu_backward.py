@@ -1,9 +1,9 @@
 """The backward kernels of attention on Hopper GPUs.
 
-They compute the scores of a tile again from the log of the denominator. One kernel holds a block of queries and visits
-keys, for the gradient of the queries; one holds a block of keys and visits the queries of all heads of the group, for
-those of keys and values, so that no gradient needs an atomic addition; and one holds a tile of a bias and visits the
-sequences and heads that share it.
+They compute the scores of a tile again from the log of the denominator. One kernel holds a block of
+queries and visits keys, for the gradient of the queries; one holds a block of keys and visits the
+queries of all heads of the group, for those of keys and values, so that no gradient needs an atomic
+addition; and one holds a tile of a bias and visits the sequences and heads that share it.
 
 Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 2.
 """
@@ -42,16 +42,29 @@ def _stages(width: int) -> int:
 
 
 def _barriers(stages: int, names: tuple[str, ...], own: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the barriers of the operands that are copied in a ring, and of those that a warpgroup holds."""
+    """Returns the barriers of the operands that are copied in a ring, and of those that a warpgroup
+    holds.
+    """
     full = {f"{name}_full": plgpu.Barrier(num_barriers=stages) for name in names}
-    free = {f"{name}_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages) for name in names}
+    free = {
+        f"{name}_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+        for name in names
+    }
     return full | free | {f"{name}_full": plgpu.Barrier(num_barriers=WARPGROUPS) for name in own}
 
 
 def _weights(
-    plan: Plan, extras: dict, raw: Array, dweights: Array, statistics: tuple, tile: Tile, masked: bool
+    plan: Plan,
+    extras: dict,
+    raw: Array,
+    dweights: Array,
+    statistics: tuple,
+    tile: Tile,
+    masked: bool,
 ) -> tuple[Array, Array, Array]:
-    """Returns the weights of a tile, the gradient of its scores, and that of its scores before the cap."""
+    """Returns the weights of a tile, the gradient of its scores, and that of its scores before the
+    cap.
+    """
     s, slope = scores(plan, extras, raw, tile, masked=masked)
     log_total, delta = (along(x, tile.query_axis, s.shape) for x in statistics)
     weights = jnp.exp2(s - log_total)
@@ -73,7 +86,8 @@ def query_gradient(
 
     Args:
       plan: the static plan.
-      operands: q, k, v, the gradient of the result (all padded by `pad_tokens`), the log₂ of the denominator and delta.
+      operands: q, k, v, the gradient of the result (all padded by `pad_tokens`), the log₂ of the
+          denominator and delta.
       extras: of `gpu_plan.extras`.
       kinds: of `gpu_plan.block_kinds`, with `TILE` queries and `STEP` keys a block.
     """
@@ -125,7 +139,9 @@ def _query_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any)
             plgpu.barrier_arrive(scratch["k_free"].at[slot])
             return dq
 
-        dq = lax.fori_loop(0, whole, functools.partial(step, masked=False), zeros(plan, ROWS, width))
+        dq = lax.fori_loop(
+            0, whole, functools.partial(step, masked=False), zeros(plan, ROWS, width)
+        )
         dq = lax.fori_loop(whole, total, functools.partial(step, masked=True), dq)
         store((dq * plan.scale).astype(dq_ref.dtype), q_smem, dq_ref.at[rows])
 
@@ -134,9 +150,17 @@ def _query_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any)
         plgpu.set_max_registers(40, action="decrease")
 
         def copy(step: Array, slot: Array) -> None:
-            part = (batch, pl.ds(order_ref[(*which, step)] * block, block), lax.div(head, jnp.int32(plan.group)))
-            plgpu.copy_gmem_to_smem(k_ref.at[part], scratch["k_smem"].at[slot], scratch["k_full"].at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[part], scratch["v_smem"].at[slot], scratch["v_full"].at[slot])
+            part = (
+                batch,
+                pl.ds(order_ref[(*which, step)] * block, block),
+                lax.div(head, jnp.int32(plan.group)),
+            )
+            plgpu.copy_gmem_to_smem(
+                k_ref.at[part], scratch["k_smem"].at[slot], scratch["k_full"].at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                v_ref.at[part], scratch["v_smem"].at[slot], scratch["v_full"].at[slot]
+            )
 
         feed(total, stages, (scratch["k_free"], scratch["v_free"]), copy)
 
@@ -148,7 +172,8 @@ def key_gradients(
     kinds: Int[Array, "C I J"],
     wanted: tuple[str, ...],
 ) -> tuple[Array, ...]:
-    """Returns what is wanted of the gradients of the keys, `dk`, of the values, `dv`, and of a bias a key, `dbias`.
+    """Returns what is wanted of the gradients of the keys, `dk`, of the values, `dv`, and of a bias
+    a key, `dbias`.
 
     The last one is `[B, N, S]` in float32, a sum over the queries. It comes with `dk` only.
 
@@ -157,7 +182,8 @@ def key_gradients(
       operands: as those of `query_gradient`.
       extras: of `gpu_plan.extras`, with the bias transposed to `[B, N, S, T]`.
       kinds: of `gpu_plan.block_kinds`, with `STEP` queries and `TILE` keys a block.
-      wanted: names. At head widths whose two sums do not fit in the registers, ask for one at a time.
+      wanted: names. At head widths whose two sums do not fit in the registers, ask for one at a
+          time.
     """
     q, k = operands[:2]
     batch, keys, kv_heads, width = k.shape
@@ -167,18 +193,26 @@ def key_gradients(
     scratch |= {"sum_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)}
     scratch |= _barriers(stages, ("q", "g"), ("k", "v"))
     tokens = jax.ShapeDtypeStruct(k.shape, k.dtype)
-    types = {"dk": tokens, "dv": tokens, "dbias": jax.ShapeDtypeStruct((batch, q.shape[2], keys), jnp.float32)}
+    types = {
+        "dk": tokens,
+        "dv": tokens,
+        "dbias": jax.ShapeDtypeStruct((batch, q.shape[2], keys), jnp.float32),
+    }
     body = functools.partial(_key_block, plan, tuple(extras), wanted)
     out_type = [types[name] for name in wanted]
     kernel = launch(plan, body, out_type, scratch, head=kv_heads, tile=keys // TILE, batch=batch)
     return tuple(kernel(*operands, *visits(jnp.swapaxes(kinds, 1, 2)), *extras.values()))
 
 
-def _key_block(plan: Plan, names: tuple[str, ...], wanted: tuple[str, ...], *refs: Any, **scratch: Any) -> None:
+def _key_block(
+    plan: Plan, names: tuple[str, ...], wanted: tuple[str, ...], *refs: Any, **scratch: Any
+) -> None:
     q_ref, k_ref, v_ref, g_ref, log_ref, delta_ref, order_ref, counts_ref, *rest = refs
     extras = dict(zip(names, rest[: len(names)], strict=True))
     outs = dict(zip(wanted, rest[len(names) :], strict=True))
-    batch, kv_head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
+    batch, kv_head, tile, warpgroup = (
+        lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup")
+    )
     which = (batch if order_ref.shape[0] > 1 else 0, tile)
     counts = counts_ref[(*which, 0)], counts_ref[(*which, 1)]
     stages, block = scratch["q_smem"].shape[:2]
@@ -201,7 +235,11 @@ def _key_block(plan: Plan, names: tuple[str, ...], wanted: tuple[str, ...], *ref
             dk = (sums["dk"] * plan.scale).astype(outs["dk"].dtype)
             store(dk, scratch["k_smem"].at[warpgroup], outs["dk"].at[columns])
         if "dv" in wanted:
-            store(sums["dv"].astype(outs["dv"].dtype), scratch["v_smem"].at[warpgroup], outs["dv"].at[columns])
+            store(
+                sums["dv"].astype(outs["dv"].dtype),
+                scratch["v_smem"].at[warpgroup],
+                outs["dv"].at[columns],
+            )
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
@@ -211,16 +249,29 @@ def _key_block(plan: Plan, names: tuple[str, ...], wanted: tuple[str, ...], *ref
         def copy(step: Array, slot: Array) -> None:
             head = kv_head * plan.group + lax.div(step, total)
             part = (batch, pl.ds(visit(lax.rem(step, total)), block), head)
-            plgpu.copy_gmem_to_smem(q_ref.at[part], scratch["q_smem"].at[slot], scratch["q_full"].at[slot])
-            plgpu.copy_gmem_to_smem(g_ref.at[part], scratch["g_smem"].at[slot], scratch["g_full"].at[slot])
+            plgpu.copy_gmem_to_smem(
+                q_ref.at[part], scratch["q_smem"].at[slot], scratch["q_full"].at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                g_ref.at[part], scratch["g_smem"].at[slot], scratch["g_full"].at[slot]
+            )
 
         feed(total * plan.group, stages, (scratch["q_free"], scratch["g_free"]), copy)
 
 
 def _key_sums(
-    plan: Plan, extras: dict, statistics: tuple, at: tuple, visit: Any, counts: tuple, outs: dict, scratch: dict
+    plan: Plan,
+    extras: dict,
+    statistics: tuple,
+    at: tuple,
+    visit: Any,
+    counts: tuple,
+    outs: dict,
+    scratch: dict,
 ) -> dict[str, Array]:
-    """Returns the gradients of a warpgroup's keys and values; writes that of a bias a key for every head."""
+    """Returns the gradients of a warpgroup's keys and values; writes that of a bias a key for every
+    head.
+    """
     (batch, kv_head, column), (whole, total) = at, counts
     warpgroup = lax.axis_index("warpgroup")
     k_smem, v_smem = scratch["k_smem"].at[warpgroup], scratch["v_smem"].at[warpgroup]
@@ -229,13 +280,23 @@ def _key_sums(
     def step(index: Array, sums: dict, group: Array, masked: bool) -> dict:
         slot = lax.rem(group * total + index, jnp.int32(stages))
         q_smem, g_smem = scratch["q_smem"].at[slot], scratch["g_smem"].at[slot]
-        here = Tile(batch, kv_head * plan.group + group, visit(index), column, (ROWS, block), transposed=True)
+        here = Tile(
+            batch,
+            kv_head * plan.group + group,
+            visit(index),
+            column,
+            (ROWS, block),
+            transposed=True,
+        )
         plgpu.barrier_wait(scratch["q_full"].at[slot])
         raw = product(plan, k_smem, q_smem, transpose_b=True)
         plgpu.barrier_wait(scratch["g_full"].at[slot])
-        # The values' gradient does not ask for it, and no compiler leaves a matmul of the tensor cores out.
+        # The values' gradient does not ask for it, and no compiler leaves a matmul of the tensor
+        # cores out.
         asked = "dk" in outs
-        dweights = product(plan, v_smem, g_smem, transpose_b=True) if asked else zeros(plan, ROWS, block)
+        dweights = (
+            product(plan, v_smem, g_smem, transpose_b=True) if asked else zeros(plan, ROWS, block)
+        )
         own = _statistics(plan, statistics, here)
         weights, dscores, draw = _weights(plan, extras, raw, dweights, own, here, masked)
         sums = dict(sums)
@@ -270,7 +331,8 @@ def bias_gradient(
     kinds: Int[Array, "C I J"],
     shared: tuple[int, int],
 ) -> Float[Array, "C M T S"]:
-    """Returns the gradient of a bias for every query and key, in float32, summed over what shares it.
+    """Returns the gradient of a bias for every query and key, in float32, summed over what shares
+    it.
 
     Args:
       plan: the static plan.
@@ -283,7 +345,9 @@ def bias_gradient(
     queries, width, keys = q.shape[1], q.shape[3], k.shape[1]
     # Four operands a step: only narrow heads leave room for two of them.
     stages = 2 if width <= 128 else 1
-    scratch = {f"{name}_smem": swizzled((stages, WARPGROUPS, ROWS, width), q.dtype) for name in "qg"}
+    scratch = {
+        f"{name}_smem": swizzled((stages, WARPGROUPS, ROWS, width), q.dtype) for name in "qg"
+    }
     scratch |= {f"{name}_smem": swizzled((stages, ROWS, width), q.dtype) for name in "kv"}
     scratch |= {
         "out_smem": swizzled((WARPGROUPS, ROWS, ROWS), jnp.float32),
@@ -300,7 +364,9 @@ def bias_gradient(
 def _bias_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) -> None:
     q_ref, k_ref, v_ref, g_ref, log_ref, delta_ref, active_ref, *given, out_ref = refs
     extras = dict(zip(names, given, strict=True))
-    keys, tile, pair, warpgroup = (lax.axis_index(name) for name in ("keys", "tile", "pair", "warpgroup"))
+    keys, tile, pair, warpgroup = (
+        lax.axis_index(name) for name in ("keys", "tile", "pair", "warpgroup")
+    )
     batches, heads = out_ref.shape[:2]
     own_batch, own_head = lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads))
     sharing_heads = q_ref.shape[2] if heads == 1 else 1
@@ -321,7 +387,10 @@ def _bias_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) 
             slot = lax.rem(index, jnp.int32(stages))
             here = Tile(*member(index), row, column, (ROWS, ROWS))
             plgpu.barrier_wait(scratch["full"].at[slot])
-            q_smem, g_smem = scratch["q_smem"].at[slot, warpgroup], scratch["g_smem"].at[slot, warpgroup]
+            q_smem, g_smem = (
+                scratch["q_smem"].at[slot, warpgroup],
+                scratch["g_smem"].at[slot, warpgroup],
+            )
             raw = product(plan, q_smem, scratch["k_smem"].at[slot], transpose_b=True)
             dweights = product(plan, g_smem, scratch["v_smem"].at[slot], transpose_b=True)
             plgpu.barrier_arrive(scratch["free"].at[slot])
@@ -342,7 +411,9 @@ def _bias_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) 
             for name, ref in (("q", q_ref), ("g", g_ref)):
                 for half in range(WARPGROUPS):
                     part = (batch, pl.ds(tile * TILE + half * ROWS, ROWS), head)
-                    plgpu.copy_gmem_to_smem(ref.at[part], scratch[f"{name}_smem"].at[slot, half], full)
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[part], scratch[f"{name}_smem"].at[slot, half], full
+                    )
             part = (batch, pl.ds(column, ROWS), lax.div(head, jnp.int32(plan.group)))
             for name, ref in (("k", k_ref), ("v", v_ref)):
                 plgpu.copy_gmem_to_smem(ref.at[part], scratch[f"{name}_smem"].at[slot], full)

@@ -1,10 +1,12 @@
 """The forward kernel of attention on Hopper GPUs.
 
-A block holds 128 queries of a head, 64 a warpgroup, and visits the blocks of keys that its mask leaves. A third
-warpgroup copies keys and values into a ring of buffers. The two that compute take turns: while one has the tensor cores
-the other computes its softmax. The division by the denominator comes last.
+A block holds 128 queries of a head, 64 a warpgroup, and visits the blocks of keys that its mask
+leaves. A third warpgroup copies keys and values into a ring of buffers. The two that compute take
+turns: while one has the tensor cores the other computes its softmax. The division by the
+    denominator comes last.
 
-Source: Shah et al. 2024 (FlashAttention-3), arXiv:2407.08608, section 3.1, without its pipelining inside a warpgroup.
+Source: Shah et al. 2024 (FlashAttention-3), arXiv:2407.08608, section 3.1, without its pipelining
+    inside a warpgroup.
 """
 
 import functools
@@ -38,7 +40,9 @@ STAGES = 2
 
 
 def key_block(width: int) -> int:
-    """Returns how many keys a step takes: what registers and shared memory hold beside the result."""
+    """Returns how many keys a step takes: what registers and shared memory hold beside the
+    result.
+    """
     return 128 if width <= 128 else 64
 
 
@@ -84,7 +88,13 @@ def forward(
 
 
 def _forward_block(
-    plan: Plan, names: tuple[str, ...], q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, **scratch: Any
+    plan: Plan,
+    names: tuple[str, ...],
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    *refs: Any,
+    **scratch: Any,
 ) -> None:
     order_ref, counts_ref, *given, out_ref, log_ref = refs
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
@@ -102,10 +112,18 @@ def _forward_block(
     def _() -> None:
         plgpu.set_max_registers(232, action="increase")
         extras = dict(zip(names, given, strict=True))
-        out, log_total = _compute(plan, extras, q_ref, (batch, tile, head), visit, (whole, total), scratch)
+        out, log_total = _compute(
+            plan, extras, q_ref, (batch, tile, head), visit, (whole, total), scratch
+        )
         row = tile * TILE + warpgroup * ROWS
-        store(out.astype(out_ref.dtype), scratch["q_smem"].at[warpgroup], out_ref.at[batch, pl.ds(row, ROWS), head])
-        store(log_total, scratch["log_smem"].at[warpgroup], log_ref.at[batch, head, pl.ds(row, ROWS)])
+        store(
+            out.astype(out_ref.dtype),
+            scratch["q_smem"].at[warpgroup],
+            out_ref.at[batch, pl.ds(row, ROWS), head],
+        )
+        store(
+            log_total, scratch["log_smem"].at[warpgroup], log_ref.at[batch, head, pl.ds(row, ROWS)]
+        )
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
@@ -114,8 +132,12 @@ def _forward_block(
 
         def copy(step: Array, slot: Array) -> None:
             part = (batch, pl.ds(visit(step), scratch["k_smem"].shape[1]), kv_head)
-            plgpu.copy_gmem_to_smem(k_ref.at[part], scratch["k_smem"].at[slot], scratch["k_full"].at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[part], scratch["v_smem"].at[slot], scratch["v_full"].at[slot])
+            plgpu.copy_gmem_to_smem(
+                k_ref.at[part], scratch["k_smem"].at[slot], scratch["k_full"].at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                v_ref.at[part], scratch["v_smem"].at[slot], scratch["v_full"].at[slot]
+            )
 
         feed(total, STAGES, (scratch["k_free"], scratch["v_free"]), copy)
 
@@ -129,7 +151,9 @@ def _compute(
     row = tile * TILE + warpgroup * ROWS
     width, turns = q_ref.shape[-1], scratch["turns"]
     q_smem = scratch["q_smem"].at[warpgroup]
-    plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, ROWS), head], q_smem, scratch["q_full"].at[warpgroup])
+    plgpu.copy_gmem_to_smem(
+        q_ref.at[batch, pl.ds(row, ROWS), head], q_smem, scratch["q_full"].at[warpgroup]
+    )
     plgpu.barrier_wait(scratch["q_full"].at[warpgroup])
 
     top = spread(plan, jnp.full((ROWS,), HIDDEN / 2, jnp.float32), axis=0)
@@ -144,17 +168,24 @@ def _compute(
         slot = lax.rem(index, jnp.int32(STAGES))
         k_smem, v_smem = scratch["k_smem"].at[slot], scratch["v_smem"].at[slot]
         plgpu.barrier_wait(scratch["k_full"].at[slot])
-        raw = product(plan, q_smem, k_smem, transpose_b=True, meanwhile=lambda: arrange_schedule(turns))
+        raw = product(
+            plan, q_smem, k_smem, transpose_b=True, meanwhile=lambda: arrange_schedule(turns)
+        )
         plgpu.barrier_arrive(scratch["k_free"].at[slot])
-        s, _ = scores(plan, extras, raw, Tile(batch, head, row, visit(index), raw.shape), masked=masked)
+        s, _ = scores(
+            plan, extras, raw, Tile(batch, head, row, visit(index), raw.shape), masked=masked
+        )
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
         weights = jnp.exp2(s - along(new_top, 0, s.shape))
         shrink = jnp.exp2(top - new_top)
         denominator = denominator * shrink + jnp.sum(weights, axis=1)
         out *= along(shrink, 0, out.shape)
         narrow = weights.astype(v_smem.dtype)
-        # Without it the compiler moves the softmax past the barriers into the other warpgroup's turn.
-        out, new_top, denominator, narrow = lax.optimization_barrier((out, new_top, denominator, narrow))
+        # Without it the compiler moves the softmax past the barriers into the other warpgroup's
+        # turn.
+        out, new_top, denominator, narrow = lax.optimization_barrier(
+            (out, new_top, denominator, narrow)
+        )
         plgpu.barrier_arrive(turns)
         plgpu.barrier_wait(scratch["v_full"].at[slot])
         plgpu.barrier_wait(turns)

@@ -1,4 +1,6 @@
-"""What the GPU kernels of attention are built from: a static plan, padded operands, and which blocks meet which."""
+"""What the GPU kernels of attention are built from: a static plan, padded operands, and which
+blocks meet which.
+"""
 
 import dataclasses
 
@@ -64,7 +66,9 @@ def pad_tokens(x: Array) -> Array:
 
 
 def extras(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str, Array]:
-    """Returns the arrays of the mask and the terms that are there, by name, padded as the kernels read them."""
+    """Returns the arrays of the mask and the terms that are there, by name, padded as the kernels
+    read them.
+    """
     tokens = {
         "q_segments": plan.padded_queries,
         "kv_segments": plan.padded_keys,
@@ -72,7 +76,9 @@ def extras(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str, Arra
         "kv_positions": plan.padded_keys,
     }
     found = {name: getattr(mask, name) for name in tokens}
-    found = {name: _fill(x.astype(jnp.int32), tokens[name]) for name, x in found.items() if x is not None}
+    found = {
+        name: _fill(x.astype(jnp.int32), tokens[name]) for name, x in found.items() if x is not None
+    }
     if mask.prefix is not None and (mask.causal or mask.window is not None):
         found["prefix"] = mask.prefix.astype(jnp.int32)
     for name in ("sinks", "alibi"):
@@ -85,11 +91,14 @@ def extras(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str, Arra
     return found
 
 
-def block_kinds(mask: AttentionMask, plan: Plan, block_q: int, block_kv: int) -> Int[Array, "C I J"]:
-    """Returns of each block of queries and of keys 0 where all is visible, 1 where some may be, 2 where nothing is.
+def block_kinds(
+    mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
+) -> Int[Array, "C I J"]:
+    """Returns of each block of queries and of keys 0 where all is visible, 1 where some may be, 2
+    where nothing is.
 
-    It looks at the least and the greatest position and segment of a block, so that its work is that of one number a
-    block. C is B, or 1 where no sequence differs from another.
+    It looks at the least and the greatest position and segment of a block, so that its work is that
+    of one number a block. C is B, or 1 where no sequence differs from another.
 
     Args:
       mask: the description.
@@ -98,7 +107,12 @@ def block_kinds(mask: AttentionMask, plan: Plan, block_q: int, block_kv: int) ->
     """
     low_t, high_t = _range(mask.q_positions, plan.queries, plan.padded_queries, block_q)
     low_s, high_s = _range(mask.kv_positions, plan.keys, plan.padded_keys, block_kv)
-    low_t, high_t, low_s, high_s = low_t[:, :, None], high_t[:, :, None], low_s[:, None], high_s[:, None]
+    low_t, high_t, low_s, high_s = (
+        low_t[:, :, None],
+        high_t[:, :, None],
+        low_s[:, None],
+        high_s[:, None],
+    )
     some = jnp.ones((1, plan.padded_queries // block_q, plan.padded_keys // block_kv), bool)
     every = some
     if mask.causal:
@@ -119,7 +133,8 @@ def block_kinds(mask: AttentionMask, plan: Plan, block_q: int, block_kv: int) ->
         every &= single_t & single_s & (first_t == first_s)
     starts = jnp.arange(0, plan.padded_keys, block_kv)[None, None]
     some, every = some & (starts < plan.keys), every & (starts + block_kv <= plan.keys)
-    # The last block of queries may be past the end altogether: its rows are cut off, and nothing is computed for them.
+    # The last block of queries may be past the end altogether: its rows are cut off, and nothing is
+    # computed for them.
     some &= (jnp.arange(0, plan.padded_queries, block_q) < plan.queries)[None, :, None]
     return jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int32)
 
@@ -127,8 +142,9 @@ def block_kinds(mask: AttentionMask, plan: Plan, block_q: int, block_kv: int) ->
 def visits(kinds: Int[Array, "C I J"]) -> tuple[Int[Array, "C I J"], Int[Array, "C I 2"]]:
     """Returns for each block of I the blocks of J in the order of their visit, and two numbers.
 
-    Blocks that are visible altogether come first and need no mask; their number is the first one. Then come those that
-    are visible in part; the second number is that of both. What comes after is never visited.
+    Blocks that are visible altogether come first and need no mask; their number is the first one.
+    Then come those that are visible in part; the second number is that of both. What comes after is
+    never visited.
     """
     order = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
     counts = jnp.stack([jnp.sum(kinds < 1, axis=-1), jnp.sum(kinds < 2, axis=-1)], axis=-1)
@@ -145,7 +161,9 @@ def _range(positions: Array | None, length: int, padded: int, block: int) -> tup
 
 
 def _documents(segments: Int[Array, "B L"], padded: int, block: int) -> tuple[Array, Array, Array]:
-    """Returns the least and the greatest document of each block, and whether it is one document without padding."""
+    """Returns the least and the greatest document of each block, and whether it is one document
+    without padding.
+    """
     blocks = _fill(segments, padded).reshape(segments.shape[0], -1, block)
     bounds = jnp.iinfo(blocks.dtype)
     first = jnp.min(jnp.where(blocks == 0, bounds.max, blocks), axis=-1)

@@ -1,8 +1,10 @@
 """What a warpgroup computes on one tile of scores: loads, matmuls, the terms, the mask.
 
-On a GPU values are spread over the registers of a warpgroup as its matmul wants them, and every load says so. JAX's
-interpreter of GPU kernels knows neither layouts, nor matmuls with an operand in registers, nor slices that start where
-a number says: there the same functions use plain values. All else (copies, barriers, warpgroups, loops) is the same.
+On a GPU values are spread over the registers of a warpgroup as its matmul wants them, and every
+load says so. JAX's interpreter of GPU kernels knows neither layouts, nor matmuls with an operand in
+registers, nor slices that start where
+a number says: there the same functions use plain values. All else (copies, barriers, warpgroups,
+    loops) is the same.
 """
 
 import dataclasses
@@ -67,7 +69,9 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def launch(plan: Interpreted, body: functools.partial, out_type: Any, scratch: dict[str, Any], **grid: int) -> Callable:
+def launch(
+    plan: Interpreted, body: functools.partial, out_type: Any, scratch: dict[str, Any], **grid: int
+) -> Callable:
     """Returns `body` as a kernel of two warpgroups that compute and one that copies.
 
     Args:
@@ -93,7 +97,9 @@ def launch(plan: Interpreted, body: functools.partial, out_type: Any, scratch: d
 
 
 def spread(plan: Interpreted, x: Array, axis: int | None = None) -> Array:
-    """Returns a value made in the kernel in the matmul's layout; a vector lies along `axis` of a tile."""
+    """Returns a value made in the kernel in the matmul's layout; a vector lies along `axis` of a
+    tile.
+    """
     if plan.interpret:
         return x
     return plgpu.layout_cast(x, WGMMA if axis is None else WGMMA.reduce(1 - axis))
@@ -141,7 +147,8 @@ def product(
       start: None is zero.
       transpose_a: whether a, a ref then, is read transposed.
       transpose_b: whether b is read transposed.
-      meanwhile: done after the matmul is given to the tensor cores and before its result is awaited.
+      meanwhile: done after the matmul is given to the tensor cores and before its result is
+          awaited.
     """
     if plan.interpret:
         numbers = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
@@ -169,7 +176,8 @@ def zeros(plan: Interpreted, *shape: int, axis: int | None = None) -> Array:
 def scores(
     plan: Plan, refs: dict[str, Any], raw: Float[Array, "M P"], tile: Tile, *, masked: bool
 ) -> tuple[Float[Array, "M P"], Float[Array, "M P"] | None]:
-    """Returns the scores of a tile times log₂e, `HIDDEN` where the mask says so, and the slope of the cap.
+    """Returns the scores of a tile times log₂e, `HIDDEN` where the mask says so, and the slope of
+    the cap.
 
     Args:
       plan: the static plan.
@@ -187,7 +195,9 @@ def scores(
             bounded = jnp.tanh(out * (1.0 / plan.softcap))
             slope, out = 1.0 - bounded * bounded, bounded * plan.softcap
         if "alibi" in refs:
-            distance = (_positions(plan, refs, tile, "q") - _positions(plan, refs, tile, "kv")).astype(jnp.float32)
+            distance = (
+                _positions(plan, refs, tile, "q") - _positions(plan, refs, tile, "kv")
+            ).astype(jnp.float32)
             out -= jnp.abs(distance) * refs["alibi"][tile.head]
         if "bias" in refs:
             out += _bias(plan, refs["bias"], tile)
@@ -205,7 +215,9 @@ def _positions(plan: Plan, refs: dict[str, Any], tile: Tile, side: str) -> Array
 
 def _indices(plan: Plan, tile: Tile, side: str) -> Array:
     axis = tile.query_axis if side == "q" else 1 - tile.query_axis
-    return spread(plan, lax.broadcasted_iota(jnp.int32, tile.shape, axis)) + (tile.query if side == "q" else tile.key)
+    return spread(plan, lax.broadcasted_iota(jnp.int32, tile.shape, axis)) + (
+        tile.query if side == "q" else tile.key
+    )
 
 
 def _tokens(plan: Plan, ref: Any, tile: Tile, side: str) -> Array:
@@ -246,7 +258,10 @@ def _bias(plan: Plan, ref: Any, tile: Tile) -> Array:
     sizes = tuple(ref.shape)
     starts = (tile.key, tile.query) if tile.transposed else (tile.query, tile.key)
     index = [tile.batch if sizes[0] > 1 else 0, tile.head if sizes[1] > 1 else 0]
-    index += [pl.ds(start, n) if size > 1 else 0 for start, n, size in zip(starts, tile.shape, sizes[2:], strict=True)]
+    index += [
+        pl.ds(start, n) if size > 1 else 0
+        for start, n, size in zip(starts, tile.shape, sizes[2:], strict=True)
+    ]
     long = [axis for axis in (0, 1) if sizes[2 + axis] > 1]
     if not long:
         return ref[tuple(index)].astype(jnp.float32)
@@ -261,7 +276,9 @@ def arrange_schedule(barrier: Any) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def feed(total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array, Array], None]) -> None:
+def feed(
+    total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array, Array], None]
+) -> None:
     """Fills a ring of buffers, each as soon as both warpgroups are done with it.
 
     Args:
@@ -291,7 +308,9 @@ def feed(total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array
 
 
 def store(value: Array, buffer: Any, target: Any) -> None:
-    """Writes a tile or a vector to device memory through shared memory, which is free when it returns."""
+    """Writes a tile or a vector to device memory through shared memory, which is free when it
+    returns.
+    """
     buffer[...] = value
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffer, target)

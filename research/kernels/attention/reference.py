@@ -1,4 +1,6 @@
-"""Attention written as its equation: the yardstick of every fast body, and the body that takes everything."""
+"""Attention written as its equation: the yardstick of every fast body, and the body that takes
+everything.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ from research.kernels.attention.mask import AttentionMask, Span
 from research.kernels.attention.terms import ScoreTerms
 
 
-def refusal(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms) -> None:
+def refusal(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
+) -> None:
     """Takes everything."""
 
 
@@ -19,7 +23,9 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Attention in float32, holding `[B, N, T, S]`; see the face of the package for the equation."""
+    """Attention in float32, holding `[B, N, T, S]`; see the face of the package for the
+    equation.
+    """
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -31,7 +37,9 @@ def attention(
         bias = jnp.broadcast_to(terms.bias, (batch, heads, queries, keys))
         scores += bias.reshape(scores.shape)
     if terms.alibi is not None:
-        slopes = jax.lax.stop_gradient(terms.alibi).astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
+        slopes = (
+            jax.lax.stop_gradient(terms.alibi).astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
+        )
         scores -= slopes * mask.distance(Span(0, queries), Span(0, keys))[:, :, None]
 
     visible = mask.dense(queries, keys)[:, :, None]
@@ -40,7 +48,8 @@ def attention(
         sinks = terms.sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
         top = jnp.maximum(top, sinks)
     top = jax.lax.stop_gradient(top)
-    # Hidden scores may lie above `top`: they are replaced before the exponential, so that no infinity has a gradient.
+    # Hidden scores may lie above `top`: they are replaced before the exponential, so that no
+    # infinity has a gradient.
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - top, 0.0)), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if terms.sinks is not None:

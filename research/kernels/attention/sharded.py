@@ -1,4 +1,6 @@
-"""A body of attention on each device's share of the batch and the heads, for bodies that no partitioner can cut."""
+"""A body of attention on each device's share of the batch and the heads, for bodies that no
+partitioner can cut.
+"""
 
 import functools
 from collections.abc import Callable
@@ -33,7 +35,9 @@ def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
         def term_spec(term: Array) -> PartitionSpec:
             if term.ndim == 1:
                 return PartitionSpec(heads)
-            return PartitionSpec(batch if term.shape[0] > 1 else None, heads if term.shape[1] > 1 else None)
+            return PartitionSpec(
+                batch if term.shape[0] > 1 else None, heads if term.shape[1] > 1 else None
+            )
 
         specs = (jax.tree.map(lambda _: PartitionSpec(batch), mask), jax.tree.map(term_spec, terms))
         return shard_map(body, (tokens, tokens, tokens, *specs), tokens)(q, k, v, mask, terms)

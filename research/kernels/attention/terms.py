@@ -15,7 +15,8 @@ class ScoreTerms:
 
     Attributes:
       bias: added to the scores after the cap; a size of 1 is broadcast. It has a gradient.
-      alibi: a slope a head, times the distance of the mask's positions. Constants: their gradient is zero.
+      alibi: a slope a head, times the distance of the mask's positions. Constants: their gradient
+          is zero.
       sinks: a logit a head that takes part in the denominator only. They have a gradient.
       softcap: static bound of the scores, above 0; None is no bound.
       scale: static factor on q kᵀ.
@@ -37,4 +38,8 @@ class ScoreTerms:
     @property
     def given(self) -> tuple[str, ...]:
         """The names of the terms that are there, but for the scale."""
-        return tuple(name for name in ("bias", "alibi", "softcap", "sinks") if getattr(self, name) is not None)
+        return tuple(
+            name
+            for name in ("bias", "alibi", "softcap", "sinks")
+            if getattr(self, name) is not None
+        )

@@ -20,7 +20,8 @@ from research.parallel.target import chip, platform
 MAX_WIDTH = 256
 # Rows and columns of a tile of scores: the first that holds all of a short sequence, or the last.
 TILES = (128, 256, 512)
-# Bytes of one resident operand: what a head's queries or keys may take of a core's fast memory, several times over.
+# Bytes of one resident operand: what a head's queries or keys may take of a core's fast memory,
+# several times over.
 RESIDENT_BYTES = {"TPU v4": 2**19}
 DEFAULT_RESIDENT_BYTES = 2**22
 # Chips whose matrix units are 256 wide: see `tpu_forward_down`.
@@ -44,8 +45,11 @@ def refusal(
     return None
 
 
-def choose_blocks(width: int, itemsize: int, bias: bool, queries: int, keys: int) -> tuple[Blocks, Blocks]:
-    """Returns the tile sizes of the forward and of the backward pass, for the chip that is compiled for.
+def choose_blocks(
+    width: int, itemsize: int, bias: bool, queries: int, keys: int
+) -> tuple[Blocks, Blocks]:
+    """Returns the tile sizes of the forward and of the backward pass, for the chip that is compiled
+    for.
 
     Args:
       width: head width H.
@@ -55,8 +59,12 @@ def choose_blocks(width: int, itemsize: int, bias: bool, queries: int, keys: int
     """
     resident = RESIDENT_BYTES.get(chip(), DEFAULT_RESIDENT_BYTES) // (max(width, 128) * itemsize)
     resident = min(resident, RESIDENT_WITH_BIAS) if bias else resident
-    backward = Blocks(*(next(size for size in TILES if size >= min(x, TILES[-1])) for x in (queries, keys)))
-    backward = dataclasses.replace(backward, resident=max(backward.queries, backward.keys, resident))
+    backward = Blocks(
+        *(next(size for size in TILES if size >= min(x, TILES[-1])) for x in (queries, keys))
+    )
+    backward = dataclasses.replace(
+        backward, resident=max(backward.queries, backward.keys, resident)
+    )
     if chip() not in WIDE_UNITS:
         return backward, backward
     tall = 2 * backward.queries if queries > backward.queries else backward.queries
@@ -71,7 +79,9 @@ def attention(
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
     """Attention a tile at a time; see the face of the package for the equation."""
-    blocks = choose_blocks(q.shape[-1], q.dtype.itemsize, terms.bias is not None, q.shape[1], k.shape[1])
+    blocks = choose_blocks(
+        q.shape[-1], q.dtype.itemsize, terms.bias is not None, q.shape[1], k.shape[1]
+    )
     return tiled_attention(q, k, v, mask, terms, blocks, False)
 
 
@@ -100,14 +110,22 @@ def _heads_first(x: Float[Array, "B L N H"]) -> Float[Array, "B N L H"]:
 
 
 def _forward(
-    q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms, blocks: tuple[Blocks, Blocks], interpret: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    blocks: tuple[Blocks, Blocks],
+    interpret: Any,
 ) -> tuple[Array, tuple]:
     q, k, v = map(_heads_first, (q, k, v))
     out, log_total = forward(q, k, v, mask, terms, blocks[0], interpret)
     return _heads_first(out), (q, k, v, mask, terms, out, log_total)
 
 
-def _backward(blocks: tuple[Blocks, Blocks], interpret: Any, saved: tuple, g: Float[Array, "B T N H"]) -> tuple:
+def _backward(
+    blocks: tuple[Blocks, Blocks], interpret: Any, saved: tuple, g: Float[Array, "B T N H"]
+) -> tuple:
     q, k, v, mask, terms, out, log_total = saved
     g = _heads_first(g)
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]

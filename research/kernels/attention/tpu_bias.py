@@ -1,4 +1,6 @@
-"""The gradient of the bias on TPU: every tile of scores once more, summed over the axes that the bias broadcasts."""
+"""The gradient of the bias on TPU: every tile of scores once more, summed over the axes that the
+bias broadcasts.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -31,12 +33,15 @@ def bias_gradient(
     blocks: Blocks,
     interpret: Any,
 ) -> Float[Array, "..."]:
-    """Returns the gradient of the bias in its own shape, summed in float32; nothing larger is held."""
+    """Returns the gradient of the bias in its own shape, summed in float32; nothing larger is
+    held.
+    """
     batch, heads, queries, width = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
     sizes = (batch, heads, cover(queries, blocks.queries), cover(keys, blocks.keys))
     shape = terms.bias.shape
-    # Axes that are summed over come last, so that a block of the result is finished before the next one.
+    # Axes that are summed over come last, so that a block of the result is finished before the next
+    # one.
     order = sorted(range(4), key=lambda axis: shape[axis] == 1)
     axes = [order.index(axis) for axis in range(4)]
     operands = Operands.of(mask, terms, axes)
@@ -45,7 +50,12 @@ def bias_gradient(
     for name, array in (("log_total", log_total), ("delta", delta)):
         operands.add(name, array, (1, 1, 1, blocks.queries), lambda b, n, i, j: (b, n, 0, i))
     for name, array in (("k", k), ("v", v)):
-        operands.add(name, array, (1, 1, blocks.keys, width), lambda b, n, i, j: (b, jax.lax.div(n, group), j, 0))
+        operands.add(
+            name,
+            array,
+            (1, 1, blocks.keys, width),
+            lambda b, n, i, j: (b, jax.lax.div(n, group), j, 0),
+        )
     operands.add_tokens("q", blocks.queries, lambda b, n, i, j: i)
     operands.add_tokens("kv", blocks.keys, lambda b, n, i, j: j)
     operands.add_bias(blocks.queries, blocks.keys, lambda b, n, i, j: (b, n, i, j))
@@ -53,14 +63,21 @@ def bias_gradient(
     some, _ = visibility(mask, queries, keys, blocks)
     rules = Rules.of(mask, terms, queries, keys)
     broadcast = tuple(size == 1 for size in shape)
-    kernel = functools.partial(_kernel, rules, blocks, axes, broadcast, some.shape[0], operands.names)
+    kernel = functools.partial(
+        _kernel, rules, blocks, axes, broadcast, some.shape[0], operands.names
+    )
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=tuple(sizes[axis] for axis in order), in_specs=operands.specs, out_specs=spec
+            num_scalar_prefetch=1,
+            grid=tuple(sizes[axis] for axis in order),
+            in_specs=operands.specs,
+            out_specs=spec,
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_LIMIT
+        ),
         name="tessera_attention_bias",
         interpret=interpret,
     )(some.astype(jnp.int32).reshape(-1), *operands.arrays).astype(terms.bias.dtype)
@@ -80,7 +97,9 @@ def _kernel(
     indices = [pl.program_id(axis) for axis in axes]
     batch, head, i, j = indices
     refs = gather(names, inputs, batch, head)
-    visit = ((batch if rows > 1 else 0) * pl.num_programs(axes[2]) + i) * pl.num_programs(axes[3]) + j
+    visit = ((batch if rows > 1 else 0) * pl.num_programs(axes[2]) + i) * pl.num_programs(
+        axes[3]
+    ) + j
 
     sums = [at == 0 for at, summed in zip(indices, broadcast, strict=True) if summed]
 

@@ -1,4 +1,6 @@
-"""The forward pass on TPU: a block of queries against the tiles of resident keys that it can see."""
+"""The forward pass on TPU: a block of queries against the tiles of resident keys that it can
+see.
+"""
 
 import functools
 from typing import Any
@@ -14,7 +16,17 @@ from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.kernels.attention.tpu_operands import Operands, bias_tile, gather
 from research.kernels.attention.tpu_plan import Blocks, Tiles, cover, plan, visibility
-from research.kernels.attention.tpu_tile import HIDDEN, LANES, LEAST, LOG2E, Rules, Side, scores, side, spread
+from research.kernels.attention.tpu_tile import (
+    HIDDEN,
+    LANES,
+    LEAST,
+    LOG2E,
+    Rules,
+    Side,
+    scores,
+    side,
+    spread,
+)
 
 VMEM_LIMIT = 100 * 2**20
 
@@ -38,9 +50,11 @@ def forward(
     blocks: Blocks,
     interpret: Any,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N 1 T"]]:
-    """Returns attention and the logarithm to base 2 of each query's denominator, huge where it sees nothing.
+    """Returns attention and the logarithm to base 2 of each query's denominator, huge where it sees
+    nothing.
 
-    Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 1, with the tiles that need no mask first.
+    Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 1, with the tiles that need no
+        mask first.
     """
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -54,7 +68,12 @@ def forward(
     operands = Operands.of(mask, terms, range(4))
     operands.add("q", q, (1, 1, blocks.queries, width), lambda b, n, i, c: (b, n, i, 0))
     for name, array in (("k", k), ("v", v)):
-        operands.add(name, array, (1, 1, resident, width), lambda b, n, i, c: (b, jax.lax.div(n, group), c, 0))
+        operands.add(
+            name,
+            array,
+            (1, 1, resident, width),
+            lambda b, n, i, c: (b, jax.lax.div(n, group), c, 0),
+        )
     operands.add_tokens("q", blocks.queries, lambda b, n, i, c: i)
     operands.add_tokens("kv", resident, lambda b, n, i, c: c)
     operands.add_bias(blocks.queries, resident, lambda b, n, i, c: (b, n, i, c))
@@ -76,7 +95,8 @@ def forward(
             scratch_shapes=scratch(blocks, width),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         name="tessera_attention_forward",
         interpret=interpret,
@@ -89,7 +109,14 @@ def _scratch(blocks: Blocks, width: int) -> list[Any]:
 
 
 def _kernel(
-    rules: Rules, blocks: Blocks, chunk: int, rows: int, names: tuple[str, ...], counts: Any, order: Any, *rest
+    rules: Rules,
+    blocks: Blocks,
+    chunk: int,
+    rows: int,
+    names: tuple[str, ...],
+    counts: Any,
+    order: Any,
+    *rest,
 ):
     *inputs, out_ref, log_total_ref, top_ref, total_ref, sum_ref = rest
     batch, head, block, part = (pl.program_id(axis) for axis in range(4))
@@ -108,7 +135,16 @@ def _kernel(
     def tile(masked: bool, index: Any, _: None) -> None:
         at = order[visit * chunk + index] * blocks.keys
         at = pl.multiple_of(at, blocks.keys)
-        _tile(rules, blocks, refs, tokens, part * (chunk * blocks.keys) + at, at, masked, (top_ref, total_ref, sum_ref))
+        _tile(
+            rules,
+            blocks,
+            refs,
+            tokens,
+            part * (chunk * blocks.keys) + at,
+            at,
+            masked,
+            (top_ref, total_ref, sum_ref),
+        )
 
     unmasked, visited = counts[2 * visit], counts[2 * visit + 1]
 
@@ -116,7 +152,8 @@ def _kernel(
         for each in range(2):
             tile(False, 2 * index + each, None)
 
-    # In pairs, so that the matrix units take up the second tile while the vector units finish the first.
+    # In pairs, so that the matrix units take up the second tile while the vector units finish the
+    # first.
     jax.lax.fori_loop(0, jax.lax.shift_right_logical(unmasked, 1), two, None)
     jax.lax.fori_loop(unmasked & -2, unmasked, functools.partial(tile, False), None)
     jax.lax.fori_loop(unmasked, visited, functools.partial(tile, True), None)
@@ -132,25 +169,46 @@ def _kernel(
             top, total = higher, total * shrink + jnp.exp2(sink - higher)
             sums = sums * spread(shrink, sums.shape[1])
         seen = total > 0
-        out_ref[0, 0] = (sums / spread(jnp.where(seen, total, 1.0), sums.shape[1])).astype(out_ref.dtype)
+        out_ref[0, 0] = (sums / spread(jnp.where(seen, total, 1.0), sums.shape[1])).astype(
+            out_ref.dtype
+        )
         log_total = jnp.where(seen, top + jnp.log2(total), -HIDDEN)
         log_total_ref[0, 0] = log_total.T[:1]
 
 
 def _tile(
-    rules: Rules, blocks: Blocks, refs: Any, queries: Side, start: Any, at: Any, masked: bool, state: tuple
+    rules: Rules,
+    blocks: Blocks,
+    refs: Any,
+    queries: Side,
+    start: Any,
+    at: Any,
+    masked: bool,
+    state: tuple,
 ) -> None:
-    """Adds a tile of keys, `at` tokens into the resident ones, to the running maximum, denominator and sum."""
+    """Adds a tile of keys, `at` tokens into the resident ones, to the running maximum, denominator
+    and sum.
+    """
     top_ref, total_ref, sum_ref = state
     here = pl.ds(at, blocks.keys)
     k, v = refs["k"][0, 0, here, :], refs["v"][0, 0, here, :]
-    products = jax.lax.dot_general(refs["q"][0, 0], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    products = jax.lax.dot_general(
+        refs["q"][0, 0], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
     factor = 1.0
     if rules.plain:
         factor, s = rules.scale * LOG2E, products
     if masked or not rules.plain:
         keys = side(refs, "kv", start, at, blocks.keys, axis=1)
-        s, _ = scores(rules, refs, products, queries, keys, lambda: bias_tile(refs["bias"], slice(None), here), masked)
+        s, _ = scores(
+            rules,
+            refs,
+            products,
+            queries,
+            keys,
+            lambda: bias_tile(refs["bias"], slice(None), here),
+            masked,
+        )
         factor = 1.0
     if masked and rules.keys % blocks.keys:
         row = start + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)

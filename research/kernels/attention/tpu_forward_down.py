@@ -1,8 +1,9 @@
-"""The forward kernel on TPU where matrix units are 256 wide: keys down and queries across, the next products ahead.
+"""The forward kernel on TPU where matrix units are 256 wide: keys down and queries across, the next
+products ahead.
 
-A head of 128 fills half of such a unit where it is what lies across; here it is what streams through. What belongs to a
-query is a row of lanes, so that its maximum and denominator cost next to nothing. The products of the next tile are
-made while the exponentials of this one are.
+A head of 128 fills half of such a unit where it is what lies across; here it is what streams
+through. What belongs to a query is a row of lanes, so that its maximum and denominator cost next to
+nothing. The products of the next tile are made while the exponentials of this one are.
 """
 
 import functools
@@ -20,14 +21,23 @@ from research.kernels.attention.tpu_tile import HIDDEN, LEAST, LOG2E, Rules, Sid
 
 
 def scratch(blocks: Blocks, width: int) -> list[Any]:
-    """Returns what the kernel keeps: maximum, denominator, sum of values, and a tile of products."""
+    """Returns what the kernel keeps: maximum, denominator, sum of values, and a tile of
+    products.
+    """
     row = pltpu.VMEM((1, blocks.queries), jnp.float32)
     shapes = ((width, blocks.queries), (blocks.keys, blocks.queries))
     return [row, row, *(pltpu.VMEM(shape, jnp.float32) for shape in shapes)]
 
 
 def kernel(
-    rules: Rules, blocks: Blocks, chunk: int, rows: int, names: tuple[str, ...], counts: Any, order: Any, *rest: Any
+    rules: Rules,
+    blocks: Blocks,
+    chunk: int,
+    rows: int,
+    names: tuple[str, ...],
+    counts: Any,
+    order: Any,
+    *rest: Any,
 ) -> None:
     """Computes a block of queries against a chunk of resident keys.
 
@@ -64,10 +74,13 @@ def kernel(
 
     def tile(masked: bool, index: Any, _: None) -> None:
         products, at = products_ref[...], place(index)
-        # The last products are made twice: a branch would keep the two halves of this from being mixed.
+        # The last products are made twice: a branch would keep the two halves of this from being
+        # mixed.
         prepare(jnp.minimum(index + 1, visited - 1))
         start = part * (chunk * blocks.keys) + at
-        _absorb(rules, blocks, refs, queries, products, start, at, masked, (top_ref, total_ref, sum_ref))
+        _absorb(
+            rules, blocks, refs, queries, products, start, at, masked, (top_ref, total_ref, sum_ref)
+        )
 
     pl.when(visited > 0)(functools.partial(prepare, 0))
     jax.lax.fori_loop(0, unmasked, functools.partial(tile, False), None)
@@ -82,7 +95,9 @@ def kernel(
             shrink = jnp.exp2(top - higher)
             top, total = higher, total * shrink + jnp.exp2(sink - higher)
         seen = total > 0
-        out_ref[0, 0] = (sum_ref[...] * (shrink / jnp.where(seen, total, 1.0))).T.astype(out_ref.dtype)
+        out_ref[0, 0] = (sum_ref[...] * (shrink / jnp.where(seen, total, 1.0))).T.astype(
+            out_ref.dtype
+        )
         log_total_ref[0, 0] = jnp.where(seen, top + jnp.log2(total), -HIDDEN)
 
 
@@ -97,7 +112,9 @@ def _absorb(
     masked: bool,
     state: tuple,
 ) -> None:
-    """Adds a tile of keys, `at` tokens into the resident ones, to the running maximum, denominator and sum."""
+    """Adds a tile of keys, `at` tokens into the resident ones, to the running maximum, denominator
+    and sum.
+    """
     top_ref, total_ref, sum_ref = state
     here = pl.ds(at, blocks.keys)
     v = refs["v"][0, 0, here, :]

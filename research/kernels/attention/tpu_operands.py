@@ -1,4 +1,6 @@
-"""The operands of the TPU kernels: arrays, their blocks, and the names under which a kernel finds them."""
+"""The operands of the TPU kernels: arrays, their blocks, and the names under which a kernel finds
+them.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,11 +28,13 @@ class Operands:
 
     @classmethod
     def of(cls, mask: AttentionMask, terms: ScoreTerms, axes: Sequence[int]) -> "Operands":
-        """Returns the operands that every kernel of a call has: single numbers of its mask and terms.
+        """Returns the operands that every kernel of a call has: single numbers of its mask and
+        terms.
 
         Args:
           mask, terms: of the call.
-          axes: where each index of the index maps stands in the kernel's grid; the first is the row of the batch.
+          axes: where each index of the index maps stands in the kernel's grid; the first is the row
+              of the batch.
         """
         operands = cls(mask, terms, axes)
         for name, array, kind in (
@@ -52,25 +56,38 @@ class Operands:
         """Returns blocks of an array, found by the indices in the order of the index maps."""
         return pl.BlockSpec(block, lambda *grid: index(*(grid[axis] for axis in self._axes)))
 
-    def add(self, name: str, array: Array, block: tuple[int, ...], index: Callable[..., tuple]) -> None:
+    def add(
+        self, name: str, array: Array, block: tuple[int, ...], index: Callable[..., tuple]
+    ) -> None:
         """Adds an array in blocks."""
         self._append(name, array, self.spec(block, index))
 
     def add_tokens(self, prefix: str, block: int, index: Callable[..., Any]) -> None:
-        """Adds the positions and segments of one side, `q` or `kv`, where the mask has them, as rows of lanes."""
+        """Adds the positions and segments of one side, `q` or `kv`, where the mask has them, as
+        rows of lanes.
+        """
         for name in (f"{prefix}_positions", f"{prefix}_segments"):
             array = getattr(self._mask, name)
             if array is not None:
-                self.add(name, array.astype(jnp.int32)[:, None], (1, 1, block), lambda *g: (g[0], 0, index(*g)))
+                self.add(
+                    name,
+                    array.astype(jnp.int32)[:, None],
+                    (1, 1, block),
+                    lambda *g: (g[0], 0, index(*g)),
+                )
 
     def add_bias(self, queries: int, keys: int, index: Callable[..., tuple]) -> None:
-        """Adds the bias where there is one; `index` gives batch row, head, block of queries and block of keys."""
+        """Adds the bias where there is one; `index` gives batch row, head, block of queries and
+        block of keys.
+        """
         bias = self._terms.bias
         if bias is None:
             return
 
         def where(*grid: Any) -> tuple:
-            return tuple(at if size > 1 else 0 for at, size in zip(index(*grid), bias.shape, strict=True))
+            return tuple(
+                at if size > 1 else 0 for at, size in zip(index(*grid), bias.shape, strict=True)
+            )
 
         block = (1, 1, queries if bias.shape[2] > 1 else 1, keys if bias.shape[3] > 1 else 1)
         self.add("bias", bias, block, where)

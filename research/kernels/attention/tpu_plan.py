@@ -15,8 +15,10 @@ class Blocks:
     Attributes:
       queries: rows of a tile.
       keys: columns of a tile.
-      resident: keys (forward) or queries (backward) that stay in fast memory together, a multiple of both.
-      down: whether keys are the rows of a forward tile and queries its columns, and not the other way round.
+      resident: keys (forward) or queries (backward) that stay in fast memory together, a multiple
+          of both.
+      down: whether keys are the rows of a forward tile and queries its columns, and not the other
+          way round.
     """
 
     queries: int = 512
@@ -30,9 +32,10 @@ class Tiles:
     """The tiles that each block of an outer axis visits, those that need no mask first.
 
     Attributes:
-      order: per batch row (1 where all are alike), outer block and resident chunk, the tiles within the chunk, as one
-        vector.
-      counts: how many of them need no mask, and how many are visited at all, as one vector of pairs.
+      order: per batch row (1 where all are alike), outer block and resident chunk, the tiles within
+        the chunk, as one vector.
+      counts: how many of them need no mask, and how many are visited at all, as one vector of
+          pairs.
       rows: batch rows told apart.
     """
 
@@ -49,17 +52,29 @@ def cover(size: int, block: int) -> int:
 def _extremes(
     values: Int[Array, "B L"], block: int, low: int, high: int
 ) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
-    """Returns the least and the greatest value of each block; a short last block counts what it has."""
+    """Returns the least and the greatest value of each block; a short last block counts what it
+    has.
+    """
     pad = -values.shape[1] % block
-    least = jnp.pad(values, ((0, 0), (0, pad)), constant_values=high).reshape(values.shape[0], -1, block).min(-1)
-    most = jnp.pad(values, ((0, 0), (0, pad)), constant_values=low).reshape(values.shape[0], -1, block).max(-1)
+    least = (
+        jnp.pad(values, ((0, 0), (0, pad)), constant_values=high)
+        .reshape(values.shape[0], -1, block)
+        .min(-1)
+    )
+    most = (
+        jnp.pad(values, ((0, 0), (0, pad)), constant_values=low)
+        .reshape(values.shape[0], -1, block)
+        .max(-1)
+    )
     return least, most
 
 
 def visibility(
     mask: AttentionMask, queries: int, keys: int, blocks: Blocks
 ) -> tuple[Bool[Array, "B q k"], Bool[Array, "B q k"]]:
-    """Returns which tiles may hold something visible, and which are visible throughout; B is 1 where rows are alike."""
+    """Returns which tiles may hold something visible, and which are visible throughout; B is 1
+    where rows are alike.
+    """
     limits = jnp.iinfo(jnp.int32)
 
     def blockwise(given: Int[Array, "B L"] | None, length: int, block: int) -> tuple[Array, Array]:
@@ -79,7 +94,9 @@ def visibility(
         prefix = mask.prefix[:, None, None]
         some, every = some | (k_least < prefix), every | (k_most < prefix)
     if mask.q_segments is not None:
-        q_least, q_most = (x[:, :, None] for x in blockwise(mask.q_segments, queries, blocks.queries))
+        q_least, q_most = (
+            x[:, :, None] for x in blockwise(mask.q_segments, queries, blocks.queries)
+        )
         k_least, k_most = (x[:, None, :] for x in blockwise(mask.kv_segments, keys, blocks.keys))
         some = some & (q_most >= k_least) & (q_least <= k_most) & (q_most > 0) & (k_most > 0)
         every = every & (q_least == q_most) & (k_least == k_most) & (q_least == k_least)
@@ -90,7 +107,9 @@ def visibility(
     return some, every & some
 
 
-def plan(some: Bool[Array, "B outer inner"], every: Bool[Array, "B outer inner"], chunk: int) -> Tiles:
+def plan(
+    some: Bool[Array, "B outer inner"], every: Bool[Array, "B outer inner"], chunk: int
+) -> Tiles:
     """Returns the inner tiles that each outer block visits, in chunks of `chunk` tiles."""
     rows, outer, inner = some.shape
     pad = ((0, 0), (0, 0), (0, -inner % chunk))

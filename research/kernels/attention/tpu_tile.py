@@ -1,4 +1,6 @@
-"""What a tile of scores is, inside the TPU kernels: terms, mask, and the operands that they need."""
+"""What a tile of scores is, inside the TPU kernels: terms, mask, and the operands that they
+need.
+"""
 
 import dataclasses
 import functools
@@ -17,7 +19,8 @@ from research.kernels.attention.terms import ScoreTerms
 
 LANES = 128
 LOG2E = math.log2(math.e)
-# Scores are kept in units of log 2. A hidden one lies so far below the least maximum that its exponential is 0.
+# Scores are kept in units of log 2. A hidden one lies so far below the least maximum that its
+# exponential is 0.
 HIDDEN, LEAST = -1e30, -0.5e30
 
 Refs = Mapping[str, Any]
@@ -116,9 +119,16 @@ def side(refs: Refs, prefix: str, start: Any, offset: Any, size: int, axis: int)
 
 
 def scores(
-    rules: Rules, refs: Refs, products: Float[Array, "..."], q: Side, kv: Side, bias: Callable[[], Array], masked: bool
+    rules: Rules,
+    refs: Refs,
+    products: Float[Array, "..."],
+    q: Side,
+    kv: Side,
+    bias: Callable[[], Array],
+    masked: bool,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
-    """Returns the scores of a tile in units of log 2, hidden ones far below all others, and the slope of the cap.
+    """Returns the scores of a tile in units of log 2, hidden ones far below all others, and the
+    slope of the cap.
 
     Args:
       rules: of the call.

@@ -1,4 +1,6 @@
-"""What all bodies of cross-entropy in chunks share: what is computed, sizes of tiles, loops over them, the mesh."""
+"""What all bodies of cross-entropy in chunks share: what is computed, sizes of tiles, loops over
+them, the mesh.
+"""
 
 import dataclasses
 import functools
@@ -14,8 +16,8 @@ from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.shard_map import shard_map, sharding_axes
 from research.parallel.target import platform
 
-# float32 logits of a tile, and vocabulary entries in it. On CPU they stay in its caches; elsewhere a tile must outweigh
-# reading the kernel and adding to both gradients.
+# float32 logits of a tile, and vocabulary entries in it. On CPU they stay in its caches; elsewhere
+# a tile must outweigh reading the kernel and adding to both gradients.
 CPU_TILE_ELEMENTS, TILE_ELEMENTS, TILE_VOCABULARY = 2**22, 2**24, 2**12
 # Entries of a row that lie together on every backend.
 LANES = 128
@@ -40,13 +42,17 @@ def vocabulary_share(vocab_size: int) -> int:
 
 
 def default_vocab_chunk(vocab_size: int) -> int:
-    """Returns how many of a device's `vocab_size` columns go into a tile: even parts, none over `TILE_VOCABULARY`."""
+    """Returns how many of a device's `vocab_size` columns go into a tile: even parts, none over
+    `TILE_VOCABULARY`.
+    """
     parts = -(-vocab_size // TILE_VOCABULARY)
     return vocab_size if parts == 1 else -(-vocab_size // (parts * LANES)) * LANES
 
 
 def default_token_chunk(vocab_chunk: int) -> int:
-    """Returns how many tokens of a device's share of the batch go into a tile of so many columns."""
+    """Returns how many tokens of a device's share of the batch go into a tile of so many
+    columns.
+    """
     return max(LANES, (CPU_TILE_ELEMENTS if platform() == "cpu" else TILE_ELEMENTS) // vocab_chunk)
 
 
@@ -62,23 +68,34 @@ def joined(x: Array, tokens: int) -> Array:
     return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
-def fold_tokens(tile: Callable[..., Any], total: Any, state: Any, arrays: tuple[Array, ...], unrolled: int) -> Any:
-    """Folds `total, state[i] = tile(total, state[i], *arrays[i])` over chunks i of tokens; the state stays in place."""
+def fold_tokens(
+    tile: Callable[..., Any], total: Any, state: Any, arrays: tuple[Array, ...], unrolled: int
+) -> Any:
+    """Folds `total, state[i] = tile(total, state[i], *arrays[i])` over chunks i of tokens; the
+    state stays in place.
+    """
     count = arrays[0].shape[0]
 
     def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         total, state = carry
-        mine, *here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (state, *arrays))
+        mine, *here = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (state, *arrays)
+        )
         total, mine = tile(total, mine, *here)
-        return total, jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis=0), state, mine)
+        return total, jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis=0), state, mine
+        )
 
     return jax.lax.fori_loop(0, count, step, (total, state), unroll=count <= unrolled)
 
 
-def over_vocabulary(tile: Callable[[Any, Any, int], Any], carry: Any, columns: int, chunk: int) -> Any:
+def over_vocabulary(
+    tile: Callable[[Any, Any, int], Any], carry: Any, columns: int, chunk: int
+) -> Any:
     """Folds `tile(carry, first column, size)` over the columns; the last tile may be narrower.
 
-    The loop keeps tiles apart in time: written out, XLA for CPU makes many of them before it uses the first.
+    The loop keeps tiles apart in time: written out, XLA for CPU makes many of them before it uses
+        the first.
     """
     full, rest = divmod(columns, chunk)
     if full == 1:
@@ -93,8 +110,11 @@ def unrolled_chunks(columns: int, chunk: int) -> int:
     return MAX_UNROLLED if platform() == "cpu" and columns <= chunk else 1
 
 
-def per_device(share: Callable[..., Any], kernel: Float[Array, "D V"], *arrays: Array, sums_kernel: bool) -> Any:
-    """Calls `share(batch axes, tensor axes, kernel, *arrays)` on each device's tokens and columns of the kernel.
+def per_device(
+    share: Callable[..., Any], kernel: Float[Array, "D V"], *arrays: Array, sums_kernel: bool
+) -> Any:
+    """Calls `share(batch axes, tensor axes, kernel, *arrays)` on each device's tokens and columns
+    of the kernel.
 
     It returns arrays over tokens, and after them an array like the kernel if `sums_kernel`.
     """
@@ -109,16 +129,24 @@ def per_device(share: Callable[..., Any], kernel: Float[Array, "D V"], *arrays: 
     return shard_map(share, in_specs, out_specs, axes=(*batch, *tensor))(kernel, *arrays)
 
 
-def local_targets(targets: Int[Array, "M"], tensor: tuple[str, ...], columns: int) -> Int[Array, "M"]:
-    """Returns targets counted from the device's first column; those of other devices lie outside of its own."""
+def local_targets(
+    targets: Int[Array, "M"], tensor: tuple[str, ...], columns: int
+) -> Int[Array, "M"]:
+    """Returns targets counted from the device's first column; those of other devices lie outside of
+    its own.
+    """
     return targets - jax.lax.axis_index(tensor) * columns if tensor else targets
 
 
-def take_columns(kernel: Float[Array, "D V"], start: Any, size: int, dtype: Any) -> Float[Array, "D P"]:
+def take_columns(
+    kernel: Float[Array, "D V"], start: Any, size: int, dtype: Any
+) -> Float[Array, "D P"]:
     """Returns some columns of the kernel, rounded to a type."""
     part = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
     # A mere conversion compilers move out of the loop, and round all of the kernel before it.
-    return jax.lax.reduce_precision(part, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant).astype(dtype)
+    return jax.lax.reduce_precision(part, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant).astype(
+        dtype
+    )
 
 
 def make_logits(
@@ -144,9 +172,13 @@ def logit_gradients(
     g_log_z: Float[Array, "C"],
     dtype: Any,
 ) -> Float[Array, "C P"]:
-    """Returns the gradient of the products of hidden states and columns, from those of both results."""
+    """Returns the gradient of the products of hidden states and columns, from those of both
+    results.
+    """
     wanted = jnp.where(hits, 1 - terms.label_smoothing, 0.0) + terms.label_smoothing / vocab_size
-    dlogits = jnp.exp(logits - log_z[:, None]) * (g_nll + g_log_z)[:, None] - wanted * g_nll[:, None]
+    dlogits = (
+        jnp.exp(logits - log_z[:, None]) * (g_nll + g_log_z)[:, None] - wanted * g_nll[:, None]
+    )
     if terms.softcap is not None:
         dlogits *= 1 - jnp.square(logits / terms.softcap)
     return jax.lax.optimization_barrier(dlogits.astype(dtype))

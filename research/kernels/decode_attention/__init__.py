@@ -30,7 +30,8 @@ PAGE_SIZE = 16
 
 
 def pages_for(pages: int, kv_heads: int, head_dim: int, dtype: str) -> KVPages:
-    """Returns pages of zeros of `PAGE_SIZE` tokens, as wide as this platform's implementation needs them.
+    """Returns pages of zeros of `PAGE_SIZE` tokens, as wide as this platform's implementation needs
+    them.
 
     Args:
       pages: P.
@@ -55,18 +56,22 @@ def decode_attention(
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B R N H"]:
-    """Grouped-query attention of the R newest tokens of each sequence over all of it, through a table of pages.
+    """Grouped-query attention of the R newest tokens of each sequence over all of it, through a
+    table of pages.
 
         s = cap(scale · q kᵀ) − alibi · (p_t − p_s)
         out = Σ_visible exp(s) v / (Σ_visible exp(s) + exp(sink))
 
-    with cap(x) = softcap · tanh(x / softcap). Row r has position lengths − R + r, and sees the keys from there back to
-    the start of the sequence or of the window. Accumulation and softmax are float32; the result has the type of `q`. A
-    row of negative position, as in a sequence of length 0, gets zeros. There is no gradient.
+    with cap(x) = softcap · tanh(x / softcap). Row r has position lengths − R + r, and sees the keys
+    from there back to the start of the sequence or of the window. Accumulation and softmax are
+    float32; the result has the type of `q`. A row of negative position, as in a sequence of length
+    0, gets zeros. There is no gradient.
 
     Args:
-      q: queries of tokens whose keys are in the pages already; N is a multiple of K, and H at most that of the pages.
-      pages: keys and values; those that no row sees are not read, but for the page that the window begins in.
+      q: queries of tokens whose keys are in the pages already; N is a multiple of K, and H at most
+          that of the pages.
+      pages: keys and values; those that no row sees are not read, but for the page that the window
+          begins in.
       table: the page of each `page_size` tokens; places past a sequence's length may hold anything.
       lengths: tokens of each sequence, from 0 to pages_per_sequence · page_size.
       window: a row sees so many newest keys, its own included; None is all.
@@ -74,25 +79,33 @@ def decode_attention(
       sinks: a logit a head that takes part in the denominator only.
       alibi: the slope of each head.
       scale: factor on the scores; None is 1 / √H.
-      implementation: the body; `auto` takes the fastest that knows what is asked, and never `reference`, which holds
-        the keys and values of all sequences in full length and is taken by name only.
+      implementation: the body; `auto` takes the fastest that knows what is asked, and never
+        `reference`, which holds the keys and values of all sequences in full length and is taken by
+        name only.
 
     Raises:
-      UserError: N is no multiple of K, H is above that of the pages, the window is below 1, the cap not above 0, or the
-        body is not there or does not take what is asked; the message names the rule and the nearest value it allows.
+      UserError: N is no multiple of K, H is above that of the pages, the window is below 1, the cap
+        not above 0, or the body is not there or does not take what is asked; the message names the
+        rule and the nearest value it allows.
 
     Source: Kwon et al. 2023 (PagedAttention), arXiv:2309.06180, equation 4; the terms are those of
     `research.kernels.attention`.
     """
     if q.shape[2] % pages.kv_heads:
-        raise UserError("num_kv_heads", pages.kv_heads, f"does not divide num_heads = {q.shape[2]}.")
+        raise UserError(
+            "num_kv_heads", pages.kv_heads, f"does not divide num_heads = {q.shape[2]}."
+        )
     width = q.shape[3]
     if width > pages.head_dim:
-        raise UserError("head_dim", width, f"of the queries is above that of the pages, {pages.head_dim}.")
+        raise UserError(
+            "head_dim", width, f"of the queries is above that of the pages, {pages.head_dim}."
+        )
     if window is not None and window < 1:
         raise UserError("window", window, "must be at least 1: a row sees at least its own key.")
     scale = 1.0 / math.sqrt(width) if scale is None else scale
     terms = ScoreTerms(None, alibi, sinks, softcap, scale)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))
     body = choose(implementation, q, pages, window, terms)
-    return body(q, pages, table.astype(jnp.int32), lengths.astype(jnp.int32), window, terms)[..., :width]
+    return body(q, pages, table.astype(jnp.int32), lengths.astype(jnp.int32), window, terms)[
+        ..., :width
+    ]

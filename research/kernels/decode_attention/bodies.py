@@ -35,7 +35,9 @@ def choose(
     Raises:
       UserError: the body named, or the fast body of this platform, refuses the call.
     """
-    name = choice.choose("decode attention", implementation, BODIES, PREFERRED, q, pages, window, terms)
+    name = choice.choose(
+        "decode attention", implementation, BODIES, PREFERRED, q, pages, window, terms
+    )
     body = BODIES[name].decode_attention
     return body if name == "reference" else per_device(body)
 
@@ -63,7 +65,9 @@ def per_device(body: Body) -> Body:
         page_specs = jax.tree.map(lambda _: PartitionSpec(None, heads), pages)
         term_specs = jax.tree.map(lambda _: PartitionSpec(heads), terms)
 
-        def share(q: Array, pages: KVPages, table: Array, lengths: Array, terms: ScoreTerms) -> Array:
+        def share(
+            q: Array, pages: KVPages, table: Array, lengths: Array, terms: ScoreTerms
+        ) -> Array:
             return body(q, pages, table, lengths, window, terms)
 
         specs = (rows, page_specs, sequences, sequences, term_specs)

@@ -1,7 +1,9 @@
-"""Decode attention for CPU: a loop over the pieces of all sequences, each of as many tokens as the cache near it holds.
+"""Decode attention for CPU: a loop over the pieces of all sequences, each of as many tokens as the
+cache near it holds.
 
-What makes it fast: a sequence is walked for its own length, its keys and values go from their pages straight into
-float32 operands of one matmul a head, and they are read again while they are still near.
+What makes it fast: a sequence is walked for its own length, its keys and values go from their pages
+straight into float32 operands of one matmul a head, and they are read again while they are still
+near.
 """
 
 import jax
@@ -20,7 +22,9 @@ HIDDEN = -1e30
 Sums = tuple[Float[Array, "*B K GR H"], Float[Array, "*B K GR 1"], Float[Array, "*B K GR 1"]]
 
 
-def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> None:
+def refusal(
+    q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
+) -> None:
     """Takes everything."""
 
 
@@ -47,13 +51,19 @@ def decode_attention(
         ids = table[row, jnp.minimum(places, end[row] - 1)]
         # It depends on the loop, or else the compiler widens every page before it.
         here, _ = jax.lax.optimization_barrier((pages, index))
-        seen = _visible(places, pages.page_size, lengths[row], rows, heads // pages.kv_heads, window)
+        seen = _visible(
+            places, pages.page_size, lengths[row], rows, heads // pages.kv_heads, window
+        )
         mine = jax.tree.map(lambda x: x[row], sums)
         mine = _add_piece(mine, folded[row], here, ids, seen, terms)
-        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, row, 0), sums, mine)
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, row, 0), sums, mine
+        )
 
     column = jnp.zeros((*folded.shape[:3], 1), jnp.float32)
-    out, top, total = jax.lax.fori_loop(0, ends[-1], step, (jnp.zeros_like(folded), column + HIDDEN / 2, column))
+    out, top, total = jax.lax.fori_loop(
+        0, ends[-1], step, (jnp.zeros_like(folded), column + HIDDEN / 2, column)
+    )
     seen = total > 0
     if terms.sinks is not None:
         total += jnp.exp(by_row(terms.sinks, pages.kv_heads, rows)[None, :, :, None] - top)
@@ -61,7 +71,12 @@ def decode_attention(
 
 
 def _visible(
-    places: Int[Array, "n"], page_size: int, length: Int[Array, ""], rows: int, group: int, window: int | None
+    places: Int[Array, "n"],
+    page_size: int,
+    length: Int[Array, ""],
+    rows: int,
+    group: int,
+    window: int | None,
 ) -> tuple[Int[Array, "GR S"], Array]:
     """Returns how far each key lies behind each row, and which of them the row sees."""
     keys = (places[:, None] * page_size + jnp.arange(page_size)[None]).reshape(-1)
@@ -86,7 +101,9 @@ def _add_piece(
         return jnp.swapaxes(x.at[ids].get(mode="clip"), 0, 1).reshape(kv_heads, -1, *x.shape[3:])
 
     def numbers(x: Array) -> Array:
-        return jax.lax.optimization_barrier(jnp.where(seen.any(axis=0)[:, None], piece(x).astype(jnp.float32), 0.0))
+        return jax.lax.optimization_barrier(
+            jnp.where(seen.any(axis=0)[:, None], piece(x).astype(jnp.float32), 0.0)
+        )
 
     scores = jax.lax.dot_general(q, numbers(pages.key), (((2,), (2,)), ((0,), (0,))))
     if pages.quantized:
@@ -104,5 +121,7 @@ def _add_piece(
     total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
     if pages.quantized:
         weights = jnp.where(seen, weights * piece(pages.value_scale)[:, None], 0.0)
-    out = out * shrink + jax.lax.dot_general(weights, numbers(pages.value), (((2,), (1,)), ((0,), (0,))))
+    out = out * shrink + jax.lax.dot_general(
+        weights, numbers(pages.value), (((2,), (1,)), ((0,), (0,)))
+    )
     return out, new_top, total

@@ -1,8 +1,10 @@
-"""Decode attention for Hopper GPUs: a Pallas kernel over parts of sequences, and one that joins them.
+"""Decode attention for Hopper GPUs: a Pallas kernel over parts of sequences, and one that joins
+them.
 
-Sequences are cut into parts of about the same length, so many that all processors have some however few and however
-ragged the sequences are. How long a part is depends on the lengths, when they are known; only how many parts there may
-be is fixed when it is compiled. The parts are joined by their greatest scores and denominators.
+Sequences are cut into parts of about the same length, so many that all processors have some however
+few and however ragged the sequences are. How long a part is depends on the lengths, when they are
+known; only how many parts there may be is fixed when it is compiled. The parts are joined by their
+greatest scores and denominators.
 """
 
 import functools
@@ -18,7 +20,14 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import ScoreTerms
-from research.kernels.decode_attention.gpu_kernel import BAND, STEP, Plan, join_kernel, part_kernel, scratch
+from research.kernels.decode_attention.gpu_kernel import (
+    BAND,
+    STEP,
+    Plan,
+    join_kernel,
+    part_kernel,
+    scratch,
+)
 from research.kernels.decode_attention.pages import QUANTIZED, KVPages, needed
 from research.kernels.decode_attention.rows import by_row, fold, unfold
 from research.kernels.rounding import round_up
@@ -30,16 +39,19 @@ WIDTH, MAX_WIDTH = 64, 256
 MAX_ROWS, COLUMNS = 64, 8
 # Pages of 8-bit numbers come with scales of 4 bytes a token, which are copied 128 bytes at a time.
 LEAST_PAGE, LEAST_QUANTIZED_PAGE = 8, 32
-# Blocks that may lie on one of an H200's 132 processors; parts that each of them computes, of at least so many steps.
+# Blocks that may lie on one of an H200's 132 processors; parts that each of them computes, of at
+# least so many steps.
 BLOCKS, PROCESSORS, ROUNDS, LEAST_SHARE = 3, 132, 2, 2
-# Bytes of a processor's shared memory, and those of each block that are not spoken of here; steps, of which more than
-# so many hide nothing more.
+# Bytes of a processor's shared memory, and those of each block that are not spoken of here; steps,
+# of which more than so many hide nothing more.
 SHARED, RESERVED, MAX_STAGES = 228 * 2**10, 4 * 2**10, 6
 # Rows of all parts whose sums are loaded at a time when they are joined: what registers hold.
 JOINED = 128
 
 
-def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> str | None:
+def refusal(
+    q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
+) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
     size, width = pages.key.shape[2:]
     if (reason := not_hopper()) is not None:
@@ -47,11 +59,19 @@ def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, term
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"queries in {q.dtype.name}: it takes bfloat16 or float16"
     if not pages.quantized and pages.key.dtype != q.dtype:
-        return f"pages in {pages.key.dtype.name}: it takes the queries' {q.dtype.name}, int8 or float8_e4m3fn"
+        return (
+            f"pages in {pages.key.dtype.name}: it takes the queries' {q.dtype.name}, int8 or "
+            "float8_e4m3fn"
+        )
     if width % WIDTH or width > MAX_WIDTH:
         nearest = min(round_up(width, WIDTH), MAX_WIDTH)
-        return f"pages of head_dim = {width}: it takes multiples of {WIDTH} up to {MAX_WIDTH}, such as {nearest}"
-    fitting = [n for n in (8, 16, 32) if n >= (LEAST_QUANTIZED_PAGE if pages.quantized else LEAST_PAGE)]
+        return (
+            f"pages of head_dim = {width}: it takes multiples of {WIDTH} up to {MAX_WIDTH}, "
+            f"such as {nearest}"
+        )
+    fitting = [
+        n for n in (8, 16, 32) if n >= (LEAST_QUANTIZED_PAGE if pages.quantized else LEAST_PAGE)
+    ]
     if size % STEP and size not in fitting:
         sizes = f"{', '.join(map(str, fitting))} or multiples of {STEP}"
         nearest = next((n for n in fitting if n > size), round_up(size, STEP))
@@ -59,7 +79,9 @@ def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, term
     return None
 
 
-def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms) -> Plan:
+def plan_for(
+    q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms
+) -> Plan:
     """Returns the plan of a call.
 
     Args:
@@ -92,7 +114,9 @@ def _most(page_size: int, places: int) -> int:
 
 
 def _stages(height: int, width: int, pages: KVPages) -> int:
-    """Returns how many steps a block holds so that as many blocks as may be lie beside each other."""
+    """Returns how many steps a block holds so that as many blocks as may be lie beside each
+    other.
+    """
     scale = 4 if pages.quantized else 0
     step = 2 * STEP * (width * pages.key.dtype.itemsize + scale)
     own = 2 * (height * (width + STEP) + (STEP * width if pages.quantized else 0))
@@ -128,7 +152,9 @@ def decode_attention(
     target = -(-ROUNDS * BLOCKS * PROCESSORS // heads)
     work, spans = shares(lengths, starts, _most(plan.page_size, places), target)
     extras = [numbers(terms.alibi)] if terms.alibi is not None else []
-    stored = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None]
+    stored = [
+        x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None
+    ]
     sums = _launch(
         plan,
         part_kernel,
@@ -139,7 +165,9 @@ def decode_attention(
     )(work, table, pieces(fold(q, kv_heads)), *extras, *stored)
     sinks = [numbers(terms.sinks)] if terms.sinks is not None else []
     grid = {"band": width // BAND, "head": heads, "sequence": batch}
-    (out,) = _launch(plan, join_kernel, [(batch, heads, width, plan.height)], q.dtype, grid)(spans, *sums, *sinks)
+    (out,) = _launch(plan, join_kernel, [(batch, heads, width, plan.height)], q.dtype, grid)(
+        spans, *sums, *sinks
+    )
     out = jnp.swapaxes(out, 2, 3).reshape(batch, kv_heads, plan.tiles * plan.height, width)
     return unfold(out[:, :, :count], plan.rows)
 
@@ -152,7 +180,9 @@ def _launch(
     grid: dict[str, int],
     shared: dict[str, Any] | None = None,
 ) -> Callable[..., list[Array]]:
-    """Returns a kernel of `gpu_kernel`, for a grid of the axes of these names, the fastest first."""
+    """Returns a kernel of `gpu_kernel`, for a grid of the axes of these names, the fastest
+    first.
+    """
     body = functools.partial(kernel, plan)
     body.__name__ = f"decode_attention_{kernel.__name__}"  # what profilers show
     names = tuple(reversed(grid))  # Of a kernel's grid the last axis is the fastest.
@@ -172,8 +202,9 @@ def shares(
 ) -> tuple[Int[Array, "parts 4"], Int[Array, "B 2"]]:
     """Returns the parts that sequences are cut into, and which of them are those of each sequence.
 
-    A part is its sequence, its first token, its steps and the length of the sequence. All are about as long, whatever
-    the lengths of the sequences are; those of a sequence follow each other. Places without a part have 0 steps.
+    A part is its sequence, its first token, its steps and the length of the sequence. All are about
+    as long, whatever the lengths of the sequences are; those of a sequence follow each other.
+    Places without a part have 0 steps.
 
     Args:
       lengths: tokens of each sequence.

@@ -1,15 +1,19 @@
-"""The kernels of decode attention for Hopper GPUs: one adds up a part of a sequence, one joins the parts.
+"""The kernels of decode attention for Hopper GPUs: one adds up a part of a sequence, one joins the
+parts.
 
-A block, of one warpgroup, holds the rows of one key/value head and walks some steps of one sequence, each of `STEP`
-tokens. Their pages are copied into a ring of shared memory, as many steps ahead as there is room, by the copy engine:
-the threads only tell it to go on whenever they are done with a buffer. Several blocks lie on each processor, so that
-the memory is busy with one's pages while another starts, computes or ends.
+A block, of one warpgroup, holds the rows of one key/value head and walks some steps of one
+sequence, each of `STEP` tokens. Their pages are copied into a ring of shared memory, as many steps
+ahead as there is room, by the copy engine: the threads only tell it to go on whenever they are done
+with a buffer. Several blocks lie on each processor, so that the memory is busy with one's pages
+while another starts, computes or ends.
 
-The tensor cores take 64 rows at a time, and a few queries would fill them with nothing. So the scores are computed
-transposed, k qᵀ, and so is the result, vᵀ wᵀ: keys and head width are the rows, and the queries are the columns, of
-which there may be as few as eight. What is done for each score is thereby done no more often than it must be.
+The tensor cores take 64 rows at a time, and a few queries would fill them with nothing. So the
+scores are computed transposed, k qᵀ, and so is the result, vᵀ wᵀ: keys and head width are the rows,
+and the queries are the columns, of which there may be as few as eight. What is done for each score
+is thereby done no more often than it must be.
 
-Source: Dao et al. 2023 (Flash-Decoding), https://pytorch.org/blog/flash-decoding, for the parts of a sequence.
+Source: Dao et al. 2023 (Flash-Decoding), https://pytorch.org/blog/flash-decoding, for the parts of
+    a sequence.
 """
 
 import dataclasses
@@ -22,7 +26,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from research.kernels.attention.gpu_tile import HIDDEN, LOG2E, along, load, product, spread, swizzled, zeros
+from research.kernels.attention.gpu_tile import (
+    HIDDEN,
+    LOG2E,
+    along,
+    load,
+    product,
+    spread,
+    swizzled,
+    zeros,
+)
 
 # Tokens of a step: the rows of a warpgroup's matmul.
 STEP = 64
@@ -75,7 +88,10 @@ def scratch(plan: Plan, width: int, dtype: Any, stored: Any) -> dict[str, Any]:
       dtype: of the matmuls' operands.
       stored: of the pages.
     """
-    found = {"q": swizzled((plan.height, width), dtype), "weights": swizzled((plan.height, STEP), dtype)}
+    found = {
+        "q": swizzled((plan.height, width), dtype),
+        "weights": swizzled((plan.height, STEP), dtype),
+    }
     found["q_full"] = plgpu.Barrier()
     arrivals = STEP // plan.copied * (1 if plan.largest is None else 2)
     for name in ("k", "v"):
@@ -115,20 +131,26 @@ class _Part:
         size = jnp.int32(self.plan.page_size)
         place, last = lax.div(self.begin + step * STEP, size), lax.div(self.length - 1, size)
         # Past the last page it is read again: what the table holds there is anything.
-        return tuple(self.table[jnp.minimum(place + n, last)] for n in range(STEP // self.plan.copied))
+        return tuple(
+            self.table[jnp.minimum(place + n, last)] for n in range(STEP // self.plan.copied)
+        )
 
     def copy(self, which: str, step: Array | int, pages: tuple[Array, ...]) -> None:
         """Starts the copies of the keys, `k`, or the values, `v`, of a step, if the part has it."""
         copied, size = self.plan.copied, jnp.int32(self.plan.page_size)
         slot = lax.rem(jnp.int32(step), jnp.int32(self.plan.stages))
-        source = pl.ds(lax.rem(self.begin + step * STEP, size) if self.plan.page_size > STEP else 0, copied)
+        source = pl.ds(
+            lax.rem(self.begin + step * STEP, size) if self.plan.page_size > STEP else 0, copied
+        )
 
         @pl.when(step < self.steps)
         def _() -> None:
             for name in [name for name in self.stored if name[0] == which]:
                 for n, page in enumerate(pages):
                     plgpu.copy_gmem_to_smem(
-                        self.stored[name].at[page, lax.div(self.head, jnp.int32(self.plan.tiles)), source],
+                        self.stored[name].at[
+                            page, lax.div(self.head, jnp.int32(self.plan.tiles)), source
+                        ],
                         self.shared[name].at[slot, pl.ds(n * copied, copied)],
                         self.shared[f"{which}_full"].at[slot],
                     )
@@ -150,13 +172,21 @@ def part_kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
         for step, pages in enumerate([part.ids(step) for step in range(plan.stages)]):
             part.copy("k", step, pages)
             part.copy("v", step, pages)
-        slopes = load(plan, extras["alibi"], (head, pl.ds(0, plan.height)), 1) if "alibi" in extras else None
+        slopes = (
+            load(plan, extras["alibi"], (head, pl.ds(0, plan.height)), 1)
+            if "alibi" in extras
+            else None
+        )
         plgpu.barrier_wait(shared["q_full"])
-        out_ref[index, head], sums_ref[index, head, 0], sums_ref[index, head, 1] = _sums(part, slopes)
+        out_ref[index, head], sums_ref[index, head, 0], sums_ref[index, head, 1] = _sums(
+            part, slopes
+        )
 
 
 def _sums(part: _Part, slopes: Float[Array, "rows"] | None) -> tuple[Array, Array, Array]:
-    """Returns of a part Σ 2^(s − top) v, the greatest score `top` in units of log 2, and Σ 2^(s − top), by row."""
+    """Returns of a part Σ 2^(s − top) v, the greatest score `top` in units of log 2, and Σ 2^(s −
+    top), by row.
+    """
     plan, shared = part.plan, part.shared
     height, width = shared["q"].shape
     tile = (STEP, height)
@@ -190,12 +220,18 @@ def _raw_scores(part: _Part, slot: Array) -> Float[Array, "S rows"]:
     plgpu.barrier_wait(shared["k_full"].at[slot])
     if plan.largest is None:
         return product(plan, shared["k"].at[slot], shared["q"], transpose_b=True)
-    raw = product(plan, _wide(plan, shared["k"], slot, shared["q"].dtype), shared["q"], transpose_b=True)
+    raw = product(
+        plan, _wide(plan, shared["k"], slot, shared["q"].dtype), shared["q"], transpose_b=True
+    )
     return raw * along(load(plan, shared["k_scale"], (slot, pl.ds(0, STEP)), 0), 0, raw.shape)
 
 
 def _add_values(
-    part: _Part, out: Float[Array, "H rows"], weights: Float[Array, "S rows"], seen: Array, index: Array
+    part: _Part,
+    out: Float[Array, "H rows"],
+    weights: Float[Array, "S rows"],
+    seen: Array,
+    index: Array,
 ) -> Float[Array, "H rows"]:
     """Returns out + vᵀ weights of a step as soon as its values are there."""
     plan, shared = part.plan, part.shared
@@ -204,7 +240,8 @@ def _add_values(
     plgpu.barrier_wait(shared["v_full"].at[slot])
     values = shared["v"].at[slot]
     if plan.largest is not None:
-        # Times the largest number they are of the values' own size, and no type is too narrow for them.
+        # Times the largest number they are of the values' own size, and no type is too narrow for
+        # them.
         scale = load(plan, shared["v_scale"], (slot, pl.ds(0, STEP)), 0) * plan.largest
         weights = jnp.where(seen, weights * along(scale, 0, weights.shape), 0.0)
         values = shared["wide"]
@@ -224,8 +261,12 @@ def _add_values(
 
 
 def _count(plan: Plan, axis: int, shape: tuple[int, int]) -> Array:
-    """Returns 0, 1, … along `axis` of a tile, whose other side need be no power of two: none of it is divided by."""
-    return along(spread(plan, lax.broadcasted_iota(jnp.int32, shape[axis : axis + 1], 0), axis), axis, shape)
+    """Returns 0, 1, … along `axis` of a tile, whose other side need be no power of two: none of it
+    is divided by.
+    """
+    return along(
+        spread(plan, lax.broadcasted_iota(jnp.int32, shape[axis : axis + 1], 0), axis), axis, shape
+    )
 
 
 def _wide(plan: Plan, ref: Any, slot: Array, dtype: Any) -> Array:
@@ -249,7 +290,9 @@ def _store_turned(plan: Plan, x: Array, ref: Any) -> None:
 def _scores(
     part: _Part, raw: Float[Array, "S rows"], key: Array, slopes: Float[Array, "rows"] | None
 ) -> tuple[Float[Array, "S rows"], Array]:
-    """Returns the scores of a step times log₂e, `HIDDEN` where a row does not see a key, and where it does."""
+    """Returns the scores of a step times log₂e, `HIDDEN` where a row does not see a key, and where
+    it does.
+    """
     plan = part.plan
     row = _count(plan, 1, raw.shape)
     if plan.tiles > 1:
@@ -270,7 +313,9 @@ def _scores(
 
 
 def join_kernel(plan: Plan, *refs: Any) -> None:
-    """Joins the parts of one sequence for one piece of the rows of a key/value head, a band of its width."""
+    """Joins the parts of one sequence for one piece of the rows of a key/value head, a band of its
+    width.
+    """
     spans, parts_ref, sums_ref, *sinks, out_ref = refs
     head, row, band = (lax.axis_index(name) for name in ("head", "sequence", "band"))
     first, end = spans[row, 0], spans[row, 1]
@@ -282,7 +327,10 @@ def join_kernel(plan: Plan, *refs: Any) -> None:
         # Past the last part it is read again, and weighs nothing.
         parts = [jnp.minimum(place, end - 1) for place in places]
         there = [jnp.where(place < end, 1.0, 0.0) for place in places]
-        tops, totals = ([load(plan, sums_ref, (part, head, which, rows), 1) for part in parts] for which in (0, 1))
+        tops, totals = (
+            [load(plan, sums_ref, (part, head, which, rows), 1) for part in parts]
+            for which in (0, 1)
+        )
         sums = [load(plan, parts_ref, (part, head, columns, rows)) for part in parts]
         new_top = functools.reduce(jnp.maximum, tops, top)
         shrink = jnp.exp2(top - new_top)

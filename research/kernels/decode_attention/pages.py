@@ -1,7 +1,9 @@
-"""A cache of keys and values in pages: a page holds some consecutive tokens of one sequence, wherever it lies.
+"""A cache of keys and values in pages: a page holds some consecutive tokens of one sequence,
+wherever it lies.
 
-Which page holds which tokens is said by a table, `[B, pages_per_sequence]`: token t of sequence b stands in page
-`table[b, t // C]`, slot `t % C`, with C the slots of a page. Who owns which page is its owner's business.
+Which page holds which tokens is said by a table, `[B, pages_per_sequence]`: token t of sequence b
+stands in page `table[b, t // C]`, slot `t % C`, with C the slots of a page. Who owns which page is
+its owner's business.
 """
 
 import dataclasses
@@ -23,13 +25,14 @@ PLAIN = ("bfloat16", "float16", "float32")
 class KVPages:
     """Keys and values of one layer, P pages of C slots.
 
-    The heads stand before the slots: all of a page is one piece of memory, which a TPU copies at a time, and so is all
-    of a head in it, which a GPU copies at a time and every matmul takes as it lies.
+    The heads stand before the slots: all of a page is one piece of memory, which a TPU copies at a
+    time, and so is all of a head in it, which a GPU copies at a time and every matmul takes as it
+    lies.
 
     Attributes:
       key, value: bfloat16, float16 or float32, or int8 or float8_e4m3fn with scales.
-      key_scale, value_scale: of each token and head, what its int8 or float8 numbers are multiplied with; None where
-        they are not quantized.
+      key_scale, value_scale: of each token and head, what its int8 or float8 numbers are multiplied
+        with; None where they are not quantized.
     """
 
     key: Shaped[Array, "P K C H"]
@@ -58,7 +61,9 @@ class KVPages:
         return self.key_scale is not None
 
 
-def empty_pages(pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16") -> KVPages:
+def empty_pages(
+    pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16"
+) -> KVPages:
     """Returns pages of zeros.
 
     Args:
@@ -80,13 +85,16 @@ def empty_pages(pages: int, page_size: int, kv_heads: int, head_dim: int, dtype:
     return KVPages(key, value, jnp.zeros(shape[:3], jnp.float32), jnp.zeros(shape[:3], jnp.float32))
 
 
-def quantize(x: Float[Array, "*tokens H"], dtype: str) -> tuple[Shaped[Array, "*tokens H"], Float[Array, "*tokens"]]:
-    """Returns numbers and scales, x ≈ numbers · scale with scale = max |x| / m and m the largest number of the type.
+def quantize(
+    x: Float[Array, "*tokens H"], dtype: str
+) -> tuple[Shaped[Array, "*tokens H"], Float[Array, "*tokens"]]:
+    """Returns numbers and scales, x ≈ numbers · scale with scale = max |x| / m and m the largest
+    number of the type.
 
     Args:
       x: a token and head a row.
-      dtype: of `QUANTIZED`. The error is at most scale / 2 in int8, and in float8_e4m3fn at most |x| / 16, or half of
-        the type's smallest step, scale / 1024.
+      dtype: of `QUANTIZED`. The error is at most scale / 2 in int8, and in float8_e4m3fn at most
+        |x| / 16, or half of the type's smallest step, scale / 1024.
     """
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / QUANTIZED[dtype]
@@ -105,13 +113,16 @@ def write(
 
     Args:
       pages: donate them to a compiled caller, and nothing else is copied.
-      table: page of each `page_size` tokens. A token whose page id is not in 0 to P - 1, or that lies past the table,
+      table: page of each `page_size` tokens. A token whose page id is not in 0 to P - 1, or that
+          lies past the table,
         is written nowhere: -1 marks sequences that stand still.
       lengths: tokens that each sequence holds so far.
       key, value: the new tokens; zeros are added where the pages are wider.
     """
     count, _, size, width = pages.key.shape
-    key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3]))) for x in (key, value))
+    key, value = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3]))) for x in (key, value)
+    )
     positions = lengths[:, None] + jnp.arange(key.shape[1])[None]
     places = positions // size
     ids = jnp.take_along_axis(table, jnp.minimum(places, table.shape[1] - 1), axis=1)
@@ -124,7 +135,9 @@ def write(
 
     if not pages.quantized:
         return KVPages(put(pages.key, key), put(pages.value, value))
-    (key, key_scale), (value, value_scale) = (quantize(x, pages.key.dtype.name) for x in (key, value))
+    (key, key_scale), (value, value_scale) = (
+        quantize(x, pages.key.dtype.name) for x in (key, value)
+    )
     return KVPages(
         put(pages.key, key),
         put(pages.value, value),
@@ -136,7 +149,8 @@ def write(
 def gather(
     pages: KVPages, table: Int[Array, "B pages_per_sequence"]
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Returns the keys and values of each sequence one after the other, in float32 where they are quantized.
+    """Returns the keys and values of each sequence one after the other, in float32 where they are
+    quantized.
 
     Args:
       pages: all pages.
@@ -156,7 +170,8 @@ def gather(
 def needed(
     lengths: Int[Array, "B"], rows: int, page_size: int, window: int | None
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Returns of each sequence the first place in the table that its rows look at, and the one past the last.
+    """Returns of each sequence the first place in the table that its rows look at, and the one past
+    the last.
 
     Args:
       lengths: tokens of each sequence.

@@ -1,4 +1,6 @@
-"""Decode attention as attention over the dense cache: the yardstick of every fast body, taking everything."""
+"""Decode attention as attention over the dense cache: the yardstick of every fast body, taking
+everything.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,7 +10,9 @@ from research.kernels.attention import reference as attention
 from research.kernels.decode_attention.pages import KVPages, gather
 
 
-def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> None:
+def refusal(
+    q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
+) -> None:
     """Takes everything."""
 
 
@@ -20,7 +24,9 @@ def decode_attention(
     window: int | None,
     terms: ScoreTerms,
 ) -> Float[Array, "B R N H"]:
-    """Decode attention, holding each sequence's keys and values and all scores; see the face of the package."""
+    """Decode attention, holding each sequence's keys and values and all scores; see the face of the
+    package.
+    """
     k, v = gather(pages, table)
     positions = jnp.arange(k.shape[1])[None]
     # What lies past the length is anything, which times a weight of zero is not zero.

@@ -1,4 +1,6 @@
-"""The rows of a key/value head's matmul: its G query heads times the R newest tokens, row g · R + r."""
+"""The rows of a key/value head's matmul: its G query heads times the R newest tokens, row g · R +
+r.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

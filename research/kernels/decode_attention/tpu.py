@@ -18,7 +18,8 @@ from research.kernels.decode_attention.tpu_kernel import LANES, SUBLANES, Plan, 
 from research.kernels.rounding import round_up
 from research.parallel.target import chip, platform
 
-# Tokens of a block; bytes that both halves of its buffers may take of a core's fast memory, and those of the sums.
+# Tokens of a block; bytes that both halves of its buffers may take of a core's fast memory, and
+# those of the sums.
 BLOCK = 512
 BUFFERS, SUMS = 8 * 2**20, 4 * 2**20
 MAX_PAGE = 2048
@@ -30,7 +31,9 @@ TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 UNROLLED = 4
 
 
-def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms) -> str | None:
+def refusal(
+    q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
+) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
     kv_heads, size, width = pages.key.shape[1:]
     rows, unit = q.shape[1] * q.shape[2] // kv_heads, LANES if pages.quantized else SUBLANES
@@ -39,24 +42,34 @@ def refusal(q: Float[Array, "B R N H"], pages: KVPages, window: int | None, term
     for name, dtype in (("queries", q.dtype), ("pages", pages.key.dtype)):
         if dtype == jnp.float16:
             return f"{name} in float16: it takes them in bfloat16 or float32"
-    # Rows of memory that are not full lie in another order, and all pages would be copied at every call.
+    # Rows of memory that are not full lie in another order, and all pages would be copied at every
+    # call.
     if width % LANES:
         return (
-            f"pages of head_dim = {width}: it takes multiples of {LANES}, such as {round_up(width, LANES)}, with zeros"
+            f"pages of head_dim = {width}: it takes multiples of {LANES}, such as "
+            f"{round_up(width, LANES)}, with zeros"
         )
     if size % unit or size > MAX_PAGE:
         nearest = min(round_up(size, unit), MAX_PAGE)
-        return f"page_size = {size} in {pages.key.dtype.name}: it takes multiples of {unit}, such as {nearest}"
+        return (
+            f"page_size = {size} in {pages.key.dtype.name}: it takes multiples of {unit}, such "
+            f"as {nearest}"
+        )
     # So it is with rows of scales.
     if pages.quantized and kv_heads not in (1, 2, 4) and kv_heads % SUBLANES:
         nearest = round_up(kv_heads, 4 if kv_heads < 4 else SUBLANES)
-        return f"num_kv_heads = {kv_heads} in {pages.key.dtype.name}: it takes 1, 2, 4 or multiples of 8, as {nearest}"
+        return (
+            f"num_kv_heads = {kv_heads} in {pages.key.dtype.name}: it takes 1, 2, 4 or "
+            f"multiples of 8, as {nearest}"
+        )
     if rows > MAX_ROWS:
         return f"{rows} query rows a key/value head: it takes at most {MAX_ROWS}"
     return None
 
 
-def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms) -> Plan:
+def plan_for(
+    q: Float[Array, "B R N H"], pages: KVPages, places: int, window: int | None, terms: ScoreTerms
+) -> Plan:
     """Returns the plan of a call for the chip that is compiled for.
 
     Args:
@@ -70,7 +83,11 @@ def plan_for(q: Float[Array, "B R N H"], pages: KVPages, places: int, window: in
     a_page = 4 * size * round_up(width, LANES) * pages.key.dtype.itemsize
     a_sum = 4 * height * (2 * LANES + 3 * width)
     most = kv_heads // 2 if chip() in TWO_CORES and kv_heads % 2 == 0 else kv_heads
-    fitting = (n for n in range(most, 1, -1) if not kv_heads % n and n * a_page <= BUFFERS and n * a_sum <= SUMS)
+    fitting = (
+        n
+        for n in range(most, 1, -1)
+        if not kv_heads % n and n * a_page <= BUFFERS and n * a_sum <= SUMS
+    )
     heads = next(fitting, 1)
     return Plan(
         rows=q.shape[1],
@@ -120,8 +137,12 @@ def paged_attention(
     kv_heads, count = pages.kv_heads, plan.rows * plan.group
     grown = ((0, 0), (0, 0), (0, plan.height - count), (0, 0))
     folded = jnp.pad(fold(q, kv_heads), grown)
-    columns = [by_row(getattr(terms, name), kv_heads, plan.rows)[None, :, :, None] for name in plan.given]
-    stored = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None]
+    columns = [
+        by_row(getattr(terms, name), kv_heads, plan.rows)[None, :, :, None] for name in plan.given
+    ]
+    stored = [
+        x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale) if x is not None
+    ]
     walk = _walk(lengths, plan)
     out = pl.pallas_call(
         functools.partial(kernel, plan),
@@ -137,8 +158,8 @@ def paged_attention(
 def _walk(lengths: Int[Array, "B"], plan: Plan) -> list[Int[Array, "B"]]:
     """Returns what each program must know of its sequence.
 
-    Its length, its first page and the one past its last, the blocks of all sequences before it, and the next sequence
-    that has any.
+    Its length, its first page and the one past its last, the blocks of all sequences before it, and
+    the next sequence that has any.
     """
     batch = lengths.shape[0]
     first, end = needed(lengths, plan.rows, plan.page_size, plan.window)
@@ -164,9 +185,13 @@ def _grid(
     (batch, places), width = table, stored[0].shape[3]
 
     def table_row(of: Callable[..., Any]) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, places), lambda part, row, *s: (of(row, s[-1]), 0, 0), memory_space=pltpu.SMEM)
+        return pl.BlockSpec(
+            (1, 1, places), lambda part, row, *s: (of(row, s[-1]), 0, 0), memory_space=pltpu.SMEM
+        )
 
-    rows = pl.BlockSpec((1, plan.heads, plan.height, width), lambda part, row, *_: (row, part, 0, 0))
+    rows = pl.BlockSpec(
+        (1, plan.heads, plan.height, width), lambda part, row, *_: (row, part, 0, 0)
+    )
     column = pl.BlockSpec((1, plan.heads, plan.height, 1), lambda part, row, *_: (0, part, 0, 0))
     halves = {4: (2, plan.heads, plan.block, width), 3: (2, kv_heads, plan.block)}
     return pltpu.PrefetchScalarGridSpec(
@@ -183,6 +208,9 @@ def _grid(
         scratch_shapes=[
             *(pltpu.VMEM(halves[x.ndim], x.dtype) for x in stored),
             pltpu.SemaphoreType.DMA((2,)),
-            *(pltpu.VMEM((plan.heads, plan.height, across), jnp.float32) for across in (LANES, LANES, width)),
+            *(
+                pltpu.VMEM((plan.heads, plan.height, across), jnp.float32)
+                for across in (LANES, LANES, width)
+            ),
         ],
     )

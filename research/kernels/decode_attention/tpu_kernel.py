@@ -1,8 +1,9 @@
-"""The kernel of decode attention for TPU: pages come by their own copies, a block ahead of the arithmetic.
+"""The kernel of decode attention for TPU: pages come by their own copies, a block ahead of the
+arithmetic.
 
-A program of the grid holds one sequence's rows of some key/value heads, and walks the blocks of pages that its length
-and window need. While it computes on a block, the next one is under way into the other half of the buffers, be it of
-this sequence or of the next that has any.
+A program of the grid holds one sequence's rows of some key/value heads, and walks the blocks of
+pages that its length and window need. While it computes on a block, the next one is under way into
+the other half of the buffers, be it of this sequence or of the next that has any.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 LANES, SUBLANES = 128, 8
 LOG2E = math.log2(math.e)
-# Scores are kept in units of log 2. A hidden one lies so far below the least maximum that its exponential is 0.
+# Scores are kept in units of log 2. A hidden one lies so far below the least maximum that its
+# exponential is 0.
 HIDDEN, LEAST = -1e30, -0.5e30
 
 
@@ -111,7 +113,9 @@ def kernel(plan: Plan, *refs: Any) -> None:
         plain = key + plan.block <= length - plan.rows + 1
         if plan.window is not None:
             plain &= key >= length - plan.window
-        compute = functools.partial(_block, plan, extras, q_ref, buffers, slot, part, key, length, sums)
+        compute = functools.partial(
+            _block, plan, extras, q_ref, buffers, slot, part, key, length, sums
+        )
         pl.when(plain)(functools.partial(compute, masked=False))
         pl.when(jnp.logical_not(plain))(functools.partial(compute, masked=True))
 
@@ -207,7 +211,9 @@ def _block(
 
 
 def _widen(x: Array, dtype: Any) -> Array:
-    """Returns 8-bit numbers in the type of the queries; what this chip does not do in one step it does in two."""
+    """Returns 8-bit numbers in the type of the queries; what this chip does not do in one step it
+    does in two.
+    """
     return x.astype(jnp.float32).astype(dtype)
 
 

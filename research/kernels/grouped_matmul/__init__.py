@@ -1,4 +1,6 @@
-"""The matmul of tokens with their experts' weights: rows sorted by expert, none dropped, no row padded."""
+"""The matmul of tokens with their experts' weights: rows sorted by expert, none dropped, no row
+padded.
+"""
 
 import functools
 from types import ModuleType
@@ -15,7 +17,13 @@ __all__ = ["Implementation", "grouped_matmul"]
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu", "xla"]
 
-BODIES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "tpu": tpu, "gpu": gpu, "xla": xla}
+BODIES: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "tpu": tpu,
+    "gpu": gpu,
+    "xla": xla,
+}
 PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu", "xla")}
 
 
@@ -28,17 +36,21 @@ def grouped_matmul(
 ) -> Float[Array, "M F"]:
     """Returns x_e W_e for the rows x_e of each expert e.
 
-    The first `group_sizes[0]` rows meet `kernels[0]`, the next `group_sizes[1]` rows `kernels[1]`, and so on; rows past
-    the last group give zeros, whatever they hold. Products are summed in float32. The gradients are those of the
-    equation, summed in float32 as well, and zero for the kernels of empty groups.
+    The first `group_sizes[0]` rows meet `kernels[0]`, the next `group_sizes[1]` rows `kernels[1]`,
+    and so on; rows past the last group give zeros, whatever they hold. Products are summed in
+    float32. The gradients are those of the equation, summed in float32 as well, and zero for the
+    kernels of empty groups.
 
-    Under a mesh the fast bodies are called inside a `shard_map`, each device with its own rows and group sizes.
+    Under a mesh the fast bodies are called inside a `shard_map`, each device with its own rows and
+    group sizes.
 
     Args:
       x: rows sorted by expert.
-      kernels: `[E, D, F]`, plain or a node; rounded to the type of `x`; where they are float32, so is their gradient.
+      kernels: `[E, D, F]`, plain or a node; rounded to the type of `x`; where they are float32, so
+          is their gradient.
       group_sizes: rows of each expert, at least 0, together at most M.
-      implementation: the body; `auto` takes the fastest that knows what is asked, and never `reference`.
+      implementation: the body; `auto` takes the fastest that knows what is asked, and never
+          `reference`.
 
     Returns:
       `[M, F]` in the type of `x`.
@@ -59,11 +71,15 @@ def _grouped(x: Array, kernels: Array, group_sizes: Array, name: str) -> Array:
     return BODIES[name].grouped_matmul(x, kernels.astype(x.dtype), group_sizes)
 
 
-def _forward(x: Array, kernels: Array, group_sizes: Array, name: str) -> tuple[Array, tuple[Array, ...]]:
+def _forward(
+    x: Array, kernels: Array, group_sizes: Array, name: str
+) -> tuple[Array, tuple[Array, ...]]:
     return _grouped(x, kernels, group_sizes, name), (x, kernels, group_sizes)
 
 
-def _backward(name: str, saved: tuple[Array, ...], g: Float[Array, "M F"]) -> tuple[Array, Array, None]:
+def _backward(
+    name: str, saved: tuple[Array, ...], g: Float[Array, "M F"]
+) -> tuple[Array, Array, None]:
     x, kernels, group_sizes = saved
     dx = BODIES[name].transposed_matmul(g, kernels.astype(x.dtype), group_sizes)
     return dx, BODIES[name].outer_products(x, g, group_sizes).astype(kernels.dtype), None

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from research.kernels.row_major import swap_last
 
-# Rows of a piece, most first: the more, the faster a product, and a group wastes less than one of the smallest.
+# Rows of a piece, most first: the more, the faster a product, and a group wastes less than one of
+# the smallest.
 PIECES = (512, 256, 128, 64)
 
 
@@ -43,11 +44,15 @@ class Piece:
     def put(self, y: Float[Array, "M F"], part: Float[Array, "size F"]) -> Float[Array, "M F"]:
         """Returns `y` with these rows, those of other groups as they were."""
         if self.mine is not None:
-            part = jnp.where(self.mine, part, jax.lax.dynamic_slice_in_dim(y, self.first, self.size))
+            part = jnp.where(
+                self.mine, part, jax.lax.dynamic_slice_in_dim(y, self.first, self.size)
+            )
         return jax.lax.dynamic_update_slice_in_dim(y, part, self.first, axis=0)
 
 
-def _over_pieces(group_sizes: Int[Array, "E"], rows: int, visit: Callable[[Piece, Any], Any], carry: Any) -> Any:
+def _over_pieces(
+    group_sizes: Int[Array, "E"], rows: int, visit: Callable[[Piece, Any], Any], carry: Any
+) -> Any:
     """Returns the carry after a visit of each piece of each group."""
     sizes = group_sizes.astype(jnp.int32)
     stops = jnp.cumsum(sizes)
@@ -68,7 +73,9 @@ def _over_pieces(group_sizes: Int[Array, "E"], rows: int, visit: Callable[[Piece
         first = jnp.minimum(start, rows - size)
         places = first + jnp.arange(size)
         last = Piece(group, first, size, ((places >= start) & (places < stop))[:, None])
-        return jax.lax.cond(start < stop, functools.partial(visit, last), lambda carry: carry, carry)
+        return jax.lax.cond(
+            start < stop, functools.partial(visit, last), lambda carry: carry, carry
+        )
 
     return jax.lax.fori_loop(0, sizes.shape[0], group_of, carry)
 
@@ -91,7 +98,9 @@ def _multiply(x: Array, kernels: Array, group_sizes: Array, contracted: int) -> 
     def multiply(piece: Piece, y: Array) -> Array:
         kernel = jax.lax.dynamic_index_in_dim(kernels, piece.group, keepdims=False)
         axes = (((1,), (contracted,)), ((), ()))
-        return piece.put(y, jax.lax.dot_general(piece.take(x), kernel, axes, preferred_element_type=jnp.float32))
+        return piece.put(
+            y, jax.lax.dot_general(piece.take(x), kernel, axes, preferred_element_type=jnp.float32)
+        )
 
     # All are rounded at once: in the loop it takes longer.
     y = jnp.zeros((x.shape[0], kernels.shape[2 - contracted]), jnp.float32)
@@ -104,7 +113,9 @@ def outer_products(
     """Returns x_eᵀ g_e of each group, in float32."""
 
     def add(piece: Piece, total: Array) -> Array:
-        product = jnp.dot(swap_last(piece.take(x)), piece.take(g), preferred_element_type=jnp.float32)
+        product = jnp.dot(
+            swap_last(piece.take(x)), piece.take(g), preferred_element_type=jnp.float32
+        )
         share = jax.lax.dynamic_index_in_dim(total, piece.group, keepdims=False) + product
         return jax.lax.dynamic_update_index_in_dim(total, share, piece.group, axis=0)
 

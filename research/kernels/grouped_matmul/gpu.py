@@ -1,7 +1,9 @@
-"""The grouped matmul for Hopper GPUs: Pallas kernels that take as long as there are rows, however they are shared out.
+"""The grouped matmul for Hopper GPUs: Pallas kernels that take as long as there are rows, however
+they are shared out.
 
-Sizes are known only when it runs, so the grid has as many blocks as there may be visits of tiles of rows, and a table
-says what each of them does. The kernels take whole tiles: rows and widths that are not are padded with zeros.
+Sizes are known only when it runs, so the grid has as many blocks as there may be visits of tiles of
+rows, and a table says what each of them does. The kernels take whole tiles: rows and widths that
+are not are padded with zeros.
 """
 
 import functools
@@ -28,7 +30,8 @@ from research.parallel.target import not_hopper, platform
 MAX_VISITS = 2**16 - 1
 # Widths are padded to multiples of it: tiles of the result have so many columns, or twice as many.
 WIDTH = 128
-# Tiles of columns that are made one after the other for the same rows, so that caches hold what they share.
+# Tiles of columns that are made one after the other for the same rows, so that caches hold what
+# they share.
 BAND = 8
 
 
@@ -102,7 +105,9 @@ def _rows(x: Array, kernels: Array, group_sizes: Array, transposed: bool) -> Arr
 
 
 def _plan(features: int, transposed: bool) -> tuple[Plan, int, int]:
-    """Returns the plan for a result of so many columns, how many of its tiles make a band, and how many bands."""
+    """Returns the plan for a result of so many columns, how many of its tiles make a band, and how
+    many bands.
+    """
     columns = 2 * WIDTH if features % (2 * WIDTH) == 0 else WIDTH
     together = math.gcd(BAND, features // columns)
     plan = Plan(columns=columns, transposed=transposed, interpret=platform() != "gpu")
@@ -110,15 +115,19 @@ def _plan(features: int, transposed: bool) -> tuple[Plan, int, int]:
 
 
 def _pad(x: Array, rows: int) -> Array:
-    """Returns matrices in whole `rows` and whole `WIDTH` columns, copying nothing where they are."""
+    """Returns matrices in whole `rows` and whole `WIDTH` columns, copying nothing where they
+    are.
+    """
     amounts = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % rows), (0, -x.shape[-1] % WIDTH)]
     return jnp.pad(x, amounts) if any(after for _, after in amounts) else x
 
 
 def visit_table(group_sizes: Int[Array, "E"], rows: int, steps: int) -> Int[Array, "visits 5"]:
-    """Returns of each visit its group, its tile, the first of its rows, the one after the last, and its steps.
+    """Returns of each visit its group, its tile, the first of its rows, the one after the last, and
+    its steps.
 
-    Rows past the last group are visited for no steps, which leaves zeros. What is left of the visits has no rows.
+    Rows past the last group are visited for no steps, which leaves zeros. What is left of the
+    visits has no rows.
 
     Args:
       group_sizes: rows of each group.

@@ -1,12 +1,15 @@
-"""The kernels of the grouped matmul for Hopper GPUs: rows times the kernel of their group, and outer products.
+"""The kernels of the grouped matmul for Hopper GPUs: rows times the kernel of their group, and
+outer products.
 
-A block makes one tile of a result and adds up the products of steps of the axis that is contracted. Two warpgroups make
-half of its rows each. A third one copies the operands of both into a ring of shared memory, as many steps ahead as
-there is room.
+A block makes one tile of a result and adds up the products of steps of the axis that is contracted.
+Two warpgroups make half of its rows each. A third one copies the operands of both into a ring of
+shared memory, as many steps ahead as there is room.
 
-Tiles of rows begin at whole tiles and not at groups, since the copy engine wants them so. A tile with rows of several
-groups is made once for each of them, and each time only the rows of that group are stored. Outer products sum over
-rows: there the rows of other groups are made zero after they are copied, by the warpgroup that copies.
+Tiles of rows begin at whole tiles and not at groups, since the copy engine wants them so. A tile
+with rows of several groups is made once for each of them, and each time only the rows of that group
+are stored. Outer products sum over
+rows: there the rows of other groups are made zero after they are copied, by the warpgroup that
+    copies.
 """
 
 import dataclasses
@@ -66,12 +69,16 @@ def scratch(plan: Plan, dtype: Any, out_dtype: Any) -> dict[str, Any]:
 
 
 def rows_scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
-    """Returns what `grouped_rows` shares beside `scratch`: a buffer of which any rows may be copied."""
+    """Returns what `grouped_rows` shares beside `scratch`: a buffer of which any rows may be
+    copied.
+    """
     return scratch(plan, dtype, dtype) | {"rows": plgpu.SMEM((WARPGROUPS, ROWS, CHUNK), dtype)}
 
 
 def outer_scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
-    """Returns what `grouped_outer` shares beside `scratch`: the barrier of the steps that have rows of other groups."""
+    """Returns what `grouped_outer` shares beside `scratch`: the barrier of the steps that have rows
+    of other groups.
+    """
     return scratch(plan, dtype, jnp.float32) | {"edge": plgpu.Barrier(num_arrivals=COPIES)}
 
 
@@ -106,7 +113,9 @@ def _work(
             slot = lax.rem(index, jnp.int32(STAGES))
             left, right = shared["left"].at[slot, warpgroup], shared["right"].at[slot]
             plgpu.barrier_wait(shared["full"].at[slot])
-            out = product(plan, left, right, out, transpose_a=transpose_a, transpose_b=plan.transposed)
+            out = product(
+                plan, left, right, out, transpose_a=transpose_a, transpose_b=plan.transposed
+            )
             plgpu.barrier_arrive(shared["free"].at[slot])
             return out
 
@@ -122,11 +131,17 @@ def _chunks(out: Array, column: Array) -> list[tuple[Array, pl.Slice]]:
     """Returns the columns of a sum in pieces, and where they go."""
     rows, columns = out.shape
     starts = range(0, columns, CHUNK)
-    return [(lax.slice(out, (0, at), (rows, at + CHUNK)), pl.ds(column + at, CHUNK)) for at in starts]
+    return [
+        (lax.slice(out, (0, at), (rows, at + CHUNK)), pl.ds(column + at, CHUNK)) for at in starts
+    ]
 
 
-def grouped_rows(plan: Plan, visits_ref: Any, x_ref: Any, kernels_ref: Any, y_ref: Any, **shared: Any) -> None:
-    """Computes the rows of one group in one tile: see `gpu.visit_table` for what it reads of its visit."""
+def grouped_rows(
+    plan: Plan, visits_ref: Any, x_ref: Any, kernels_ref: Any, y_ref: Any, **shared: Any
+) -> None:
+    """Computes the rows of one group in one tile: see `gpu.visit_table` for what it reads of its
+    visit.
+    """
     visit, warpgroup = lax.axis_index("visit"), lax.axis_index("warpgroup")
     group, tile, start, stop, total = (visits_ref[visit, n] for n in range(5))
     column = _column(plan)
@@ -164,10 +179,14 @@ def _column(plan: Plan) -> Array:
     return band * plan.columns
 
 
-def _store_rows(value: Array, buffer: Any, target: Any, at: tuple[Array, pl.Slice], begin: Array, end: Array) -> None:
-    """Writes some rows of a tile to device memory through shared memory, which is free when it returns.
+def _store_rows(
+    value: Array, buffer: Any, target: Any, at: tuple[Array, pl.Slice], begin: Array, end: Array
+) -> None:
+    """Writes some rows of a tile to device memory through shared memory, which is free when it
+    returns.
 
-    The copy engine copies as many rows as was known when it was compiled: here the powers of two that add up to them.
+    The copy engine copies as many rows as was known when it was compiled: here the powers of two
+    that add up to them.
 
     Args:
       value: the tile.
@@ -185,14 +204,20 @@ def _store_rows(value: Array, buffer: Any, target: Any, at: tuple[Array, pl.Slic
 
         @pl.when(some != 0)
         def _(size: int = size, begin: Array = begin) -> None:
-            plgpu.copy_smem_to_gmem(buffer.at[pl.ds(begin, size)], target.at[pl.ds(first + begin, size), columns])
+            plgpu.copy_smem_to_gmem(
+                buffer.at[pl.ds(begin, size)], target.at[pl.ds(first + begin, size), columns]
+            )
 
         begin, size = begin + some, size // 2
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def grouped_outer(plan: Plan, spans_ref: Any, x_ref: Any, g_ref: Any, out_ref: Any, **shared: Any) -> None:
-    """Computes a tile of xᵀ g of one group, from the first row of the group and the one after its last."""
+def grouped_outer(
+    plan: Plan, spans_ref: Any, x_ref: Any, g_ref: Any, out_ref: Any, **shared: Any
+) -> None:
+    """Computes a tile of xᵀ g of one group, from the first row of the group and the one after its
+    last.
+    """
     group, warpgroup = lax.axis_index("group"), lax.axis_index("warpgroup")
     start, stop = spans_ref[group, 0], spans_ref[group, 1]
     first = lax.div(start, jnp.int32(STEP))
@@ -200,14 +225,20 @@ def grouped_outer(plan: Plan, spans_ref: Any, x_ref: Any, g_ref: Any, out_ref: A
     row, column = lax.axis_index("row") * TILE, _column(plan)
 
     def copy(step: Array, slot: Array) -> None:
-        # The steps with rows of other groups come last, when there is enough to do until they are clean.
+        # The steps with rows of other groups come last, when there is enough to do until they are
+        # clean.
         begin = (first + lax.rem(step + 1, total)) * STEP
-        left, right = [shared["left"].at[slot, half] for half in range(WARPGROUPS)], shared["right"].at[slot]
+        left, right = (
+            [shared["left"].at[slot, half] for half in range(WARPGROUPS)],
+            shared["right"].at[slot],
+        )
 
         def copy_to(barrier: Any) -> None:
             rows = pl.ds(begin, STEP)
             for half, buffer in enumerate(left):
-                plgpu.copy_gmem_to_smem(x_ref.at[rows, pl.ds(row + half * ROWS, ROWS)], buffer, barrier)
+                plgpu.copy_gmem_to_smem(
+                    x_ref.at[rows, pl.ds(row + half * ROWS, ROWS)], buffer, barrier
+                )
             plgpu.copy_gmem_to_smem(g_ref.at[rows, pl.ds(column, plan.columns)], right, barrier)
 
         inside = (begin >= start) & (begin + STEP <= stop)
@@ -217,7 +248,10 @@ def grouped_outer(plan: Plan, spans_ref: Any, x_ref: Any, g_ref: Any, out_ref: A
         def _() -> None:
             copy_to(shared["edge"])
             plgpu.barrier_wait(shared["edge"])
-            for buffer in (*left, *(right.at[:, pl.ds(at, CHUNK)] for at in range(0, plan.columns, CHUNK))):
+            for buffer in (
+                *left,
+                *(right.at[:, pl.ds(at, CHUNK)] for at in range(0, plan.columns, CHUNK)),
+            ):
                 _clear(plan, buffer, start - begin, stop - begin)
             plgpu.commit_smem()
             for _ in range(COPIES):

@@ -23,7 +23,9 @@ def grouped_matmul(
     x: Float[Array, "M D"], kernels: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "M F"]:
     """Returns each row times the kernel of its group, holding `[E, M, D]`."""
-    y = jnp.einsum("EMD,EDF->MF", _rows(x, group_sizes), kernels, preferred_element_type=jnp.float32)
+    y = jnp.einsum(
+        "EMD,EDF->MF", _rows(x, group_sizes), kernels, preferred_element_type=jnp.float32
+    )
     return y.astype(x.dtype)
 
 

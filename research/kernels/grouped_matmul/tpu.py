@@ -74,7 +74,9 @@ def grouped_matmul(
     b = _fit(blocks, rows, width, features)
     plan = visits(group_sizes, rows, b.rows, every_group=False)
 
-    def kernel(group: Any, tile: Any, start: Any, stop: Any, x_ref: Any, w_ref: Any, y_ref: Any, total: Any) -> None:
+    def kernel(
+        group: Any, tile: Any, start: Any, stop: Any, x_ref: Any, w_ref: Any, y_ref: Any, total: Any
+    ) -> None:
         visit, part = pl.program_id(1), pl.program_id(2)
 
         @pl.when(part == 0)
@@ -101,10 +103,14 @@ def grouped_matmul(
                 pl.BlockSpec((b.rows, b.inner), lambda f, v, d, group, tile, *_: (tile[v], d)),
                 pl.BlockSpec((1, b.inner, b.outer), lambda f, v, d, group, *_: (group[v], d, f)),
             ],
-            out_specs=pl.BlockSpec((b.rows, b.outer), lambda f, v, d, group, tile, *_: (tile[v], f)),
+            out_specs=pl.BlockSpec(
+                (b.rows, b.outer), lambda f, v, d, group, tile, *_: (tile[v], f)
+            ),
             scratch_shapes=[pltpu.VMEM((b.rows, b.outer), jnp.float32)],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
         name="tessera_grouped_matmul",
         interpret=interpret,
     )(plan.group, plan.tile, plan.start, plan.stop, x, kernels)
@@ -129,11 +135,17 @@ def outer_products(
     b = _fit(blocks, rows, width, features)
     plan = visits(group_sizes, rows, b.rows, every_group=True)
 
-    def kernel(group: Any, tile: Any, start: Any, stop: Any, x_ref: Any, g_ref: Any, out_ref: Any) -> None:
+    def kernel(
+        group: Any, tile: Any, start: Any, stop: Any, x_ref: Any, g_ref: Any, out_ref: Any
+    ) -> None:
         visit = pl.program_id(2)
         mine = _mine(start[visit], stop[visit], tile[visit], b.rows)
-        x_part, g_part = (jnp.where(mine, ref[...], jnp.zeros((), ref.dtype)) for ref in (x_ref, g_ref))
-        product = jax.lax.dot_general(x_part, g_part, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        x_part, g_part = (
+            jnp.where(mine, ref[...], jnp.zeros((), ref.dtype)) for ref in (x_ref, g_ref)
+        )
+        product = jax.lax.dot_general(
+            x_part, g_part, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
         first = (visit == 0) | (group[visit] != group[jnp.maximum(visit - 1, 0)])
 
         @pl.when(first)
@@ -154,9 +166,13 @@ def outer_products(
                 pl.BlockSpec((b.rows, b.inner), lambda d, f, v, group, tile, *_: (tile[v], d)),
                 pl.BlockSpec((b.rows, b.outer), lambda d, f, v, group, tile, *_: (tile[v], f)),
             ],
-            out_specs=pl.BlockSpec((1, b.inner, b.outer), lambda d, f, v, group, *_: (group[v], d, f)),
+            out_specs=pl.BlockSpec(
+                (1, b.inner, b.outer), lambda d, f, v, group, *_: (group[v], d, f)
+            ),
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         name="tessera_grouped_outer_products",
         interpret=interpret,
     )(plan.group, plan.tile, plan.start, plan.stop, x, g)

@@ -1,4 +1,6 @@
-"""Which tile of rows meets which group: a tile is visited once for each group that has rows in it."""
+"""Which tile of rows meets which group: a tile is visited once for each group that has rows in
+it.
+"""
 
 import dataclasses
 
@@ -11,7 +13,8 @@ from research.core.trees import node
 @node(static=())
 @dataclasses.dataclass(frozen=True)
 class Visits:
-    """Visits in the order of the rows; what is left of their fixed number repeats the last tile with no rows.
+    """Visits in the order of the rows; what is left of their fixed number repeats the last tile
+    with no rows.
 
     Attributes:
       group: of each visit; rows past the last group belong to the last one, with an empty stretch.
@@ -32,7 +35,8 @@ def visits(group_sizes: Int[Array, "E"], rows: int, tile: int, every_group: bool
       group_sizes: rows of each group.
       rows: M.
       tile: rows of a tile.
-      every_group: True visits groups without rows too, and not the rows past the last group; False the reverse.
+      every_group: True visits groups without rows too, and not the rows past the last group; False
+          the reverse.
     """
     groups, sizes = group_sizes.shape[0], group_sizes.astype(jnp.int32)
     if not every_group:
@@ -44,7 +48,9 @@ def visits(group_sizes: Int[Array, "E"], rows: int, tile: int, every_group: bool
     ends = jnp.cumsum(counts)
     number = -(-rows // tile) + groups
     visit = jnp.arange(number)
-    group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), sizes.shape[0] - 1).astype(jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), sizes.shape[0] - 1).astype(
+        jnp.int32
+    )
     real = visit < ends[-1]
     last = jnp.maximum(ends[-1] - 1, 0)
     tiles = first[group] + visit - (ends - counts)[group]

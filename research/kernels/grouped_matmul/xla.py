@@ -11,7 +11,9 @@ from research.kernels.grouped_matmul.reference import members
 from research.parallel.target import platform
 
 _SHARED_ROWS = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
 )
 
 
@@ -22,7 +24,9 @@ def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | Non
 
 def _rows(x: Float[Array, "M D"], group_sizes: Int[Array, "E"]) -> Float[Array, "M D"]:
     """Returns the rows of all groups; those past the last one are zero."""
-    return jnp.where(members(group_sizes, x.shape[0]).any(axis=0)[:, None], x, jnp.zeros((), x.dtype))
+    return jnp.where(
+        members(group_sizes, x.shape[0]).any(axis=0)[:, None], x, jnp.zeros((), x.dtype)
+    )
 
 
 def grouped_matmul(
@@ -45,4 +49,6 @@ def outer_products(
 ) -> Float[Array, "E D F"]:
     """Returns x_eᵀ g_e of each group, in float32."""
     x, g = _rows(x, group_sizes), _rows(g, group_sizes)
-    return jax.lax.ragged_dot_general(x, g, group_sizes, _SHARED_ROWS, preferred_element_type=jnp.float32)
+    return jax.lax.ragged_dot_general(
+        x, g, group_sizes, _SHARED_ROWS, preferred_element_type=jnp.float32
+    )

@@ -1,4 +1,6 @@
-"""The matmul of an activation with a weight, contracted in place; the gradient of the weight is summed in float32."""
+"""The matmul of an activation with a weight, contracted in place; the gradient of the weight is
+summed in float32.
+"""
 
 import functools
 
@@ -16,14 +18,17 @@ def _affine(x: Array, kernel: Array, bias: Array | None, axes: int) -> Array:
 def affine(
     x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Float[Array, "..."] | None, axes: int
 ) -> Float[Array, "..."]:
-    """Returns x W + b in the type of `x`; the gradients of W and b are never rounded to that type."""
+    """Returns x W + b in the type of `x`; the gradients of W and b are never rounded to that
+    type.
+    """
     return _affine(x, kernel, bias, axes)
 
 
 def _affine_fwd(
     x: Array, kernel: Array, bias: Array | None, axes: int
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    # Not `affine` itself: rematerialization keeps the products that it sees, and it sees none in a custom gradient.
+    # Not `affine` itself: rematerialization keeps the products that it sees, and it sees none in a
+    # custom gradient.
     return _affine(x, kernel, bias, axes), (x, kernel, bias)
 
 
@@ -33,7 +38,9 @@ def _affine_bwd(
     x, kernel, bias = saved
     batch, features = tuple(range(x.ndim - axes)), tuple(range(axes, kernel.ndim))
     dx = jnp.tensordot(g, kernel.astype(x.dtype), (tuple(range(len(batch), g.ndim)), features))
-    dkernel = jnp.tensordot(x, g, (batch, batch), preferred_element_type=jnp.float32).astype(kernel.dtype)
+    dkernel = jnp.tensordot(x, g, (batch, batch), preferred_element_type=jnp.float32).astype(
+        kernel.dtype
+    )
     dbias = None if bias is None else g.sum(axis=batch, dtype=jnp.float32).astype(bias.dtype)
     return dx, dkernel, dbias
 

@@ -1,4 +1,6 @@
-"""Objectives that cannot be are refused, and the shapes of a batch are known before there is one."""
+"""Objectives that cannot be are refused, and the shapes of a batch are known before there is
+one.
+"""
 
 import pytest
 
@@ -34,7 +36,9 @@ def test_ul2_is_three_kinds_of_denoiser():
     assert len(UL2) == 7
     assert sum(d.mean_span is None for d in UL2) == 1
     # Extreme: long spans or much noise.
-    assert sum(d.mean_span is not None and (d.density >= 0.5 or d.mean_span >= 12) for d in UL2) == 4
+    assert (
+        sum(d.mean_span is not None and (d.density >= 0.5 or d.mean_span >= 12) for d in UL2) == 4
+    )
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "prefix", "span", "denoise", "infill"])

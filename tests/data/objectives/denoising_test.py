@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.data.objectives import UL2, InfillConfig, SpanConfig
-from tests.data.objectives.examples import Piece, drawn, epoch, objective_of, packed, pieces, text_of
+from tests.data.objectives.examples import (
+    Piece,
+    drawn,
+    epoch,
+    objective_of,
+    packed,
+    pieces,
+    text_of,
+)
 from tests.data.text import HEAD, MASK, MODE, PAD, SENTINELS, STOP, TAIL, store
 
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=20).filter(any)
@@ -18,7 +26,9 @@ WIDTHS = st.tuples(st.integers(8, 40), st.integers(8, 40))
 
 
 def mended(piece: Piece) -> list[int]:
-    """The text, from both sides: at each sentinel of the encoder's, what follows it in the targets."""
+    """The text, from both sides: at each sentinel of the encoder's, what follows it in the
+    targets.
+    """
     assert piece.encoder[-1] == piece.targets[-1] == TAIL
     spans, text = {}, []
     for token in piece.targets[:-1]:
@@ -35,7 +45,9 @@ def mended(piece: Piece) -> list[int]:
 
 
 def check_spans(piece: Piece, config: SpanConfig) -> list[int]:
-    """Returns the piece's text; nothing that is predicted stands in the encoder's input, and the counts are T5's."""
+    """Returns the piece's text; nothing that is predicted stands in the encoder's input, and the
+    counts are T5's.
+    """
     assert piece.tokens == [PAD, *piece.targets[:-1]]
     assert set(piece.weights) == {1.0}
     encoder = piece.encoder
@@ -50,7 +62,9 @@ def check_spans(piece: Piece, config: SpanConfig) -> list[int]:
     assert len(hidden) == min(max(round(n * config.density), 1), max(n - 1, 1))
     if n > 1:
         spans = 1 if config.mean_span is None else max(round(len(hidden) / config.mean_span), 1)
-        assert sum(token in SENTINELS for token in piece.encoder) == min(spans, len(SENTINELS), n - len(hidden))
+        assert sum(token in SENTINELS for token in piece.encoder) == min(
+            spans, len(SENTINELS), n - len(hidden)
+        )
         marks = [token in SENTINELS for token in piece.encoder[:-1]]
         assert not marks[0]
         assert marks[-1]
@@ -85,7 +99,9 @@ def test_a_leak_a_loss_or_a_wrong_order_is_noticed(damage):  # the control
 
 
 def test_lengths_are_those_that_t5_published():
-    """512 tokens for the encoder come from 568 of text and give 114 to the decoder (T5's own input pipeline)."""
+    """512 tokens for the encoder come from 568 of text and give 114 to the decoder (T5's own input
+    pipeline).
+    """
     objective = objective_of("span", 512)
     assert objective.longest_pieces().tolist() == [568]
     assert objective.widths(np.array([568]), np.array([0])).tolist() == [[114], [512]]
@@ -112,7 +128,9 @@ def test_a_long_piece_has_no_more_spans_than_there_are_sentinels():
 def test_a_mixture_is_made_of_its_denoisers(lengths, widths, seed):
     """The mode token says which denoiser a piece has, so each can be checked by its own counts."""
     corpus = store(lengths)
-    denoisers = tuple(SpanConfig(d.density, d.mean_span, d.weight, MODE + i) for i, d in enumerate(UL2))
+    denoisers = tuple(
+        SpanConfig(d.density, d.mean_span, d.weight, MODE + i) for i, d in enumerate(UL2)
+    )
     objective = objective_of("denoise", widths[0], encoder_length=widths[1], denoisers=denoisers)
     seen = []
     for piece in pieces(epoch(packed(corpus, objective, seed))):
@@ -134,10 +152,16 @@ def test_denoisers_have_their_shares_and_one_span_at_the_end_is_a_prefix():
 
 
 def check_infilled(piece: Piece, config: InfillConfig, stops: set[int]) -> list[int]:
-    """Returns the piece's text: the decoder gives it whole, and the encoder has whole sentences less what is hidden."""
+    """Returns the piece's text: the decoder gives it whole, and the encoder has whole sentences
+    less what is hidden.
+    """
     assert piece.tokens == [PAD, *piece.targets[:-1]]
     assert set(piece.weights) == {1.0}
-    assert (piece.encoder[0], piece.encoder[-1]) == (piece.targets[0], piece.targets[-1]) == (HEAD, TAIL)
+    assert (
+        (piece.encoder[0], piece.encoder[-1])
+        == (piece.targets[0], piece.targets[-1])
+        == (HEAD, TAIL)
+    )
     text, damaged = piece.targets[1:-1], piece.encoder[1:-1]
     kept = [token for token in damaged if token != MASK]
     hidden = min(max(round(len(text) * config.density), 1), max(len(text) - 1, 1))
@@ -199,13 +223,17 @@ def test_sentences_are_shuffled_whole():
 def test_unshuffled_sentences_stay_and_the_shuffled_do_not():  # the control
     for permute in (False, True):
         config = InfillConfig(density=0.01, permute=permute)
-        (piece,) = pieces(epoch(packed(with_stops([98]), objective_of("infill", 128, infill=config))))
+        (piece,) = pieces(
+            epoch(packed(with_stops([98]), objective_of("infill", 128, infill=config)))
+        )
         kept = [token for token in piece.encoder[1:-1] if token not in (MASK, STOP)]
         assert (kept == sorted(kept)) != permute
 
 
 def test_spans_of_infilling_have_the_lengths_of_poisson_variables():
-    """Given their sum, k tokens have the share binomial(k; 60, 1/20), nearly Poisson(k; 3); some spans are empty."""
+    """Given their sum, k tokens have the share binomial(k; 60, 1/20), nearly Poisson(k; 3); some
+    spans are empty.
+    """
     config = InfillConfig(permute=False)
     found = collections.Counter()
     rows = packed(store([200]), objective_of("infill", 202, infill=config))
@@ -221,7 +249,9 @@ def test_spans_of_infilling_have_the_lengths_of_poisson_variables():
         assert abs(found[k] / total - expected) < 4.5 * (expected / total) ** 0.5, k
 
 
-@pytest.mark.parametrize(("kind", "width"), [("span", 2), ("infill", 2), ("masked", 2), ("denoise", 2)])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("span", 2), ("infill", 2), ("masked", 2), ("denoise", 2)]
+)
 def test_rows_too_short_for_a_token_are_refused(kind, width):
     with pytest.raises(UserError, match="sequence_length = 2 must be at least 3"):
         packed(store([5]), objective_of(kind, width))

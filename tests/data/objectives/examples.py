@@ -74,14 +74,18 @@ def pieces(batch: dict[str, np.ndarray]) -> Iterator[Piece]:
 
 
 def check_side(row: dict[str, np.ndarray], side: str, padded: np.ndarray) -> None:
-    """Segments count up from 1 in one run each, positions count from 0 in each, and padding is at the end."""
+    """Segments count up from 1 in one run each, positions count from 0 in each, and padding is at
+    the end.
+    """
     segments = row[side + "segments"]
     real = segments[segments > 0]
     assert (segments[: len(real)] > 0).all()
     assert (np.diff(real) >= 0).all()
     assert set(real) == set(range(1, segments.max() + 1))
     for segment in set(real):
-        np.testing.assert_array_equal(row[side + "positions"][segments == segment], np.arange((real == segment).sum()))
+        np.testing.assert_array_equal(
+            row[side + "positions"][segments == segment], np.arange((real == segment).sum())
+        )
     assert (row[side + "tokens"][len(real) :] == PAD).all()
     assert (padded[len(real) :] == PAD).all()
     assert (row["weights"][row["segments"] == 0] == 0).all()

@@ -24,10 +24,16 @@ def texts(corpus) -> list[list[int]]:
 
 
 @settings(max_examples=50, deadline=None)
-@given(lengths=PAIRS, widths=st.tuples(st.integers(32, 40), st.integers(32, 40)), seed=st.integers(0, 2**40))
+@given(
+    lengths=PAIRS,
+    widths=st.tuples(st.integers(32, 40), st.integers(32, 40)),
+    seed=st.integers(0, 2**40),
+)
 def test_every_pair_comes_once_and_whole(lengths, widths, seed):
     corpus = store([n for pair in lengths for n in pair])
-    batch = epoch(packed(corpus, objective_of("translate", widths[0], encoder_length=widths[1]), seed))
+    batch = epoch(
+        packed(corpus, objective_of("translate", widths[0], encoder_length=widths[1]), seed)
+    )
     assert (batch["tokens"].shape[1], batch["encoder_tokens"].shape[1]) == widths
     found = []
     for piece in pieces(batch):
@@ -51,13 +57,24 @@ def test_pairs_that_are_too_long_are_left_out_and_counted():
 
 @pytest.fixture
 def config(tmp_path) -> DataConfig:
-    rows = [{"en": f"number {i}", "de": f"Zahl {i}" + "!" * (i % 7), "extra": i} for i in range(200)]
+    rows = [
+        {"en": f"number {i}", "de": f"Zahl {i}" + "!" * (i % 7), "extra": i} for i in range(200)
+    ]
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"en": "", "de": "leer"}\n'
     )
-    source = {"kind": "jsonl", "path": str(tmp_path / "pairs.jsonl"), "field": "de", "pair_field": "en"}
+    source = {
+        "kind": "jsonl",
+        "path": str(tmp_path / "pairs.jsonl"),
+        "field": "de",
+        "pair_field": "en",
+    }
     objective = {"kind": "translate", "encoder_length": 40, "decoder_start": "bos"}
-    values = {"sources": [source | {"heldout_fraction": 0.2}], "tokenizer": {"kind": "bytes"}, "objective": objective}
+    values = {
+        "sources": [source | {"heldout_fraction": 0.2}],
+        "tokenizer": {"kind": "bytes"},
+        "objective": objective,
+    }
     return bind(DataConfig, values)
 
 
@@ -73,10 +90,14 @@ def sides(batches, tokenizer) -> set[tuple[str, str]]:
 def test_pairs_are_read_from_json_lines(config, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.data.objectives.examples.PAD", 258)
     prepared = prepare(config, tmp_path / "cache")
-    loader = Loader(prepared.train, config, prepared.tokenizer, batch_size=1, sequence_length=32, seed=1)
+    loader = Loader(
+        prepared.train, config, prepared.tokenizer, batch_size=1, sequence_length=32, seed=1
+    )
     train = sides((next(loader) for _ in range(loader.rows_per_epoch)), prepared.tokenizer)
     loader.close()
-    heldout = heldout_batches(prepared.heldout, config, prepared.tokenizer, batch_size=1, sequence_length=32)
+    heldout = heldout_batches(
+        prepared.heldout, config, prepared.tokenizer, batch_size=1, sequence_length=32
+    )
     held = sides(heldout, prepared.tokenizer)
     expected = {(f"number {i}", f"Zahl {i}" + "!" * (i % 7)) for i in range(200)}
     assert train | held == expected
@@ -88,10 +109,16 @@ def test_pairs_are_read_from_two_files_of_lines(config, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.data.objectives.examples.PAD", 258)
     (tmp_path / "a.en").write_text("".join(f"number {i}\n" for i in range(20)))
     (tmp_path / "a.de").write_text("".join(f"Zahl {i}\n" for i in range(20)))
-    source = SourceConfig(kind="lines", path=str(tmp_path / "a.de"), pair_path=str(tmp_path / "a.en"))
-    lines = dataclasses.replace(config, sources=(dataclasses.replace(source, heldout_fraction=0.0),))
+    source = SourceConfig(
+        kind="lines", path=str(tmp_path / "a.de"), pair_path=str(tmp_path / "a.en")
+    )
+    lines = dataclasses.replace(
+        config, sources=(dataclasses.replace(source, heldout_fraction=0.0),)
+    )
     prepared = prepare(lines, tmp_path / "cache")
-    loader = Loader(prepared.train, lines, prepared.tokenizer, batch_size=1, sequence_length=32, seed=1)
+    loader = Loader(
+        prepared.train, lines, prepared.tokenizer, batch_size=1, sequence_length=32, seed=1
+    )
     found = sides((next(loader) for _ in range(loader.rows_per_epoch)), prepared.tokenizer)
     loader.close()
     assert found == {(f"number {i}", f"Zahl {i}") for i in range(20)}
@@ -106,7 +133,10 @@ def test_a_tokenizer_learns_from_both_texts(config):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"objective": {"kind": "translate"}}, r"sources\.0\.pair_field = '' must name the other text"),
+        (
+            {"objective": {"kind": "translate"}},
+            r"sources\.0\.pair_field = '' must name the other text",
+        ),
         (
             {"sources": [{"kind": "jsonl", "path": "a", "pair_field": "b"}]},
             r"sources\.0\.pair_field = 'b' must be empty for objective\.kind = 'causal'",
@@ -134,7 +164,9 @@ def test_a_pair_without_one_of_its_fields_is_bad(config, tmp_path):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_pairs_are_packed_by_the_side_that_fills_its_row_first(first):
-    """The texts of one side fill rows of ten two by two; those of the other leave room in theirs."""
+    """The texts of one side fill rows of ten two by two; those of the other leave room in
+    theirs.
+    """
     filling = [[9, 1], [8, 2], [7, 3], [6, 4]]  # with EOS
     sizes = [[n - 1, 29] for pair in filling for n in pair]
     corpus = store([n for pair in sizes for n in (pair if first == 0 else pair[::-1])])
@@ -145,7 +177,9 @@ def test_pairs_are_packed_by_the_side_that_fills_its_row_first(first):
     name = "encoder_segments" if first == 0 else "segments"
     assert (batch[name] > 0).all()
     places = [batch[name] > 0 for name in ("segments", "encoder_segments")]
-    assert rows.plan.padding == pytest.approx(1 - sum(x.sum() for x in places) / sum(x.size for x in places))
+    assert rows.plan.padding == pytest.approx(
+        1 - sum(x.sum() for x in places) / sum(x.size for x in places)
+    )
 
 
 def test_a_row_has_room_on_both_sides_or_another_is_begun():

@@ -8,20 +8,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.data.objectives import MaskedConfig
-from tests.data.objectives.examples import Piece, drawn, epoch, objective_of, packed, pieces, text_of
+from tests.data.objectives.examples import (
+    Piece,
+    drawn,
+    epoch,
+    objective_of,
+    packed,
+    pieces,
+    text_of,
+)
 from tests.data.text import HEAD, MASK, TAIL, VOCAB, store
 
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(any)
 
 
 def check_masked(piece: Piece) -> None:
-    """Framed, in order; shown as it is where it has no weight; the hidden are as many as they should be."""
+    """Framed, in order; shown as it is where it has no weight; the hidden are as many as they
+    should be.
+    """
     assert (piece.targets[0], piece.targets[-1]) == (HEAD, TAIL)
     inner = piece.targets[1:-1]
     assert inner == list(range(inner[0], inner[0] + len(inner)))
     assert piece.weights[0] == piece.weights[-1] == 0
     assert sum(piece.weights) == max(1, round(0.15 * len(inner)))
-    assert all(t == g for t, g, w in zip(piece.tokens, piece.targets, piece.weights, strict=True) if not w)
+    assert all(
+        t == g for t, g, w in zip(piece.tokens, piece.targets, piece.weights, strict=True) if not w
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,20 +94,26 @@ def test_every_place_is_hidden_equally_often_and_each_epoch_hides_others():
 
 
 def check_prefix(piece: Piece) -> None:
-    """One run of a document; the prefix is its beginning; weights begin with the pair that leaves the prefix."""
+    """One run of a document; the prefix is its beginning; weights begin with the pair that leaves
+    the prefix.
+    """
     p, n = sum(piece.prefix), len(piece.tokens)
     assert 1 <= p <= n
     assert piece.prefix == [1] * p + [0] * (n - p)
     assert piece.weights == [0.0] * (p - 1) + [1.0] * (n - p + 1)
     seen = set(piece.tokens[:p])
-    assert not seen & {target for target, weight in zip(piece.targets, piece.weights, strict=True) if weight}
+    assert not seen & {
+        target for target, weight in zip(piece.targets, piece.weights, strict=True) if weight
+    }
 
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, width=st.integers(1, 40), seed=st.integers(0, 2**40))
 def test_a_prefix_piece_predicts_nothing_that_it_sees(lengths, width, seed):
     corpus = store(lengths)
-    rows, causal = (packed(corpus, objective_of(kind, width), seed) for kind in ("prefix", "causal"))
+    rows, causal = (
+        packed(corpus, objective_of(kind, width), seed) for kind in ("prefix", "causal")
+    )
     batch = epoch(rows)
     assert batch["prefix"].dtype == np.int32
     for piece in pieces(batch):

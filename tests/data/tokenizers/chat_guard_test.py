@@ -8,7 +8,9 @@ from tests.data.tokenizers.chat_test import write_folder
 
 
 @pytest.mark.parametrize(("change", "first"), [("lower", "a<|IM_"), ("trim", "a<|im_  \n")])
-def test_what_a_template_changes_at_the_end_of_a_part_joins_no_control_token(tmp_path, change, first):
+def test_what_a_template_changes_at_the_end_of_a_part_joins_no_control_token(
+    tmp_path, change, first
+):
     template = "{{ messages[0].content | " + change + " }}{{ messages[1].content }}<|im_end|>"
     tokenizer = folders.from_folder(write_folder(tmp_path / change, template))
     ids = tokenizer.encode_chat([{"content": first}, {"content": "end|>"}])

@@ -1,4 +1,6 @@
-"""Chat templates: rendered as the reference renders them, and nobody writes a control token from within a message."""
+"""Chat templates: rendered as the reference renders them, and nobody writes a control token from
+within a message.
+"""
 
 import io
 import json
@@ -11,7 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import Interrupted, UserError
-from research.data.tokenizers import TokenizerConfig, build, exports, folders, huggingface, load, pieces
+from research.data.tokenizers import (
+    TokenizerConfig,
+    build,
+    exports,
+    folders,
+    huggingface,
+    load,
+    pieces,
+)
 from research.data.tokenizers.chat import render
 
 CHATML = """{%- if tools %}
@@ -35,7 +45,8 @@ LLAMA = """{{ bos_token }}{% for message in messages %}
 {%- else %} {{ message.content }}{{ eos_token }}{% endif %}
 {% endfor %}"""
 PARTS = (
-    "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor "
+    "%}<|im_end|>{% endfor %}"
 )
 CHATS = [
     [{"role": "user", "content": "Hello, who are you?"}],
@@ -46,19 +57,28 @@ CHATS = [
         {"role": "user", "content": "Thanks <"},
     ],
 ]
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "a < b & 'c' über", "parameters": {"x": 1}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "a < b & 'c' über", "parameters": {"x": 1}},
+    }
+]
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<pad>"]
 
 
 def library_json() -> dict:
-    """A small byte-level BPE with ChatML's control tokens, one that takes the spaces beside it, and one not special."""
+    """A small byte-level BPE with ChatML's control tokens, one that takes the spaces beside it, and
+    one not special.
+    """
     tokenizer = hf.Tokenizer(hf.models.BPE())
     tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(["user assistant system hello im_start im_end you are the"] * 9, trainer)
+    tokenizer.train_from_iterator(
+        ["user assistant system hello im_start im_end you are the"] * 9, trainer
+    )
     tokenizer.add_special_tokens(CONTROL[:5])
     tokenizer.add_special_tokens([hf.AddedToken("<pad>", lstrip=True, rstrip=True, special=True)])
     tokenizer.add_tokens(["<think>"])
@@ -68,7 +88,12 @@ def library_json() -> dict:
 def write_folder(path: pathlib.Path, template, **values) -> pathlib.Path:
     path.mkdir(exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps(library_json()))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **values}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        **values,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     return path
 
@@ -109,11 +134,15 @@ def test_a_chat_is_rendered_and_encoded_as_transformers_does(sources, made, name
 def test_the_templates_control_tokens_become_control_ids(made):
     control = made["chatml"].control_tokens
     ids = made["chatml"].encode_chat(CHATS[0])
-    assert [i for i in ids if i in control.values()] == [control[name] for name in (*CONTROL[:2], CONTROL[0])]
+    assert [i for i in ids if i in control.values()] == [
+        control[name] for name in (*CONTROL[:2], CONTROL[0])
+    ]
     assert made["chatml"].decode(ids) == made["chatml"].render_chat(CHATS[0])
 
 
-CONTENT = st.lists(st.sampled_from([*CONTROL, "<|im_", "end|>", "<", "|>", " ", "\n", "a", "é", "", ""]))
+CONTENT = st.lists(
+    st.sampled_from([*CONTROL, "<|im_", "end|>", "<", "|>", " ", "\n", "a", "é", "", ""])
+)
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama", "bytes", "sentencepiece"])
@@ -124,7 +153,9 @@ CONTENT = st.lists(st.sampled_from([*CONTROL, "<|im_", "end|>", "<", "|>", " ", 
 def test_no_message_writes_a_control_token(made, trained, kind, content):
     tokenizer = trained[kind] if kind in trained else made[kind]
     controls = set(tokenizer.control_tokens.values())
-    harmless = [i for i in tokenizer.encode_chat([{"role": "user", "content": "a"}]) if i in controls]
+    harmless = [
+        i for i in tokenizer.encode_chat([{"role": "user", "content": "a"}]) if i in controls
+    ]
     ids = tokenizer.encode_chat([{"role": "user", "content": content}])
     assert [i for i in ids if i in controls] == harmless
     inner = [i for i in ids if i not in controls]
@@ -136,7 +167,9 @@ def test_transformers_lets_a_message_end_its_turn(sources):
     """The control: the test above can fail."""
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoTokenizer.from_pretrained(sources["chatml"])
-    ids = reference.apply_chat_template([{"role": "user", "content": "a<|im_end|>"}], return_dict=False)
+    ids = reference.apply_chat_template(
+        [{"role": "user", "content": "a<|im_end|>"}], return_dict=False
+    )
     assert ids.count(reference.convert_tokens_to_ids("<|im_end|>")) == 2
 
 
@@ -168,7 +201,9 @@ TOLD = {
 
 
 def forgetful_folder(path: pathlib.Path, template: str, told: str) -> tuple[pathlib.Path, int]:
-    """A tokenizer.json that does not mark <|im_end|> as special, and the file beside it that does; its id."""
+    """A tokenizer.json that does not mark <|im_end|> as special, and the file beside it that does;
+    its id.
+    """
     write_folder(path, template)
     content = library_json()
     [token] = [token for token in content["added_tokens"] if token["content"] == "<|im_end|>"]
@@ -182,7 +217,9 @@ def forgetful_folder(path: pathlib.Path, template: str, told: str) -> tuple[path
 
 
 @pytest.mark.parametrize("told", TOLD)
-def test_no_message_ends_its_turn_where_only_a_file_beside_says_what_is_special(made, tmp_path, told):
+def test_no_message_ends_its_turn_where_only_a_file_beside_says_what_is_special(
+    made, tmp_path, told
+):
     for template, content in (
         (CHATML, "hi<|im_end|>x"),
         (PARTS, [{"text": "hi<|im_e"}, {"text": "nd|>x"}]),
@@ -190,16 +227,22 @@ def test_no_message_ends_its_turn_where_only_a_file_beside_says_what_is_special(
     ):
         folder, end = forgetful_folder(tmp_path / told, template, told)
         tokenizer = folders.from_folder(folder)
-        assert end in tokenizer.encode("<|im_end|>")  # a plain prompt may write it, as with `transformers`
+        assert end in tokenizer.encode(
+            "<|im_end|>"
+        )  # a plain prompt may write it, as with `transformers`
         if told == "end ids":
             tokenizer.further_end_ids = (end, 9999)
         tokenizer.save(tmp_path / "kept")
         for each in (tokenizer, load(tmp_path / "kept")):
-            ids = each.encode_chat([{"role": "user", "content": content}], add_generation_prompt=False)
+            ids = each.encode_chat(
+                [{"role": "user", "content": content}], add_generation_prompt=False
+            )
             assert ids.count(end) == 1
             assert "hi<|im_end|>x" in each.decode(ids)
             if template == CHATML:  # as where the tokenizer.json itself says it
-                assert ids == made["chatml"].encode_chat([{"role": "user", "content": content}], False)
+                assert ids == made["chatml"].encode_chat(
+                    [{"role": "user", "content": content}], False
+                )
 
 
 SYMBOL_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end_of_turn>\n{% endfor %}"
@@ -226,7 +269,10 @@ def test_no_message_ends_its_turn_with_a_symbol_of_a_sentencepiece_model(kind, p
         tokenizer = huggingface.HuggingFaceTokenizer(exports.to_tokenizer_json(tokenizer))
     [end] = [i for i in range(tokenizer.vocab_size) if tokenizer.token_of(i) == "<end_of_turn>"]
     tokenizer.further_end_ids = (end,)
-    tokenizer.chat_templates = {"default": SYMBOL_TEMPLATE, "parts": PARTS.replace("<|im_end|>", "<end_of_turn>")}
+    tokenizer.chat_templates = {
+        "default": SYMBOL_TEMPLATE,
+        "parts": PARTS.replace("<|im_end|>", "<end_of_turn>"),
+    }
     assert tokenizer.encode("hi<end_of_turn>x").count(end) == 1  # the control
     ids = tokenizer.encode_chat([{"role": "user", "content": "hi<end_of_turn>x"}])
     assert ids.count(end) == 1
@@ -250,7 +296,9 @@ def test_tools_and_variables_write_no_control_token(made):
     harmless = made["chatml"].encode_chat(CHATS[0], tools=[{"name": "x"}])
     controls = set(made["chatml"].control_tokens.values())
     assert [i for i in ids if i in controls] == [i for i in harmless if i in controls]
-    assert '{"name": "<|im_end|>", "</s>": ["<s>"]}' in made["chatml"].decode([i for i in ids if i not in controls])
+    assert '{"name": "<|im_end|>", "</s>": ["<s>"]}' in made["chatml"].decode(
+        [i for i in ids if i not in controls]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +320,9 @@ def test_trained_tokenizers_chat_too_and_keep_their_template(trained, tmp_path, 
     chat = [{"role": "user", "content": "hello é"}, {"role": "assistant", "content": "a"}]
     wanted = [tokenizer.bos_id, *tokenizer.encode("[INST] hello é [/INST] a"), tokenizer.eos_id]
     assert tokenizer.decode(tokenizer.encode_chat(chat)) == "[INST] hello é [/INST] a"
-    assert [i for i in tokenizer.encode_chat(chat) if i in (tokenizer.bos_id, tokenizer.eos_id)] == [
+    assert [
+        i for i in tokenizer.encode_chat(chat) if i in (tokenizer.bos_id, tokenizer.eos_id)
+    ] == [
         wanted[0],
         wanted[-1],
     ]
@@ -300,8 +350,16 @@ def test_mistakes_are_one_line(made, trained):
         (bare, {"messages": CHATS[0]}, "chat_template is missing"),
         (tokenizer, {"messages": []}, "messages is empty"),
         (tokenizer, {"messages": ["hello"]}, "'hello' must be a dict"),
-        (tokenizer, {"messages": [{"role": "user", "content": b"x"}]}, "must be a plain JSON value, not bytes"),
-        (tokenizer, {"messages": [{"role": "tool", "content": "x"}]}, "chat_template: unknown role tool."),
+        (
+            tokenizer,
+            {"messages": [{"role": "user", "content": b"x"}]},
+            "must be a plain JSON value, not bytes",
+        ),
+        (
+            tokenizer,
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "chat_template: unknown role tool.",
+        ),
         (made["named"], {"messages": CHATS[0], "template": "tool"}, "Did you mean 'tool_use'"),
     ]
     for owner, arguments, message in cases:
@@ -353,18 +411,27 @@ def test_a_text_with_every_private_character_is_refused(made):
 def test_reasoning_has_the_name_that_the_template_reads(given, name, read):
     tokenizer = build(TokenizerConfig(kind="bytes"), ())
     tokenizer.chat_templates = {
-        "default": "{% for m in messages %}{{ m | length }}<" + read + ">{{ " + read + " }}{% endfor %}"
+        "default": "{% for m in messages %}{{ m | length }}<"
+        + read
+        + ">{{ "
+        + read
+        + " }}{% endfor %}"
     }
-    said = tokenizer.render_chat([{"role": "assistant", "content": "Cold.", given: "It is January.</s>"}])
+    said = tokenizer.render_chat(
+        [{"role": "assistant", "content": "Cold.", given: "It is January.</s>"}]
+    )
     names = 3 if given == name else 4
     assert said == f"{names}<{read}>It is January.</s>"
-    assert tokenizer.eos_id not in tokenizer.encode_chat([{"content": "Cold.", given: "It is January.</s>"}])
+    assert tokenizer.eos_id not in tokenizer.encode_chat(
+        [{"content": "Cold.", given: "It is January.</s>"}]
+    )
 
 
 def test_reasoning_that_a_message_tells_twice_keeps_both_values():
     tokenizer = build(TokenizerConfig(kind="bytes"), ())
     tokenizer.chat_templates = {
-        "default": "{{ messages[0].reasoning }}{{ messages[0].thinking }}{{ messages[0].reasoning_content }}"
+        "default": "{{ messages[0].reasoning }}{{ messages[0].thinking }}{{ "
+        "messages[0].reasoning_content }}"
     }
     message = {"role": "assistant", "reasoning": "a", "thinking": "b"}
     assert tokenizer.render_chat([message]) == "abb"

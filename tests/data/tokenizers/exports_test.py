@@ -40,7 +40,9 @@ def make(shared_data, name) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def texts(shared_data):
-    """Hard and real texts, but for U+2581: it is a space to SentencePiece, and only exact models tell it from one."""
+    """Hard and real texts, but for U+2581: it is a space to SentencePiece, and only exact models
+    tell it from one.
+    """
     real = (blocks[0] for _, blocks in references.texts(shared_data, CHARACTERS))
     return [text for text in [*HARD, *TEXTS[:3], *real] if "▁" not in text]
 
@@ -52,7 +54,15 @@ def test_an_exported_folder_loads_with_the_same_ids(shared_data, texts, tmp_path
     for file, data in folders.to_hugging_face_files(tokenizer).items():
         (tmp_path / file).write_bytes(data)
     again = folders.from_folder(tmp_path)
-    for attribute in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "mask_id", "sentinel_ids"):
+    for attribute in (
+        "vocab_size",
+        "bos_id",
+        "eos_id",
+        "pad_id",
+        "unk_id",
+        "mask_id",
+        "sentinel_ids",
+    ):
         assert getattr(again, attribute) == getattr(tokenizer, attribute), attribute
     assert again.chat_templates == tokenizer.chat_templates
     ids = [row.tolist() for row in tokenizer.encode_batch(texts)]
@@ -73,9 +83,12 @@ def test_an_exported_folder_loads_with_the_same_ids(shared_data, texts, tmp_path
 
 @pytest.mark.live
 @pytest.mark.parametrize(
-    ("name", "framed"), [("wordpiece", "[CLS] a [SEP]"), ("t5", "a</s>"), ("llama", "<s> a"), ("bytes", "<s>a")]
+    ("name", "framed"),
+    [("wordpiece", "[CLS] a [SEP]"), ("t5", "a</s>"), ("llama", "<s> a"), ("bytes", "<s>a")],
 )
-def test_an_exported_folder_frames_a_text_as_its_model_reads_it(shared_data, tmp_path, name, framed):
+def test_an_exported_folder_frames_a_text_as_its_model_reads_it(
+    shared_data, tmp_path, name, framed
+):
     transformers = pytest.importorskip("transformers")
     tokenizer = make(shared_data, name)
     for file, data in folders.to_hugging_face_files(tokenizer).items():
@@ -94,7 +107,9 @@ def test_an_exported_folder_frames_a_text_as_its_model_reads_it(shared_data, tmp
         ("tok-gpt2/tokenizer.json", "gpt2", None),
     ],
 )
-def test_an_exported_folder_reads_texts_and_pairs_as_the_original(shared_data, tmp_path, file, model_type, settings):
+def test_an_exported_folder_reads_texts_and_pairs_as_the_original(
+    shared_data, tmp_path, file, model_type, settings
+):
     transformers = pytest.importorskip("transformers")
     original, exported = tmp_path / "original", tmp_path / "exported"
     original.mkdir()
@@ -119,11 +134,17 @@ def test_an_exported_folder_reads_texts_and_pairs_as_the_original(shared_data, t
 def test_an_exported_folder_encodes_the_same_chats(shared_data, tmp_path, name):
     transformers = pytest.importorskip("transformers")
     tokenizer = make(shared_data, name)
-    template = "{% for m in messages %}{{ bos_token }}[INST] {{ m.content }} [/INST] ok {{ eos_token }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ bos_token }}[INST] {{ m.content }} [/INST] ok {{ "
+        "eos_token }}{% endfor %}"
+    )
     tokenizer.chat_templates = {"default": template}
     for file, data in folders.to_hugging_face_files(tokenizer).items():
         (tmp_path / file).write_bytes(data)
-    chat = [{"role": "user", "content": "Once  upon a time"}, {"role": "user", "content": "naïve \n 😀 "}]
+    chat = [
+        {"role": "user", "content": "Once  upon a time"},
+        {"role": "user", "content": "naïve \n 😀 "},
+    ]
     ids = tokenizer.encode_chat(chat)
     assert ids.count(tokenizer.bos_id) == ids.count(tokenizer.eos_id) == 2
     assert folders.from_folder(tmp_path).encode_chat(chat) == ids
@@ -141,7 +162,11 @@ def test_an_exported_model_is_kept_as_it_was(shared_data):
 def test_a_model_of_another_kind_is_refused(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, model_type="char", vocab_size=40, minloglevel=2
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        model_type="char",
+        vocab_size=40,
+        minloglevel=2,
     )
     (tmp_path / "char.model").write_bytes(model.getvalue())
     tokenizer = folders.from_path(tmp_path / "char.model")
@@ -173,7 +198,11 @@ FRAGMENTS = [
 
 def model_with_symbols(kind: str, **options) -> SentencePieceTokenizer:
     model = io.BytesIO()
-    texts = ["the cat sat on the mat <s> x1 <0x0A>", "naïve <mask> or [SEP] words", "aa bb <<0x0A>> cc 0x0A> ü"]
+    texts = [
+        "the cat sat on the mat <s> x1 <0x0A>",
+        "naïve <mask> or [SEP] words",
+        "aa bb <<0x0A>> cc 0x0A> ü",
+    ]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts * 20),
         model_writer=model,
@@ -187,9 +216,13 @@ def model_with_symbols(kind: str, **options) -> SentencePieceTokenizer:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@pytest.mark.parametrize("options", [{"byte_fallback": True, "vocab_size": 330}, {"vocab_size": 70}])
+@pytest.mark.parametrize(
+    "options", [{"byte_fallback": True, "vocab_size": 330}, {"vocab_size": 70}]
+)
 @pytest.mark.parametrize("prefix", [True, False])
-def test_text_that_spells_symbols_bytes_and_control_tokens_has_the_ids_of_sentencepiece(kind, options, prefix):
+def test_text_that_spells_symbols_bytes_and_control_tokens_has_the_ids_of_sentencepiece(
+    kind, options, prefix
+):
     tokenizer = model_with_symbols(kind, add_dummy_prefix=prefix, **options)
     exported = HuggingFaceTokenizer(exports.to_tokenizer_json(tokenizer))
     rng = random.Random(0)
@@ -214,4 +247,7 @@ def test_a_frame_that_the_file_has_not_is_written_beside_it():
     tokenizer = ByteTokenizer()
     tokenizer.prompt_frame = ((), (257,))
     files = folders.to_hugging_face_files(tokenizer)
-    assert hf.Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a").ids == [ord("a"), 257]
+    assert hf.Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a").ids == [
+        ord("a"),
+        257,
+    ]

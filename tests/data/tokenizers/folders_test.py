@@ -1,4 +1,6 @@
-"""Every file a Hugging Face folder may hold its tokenizer in gives the ids of an independent implementation."""
+"""Every file a Hugging Face folder may hold its tokenizer in gives the ids of an independent
+implementation.
+"""
 
 import json
 import pathlib
@@ -13,7 +15,14 @@ from research.data.tokenizers import TokenizerConfig, build, folders, load
 from tests.data.tokenizers import make_goldens, references
 
 GOLDENS = json.loads(make_goldens.FILE.read_text(encoding="utf-8"))
-SPELT = ["[CLS] a [MASK]", "<|endoftext|>", "</s><pad>", "<extra_id_0> <extra_id_99>", "[SEP]", "[mask]"]
+SPELT = [
+    "[CLS] a [MASK]",
+    "<|endoftext|>",
+    "</s><pad>",
+    "<extra_id_0> <extra_id_99>",
+    "[SEP]",
+    "[mask]",
+]
 # What is read of each file, so that the tests stay quick; `references` reads all of it.
 CHARACTERS = 600
 
@@ -43,7 +52,9 @@ def made(shared_data, tmp_path_factory):
     classes = {"bert": {}, "gpt2": {}, "t5": {"tokenizer_class": "T5Tokenizer"}}
     path = tmp_path_factory.mktemp("families")
     return {
-        name: folders.from_folder(folder_of(shared_data, path / name, name, **settings, **classes[name]))
+        name: folders.from_folder(
+            folder_of(shared_data, path / name, name, **settings, **classes[name])
+        )
         for name in FORMS
     }
 
@@ -93,16 +104,33 @@ def test_real_texts_have_the_ids_of_the_reference(shared_data, made, real_texts,
 
 
 def test_gpt2_from_its_vocabulary_is_gpt2_from_its_tokenizer_json(shared_data, made):
-    built, given = made["gpt2"], build(TokenizerConfig(kind="huggingface", path=str(shared_data / "tok-gpt2")), ())
+    built, given = (
+        made["gpt2"],
+        build(TokenizerConfig(kind="huggingface", path=str(shared_data / "tok-gpt2")), ()),
+    )
     for text in [*GOLDENS["texts"], *SPELT]:
         assert built.encode(text) == given.encode(text)
-    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "mask_id", "sentinel_ids", "control_tokens"):
+    for name in (
+        "vocab_size",
+        "bos_id",
+        "eos_id",
+        "pad_id",
+        "unk_id",
+        "mask_id",
+        "sentinel_ids",
+        "control_tokens",
+    ):
         assert getattr(built, name) == getattr(given, name), name
 
 
 def test_bert_has_its_control_ids(made):
     tokenizer = made["bert"]
-    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id) == (30522, 0, 100, 103)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id) == (
+        30522,
+        0,
+        100,
+        103,
+    )
     assert tokenizer.frame(np.array([7592], np.int32)).tolist() == [101, 7592, 102]
     assert tokenizer.decode([101, 7592, 103, 102, 0]) == "hello [MASK]"
     assert tokenizer.sentinel_ids == ()
@@ -112,7 +140,12 @@ def test_bert_has_its_control_ids(made):
 
 def test_t5_has_its_sentinels(shared_data, made):
     tokenizer = made["t5"]
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (32100, None, 1, 0)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        32100,
+        None,
+        1,
+        0,
+    )
     assert tokenizer.sentinel_ids == tuple(range(32099, 31999, -1))
     assert tokenizer.mask_id is None
     assert tokenizer.frame(np.array([8774], np.int32)).tolist() == [8774, 1]
@@ -138,19 +171,44 @@ def test_the_files_tell_how_many_sentinels_there_are(shared_data, tmp_path, sett
 
 
 def test_roberta_files_give_its_tokens_and_its_prefix_space(shared_data, tmp_path):
-    """The byte-level form with the special tokens of RoBERTa and BART, of which `<mask>` takes the space before it."""
-    names = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>"}
+    """The byte-level form with the special tokens of RoBERTa and BART, of which `<mask>` takes the
+    space before it.
+    """
+    names = {
+        "bos": "<s>",
+        "eos": "</s>",
+        "sep": "</s>",
+        "cls": "<s>",
+        "unk": "<unk>",
+        "pad": "<pad>",
+    }
     ids = json.loads((shared_data / "tok-gpt2" / "vocab.json").read_text())
     del ids["<|endoftext|>"]
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    ids = {name: i for i, name in enumerate(special)} | {name: i + 4 for name, i in ids.items()} | {"<mask>": 50260}
+    ids = (
+        {name: i for i, name in enumerate(special)}
+        | {name: i + 4 for name, i in ids.items()}
+        | {"<mask>": 50260}
+    )
     (tmp_path / "vocab.json").write_text(json.dumps(ids))
     shutil.copy(shared_data / "tok-gpt2" / "merges.txt", tmp_path / "merges.txt")
     tokens = {f"{role}_token": name for role, name in names.items()}
-    mask = {"content": "<mask>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+    mask = {
+        "content": "<mask>",
+        "lstrip": True,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+    }
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens | {"mask_token": mask}))
     plain = folders.from_folder(tmp_path)
-    assert (plain.bos_id, plain.pad_id, plain.eos_id, plain.unk_id, plain.mask_id) == (0, 1, 2, 3, 50260)
+    assert (plain.bos_id, plain.pad_id, plain.eos_id, plain.unk_id, plain.mask_id) == (
+        0,
+        1,
+        2,
+        3,
+        50260,
+    )
     reference = references.gpt2(shared_data / "tok-gpt2") if pytest.importorskip("regex") else None
     for text in GOLDENS["texts"][1:]:
         assert plain.encode(text) == [i + 4 for i in reference(text)]
@@ -175,7 +233,9 @@ def test_text_that_spells_control_tokens_is_text(made, family):
 def test_a_unigram_tokenizer_json_takes_no_control_piece_out_of_text(made, tmp_path):
     """T5's own has `</s>` among its pieces, and the library finds it there."""
     content = json.loads(folders.to_hugging_face_files(made["t5"])["tokenizer.json"])
-    written = json.dumps(content | {"pre_tokenizer": None}).encode()  # what keeps the library from it in our files
+    written = json.dumps(
+        content | {"pre_tokenizer": None}
+    ).encode()  # what keeps the library from it in our files
     (tmp_path / "tokenizer.json").write_bytes(written)
     tokenizer = folders.from_folder(tmp_path)
     plain = hf.Tokenizer.from_str(written.decode())
@@ -194,14 +254,25 @@ def test_a_saved_tokenizer_keeps_what_its_folder_said(made, tmp_path, family):
     assert loaded.digest() == tokenizer.digest()
     assert loaded.chat_templates == {"default": TEMPLATE}
     assert [loaded.encode(text) for text in SPELT] == [tokenizer.encode(text) for text in SPELT]
-    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "mask_id", "sentinel_ids", "control_tokens"):
+    for name in (
+        "vocab_size",
+        "bos_id",
+        "eos_id",
+        "pad_id",
+        "unk_id",
+        "mask_id",
+        "sentinel_ids",
+        "control_tokens",
+    ):
         assert getattr(loaded, name) == getattr(tokenizer, name), name
 
 
 def test_descriptors_from_before_masks_and_sentinels_load(tmp_path):
     model = build(TokenizerConfig(kind="bytes"), ())
     model.save(tmp_path)
-    (tmp_path / "descriptor.json").write_text(json.dumps({"kind": "bytes", "options": {}, "files": {}}))
+    (tmp_path / "descriptor.json").write_text(
+        json.dumps({"kind": "bytes", "options": {}, "files": {}})
+    )
     assert load(tmp_path).encode("a") == [97]
 
 
@@ -215,7 +286,9 @@ def test_chat_templates_are_found_in_every_place(tmp_path):
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     assert templates(chat_template=named) == {"default": "a", "tool_use": "b"}
     (tmp_path / "chat_templates").mkdir()
-    (tmp_path / "chat_templates" / "tool_use.jinja").write_text("of a file")  # which comes before the config's
+    (tmp_path / "chat_templates" / "tool_use.jinja").write_text(
+        "of a file"
+    )  # which comes before the config's
     assert templates(chat_template=named) == {"default": "a", "tool_use": "of a file"}
     (tmp_path / "chat_templates" / "tool_use.jinja").unlink()
     (tmp_path / "chat_template.jinja").write_bytes("é\r\n".encode())
@@ -225,8 +298,12 @@ def test_chat_templates_are_found_in_every_place(tmp_path):
 
 def test_templates_that_transformers_puts_beside_the_default_are_found(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
-    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("T{{ messages[0].content }}")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "D{{ messages[0].content }}"}))
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(
+        "T{{ messages[0].content }}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "D{{ messages[0].content }}"})
+    )
     tokenizer = build(TokenizerConfig(kind="bytes"), ())
     for _ in range(2):  # the default lies in the config, and then in a file
         tokenizer.chat_templates = folders.read_settings(tmp_path).chat_templates
@@ -256,24 +333,57 @@ def test_files_that_cannot_be_read_are_named(shared_data, tmp_path):
         ({}, "holds no tokenizer"),
         ({"vocab.txt": "a\nb\n"}, "has no unk_token '[UNK]'"),
         ({"vocab.txt": "\xff"}, "is not a vocab.txt"),
-        ({"vocab.txt": words, "tokenizer_config.json": '{"do_lower_case": "yes"}'}, "do_lower_case = 'yes'"),
-        ({"vocab.txt": words, "tokenizer_config.json": '{"unk_token": 7}'}, "unk_token = 7 is not a token"),
-        ({"vocab.txt": words, "tokenizer_config.json": '{"unk_token": {}}'}, "unk_token = {} is not a token"),
+        (
+            {"vocab.txt": words, "tokenizer_config.json": '{"do_lower_case": "yes"}'},
+            "do_lower_case = 'yes'",
+        ),
+        (
+            {"vocab.txt": words, "tokenizer_config.json": '{"unk_token": 7}'},
+            "unk_token = 7 is not a token",
+        ),
+        (
+            {"vocab.txt": words, "tokenizer_config.json": '{"unk_token": {}}'},
+            "unk_token = {} is not a token",
+        ),
         ({"vocab.txt": words, "tokenizer_config.json": "[]"}, "is not a JSON object"),
         ({"vocab.txt": words, "tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
         ({"vocab.txt": words, "added_tokens.json": '{"[NEW]": 9}'}, "no '[NEW]' with id 9"),
-        ({"vocab.txt": words, "added_tokens.json": '{"[NEW]": "x"}'}, "added tokens are not readable"),
-        ({"vocab.txt": words, "tokenizer_config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}'}, "does more"),
+        (
+            {"vocab.txt": words, "added_tokens.json": '{"[NEW]": "x"}'},
+            "added tokens are not readable",
+        ),
+        (
+            {
+                "vocab.txt": words,
+                "tokenizer_config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}',
+            },
+            "does more",
+        ),
         ({"vocab.json": vocab}, "merges.txt cannot be read"),
         ({"vocab.json": vocab, "merges.txt": "a b\n"}, "255 bytes are no tokens"),
         ({"vocab.json": "[]", "merges.txt": "a b\n"}, "is not a vocab.json"),
         ({"vocab.json": signs, "merges.txt": "a b c\n"}, "'a b c' is not a pair"),
         ({"vocab.json": signs, "merges.txt": "a b\n"}, "is not a vocab.json with its merges.txt"),
         ({"spiece.model": "no model"}, "is not a SentencePiece model"),
-        ({"spiece.model": pieces, "tokenizer_config.json": '{"extra_ids": -1}'}, "extra_ids = -1 is not a count"),
-        ({"spiece.model": pieces, "added_tokens.json": '{"<new>": 32000}'}, "no '<new>' with id 32000"),
-        ({"spiece.model": pieces, "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizer"}'}, "does more"),
-        ({"spiece.model": pieces, "tokenizer_config.json": '{"chat_template": [1]}'}, "neither a text nor a list"),
+        (
+            {"spiece.model": pieces, "tokenizer_config.json": '{"extra_ids": -1}'},
+            "extra_ids = -1 is not a count",
+        ),
+        (
+            {"spiece.model": pieces, "added_tokens.json": '{"<new>": 32000}'},
+            "no '<new>' with id 32000",
+        ),
+        (
+            {
+                "spiece.model": pieces,
+                "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizer"}',
+            },
+            "does more",
+        ),
+        (
+            {"spiece.model": pieces, "tokenizer_config.json": '{"chat_template": [1]}'},
+            "neither a text nor a list",
+        ),
         ({"tokenizer.json": "{}"}, "is not a tokenizer.json"),
     ]
     for i, (files, message) in enumerate(cases):

@@ -12,13 +12,22 @@ from research.data.tokenizers.pieces import SentencePieceTokenizer
 
 TEXTS = ["the cat sat on the mat, naïve 12 x == y\n" * 3 + f"word{i % 7} {i}" for i in range(60)]
 DEEP = "[" * 100_000 + "]" * 100_000
-ADDED = {"content": "<x>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+ADDED = {
+    "content": "<x>",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
 PIECES = {"tokenizer_class": "T5Tokenizer"}
 
 
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    return build(TokenizerConfig(kind="unigram", vocab_size=400), TEXTS).files()["sentencepiece.model"]
+    return build(TokenizerConfig(kind="unigram", vocab_size=400), TEXTS).files()[
+        "sentencepiece.model"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +41,15 @@ def whole() -> dict:
         ({"extra_ids": 10**8}, "extra_ids = 100000000 is not a count up to 10000"),
         ({"extra_ids": 2**63}, "extra_ids = 9223372036854775808 is not a count"),
         ({"extra_ids": True}, "extra_ids = True is not a count"),
-        ({"additional_special_tokens": 2147483648}, "additional_special_tokens = 2147483648 is no list of tokens"),
+        (
+            {"additional_special_tokens": 2147483648},
+            "additional_special_tokens = 2147483648 is no list of tokens",
+        ),
         ({"extra_special_tokens": "x"}, "extra_special_tokens = 'x' is no list of tokens"),
-        ({"added_tokens_decoder": {"Infinity": {"content": "<x>"}}}, "added tokens are not readable"),
+        (
+            {"added_tokens_decoder": {"Infinity": {"content": "<x>"}}},
+            "added tokens are not readable",
+        ),
         ({"added_tokens_decoder": 3}, "added tokens are not readable"),
     ],
 )
@@ -144,7 +159,11 @@ def test_a_descriptor_that_was_changed_is_refused(tmp_path, changes):
         ("further_end_ids", [-1], "further_end_ids = [-1]: -1 must be an id in [0, 16777216)."),
         ("further_end_ids", [1.5], "further_end_ids.0 = 1.5 must be a whole number."),
         ("further_end_ids", [True], "further_end_ids.0 = True must be a whole number."),
-        ("further_end_ids", [10**9], "further_end_ids = [1000000000]: 1000000000 must be an id in [0, 16777216)."),
+        (
+            "further_end_ids",
+            [10**9],
+            "further_end_ids = [1000000000]: 1000000000 must be an id in [0, 16777216).",
+        ),
         ("chat_templates", 3, "chat_templates = 3 must be a group of fields."),
         ("chat_templates", {"default": 3}, "chat_templates.default = 3 must be a string."),
         ("named_tokens", [1], "named_tokens = [1] must be a group of fields."),
@@ -152,7 +171,9 @@ def test_a_descriptor_that_was_changed_is_refused(tmp_path, changes):
         ("prompt_frame", [[-1], []], "prompt_frame = [-1]: -1 must be an id in [0, 16777216)."),
     ],
 )
-def test_a_field_of_another_type_in_a_descriptor_is_named_with_its_file(tmp_path, field, value, said):
+def test_a_field_of_another_type_in_a_descriptor_is_named_with_its_file(
+    tmp_path, field, value, said
+):
     build(TokenizerConfig(kind="bytes"), ()).save(tmp_path)
     path = tmp_path / "descriptor.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -162,5 +183,7 @@ def test_a_field_of_another_type_in_a_descriptor_is_named_with_its_file(tmp_path
 
 
 def test_a_config_with_more_sentinels_than_any_model_has_is_refused():
-    with pytest.raises(UserError, match=r"sentinels = 100000000 must be a whole number in \[0, 10000\]"):
+    with pytest.raises(
+        UserError, match=r"sentinels = 100000000 must be a whole number in \[0, 10000\]"
+    ):
         TokenizerConfig(kind="bytes", sentinels=10**8)

@@ -1,7 +1,7 @@
 """Writes `goldens.json`: what independent implementations make of hard texts.
 
-`python -m tests.data.tokenizers.make_goldens DATA`, with `transformers` and `regex`. The implementations are those of
-`references`; BERT also with case, and with accents.
+`python -m tests.data.tokenizers.make_goldens DATA`, with `transformers` and `regex`. The
+implementations are those of `references`; BERT also with case, and with accents.
 """
 
 import json
@@ -49,7 +49,10 @@ def main(data: pathlib.Path) -> None:
         "t5": references.sentence_pieces(data / "tok-t5-base" / "t5-base.model"),
     }
     ids = {name: [encode(text) for text in HARD] for name, encode in families.items()}
-    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in {"texts": HARD, **ids}.items())
+    rows = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(values)}"
+        for name, values in {"texts": HARD, **ids}.items()
+    )
     FILE.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
 
 

@@ -1,9 +1,11 @@
 """Independent implementations to compare with, and real texts to compare on.
 
-`python -m tests.data.tokenizers.references DATA CHARACTERS` compares, over that many characters of each text file.
+`python -m tests.data.tokenizers.references DATA CHARACTERS` compares, over that many characters of
+each text file.
 
-BERT: the pure Python tokenizer that `transformers` keeps. GPT-2: the published algorithm in plain Python, below
-(Radford et al. 2019; Sennrich et al. 2016, arXiv:1508.07909). T5 and others: the SentencePiece library.
+BERT: the pure Python tokenizer that `transformers` keeps. GPT-2: the published algorithm in plain
+Python, below (Radford et al. 2019; Sennrich et al. 2016, arXiv:1508.07909). T5 and others: the
+SentencePiece library.
 """
 
 import functools
@@ -19,7 +21,18 @@ import sentencepiece
 
 from research.data.tokenizers import Tokenizer, folders
 
-PATTERNS = ("*.txt", "*.txt.gz", "*.jsonl", "*.jsonl.gz", "*.json.gz", "*.html.gz", "*.md", "*.tsv", "*.csv", "*.cs.gz")
+PATTERNS = (
+    "*.txt",
+    "*.txt.gz",
+    "*.jsonl",
+    "*.jsonl.gz",
+    "*.json.gz",
+    "*.html.gz",
+    "*.md",
+    "*.tsv",
+    "*.csv",
+    "*.cs.gz",
+)
 PATTERNS += ("*.de.gz", "*.en.gz", "*.fr.gz")
 BLOCK_LINES = 20
 # GPT-2's rule for what pairs may not cross.
@@ -27,7 +40,9 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 def texts(data: pathlib.Path, characters: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields each text file's name and its first characters, in blocks of lines; tokenizers' own files are no texts."""
+    """Yields each text file's name and its first characters, in blocks of lines; tokenizers' own
+    files are no texts.
+    """
     for path in sorted({path for pattern in PATTERNS for path in data.rglob(pattern)}):
         if path.relative_to(data).parts[0].startswith("tok-"):
             continue
@@ -36,9 +51,16 @@ def texts(data: pathlib.Path, characters: int) -> Iterator[tuple[str, list[str]]
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:  # the end of what was read, or another encoding
-            text = raw[: error.start].decode("utf-8") if error.start > len(raw) - 4 else raw.decode("latin-1")
+            text = (
+                raw[: error.start].decode("utf-8")
+                if error.start > len(raw) - 4
+                else raw.decode("latin-1")
+            )
         lines = text[:characters].split("\n")
-        blocks = ["\n".join(lines[start : start + BLOCK_LINES]) for start in range(0, len(lines), BLOCK_LINES)]
+        blocks = [
+            "\n".join(lines[start : start + BLOCK_LINES])
+            for start in range(0, len(lines), BLOCK_LINES)
+        ]
         yield str(path.relative_to(data)), blocks
 
 
@@ -51,7 +73,9 @@ def bert(vocab: pathlib.Path, **options: bool) -> Callable[[str], list[int]]:
 
 
 def gpt2(folder: pathlib.Path) -> Callable[[str], list[int]]:
-    """Returns GPT-2's byte pairs in plain Python: in each word the best-ranked pair is merged until there is none."""
+    """Returns GPT-2's byte pairs in plain Python: in each word the best-ranked pair is merged until
+    there is none.
+    """
     import regex
 
     ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -59,7 +83,9 @@ def gpt2(folder: pathlib.Path) -> Callable[[str], list[int]]:
     ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(filter(None, lines))}
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    signs = {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    signs = {byte: chr(byte) for byte in shown} | {
+        byte: chr(256 + i) for i, byte in enumerate(hidden)
+    }
     words = regex.compile(WORDS)
 
     @functools.cache
@@ -85,7 +111,9 @@ def sentence_pieces(path: pathlib.Path) -> Callable[[str], list[int]]:
     return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
 
 
-def compare(tokenizer: Tokenizer, reference: Callable[[str], list[int]], blocks: list[str]) -> tuple[int, list[str]]:
+def compare(
+    tokenizer: Tokenizer, reference: Callable[[str], list[int]], blocks: list[str]
+) -> tuple[int, list[str]]:
     """Returns the number of ids, and the blocks that the two encode differently."""
     batch = [ids.tolist() for ids in tokenizer.encode_batch(blocks)]
     different = [block for block, ids in zip(blocks, batch, strict=True) if ids != reference(block)]
@@ -108,10 +136,18 @@ def main(data: pathlib.Path, characters: int, families: list[str]) -> None:
         faults: list[tuple[str, str]] = []
         for file, held in texts(data, characters):
             count, different = compare(tokenizer, reference, held)
-            files, blocks, signs, ids = files + 1, blocks + len(held), signs + sum(map(len, held)), ids + count
+            files, blocks, signs, ids = (
+                files + 1,
+                blocks + len(held),
+                signs + sum(map(len, held)),
+                ids + count,
+            )
             faults += [(file, block) for block in different]
         seconds = time.monotonic() - start
-        print(f"{name}: {files} files, {blocks:,} texts, {signs:,} characters, {ids:,} ids: {len(faults)} differ")
+        print(
+            f"{name}: {files} files, {blocks:,} texts, {signs:,} characters, {ids:,} ids: "
+            f"{len(faults)} differ"
+        )
         print(f"  {seconds:.0f} s", [(file, block[:80]) for file, block in faults[:5]], flush=True)
 
 

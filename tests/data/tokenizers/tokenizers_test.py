@@ -15,10 +15,24 @@ from research.core.errors import UserError
 from research.data import tokenizers
 from research.data.tokenizers import StreamDecoder, TokenizerConfig, build, load, pieces
 
-WORDS = ["the", "cat", "<s>", "</s>", "<unk>", "<0x41>", "  over", "▁", "éa\u0301", "naïve\r", "\0nul", "x == 12"]
+WORDS = [
+    "the",
+    "cat",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x41>",
+    "  over",
+    "▁",
+    "éa\u0301",
+    "naïve\r",
+    "\0nul",
+    "x == 12",
+]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(30)) + "\n\ttail" for i in range(60)]
 NASTY = [
-    "", " ", "  a  ", "\n", "a\r\nb\tc", "\0", "a\0b", "▁", "▁▁ ▁a▁", "<s>", "</s> <unk> <pad> <0x41>", "<|endoftext|>",
+    "", " ", "  a  ", "\n", "a\r\nb\tc", "\0", "a\0b", "▁", "▁▁ ▁a▁", "<s>",
+    "</s> <unk> <pad> <0x41>", "<|endoftext|>",
     "😀e\u0301", "\ufeff\ufffd\uffff", "\x01\x7f\x85\u2028\u00a0\u3000", "\U0010ffff", "ﬁ Å １",
 ]  # fmt: skip
 ALL_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -32,7 +46,10 @@ def huggingface_json() -> bytes:
     tokenizer.decoder = hf.decoders.ByteLevel()
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
     trainer = hf.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>", "<s>"], show_progress=False
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>", "<s>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_tokens([hf.AddedToken("<pad>", special=False)])
@@ -69,12 +86,18 @@ def test_any_text_round_trips_without_control_ids(kinds, kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_encodes_as_its_texts_do(kinds, kind):
     batch = kinds[kind].encode_batch([*NASTY, *TEXTS[:5]])
-    assert [ids.tolist() for ids in batch] == [kinds[kind].encode(text) for text in [*NASTY, *TEXTS[:5]]]
+    assert [ids.tolist() for ids in batch] == [
+        kinds[kind].encode(text) for text in [*NASTY, *TEXTS[:5]]
+    ]
 
 
 def test_plain_sentencepiece_loses_the_meta_space(kinds):
-    """The control: without the spelling by bytes the round trip fails, so the test above can fail."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=kinds["bpe"].files()["sentencepiece.model"])
+    """The control: without the spelling by bytes the round trip fails, so the test above can
+    fail.
+    """
+    processor = sentencepiece.SentencePieceProcessor(
+        model_proto=kinds["bpe"].files()["sentencepiece.model"]
+    )
     assert processor.decode(processor.encode("a▁b")) == "a b"
 
 
@@ -89,11 +112,14 @@ def test_plain_huggingface_parses_special_tokens_out_of_text(kinds):
 def test_training_is_deterministic_in_another_process(kinds, kind):
     program = (
         "import sys, json, hashlib; from research.data.tokenizers import pieces;"
-        "model = pieces.train(sys.argv[1], json.loads(sys.stdin.read()), 400).files()['sentencepiece.model'];"
+        "model = pieces.train(sys.argv[1], json.loads(sys.stdin.read()), "
+        "400).files()['sentencepiece.model'];"
         "print(hashlib.sha256(model).hexdigest())"
     )
     command = [sys.executable, "-c", program, kind]
-    printed = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        command, input=json.dumps(TEXTS), capture_output=True, text=True, check=True
+    ).stdout
     assert printed.strip() == kinds[kind].descriptor()["files"]["sentencepiece.model"]
 
 
@@ -170,7 +196,10 @@ def test_a_stream_ends_with_the_bytes_that_stay_broken(kinds):
         ({"vocab_size": 299}, "vocab_size = 299"),
         ({"training_bytes": 0}, "training_bytes = 0"),
         ({"sentinels": -1}, "sentinels = -1"),
-        ({"vocab_size": 310, "sentinels": 10, "mask": True}, "vocab_size = 310 must be at least 311"),
+        (
+            {"vocab_size": 310, "sentinels": 10, "mask": True},
+            "vocab_size = 310 must be at least 311",
+        ),
         ({"kind": "huggingface", "path": "x", "mask": True}, "mask = True"),
         ({"kind": "huggingface", "path": "x", "sentinels": 1}, "sentinels = 1 must be 0"),
     ],
@@ -183,9 +212,14 @@ def test_a_config_that_cannot_be_is_refused(values, message):
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "bytes"])
 def test_trained_tokenizers_reserve_a_mask_and_sentinels(kind, tmp_path):
     spelt = "<mask> <extra_id_0> <extra_id_2>"
-    tokenizer = build(TokenizerConfig(kind=kind, vocab_size=400, mask=True, sentinels=3), [*TEXTS, spelt * 9])
+    tokenizer = build(
+        TokenizerConfig(kind=kind, vocab_size=400, mask=True, sentinels=3), [*TEXTS, spelt * 9]
+    )
     control = (tokenizer.mask_id, *tokenizer.sentinel_ids)
-    named = [tokenizer.control_tokens[name] for name in ("<mask>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>")]
+    named = [
+        tokenizer.control_tokens[name]
+        for name in ("<mask>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
+    ]
     assert [*control] == named
     assert len({*control, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}) == 7
     for text in [*NASTY, spelt]:
@@ -196,7 +230,10 @@ def test_trained_tokenizers_reserve_a_mask_and_sentinels(kind, tmp_path):
     ids = [tokenizer.sentinel_ids[2], *tokenizer.encode(" a"), tokenizer.mask_id, tokenizer.eos_id]
     assert tokenizer.decode(ids) == "<extra_id_2> a<mask>"
     tokenizer.save(tmp_path)
-    assert (load(tmp_path).mask_id, load(tmp_path).sentinel_ids) == (tokenizer.mask_id, tokenizer.sentinel_ids)
+    assert (load(tmp_path).mask_id, load(tmp_path).sentinel_ids) == (
+        tokenizer.mask_id,
+        tokenizer.sentinel_ids,
+    )
 
 
 def test_nothing_is_reserved_that_is_not_asked_for(kinds):
@@ -225,7 +262,11 @@ def test_gpt2_encodes_as_the_library_but_for_control_ids(shared_data):
     tokenizer = build(TokenizerConfig(kind="huggingface", path=str(path.parent)), ())
     plain = hf.Tokenizer.from_file(str(path))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50257, None, 50256)
-    for text in [*(text for text in NASTY if "<|endoftext|>" not in text), *TEXTS[:9], "Hello world's 123  tokens"]:
+    for text in [
+        *(text for text in NASTY if "<|endoftext|>" not in text),
+        *TEXTS[:9],
+        "Hello world's 123  tokens",
+    ]:
         assert tokenizer.encode(text) == plain.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert plain.encode("a<|endoftext|>").ids == [64, 50256]
@@ -236,7 +277,11 @@ def test_gpt2_encodes_as_the_library_but_for_control_ids(shared_data):
 
 @pytest.mark.parametrize(
     "name",
-    ["stories260K/tok512.model", "tok-c4-sentencepiece/bpe_32k_c4.model", "tok-sentencepiece-tests/test_model.model"],
+    [
+        "stories260K/tok512.model",
+        "tok-c4-sentencepiece/bpe_32k_c4.model",
+        "tok-sentencepiece-tests/test_model.model",
+    ],
 )
 def test_a_loaded_model_encodes_as_sentencepiece(shared_data, name, tmp_path):
     path = shared_data / name

@@ -15,7 +15,11 @@ from research.kernels.attention import AttentionMask, attention, cpu
 
 def inputs(batch, queries, keys, heads, kv_heads, width, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = [(batch, queries, heads, width), (batch, keys, kv_heads, width), (batch, keys, kv_heads, width)]
+    shapes = [
+        (batch, queries, heads, width),
+        (batch, keys, kv_heads, width),
+        (batch, keys, kv_heads, width),
+    ]
     q, k, v, g = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (*shapes, shapes[0]))
     return q, k, v, g
 
@@ -59,10 +63,16 @@ def visible_by_words(mask, batch, queries, keys):
     for b, t, s in np.ndindex(out.shape):
         p_t = t if mask.q_positions is None else mask.q_positions[b, t]
         p_s = s if mask.kv_positions is None else mask.kv_positions[b, s]
-        seen = (not mask.causal or p_t >= p_s) and (mask.window is None or abs(p_t - p_s) < mask.window)
+        seen = (not mask.causal or p_t >= p_s) and (
+            mask.window is None or abs(p_t - p_s) < mask.window
+        )
         seen = seen or (mask.prefix is not None and p_s < mask.prefix[b])
         if mask.q_segments is not None:
-            seen = seen and mask.q_segments[b, t] == mask.kv_segments[b, s] and mask.kv_segments[b, s] != 0
+            seen = (
+                seen
+                and mask.q_segments[b, t] == mask.kv_segments[b, s]
+                and mask.kv_segments[b, s] != 0
+            )
         out[b, t, s] = seen
     return out
 
@@ -118,7 +128,8 @@ def test_reach_leaves_out_nothing_visible_and_blocks_above_the_diagonal():
 @pytest.mark.default_passes
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
-    # Sizes as they are, or so small that shares, bands of several tiles and what is left of them all come to pass.
+    # Sizes as they are, or so small that shares, bands of several tiles and what is left of them
+    # all come to pass.
     sizes=st.sampled_from([{}, {"TILE": 16, "MAX_BANDS": 3, "SHARES": 2, "SHARE_SCORES": 64}]),
     batch=st.sampled_from([1, 3]),
     queries=st.sampled_from([1, 60, 150, 300]),
@@ -128,7 +139,9 @@ def test_reach_leaves_out_nothing_visible_and_blocks_above_the_diagonal():
     window=st.sampled_from([None, 1, 50]),
     packed=st.booleans(),
     terms=st.sets(st.sampled_from(["softcap", "sinks", "alibi"])),
-    bias=st.sampled_from([None, (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 1), (1, 0, 1, 1)]),
+    bias=st.sampled_from(
+        [None, (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 1), (1, 0, 1, 1)]
+    ),
     seed=st.integers(0, 100),
 )
 def test_cpu_equals_reference_in_value_and_gradients(
@@ -139,7 +152,9 @@ def test_cpu_equals_reference_in_value_and_gradients(
     longest = segments(batch, max(queries, keys), seed)
     ids = {"q_segments": longest[:, :queries], "kv_segments": longest[:, :keys]} if packed else {}
     mask = AttentionMask(causal=causal, window=window, **ids)
-    arrays = {name: jnp.asarray(rng.random(heads[0]), jnp.float32) for name in sorted(terms - {"softcap"})}
+    arrays = {
+        name: jnp.asarray(rng.random(heads[0]), jnp.float32) for name in sorted(terms - {"softcap"})
+    }
     if bias is not None:
         whole = (batch, heads[0], queries, keys)
         shape = [1 if one else size for one, size in zip(bias, whole, strict=True)]
@@ -148,7 +163,9 @@ def test_cpu_equals_reference_in_value_and_gradients(
 
     def run(implementation):
         def call(q, k, v, arrays):
-            return attention(q, k, v, mask=mask, softcap=softcap, implementation=implementation, **arrays)
+            return attention(
+                q, k, v, mask=mask, softcap=softcap, implementation=implementation, **arrays
+            )
 
         @jax.jit
         def both(q, k, v, arrays):
@@ -204,7 +221,10 @@ def test_reference_extras_equal_their_equations():
     q, k, v, _ = inputs(1, 5, 5, 2, 1, 4)
     rng = np.random.default_rng(1)
     bias, sinks = jnp.asarray(rng.normal(size=(1, 2, 5, 5)), jnp.float32), jnp.array([0.5, -1.0])
-    slopes, distance = jnp.array([0.5, 0.25]), np.abs(np.arange(5)[:, None] - np.arange(5)).astype(np.float32)
+    slopes, distance = (
+        jnp.array([0.5, 0.25]),
+        np.abs(np.arange(5)[:, None] - np.arange(5)).astype(np.float32),
+    )
     terms = {"bias": bias, "alibi": slopes, "softcap": 2.0, "sinks": sinks, "scale": 0.7}
     out = attention(q, k, v, mask=AttentionMask(), implementation="reference", **terms)
     scores = 0.7 * np.einsum("tnh,sh->nts", q[0], k[0, :, 0])
@@ -230,10 +250,14 @@ def temporaries(implementation, length):
 
     def run(q, k, v, g):
         mask = AttentionMask(causal=True)
-        out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask=mask, implementation=implementation), q, k, v)
+        out, pull = jax.vjp(
+            lambda *qkv: attention(*qkv, mask=mask, implementation=implementation), q, k, v
+        )
         return out, pull(g)
 
-    return jax.jit(run).lower(q, k, v, g).compile().memory_analysis().temp_size_in_bytes / (length * 128 * 4)
+    return jax.jit(run).lower(q, k, v, g).compile().memory_analysis().temp_size_in_bytes / (
+        length * 128 * 4
+    )
 
 
 def test_memory_of_cpu_attention_is_linear_in_the_length():

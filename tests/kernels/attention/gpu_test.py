@@ -1,4 +1,6 @@
-"""The GPU bodies: Pallas kernels for Hopper against the reference in JAX's interpreter, and compiled for an H200."""
+"""The GPU bodies: Pallas kernels for Hopper against the reference in JAX's interpreter, and
+compiled for an H200.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +15,15 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.kernels import choice
-from research.kernels.attention import AttentionMask, ScoreTerms, attention, bodies, cudnn, gpu, reference
+from research.kernels.attention import (
+    AttentionMask,
+    ScoreTerms,
+    attention,
+    bodies,
+    cudnn,
+    gpu,
+    reference,
+)
 from research.kernels.attention.gpu_plan import Plan, block_kinds, visits
 from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on
@@ -23,7 +33,11 @@ H200 = "NVIDIA H200"
 
 def operands(batch, queries, keys, heads, kv_heads, width, dtype=jnp.float16, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = [(batch, queries, heads, width), (batch, keys, kv_heads, width), (batch, keys, kv_heads, width)]
+    shapes = [
+        (batch, queries, heads, width),
+        (batch, keys, kv_heads, width),
+        (batch, keys, kv_heads, width),
+    ]
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in (*shapes, shapes[0]))
 
 
@@ -44,11 +58,15 @@ def value_and_gradients(body, q, k, v, g, mask, terms):
 def assert_equals_reference(q, k, v, g, mask, terms, tolerance):
     got = jax.jit(functools.partial(value_and_gradients, gpu.attention))(q, k, v, g, mask, terms)
     wide = [x.astype(jnp.float32) for x in (q, k, v, g)]
-    expected = jax.jit(functools.partial(value_and_gradients, reference.attention))(*wide, mask, terms)
+    expected = jax.jit(functools.partial(value_and_gradients, reference.attention))(
+        *wide, mask, terms
+    )
     for name, a, b in zip(("out", "dq", "dk", "dv", "dbias", "dsinks"), got, expected, strict=True):
         if b is not None:
             scale = max(1.0, float(jnp.max(jnp.abs(b))))
-            np.testing.assert_allclose(np.float32(a) / scale, np.float32(b) / scale, atol=tolerance, err_msg=name)
+            np.testing.assert_allclose(
+                np.float32(a) / scale, np.float32(b) / scale, atol=tolerance, err_msg=name
+            )
 
 
 @st.composite
@@ -61,14 +79,23 @@ def calls(draw):
         prefix=draw(st.sampled_from([None, jnp.arange(batch) * 9])),
     )
     if draw(st.booleans()):
-        ids = {"q_segments": documents(batch, queries, 40), "kv_segments": documents(batch, keys, 40)}
+        ids = {
+            "q_segments": documents(batch, queries, 40),
+            "kv_segments": documents(batch, keys, 40),
+        }
         mask = dataclasses.replace(mask, **ids)
     if draw(st.booleans()):
         late, backwards = jnp.arange(queries) + 5, jnp.arange(keys)[::-1]
         positions = {"q_positions": late, "kv_positions": backwards}
-        mask = dataclasses.replace(mask, **{name: jnp.tile(p, (batch, 1)) for name, p in positions.items()})
+        mask = dataclasses.replace(
+            mask, **{name: jnp.tile(p, (batch, 1)) for name, p in positions.items()}
+        )
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    shape = draw(st.sampled_from([None, (1, heads[0], queries, keys), (batch, 1, 1, keys), (1, 1, queries, 1)]))
+    shape = draw(
+        st.sampled_from(
+            [None, (1, heads[0], queries, keys), (batch, 1, 1, keys), (1, 1, queries, 1)]
+        )
+    )
     terms = ScoreTerms(
         bias=None if shape is None else jnp.asarray(rng.normal(size=shape), jnp.float32),
         alibi=draw(st.sampled_from([None, jnp.linspace(0.1, 0.3, heads[0])])),
@@ -97,12 +124,15 @@ def test_kernel_equals_reference_with_everything_at_once():
     )
     rng = np.random.default_rng(1)
     bias = jnp.asarray(rng.normal(size=(1, 1, 140, 150)), jnp.float32)
-    terms = ScoreTerms(bias=bias, alibi=jnp.array([0.2]), sinks=jnp.array([0.5]), softcap=5.0, scale=0.125)
+    terms = ScoreTerms(
+        bias=bias, alibi=jnp.array([0.2]), sinks=jnp.array([0.5]), softcap=5.0, scale=0.125
+    )
     call = operands(1, 140, 150, 1, 1, 64, jnp.bfloat16)
     assert_equals_reference(*call, mask, terms, tolerance=2e-2)
     # The control: the tolerance is one that a wrong mask does not keep.
     out, other = (
-        np.float32(reference.attention(*call[:3], m, terms)) for m in (mask, dataclasses.replace(mask, causal=False))
+        np.float32(reference.attention(*call[:3], m, terms))
+        for m in (mask, dataclasses.replace(mask, causal=False))
     )
     assert np.max(np.abs(out - other)) > 0.2
 
@@ -114,7 +144,9 @@ def test_kernel_equals_reference_with_everything_at_once():
         AttentionMask(causal=True),
         AttentionMask(window=100),
         AttentionMask(causal=True, window=90, prefix=jnp.array([10, 200])),
-        AttentionMask(causal=True, q_segments=documents(2, 500, 130), kv_segments=documents(2, 300, 130)),
+        AttentionMask(
+            causal=True, q_segments=documents(2, 500, 130), kv_segments=documents(2, 300, 130)
+        ),
         AttentionMask(causal=True, q_positions=jnp.tile(jnp.arange(500)[::-1], (2, 1))),
     ],
 )
@@ -135,7 +167,12 @@ def test_blocks_that_the_mask_rules_out_are_never_visited(mask):
 
 
 def shapes(queries, keys, heads, width, dtype=jnp.bfloat16):
-    tokens = [(1, queries, heads, width), (1, keys, heads, width), (1, keys, heads, width), (1, queries, heads, width)]
+    tokens = [
+        (1, queries, heads, width),
+        (1, keys, heads, width),
+        (1, keys, heads, width),
+        (1, queries, heads, width),
+    ]
     return [jax.ShapeDtypeStruct(shape, dtype) for shape in tokens]
 
 
@@ -157,12 +194,20 @@ def shapes(queries, keys, heads, width, dtype=jnp.bfloat16):
             ),
             ScoreTerms(jnp.zeros((1, 2, 200, 300)), jnp.ones(2), jnp.ones(2), 5.0, 0.1),
         ),
-        (256, AttentionMask(), ScoreTerms(bias=jnp.zeros((1, 1, 1, 300), jnp.bfloat16), softcap=50.0)),
+        (
+            256,
+            AttentionMask(),
+            ScoreTerms(bias=jnp.zeros((1, 1, 1, 300), jnp.bfloat16), softcap=50.0),
+        ),
     ],
 )
 def test_kernels_compile_for_an_h200(h200, width, mask, terms):
     program = compile_on(
-        h200, functools.partial(value_and_gradients, gpu.attention), *shapes(200, 300, 2, width), mask, terms
+        h200,
+        functools.partial(value_and_gradients, gpu.attention),
+        *shapes(200, 300, 2, width),
+        mask,
+        terms,
     )
     assert program.as_text().count("mosaic_gpu_v2") >= 3
 
@@ -170,8 +215,14 @@ def test_kernels_compile_for_an_h200(h200, width, mask, terms):
 @pytest.mark.compilers
 @pytest.mark.parametrize("window", [None, 16])
 def test_cudnn_compiles_for_an_h200(h200, window):
-    call = (*shapes(64, 64, 2, 64), AttentionMask(causal=True, window=window), ScoreTerms(scale=0.1))
-    text = compile_on(h200, functools.partial(value_and_gradients, cudnn.attention), *call).as_text()
+    call = (
+        *shapes(64, 64, 2, 64),
+        AttentionMask(causal=True, window=window),
+        ScoreTerms(scale=0.1),
+    )
+    text = compile_on(
+        h200, functools.partial(value_and_gradients, cudnn.attention), *call
+    ).as_text()
     assert "fmhaSoftmaxBackward" in text
 
 
@@ -181,16 +232,30 @@ def test_cudnn_compiles_with_the_gradient_of_a_bias(h200):
     q, k, v, g = operands(1, 64, 64, 2, 2, 64, jnp.bfloat16)
     with compiling_for("gpu", H200):
         assert cudnn.refusal(q, k, AttentionMask(), terms) is None
-    text = compile_on(h200, functools.partial(value_and_gradients, cudnn.attention), q, k, v, g, AttentionMask(), terms)
+    text = compile_on(
+        h200,
+        functools.partial(value_and_gradients, cudnn.attention),
+        q,
+        k,
+        v,
+        g,
+        AttentionMask(),
+        terms,
+    )
     assert "fmhaScaleBiasSoftmaxBackward" in text.as_text()
 
 
 @pytest.mark.compilers
 def test_temporaries_hold_no_scores_at_32768_tokens(h200):
     length, width = 32768, 128
-    call = (*shapes(length, length, 1, width), AttentionMask(causal=True), ScoreTerms(softcap=50.0, scale=0.1))
+    call = (
+        *shapes(length, length, 1, width),
+        AttentionMask(causal=True),
+        ScoreTerms(softcap=50.0, scale=0.1),
+    )
     program = compile_on(h200, functools.partial(value_and_gradients, gpu.attention), *call)
-    # All that is not an operand or a gradient, the lists of blocks included, is smaller than one operand.
+    # All that is not an operand or a gradient, the lists of blocks included, is smaller than one
+    # operand.
     assert program.memory_analysis().temp_size_in_bytes < length * width * 2 / 4
 
 
@@ -200,10 +265,26 @@ REFUSED = [
     (cudnn, {"dtype": jnp.float32}, "float32: it takes bfloat16 or float16"),
     (cudnn, {"width": 30}, "it takes multiples of 8 up to 128, such as 32"),
     (cudnn, {"width": 256}, "such as 128"),
-    (cudnn, {"mask": AttentionMask(causal=True), "keys": 8}, "it takes as many queries as keys, such as 8"),
-    (cudnn, {"terms": ScoreTerms(bias=jnp.zeros((1, 1, 6, 6))), "batch": 2}, "it gives its gradient at batch = 1"),
-    (cudnn, {"terms": ScoreTerms(bias=jnp.zeros((1, 1, 6, 6)))}, r"it takes \(1, 2, 6, 6\), with nothing broadcast"),
-    (cudnn, {"terms": ScoreTerms(bias=jnp.zeros((1, 2, 6, 6)))}, "bias in float32: it takes it in the queries'"),
+    (
+        cudnn,
+        {"mask": AttentionMask(causal=True), "keys": 8},
+        "it takes as many queries as keys, such as 8",
+    ),
+    (
+        cudnn,
+        {"terms": ScoreTerms(bias=jnp.zeros((1, 1, 6, 6))), "batch": 2},
+        "it gives its gradient at batch = 1",
+    ),
+    (
+        cudnn,
+        {"terms": ScoreTerms(bias=jnp.zeros((1, 1, 6, 6)))},
+        r"it takes \(1, 2, 6, 6\), with nothing broadcast",
+    ),
+    (
+        cudnn,
+        {"terms": ScoreTerms(bias=jnp.zeros((1, 2, 6, 6)))},
+        "bias in float32: it takes it in the queries'",
+    ),
     (
         cudnn,
         {"terms": ScoreTerms(bias=jnp.zeros((1, 2, 6, 7), jnp.bfloat16)), "keys": 7},
@@ -219,7 +300,13 @@ REFUSED = [
 
 @pytest.mark.parametrize(("body", "given", "rule"), REFUSED)
 def test_refusal_names_the_rule_and_the_nearest_value(body, given, rule):
-    usual = {"mask": AttentionMask(), "terms": ScoreTerms(), "dtype": jnp.bfloat16, "width": 64, "batch": 1}
+    usual = {
+        "mask": AttentionMask(),
+        "terms": ScoreTerms(),
+        "dtype": jnp.bfloat16,
+        "width": 64,
+        "batch": 1,
+    }
     call = {**usual, "keys": 6, "chip": H200, "platform": "gpu", **given}
     q = jnp.zeros((call["batch"], 6, 2, call["width"]), call["dtype"])
     k = jnp.zeros((call["batch"], call["keys"], 2, call["width"]), call["dtype"])

@@ -1,4 +1,6 @@
-"""The TPU kernels: equal to the reference in interpret mode, compiled for every generation, linear in memory."""
+"""The TPU kernels: equal to the reference in interpret mode, compiled for every generation, linear
+in memory.
+"""
 
 import dataclasses
 
@@ -28,7 +30,9 @@ def array(rng, *shape, dtype=jnp.float32):
 def packed(rng, batch, length):
     """Documents after each other, then padding."""
     ids = 1 + np.cumsum(rng.random((batch, length)) < 0.02, axis=1)
-    return jnp.asarray(np.where(np.arange(length) < length - rng.integers(0, 30, (batch, 1)), ids, 0))
+    return jnp.asarray(
+        np.where(np.arange(length) < length - rng.integers(0, 30, (batch, 1)), ids, 0)
+    )
 
 
 def both_sides(q, k, v, g, mask, terms, blocks=(SMALL, SMALL)):
@@ -77,14 +81,20 @@ def test_value_and_every_gradient_equal_the_reference(
         ids = packed(rng, 2, max(queries, keys))
         operands |= {"q_segments": ids[:, :queries], "kv_segments": ids[:, :keys]}
     elif extra == "positions":
-        operands["q_positions"] = jnp.asarray(rng.permuted(np.tile(np.arange(queries), (2, 1)), axis=1)) + 20
-        operands["kv_positions"] = jnp.asarray(rng.permuted(np.tile(np.arange(keys), (2, 1)), axis=1))
+        operands["q_positions"] = (
+            jnp.asarray(rng.permuted(np.tile(np.arange(queries), (2, 1)), axis=1)) + 20
+        )
+        operands["kv_positions"] = jnp.asarray(
+            rng.permuted(np.tile(np.arange(keys), (2, 1)), axis=1)
+        )
     mask = AttentionMask(causal=causal, window=window, **operands)
     terms = {"scale": 0.2, "softcap": 3.0 if "softcap" in given_terms else None}
     terms |= {name: jnp.abs(array(rng, n)) for name in given_terms - {"softcap"}}
     if bias is not None:
         whole = (2, n, queries, keys)
-        terms["bias"] = array(rng, *(1 if one else size for one, size in zip(bias, whole, strict=True)))
+        terms["bias"] = array(
+            rng, *(1 if one else size for one, size in zip(bias, whole, strict=True))
+        )
     q, g = (array(rng, 2, queries, n, width) for _ in range(2))
     k, v = (array(rng, 2, keys, k_heads, width) for _ in range(2))
     for got, want in both_sides(q, k, v, g, mask, ScoreTerms(**terms), (forward, SMALL)):
@@ -99,7 +109,9 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference():
     rounded = both_sides(*(x.astype(jnp.bfloat16) for x in exact), mask, terms)
     for (got, plain), true in zip(rounded, truth, strict=True):
         assert got.dtype == jnp.bfloat16
-        error, plain_error = (jnp.abs(x.astype(jnp.float32) - true).max() / jnp.abs(true).max() for x in (got, plain))
+        error, plain_error = (
+            jnp.abs(x.astype(jnp.float32) - true).max() / jnp.abs(true).max() for x in (got, plain)
+        )
         assert error < max(2 * plain_error, 0.01)
 
 
@@ -123,15 +135,24 @@ def test_tiles_that_the_mask_rules_out_are_never_read(window, forward):
     q, k, v, g = (array(rng, 1, 512, 1, 32) for _ in range(4))
     mask = AttentionMask(causal=True, window=window)
     first = slice(0, 128)
-    out, pull = jax.vjp(lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), blocks, True)[:, first], q)
+    out, pull = jax.vjp(
+        lambda q: tiled_attention(q, k, v, mask, ScoreTerms(scale=0.2), blocks, True)[:, first], q
+    )
     poisoned = [x.at[:, 128:].set(jnp.nan) for x in (k, v)]
     other, other_pull = jax.vjp(
-        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[:, first], q
+        lambda q: tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[
+            :, first
+        ],
+        q,
     )
     np.testing.assert_array_equal(other, out)
-    np.testing.assert_array_equal(other_pull(g[:, first])[0][:, first], pull(g[:, first])[0][:, first])
+    np.testing.assert_array_equal(
+        other_pull(g[:, first])[0][:, first], pull(g[:, first])[0][:, first]
+    )
     # The control: queries that may see the poisoned keys.
-    assert jnp.isnan(tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[:, 128:]).any()
+    assert jnp.isnan(
+        tiled_attention(q, *poisoned, mask, ScoreTerms(scale=0.2), blocks, True)[:, 128:]
+    ).any()
 
 
 def test_plan_visits_what_is_visible_and_masks_what_is_mixed():
@@ -170,12 +191,17 @@ def test_what_the_tpu_refuses_is_named_with_the_nearest_value():
             (q.astype(jnp.float16), "float16: it takes bfloat16 or float32"),
             (jnp.zeros((1, 8, 2, 288), jnp.bfloat16), "head_dim = 288: it takes at most 256"),
         ):
-            with pytest.raises(UserError, match=f"'tpu' refuses {rule}.* take implementation = 'reference' by name"):
+            with pytest.raises(
+                UserError, match=f"'tpu' refuses {rule}.* take implementation = 'reference' by name"
+            ):
                 attention(changed, changed, changed, mask=mask)
 
 
 def shapes(batch, queries, keys, heads, kv_heads, width, dtype=jnp.bfloat16):
-    q, k = (jax.ShapeDtypeStruct((batch, *rest, width), dtype) for rest in ((queries, heads), (keys, kv_heads)))
+    q, k = (
+        jax.ShapeDtypeStruct((batch, *rest, width), dtype)
+        for rest in ((queries, heads), (keys, kv_heads))
+    )
     return q, k, k, q
 
 
@@ -191,7 +217,12 @@ def of(dtype, *shape):
 CASES = {
     "packed": (
         shapes(2, 1000, 1000, 4, 2, 64),
-        AttentionMask(causal=True, window=300, q_segments=of(jnp.int32, 2, 1000), kv_segments=of(jnp.int32, 2, 1000)),
+        AttentionMask(
+            causal=True,
+            window=300,
+            q_segments=of(jnp.int32, 2, 1000),
+            kv_segments=of(jnp.int32, 2, 1000),
+        ),
         ScoreTerms(softcap=30.0, sinks=of(jnp.float32, 4), scale=0.1),
     ),
     "cross": (
@@ -255,7 +286,9 @@ def test_kernels_run_once_a_device_under_a_mesh(monkeypatch):
     terms = {"bias": array(rng, 1, 4, 130, 130), "sinks": array(rng, 4)}
 
     def value_and_gradient(q, k, v, terms, implementation):
-        call = lambda q, k, v, terms: attention(q, k, v, mask=mask, implementation=implementation, **terms)  # noqa: E731
+        def call(q, k, v, terms):
+            return attention(q, k, v, mask=mask, implementation=implementation, **terms)
+
         out, pull = jax.vjp(call, q, k, v, terms)
         return out, pull(g)
 

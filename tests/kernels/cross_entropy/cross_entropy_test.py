@@ -66,8 +66,12 @@ def test_chunks_equal_the_reference(batch, token_chunk, vocab_chunk, softcap, se
 
 def test_kernel_gradient_of_bfloat16_hidden_states_is_summed_in_float32():
     hidden, table, targets, cotangents = inputs((400,), jnp.bfloat16)
-    exact = value_and_gradients(hidden.astype(jnp.float32), table, targets, cotangents, implementation="reference")
-    nll, _, dhidden, dtable = value_and_gradients(hidden, table, targets, cotangents, token_chunk=50)
+    exact = value_and_gradients(
+        hidden.astype(jnp.float32), table, targets, cotangents, implementation="reference"
+    )
+    nll, _, dhidden, dtable = value_and_gradients(
+        hidden, table, targets, cotangents, token_chunk=50
+    )
     assert (nll.dtype, dhidden.dtype, dtable.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(nll, exact[0], atol=0.05)
     np.testing.assert_allclose(dtable, exact[3], atol=0.02 * np.abs(exact[3]).max())
@@ -96,13 +100,25 @@ def test_float32_logits_of_the_batch_exist_in_the_reference():
 
 
 MESHES = {
-    "tokens, vocabulary": ((4, 2), ("data", "tensor"), PartitionSpec("data"), PartitionSpec("tensor")),
-    "tokens twice, width": ((4, 2), ("data", "fsdp"), PartitionSpec(("data", "fsdp")), PartitionSpec(None, "fsdp")),
+    "tokens, vocabulary": (
+        (4, 2),
+        ("data", "tensor"),
+        PartitionSpec("data"),
+        PartitionSpec("tensor"),
+    ),
+    "tokens twice, width": (
+        (4, 2),
+        ("data", "fsdp"),
+        PartitionSpec(("data", "fsdp")),
+        PartitionSpec(None, "fsdp"),
+    ),
 }
 
 
 def on_mesh(name, hidden, table):
-    """Returns the mesh, and the inputs laid out on it; hidden states that it cannot share out are on all devices."""
+    """Returns the mesh, and the inputs laid out on it; hidden states that it cannot share out are
+    on all devices.
+    """
     sizes, names, hidden_spec, table_spec = MESHES[name]
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 2)
     hidden_spec = hidden_spec if hidden.shape[0] % mesh.size == 0 else PartitionSpec()
@@ -140,7 +156,10 @@ def collectives(text):
         match = re.search(r"= (.*?) (all-\w+|reduce-scatter|collective-permute)(-start)?\(", line)
         if match:
             shapes = re.findall(r"\[([\d,]*)\]", match.group(1))
-            found += [(match.group(2), math.prod(int(n) for n in shape.split(",") if n)) for shape in shapes]
+            found += [
+                (match.group(2), math.prod(int(n) for n in shape.split(",") if n))
+                for shape in shapes
+            ]
     return found
 
 
@@ -150,8 +169,12 @@ def loops_and_all(name):
     mesh, hidden, table = on_mesh(name, hidden, table)
     text = compiled_gradient(mesh, hidden, table, targets, cotangents, token_chunk=4, vocab_chunk=8)
     bodies = set(re.findall(r"body=%?([\w.-]+)", text))
-    assert len(bodies) == 4, "forward and backward, a loop over the vocabulary and in it one over tokens"
-    loops = [part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in bodies]
+    assert len(bodies) == 4, (
+        "forward and backward, a loop over the vocabulary and in it one over tokens"
+    )
+    loops = [
+        part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in bodies
+    ]
     return collectives("\n".join(loops)), collectives(text)
 
 
@@ -170,10 +193,15 @@ SHARDED = {
 
 
 def with_sharded_vocabulary(name, vocab):
-    """Returns the mesh, and inputs on it: tokens over the batch axes, vocabulary over `tensor`, width over `fsdp`."""
+    """Returns the mesh, and inputs on it: tokens over the batch axes, vocabulary over `tensor`,
+    width over `fsdp`.
+    """
     sizes, names = SHARDED[name]
     mesh = jax.make_mesh(
-        sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: math.prod(sizes)]
+        sizes,
+        names,
+        axis_types=(AxisType.Auto,) * len(names),
+        devices=jax.devices()[: math.prod(sizes)],
     )
     hidden, table, targets, cotangents = inputs((8, 32), vocab=vocab)
     batch = tuple(axis for axis in names if axis != "tensor") or None
@@ -188,7 +216,9 @@ def with_sharded_vocabulary(name, vocab):
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_vocabulary_equals_one_device(name, vocab):
     options = {"label_smoothing": 0.1, "softcap": 5.0}
-    expected = value_and_gradients(*inputs((8, 32), vocab=vocab), implementation="reference", **options)
+    expected = value_and_gradients(
+        *inputs((8, 32), vocab=vocab), implementation="reference", **options
+    )
     mesh, *args = with_sharded_vocabulary(name, vocab)
     with jax.set_mesh(mesh):
         got = value_and_gradients(*args, token_chunk=7, vocab_chunk=10, **options)
@@ -197,10 +227,19 @@ def test_a_sharded_vocabulary_equals_one_device(name, vocab):
 
 
 def sharded_sizes(name, **options):
-    """Returns the most elements gathered at once, and the most of any float32 value, of the compiled gradient."""
+    """Returns the most elements gathered at once, and the most of any float32 value, of the
+    compiled gradient.
+    """
     text = compiled_gradient(*with_sharded_vocabulary(name, 1024), **options)
-    values = [math.prod(int(n) for n in shape.split(",") if n) for shape in re.findall(r"f32\[([\d,]*)\]", text)]
-    gathered = [elements for operation, elements in collectives(text) if operation in ("all-gather", "all-to-all")]
+    values = [
+        math.prod(int(n) for n in shape.split(",") if n)
+        for shape in re.findall(r"f32\[([\d,]*)\]", text)
+    ]
+    gathered = [
+        elements
+        for operation, elements in collectives(text)
+        if operation in ("all-gather", "all-to-all")
+    ]
     return max(gathered, default=0), max(values)
 
 
@@ -229,7 +268,9 @@ def summed(implementation, inputs, weights, **options):
             with_z_loss, hidden, table.T, targets, weights, implementation=implementation, **options
         )
 
-    (total, nll_sum), gradients = jax.jit(jax.value_and_grad(call, argnums=(0, 1), has_aux=True))(hidden, table)
+    (total, nll_sum), gradients = jax.jit(jax.value_and_grad(call, argnums=(0, 1), has_aux=True))(
+        hidden, table
+    )
     return jnp.stack([total, nll_sum]), *gradients
 
 
@@ -242,7 +283,9 @@ def summed(implementation, inputs, weights, **options):
     softcap=st.sampled_from([None, 2.0]),
     label_smoothing=st.sampled_from([0.0, 0.1]),
 )
-def test_a_gradient_made_beside_the_loss_equals_the_reference(batch, logits, tile, dtype, softcap, label_smoothing):
+def test_a_gradient_made_beside_the_loss_equals_the_reference(
+    batch, logits, tile, dtype, softcap, label_smoothing
+):
     given = inputs(batch, dtype)
     weights = jnp.asarray(np.random.default_rng(1).integers(0, 3, batch), jnp.float32)
     options = {"softcap": softcap, "label_smoothing": label_smoothing}
@@ -280,7 +323,9 @@ def test_a_gradient_made_beside_the_loss_makes_the_logits_once():
         (101, "float32", "tpu", False),
     ],
 )
-def test_auto_makes_the_gradient_beside_the_loss_where_that_is_fast(vocab, dtype, platform, expected, monkeypatch):
+def test_auto_makes_the_gradient_beside_the_loss_where_that_is_fast(
+    vocab, dtype, platform, expected, monkeypatch
+):
     class FusedError(Exception):
         pass
 
@@ -290,23 +335,32 @@ def test_auto_makes_the_gradient_beside_the_loss_where_that_is_fast(vocab, dtype
     monkeypatch.setattr(fused, "objective_of_tokens", taken)
     hidden, table, targets, _ = jax.eval_shape(lambda: inputs((64,), dtype, vocab))
     call = lambda h, t, y: summed_cross_entropy(with_z_loss, h, t.T, y, jnp.ones(64))  # noqa: E731
-    with compiling_for(platform), pytest.raises(FusedError) if expected else contextlib.nullcontext():
+    with (
+        compiling_for(platform),
+        pytest.raises(FusedError) if expected else contextlib.nullcontext(),
+    ):
         jax.eval_shape(call, hidden, table, targets)
 
 
-def test_tokens_may_be_shared_out_where_the_gradient_is_made_beside_the_loss_but_not_the_vocabulary():
+def test_tokens_may_be_sharded_where_the_forward_makes_the_gradient_but_not_the_vocabulary():
     given = inputs((16, 32), vocab=64)
     weights = jnp.ones((16, 32))
     expected = summed("reference", given, weights)
     mesh, hidden, table = on_mesh("tokens twice, width", *given[:2])
     with jax.set_mesh(mesh):
-        for a, b in zip(summed("fused", (hidden, table, *given[2:]), weights), expected, strict=True):
+        for a, b in zip(
+            summed("fused", (hidden, table, *given[2:]), weights), expected, strict=True
+        ):
             np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
     mesh, hidden, table = on_mesh("tokens, vocabulary", *given[:2])
     with jax.set_mesh(mesh):
-        with pytest.raises(UserError, match="'fused' needs the whole vocabulary on each device: take 'chunked'"):
+        with pytest.raises(
+            UserError, match="'fused' needs the whole vocabulary on each device: take 'chunked'"
+        ):
             summed("fused", (hidden, table, *given[2:]), weights)
-        for a, b in zip(summed("auto", (hidden, table, *given[2:]), weights), expected, strict=True):
+        for a, b in zip(
+            summed("auto", (hidden, table, *given[2:]), weights), expected, strict=True
+        ):
             np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
 
 
@@ -319,7 +373,9 @@ def with_z_loss(nll, log_z, weights):
 
 
 def temporaries(device, width, dtype, implementation="auto"):
-    """Returns the bytes of the gradient's temporaries at the size of a large model, as a share of float32 logits."""
+    """Returns the bytes of the gradient's temporaries at the size of a large model, as a share of
+    float32 logits.
+    """
 
     def loss(hidden, kernel, targets, weights):
         options = {"label_smoothing": 0.1, "implementation": implementation}
@@ -336,7 +392,9 @@ def temporaries(device, width, dtype, implementation="auto"):
     return compiled.memory_analysis().temp_size_in_bytes / (4 * TOKENS * VOCABULARY)
 
 
-@pytest.mark.fast_cases(*(f"{body}-512-{dtype}" for body in ("fused", "chunked") for dtype in ("float32", "bfloat16")))
+@pytest.mark.fast_cases(
+    *(f"{body}-512-{dtype}" for body in ("fused", "chunked") for dtype in ("float32", "bfloat16"))
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [512, 1024])
 @pytest.mark.parametrize("implementation", ["fused", "chunked"])
@@ -357,7 +415,9 @@ def test_temporaries_are_as_small_on_gpu(h200):
 
 
 @pytest.mark.default_passes
-@pytest.mark.parametrize("chunks", [{}, {"token_chunk": 5, "vocab_chunk": 30}, {"implementation": "reference"}])
+@pytest.mark.parametrize(
+    "chunks", [{}, {"token_chunk": 5, "vocab_chunk": 30}, {"implementation": "reference"}]
+)
 def test_label_smoothing_equals_optax(chunks):
     hidden, table, targets, cotangents = inputs((3, 7))
     got = value_and_gradients(hidden, table, targets, cotangents, label_smoothing=0.2, **chunks)

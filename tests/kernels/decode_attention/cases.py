@@ -1,4 +1,6 @@
-"""Calls of decode attention to test with: ragged sequences over shuffled pages, and the same call in NumPy loops."""
+"""Calls of decode attention to test with: ragged sequences over shuffled pages, and the same call
+in NumPy loops.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,9 @@ def cache(rng, lengths, places, page_size, kv_heads, width, dtype="float32", spa
     """
     batch, slots = len(lengths), places * page_size
     table = rng.permutation(batch * places + spare)[: batch * places].reshape(batch, places)
-    k, v = (jnp.asarray(rng.normal(size=(batch, slots, kv_heads, width)), jnp.float32) for _ in range(2))
+    k, v = (
+        jnp.asarray(rng.normal(size=(batch, slots, kv_heads, width)), jnp.float32) for _ in range(2)
+    )
     pages = empty_pages(batch * places + spare, page_size, kv_heads, width, dtype)
     pages = write(pages, jnp.asarray(table), jnp.zeros(batch, jnp.int32), k, v)
     used = np.arange(places) * page_size < np.asarray(lengths)[:, None]
@@ -25,7 +29,9 @@ def cache(rng, lengths, places, page_size, kv_heads, width, dtype="float32", spa
 
 
 def poisoned(pages: KVPages, table, lengths, first=None):
-    """Returns the pages with NaN in every slot that no sequence has filled, and in those before the page `first`."""
+    """Returns the pages with NaN in every slot that no sequence has filled, and in those before the
+    page `first`.
+    """
     size, clean = pages.page_size, np.zeros((pages.key.shape[0], pages.page_size), bool)
     for row, length in enumerate(np.asarray(lengths)):
         for place in range(0 if first is None else int(first[row]), -(-int(length) // size)):
@@ -35,7 +41,9 @@ def poisoned(pages: KVPages, table, lengths, first=None):
         keep = clean[:, None, :, None] if x.ndim == 4 else clean[:, None]
         return jnp.where(keep, x, -128 if x.dtype == jnp.int8 else jnp.nan).astype(x.dtype)
 
-    return KVPages(*(None if x is None else spoil(x) for x in (pages.key, pages.value, *scales(pages))))
+    return KVPages(
+        *(None if x is None else spoil(x) for x in (pages.key, pages.value, *scales(pages)))
+    )
 
 
 def scales(pages: KVPages):
@@ -65,7 +73,9 @@ def by_words(q, k, v, lengths, window, terms):
 
 @st.composite
 def calls(draw, page_sizes, widths, dtypes, heads=((4, 2), (3, 1), (2, 2))):
-    """Draws the arguments of a body, with the tokens in the pages as they were before they were written."""
+    """Draws the arguments of a body, with the tokens in the pages as they were before they were
+    written.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     rows, page_size = draw(st.sampled_from([1, 3])), draw(st.sampled_from(page_sizes))
     n, kv_heads = draw(st.sampled_from(heads))

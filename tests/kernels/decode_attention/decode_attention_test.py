@@ -1,4 +1,6 @@
-"""Decode attention: pages hold what was written, and the plain bodies give what the words of the face say."""
+"""Decode attention: pages hold what was written, and the plain bodies give what the words of the
+face say.
+"""
 
 import functools
 
@@ -11,7 +13,15 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
-from research.kernels.decode_attention import cpu, decode_attention, empty_pages, gather, quantize, reference, write
+from research.kernels.decode_attention import (
+    cpu,
+    decode_attention,
+    empty_pages,
+    gather,
+    quantize,
+    reference,
+    write,
+)
 from research.kernels.decode_attention.pages import KVPages, needed
 from research.parallel.target import compiling_for
 from tests.kernels.decode_attention.cases import by_words, cache, calls, poisoned
@@ -29,7 +39,9 @@ def run(body, q, pages, table, lengths, window, terms):
 def test_reference_equals_numpy_loops(call):
     (q, pages, table, lengths, window, terms), tokens = call
     expected = by_words(q, *tokens, lengths, window, terms)
-    np.testing.assert_allclose(reference.decode_attention(q, pages, table, lengths, window, terms), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        reference.decode_attention(q, pages, table, lengths, window, terms), expected, atol=1e-5
+    )
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -55,7 +67,9 @@ def test_slots_that_no_sequence_filled_do_not_matter(body, dtype):
     rng, lengths = np.random.default_rng(0), [0, 3, 8, 11]
     pages, table, _ = cache(rng, lengths, 3, 4, 2, 8, dtype)
     q = jnp.asarray(rng.normal(size=(4, 2, 4, 8)), jnp.float32)
-    call = functools.partial(decode_attention, q, table=table, lengths=jnp.array(lengths), implementation=body)
+    call = functools.partial(
+        decode_attention, q, table=table, lengths=jnp.array(lengths), implementation=body
+    )
     spoiled = poisoned(pages, table, lengths)
     np.testing.assert_array_equal(call(spoiled), call(pages))
     np.testing.assert_array_equal(call(pages)[0], 0)
@@ -70,14 +84,18 @@ def test_cpu_reads_no_page_before_the_window(rows):
     q = jnp.asarray(rng.normal(size=(3, rows, 1, 8)), jnp.float32)
     first, end = needed(lengths, rows, 4, 6)
     assert (first <= end).all()
-    call = functools.partial(decode_attention, q, table=table, lengths=lengths, window=6, implementation="cpu")
+    call = functools.partial(
+        decode_attention, q, table=table, lengths=lengths, window=6, implementation="cpu"
+    )
     spoiled = poisoned(pages, table, lengths, first)
     np.testing.assert_array_equal(call(spoiled), call(pages))
     # The control: without the window those pages are read.
     assert jnp.isnan(decode_attention(q, spoiled, table, lengths, implementation="cpu")).any()
 
 
-@pytest.mark.parametrize(("window", "first"), [(None, [0, 0, 0]), (1, [0, 0, 3]), (5, [0, 0, 2]), (6, [0, 0, 1])])
+@pytest.mark.parametrize(
+    ("window", "first"), [(None, [0, 0, 0]), (1, [0, 0, 3]), (5, [0, 0, 2]), (6, [0, 0, 1])]
+)
 def test_needed_pages_are_those_of_the_window(window, first):
     found = needed(jnp.array([0, 4, 14]), 2, 4, window)
     np.testing.assert_array_equal(found, [first, [0, 1, 4]])
@@ -103,7 +121,9 @@ def test_written_tokens_are_found_after_those_before_them(lengths, new, dtype, s
         expected = np.array(old)
         for row, length in enumerate(lengths):
             expected[row, length : length + new] = tokens[row].astype(old.dtype)
-        np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(np.float32), rtol=1e-6)
+        np.testing.assert_allclose(
+            found.astype(jnp.float32), expected.astype(np.float32), rtol=1e-6
+        )
 
 
 def test_tokens_past_the_table_or_without_a_page_are_written_nowhere():
@@ -119,10 +139,18 @@ def test_tokens_past_the_table_or_without_a_page_are_written_nowhere():
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_quantized_numbers_are_within_their_bound(dtype):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(50, 64)) * np.exp(rng.normal(size=(50, 1)) * 5), jnp.float32).at[0].set(0)
+    x = (
+        jnp.asarray(rng.normal(size=(50, 64)) * np.exp(rng.normal(size=(50, 1)) * 5), jnp.float32)
+        .at[0]
+        .set(0)
+    )
     numbers, scale = quantize(x, dtype)
     error = jnp.abs(numbers.astype(jnp.float32) * scale[:, None] - x)
-    bound = scale[:, None] / 2 if dtype == "int8" else jnp.maximum(jnp.abs(x) / 16, scale[:, None] / 1024)
+    bound = (
+        scale[:, None] / 2
+        if dtype == "int8"
+        else jnp.maximum(jnp.abs(x) / 16, scale[:, None] / 1024)
+    )
     assert (error <= bound * (1 + 1e-5)).all()
     assert (error > bound / 3).any(), "the bound is not a loose one"
 
@@ -135,7 +163,9 @@ def test_attention_over_quantized_pages_is_within_the_bound_of_its_numbers(dtype
     lengths = jnp.array(lengths)
     plain, _, _ = cache(np.random.default_rng(0), [40, 17], 10, 4, 2, 32)
     plain = write(plain, table, 0 * lengths, k[:, :40], v[:, :40])
-    error = jnp.abs(decode_attention(q, narrow, table, lengths) - decode_attention(q, plain, table, lengths)).max()
+    error = jnp.abs(
+        decode_attention(q, narrow, table, lengths) - decode_attention(q, plain, table, lengths)
+    ).max()
     # A score is off by at most ε, so weights by e^2ε, and the values by δ.
     relative = 1 / 254 if dtype == "int8" else 1 / 16
     score = float(jnp.abs(q).sum(-1).max() * jnp.abs(k).max() * relative / np.sqrt(32))
@@ -150,10 +180,18 @@ def test_mistakes_are_named_with_their_rule():
     rest = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
     for changed, options, rule in (
         (q[:, :, :3], {}, "num_kv_heads = 2 does not divide num_heads = 3"),
-        (jnp.pad(q, ((0, 0),) * 3 + ((0, 1),)), {}, "head_dim = 9 of the queries is above that of the pages, 8"),
+        (
+            jnp.pad(q, ((0, 0),) * 3 + ((0, 1),)),
+            {},
+            "head_dim = 9 of the queries is above that of the pages, 8",
+        ),
         (q, {"window": 0}, "window = 0 must be at least 1"),
         (q, {"softcap": 0.0}, "softcap = 0.0 must be above 0"),
-        (q, {"implementation": "tpu"}, "'tpu' refuses .* take implementation = 'reference' by name"),
+        (
+            q,
+            {"implementation": "tpu"},
+            "'tpu' refuses .* take implementation = 'reference' by name",
+        ),
     ):
         with pytest.raises(UserError, match=rule):
             decode_attention(changed, pages, *rest, **options)
@@ -168,7 +206,9 @@ def test_bodies_run_once_a_device_under_a_mesh(monkeypatch):
     sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
     expected = decode_attention(q, pages, table, lengths, sinks=sinks, implementation="reference")
     calls, body = [], cpu.decode_attention
-    monkeypatch.setattr(cpu, "decode_attention", lambda q, *rest: calls.append(q.shape) or body(q, *rest))
+    monkeypatch.setattr(
+        cpu, "decode_attention", lambda q, *rest: calls.append(q.shape) or body(q, *rest)
+    )
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         found = jax.jit(lambda *a: decode_attention(*a, sinks=sinks))(q, pages, table, lengths)

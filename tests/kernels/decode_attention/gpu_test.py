@@ -1,4 +1,6 @@
-"""The GPU body: Pallas kernels for Hopper against the reference in JAX's interpreter, and compiled for an H200."""
+"""The GPU body: Pallas kernels for Hopper against the reference in JAX's interpreter, and compiled
+for an H200.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +22,44 @@ H200 = "NVIDIA H200"
 
 
 def run(q, pages, table, lengths, window, terms):
-    return np.float32(jax.jit(lambda *arrays: gpu.decode_attention(*arrays, window, terms))(q, pages, table, lengths))
+    return np.float32(
+        jax.jit(lambda *arrays: gpu.decode_attention(*arrays, window, terms))(
+            q, pages, table, lengths
+        )
+    )
 
 
 def expect(q, *rest):
-    return np.float32(jax.jit(lambda q: reference.decode_attention(q, *rest))(q.astype(jnp.float32)))
+    return np.float32(
+        jax.jit(lambda q: reference.decode_attention(q, *rest))(q.astype(jnp.float32))
+    )
 
 
 @pytest.mark.thorough
 @settings(max_examples=3, deadline=None, derandomize=True)
-@given(call=calls([16, 64], [64], ["bfloat16", "float16"]) | calls([32, 128], [64], ["int8", "float8_e4m3fn"]))
+@given(
+    call=calls([16, 64], [64], ["bfloat16", "float16"])
+    | calls([32, 128], [64], ["int8", "float8_e4m3fn"])
+)
 def test_kernels_equal_the_reference(call):
     (q, pages, table, lengths, window, terms), _ = call
     q = q.astype(jnp.float16 if pages.quantized else pages.key.dtype)
-    spoiled = poisoned(pages, table, lengths, needed(lengths, q.shape[1], pages.page_size, window)[0])
+    spoiled = poisoned(
+        pages, table, lengths, needed(lengths, q.shape[1], pages.page_size, window)[0]
+    )
     found = run(q, spoiled, table, lengths, window, terms)
     # Weights are rounded to the type of the matmul.
     tolerance = 2e-2 if q.dtype == jnp.bfloat16 else 3e-3
-    np.testing.assert_allclose(found, expect(q, pages, table, lengths, window, terms), atol=tolerance)
+    np.testing.assert_allclose(
+        found, expect(q, pages, table, lengths, window, terms), atol=tolerance
+    )
 
 
 @pytest.mark.fast_cases("bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_kernels_equal_the_reference_with_everything_at_once(dtype, monkeypatch):
-    # Rows of two pieces, parts that are joined one after the other, and slots that no sequence filled, at the ends and
-    # before the window.
+    # Rows of two pieces, parts that are joined one after the other, and slots that no sequence
+    # filled, at the ends and before the window.
     monkeypatch.setattr(gpu, "JOINED", 8)
     rng, lengths, rows, heads, window = np.random.default_rng(0), jnp.array([0, 2, 300]), 3, 24, 260
     pages, table, _ = cache(rng, lengths, 10, 32, 1, 64, dtype)
@@ -88,12 +103,31 @@ def test_parts_hold_each_step_of_each_sequence_once(lengths, target, window):
     assert work[:, 2].max() <= max(gpu.LEAST_SHARE, -(-work[:, 2].sum() // target))
 
 
-def compiled(device, dtype, page_size, heads, width, *, window=None, terms=None, rows=1, batch=4, places=16, count=64):
+def compiled(
+    device,
+    dtype,
+    page_size,
+    heads,
+    width,
+    *,
+    window=None,
+    terms=None,
+    rows=1,
+    batch=4,
+    places=16,
+    count=64,
+):
     pages = jax.eval_shape(lambda: empty_pages(count, page_size, heads[1], width, dtype))
-    q = jax.ShapeDtypeStruct((batch, rows, heads[0], width), "float16" if dtype == "float16" else "bfloat16")
-    table, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, places), (batch,)))
+    q = jax.ShapeDtypeStruct(
+        (batch, rows, heads[0], width), "float16" if dtype == "float16" else "bfloat16"
+    )
+    table, lengths = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, places), (batch,))
+    )
     terms = ScoreTerms(scale=0.1) if terms is None else terms
-    return compile_on(device, lambda *call: gpu.decode_attention(*call, window, terms), q, pages, table, lengths), pages
+    return compile_on(
+        device, lambda *call: gpu.decode_attention(*call, window, terms), q, pages, table, lengths
+    ), pages
 
 
 FULL = ScoreTerms(sinks=jnp.ones(16), alibi=jnp.ones(16), softcap=30.0, scale=0.1)
@@ -131,12 +165,21 @@ REFUSED = [
     ({"platform": "cpu"}, "cpu: it needs a GPU"),
     ({"chip": "NVIDIA A100"}, "it needs a Hopper GPU, such as an H200"),
     ({"queries": "float32"}, "queries in float32: it takes bfloat16 or float16"),
-    ({"dtype": "float16"}, "pages in float16: it takes the queries' bfloat16, int8 or float8_e4m3fn"),
+    (
+        {"dtype": "float16"},
+        "pages in float16: it takes the queries' bfloat16, int8 or float8_e4m3fn",
+    ),
     ({"width": 80}, "head_dim = 80: it takes multiples of 64 up to 256, such as 128"),
     ({"width": 320}, "such as 256"),
-    ({"page_size": 24}, "page_size = 24 in bfloat16: it takes 8, 16, 32 or multiples of 64, such as 32"),
+    (
+        {"page_size": 24},
+        "page_size = 24 in bfloat16: it takes 8, 16, 32 or multiples of 64, such as 32",
+    ),
     ({"page_size": 100}, "such as 128"),
-    ({"page_size": 16, "dtype": "int8"}, "page_size = 16 in int8: it takes 32 or multiples of 64, such as 32"),
+    (
+        {"page_size": 16, "dtype": "int8"},
+        "page_size = 16 in int8: it takes 32 or multiples of 64, such as 32",
+    ),
     ({"page_size": 192}, None),
     ({"page_size": 32, "dtype": "float8_e4m3fn", "width": 256}, None),
 ]
@@ -144,7 +187,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("given", "rule"), REFUSED)
 def test_refusal_names_the_rule_and_the_nearest_value(given, rule):
-    usual = {"queries": "bfloat16", "dtype": "bfloat16", "page_size": 16, "width": 64, "chip": H200, "platform": "gpu"}
+    usual = {
+        "queries": "bfloat16",
+        "dtype": "bfloat16",
+        "page_size": 16,
+        "width": 64,
+        "chip": H200,
+        "platform": "gpu",
+    }
     call = usual | given
     q = jnp.zeros((1, 1, 4, call["width"]), call["queries"])
     pages = empty_pages(2, call["page_size"], 2, call["width"], call["dtype"])

@@ -1,4 +1,6 @@
-"""The TPU kernel of decode attention: equal to the reference in interpret mode, compiled for every generation."""
+"""The TPU kernel of decode attention: equal to the reference in interpret mode, compiled for every
+generation.
+"""
 
 import dataclasses
 import functools
@@ -37,7 +39,9 @@ def interpreted(q, pages, table, lengths, window, terms, **changed):
 @given(call=calls([128], [128], TYPES))
 def test_kernel_equals_the_reference(call):
     (q, pages, table, lengths, window, terms), _ = call
-    found = interpreted(q, poisoned(pages, table, lengths), table, lengths, window, terms, block_pages=2)
+    found = interpreted(
+        q, poisoned(pages, table, lengths), table, lengths, window, terms, block_pages=2
+    )
     # Matmuls of bfloat16 pages take float32 queries here, as the reference does.
     np.testing.assert_allclose(found, reference.decode_attention(*call[0]), atol=2e-5)
 
@@ -82,13 +86,19 @@ def test_every_generation_compiles_it_and_copies_no_pages(chip):
     ):
         pages = jax.eval_shape(functools.partial(empty_pages, 512, 128, kv_heads, 128, dtype))
         q = shape((8, rows, heads, 64), jnp.float32 if dtype == "float32" else jnp.bfloat16)
-        ints, floats = (shape((8, 64), jnp.int32), shape((8,), jnp.int32)), [shape((heads,), jnp.float32)] * 2
+        ints, floats = (
+            (shape((8, 64), jnp.int32), shape((8,), jnp.int32)),
+            [shape((heads,), jnp.float32)] * 2,
+        )
 
         def call(q, pages, table, lengths, sinks, alibi, options=options):
             return decode_attention(q, pages, table, lengths, sinks=sinks, alibi=alibi, **options)
 
         compiled = compile_on(device, call, q, pages, *ints, *floats)
-        assert compiled.memory_analysis().temp_size_in_bytes < pages.key.size * pages.key.dtype.itemsize / 50
+        assert (
+            compiled.memory_analysis().temp_size_in_bytes
+            < pages.key.size * pages.key.dtype.itemsize / 50
+        )
         assert "tessera_decode_attention" in compiled.as_text()
 
 
@@ -115,5 +125,8 @@ def test_too_many_query_rows_are_refused():
     pages = jax.eval_shape(lambda: empty_pages(2, 128, 1, 128))
     q = jax.ShapeDtypeStruct((1, 65, 4, 128), jnp.bfloat16)
     table = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    with compiling_for("tpu", "TPU v5p"), pytest.raises(UserError, match=r"260 query rows .* at most 256"):
+    with (
+        compiling_for("tpu", "TPU v5p"),
+        pytest.raises(UserError, match=r"260 query rows .* at most 256"),
+    ):
         jax.eval_shape(decode_attention, q, pages, *table)

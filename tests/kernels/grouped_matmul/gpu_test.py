@@ -1,4 +1,6 @@
-"""The GPU body: Pallas kernels for Hopper against the reference in JAX's interpreter, and compiled for an H200."""
+"""The GPU body: Pallas kernels for Hopper against the reference in JAX's interpreter, and compiled
+for an H200.
+"""
 
 import functools
 import logging
@@ -47,8 +49,12 @@ def assert_equals_reference(x, kernels, g, sizes, tolerance):
     nowhere = jnp.arange(ROWS)[:, None] >= sum(sizes)
     spoiled = (jnp.where(nowhere, jnp.nan, a) for a in (x, g))
     found = run(next(spoiled), kernels, next(spoiled), jnp.array(sizes), body="gpu")
-    for name, a, b in zip(("y", "dx", "dkernels"), found, expect(x, kernels, g, sizes), strict=True):
-        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=tolerance, rtol=tolerance, err_msg=name)
+    for name, a, b in zip(
+        ("y", "dx", "dkernels"), found, expect(x, kernels, g, sizes), strict=True
+    ):
+        np.testing.assert_allclose(
+            np.float32(a), np.float32(b), atol=tolerance, rtol=tolerance, err_msg=name
+        )
     return found
 
 
@@ -63,7 +69,9 @@ def group_sizes(draw, groups=4):
 
 @pytest.mark.thorough
 @settings(max_examples=3, deadline=None, derandomize=True)
-@given(sizes=group_sizes() | st.just([0, 0, 0, 0]) | st.just([128, 64, 0, 108]), seed=st.integers(0, 9))
+@given(
+    sizes=group_sizes() | st.just([0, 0, 0, 0]) | st.just([128, 64, 0, 108]), seed=st.integers(0, 9)
+)
 def test_kernels_equal_the_reference_in_value_and_both_gradients(sizes, seed):
     assert_equals_reference(*operands(40, 24, 4, jnp.float16, seed), sizes, tolerance=2e-3)
 
@@ -95,11 +103,18 @@ def test_each_row_is_stored_once_by_its_group_or_as_zeros(sizes):
         assert steps in (0, 7)
         assert (owner[mine] == -1).all()
         owner[mine] = group if steps else len(sizes)
-    np.testing.assert_array_equal(owner, np.repeat(range(len(sizes) + 1), [*sizes, rows - sum(sizes)]))
+    np.testing.assert_array_equal(
+        owner, np.repeat(range(len(sizes) + 1), [*sizes, rows - sum(sizes)])
+    )
 
 
 def compiled(device, body, rows, width, features, groups, dtype="bfloat16"):
-    shapes = (dtype, rows, width), ("float32", groups, width, features), (dtype, rows, features), ("int32", groups)
+    shapes = (
+        (dtype, rows, width),
+        ("float32", groups, width, features),
+        (dtype, rows, features),
+        ("int32", groups),
+    )
     arguments = [jax.ShapeDtypeStruct(shape, kind) for kind, *shape in shapes]
     return compile_on(device, functools.partial(value_and_gradients, body=body), *arguments)
 
@@ -112,9 +127,13 @@ def test_kernels_compile_for_an_h200_at_odd_sizes(h200):
 @pytest.mark.compilers
 def test_temporaries_do_not_grow_with_the_groups(h200):
     rows, width, features, groups = 8192, 512, 512, 16
-    programs = {body: compiled(h200, body, rows, width, features, groups) for body in ("gpu", "xla")}
+    programs = {
+        body: compiled(h200, body, rows, width, features, groups) for body in ("gpu", "xla")
+    }
     assert programs["gpu"].as_text().count("mosaic_gpu_v2") == 3
-    temporaries = {body: program.memory_analysis().temp_size_in_bytes for body, program in programs.items()}
+    temporaries = {
+        body: program.memory_analysis().temp_size_in_bytes for body, program in programs.items()
+    }
     # At most the kernels in the type of the rows, and the table of visits.
     assert temporaries["gpu"] < 1.01 * groups * width * features * 2
     # The control: all rows, once for each group.
@@ -157,5 +176,6 @@ def test_auto_takes_xla_where_the_kernels_cannot_run_and_says_why_once(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "grouped matmul on gpu: gpu",
         "grouped matmul on gpu: xla (gpu refuses float32: it takes bfloat16 or float16)",
-        "grouped matmul on gpu: xla (gpu refuses NVIDIA A100: it needs a Hopper GPU, such as an H200)",
+        "grouped matmul on gpu: xla (gpu refuses NVIDIA A100: it needs a Hopper GPU, such as an "
+        "H200)",
     ]

@@ -22,7 +22,8 @@ BODIES = {
     "cpu": (cpu.grouped_matmul, cpu.outer_products),
     "xla": (xla.grouped_matmul, xla.outer_products),
     "tpu": tuple(
-        functools.partial(part, blocks=BLOCKS, interpret=True) for part in (tpu.grouped_matmul, tpu.outer_products)
+        functools.partial(part, blocks=BLOCKS, interpret=True)
+        for part in (tpu.grouped_matmul, tpu.outer_products)
     ),
 }
 
@@ -43,7 +44,9 @@ def plain_outer(x, g, sizes):
 @pytest.mark.parametrize("body", BODIES)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
-    sizes=st.sampled_from([[5, 0, 30, 5], [0, 0, 0, 0], [40, 0, 0, 0], [0, 0, 0, 33], [16, 16, 7, 1], [1, 1, 1, 1]]),
+    sizes=st.sampled_from(
+        [[5, 0, 30, 5], [0, 0, 0, 0], [40, 0, 0, 0], [0, 0, 0, 33], [16, 16, 7, 1], [1, 1, 1, 1]]
+    ),
     widths=st.sampled_from([(8, 12), (200, 140)]),
     seed=st.integers(0, 9),
 )
@@ -52,7 +55,9 @@ def test_bodies_equal_numpy(body, sizes, widths, seed):
     x, g = rng.normal(size=(40, width)), rng.normal(size=(40, features))
     # What stands past the last group is never looked at.
     x[sum(sizes) :] = g[sum(sizes) :] = np.nan
-    x, g, kernels = (jnp.asarray(a, jnp.float32) for a in (x, g, rng.normal(size=(4, width, features))))
+    x, g, kernels = (
+        jnp.asarray(a, jnp.float32) for a in (x, g, rng.normal(size=(4, width, features)))
+    )
     product, outer = BODIES[body]
     group_sizes = jnp.array(sizes)
     np.testing.assert_allclose(
@@ -68,11 +73,17 @@ def test_bodies_equal_numpy(body, sizes, widths, seed):
 def test_gradients_are_those_of_the_equation(dtype):
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((600, 16), (600, 24)))
-    kernels, sizes = jnp.asarray(rng.normal(size=(3, 16, 24)), jnp.float32), jnp.array([300, 0, 290])
+    kernels, sizes = (
+        jnp.asarray(rng.normal(size=(3, 16, 24)), jnp.float32),
+        jnp.array([300, 0, 290]),
+    )
 
     def equation(x, kernels):
         # In float32, since some versions of XLA for CPU add up products of bfloat16 in bfloat16.
-        rows, (x, kernels) = reference.members(sizes, 600)[:, :, None], (a.astype(dtype) for a in (x, kernels))
+        rows, (x, kernels) = (
+            reference.members(sizes, 600)[:, :, None],
+            (a.astype(dtype) for a in (x, kernels)),
+        )
         whole = (jnp.where(rows, x, 0).astype(jnp.float32), kernels.astype(jnp.float32))
         return jnp.einsum("emd,edf->mf", *whole).astype(dtype)
 
@@ -83,7 +94,9 @@ def test_gradients_are_those_of_the_equation(dtype):
     for got, want in zip(*results, strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_allclose(
-            got.astype(np.float32), want.astype(np.float32), atol=1e-4 if dtype == "float32" else 0.2
+            got.astype(np.float32),
+            want.astype(np.float32),
+            atol=1e-4 if dtype == "float32" else 0.2,
         )
     assert np.all(np.asarray(results[0][2])[1] == 0)
     # Summed in float32 from bfloat16 products, and not rounded to bfloat16.
@@ -99,17 +112,27 @@ def test_each_further_expert_costs_at_most_one_visit():
     assert number(64) == 8192 // 256 + 64
 
 
-@pytest.mark.parametrize("sizes", [[700, 0, 65, 601, 100], [1500, 0, 0, 0, 0], [0, 64, 0, 1000, 436]])
+@pytest.mark.parametrize(
+    "sizes", [[700, 0, 65, 601, 100], [1500, 0, 0, 0, 0], [0, 64, 0, 1000, 436]]
+)
 def test_pieces_for_cpu_hold_each_row_once_and_waste_less_than_the_smallest_a_group(sizes):
     def visit(piece, carry):
         seen, computed = carry
-        mine = jnp.ones((piece.size, 1), jnp.int32) if piece.mine is None else piece.mine.astype(jnp.int32)
+        mine = (
+            jnp.ones((piece.size, 1), jnp.int32)
+            if piece.mine is None
+            else piece.mine.astype(jnp.int32)
+        )
         row = jax.lax.dynamic_slice_in_dim(seen, piece.first, piece.size)
         row = row + mine * (1 + piece.group)
-        return jax.lax.dynamic_update_slice_in_dim(seen, row, piece.first, axis=0), computed + piece.size
+        return jax.lax.dynamic_update_slice_in_dim(
+            seen, row, piece.first, axis=0
+        ), computed + piece.size
 
     start = jnp.zeros((1500, 1), jnp.int32), 0
-    seen, computed = jax.jit(lambda sizes: cpu._over_pieces(sizes, 1500, visit, start))(jnp.array(sizes))
+    seen, computed = jax.jit(lambda sizes: cpu._over_pieces(sizes, 1500, visit, start))(
+        jnp.array(sizes)
+    )
     owner = np.repeat(np.arange(1, 6), sizes)
     np.testing.assert_array_equal(seen[:, 0], np.pad(owner, (0, 1500 - len(owner))))
     assert computed - sum(sizes) < cpu.PIECES[-1] * np.count_nonzero(sizes)
@@ -121,7 +144,10 @@ def test_what_a_body_refuses_is_named():
         grouped_matmul(x, kernels, sizes, implementation="tpu")
     with pytest.raises(UserError, match="'gpu' refuses cpu: it needs a GPU"):
         grouped_matmul(x, kernels, sizes, implementation="gpu")
-    with compiling_for("tpu"), pytest.raises(UserError, match="'tpu' refuses float16: it takes bfloat16 or float32"):
+    with (
+        compiling_for("tpu"),
+        pytest.raises(UserError, match="'tpu' refuses float16: it takes bfloat16 or float32"),
+    ):
         grouped_matmul(x.astype(jnp.float16), kernels, sizes)
 
 
@@ -131,7 +157,11 @@ def value_and_gradients(x, kernels, g, group_sizes):
 
 
 def arguments(rows, width, features, experts):
-    shapes = (("bfloat16", rows, width), ("float32", experts, width, features), ("bfloat16", rows, features))
+    shapes = (
+        ("bfloat16", rows, width),
+        ("float32", experts, width, features),
+        ("bfloat16", rows, features),
+    )
     return [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in (*shapes, ("int32", experts))]
 
 

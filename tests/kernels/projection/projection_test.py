@@ -15,14 +15,19 @@ SHAPES = {1: ((4, 6, 16), (16, 2, 8), (2, 8)), 2: ((4, 6, 2, 8), (2, 8, 24), (24
 def inputs(axes, dtype):
     rng = np.random.default_rng(0)
     x, kernel, bias = SHAPES[axes]
-    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x, kernel, bias, (4, 6, *bias))]
+    arrays = [
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in (x, kernel, bias, (4, 6, *bias))
+    ]
     return arrays[0].astype(dtype), arrays[1], arrays[2], arrays[3].astype(dtype)
 
 
 def value_and_gradients(implementation, axes, x, kernel, bias, g):
     @jax.jit
     def run(x, kernel, bias):
-        y, pull = jax.vjp(lambda *a: project(*a, axes=axes, implementation=implementation), x, kernel, bias)
+        y, pull = jax.vjp(
+            lambda *a: project(*a, axes=axes, implementation=implementation), x, kernel, bias
+        )
         return (y, *pull(g))
 
     return run(x, kernel, bias)
@@ -50,7 +55,9 @@ def test_reference_equals_its_equation_in_value_and_gradients(axes):
         return (y, *pull(g))
 
     expected = plain(x, kernel, bias)
-    for got, want in zip(value_and_gradients("reference", axes, x, kernel, bias, g), expected, strict=True):
+    for got, want in zip(
+        value_and_gradients("reference", axes, x, kernel, bias, g), expected, strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -59,7 +66,9 @@ def test_reference_equals_its_equation_in_value_and_gradients(axes):
 def test_bfloat16_rounds_activations_and_weight_gradients_never(axes, implementation):
     x, kernel, bias, g = inputs(axes, jnp.bfloat16)
     kernel, bias = (weight.astype(jnp.bfloat16).astype(jnp.float32) for weight in (kernel, bias))
-    exact = value_and_gradients("reference", axes, x.astype(jnp.float32), kernel, bias, g.astype(jnp.float32))
+    exact = value_and_gradients(
+        "reference", axes, x.astype(jnp.float32), kernel, bias, g.astype(jnp.float32)
+    )
     y, dx, dkernel, dbias = value_and_gradients(implementation, axes, x, kernel, bias, g)
     # The reference rounds the product too, before it adds the bias.
     product = y.astype(jnp.float32) - jax.lax.broadcast_to_rank(bias, y.ndim)
@@ -75,7 +84,9 @@ def test_bfloat16_rounds_activations_and_weight_gradients_never(axes, implementa
 def test_weight_gradients_of_a_plain_product_are_rounded():  # the control
     x, kernel, _, g = inputs(1, jnp.bfloat16)
     exact = np.tensordot(x.astype(jnp.float32), g.astype(jnp.float32), ((0, 1), (0, 1)))
-    plain = jax.grad(lambda w: jnp.vdot(jnp.tensordot(x, w.astype(x.dtype), 1), g).astype(jnp.float32))(kernel)
+    plain = jax.grad(
+        lambda w: jnp.vdot(jnp.tensordot(x, w.astype(x.dtype), 1), g).astype(jnp.float32)
+    )(kernel)
     assert np.abs(plain - exact).max() > 1e-3
 
 

@@ -29,7 +29,13 @@ def get_config():
                 "sources": [{"kind": "text", "path": "corpus", "heldout_fraction": 0.2}],
                 "tokenizer": {"kind": "bytes"},
             },
-            "train": {"steps": 12, "batch_size": 8, "sequence_length": 32, "log_every": 1, "eval_every": 4},
+            "train": {
+                "steps": 12,
+                "batch_size": 8,
+                "sequence_length": 32,
+                "log_every": 1,
+                "eval_every": 4,
+            },
             "optim": {"learning_rate": 0.01, "schedule": {"warmup_steps": 2}, "ema_decay": 0.9},
             "checkpoint": {"every": 4, "keep": 1},
         }
