@@ -19,7 +19,7 @@ def main(spec: str, dtype: str) -> None:
     from research.parallel.mesh import MeshConfig
     from research.training.config import TrainConfig
     from research.training.language_model import language_model_program
-    from research.training.step import place_batch
+    from research.training.step import shard_batch
 
     model = load(spec, dtype)
     kinds = {
@@ -48,7 +48,7 @@ def main(spec: str, dtype: str) -> None:
             rows[name] = np.broadcast_to((np.arange(LENGTH) < LENGTH // 2).astype(np.int32), shape)
         else:  # segments and weights: whole rows
             rows[name] = np.ones(shape, kind)
-    batch = place_batch(rows, program.batch)
+    batch = shard_batch(rows, program.batch)
 
     def take() -> float:
         nonlocal state

@@ -30,7 +30,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
     from research.parallel.mesh import MeshConfig
     from research.training.config import TrainConfig
     from research.training.language_model import language_model_program
-    from research.training.step import place_batch
+    from research.training.step import shard_batch
 
     model = ModelConfig(
         vocab_size=SHAPE.vocabulary,
@@ -69,7 +69,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
         "segments": np.ones((SHAPE.batch, SHAPE.length), np.int32),
         "weights": np.ones((SHAPE.batch, SHAPE.length), np.float32),
     }
-    batch = place_batch(rows, program.batch)
+    batch = shard_batch(rows, program.batch)
 
     def take() -> float:
         nonlocal state

@@ -19,7 +19,7 @@ from research.training.loop import Throughput
 from research.training.program import Program
 from research.training.self_check import check_attention
 from research.training.state import TrainState
-from research.training.step import place_batch
+from research.training.step import shard_batch
 
 
 def evaluation(
@@ -37,7 +37,7 @@ def evaluation(
 
     def held_out(state: TrainState) -> dict[str, float]:
         batches = (
-            place_batch(rows, program.batch) for rows in heldout_rows(config, prepared, part)
+            shard_batch(rows, program.batch) for rows in heldout_rows(config, prepared, part)
         )
         return evaluate(step, state.eval_params(), frozen, batches, text_size)
 

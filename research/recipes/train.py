@@ -26,7 +26,7 @@ from research.training.clock import Clock
 from research.training.language_model import language_model_program
 from research.training.plots import plot_loss
 from research.training.state import TrainState
-from research.training.step import place_batch
+from research.training.step import shard_batch
 
 logger = logging.getLogger("tessera")
 
@@ -89,7 +89,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     )
     with clock.measure("checkpoint"):
         checkpoints = Checkpoints(
-            workdir, config.checkpoint, program.partition.untouched(program.saved.params)
+            workdir, config.checkpoint, program.partition.frozen_names(program.saved.params)
         )
         saved, owed = restore(checkpoints, program.saved, loader, workdir)
         if saved is not None and int(saved.step) >= config.train.steps and not owed:
@@ -104,7 +104,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             held.callback(checkpoints.close)
         held.callback(loader.close)
         with clock.measure("compile"):
-            state, frozen = program.begin(saved, key_for(config.train.seed, "init"))
+            state, frozen = program.resume_or_create(saved, key_for(config.train.seed, "init"))
             del saved  # its arrays are the state's now, or were copied into it
             step = program.compile_train_step()
             evaluate = evaluation(config, program, frozen, prepared, part)
@@ -114,7 +114,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             step=step,
             frozen=frozen,
             stream=loader,
-            place=functools.partial(place_batch, like=program.batch),
+            shard_batch=functools.partial(shard_batch, like=program.batch),
             check=first_batch_check(config, program, frozen),
             evaluate=evaluate,
             saved=lambda state: program.merge(state, frozen),
@@ -123,7 +123,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             clock=clock,
             throughput=throughput(config, program.mesh),
         )
-        state = loop.train(state, run, config.train, owed)
+        state = loop.run_loop(state, run, config.train, owed)
     logger.info("time: %s", clock.report())
     if jax.process_index() == 0:
         plot_loss(workdir)

@@ -25,7 +25,7 @@ def flush(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def reads_directly(path: pathlib.Path) -> bool:
+def supports_direct_io(path: pathlib.Path) -> bool:
     """Whether files beside this one can be read past the page cache, whose new pages cost more than
     the data.
     """

@@ -27,7 +27,7 @@ class UnreadableArray(Exception):
     """An array that is not there, or whose files are not what was written; the message names it."""
 
 
-def store_of(folder: Path, name: str) -> dict[str, Any]:
+def array_kvstore(folder: Path, name: str) -> dict[str, Any]:
     """Returns where an array lies in the store of a checkpoint, as TensorStore describes it."""
     path = f"{name.replace('/', '.')}/"
     return {"driver": "ocdbt", "base": kvstore(folder), "path": path}
@@ -46,7 +46,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     opening = {
         name: ts.open(
-            {"driver": "zarr", "kvstore": store_of(folder, name)},
+            {"driver": "zarr", "kvstore": array_kvstore(folder, name)},
             context=context,
             open=True,
             read=True,

@@ -37,7 +37,7 @@ logger = logging.getLogger("tessera")
 _FIELDS = ("params", "ema")
 
 
-class Base:
+class FrozenParams:
     """The frozen parameters of a run on disk. All processes call its methods together.
 
     Args:
@@ -52,13 +52,13 @@ class Base:
         self._entries: dict[str, dict[str, Any]] | None = None
         self._whole: frozenset[str] = frozenset()
 
-    def was_read(self, manifest: dict[str, Any]) -> None:
+    def note_restored(self, manifest: dict[str, Any]) -> None:
         """Takes note of a checkpoint that was read and is whole: its frozen parameters need not be
         written again.
         """
-        self._whole = files.places_in(manifest)
+        self._whole = files.shared_folders_named(manifest)
 
-    def part(
+    def split_state(
         self, state: Any, checkpointer: ocp.AsyncCheckpointer
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """Returns the canonical arrays that a checkpoint holds itself, and what its manifest says
@@ -101,15 +101,15 @@ class Base:
     def _write(
         self, arrays: dict[str, Array], checkpointer: ocp.AsyncCheckpointer
     ) -> dict[str, dict[str, Any]]:
-        described = files.describe(arrays, digests(arrays))
-        place = files.place_of(
+        described = files.describe_arrays(arrays, digests(arrays))
+        place = files.shared_folder_name(
             hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         )
         if described and (place not in self._whole or self._is_gone(place)):
             # A folder of this name that was not read just now may be damaged, or half written.
             if jax.process_index() == 0:
                 remove_folder(self._folder / place)
-            checkpointer.save(self._folder / place, args=files.arrays_alone(arrays))
+            checkpointer.save(self._folder / place, args=files.arrays_save_args(arrays))
             checkpointer.wait_until_finished()
         return {name: entry | {"place": place} for name, entry in described.items()}
 
@@ -123,7 +123,7 @@ class Base:
         return not bool(multihost_utils.broadcast_one_to_all(np.bool_(there)))
 
 
-def remove_unused(folder: Path) -> None:
+def remove_unused_folders(folder: Path) -> None:
     """Removes the folders of frozen parameters that no checkpoint names, nor one that was set
     aside.
 
@@ -133,7 +133,7 @@ def remove_unused(folder: Path) -> None:
     used: set[str] = set()
     for path in folder.glob(f"*/{files.MANIFEST}/manifest.json") if bases else ():
         try:
-            used |= files.places_in(read_object(path)["content"])
+            used |= files.shared_folders_named(read_object(path)["content"])
         except (UserError, LookupError, TypeError, AttributeError):
             return  # of a damaged checkpoint it cannot be told what it needs
     for path in bases:

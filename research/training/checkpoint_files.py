@@ -31,8 +31,8 @@ from research.training import checkpoint_arrays, manifest_values
 FORMATS = (1, 2)
 ARRAYS, MANIFEST = "arrays", "manifest"
 # How a folder of arrays that several checkpoints share is called.
-PLACE_DIGITS = 16
-_PLACE = re.compile(f"base-[0-9a-f]{{{PLACE_DIGITS}}}")
+FOLDER_DIGITS = 16
+_SHARED_FOLDER = re.compile(f"base-[0-9a-f]{{{FOLDER_DIGITS}}}")
 # What Orbax writes into a checkpoint when all else is in it.
 COMMIT = "commit_success.txt"
 
@@ -75,7 +75,7 @@ def is_complete(folder: Path) -> bool:
     return folder.is_dir()
 
 
-def contents(
+def save_args(
     step: int, arrays: Mapping[str, Array], elsewhere: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> ocp.args.Composite:
     """Returns what is to be written, digests included; every process must call this.
@@ -86,18 +86,22 @@ def contents(
       elsewhere: what the manifest says of the others.
       extra: what else belongs to it.
     """
-    manifest = manifest_of(step, describe(arrays, digests(arrays)) | dict(elsewhere), extra)
+    manifest = build_manifest(
+        step, describe_arrays(arrays, digests(arrays)) | dict(elsewhere), extra
+    )
     return ocp.args.Composite(
         **{ARRAYS: ocp.args.PyTreeSave(nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)},
     )
 
 
-def arrays_alone(arrays: Mapping[str, Array]) -> ocp.args.Composite:
+def arrays_save_args(arrays: Mapping[str, Array]) -> ocp.args.Composite:
     """Returns what is to be written of arrays that checkpoints name in their manifests."""
     return ocp.args.Composite(**{ARRAYS: ocp.args.PyTreeSave(nested(arrays))})
 
 
-def describe(arrays: Mapping[str, Any], digests_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def describe_arrays(
+    arrays: Mapping[str, Any], digests_of: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
     """Returns what a manifest says of arrays (or their shapes) with these digests."""
     return {
         name: {
@@ -109,7 +113,7 @@ def describe(arrays: Mapping[str, Any], digests_of: Mapping[str, str]) -> dict[s
     }
 
 
-def manifest_of(
+def build_manifest(
     step: int, described: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the manifest of arrays that are so described."""
@@ -153,26 +157,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def places_in(manifest: Mapping[str, Any]) -> frozenset[str]:
+def shared_folders_named(manifest: Mapping[str, Any]) -> frozenset[str]:
     """Returns the folders beside a checkpoint in which arrays of it lie."""
     return frozenset(array["place"] for array in manifest["arrays"].values() if "place" in array)
 
 
-def place_of(digest: str) -> str:
+def shared_folder_name(digest: str) -> str:
     """Returns the name of the folder of arrays that together have a digest, a hexadecimal
     number.
     """
-    return f"base-{digest[:PLACE_DIGITS]}"
+    return f"base-{digest[:FOLDER_DIGITS]}"
 
 
 def shared_folders(checkpoints: Path) -> list[Path]:
     """Returns the folders of arrays that several checkpoints may share; a folder of another name is
     somebody else's.
     """
-    return [path for path in checkpoints.glob("base-*") if _PLACE.fullmatch(path.name)]
+    return [path for path in checkpoints.glob("base-*") if _SHARED_FOLDER.fullmatch(path.name)]
 
 
-def where(folder: Path, manifest: Mapping[str, Any], name: str) -> tuple[Path, str]:
+def locate_array(folder: Path, manifest: Mapping[str, Any], name: str) -> tuple[Path, str]:
     """Returns the store in which an array of a checkpoint lies, and the array's name there.
 
     Raises:
@@ -181,7 +185,7 @@ def where(folder: Path, manifest: Mapping[str, Any], name: str) -> tuple[Path, s
     place = manifest["arrays"][name].get("place")
     if place is None:
         return folder / ARRAYS, name
-    if not _PLACE.fullmatch(place):
+    if not _SHARED_FOLDER.fullmatch(place):
         raise Damaged(f"array {name} lies in {place!r}, which is no folder of frozen parameters")
     return folder.parent / place / ARRAYS, name.partition("/")[2]
 
@@ -242,7 +246,7 @@ def read_arrays(
     # array on disk
     groups: dict[tuple[Path, str], dict[str, str]] = {}
     for name in manifest["arrays"]:
-        store, stored = where(folder, manifest, name)
+        store, stored = locate_array(folder, manifest, name)
         stores.setdefault(store, set()).add(stored)
         if name in wanted:
             groups.setdefault((store, name.partition("/")[0]), {})[stored] = name

@@ -26,10 +26,10 @@ from research.models.layer_stack import places, stack_layers
 from research.storage.background import BackgroundWorker, prefetch
 from research.storage.digests import RunningDigest
 from research.storage.files import new_folder
-from research.storage.flush import BackgroundFlusher, flush, reads_directly
+from research.storage.flush import BackgroundFlusher, flush, supports_direct_io
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
-from research.training.checkpoint_arrays import store_of
+from research.training.checkpoint_arrays import array_kvstore
 from research.training.checkpoint_files import Damaged
 
 # Bytes of a chunk, the least that is read from disk at a time: a device that holds a small part of
@@ -66,7 +66,7 @@ def write_params(
     folder = workdir.absolute() / "checkpoints" / str(step)
     with _explained(folder), new_folder(folder) as partial:
         arrays, digests = _write_arrays(partial / files.ARRAYS, shapes, parts)
-        manifest = files.manifest_of(step, files.describe(arrays, digests), {})
+        manifest = files.build_manifest(step, files.describe_arrays(arrays, digests), {})
         (partial / files.MANIFEST).mkdir()
         (partial / files.MANIFEST / "manifest.json").write_text(json.dumps(manifest))
         # As Orbax does, so that a copy in a bucket is known to be all of it.
@@ -119,7 +119,9 @@ class ParamsReader:
         arrays = {f"{self._field}/{name}": shape for name, shape in stack_layers(shapes).items()}
         files.check_architecture(folder, self._manifest, arrays, whole=False)
         self._digests = {name: RunningDigest(shape.shape) for name, shape in arrays.items()}
-        direct = not in_bucket(folder) and reads_directly(folder / files.MANIFEST / "manifest.json")
+        direct = not in_bucket(folder) and supports_direct_io(
+            folder / files.MANIFEST / "manifest.json"
+        )
         mode = "direct" if direct else "default"
         self._folder, self._context, self._open = folder, _context(mode), {}
         self._counted: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
@@ -134,8 +136,8 @@ class ParamsReader:
         stack = f"{self._field}/{stack}"
         try:
             if stack not in self._open:
-                store, stored = files.where(self._folder, self._manifest, stack)
-                spec = {"driver": "zarr", "kvstore": store_of(store, stored)}
+                store, stored = files.locate_array(self._folder, self._manifest, stack)
+                spec = {"driver": "zarr", "kvstore": array_kvstore(store, stored)}
                 self._open[stack] = ts.open(
                     spec, context=self._context, open=True, read=True
                 ).result()
@@ -245,7 +247,7 @@ class _Store:
         }
         spec = {
             "driver": "zarr",
-            "kvstore": store_of(self._folder, name),
+            "kvstore": array_kvstore(self._folder, name),
             "metadata": metadata,
             "create": True,
             "store_data_equal_to_fill_value": True,

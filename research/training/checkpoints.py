@@ -33,7 +33,7 @@ from research.storage.files import remove_folder
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
 from research.training import manifest_values, quiet_orbax
-from research.training.checkpoint_base import Base, remove_unused
+from research.training.checkpoint_base import FrozenParams, remove_unused_folders
 from research.training.checkpoint_files import Damaged
 from research.training.presence import Presence
 
@@ -79,7 +79,7 @@ class CheckpointConfig:
             raise UserError("every", self.every, "must be at least 1 step.")
         if self.keep < 1:
             raise UserError(
-                "keep", self.keep, "must be at least 1: the run goes on from the latest checkpoint."
+                "keep", self.keep, "must be at least 1: a run resumes from the latest checkpoint."
             )
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
             raise UserError(
@@ -101,7 +101,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: CheckpointConfig, frozen: Collection[str] = ()):
         self._folder, self._config = absolute(workdir) / "checkpoints", config
-        self._base = Base(self._folder, frozen)
+        self._base = FrozenParams(self._folder, frozen)
         self._presence = Presence(self._folder.parent, "config.json")
         self._checkpointer = files.checkpointer(self._folder)
         # Waits for the one write in flight, then removes what need not be kept.
@@ -177,8 +177,8 @@ class Checkpoints:
         self._silence.enter_context(quiet_orbax.silenced())
         self._last_step = step
         try:
-            arrays, elsewhere = self._base.part(state, self._checkpointer)
-            contents = files.contents(step, arrays, elsewhere, extra)
+            arrays, elsewhere = self._base.split_state(state, self._checkpointer)
+            contents = files.save_args(step, arrays, elsewhere, extra)
             self._checkpointer.save(self._folder / str(step), args=contents)
         except Exception as error:
             self._explain(step, error)
@@ -261,7 +261,7 @@ class Checkpoints:
         wanted = stack_layers(shapes)
         step, manifest, arrays = self._newest_whole(lambda manifest: wanted, step, whole=True)
         state = _rebuild(abstract_state, unstack_layers(arrays, shapes))
-        self._base.was_read(manifest)
+        self._base.note_restored(manifest)
         self._passed_over = {later for later in self.steps() if later > step}
         return step, state, manifest_values.decode(manifest["extra"])
 
@@ -346,7 +346,7 @@ class Checkpoints:
             for old in self.steps():
                 if old not in kept:
                     self._remove(old)
-            remove_unused(self._folder)
+            remove_unused_folders(self._folder)
 
     def _remove(self, old: int) -> None:
         """Removes a checkpoint. One that stays costs room and no more, so it ends no run."""
@@ -404,9 +404,9 @@ class Checkpoints:
             for path in self._unfinished(str(step)):
                 with contextlib.suppress(OSError):
                     remove_folder(path)
-            remove_unused(self._folder)
+            remove_unused_folders(self._folder)
         self._check_workdir(step)
-        place = self._folder / str(step)
+        folder = self._folder / str(step)
         said = " ".join(map(str, _chain(error)))
         for fault in DISK_FAULTS:
             if fault in said:
@@ -415,7 +415,7 @@ class Checkpoints:
                     if self.steps()
                     else "There is no earlier checkpoint"
                 )
-                raise UserError(f"{place}: {fault}; it was not written. {before}.") from error
+                raise UserError(f"{folder}: {fault}; it was not written. {before}.") from error
         raise error
 
     def _check_workdir(self, step: int) -> None:

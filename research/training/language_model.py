@@ -78,7 +78,9 @@ class LanguageModelLoss:
     ) -> tuple[Float[Array, ""], Metrics]:
         """Returns Σ w (nll + z-loss), and both parts."""
 
-        def objective(nll: Array, log_z: Array, weights: Array) -> tuple[Float[Array, ""], Metrics]:
+        def token_loss(
+            nll: Array, log_z: Array, weights: Array
+        ) -> tuple[Float[Array, ""], Metrics]:
             nll_sum = weighted_sum(nll, weights)
             z_sum = jnp.zeros(())
             if self.z_coefficient:
@@ -86,7 +88,7 @@ class LanguageModelLoss:
             return nll_sum + z_sum, {"loss": nll_sum, "z_loss": z_sum}
 
         return summed_cross_entropy(
-            objective,
+            token_loss,
             logits.hidden,
             logits.kernel,
             targets,
@@ -120,11 +122,11 @@ def language_model_program(
       UserError: sizes that do not fit the devices, a schedule longer than the run, or nothing to
           train.
     """
-    place = make_mesh(mesh, devices)
-    untargeted = language_model(model, mesh_platform(place)).init
+    devices_mesh = make_mesh(mesh, devices)
+    untargeted = language_model(model, mesh_platform(devices_mesh)).init
 
     def init(key: jax.Array) -> Any:
-        with compiling_for_mesh(place):
+        with compiling_for_mesh(devices_mesh):
             return untargeted(key)
 
     partition = build_partition(train.trainable, jax.eval_shape(init, jax.random.key(0)))

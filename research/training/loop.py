@@ -38,7 +38,7 @@ class Stream(Protocol):
         """
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` returned."""
+        """Resumes from what `state` returned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Run:
       step: compiled.
       frozen: what the step reads beside its state.
       stream: the batches of this process.
-      place: puts a host batch on the devices.
+      shard_batch: puts a host batch on the devices.
       check: looks at the first batch and the state that meets it, and raises where the kernels
           cannot be trusted.
       evaluate: held-out metrics of a state.
@@ -88,7 +88,7 @@ class Run:
     step: Step
     frozen: Any
     stream: Stream
-    place: Callable[[Batch], Batch]
+    shard_batch: Callable[[Batch], Batch]
     check: Callable[[TrainState, Batch], None]
     evaluate: Callable[[TrainState], dict[str, float]]
     saved: Callable[[TrainState], Any]
@@ -124,8 +124,8 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(
-    state: TrainState, run: Run, config: TrainConfig, evaluation_owed: bool = False
+def run_loop(
+    state: TrainState, run: Run, config: TrainConfig, evaluation_pending: bool = False
 ) -> TrainState:
     """Takes the state from its step to the last one.
 
@@ -137,7 +137,7 @@ def train(
       state: where to go on; its buffers are given up.
       run: what to drive.
       config: the course.
-      evaluation_owed: whether the state was saved at a step whose evaluation did not come about.
+      evaluation_pending: whether the state was saved at a step whose evaluation did not come about.
 
     Raises:
       Interrupted: SIGTERM or SIGINT came; the state was saved first.
@@ -149,12 +149,12 @@ def train(
         _stop_signals() as signals,
         Progress("train", config.steps - first, "step", lines=False) as progress,
     ):
-        if evaluation_owed:
+        if evaluation_pending:
             meter.evaluate(first, state)
         pending: tuple[int, Metrics] | None = None
         for index in range(first, config.steps):
             with clock.measure("data"):
-                batch = run.place(run.stream.next(state))
+                batch = run.shard_batch(run.stream.next(state))
             if index == first:
                 with clock.measure("compile"):
                     run.check(state, batch)
@@ -182,7 +182,7 @@ def train(
                 run.checkpoints.wait()
                 name = signal.Signals(stop).name
                 raise Interrupted(
-                    f"stopped by {name} after step {step}; the same command goes on from there"
+                    f"stopped by {name} after step {step}; the same command resumes from there"
                 )
             if evaluates:
                 meter.evaluate(step, state)

@@ -107,7 +107,7 @@ class Partition:
             whole[name] = leaf
         return nested(whole)
 
-    def untouched(self, params: Any) -> frozenset[str]:
+    def frozen_names(self, params: Any) -> frozenset[str]:
         """Returns the names of the parameters of which no row is trained."""
         return frozenset(
             () if self.selection is None else _leaves(params).keys() - self.selection.keys()

@@ -77,7 +77,7 @@ class Program:
                 .compile()
             )
 
-    def begin(self, saved: TrainState | None, key: jax.Array) -> tuple[TrainState, Any]:
+    def resume_or_create(self, saved: TrainState | None, key: jax.Array) -> tuple[TrainState, Any]:
         """Returns the state and the frozen parameters to go on with: those of a checkpoint, or new
         ones from a key.
         """

@@ -29,9 +29,9 @@ def _start() -> None:
     global _under_way, _hook_before
     if _under_way == 0:
         _hook_before = sys.unraisablehook
-        sys.unraisablehook = _tell_unraisable
-        logging.getLogger("absl").addFilter(_orbax_may_tell)
-        logging.getLogger("asyncio").addFilter(_asyncio_may_tell)
+        sys.unraisablehook = _report_unraisable
+        logging.getLogger("absl").addFilter(_keep_orbax_record)
+        logging.getLogger("asyncio").addFilter(_keep_asyncio_record)
     _under_way += 1
 
 
@@ -40,11 +40,11 @@ def _stop() -> None:
     _under_way -= 1
     if _under_way == 0:
         sys.unraisablehook = _hook_before
-        logging.getLogger("absl").removeFilter(_orbax_may_tell)
-        logging.getLogger("asyncio").removeFilter(_asyncio_may_tell)
+        logging.getLogger("absl").removeFilter(_keep_orbax_record)
+        logging.getLogger("asyncio").removeFilter(_keep_asyncio_record)
 
 
-def _tell_unraisable(unraisable: Any) -> None:
+def _report_unraisable(unraisable: Any) -> None:
     closed = (
         isinstance(unraisable.exc_value, RuntimeError)
         and str(unraisable.exc_value) == "Event loop is closed"
@@ -53,10 +53,10 @@ def _tell_unraisable(unraisable: Any) -> None:
         _hook_before(unraisable)
 
 
-def _orbax_may_tell(record: logging.LogRecord) -> bool:
+def _keep_orbax_record(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "/orbax/" in record.pathname)
 
 
-def _asyncio_may_tell(record: logging.LogRecord) -> bool:
+def _keep_asyncio_record(record: logging.LogRecord) -> bool:
     said = record.getMessage()
     return not ("exception was never retrieved" in said and "orbax" in said)

@@ -1,5 +1,5 @@
-"""The first batch through the attention that was picked, beside the plain one: a body that is wrong
-stops the run.
+"""The first batch through the attention that was picked, compared with the plain one: a wrong
+implementation stops the run.
 
 A known way to lose a run: a backend that ignores segment ids trains on documents that leak into
 each other, and every curve looks a little better than it should.
@@ -63,10 +63,10 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
         if not picked <= ROUNDINGS * plain + FLOOR
     }
     if drift:
-        body, worst = config.attention.implementation, max(drift, key=drift.get)
+        implementation, worst = config.attention.implementation, max(drift, key=drift.get)
         raise UserError(
             "model.attention.implementation",
-            body,
+            implementation,
             f"drifts from the reference on the first batch: {worst} is off by {drift[worst]:.2g} "
             "of its norm, "
             f"where rounding explains {errors[worst][1]:.2g}. Use 'reference', "
@@ -147,7 +147,9 @@ def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float
     real = (batch["segments"] != 0)[..., None].astype(jnp.float32)
     cotangent = jax.random.normal(jax.random.key(0), shape) * real
 
-    def objective(attention: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
+    def projected_output(
+        attention: dict[str, Array],
+    ) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
         with_these = tree_map_with_path(
             lambda path, leaf: attention.get(path_name(path), leaf), params
         )
@@ -156,7 +158,7 @@ def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float
 
     # Of the sequence, of the encoder's, and of one over the other.
     attention = {name: leaf for name, leaf in named_leaves(params).items() if "attention/" in name}
-    gradients, hidden = jax.grad(objective, has_aux=True)(attention)
+    gradients, hidden = jax.grad(projected_output, has_aux=True)(attention)
     gradients = {
         f"the gradient of {name}": leaf.astype(jnp.float32) for name, leaf in gradients.items()
     }

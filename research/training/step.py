@@ -88,13 +88,13 @@ def _sum_gradients(
     weight = loss.weight(batch)
     weight = jnp.where(weight > 0, weight, 1.0)
 
-    def objective(trainable: Any, micro: Batch, key: jax.Array) -> tuple[Float[Array, ""], Report]:
+    def mean_loss(trainable: Any, micro: Batch, key: jax.Array) -> tuple[Float[Array, ""], Report]:
         total, report = loss.sums(trainable, frozen, micro, key)
         means = {name: value / accumulation for name, value in report.means.items()}
         sums = {name: value / weight for name, value in report.sums.items()}
         return sum(means.values(), start=total / weight), Report(sums, means, report.expert_load)
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
     if accumulation == 1:
         (value, report), grads = gradient(trainable, batch, key)
         return value, report, grads
@@ -117,11 +117,11 @@ def _norm(gradients: Any) -> Float[Array, ""]:
     return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
 
 
-def _moved_average(ema: Any, params: Any, decay: float) -> Any:
+def _update_ema(ema: Any, params: Any, decay: float) -> Any:
     return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
 
 
-def _balanced(
+def _balance_experts(
     params: Any, expert_load: Mapping[str, Array], speed: float, partition: Partition
 ) -> Any:
     """Returns the trained parameters with their selection biases moved by the load of their own
@@ -185,8 +185,8 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = promoting(optax.apply_updates)(state.params, updates)
-        params = _balanced(params, report.expert_load, expert_bias_speed, partition)
-        ema = None if state.ema is None else _moved_average(state.ema, params, ema_decay)
+        params = _balance_experts(params, report.expert_load, expert_bias_speed, partition)
+        ema = None if state.ema is None else _update_ema(state.ema, params, ema_decay)
 
         rate = jnp.asarray(learning_rate(state.opt_state), jnp.float32)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -205,7 +205,7 @@ def make_train_step(
     return step
 
 
-def place_batch(batch: Batch, like: AbstractBatch) -> Batch:
+def shard_batch(batch: Batch, like: AbstractBatch) -> Batch:
     """Puts this process's rows of a batch on its devices, as part of the global batch that `like`
     describes.
 

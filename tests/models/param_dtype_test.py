@@ -17,7 +17,7 @@ from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
-from research.training.step import place_batch
+from research.training.step import shard_batch
 from tests.models.layer_loops_test import LENGTHS
 from tests.models.variants import VARIANTS, rows, unpacked
 from tests.models.variants_test import logits
@@ -57,7 +57,7 @@ def test_a_step_keeps_their_type_and_undoes_what_is_not_finite():
     program = language_model_program(model, optim, train, MeshConfig(), jax.devices()[:1])
     step = program.compile_train_step()
     state = program.create(jax.random.key(0))
-    batch = place_batch(random_batch(4, 8), program.batch)
+    batch = shard_batch(random_batch(4, 8), program.batch)
 
     def bits(state: Any) -> dict[str, np.ndarray]:
         return {

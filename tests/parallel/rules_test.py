@@ -26,7 +26,7 @@ from research.parallel.rules import (
 )
 from research.training import step
 from research.training.state import abstract_state
-from research.training.step import place_batch
+from research.training.step import shard_batch
 from tests.models.variants import VARIANTS
 from tests.tiny import abstract_params, tiny_config
 
@@ -256,7 +256,7 @@ def test_tokens_of_a_process_that_do_not_follow_each_other_name_the_size_to_chan
 def test_a_batch_is_cut_along_its_rows_and_its_length():
     sharding = batch_sharding(context_mesh(data=2, context=4))
     tokens = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
-    placed = place_batch(
+    placed = shard_batch(
         {"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=sharding)}
     )
     np.testing.assert_array_equal(placed["tokens"], tokens)
@@ -273,7 +273,7 @@ def test_devices_get_the_columns_of_a_row_that_they_hold(monkeypatch):
         jax, "make_array_from_process_local_data", lambda *arguments: given.append(arguments)
     )
     tokens = np.arange(2 * 24, dtype=np.int32).reshape(2, 24)
-    place_batch(
+    shard_batch(
         {"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((2, 24), jnp.int32, sharding=sharding)}
     )
     [(_, local, shape)] = given

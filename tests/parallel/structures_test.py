@@ -18,7 +18,7 @@ from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
-from research.training.step import place_batch
+from research.training.step import shard_batch
 from tests.models.variants import VARIANTS, pack, rows
 from tests.parallel.training_test import begin
 from tests.tiny import random_params, random_tokens
@@ -70,7 +70,7 @@ def train(
     for index in range(STEPS):
         batch = host_batch(model, index)
         state, row = step(
-            state, {}, place_batch({name: batch[name] for name in program.batch}, program.batch)
+            state, {}, shard_batch({name: batch[name] for name in program.batch}, program.batch)
         )
         metrics.append({name: float(value) for name, value in row.items()})
     return metrics, state.params

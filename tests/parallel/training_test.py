@@ -23,7 +23,7 @@ from research.parallel.rules import process_rows
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
 from research.training.state import TrainState
-from research.training.step import place_batch
+from research.training.step import shard_batch
 from tests.tiny import random_batch, random_params, tiny_config
 
 STEPS, ROWS, LENGTH = 5, 16, 8
@@ -66,7 +66,7 @@ def train(
     mine = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
     for index in range(STEPS):
         batch = {name: array[mine] for name, array in host_batch(index).items()}
-        state, metrics = step(state, {}, place_batch(batch, program.batch))
+        state, metrics = step(state, {}, shard_batch(batch, program.batch))
         rows.append({name: float(value) for name, value in metrics.items()})
     return rows, state
 

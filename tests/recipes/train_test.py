@@ -170,14 +170,14 @@ def poisoned_batches(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Makes the loss of some steps of the next run, which must not evaluate before, not a
     number.
     """
-    place, count = train_recipe.place_batch, itertools.count(1)
+    shard, count = train_recipe.shard_batch, itertools.count(1)
 
     def placing(batch, like):
         if next(count) in steps:
             batch = {**batch, "weights": batch["weights"] * np.nan}
-        return place(batch, like)
+        return shard(batch, like)
 
-    monkeypatch.setattr(train_recipe, "place_batch", placing)
+    monkeypatch.setattr(train_recipe, "shard_batch", placing)
 
 
 def test_step_without_a_finite_loss_is_skipped_and_counted(tmp_path, tiny, monkeypatch, caplog):

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from research.storage import flush
-from research.storage.flush import BackgroundFlusher, reads_directly
+from research.storage.flush import BackgroundFlusher, supports_direct_io
 
 
 def test_what_was_written_is_flushed_a_stride_at_a_time_and_never_twice_at_once(monkeypatch):
@@ -57,11 +57,11 @@ def test_a_flushed_file_is_whole(tmp_path):
 
 def test_direct_reading_is_not_tried_where_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    assert not reads_directly(path)
+    assert not supports_direct_io(path)
     path.write_bytes(b"text")
 
     def refuse(*_):
         raise OSError("Invalid argument")
 
     monkeypatch.setattr(os, "preadv", refuse)
-    assert not reads_directly(path)
+    assert not supports_direct_io(path)

@@ -21,7 +21,7 @@ from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import LanguageModelLoss, language_model_program
 from research.training.partition import TrainableConfig
-from research.training.step import place_batch
+from research.training.step import shard_batch
 from tests.parallel.training_test import LENGTH, ROWS, begin, host_batch
 from tests.tiny import tiny_config
 
@@ -52,7 +52,7 @@ def run(
     step, state, metrics = program.compile_train_step(), begin(program.state, model), []
     params = [host(state.params)]
     for index in range(steps):
-        state, row = step(state, {}, place_batch(host_batch(index % 2), program.batch))
+        state, row = step(state, {}, shard_batch(host_batch(index % 2), program.batch))
         metrics.append({name: float(value) for name, value in row.items()})
         params.append(host(state.params))
     return params, metrics
@@ -166,9 +166,9 @@ def test_biases_of_the_last_layers_of_a_scanned_stack_follow_the_load_of_their_o
         steps=STEPS, trainable=TrainableConfig("last_layers", num_layers=count), **options
     )
     program = language_model_program(model, OptimConfig(), config, MeshConfig(), jax.devices()[:1])
-    state, frozen = program.begin(None, jax.random.key(0))
+    state, frozen = program.resume_or_create(None, jax.random.key(0))
     first = program.merge(state, frozen).params
-    batch = place_batch(host_batch(0), program.batch)
+    batch = shard_batch(host_batch(0), program.batch)
     _, report = jax.jit(LanguageModelLoss(model).sums)(first, {}, batch, None)
     load = np.asarray(report.expert_load["layers/mlp"])
 

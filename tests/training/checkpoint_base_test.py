@@ -304,7 +304,7 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, opened, monkey
         (tmp_path / "checkpoints" / "base-0123456789abcdef").mkdir()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_base.Base, "part", full)
+    monkeypatch.setattr(checkpoint_base.FrozenParams, "split_state", full)
     with pytest.raises(
         UserError,
         match=r"No space left on device; it was not written\. There is no earlier checkpoint",

@@ -15,7 +15,7 @@ import tensorstore as ts
 from etils import epath
 
 from research.core.errors import UserError
-from research.training.checkpoint_arrays import store_of
+from research.training.checkpoint_arrays import array_kvstore
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 from tests.training.states import abstract, assert_same, new_state
 
@@ -279,7 +279,7 @@ def test_an_array_of_another_type_on_disk_is_caught(copy):
     """Its bits are the same, so the digest alone would not tell."""
     workdir, state = copy
     folder = workdir / "checkpoints" / "10" / "arrays"
-    spec = {"driver": "zarr", "kvstore": store_of(folder, "params/layers/scale")}
+    spec = {"driver": "zarr", "kvstore": array_kvstore(folder, "params/layers/scale")}
     values = ts.open(spec, open=True).result().read().result()
     assert values.dtype == np.float32
     other = {

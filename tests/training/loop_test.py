@@ -17,7 +17,7 @@ from research.core.errors import Interrupted, UserError
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 from research.training.clock import Clock
 from research.training.config import TrainConfig
-from research.training.loop import Run, Throughput, train
+from research.training.loop import Run, Throughput, run_loop
 from research.training.metrics import MetricsWriter, read_metrics
 from research.training.state import TrainState
 
@@ -88,14 +88,14 @@ class Bench:
         self.events.append(f"evaluate {int(state.step)}")
         return {"eval/loss": 1.0}
 
-    def train(self, owed: bool = False, **config: Any) -> TrainState:
-        place = lambda batch: jax.tree.map(jnp.asarray, batch)  # noqa: E731
+    def train(self, evaluation_pending: bool = False, **config: Any) -> TrainState:
+        shard_batch = lambda batch: jax.tree.map(jnp.asarray, batch)  # noqa: E731
         throughput = Throughput(flops_per_token=10.0, peak_flops=100.0, num_devices=4)
         run = Run(
             step=self.step,
             frozen={},
             stream=self,
-            place=place,
+            shard_batch=shard_batch,
             check=self.check,
             evaluate=self.evaluate,
             saved=lambda state: state,
@@ -105,8 +105,11 @@ class Bench:
             throughput=throughput,
         )
         try:
-            return train(
-                first_state(), run, TrainConfig(batch_size=2, sequence_length=3, **config), owed
+            return run_loop(
+                first_state(),
+                run,
+                TrainConfig(batch_size=2, sequence_length=3, **config),
+                evaluation_pending,
             )
         finally:
             self.writer.close()
@@ -167,8 +170,8 @@ def test_signal_ends_the_step_and_saves_what_the_step_gave(tmp_path, number):
     assert (step, float(params["w"])) == (3, 3.0)
 
 
-@pytest.mark.parametrize(("step", "owed"), [(1, False), (2, True), (4, True)])
-def test_signal_saves_at_once_and_leaves_the_evaluation_owed(tmp_path, step, owed):
+@pytest.mark.parametrize(("step", "pending"), [(1, False), (2, True), (4, True)])
+def test_signal_saves_at_once_and_leaves_the_evaluation_pending(tmp_path, step, pending):
     bench = Bench(tmp_path)
     bench.at[step] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted, match=f"after step {step}"):
@@ -177,12 +180,12 @@ def test_signal_saves_at_once_and_leaves_the_evaluation_owed(tmp_path, step, owe
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     found, _, extra = checkpoints.restore(jax.eval_shape(first_state))
     checkpoints.close()
-    assert (found, extra) == (step, {"loader": {"given": step}, "evaluation_owed": owed})
+    assert (found, extra) == (step, {"loader": {"given": step}, "evaluation_owed": pending})
 
 
-def test_owed_evaluation_comes_before_the_next_step(tmp_path):
+def test_pending_evaluation_comes_before_the_next_step(tmp_path):
     bench = Bench(tmp_path)
-    bench.train(steps=2, owed=True)
+    bench.train(steps=2, evaluation_pending=True)
     assert bench.events == ["evaluate 0", "step 1", "step 2", "evaluate 2"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.training.checkpoint_files import Damaged, manifest_of, read_manifest
+from research.training.checkpoint_files import Damaged, build_manifest, read_manifest
 from research.training.manifest_values import decode, encode
 
 EXTRA = {
@@ -88,7 +88,7 @@ def test_random_keys_are_no_array_beside_a_checkpoint():
 
 
 def test_one_changed_byte_of_an_array_is_damage(tmp_path):
-    manifest = manifest_of(3, {}, EXTRA)
+    manifest = build_manifest(3, {}, EXTRA)
     folder = tmp_path / "3" / "manifest"
     folder.mkdir(parents=True)
     text = json.dumps(manifest)

@@ -21,7 +21,7 @@ from research.training.language_model import language_model_program
 from research.training.partition import EVERYTHING, TrainableConfig, build_partition
 from research.training.program import Program
 from research.training.state import TrainState
-from research.training.step import place_batch
+from research.training.step import shard_batch
 from tests.tiny import abstract_params, random_batch, tiny_config
 
 MODEL = tiny_config(num_layers=3, attention={"qkv_bias": True}, layer_loop="unroll")
@@ -47,11 +47,11 @@ def trained(
 ) -> tuple[Program, Any, Any, TrainState]:
     """The program, the parameters at the beginning and at the end, and the last state."""
     program = program_of(trainable, ema, devices=devices)
-    state, frozen = program.begin(None, jax.random.key(0))
+    state, frozen = program.resume_or_create(None, jax.random.key(0))
     first = jax.tree.map(np.array, program.merge(state, frozen).params)
     step = program.compile_train_step()
     for index in range(STEPS):
-        state, _ = step(state, frozen, place_batch(random_batch(2, 8, index), program.batch))
+        state, _ = step(state, frozen, shard_batch(random_batch(2, 8, index), program.batch))
     return program, first, program.merge(state, frozen), state
 
 
@@ -114,7 +114,7 @@ def test_single_rows_of_the_embedding_are_trained():
 )
 def test_a_saved_state_is_taken_apart_as_it_was(trainable: TrainableConfig):
     program = program_of(trainable, ema=True)
-    state, frozen = program.begin(None, jax.random.key(0))
+    state, frozen = program.resume_or_create(None, jax.random.key(0))
     again = program.split(program.merge(state, frozen))
     for x, y in zip(jax.tree.leaves((state, frozen)), jax.tree.leaves(again), strict=True):
         assert (x.dtype, x.sharding) == (y.dtype, y.sharding)
@@ -128,8 +128,8 @@ def test_an_array_of_which_rows_are_trained_is_not_untouched():
         (ONE_BIAS, BIAS),
     ):
         program = program_of(config)
-        assert program.partition.untouched(program.saved.params) == everything - {touched}
-    assert program_of(TrainableConfig()).partition.untouched(program.saved.params) == frozenset()
+        assert program.partition.frozen_names(program.saved.params) == everything - {touched}
+    assert program_of(TrainableConfig()).partition.frozen_names(program.saved.params) == frozenset()
 
 
 def test_a_saved_state_of_a_later_step_keeps_the_average_apart_from_the_parameters():
