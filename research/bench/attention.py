@@ -16,7 +16,7 @@ import jax
 
 from research.bench import report
 from research.bench.machine import without_torch_bfloat16
-from research.bench.sides import ended, interleave
+from research.bench.sides import interleave_workers, process_error
 from research.core.errors import UserError, nearest
 from research.scaling.topology import TPU_TOPOLOGIES, tpu_devices
 
@@ -80,7 +80,7 @@ def _lengths(text: str) -> list[int]:
 
 
 def measurements(target: str, rounds: int) -> Iterator[tuple[str, report.Figure]]:
-    """Times forward plus backward of each side, causal, in turns; yields rows of milliseconds."""
+    """Times forward plus backward of each side, causal; yields rows of milliseconds."""
     if target == "gpu" and jax.default_backend() != "gpu":
         raise UserError(
             "--target", target, f"needs a GPU: the backend is {jax.default_backend()!r}."
@@ -92,9 +92,9 @@ def measurements(target: str, rounds: int) -> Iterator[tuple[str, report.Figure]
             sizes = [str(size) for size in shape]
             commands = {side: [SIDES, side, dtype, *sizes] for side in ("tessera", *peers)}
             count = max(1, 2**23 // (batch * length**2))
-            seconds = interleave(commands, rounds, count)
+            seconds = interleave_workers(commands, rounds, count)
             times = {
-                side: [1000 * taken / count for taken in turns] for side, turns in seconds.items()
+                side: [1000 * taken / count for taken in values] for side, values in seconds.items()
             }
             # Half of the pairs, 2 products forward and 4 backward of 2 operations each.
             best = 12 * batch * heads * width * length**2 / 2 / min(times["tessera"]) / 1e9
@@ -132,12 +132,12 @@ def schedules(chips: list[str], lengths: list[int]) -> Iterator[tuple[str, repor
                     (peer for peer in peers if part in peer), key=lambda peer: peer[part]["cycles"]
                 )
                 name = f"{chip}, {length:,} tokens, {part}"
-                turns = {"tessera": [ours[part]["cycles"]], "splash": [best[part]["cycles"]]}
+                cycles = {"tessera": [ours[part]["cycles"]], "splash": [best[part]["cycles"]]}
                 note = (
                     f"{_fullness(ours[part])}; splash {_fullness(best[part])}, blocks "
                     f"{best['blocks']}"
                 )
-                yield name, report.Figure("cycles", False, turns, note=note)
+                yield name, report.Figure("cycles", False, cycles, note=note)
 
 
 def _fullness(count: dict[str, Any]) -> str:
@@ -155,7 +155,7 @@ def _count(side: str, chip: str, length: int, *blocks: int) -> dict[str, Any]:
         command = [sys.executable, "-m", COUNT, folder, side, chip, *map(str, (length, *blocks))]
         found = subprocess.run(command, env=environment, capture_output=True, text=True)
     if found.returncode < 0:
-        raise ended(command[2:], found.returncode)
+        raise process_error(command[2:], found.returncode)
     if found.returncode and side == "splash":
         # Blocks too large for a chip's memory are no peer.
         return {"blocks": blocks}

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from research.bench.schedule import kernels, run
+from research.bench.instruction_schedule import kernel_programs, run_program
 from research.kernels.attention import AttentionMask, attention, tpu
 from research.kernels.attention.tpu_backward import backward_tiles
 from research.kernels.attention.tpu_forward import forward_tiles
@@ -101,10 +101,10 @@ def count(folder: pathlib.Path, side: str, chip: str, length: int, *blocks: int)
         )
     compile_on(device, step, *[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 4)
     found: dict[str, Any] = {}
-    for name, program in kernels(folder).items():
+    for name, program in kernel_programs(folder).items():
         for prefix, operands in scalars.items():
             if prefix in name:
-                schedule = run(program, [np.asarray(operand) for operand in operands])
+                schedule = run_program(program, [np.asarray(operand) for operand in operands])
                 part = "forward" if "forward" in name or "fwd" in name else "backward"
                 found.setdefault(part, []).append(schedule)
     pairs = HEADS * length * (length + 1) // 2

@@ -68,7 +68,7 @@ def torch_side(dtype: str, batch: int, length: int, heads: int, width: int) -> C
 
 
 def main(side: str, dtype: str, *sizes: str) -> None:
-    """Serves turns of a side until its input ends."""
+    """Serves rounds of a side until its input ends."""
     if side == "torch":
         serve(torch_side(dtype, *map(int, sizes)))
         return

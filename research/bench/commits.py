@@ -1,4 +1,4 @@
-"""This checkout beside an earlier commit of it: the same steps and kernels, in turns on the same
+"""This checkout beside an earlier commit of it: the same steps and kernels, interleaved on the same
 machine.
 """
 
@@ -17,14 +17,14 @@ from collections.abc import Iterator
 import research
 from research.bench import convert, report
 from research.bench.attention import CPU_SHAPES
-from research.bench.sides import in_turns, run, worker
+from research.bench.sides import interleave_calls, run, worker
 from research.core.errors import UserError, nearest
 
 ROOT = pathlib.Path(research.__file__).parent.parent
-# Steps and kernels that are called in a turn.
+# Steps and kernels that are called in a round.
 CALLS = 3
 FAMILIES = ("gpt2", "gemma", "mixtral", "deepseek", "t5", "bert")
-# Sides that answer turns, by the name of their row: a module of `research.bench`, and its
+# Sides that serve rounds, by the name of their row: a module of `research.bench`, and its
 # arguments.
 STEPS = {
     "train": ("train_sides", "tessera", "float32"),
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures both checkouts in turns, and prints the ratios of their speeds with their spread."""
+    """Measures both checkouts interleaved, and prints the ratios of their speeds."""
     report.check_arguments(arguments)
     rows = _rows(arguments.only)
     with _checkout(arguments.before) as before:
@@ -96,7 +96,7 @@ def _measure(
 ) -> Iterator[tuple[str, report.Figure]]:
     """Yields the figures of a row; `roots` are the checkouts by their sides."""
     if row == "loader":
-        rates = in_turns(
+        rates = interleave_calls(
             {side: functools.partial(_loader_rate, root) for side, root in roots.items()}, rounds
         )
         yield row, report.Figure("M tokens/core-second", True, rates)
@@ -109,8 +109,10 @@ def _measure(
             for side, root in roots.items():
                 ask = stack.enter_context(worker([_module(root, name), *map(str, rest)], root))
                 sides[side] = functools.partial(ask, CALLS)
-            seconds = in_turns(sides, rounds)
-        times = {side: [1000 * taken / CALLS for taken in turns] for side, turns in seconds.items()}
+            seconds = interleave_calls(sides, rounds)
+        times = {
+            side: [1000 * taken / CALLS for taken in values] for side, values in seconds.items()
+        }
         yield row, report.Figure("ms", False, times)
 
 
@@ -141,13 +143,16 @@ def _conversions(
         sides = {
             side: functools.partial(_there_and_back, folder, root) for side, root in roots.items()
         }
-        turns = in_turns(sides, rounds)
+        rounds_of = interleave_calls(sides, rounds)
     for way in ("in", "out"):
-        rates = {side: [size / 1e6 / each[way] for each in found] for side, found in turns.items()}
+        rates = {
+            side: [size / 1e6 / each[way] for each in answers]
+            for side, answers in rounds_of.items()
+        }
         note = "files in memory" if room else "files on the disk"
         yield f"convert {way}", report.Figure("MB/s", True, rates, note=note)
 
 
 def _there_and_back(folder: pathlib.Path, root: pathlib.Path) -> dict[str, float]:
     module = _module(root, "convert_sides")
-    return {way: convert.turn(folder, way, module, root)["seconds"] for way in ("in", "out")}
+    return {way: convert.run_side(folder, way, module, root)["seconds"] for way in ("in", "out")}

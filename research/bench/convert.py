@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from research.bench import report
-from research.bench.sides import in_turns, run
+from research.bench.sides import interleave_calls, run
 from research.core.errors import UserError
 from research.interop import mapping
 from research.interop.architecture import choose
@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures the sides in turns, each a process of its own, and prints rates, ratios and memory
-    with their spread.
-    """
+    """Measures the sides interleaved, each in its own process; prints rates, ratios and memory."""
     report.check_arguments(arguments, "megabytes")
     if arguments.folder and not pathlib.Path(arguments.folder).is_dir():
         raise UserError("--folder", arguments.folder, "is not a folder.")
@@ -59,13 +57,17 @@ def measure(dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[str, re
     with tempfile.TemporaryDirectory(prefix="tessera-convert-", dir=arguments.folder) as place:
         folder = pathlib.Path(place)
         size = make_folder(folder / "source", arguments.megabytes * 10**6, dtype)
-        turns = in_turns(
-            {side: functools.partial(turn, folder, side) for side in TARGETS}, arguments.rounds
+        rounds_of = interleave_calls(
+            {side: functools.partial(run_side, folder, side) for side in TARGETS}, arguments.rounds
         )
     rates = {
-        side: [size / 1e6 / each["seconds"] for each in found] for side, found in turns.items()
+        side: [size / 1e6 / each["seconds"] for each in answers]
+        for side, answers in rounds_of.items()
     }
-    peaks = {side: max(each["peak_bytes"] for each in found) / 1e6 for side, found in turns.items()}
+    peaks = {
+        side: max(each["peak_bytes"] for each in answers) / 1e6
+        for side, answers in rounds_of.items()
+    }
     for side in ("in", "out"):
         memory = f"at most {peaks[side]:,.0f} MB of memory, the copy {peaks['copy']:,.0f}"
         values = {side: rates[side], "copy": rates["copy"]}
@@ -75,13 +77,13 @@ def measure(dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[str, re
         )
 
 
-def turn(
+def run_side(
     folder: pathlib.Path,
     side: str,
     module: str = "research.bench.convert_sides",
     root: pathlib.Path | None = None,
 ) -> dict[str, float]:
-    """Returns the seconds and the most memory that a side's turn takes, in a process of its own.
+    """Runs one round of a side in its own process; returns its seconds and its peak memory.
 
     Args:
       folder: where `source` lies, and what the sides make of it.

@@ -1,4 +1,4 @@
-"""The sides of `tessera bench convert`: one turn of one of them, in a process of its own."""
+"""The sides of `tessera bench convert`: one round of one of them, in a process of its own."""
 
 import json
 import os
@@ -45,7 +45,7 @@ SIDES = {"copy": copy, "in": convert_in, "out": convert_out}
 
 
 def main() -> None:
-    """Takes one turn; prints its seconds and the most memory that the process has had."""
+    """Runs one round; prints its seconds and the most memory that the process has had."""
     backend.configure()  # as every verb does: for its memory, since JAX has started and is not used
     side, source, target = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
     start = time.perf_counter()

@@ -8,7 +8,7 @@ import pathlib
 
 import research
 from research.bench import report
-from research.bench.sides import interleave
+from research.bench.sides import interleave_workers
 from research.core import config as configs
 from research.core.errors import UserError, nearest
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Single steps: now and then one takes new memory, and takes several times as long; the median
     # leaves it out.
     report.add_arguments(parser, rounds=7)
-    parser.add_argument("--steps", type=int, default=1, help="training steps a turn (default 1)")
+    parser.add_argument("--steps", type=int, default=1, help="training steps a round (default 1)")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures each family in turns with the decoder, and prints the ratios of their FLOPs a
+    """Measures each family interleaved with the decoder, and prints the ratios of their FLOPs a
     second.
     """
     report.check_arguments(arguments, "steps")
@@ -58,9 +58,9 @@ def measure(spec: str, arguments: argparse.Namespace) -> report.Figure:
     """
     sides = (spec, DECODER)
     commands = {side: ["research.bench.families_side", side, arguments.dtype] for side in sides}
-    seconds = interleave(commands, arguments.rounds, arguments.steps)
+    seconds = interleave_workers(commands, arguments.rounds, arguments.steps)
     work = {side: arguments.steps * flops(load(side, arguments.dtype)) / 1e9 for side in sides}
-    rates = {side: [work[side] / taken for taken in turns] for side, turns in seconds.items()}
+    rates = {side: [work[side] / taken for taken in values] for side, values in seconds.items()}
     return report.Figure("GFLOP/s", True, rates)
 
 

@@ -11,7 +11,7 @@ import jax
 
 from research.bench import report
 from research.bench.kernels_sides import page_bytes
-from research.bench.sides import interleave, run
+from research.bench.sides import interleave_workers, run
 from research.core.errors import UserError, nearest
 
 SIDES = "research.bench.kernels_sides"
@@ -39,7 +39,7 @@ FULL = {
         "head_width": 128,
     },
 }
-TURN_FLOPS = 2**36
+ROUND_FLOPS = 2**36
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures the kernels asked for in turns with their peers, and prints times and ratios with
+    """Measures the kernels asked for interleaved with their peers, and prints times and ratios with
     their spread.
     """
     report.check_arguments(arguments)
@@ -78,25 +78,24 @@ def main(arguments: argparse.Namespace) -> None:
 def measure(
     kernel: str, dtype: str, sizes: dict[str, int], rounds: int
 ) -> Iterator[tuple[str, report.Figure]]:
-    """Times one kernel and its peers in turns; yields the milliseconds a call, and what else its
+    """Times one kernel and its peers interleaved; yields the milliseconds a call, and what else its
     row has.
     """
     numbers = [str(size) for size in sizes.values()]
-    count = max(1, TURN_FLOPS // flops(kernel, sizes))
+    count = max(1, ROUND_FLOPS // flops(kernel, sizes))
     commands = {
-        side: [SIDES, "turns", kernel, side, dtype, *numbers]
-        for side in ("tessera", *PEERS[kernel])
+        side: [SIDES, "time", kernel, side, dtype, *numbers] for side in ("tessera", *PEERS[kernel])
     }
-    seconds = interleave(commands, rounds, count)
-    times = {side: [1000 * taken / count for taken in turns] for side, turns in seconds.items()}
+    seconds = interleave_workers(commands, rounds, count)
+    times = {side: [1000 * taken / count for taken in values] for side, values in seconds.items()}
     name = f"{kernel}, {dtype}, {', '.join(f'{name} {size:,}' for name, size in sizes.items())}"
     if kernel == "cross_entropy":
         yield name, report.Figure("ms", False, times, note=memory(dtype, sizes))
     elif kernel == "grouped_matmul":
         # Useful is each row with one expert.
         rates = {
-            side: [flops(kernel, sizes) / (1e6 * turn) for turn in turns]
-            for side, turns in times.items()
+            side: [flops(kernel, sizes) / (1e6 * value) for value in values]
+            for side, values in times.items()
         }
         yield (
             name,
@@ -143,7 +142,7 @@ def bandwidth(dtype: str, sizes: dict[str, int], times: dict[str, list[float]]) 
     )
     factors = {"tessera": 1, "copy": 2}
     rates = {
-        side: [factor * read / (1e6 * turn) for turn in times[side]]
+        side: [factor * read / (1e6 * value) for value in times[side]]
         for side, factor in factors.items()
     }
     return report.Figure("GB/s", True, rates)

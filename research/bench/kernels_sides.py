@@ -1,6 +1,6 @@
 """The sides of `tessera bench kernels`, each in a process of its own.
 
-`python -m research.bench.kernels_sides turns|temporaries KERNEL SIDE DTYPE SIZES…` serves turns, or
+`python -m research.bench.kernels_sides time|temporaries KERNEL SIDE DTYPE SIZES…` serves rounds, or
 prints the bytes of the compiled temporaries.
 """
 
@@ -144,7 +144,7 @@ BUILDERS = {
 
 
 def main(action: str, kernel: str, side: str, dtype: str, *sizes: str) -> None:
-    """Serves turns of a side until its input ends, or prints its temporaries."""
+    """Serves rounds of a side until its input ends, or prints its temporaries."""
     function, arguments = BUILDERS[kernel](side, dtype, *map(int, sizes))
     if action == "temporaries":
         print(

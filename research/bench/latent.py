@@ -4,10 +4,10 @@ import argparse
 import itertools
 
 from research.bench import report
-from research.bench.sides import interleave
+from research.bench.sides import interleave_workers
 from research.core.errors import UserError
 
-FORMS = ("absorbed", "decompressed")
+FORMS = ("weight_absorption", "decompressed")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=(*DTYPES, "both"), default="both", help="of the model (default both)"
     )
     report.add_arguments(parser, rounds=7)
-    parser.add_argument("--steps", type=int, default=10, help="tokens a turn (default 10)")
+    parser.add_argument("--steps", type=int, default=10, help="tokens a round (default 10)")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures both forms in turns, and prints milliseconds a step and their ratios."""
+    """Measures both forms interleaved, and prints milliseconds a step and their ratios."""
     report.check_arguments(arguments, "steps")
     batches = [int(part) if part.isdigit() else 0 for part in arguments.batch.split(",")]
     if min(batches) < 1:
@@ -45,11 +45,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(batch: int, dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figure]:
-    """Returns the row of a batch, with the milliseconds a step of each form's turns."""
+    """Returns the row of a batch, with the milliseconds a step of each form's rounds."""
     sizes = [str(batch), str(arguments.slots), dtype]
     commands = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
-    seconds = interleave(commands, arguments.rounds, arguments.steps)
+    seconds = interleave_workers(commands, arguments.rounds, arguments.steps)
     times = {
-        form: [1000 * taken / arguments.steps for taken in turns] for form, turns in seconds.items()
+        form: [1000 * taken / arguments.steps for taken in values]
+        for form, values in seconds.items()
     }
     return f"{dtype}, batch {batch}, {arguments.slots:,} slots", report.Figure("ms", False, times)

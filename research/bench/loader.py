@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 
 from research.bench import report
-from research.bench.sides import in_turns
+from research.bench.sides import interleave_calls
 from research.core.backend import cache_folder
 from research.data.batch import Batch
 from research.data.loader import Loader
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this bench."""
     report.add_arguments(parser, rounds=7)
     parser.add_argument(
-        "--tokens", type=int, default=4_000_000, help="tokens a turn (default 4,000,000)"
+        "--tokens", type=int, default=4_000_000, help="tokens a round (default 4,000,000)"
     )
     parser.add_argument(
         "--objective", choices=get_args(Kind), default="causal", help="of the rows (default causal)"
@@ -43,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures both sides in turns on the embedded corpus, and prints rates and ratios with their
-    spread.
-    """
+    """Measures both sides interleaved on the embedded corpus, and prints rates and ratios."""
     report.check_arguments(arguments, "tokens")
     with tempfile.TemporaryDirectory(prefix="tessera-loader-") as folder:
         paired, unmarked = arguments.objective == "translate", ("causal", "prefix", "translate")
@@ -99,7 +97,7 @@ def measure(
         batches = max(1, tokens // (batch_size * sequence_length))
         crops = functools.partial(random_crops, corpora[0].tokens, batch_size, sequence_length, rng)
         makers = {"loader": loader.__next__, "crops": crops}
-        turns = in_turns(
+        rounds_of = interleave_calls(
             {side: functools.partial(rates, make, batches) for side, make in makers.items()}, rounds
         )
         loader.close()
@@ -109,7 +107,10 @@ def measure(
         for index, (what, unit) in enumerate(
             (("wall time", "M tokens/s"), ("CPU time", "M tokens/core-second"))
         ):
-            values = {side: [turn[index] / 1e6 for turn in found] for side, found in turns.items()}
+            values = {
+                side: [found[index] / 1e6 for found in answers]
+                for side, answers in rounds_of.items()
+            }
             yield f"{name}, {what}", report.Figure(unit, True, values, note=padding)
 
 

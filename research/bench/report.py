@@ -40,26 +40,25 @@ class Figure:
     """What was measured of one thing: a row of a bench.
 
     Attributes:
-      unit: of the turns.
+      unit: of the values.
       is_rate: whether more is better, as of tokens a second; of times and cycles less is.
-      turns: each side's values, which it took in turns with the others; this project's side is the
-          first.
+      rounds: the values of each side, one a round; this project's side is the first.
       skipped: sides that were not measured, and why.
       note: what else was found.
     """
 
     unit: str
     is_rate: bool
-    turns: Mapping[str, Sequence[int | float]]
+    rounds: Mapping[str, Sequence[int | float]]
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
 
     def ratios(self) -> dict[str, list[float]]:
-        """Returns, of each peer, our speed over its own, turn by turn."""
-        ours, *peers = self.turns
+        """Returns, of each peer, our speed over its own, round by round."""
+        ours, *peers = self.rounds
         found = {}
         for peer in peers:
-            pairs = zip(self.turns[ours], self.turns[peer], strict=True)
+            pairs = zip(self.rounds[ours], self.rounds[peer], strict=True)
             found[peer] = [us / them if self.is_rate else them / us for us, them in pairs]
         return found
 
@@ -67,14 +66,14 @@ class Figure:
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Adds the flags that every bench has, and how many rounds it takes by default."""
     parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"turns of each side (default {rounds})"
+        "--rounds", type=int, default=rounds, help=f"rounds of each side (default {rounds})"
     )
-    parser.add_argument("--json", metavar="FILE", help="where to write the figures of every turn")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures of every round")
 
 
 def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
-    """Refuses rounds and other counts below 1, and a file that could not be written after all turns
-    are taken.
+    """Refuses rounds and other counts below 1, and a file that could not be written after all
+    rounds.
     """
     for name in ("rounds", *counts):
         value = vars(arguments)[name]
@@ -122,12 +121,12 @@ def publish(bench: str, arguments: argparse.Namespace, rows: Iterable[tuple[str,
 
 def _print(name: str, figure: Figure) -> None:
     print(name)
-    for side, turns in figure.turns.items():
-        print(f"  {side:12} {spread(turns)} {figure.unit}")
+    for side, values in figure.rounds.items():
+        print(f"  {side:12} {spread(values)} {figure.unit}")
     for side, reason in figure.skipped.items():
         print(f"  {side:12} left out: {reason}")
     for peer, ratios in figure.ratios().items():
-        print(f"  {spread(ratios)} times the speed of {peer}, turn by turn")
+        print(f"  {spread(ratios)} times the speed of {peer}, round by round")
     if figure.note:
         print(f"  {figure.note}")
     sys.stdout.flush()
@@ -180,14 +179,14 @@ def table(report: Mapping[str, Any]) -> str:
 
 def _rows(name: str, figure: Figure) -> list[list[str]]:
     medians = {
-        side: f"{digits(statistics.median(turns))} {figure.unit}"
-        for side, turns in figure.turns.items()
+        side: f"{digits(statistics.median(values))} {figure.unit}"
+        for side, values in figure.rounds.items()
     }
-    ours, *_ = figure.turns
+    ours, *_ = figure.rounds
     rows = []
     for peer, ratios in figure.ratios().items():
         ends = (
-            f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} turns"
+            f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} rounds"
             if len(ratios) > 1
             else ""
         )

@@ -1,5 +1,5 @@
-"""Sides of a bench: each a process that is asked, in turns with the others, to do its work so many
-times.
+"""Sides of a bench: each a process that is asked, interleaved with the others, to repeat its work a
+number of times.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 
 def serve(take: Callable[[], Any]) -> None:
-    """Reads counts from the input until it ends; takes so many turns and answers the seconds."""
+    """Reads counts from stdin until it ends; calls `take` that often and prints the seconds."""
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
@@ -26,25 +26,27 @@ def serve(take: Callable[[], Any]) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
-def in_turns(sides: Mapping[str, Callable[[], Answer]], rounds: int) -> dict[str, list[Answer]]:
+def interleave_calls(
+    sides: Mapping[str, Callable[[], Answer]], rounds: int
+) -> dict[str, list[Answer]]:
     """Calls each side once a round, and returns its answers after a first round, which warms up.
 
     Each round has the other order (A B, B A, …), since the second finds the machine as the first
     has left it.
     """
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
-    for turn in range(rounds + 1):
-        for side in list(sides)[:: -1 if turn % 2 else 1]:
+    for index in range(rounds + 1):
+        for side in list(sides)[:: -1 if index % 2 else 1]:
             answer = sides[side]()
-            if turn:
+            if index:
                 answers[side].append(answer)
     return answers
 
 
-def interleave(
+def interleave_workers(
     commands: Mapping[str, Sequence[str]], rounds: int, count: int
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each side's rounds, which it takes in turns with the others.
+    """Returns the seconds of each side's rounds, interleaved with the others.
 
     Args:
       commands: a module that calls `serve`, and its arguments, by the side's name.
@@ -53,7 +55,7 @@ def interleave(
     """
     with contextlib.ExitStack() as stack:
         workers = {side: stack.enter_context(worker(command)) for side, command in commands.items()}
-        return in_turns(
+        return interleave_calls(
             {side: functools.partial(ask, count) for side, ask in workers.items()}, rounds
         )
 
@@ -88,7 +90,7 @@ def worker(
             process.stdin.flush()
         answer = process.stdout.readline()
         if not answer:
-            raise ended(command, process.wait())
+            raise process_error(command, process.wait())
         return float(answer)
 
     try:
@@ -105,11 +107,11 @@ def run(command: Sequence[str], root: pathlib.Path | None = None) -> str:
         [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, cwd=root
     )
     if found.returncode:
-        raise ended(command, found.returncode)
+        raise process_error(command, found.returncode)
     return found.stdout
 
 
-def ended(command: Sequence[str], status: int) -> UserError:
+def process_error(command: Sequence[str], status: int) -> UserError:
     """Returns the error of a side whose process ended with a status, or by the signal of a negative
     one.
     """

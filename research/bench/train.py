@@ -1,4 +1,4 @@
-"""Training steps of this project and of `transformers` GPT-2 on torch, in turns on the same
+"""Training steps of this project and of `transformers` GPT-2 on torch, interleaved on the same
 machine.
 """
 
@@ -8,7 +8,7 @@ import importlib.util
 
 from research.bench import report
 from research.bench.machine import without_torch_bfloat16
-from research.bench.sides import interleave
+from research.bench.sides import interleave_workers
 from research.core.errors import UserError
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=(*DTYPES, "both"), default="both", help="of the products (default both)"
     )
     report.add_arguments(parser, rounds=7)
-    parser.add_argument("--steps", type=int, default=3, help="training steps a turn (default 3)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps a round (default 3)")
     parser.add_argument(
         "--same_allocator",
         action="store_true",
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures both sides in turns, and prints rates and ratios with their spread."""
+    """Measures both sides interleaved, and prints rates and ratios with their spread."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -62,7 +62,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figure]:
-    """Returns the row of a type, with the tokens a second of each side's turns.
+    """Returns the row of a type, with the tokens a second of each side's rounds.
 
     In `float32` torch runs eagerly; in `bfloat16` it has autocast and torch.compile.
     """
@@ -73,10 +73,10 @@ def measure(dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figu
         side: ["research.bench.train_sides", side, dtype, *flags[side]]
         for side in ("tessera", *peers)
     }
-    seconds = interleave(commands, arguments.rounds, arguments.steps)
+    seconds = interleave_workers(commands, arguments.rounds, arguments.steps)
 
     tokens = SHAPE.tokens * arguments.steps
-    rates = {side: [tokens / taken for taken in turns] for side, turns in seconds.items()}
+    rates = {side: [tokens / taken for taken in values] for side, values in seconds.items()}
     sizes = ", ".join(f"{name} {size:,}" for name, size in dataclasses.asdict(SHAPE).items())
     name = f"{dtype}, torch {'eager' if dtype == 'float32' else 'with autocast, compiled'}"
     return name, report.Figure("tokens/s", True, rates, skipped, sizes)

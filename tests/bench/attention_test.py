@@ -51,7 +51,7 @@ def test_sides_return_value_and_gradients_of_the_same_attention(dtype):
         assert difference < (1e-5 if dtype == "float32" else 0.1)
 
 
-def test_turns_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, capsys):
+def test_rounds_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, capsys):
     asked = []
 
     class Worker:
@@ -76,7 +76,7 @@ def test_turns_alternate_and_ratios_are_theirs_over_ours(monkeypatch, tmp_path, 
     figure = json.loads((tmp_path / "out.json").read_text())["figures"][
         "float32, 1 × 4,096 tokens, 1 heads of 8"
     ]
-    assert figure["turns"] == {"tessera": [1000.0] * 2, "jax.nn": [3000.0] * 2}
+    assert figure["rounds"] == {"tessera": [1000.0] * 2, "jax.nn": [3000.0] * 2}
     assert figure["skipped"] == {"torch": "it is not installed (extra `parity`)"}
     assert "torch        left out: it is not installed" in printed
 
@@ -99,7 +99,7 @@ def test_a_row_of_schedules_is_cycles_beside_the_best_blocks(monkeypatch, capsys
     monkeypatch.setattr(bench_attention, "tpu_devices", lambda chip: None)
     ((name, figure), _) = bench_attention.schedules(["v5e"], [4096])
     assert name == "v5e, 4,096 tokens, forward"
-    assert figure.turns == {"tessera": [100], "splash": [100 + 3 * 512]}
+    assert figure.rounds == {"tessera": [100], "splash": [100 + 3 * 512]}
     assert "matrix units 50% full, in the steady loop 75%" in figure.note
 
 

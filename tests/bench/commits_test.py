@@ -73,7 +73,9 @@ def test_conversions_alternate_their_order_with_files_in_memory(
 ):
     asked, before = [], pathlib.Path("before")
 
-    def turn(folder: pathlib.Path, way: str, module: str, root: pathlib.Path) -> dict[str, float]:
+    def run_side(
+        folder: pathlib.Path, way: str, module: str, root: pathlib.Path
+    ) -> dict[str, float]:
         asked.append((root, way))
         assert folder.is_relative_to(commits.MEMORY) == has_room
         return {"seconds": 1.0 if root == checkout else 2.0}
@@ -81,13 +83,13 @@ def test_conversions_alternate_their_order_with_files_in_memory(
     monkeypatch.setattr(commits, "MEMORY", checkout if has_room else checkout / "nowhere")
     monkeypatch.setattr(commits, "CONVERTED", 1)
     monkeypatch.setattr(commits.convert, "make_folder", lambda *_: 3_000_000)
-    monkeypatch.setattr(commits.convert, "turn", turn)
+    monkeypatch.setattr(commits.convert, "run_side", run_side)
     figures = dict(commits._measure("convert", {"now": checkout, "before": before}, 1))
     assert asked == [
         (root, way) for root in (checkout, before, before, checkout) for way in ("in", "out")
     ]
     for way in ("in", "out"):
-        assert figures[f"convert {way}"].turns == {"now": [3.0], "before": [1.5]}
+        assert figures[f"convert {way}"].rounds == {"now": [3.0], "before": [1.5]}
         assert figures[f"convert {way}"].note == (
             "files in memory" if has_room else "files on the disk"
         )

@@ -1,4 +1,4 @@
-"""`tessera bench convert`: its rows beside a copy, each turn in a process of its own, and what it
+"""`tessera bench convert`: its rows beside a copy, each round in a process of its own, and what it
 refuses.
 """
 
@@ -37,8 +37,8 @@ def test_both_ways_are_measured_beside_a_copy(tmp_path, monkeypatch):
     convert.main(arguments(*flags))
     assert asked == 2 * ["copy", "in", "out", "out", "in", "copy"]
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
-    assert figures["in, 8 MB of float32"]["turns"] == {"in": [4.0], "copy": [8.0]}
-    assert figures["out, 8 MB of bfloat16"]["turns"] == {"out": [2.0], "copy": [8.0]}
+    assert figures["in, 8 MB of float32"]["rounds"] == {"in": [4.0], "copy": [8.0]}
+    assert figures["out, 8 MB of bfloat16"]["rounds"] == {"out": [2.0], "copy": [8.0]}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def arguments(*argv):
 def test_a_row_is_the_flops_a_second_beside_the_decoder_s(tmp_path, monkeypatch):
     monkeypatch.setattr(
         families,
-        "interleave",
+        "interleave_workers",
         lambda commands, rounds, count: dict.fromkeys(commands, [2.0] * rounds),
     )
     families.main(
@@ -32,7 +32,7 @@ def test_a_row_is_the_flops_a_second_beside_the_decoder_s(tmp_path, monkeypatch)
         for side in ("gemma.py:3-1b", "gpt2")
     }
     assert figure["is_rate"]
-    assert figure["turns"] == {side: pytest.approx([flops / 2e9]) for side, flops in work.items()}
+    assert figure["rounds"] == {side: pytest.approx([flops / 2e9]) for side, flops in work.items()}
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_work_is_ragged_and_all_of_it_counted():
 
 
 class Worker:
-    """A side that says how many seconds it took: as few as it must, and the same each turn."""
+    """A side that says how many seconds it took: as few as it must, and the same each round."""
 
     asked: ClassVar[list[str]] = []
 
@@ -86,10 +86,10 @@ class Worker:
         pass
 
 
-def test_turns_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, capsys):
+def test_rounds_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_sides, "worker", Worker)
     monkeypatch.setattr(Worker, "asked", [])
-    monkeypatch.setattr(bench_kernels, "TURN_FLOPS", 1)
+    monkeypatch.setattr(bench_kernels, "ROUND_FLOPS", 1)
     for kernel, sizes in TINY.items():
         monkeypatch.setitem(
             bench_kernels.SMALL, kernel, dict(zip(bench_kernels.SMALL[kernel], sizes, strict=True))
@@ -98,19 +98,19 @@ def test_turns_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, 
     bench_kernels.main(
         arguments("--rounds=2", "--only=grouped_matmul,decode_attention", f"--json={out}")
     )
-    turns = [["tessera", "ragged_dot"], ["tessera", "jax.nn", "copy"]]
-    assert Worker.asked == [side for sides in turns for side in 2 * (sides + sides[::-1] + sides)]
+    names = [["tessera", "ragged_dot"], ["tessera", "jax.nn", "copy"]]
+    assert Worker.asked == [side for sides in names for side in 2 * (sides + sides[::-1] + sides)]
     printed = capsys.readouterr().out
     assert "grouped_matmul, float32, rows 24, width 8, features 16, experts 3" in printed
     assert "4.00 (4.00 to 4.00) times the speed of ragged_dot" in printed
     assert "0.250 (0.250 to 0.250) times the speed of copy" in printed
     figures = json.loads(out.read_text())["figures"]
     matmul, _, decode, copy, *_ = figures.values()
-    assert matmul["turns"] == {"tessera": [1000.0] * 2, "ragged_dot": [4000.0] * 2}
+    assert matmul["rounds"] == {"tessera": [1000.0] * 2, "ragged_dot": [4000.0] * 2}
     assert matmul["note"].endswith("useful GFLOP/s")
-    assert decode["turns"] == {"tessera": [1000.0] * 2, "jax.nn": [4000.0] * 2}
+    assert decode["rounds"] == {"tessera": [1000.0] * 2, "jax.nn": [4000.0] * 2}
     read = bench_kernels_sides.page_bytes("float32", 3, 100, 2, 8)
-    assert copy["turns"] == {
+    assert copy["rounds"] == {
         "tessera": pytest.approx([read / 1e9] * 2),
         "copy": pytest.approx([4 * read / 1e9] * 2),
     }
@@ -118,9 +118,9 @@ def test_turns_alternate_and_ratios_are_ours_over_theirs(monkeypatch, tmp_path, 
 
 def test_cross_entropy_is_measured_with_its_temporaries(monkeypatch):
     sizes = {"tokens": 2048, "width": 8, "vocabulary": 40_000}
-    monkeypatch.setattr(bench_kernels, "TURN_FLOPS", 1)
+    monkeypatch.setattr(bench_kernels, "ROUND_FLOPS", 1)
     ((_, figure),) = bench_kernels.measure("cross_entropy", "float32", sizes, 1)
-    assert min(figure.turns["tessera"] + figure.turns["plain"]) > 0
+    assert min(figure.rounds["tessera"] + figure.rounds["plain"]) > 0
     ours, theirs = (float(part) for part in re.findall(r"([\d.]+)%", figure.note))
     assert ours < 100 <= theirs
 

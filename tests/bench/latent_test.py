@@ -16,19 +16,19 @@ def arguments(*argv):
 
 
 def test_each_batch_and_type_has_a_row_of_milliseconds_a_step(tmp_path, monkeypatch):
-    def interleave(commands, rounds, count):
+    def interleave_workers(commands, rounds, count):
         assert all(command[1] == form for form, command in commands.items())
-        return {"absorbed": [0.1] * rounds, "decompressed": [0.5] * rounds}
+        return {"weight_absorption": [0.1] * rounds, "decompressed": [0.5] * rounds}
 
-    monkeypatch.setattr(latent, "interleave", interleave)
+    monkeypatch.setattr(latent, "interleave_workers", interleave_workers)
     latent.main(arguments("--rounds=2", f"--json={tmp_path / 'out.json'}"))
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert list(figures) == [
         f"{kind}, batch {n}, 2,048 slots" for n in (1, 8) for kind in ("float32", "bfloat16")
     ]
     for figure in figures.values():
-        assert figure["turns"] == {
-            "absorbed": pytest.approx([10.0] * 2),
+        assert figure["rounds"] == {
+            "weight_absorption": pytest.approx([10.0] * 2),
             "decompressed": pytest.approx([50.0] * 2),
         }
 

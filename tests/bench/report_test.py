@@ -42,11 +42,11 @@ def test_a_ratio_says_how_much_faster_we_are_of_times_and_of_rates():
     assert RATES.ratios() == {"torch": [2.0]}
 
 
-def test_a_file_holds_every_turn_and_what_made_it(folder):
+def test_a_file_holds_every_round_and_what_made_it(folder):
     held = json.loads((folder / "toy.json").read_text())
     assert list(held) == ["command", "date", "machine", "figures"]
     assert held["command"] == "tessera bench toy --rounds=3 --full --steps=1"
-    assert held["figures"]["times"]["turns"] == {
+    assert held["figures"]["times"]["rounds"] == {
         "tessera": [10.0, 20.0, 10.0],
         "jax.nn": [25.0, 40.0, 60.0],
     }
@@ -60,8 +60,8 @@ def test_figures_are_printed_as_they_come(folder, capsys):
     report.publish("toy", arguments(), iter([("times", TIMES), ("rates", RATES)]))
     lines = capsys.readouterr().out.splitlines()
     assert "  tessera      10.0 (10.0 to 20.0) ms" in lines
-    assert "  2.50 (2.00 to 6.00) times the speed of jax.nn, turn by turn" in lines
-    assert "  2.00 times the speed of torch, turn by turn" in lines
+    assert "  2.50 (2.00 to 6.00) times the speed of jax.nn, round by round" in lines
+    assert "  2.00 times the speed of torch, round by round" in lines
     assert "  other        left out: not here" in lines
 
 
@@ -69,7 +69,7 @@ def test_a_table_has_the_ratio_its_spread_and_both_medians(folder):
     text = report.table(json.loads((folder / "toy.json").read_text()))
     assert text.startswith("`tessera bench toy --rounds=3 --full --steps=1`, 2")
     assert (
-        "| times | jax.nn | 2.50 | 2.00 to 6.00, 3 turns | 10.0 ms | 40.0 ms | a \\| b |\n" in text
+        "| times | jax.nn | 2.50 | 2.00 to 6.00, 3 rounds | 10.0 ms | 40.0 ms | a \\| b |\n" in text
     )
     assert "| rates | torch | 2.00 |  | 3,000 tokens/s | 1,500 tokens/s |  |\n" in text
     assert "| rates | other | left out | not here | 3,000 tokens/s |  |  |\n" in text

@@ -5,21 +5,22 @@ import pytest
 from research.bench import sides
 from research.core.errors import UserError
 
-# A side that takes one turn, and is killed in the next one as the system does it where memory ends.
+# A side that answers one round, and is killed in the next one, as the system does when memory
+# ends.
 KILLED = """
 import os, signal
 from research.bench.sides import serve
-turns = []
+calls = []
 def take():
-    turns.append(len(turns))
-    if len(turns) > 1: os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(len(calls))
+    if len(calls) > 1: os.kill(os.getpid(), signal.SIGKILL)
 serve(take)
 """
 
 
 def test_each_round_has_the_other_order_and_the_first_is_not_counted():
     asked = []
-    found = sides.in_turns(
+    found = sides.interleave_calls(
         {side: lambda side=side: asked.append(side) or len(asked) for side in "ab"}, 2
     )
     assert asked == ["a", "b", "b", "a", "a", "b"]

@@ -42,7 +42,7 @@ def test_a_side_learns_its_batch(side, monkeypatch):
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_turns_alternate_and_the_report_holds_each(monkeypatch, tmp_path, capsys):
+def test_rounds_alternate_and_the_report_holds_each(monkeypatch, tmp_path, capsys):
     asked = []
 
     class Worker:
@@ -63,10 +63,10 @@ def test_turns_alternate_and_the_report_holds_each(monkeypatch, tmp_path, capsys
     assert asked == ["tessera", "torch", "torch", "tessera", "tessera", "torch"]
     assert "2.00 (2.00 to 2.00) times the speed of torch" in capsys.readouterr().out
     (figure,) = json.loads((tmp_path / "out.json").read_text())["figures"].values()
-    assert figure["turns"] == {"tessera": [4096.0] * 2, "torch": [2048.0] * 2}
+    assert figure["rounds"] == {"tessera": [4096.0] * 2, "torch": [2048.0] * 2}
 
     monkeypatch.setattr(bench_machine, "_instructions", lambda: {"avx2"})
     bench_train.main(arguments("--rounds=2", "--steps=1", f"--json={tmp_path / 'out.json'}"))
     _, bfloat16 = json.loads((tmp_path / "out.json").read_text())["figures"].values()
-    assert bfloat16["turns"] == {"tessera": [4096.0] * 2}
+    assert bfloat16["rounds"] == {"tessera": [4096.0] * 2}
     assert bfloat16["skipped"] == {"torch": "the processor has no bfloat16 instructions"}

@@ -39,7 +39,7 @@ _MAX_DELAY = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class InstructionSchedule:
     """A kernel's program as it ran.
 
     Attributes:
@@ -78,7 +78,7 @@ class Schedule:
         return [(a, b - a, int(self.counts[a])) for a, b in itertools.pairwise(edges)]
 
 
-def kernels(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def kernel_programs(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns the final program of each kernel in a dump, by the kernel's name; the last one where
     names repeat.
     """
@@ -90,9 +90,9 @@ def kernels(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return found
 
 
-def run(
+def run_program(
     program: pathlib.Path, operands: Sequence[Shaped[np.ndarray, "..."] | None] = ()
-) -> Schedule:
+) -> InstructionSchedule:
     """Runs the scalar part of a program.
 
     Args:
@@ -110,7 +110,7 @@ def run(
     counts = _execute(bundles, starts, delay, Machine(operands))
     used, slots = _utilization(program, len(bundles))
     name = re.sub(r"^\d+-|-\d+$", "", program.name.removesuffix(_PROGRAM))
-    return Schedule(name, counts, used, slots)
+    return InstructionSchedule(name, counts, used, slots)
 
 
 def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:

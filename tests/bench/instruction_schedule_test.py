@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
+from research.bench.instruction_schedule import kernel_programs, run_program
 from research.bench.scalar_program import words
-from research.bench.schedule import kernels, run
 
 # A loop of `limit` rounds, `limit` being the first word of operand 0, around a region that every
 # other round skips.
@@ -51,18 +51,18 @@ def write_dump(folder: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])
 def test_bundles_are_counted_as_the_loop_and_the_predicate_say(tmp_path, rounds):
-    schedule = run(write_dump(tmp_path), [np.array([rounds, 9, 9], np.int32)])
+    schedule = run_program(write_dump(tmp_path), [np.array([rounds, 9, 9], np.int32)])
     even = (rounds + 1) // 2
     assert schedule.counts.tolist() == [1] * 4 + [rounds] * 4 + [even] * 2 + [rounds] * 3 + [1]
     assert schedule.cycles == 5 + 7 * rounds + 2 * even
     assert schedule.busy("MXU") == pytest.approx(6 * even / (4 * schedule.cycles))
     assert schedule.regions()[0] == ((0, 14, 1) if rounds == 1 else (0, 4, 1))
-    assert list(kernels(tmp_path)) == ["toy.1"]
+    assert list(kernel_programs(tmp_path)) == ["toy.1"]
 
 
 def test_control_that_depends_on_an_operand_not_given_is_refused(tmp_path):
     with pytest.raises(ValueError, match="an operand that is not given"):
-        run(write_dump(tmp_path))
+        run_program(write_dump(tmp_path))
 
 
 def test_operands_lie_in_scalar_memory_as_tiles():
@@ -77,7 +77,7 @@ KERNEL = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
-from research.bench.schedule import kernels, run
+from research.bench.instruction_schedule import kernel_programs, run_program
 from research.scaling.topology import compile_on, tpu_devices
 
 def double(x_ref, o_ref):
@@ -92,9 +92,9 @@ def program(x):
 
 rows = jax.ShapeDtypeStruct((8 * int(sys.argv[2]), 128), jnp.float32)
 compile_on(tpu_devices(sys.argv[1])[0], program, rows)
-found = kernels(pathlib.Path(sys.argv[3]))
+found = kernel_programs(pathlib.Path(sys.argv[3]))
 (path,) = [path for name, path in found.items() if name.startswith("double")]
-print(json.dumps(run(path).cycles))
+print(json.dumps(run_program(path).cycles))
 """
 
 
