@@ -113,9 +113,9 @@ class Loader:
         return empty / self.rows_per_epoch
 
     @property
-    def left_out(self) -> int:
+    def dropped(self) -> int:
         """Documents of all sources that may not be cut, and are too long for a row."""
-        return sum(rows.plan.left_out for rows in self._rows)
+        return sum(rows.plan.dropped for rows in self._rows)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -1,10 +1,10 @@
-"""Best-fit packing: which pieces of which documents share a row, planned from lengths alone.
+"""Best-fit packing: which segments of which documents share a row, planned from lengths alone.
 
 The documents are put in an order that the seed fixes, and packed block by block, so memory for
 planning is bounded and row i is a pure function of (seed, objective, i). Inside a block a document
-is cut into the longest pieces that fill a row, and what is left is packed by best-fit decreasing:
+is cut into the longest segments that fill a row, and what is left is packed by best-fit decreasing:
 longest first, each into the fullest row that still has room. A row of an encoder-decoder has two
-rooms, and a piece needs its place in both.
+rooms, and a segment needs its place in both.
 
 Source: Ding et al. 2024, arXiv:2404.10830, section 3 (there over the whole corpus; here over
     blocks).
@@ -19,7 +19,7 @@ from research.core.errors import UserError
 from research.data.batch import Batch
 from research.data.chance import hash64, ragged_arange
 from research.data.corpus import Corpus
-from research.data.objectives import Objective, Pieces, Runs
+from research.data.objectives import Objective, Ranges, Segments
 from research.data.source_files import stable_hash
 
 PADDING_ROW = -1
@@ -28,23 +28,23 @@ ORDER = 0  # what the seed is hashed with for the order of the documents
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Pieces row by row: row i holds the pieces `row_starts[i]:row_starts[i + 1]`.
+    """Segments row by row: row i holds the segments `row_starts[i]:row_starts[i + 1]`.
 
     Attributes:
-      starts: where each of the P pieces begins in the token store.
-      lengths: length of each piece, in the objective's measure.
-      notes: what else the objective must know of each piece.
-      row_starts: first piece of each of the R rows, then P.
+      starts: where each of the P segments begins in the token store.
+      lengths: length of each segment, in the objective's measure.
+      variants: what else the objective must know of each segment.
+      row_starts: first segment of each of the R rows, then P.
       padding: share of all positions that hold no token.
-      left_out: documents that may not be cut, and are too long for a row.
+      dropped: documents that may not be cut, and are too long for a row.
     """
 
     starts: Int[np.ndarray, "P"]
     lengths: Int[np.ndarray, "P"]
-    notes: Int[np.ndarray, "P"]
+    variants: Int[np.ndarray, "P"]
     row_starts: Int[np.ndarray, "_"]
     padding: float
-    left_out: int
+    dropped: int
 
     @property
     def num_rows(self) -> int:
@@ -59,12 +59,12 @@ def plan_rows(
 
     Args:
       offsets: where each document begins in the token store, then its size.
-      objective: says what the pieces of a document are, and how much room they take.
+      objective: says what the segments of a document are, and how much room they take.
       seed: fixes the order of the documents and of the rows.
       block_documents: documents that are packed together; more of them leave less padding.
 
     Raises:
-      UserError: rows too short for a piece of one token.
+      UserError: rows too short for a segment of one token.
     """
     documents = objective.documents(offsets)
     order = np.argsort(hash64(np.arange(len(documents)), seed, ORDER), kind="stable")
@@ -74,40 +74,43 @@ def plan_rows(
     ]
     plans = [_pack_block(documents[block], objective, seed) for block in blocks]
     none = np.zeros(0, np.int64)
-    *pieces, row_sizes = [np.concatenate([none, *parts]) for parts in zip(*plans, strict=True)] or [
-        none
-    ] * 4
+    *segments, row_sizes = [
+        np.concatenate([none, *parts]) for parts in zip(*plans, strict=True)
+    ] or [none] * 4
     places = len(row_sizes) * (objective.sequence_length + objective.encoder_length)
-    padding = 1.0 - int(objective.widths(*pieces[1:]).sum()) / max(places, 1)
-    left_out = len(order) - len(pieces[0]) if objective.whole else 0
-    return Plan(*pieces, np.concatenate([[0], np.cumsum(row_sizes)]), padding, left_out)
+    padding = 1.0 - int(objective.widths(*segments[1:]).sum()) / max(places, 1)
+    dropped = len(order) - len(segments[0]) if objective.atomic else 0
+    return Plan(*segments, np.concatenate([[0], np.cumsum(row_sizes)]), padding, dropped)
 
 
 def _pack_block(
-    documents: Runs, objective: Objective, seed: int
+    documents: Ranges, objective: Objective, seed: int
 ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "R"]]:
-    """Returns starts, lengths, notes and pieces a row of one block: the full rows first, then the
-    packed rests.
+    """Returns starts, lengths, variants and segments a row of one block: the full rows first, then
+    the packed rests.
     """
-    pieces, full = objective.cut(documents, seed)
-    full_pieces, rest = np.flatnonzero(full), np.flatnonzero(~full)
+    segments, full = objective.cut(documents, seed)
+    full_segments, rest = np.flatnonzero(full), np.flatnonzero(~full)
     rooms = np.array([objective.sequence_length, objective.encoder_length])
-    widths = objective.widths(pieces.lengths[rest], pieces.notes[rest])
+    widths = objective.widths(segments.lengths[rest], segments.variants[rest])
     tight = int(
         np.argmax(widths.sum(axis=1) / np.maximum(rooms, 1))
     )  # the room that runs out first
     longest_first = np.argsort(-widths[tight], kind="stable")
     rest, widths = rest[longest_first], widths[:, longest_first].tolist()
     row = best_fit(widths[tight], int(rooms[tight]), widths[1 - tight], int(rooms[1 - tight]))
-    order = np.concatenate([full_pieces, rest[np.argsort(row, kind="stable")]])
-    pieces, row_sizes = pieces[order], np.concatenate([np.ones_like(full_pieces), np.bincount(row)])
-    return pieces.starts, pieces.lengths, pieces.notes, row_sizes
+    order = np.concatenate([full_segments, rest[np.argsort(row, kind="stable")]])
+    segments, row_sizes = (
+        segments[order],
+        np.concatenate([np.ones_like(full_segments), np.bincount(row)]),
+    )
+    return segments.starts, segments.lengths, segments.variants, row_sizes
 
 
 def best_fit(
     lengths: list[int], capacity: int, others: list[int], other_capacity: int
 ) -> Int[np.ndarray, "P"]:
-    """Returns the bin of each piece: the fullest open one that has room, else a new one.
+    """Returns the bin of each segment: the fullest open one that has room, else a new one.
 
     Bit c of `room` says that some bin has c places left, so the tightest bin for n is the lowest
     set bit from n on. Of the bins with equally many places left the newest is asked whether its
@@ -117,7 +120,7 @@ def best_fit(
       lengths: in [1, capacity], in the order in which they are placed (longest first for best-fit
           decreasing).
       capacity: size of every bin.
-      others: what each piece takes of a bin's other room, in [0, other_capacity].
+      others: what each segment takes of a bin's other room, in [0, other_capacity].
       other_capacity: size of that.
     """
     bins = np.empty(len(lengths), np.int64)
@@ -154,7 +157,7 @@ class PackedRows:
         """Args: as `plan_rows`.
 
         Raises:
-          UserError: a corpus without a single piece, or rows that are too short.
+          UserError: a corpus without a single segment, or rows that are too short.
         """
         self.corpus, self._objective = corpus, objective
         self.plan = plan_rows(
@@ -162,8 +165,8 @@ class PackedRows:
         )
         if self.plan.num_rows == 0:
             long = (
-                f": its {self.plan.left_out} pairs are all too long for a row"
-                if self.plan.left_out
+                f": its {self.plan.dropped} pairs are all too long for a row"
+                if self.plan.dropped
                 else ""
             )
             raise UserError(f"{corpus.folder} holds no text to learn from{long}.")
@@ -182,17 +185,17 @@ class PackedRows:
         first = self.plan.row_starts[rows]
         sizes = np.where(rows == PADDING_ROW, 0, self.plan.row_starts[rows + 1] - first)
         numbers = np.repeat(first, sizes) + ragged_arange(sizes)
-        # A causal piece of n pairs reads n + 1 tokens; the last piece of a store may end with it.
+        # A causal segment of n pairs reads n + 1 tokens; the last one of a store may end with it.
         starts = self.plan.starts[numbers]
         self.corpus.verify(
             starts, np.minimum(self.plan.lengths[numbers] + 1, len(self.corpus.tokens) - starts)
         )
-        pieces = Pieces(
+        segments = Segments(
             self.corpus.tokens,
             starts,
             self.plan.lengths[numbers],
-            self.plan.notes[numbers],
+            self.plan.variants[numbers],
             np.repeat(hash64(epochs, self._seed), sizes),
             sizes,
         )
-        return self._objective.batch(pieces)
+        return self._objective.batch(segments)

@@ -70,8 +70,8 @@ def make_loader(
         f"{loader.rows_per_epoch:,}",
         100 * loader.padding,
     )
-    if loader.left_out:
-        logger.warning("data: %s pairs are left out: too long for a row", f"{loader.left_out:,}")
+    if loader.dropped:
+        logger.warning("data: %s pairs are left out: too long for a row", f"{loader.dropped:,}")
     return loader
 
 

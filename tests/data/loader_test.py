@@ -148,7 +148,7 @@ def test_the_second_epoch_has_the_same_text_and_other_draws(pair, kind):
         )
     assert kind in ("masked", "infill") or texts[0] == texts[1]
     shared = len(examples[0] & examples[1]) / len(examples[0])
-    # Short pieces lose their one span at the end, as in T5, in every epoch. Causal rows are the
+    # Short segments lose their one span at the end, as in T5, in every epoch. Causal rows are the
     # control.
     assert (
         shared == 1 if kind == "causal" else shared < (0.8 if kind in ("span", "denoise") else 0.1)

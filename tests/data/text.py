@@ -37,7 +37,7 @@ class MarkedBytes(ByteTokenizer):
 
 
 # Above every token of `store`.
-HEAD, TAIL, PAD, MASK, STOP, MODE = range(50_000, 50_006)
+BOS, EOS, PAD, MASK, SENTENCE_END, MODE = range(50_000, 50_006)
 SENTINELS = tuple(range(50_199, 50_099, -1))
 VOCAB = 50_200
 
@@ -48,10 +48,10 @@ def store(lengths: list[int]) -> Corpus:
     """
     documents, place = [], 0
     for n in lengths:
-        documents.append(np.array([HEAD, *range(place + 1, place + 1 + n), TAIL]))
+        documents.append(np.array([BOS, *range(place + 1, place + 1 + n), EOS]))
         place += n + 2
     tokens = np.concatenate(documents).astype(np.uint16)
-    assert place < HEAD
+    assert place < BOS
     offsets = np.concatenate([[0], np.cumsum([n + 2 for n in lengths])])
     return Corpus(
         pathlib.Path("store"), tokens, offsets, np.array(lengths), PAD, "digest", SourceReport()

@@ -1,5 +1,5 @@
-"""What a model learns from a piece of a document: an objective makes examples, and examples make a
-`data.batch.Batch`.
+"""What a model learns from a segment of a document: an objective makes examples, and examples make
+a `data.batch.Batch`.
 
 Every objective gives the arrays that a batch must have. The prefix objective adds `prefix`, and
 those of a model with an encoder add the encoder's.
@@ -11,7 +11,7 @@ from typing import Any
 from research.core.config import plain
 from research.core.errors import UserError
 from research.data import batch as batches
-from research.data.objectives.base import Ids, Objective, Pieces, Runs
+from research.data.objectives.base import Ids, Objective, Ranges, Segments
 from research.data.objectives.config import (
     CAUSAL,
     ENCODED,
@@ -34,8 +34,8 @@ __all__ = [
     "MaskedConfig",
     "Objective",
     "ObjectiveConfig",
-    "Pieces",
-    "Runs",
+    "Ranges",
+    "Segments",
     "SpanConfig",
     "batch_shapes",
     "build",
@@ -127,9 +127,9 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
         ids = dataclasses.replace(ids, sentinels=tuple(needed("sentinel_ids")))
     if config.kind in ENCODED:
         needed("eos_id")
-        ids = dataclasses.replace(ids, start=needed(f"{config.decoder_start}_id"))
+        ids = dataclasses.replace(ids, decoder_start=needed(f"{config.decoder_start}_id"))
     if config.kind == "infill" and config.infill.permute:
-        ids = dataclasses.replace(ids, stop=tokenizer.encode(".")[-1])
+        ids = dataclasses.replace(ids, sentence_end=tokenizer.encode(".")[-1])
     return ids
 
 
@@ -138,4 +138,4 @@ def identity(config: ObjectiveConfig, objective: Objective) -> list[Any]:
     holds it.
     """
     # A causal row has nothing of its own, and its runs are older than the other objectives.
-    return [] if config.kind == "causal" else [plain(config), dataclasses.asdict(objective.ids)]
+    return [] if config.kind == "causal" else [plain(config), objective.ids.stored()]

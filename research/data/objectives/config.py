@@ -25,7 +25,7 @@ class MaskedConfig:
     """Masked tokens of an encoder.
 
     Attributes:
-      density: share of a piece's tokens that are predicted, in (0, 1).
+      density: share of a segment's tokens that are predicted, in (0, 1).
       mask: share of these that are shown as the mask token, in [0, 1].
       random: share of these that are shown as any token, in [0, 1]; the rest are shown as they are.
 
@@ -52,7 +52,7 @@ class SpanConfig:
     gives them.
 
     Attributes:
-      density: share of a piece's tokens that is left out, in (0, 1).
+      density: share of a segment's tokens that is left out, in (0, 1).
       mean_span: mean tokens of a span, at least 1; None: a single span, at the end.
       weight: share of this denoiser in a mixture, relative to the others'; above 0.
       mode_id: a token that tells the encoder which denoiser it is; None: nothing tells.
@@ -74,7 +74,8 @@ class SpanConfig:
             raise UserError("mode_id", self.mode_id, "must not be negative.")
 
 
-# Two R-denoisers, the S-denoiser (its one span, a quarter of the piece, ends it), four X-denoisers.
+# Two R-denoisers, the S-denoiser (its one span, a quarter of the segment, ends it), four
+# X-denoisers.
 # Source: Tay et al. 2022, arXiv:2205.05131, table 1.
 UL2 = (
     SpanConfig(density=0.15, mean_span=3.0),
@@ -93,7 +94,7 @@ class InfillConfig:
     whole text.
 
     Attributes:
-      density: share of a piece's tokens that is left out, in (0, 1).
+      density: share of a segment's tokens that is left out, in (0, 1).
       mean_span: mean tokens of a span, at least 1; some spans are empty.
       permute: whether the encoder's sentences come in random order.
 
@@ -115,7 +116,7 @@ class ObjectiveConfig:
 
     Attributes:
       kind: `causal` (each token from those before it), `masked` (hidden tokens from all others),
-        `prefix` (the rest of a piece from its beginning, which is seen in both directions), or,
+        `prefix` (the rest of a segment from its beginning, which is seen in both directions), or,
         with an encoder: `span` (what is left out), `denoise` (a mixture of such), `infill` (the
         whole text from a damaged one), `translate` (the second text of a pair from the first).
       encoder_length: tokens of a row of the encoder, S; None: as many as the decoder's.

@@ -1,9 +1,9 @@
 """Objectives of an encoder-decoder that mends a damaged text: span corruption, mixtures of it,
 infilling.
 
-How much of a piece is left out, and in how many spans, depends on its length alone. So the planner
-knows the widths of a piece in both rows, and only where the spans lie is drawn, anew in every
-epoch.
+How much of a segment is left out, and in how many spans, depends on its length alone. So the
+planner knows the widths of a segment in both rows, and only where the spans lie is drawn, anew in
+every epoch.
 """
 
 import numpy as np
@@ -11,7 +11,13 @@ from jaxtyping import Int, Shaped, UInt
 
 from research.data.batch import Batch
 from research.data.chance import below, choose, ragged_arange, shuffled
-from research.data.objectives.base import Ids, Objective, Pieces, encoder_decoder_batch, woven
+from research.data.objectives.base import (
+    Ids,
+    Objective,
+    Segments,
+    encoder_decoder_batch,
+    interleave,
+)
 from research.data.objectives.config import InfillConfig, SpanConfig
 
 SEGMENTATION, GAPS, LENGTHS, SENTENCES = range(4)
@@ -20,10 +26,10 @@ SEGMENTATION, GAPS, LENGTHS, SENTENCES = range(4)
 def noise_tokens(
     lengths: Int[np.ndarray, "P"], density: Shaped[np.ndarray, "P"]
 ) -> Int[np.ndarray, "P"]:
-    """Returns how many tokens are left out of each piece: density · n, rounded, but neither none
+    """Returns how many tokens are left out of each segment: density · n, rounded, but neither none
     nor all.
 
-    A piece of one token loses it.
+    A segment of one token loses it.
     """
     noise = np.rint(lengths * density).astype(np.int64)
     return np.clip(noise, 1, np.maximum(lengths - 1, 1))
@@ -49,9 +55,9 @@ def alternating(
     likely as the others.
 
     Args:
-      kept, noise: tokens of each kind in each piece.
-      spans: of each piece; at most its noise, and at most its kept tokens where there are any.
-      draws: one for each token of the pieces.
+      kept, noise: tokens of each kind in each segment.
+      spans: of each segment; at most its noise, and at most its kept tokens where there are any.
+      draws: one for each token of the segments.
     """
     sizes = np.stack([noise, kept], axis=1).ravel()
     counts = np.minimum(np.repeat(spans, 2), sizes)
@@ -74,10 +80,10 @@ class Spans(Objective):
         text     t₁ t₂ t₃ t₄ t₅ t₆        encoder  [mode] t₁ ⟨0⟩ t₄ t₅ ⟨1⟩ EOS      decoder  ⟨0⟩ t₂
         t₃ ⟨1⟩ t₆ EOS
 
-    With several denoisers each piece has one, fixed when the rows are planned; its spans change
+    With several denoisers each segment has one, fixed when the rows are planned; its spans change
     with the epoch. There
-    are never more spans than sentinels: the spans of very long pieces are longer. A piece too short
-    for two spans loses its end.
+    are never more spans than sentinels: the spans of very long segments are longer. A segment too
+    short for two spans loses its end.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4; Tay et al. 2022, arXiv:2205.05131,
         section 3.1.2.
@@ -87,7 +93,7 @@ class Spans(Objective):
         self, denoisers: tuple[SpanConfig, ...], ids: Ids, sequence_length: int, encoder_length: int
     ):
         super().__init__(ids, sequence_length, encoder_length)
-        self.shares = tuple(denoiser.weight for denoiser in denoisers)
+        self.variant_weights = tuple(denoiser.weight for denoiser in denoisers)
         self._density = np.array([denoiser.density for denoiser in denoisers])
         # A span of any length is one that never ends before the noise does.
         self._mean_span = np.array(
@@ -96,46 +102,46 @@ class Spans(Objective):
         self._mode = np.array([-1 if d.mode_id is None else d.mode_id for d in denoisers])
 
     def _counts(
-        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
     ) -> tuple[np.ndarray, ...]:
-        """Returns tokens kept, tokens left out, and spans of each piece."""
-        noise = noise_tokens(lengths, self._density[notes])
+        """Returns tokens kept, tokens left out, and spans of each segment."""
+        noise = noise_tokens(lengths, self._density[variants])
         kept = lengths - noise
         most = np.minimum(np.minimum(noise, kept), len(self.ids.sentinels))
-        return kept, noise, span_count(noise, self._mean_span[notes], most)
+        return kept, noise, span_count(noise, self._mean_span[variants], most)
 
     def widths(
-        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
     ) -> Int[np.ndarray, "2 P"]:
-        kept, noise, spans = self._counts(lengths, notes)
-        return np.stack([noise + spans + 1, kept + spans + 1 + (self._mode[notes] >= 0)])
+        kept, noise, spans = self._counts(lengths, variants)
+        return np.stack([noise + spans + 1, kept + spans + 1 + (self._mode[variants] >= 0)])
 
-    def batch(self, pieces: Pieces) -> Batch:
+    def batch(self, segments: Segments) -> Batch:
         ids = self.ids
-        kept, noise, spans = self._counts(pieces.lengths, pieces.notes)
-        mode = self._mode[pieces.notes]
-        text = pieces.tokens[pieces.places()]
-        runs = alternating(kept, noise, spans, pieces.draws(SEGMENTATION))
+        kept, noise, spans = self._counts(segments.lengths, segments.variants)
+        mode = self._mode[segments.variants]
+        text = segments.tokens[segments.token_indices()]
+        runs = alternating(kept, noise, spans, segments.draws(SEGMENTATION))
         is_noise = np.repeat(np.tile([False, True], len(runs)), runs.ravel())
         sentinels = np.array(ids.sentinels)[ragged_arange(spans)]
-        out_lengths, in_lengths = self.widths(pieces.lengths, pieces.notes)
+        out_lengths, in_lengths = self.widths(segments.lengths, segments.variants)
         out_ends, in_ends = np.cumsum(out_lengths), np.cumsum(in_lengths)
-        piece = np.repeat(np.arange(len(spans)), spans)
+        segment = np.repeat(np.arange(len(spans)), spans)
         # Before the k-th sentinel of all come as many sentinels, and the EOS (and mode) of the
-        # pieces before.
+        # segments before.
         k = np.arange(len(runs))
-        in_sentinels = np.cumsum(runs[:, 0]) + k + piece + np.cumsum(mode >= 0)[piece]
-        out_sentinels = np.cumsum(runs[:, 1]) - runs[:, 1] + k + piece
-        marks = [(in_sentinels, sentinels), (in_ends - 1, ids.tail)]
+        in_sentinels = np.cumsum(runs[:, 0]) + k + segment + np.cumsum(mode >= 0)[segment]
+        out_sentinels = np.cumsum(runs[:, 1]) - runs[:, 1] + k + segment
+        marks = [(in_sentinels, sentinels), (in_ends - 1, ids.eos)]
         marks.append(((in_ends - in_lengths)[mode >= 0], mode[mode >= 0]))
-        encoder = woven(int(in_lengths.sum()), marks, text[~is_noise])
-        targets = woven(
+        encoder = interleave(int(in_lengths.sum()), marks, text[~is_noise])
+        targets = interleave(
             int(out_lengths.sum()),
-            [(out_sentinels, sentinels), (out_ends - 1, ids.tail)],
+            [(out_sentinels, sentinels), (out_ends - 1, ids.eos)],
             text[is_noise],
         )
         return encoder_decoder_batch(
-            self, encoder, in_lengths, targets, out_lengths, pieces.row_sizes
+            self, encoder, in_lengths, targets, out_lengths, segments.row_sizes
         )
 
 
@@ -154,10 +160,10 @@ class Infill(Objective):
     def __init__(self, config: InfillConfig, ids: Ids, sequence_length: int, encoder_length: int):
         super().__init__(ids, sequence_length, encoder_length)
         self._config = config
-        self._frame = 1 + (ids.head is not None)
+        self._frame = 1 + (ids.bos is not None)
 
     def _counts(self, lengths: Int[np.ndarray, "P"]) -> tuple[np.ndarray, ...]:
-        """Returns tokens kept, tokens left out, and spans of each piece."""
+        """Returns tokens kept, tokens left out, and spans of each segment."""
         noise = noise_tokens(lengths, np.full(len(lengths), self._config.density))
         kept = lengths - noise
         return (
@@ -167,22 +173,22 @@ class Infill(Objective):
         )
 
     def widths(
-        self, lengths: Int[np.ndarray, "P"], notes: Int[np.ndarray, "P"]
+        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
     ) -> Int[np.ndarray, "2 P"]:
         kept, _, spans = self._counts(lengths)
         return np.stack([lengths, kept + spans]) + self._frame
 
-    def batch(self, pieces: Pieces) -> Batch:
-        kept, noise, spans = self._counts(pieces.lengths)
-        text = pieces.tokens[pieces.places()]
-        out_lengths, in_lengths = self.widths(pieces.lengths, pieces.notes)
-        # A mask lies before the g-th kept token of its piece, or at the end.
-        gaps = np.flatnonzero(choose(pieces.draws(GAPS, kept + 1), kept + 1, spans))
-        piece = np.repeat(np.arange(len(spans)), spans)
+    def batch(self, segments: Segments) -> Batch:
+        kept, noise, spans = self._counts(segments.lengths)
+        text = segments.tokens[segments.token_indices()]
+        out_lengths, in_lengths = self.widths(segments.lengths, segments.variants)
+        # A mask lies before the g-th kept token of its segment, or at the end.
+        gaps = np.flatnonzero(choose(segments.draws(GAPS, kept + 1), kept + 1, spans))
+        segment = np.repeat(np.arange(len(spans)), spans)
         first = np.cumsum(spans) - spans
-        gap = gaps - (np.cumsum(kept + 1) - (kept + 1))[piece]
+        gap = gaps - (np.cumsum(kept + 1) - (kept + 1))[segment]
         pick = np.repeat(first, noise) + below(
-            pieces.draws(LENGTHS, noise), np.repeat(spans, noise)
+            segments.draws(LENGTHS, noise), np.repeat(spans, noise)
         )
         left_out = np.bincount(pick, minlength=len(gaps))
         # Each span is left out after the kept tokens, and the spans, before its gap.
@@ -190,18 +196,18 @@ class Infill(Objective):
         begin = (
             gap
             + before
-            - before[first][piece]
-            + (np.cumsum(pieces.lengths) - pieces.lengths)[piece]
+            - before[first][segment]
+            + (np.cumsum(segments.lengths) - segments.lengths)[segment]
         )
         is_noise = np.zeros(len(text), bool)
         is_noise[np.repeat(begin, left_out) + ragged_arange(left_out)] = True
         damaged = (
-            text[self._sentence_order(pieces, text)][~is_noise]
+            text[self._sentence_order(segments, text)][~is_noise]
             if self._config.permute
             else text[~is_noise]
         )
         masks = (
-            (np.cumsum(in_lengths) - in_lengths)[piece]
+            (np.cumsum(in_lengths) - in_lengths)[segment]
             + (self._frame - 1)
             + gap
             + ragged_arange(spans)
@@ -209,21 +215,21 @@ class Infill(Objective):
         encoder = self._framed([(masks, self.ids.mask)], damaged, in_lengths)
         targets = self._framed([], text, out_lengths)
         return encoder_decoder_batch(
-            self, encoder, in_lengths, targets, out_lengths, pieces.row_sizes
+            self, encoder, in_lengths, targets, out_lengths, segments.row_sizes
         )
 
     def _sentence_order(
-        self, pieces: Pieces, text: Shaped[np.ndarray, "_"]
+        self, segments: Segments, text: Shaped[np.ndarray, "_"]
     ) -> Int[np.ndarray, "_"]:
-        begins = ragged_arange(pieces.lengths) == 0
-        begins[1:] |= text[:-1] == self.ids.stop
+        begins = ragged_arange(segments.lengths) == 0
+        begins[1:] |= text[:-1] == self.ids.sentence_end
         sentence = np.cumsum(begins) - 1
-        draws = pieces.draws(SENTENCES)[begins][sentence]
-        return shuffled(draws, np.repeat(np.arange(len(pieces.lengths)), pieces.lengths))
+        draws = segments.draws(SENTENCES)[begins][sentence]
+        return shuffled(draws, np.repeat(np.arange(len(segments.lengths)), segments.lengths))
 
     def _framed(
         self, marks: list, text: Shaped[np.ndarray, "_"], lengths: Int[np.ndarray, "P"]
     ) -> Int[np.ndarray, "_"]:
         ends = np.cumsum(lengths)
-        frame = [(ends - lengths, self.ids.head)] if self.ids.head is not None else []
-        return woven(int(lengths.sum()), [*marks, *frame, (ends - 1, self.ids.tail)], text)
+        frame = [(ends - lengths, self.ids.bos)] if self.ids.bos is not None else []
+        return interleave(int(lengths.sum()), [*marks, *frame, (ends - 1, self.ids.eos)], text)

@@ -77,7 +77,9 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
       UserError: no text to train on, no such file, or a file of another kind.
     """
     if config.kind in TRAINED:
-        return pieces.train(config.kind, texts, config.vocab_size, config.mask, config.sentinels)
+        return pieces.train_sentencepiece(
+            config.kind, texts, config.vocab_size, config.mask, config.sentinels
+        )
     if config.kind == "bytes":
         return ByteTokenizer(config.mask, config.sentinels)
     from research.data.tokenizers import (
@@ -106,13 +108,13 @@ def load(folder: str | Path) -> Tokenizer:
           or has changed.
     """
     folder = as_path(folder, "folder")
-    told = descriptor.read(folder)
-    kind = told.kind
+    saved = descriptor.read_descriptor(folder)
+    kind = saved.kind
     try:
-        files = [(folder / name).read_bytes() for name in told.files]
+        files = [(folder / name).read_bytes() for name in saved.files]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} does not hold a saved tokenizer: {error}.") from error
-    for (name, digest), data in zip(told.files.items(), files, strict=True):
+    for (name, digest), data in zip(saved.files.items(), files, strict=True):
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"{folder / name} is not the file that was saved: its digest differs.")
     classes = {cls.kind: cls for cls in (ByteTokenizer, pieces.SentencePieceTokenizer)}
@@ -125,14 +127,14 @@ def load(folder: str | Path) -> Tokenizer:
         raise UserError(f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {known}")
     try:
         with within("", str(folder)):
-            tokenizer = classes[kind](*files, **told.options)
+            tokenizer = classes[kind](*files, **saved.options)
     except (TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / DESCRIPTOR}: options do not fit kind = {kind!r}: {error}."
         ) from error
-    tokenizer.chat_templates = told.chat_templates
-    tokenizer.further_end_ids = told.further_end_ids
-    tokenizer.named_tokens = told.named_tokens
-    tokenizer.guarded_tokens = told.guarded_tokens
-    tokenizer.prompt_frame = told.prompt_frame
+    tokenizer.chat_templates = saved.chat_templates
+    tokenizer.further_end_ids = saved.further_end_ids
+    tokenizer.named_tokens = saved.named_tokens
+    tokenizer.guarded_tokens = saved.guarded_tokens
+    tokenizer.prompt_frame = saved.prompt_frame
     return tokenizer

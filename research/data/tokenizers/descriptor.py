@@ -46,7 +46,7 @@ class Descriptor:
                     raise UserError(field, list(ids), f": {i} must be an id in [0, {MOST_IDS}).")
 
 
-def read(folder: Path) -> Descriptor:
+def read_descriptor(folder: Path) -> Descriptor:
     """Returns the descriptor in the folder of a saved tokenizer; fields that it does not know say
     nothing to it.
 

@@ -30,10 +30,10 @@ MASKS = ("<mask>", "[MASK]")
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
-    A model trained by `train` is exact: it normalizes nothing, so `decode(encode(text)) == text`
-    for any text. The one character that SentencePiece itself would lose, U+2581, is spelt here by
-    its three byte pieces. A loaded model keeps its own normalization (LLaMA's puts a space in
-    front) and gives the ids that SentencePiece gives.
+    A model trained by `train_sentencepiece` is exact: it normalizes nothing, so
+    `decode(encode(text)) == text` for any text. The one character that SentencePiece itself would
+    lose, U+2581, is spelt here by its three byte pieces. A loaded model keeps its own normalization
+    (LLaMA's puts a space in front) and gives the ids that SentencePiece gives.
     """
 
     kind: ClassVar[str] = "sentencepiece"
@@ -43,7 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         Args:
           model: the serialized model.
-          exact: whether `train` made it.
+          exact: whether `train_sentencepiece` made it.
           sentinels: ids after the model's own, the first sentinel having the last, as T5's 100; a
             model that holds sentinels among its pieces needs none.
 
@@ -188,7 +188,7 @@ def _with_marks(model: bytes, names: Collection[str], mark: str) -> bytes:
     return content.SerializeToString()
 
 
-def train(
+def train_sentencepiece(
     kind: Literal["bpe", "unigram"],
     texts: Iterable[str],
     vocab_size: int,

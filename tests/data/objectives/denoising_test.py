@@ -11,61 +11,61 @@ from hypothesis import strategies as st
 from research.core.errors import UserError
 from research.data.objectives import UL2, InfillConfig, SpanConfig
 from tests.data.objectives.examples import (
-    Piece,
+    Segment,
     drawn,
     epoch,
     objective_of,
     packed,
-    pieces,
+    segments,
     text_of,
 )
-from tests.data.text import HEAD, MASK, MODE, PAD, SENTINELS, STOP, TAIL, store
+from tests.data.text import BOS, EOS, MASK, MODE, PAD, SENTENCE_END, SENTINELS, store
 
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=20).filter(any)
 WIDTHS = st.tuples(st.integers(8, 40), st.integers(8, 40))
 
 
-def mended(piece: Piece) -> list[int]:
+def mended(segment: Segment) -> list[int]:
     """The text, from both sides: at each sentinel of the encoder's, what follows it in the
     targets.
     """
-    assert piece.encoder[-1] == piece.targets[-1] == TAIL
+    assert segment.encoder[-1] == segment.targets[-1] == EOS
     spans, text = {}, []
-    for token in piece.targets[:-1]:
+    for token in segment.targets[:-1]:
         if token in SENTINELS:
             spans[token] = last = []
         else:
             last.append(token)
     assert list(spans) == list(SENTINELS[: len(spans)])
     assert all(spans.values())
-    for token in piece.encoder[:-1]:
+    for token in segment.encoder[:-1]:
         text += spans.pop(token) if token in SENTINELS else [token]
     assert not spans
     return text
 
 
-def check_spans(piece: Piece, config: SpanConfig) -> list[int]:
-    """Returns the piece's text; nothing that is predicted stands in the encoder's input, and the
+def check_spans(segment: Segment, config: SpanConfig) -> list[int]:
+    """Returns the segment's text; nothing that is predicted stands in the encoder's input, and the
     counts are T5's.
     """
-    assert piece.tokens == [PAD, *piece.targets[:-1]]
-    assert set(piece.weights) == {1.0}
-    encoder = piece.encoder
+    assert segment.tokens == [PAD, *segment.targets[:-1]]
+    assert set(segment.weights) == {1.0}
+    encoder = segment.encoder
     if config.mode_id is not None:
         assert encoder[0] == config.mode_id
-        piece = Piece(**{**vars(piece), "encoder": encoder[1:]})
-    text = mended(piece)
+        segment = Segment(**{**vars(segment), "encoder": encoder[1:]})
+    text = mended(segment)
     assert text == list(range(text[0], text[0] + len(text)))
-    hidden = set(piece.targets) - set(SENTINELS) - {TAIL}
-    assert not hidden & set(piece.encoder)
+    hidden = set(segment.targets) - set(SENTINELS) - {EOS}
+    assert not hidden & set(segment.encoder)
     n = len(text)
     assert len(hidden) == min(max(round(n * config.density), 1), max(n - 1, 1))
     if n > 1:
         spans = 1 if config.mean_span is None else max(round(len(hidden) / config.mean_span), 1)
-        assert sum(token in SENTINELS for token in piece.encoder) == min(
+        assert sum(token in SENTINELS for token in segment.encoder) == min(
             spans, len(SENTINELS), n - len(hidden)
         )
-        marks = [token in SENTINELS for token in piece.encoder[:-1]]
+        marks = [token in SENTINELS for token in segment.encoder[:-1]]
         assert not marks[0]
         assert marks[-1]
         assert not any(a and b for a, b in itertools.pairwise(marks))
@@ -79,23 +79,23 @@ def test_spans_and_the_rest_make_every_document_once(lengths, widths, seed, bloc
     objective = objective_of("span", widths[0], encoder_length=widths[1])
     batch = epoch(packed(corpus, objective, seed, block))
     assert (batch["tokens"].shape[1], batch["encoder_tokens"].shape[1]) == widths
-    seen = [token for piece in pieces(batch) for token in check_spans(piece, SpanConfig())]
+    seen = [token for segment in segments(batch) for token in check_spans(segment, SpanConfig())]
     assert sorted(seen) == text_of(corpus)
 
 
 @pytest.mark.parametrize("damage", ["leak", "lost", "order"])
 def test_a_leak_a_loss_or_a_wrong_order_is_noticed(damage):  # the control
-    (piece,) = pieces(epoch(packed(store([40]), objective_of("span", 64))))
-    assert check_spans(piece, SpanConfig()) == list(range(1, 41))
-    encoder = piece.encoder
+    (segment,) = segments(epoch(packed(store([40]), objective_of("span", 64))))
+    assert check_spans(segment, SpanConfig()) == list(range(1, 41))
+    encoder = segment.encoder
     if damage == "leak":
-        encoder[0] = piece.targets[1]
+        encoder[0] = segment.targets[1]
     elif damage == "lost":
         encoder.pop(1)
     else:
         encoder[0], encoder[1] = encoder[1], encoder[0]
     with pytest.raises(AssertionError):
-        check_spans(piece, SpanConfig())
+        check_spans(segment, SpanConfig())
 
 
 def test_lengths_are_those_that_t5_published():
@@ -103,7 +103,7 @@ def test_lengths_are_those_that_t5_published():
     pipeline).
     """
     objective = objective_of("span", 512)
-    assert objective.longest_pieces().tolist() == [568]
+    assert objective.longest_segments().tolist() == [568]
     assert objective.widths(np.array([568]), np.array([0])).tolist() == [[114], [512]]
 
 
@@ -118,51 +118,51 @@ def test_every_segmentation_is_equally_likely():
 
 def test_a_long_piece_has_no_more_spans_than_there_are_sentinels():
     config = SpanConfig(density=0.5, mean_span=1.0)
-    (piece,) = pieces(epoch(packed(store([400]), objective_of("span", 512, span=config))))
-    assert len(check_spans(piece, config)) == 400
-    assert sum(token in SENTINELS for token in piece.encoder) == len(SENTINELS)
+    (segment,) = segments(epoch(packed(store([400]), objective_of("span", 512, span=config))))
+    assert len(check_spans(segment, config)) == 400
+    assert sum(token in SENTINELS for token in segment.encoder) == len(SENTINELS)
 
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=LENGTHS, widths=WIDTHS, seed=st.integers(0, 2**40))
 def test_a_mixture_is_made_of_its_denoisers(lengths, widths, seed):
-    """The mode token says which denoiser a piece has, so each can be checked by its own counts."""
+    """The mode token names the denoiser of a segment, so each can be checked by its own counts."""
     corpus = store(lengths)
     denoisers = tuple(
         SpanConfig(d.density, d.mean_span, d.weight, MODE + i) for i, d in enumerate(UL2)
     )
     objective = objective_of("denoise", widths[0], encoder_length=widths[1], denoisers=denoisers)
     seen = []
-    for piece in pieces(epoch(packed(corpus, objective, seed))):
-        seen += check_spans(piece, denoisers[piece.encoder[0] - MODE])
+    for segment in segments(epoch(packed(corpus, objective, seed))):
+        seen += check_spans(segment, denoisers[segment.encoder[0] - MODE])
     assert sorted(seen) == text_of(corpus)
 
 
 def test_denoisers_have_their_shares_and_one_span_at_the_end_is_a_prefix():
     denoisers = (SpanConfig(0.25, None, 1.0, MODE), SpanConfig(0.5, 8.0, 3.0, MODE + 1))
     rows = packed(store([40] * 1000), objective_of("denoise", 64, denoisers=denoisers))
-    found = list(pieces(epoch(rows)))
-    prefixes = [piece for piece in found if piece.encoder[0] == MODE]
+    found = list(segments(epoch(rows)))
+    prefixes = [segment for segment in found if segment.encoder[0] == MODE]
     assert len(found) == 1000
     assert abs(len(prefixes) - 250) < 4 * (1000 * 0.25 * 0.75) ** 0.5
-    for piece in prefixes:
-        first = piece.encoder[1]
-        assert piece.encoder == [MODE, *range(first, first + 30), SENTINELS[0], TAIL]
-        assert piece.targets == [SENTINELS[0], *range(first + 30, first + 40), TAIL]
+    for segment in prefixes:
+        first = segment.encoder[1]
+        assert segment.encoder == [MODE, *range(first, first + 30), SENTINELS[0], EOS]
+        assert segment.targets == [SENTINELS[0], *range(first + 30, first + 40), EOS]
 
 
-def check_infilled(piece: Piece, config: InfillConfig, stops: set[int]) -> list[int]:
-    """Returns the piece's text: the decoder gives it whole, and the encoder has whole sentences
+def check_infilled(segment: Segment, config: InfillConfig, sentence_ends: set[int]) -> list[int]:
+    """Returns the segment's text: the decoder gives it whole, and the encoder has whole sentences
     less what is hidden.
     """
-    assert piece.tokens == [PAD, *piece.targets[:-1]]
-    assert set(piece.weights) == {1.0}
+    assert segment.tokens == [PAD, *segment.targets[:-1]]
+    assert set(segment.weights) == {1.0}
     assert (
-        (piece.encoder[0], piece.encoder[-1])
-        == (piece.targets[0], piece.targets[-1])
-        == (HEAD, TAIL)
+        (segment.encoder[0], segment.encoder[-1])
+        == (segment.targets[0], segment.targets[-1])
+        == (BOS, EOS)
     )
-    text, damaged = piece.targets[1:-1], piece.encoder[1:-1]
+    text, damaged = segment.targets[1:-1], segment.encoder[1:-1]
     kept = [token for token in damaged if token != MASK]
     hidden = min(max(round(len(text) * config.density), 1), max(len(text) - 1, 1))
     assert len(kept) == len(set(kept)) == len(text) - hidden
@@ -172,7 +172,7 @@ def check_infilled(piece: Piece, config: InfillConfig, stops: set[int]) -> list[
     sentences, sentence = {}, 0
     for token in text:
         sentences[token] = sentence
-        sentence += token in stops
+        sentence += token in sentence_ends
     runs = [sentences[token] for token in kept]
     runs = [s for i, s in enumerate(runs) if i == 0 or runs[i - 1] != s]
     assert len(runs) == len(set(runs))  # each sentence's tokens together …
@@ -190,27 +190,33 @@ def test_infilling_gives_every_document_once(lengths, widths, seed, permute):
     config = InfillConfig(permute=permute)
     objective = objective_of("infill", widths[0], encoder_length=widths[1], infill=config)
     batch = epoch(packed(corpus, objective, seed))
-    seen = [token for piece in pieces(batch) for token in check_infilled(piece, config, {STOP})]
+    seen = [
+        token
+        for segment in segments(batch)
+        for token in check_infilled(segment, config, {SENTENCE_END})
+    ]
     assert sorted(seen) == text_of(corpus)
 
 
-def with_stops(lengths: list[int]):
+def with_sentence_ends(lengths: list[int]):
     """The store of these lengths, every tenth token of which is replaced by a full stop."""
     corpus = store(lengths)
-    corpus.tokens[10::10] = np.where(corpus.tokens[10::10] < HEAD, STOP, corpus.tokens[10::10])
+    corpus.tokens[10::10] = np.where(
+        corpus.tokens[10::10] < BOS, SENTENCE_END, corpus.tokens[10::10]
+    )
     return corpus
 
 
 def test_sentences_are_shuffled_whole():
-    corpus = with_stops([98])
+    corpus = with_sentence_ends([98])
     rows = packed(corpus, objective_of("infill", 128, infill=InfillConfig(density=0.01)))
     orders = set()
-    for piece in pieces(drawn(rows, 50)):
-        assert piece.targets[1:-1] == corpus.tokens[1:-1].tolist()
+    for segment in segments(drawn(rows, 50)):
+        assert segment.targets[1:-1] == corpus.tokens[1:-1].tolist()
         sentences, run = [], []
-        for token in (t for t in piece.encoder[1:-1] if t != MASK):
+        for token in (t for t in segment.encoder[1:-1] if t != MASK):
             run.append(token)
-            if token == STOP:
+            if token == SENTENCE_END:
                 sentences.append(run)
                 run = []
         # One token is hidden, which may be a full stop: two sentences then lie together.
@@ -223,10 +229,10 @@ def test_sentences_are_shuffled_whole():
 def test_unshuffled_sentences_stay_and_the_shuffled_do_not():  # the control
     for permute in (False, True):
         config = InfillConfig(density=0.01, permute=permute)
-        (piece,) = pieces(
-            epoch(packed(with_stops([98]), objective_of("infill", 128, infill=config)))
+        (segment,) = segments(
+            epoch(packed(with_sentence_ends([98]), objective_of("infill", 128, infill=config)))
         )
-        kept = [token for token in piece.encoder[1:-1] if token not in (MASK, STOP)]
+        kept = [token for token in segment.encoder[1:-1] if token not in (MASK, SENTENCE_END)]
         assert (kept == sorted(kept)) != permute
 
 
@@ -237,8 +243,8 @@ def test_spans_of_infilling_have_the_lengths_of_poisson_variables():
     config = InfillConfig(permute=False)
     found = collections.Counter()
     rows = packed(store([200]), objective_of("infill", 202, infill=config))
-    for piece in pieces(drawn(rows, 200)):
-        damaged = [0, *piece.encoder[1:-1], 201]
+    for segment in segments(drawn(rows, 200)):
+        damaged = [0, *segment.encoder[1:-1], 201]
         for i, token in enumerate(damaged):
             if token == MASK:
                 found[damaged[i + 1] - damaged[i - 1] - 1] += 1

@@ -1,4 +1,4 @@
-"""Packed rows taken apart again, one piece at a time and in plain Python."""
+"""Packed rows taken apart again, one segment at a time and in plain Python."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from research.data.corpus import Corpus
 from research.data.objectives import Objective, ObjectiveConfig, build
 from research.data.packing import PackedRows
 from research.data.tokenizers.byte import ByteTokenizer
-from tests.data.text import HEAD, MASK, PAD, SENTINELS, STOP, TAIL, VOCAB
+from tests.data.text import BOS, EOS, MASK, PAD, SENTENCE_END, SENTINELS, VOCAB
 
 
 class FullTokenizer(ByteTokenizer):
@@ -18,16 +18,16 @@ class FullTokenizer(ByteTokenizer):
     def __init__(self):
         super().__init__()
         self.vocab_size, self.mask_id, self.sentinel_ids = VOCAB, MASK, SENTINELS
-        self.bos_id, self.eos_id, self.pad_id = HEAD, TAIL, PAD
+        self.bos_id, self.eos_id, self.pad_id = BOS, EOS, PAD
 
     def encode(self, text: str) -> list[int]:
         assert text.endswith(".")
-        return [7, STOP]
+        return [7, SENTENCE_END]
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """The arrays of one piece, without padding."""
+class Segment:
+    """The arrays of one segment, without padding."""
 
     tokens: list[int]
     targets: list[int]
@@ -54,7 +54,7 @@ def drawn(rows: PackedRows, times: int) -> dict[str, np.ndarray]:
     return rows.batch(np.zeros(times, int), np.arange(times))
 
 
-def pieces(batch: dict[str, np.ndarray]) -> Iterator[Piece]:
+def segments(batch: dict[str, np.ndarray]) -> Iterator[Segment]:
     """Takes every row apart, and checks what every objective promises of its layout."""
     encoded = "encoder_tokens" in batch
     for row in range(len(batch["tokens"])):
@@ -66,7 +66,7 @@ def pieces(batch: dict[str, np.ndarray]) -> Iterator[Piece]:
         for segment in range(1, inside["segments"].max() + 1):
             here = inside["segments"] == segment
             there = inside["encoder_segments"] == segment if encoded else None
-            yield Piece(
+            yield Segment(
                 *(inside[name][here].tolist() for name in ("tokens", "targets", "weights")),
                 inside["prefix"][here].tolist() if "prefix" in inside else [],
                 inside["encoder_tokens"][there].tolist() if encoded else [],
@@ -93,4 +93,4 @@ def check_side(row: dict[str, np.ndarray], side: str, padded: np.ndarray) -> Non
 
 def text_of(corpus: Corpus) -> list[int]:
     """Every token of the documents' texts, in order."""
-    return [int(token) for token in corpus.tokens if token < HEAD]
+    return [int(token) for token in corpus.tokens if token < BOS]

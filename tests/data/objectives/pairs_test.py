@@ -12,8 +12,8 @@ from research.core.errors import UserError
 from research.data.loader import Loader, heldout_batches
 from research.data.prepare import DataConfig, prepare, training_texts
 from research.data.sources import SourceConfig
-from tests.data.objectives.examples import epoch, objective_of, packed, pieces
-from tests.data.text import HEAD, PAD, TAIL, store
+from tests.data.objectives.examples import epoch, objective_of, packed, segments
+from tests.data.text import BOS, EOS, PAD, store
 
 PAIRS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=30)
 
@@ -36,11 +36,11 @@ def test_every_pair_comes_once_and_whole(lengths, widths, seed):
     )
     assert (batch["tokens"].shape[1], batch["encoder_tokens"].shape[1]) == widths
     found = []
-    for piece in pieces(batch):
-        assert piece.encoder[-1] == piece.targets[-1] == TAIL
-        assert piece.tokens == [PAD, *piece.targets[:-1]]
-        assert set(piece.weights) == {1.0}
-        found.append((piece.encoder[:-1], piece.targets[:-1]))
+    for segment in segments(batch):
+        assert segment.encoder[-1] == segment.targets[-1] == EOS
+        assert segment.tokens == [PAD, *segment.targets[:-1]]
+        assert set(segment.weights) == {1.0}
+        found.append((segment.encoder[:-1], segment.targets[:-1]))
     alone = texts(corpus)
     assert sorted(found) == sorted(zip(alone[::2], alone[1::2], strict=True))
 
@@ -48,8 +48,8 @@ def test_every_pair_comes_once_and_whole(lengths, widths, seed):
 def test_pairs_that_are_too_long_are_left_out_and_counted():
     corpus = store([5, 5, 9, 5, 5, 9, 8, 7])
     rows = packed(corpus, objective_of("translate", 8, encoder_length=9))
-    assert rows.plan.left_out == 2
-    found = sorted(piece.encoder[:-1] for piece in pieces(epoch(rows)))
+    assert rows.plan.dropped == 2
+    found = sorted(segment.encoder[:-1] for segment in segments(epoch(rows)))
     assert found == [texts(corpus)[0], texts(corpus)[6]]
     with pytest.raises(UserError, match="its 4 pairs are all too long for a row"):
         packed(corpus, objective_of("translate", 5))
@@ -81,9 +81,9 @@ def config(tmp_path) -> DataConfig:
 def sides(batches, tokenizer) -> set[tuple[str, str]]:
     found = set()
     for batch in batches:
-        for piece in pieces(batch):
-            assert piece.tokens[0] == tokenizer.bos_id
-            found.add((tokenizer.decode(piece.encoder), tokenizer.decode(piece.targets)))
+        for segment in segments(batch):
+            assert segment.tokens[0] == tokenizer.bos_id
+            found.add((tokenizer.decode(segment.encoder), tokenizer.decode(segment.targets)))
     return found
 
 
@@ -187,5 +187,5 @@ def test_a_row_has_room_on_both_sides_or_another_is_begun():
     corpus = store([2, 12, 12, 2, 2, 12])
     batch = epoch(packed(corpus, objective_of("translate", 16)))
     assert sorted(batch["segments"].max(axis=1)) == [1, 2]
-    assert {len(piece.targets) for piece in pieces(batch)} == {13, 3}
-    assert HEAD not in batch["tokens"]
+    assert {len(segment.targets) for segment in segments(batch)} == {13, 3}
+    assert BOS not in batch["tokens"]

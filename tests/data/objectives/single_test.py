@@ -9,30 +9,32 @@ from hypothesis import strategies as st
 
 from research.data.objectives import MaskedConfig
 from tests.data.objectives.examples import (
-    Piece,
+    Segment,
     drawn,
     epoch,
     objective_of,
     packed,
-    pieces,
+    segments,
     text_of,
 )
-from tests.data.text import HEAD, MASK, TAIL, VOCAB, store
+from tests.data.text import BOS, EOS, MASK, VOCAB, store
 
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(any)
 
 
-def check_masked(piece: Piece) -> None:
+def check_masked(segment: Segment) -> None:
     """Framed, in order; shown as it is where it has no weight; the hidden are as many as they
     should be.
     """
-    assert (piece.targets[0], piece.targets[-1]) == (HEAD, TAIL)
-    inner = piece.targets[1:-1]
+    assert (segment.targets[0], segment.targets[-1]) == (BOS, EOS)
+    inner = segment.targets[1:-1]
     assert inner == list(range(inner[0], inner[0] + len(inner)))
-    assert piece.weights[0] == piece.weights[-1] == 0
-    assert sum(piece.weights) == max(1, round(0.15 * len(inner)))
+    assert segment.weights[0] == segment.weights[-1] == 0
+    assert sum(segment.weights) == max(1, round(0.15 * len(inner)))
     assert all(
-        t == g for t, g, w in zip(piece.tokens, piece.targets, piece.weights, strict=True) if not w
+        t == g
+        for t, g, w in zip(segment.tokens, segment.targets, segment.weights, strict=True)
+        if not w
     )
 
 
@@ -41,26 +43,28 @@ def check_masked(piece: Piece) -> None:
 def test_every_token_is_in_one_masked_piece_and_only_hidden_ones_are_changed(lengths, width, seed):
     corpus = store(lengths)
     seen = []
-    for piece in pieces(epoch(packed(corpus, objective_of("masked", width), seed))):
-        check_masked(piece)
-        seen += piece.targets[1:-1]
+    for segment in segments(epoch(packed(corpus, objective_of("masked", width), seed))):
+        check_masked(segment)
+        seen += segment.targets[1:-1]
     assert sorted(seen) == text_of(corpus)
 
 
 def test_a_changed_token_without_weight_is_noticed():  # the control
-    piece = next(pieces(epoch(packed(store([30]), objective_of("masked", 40)))))
-    check_masked(piece)
-    place = piece.weights.index(0, 1)
-    piece.tokens[place] += 1
+    segment = next(segments(epoch(packed(store([30]), objective_of("masked", 40)))))
+    check_masked(segment)
+    place = segment.weights.index(0, 1)
+    segment.tokens[place] += 1
     with pytest.raises(AssertionError):
-        check_masked(piece)
+        check_masked(segment)
 
 
 def test_hidden_tokens_are_treated_in_their_shares():
     rows = packed(store([500] * 80), objective_of("masked", 512))
     counts, total = collections.Counter(), 0
-    for piece in pieces(epoch(rows)):
-        for token, target, weight in zip(piece.tokens, piece.targets, piece.weights, strict=True):
+    for segment in segments(epoch(rows)):
+        for token, target, weight in zip(
+            segment.tokens, segment.targets, segment.weights, strict=True
+        ):
             if weight:
                 counts["mask" if token == MASK else "kept" if token == target else "random"] += 1
                 total += 1
@@ -93,17 +97,17 @@ def test_every_place_is_hidden_equally_often_and_each_epoch_hides_others():
     assert np.abs(together[off] - expected).max() < 5 * (expected / 4000) ** 0.5
 
 
-def check_prefix(piece: Piece) -> None:
+def check_prefix(segment: Segment) -> None:
     """One run of a document; the prefix is its beginning; weights begin with the pair that leaves
     the prefix.
     """
-    p, n = sum(piece.prefix), len(piece.tokens)
+    p, n = sum(segment.prefix), len(segment.tokens)
     assert 1 <= p <= n
-    assert piece.prefix == [1] * p + [0] * (n - p)
-    assert piece.weights == [0.0] * (p - 1) + [1.0] * (n - p + 1)
-    seen = set(piece.tokens[:p])
+    assert segment.prefix == [1] * p + [0] * (n - p)
+    assert segment.weights == [0.0] * (p - 1) + [1.0] * (n - p + 1)
+    seen = set(segment.tokens[:p])
     assert not seen & {
-        target for target, weight in zip(piece.targets, piece.weights, strict=True) if weight
+        target for target, weight in zip(segment.targets, segment.weights, strict=True) if weight
     }
 
 
@@ -116,18 +120,18 @@ def test_a_prefix_piece_predicts_nothing_that_it_sees(lengths, width, seed):
     )
     batch = epoch(rows)
     assert batch["prefix"].dtype == np.int32
-    for piece in pieces(batch):
-        check_prefix(piece)
+    for segment in segments(batch):
+        check_prefix(segment)
     for name in ("tokens", "targets", "positions", "segments"):  # packed as causal rows are
         np.testing.assert_array_equal(batch[name], epoch(causal)[name])
 
 
 def test_a_weight_inside_the_prefix_is_noticed():  # the control
-    found = list(pieces(epoch(packed(store([30] * 9), objective_of("prefix", 40)))))
-    piece = next(piece for piece in found if sum(piece.prefix) > 1)
-    piece.weights[sum(piece.prefix) - 2] = 1.0
+    found = list(segments(epoch(packed(store([30] * 9), objective_of("prefix", 40)))))
+    segment = next(segment for segment in found if sum(segment.prefix) > 1)
+    segment.weights[sum(segment.prefix) - 2] = 1.0
     with pytest.raises(AssertionError):
-        check_prefix(piece)
+        check_prefix(segment)
 
 
 def test_every_length_of_a_prefix_is_equally_likely():

@@ -112,7 +112,7 @@ def test_plain_huggingface_parses_special_tokens_out_of_text(kinds):
 def test_training_is_deterministic_in_another_process(kinds, kind):
     program = (
         "import sys, json, hashlib; from research.data.tokenizers import pieces;"
-        "model = pieces.train(sys.argv[1], json.loads(sys.stdin.read()), "
+        "model = pieces.train_sentencepiece(sys.argv[1], json.loads(sys.stdin.read()), "
         "400).files()['sentencepiece.model'];"
         "print(hashlib.sha256(model).hexdigest())"
     )
@@ -126,7 +126,7 @@ def test_training_is_deterministic_in_another_process(kinds, kind):
 def test_training_sees_the_whole_of_long_lines():
     """The trainer drops long lines in silence; ours come to it in parts."""
     word = "zyxzyx "
-    tokenizer = pieces.train("bpe", [word * 40_000], 300)
+    tokenizer = pieces.train_sentencepiece("bpe", [word * 40_000], 300)
     assert len(tokenizer.encode(word * 10)) < 40
 
 
