@@ -14,7 +14,7 @@ def main() -> None:
     status = cli.main()
     signalled = status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
     if signalled or (status == cli.Interrupted.status and not _others_wait()):
-        interrupts.leave(status)
+        interrupts.exit_without_waiting(status)
     sys.exit(status)
 
 

@@ -127,7 +127,7 @@ def _run(argv: list[str]) -> int:
             f"{verb!r} is not a verb. " + (f"Did you mean {close[0]!r}?" if close else _known())
         )
     recipe = importlib.import_module(f"research.recipes.{verb}")
-    interrupts.raise_again()
+    interrupts.restore_default_handlers()
     parser = _Parser(
         prog=f"tessera {verb}",
         usage=f"tessera {verb} FLAGS\n\n{VERBS[verb]}\n\nexamples:\n{recipe.EXAMPLES}",

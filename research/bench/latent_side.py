@@ -20,7 +20,8 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     from research.models.language_model import language_model
     from research.parallel.target import platform
 
-    latent.absorbs = lambda *_: form == "weight_absorption"  # a model would choose
+    # A model would choose by itself.
+    latent.uses_weight_absorption = lambda *_: form == "weight_absorption"
     sizes = LatentConfig(kv_dim=256, q_dim=None, rope_dim=32, value_dim=64)
     config = ModelConfig(
         vocab_size=512,

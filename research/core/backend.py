@@ -22,7 +22,7 @@ VENDORS, GOOGLE = "/sys/bus/pci/devices/*/vendor", "0x1ae0"
 # Bytes free, above which speed is worth memory.
 AMPLE_MEMORY = 12e9
 # Free pieces that lie ready for small allocations: how many, and the bytes of each.
-SMALL_CHANGE = (16, 2**25)
+SMALL_CHUNKS = (16, 2**25)
 
 
 def cache_folder() -> pathlib.Path:
@@ -85,7 +85,7 @@ def keep_memory() -> None:
     # them apart. Untouched, they cost nothing.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-    count, size = SMALL_CHANGE
+    count, size = SMALL_CHUNKS
     pieces = [(libc.malloc(size), libc.malloc(1))[0] for _ in range(count)]
     for piece in pieces:
         libc.free(piece)

@@ -32,7 +32,7 @@ def exit_at_once() -> None:
         signal.signal(signal.SIGTERM, _exit_at_once)
 
 
-def raise_again() -> None:
+def restore_default_handlers() -> None:
     """Takes `exit_at_once` back: from now on Ctrl-C raises KeyboardInterrupt, so that what is half
     done is undone.
     """
@@ -42,7 +42,7 @@ def raise_again() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def leave(status: int) -> None:
+def exit_without_waiting(status: int) -> None:
     """Ends the process without waiting for its threads.
 
     A thread may be inside XLA's compiler for minutes; Python would wait for it, or take down what

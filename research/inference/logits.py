@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from research.core.errors import UserError
 from research.models.config import ModelConfig
 from research.models.language_model import language_model
-from research.models.transformer import multiply_out
+from research.models.transformer import compute_logits
 
 
 def read_inputs(
@@ -145,4 +145,4 @@ def logits(config: ModelConfig, params: Any, inputs: dict[str, Array]) -> Float[
     """
 
     model = language_model(config)
-    return multiply_out(model.projection(params, model.hidden(params, inputs).hidden))
+    return compute_logits(model.projection(params, model.hidden(params, inputs).hidden))

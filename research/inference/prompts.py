@@ -17,7 +17,7 @@ from research.data.tokenizers import Tokenizer
 from research.models.cache import Cache
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable, contiguous_table
-from research.models.transformer import multiply_out
+from research.models.transformer import compute_logits
 
 # Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
@@ -216,7 +216,7 @@ def next_logits(
     model = language_model(config)
     output = model.hidden(params, {"tokens": tokens, "positions": positions, **inputs}, cache=cache)
     hidden = jnp.take_along_axis(output.hidden, which[:, None, None], axis=1)
-    return multiply_out(model.projection(params, hidden))[:, 0], output.cache
+    return compute_logits(model.projection(params, hidden))[:, 0], output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))

@@ -206,9 +206,9 @@ class RelativeScores(nn.Module):
             positional.sinusoidal(distances, model.embed_dim)
         )
         r = r * jnp.asarray(1 / math.sqrt(c.head_dim) if c.scale is None else c.scale, r.dtype)
-        scores = jnp.einsum("btnh,rnh->bntr", q + distance, r, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("btnh,xnh->bntx", q + distance, r, preferred_element_type=jnp.float32)
         if slots is None:
-            return q + content, shift(scores)
+            return q + content, relative_shift(scores)
         which = jnp.clip(
             before - 1 - context.positions[:, :, None] + jnp.arange(slots)[None, None],
             0,
@@ -218,7 +218,7 @@ class RelativeScores(nn.Module):
         return q + content, jnp.take_along_axis(scores, which, axis=-1)
 
 
-def shift(scores: Float[Array, "B N T R"]) -> Float[Array, "B N T T"]:
+def relative_shift(scores: Float[Array, "B N T distances"]) -> Float[Array, "B N T T"]:
     """Returns y[t, s] = x[t, T − 1 − t + s], where x has it: the scores of distances T − 1, T − 2,
     … by key.
 

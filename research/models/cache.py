@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
-from research.models.dot_product import mask_of_slots
+from research.models.dot_product import cache_mask
 from research.models.paged_cache import PagedCache, PageTable, empty_paged_cache
 
 # Attention over arrays of all slots: what a layer hands to the cache, which knows these arrays.
-AttentionFn = Callable[..., Float[Array, "B T N V"]]
+AttentionFn = Callable[..., Float[Array, "B T N value"]]
 
 
 class TokenCache(Protocol):
@@ -34,7 +34,7 @@ class TokenCache(Protocol):
         positions: Int[Array, "B T"],
         page_table: PageTable | None,
         attention: AttentionFn,
-    ) -> tuple[Float[Array, "B T N V"], "TokenCache"]:
+    ) -> tuple[Float[Array, "B T N value"], "TokenCache"]:
         """Writes T new tokens, and attends from them to all that is in the cache.
 
         Args:
@@ -47,7 +47,7 @@ class TokenCache(Protocol):
           attention: of queries over the arrays of all slots, called with (q, keys, values, mask).
         """
 
-    def take(self, rows: Int[Array, "R"]) -> "TokenCache":
+    def take(self, rows: Int[Array, "rows"]) -> "TokenCache":
         """Returns the cache of `rows`, in this order; those of a paged cache are its pages."""
 
 
@@ -61,7 +61,7 @@ def _write(
     return write(slots, new.astype(slots.dtype), start)
 
 
-def _pick(leaf: Array, rows: Int[Array, "R"], axis: int) -> Array:
+def _pick(leaf: Array, rows: Int[Array, "rows"], axis: int) -> Array:
     return jnp.take(leaf, rows, axis=axis, mode="clip")
 
 
@@ -96,10 +96,10 @@ class DenseCache:
         """As of `TokenCache`, with keys and values of all key/value heads."""
         start = positions[:, 0]
         cache = DenseCache(_write(self.key, k, start), _write(self.value, v, start))
-        seen = mask_of_slots(mask, positions, self.slots)
+        seen = cache_mask(mask, positions, self.slots)
         return attention(q, cache.key, cache.value, seen), cache
 
-    def take(self, rows: Int[Array, "R"]) -> "DenseCache":
+    def take(self, rows: Int[Array, "rows"]) -> "DenseCache":
         """Returns the cache of `rows`, in this order."""
         axis = self.key.ndim - 4
         return DenseCache(_pick(self.key, rows, axis), _pick(self.value, rows, axis))
@@ -110,12 +110,12 @@ class LatentCache:
     """What latent attention keeps of a token in one layer, in rows as in `DenseCache`.
 
     Attributes:
-      latent: the normalized latent of keys and values, C wide.
-      k_rope: the rotary part of the keys, R wide, which all heads share.
+      latent: the normalized latent of keys and values, `kv_dim` wide.
+      k_rope: the rotary part of the keys, `rope_dim` wide, which all heads share.
     """
 
-    latent: Float[Array, "*L B S C"]
-    k_rope: Float[Array, "*L B S R"]
+    latent: Float[Array, "*L B S latent"]
+    k_rope: Float[Array, "*L B S rope"]
 
     @property
     def slots(self) -> int:
@@ -125,21 +125,21 @@ class LatentCache:
     def attend(
         self,
         q: Float[Array, "B T N H"],
-        k: Float[Array, "B T C"],
-        v: Float[Array, "B T R"],
+        k: Float[Array, "B T latent"],
+        v: Float[Array, "B T rope"],
         *,
         mask: AttentionMask,
         positions: Int[Array, "B T"],
         page_table: PageTable | None,
         attention: AttentionFn,
-    ) -> tuple[Float[Array, "B T N V"], "LatentCache"]:
+    ) -> tuple[Float[Array, "B T N value"], "LatentCache"]:
         """As of `TokenCache`, with latents as `k` and the rotary part of the keys as `v`."""
         start = positions[:, 0]
         cache = LatentCache(_write(self.latent, k, start), _write(self.k_rope, v, start))
-        seen = mask_of_slots(mask, positions, self.slots)
+        seen = cache_mask(mask, positions, self.slots)
         return attention(q, cache.latent, cache.k_rope, seen), cache
 
-    def take(self, rows: Int[Array, "R"]) -> "LatentCache":
+    def take(self, rows: Int[Array, "rows"]) -> "LatentCache":
         """Returns the cache of `rows`, in this order."""
         axis = self.latent.ndim - 3
         return LatentCache(_pick(self.latent, rows, axis), _pick(self.k_rope, rows, axis))
@@ -152,7 +152,7 @@ class MemoryCache:
     key: Float[Array, "*L B M K H"]
     value: Float[Array, "*L B M K H"]
 
-    def take(self, rows: Int[Array, "R"]) -> "MemoryCache":
+    def take(self, rows: Int[Array, "rows"]) -> "MemoryCache":
         """Returns the memory of `rows`, in this order."""
         axis = self.key.ndim - 4
         return MemoryCache(_pick(self.key, rows, axis), _pick(self.value, rows, axis))
@@ -178,7 +178,7 @@ class LayerCache:
 
     def attend(
         self, q: Array, k: Array, v: Array, **how: Any
-    ) -> tuple[Float[Array, "B T N V"], "LayerCache"]:
+    ) -> tuple[Float[Array, "B T N value"], "LayerCache"]:
         """As of `TokenCache`."""
         out, tokens = self.tokens.attend(q, k, v, **how)
         return out, self.replace(tokens=tokens)
@@ -215,7 +215,7 @@ class Cache:
         """Tokens of a row that it can hold, S."""
         return self.layers[0].slots if self.page_table is None else self.page_table.slots
 
-    def take(self, rows: Int[Array, "R"]) -> "Cache":
+    def take(self, rows: Int[Array, "rows"]) -> "Cache":
         """Returns the cache of `rows`, in this order."""
         moved = self.reorder(rows)
 
@@ -226,7 +226,7 @@ class Cache:
         segments = None if self.memory_segments is None else _pick(self.memory_segments, rows, 0)
         return moved.replace(layers=layers, memory_segments=segments)
 
-    def reorder(self, rows: Int[Array, "R"]) -> "Cache":
+    def reorder(self, rows: Int[Array, "rows"]) -> "Cache":
         """Returns the cache of `rows`, where each row has read the same of the encoder as the one
         that it replaces.
         """

@@ -45,13 +45,13 @@ class DotProduct:
 
     def over_pages(
         self,
-        q: Float[Array, "B R N H"],
+        q: Float[Array, "B T N H"],
         pages: KVPages,
         table: Int[Array, "B pages_per_sequence"],
         lengths: Int[Array, "B"],
         window: int | None,
-    ) -> Float[Array, "B R N H"]:
-        """Returns the attention of each row's R newest tokens over its pages; arguments as of
+    ) -> Float[Array, "B T N H"]:
+        """Returns the attention of each row's T newest tokens over its pages; arguments as of
         `decode_attention`.
         """
         terms = self.terms
@@ -71,7 +71,7 @@ class DotProduct:
         )
 
 
-def mask_of_slots(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) -> AttentionMask:
+def cache_mask(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) -> AttentionMask:
     """Returns which slots of its cached row each new token sees: slot s holds the token of position
     s.
 

@@ -58,7 +58,7 @@ def _layer_weights(model: ModelConfig, layer: LayerConfig) -> int:
     )
 
 
-def keys_seen(model: ModelConfig, layer: LayerConfig, length: int) -> float:
+def visible_keys(model: ModelConfig, layer: LayerConfig, length: int) -> float:
     """Returns how many keys a token of a sequence of `length` sees on average, to about a key.
 
     Causal attention sees half of T; a window counts on both sides of an encoder's token. A prefix
@@ -82,7 +82,7 @@ def train_flops_per_token(
     Forward, each weight costs a token 2 FLOPs, and each key costs it 2·N·H_k for its score and
     2·N·H_v for its part of the sum, with relative positions 2·N·H_k more for its score by distance;
     backward costs twice that. A token's keys are those that it sees on average, whether or not a
-    kernel skips the others: `keys_seen` of T, all M of the encoder.
+    kernel skips the others: `visible_keys` of T, all M of the encoder.
 
     Args:
       model: the model.
@@ -120,5 +120,5 @@ def _attention(
             model.position_of(layer).kind == "relative"
         ):  # each key has a second score, by its distance
             per_key += c.num_heads * c.head_dim
-        flops += 6 * per_key * (keys_seen(model, layer, length) if visible_only else length)
+        flops += 6 * per_key * (visible_keys(model, layer, length) if visible_only else length)
     return flops

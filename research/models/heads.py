@@ -47,7 +47,7 @@ class Pooler(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B classes"] | None]:
         c = self.config
         options = {
             "use_bias": True,

@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
             "param_dtype": model.param_dtype,
         }
 
-        def rope(heads: Float[Array, "B T heads R"]) -> Float[Array, "B T heads R"]:
+        def rope(heads: Float[Array, "B T heads rope"]) -> Float[Array, "B T heads rope"]:
             return positional.rotate(position, heads, context.positions, context.lengths)
 
         source, axis = x, "embed"
@@ -81,14 +81,16 @@ class LatentAttention(nn.Module):
         if cache is None:
             out = _decompressed(c, key, value, q, latents, k_rope, mask)
         else:
-            form = _absorbed if absorbs(c, x.shape[1], cache.slots) else _decompressed
+            form = (
+                _absorbed if uses_weight_absorption(c, x.shape[1], cache.slots) else _decompressed
+            )
             attention = functools.partial(form, c, key, value)
             where = {"positions": context.positions, "page_table": context.page_table}
             out, cache = cache.attend(q, latents, k_rope, mask=mask, attention=attention, **where)
         return project_out(model)(out), cache
 
 
-def absorbs(c: AttentionConfig, queries: int, slots: int) -> bool:
+def uses_weight_absorption(c: AttentionConfig, queries: int, slots: int) -> bool:
     """Whether MLA weight absorption is cheaper than decompressed MLA: with few queries, and many
     slots.
 
@@ -125,10 +127,10 @@ def _decompressed(
     key: Projection,
     value: Projection,
     q: Float[Array, "B T N H"],
-    latents: Float[Array, "B S C"],
-    k_rope: Float[Array, "B S R"],
+    latents: Float[Array, "B S latent"],
+    k_rope: Float[Array, "B S rope"],
     mask: AttentionMask,
-) -> Float[Array, "B T N V"]:
+) -> Float[Array, "B T N value"]:
     """Decompressed MLA: attention over keys and values of all heads."""
     k, v = key(latents), value(latents)
     # [B, S, R] -> [B, S, N, R]: all heads share the rotary part.
@@ -146,10 +148,10 @@ def _absorbed(
     key: Projection,
     value: Projection,
     q: Float[Array, "B T N H"],
-    latents: Float[Array, "B S C"],
-    k_rope: Float[Array, "B S R"],
+    latents: Float[Array, "B S latent"],
+    k_rope: Float[Array, "B S rope"],
     mask: AttentionMask,
-) -> Float[Array, "B T N V"]:
+) -> Float[Array, "B T N value"]:
     """MLA weight absorption: attention with one key head, the latents.
 
         q_n · (c W_k,n) = (q_n W_k,nᵀ) · c,    Σ p (c W_v,n) = (Σ p c) W_v,n
@@ -171,7 +173,7 @@ def _absorbed(
     return einsum("BTNC,CNV->BTNV", sums, to_value)
 
 
-def _fill(x: Float[Array, "B T heads W"], width: int) -> Float[Array, "B T heads H"]:
+def _fill(x: Float[Array, "B T heads width"], width: int) -> Float[Array, "B T heads padded"]:
     return (
         x
         if x.shape[-1] == width

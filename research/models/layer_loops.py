@@ -80,7 +80,7 @@ class Unrolled:
         new_caches, reports = [], {}
         for i, (name, block) in enumerate(zip(layers.names, layers.blocks, strict=True)):
             cache = None if caches is None else caches[i]
-            x, cache, reports[name] = block(x, cache, at_layer(context, layers.first + i))
+            x, cache, reports[name] = block(x, cache, with_layer_key(context, layers.first + i))
             new_caches.append(cache)
         return x, None if caches is None else tuple(new_caches), reports
 
@@ -117,7 +117,7 @@ class Scanned:
         return x, None if caches is None else (cache,), {"layers": report}
 
 
-def at_layer(context: Context, index: int | Int[Array, ""]) -> Context:
+def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:
     """Returns the context with the layer's own dropout key."""
     return (
         context
@@ -139,7 +139,7 @@ def _run_rounds(layers: Layers, x: Stream, stacked: Any, context: Context) -> tu
         beside = []
         for i, kind in enumerate(layers.kinds[:period]):
             params, cache = _take(leaves, i)
-            own = at_layer(context, layers.first + number * period + i)
+            own = with_layer_key(context, layers.first + number * period + i)
             x, *more = layers.apply(kind, params, x, cache, own)
             beside.append(tuple(more))
         return x, jax.tree.map(lambda *each: jnp.stack(each), *beside)
@@ -161,7 +161,7 @@ def _run_alone(
     def layer(x: Stream, own: Any) -> LayerOutput:
         params, cache = own
         return layers.apply(
-            layers.kinds[index], params, x, cache, at_layer(context, layers.first + index)
+            layers.kinds[index], params, x, cache, with_layer_key(context, layers.first + index)
         )
 
     if layers.remat is not None:

@@ -72,7 +72,7 @@ def unstack_layers(
     return {name: result[name] for name in like}
 
 
-def places(named: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+def canonical_names(named: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
     """Returns where each leaf of an unrolled model lies on disk: the canonical name, and its
     layer's index there.
 

@@ -121,7 +121,7 @@ def route(
     logits: Float[Array, "B T E"],
     selection: Float[Array, "E"] | None,
     real: Bool[Array, "B T"] | None,
-) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, ""]]:
+) -> tuple[Int[Array, "B T choices"], Float[Array, "B T choices"], Float[Array, ""]]:
     """Returns the experts of each token, best first, their weights, and the router's loss.
 
     Args:
@@ -148,7 +148,7 @@ def route(
 
 
 def expert_load(
-    num_experts: int, chosen: Int[Array, "B T k"], real: Bool[Array, "B T"] | None
+    num_experts: int, chosen: Int[Array, "B T choices"], real: Bool[Array, "B T"] | None
 ) -> Float[Array, "E"]:
     """Returns how many real tokens chose each expert.
 
@@ -168,7 +168,7 @@ def _router_loss(
     config: ExpertsConfig,
     logits: Float[Array, "B T E"],
     scores: Float[Array, "B T E"],
-    chosen: Int[Array, "B T k"],
+    chosen: Int[Array, "B T choices"],
     real: Bool[Array, "B T"] | None,
 ) -> Float[Array, ""]:
     """Returns balance_weight · E Σ_e f_e P_e + z_weight · mean(logsumexp²), f the share of choices,
@@ -195,7 +195,7 @@ class ExpertKernels(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> dict[str, tuple[Weight, Float[Array, "E O"] | None]]:
+    def __call__(self) -> dict[str, tuple[Weight, Float[Array, "E outputs"] | None]]:
         model, c = self.config, self.config.experts
         assert c is not None
         inward = ((model.embed_dim, c.hidden_dim), ("embed", "mlp"), model.init_stddev)
@@ -224,7 +224,7 @@ class ExpertKernel(nn.Module):
     param_dtype: str
 
     @nn.compact
-    def __call__(self) -> tuple[Weight, Float[Array, "E O"] | None]:
+    def __call__(self) -> tuple[Weight, Float[Array, "E outputs"] | None]:
         init = nn.initializers.normal(self.stddev)
         shape = (self.num_experts, *self.shape)
         axes = Axes(("expert", *self.names), "kernel", num_inputs=1)
@@ -239,8 +239,8 @@ class ExpertKernel(nn.Module):
 def _mix(
     config: MlpConfig,
     x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T k"],
-    weights: Float[Array, "B T k"],
+    chosen: Int[Array, "B T choices"],
+    weights: Float[Array, "B T choices"],
     kernels: dict[str, Any],
 ) -> Float[Array, "B T D"]:
     """Returns the weighed sum of the chosen experts' outputs.
@@ -275,8 +275,8 @@ def _mix(
 def _mix_local(
     config: MlpConfig,
     x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T k"],
-    weights: Float[Array, "B T k"],
+    chosen: Int[Array, "B T choices"],
+    weights: Float[Array, "B T choices"],
     kernels: dict[str, Any],
 ) -> Float[Array, "B T D"]:
     """Sorts the choices by expert, takes each run of rows through its expert, and puts them
@@ -290,20 +290,20 @@ def _mix_local(
     sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
     sorted_expert = expert[order]
 
-    def project(name: str, rows: Float[Array, "M I"]) -> Float[Array, "M O"]:
+    def project(name: str, rows: Float[Array, "rows inputs"]) -> Float[Array, "rows outputs"]:
         kernel, bias = kernels[name]
         y = grouped_matmul(rows, kernel, sizes)
         return y if bias is None else y + bias[sorted_expert].astype(y.dtype)
 
     h = activate(config, project("up", rows), project("gate", rows) if "gate" in kernels else None)
     y = _permute(project("down", h), back, order).reshape(*chosen.shape, -1)
-    return jnp.einsum("btkd,btk->btd", y, weights)
+    return jnp.einsum("btcd,btc->btd", y, weights)
 
 
 @jax.custom_vjp
 def _permute(
-    x: Float[Array, "M D"], order: Int[Array, "M"], back: Int[Array, "M"]
-) -> Float[Array, "M D"]:
+    x: Float[Array, "rows D"], order: Int[Array, "rows"], back: Int[Array, "rows"]
+) -> Float[Array, "rows D"]:
     """Returns x[order]; `back` undoes the order, so that the gradient is picked too, where it would
     be scattered.
     """

@@ -16,7 +16,7 @@ from research.kernels.attention import AttentionMask
 from research.kernels.decode_attention import PAGE_SIZE, KVPages, gather, pages_for, write
 from research.kernels.rounding import round_up
 from research.models.config import ModelConfig
-from research.models.dot_product import DotProduct, mask_of_slots
+from research.models.dot_product import DotProduct, cache_mask
 
 
 @flax.struct.dataclass
@@ -42,15 +42,15 @@ class PageTable:
         """Tokens of a row that the table has places for, S."""
         return self.ids.shape[1] * self.page_size
 
-    def copy_rows(self, rows: Int[Array, "R"]) -> tuple["PageTable", Int[Array, "P"]]:
+    def copy_rows(self, rows: Int[Array, "rows"]) -> tuple["PageTable", Int[Array, "pages"]]:
         """Returns a table in which each of `rows` has pages of its own, and the old page that each
         new one copies.
         """
         places = self.ids.shape[1]
         count = rows.shape[0] * places
         ids = 1 + jnp.arange(count, dtype=jnp.int32).reshape(rows.shape[0], places)
-        # [R, places] -> [1 + R · places]: new page 1 + r · places + j copies the j-th page of
-        # rows[r].
+        # [rows, pages a row] -> [1 + rows · pages a row]: new page 1 + r · places + j copies the
+        # j-th page of rows[r].
         sources = self.ids.at[rows].get(mode="clip").reshape(-1)
         return PageTable(ids, 1 + count, self.page_size), jnp.pad(sources, (1, 0))
 
@@ -121,10 +121,10 @@ class PagedCache:
         # Pages may be wider than the heads, which then end in zeros.
         keys, values = (x[..., : k.shape[3]] for x in gather(pages, page_table.ids))
         return attention(
-            q, keys, values, mask_of_slots(mask, positions, page_table.slots)
+            q, keys, values, cache_mask(mask, positions, page_table.slots)
         ), PagedCache(pages)
 
-    def take(self, pages: Int[Array, "P"]) -> "PagedCache":
+    def take(self, pages: Int[Array, "pages"]) -> "PagedCache":
         """Returns the cache of `pages`, in this order."""
         axis = self.pages.key.ndim - 4  # 1 where layers are stacked
         return PagedCache(

@@ -52,7 +52,7 @@ def rotary_frequencies(config: PositionConfig, width: int) -> Float[np.ndarray, 
     """
     frequencies = config.theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     if config.scaling is not None:
-        frequencies = _STRETCH[config.scaling.kind](frequencies, config.scaling, config.theta)
+        frequencies = _ROPE_SCALING[config.scaling.kind](frequencies, config.scaling, config.theta)
     return frequencies.astype(np.float32)
 
 
@@ -98,7 +98,7 @@ def _longrope(frequencies: np.ndarray, scaling: RopeScalingConfig, theta: float)
     return frequencies / np.array(scaling.short_factors)
 
 
-_STRETCH = {
+_ROPE_SCALING = {
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,

@@ -58,13 +58,13 @@ class Stack(nn.Module):
 
     Attributes:
       config: the model, or `ModelConfig.encoder()` of it.
-      bare: whether to leave its layers out, whose parameters `init_params` makes one by one.
+      without_layers: builds no layers; `init_params` makes their parameters one by one.
       loop: how the layers of `pattern` are run; None unrolls them, or scans them where their
           parameters are stacked.
     """
 
     config: ModelConfig
-    bare: bool = False
+    without_layers: bool = False
     loop: LayerLoop | None = None
 
     def setup(self) -> None:
@@ -85,7 +85,7 @@ class Stack(nn.Module):
         if c.embedding.norm:
             self.embed_norm = Norm(c.norm, param_dtype=c.param_dtype)
         self.embed_dropout = nn.Dropout(c.dropout)
-        kinds, first = ((), 0) if self.bare else (c.layers(), len(c.first_layers))
+        kinds, first = ((), 0) if self.without_layers else (c.layers(), len(c.first_layers))
         block: Any = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat])
@@ -111,7 +111,7 @@ class Stack(nn.Module):
         beside them.
         """
         c = self.config
-        x = self._place(x, positions, types)
+        x = self._add_positions(x, positions, types)
         drop_key = None if key is None else jax.random.fold_in(key, 0)
         x = self.drop_embedded(x.astype(c.dtype), drop_key)
         x = constrain(x, ("batch", "length", "embed"))
@@ -146,7 +146,7 @@ class Stack(nn.Module):
         )
         return dataclasses.replace(context, bias=self._bias(context, cache))
 
-    def _place(
+    def _add_positions(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
@@ -168,14 +168,14 @@ class Stack(nn.Module):
         key (Falcon-RW).
         """
         c, slots = self.config, None if cache is None else cache.slots
-        query_places, key_places = _places(context, slots)
+        query_positions, key_positions = _query_and_key_positions(context, slots)
         if c.position.kind == "alibi_bfloat16":
-            keys = context.positions if slots is None else key_places
+            keys = context.positions if slots is None else key_positions
             return rounded_alibi(keys, c.attention.num_heads, c.attention.head_dim)
         if c.position.kind != "buckets":
             return None
         # Raffel et al. 2020, arXiv:1910.10683, section 2.1: learned, and shared by all layers.
-        distances = key_places[:, None, :] - query_places[:, :, None]
+        distances = key_positions[:, None, :] - query_positions[:, :, None]
         buckets = distance_buckets(c.position, distances, bidirectional=not context.mask.causal)
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
 
@@ -221,7 +221,7 @@ class Stack(nn.Module):
                 remat,
             )
 
-        if self.bare:
+        if self.without_layers:
             return []
         loop = self.loop
         if loop is None:
@@ -244,7 +244,9 @@ class Stack(nn.Module):
         return Block(self.config, kind, parent=None).apply({"params": params}, x, cache, context)
 
 
-def _places(context: Context, slots: int | None) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
+def _query_and_key_positions(
+    context: Context, slots: int | None
+) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
     """Returns where queries and keys stand, as far as distances go: in a row their indices, else
     their cache slots.
     """

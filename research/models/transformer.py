@@ -57,7 +57,7 @@ class LogitTerms(NamedTuple):
       softcap: bound of the logits, or None.
     """
 
-    hidden: Float[Array, "*batch E"]
+    hidden: Float[Array, "*batch width"]
     kernel: Weight
     softcap: float | None
 
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
 
     Attributes:
       config: which variant it is.
-      bare: whether to leave the layers out, whose parameters `init_params` makes one by one.
+      without_layers: builds no layers; `init_params` makes their parameters one by one.
       loop: how layers are run; None unrolls them, or scans them where their parameters are stacked.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019 (GPT-2) for the pre-norm
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    bare: bool = False
+    without_layers: bool = False
     loop: LayerLoop | None = None
 
     def setup(self) -> None:
@@ -86,12 +86,12 @@ class Transformer(nn.Module):
         self.embed = Embedding(
             c.vocab_size, c.embed_dim, ("vocab", "embed"), c.init_stddev, c.param_dtype
         )
-        self.decoder = Stack(c, bare=self.bare, loop=self.loop)
+        self.decoder = Stack(c, without_layers=self.without_layers, loop=self.loop)
         # The decoder's parameters lie beside the embedding's and not in a group of their own:
         # `layers_0/…`.
         nn.share_scope(self, self.decoder)
         if c.structure == "encoder_decoder":
-            self.encoder = Stack(c.encoder(), bare=self.bare, loop=self.loop)
+            self.encoder = Stack(c.encoder(), without_layers=self.without_layers, loop=self.loop)
         if c.head.transform:
             self.transform = Transform(c)
         if c.head.pooler:
@@ -186,7 +186,7 @@ class Transformer(nn.Module):
 
     def pooled(
         self, hidden: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B C"] | None]:
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B classes"] | None]:
         """Returns the state that stands for each row, from its first token, and the logits of its
         class, if any.
         """
@@ -242,10 +242,10 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits."""
-        return multiply_out(self.projection(hidden))
+        return compute_logits(self.projection(hidden))
 
 
-def multiply_out(terms: LogitTerms) -> Float[Array, "B T V"]:
+def compute_logits(terms: LogitTerms) -> Float[Array, "B T V"]:
     """Returns float32 logits."""
     hidden, kernel = as_product(terms.hidden, terms.kernel)
     z = jnp.einsum(
@@ -324,7 +324,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
             module.pooled(hidden)
         module.logits(hidden)
 
-    params = dict(nn.init(touch, Transformer(config, bare=True))(key)["params"])
+    params = dict(nn.init(touch, Transformer(config, without_layers=True))(key)["params"])
     params |= _init_layers(config, key)
     if config.structure == "encoder_decoder":
         encoder = _init_layers(config.encoder(), jax.random.fold_in(key, 2**31))

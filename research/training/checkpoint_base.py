@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
-from research.models.layer_stack import canonical, places, stack_layers
+from research.models.layer_stack import canonical, canonical_names, stack_layers
 from research.storage.digests import digests
 from research.storage.files import remove_folder
 from research.storage.json_files import read_object
@@ -94,7 +94,7 @@ class FrozenParams:
             for name, leaf in named.items()
             if name.startswith("params/")
         }
-        where = places(params)
+        where = canonical_names(params)
         changing = {stack for name, (stack, _) in where.items() if name not in self._frozen}
         return [name for name, (stack, _) in where.items() if stack not in changing]
 

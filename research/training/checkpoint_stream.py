@@ -22,7 +22,7 @@ import tensorstore as ts
 from jaxtyping import Shaped
 
 from research.core.errors import UserError
-from research.models.layer_stack import places, stack_layers
+from research.models.layer_stack import canonical_names, stack_layers
 from research.storage.background import BackgroundWorker, prefetch
 from research.storage.digests import RunningDigest
 from research.storage.files import new_folder
@@ -115,7 +115,7 @@ class ParamsReader:
         self._manifest = files.read_manifest(folder)
         held = {name.partition("/")[0] for name in self._manifest["arrays"]}
         self._field = next((field for field in fields if field in held), fields[-1])
-        self._places = places(shapes)
+        self._places = canonical_names(shapes)
         arrays = {f"{self._field}/{name}": shape for name, shape in stack_layers(shapes).items()}
         files.check_architecture(folder, self._manifest, arrays, whole=False)
         self._digests = {name: RunningDigest(shape.shape) for name, shape in arrays.items()}
@@ -166,7 +166,7 @@ class _Store:
     """The arrays of a checkpoint, being written."""
 
     def __init__(self, folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]):
-        self._folder, self._places, self._context = folder, places(shapes), _context()
+        self._folder, self._places, self._context = folder, canonical_names(shapes), _context()
         self.arrays = {f"{_FIELD}/{name}": shape for name, shape in stack_layers(shapes).items()}
         self._digests = {name: RunningDigest(shape.shape) for name, shape in self.arrays.items()}
         self._open: dict[str, ts.TensorStore] = {}

@@ -15,7 +15,7 @@ from research.models.config import (
     ModelConfig,
     PositionConfig,
 )
-from research.models.flops import keys_seen, matmul_parameters, train_flops_per_token
+from research.models.flops import matmul_parameters, train_flops_per_token, visible_keys
 from research.models.transformer import sequence_mask
 
 
@@ -98,11 +98,11 @@ def test_windows_count_what_they_show():
     local = dataclasses.replace(base, pattern=(LayerConfig(window=4), LayerConfig()))
     seen = np.tril(np.ones((64, 64))) * (np.subtract.outer(np.arange(64), np.arange(64)) < 4)
     # To half a key, as causal attention is counted as T / 2, not (T + 1) / 2.
-    assert keys_seen(local, local.pattern[0], 64) == pytest.approx(seen.sum() / 64, abs=0.5)
+    assert visible_keys(local, local.pattern[0], 64) == pytest.approx(seen.sum() / 64, abs=0.5)
     difference = train_flops_per_token(base, 64) - train_flops_per_token(local, 64)
-    assert difference == 12 * 4 * 16 * (32 - keys_seen(local, local.pattern[0], 64))
+    assert difference == 12 * 4 * 16 * (32 - visible_keys(local, local.pattern[0], 64))
     encoder = dataclasses.replace(base, structure="encoder")
-    assert keys_seen(encoder, LayerConfig(), 64) == 64
+    assert visible_keys(encoder, LayerConfig(), 64) == 64
 
 
 def test_relative_positions_cost_a_second_score_a_key():
@@ -131,7 +131,7 @@ def test_keys_are_those_that_the_mask_shows(structure, window):
         .sum(axis=-1)
         .mean()
     )
-    assert keys_seen(base, LayerConfig(window=window), length) == pytest.approx(seen, abs=1)
+    assert visible_keys(base, LayerConfig(window=window), length) == pytest.approx(seen, abs=1)
     if structure == "prefix":
         assert abs(seen - length / 2) > 3  # as much as it differs from causal attention
 

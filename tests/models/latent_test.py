@@ -41,7 +41,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     def take(absorbed: bool) -> None:
         jax.clear_caches()
-        monkeypatch.setattr(latent, "absorbs", lambda *_: absorbed)
+        monkeypatch.setattr(latent, "uses_weight_absorption", lambda *_: absorbed)
 
     yield take
     monkeypatch.undo()
@@ -65,7 +65,7 @@ def test_few_queries_of_many_slots_are_absorbed(queries: int, slots: int, expect
         kv_dim=512, q_dim=1536, rope_dim=64, value_dim=128
     )  # DeepSeek-V3, whose cache holds 576
     config = AttentionConfig(num_heads=128, num_kv_heads=128, head_dim=128, latent=sizes)
-    assert latent.absorbs(config, queries, slots) is expected
+    assert latent.uses_weight_absorption(config, queries, slots) is expected
 
 
 CASES = {
@@ -84,7 +84,7 @@ CASES = {
 def test_prompts_of_mixed_lengths_go_on_as_in_training(
     name: str, loop: str, forms: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ):
-    config, choose, taken = CASES[name], latent.absorbs, []
+    config, choose, taken = CASES[name], latent.uses_weight_absorption, []
     params, tokens = random_params(config), random_tokens(len(LENGTHS), TOTAL)
     expected = np.asarray(logits(config, params, tokens))
     if loop == "scan":
@@ -94,7 +94,7 @@ def test_prompts_of_mixed_lengths_go_on_as_in_training(
         taken.append((arguments[1], choose(*arguments)))
         return taken[-1][1]
 
-    monkeypatch.setattr(latent, "absorbs", note)
+    monkeypatch.setattr(latent, "uses_weight_absorption", note)
     found = read_by_token(config, params, tokens)
     for row, length in enumerate(LENGTHS + TOTAL - LENGTHS.max()):
         np.testing.assert_allclose(

@@ -17,7 +17,7 @@ from research.kernels.weights import as_array, split_axes
 from research.models.cache import empty_cache
 from research.models.config import HeadConfig, ModelConfig
 from research.models.language_model import language_model
-from research.models.transformer import multiply_out
+from research.models.transformer import compute_logits
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.rules import is_box, param_shardings
 from research.training.language_model import LanguageModelLoss
@@ -127,7 +127,7 @@ def test_low_rank_differences_train_as_their_product_beside_plain_weights(name: 
         joined(params, factors, others),
     )
     logits = jax.jit(
-        lambda params: multiply_out(model.projection(params, model.hidden(params, inputs).hidden))
+        lambda params: compute_logits(model.projection(params, model.hidden(params, inputs).hidden))
     )
     by_node, by_sum = np.asarray(logits(trained)), np.asarray(logits(merged(trained)))
     np.testing.assert_allclose(by_node, by_sum, atol=1e-6 * max(1, np.abs(by_sum).max()))

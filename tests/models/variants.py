@@ -103,7 +103,7 @@ VARIANTS: dict[str, ModelConfig] = {
             "latent": LatentConfig(kv_dim=6, q_dim=None, rope_dim=2, value_dim=9),
         }
     ),
-    "future tokens": tiny_config(head=HeadConfig(mtp_depth=2)),
+    "multi-token prediction": tiny_config(head=HeadConfig(mtp_depth=2)),
     "encoder": tiny_config(
         structure="encoder",
         position=PositionConfig(kind="learned"),

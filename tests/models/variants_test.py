@@ -174,7 +174,7 @@ def test_a_decoder_sees_the_whole_encoder_of_its_own_document():
 
 
 @pytest.mark.fast_cases("windows", "latent", "encoder-decoder")
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "future tokens"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "multi-token prediction"])
 def test_every_parameter_has_a_gradient(name: str):
     config = VARIANTS[name]
     params, inputs = random_params(config), pack(rows(config, LENGTHS))
@@ -273,7 +273,7 @@ def test_tokens_further_on_are_predicted_with_the_positions_of_the_model():
 
 
 def test_predictors_of_tokens_further_on_drop_what_blocks_drop():
-    config = dataclasses.replace(VARIANTS["future tokens"], dropout=0.5)
+    config = dataclasses.replace(VARIANTS["multi-token prediction"], dropout=0.5)
     document, params = pack(rows(config, [9]), padding=0), random_params(config)
 
     @jax.jit

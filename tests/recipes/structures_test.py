@@ -40,7 +40,7 @@ CASES = {
     },
     "infill": {**BOTH, "data__objective__kind": "infill", "data__tokenizer__mask": True},
     "experts": {f"model__experts__{name}": value for name, value in EXPERTS.items()},
-    "future tokens": {"model__head__mtp_depth": 1},
+    "multi-token prediction": {"model__head__mtp_depth": 1},
 }
 
 
@@ -74,10 +74,10 @@ def test_loss_falls(name, finished):
     losses = losses_of(finished(name))
     assert len(losses) == runs.STEPS
     assert np.mean(losses[-3:]) < losses[0] - 0.3
-    assert any("train/mtp_loss" in row for row in rows) == (name == "future tokens")
+    assert any("train/mtp_loss" in row for row in rows) == (name == "multi-token prediction")
     assert any("eval/loss" in row for row in rows)
     # Bits a byte mean something only where all of the text is predicted.
-    predicts_all = name in ("experts", "future tokens")
+    predicts_all = name in ("experts", "multi-token prediction")
     assert any("eval/bits_per_byte" in row for row in rows) == predicts_all
 
 
