@@ -110,7 +110,7 @@ def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
     noise = np.random.default_rng(0).standard_normal(2**22, dtype=np.float32)
     shapes = mapping.unrolled_shapes(config)
 
-    def read(name: str, box: mapping.Box) -> np.ndarray:
+    def read(name: str, box: mapping.Slices) -> np.ndarray:
         return np.resize(noise, shapes[name].shape)[box]
 
     architecture, fields = choose(ARCHITECTURES.values(), config)

@@ -29,7 +29,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
 def convert_in(source: pathlib.Path, target: pathlib.Path) -> None:
     """Makes a checkpoint of a Hugging Face folder."""
     model = open_hugging_face(source)
-    write_params(target, 0, mapping.unrolled_shapes(model.config), model.source.pieces())
+    write_params(target, 0, mapping.unrolled_shapes(model.config), model.weights.slices())
 
 
 def convert_out(source: pathlib.Path, target: pathlib.Path) -> None:

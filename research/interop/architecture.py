@@ -15,7 +15,7 @@ from typing import Any
 
 from research.core.config import bind, plain
 from research.core.errors import UserError, listed, shown
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.interop.unread import is_off, is_unread
 from research.models.config import ModelConfig
 
@@ -58,7 +58,7 @@ _LETTERS = 1000
 # Numbers this near to each other are the same: config.json may hold another function of one, as a
 # rounded decimal.
 _NEAR = 1e-9
-# How many refusals a message shows.
+# How many reasons a message shows.
 _NEAREST = 3
 
 
@@ -78,7 +78,7 @@ class Architecture:
           such a tensor there is
         none of it: `transformers` saves the number of layers that it does not save.
       prefixes: of tensor names, that some folders have and others leave out.
-      spellings: (regular expression, replacement) of names that elder folders have for the same
+      spellings: (regular expression, replacement) of names that older folders have for the same
           tensors.
       copies: tensor -> the tensor that it repeats. Copies are not written; read, they must be
         equal, and one stands in for the other where only one is there. A name that is a tensor of
@@ -97,7 +97,7 @@ class Architecture:
 
     model_type: str
     model_class: str
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[TensorSpec, ...]
     classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     counted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
@@ -243,19 +243,19 @@ def choose(
       UserError: none holds it; of those that come nearest, the field that each cannot have is
           named.
     """
-    refusals = []
+    reasons = []
     for architecture in sorted(architectures, key=lambda each: each.model_type != first):
         try:
             fields, differences = _try(architecture, config)
         except UserError as error:
-            refusals.append((sys.maxsize, f"{architecture.model_type!r}: {str(error).rstrip('.')}"))
+            reasons.append((sys.maxsize, f"{architecture.model_type!r}: {str(error).rstrip('.')}"))
             continue
         if not differences:
             return architecture, fields
-        refusals.append(
+        reasons.append(
             (len(differences), f"{differences[0]} is not what {architecture.model_type!r} has")
         )
-    nearest = [said for _, said in sorted(refusals, key=lambda each: each[0])[:_NEAREST]]
+    nearest = [said for _, said in sorted(reasons, key=lambda each: each[0])[:_NEAREST]]
     raise UserError(f"no Hugging Face architecture holds this model: {'; '.join(nearest)}.")
 
 

@@ -9,7 +9,7 @@ from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import UNEMBED, linear, multi_head, norm, projections, table, within
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
 # The first rows of the positions' tables, which no token reads.
@@ -77,7 +77,7 @@ def _write(architecture: str, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layer(*attentions: tuple[str, str]) -> tuple[Tensor, ...]:
+def _layer(*attentions: tuple[str, str]) -> tuple[TensorSpec, ...]:
     """Returns the tensors of a layer with these attentions, and an MLP."""
     tensors = []
     for name, attention in attentions:
@@ -92,7 +92,7 @@ def _layer(*attentions: tuple[str, str]) -> tuple[Tensor, ...]:
     )
 
 
-def _stack(theirs: str, ours: str, layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _stack(theirs: str, ours: str, layer: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return (
         table(f"{theirs}.embed_positions", f"{ours}position_embed"),
         *norm(f"{theirs}.layernorm_embedding", f"{ours}embed_norm"),
@@ -109,7 +109,7 @@ BART = Architecture(
     classes={"BartForConditionalGeneration": "final_logits_bias", "BartModel": ""},
     prefixes=("model.",),
     tensors=(
-        Tensor("final_logits_bias", ("logit_bias",), unsqueezed=True),
+        TensorSpec("final_logits_bias", ("logit_bias",), unsqueezed=True),
         table("model.shared", "embed"),
         *_stack("model.encoder", "encoder/", _layer(_SELF)),
         *_stack("model.decoder", "", _layer(_SELF, _CROSS)),

@@ -11,7 +11,7 @@ from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import linear, multi_head, norm, projections, table, within
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.models.config import HeadConfig, ModelConfig
 
 # Class of `transformers` -> the heads that it has, the fullest class first.
@@ -106,7 +106,7 @@ _LAYER = (
 )
 
 
-def _tensors(root: str) -> tuple[Tensor, ...]:
+def _tensors(root: str) -> tuple[TensorSpec, ...]:
     return (
         table(f"{root}.embeddings.word_embeddings", "embed"),
         table(f"{root}.embeddings.position_embeddings", "position_embed"),
@@ -140,7 +140,7 @@ BERT = Architecture(
         *_tensors("bert"),
         *linear("cls.predictions.transform.dense", "transform/projection"),
         *norm("cls.predictions.transform.LayerNorm", "transform/norm"),
-        Tensor("cls.predictions.bias", ("logit_bias",)),
+        TensorSpec("cls.predictions.bias", ("logit_bias",)),
         *linear("cls.seq_relationship", "pooler/classes"),
     ),
     copies={
@@ -190,7 +190,7 @@ ROBERTA = dataclasses.replace(
         *_tensors("roberta"),
         *linear("lm_head.dense", "transform/projection"),
         *norm("lm_head.layer_norm", "transform/norm"),
-        Tensor("lm_head.bias", ("logit_bias",)),
+        TensorSpec("lm_head.bias", ("logit_bias",)),
     ),
     copies={
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",

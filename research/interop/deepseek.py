@@ -21,7 +21,7 @@ from research.interop.rotary import (
     write_rotary,
     yarn_amplitude,
 )
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.models.config import LatentConfig, ModelConfig
 
 
@@ -31,22 +31,24 @@ def _latent(config: ModelConfig) -> LatentConfig:
     return config.attention.latent
 
 
-def _neighbours(width: int) -> Int[np.ndarray, "width"]:
-    """Returns which column of halves each is, where the columns that are turned together lie beside
-    each other.
+def _interleaved(width: int) -> Int[np.ndarray, "width"]:
+    """Returns for each interleaved rotary column its column in the half-split layout:
+    width 4 -> [0, 2, 1, 3].
     """
     return np.arange(width).reshape(2, -1).T.reshape(-1)
 
 
 def _query_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
-    plain, turned = config.attention.head_dim, _latent(config).rope_dim
-    head = np.concatenate([np.arange(plain), plain + _neighbours(turned)])
-    return (np.arange(config.attention.num_heads)[:, None] * (plain + turned) + head).reshape(-1)
+    unrotated, rotary = config.attention.head_dim, _latent(config).rope_dim
+    head = np.concatenate([np.arange(unrotated), unrotated + _interleaved(rotary)])
+    return (np.arange(config.attention.num_heads)[:, None] * (unrotated + rotary) + head).reshape(
+        -1
+    )
 
 
 def _latent_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
     latent = _latent(config)
-    return np.concatenate([np.arange(latent.kv_dim), latent.kv_dim + _neighbours(latent.rope_dim)])
+    return np.concatenate([np.arange(latent.kv_dim), latent.kv_dim + _interleaved(latent.rope_dim)])
 
 
 def _key_value_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
@@ -80,7 +82,7 @@ ATTENTION = (
     *linear("self_attn.kv_b_proj", "attention/key", "attention/value", order=_key_value_order),
     *linear("self_attn.o_proj", "attention/out", num_inputs=2),
 )
-# The head width of its config.json is what is turned of a head.
+# The head width of its config.json is the rotary part of a head (`qk_rope_head_dim`).
 HEADS = Part(
     read=lambda fields: {"attention.num_kv_heads": fields["num_attention_heads"]},
     write=lambda config: {"num_key_value_heads": config.attention.num_kv_heads},
@@ -136,7 +138,7 @@ BLOCK = (
     *ATTENTION,
     *MLP,
     *linear("mlp.gate", "mlp/router"),
-    Tensor("mlp.gate.e_score_correction_bias", ("mlp/selection_bias",)),
+    TensorSpec("mlp.gate.e_score_correction_bias", ("mlp/selection_bias",)),
     *experts("mlp", "gate_proj", "up_proj", "down_proj"),
     *linear("mlp.shared_experts.gate_proj", "mlp/shared/gate"),
     *linear("mlp.shared_experts.up_proj", "mlp/shared/up"),
@@ -148,16 +150,16 @@ def _is_tied(config: ModelConfig) -> bool:
     return config.tied_embeddings
 
 
-_LAYER = "model.layers.{future}"
+_LAYER = "model.layers.{mtp}"
 # As released: the main model's embedding and output projection stand in each of these layers once
 # more.
-FUTURE = (
+MTP_LAYERS = (
     dataclasses.replace(table(f"{_LAYER}.embed_tokens", "embed"), copy=True),
-    *norm(f"{_LAYER}.enorm", "{future}/embed_norm"),
-    *norm(f"{_LAYER}.hnorm", "{future}/hidden_norm"),
-    *linear(f"{_LAYER}.eh_proj", "{future}/projection"),
-    *within(_LAYER, "{future}/block", BLOCK),
-    *norm(f"{_LAYER}.shared_head.norm", "{future}/final_norm"),
+    *norm(f"{_LAYER}.enorm", "{mtp}/embed_norm"),
+    *norm(f"{_LAYER}.hnorm", "{mtp}/hidden_norm"),
+    *linear(f"{_LAYER}.eh_proj", "{mtp}/projection"),
+    *within(_LAYER, "{mtp}/block", BLOCK),
+    *norm(f"{_LAYER}.shared_head.norm", "{mtp}/final_norm"),
     dataclasses.replace(UNEMBED, theirs=f"{_LAYER}.shared_head.head.weight", copy=True),
     dataclasses.replace(table(f"{_LAYER}.shared_head.head", "embed"), copy=True, when=_is_tied),
 )
@@ -229,11 +231,11 @@ DEEPSEEK_V3 = decoder(
         # Sizes that others give; how training balances the experts and where they run.
         inert=("qk_head_dim", "aux_loss_alpha", "ep_size", "seq_aux", "num_mtp_layers"),
     ),
-    further=FUTURE,
+    further=MTP_LAYERS,
     counted={"num_nextn_predict_layers": r"\.eh_proj\.weight$"},
     ignored={
         # transformers leaves it out by this number, too.
-        r"model\.layers\.61\..*": "a layer that predicts a further token, which config.json does "
-        "not count",
+        r"model\.layers\.61\..*": "a multi-token prediction layer, which config.json does not "
+        "count",
     },
 )

@@ -87,9 +87,9 @@ def _placement(fields: Mapping[str, Any]) -> str:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     attention, placement = config.attention, config.norm.placement
-    # The elder design does not know two parallel norms, nor a number of key/value heads between one
+    # The older design does not know two parallel norms, nor a number of key/value heads between one
     # and all.
-    elder = placement != "parallel_pair" and attention.num_kv_heads in (1, attention.num_heads)
+    older = placement != "parallel_pair" and attention.num_kv_heads in (1, attention.num_heads)
     own = write_rotary(config) if config.position.kind == "rotary" else {}
     return own | {
         "vocab_size": config.vocab_size,
@@ -98,10 +98,10 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "num_attention_heads": attention.num_heads,
         "num_kv_heads": attention.num_kv_heads,
-        "new_decoder_architecture": not elder,
+        "new_decoder_architecture": not older,
         "multi_query": attention.num_kv_heads == 1,
         "parallel_attn": placement.startswith("parallel"),
-        "num_ln_in_parallel_attn": None if elder else 1 + (placement == "parallel_pair"),
+        "num_ln_in_parallel_attn": None if older else 1 + (placement == "parallel_pair"),
         "bias": attention.qkv_bias,
         "ffn_hidden_size": config.mlp.hidden_dim,
         "activation": THEIRS[config.mlp.activation],
@@ -125,7 +125,7 @@ def _by_group(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
     return (groups * c.head_dim + np.arange(c.head_dim)).reshape(-1)
 
 
-def _placed(*placements: str) -> Callable[[ModelConfig], bool]:
+def _with_placement(*placements: str) -> Callable[[ModelConfig], bool]:
     return lambda config: config.norm.placement in placements
 
 
@@ -139,12 +139,12 @@ FALCON = Architecture(
             "transformer.h.{layer}",
             "{layer}",
             (
-                *norm("input_layernorm", "attention_norm", _placed("pre", "parallel")),
-                *norm("ln_attn", "attention_norm", _placed("parallel_pair")),
+                *norm("input_layernorm", "attention_norm", _with_placement("pre", "parallel")),
+                *norm("ln_attn", "attention_norm", _with_placement("parallel_pair")),
                 *linear("self_attention.query_key_value", *QKV, order=_by_group),
                 *linear("self_attention.dense", "attention/out", num_inputs=2),
-                *norm("post_attention_layernorm", "mlp_norm", _placed("pre")),
-                *norm("ln_mlp", "mlp_norm", _placed("parallel_pair")),
+                *norm("post_attention_layernorm", "mlp_norm", _with_placement("pre")),
+                *norm("ln_mlp", "mlp_norm", _with_placement("parallel_pair")),
                 *linear("mlp.dense_h_to_4h", "mlp/up"),
                 *linear("mlp.dense_4h_to_h", "mlp/down"),
             ),

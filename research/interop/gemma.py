@@ -68,7 +68,7 @@ def _local(fields: Mapping[str, Any], layer: int) -> bool:
 
 
 def _read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Local and global layers turn by frequencies of their own, which elder folders have in fields
+    """Local and global layers turn by frequencies of their own, which older folders have in fields
     of their own.
     """
     ropes = fields["rope_parameters"] or {}
@@ -148,7 +148,7 @@ GEMMA3 = dataclasses.replace(
     GEMMA3_TEXT,
     model_type="gemma3",
     model_class="Gemma3ForConditionalGeneration",
-    # Elder folders have the whole text model under one name, newer ones its parts under two.
+    # Older folders have the whole text model under one name, newer ones its parts under two.
     spellings=(
         (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
         (r"^language_model\.lm_head", "lm_head"),

@@ -10,7 +10,7 @@ from research.core.errors import UserError, nearest
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import QKV, UNEMBED, linear, multi_head, norm, table, within
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
 # What the first GPT calls its activations: its "gelu" is the approximation.
@@ -103,7 +103,7 @@ _BLOCK = (
 )
 
 
-def _tensors(tokens: str, positions: str) -> tuple[Tensor, ...]:
+def _tensors(tokens: str, positions: str) -> tuple[TensorSpec, ...]:
     return (
         table(f"transformer.{tokens}", "embed"),
         table(f"transformer.{positions}", "position_embed"),

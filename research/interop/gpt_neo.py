@@ -1,5 +1,5 @@
-"""GPT-Neo in Hugging Face's form (`transformers.GPTNeoForCausalLM`): global and local layers in
-turns.
+"""GPT-Neo in Hugging Face's form (`transformers.GPTNeoForCausalLM`): alternating global and local
+layers.
 """
 
 import itertools

@@ -72,13 +72,13 @@ class Model:
     Attributes:
       architecture: what it was.
       config: what it is here.
-      source: its weights.
+      weights: of it.
       end_ids: what ends its text, as its config.json and its generation_config.json say.
     """
 
     architecture: Architecture
     config: ModelConfig
-    source: mapping.Source
+    weights: mapping.CheckpointWeights
     end_ids: tuple[int, ...]
 
 
@@ -114,7 +114,9 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
         )
     end_ids = read_end_ids(folder, fields)
     with within("", origin=str(folder)):
-        return Model(architecture, config, mapping.find(architecture, config, tensors), end_ids)
+        return Model(
+            architecture, config, mapping.match_tensors(architecture, config, tensors), end_ids
+        )
 
 
 def from_hugging_face(folder: str | pathlib.Path) -> tuple[ModelConfig, Any]:
@@ -122,7 +124,7 @@ def from_hugging_face(folder: str | pathlib.Path) -> tuple[ModelConfig, Any]:
     `open_hugging_face`.
     """
     model = open_hugging_face(folder)
-    return model.config, mapping.parameters(model.config, model.source.pieces())
+    return model.config, mapping.params_from_slices(model.config, model.weights.slices())
 
 
 def to_hugging_face(
@@ -149,7 +151,12 @@ def to_hugging_face(
     """
     architecture, fields = choose(ARCHITECTURES.values(), config, first=model_type)
     write_hugging_face(
-        architecture, fields, config, mapping.reader(config, params), folder, token_ids or NO_TOKENS
+        architecture,
+        fields,
+        config,
+        mapping.slice_getter(config, params),
+        folder,
+        token_ids or NO_TOKENS,
     )
 
 
@@ -157,7 +164,7 @@ def write_hugging_face(
     architecture: Architecture,
     fields: Mapping[str, Any],
     config: ModelConfig,
-    read: mapping.Read,
+    get_slice: mapping.GetSlice,
     folder: str | pathlib.Path,
     token_ids: Mapping[str, int | Sequence[int] | None],
     dtype: str = "float32",
@@ -169,7 +176,7 @@ def write_hugging_face(
       architecture: what the model is to be.
       fields: its config.json, as `choose` gives it.
       config: the model.
-      read: returns parts of its parameters.
+      get_slice: returns parts of its parameters.
       folder: made where it is missing.
       token_ids: see `to_hugging_face`.
       dtype: `float32`, or `bfloat16`, which rounds.
@@ -187,14 +194,14 @@ def write_hugging_face(
         **fields,
         "dtype": dtype,
     }
-    placed = mapping.placements(architecture, config)
+    mappings = mapping.map_tensors(architecture, config)
     kind = np.dtype(dtype)
-    files = _shards(mapping.shapes_of(placed), kind.itemsize, shard_bytes)
+    files = _shards(mapping.shapes_of(mappings), kind.itemsize, shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         (folder / GENERATION).write_bytes(generation_config(fields))
-        _write_files(folder, files, kind, mapping.write(placed, read, kind))
+        _write_files(folder, files, kind, mapping.tensor_rows(mappings, get_slice, kind))
         if len(files) > 1:
             places = {name: file for file, shapes in files.items() for name in shapes}
             size = kind.itemsize * sum(

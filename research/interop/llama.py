@@ -10,7 +10,7 @@ from research.interop.architecture import Architecture
 from research.interop.modules import UNEMBED, linear, norm, projections, table, within
 from research.interop.parts import Part, architecture, fixed, named
 from research.interop.rotary import rotary
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 
 # The tensors of a layer, by names within it.
 ATTENTION = (
@@ -115,9 +115,9 @@ CORE = (SIZES, RMS, HEADS)
 def decoder(
     model_type: str,
     model_class: str,
-    layer: tuple[Tensor, ...],
+    layer: tuple[TensorSpec, ...],
     *parts: Part,
-    further: tuple[Tensor, ...] = (),
+    further: tuple[TensorSpec, ...] = (),
     **rest: Any,
 ) -> Architecture:
     """Returns an architecture built as LLaMA is: an embedding, layers, a last norm, an output

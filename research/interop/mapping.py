@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32, Shaped
 from research.core.errors import UserError, listed
 from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
-from research.interop.tensor import Placed, Shape, Tensor, same_numbers
+from research.interop.tensor import Shape, TensorMapping, TensorSpec, same_numbers
 from research.models.config import ModelConfig
 from research.models.language_model import abstract_params
 from research.models.layer_stack import stack_layers, unstack_layers
@@ -33,29 +33,29 @@ logger = logging.getLogger("tessera")
 
 # The most bytes of a piece, as float32: small enough that its memory is used again and not given
 # back in between.
-PIECE_BYTES = 2**25
+SLICE_BYTES = 2**25
 # Names that only quantized weights have: the scales beside them, or the packed numbers themselves.
 _QUANTIZED = re.compile(
     r".*(_scale_inv|_scales|_blocks|\.qweight|\.qzeros|\.scales|\.absmax|\.weight_scale)"
 )
-_FUTURE = "{future}"
+_MTP = "{mtp}"
 _LAYER = re.compile(r"(?P<first>first_)?layers_(?P<index>\d+)")
 
-Box = tuple[slice, ...]
-Read = Callable[[str, Box], Float[np.ndarray, "..."]]
+Slices = tuple[slice, ...]
+GetSlice = Callable[[str, Slices], Float[np.ndarray, "..."]]
 
 
-class Piece(NamedTuple):
+class ParameterSlice(NamedTuple):
     """A part of a parameter.
 
     Attributes:
       name: of the parameter in an unrolled model.
-      box: the part; () is all of it.
+      slices: the part; () is all of it.
       values: its numbers.
     """
 
     name: str
-    box: Box
+    slices: Slices
     values: Float32[np.ndarray, "..."]
 
 
@@ -83,34 +83,36 @@ def layer_names(names: Iterable[str], before: str) -> list[str]:
     ]
 
 
-def placements(architecture: Architecture, config: ModelConfig) -> list[Placed]:
+def map_tensors(architecture: Architecture, config: ModelConfig) -> list[TensorMapping]:
     """Returns the tensors of a model, those of a layer after each other.
 
     Raises:
       UserError: parameters that the architecture has no place for, all of them named.
     """
     shapes = {name: shape.shape for name, shape in unrolled_shapes(config).items()}
-    placed = []
+    mappings = []
     for stack, group in itertools.groupby(architecture.tensors, key=_stack_of):
         tensors = list(group)
         for number, layer in _members(stack, shapes, config):
-            placed += [
-                each for tensor in tensors for each in _place(tensor, number, layer, shapes, config)
+            mappings += [
+                each
+                for tensor in tensors
+                for each in _map_tensor(tensor, number, layer, shapes, config)
             ]
-    homeless = sorted(set(shapes) - {name for each in placed for name in each.ours})
-    if homeless:
+    unmapped = sorted(set(shapes) - {name for each in mappings for name in each.ours})
+    if unmapped:
         raise UserError(
-            f"a {architecture.model_type} checkpoint has no place for {listed(homeless)}."
+            f"a {architecture.model_type} checkpoint has no place for {listed(unmapped)}."
         )
-    return placed
+    return mappings
 
 
-def _stack_of(tensor: Tensor) -> str | None:
-    """Returns what is before the layer in the names of its parameters; `{future}` is the stack of
+def _stack_of(tensor: TensorSpec) -> str | None:
+    """Returns what is before the layer in the names of its parameters; `{mtp}` is the stack of
     the predictors.
     """
-    if _FUTURE in tensor.theirs:
-        return _FUTURE
+    if _MTP in tensor.theirs:
+        return _MTP
     before, layer, _ = tensor.ours[0].partition("{layer}")
     return before if layer else None
 
@@ -123,62 +125,66 @@ def _members(
     """
     if stack is None:
         return [(0, "")]
-    if stack == _FUTURE:
+    if stack == _MTP:
         return [(config.num_layers + k, f"future_{k}") for k in range(config.head.mtp_depth)]
     return enumerate(layer_names(names, stack))
 
 
-def _place(
-    tensor: Tensor, number: int, layer: str, shapes: Mapping[str, Shape], config: ModelConfig
-) -> Iterator[Placed]:
-    ours = tuple(name.replace("{layer}", layer).replace(_FUTURE, layer) for name in tensor.ours)
+def _map_tensor(
+    tensor: TensorSpec, number: int, layer: str, shapes: Mapping[str, Shape], config: ModelConfig
+) -> Iterator[TensorMapping]:
+    ours = tuple(name.replace("{layer}", layer).replace(_MTP, layer) for name in tensor.ours)
     if not all(name in shapes for name in ours) or (
         tensor.when is not None and not tensor.when(config)
     ):
         return
     held = tuple(shapes[name] for name in ours)
-    theirs = tensor.theirs.replace("{layer}", str(number)).replace(_FUTURE, str(number))
+    theirs = tensor.theirs.replace("{layer}", str(number)).replace(_MTP, str(number))
     names = [
         theirs.replace("{expert}", str(expert))
         for expert in range(held[0][0] if "{expert}" in theirs else 1)
     ]
     order = None if tensor.order is None else np.asarray(tensor.order(config))
-    yield Placed(tensor, tuple(names), ours, held, order)
+    yield TensorMapping(tensor, tuple(names), ours, held, order)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class CheckpointWeights:
     """The tensors of a checkpoint, found to be those of a model.
 
     Attributes:
-      placed: where each goes.
-      tensors: by the names that `placed` has; arrays, or what `np.asarray` makes one.
+      mappings: where each goes.
+      tensors: by the names that `mappings` has; arrays, or what `np.asarray` makes one.
     """
 
-    placed: tuple[Placed, ...]
+    mappings: tuple[TensorMapping, ...]
     tensors: Mapping[str, Any]
 
-    def pieces(self, limit: int = PIECE_BYTES) -> Iterator[Piece]:
+    def slices(self, limit: int = SLICE_BYTES) -> Iterator[ParameterSlice]:
         """Yields all parameters, piece by piece, in the order in which their tensors lie in the
         checkpoint.
         """
         rank = {name: i for i, name in enumerate(self.tensors)}
-        for placed in sorted(self.placed, key=lambda each: rank[each.theirs[0]]):
-            for cut in placed.cuts(limit):
-                for name, values in zip(placed.ours, placed.unpack(self.tensors, cut), strict=True):
-                    yield Piece(name, placed.box(cut), values)
+        for mappings in sorted(self.mappings, key=lambda each: rank[each.theirs[0]]):
+            for cut in mappings.cuts(limit):
+                for name, values in zip(
+                    mappings.ours, mappings.unpack(self.tensors, cut), strict=True
+                ):
+                    yield ParameterSlice(name, mappings.slices(cut), values)
 
-    def read(self, name: str, box: Box) -> Float32[np.ndarray, "..."]:
+    def get_slice(self, name: str, slices: Slices) -> Float32[np.ndarray, "..."]:
         """Returns a part of one parameter."""
-        placed = self._homes[name]
-        return placed.unpack(self.tensors, None)[placed.ours.index(name)][box]
+        mappings = self._mapping_of[name]
+        return mappings.unpack(self.tensors, None)[mappings.ours.index(name)][slices]
 
     @functools.cached_property
-    def _homes(self) -> dict[str, Placed]:
-        return {name: placed for placed in self.placed for name in placed.ours}
+    def _mapping_of(self) -> dict[str, TensorMapping]:
+        return {name: mappings for mappings in self.mappings for name in mappings.ours}
 
 
-def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Any]) -> Source:
+def match_tensors(
+    architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Any]
+) -> CheckpointWeights:
     """Returns the tensors of a model in a checkpoint; no number is read but those of copies.
 
     Args:
@@ -191,9 +197,9 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
       UserError: tensors that are missing, not known, of another shape or quantized, all of them
           named.
     """
-    placed, copies = _without_copies(placements(architecture, config))
+    mappings, copies = _without_copies(map_tensors(architecture, config))
     copies = {**architecture.copies, **copies}
-    wanted = shapes_of(placed)
+    wanted = shapes_of(mappings)
     found, left, faults = _recognize(architecture, wanted.keys(), copies, tensors)
     quantized = [name for name in tensors if _is_quantized(name, tensors[name].dtype)]
     if quantized:
@@ -217,15 +223,17 @@ def find(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, 
         )
     order = {name: i for i, name in enumerate(tensors)}
     names = sorted(wanted, key=lambda name: order[found[name]])
-    return Source(tuple(placed), {name: tensors[found[name]] for name in names})
+    return CheckpointWeights(tuple(mappings), {name: tensors[found[name]] for name in names})
 
 
-def _without_copies(placed: Iterable[Placed]) -> tuple[list[Placed], dict[str, str]]:
+def _without_copies(
+    mappings: Iterable[TensorMapping],
+) -> tuple[list[TensorMapping], dict[str, str]]:
     """Returns the tensors but for copies, and copy -> the tensor that it repeats."""
-    placed = list(placed)
-    originals = [each for each in placed if not each.kind.copy]
+    mappings = list(mappings)
+    originals = [each for each in mappings if not each.spec.copy]
     homes = {each.ours: each.theirs[0] for each in originals}
-    return originals, {each.theirs[0]: homes[each.ours] for each in placed if each.kind.copy}
+    return originals, {each.theirs[0]: homes[each.ours] for each in mappings if each.spec.copy}
 
 
 def _is_quantized(name: str, dtype: Any) -> bool:
@@ -298,13 +306,13 @@ def _leftovers(
     return faults
 
 
-def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:
+def params_from_slices(config: ModelConfig, slices: Iterable[ParameterSlice]) -> Any:
     """Returns the tree of parameters, in the form that `config` has in memory, that pieces make."""
     named = {
         name: np.empty(shape.shape, shape.dtype) for name, shape in unrolled_shapes(config).items()
     }
-    for name, box, values in pieces:
-        named[name][box] = values
+    for name, where, values in slices:
+        named[name][where] = values
     named, abstract = jax.tree.map(jnp.asarray, named), abstract_params(config, platform())
     if "layers" in abstract:  # all but the first layers are stacked
         named = unstack_layers(stack_layers(named), named_leaves(abstract))
@@ -313,51 +321,51 @@ def parameters(config: ModelConfig, pieces: Iterable[Piece]) -> Any:
     )
 
 
-def reader(config: ModelConfig, params: Any) -> Read:
+def slice_getter(config: ModelConfig, params: Any) -> GetSlice:
     """Returns what reads parts of a tree of parameters by the names of the unrolled model; inverse
-    of `parameters`.
+    of `params_from_slices`.
     """
     named = unstack_layers(stack_layers(named_leaves(params)), unrolled_shapes(config))
-    return lambda name, box: np.asarray(named[name])[box]
+    return lambda name, slices: np.asarray(named[name])[slices]
 
 
-def write(
-    placed: Iterable[Placed], read: Read, dtype: Any, limit: int = PIECE_BYTES
+def tensor_rows(
+    mappings: Iterable[TensorMapping], get_slice: GetSlice, dtype: Any, limit: int = SLICE_BYTES
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """Yields names of tensors and the next rows of each, tensor after tensor in the order of
     `shapes_of`.
 
     Args:
-      placed: the model's `placements`.
-      read: returns a part of a parameter; each number is asked for once, and once more for each
-          copy, in equal parts.
+      mappings: what `map_tensors` returns for the model.
+      get_slice: returns a slice of a parameter; each number is asked for once, and once more for
+        each copy, in equal slices.
       dtype: of the tensors.
       limit: the most bytes of a piece, as float32.
     """
-    cuts = ((each, cut) for each in placed for cut in each.cuts(limit))
+    cuts = ((each, cut) for each in mappings for cut in each.cuts(limit))
     for each, cut, values in prefetch(
-        (each, cut, [read(name, each.box(cut)) for name in each.ours]) for each, cut in cuts
+        (each, cut, [get_slice(name, each.slices(cut)) for name in each.ours]) for each, cut in cuts
     ):
         yield from each.pack(values, cut, np.dtype(dtype))
 
 
-def shapes_of(placed: Iterable[Placed]) -> dict[str, Shape]:
+def shapes_of(mappings: Iterable[TensorMapping]) -> dict[str, Shape]:
     """Returns the shape of each tensor."""
-    return {name: each.shape() for each in placed for name in each.theirs}
+    return {name: each.shape() for each in mappings for name in each.theirs}
 
 
 def params_from(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Any]) -> Any:
-    """Returns float32 parameters, as `find` and `parameters` make them of tensors in memory."""
-    return parameters(config, find(architecture, config, tensors).pieces())
+    """Returns the float32 parameters of a checkpoint whose tensors are in memory."""
+    return params_from_slices(config, match_tensors(architecture, config, tensors).slices())
 
 
 def tensors_from(
     architecture: Architecture, config: ModelConfig, params: Any
 ) -> dict[str, Float32[np.ndarray, "..."]]:
     """Returns the tensors of a model in memory; the inverse of `params_from`."""
-    placed = placements(architecture, config)
+    mappings = map_tensors(architecture, config)
     parts: dict[str, list[np.ndarray]] = {}
-    for name, rows in write(placed, reader(config, params), np.float32):
+    for name, rows in tensor_rows(mappings, slice_getter(config, params), np.float32):
         parts.setdefault(name, []).append(rows)
-    shapes = shapes_of(placed)
+    shapes = shapes_of(mappings)
     return {name: np.concatenate(rows).reshape(shapes[name]) for name, rows in parts.items()}

@@ -22,9 +22,9 @@ from research.interop.llama import (
     decoder,
 )
 from research.interop.modules import linear
-from research.interop.parts import Part, either, fixed, named
+from research.interop.parts import Part, fixed, named, renamed_field
 from research.interop.rotary import rotary
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.interop.windows import layer_windows, one_window
 from research.models.config import ModelConfig
 
@@ -33,11 +33,11 @@ from research.models.config import ModelConfig
 LOADS = Part(inert=("output_router_logits", "router_aux_loss_coef"))
 
 
-def experts(block: str, gate: str, up: str, down: str) -> tuple[Tensor, ...]:
+def experts(block: str, gate: str, up: str, down: str) -> tuple[TensorSpec, ...]:
     """Returns the tensors of a layer's experts, one an expert."""
     ours = {gate: "gate", up: "up", down: "down"}
     return tuple(
-        Tensor(
+        TensorSpec(
             f"{block}.experts.{{expert}}.{theirs}.weight",
             (f"mlp/experts/{name}/kernel",),
             num_inputs=1,
@@ -122,7 +122,7 @@ QWEN2_MOE = decoder(
     *CORE,
     SPARSE,
     QWEN_EXPERTS,
-    either(*NUM_EXPERTS, default=60),
+    renamed_field(*NUM_EXPERTS, default=60),
     named({"shared_expert_intermediate_size": "experts.shared_dim"}),
     fixed({"experts.shared_gate": True}),
     activation(),
@@ -151,7 +151,7 @@ QWEN3_MOE = decoder(
     *CORE,
     SPARSE,
     QWEN_EXPERTS,
-    either(*NUM_EXPERTS, default=128),
+    renamed_field(*NUM_EXPERTS, default=128),
     activation(),
     biases(default=False, out=True),
     fixed({"attention.qk_norm": "head"}),
@@ -162,20 +162,20 @@ QWEN3_MOE = decoder(
 )
 
 
-def _in_turns(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
-    """Returns the columns of gate and up in turns."""
+def _interleaved(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
+    """Returns the interleaved columns of gate and up."""
     if config.experts is None:
         raise UserError("experts is not set")
     return np.arange(2 * config.experts.hidden_dim).reshape(2, -1).T.reshape(-1)
 
 
-def _all_experts(theirs: str, leaf: str, *ours: str) -> Tensor:
-    return Tensor(
+def _all_experts(theirs: str, leaf: str, *ours: str) -> TensorSpec:
+    return TensorSpec(
         f"mlp.experts.{theirs}",
         tuple(f"mlp/experts/{name}/{leaf}" for name in ours),
         num_inputs=1 if leaf == "kernel" else 0,
         experts=True,
-        order=_in_turns if len(ours) > 1 else None,
+        order=_interleaved if len(ours) > 1 else None,
     )
 
 
@@ -191,7 +191,7 @@ GPT_OSS = decoder(
     (
         *PRE_NORMS,
         *ATTENTION,
-        Tensor("self_attn.sinks", ("attention/sinks",)),
+        TensorSpec("self_attn.sinks", ("attention/sinks",)),
         *linear("mlp.router", "mlp/router"),
         _all_experts("gate_up_proj", "kernel", "gate", "up"),
         _all_experts("gate_up_proj_bias", "bias", "gate", "up"),

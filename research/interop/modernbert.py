@@ -8,7 +8,7 @@ from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import QKV, linear, multi_head, norm, table, within
 from research.interop.rotary import position, rope_fields, write_position
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -97,10 +97,10 @@ def _shortest_pattern(kinds: list[str]) -> list[str]:
 
 
 def _position(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    elder = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}[kind]
+    older = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}[kind]
     named = (fields["rope_parameters"] or {}).get(kind)
     rope = rope_fields(
-        {"rope_theta": fields[elder], "rope_scaling": None, "rope_parameters": named}
+        {"rope_theta": fields[older], "rope_scaling": None, "rope_parameters": named}
     )
     return position(rope, fields["max_position_embeddings"])
 
@@ -161,7 +161,7 @@ MODERNBERT = Architecture(
         *norm("model.final_norm", "final_norm"),
         *linear("head.dense", "transform/projection"),
         *norm("head.norm", "transform/norm"),
-        Tensor("decoder.bias", ("logit_bias",)),
+        TensorSpec("decoder.bias", ("logit_bias",)),
     ),
     copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     required=(

@@ -6,50 +6,50 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
 # The projections of a layer's attention that read its input.
 PARTS = ("query", "key", "value")
 QKV = tuple(f"attention/{part}" for part in PARTS)
 # The output projection of a model whose embedding is not tied to it.
-UNEMBED = Tensor("lm_head.weight", ("unembed",), num_inputs=1, transposed=True)
+UNEMBED = TensorSpec("lm_head.weight", ("unembed",), num_inputs=1, transposed=True)
 
 
-def table(theirs: str, ours: str) -> Tensor:
+def table(theirs: str, ours: str) -> TensorSpec:
     """Returns the rows of a torch `Embedding`."""
-    return Tensor(f"{theirs}.weight", (f"{ours}/embedding",), num_inputs=1)
+    return TensorSpec(f"{theirs}.weight", (f"{ours}/embedding",), num_inputs=1)
 
 
 def linear(
     theirs: str, *ours: str, num_inputs: int = 1, transposed: bool = True, **rest: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[TensorSpec, TensorSpec]:
     """Returns the weight of a torch `Linear`, and the bias that some have.
 
     Args:
       theirs: its name.
       ours: the projections whose outputs lie in it one after the other.
-      num_inputs, rest: see `Tensor`.
+      num_inputs, rest: see `TensorSpec`.
       transposed: whether outputs come first; in `Conv1D` of GPT-2 they do not.
     """
     kernels, biases = (tuple(f"{name}/{leaf}" for name in ours) for leaf in ("kernel", "bias"))
     return (
-        Tensor(f"{theirs}.weight", kernels, num_inputs, transposed, **rest),
-        Tensor(f"{theirs}.bias", biases, **rest),
+        TensorSpec(f"{theirs}.weight", kernels, num_inputs, transposed, **rest),
+        TensorSpec(f"{theirs}.bias", biases, **rest),
     )
 
 
 def norm(
     theirs: str, ours: str, when: Callable[[ModelConfig], bool] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns the scale of a norm, and the bias that some have; see `Tensor.when`."""
+) -> tuple[TensorSpec, TensorSpec]:
+    """Returns the scale of a norm, and the bias that some have; see `TensorSpec.when`."""
     return (
-        Tensor(f"{theirs}.weight", (f"{ours}/scale",), when=when),
-        Tensor(f"{theirs}.bias", (f"{ours}/bias",), when=when),
+        TensorSpec(f"{theirs}.weight", (f"{ours}/scale",), when=when),
+        TensorSpec(f"{theirs}.bias", (f"{ours}/bias",), when=when),
     )
 
 
-def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[Tensor, ...]:
+def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[TensorSpec, ...]:
     """Returns the linear maps to queries, keys and values.
 
     Args:
@@ -65,7 +65,7 @@ def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[T
     )
 
 
-def within(theirs: str, ours: str, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def within(theirs: str, ours: str, tensors: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
     """Returns the tensors of a module that is part of another one.
 
     Args:

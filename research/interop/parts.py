@@ -10,7 +10,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.core.trees import nested
 from research.interop.architecture import Architecture
-from research.interop.tensor import Tensor
+from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
 # What `read` of a part calls the fields of each layer: `layers.window` is a list of L windows.
@@ -55,25 +55,25 @@ def named(names: Mapping[str, str], **defaults: Any) -> Part:
     )
 
 
-def either(field: str, elder: str, name: str, default: Any) -> Part:
+def renamed_field(field: str, older: str, name: str, default: Any) -> Part:
     """Returns the part of a field that has had two names, of which the first is written.
 
     Args:
-      field, elder: its names.
+      field, older: its names.
       name: the dotted name.
       default: where neither is there.
     """
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
-        given = [fields[each] for each in (field, elder) if fields[each] is not None]
+        given = [fields[each] for each in (field, older) if fields[each] is not None]
         if len(set(given)) > 1:
-            raise UserError(field, given[0], f"must equal {elder} = {given[1]!r}.")
+            raise UserError(field, given[0], f"must equal {older} = {given[1]!r}.")
         return {name: given[0] if given else default}
 
     return Part(
         read=read,
         write=lambda config: {field: _value(config, name)},
-        defaults={field: None, elder: None},
+        defaults={field: None, older: None},
     )
 
 
@@ -95,7 +95,7 @@ def _value(config: ModelConfig, name: str) -> Any:
 def architecture(
     model_type: str,
     model_class: str,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[TensorSpec, ...],
     parts: Sequence[Part],
     **rest: Any,
 ) -> Architecture:

@@ -77,13 +77,13 @@ def read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
         f"position.{name}": value
         for name, value in position(rope, fields["max_position_embeddings"]).items()
     }
-    if rope_kind(rope) == "dynamic":  # whose maximum is that of the unstretched model
+    if rope_kind(rope) == "dynamic":  # whose maximum is that of the model before scaling
         values["max_length"] = round(fields["max_position_embeddings"] * rope["factor"])
     return values
 
 
 def write_rotary(config: ModelConfig) -> dict[str, Any]:
-    """Writes the elder form, which every version of transformers reads."""
+    """Writes the older form, which every version of transformers reads."""
     scaling = config.position.scaling
     fields = {"rope_theta": config.position.theta, "rope_scaling": write_scaling(scaling)}
     if scaling is not None and scaling.kind == "dynamic":
@@ -103,7 +103,7 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_kind(rope: Mapping[str, Any]) -> Any:
-    """Returns the name of the scaling; the elder form calls it `type`."""
+    """Returns the name of the scaling; the older form calls it `type`."""
     return rope["rope_type"] if "rope_type" in rope else rope.get("type", "default")
 
 

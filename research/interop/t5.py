@@ -11,7 +11,7 @@ from research.core.errors import UserError
 from research.interop.activations import THEIRS, to_tessera
 from research.interop.architecture import Architecture
 from research.interop.modules import UNEMBED, linear, norm, projections, table, within
-from research.interop.tensor import Tensor, same_numbers
+from research.interop.tensor import TensorSpec, same_numbers
 from research.models.config import ModelConfig
 
 
@@ -124,7 +124,7 @@ def _not_gated(config: ModelConfig) -> bool:
     return not config.mlp.gated
 
 
-def _layer(*sublayers: tuple[str, str]) -> tuple[Tensor, ...]:
+def _layer(*sublayers: tuple[str, str]) -> tuple[TensorSpec, ...]:
     """Returns the tensors of a layer with these sublayers of attention, and an MLP."""
     tensors = []
     for number, (name, attention) in enumerate(sublayers):
@@ -142,7 +142,7 @@ def _layer(*sublayers: tuple[str, str]) -> tuple[Tensor, ...]:
     )
 
 
-def _stack(theirs: str, ours: str, layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _stack(theirs: str, ours: str, layer: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return (
         table(
             f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias",

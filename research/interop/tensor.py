@@ -17,21 +17,21 @@ Shape = tuple[int, ...]
 # Sides of the square tiles in which matrices are transposed: both sides of a tile lie in the cache.
 _TILE = 256
 # The most bytes of a tensor that are compared at once.
-_SLICE_BYTES = 2**25
+_COMPARED_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """One tensor of a checkpoint and the parameters that it holds.
 
     Attributes:
       theirs: its name; `{layer}` stands for the number of a layer. Where it holds `{expert}` there
-        is one tensor an expert, and each is a slice of the parameters' leading axis. `{future}`
+        is one tensor an expert, and each is a slice of the parameters' leading axis. `{mtp}`
         stands for the number of a layer that
         predicts a further token: these are counted on after the others.
       ours: the parameters whose output axes lie in it one after the other; `{layer}` stands for the
         layer's subtree, `layers_0` for instance, and what is before it says which stack is meant
-        (`encoder/{layer}/…`); `{future}` for that of a predictor.
+        (`encoder/{layer}/…`); `{mtp}` for that of a predictor.
       num_inputs: how many leading axes of a parameter (those of an expert, without their own) are
         inputs; the others are outputs, and both are made one axis. 0 for vectors.
       transposed: whether outputs come first, as in torch's `Linear`.
@@ -57,21 +57,21 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class TensorMapping:
     """A tensor of one model and layer.
 
     It can be cut along the axis of the parameters that leads in the tensor, too, so that no more
     than a part of a large one need be in memory.
 
     Attributes:
-      kind: what it is.
+      spec: what it is.
       theirs: its name; or those of all experts.
       ours: the parameters.
       shapes: of the parameters.
-      order: see `Tensor`.
+      order: see `TensorSpec`.
     """
 
-    kind: Tensor
+    spec: TensorSpec
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     shapes: tuple[Shape, ...]
@@ -79,18 +79,18 @@ class Placed:
 
     @property
     def _by_expert(self) -> bool:
-        return "{expert}" in self.kind.theirs
+        return "{expert}" in self.spec.theirs
 
     @property
     def _has_experts(self) -> bool:
-        return self._by_expert or self.kind.experts
+        return self._by_expert or self.spec.experts
 
     def shape(self) -> Shape:
         """Returns the shape of the tensor; of one expert's where each has its own."""
         shape = self._matrix_shape(self._inner(self.shapes))
-        if self.kind.experts and not self._by_expert:
+        if self.spec.experts and not self._by_expert:
             shape = (self.shapes[0][0], *shape)
-        return (1, *shape) if self.kind.unsqueezed else shape
+        return (1, *shape) if self.spec.unsqueezed else shape
 
     def cuts(self, limit: int) -> list[slice | None]:
         """Returns ranges of the leading axis, each of at most `limit` bytes of float32; [None] is
@@ -108,7 +108,7 @@ class Placed:
             return [None]
         return [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
 
-    def box(self, cut: slice | None) -> tuple[slice, ...]:
+    def slices(self, cut: slice | None) -> tuple[slice, ...]:
         """Returns where a cut lies in each of the parameters."""
         if cut is None:
             return ()
@@ -128,7 +128,7 @@ class Placed:
             parts = [
                 np.empty((cut.stop - cut.start, *shape[1:]), np.float32) for shape in self.shapes
             ]
-            for place, expert in enumerate(range(cut.start, cut.stop)):
+            for row, expert in enumerate(range(cut.start, cut.stop)):
                 if self._by_expert:
                     matrix = np.asarray(tensors[self.theirs[expert]])
                 else:
@@ -136,17 +136,17 @@ class Placed:
                 for part, value in zip(
                     parts, self._unpack(matrix, self._inner(self.shapes)), strict=True
                 ):
-                    part[place] = value
+                    part[row] = value
             return parts
         value = np.asarray(tensors[self.theirs[0]])
-        value = value[0] if self.kind.unsqueezed else value
+        value = value[0] if self.spec.unsqueezed else value
         if cut is None:
             return self._unpack(value, self.shapes)
         axis, (shape,) = self._axis(), self.shapes
         group = (
             shape[axis + 1 :]
-            if axis == self.kind.num_inputs
-            else shape[axis + 1 : self.kind.num_inputs]
+            if axis == self.spec.num_inputs
+            else shape[axis + 1 : self.spec.num_inputs]
         )
         rows = slice(cut.start * math.prod(group), cut.stop * math.prod(group))
         return self._unpack(
@@ -161,9 +161,9 @@ class Placed:
             yield self.theirs[0], self._pack(parameters, dtype)
             return
         first = 0 if cut is None else cut.start
-        for place in range(len(parameters[0])):
-            name = self.theirs[first + place] if self._by_expert else self.theirs[0]
-            yield name, self._pack([value[place] for value in parameters], dtype)
+        for row in range(len(parameters[0])):
+            name = self.theirs[first + row] if self._by_expert else self.theirs[0]
+            yield name, self._pack([value[row] for value in parameters], dtype)
 
     def _axis(self) -> int | None:
         """The axis of the parameters that leads in the tensor; None where the tensor must stay
@@ -173,7 +173,7 @@ class Placed:
             return 0
         if len(self.ours) > 1 or self.order is not None or not self.shapes[0]:
             return None
-        return self.kind.num_inputs if self.kind.transposed else 0
+        return self.spec.num_inputs if self.spec.transposed else 0
 
     def _inner(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         return tuple(shape[1:] for shape in shapes) if self._has_experts else shapes
@@ -184,12 +184,12 @@ class Placed:
         flat = [value.reshape(self._flat_shape(value.shape)) for value in parameters]
         packed = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
         packed = packed if self.order is None else packed[..., self.order]
-        return contiguous(packed.T if self.kind.transposed else packed, dtype)
+        return contiguous(packed.T if self.spec.transposed else packed, dtype)
 
     def _unpack(
         self, matrix: Shaped[np.ndarray, "..."], shapes: tuple[Shape, ...]
     ) -> list[Float32[np.ndarray, "..."]]:
-        matrix = matrix.T if self.kind.transposed else matrix
+        matrix = matrix.T if self.spec.transposed else matrix
         matrix = matrix if self.order is None else matrix[..., np.argsort(self.order)]
         ends = np.cumsum([self._flat_shape(shape)[-1] for shape in shapes])
         parts = np.split(matrix, ends[:-1], axis=-1)
@@ -201,11 +201,11 @@ class Placed:
     def _matrix_shape(self, shapes: tuple[Shape, ...]) -> Shape:
         flat = [self._flat_shape(shape) for shape in shapes]
         shape = (*flat[0][:-1], sum(each[-1] for each in flat))
-        return shape[::-1] if self.kind.transposed else shape
+        return shape[::-1] if self.spec.transposed else shape
 
     def _flat_shape(self, shape: Shape) -> Shape:
-        inputs = (math.prod(shape[: self.kind.num_inputs]),) if self.kind.num_inputs else ()
-        return (*inputs, math.prod(shape[self.kind.num_inputs :]))
+        inputs = (math.prod(shape[: self.spec.num_inputs]),) if self.spec.num_inputs else ()
+        return (*inputs, math.prod(shape[self.spec.num_inputs :]))
 
 
 def contiguous(x: Shaped[np.ndarray, "..."], dtype: Any) -> Shaped[np.ndarray, "..."]:
@@ -236,7 +236,7 @@ def same_numbers(a: Any, b: Any) -> bool:
     else:
         return False
     a, b = np.asarray(a), np.asarray(b)
-    rows = max(1, _SLICE_BYTES // max(1, a[:1].nbytes, b[:1].nbytes))
+    rows = max(1, _COMPARED_BYTES // max(1, a[:1].nbytes, b[:1].nbytes))
 
     def part(x: Shaped[np.ndarray, "..."], start: int) -> Shaped[np.ndarray, "..."]:
         return x[start : start + rows].astype(common, copy=False).view(read_as)

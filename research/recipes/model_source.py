@@ -16,7 +16,7 @@ from research.data.tokenizers import Tokenizer
 from research.interop import mapping
 from research.interop.huggingface import open_hugging_face
 from research.interop.llama2c import from_llama2c
-from research.interop.mapping import Piece, Read
+from research.interop.mapping import GetSlice, ParameterSlice
 from research.models.config import ModelConfig
 from research.recipes.workdir import read_config
 from research.storage.paths import Path, in_bucket
@@ -42,8 +42,8 @@ class ModelSource:
 
     config: ModelConfig
     shapes: dict[str, jax.ShapeDtypeStruct]
-    pieces: Callable[[], Iterable[Piece]]
-    read: Read
+    pieces: Callable[[], Iterable[ParameterSlice]]
+    read: GetSlice
     check: Callable[[], None] = lambda: None
     model_type: str | None = None
     tokenizer: Tokenizer | None = None
@@ -84,8 +84,8 @@ def _hugging_face(path: pathlib.Path) -> ModelSource:
     return ModelSource(
         config=model.config,
         shapes=mapping.unrolled_shapes(model.config),
-        pieces=model.source.pieces,
-        read=model.source.read,
+        pieces=model.weights.slices,
+        read=model.weights.get_slice,
         model_type=model.architecture.model_type,
         end_ids=model.end_ids,
     )
@@ -93,7 +93,7 @@ def _hugging_face(path: pathlib.Path) -> ModelSource:
 
 def _llama2c(path: pathlib.Path) -> ModelSource:
     config, params = from_llama2c(path)
-    shapes, read = mapping.unrolled_shapes(config), mapping.reader(config, params)
+    shapes, read = mapping.unrolled_shapes(config), mapping.slice_getter(config, params)
     return ModelSource(
         config, shapes, functools.partial(_pieces, shapes, read), read, model_type="llama"
     )
@@ -117,5 +117,5 @@ def _workdir(path: Path, step: int) -> ModelSource:
     )
 
 
-def _pieces(shapes: Iterable[str], read: Read) -> Iterable[Piece]:
-    return (Piece(name, (), read(name, ())) for name in shapes)
+def _pieces(shapes: Iterable[str], read: GetSlice) -> Iterable[ParameterSlice]:
+    return (ParameterSlice(name, (), read(name, ())) for name in shapes)

@@ -14,7 +14,7 @@ import research
 from research.core.errors import UserError
 from research.interop.architecture import config_from, fields_from, fields_of
 from research.interop.huggingface import ARCHITECTURES, open_hugging_face
-from research.interop.mapping import find, params_from, tensors_from
+from research.interop.mapping import match_tensors, params_from, tensors_from
 from research.interop.safetensors_files import read_header
 from research.models.config import HeadConfig
 from research.recipes.convert import convert
@@ -24,8 +24,8 @@ from tests.interop.folders import write_folder
 
 def parts(name):
     """The architecture, the model and the tensors of a case."""
-    held = registry.model(name)
-    return held.architecture, held.config, held.tensors
+    case = registry.model(name)
+    return case.architecture, case.config, case.tensors
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
@@ -67,20 +67,20 @@ def renamed(tensors, pattern, replacement):
     return {re.sub(pattern, replacement, name): value for name, value in tensors.items()}
 
 
-def test_elder_names_of_norms_copies_and_buffers_of_bert_are_read():
+def test_older_names_of_norms_copies_and_buffers_of_bert_are_read():
     _, config, tensors = parts("bert")
-    elder = renamed(tensors, r"LayerNorm\.weight", "LayerNorm.gamma")
-    elder = renamed(elder, r"LayerNorm\.bias", "LayerNorm.beta")
-    elder["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
-    elder["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
-    elder["bert.embeddings.position_ids"] = np.arange(40)[None]
+    older = renamed(tensors, r"LayerNorm\.weight", "LayerNorm.gamma")
+    older = renamed(older, r"LayerNorm\.bias", "LayerNorm.beta")
+    older["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    older["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
+    older["bert.embeddings.position_ids"] = np.arange(40)[None]
     # As bert-base-uncased, whose config.json names a class with fewer heads.
     fields = registry.stored()["bert"]["config"] | {
         "architectures": ["BertForMaskedLM"],
         "position_embedding_type": "absolute",
         "gradient_checkpointing": False,
     }
-    found, written = read("bert", fields, elder)
+    found, written = read("bert", fields, older)
     assert found == config
     assert registry.same(written, tensors)
 
@@ -114,8 +114,8 @@ def test_a_pooler_without_classes_is_left_out_beside_a_head_of_words():
     assert registry.same(written, tensors)
 
 
-def test_elder_fields_are_read():
-    elder = {
+def test_older_fields_are_read():
+    older = {
         "modernbert": {
             "global_rope_theta": 160_000.0,
             "local_rope_theta": 10_000.0,
@@ -131,7 +131,7 @@ def test_elder_fields_are_read():
         "dense_act_fn",
         "is_gated_act",
     )
-    for name, fields in elder.items():
+    for name, fields in older.items():
         architecture, config, _ = parts(name)
         fields = {
             key: value for key, value in registry.stored()[name]["config"].items() if key not in new
@@ -198,12 +198,12 @@ def test_sinusoids_and_fields_of_a_released_marian_are_read():
         f"model.{stack}.embed_positions.weight": np.ones((48, 32))
         for stack in ("encoder", "decoder")
     }
-    elder = {
+    older = {
         "static_position_embeddings": True,
         "normalize_before": False,
         "normalize_embedding": False,
     }
-    elder |= {
+    older |= {
         "add_bias_logits": False,
         "bad_words_ids": [[1]],
         "_num_labels": 3,
@@ -211,7 +211,7 @@ def test_sinusoids_and_fields_of_a_released_marian_are_read():
         "max_length": 512,
     }
     found, written = read(
-        "marian", registry.stored()["marian"]["config"] | elder, tensors | sinusoids
+        "marian", registry.stored()["marian"]["config"] | older, tensors | sinusoids
     )
     assert found == config
     assert registry.same(written, tensors)
@@ -229,13 +229,13 @@ def test_masks_and_fields_of_a_released_gpt_neo_are_read():
         f"transformer.h.0.attn.attention.{name}": np.ones((1, 1, 40, 40))
         for name in ("bias", "masked_bias")
     }
-    elder = {
+    older = {
         "summary_type": "cls_index",
         "summary_first_dropout": 0.1,
         "gradient_checkpointing": False,
     }
     found, written = read(
-        "gpt-neo", registry.stored()["gpt-neo"]["config"] | elder, tensors | buffers
+        "gpt-neo", registry.stored()["gpt-neo"]["config"] | older, tensors | buffers
     )
     assert found == config
     assert registry.same(written, tensors)
@@ -351,7 +351,7 @@ def test_an_activation_that_an_architecture_has_no_name_for_is_refused_by_field(
 def test_missing_tensors_of_both_stacks_are_named():
     architecture, config, tensors = parts("bart")
     with pytest.raises(UserError) as error:
-        find(architecture, config, without(tensors, r"layers\.0\.fc1\.bias"))
+        match_tensors(architecture, config, without(tensors, r"layers\.0\.fc1\.bias"))
     for stack in ("encoder", "decoder"):
         assert f"model.{stack}.layers.0.fc1.bias is missing" in str(error.value)
 

@@ -106,8 +106,8 @@ def test_dropout_of_attention_is_logged(caplog):
 
 
 def test_all_wrong_tensors_of_experts_are_named_at_once():
-    held = registry.model("mixtral")
-    architecture, config, tensors = held.architecture, held.config, dict(held.tensors)
+    case = registry.model("mixtral")
+    architecture, config, tensors = case.architecture, case.config, dict(case.tensors)
     del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
     tensors["model.layers.1.block_sparse_moe.experts.4.w1.weight"] = np.zeros((64, 32), np.float32)
     with pytest.raises(UserError) as error:
@@ -117,8 +117,8 @@ def test_all_wrong_tensors_of_experts_are_named_at_once():
 
 
 def test_a_layer_of_a_further_token_that_is_not_counted_is_left_out(caplog):
-    held = registry.model("deepseek-v3")
-    architecture, config, tensors = held.architecture, held.config, dict(held.tensors)
+    case = registry.model("deepseek-v3")
+    architecture, config, tensors = case.architecture, case.config, dict(case.tensors)
     caplog.set_level("INFO", logger="tessera")
     params_from(
         architecture,

@@ -10,7 +10,7 @@ import pytest
 
 from research.interop.architecture import choose, config_from
 from research.interop.huggingface import ARCHITECTURES, from_hugging_face, write_hugging_face
-from research.interop.mapping import params_from, reader, tensors_from
+from research.interop.mapping import params_from, slice_getter, tensors_from
 from research.interop.safetensors_files import read_header
 from research.models.config import LayerConfig, PositionConfig
 from tests.interop import registry
@@ -143,48 +143,48 @@ def test_a_prefix_of_one_token_more_or_less_is_seen_by_the_comparison(name):
 
 @pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v3"])
 def test_another_order_of_columns_is_seen_by_the_comparison(name):
-    held = registry.model(name)
-    kinds = tuple(dataclasses.replace(each, order=None) for each in held.architecture.tensors)
+    case = registry.model(name)
+    kinds = tuple(dataclasses.replace(each, order=None) for each in case.architecture.tensors)
     params = params_from(
-        dataclasses.replace(held.architecture, tensors=kinds), held.config, held.tensors
+        dataclasses.replace(case.architecture, tensors=kinds), case.config, case.tensors
     )
-    assert registry.off_by(registry.outputs(name, held.config, params=params), name) > 1e-2
+    assert registry.off_by(registry.outputs(name, case.config, params=params), name) > 1e-2
 
 
 @pytest.mark.parametrize("name", tiers(["gpt2-small", "llama-3.2-1b", "gemma3", "deepseek-v3"]))
 def test_scanned_layers_give_the_same_logits_and_go_back(name):
-    held = registry.model(name)
-    config = dataclasses.replace(held.config, layer_loop="scan")
-    params = params_from(held.architecture, config, held.tensors)
+    case = registry.model(name)
+    config = dataclasses.replace(case.config, layer_loop="scan")
+    params = params_from(case.architecture, config, case.tensors)
     count = config.num_layers - len(config.first_layers)
     assert all(leaf.shape[0] == count for leaf in jax.tree.leaves(params["layers"]))
     assert (
         registry.off_by(registry.outputs(name, config, params=params), name)
         < registry.CASES[name].logits
     )
-    assert registry.same(tensors_from(held.architecture, config, params), held.tensors)
+    assert registry.same(tensors_from(case.architecture, config, params), case.tensors)
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_round_trip_is_bitwise(name, tmp_path):
-    held = registry.model(name)
+    case = registry.model(name)
     config, params = from_hugging_face(
-        write_folder(tmp_path / "in", registry.stored()[name]["config"], held.tensors)
+        write_folder(tmp_path / "in", registry.stored()[name]["config"], case.tensors)
     )
-    assert config == held.config
+    assert config == case.config
     architecture, fields = choose(
-        ARCHITECTURES.values(), config, first=held.architecture.model_type
+        ARCHITECTURES.values(), config, first=case.architecture.model_type
     )
-    assert architecture is held.architecture
+    assert architecture is case.architecture
     assert config_from(architecture, fields) == config
     write_hugging_face(
-        architecture, fields, config, reader(config, params), tmp_path / "out", {"pad": None}
+        architecture, fields, config, slice_getter(config, params), tmp_path / "out", {"pad": None}
     )
     back = {
         key: np.asarray(value)
         for key, value in read_header(tmp_path / "out" / "model.safetensors").items()
     }
-    assert registry.same(back, held.tensors)
+    assert registry.same(back, case.tensors)
     again, parameters = from_hugging_face(tmp_path / "out")
     assert again == config
     assert registry.same(registry.leaves(parameters), registry.leaves(params))
@@ -192,9 +192,9 @@ def test_round_trip_is_bitwise(name, tmp_path):
 
 @pytest.mark.parametrize("name", STORED)
 def test_the_architecture_that_is_found_by_itself_holds_the_model(name):
-    held = registry.model(name)
-    architecture, fields = choose(ARCHITECTURES.values(), held.config)
-    assert config_from(architecture, fields).layers() == held.config.layers()
+    case = registry.model(name)
+    architecture, fields = choose(ARCHITECTURES.values(), case.config)
+    assert config_from(architecture, fields).layers() == case.config.layers()
 
 
 @pytest.mark.parametrize("name", ["transformer", "gpt-3", "gopher", "prefix"])

@@ -47,8 +47,8 @@ def main() -> None:
         }
         np.savez_compressed(cases.GOLDENS / f"{file}.npz", **flat)
     described, arrays = found[registry.MTP]
-    (cases.GOLDENS / "future.json").write_text(json.dumps(described) + "\n")
-    np.savez_compressed(cases.GOLDENS / "future.npz", **arrays)
+    (cases.GOLDENS / "mtp.json").write_text(json.dumps(described) + "\n")
+    np.savez_compressed(cases.GOLDENS / "mtp.npz", **arrays)
 
 
 if __name__ == "__main__":

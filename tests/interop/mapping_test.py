@@ -12,7 +12,7 @@ import pytest
 from research.core.errors import UserError
 from research.interop import mapping
 from research.interop.gpt2 import GPT2
-from research.interop.tensor import Tensor, contiguous
+from research.interop.tensor import TensorSpec, contiguous
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig
 
 CONFIG = ModelConfig(
@@ -73,37 +73,39 @@ def qkv(part):
 MADE_UP = dataclasses.replace(
     GPT2,
     tensors=(
-        Tensor("shared.weight", ("embed/embedding",), num_inputs=1),
-        Tensor("final_logits_bias", ("logits_bias",), unsqueezed=True),
-        Tensor(
+        TensorSpec("shared.weight", ("embed/embedding",), num_inputs=1),
+        TensorSpec("final_logits_bias", ("logits_bias",), unsqueezed=True),
+        TensorSpec(
             "h.{layer}.qkv.weight", qkv("kernel"), num_inputs=1, transposed=True, order=by_group
         ),
-        Tensor(
+        TensorSpec(
             "h.{layer}.out.weight", ("{layer}/attention/out/kernel",), num_inputs=2, transposed=True
         ),
-        Tensor("h.{layer}.q_norm.weight", ("{layer}/attention/query_norm/scale",)),
-        Tensor("h.{layer}.dense.weight", ("{layer}/mlp/up/kernel",), num_inputs=1, transposed=True),
-        Tensor("h.{layer}.dense.bias", ("{layer}/mlp/up/bias",)),
-        Tensor(
+        TensorSpec("h.{layer}.q_norm.weight", ("{layer}/attention/query_norm/scale",)),
+        TensorSpec(
+            "h.{layer}.dense.weight", ("{layer}/mlp/up/kernel",), num_inputs=1, transposed=True
+        ),
+        TensorSpec("h.{layer}.dense.bias", ("{layer}/mlp/up/bias",)),
+        TensorSpec(
             "h.{layer}.experts.gate_up",
             ("{layer}/mlp/experts/gate/kernel", "{layer}/mlp/experts/up/kernel"),
             num_inputs=1,
             experts=True,
             order=interleaved,
         ),
-        Tensor(
+        TensorSpec(
             "h.{layer}.experts.gate_up_bias",
             ("{layer}/mlp/experts/gate/bias", "{layer}/mlp/experts/up/bias"),
             experts=True,
             order=interleaved,
         ),
-        Tensor(
+        TensorSpec(
             "h.{layer}.experts.{expert}.down.weight",
             ("{layer}/mlp/experts/down/kernel",),
             num_inputs=1,
             transposed=True,
         ),
-        Tensor("encoder.{layer}.up.weight", ("encoder/{layer}/mlp/up/kernel",), num_inputs=1),
+        TensorSpec("encoder.{layer}.up.weight", ("encoder/{layer}/mlp/up/kernel",), num_inputs=1),
     ),
     prefixes=("model.", "wrapper."),
     spellings=((r"\.gamma$", ".weight"),),
@@ -126,27 +128,27 @@ def params():
     }
 
 
-def written(params, limit=mapping.PIECE_BYTES, dtype=np.float32):
+def written(params, limit=mapping.SLICE_BYTES, dtype=np.float32):
     """The tensors of parameters, and how often each of their numbers was asked for."""
-    placed, parts, asked = mapping.placements(MADE_UP, CONFIG), {}, dict.fromkeys(params, 0)
+    mappings, parts, asked = mapping.map_tensors(MADE_UP, CONFIG), {}, dict.fromkeys(params, 0)
 
-    def read(name, box):
-        asked[name] += params[name][box].size
-        return params[name][box]
+    def get_slice(name, slices):
+        asked[name] += params[name][slices].size
+        return params[name][slices]
 
-    for name, rows in mapping.write(placed, read, dtype, limit):
+    for name, rows in mapping.tensor_rows(mappings, get_slice, dtype, limit):
         parts.setdefault(name, []).append(rows.reshape(-1))
     assert asked == {name: value.size for name, value in params.items()}
-    shapes = mapping.shapes_of(placed)
+    shapes = mapping.shapes_of(mappings)
     assert list(parts) == list(shapes)
     return {name: np.concatenate(rows).reshape(shapes[name]) for name, rows in parts.items()}
 
 
-def read_back(tensors, limit=mapping.PIECE_BYTES):
+def read_back(tensors, limit=mapping.SLICE_BYTES):
     found = {name: np.full(shape, np.nan, np.float32) for name, shape in SHAPES.items()}
-    for name, box, values in mapping.find(MADE_UP, CONFIG, tensors).pieces(limit):
-        assert np.isnan(found[name][box]).all(), "each number comes once"
-        found[name][box] = values
+    for name, slices, values in mapping.match_tensors(MADE_UP, CONFIG, tensors).slices(limit):
+        assert np.isnan(found[name][slices]).all(), "each number comes once"
+        found[name][slices] = values
     return found
 
 
@@ -184,7 +186,7 @@ def test_tensors_hold_what_their_description_says(params):
     np.testing.assert_array_equal(rows[1, 2], key[:, 1].T)
 
 
-@pytest.mark.parametrize("limit", [1, 100, 200, 400, mapping.PIECE_BYTES])
+@pytest.mark.parametrize("limit", [1, 100, 200, 400, mapping.SLICE_BYTES])
 def test_round_trip_is_bitwise_whatever_the_pieces(limit, params):
     tensors = written(params, limit)
     assert_same(tensors, written(params))
@@ -260,7 +262,7 @@ def test_all_faults_are_in_one_error(params):
     tensors["model.h.0.dense.bias"] = tensors["h.0.dense.bias"]
     del tensors["final_logits_bias"]
     with pytest.raises(UserError) as error:
-        mapping.find(MADE_UP, CONFIG, tensors)
+        mapping.match_tensors(MADE_UP, CONFIG, tensors)
     for fault in (
         "h.1.experts.4.down.weight has the shape [3, 7], not [6, 7]",
         "h.1.experts.5.down.weight is not known",
@@ -280,21 +282,21 @@ def test_all_faults_are_in_one_error(params):
 )
 def test_quantized_weights_are_named_as_such(extra, params):
     with pytest.raises(UserError, match=r"h\.0\.dense\.weight.* is quantized"):
-        mapping.find(MADE_UP, CONFIG, written(params) | extra)
+        mapping.match_tensors(MADE_UP, CONFIG, written(params) | extra)
 
 
 def test_parameters_without_a_place_are_named():
     with pytest.raises(UserError, match="no place for logits_bias"):
-        mapping.placements(
+        mapping.map_tensors(
             dataclasses.replace(MADE_UP, tensors=MADE_UP.tensors[:1] + MADE_UP.tensors[2:]), CONFIG
         )
 
 
 def test_pieces_are_no_larger_than_asked():
-    for placed in mapping.placements(MADE_UP, CONFIG):
-        for cut in placed.cuts(400):
+    for tensor in mapping.map_tensors(MADE_UP, CONFIG):
+        for cut in tensor.cuts(400):
             if cut is not None:
-                assert cut.stop - cut.start in (1, 2, 4, 8, 16) or cut.stop == max(placed.shapes[0])
+                assert cut.stop - cut.start in (1, 2, 4, 8, 16) or cut.stop == max(tensor.shapes[0])
 
 
 @pytest.mark.parametrize("shape", [(3,), (300, 7), (513, 600)])

@@ -1,4 +1,4 @@
-"""Predictors of further tokens of transformers itself, in a folder as DeepSeek's are laid out."""
+"""multi-token prediction of transformers itself, in a folder as DeepSeek's are laid out."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.modeling_layers import MtpModel
 
-from tests.interop import cases, future_cases
+from tests.interop import cases, mtp_cases
 from tests.interop.torch_models import DECODERS
 
 LAYERS = DECODERS["deepseek-v3"].num_hidden_layers
@@ -25,11 +25,11 @@ def write_seeded(folder: pathlib.Path) -> dict[str, Any]:
     Source of the layout: README_WEIGHTS.md beside the released weights, and their index.
     """
     config = copy.deepcopy(DECODERS["deepseek-v3"])
-    config.num_mtp_layers = future_cases.DEPTH
+    config.num_mtp_layers = mtp_cases.DEPTH
     main = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     shapes = {name: list(value.shape) for name, value in _saved(main).items()}
     width, last = config.hidden_size, f"model.layers.{LAYERS - 1}."
-    for layer in range(LAYERS, LAYERS + future_cases.DEPTH):
+    for layer in range(LAYERS, LAYERS + mtp_cases.DEPTH):
         before = f"model.layers.{layer}."
         block = {
             name.replace(last, before): shape
@@ -40,13 +40,11 @@ def write_seeded(folder: pathlib.Path) -> dict[str, Any]:
             f"{before}{norm}.weight": [width] for norm in ("enorm", "hnorm", "shared_head.norm")
         }
         shapes[f"{before}eh_proj.weight"] = [width, 2 * width]
-        shapes |= {
-            f"{before}{double}": shapes[name] for double, name in future_cases.DOUBLES.items()
-        }
+        shapes |= {f"{before}{copy}": shapes[name] for copy, name in mtp_cases.COPIES.items()}
     shapes = dict(sorted(shapes.items()))
     main.save_pretrained(folder)
     safetensors.numpy.save_file(
-        future_cases.weights(shapes), folder / "model.safetensors", metadata={"format": "pt"}
+        mtp_cases.weights(shapes), folder / "model.safetensors", metadata={"format": "pt"}
     )
     return {"config": json.loads((folder / "config.json").read_text()), "tensors": shapes}
 
@@ -59,9 +57,7 @@ def load(folder: pathlib.Path) -> tuple[transformers.PreTrainedModel, MtpModel]:
         folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"], report["missing_keys"]
-    further = tuple(
-        f"model.layers.{layer}." for layer in range(LAYERS, LAYERS + future_cases.DEPTH)
-    )
+    further = tuple(f"model.layers.{layer}." for layer in range(LAYERS, LAYERS + mtp_cases.DEPTH))
     assert all(name.startswith(further) for name in report["unexpected_keys"]), report[
         "unexpected_keys"
     ]
@@ -86,16 +82,14 @@ def compute(
     loss = _summed(main.lm_head(states), targets)
     positions = torch.arange(given.shape[1])[None]
     found = []
-    for depth in range(1, future_cases.DEPTH + 1):
+    for depth in range(1, mtp_cases.DEPTH + 1):
         # At each place the state that has seen it and the `depth` tokens after it.
         following = targets[:, depth - 1 : -1]
         states = mtp.forward_layer(
             depth - 1, states[:, :-1], positions[:, depth:], None, input_ids=following
         )
         found.append(mtp.shared_head(states))
-        loss = loss + future_cases.WEIGHT / future_cases.DEPTH * _summed(
-            found[-1], targets[:, depth:]
-        )
+        loss = loss + mtp_cases.WEIGHT / mtp_cases.DEPTH * _summed(found[-1], targets[:, depth:])
     (loss / targets.numel()).backward()
     return [logits.detach().numpy() for logits in found], _gradients(main, mtp)
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.interop.parts import either, fixed, named, shortest_pattern
+from research.interop.parts import fixed, named, renamed_field, shortest_pattern
 from research.interop.rotary import position, write_position
 from research.interop.windows import layer_windows
 from research.models.config import (
@@ -62,7 +62,7 @@ def test_a_named_part_reads_and_writes_groups_and_refuses_one_that_is_not_there(
 
 
 def test_a_field_of_two_names_is_read_by_either_and_must_not_contradict_itself():
-    part = either("new", "old", "mlp.hidden_dim", default=7)
+    part = renamed_field("new", "old", "mlp.hidden_dim", default=7)
     assert (
         part.read({"new": None, "old": 3})
         == part.read({"new": 3, "old": 3})
@@ -86,14 +86,14 @@ def test_windows_go_out_as_layer_types():
     assert part.read({**fields, "num_hidden_layers": 2}) == {"layers.window": [None, 4]}
     off = {**fields, "use_sliding_window": False, "num_hidden_layers": 2}
     assert part.read(off) == {"layers.window": [None, None]}
-    elder = {
+    older = {
         "sliding_window": 4,
         "use_sliding_window": True,
         "layer_types": None,
         "num_hidden_layers": 2,
         "from": 1,
     }
-    assert part.read(elder) == {"layers.window": [None, 4]}
+    assert part.read(older) == {"layers.window": [None, 4]}
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,16 @@ from research.core.trees import named_leaves
 from research.data.batch import model_inputs
 from research.interop.architecture import Architecture, config_from, fields_of
 from research.interop.huggingface import ARCHITECTURES
-from research.interop.mapping import Piece, parameters, params_from, tensors_from, unrolled_shapes
+from research.interop.mapping import (
+    ParameterSlice,
+    params_from,
+    params_from_slices,
+    tensors_from,
+    unrolled_shapes,
+)
 from research.models.config import ModelConfig
 from research.models.transformer import Transformer
-from tests.interop import cases
-from tests.interop import future_cases as future
+from tests.interop import cases, mtp_cases
 from tests.interop.cases import Case
 
 # Tokens from here on: those before are padding to some of the models.
@@ -56,7 +61,7 @@ class Suite:
 DECODERS, ENCODERS = Suite(logits=2e-5, least=1e-6), Suite(logits=3e-5, least=1e-3)
 # Shrunk presets that no checkpoint of transformers holds, whose parts it has; predictors of further
 # tokens.
-PRESETS, FURTHER = Suite(logits=3e-5, least=1e-3), Suite(logits=2e-5, least=1e-6)
+PRESETS, MTP_SUITE = Suite(logits=3e-5, least=1e-3), Suite(logits=2e-5, least=1e-6)
 
 PRESET_LENGTH = 40
 # Tokens of each row's prefix, where there is one; tokens of each row that an encoder reads, where
@@ -89,14 +94,14 @@ def stored() -> dict[str, dict[str, Any]]:
     presets have none.
     """
     encoders = json.loads((cases.GOLDENS / "encoders.json").read_text())
-    return {**cases.stored(), **encoders, MTP: future.stored()}
+    return {**cases.stored(), **encoders, MTP: mtp_cases.stored()}
 
 
 CASES: dict[str, Suite] = {
     **dict.fromkeys(stored(), ENCODERS),
     **dict.fromkeys(cases.stored(), DECODERS),
     **dict.fromkeys(PRESET_CASES, PRESETS),
-    MTP: FURTHER,
+    MTP: MTP_SUITE,
 }
 
 
@@ -121,11 +126,13 @@ def model(name: str) -> Model:
         return Model(
             None,
             config,
-            parameters(config, (Piece(key, (), value) for key, value in named.items())),
+            params_from_slices(
+                config, (ParameterSlice(key, (), value) for key, value in named.items())
+            ),
             named,
         )
     fields, shapes = stored()[name]["config"], stored()[name]["tensors"]
-    tensors = future.weights(shapes) if name == MTP else cases.weights(shapes)
+    tensors = mtp_cases.weights(shapes) if name == MTP else cases.weights(shapes)
     architecture = ARCHITECTURES[fields["model_type"]]
     config = config_from(architecture, fields_of(architecture, fields, tensors))
     return Model(architecture, config, params_from(architecture, config, tensors), tensors)
@@ -246,8 +253,8 @@ def golden(name: str) -> Named:
     """
     if CASES[name] is DECODERS:
         return {key: np.load(cases.GOLDENS / f"{key}.npz")[name] for key in ("logits", "gradients")}
-    if CASES[name] is FURTHER:
-        return future.golden()
+    if CASES[name] is MTP_SUITE:
+        return mtp_cases.golden()
     with np.load(
         cases.GOLDENS / ("presets.npz" if CASES[name] is PRESETS else "encoders.npz")
     ) as arrays:
@@ -259,17 +266,17 @@ def golden(name: str) -> Named:
 @functools.cache
 def ours(name: str) -> tuple[Named, Named]:
     """Returns the same outputs of Tessera, and its gradients by the tensors' names."""
-    held, given = model(name), batch(name)
-    if CASES[name] is FURTHER:
-        logits = future.logits(held.config, held.params)
+    case, given = model(name), batch(name)
+    if CASES[name] is MTP_SUITE:
+        logits = mtp_cases.logits(case.config, case.params)
         outputs = {f"depth_{depth}": each for depth, each in enumerate(logits, 1)}
-        return outputs, future.without_doubles(
-            tensors_from(held.architecture, held.config, future.gradients())
+        return outputs, mtp_cases.without_copies(
+            tensors_from(case.architecture, case.config, mtp_cases.gradients())
         )
-    gradients, found = computation(held.config)(held.params, given)
-    if held.architecture is None:
+    gradients, found = computation(case.config)(case.params, given)
+    if case.architecture is None:
         return _outputs(name, *found), jax.tree.map(np.asarray, named_leaves(gradients))
-    return _outputs(name, *found), tensors_from(held.architecture, held.config, gradients)
+    return _outputs(name, *found), tensors_from(case.architecture, case.config, gradients)
 
 
 def outputs(

@@ -15,10 +15,16 @@ transformers = pytest.importorskip("transformers", reason="needs the extra `pari
 from research.interop.architecture import fields_from  # noqa: E402
 from research.interop.deepseek import DEEPSEEK_V3  # noqa: E402
 from research.interop.huggingface import from_hugging_face, open_hugging_face, to_hugging_face  # noqa: E402
-from research.interop.mapping import placements, shapes_of  # noqa: E402
+from research.interop.mapping import map_tensors, shapes_of  # noqa: E402
 from research.models.config import LayerConfig  # noqa: E402
-from tests.interop import cases, presets_references, registry, torch_models, torch_references  # noqa: E402
-from tests.interop import future_cases as future  # noqa: E402
+from tests.interop import (  # noqa: E402
+    cases,
+    mtp_cases,
+    presets_references,
+    registry,
+    torch_models,
+    torch_references,
+)
 from tests.interop.folders import TOLERANCE, logits_of, write_folder  # noqa: E402
 
 pytestmark = pytest.mark.live
@@ -43,8 +49,8 @@ def test_goldens_are_what_torch_computes_and_each_gradient_is_equal(name, tmp_pa
 
 @pytest.mark.parametrize("name", registry.stored())
 def test_transformers_computes_the_same_with_what_is_written(name, tmp_path):
-    held, suite = registry.model(name), registry.CASES[name]
-    to_hugging_face(held.config, held.params, tmp_path, model_type=held.architecture.model_type)
+    case, suite = registry.model(name), registry.CASES[name]
+    to_hugging_face(case.config, case.params, tmp_path, model_type=case.architecture.model_type)
     outputs, gradients = torch_references.compute(name, tmp_path)
     assert registry.off_by(outputs, name) < suite.logits
     assert registry.facts_off_by(gradients, name) < registry.GRADIENTS
@@ -59,13 +65,13 @@ def test_every_case_has_a_reference():
     "fields", [{"attn_factor": 0.878}, {"finetuned": True, "low_freq_factor": 1.0}]
 )
 def test_transformers_leaves_the_same_fields_of_a_scaling_out(fields, tmp_path):
-    held, stored = registry.model("llama-yarn"), registry.stored()["llama-yarn"]["config"]
+    case, stored = registry.model("llama-yarn"), registry.stored()["llama-yarn"]["config"]
     rope = stored["rope_parameters"] | fields
-    folder = write_folder(tmp_path, stored | {"rope_parameters": rope}, held.tensors)
+    folder = write_folder(tmp_path, stored | {"rope_parameters": rope}, case.tensors)
     assert (
         registry.off_by(torch_references.compute("llama-yarn", folder)[0], "llama-yarn") < TOLERANCE
     )
-    assert from_hugging_face(folder)[0] == held.config
+    assert from_hugging_face(folder)[0] == case.config
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -138,10 +144,10 @@ def test_transformers_leaves_the_layer_of_a_model_as_deep_as_the_released_one_ou
         config, **shallow, head=dataclasses.replace(config.head, mtp_depth=1)
     )
     shapes = {
-        name: list(shape) for name, shape in shapes_of(placements(DEEPSEEK_V3, config)).items()
+        name: list(shape) for name, shape in shapes_of(map_tensors(DEEPSEEK_V3, config)).items()
     }
     assert "model.layers.61.eh_proj.weight" in shapes
-    write_folder(tmp_path, fields_from(DEEPSEEK_V3, config), future.weights(shapes))
+    write_folder(tmp_path, fields_from(DEEPSEEK_V3, config), mtp_cases.weights(shapes))
     _, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
     )

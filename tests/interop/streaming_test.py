@@ -45,19 +45,19 @@ def tensors_in(folder):
     }
 
 
-def sharded(folder, config, read, dtype="float32", shard_bytes=50_000):
+def sharded(folder, config, get_slice, dtype="float32", shard_bytes=50_000):
     architecture, fields = choose(ARCHITECTURES.values(), config)
-    write_hugging_face(architecture, fields, config, read, folder, {}, dtype, shard_bytes)
+    write_hugging_face(architecture, fields, config, get_slice, folder, {}, dtype, shard_bytes)
     return folder
 
 
 @pytest.mark.parametrize("name", ["gpt2-small", "llama-2-70b"])
 def test_from_shards_through_a_checkpoint_into_shards_is_bitwise(name, tmp_path):
     config, params = from_hugging_face(golden_folder(tmp_path, name))
-    source = sharded(tmp_path / "source", config, mapping.reader(config, params))
+    source = sharded(tmp_path / "source", config, mapping.slice_getter(config, params))
     assert len(list(source.glob("*.safetensors"))) > 3
     shapes = mapping.unrolled_shapes(config)
-    write_params(tmp_path / "workdir", 0, shapes, open_hugging_face(source).source.pieces(5000))
+    write_params(tmp_path / "workdir", 0, shapes, open_hugging_face(source).weights.slices(5000))
     reader = ParamsReader(tmp_path / "workdir", 0, shapes)
     back = sharded(tmp_path / "back", config, reader.read, shard_bytes=70_000)
     reader.check()
@@ -75,14 +75,14 @@ def test_from_shards_through_a_checkpoint_into_shards_is_bitwise(name, tmp_path)
 
 def test_bfloat16_is_written_when_asked_for_and_comes_back(tmp_path):
     config, params = from_hugging_face(golden_folder(tmp_path, "llama-1-7b"))
-    folder = sharded(tmp_path / "bf16", config, mapping.reader(config, params), "bfloat16")
+    folder = sharded(tmp_path / "bf16", config, mapping.slice_getter(config, params), "bfloat16")
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     found = tensors_in(folder)
     for name, value in cases.weights(cases.stored()["llama-1-7b"]["tensors"]).items():
         np.testing.assert_array_equal(found[name], value.astype(found[name].dtype))
         assert found[name].dtype.name == "bfloat16"
     again = sharded(
-        tmp_path / "again", config, mapping.reader(*from_hugging_face(folder)), "bfloat16"
+        tmp_path / "again", config, mapping.slice_getter(*from_hugging_face(folder)), "bfloat16"
     )
     for name, value in tensors_in(again).items():
         np.testing.assert_array_equal(value, found[name])
@@ -118,19 +118,19 @@ def test_memory_is_that_of_a_few_pieces(wide, tmp_path, monkeypatch):
     shapes, bound = mapping.unrolled_shapes(WIDE), size / 3
 
     def bring_in():
-        write_params(tmp_path, 0, shapes, open_hugging_face(folder).source.pieces(MEGABYTE))
+        write_params(tmp_path, 0, shapes, open_hugging_face(folder).weights.slices(MEGABYTE))
 
     def bring_out():
         reader = ParamsReader(tmp_path, 0, shapes)
-        placed = mapping.placements(ARCHITECTURES["llama"], WIDE)
-        for _ in mapping.write(placed, reader.read, np.float32, MEGABYTE):
+        mappings = mapping.map_tensors(ARCHITECTURES["llama"], WIDE)
+        for _ in mapping.tensor_rows(mappings, reader.read, np.float32, MEGABYTE):
             pass
         reader.check()
 
     assert peak_of(bring_in) < bound
     assert peak_of(bring_out) < bound
     # The control: in memory it is the whole model.
-    assert peak_of(lambda: list(open_hugging_face(folder).source.pieces(MEGABYTE))) > size / 2
+    assert peak_of(lambda: list(open_hugging_face(folder).weights.slices(MEGABYTE))) > size / 2
 
 
 def refused(folder):
@@ -212,8 +212,10 @@ def test_a_single_file_wins_over_an_index_that_a_larger_model_left_behind(stale,
     safetensors.numpy.save_file(other, folder / "model-00001-of-00002.safetensors")
     _, again = from_hugging_face(folder)  # and with older weights in a file that it names
     for found in (params, again):
-        written = mapping.write(
-            mapping.placements(ARCHITECTURES["llama"], config), mapping.reader(config, found), "f4"
+        written = mapping.tensor_rows(
+            mapping.map_tensors(ARCHITECTURES["llama"], config),
+            mapping.slice_getter(config, found),
+            "f4",
         )
         for name, rows in written:
             np.testing.assert_array_equal(rows.reshape(-1), wanted[name].reshape(-1), err_msg=name)
@@ -226,7 +228,7 @@ def test_weights_from_before_are_replaced_whatever_their_files(tmp_path):
     (tmp_path / "out" / "mine.safetensors").write_bytes(b"")  # not of a model that was saved here
     for held, shard_bytes in ((other, 50_000), (params, 10**9), (other, 70_000), (params, 50_000)):
         folder = sharded(
-            tmp_path / "out", config, mapping.reader(config, held), shard_bytes=shard_bytes
+            tmp_path / "out", config, mapping.slice_getter(config, held), shard_bytes=shard_bytes
         )
         found = named_leaves(from_hugging_face(folder)[1])
         for name, value in named_leaves(held).items():

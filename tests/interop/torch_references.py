@@ -48,9 +48,9 @@ def compute(name: str, folder: pathlib.Path | None) -> tuple[Named, Named]:
         logits, gradients = mtp_references.compute(*mtp_references.load(folder))
         return {f"depth_{depth}": each for depth, each in enumerate(logits, 1)}, gradients
     if name in registry.PRESET_CASES:
-        held, reference = registry.model(name), presets_references.REFERENCES[name]
+        case, reference = registry.model(name), presets_references.REFERENCES[name]
         logits, gradients = presets_references.measured(
-            reference, held.config, held.tensors, registry.batch(name)
+            reference, case.config, case.tensors, registry.batch(name)
         )
         return {"logits": logits}, gradients
     eager = {"attn_implementation": "eager"} if name in DECODERS else {}

@@ -1,4 +1,4 @@
-"""The golden case of predictors of further tokens: DeepSeek-V3's, two of them, so that one reads
+"""The golden case of multi-token prediction: DeepSeek-V3's, two of them, so that one reads
 what another gives.
 """
 
@@ -20,8 +20,8 @@ from tests.interop import cases
 from tests.tiny import summed
 
 DEPTH, WEIGHT = 2, 0.3
-# Tensor of a predictor -> the tensor that it doubles.
-DOUBLES = {
+# TensorSpec of a predictor -> the tensor that it copies.
+COPIES = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
 }
@@ -30,7 +30,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def weights(shapes: dict[str, list[int]]) -> Tensors:
-    """Returns the seed's weights, doubles as what they double."""
+    """Returns the seed's weights, copies as what they copy."""
     tensors = cases.weights(shapes)
     for name in tensors:
         original = original_of(name)
@@ -40,26 +40,22 @@ def weights(shapes: dict[str, list[int]]) -> Tensors:
 
 
 def original_of(name: str) -> str | None:
-    """Returns the tensor that a tensor doubles, or None."""
+    """Returns the tensor that a tensor copies, or None."""
     return next(
-        (
-            original
-            for double, original in DOUBLES.items()
-            if name.endswith(double) and name != original
-        ),
+        (original for copy, original in COPIES.items() if name.endswith(copy) and name != original),
         None,
     )
 
 
-def without_doubles(tensors: Tensors) -> Tensors:
-    """Returns the tensors that double none."""
+def without_copies(tensors: Tensors) -> Tensors:
+    """Returns the tensors that copy none."""
     return {name: value for name, value in tensors.items() if original_of(name) is None}
 
 
 @functools.cache
 def stored() -> dict[str, Any]:
     """Returns the `config` and the `tensors` (shapes by name) of the folder."""
-    return json.loads((cases.GOLDENS / "future.json").read_text())
+    return json.loads((cases.GOLDENS / "mtp.json").read_text())
 
 
 @functools.cache
@@ -72,7 +68,7 @@ def model() -> tuple[ModelConfig, Any, Tensors]:
 @functools.cache
 def golden() -> Tensors:
     """Returns what torch computed: logits as `depth_1`, …, and the `gradients`' facts."""
-    with np.load(cases.GOLDENS / "future.npz") as arrays:
+    with np.load(cases.GOLDENS / "mtp.npz") as arrays:
         return dict(arrays)
 
 

@@ -1,4 +1,4 @@
-"""Predictors of further tokens, against goldens of transformers' own: logits, gradients, the layout
+"""multi-token prediction, against goldens of transformers' own: logits, gradients, the layout
 of tensors.
 """
 
@@ -17,8 +17,7 @@ from research.core.trees import named_leaves
 from research.interop import mapping
 from research.interop.huggingface import open_hugging_face, to_hugging_face
 from research.recipes.convert import convert
-from tests.interop import cases, registry
-from tests.interop import future_cases as future
+from tests.interop import cases, mtp_cases, registry
 from tests.interop.folders import write_folder
 
 FIRST = "model.layers.2."
@@ -26,10 +25,10 @@ FIRST = "model.layers.2."
 
 @pytest.mark.thorough
 def test_the_order_of_the_joined_inputs_is_seen_by_the_comparison():
-    config, params, _ = future.model()
+    config, params, _ = mtp_cases.model()
     kernel = params["future_0"]["projection"]["kernel"]
     turned = {"kernel": np.roll(kernel, len(kernel) // 2, axis=0)}
-    logits = future.logits(
+    logits = mtp_cases.logits(
         config, params | {"future_0": params["future_0"] | {"projection": turned}}
     )
     off = [
@@ -49,9 +48,9 @@ def test_another_weight_of_a_predictor_is_seen_by_the_comparison():
 
 
 def test_the_command_takes_them_there_and_back_bitwise(tmp_path):
-    """Doubles are read twice of a workdir, and count once for its digests."""
-    _, params, tensors = future.model()
-    folder = write_folder(tmp_path / "in", future.stored()["config"], tensors)
+    """Copies are read twice of a workdir, and count once for its digests."""
+    _, params, tensors = mtp_cases.model()
+    folder = write_folder(tmp_path / "in", mtp_cases.stored()["config"], tensors)
     words = models.WordLevel({f"w{i}": i for i in range(cases.VOCAB)}, unk_token="w0")
     tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
     convert(str(folder), str(tmp_path / "workdir"), None, None)
@@ -67,33 +66,33 @@ def test_the_command_takes_them_there_and_back_bitwise(tmp_path):
 
 def opened(folder, tensors, **fields):
     """The model of a folder of these tensors, and its parameters."""
-    model = open_hugging_face(write_folder(folder, future.stored()["config"] | fields, tensors))
-    return model.config, mapping.parameters(model.config, model.source.pieces())
+    model = open_hugging_face(write_folder(folder, mtp_cases.stored()["config"] | fields, tensors))
+    return model.config, mapping.params_from_slices(model.config, model.weights.slices())
 
 
-def test_doubles_may_be_missing(tmp_path):
-    config, params, tensors = future.model()
-    found, read = opened(tmp_path, future.without_doubles(tensors))
+def test_copies_may_be_missing(tmp_path):
+    config, params, tensors = mtp_cases.model()
+    found, read = opened(tmp_path, mtp_cases.without_copies(tensors))
     assert found == config
     for name, value in named_leaves(params).items():
         np.testing.assert_array_equal(named_leaves(read)[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize(("double", "original"), future.DOUBLES.items())
-def test_a_double_that_is_none_is_refused_in_one_line(double, original, tmp_path):
-    _, _, tensors = future.model()
+@pytest.mark.parametrize(("copy", "original"), mtp_cases.COPIES.items())
+def test_a_copy_with_other_numbers_is_refused_in_one_line(copy, original, tmp_path):
+    _, _, tensors = mtp_cases.model()
     other = tensors[original].copy()
     other[3, 4] += 1
     with pytest.raises(
-        UserError, match=f"{FIRST}{double} differs from {original}, which it repeats.$"
+        UserError, match=f"{FIRST}{copy} differs from {original}, which it repeats.$"
     ) as error:
-        opened(tmp_path, tensors | {FIRST + double: other})
+        opened(tmp_path, tensors | {FIRST + copy: other})
     assert "\n" not in str(error.value)
 
 
 def test_layers_that_are_counted_and_not_there_are_left_out(tmp_path, caplog):
     """As transformers saves them."""
-    config, params, tensors = future.model()
+    config, params, tensors = mtp_cases.model()
     caplog.set_level("INFO", logger="tessera")
     main = {
         name: value
@@ -109,7 +108,7 @@ def test_layers_that_are_counted_and_not_there_are_left_out(tmp_path, caplog):
 
 
 def test_what_one_of_them_lacks_and_what_is_too_many_is_named(tmp_path):
-    _, _, tensors = future.model()
+    _, _, tensors = mtp_cases.model()
     lacking = {
         name: value for name, value in tensors.items() if name != "model.layers.3.eh_proj.weight"
     }
@@ -119,8 +118,8 @@ def test_what_one_of_them_lacks_and_what_is_too_many_is_named(tmp_path):
         opened(tmp_path / "counted", tensors, num_nextn_predict_layers=1)
 
 
-def test_doubles_of_a_tied_model_are_all_its_embedding(tmp_path):
-    config, params, _ = future.model()
+def test_copies_of_a_tied_model_are_all_its_embedding(tmp_path):
+    config, params, _ = mtp_cases.model()
     tied = dataclasses.replace(config, tied_embeddings=True)
     to_hugging_face(
         tied, {name: value for name, value in params.items() if name != "unembed"}, tmp_path
@@ -131,6 +130,6 @@ def test_doubles_of_a_tied_model_are_all_its_embedding(tmp_path):
     assert "lm_head.weight" not in written
     assert (
         json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"]
-        == future.DEPTH
+        == mtp_cases.DEPTH
     )
     assert open_hugging_face(tmp_path).config == tied
