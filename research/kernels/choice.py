@@ -1,8 +1,8 @@
-"""Which body of an operation computes a call, and why.
+"""Picks the implementation of an operation for a call, and logs why.
 
-A body is a module with the operation and with `refusal(...)`, which takes the call's arguments and
-returns the rule that keeps the body from taking them, with the nearest value that it allows, or
-None.
+An implementation is a module with the operation and with `unsupported_reason(...)`. That takes the
+call's arguments and returns None, or the rule that the call breaks with the nearest value that the
+implementation allows.
 """
 
 import functools
@@ -20,35 +20,39 @@ logger = logging.getLogger("tessera")
 def choose(
     operation: str,
     implementation: str,
-    bodies: Mapping[str, ModuleType],
+    implementations: Mapping[str, ModuleType],
     preferred: Mapping[str, Sequence[str]],
     *arguments: Any,
 ) -> str:
-    """Returns the name of the body to call; what `auto` picked of several is logged once, with its
-    reason.
+    """Returns the name of the implementation to call.
+
+    What `auto` picked of several is logged once, with its reason.
 
     Args:
       operation: what the log calls it.
-      implementation: a body's name, or `auto`.
-      bodies: by name.
-      preferred: the fast bodies of each platform, the first choice first.
-      *arguments: what `refusal` takes.
+      implementation: an implementation's name, or `auto`.
+      implementations: by name.
+      preferred: the fast implementations of each platform, the first choice first.
+      *arguments: what `unsupported_reason` takes.
 
     Raises:
-      UserError: the body named, or every fast body of this platform, refuses the call.
+      UserError: the implementation named, or every fast one of this platform, does not
+        support the call.
     """
     names = preferred[platform()] if implementation == "auto" else (implementation,)
-    refusals: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name in names:
-        refusal = bodies[name].refusal(*arguments)
-        if refusal is None:
-            # Where a platform has one fast body, nothing was chosen.
+        reason = implementations[name].unsupported_reason(*arguments)
+        if reason is None:
+            # Where a platform has one fast implementation, nothing was chosen.
             if len(names) > 1:
-                why = "; ".join(f"{other} refuses {rule}" for other, rule in refusals.items())
+                why = "; ".join(
+                    f"{other} does not support {rule}" for other, rule in reasons.items()
+                )
                 _report(operation, platform(), name, why)
             return name
-        refusals[name] = refusal
-    why = "; ".join(f"{name!r} refuses {rule}" for name, rule in refusals.items())
+        reasons[name] = reason
+    why = "; ".join(f"{name!r} does not support {rule}" for name, rule in reasons.items())
     advice = (
         "" if implementation == "reference" else " Or take implementation = 'reference' by name."
     )

@@ -63,7 +63,8 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
         if not picked <= ROUNDINGS * plain + FLOOR
     }
     if drift:
-        implementation, worst = config.attention.implementation, max(drift, key=drift.get)
+        implementation = config.attention.implementation
+        worst = max(drift, key=drift.get)
         raise UserError(
             "model.attention.implementation",
             implementation,

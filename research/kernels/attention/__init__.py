@@ -1,11 +1,11 @@
-"""Scaled dot-product attention: one face, one body a backend."""
+"""Scaled dot-product attention: one API, one implementation a backend."""
 
 import math
 
 from jaxtyping import Array, Float
 
 from research.core.errors import UserError
-from research.kernels.attention.bodies import Implementation, choose, for_wide_heads
+from research.kernels.attention.implementations import Implementation, choose, for_wide_heads
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 
@@ -44,12 +44,13 @@ def attention(
       softcap: bound of the scores, above 0; None is no bound.
       sinks: a logit a head that takes part in the denominator only.
       scale: factor on the scores; None is 1 / √H.
-      implementation: the body; `auto` takes the fastest that knows what is asked, and never
+      implementation: the backend; `auto` takes the fastest that knows what is asked, and never
         `reference`, which holds `[B, N, T, S]` and is taken by name only.
 
     Raises:
-      UserError: N is no multiple of K, q, k and v differ in type, or the body is not there or does
-        not take what is asked; the message names the rule and the nearest value that it allows.
+      UserError: N is no multiple of K, q, k and v differ in type, or the implementation is not
+        there or does not take what is asked; the message names the rule and the nearest value that
+        it allows.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; groups: Ainslie et al. 2023,
     arXiv:2305.13245; ALiBi: Press et al. 2021, arXiv:2108.12409; cap: Gemma 2, arXiv:2408.00118,
@@ -63,5 +64,5 @@ def attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     terms = ScoreTerms(bias, alibi, sinks, softcap, scale)
     mask = mask.with_positions(q.shape[0], q.shape[1], k.shape[1])
-    body = choose(implementation, q, k, mask, terms)
-    return body(q, k, v, mask, terms)
+    function = choose(implementation, q, k, mask, terms)
+    return function(q, k, v, mask, terms)

@@ -301,7 +301,7 @@ def _add_to_terms(
     return dataclasses.replace(sums, **shares)
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> None:
     """Takes everything."""
@@ -315,7 +315,7 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Attention by tiles of queries; see the face of the package for the equation.
+    """Attention by tiles of queries; see the API of the package for the equation.
 
     Source: the backward pass is Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 2, with
         whole rows of scores.

@@ -12,20 +12,20 @@ from research.parallel.target import platform
 MAX_WIDTH = 128
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> str | None:
     """Returns the rule of cuDNN that a call breaks, with the nearest value that it allows.
 
     Nothing here knows whether a gradient will be taken, so the rules are those of training. Packed
     documents are
-    refused too: cuDNN takes them as offsets and lengths, which say less than a segment a token.
+    unsupported too: cuDNN takes them as offsets and lengths, which say less than a segment a token.
     """
     described = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
     unknown = [name for name in described if getattr(mask, name) is not None]
     unknown += [name for name in terms.given if name != "bias"]
     if unknown:
-        return f"{unknown[0]}, which it does not know"
+        return unknown[0]
     if mask.window is not None and not mask.causal:
         return f"window = {mask.window} without causal: it takes a window with causal = True"
     if q.dtype.name not in ("bfloat16", "float16"):
@@ -41,14 +41,14 @@ def refusal(
             f"{queries} queries and {keys} keys with causal: it takes as many queries as keys, "
             f"such as {keys}"
         )
-    if terms.bias is not None and (why := _bias_refusal(q, k, terms.bias)):
+    if terms.bias is not None and (why := _unsupported_bias(q, k, terms.bias)):
         return why
     if platform() != "gpu":
         return f"{platform()}: it needs a GPU"
     return None
 
 
-def _bias_refusal(
+def _unsupported_bias(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], bias: Float[Array, "#B #N #T #S"]
 ) -> str | None:
     """Returns the rule that a bias breaks whose gradient is wanted."""

@@ -29,7 +29,7 @@ from research.parallel.target import not_hopper, platform
 MAX_WIDTH = 256
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
@@ -47,7 +47,7 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Attention a block at a time; see the face of the package for the equation.
+    """Attention a block at a time; see the API of the package for the equation.
 
     On another platform than a GPU it runs in JAX's interpreter of GPU kernels, for tests.
     """

@@ -1,5 +1,5 @@
-"""Attention written as its equation: the yardstick of every fast body, and the body that takes
-everything.
+"""Attention written as its equation: the yardstick of every fast implementation, and the one that
+takes everything.
 """
 
 import jax
@@ -10,7 +10,7 @@ from research.kernels.attention.mask import AttentionMask, Span
 from research.kernels.attention.terms import ScoreTerms
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> None:
     """Takes everything."""
@@ -23,7 +23,7 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Attention in float32, holding `[B, N, T, S]`; see the face of the package for the
+    """Attention in float32, holding `[B, N, T, S]`; see the API of the package for the
     equation.
     """
     batch, queries, heads, width = q.shape

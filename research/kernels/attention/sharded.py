@@ -1,4 +1,4 @@
-"""A body of attention on each device's share of the batch and the heads, for bodies that no
+"""Attention on each device's shard of the batch and the heads, for implementations that no
 partitioner can cut.
 """
 
@@ -15,10 +15,10 @@ from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.shard_map import shard_map, sharding_axes
 
 
-def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns `body`, called once a device under a mesh, on its rows of the batch and its heads."""
+def per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns `attention` wrapped in a `shard_map` over its rows of the batch and its heads."""
 
-    @functools.wraps(body)
+    @functools.wraps(attention)
     def call(
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
@@ -27,7 +27,7 @@ def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
         terms: ScoreTerms,
     ) -> Float[Array, "B T N H"]:
         if jax.sharding.get_abstract_mesh().size <= 1:
-            return body(q, k, v, mask, terms)
+            return attention(q, k, v, mask, terms)
         batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
         heads = sharding_axes((TENSOR_AXIS,), q.shape[2], k.shape[2]) or None
         tokens = PartitionSpec(batch, None, heads)
@@ -40,6 +40,6 @@ def per_device(body: Callable[..., Array]) -> Callable[..., Array]:
             )
 
         specs = (jax.tree.map(lambda _: PartitionSpec(batch), mask), jax.tree.map(term_spec, terms))
-        return shard_map(body, (tokens, tokens, tokens, *specs), tokens)(q, k, v, mask, terms)
+        return shard_map(attention, (tokens, tokens, tokens, *specs), tokens)(q, k, v, mask, terms)
 
     return call

@@ -30,7 +30,7 @@ WIDE_UNITS = ("TPU v6 lite", "TPU7x")
 RESIDENT_WITH_BIAS = 2048
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
@@ -78,7 +78,7 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Attention a tile at a time; see the face of the package for the equation."""
+    """Attention a tile at a time; see the API of the package for the equation."""
     blocks = choose_blocks(
         q.shape[-1], q.dtype.itemsize, terms.bias is not None, q.shape[1], k.shape[1]
     )
@@ -98,7 +98,7 @@ def tiled_attention(
     """Attention in tiles of a given size.
 
     Args:
-      q, k, v, mask, terms: as of the face.
+      q, k, v, mask, terms: as in the API.
       blocks: tile sizes of the forward and of the backward pass.
       interpret: what `pallas_call` takes by that name; False compiles.
     """

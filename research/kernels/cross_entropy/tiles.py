@@ -1,5 +1,5 @@
-"""What all bodies of cross-entropy in chunks share: what is computed, sizes of tiles, loops over
-them, the mesh.
+"""What all implementations of cross-entropy in chunks share: what is computed, sizes of tiles,
+loops over them, the mesh.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ MAX_UNROLLED = 8
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What the loss is, and the tile it is taken in; the face says what each means."""
+    """What the loss is, and the tile it is taken in; the API says what each means."""
 
     softcap: float | None
     label_smoothing: float

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import gpu, tpu_kernel
-from research.kernels.decode_attention.bodies import Implementation, choose
+from research.kernels.decode_attention.implementations import Implementation, choose
 from research.kernels.decode_attention.pages import KVPages, empty_pages, gather, quantize, write
 from research.kernels.rounding import round_up
 from research.parallel.target import platform
@@ -79,14 +79,14 @@ def decode_attention(
       sinks: a logit a head that takes part in the denominator only.
       alibi: the slope of each head.
       scale: factor on the scores; None is 1 / √H.
-      implementation: the body; `auto` takes the fastest that knows what is asked, and never
+      implementation: the backend; `auto` takes the fastest that knows what is asked, and never
         `reference`, which holds the keys and values of all sequences in full length and is taken by
         name only.
 
     Raises:
       UserError: N is no multiple of K, H is above that of the pages, the window is below 1, the cap
-        not above 0, or the body is not there or does not take what is asked; the message names the
-        rule and the nearest value it allows.
+        not above 0, or the implementation is not there or does not take what is asked; the message
+        names the rule and the nearest value it allows.
 
     Source: Kwon et al. 2023 (PagedAttention), arXiv:2309.06180, equation 4; the terms are those of
     `research.kernels.attention`.
@@ -105,7 +105,7 @@ def decode_attention(
     scale = 1.0 / math.sqrt(width) if scale is None else scale
     terms = ScoreTerms(None, alibi, sinks, softcap, scale)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))
-    body = choose(implementation, q, pages, window, terms)
-    return body(q, pages, table.astype(jnp.int32), lengths.astype(jnp.int32), window, terms)[
+    function = choose(implementation, q, pages, window, terms)
+    return function(q, pages, table.astype(jnp.int32), lengths.astype(jnp.int32), window, terms)[
         ..., :width
     ]

@@ -22,7 +22,7 @@ HIDDEN = -1e30
 Sums = tuple[Float[Array, "*B K GR H"], Float[Array, "*B K GR 1"], Float[Array, "*B K GR 1"]]
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
 ) -> None:
     """Takes everything."""
@@ -36,7 +36,7 @@ def decode_attention(
     window: int | None,
     terms: ScoreTerms,
 ) -> Float[Array, "B R N H"]:
-    """Decode attention piece by piece, in float32; see the face of the package for the equation."""
+    """Decode attention piece by piece, in float32; see the API of the package for the equation."""
     rows, heads = q.shape[1:3]
     first, end = needed(lengths, rows, pages.page_size, window)
     chunk = min(table.shape[1], max(1, PIECE // pages.page_size))

@@ -49,7 +49,7 @@ SHARED, RESERVED, MAX_STAGES = 228 * 2**10, 4 * 2**10, 6
 JOINED = 128
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
 ) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
@@ -132,7 +132,7 @@ def decode_attention(
     window: int | None,
     terms: ScoreTerms,
 ) -> Float[Array, "B R N H"]:
-    """Decode attention part by part; see the face of the package for the equation.
+    """Decode attention part by part; see the API of the package for the equation.
 
     On another platform than a GPU it runs in JAX's interpreter of GPU kernels, for tests.
     """

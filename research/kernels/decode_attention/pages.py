@@ -70,7 +70,7 @@ def empty_pages(
       pages: P.
       page_size: C, tokens a page.
       kv_heads: K.
-      head_dim: H; that of the model or above, where a body wants it so.
+      head_dim: H; that of the model or above, where an implementation needs it.
       dtype: `bfloat16`, `float16`, `float32`, `int8` or `float8_e4m3fn`.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Decode attention as attention over the dense cache: the yardstick of every fast body, taking
-everything.
+"""Decode attention as attention over the dense cache: the yardstick of every fast implementation,
+taking everything.
 """
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from research.kernels.attention import reference as attention
 from research.kernels.decode_attention.pages import KVPages, gather
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
 ) -> None:
     """Takes everything."""
@@ -24,7 +24,7 @@ def decode_attention(
     window: int | None,
     terms: ScoreTerms,
 ) -> Float[Array, "B R N H"]:
-    """Decode attention, holding each sequence's keys and values and all scores; see the face of the
+    """Decode attention, holding each sequence's keys and values and all scores; see the API of the
     package.
     """
     k, v = gather(pages, table)

@@ -31,7 +31,7 @@ TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 UNROLLED = 4
 
 
-def refusal(
+def unsupported_reason(
     q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
 ) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
@@ -113,7 +113,7 @@ def decode_attention(
     window: int | None,
     terms: ScoreTerms,
 ) -> Float[Array, "B R N H"]:
-    """Decode attention page by page; see the face of the package for the equation."""
+    """Decode attention page by page; see the API of the package for the equation."""
     plan = plan_for(q, pages, table.shape[1], window, terms)
     return paged_attention(q, pages, table, lengths, terms, plan, False)
 
@@ -130,7 +130,7 @@ def paged_attention(
     """Decode attention by a given plan.
 
     Args:
-      q, pages, table, lengths, terms: as of the face.
+      q, pages, table, lengths, terms: as in the API.
       plan: block sizes and rules.
       interpret: what `pallas_call` takes by that name; False compiles.
     """

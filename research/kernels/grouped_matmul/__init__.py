@@ -17,7 +17,7 @@ __all__ = ["Implementation", "grouped_matmul"]
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu", "xla"]
 
-BODIES: dict[str, ModuleType] = {
+IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "cpu": cpu,
     "tpu": tpu,
@@ -41,34 +41,34 @@ def grouped_matmul(
     float32. The gradients are those of the equation, summed in float32 as well, and zero for the
     kernels of empty groups.
 
-    Under a mesh the fast bodies are called inside a `shard_map`, each device with its own rows and
-    group sizes.
+    Under a mesh the fast implementations are called inside a `shard_map`, each device with its own
+    rows and group sizes.
 
     Args:
       x: rows sorted by expert.
       kernels: `[E, D, F]`, plain or a node; rounded to the type of `x`; where they are float32, so
           is their gradient.
       group_sizes: rows of each expert, at least 0, together at most M.
-      implementation: the body; `auto` takes the fastest that knows what is asked, and never
+      implementation: the backend; `auto` takes the fastest that knows what is asked, and never
           `reference`.
 
     Returns:
       `[M, F]` in the type of `x`.
 
     Raises:
-      UserError: the body is not there or does not take what is asked.
+      UserError: the implementation is not there or does not take what is asked.
 
     Source: Gale et al. 2022 (MegaBlocks), arXiv:2211.15841, for experts of any load.
     """
     if isinstance(kernels, WeightNode):
         return kernels.grouped_matmul(x, group_sizes, implementation)
-    name = choose("grouped matmul", implementation, BODIES, PREFERRED, x, kernels)
+    name = choose("grouped matmul", implementation, IMPLEMENTATIONS, PREFERRED, x, kernels)
     return _grouped(x, kernels, group_sizes, name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped(x: Array, kernels: Array, group_sizes: Array, name: str) -> Array:
-    return BODIES[name].grouped_matmul(x, kernels.astype(x.dtype), group_sizes)
+    return IMPLEMENTATIONS[name].grouped_matmul(x, kernels.astype(x.dtype), group_sizes)
 
 
 def _forward(
@@ -81,8 +81,8 @@ def _backward(
     name: str, saved: tuple[Array, ...], g: Float[Array, "M F"]
 ) -> tuple[Array, Array, None]:
     x, kernels, group_sizes = saved
-    dx = BODIES[name].transposed_matmul(g, kernels.astype(x.dtype), group_sizes)
-    return dx, BODIES[name].outer_products(x, g, group_sizes).astype(kernels.dtype), None
+    dx = IMPLEMENTATIONS[name].transposed_matmul(g, kernels.astype(x.dtype), group_sizes)
+    return dx, IMPLEMENTATIONS[name].outer_products(x, g, group_sizes).astype(kernels.dtype), None
 
 
 _grouped.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from research.kernels.row_major import swap_last
 PIECES = (512, 256, 128, 64)
 
 
-def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> None:
+def unsupported_reason(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> None:
     """Takes everything."""
 
 

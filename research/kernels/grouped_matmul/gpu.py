@@ -35,7 +35,7 @@ WIDTH = 128
 BAND = 8
 
 
-def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | None:
+def unsupported_reason(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
     if (reason := not_hopper()) is not None:
         return reason

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> None:
+def unsupported_reason(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> None:
     """Takes everything."""
 
 

@@ -28,7 +28,7 @@ class Blocks:
     outer: int = 1024
 
 
-def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | None:
+def unsupported_reason(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | None:
     """Returns the rule that a call breaks, with the nearest value that it allows."""
     if platform() != "tpu":
         return f"{platform()}: it needs a TPU"
@@ -66,7 +66,7 @@ def grouped_matmul(
     """Returns each row times the kernel of its group.
 
     Args:
-      x, kernels, group_sizes: as of the face.
+      x, kernels, group_sizes: as in the API.
       blocks: tile sizes.
       interpret: what `pallas_call` takes by that name; False compiles.
     """

@@ -17,7 +17,7 @@ _SHARED_ROWS = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def refusal(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | None:
+def unsupported_reason(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> str | None:
     """Returns the rule that a call breaks."""
     return None if platform() == "gpu" else f"{platform()}: it needs a GPU"
 

@@ -1,4 +1,4 @@
-"""Attention: every body equals the plain one, and the mask means what it says."""
+"""Attention: every implementation equals the plain one, and the mask means what it says."""
 
 import dataclasses
 
@@ -267,14 +267,16 @@ def test_memory_of_cpu_attention_is_linear_in_the_length():
     assert temporaries("reference", 4096) > 64
 
 
-def test_what_a_body_does_not_know_is_named():
+def test_what_an_implementation_does_not_support_is_named():
     q, k, v, _ = inputs(1, 4, 4, 2, 1, 8)
     mask = AttentionMask()
-    with pytest.raises(UserError, match=r"'tpu' refuses"):
+    with pytest.raises(UserError, match=r"'tpu' does not support"):
         attention(q, k, v, mask=mask, implementation="tpu")
-    with pytest.raises(UserError, match=r"'cudnn' refuses prefix"):
+    with pytest.raises(UserError, match=r"'cudnn' does not support prefix"):
         attention(q, k, v, mask=AttentionMask(prefix=jnp.array([1])), implementation="cudnn")
-    with pytest.raises(UserError, match=r"'cudnn' refuses float32: it takes bfloat16 or float16"):
+    with pytest.raises(
+        UserError, match=r"'cudnn' does not support float32: it takes bfloat16 or float16"
+    ):
         attention(q, k, v, mask=mask, implementation="cudnn")
     with pytest.raises(UserError, match=r"num_kv_heads = 3 does not divide num_heads = 4"):
         attention(*inputs(1, 4, 4, 4, 3, 8)[:3], mask=mask)

@@ -1,5 +1,5 @@
-"""The GPU bodies: Pallas kernels for Hopper against the reference in JAX's interpreter, and
-compiled for an H200.
+"""The GPU implementations: Pallas kernels for Hopper against the reference in JAX's interpreter,
+and compiled for an H200.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from research.kernels.attention import (
     AttentionMask,
     ScoreTerms,
     attention,
-    bodies,
     cudnn,
     gpu,
+    implementations,
     reference,
 )
 from research.kernels.attention.gpu_plan import Plan, block_kinds, visits
@@ -47,9 +47,9 @@ def documents(batch, length, size):
     return jnp.asarray(np.tile(row, (batch, 1)))
 
 
-def value_and_gradients(body, q, k, v, g, mask, terms):
+def value_and_gradients(function, q, k, v, g, mask, terms):
     def call(q, k, v, bias, sinks):
-        return body(q, k, v, mask, dataclasses.replace(terms, bias=bias, sinks=sinks))
+        return function(q, k, v, mask, dataclasses.replace(terms, bias=bias, sinks=sinks))
 
     out, pull = jax.vjp(call, q, k, v, terms.bias, terms.sinks)
     return (out, *pull(g))
@@ -231,7 +231,7 @@ def test_cudnn_compiles_with_the_gradient_of_a_bias(h200):
     terms = ScoreTerms(bias=jnp.zeros((1, 2, 64, 64), jnp.bfloat16), scale=0.1)
     q, k, v, g = operands(1, 64, 64, 2, 2, 64, jnp.bfloat16)
     with compiling_for("gpu", H200):
-        assert cudnn.refusal(q, k, AttentionMask(), terms) is None
+        assert cudnn.unsupported_reason(q, k, AttentionMask(), terms) is None
     text = compile_on(
         h200,
         functools.partial(value_and_gradients, cudnn.attention),
@@ -260,7 +260,7 @@ def test_temporaries_hold_no_scores_at_32768_tokens(h200):
 
 
 REFUSED = [
-    (cudnn, {"mask": AttentionMask(prefix=jnp.array([1]))}, "prefix, which it does not know"),
+    (cudnn, {"mask": AttentionMask(prefix=jnp.array([1]))}, "prefix"),
     (cudnn, {"mask": AttentionMask(window=4)}, "it takes a window with causal = True"),
     (cudnn, {"dtype": jnp.float32}, "float32: it takes bfloat16 or float16"),
     (cudnn, {"width": 30}, "it takes multiples of 8 up to 128, such as 32"),
@@ -298,8 +298,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("body", "given", "rule"), REFUSED)
-def test_refusal_names_the_rule_and_the_nearest_value(body, given, rule):
+@pytest.mark.parametrize(("implementation", "given", "rule"), REFUSED)
+def test_unsupported_reason_names_the_rule_and_the_nearest_value(implementation, given, rule):
     usual = {
         "mask": AttentionMask(),
         "terms": ScoreTerms(),
@@ -311,12 +311,12 @@ def test_refusal_names_the_rule_and_the_nearest_value(body, given, rule):
     q = jnp.zeros((call["batch"], 6, 2, call["width"]), call["dtype"])
     k = jnp.zeros((call["batch"], call["keys"], 2, call["width"]), call["dtype"])
     with compiling_for(call["platform"], call["chip"]):
-        refusal = body.refusal(q, k, call["mask"], call["terms"])
+        reason = implementation.unsupported_reason(q, k, call["mask"], call["terms"])
     if rule is None:
-        assert refusal is None
+        assert reason is None
     else:
         with pytest.raises(UserError, match=rule):
-            raise UserError(refusal)
+            raise UserError(reason)
 
 
 def test_auto_prefers_cudnn_then_the_kernel_and_says_why_once(caplog):
@@ -327,15 +327,18 @@ def test_auto_prefers_cudnn_then_the_kernel_and_says_why_once(caplog):
         for _ in range(2):
             jax.eval_shape(lambda q, k, v: attention(q, k, v, mask=prefixed), q, q, q)
             names = ("auto", q, q, AttentionMask(causal=True), ScoreTerms())
-            assert bodies.choose(*names).__wrapped__ is cudnn.attention
+            assert implementations.choose(*names).__wrapped__ is cudnn.attention
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        "attention on gpu: gpu (cudnn refuses prefix, which it does not know)",
+        "attention on gpu: gpu (cudnn does not support prefix)",
         "attention on gpu: cudnn",
     ]
 
 
-def test_auto_refuses_what_no_gpu_body_takes():
+def test_auto_refuses_what_no_gpu_implementation_takes():
     q = jnp.zeros((1, 8, 2, 300), jnp.bfloat16)
-    with compiling_for("gpu", H200), pytest.raises(UserError, match="'gpu' refuses head_dim = 300"):
+    with (
+        compiling_for("gpu", H200),
+        pytest.raises(UserError, match="'gpu' does not support head_dim = 300"),
+    ):
         attention(q, q, q, mask=AttentionMask())

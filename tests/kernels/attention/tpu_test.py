@@ -38,14 +38,14 @@ def packed(rng, batch, length):
 def both_sides(q, k, v, g, mask, terms, blocks=(SMALL, SMALL)):
     """Returns value and gradients, by the tiles and by the reference, as lists."""
     sides = []
-    for body in (
+    for function in (
         lambda q, k, v, terms: tiled_attention(q, k, v, mask, terms, blocks, True),
         lambda q, k, v, terms: reference.attention(q, k, v, mask, terms),
     ):
 
         @jax.jit
-        def both(q, k, v, terms, body=body):
-            out, pull = jax.vjp(body, q, k, v, terms)
+        def both(q, k, v, terms, function=function):
+            out, pull = jax.vjp(function, q, k, v, terms)
             return jax.tree.leaves((out, pull(g)))
 
         sides.append(both(q, k, v, terms))
@@ -184,7 +184,7 @@ def test_plan_visits_what_is_visible_and_masks_what_is_mixed():
 def test_what_the_tpu_refuses_is_named_with_the_nearest_value():
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     mask = AttentionMask()
-    with pytest.raises(UserError, match="'tpu' refuses cpu: it needs a TPU"):
+    with pytest.raises(UserError, match="'tpu' does not support cpu: it needs a TPU"):
         attention(q, q, q, mask=mask, implementation="tpu")
     with compiling_for("tpu", "TPU v5 lite"):
         for changed, rule in (
@@ -192,7 +192,8 @@ def test_what_the_tpu_refuses_is_named_with_the_nearest_value():
             (jnp.zeros((1, 8, 2, 288), jnp.bfloat16), "head_dim = 288: it takes at most 256"),
         ):
             with pytest.raises(
-                UserError, match=f"'tpu' refuses {rule}.* take implementation = 'reference' by name"
+                UserError,
+                match=f"'tpu' does not support {rule}.* take implementation = 'reference' by name",
             ):
                 attention(changed, changed, changed, mask=mask)
 
@@ -273,12 +274,12 @@ def test_memory_is_linear_in_the_length(generation, length):
 def test_kernels_run_once_a_device_under_a_mesh(monkeypatch):
     calls = []
 
-    def body(q, k, v, mask, terms):
+    def wrong_attention(q, k, v, mask, terms):
         calls.append(q.shape)
         return tiled_attention(q, k, v, mask, terms, (SMALL, SMALL), True)
 
-    monkeypatch.setattr(tpu, "attention", body)
-    monkeypatch.setattr(tpu, "refusal", lambda *_: None)
+    monkeypatch.setattr(tpu, "attention", wrong_attention)
+    monkeypatch.setattr(tpu, "unsupported_reason", lambda *_: None)
     rng = np.random.default_rng(0)
     q, k, v, g = (array(rng, 4, 130, heads, 32) for heads in (4, 2, 2, 4))
     ids = packed(rng, 4, 130)

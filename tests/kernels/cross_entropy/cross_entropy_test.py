@@ -168,12 +168,12 @@ def loops_and_all(name):
     hidden, table, targets, cotangents = inputs((16, 32), vocab=64)
     mesh, hidden, table = on_mesh(name, hidden, table)
     text = compiled_gradient(mesh, hidden, table, targets, cotangents, token_chunk=4, vocab_chunk=8)
-    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
-    assert len(bodies) == 4, (
+    loop_bodies = set(re.findall(r"body=%?([\w.-]+)", text))
+    assert len(loop_bodies) == 4, (
         "forward and backward, a loop over the vocabulary and in it one over tokens"
     )
     loops = [
-        part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in bodies
+        part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in loop_bodies
     ]
     return collectives("\n".join(loops)), collectives(text)
 
@@ -393,7 +393,7 @@ def temporaries(device, width, dtype, implementation="auto"):
 
 
 @pytest.mark.fast_cases(
-    *(f"{body}-512-{dtype}" for body in ("fused", "chunked") for dtype in ("float32", "bfloat16"))
+    *(f"{name}-512-{dtype}" for name in ("fused", "chunked") for dtype in ("float32", "bfloat16"))
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [512, 1024])

@@ -51,7 +51,7 @@ def scales(pages: KVPages):
 
 
 def by_words(q, k, v, lengths, window, terms):
-    """The face's docstring, read word by word: a row and a head at a time."""
+    """The API's docstring, read word by word: a row and a head at a time."""
     q, k, v, lengths = (np.asarray(x, np.float64) for x in (q, k, v, lengths))
     batch, rows, heads, _ = q.shape
     out = np.zeros(q.shape)
@@ -73,8 +73,8 @@ def by_words(q, k, v, lengths, window, terms):
 
 @st.composite
 def calls(draw, page_sizes, widths, dtypes, heads=((4, 2), (3, 1), (2, 2))):
-    """Draws the arguments of a body, with the tokens in the pages as they were before they were
-    written.
+    """Draws the arguments of an implementation, with the tokens in the pages as they were before
+    they were written.
     """
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     rows, page_size = draw(st.sampled_from([1, 3])), draw(st.sampled_from(page_sizes))

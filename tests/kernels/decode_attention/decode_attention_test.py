@@ -1,5 +1,5 @@
-"""Decode attention: pages hold what was written, and the plain bodies give what the words of the
-face say.
+"""Decode attention: pages hold what was written, and the plain implementations give what the words
+of the API say.
 """
 
 import functools
@@ -26,12 +26,12 @@ from research.kernels.decode_attention.pages import KVPages, needed
 from research.parallel.target import compiling_for
 from tests.kernels.decode_attention.cases import by_words, cache, calls, poisoned
 
-BODIES = {"reference": reference.decode_attention, "cpu": cpu.decode_attention}
+IMPLEMENTATIONS = {"reference": reference.decode_attention, "cpu": cpu.decode_attention}
 TYPES = ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 
 
-def run(body, q, pages, table, lengths, window, terms):
-    return jax.jit(lambda *arrays: body(*arrays, window, terms))(q, pages, table, lengths)
+def run(function, q, pages, table, lengths, window, terms):
+    return jax.jit(lambda *arrays: function(*arrays, window, terms))(q, pages, table, lengths)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -61,14 +61,14 @@ def test_a_mean_of_the_pages_is_told_from_attention():
     assert np.abs(np.asarray(v[:, :9].mean(axis=1)) - out[:, 0]).max() > 0.01
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
-def test_slots_that_no_sequence_filled_do_not_matter(body, dtype):
+def test_slots_that_no_sequence_filled_do_not_matter(implementation, dtype):
     rng, lengths = np.random.default_rng(0), [0, 3, 8, 11]
     pages, table, _ = cache(rng, lengths, 3, 4, 2, 8, dtype)
     q = jnp.asarray(rng.normal(size=(4, 2, 4, 8)), jnp.float32)
     call = functools.partial(
-        decode_attention, q, table=table, lengths=jnp.array(lengths), implementation=body
+        decode_attention, q, table=table, lengths=jnp.array(lengths), implementation=implementation
     )
     spoiled = poisoned(pages, table, lengths)
     np.testing.assert_array_equal(call(spoiled), call(pages))
@@ -190,7 +190,7 @@ def test_mistakes_are_named_with_their_rule():
         (
             q,
             {"implementation": "tpu"},
-            "'tpu' refuses .* take implementation = 'reference' by name",
+            "'tpu' does not support .* take implementation = 'reference' by name",
         ),
     ):
         with pytest.raises(UserError, match=rule):
@@ -199,15 +199,16 @@ def test_mistakes_are_named_with_their_rule():
         empty_pages(1, 4, 1, 8, "int4")
 
 
-def test_bodies_run_once_a_device_under_a_mesh(monkeypatch):
+def test_implementations_run_in_a_shard_map_under_a_mesh(monkeypatch):
     rng, lengths = np.random.default_rng(0), jnp.array([0, 5, 12, 9])
     pages, table, _ = cache(rng, lengths, 3, 4, 2, 8, "int8")
     q = jnp.asarray(rng.normal(size=(4, 2, 4, 8)), jnp.float32)
     sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
     expected = decode_attention(q, pages, table, lengths, sinks=sinks, implementation="reference")
-    calls, body = [], cpu.decode_attention
+    calls = []
+    original = cpu.decode_attention
     monkeypatch.setattr(
-        cpu, "decode_attention", lambda q, *rest: calls.append(q.shape) or body(q, *rest)
+        cpu, "decode_attention", lambda q, *rest: calls.append(q.shape) or original(q, *rest)
     )
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):

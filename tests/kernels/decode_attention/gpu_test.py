@@ -1,5 +1,5 @@
-"""The GPU body: Pallas kernels for Hopper against the reference in JAX's interpreter, and compiled
-for an H200.
+"""The GPU implementation: Pallas kernels for Hopper against the reference in JAX's interpreter, and
+compiled for an H200.
 """
 
 import jax
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
-from research.kernels.decode_attention import bodies, empty_pages, gather, gpu, reference
+from research.kernels.decode_attention import empty_pages, gather, gpu, implementations, reference
 from research.kernels.decode_attention.gpu_kernel import STEP
 from research.kernels.decode_attention.pages import needed
 from research.parallel.target import compiling_for
@@ -186,7 +186,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("given", "rule"), REFUSED)
-def test_refusal_names_the_rule_and_the_nearest_value(given, rule):
+def test_unsupported_reason_names_the_rule_and_the_nearest_value(given, rule):
     usual = {
         "queries": "bfloat16",
         "dtype": "bfloat16",
@@ -200,7 +200,7 @@ def test_refusal_names_the_rule_and_the_nearest_value(given, rule):
     pages = empty_pages(2, call["page_size"], 2, call["width"], call["dtype"])
     with compiling_for(call["platform"], call["chip"]):
         if rule is None:
-            bodies.choose("auto", q, pages, None, ScoreTerms())
+            implementations.choose("auto", q, pages, None, ScoreTerms())
         else:
             with pytest.raises(UserError, match=rule):
-                bodies.choose("gpu", q, pages, None, ScoreTerms())
+                implementations.choose("gpu", q, pages, None, ScoreTerms())

@@ -1,5 +1,5 @@
-"""The GPU body: Pallas kernels for Hopper against the reference in JAX's interpreter, and compiled
-for an H200.
+"""The GPU implementation: Pallas kernels for Hopper against the reference in JAX's interpreter, and
+compiled for an H200.
 """
 
 import functools
@@ -23,13 +23,13 @@ H200 = "NVIDIA H200"
 ROWS = 300
 
 
-def value_and_gradients(x, kernels, g, group_sizes, body):
-    call = functools.partial(grouped_matmul._grouped, group_sizes=group_sizes, name=body)
+def value_and_gradients(x, kernels, g, group_sizes, implementation):
+    call = functools.partial(grouped_matmul._grouped, group_sizes=group_sizes, name=implementation)
     y, pull = jax.vjp(call, x, kernels)
     return y, *pull(g)
 
 
-run = jax.jit(value_and_gradients, static_argnames="body")
+run = jax.jit(value_and_gradients, static_argnames="implementation")
 
 
 def operands(width, features, groups, dtype, seed):
@@ -41,14 +41,14 @@ def operands(width, features, groups, dtype, seed):
 def expect(x, kernels, g, sizes):
     """Returns what the reference gives in float32 for the same numbers."""
     x, kernels, g = (a.astype(jnp.float32) for a in (x, kernels.astype(x.dtype), g))
-    return run(x, kernels, g, jnp.array(sizes), body="reference")
+    return run(x, kernels, g, jnp.array(sizes), implementation="reference")
 
 
 def assert_equals_reference(x, kernels, g, sizes, tolerance):
     # What stands past the last group is never looked at.
     nowhere = jnp.arange(ROWS)[:, None] >= sum(sizes)
     spoiled = (jnp.where(nowhere, jnp.nan, a) for a in (x, g))
-    found = run(next(spoiled), kernels, next(spoiled), jnp.array(sizes), body="gpu")
+    found = run(next(spoiled), kernels, next(spoiled), jnp.array(sizes), implementation="gpu")
     for name, a, b in zip(
         ("y", "dx", "dkernels"), found, expect(x, kernels, g, sizes), strict=True
     ):
@@ -108,7 +108,7 @@ def test_each_row_is_stored_once_by_its_group_or_as_zeros(sizes):
     )
 
 
-def compiled(device, body, rows, width, features, groups, dtype="bfloat16"):
+def compiled(device, implementation, rows, width, features, groups, dtype="bfloat16"):
     shapes = (
         (dtype, rows, width),
         ("float32", groups, width, features),
@@ -116,7 +116,9 @@ def compiled(device, body, rows, width, features, groups, dtype="bfloat16"):
         ("int32", groups),
     )
     arguments = [jax.ShapeDtypeStruct(shape, kind) for kind, *shape in shapes]
-    return compile_on(device, functools.partial(value_and_gradients, body=body), *arguments)
+    return compile_on(
+        device, functools.partial(value_and_gradients, implementation=implementation), *arguments
+    )
 
 
 @pytest.mark.compilers
@@ -128,11 +130,13 @@ def test_kernels_compile_for_an_h200_at_odd_sizes(h200):
 def test_temporaries_do_not_grow_with_the_groups(h200):
     rows, width, features, groups = 8192, 512, 512, 16
     programs = {
-        body: compiled(h200, body, rows, width, features, groups) for body in ("gpu", "xla")
+        implementation: compiled(h200, implementation, rows, width, features, groups)
+        for implementation in ("gpu", "xla")
     }
     assert programs["gpu"].as_text().count("mosaic_gpu_v2") == 3
     temporaries = {
-        body: program.memory_analysis().temp_size_in_bytes for body, program in programs.items()
+        implementation: program.memory_analysis().temp_size_in_bytes
+        for implementation, program in programs.items()
     }
     # At most the kernels in the type of the rows, and the table of visits.
     assert temporaries["gpu"] < 1.01 * groups * width * features * 2
@@ -151,14 +155,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("given", "rule"), REFUSED)
-def test_refusal_names_the_rule_and_the_nearest_value(given, rule):
+def test_unsupported_reason_names_the_rule_and_the_nearest_value(given, rule):
     call = {"platform": "gpu", "chip": H200, "dtype": "bfloat16", "rows": 4, "width": 64} | given
     shapes = (call["rows"], call["width"]), (2, call["width"], 8)
     x, kernels = (jnp.zeros(shape, call["dtype"]) for shape in shapes)
     arguments = (x, kernels, jnp.array([2, 2]))
     with compiling_for(call["platform"], call["chip"]):
         if rule is None:
-            assert gpu.refusal(x, kernels) is None
+            assert gpu.unsupported_reason(x, kernels) is None
         else:
             with pytest.raises(UserError, match=rule):
                 grouped_matmul.grouped_matmul(*arguments, implementation="gpu")
@@ -175,7 +179,7 @@ def test_auto_takes_xla_where_the_kernels_cannot_run_and_says_why_once(caplog):
                 jax.eval_shape(lambda x, k: grouped_matmul.grouped_matmul(x, k, sizes), x, kernels)
     assert [record.getMessage() for record in caplog.records] == [
         "grouped matmul on gpu: gpu",
-        "grouped matmul on gpu: xla (gpu refuses float32: it takes bfloat16 or float16)",
-        "grouped matmul on gpu: xla (gpu refuses NVIDIA A100: it needs a Hopper GPU, such as an "
-        "H200)",
+        "grouped matmul on gpu: xla (gpu does not support float32: it takes bfloat16 or float16)",
+        "grouped matmul on gpu: xla (gpu does not support NVIDIA A100: it needs a Hopper GPU, such "
+        "as an H200)",
     ]

@@ -1,4 +1,4 @@
-"""The grouped matmul: every body equals plain NumPy, whatever the load of the experts."""
+"""The grouped matmul: every implementation equals plain NumPy, whatever the load of the experts."""
 
 import functools
 
@@ -17,7 +17,7 @@ from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 from tests.tiers import rest_in
 
 BLOCKS = tpu.Blocks(rows=16, inner=128, outer=128)
-BODIES = {
+IMPLEMENTATIONS = {
     "reference": (reference.grouped_matmul, reference.outer_products),
     "cpu": (cpu.grouped_matmul, cpu.outer_products),
     "xla": (xla.grouped_matmul, xla.outer_products),
@@ -41,7 +41,7 @@ def plain_outer(x, g, sizes):
     return np.stack([x[a : a + n].T @ g[a : a + n] for a, n in zip(starts, sizes, strict=True)])
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     sizes=st.sampled_from(
@@ -50,7 +50,7 @@ def plain_outer(x, g, sizes):
     widths=st.sampled_from([(8, 12), (200, 140)]),
     seed=st.integers(0, 9),
 )
-def test_bodies_equal_numpy(body, sizes, widths, seed):
+def test_implementations_equal_numpy(implementation, sizes, widths, seed):
     rng, (width, features) = np.random.default_rng(seed), widths
     x, g = rng.normal(size=(40, width)), rng.normal(size=(40, features))
     # What stands past the last group is never looked at.
@@ -58,7 +58,7 @@ def test_bodies_equal_numpy(body, sizes, widths, seed):
     x, g, kernels = (
         jnp.asarray(a, jnp.float32) for a in (x, g, rng.normal(size=(4, width, features)))
     )
-    product, outer = BODIES[body]
+    product, outer = IMPLEMENTATIONS[implementation]
     group_sizes = jnp.array(sizes)
     np.testing.assert_allclose(
         product(x, kernels, group_sizes), plain(*map(np.asarray, (x, kernels)), sizes), atol=1e-4
@@ -140,13 +140,15 @@ def test_pieces_for_cpu_hold_each_row_once_and_waste_less_than_the_smallest_a_gr
 
 def test_what_a_body_refuses_is_named():
     x, kernels, sizes = jnp.zeros((4, 8)), jnp.zeros((2, 8, 8)), jnp.array([2, 2])
-    with pytest.raises(UserError, match="'tpu' refuses cpu: it needs a TPU"):
+    with pytest.raises(UserError, match="'tpu' does not support cpu: it needs a TPU"):
         grouped_matmul(x, kernels, sizes, implementation="tpu")
-    with pytest.raises(UserError, match="'gpu' refuses cpu: it needs a GPU"):
+    with pytest.raises(UserError, match="'gpu' does not support cpu: it needs a GPU"):
         grouped_matmul(x, kernels, sizes, implementation="gpu")
     with (
         compiling_for("tpu"),
-        pytest.raises(UserError, match="'tpu' refuses float16: it takes bfloat16 or float32"),
+        pytest.raises(
+            UserError, match="'tpu' does not support float16: it takes bfloat16 or float32"
+        ),
     ):
         grouped_matmul(x.astype(jnp.float16), kernels, sizes)
 

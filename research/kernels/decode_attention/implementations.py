@@ -1,4 +1,4 @@
-"""Which body computes decode attention: see `research.kernels.choice` for what a body is."""
+"""Picks the implementation of decode attention: see `research.kernels.choice`."""
 
 import functools
 from collections.abc import Callable
@@ -17,9 +17,14 @@ from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.shard_map import shard_map, sharding_axes
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu"]
-Body = Callable[..., Float[Array, "B R N H"]]
+DecodeAttentionFn = Callable[..., Float[Array, "B R N H"]]
 
-BODIES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "tpu": tpu, "gpu": gpu}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "tpu": tpu,
+    "gpu": gpu,
+}
 PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu",)}
 
 
@@ -29,26 +34,27 @@ def choose(
     pages: KVPages,
     window: int | None,
     terms: ScoreTerms,
-) -> Body:
-    """Returns the body to call.
+) -> DecodeAttentionFn:
+    """Returns the function to call.
 
     Raises:
-      UserError: the body named, or the fast body of this platform, refuses the call.
+      UserError: the implementation named, or the fast one of this platform, does not support the
+        call.
     """
     name = choice.choose(
-        "decode attention", implementation, BODIES, PREFERRED, q, pages, window, terms
+        "decode attention", implementation, IMPLEMENTATIONS, PREFERRED, q, pages, window, terms
     )
-    body = BODIES[name].decode_attention
-    return body if name == "reference" else per_device(body)
+    function = IMPLEMENTATIONS[name].decode_attention
+    return function if name == "reference" else per_device(function)
 
 
-def per_device(body: Body) -> Body:
-    """Returns `body`, called once a device under a mesh, on its sequences and its heads.
+def per_device(decode_attention: DecodeAttentionFn) -> DecodeAttentionFn:
+    """Returns `decode_attention` wrapped in a `shard_map` over its sequences and its heads.
 
     Page ids mean the same on every device, so each holds all pages, of its own heads.
     """
 
-    @functools.wraps(body)
+    @functools.wraps(decode_attention)
     def call(
         q: Float[Array, "B R N H"],
         pages: KVPages,
@@ -58,7 +64,7 @@ def per_device(body: Body) -> Body:
         terms: ScoreTerms,
     ) -> Float[Array, "B R N H"]:
         if jax.sharding.get_abstract_mesh().size <= 1:
-            return body(q, pages, table, lengths, window, terms)
+            return decode_attention(q, pages, table, lengths, window, terms)
         batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
         heads = sharding_axes((TENSOR_AXIS,), q.shape[2], pages.kv_heads) or None
         rows, sequences = PartitionSpec(batch, None, heads), PartitionSpec(batch)
@@ -68,7 +74,7 @@ def per_device(body: Body) -> Body:
         def share(
             q: Array, pages: KVPages, table: Array, lengths: Array, terms: ScoreTerms
         ) -> Array:
-            return body(q, pages, table, lengths, window, terms)
+            return decode_attention(q, pages, table, lengths, window, terms)
 
         specs = (rows, page_specs, sequences, sequences, term_specs)
         return shard_map(share, specs, rows)(q, pages, table, lengths, terms)

@@ -1,5 +1,5 @@
-"""The bodies of attention: each is `attention(q, k, v, mask, terms)` and `refusal(q, k, mask,
-terms)`.
+"""The implementations of attention: each module has `attention(q, k, v, mask, terms)` and
+`unsupported_reason(q, k, mask, terms)`.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from research.kernels.attention.terms import ScoreTerms
 from research.parallel.target import platform
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"]
-Body = Callable[..., Float[Array, "B T N H"]]
+AttentionFn = Callable[..., Float[Array, "B T N H"]]
 
-BODIES: dict[str, ModuleType] = {
+IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "cpu": cpu,
     "tpu": tpu,
@@ -36,15 +36,16 @@ def choose(
     k: Float[Array, "B S K H"],
     mask: AttentionMask,
     terms: ScoreTerms,
-) -> Body:
-    """Returns the body to call.
+) -> AttentionFn:
+    """Returns the function to call.
 
     Raises:
-      UserError: the body named, or every fast body of this platform, refuses the call.
+      UserError: the implementation named, or every fast one of this platform, does not support
+        the call.
     """
-    name = choice.choose("attention", implementation, BODIES, PREFERRED, q, k, mask, terms)
-    body = BODIES[name].attention
-    return body if name in PARTITIONED else per_device(body)
+    name = choice.choose("attention", implementation, IMPLEMENTATIONS, PREFERRED, q, k, mask, terms)
+    function = IMPLEMENTATIONS[name].attention
+    return function if name in PARTITIONED else per_device(function)
 
 
 def for_wide_heads(implementation: Implementation) -> Implementation:
