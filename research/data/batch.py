@@ -1,7 +1,7 @@
 """What a batch holds: every array's name, shape and meaning, written once.
 
-All arrays have one entry a token, so a sequence that needs a number of its own (an advantage, say)
-repeats it over its tokens, and a sum over a sequence is a segment sum inside its row. NumPy arrays
+All arrays have one entry a token, so a value of a sequence (an advantage, say) is repeated over its
+tokens, and a sum over a sequence is a segment sum inside its row. NumPy arrays
 on the host and JAX arrays on the devices have the same names.
 """
 
@@ -18,16 +18,16 @@ class ModelInputs(TypedDict):
       tokens: ids below the vocabulary's size.
       positions: of each token in its own sequence, from 0.
       segments: which sequence of its row a token belongs to, from 1; 0 is padding. Tokens of
-        different segments never see each other. A model may be given none, where every row is one
-        sequence; a batch always has them.
+        different segments never attend to each other. A model may be given none, where every row
+        is one sequence; a batch always has them.
       types: kind of segment of each token (BERT's sentence A and B), where a model has such
           embeddings.
-      prefix: 1 where a token belongs to its sequence's prefix, which is seen in both directions;
+      prefix: 1 where a token belongs to its sequence's prefix, which has bidirectional attention;
           else 0.
       encoder_tokens: what the encoder of an encoder-decoder reads.
       encoder_positions: as `positions`.
-      encoder_segments: as `segments`; a document has the same number in both, and a token sees the
-        encoder's tokens of its own segment.
+      encoder_segments: as `segments`; a document has the same number in both, and a token
+        attends to the encoder's tokens of its own segment.
     """
 
     tokens: Int[Any, "B T"]
@@ -41,13 +41,13 @@ class ModelInputs(TypedDict):
 
 
 class Batch(ModelInputs):
-    """A training batch: what the model reads, what it should have said, and what alignment knows of
+    """A training batch: what the model reads, what it should predict, and what alignment knows of
     each token.
 
     Attributes:
       targets: the id that each position should predict.
       weights: of each target in the loss; 0: no loss.
-      pair: which answer of a preference pair a token belongs to: of pair p of the batch, from 0,
+      pair: which answer of a preference pair a token belongs to: for pair p of the batch, from 0,
         the chosen one is 2p + 1 and the rejected one 2p + 2; 0: none.
       advantages: of the action that chose each target.
       old_logprobs: log-probability of each target under the policy that drew it, in nats.
@@ -92,6 +92,7 @@ def shapes(
     """
     result = {}
     for name in names:
+        # Shapes "B T" and "B M".
         width = encoder_length if name in ENCODER else sequence_length
         dtype = "float32" if _FIELDS[name].dtype is Float else "int32"
         result[name] = ((batch_size, width), dtype)

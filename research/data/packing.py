@@ -2,9 +2,9 @@
 
 The documents are put in an order that the seed fixes, and packed block by block, so memory for
 planning is bounded and row i is a pure function of (seed, objective, i). Inside a block a document
-is cut into the longest segments that fill a row, and what is left is packed by best-fit decreasing:
+is cut into the longest segments that fill a row, and the rest is packed by best-fit decreasing:
 longest first, each into the fullest row that still has room. A row of an encoder-decoder has two
-rooms, and a segment needs its place in both.
+sides, the decoder's and the encoder's, and a segment must fit into both.
 
 Source: Ding et al. 2024, arXiv:2404.10830, section 3 (there over the whole corpus; here over
     blocks).
@@ -17,9 +17,10 @@ from jaxtyping import Int
 
 from research.core.errors import UserError
 from research.data.batch import Batch
-from research.data.chance import hash64, ragged_arange
 from research.data.corpus import Corpus
+from research.data.draws import hash64
 from research.data.objectives import Objective, Ranges, Segments
+from research.data.ragged import range_indices
 from research.data.source_files import stable_hash
 
 PADDING_ROW = -1
@@ -28,27 +29,23 @@ ORDER = 0  # what the seed is hashed with for the order of the documents
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Segments row by row: row i holds the segments `row_starts[i]:row_starts[i + 1]`.
+    """The rows of one epoch: row i holds the segments `row_starts[i]:row_starts[i + 1]`.
 
     Attributes:
-      starts: where each of the P segments begins in the token store.
-      lengths: length of each segment, in the objective's measure.
-      variants: what else the objective must know of each segment.
-      row_starts: first segment of each of the R rows, then P.
+      segments: where each segment is in the token store, row by row.
+      row_starts: first segment of each row, then the number of segments.
       padding: share of all positions that hold no token.
       dropped: documents that may not be cut, and are too long for a row.
     """
 
-    starts: Int[np.ndarray, "P"]
-    lengths: Int[np.ndarray, "P"]
-    variants: Int[np.ndarray, "P"]
+    segments: Ranges
     row_starts: Int[np.ndarray, "_"]
     padding: float
     dropped: int
 
     @property
     def num_rows(self) -> int:
-        """Number of rows in an epoch, R."""
+        """Number of rows in an epoch."""
         return len(self.row_starts) - 1
 
 
@@ -59,7 +56,7 @@ def plan_rows(
 
     Args:
       offsets: where each document begins in the token store, then its size.
-      objective: says what the segments of a document are, and how much room they take.
+      objective: cuts documents into segments, and knows how much of a row each takes.
       seed: fixes the order of the documents and of the rows.
       block_documents: documents that are packed together; more of them leave less padding.
 
@@ -67,91 +64,123 @@ def plan_rows(
       UserError: rows too short for a segment of one token.
     """
     documents = objective.documents(offsets)
-    order = np.argsort(hash64(np.arange(len(documents)), seed, ORDER), kind="stable")
+
+    # A random order of the documents that hold text.
+    draws = hash64(np.arange(len(documents)), seed, ORDER)
+    order = np.argsort(draws, kind="stable")
     order = order[documents.lengths[order] > 0]
-    blocks = [
-        order[first : first + block_documents] for first in range(0, len(order), block_documents)
-    ]
-    plans = [_pack_block(documents[block], objective, seed) for block in blocks]
-    none = np.zeros(0, np.int64)
-    *segments, row_sizes = [
-        np.concatenate([none, *parts]) for parts in zip(*plans, strict=True)
-    ] or [none] * 4
-    places = len(row_sizes) * (objective.sequence_length + objective.encoder_length)
-    padding = 1.0 - int(objective.widths(*segments[1:]).sum()) / max(places, 1)
-    dropped = len(order) - len(segments[0]) if objective.atomic else 0
-    return Plan(*segments, np.concatenate([[0], np.cumsum(row_sizes)]), padding, dropped)
+
+    blocks = []
+    for first in range(0, len(order), block_documents):
+        block = documents[order[first : first + block_documents]]
+        blocks.append(_pack_block(block, objective, seed))
+    segments = Ranges.joined([segments for segments, _ in blocks])
+
+    # Segments of each row [2, 1, 3] -> starts [0, 2, 3, 6]
+    row_sizes = [sizes for _, sizes in blocks]
+    row_starts = np.cumsum(np.concatenate([[0], *row_sizes]), dtype=np.int64)
+
+    num_rows = len(row_starts) - 1
+    positions = num_rows * (objective.sequence_length + objective.encoder_length)
+    filled = int(objective.widths(segments.lengths, segments.variants).sum())
+    padding = 1.0 - filled / max(positions, 1)
+
+    # A document that may not be cut is one segment, or none.
+    dropped = len(order) - len(segments) if objective.atomic else 0
+    return Plan(segments, row_starts, padding, dropped)
 
 
 def _pack_block(
     documents: Ranges, objective: Objective, seed: int
-) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "R"]]:
-    """Returns starts, lengths, variants and segments a row of one block: the full rows first, then
-    the packed rests.
+) -> tuple[Ranges, Int[np.ndarray, "rows"]]:
+    """Returns the segments of a block of documents, row by row, and how many each row holds.
+
+    The rows that one segment fills come first, then those that best fit makes of the rest.
     """
-    segments, full = objective.cut(documents, seed)
-    full_segments, rest = np.flatnonzero(full), np.flatnonzero(~full)
-    rooms = np.array([objective.sequence_length, objective.encoder_length])
+    segments, fills_row = objective.cut(documents, seed)
+    full = np.flatnonzero(fills_row)
+    rest = np.flatnonzero(~fills_row)
+
+    # What each segment takes of the decoder's and of the encoder's side of a row: [2, segments].
+    capacities = np.array([objective.sequence_length, objective.encoder_length])
     widths = objective.widths(segments.lengths[rest], segments.variants[rest])
-    tight = int(
-        np.argmax(widths.sum(axis=1) / np.maximum(rooms, 1))
-    )  # the room that runs out first
-    longest_first = np.argsort(-widths[tight], kind="stable")
-    rest, widths = rest[longest_first], widths[:, longest_first].tolist()
-    row = best_fit(widths[tight], int(rooms[tight]), widths[1 - tight], int(rooms[1 - tight]))
-    order = np.concatenate([full_segments, rest[np.argsort(row, kind="stable")]])
-    segments, row_sizes = (
-        segments[order],
-        np.concatenate([np.ones_like(full_segments), np.bincount(row)]),
+
+    # The side that runs out first decides which row is tightest; the other must suffice, too.
+    # widths [[3, 4], [9, 9]], capacities [8, 10] -> in use [7/8, 18/10] -> main side 1
+    in_use = widths.sum(axis=1) / np.maximum(capacities, 1)
+    main = int(np.argmax(in_use))
+    other = 1 - main
+
+    longest_first = np.argsort(-widths[main], kind="stable")
+    rest = rest[longest_first]
+    widths = widths[:, longest_first]
+    row = best_fit(
+        widths[main].tolist(),
+        int(capacities[main]),
+        widths[other].tolist(),
+        int(capacities[other]),
     )
-    return segments.starts, segments.lengths, segments.variants, row_sizes
+
+    # Segments [a, b, c] in rows [0, 1, 0] -> row by row [a, c, b], row sizes [2, 1]
+    rest_by_row = rest[np.argsort(row, kind="stable")]
+    order = np.concatenate([full, rest_by_row])
+    row_sizes = np.concatenate([np.ones_like(full), np.bincount(row)])
+    return segments[order], row_sizes
 
 
 def best_fit(
-    lengths: list[int], capacity: int, others: list[int], other_capacity: int
-) -> Int[np.ndarray, "P"]:
+    lengths: list[int], capacity: int, other_lengths: list[int], other_capacity: int
+) -> Int[np.ndarray, "segments"]:
     """Returns the bin of each segment: the fullest open one that has room, else a new one.
 
-    Bit c of `room` says that some bin has c places left, so the tightest bin for n is the lowest
-    set bit from n on. Of the bins with equally many places left the newest is asked whether its
-    other room suffices, too.
+    Of the bins with equally much room only the newest is asked whether its other side has room,
+    too.
 
     Args:
-      lengths: in [1, capacity], in the order in which they are placed (longest first for best-fit
+      lengths: in [1, capacity], in the order in which they are packed (longest first for best-fit
           decreasing).
       capacity: size of every bin.
-      others: what each segment takes of a bin's other room, in [0, other_capacity].
-      other_capacity: size of that.
+      other_lengths: what each segment takes of a bin's other side, in [0, other_capacity].
+      other_capacity: size of that side.
     """
+    # Bit r of `rooms` is set where a bin has room for r more tokens; `bins_by_room[r]` lists them.
+    # Bins with room for 2, 5 and 5: rooms 0b100100, bins_by_room[2] [0], bins_by_room[5] [1, 2]
+    rooms = 0
+    bins_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    other_rooms: list[int] = []
     bins = np.empty(len(lengths), np.int64)
-    room, with_room = 0, [[] for _ in range(capacity + 1)]
-    other_room: list[int] = []
-    for i, (n, other) in enumerate(zip(lengths, others, strict=True)):
-        fits = room >> n << n
-        while fits:
-            left = (fits & -fits).bit_length() - 1
-            if other_room[with_room[left][-1]] >= other:
+
+    for i, (length, other_length) in enumerate(zip(lengths, other_lengths, strict=True)):
+        # The tightest bin is the lowest set bit from `length` on.
+        # length 3, rooms 0b100100 -> candidates 0b100000 -> room 5
+        candidates = rooms >> length << length
+        while candidates:
+            room = (candidates & -candidates).bit_length() - 1
+            newest = bins_by_room[room][-1]
+            if other_rooms[newest] >= other_length:
                 break
-            fits &= fits - 1
-        if fits:
-            chosen = with_room[left].pop()
-            if not with_room[left]:
-                room ^= 1 << left
+            candidates &= candidates - 1  # without its lowest bit
+
+        if candidates:
+            chosen = bins_by_room[room].pop()
+            if not bins_by_room[room]:
+                rooms ^= 1 << room
         else:
-            left, chosen = capacity, len(other_room)
-            other_room.append(other_capacity)
+            chosen = len(other_rooms)
+            other_rooms.append(other_capacity)
+            room = capacity
+
         bins[i] = chosen
-        other_room[chosen] -= other
-        if left > n:
-            with_room[left - n].append(chosen)
-            room |= 1 << (left - n)
+        other_rooms[chosen] -= other_length
+        room -= length
+        if room > 0:
+            bins_by_room[room].append(chosen)
+            rooms |= 1 << room
     return bins
 
 
 class PackedRows:
-    """The packed rows of a corpus; a batch of them is made from the token store when it is asked
-    for.
-    """
+    """The packed rows of a corpus; a batch of them is made from the token store on demand."""
 
     def __init__(self, corpus: Corpus, *, objective: Objective, seed: int, block_documents: int):
         """Args: as `plan_rows`.
@@ -159,20 +188,19 @@ class PackedRows:
         Raises:
           UserError: a corpus without a single segment, or rows that are too short.
         """
-        self.corpus, self._objective = corpus, objective
+        self.corpus = corpus
+        self._objective = objective
         self.plan = plan_rows(
             np.asarray(corpus.offsets), objective, seed=seed, block_documents=block_documents
         )
         if self.plan.num_rows == 0:
-            long = (
-                f": its {self.plan.dropped} pairs are all too long for a row"
-                if self.plan.dropped
-                else ""
-            )
-            raise UserError(f"{corpus.folder} holds no text to learn from{long}.")
-        self._seed = stable_hash(
-            f"{seed}/{corpus.digest}"
-        )  # the same places of two corpora draw differently
+            reason = ""
+            if self.plan.dropped:
+                reason = f": its {self.plan.dropped} pairs are all too long for a row"
+            raise UserError(f"{corpus.folder} holds no text to learn from{reason}.")
+
+        # The same offsets in two corpora draw differently.
+        self._draw_seed = stable_hash(f"{seed}/{corpus.digest}")
 
     def __len__(self) -> int:
         return self.plan.num_rows
@@ -182,20 +210,23 @@ class PackedRows:
 
         `PADDING_ROW` gives a row without a token.
         """
+        # rows [4, 7], whose segments are 9:11 and 15:16 -> row sizes [2, 1], segments [9, 10, 15]
         first = self.plan.row_starts[rows]
-        sizes = np.where(rows == PADDING_ROW, 0, self.plan.row_starts[rows + 1] - first)
-        numbers = np.repeat(first, sizes) + ragged_arange(sizes)
+        num_segments = self.plan.row_starts[rows + 1] - first
+        row_sizes = np.where(rows == PADDING_ROW, 0, num_segments)
+        ranges = self.plan.segments[range_indices(first, row_sizes)]
+
         # A causal segment of n pairs reads n + 1 tokens; the last one of a store may end with it.
-        starts = self.plan.starts[numbers]
-        self.corpus.verify(
-            starts, np.minimum(self.plan.lengths[numbers] + 1, len(self.corpus.tokens) - starts)
-        )
+        up_to_end = len(self.corpus.tokens) - ranges.starts
+        self.corpus.verify(ranges.starts, np.minimum(ranges.lengths + 1, up_to_end))
+
+        salts = hash64(epochs, self._draw_seed)
         segments = Segments(
-            self.corpus.tokens,
-            starts,
-            self.plan.lengths[numbers],
-            self.plan.variants[numbers],
-            np.repeat(hash64(epochs, self._seed), sizes),
-            sizes,
+            store=self.corpus.tokens,
+            starts=ranges.starts,
+            lengths=ranges.lengths,
+            variants=ranges.variants,
+            salts=np.repeat(salts, row_sizes),
+            row_sizes=row_sizes,
         )
         return self._objective.batch(segments)

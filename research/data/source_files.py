@@ -24,9 +24,9 @@ BUNDLED_WINDOW_LOG = 27
 
 def stable_hash(key: str) -> int:
     """Returns 64 bits that are the same on every machine."""
-    return int.from_bytes(
-        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )
+    data = key.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
@@ -49,6 +49,7 @@ def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
         raise UserError("path", path, "matches no file.")
     if named == [root]:
         return [(root.name, root)]
+
     pairs = [(file.relative_to(root).as_posix(), file) for file in named]
     return sorted(pairs, key=lambda pair: (stable_hash(pair[0]), pair[0]))
 
@@ -61,24 +62,25 @@ def _match(path: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     if root.is_file():
         return root, [root]
     if root.is_dir():
-        found = [
-            file
-            for file in root.rglob("*")
-            if not any(p.startswith(".") for p in file.relative_to(root).parts)
-        ]
+        found = [file for file in root.rglob("*") if not _is_hidden(file.relative_to(root))]
     else:
         found = [pathlib.Path(name) for name in glob.glob(path, recursive=True)]
+        # a/b/*.txt -> a/b
         while glob.has_magic(str(root)):
             root = root.parent
     return root, [file for file in found if file.is_file()]
+
+
+def _is_hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 @contextlib.contextmanager
 def opened(
     path: pathlib.Path, zstd_window_log: int = BUNDLED_WINDOW_LOG
 ) -> Iterator[io.BufferedReader]:
-    """Opens a plain, gzip or Zstandard file by its name's end, behind its byte order mark where it
-    has one.
+    """Opens a plain, gzip or Zstandard file by the suffix of its name, after its byte order mark
+    where it has one.
 
     Args:
       path: of the file.
@@ -89,8 +91,9 @@ def opened(
     """
     try:
         with _binary(path, zstd_window_log) as file:
-            if file.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
-                file.read(len(codecs.BOM_UTF8))
+            mark = codecs.BOM_UTF8
+            if file.peek(len(mark)).startswith(mark):
+                file.read(len(mark))
             yield file
     except (OSError, EOFError, zlib.error) as error:
         if "requires too much memory" in str(error):  # so libzstd says it
@@ -104,14 +107,17 @@ def opened(
 def _binary(path: pathlib.Path, zstd_window_log: int) -> io.BufferedReader:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), CHUNK_BYTES)
-    if path.suffix == ".zst" and zstd_window_log > BUNDLED_WINDOW_LOG:
-        return io.BufferedReader(_WideZstandard(path, zstd_window_log), CHUNK_BYTES)
-    if path.suffix == ".zst":
+    if path.suffix != ".zst":
+        return path.open("rb")
+
+    if zstd_window_log > BUNDLED_WINDOW_LOG:
+        stream = _WideZstandard(path, zstd_window_log)
+    else:
         # heavy, and only for such files; unlike `zstandard` it notices a file that was cut short
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), CHUNK_BYTES)
-    return path.open("rb")
+        stream = pyarrow.input_stream(str(path), compression="zstd")
+    return io.BufferedReader(stream, CHUNK_BYTES)
 
 
 class _WideZstandard(io.RawIOBase):
@@ -133,10 +139,10 @@ class _WideZstandard(io.RawIOBase):
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**window_log)
         self._file = path.open("rb")
         self._frame = self._decompressor.decompressobj()
-        self._fresh, self._data = (
-            True,
-            b"",
-        )  # whether the frame has had no byte yet; what is decoded and not yet read
+        # Whether the frame has had no byte yet.
+        self._fresh = True
+        # What is decoded and not yet read.
+        self._data = b""
 
     def readable(self) -> bool:
         return True
@@ -153,18 +159,23 @@ class _WideZstandard(io.RawIOBase):
         return size
 
     def _decode(self) -> bool:
-        """Decodes the next piece of the file; returns False at its end."""
-        # Small pieces: one may decode to a thousand times its size.
-        piece = self._frame.unused_data if self._frame.eof else b""
+        """Decodes the next chunk of the file; returns False at its end."""
+        chunk = b""
         if self._frame.eof:
-            self._frame, self._fresh = self._decompressor.decompressobj(), True
-        piece = piece or self._file.read(2**12)
-        if not piece:
+            # What the file holds after the end of this frame belongs to the next one.
+            chunk = self._frame.unused_data
+            self._frame = self._decompressor.decompressobj()
+            self._fresh = True
+
+        # Small chunks: one may decode to a thousand times its size.
+        chunk = chunk or self._file.read(2**12)
+        if not chunk:
             if not self._fresh:
                 raise OSError("Truncated Zstandard stream")
             return False
+
         self._fresh = False
-        self._data = self._frame.decompress(piece)
+        self._data = self._frame.decompress(chunk)
         return True
 
     def close(self) -> None:
@@ -177,21 +188,21 @@ def lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
     """Yields the lines of a file with their ends; None for a line of more than `limit` bytes, which
     is not kept.
     """
-    line = file.readline(limit + 1)
-    while line:
+    for line in iter(lambda: file.readline(limit + 1), b""):
         if len(line) <= limit or line.endswith(b"\n"):
             yield line
-        else:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(CHUNK_BYTES)
-            yield None
-        line = file.readline(limit + 1)
+            continue
+
+        # The rest of a line that is too long is read in chunks, none of which is kept.
+        while line and not line.endswith(b"\n"):
+            line = file.readline(CHUNK_BYTES)
+        yield None
 
 
 def parts(
     file: io.BufferedReader, separator: bytes, limit: int
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (number of its first line, bytes) of what stands between separators.
+    """Yields (number of its first line, bytes) of each part between separators.
 
     The bytes are None where they are more than `limit`; these are not kept.
 
@@ -200,24 +211,41 @@ def parts(
       separator: empty: the whole file is one part.
       limit: bytes of a part.
     """
-    line, held, too_long, searched = 1, bytearray(), False, 0
-    newlines = 0  # of the bytes of this part that were let go of
+    line = 1
+    held = bytearray()
+    too_long = False
+    # Newlines of this part that are no longer held, and how far `held` has no separator.
+    newlines = 0
+    searched = 0
     for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
         held += chunk
-        # `held[start:end]` is the next part; before `searched` there is no separator.
-        start, end = 0, held.find(separator, searched) if separator else -1
+
+        # `held[start:end]` is the next part: separator "--", held b"a--b--c" -> 0:1, then 3:4
+        start = 0
+        end = held.find(separator, searched) if separator else -1
         while end >= 0:
             part = bytes(held[start:end])
-            yield line, None if too_long or len(part) > limit else part
+            is_bad = too_long or len(part) > limit
+            yield line, None if is_bad else part
+
             start = end + len(separator)
             line += newlines + part.count(b"\n") + separator.count(b"\n")
-            newlines, too_long = 0, False
+            newlines = 0
+            too_long = False
             end = held.find(separator, start)
         del held[:start]
+
         # Only what may be the beginning of a separator has to be searched again.
-        searched = max(0, len(held) - len(separator) + 1) if separator else len(held)
+        searched = len(held)
+        if separator:
+            searched = max(0, len(held) - len(separator) + 1)
+
+        # Of a part that is too long nothing is held but the count of its newlines.
         if searched > limit:
             newlines += held.count(b"\n", 0, searched)
             del held[:searched]
-            too_long, searched = True, 0
-    yield line, None if too_long or len(held) > limit else bytes(held)
+            too_long = True
+            searched = 0
+
+    is_bad = too_long or len(held) > limit
+    yield line, None if is_bad else bytes(held)

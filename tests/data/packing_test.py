@@ -77,7 +77,9 @@ def test_every_pair_comes_exactly_once_and_rows_keep_the_contract(lengths, width
     pairs = np.maximum(np.diff(offsets) - 1, 0)
     plan = plan_rows(offsets, build(CAUSAL, MarkedBytes(), width), seed=seed, block_documents=block)
     sizes = np.diff(plan.row_starts)
-    batch = causal_batch(tokens, plan.starts, plan.lengths, sizes, width, pad_id=7)
+    batch = causal_batch(
+        tokens, plan.segments.starts, plan.segments.lengths, sizes, width, pad_id=7
+    )
     for name, values in batch.items():
         assert values.shape == (plan.num_rows, width)
         assert values.dtype == (np.float32 if name == "weights" else np.int32)

@@ -56,13 +56,12 @@ def batch_shapes(
         names += ("prefix",)
     if config.kind in ENCODED:
         names += batches.ENCODER
-    return batches.shapes(
-        names, batch_size, sequence_length, encoder_length(config, sequence_length)
-    )
+    encoder_width = encoder_length(config, sequence_length)
+    return batches.shapes(names, batch_size, sequence_length, encoder_width)
 
 
 def encoder_length(config: ObjectiveConfig, sequence_length: int) -> int:
-    """Returns S, the width of the encoder's rows; 0 without an encoder."""
+    """Returns M, the width of the encoder's rows; 0 without an encoder."""
     if config.kind not in ENCODED:
         return 0
     return sequence_length if config.encoder_length is None else config.encoder_length
@@ -72,19 +71,18 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
     """Returns the objective for rows of T tokens.
 
     Raises:
-      UserError: the tokenizer lacks an id that the objective puts in, or has no such id.
+      UserError: the tokenizer lacks an id that the objective inserts, or has no such id.
     """
+    vocab_size = tokenizer.vocab_size
     for denoiser in (config.span, *config.denoisers):
-        if denoiser.mode_id is not None and denoiser.mode_id >= tokenizer.vocab_size:
+        mode_id = denoiser.mode_id
+        if mode_id is not None and mode_id >= vocab_size:
             raise UserError(
                 "data.objective",
-                constraint=f": mode_id = {denoiser.mode_id} must lie in the tokenizer's [0, "
-                f"{tokenizer.vocab_size}).",
+                constraint=f": mode_id = {mode_id} must lie in the tokenizer's [0, {vocab_size}).",
             )
-    ids, widths = (
-        special_ids(config, tokenizer),
-        (sequence_length, encoder_length(config, sequence_length)),
-    )
+    ids = special_ids(config, tokenizer)
+    widths = (sequence_length, encoder_length(config, sequence_length))
     match config.kind:
         case "causal":
             return Causal(ids, *widths)
@@ -103,7 +101,7 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
 
 
 def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
-    """Returns the tokenizer's ids that the objective puts in.
+    """Returns the tokenizer's ids that the objective inserts.
 
     Raises:
       UserError: it lacks one.
@@ -137,5 +135,7 @@ def identity(config: ObjectiveConfig, objective: Objective) -> list[Any]:
     """Returns what of an objective decides the content of a row, beside the corpus and T; as JSON
     holds it.
     """
-    # A causal row has nothing of its own, and its runs are older than the other objectives.
-    return [] if config.kind == "causal" else [plain(config), objective.ids.stored()]
+    # Checkpoints of causal runs are older than the other objectives: nothing of it is in theirs.
+    if config.kind == "causal":
+        return []
+    return [plain(config), objective.ids.stored()]

@@ -1,7 +1,12 @@
-"""What every objective is, and how its segments are laid out in rows."""
+"""What every objective is, and how its segments are laid out in rows.
+
+A segment is a run of one document's tokens that becomes one segment of a row (`Batch.segments`).
+Arrays of segments are flat: tokens of all segments one after the other, with the length of each.
+"""
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,25 +14,34 @@ from jaxtyping import Bool, Int, Shaped, UInt
 
 from research.core.errors import UserError
 from research.data.batch import Batch
-from research.data.chance import fraction, hash64, ragged_arange
+from research.data.draws import fraction, hash64
+from research.data.ragged import (
+    group_indices,
+    group_starts,
+    ragged_arange,
+    range_indices,
+    starts_in_groups,
+)
 
 # Some of a batch's arrays.
 Arrays = dict[str, Shaped[np.ndarray, "B _"]]
 # A checkpoint's position is valid for one order of the data, whose digest has these names.
 _STORED_NAMES = {"bos": "head", "eos": "tail", "decoder_start": "start", "sentence_end": "stop"}
+# What the seed is hashed with for the variant of a segment; the plan's own draws have 0.
+VARIANT = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """The ids that an objective puts in, or needs to know.
+    """The ids that an objective inserts, or needs to know.
 
     Attributes:
       pad: fills the rest of a row.
       vocab_size: V.
       bos, eos: what begins and ends a document in the store; None: nothing.
       decoder_start: what the decoder's input begins with.
-      mask: stands for what is hidden.
-      sentinels: stand for the spans that are left out, first to last.
+      mask: replaces what is hidden.
+      sentinels: replace the spans that are left out, first to last.
       sentence_end: what ends a sentence.
     """
 
@@ -42,9 +56,8 @@ class Ids:
 
     def stored(self) -> dict[str, Any]:
         """Returns the ids by the names that they have in the digests of checkpoints."""
-        return {
-            _STORED_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()
-        }
+        values = dataclasses.asdict(self)
+        return {_STORED_NAMES.get(name, name): value for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +65,25 @@ class Ranges:
     """Ranges of the token store: documents, or segments of them.
 
     Attributes:
-      starts: where each of the N runs begins.
+      starts: index of each range's first token in the store.
       lengths: how long each is, in the objective's own measure.
-      variants: what else the objective must know of each; its own affair.
+      variants: what beside the length decides the width of each in a row; its meaning is the
+        objective's own (the denoiser of a mixture, the source's length of a pair).
     """
 
-    starts: Int[np.ndarray, "N"]
-    lengths: Int[np.ndarray, "N"]
-    variants: Int[np.ndarray, "N"]
+    starts: Int[np.ndarray, "ranges"]
+    lengths: Int[np.ndarray, "ranges"]
+    variants: Int[np.ndarray, "ranges"]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Ranges"]) -> "Ranges":
+        """Returns the ranges of all parts, one part after the other; no parts have no ranges."""
+        none = np.zeros(0, np.int64)
+        return cls(
+            np.concatenate([none, *(part.starts for part in parts)]),
+            np.concatenate([none, *(part.lengths for part in parts)]),
+            np.concatenate([none, *(part.variants for part in parts)]),
+        )
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -70,64 +94,57 @@ class Ranges:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Segments of documents, row by row.
+    """The segments of a batch's rows, row by row.
 
     Attributes:
-      tokens: the store.
-      starts: where each of the P segments begins in the store.
-      lengths: how long each is, in the objective's own measure.
-      variants: what the plan says of each segment beside its length; the objective's own affair.
+      store: the token store.
+      starts, lengths, variants: of each segment, as in `Ranges`.
       salts: what every draw for a segment is salted with: another in every epoch.
       row_sizes: segments of each of the B rows.
     """
 
-    tokens: Shaped[np.ndarray, "_"]
-    starts: Int[np.ndarray, "P"]
-    lengths: Int[np.ndarray, "P"]
-    variants: Int[np.ndarray, "P"]
-    salts: UInt[np.ndarray, "P"]
+    store: Shaped[np.ndarray, "_"]
+    starts: Int[np.ndarray, "segments"]
+    lengths: Int[np.ndarray, "segments"]
+    variants: Int[np.ndarray, "segments"]
+    salts: UInt[np.ndarray, "segments"]
     row_sizes: Int[np.ndarray, "B"]
 
-    def token_indices(self) -> Int[np.ndarray, "_"]:
-        """Returns where each token of the segments lies in the store."""
-        return np.repeat(self.starts, self.lengths) + ragged_arange(self.lengths)
+    def tokens(self) -> Shaped[np.ndarray, "_"]:
+        """Returns the tokens of all segments, one segment after the other."""
+        return self.store[range_indices(self.starts, self.lengths)]
 
     def draws(
-        self, purpose: int, lengths: Int[np.ndarray, "P"] | None = None
+        self, purpose: int, lengths: Int[np.ndarray, "segments"] | None = None
     ) -> UInt[np.ndarray, "_"]:
-        """Returns a draw for each token of the segments, or for the first `lengths` of each; other
-        purposes, others.
+        """Returns a draw for each token of the segments, or `lengths` of them for each segment;
+        every purpose has its own.
         """
         lengths = self.lengths if lengths is None else lengths
-        return hash64(
-            np.repeat(self.starts, lengths) + ragged_arange(lengths),
-            np.repeat(self.salts, lengths),
-            purpose,
-        )
-
-
-VARIANT = (
-    1  # what the seed is hashed with for the variant of a segment; the plan's own draws have 0
-)
+        indices = range_indices(self.starts, lengths)
+        return hash64(indices, np.repeat(self.salts, lengths), purpose)
 
 
 class Objective(abc.ABC):
-    """Makes batches of segments. The widths of a segment are known from its length and variant,
-    before anything is drawn.
+    """Makes batches of segments.
+
+    The width of a segment in a row is known from its length and variant, before anything is drawn.
 
     Attributes:
       sequence_length: T.
-      encoder_length: S; 0 without an encoder.
-      ids: what it puts in.
+      encoder_length: M; 0 without an encoder.
+      ids: what it inserts.
     """
 
-    # What segments may have variants, by number, and how often each is.
+    # How often each variant of a segment is drawn, relative to the others.
     variant_weights: tuple[float, ...] = (1.0,)
     # Whether a document may not be cut.
     atomic = False
 
     def __init__(self, ids: Ids, sequence_length: int, encoder_length: int = 0):
-        self.ids, self.sequence_length, self.encoder_length = ids, sequence_length, encoder_length
+        self.ids = ids
+        self.sequence_length = sequence_length
+        self.encoder_length = encoder_length
 
     def documents(self, offsets: Int[np.ndarray, "_"]) -> Ranges:
         """Returns the text of each framed document.
@@ -137,8 +154,11 @@ class Objective(abc.ABC):
         """
         bos_length = int(self.ids.bos is not None)
         eos_length = int(self.ids.eos is not None)
+
+        # Documents [bos a b c eos bos d eos], offsets [0, 5, 8] -> starts [1, 6], lengths [3, 1]
+        starts = offsets[:-1] + bos_length
         lengths = np.maximum(np.diff(offsets) - bos_length - eos_length, 0)
-        return Ranges(offsets[:-1] + bos_length, lengths, np.zeros_like(lengths))
+        return Ranges(starts, lengths, np.zeros_like(lengths))
 
     def num_targets(self, offsets: Int[np.ndarray, "_"]) -> int:
         """Returns how much there is to learn from in framed documents, in the objective's own
@@ -149,7 +169,7 @@ class Objective(abc.ABC):
         """
         return int(self.documents(offsets).lengths.sum())
 
-    def cut(self, documents: Ranges, seed: int) -> tuple[Ranges, Bool[np.ndarray, "P"]]:
+    def cut(self, documents: Ranges, seed: int) -> tuple[Ranges, Bool[np.ndarray, "segments"]]:
         """Returns the segments of documents, and which of them fill a row: all but the last of each
         do.
 
@@ -157,59 +177,82 @@ class Objective(abc.ABC):
           UserError: rows too short for a segment of one token.
         """
         longest = self.longest_segments()
-        starts, lengths = documents.starts, documents.lengths
-        most = -(-lengths // longest.min())
-        number, document = ragged_arange(most), np.repeat(np.arange(len(lengths)), most)
-        if len(self.variant_weights) == 1:
-            variants = np.zeros(len(number), np.int64)
-        else:
-            draws = fraction(hash64(starts[document] + number, seed, VARIANT))
-            variants = np.searchsorted(
-                np.cumsum(self.variant_weights[:-1]) / sum(self.variant_weights),
-                draws,
-                side="right",
-            )
-        taken = longest[variants]
-        begins = np.cumsum(taken) - taken
-        begins = begins - np.repeat(begins[np.cumsum(most) - most], most)
-        left = lengths[document] - begins
-        segments = Ranges(starts[document] + begins, np.minimum(taken, left), variants)[left > 0]
-        return segments, segments.lengths == longest[segments.variants]
 
-    def longest_segments(self) -> Int[np.ndarray, "_"]:
+        # As many segments a document as its most wasteful variant needs; some will be empty.
+        # lengths [5, 2], longest [2, 4] -> most segments [3, 1] -> documents [0, 0, 0, 1]
+        least = longest.min()
+        most_segments = -(-documents.lengths // least)
+        document = group_indices(most_segments)
+        number = ragged_arange(most_segments)
+        document_starts = documents.starts[document]
+        variants = self._draw_variants(document_starts + number, seed)
+
+        # A segment is as long as its variant can be, and begins where the one before it ends.
+        # variants [0, 1, 0, 0] -> lengths [2, 4, 2, 2] -> offsets [0, 2, 6, 0], left [5, 3, -1, 2]
+        lengths = longest[variants]
+        offsets = starts_in_groups(lengths, most_segments)
+        left = documents.lengths[document] - offsets
+
+        # The text's end cuts the last one short: lengths [2, 3, 2], of which [T, F, T] fill a row.
+        starts = document_starts + offsets
+        segments = Ranges(starts, np.minimum(lengths, left), variants)
+        segments = segments[left > 0]
+        fills_row = segments.lengths == longest[segments.variants]
+        return segments, fills_row
+
+    def _draw_variants(
+        self, values: Int[np.ndarray, "segments"], seed: int
+    ) -> Int[np.ndarray, "segments"]:
+        """Draws a variant for each value by `variant_weights`."""
+        if len(self.variant_weights) == 1:
+            return np.zeros(len(values), np.int64)
+
+        # weights [1, 3] -> bounds [0.25]: a draw of 0.1 is variant 0, and one of 0.7 variant 1
+        bounds = np.cumsum(self.variant_weights[:-1])
+        bounds = bounds / sum(self.variant_weights)
+        draws = fraction(hash64(values, seed, VARIANT))
+        return np.searchsorted(bounds, draws, side="right")
+
+    def longest_segments(self) -> Int[np.ndarray, "variants"]:
         """Returns the length of the longest segment that a row has room for, for each variant.
 
         Raises:
           UserError: not even a segment of one token.
         """
-        rooms = np.array([[self.sequence_length], [self.encoder_length]])
-        lengths = np.arange(
-            1, rooms.sum() + 1
-        )  # a token of a segment is in one of the rows at least
-        variants = [np.full(len(lengths), variant) for variant in range(len(self.variant_weights))]
-        # Widths never fall, so those that fit come first.
-        longest = np.array(
-            [(self.widths(lengths, variant) <= rooms).all(axis=0).sum() for variant in variants]
+        capacities = np.array([[self.sequence_length], [self.encoder_length]])
+        # Each token of a segment takes room on one side at least, which bounds the length.
+        lengths = np.arange(1, capacities.sum() + 1)
+
+        longest = []
+        for variant in range(len(self.variant_weights)):
+            # Widths never fall as the length grows, so lengths that fit come first:
+            # lengths [1, 2, 3, 4] fit [T, T, F, F] -> longest 2
+            widths = self.widths(lengths, np.full(len(lengths), variant))
+            fits = (widths <= capacities).all(axis=0)
+            longest.append(fits.sum())
+        if min(longest) == 0:
+            raise self._too_short(longest.index(0))
+        return np.array(longest)
+
+    def _too_short(self, variant: int) -> UserError:
+        """Returns the error of rows that have no room for a single token of this variant."""
+        one_token = np.ones(1, np.int64)
+        widths = self.widths(one_token, np.array([variant]))
+        decoder_width, encoder_width = widths[:, 0]
+        need = f"{decoder_width}"
+        if encoder_width:
+            need += f", and encoder_length = {self.encoder_length} at least {encoder_width}"
+        return UserError(
+            "sequence_length",
+            self.sequence_length,
+            f"must be at least {need}: that is what a single token takes.",
         )
-        if longest.min() == 0:
-            wide, encoder = self.widths(np.ones(1, np.int64), np.array([longest.argmin()]))[:, 0]
-            need = f"{wide}" + (
-                f", and encoder_length = {self.encoder_length} at least {encoder}"
-                if encoder
-                else ""
-            )
-            raise UserError(
-                "sequence_length",
-                self.sequence_length,
-                f"must be at least {need}: that is what a single token takes.",
-            )
-        return longest
 
     @abc.abstractmethod
     def widths(
-        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
-    ) -> Int[np.ndarray, "2 P"]:
-        """Returns the places that segments take in the decoder (or the only) row and in the
+        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+    ) -> Int[np.ndarray, "2 segments"]:
+        """Returns how many positions segments take in the decoder's (or the only) row and in the
         encoder's.
 
         Neither falls as the length grows.
@@ -222,7 +265,7 @@ class Objective(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the segments' tokens lie in rows of one width: rows are filled from the left.
+    """Where the segments' tokens are in rows of one width: rows are filled from the left.
 
     Attributes:
       lengths: tokens of each segment.
@@ -230,7 +273,7 @@ class Layout:
       width: of the rows.
     """
 
-    lengths: Int[np.ndarray, "P"]
+    lengths: Int[np.ndarray, "segments"]
     row_sizes: Int[np.ndarray, "B"]
     width: int
 
@@ -240,24 +283,31 @@ class Layout:
         Args:
           side: put before every name.
           flat: a value for each token, segment by segment, and what fills the rest; float32 where
-          they are floating.
+              they are floating.
         """
-        rows = len(self.row_sizes)
-        of_row = np.repeat(np.arange(rows), self.row_sizes)
-        filled = np.bincount(of_row, weights=self.lengths, minlength=rows).astype(np.int64)
-        # The k-th token of a row lies in its k-th place.
-        place = np.arange(filled.sum()) + np.repeat(
-            np.arange(rows) * self.width - (np.cumsum(filled) - filled), filled
-        )
-        segments = np.repeat(ragged_arange(self.row_sizes) + 1, self.lengths)
-        flat = {**flat, "positions": (ragged_arange(self.lengths), 0), "segments": (segments, 0)}
+        num_rows = len(self.row_sizes)
+
+        # lengths [3, 2, 4], row sizes [2, 1] -> rows of segments [0, 0, 1] -> tokens a row [5, 4]
+        row = group_indices(self.row_sizes)
+        filled = np.bincount(row, weights=self.lengths, minlength=num_rows)
+        filled = filled.astype(np.int64)
+
+        # Where each token goes in the flat [B · width]: width 8 -> [0, 1, 2, 3, 4, 8, 9, 10, 11]
+        row_starts = np.arange(num_rows) * self.width
+        destination = range_indices(row_starts, filled)
+
+        # positions [0, 1, 2, 0, 1, 0, 1, 2, 3], segments [1, 1, 1, 2, 2, 1, 1, 1, 1]
+        positions = ragged_arange(self.lengths)
+        segment_numbers = ragged_arange(self.row_sizes) + 1
+        segments = np.repeat(segment_numbers, self.lengths)
+
         batch = {}
+        flat = {**flat, "positions": (positions, 0), "segments": (segments, 0)}
         for name, (values, fill) in flat.items():
-            spread = np.full(
-                rows * self.width, fill, np.float32 if values.dtype.kind == "f" else np.int32
-            )
-            spread[place] = values
-            batch[side + name] = spread.reshape(rows, self.width)
+            dtype = np.float32 if values.dtype.kind == "f" else np.int32
+            array = np.full(num_rows * self.width, fill, dtype)
+            array[destination] = values
+            batch[side + name] = array.reshape(num_rows, self.width)
         return batch
 
 
@@ -266,41 +316,51 @@ def interleave(
     marks: list[tuple[Int[np.ndarray, "_"], Shaped[np.ndarray, "_"] | int]],
     rest: Shaped[np.ndarray, "_"],
 ) -> Int[np.ndarray, "_"]:
-    """Returns `total` ids: the marks at their places, and between them the rest in its order."""
-    out, free = np.empty(total, np.int64), np.ones(total, bool)
-    for places, values in marks:
-        out[places], free[places] = values, False
-    out[free] = rest
+    """Returns `total` ids: marks, which are (indices, values), and between them the rest in its
+    order.
+    """
+    # total 5, marks [([0, 3], 99)], rest [1, 2, 3] -> [99, 1, 2, 99, 3]
+    out = np.empty(total, np.int64)
+    is_rest = np.ones(total, bool)
+    for indices, values in marks:
+        out[indices] = values
+        is_rest[indices] = False
+    out[is_rest] = rest
     return out
 
 
 def shift_right(
-    targets: Int[np.ndarray, "_"], lengths: Int[np.ndarray, "P"], start: int
+    targets: Int[np.ndarray, "_"], lengths: Int[np.ndarray, "segments"], start: int
 ) -> Int[np.ndarray, "_"]:
-    """Returns the decoder's input for its targets: one on, each segment after its `start`."""
+    """Returns the decoder's input for its targets: each segment one position later, after `start`.
+
+    targets [5, 6, 7, 8], lengths [3, 1], start 0 -> [0, 5, 6, 0]
+    """
     tokens = np.empty_like(targets)
     tokens[1:] = targets[:-1]
-    tokens[np.cumsum(lengths) - lengths] = start
+    tokens[group_starts(lengths)] = start
     return tokens
 
 
 def encoder_decoder_batch(
     objective: Objective,
     encoder: Int[np.ndarray, "_"],
-    encoder_lengths: Int[np.ndarray, "P"],
+    encoder_lengths: Int[np.ndarray, "segments"],
     targets: Int[np.ndarray, "_"],
-    target_lengths: Int[np.ndarray, "P"],
+    target_lengths: Int[np.ndarray, "segments"],
     row_sizes: Int[np.ndarray, "B"],
 ) -> Batch:
-    """Returns the batch of an encoder-decoder from the flat ids of both sides,
-    segment by segment.
+    """Returns the batch of an encoder-decoder from the flat ids of both sides, segment by
+    segment.
     """
     ids = objective.ids
-    tokens = shift_right(targets, target_lengths, ids.decoder_start)
-    read = Layout(encoder_lengths, row_sizes, objective.encoder_length)
-    given = Layout(target_lengths, row_sizes, objective.sequence_length)
-    return given.arrays(
-        tokens=(tokens, ids.pad),
-        targets=(targets, ids.pad),
-        weights=(np.ones(len(targets), np.float32), 0.0),
-    ) | read.arrays("encoder_", tokens=(encoder, ids.pad))
+    inputs = shift_right(targets, target_lengths, ids.decoder_start)
+    weights = np.ones(len(targets), np.float32)
+    decoder_layout = Layout(target_lengths, row_sizes, objective.sequence_length)
+    decoder_arrays = decoder_layout.arrays(
+        tokens=(inputs, ids.pad), targets=(targets, ids.pad), weights=(weights, 0.0)
+    )
+
+    encoder_layout = Layout(encoder_lengths, row_sizes, objective.encoder_length)
+    encoder_arrays = encoder_layout.arrays("encoder_", tokens=(encoder, ids.pad))
+    return decoder_arrays | encoder_arrays

@@ -49,13 +49,13 @@ class MaskedConfig:
 @dataclasses.dataclass(frozen=True)
 class SpanConfig:
     """Span corruption: some spans of the text are left out of the encoder's input, and the decoder
-    gives them.
+    predicts them.
 
     Attributes:
       density: share of a segment's tokens that is left out, in (0, 1).
       mean_span: mean tokens of a span, at least 1; None: a single span, at the end.
       weight: share of this denoiser in a mixture, relative to the others'; above 0.
-      mode_id: a token that tells the encoder which denoiser it is; None: nothing tells.
+      mode_id: a token that tells the encoder which denoiser it is; None: no token.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4.
     """
@@ -90,7 +90,7 @@ UL2 = (
 
 @dataclasses.dataclass(frozen=True)
 class InfillConfig:
-    """Text infilling: one mask token stands for a span of any length, and the decoder gives the
+    """Text infilling: one mask token replaces a span of any length, and the decoder predicts the
     whole text.
 
     Attributes:
@@ -116,10 +116,10 @@ class ObjectiveConfig:
 
     Attributes:
       kind: `causal` (each token from those before it), `masked` (hidden tokens from all others),
-        `prefix` (the rest of a segment from its beginning, which is seen in both directions), or,
+        `prefix` (the rest of a segment from its beginning, which has bidirectional attention), or,
         with an encoder: `span` (what is left out), `denoise` (a mixture of such), `infill` (the
         whole text from a damaged one), `translate` (the second text of a pair from the first).
-      encoder_length: tokens of a row of the encoder, S; None: as many as the decoder's.
+      encoder_length: tokens of a row of the encoder, M; None: as many as the decoder's.
       decoder_start: the token that the decoder's input begins with: T5 takes PAD, BART EOS.
       masked: read by `masked`.
       span: read by `span`.
@@ -150,8 +150,8 @@ class ObjectiveConfig:
 
     @property
     def predicts_all_text(self) -> bool:
-        """Whether every token of the text is predicted once, so that the loss is that of so many
-        bytes.
+        """Whether every token of the text is predicted once, so that the loss is that of a known
+        number of bytes.
         """
         return self.kind == "causal"
 

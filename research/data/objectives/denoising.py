@@ -1,16 +1,16 @@
-"""Objectives of an encoder-decoder that mends a damaged text: span corruption, mixtures of it,
+"""Objectives of an encoder-decoder that restores a damaged text: span corruption, mixtures of it,
 infilling.
 
 How much of a segment is left out, and in how many spans, depends on its length alone. So the
-planner knows the widths of a segment in both rows, and only where the spans lie is drawn, anew in
-every epoch.
+planner knows the width of a segment on both sides of a row, and only where the spans are is drawn,
+anew in every epoch. What is left out is called noise, what stays kept.
 """
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt
+from jaxtyping import Bool, Int, Shaped, UInt
 
 from research.data.batch import Batch
-from research.data.chance import below, choose, ragged_arange, shuffled
+from research.data.draws import below, choose, shuffled
 from research.data.objectives.base import (
     Ids,
     Objective,
@@ -19,71 +19,101 @@ from research.data.objectives.base import (
     interleave,
 )
 from research.data.objectives.config import InfillConfig, SpanConfig
+from research.data.ragged import (
+    group_indices,
+    group_starts,
+    ragged_arange,
+    range_indices,
+    starts_in_groups,
+)
 
-SEGMENTATION, GAPS, LENGTHS, SENTENCES = range(4)
+# What draws are for.
+SEGMENTATION = 0
+GAPS = 1
+LENGTHS = 2
+SENTENCES = 3
 
 
 def noise_tokens(
-    lengths: Int[np.ndarray, "P"], density: Shaped[np.ndarray, "P"]
-) -> Int[np.ndarray, "P"]:
+    lengths: Int[np.ndarray, "segments"], density: Shaped[np.ndarray, "segments"]
+) -> Int[np.ndarray, "segments"]:
     """Returns how many tokens are left out of each segment: density · n, rounded, but neither none
     nor all.
 
     A segment of one token loses it.
     """
-    noise = np.rint(lengths * density).astype(np.int64)
-    return np.clip(noise, 1, np.maximum(lengths - 1, 1))
+    noise = np.rint(lengths * density)
+    most = np.maximum(lengths - 1, 1)
+    return np.clip(noise.astype(np.int64), 1, most)
 
 
 def span_count(
-    noise: Int[np.ndarray, "P"], mean_span: Shaped[np.ndarray, "P"], most: Int[np.ndarray, "P"]
-) -> Int[np.ndarray, "P"]:
-    """Returns in how many spans they lie: noise / mean, rounded, at least 1 and at most `most`."""
-    return np.maximum(np.minimum(np.rint(noise / mean_span).astype(np.int64), most), 1)
+    noise: Int[np.ndarray, "segments"],
+    mean_span: Shaped[np.ndarray, "segments"],
+    most: Int[np.ndarray, "segments"],
+) -> Int[np.ndarray, "segments"]:
+    """Returns the number of spans: noise / mean, rounded, at least 1 and at most `most`."""
+    spans = np.rint(noise / mean_span)
+    spans = np.minimum(spans.astype(np.int64), most)
+    return np.maximum(spans, 1)
 
 
 def alternating(
-    kept: Int[np.ndarray, "P"],
-    noise: Int[np.ndarray, "P"],
-    spans: Int[np.ndarray, "P"],
+    kept: Int[np.ndarray, "segments"],
+    noise: Int[np.ndarray, "segments"],
+    spans: Int[np.ndarray, "segments"],
     draws: UInt[np.ndarray, "_"],
 ) -> Int[np.ndarray, "_ 2"]:
-    """Draws the lengths of the kept and of the left-out runs, which alternate: kept first, a
-    left-out one last.
+    """Draws the lengths of each span's kept run and of the noise run that follows it.
 
-    Both numbers are cut into as many parts as there are spans, none of them empty, each way as
-    likely as the others.
+    Kept and noise are each cut into as many runs as there are spans, none of them empty, every way
+    to cut as likely as every other.
 
     Args:
       kept, noise: tokens of each kind in each segment.
       spans: of each segment; at most its noise, and at most its kept tokens where there are any.
       draws: one for each token of the segments.
     """
-    sizes = np.stack([noise, kept], axis=1).ravel()
-    counts = np.minimum(np.repeat(spans, 2), sizes)
-    last = np.cumsum(sizes)[sizes > 0] - 1
-    # A cut after a token ends its part. The last one always does; the others are drawn.
+    # Groups of tokens, two a segment. Noise 2, kept 4, 2 spans -> sizes [2, 4], runs a group [2, 2]
+    sizes = np.stack([noise, kept], axis=1)
+    sizes = sizes.ravel()
+    num_runs = np.repeat(spans, 2)
+    num_runs = np.minimum(num_runs, sizes)
+
+    # A cut after a token ends its run. The group's last token always does; the others are drawn.
+    # -> is_cut [T, T, F, T, F, T]
+    ends = np.cumsum(sizes)
+    last = ends[sizes > 0] - 1
     draws = draws.copy()
     draws[last] = np.iinfo(np.uint64).max
-    cuts = choose(draws, sizes, np.maximum(counts - 1, 0))
-    cuts[last] = True
-    part = np.cumsum(cuts) - cuts - np.repeat(np.cumsum(counts) - counts, sizes)
-    span = np.repeat(np.repeat(np.cumsum(spans) - spans, 2), sizes) + part
-    is_noise = np.repeat(np.arange(len(sizes)) % 2 == 0, sizes)
-    return np.bincount(2 * span + is_noise, minlength=2 * int(spans.sum())).reshape(-1, 2)
+    num_drawn = np.maximum(num_runs - 1, 0)
+    is_cut = choose(draws, sizes, num_drawn)
+    is_cut[last] = True
+
+    # The cuts before a token in its group are the number of its run: [0, 1, 0, 0, 1, 1]
+    run = starts_in_groups(is_cut, sizes)
+
+    # Of all spans the one that each run belongs to, then the tokens of each span's two runs:
+    # -> [[kept 2, noise 1], [kept 2, noise 1]]
+    first_span = np.repeat(group_starts(spans), 2)
+    span = np.repeat(first_span, sizes) + run
+    is_noise = group_indices(sizes) % 2 == 0
+    num_spans = int(spans.sum())
+    counts = np.bincount(2 * span + is_noise, minlength=2 * num_spans)
+    return counts.reshape(num_spans, 2)
 
 
 class Spans(Objective):
-    """The encoder reads a text with a sentinel for each span that is left out; the decoder gives
+    """The encoder reads a text with a sentinel for each span that is left out; the decoder predicts
     sentinels and spans.
 
-        text     t₁ t₂ t₃ t₄ t₅ t₆        encoder  [mode] t₁ ⟨0⟩ t₄ t₅ ⟨1⟩ EOS      decoder  ⟨0⟩ t₂
-        t₃ ⟨1⟩ t₆ EOS
+        text     t₁ t₂ t₃ t₄ t₅ t₆
+        encoder  [mode] t₁ t₂ ⟨0⟩ t₄ t₅ ⟨1⟩ EOS
+        decoder  ⟨0⟩ t₃ ⟨1⟩ t₆ EOS
 
-    With several denoisers each segment has one, fixed when the rows are planned; its spans change
-    with the epoch. There
-    are never more spans than sentinels: the spans of very long segments are longer. A segment too
-    short for two spans loses its end.
+    With several denoisers each segment has one, its variant, which is fixed when the rows are
+    planned; its spans change with the epoch. There are never more spans than sentinels: the spans
+    of very long segments are longer. A segment too short for two spans loses its end.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4; Tay et al. 2022, arXiv:2205.05131,
         section 3.1.2.
@@ -96,58 +126,105 @@ class Spans(Objective):
         self.variant_weights = tuple(denoiser.weight for denoiser in denoisers)
         self._density = np.array([denoiser.density for denoiser in denoisers])
         # A span of any length is one that never ends before the noise does.
-        self._mean_span = np.array(
-            [np.inf if d.mean_span is None else d.mean_span for d in denoisers]
-        )
+        mean_spans = [np.inf if d.mean_span is None else d.mean_span for d in denoisers]
+        self._mean_span = np.array(mean_spans)
+        # -1: no mode token.
         self._mode = np.array([-1 if d.mode_id is None else d.mode_id for d in denoisers])
 
     def _counts(
-        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
+        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
     ) -> tuple[np.ndarray, ...]:
         """Returns tokens kept, tokens left out, and spans of each segment."""
         noise = noise_tokens(lengths, self._density[variants])
         kept = lengths - noise
-        most = np.minimum(np.minimum(noise, kept), len(self.ids.sentinels))
-        return kept, noise, span_count(noise, self._mean_span[variants], most)
+        # No run is empty, so there are as many tokens of both kinds.
+        most_spans = np.minimum(noise, kept)
+        most_spans = np.minimum(most_spans, len(self.ids.sentinels))
+        spans = span_count(noise, self._mean_span[variants], most_spans)
+        return kept, noise, spans
 
     def widths(
-        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
-    ) -> Int[np.ndarray, "2 P"]:
+        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+    ) -> Int[np.ndarray, "2 segments"]:
         kept, noise, spans = self._counts(lengths, variants)
-        return np.stack([noise + spans + 1, kept + spans + 1 + (self._mode[variants] >= 0)])
+        has_mode = self._mode[variants] >= 0
+        decoder = noise + spans + 1
+        encoder = kept + spans + 1 + has_mode
+        return np.stack([decoder, encoder])
 
     def batch(self, segments: Segments) -> Batch:
-        ids = self.ids
         kept, noise, spans = self._counts(segments.lengths, segments.variants)
-        mode = self._mode[segments.variants]
-        text = segments.tokens[segments.token_indices()]
         runs = alternating(kept, noise, spans, segments.draws(SEGMENTATION))
-        is_noise = np.repeat(np.tile([False, True], len(runs)), runs.ravel())
-        sentinels = np.array(ids.sentinels)[ragged_arange(spans)]
-        out_lengths, in_lengths = self.widths(segments.lengths, segments.variants)
-        out_ends, in_ends = np.cumsum(out_lengths), np.cumsum(in_lengths)
-        segment = np.repeat(np.arange(len(spans)), spans)
-        # Before the k-th sentinel of all come as many sentinels, and the EOS (and mode) of the
-        # segments before.
-        k = np.arange(len(runs))
-        in_sentinels = np.cumsum(runs[:, 0]) + k + segment + np.cumsum(mode >= 0)[segment]
-        out_sentinels = np.cumsum(runs[:, 1]) - runs[:, 1] + k + segment
-        marks = [(in_sentinels, sentinels), (in_ends - 1, ids.eos)]
-        marks.append(((in_ends - in_lengths)[mode >= 0], mode[mode >= 0]))
-        encoder = interleave(int(in_lengths.sum()), marks, text[~is_noise])
-        targets = interleave(
-            int(out_lengths.sum()),
-            [(out_sentinels, sentinels), (out_ends - 1, ids.eos)],
-            text[is_noise],
-        )
+
+        # runs [[2, 1], [2, 1]] -> is_noise [F, F, T, F, F, T]
+        kinds = np.tile([False, True], len(runs))
+        is_noise = np.repeat(kinds, runs.ravel())
+
+        decoder_widths, encoder_widths = self.widths(segments.lengths, segments.variants)
+        modes = self._mode[segments.variants]
+        text = segments.tokens()
+        encoder = self._encoder_tokens(text[~is_noise], runs[:, 0], spans, encoder_widths, modes)
+        targets = self._targets(text[is_noise], runs[:, 1], spans, decoder_widths)
         return encoder_decoder_batch(
-            self, encoder, in_lengths, targets, out_lengths, segments.row_sizes
+            self, encoder, encoder_widths, targets, decoder_widths, segments.row_sizes
         )
+
+    def _encoder_tokens(
+        self,
+        kept_text: Shaped[np.ndarray, "_"],
+        kept_runs: Int[np.ndarray, "spans"],
+        spans: Int[np.ndarray, "segments"],
+        widths: Int[np.ndarray, "segments"],
+        modes: Int[np.ndarray, "segments"],
+    ) -> Int[np.ndarray, "_"]:
+        """Returns `[mode] kept ⟨0⟩ kept ⟨1⟩ … EOS` of every segment."""
+        has_mode = modes >= 0
+
+        # A sentinel ends each kept run: runs [2, 2] -> [2, 5]. Further to the right by the mode of
+        # its segment, and by the mode and EOS of each segment before: with a mode -> [3, 6]
+        segment = group_indices(spans)
+        num_modes = np.cumsum(has_mode)
+        sentinel_indices = np.cumsum(kept_runs + 1) - 1
+        sentinel_indices += segment + num_modes[segment]
+
+        starts = group_starts(widths)
+        ends = np.cumsum(widths) - 1
+        marks = [
+            (sentinel_indices, self._sentinels(spans)),
+            (ends, self.ids.eos),
+            (starts[has_mode], modes[has_mode]),
+        ]
+        return interleave(int(widths.sum()), marks, kept_text)
+
+    def _targets(
+        self,
+        noise_text: Shaped[np.ndarray, "_"],
+        noise_runs: Int[np.ndarray, "spans"],
+        spans: Int[np.ndarray, "segments"],
+        widths: Int[np.ndarray, "segments"],
+    ) -> Int[np.ndarray, "_"]:
+        """Returns `⟨0⟩ noise ⟨1⟩ noise … EOS` of every segment."""
+        # A sentinel begins each noise run: runs [1, 1] -> [0, 2]. Further to the right by the EOS
+        # of each segment before.
+        sentinel_indices = group_starts(noise_runs + 1) + group_indices(spans)
+
+        ends = np.cumsum(widths) - 1
+        marks = [(sentinel_indices, self._sentinels(spans)), (ends, self.ids.eos)]
+        return interleave(int(widths.sum()), marks, noise_text)
+
+    def _sentinels(self, spans: Int[np.ndarray, "segments"]) -> Int[np.ndarray, "spans"]:
+        """Returns the sentinel of each span: the first ones anew in every segment."""
+        sentinels = np.array(self.ids.sentinels)
+        return sentinels[ragged_arange(spans)]
 
 
 class Infill(Objective):
     """The encoder reads a text, sentences shuffled, a mask for each span that is left out; the
-    decoder gives it whole.
+    decoder predicts the whole text.
+
+        text     t₁ t₂ t₃ t₄ t₅ t₆
+        encoder  BOS t₁ MASK t₄ t₅ MASK t₆ EOS      (the second span is empty)
+        decoder  BOS t₁ t₂ t₃ t₄ t₅ t₆ EOS
 
     Spans have Poisson lengths, zero included, under the condition that they add up to the tokens
     left out: given its sum, a vector of equal Poisson variables is multinomial, so each token left
@@ -160,76 +237,131 @@ class Infill(Objective):
     def __init__(self, config: InfillConfig, ids: Ids, sequence_length: int, encoder_length: int):
         super().__init__(ids, sequence_length, encoder_length)
         self._config = config
-        self._frame = 1 + (ids.bos is not None)
+        self._bos_length = int(ids.bos is not None)
 
-    def _counts(self, lengths: Int[np.ndarray, "P"]) -> tuple[np.ndarray, ...]:
+    def _counts(self, lengths: Int[np.ndarray, "segments"]) -> tuple[np.ndarray, ...]:
         """Returns tokens kept, tokens left out, and spans of each segment."""
-        noise = noise_tokens(lengths, np.full(len(lengths), self._config.density))
+        density = np.full(len(lengths), self._config.density)
+        mean_span = np.full(len(lengths), self._config.mean_span)
+        noise = noise_tokens(lengths, density)
         kept = lengths - noise
-        return (
-            kept,
-            noise,
-            span_count(noise, np.full(len(lengths), self._config.mean_span), kept + 1),
-        )
+        # One span at most in each gap: before, between and behind the kept tokens.
+        spans = span_count(noise, mean_span, kept + 1)
+        return kept, noise, spans
 
     def widths(
-        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
-    ) -> Int[np.ndarray, "2 P"]:
+        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+    ) -> Int[np.ndarray, "2 segments"]:
         kept, _, spans = self._counts(lengths)
-        return np.stack([lengths, kept + spans]) + self._frame
+        frame_length = self._bos_length + 1
+        return np.stack([lengths, kept + spans]) + frame_length
 
     def batch(self, segments: Segments) -> Batch:
         kept, noise, spans = self._counts(segments.lengths)
-        text = segments.tokens[segments.token_indices()]
-        out_lengths, in_lengths = self.widths(segments.lengths, segments.variants)
-        # A mask lies before the g-th kept token of its segment, or at the end.
-        gaps = np.flatnonzero(choose(segments.draws(GAPS, kept + 1), kept + 1, spans))
-        segment = np.repeat(np.arange(len(spans)), spans)
-        first = np.cumsum(spans) - spans
-        gap = gaps - (np.cumsum(kept + 1) - (kept + 1))[segment]
-        pick = np.repeat(first, noise) + below(
-            segments.draws(LENGTHS, noise), np.repeat(spans, noise)
-        )
-        left_out = np.bincount(pick, minlength=len(gaps))
-        # Each span is left out after the kept tokens, and the spans, before its gap.
-        before = np.cumsum(left_out) - left_out
-        begin = (
-            gap
-            + before
-            - before[first][segment]
-            + (np.cumsum(segments.lengths) - segments.lengths)[segment]
-        )
-        is_noise = np.zeros(len(text), bool)
-        is_noise[np.repeat(begin, left_out) + ragged_arange(left_out)] = True
-        damaged = (
-            text[self._sentence_order(segments, text)][~is_noise]
-            if self._config.permute
-            else text[~is_noise]
-        )
-        masks = (
-            (np.cumsum(in_lengths) - in_lengths)[segment]
-            + (self._frame - 1)
-            + gap
-            + ragged_arange(spans)
-        )
-        encoder = self._framed([(masks, self.ids.mask)], damaged, in_lengths)
-        targets = self._framed([], text, out_lengths)
+        gaps = self._draw_gaps(segments, kept, spans)
+        span_lengths = self._draw_span_lengths(segments, noise, spans)
+        is_noise = _noise_mask(segments.lengths, spans, gaps, span_lengths)
+
+        text = segments.tokens()
+        damaged = text
+        if self._config.permute:
+            order = self._sentence_order(segments, text)
+            damaged = text[order]
+
+        # A mask comes behind BOS, the kept tokens before its gap and the masks before it:
+        # gaps [1, 3] -> [1 + 1 + 0, 1 + 3 + 1] = [2, 5] behind the segment's start
+        decoder_widths, encoder_widths = self.widths(segments.lengths, segments.variants)
+        segment = group_indices(spans)
+        masks = group_starts(encoder_widths)[segment]
+        masks += self._bos_length
+        masks += gaps + ragged_arange(spans)
+
+        encoder = self._framed([(masks, self.ids.mask)], damaged[~is_noise], encoder_widths)
+        targets = self._framed([], text, decoder_widths)
         return encoder_decoder_batch(
-            self, encoder, in_lengths, targets, out_lengths, segments.row_sizes
+            self, encoder, encoder_widths, targets, decoder_widths, segments.row_sizes
         )
+
+    def _draw_gaps(
+        self,
+        segments: Segments,
+        kept: Int[np.ndarray, "segments"],
+        spans: Int[np.ndarray, "segments"],
+    ) -> Int[np.ndarray, "spans"]:
+        """Draws the gap of each span: before kept token 0, 1, … of its segment, or behind the
+        last.
+        """
+        # kept [3, 1], spans [2, 1]: gaps 0 … 3 and 0 … 1, is chosen [F, T, F, T, T, F] -> [1, 3, 0]
+        num_gaps = kept + 1
+        draws = segments.draws(GAPS, num_gaps)
+        is_chosen = choose(draws, num_gaps, spans)
+        gaps = ragged_arange(num_gaps)
+        return gaps[is_chosen]
+
+    def _draw_span_lengths(
+        self,
+        segments: Segments,
+        noise: Int[np.ndarray, "segments"],
+        spans: Int[np.ndarray, "segments"],
+    ) -> Int[np.ndarray, "spans"]:
+        """Draws the length of each span: every token left out picks one of its segment's spans."""
+        # noise [3], spans [2]: tokens pick spans [1, 0, 1] -> lengths [1, 2]
+        draws = segments.draws(LENGTHS, noise)
+        first_span = np.repeat(group_starts(spans), noise)
+        num_spans = np.repeat(spans, noise)
+        span = first_span + below(draws, num_spans)
+        return np.bincount(span, minlength=int(spans.sum()))
 
     def _sentence_order(
         self, segments: Segments, text: Shaped[np.ndarray, "_"]
     ) -> Int[np.ndarray, "_"]:
+        """Draws an order of the tokens that shuffles the sentences of each segment."""
+        # A sentence begins with its segment or after the end of another:
+        # text [a, ., b, ., c] -> begins [T, F, T, F, T] -> sentence [0, 0, 1, 1, 2]
         begins = ragged_arange(segments.lengths) == 0
         begins[1:] |= text[:-1] == self.ids.sentence_end
         sentence = np.cumsum(begins) - 1
-        draws = segments.draws(SENTENCES)[begins][sentence]
-        return shuffled(draws, np.repeat(np.arange(len(segments.lengths)), segments.lengths))
+
+        # All tokens of a sentence have the draw of its first one, so they stay together.
+        sentence_draws = segments.draws(SENTENCES)[begins]
+        draws = sentence_draws[sentence]
+        return shuffled(draws, group_indices(segments.lengths))
 
     def _framed(
-        self, marks: list, text: Shaped[np.ndarray, "_"], lengths: Int[np.ndarray, "P"]
+        self,
+        marks: list[tuple[Int[np.ndarray, "_"], int | None]],
+        text: Shaped[np.ndarray, "_"],
+        widths: Int[np.ndarray, "segments"],
     ) -> Int[np.ndarray, "_"]:
-        ends = np.cumsum(lengths)
-        frame = [(ends - lengths, self.ids.bos)] if self.ids.bos is not None else []
-        return interleave(int(lengths.sum()), [*marks, *frame, (ends - 1, self.ids.eos)], text)
+        """Returns text and marks of every segment between BOS, where there is one, and EOS."""
+        ends = np.cumsum(widths) - 1
+        marks = [*marks, (ends, self.ids.eos)]
+        if self.ids.bos is not None:
+            marks.append((group_starts(widths), self.ids.bos))
+        return interleave(int(widths.sum()), marks, text)
+
+
+def _noise_mask(
+    lengths: Int[np.ndarray, "segments"],
+    spans: Int[np.ndarray, "segments"],
+    gaps: Int[np.ndarray, "spans"],
+    span_lengths: Int[np.ndarray, "spans"],
+) -> Bool[np.ndarray, "_"]:
+    """Marks the tokens of all segments that are left out.
+
+    Args:
+      lengths: tokens of each segment.
+      spans: of each segment.
+      gaps: kept tokens of its segment before each span.
+      span_lengths: tokens left out by each span.
+    """
+    # A span begins behind the kept tokens and the spans before it:
+    # gaps [1, 3], span lengths [2, 0] -> starts [1 + 0, 3 + 2] -> mask [F, T, T, F, F, F]
+    segment = group_indices(spans)
+    segment_starts = group_starts(lengths)
+    starts = segment_starts[segment] + gaps
+    starts += starts_in_groups(span_lengths, spans)
+
+    is_noise = np.zeros(int(lengths.sum()), bool)
+    is_noise[range_indices(starts, span_lengths)] = True
+    return is_noise

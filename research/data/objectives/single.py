@@ -12,23 +12,28 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from research.data.batch import Batch
-from research.data.chance import below, choose, fraction, ragged_arange
 from research.data.corpus import Corpus
+from research.data.draws import below, choose, fraction
 from research.data.objectives.base import Ids, Layout, Objective, Ranges, Segments, interleave
 from research.data.objectives.config import MaskedConfig
+from research.data.ragged import group_starts, ragged_arange, range_indices
 
-CHOICE, TREATMENT, REPLACEMENT = range(3)
+# What draws are for.
+CHOICE = 0
+TREATMENT = 1
+REPLACEMENT = 2
 
 
 def bytes_per_target(corpora: Iterable[Corpus]) -> float:
-    """Returns the UTF-8 bytes of text that one predicted token stands for: bits per byte = loss /
-    ln 2 / this.
+    """Returns the UTF-8 bytes of text for each predicted token: bits per byte = loss / ln 2 /
+    this.
     """
-    num_bytes, targets = 0, 0
+    num_bytes = 0
+    num_targets = 0
     for corpus in corpora:
         num_bytes += int(corpus.num_bytes.sum())
-        targets += int(_pairs(corpus.offsets).sum())
-    return num_bytes / max(targets, 1)
+        num_targets += int(_pairs(corpus.offsets).sum())
+    return num_bytes / max(num_targets, 1)
 
 
 def _pairs(offsets: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
@@ -37,9 +42,9 @@ def _pairs(offsets: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
 
 
 def causal_batch(
-    tokens: Shaped[np.ndarray, "_"],
-    starts: Int[np.ndarray, "P"],
-    lengths: Int[np.ndarray, "P"],
+    store: Shaped[np.ndarray, "_"],
+    starts: Int[np.ndarray, "segments"],
+    lengths: Int[np.ndarray, "segments"],
     row_sizes: Int[np.ndarray, "B"],
     sequence_length: int,
     pad_id: int,
@@ -47,18 +52,20 @@ def causal_batch(
     """Makes a causal batch from segments of a token store.
 
     Args:
-      tokens: the store; a segment of n pairs reads n + 1 of it.
-      starts: where each segment begins in the store.
+      store: all tokens; a segment of n pairs reads n + 1 of them.
+      starts: index of each segment's first token in the store.
       lengths: pairs of each segment; the segments of a row fill at most T.
       row_sizes: segments of each row; the segments come row by row.
       sequence_length: T, the width of the rows.
       pad_id: the token that fills the rest of a row.
     """
-    source = np.repeat(starts, lengths) + ragged_arange(lengths)
-    return Layout(lengths, row_sizes, sequence_length).arrays(
-        tokens=(tokens[source], pad_id),
-        targets=(tokens[source + 1], pad_id),
-        weights=(np.ones(len(source), np.float32), 0.0),
+    # starts [0, 7], lengths [3, 2] -> inputs [0, 1, 2, 7, 8], targets [1, 2, 3, 8, 9] of the store
+    inputs = range_indices(starts, lengths)
+    layout = Layout(lengths, row_sizes, sequence_length)
+    return layout.arrays(
+        tokens=(store[inputs], pad_id),
+        targets=(store[inputs + 1], pad_id),
+        weights=(np.ones(len(inputs), np.float32), 0.0),
     )
 
 
@@ -71,13 +78,13 @@ class Causal(Objective):
         return Ranges(offsets[:-1], lengths, np.zeros_like(lengths))
 
     def widths(
-        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
-    ) -> Int[np.ndarray, "2 P"]:
+        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+    ) -> Int[np.ndarray, "2 segments"]:
         return np.stack([lengths, np.zeros_like(lengths)])
 
     def batch(self, segments: Segments) -> Batch:
         return causal_batch(
-            segments.tokens,
+            segments.store,
             segments.starts,
             segments.lengths,
             segments.row_sizes,
@@ -87,8 +94,8 @@ class Causal(Objective):
 
 
 class Prefix(Causal):
-    """The rest of a segment from its first p tokens, which see one another in both directions;
-    `prefix` marks them.
+    """The rest of a segment from its first p tokens, which attend to one another in both
+    directions; `prefix` marks them.
 
     p is drawn from 1 … n for a segment of n pairs. A pair has weight where its target is not in the
     prefix.
@@ -98,21 +105,29 @@ class Prefix(Causal):
 
     def batch(self, segments: Segments) -> Batch:
         lengths = segments.lengths
-        seen = 1 + below(segments.draws(CHOICE, np.ones_like(lengths)), lengths)
-        inside = np.repeat(seen, lengths) - ragged_arange(
-            lengths
-        )  # above 0: in the prefix; above 1: so is the target
-        extra = Layout(lengths, segments.row_sizes, self.sequence_length).arrays(
-            prefix=((inside > 0).astype(np.int32), 0),
-            weights=((inside <= 1).astype(np.float32), 0.0),
+        draws = segments.draws(CHOICE, np.ones_like(lengths))
+        prefix_lengths = 1 + below(draws, lengths)
+
+        # The targets of the prefix are its own tokens, but for the last one's.
+        # length 4, prefix length 2 -> prefix [1, 1, 0, 0], weights [0, 1, 1, 1]
+        token_index = ragged_arange(lengths)
+        prefix_length = np.repeat(prefix_lengths, lengths)
+        in_prefix = token_index < prefix_length
+        target_follows = token_index + 1 >= prefix_length
+
+        layout = Layout(lengths, segments.row_sizes, self.sequence_length)
+        arrays = layout.arrays(
+            prefix=(in_prefix.astype(np.int32), 0),
+            weights=(target_follows.astype(np.float32), 0.0),
         )
-        return super().batch(segments) | {name: extra[name] for name in ("prefix", "weights")}
+        batch = super().batch(segments)
+        return batch | {"prefix": arrays["prefix"], "weights": arrays["weights"]}
 
 
 class Masked(Objective):
     """Hidden tokens of a segment from all others. Which are hidden is drawn anew in every epoch.
 
-    Every segment is framed as a document is; the frame is never hidden. Random tokens are any of
+    Every segment is framed as a document is; BOS and EOS are never hidden. Random tokens are any of
     the vocabulary.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1; Liu et al. 2019, arXiv:1907.11692,
@@ -122,43 +137,64 @@ class Masked(Objective):
     def __init__(self, config: MaskedConfig, ids: Ids, sequence_length: int):
         super().__init__(ids, sequence_length)
         self._config = config
-        self._framing = int(ids.bos is not None), int(ids.eos is not None)
+        self._frame_length = int(ids.bos is not None) + int(ids.eos is not None)
 
     def widths(
-        self, lengths: Int[np.ndarray, "P"], variants: Int[np.ndarray, "P"]
-    ) -> Int[np.ndarray, "2 P"]:
-        return np.stack([lengths + sum(self._framing), np.zeros_like(lengths)])
+        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+    ) -> Int[np.ndarray, "2 segments"]:
+        return np.stack([lengths + self._frame_length, np.zeros_like(lengths)])
 
     def batch(self, segments: Segments) -> Batch:
-        c = self._config
-        text = segments.tokens[segments.token_indices()].astype(np.int64)
-        counts = np.maximum(np.rint(segments.lengths * c.density).astype(np.int64), 1)
-        hidden = choose(segments.draws(CHOICE), segments.lengths, counts)
-        treatment = fraction(segments.draws(TREATMENT)[hidden])
-        replacement = below(segments.draws(REPLACEMENT)[hidden], self.ids.vocab_size)
+        text = segments.tokens().astype(np.int64)
+        hidden_counts = np.rint(segments.lengths * self._config.density)
+        hidden_counts = np.maximum(hidden_counts.astype(np.int64), 1)
+        is_hidden = choose(segments.draws(CHOICE), segments.lengths, hidden_counts)
+
         shown = text.copy()
-        shown[hidden] = np.where(
-            treatment < c.mask,
-            self.ids.mask,
-            np.where(treatment < c.mask + c.random, replacement, text[hidden]),
-        )
-        lengths = self.widths(segments.lengths, segments.variants)[0]
-        return Layout(lengths, segments.row_sizes, self.sequence_length).arrays(
-            tokens=(self._framed(shown, lengths), self.ids.pad),
-            targets=(self._framed(text, lengths), self.ids.pad),
-            weights=(self._framed(hidden, lengths, frame=False).astype(np.float32), 0.0),
+        shown[is_hidden] = self._replacements(
+            text[is_hidden],
+            segments.draws(TREATMENT)[is_hidden],
+            segments.draws(REPLACEMENT)[is_hidden],
         )
 
-    def _framed(
-        self, text: Shaped[np.ndarray, "_"], lengths: Int[np.ndarray, "P"], frame: bool = True
-    ) -> Int[np.ndarray, "_"]:
-        """Returns the segments' values with the ids of the frame around each, or zeros in their
-        places.
-        """
-        ends = np.cumsum(lengths)
-        places = ((ends - lengths, self.ids.bos), (ends - 1, self.ids.eos))
-        return interleave(
-            int(lengths.sum()),
-            [(at, mark if frame else 0) for at, mark in places if mark is not None],
-            text,
+        widths, _ = self.widths(segments.lengths, segments.variants)
+        tokens = self._framed(shown, widths, self.ids.bos, self.ids.eos)
+        targets = self._framed(text, widths, self.ids.bos, self.ids.eos)
+        weights = self._framed(is_hidden, widths, bos=0, eos=0)
+        layout = Layout(widths, segments.row_sizes, self.sequence_length)
+        return layout.arrays(
+            tokens=(tokens, self.ids.pad),
+            targets=(targets, self.ids.pad),
+            weights=(weights.astype(np.float32), 0.0),
         )
+
+    def _replacements(
+        self,
+        hidden: Int[np.ndarray, "_"],
+        treatments: Shaped[np.ndarray, "_"],
+        replacements: Shaped[np.ndarray, "_"],
+    ) -> Int[np.ndarray, "_"]:
+        """Returns what is shown of hidden tokens: MASK, a random token, or the token itself."""
+        mask_share = self._config.mask
+        changed_share = mask_share + self._config.random
+        treatment = fraction(treatments)
+        random_tokens = below(replacements, self.ids.vocab_size)
+
+        unmasked = np.where(treatment < changed_share, random_tokens, hidden)
+        return np.where(treatment < mask_share, self.ids.mask, unmasked)
+
+    def _framed(
+        self,
+        values: Shaped[np.ndarray, "_"],
+        widths: Int[np.ndarray, "segments"],
+        bos: int | None,
+        eos: int | None,
+    ) -> Int[np.ndarray, "_"]:
+        """Returns the segments' values, each between `bos` and `eos` where documents have them."""
+        # widths [4, 3] -> BOS at [0, 4], EOS at [3, 6]
+        marks = []
+        if self.ids.bos is not None:
+            marks.append((group_starts(widths), bos))
+        if self.ids.eos is not None:
+            marks.append((np.cumsum(widths) - 1, eos))
+        return interleave(int(widths.sum()), marks, values)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.data.chance import below, choose, fraction, hash64, ragged_arange, shuffled
+from research.data.draws import below, choose, fraction, hash64, shuffled
 
 MASK = 2**64 - 1
 
@@ -57,7 +57,3 @@ def test_a_shuffle_keeps_the_groups_and_equal_draws():
     group = np.array([0, 0, 0, 1, 1])
     draws = np.array([3, 1, 1, 2, 0], np.uint64) << np.uint64(40)
     assert shuffled(draws, group).tolist() == [1, 2, 0, 4, 3]
-
-
-def test_a_ragged_range_begins_anew_in_each_group():
-    assert ragged_arange(np.array([2, 0, 3])).tolist() == [0, 1, 0, 1, 2]
