@@ -2,8 +2,8 @@
 
 A corpus folder holds `tokens.bin` (uint16 or uint32, the framed documents one after the other),
 `offsets.npy`, `bytes.npy`, `checksums.npy` (of the blocks of `tokens.bin`) and `corpus.json`. It is
-written under another name and renamed when whole, so a build that is killed leaves nothing that
-could be read. A pair of texts is two documents: what is read, then what is made from it.
+written under another name and renamed when complete, so a build that is killed leaves nothing that
+could be read. A pair of texts is two documents: the source, then the text that is made from it.
 
 `corpus.json` guards itself and the tables, which are verified when a corpus is opened; a block of
 tokens is verified when it is first read.
@@ -51,12 +51,12 @@ class Corpus:
     opened by its folder.
 
     Attributes:
-      folder: where it lies.
+      folder: the corpus folder.
       tokens: ids of all documents, each framed by `Tokenizer.frame`.
-      offsets: where each of the D documents begins in `tokens`, then the total.
+      offsets: index in `tokens` of each document's first token, then the number of tokens.
       num_bytes: UTF-8 bytes of each document's text.
       pad_id: what fills the rest of a row: the tokenizer's PAD, or 0.
-      digest: a hash of the tokens and of where the documents begin.
+      digest: a hash of the tokens and the offsets.
       report: what reading the source met.
       verifier: compares blocks of `tokens` with their checksums; None for tokens that come from no
           file.
@@ -76,18 +76,20 @@ class Corpus:
 
     @property
     def num_documents(self) -> int:
-        """Number of documents, D."""
+        """Number of documents."""
         return len(self.num_bytes)
 
     def document(self, index: int) -> Shaped[np.ndarray, "_"]:
         """Returns the framed ids of one document; raises a UserError where they are not those that
         were written.
         """
-        self.verify(self.offsets[index : index + 1], np.diff(self.offsets[index : index + 2]))
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        starts = self.offsets[index : index + 1]
+        ends = self.offsets[index + 1 : index + 2]
+        self.verify(starts, ends - starts)
+        return self.tokens[starts[0] : ends[0]]
 
     def verify(self, starts: Int[np.ndarray, "ranges"], lengths: Int[np.ndarray, "ranges"]) -> None:
-        """Looks at the blocks of tokens that these ranges touch, each of them once in the life of
+        """Verifies the blocks of tokens that these ranges touch, each of them once in the life of
         this object.
 
         Args:
@@ -97,13 +99,16 @@ class Corpus:
         Raises:
           UserError: a block that is not what was written.
         """
-        damaged = None if self.verifier is None else self.verifier.first_damaged(starts, lengths)
-        if damaged is not None:
-            raise UserError(
-                f"{self.folder / 'tokens.bin'}: ids {damaged[0]:,} to {damaged[1] - 1:,} are not "
-                "those that were "
-                f"written (checksum). Delete {self.folder.parent} to build it again."
-            )
+        if self.verifier is None:
+            return
+        damaged = self.verifier.first_damaged(starts, lengths)
+        if damaged is None:
+            return
+        first, end = damaged
+        raise UserError(
+            f"{self.folder / 'tokens.bin'}: ids {first:,} to {end - 1:,} are not those that were "
+            f"written (checksum). Delete {self.folder.parent} to build it again."
+        )
 
 
 def open_corpus(folder: str | pathlib.Path) -> Corpus:
@@ -111,32 +116,51 @@ def open_corpus(folder: str | pathlib.Path) -> Corpus:
     changed.
     """
     folder = pathlib.Path(folder)
-    again = f"Delete {folder.parent} to build it again."
+    advice = f"Delete {folder.parent} to build it again."
     try:
         info = json.loads((folder / "corpus.json").read_text())
-        changed = [] if info["check"] == _check(info) else ["corpus.json"]
-        for name in TABLES:
-            if file_checksum(folder / f"{name}.npy") != info["tables"][name]:
-                changed.append(f"{name}.npy")
-        if changed:
-            raise UserError(f"{folder / changed[0]} is not what was written (checksum). {again}")
-        offsets, num_bytes, checksums = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in TABLES
-        )
-        tokens = _map(folder / "tokens.bin", np.dtype(info["dtype"]))
-        pad_id, digest, report = info["pad_id"], info["digest"], SourceReport(**info["report"])
+        changed = _first_changed(folder, info)
+        if changed is not None:
+            raise UserError(f"{folder / changed} is not what was written (checksum). {advice}")
+        return _read_corpus(folder, info, advice)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder} is not a tokenized corpus: {error}. {again}") from error
+        raise UserError(f"{folder} is not a tokenized corpus: {error}. {advice}") from error
+
+
+def _first_changed(folder: pathlib.Path, info: Mapping[str, Any]) -> str | None:
+    """Returns the first of `corpus.json` and the tables that its checksum does not fit, or None."""
+    changed = []
+    if info["check"] != _info_checksum(info):
+        changed.append("corpus.json")
+    for name in TABLES:
+        file = f"{name}.npy"
+        if file_checksum(folder / file) != info["tables"][name]:
+            changed.append(file)
+    return changed[0] if changed else None
+
+
+def _read_corpus(folder: pathlib.Path, info: Mapping[str, Any], advice: str) -> Corpus:
+    offsets, num_bytes, checksums = (
+        np.load(folder / f"{name}.npy", mmap_mode="r") for name in TABLES
+    )
+    tokens = _map(folder / "tokens.bin", np.dtype(info["dtype"]))
     if offsets[-1] != len(tokens):
-        raise UserError(f"{folder} has lost part of its files. {again}")
+        raise UserError(f"{folder} has lost part of its files. {advice}")
     return Corpus(
-        folder, tokens, offsets, num_bytes, pad_id, digest, report, BlockVerifier(tokens, checksums)
+        folder=folder,
+        tokens=tokens,
+        offsets=offsets,
+        num_bytes=num_bytes,
+        pad_id=info["pad_id"],
+        digest=info["digest"],
+        report=SourceReport(**info["report"]),
+        verifier=BlockVerifier(tokens, checksums),
     )
 
 
-def _check(info: Mapping[str, Any]) -> int:
+def _info_checksum(info: Mapping[str, Any]) -> int:
     """Returns the checksum of what `corpus.json` holds beside it."""
     rest = {name: value for name, value in info.items() if name != "check"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
@@ -156,8 +180,7 @@ def build_corpora(
     Args:
       source: where the text comes from.
       tokenizer: what encodes it.
-      folder: the cache; each distinct (source, its files, tokenizer) gets a folder of its own
-          inside.
+      folder: the cache; each distinct (source, its files, tokenizer) has its own folder inside.
 
     Returns:
       The corpus of each split; one without documents is still a corpus.
@@ -178,34 +201,48 @@ def build_corpora(
 
 
 def _digest(source: SourceConfig, tokenizer: Tokenizer) -> str:
-    """Hashes what decides the content. The weight does not: it is the mixture's affair."""
+    """Hashes what decides the content. The weight does not: only the mixture reads it."""
     content = plain(dataclasses.replace(source, weight=1.0))
-    key = json.dumps([FORMAT, content, fingerprint(source), tokenizer.digest()], sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()
+    key = [FORMAT, content, fingerprint(source), tokenizer.digest()]
+    text = json.dumps(key, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _build(source: SourceConfig, tokenizer: Tokenizer, final: pathlib.Path) -> None:
     # A process that was first has built the same.
     with files.new_folder(final, keep_existing=True) as partial, contextlib.ExitStack() as opened:
-        report = SourceReport()
         writers = {split: _Writer(partial / split, tokenizer) for split in SPLITS}
         for writer in writers.values():
             opened.callback(writer.close)
-        with Progress(
-            f"tokenize {source.kind} {source.path}".strip(), size_bytes(source), "bytes"
-        ) as progress:
-            for batch in _batches(split_documents(source, report)):
-                texts = [(split, text) for split, document in batch for text in document.texts]
-                encoded = tokenizer.encode_batch([text for _, text in texts])
-                for (split, text), ids in zip(texts, encoded, strict=True):
-                    progress.advance(writers[split].add(text, tokenizer.frame(ids)))
+
+        report = SourceReport()
+        _tokenize(source, tokenizer, writers, report)
+
         for writer in writers.values():
             writer.close()
             writer.finish(report)
 
 
+def _tokenize(
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    writers: Mapping[Split, "_Writer"],
+    report: SourceReport,
+) -> None:
+    """Writes the documents of a source, each with the writer of its split."""
+    title = f"tokenize {source.kind} {source.path}".strip()
+    with Progress(title, size_bytes(source), "bytes") as progress:
+        for batch in _batches(split_documents(source, report)):
+            # Of a pair both texts, the source first.
+            texts = [(split, text) for split, document in batch for text in document.texts]
+            encoded = tokenizer.encode_batch([text for _, text in texts])
+            for (split, text), ids in zip(texts, encoded, strict=True):
+                num_bytes = writers[split].add(text, tokenizer.frame(ids))
+                progress.advance(num_bytes)
+
+
 def _batches(pairs: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
-    """Groups documents until they are worth a parallel encoding."""
+    """Groups documents into batches that are large enough for parallel encoding."""
     batch: list[tuple[Split, Document]] = []
     size = 0
     for pair in pairs:
@@ -213,7 +250,8 @@ def _batches(pairs: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Spl
         size += sum(map(len, pair[1].texts))
         if size >= ENCODE_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
@@ -223,10 +261,14 @@ class _Writer:
 
     def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
         folder.mkdir()
-        self._folder, self._tokenizer = folder, tokenizer
-        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._folder = folder
+        self._tokenizer = tokenizer
+        # The smallest type that holds every id.
+        code = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        self._dtype = np.dtype(code)
         self._file: BinaryIO = (folder / "tokens.bin").open("wb")
-        self._hash, self._checksums = hashlib.sha256(), BlockChecksums()
+        self._hash = hashlib.sha256()
+        self._checksums = BlockChecksums()
         self._lengths: list[int] = []
         self._bytes: list[int] = []
 
@@ -236,35 +278,48 @@ class _Writer:
         self._file.write(data)
         self._hash.update(data)
         self._checksums.add(data)
+
+        num_bytes = len(text.encode("utf-8"))
         self._lengths.append(len(ids))
-        self._bytes.append(len(text.encode("utf-8")))
-        return self._bytes[-1]
+        self._bytes.append(num_bytes)
+        return num_bytes
 
     def close(self) -> None:
         self._file.close()
 
     def finish(self, report: SourceReport) -> None:
-        """Writes the tables and brings everything to the disk."""
+        """Writes the tables and flushes everything to the disk."""
+        # lengths [5, 3] -> offsets [0, 5, 8]
         offsets = np.zeros(len(self._lengths) + 1, np.int64)
         np.cumsum(self._lengths, out=offsets[1:])
-        tables = (offsets, np.array(self._bytes, np.int64), self._checksums.finish())
-        for name, table in zip(TABLES, tables, strict=True):
-            np.save(self._folder / f"{name}.npy", table)
         self._hash.update(offsets.astype("<i8").tobytes())
-        pad = self._tokenizer.pad_id
-        info = {
-            "dtype": self._dtype.str,
-            "pad_id": 0 if pad is None else pad,
-            "digest": self._hash.hexdigest(),
-            "tokenizer": self._tokenizer.digest(),
-            "documents": len(self._lengths),
-            "tokens": int(offsets[-1]),
-            "bytes": sum(self._bytes),
-            "tables": {name: file_checksum(self._folder / f"{name}.npy") for name in TABLES},
-            "report": dataclasses.asdict(report),
-        }
-        info["check"] = _check(info)
-        (self._folder / "corpus.json").write_text(json.dumps(info, indent=2) + "\n")
+
+        num_bytes = np.array(self._bytes, np.int64)
+        tables = (offsets, num_bytes, self._checksums.finish())
+        checksums = {}
+        for name, table in zip(TABLES, tables, strict=True):
+            path = self._folder / f"{name}.npy"
+            np.save(path, table)
+            checksums[name] = file_checksum(path)
+
+        self._write_info(int(offsets[-1]), checksums, report)
         for path in self._folder.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+    def _write_info(self, num_tokens: int, checksums: dict[str, int], report: SourceReport) -> None:
+        pad_id = self._tokenizer.pad_id
+        info = {
+            "dtype": self._dtype.str,
+            "pad_id": 0 if pad_id is None else pad_id,
+            "digest": self._hash.hexdigest(),
+            "tokenizer": self._tokenizer.digest(),
+            "documents": len(self._lengths),
+            "tokens": num_tokens,
+            "bytes": sum(self._bytes),
+            "tables": checksums,
+            "report": dataclasses.asdict(report),
+        }
+        info["check"] = _info_checksum(info)
+        text = json.dumps(info, indent=2)
+        (self._folder / "corpus.json").write_text(text + "\n")

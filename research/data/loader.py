@@ -2,8 +2,8 @@
 seed and i alone.
 
 Row i of the stream goes to batch i // B. Of that batch, part p of P holds the rows p·B/P to
-(p+1)·B/P, so the number of hosts, of workers and the shape of the mesh change who makes a row and
-never which row it is.
+(p+1)·B/P, so the number of hosts, of workers and the shape of the mesh change which process makes a
+row and never which row it is.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from research.core.progress import track
 from research.data.batch import Batch
 from research.data.corpus import Corpus
 from research.data.mixing import row_stream
-from research.data.objectives import build, identity
+from research.data.objectives import Objective, build, identity
 from research.data.packing import PADDING_ROW, PackedRows
 from research.data.prepare import DataConfig
 from research.data.tokenizers import Tokenizer
@@ -28,8 +28,8 @@ from research.data.tokenizers import Tokenizer
 # Held-out rows are packed and ordered in one way, whatever the seed of the run: runs are compared
 # on them.
 HELDOUT_SEED = 0
-# Rows that an endless stream may give: Grain counts batches in floating point, which its own
-# endlessness overflows.
+# Rows of an endless stream: Grain counts batches in floating point, which the length of its own
+# endless datasets overflows.
 ENDLESS = 2**50
 
 
@@ -37,8 +37,8 @@ class Loader:
     """An endless iterator over one part of every batch.
 
     Attributes:
-      position: global index of the next row; all that a checkpoint needs (with what `state` adds as
-          a check).
+      position: global index of the next row; all that a checkpoint needs, with the digest that
+        `state` adds as a check.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Loader:
         Args:
           corpora: one for each of `config.sources`; those without text are left out of the mixture.
           config: weights, objective, packing blocks, workers.
-          tokenizer: what made the corpora; some objectives put its control tokens in.
+          tokenizer: what made the corpora; some objectives insert its control tokens.
           batch_size: rows of a batch over all processes, B.
           sequence_length: T.
           seed: of the packing, the shuffle, and what the objective draws.
@@ -81,21 +81,20 @@ class Loader:
         ]
         if not kept:
             raise UserError("sources", constraint="hold no text to train on.")
-        self._rows = [
-            PackedRows(c, objective=objective, seed=seed, block_documents=config.block_documents)
-            for c, _ in kept
-        ]
-        self._stream = row_stream(
-            [len(rows) for rows in self._rows], [weight for _, weight in kept], seed
-        )
-        self._config, self._batch_size = config, batch_size
-        self._part_index, self._part_count = part_index, part_count
-        order = [
-            seed,
-            sequence_length,
-            config.block_documents,
-            [(c.digest, weight) for c, weight in kept],
-        ]
+        corpora = [corpus for corpus, _ in kept]
+        weights = [weight for _, weight in kept]
+
+        self._rows = _packed(corpora, config, objective, seed)
+        num_rows = [len(rows) for rows in self._rows]
+        self._stream = row_stream(num_rows, weights, seed)
+        self._config = config
+        self._batch_size = batch_size
+        self._part_index = part_index
+        self._part_count = part_count
+
+        # Everything that decides which row has which index, and what is in it.
+        digests = [(corpus.digest, weight) for corpus, weight in kept]
+        order = [seed, sequence_length, config.block_documents, digests]
         order += identity(config.objective, objective)
         self._order = hashlib.sha256(json.dumps(order).encode()).hexdigest()
         self._iterator: grain.DatasetIterator | None = None
@@ -114,7 +113,7 @@ class Loader:
 
     @property
     def dropped(self) -> int:
-        """Documents of all sources that may not be cut, and are too long for a row."""
+        """Pairs of all sources that are too long for a row."""
         return sum(rows.plan.dropped for rows in self._rows)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -128,31 +127,32 @@ class Loader:
         if self._iterator is None:
             self._iterator = self._start()
         batch = next(self._iterator)
-        if (
-            self._config.workers
-        ):  # out of the memory shared with the workers, which is freed only when let go of
+        if self._config.workers:
+            # A copy: the memory shared with the workers is freed when nothing refers to it.
             batch = {name: np.array(values) for name, values in batch.items()}
         self.position += self._batch_size
         return batch
 
     def _start(self) -> grain.DatasetIterator:
-        size = self._batch_size // self._part_count
-        batches = self._stream[self.position : self.position + ENDLESS].batch(
-            size, batch_fn=_Gather(self._rows)
-        )
-        mine = batches[self._part_index :: self._part_count]
-        threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._config.prefetch)
-        dataset = mine.to_iter_dataset(threads)
-        if self._config.workers:
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # Grain reads its own flags, and not every program is an absl app
+        """Returns an iterator over this part of the batches from `position` on."""
+        config = self._config
+        part_size = self._batch_size // self._part_count
+        stream = self._stream[self.position : self.position + ENDLESS]
+
+        # Batches of a part's size: of 2 parts, part 0 has the batches 0, 2, 4, … of them.
+        parts = stream.batch(part_size, batch_fn=_Gather(self._rows))
+        own_parts = parts[self._part_index :: self._part_count]
+
+        threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
+        dataset = own_parts.to_iter_dataset(threads)
+        if config.workers:
+            # Grain reads its own flags, and not every program is an absl app.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    self._config.workers, per_worker_buffer_size=self._config.prefetch
-                )
+            processes = grain.MultiprocessingOptions(
+                config.workers, per_worker_buffer_size=config.prefetch
             )
+            dataset = dataset.mp_prefetch(processes)
         return iter(dataset)
 
     def state(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Loader:
         return {"position": self.position, "order": self._order}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state; batch size, processes and workers may have changed since.
+        """Resumes from a saved state; batch size, processes and workers may have changed since.
 
         Raises:
           UserError: the state belongs to other data, another objective, seed or sequence length.
@@ -198,45 +198,58 @@ def heldout_batches(
     """Yields every held-out row exactly once, in an order that no run changes; the last batch is
     filled with padding.
 
-    The order is mixed, so the first `max_batches` are a fair sample of the whole.
+    The order is shuffled, so the first `max_batches` are a fair sample of all.
 
     Args:
-      corpora: the held-out corpora; empty ones are passed over.
+      corpora: the held-out corpora; empty ones are skipped.
       config: objective, packing blocks.
       tokenizer: as in `Loader`.
       batch_size: rows of a batch over all processes.
       sequence_length: T.
       part_index: which part of each batch; as in `Loader`.
       part_count: number of parts; a divisor of `batch_size`.
-      max_batches: stop after so many; None: all.
+      max_batches: the most batches; None: all.
 
     Raises:
       UserError: a batch that does not divide, or nothing held out.
     """
     _check_sizes(batch_size, sequence_length, part_count)
     objective = build(config.objective, tokenizer, sequence_length)
-    rows = [
-        PackedRows(
-            c, objective=objective, seed=HELDOUT_SEED, block_documents=config.block_documents
-        )
-        for c in corpora
-        if objective.num_targets(c.offsets) > 0
-    ]
+    corpora = [corpus for corpus in corpora if objective.num_targets(corpus.offsets) > 0]
+    rows = _packed(corpora, config, objective, HELDOUT_SEED)
     if not rows:
         raise UserError(
             "sources", constraint=": no document is held out; raise heldout_fraction or add text."
         )
-    table = [(source, row, 0) for source, packed in enumerate(rows) for row in range(len(packed))]
-    stream = grain.MapDataset.source(table).shuffle(seed=HELDOUT_SEED)
+
+    # (source, row, epoch) of all rows, shuffled.
+    triples = [(source, row, 0) for source, packed in enumerate(rows) for row in range(len(packed))]
+    stream = grain.MapDataset.source(triples).shuffle(seed=HELDOUT_SEED)
     gather = _Gather(rows)
-    size = batch_size // part_count
-    count = -(-len(table) // batch_size)
-    for g in track(
-        range(count if max_batches is None else min(count, max_batches)), "evaluate", unit="batches"
-    ):
-        first = g * batch_size + part_index * size
-        wanted = [stream[i] for i in range(first, min(first + size, len(table)))]
-        yield gather(wanted + [(0, PADDING_ROW, 0)] * (size - len(wanted)))
+
+    part_size = batch_size // part_count
+    num_batches = -(-len(triples) // batch_size)
+    if max_batches is not None:
+        num_batches = min(num_batches, max_batches)
+    for number in track(range(num_batches), "evaluate", unit="batches"):
+        # Batch 1 of 8 rows, part 1 of 2: the rows 12, 13, 14 and 15.
+        first = number * batch_size + part_index * part_size
+        end = min(first + part_size, len(triples))
+        part = [stream[i] for i in range(first, end)]
+        padding = [(0, PADDING_ROW, 0)] * (part_size - len(part))
+        yield gather(part + padding)
+
+
+def _packed(
+    corpora: Sequence[Corpus], config: DataConfig, objective: Objective, seed: int
+) -> list[PackedRows]:
+    rows = []
+    for corpus in corpora:
+        packed = PackedRows(
+            corpus, objective=objective, seed=seed, block_documents=config.block_documents
+        )
+        rows.append(packed)
+    return rows
 
 
 def _check_sizes(batch_size: int, sequence_length: int, part_count: int) -> None:
@@ -256,9 +269,19 @@ class _Gather:
 
     def __call__(self, triples: Sequence[tuple[int, int, int]]) -> Batch:
         sources, rows, epochs = np.array(triples).T
-        places = [(source, np.flatnonzero(sources == source)) for source in np.unique(sources)]
-        parts = [self._rows[source].batch(rows[here], epochs[here]) for source, here in places]
+        parts = []
+        indices = []
+        for source in np.unique(sources):
+            index = np.flatnonzero(sources == source)
+            parts.append(self._rows[source].batch(rows[index], epochs[index]))
+            indices.append(index)
         if len(parts) == 1:
             return parts[0]
-        back = np.argsort(np.concatenate([here for _, here in places]))
-        return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+        # Back into the order of the triples: sources [1, 0, 1] -> indices [1], [0, 2] -> [1, 0, 2]
+        order = np.argsort(np.concatenate(indices))
+        batch = {}
+        for name in parts[0]:
+            values = np.concatenate([part[name] for part in parts])
+            batch[name] = values[order]
+        return batch

@@ -16,10 +16,9 @@ def row_stream(num_rows: Sequence[int], weights: Sequence[float], seed: int) -> 
     """Returns an endless dataset whose element i is (source, row, epoch): whatever is random in a
     row differs by epoch.
 
-    Every source passes through all its rows, newly shuffled, before it repeats one. Sources
-    alternate in fixed
-    proportions: after n rows, source k has given n · wₖ / Σ w of them, rounded (Grain keeps the
-    proportions to within 1 % of the smallest weight).
+    Every source gives all its rows, newly shuffled, before it repeats one. Sources alternate in
+    fixed proportions: after n rows, source k has given n · wₖ / Σ w of them, rounded (Grain keeps
+    the proportions to within 1 % of the smallest weight).
 
     Args:
       num_rows: rows of each source in an epoch, at least 1.
@@ -30,21 +29,23 @@ def row_stream(num_rows: Sequence[int], weights: Sequence[float], seed: int) -> 
     for source, rows in enumerate(num_rows):
         # Grain shuffles epoch e with the seed plus e: sources and runs get seeds that are far
         # apart.
-        own_seed = stable_hash(f"{seed}/{source}") % 2**32
-        streams.append(
-            grain.MapDataset.range(rows)
-            .shuffle(seed=own_seed)
-            .repeat()
-            .map_with_index(_Tag(source, rows))
-        )
-    return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, list(weights))
+        source_seed = stable_hash(f"{seed}/{source}") % 2**32
+        stream = grain.MapDataset.range(rows)
+        stream = stream.shuffle(seed=source_seed).repeat()
+        stream = stream.map_with_index(_Tag(source, rows))
+        streams.append(stream)
+
+    if len(streams) == 1:
+        return streams[0]
+    return grain.MapDataset.mix(streams, list(weights))
 
 
 class _Tag:
-    """Names the source and the epoch of a row; a class, because workers receive it by pickle."""
+    """Adds a row's source and epoch to it; a class, because workers receive it by pickle."""
 
     def __init__(self, source: int, rows: int):
-        self._source, self._rows = source, rows
+        self._source = source
+        self._rows = rows
 
     def __call__(self, index: int, row: int) -> tuple[int, int, int]:
         return self._source, row, index // self._rows

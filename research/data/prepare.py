@@ -46,28 +46,30 @@ class DataConfig:
                 "train on.",
             )
         for index, source in enumerate(self.sources):
-            name, value = (
-                ("pair_path", source.pair_path)
-                if source.pair_path
-                else ("pair_field", source.pair_field)
-            )
-            if (self.objective.kind == "translate") != bool(value):
-                need = "be empty" if value else "name the other text of a pair"
-                raise UserError(
-                    f"sources.{index}.{name}",
-                    value,
-                    f"must {need} for objective.kind = {self.objective.kind!r}.",
-                )
+            self._check_pairs(index, source)
         for name, least in (("block_documents", 1), ("workers", 0), ("prefetch", 1)):
             value = getattr(self, name)
             if value < least:
                 raise UserError(name, value, f"must be at least {least}.")
 
+    def _check_pairs(self, index: int, source: SourceConfig) -> None:
+        """Raises UserError where a source has pairs and the objective reads single texts, or the
+        other way round.
+        """
+        name = "pair_path" if source.pair_path else "pair_field"
+        value = source.pair_path or source.pair_field
+        kind = self.objective.kind
+        if (kind == "translate") != bool(value):
+            need = "be empty" if value else "name the other text of a pair"
+            raise UserError(
+                f"sources.{index}.{name}", value, f"must {need} for objective.kind = {kind!r}."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Everything that loaders need; the corpora stand in the order of `DataConfig.sources`, empty
-    ones included.
+    """Everything that loaders need; the corpora have the order of `DataConfig.sources`, empty ones
+    included.
     """
 
     tokenizer: Tokenizer
@@ -78,21 +80,21 @@ class Prepared:
         """Returns a line for each source: what was read, what was skipped, what it became."""
         lines = []
         for train, heldout in zip(self.train, self.heldout, strict=True):
-            read = train.report
             line = (
                 f"{train.folder.parent.name}: {train.num_documents:,} documents, "
                 f"{len(train.tokens):,} tokens to train;"
                 f" {heldout.num_documents:,} documents, {len(heldout.tokens):,} tokens held out"
             )
-            lines.append(
-                f"{line}; {read.bad:,} skipped, first: {read.first_bad}" if read.bad else line
-            )
+            report = train.report
+            if report.bad:
+                line += f"; {report.bad:,} skipped, first: {report.first_bad}"
+            lines.append(line)
         return lines
 
 
 def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
-    """Builds what a run needs inside `folder`, or finds it there from an earlier run with the same
-    inputs.
+    """Builds what a run needs inside `folder`, or finds what an earlier run with the same inputs
+    built there.
 
     Raises:
       UserError: a source or tokenizer that cannot be read, nothing to train on, or a disk that is
@@ -106,8 +108,8 @@ def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
             corpora.append(build_corpora(source, tokenizer, folder / "corpora"))
     prepared = Prepared(
         tokenizer,
-        tuple(splits["train"] for splits in corpora),
-        tuple(splits["heldout"] for splits in corpora),
+        train=tuple(splits["train"] for splits in corpora),
+        heldout=tuple(splits["heldout"] for splits in corpora),
     )
     if not any(corpus.num_documents for corpus in prepared.train):
         raise UserError(
@@ -135,8 +137,10 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
     for index, source in enumerate(config.sources):
         with within(f"sources.{index}"):
             inputs.append(fingerprint(source))
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    key = json.dumps(inputs, sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     final = pathlib.Path(folder) / "tokenizers" / f"{config.tokenizer.kind}-{digest}"
+
     files.remove_leftovers(final.parent, older=True)
     if not final.is_dir():
         # Read first: what goes wrong in a source is not the tokenizer's fault.
@@ -153,13 +157,13 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """Yields the training documents that a tokenizer learns from, each source up to its share of
-    the bytes.
+    """Yields the training documents that a tokenizer learns from, of each source as many bytes as
+    its weight gives it.
     """
     sources = [source for source in config.sources if source.heldout_fraction < 1]
-    total = sum(source.weight for source in sources)
+    total_weight = sum(source.weight for source in sources)
     for source in sources:
-        left = config.tokenizer.training_bytes * source.weight / total
+        left = config.tokenizer.training_bytes * source.weight / total_weight
         with within(f"sources.{config.sources.index(source)}"):
             for document in documents(source, "train"):
                 yield from document.texts

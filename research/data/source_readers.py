@@ -228,9 +228,9 @@ def _line_pairs(
         pairs = itertools.zip_longest(lines, source_lines, fillvalue=end)
         for number, pair in enumerate(pairs):
             if end in pair:
-                short, long = source_path, path
-                if pair[0] is end:
-                    short, long = long, short
+                is_first = pair[0] is end
+                short = path if is_first else source_path
+                long = source_path if is_first else path
                 raise UserError(
                     f"{short} has {number} lines and {long} has more: they must be pairs of lines."
                 )

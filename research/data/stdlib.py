@@ -2,8 +2,7 @@
 
 Three kinds of document: the language reference (`pydoc_data`), the source files of the standard
 library, and the docstrings of each such file as prose. A file and its docstrings share one key, so
-they fall on the same side of the
-split. Nothing is imported: the files are read and parsed.
+they are in the same split. Nothing is imported: the files are read and parsed.
 """
 
 import ast
@@ -15,24 +14,27 @@ from collections.abc import Callable, Iterator
 
 # Top-level folders left out: third-party code, the test suite (as large as the library itself, and
 # not always installed), compiled extensions, and codecs, which are near-copies of one another: some
-# would be held out beside their twins in training.
+# would be held out while their copies are trained on.
 LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "lib-dynload", "encodings", "__pycache__"}
 )
 TOPICS = "pydoc_data/topics.py"
 MIN_DOCSTRING = 40
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def files() -> dict[str, pathlib.Path]:
     """Returns the corpus files by name, as `asyncio/events.py`."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    tops = [top for top in root.iterdir() if not _is_left_out(top.name)]
-    found = [
-        path
-        for top in tops
-        for path in (top.rglob("*.py") if top.is_dir() else [top])
-        if path.suffix == ".py"
-    ]
+    found = []
+    for top in root.iterdir():
+        if _is_left_out(top.name):
+            continue
+        if top.is_dir():
+            found += top.rglob("*.py")
+        elif top.suffix == ".py":
+            found.append(top)
+
     named = {path.relative_to(root).as_posix(): path for path in found}
     # Test data is broken on purpose.
     return {name: path for name, path in sorted(named.items()) if "/tests/data/" not in name}
@@ -44,14 +46,15 @@ def _is_left_out(top: str) -> bool:
 
 
 def texts(skip: Callable[[str, str], None]) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, key of the split, text) of every document, ordered by a hash of the key.
+    """Yields (name, split key, text) of every document, ordered by a hash of the file's name.
 
     Args:
       skip: called with (file, reason) for a file that cannot be read.
     """
     seen: set[str] = set()
-    ordered = sorted(files().items(), key=lambda item: hashlib.blake2b(item[0].encode()).digest())
-    for name, path in ordered:
+    paths = files()
+    for name in sorted(paths, key=lambda name: hashlib.blake2b(name.encode()).digest()):
+        path = paths[name]
         try:
             with tokenize.open(path) as file:
                 text = file.read()
@@ -62,6 +65,7 @@ def texts(skip: Callable[[str, str], None]) -> Iterator[tuple[str, str, str]]:
         if not text or text in seen:
             continue
         seen.add(text)
+
         if name == TOPICS:
             yield from _topics(tree)
             continue
@@ -83,18 +87,20 @@ def _docstrings(tree: ast.Module) -> str:
     """Returns the docstrings of a module, its classes and functions in the order of the text, each
     under its name.
     """
-    parts, stack = [], [tree]
+    parts = []
+    stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            doc = ast.get_docstring(node)
-            if doc and len(doc) >= MIN_DOCSTRING:
-                parts.append(doc if isinstance(node, ast.Module) else f"{node.name}\n\n{doc}")
-        # Expressions, most of the tree, hold no definitions.
-        inner = [
-            child
-            for child in ast.iter_child_nodes(node)
-            if isinstance(child, (ast.stmt, ast.excepthandler))
-        ]
-        stack.extend(reversed(inner))
+        if isinstance(node, DOCUMENTED):
+            doc = ast.get_docstring(node) or ""
+            if len(doc) >= MIN_DOCSTRING:
+                heading = "" if isinstance(node, ast.Module) else f"{node.name}\n\n"
+                parts.append(heading + doc)
+
+        # Expressions, most of the tree, hold no definitions. Reversed, since a stack is read from
+        # its end.
+        children = list(ast.iter_child_nodes(node))
+        for child in reversed(children):
+            if isinstance(child, ast.stmt | ast.excepthandler):
+                stack.append(child)
     return "\n\n\n".join(parts)

@@ -27,9 +27,8 @@ class TesseraText(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = (
-        None  # TFDS would look beside the code for the checksums of downloads; there are none
-    )
+    # TFDS would look beside the code for the checksums of downloads; there are none.
+    code_path = None
 
     def __init__(self, *, files: Mapping[str, str], **options: Any):
         """Args: files: path of each file by the name that its example gets. options: those of
@@ -51,14 +50,10 @@ class TesseraText(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, path in sorted(self._files.items()):
-            # Bytes, so that a file of bad UTF-8 comes through to the reader, who counts it.
-            yield (
-                name,
-                {
-                    "name": name,
-                    "text": pathlib.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8),
-                },
-            )
+            # Bytes, so that bad UTF-8 reaches the reader of the source, which counts it.
+            data = pathlib.Path(path).read_bytes()
+            text = data.removeprefix(codecs.BOM_UTF8)
+            yield name, {"name": name, "text": text}
 
 
 def prepare(
@@ -111,23 +106,24 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Turns whatever a damaged dataset makes TFDS raise, which is of many types, into a UserError
-    of one line.
+    """Turns what TFDS raises for a damaged dataset, which is of many types, into a UserError of one
+    line.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError("path", path, f"cannot be read: {said[:300]}.") from error
+        message = f"{type(error).__name__}: {error}"
+        one_line = " ".join(message.split())
+        raise UserError("path", path, f"cannot be read: {one_line[:300]}.") from error
 
 
 def _open(
     path: str, split: str, files: Mapping[str, pathlib.Path], stack: contextlib.ExitStack
 ) -> Sequence[dict[str, Any]]:
-    """Returns the examples of files as `texts` describes them; what is prepared first lasts as long
-    as `stack`.
+    """Returns the examples of files as `texts` describes them; what is prepared first is removed
+    when `stack` closes.
     """
     folders = {file.parent for name, file in files.items() if file.name == "dataset_info.json"}
     if len(folders) > 1:
@@ -136,7 +132,8 @@ def _open(
         return _open_prepared(folders.pop(), split)
     if any(".array_record" in file.name for file in files.values()):
         return _open_records(path, sorted(files.values()))
-    return prepare(files, stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-tfds-")))
+    temporary = tempfile.TemporaryDirectory(prefix="tessera-tfds-")
+    return prepare(files, stack.enter_context(temporary))
 
 
 def _open_prepared(folder: pathlib.Path, split: str) -> Sequence[dict[str, Any]]:
@@ -156,10 +153,11 @@ def _open_prepared(folder: pathlib.Path, split: str) -> Sequence[dict[str, Any]]
 
 
 class _Records(Sequence[dict[str, Any]]):
-    """Examples of bare ArrayRecord files, decoded by the features that lie beside them."""
+    """Examples of bare ArrayRecord files, decoded by the `features.json` beside them."""
 
     def __init__(self, files: Sequence[pathlib.Path], features: tfds.features.FeatureConnector):
-        self._records, self._features = grain.sources.ArrayRecordDataSource(files), features
+        self._records = grain.sources.ArrayRecordDataSource(files)
+        self._features = features
 
     def __len__(self) -> int:
         return len(self._records)
