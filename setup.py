@@ -7,6 +7,13 @@ parity = ["torch==2.13.0", "transformers>=5"]
 zstd = ["zstandard>=0.23"]
 # The client of Google Cloud Storage, for workdirs at gs://BUCKET/FOLDER.
 gcs = ["gcsfs>=2025.3"]
+# Experiment trackers; each is addressed as its package says.
+wandb = ["wandb>=0.20"]
+mlflow = ["mlflow-skinny>=3"]
+trackio = ["trackio>=0.20"]
+# The site, and the notebook that the tests run.
+docs = ["mkdocs-material>=9.6"]
+notebook = ["ipykernel>=6", "nbclient>=0.10"]
 test = [
     "beartype>=0.20",
     "gcp-storage-emulator>=2026.7",
@@ -53,11 +60,26 @@ setuptools.setup(
     extras_require={
         "test": test,
         "parity": parity,
-        "dev": test + parity + zstd + ["jax[tpu]"],
+        "dev": [
+            *test,
+            *parity,
+            *zstd,
+            *wandb,
+            *mlflow,
+            *trackio,
+            *docs,
+            *notebook,
+            "jax[tpu]",
+        ],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "zstd": zstd,
         "gcs": gcs,
+        "wandb": wandb,
+        "mlflow": mlflow,
+        "trackio": trackio,
+        "docs": docs,
+        "notebook": notebook,
     },
     entry_points={"console_scripts": ["tessera=research.__main__:main"]},
 )

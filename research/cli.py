@@ -21,6 +21,7 @@ from research.core.errors import Interrupted, UserError
 # answer at once.
 VERBS = {
     "train": "train a model",
+    "evaluate": "show held-out bits per byte beside gzip and byte n-grams",
     "sample": "continue prompts with a trained model",
     "data": "build the tokenizer and corpora of a config, and show them",
     "describe": "show a model: layers, shapes and counts as a tree, attention masks as a picture",

@@ -1,0 +1,233 @@
+"""Experiment trackers by config: Weights & Biases, MLflow, Trackio, through their own packages.
+
+`metrics.jsonl` has every number; a tracker gets them too. It is addressed as its package says:
+`WANDB_API_KEY`, `WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, `TRACKIO_DIR` and so on.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import secrets
+import time
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import jax
+
+from research.core.errors import UserError, join, within
+from research.storage import files
+from research.storage.paths import Path
+
+logger = logging.getLogger("tessera")
+
+# In the workdir: the id of the run at each tracker, so that a resumed run is the same one there.
+FILE = "trackers.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackerConfig:
+    """A service that gets the numbers of a run.
+
+    Attributes:
+      kind: `wandb` (Weights & Biases), `mlflow` or `trackio`.
+      project: project of the run; for MLflow its experiment.
+      name: of the run; empty: that of the workdir's folder.
+      optional: whether the run goes on without a tracker that cannot be started.
+    """
+
+    kind: Literal["wandb", "mlflow", "trackio"]
+    project: str = "tessera"
+    name: str = ""
+    optional: bool = False
+
+
+@typing.runtime_checkable
+class Tracker(Protocol):
+    """A run at a service."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the numbers of a step."""
+
+    def close(self) -> None:
+        """Sends what is not sent yet."""
+
+
+class _WeightsAndBiases:
+    def __init__(self, package: Any, config: TrackerConfig, run_id: str, values: dict[str, Any]):
+        if package.setup().settings.mode == "online" and not package.login(prompt=False):
+            raise PermissionError("no API key: run `wandb login`, or set WANDB_MODE=offline")
+        self._run = package.init(
+            project=config.project,
+            name=config.name,
+            id=run_id,
+            resume="allow",
+            config=values,
+            settings=package.Settings(console="off", silent=True),
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, package: Any, config: TrackerConfig, run_id: str, values: dict[str, Any]):
+        self._metric = package.entities.Metric
+        self._client = package.MlflowClient()
+        experiment = self._client.get_experiment_by_name(config.project)
+        if experiment is None:
+            experiment_id = self._client.create_experiment(config.project)
+        else:
+            experiment_id = experiment.experiment_id
+
+        # MLflow makes ids of its own, so ours is a tag that is searched for.
+        found = self._client.search_runs([experiment_id], f"tags.tessera_id = '{run_id}'")
+        if found:
+            self._id = found[0].info.run_id
+        else:
+            tags = {"tessera_id": run_id}
+            self._id = self._client.create_run(
+                experiment_id, tags=tags, run_name=config.name
+            ).info.run_id
+            for name, value in _flat(values).items():
+                self._client.log_param(self._id, name, value)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        metrics = [self._metric(name, value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class _Trackio:
+    def __init__(self, package: Any, config: TrackerConfig, run_id: str, values: dict[str, Any]):
+        # Its runs are resumed by name.
+        self._run = package.init(
+            project=config.project,
+            name=f"{config.name}-{run_id}",
+            resume="allow",
+            config=values,
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[ModuleType, TrackerConfig, str, dict[str, Any]], Tracker]] = {
+    "wandb": _WeightsAndBiases,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
+}
+
+
+class _Safe:
+    """A tracker whose faults in the middle of a run are a warning: the run goes on without it."""
+
+    def __init__(self, kind: str, tracker: Tracker):
+        self._kind = kind
+        self._tracker: Tracker | None = tracker
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._attempt(lambda tracker: tracker.write(step, values))
+
+    def close(self) -> None:
+        self._attempt(lambda tracker: tracker.close())
+
+    def _attempt(self, act: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            with contextlib.redirect_stdout(None):
+                act(self._tracker)
+        except Exception as error:
+            logger.warning("%s gets no more numbers: %s", self._kind, _first_line(error))
+            self._tracker = None
+
+
+def open_trackers(
+    configs: Sequence[TrackerConfig], workdir: Path, values: dict[str, Any]
+) -> list[Tracker]:
+    """Starts or resumes the run at each tracker; on processes other than the first it does
+    nothing.
+
+    Args:
+      configs: of the trackers.
+      workdir: of the run, which keeps the ids of the run at the trackers.
+      values: the plain config of the run, which trackers show.
+
+    Raises:
+      UserError: a tracker that is not optional has no package, no credentials or no answer.
+    """
+    if jax.process_index() != 0:
+        return []
+    opened: list[Tracker] = []
+    for index, config in enumerate(configs):
+        named = dataclasses.replace(config, name=config.name or workdir.name)
+        try:
+            with within(f"trackers.{index}"):
+                tracker = _open(named, _run_id(workdir, config.kind), values)
+            opened.append(_Safe(config.kind, tracker))
+        except UserError as error:
+            if not config.optional:
+                for tracker in opened:
+                    tracker.close()
+                raise
+            logger.warning("%s The run goes on without it.", error)
+    return opened
+
+
+def _open(config: TrackerConfig, run_id: str, values: dict[str, Any]) -> Tracker:
+    try:
+        package = importlib.import_module(config.kind)
+    except ImportError as error:
+        raise UserError(
+            "kind",
+            config.kind,
+            f"needs a package: pip install -e '.[{config.kind}]', or set optional = True.",
+        ) from error
+    try:
+        # Packages print addresses and thanks there; the run's output stays its own.
+        with contextlib.redirect_stdout(None):
+            return TRACKERS[config.kind](package, config, run_id, values)
+    except Exception as error:
+        raise UserError("kind", config.kind, f"cannot be started: {_first_line(error)}.") from error
+
+
+def _run_id(workdir: Path, kind: str) -> str:
+    """Returns the id of the workdir's run at a tracker, made and kept at the first call."""
+    path = workdir / FILE
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    if kind not in ids:
+        ids[kind] = secrets.token_hex(4)
+        files.make_folder(workdir)
+        files.write_text(path, json.dumps(ids) + "\n")
+    return ids[kind]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Returns nested dicts as one, with dotted names."""
+    if not isinstance(values, dict):
+        return {name: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, join(name, key))
+    return flat
