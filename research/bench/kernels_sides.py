@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from research.core.promotion import promoting
-from research.kernels.cross_entropy import summed_cross_entropy
+from research.kernels.cross_entropy import cross_entropy
 from research.kernels.decode_attention import KVPages, decode_attention, gather
 from research.kernels.grouped_matmul import grouped_matmul
 from research.parallel.target import platform
@@ -44,7 +44,7 @@ def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabular
         return nll.sum() / tokens, None
 
     def ours(hidden: Any, kernel: Any, targets: Any) -> Any:
-        return summed_cross_entropy(mean, hidden, kernel, targets)[0]
+        return cross_entropy(mean, hidden, kernel, targets)[0]
 
     def plain(hidden: Any, kernel: Any, targets: Any) -> Any:
         logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from research.data.batch import Batch
 from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
-from research.kernels.cross_entropy import summed_cross_entropy
+from research.kernels.cross_entropy import cross_entropy
 from research.losses.token import weighted_sum, z_loss
 from research.models.config import ModelConfig
 from research.models.heads import shift_left
@@ -87,7 +87,7 @@ class LanguageModelLoss:
                 z_sum = weighted_sum(z_loss(log_z, self.z_coefficient), weights)
             return nll_sum + z_sum, {"loss": nll_sum, "z_loss": z_sum}
 
-        return summed_cross_entropy(
+        return cross_entropy(
             token_loss,
             logits.hidden,
             logits.kernel,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from research.kernels.cross_entropy import cross_entropy, summed_cross_entropy
+from research.kernels.cross_entropy import cross_entropy
 from research.kernels.grouped_matmul import grouped_matmul
 from research.kernels.low_rank import LowRank
 from research.kernels.projection import project
@@ -42,16 +42,14 @@ def low_rank(
     return LowRank(base, normal(2, *stacks, *inputs, RANK), normal(3, *stacks, RANK, *outputs))
 
 
-def losses(weight: Any) -> tuple[jax.Array, jax.Array]:
+def losses(weight: Any, implementation: str = "chunked") -> tuple[jax.Array, jax.Array]:
+    """Returns nll and log_z of six tokens."""
+    hidden = normal(4, 2, 3, 5)
+    targets = jnp.arange(6).reshape(2, 3)
+    options = {"softcap": 3.0, "label_smoothing": 0.1, "implementation": implementation}
     return cross_entropy(
-        normal(4, 2, 3, 5), weight, jnp.arange(6).reshape(2, 3), softcap=3.0, label_smoothing=0.1
-    )
-
-
-def summed(weight: Any) -> jax.Array:
-    return summed_cross_entropy(
-        lambda nll, _: (nll.sum(), nll), normal(4, 6, 5), weight, jnp.arange(6)
-    )[0]
+        lambda *losses: (losses[0].sum(), losses), hidden, weight, targets, **options
+    )[1]
 
 
 # name -> (what is computed from the weight, the weight)
@@ -73,7 +71,7 @@ OPERATIONS: dict[str, tuple[Callable[[Any], Any], LowRank]] = {
     "rows of a table": (lambda w: take_rows(w, IDS), low_rank((6,), (5,))),
     "cross-entropy": (losses, low_rank((5,), (6,))),
     "tied cross-entropy": (lambda w: losses(transpose(w)), low_rank((6,), (5,))),
-    "summed cross-entropy": (summed, low_rank((5,), (6,))),
+    "fused cross-entropy": (lambda w: losses(w, "fused"), low_rank((5,), (6,))),
     "one more row": (lambda w: as_array(append_row(w, normal(6, 4))), low_rank((5,), (4,))),
     "product": (lambda w: jnp.dot(*as_product(normal(4, 3, 5), w)), low_rank((5,), (4,))),
     "array": (as_array, low_rank((2, 4), (5,), (3,))),

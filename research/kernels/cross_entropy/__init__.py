@@ -9,151 +9,109 @@ from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
 from research.kernels.cross_entropy import chunked, fused, reference
-from research.kernels.cross_entropy.fused import Objective
+from research.kernels.cross_entropy.fused import TokenLoss
 from research.kernels.cross_entropy.tiles import (
-    Terms,
+    CrossEntropyConfig,
     default_token_chunk,
     default_vocab_chunk,
-    vocabulary_share,
+    vocab_shard_size,
 )
 from research.kernels.weights import Weight, as_product
 from research.parallel.target import platform
 
-__all__ = [
-    "Implementation",
-    "Objective",
-    "SummedImplementation",
-    "cross_entropy",
-    "summed_cross_entropy",
-]
+__all__ = ["Implementation", "TokenLoss", "cross_entropy"]
 
-Implementation = Literal["auto", "reference", "chunked"]
-SummedImplementation = Literal["auto", "reference", "chunked", "fused"]
+Implementation = Literal["auto", "reference", "chunked", "fused"]
 
 
 def cross_entropy(
-    hidden: Float[Array, "*batch D"],
-    kernel: Weight,
-    targets: Int[Array, "*batch"],
-    *,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    implementation: Implementation = "auto",
-    token_chunk: int | None = None,
-    vocab_chunk: int | None = None,
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """Cross-entropy of the logits z = cap(hidden · kernel), a token.
-
-        nll = log_z - (1 - ε) z_target - ε mean_v(z_v),   log_z = log Σ_v exp(z_v)
-
-    It is exact too where the mesh in context shares out the vocabulary over its axis `tensor`:
-    neither logits nor columns of the kernel leave their device. A vocabulary that the axis does not
-    divide stays whole on each device.
-    Both results are differentiable: weight `nll` outside, and add a multiple of `log_z²` for
-        z-loss.
-
-    Args:
-      hidden: the last hidden states, after the final norm.
-      kernel: the output embedding `[D, V]`, plain or a node, rounded to the type of `hidden`; where
-        it is float32, so is its gradient. A tied table `[V, D]` is passed transposed, which copies
-        nothing.
-      targets: the id of the token to predict, in [0, V).
-      softcap: bound of the logits, above 0; None is no bound.
-      label_smoothing: ε, the share of the target distribution that is spread evenly over the
-          vocabulary, in [0, 1).
-      implementation: `reference` holds all logits; `chunked` (`auto`) never more than a chunk of
-          them.
-      token_chunk: tokens a chunk of each device's share of the batch, at least 1; None chooses by
-          platform.
-      vocab_chunk: vocabulary entries a chunk of each device's share of them, at least 1; None
-          chooses.
-
-    Returns:
-      (nll, log_z), both float32.
-
-    Raises:
-      UserError: a chunk below 1, or a label smoothing outside of [0, 1).
-
-    Source: label smoothing is Szegedy et al. 2016, arXiv:1512.00567, section 7.
-    """
-    batch = targets.shape
-    hidden, kernel = as_product(hidden.reshape(-1, hidden.shape[-1]), kernel)
-    targets = targets.reshape(-1)
-    terms = _terms(kernel.shape[1], softcap, label_smoothing, token_chunk, vocab_chunk)
-    if implementation == "reference":
-        nll, log_z = reference.cross_entropy(hidden, kernel, targets, softcap, label_smoothing)
-    else:
-        nll, log_z = chunked.cross_entropy(hidden, kernel, targets, terms)
-    return nll.reshape(batch), log_z.reshape(batch)
-
-
-def summed_cross_entropy(
-    objective: Objective,
+    token_loss: TokenLoss,
     hidden: Float[Array, "*batch D"],
     kernel: Weight,
     targets: Int[Array, "*batch"],
     *per_token: Float[Array, "*batch"],
     softcap: float | None = None,
     label_smoothing: float = 0.0,
-    implementation: SummedImplementation = "auto",
+    implementation: Implementation = "auto",
+    token_chunk: int | None = None,
+    vocab_chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Any]:
-    """What an objective makes of the cross-entropy of all tokens: `objective(*cross_entropy(…),
-    *per_token)`.
+    """Returns `token_loss(nll, log_z, *per_token)` of the logits z = cap(hidden · kernel).
 
-    Told beforehand what becomes of each token's loss, it can make the gradient while the logits are
-    there, and has no need to make them twice.
+        nll = log_z - (1 - ε) z_target - ε mean_v(z_v),   log_z = log Σ_v exp(z_v)
+
+    The caller passes the function that sums up the tokens, and not its gradient afterwards, so that
+    `fused` can compute the gradient while it has the logits. The result is exact too where the mesh
+    in context shards the vocabulary over its axis `tensor`.
 
     Args:
-      objective: takes nll, log_z and `per_token`, all of them `[M]`, and returns a sum over tokens
-        and anything else. It may see some tokens at a time, so what it makes of one may not depend
-        on others. It may not close over arrays that are traced.
-      hidden, kernel, targets: as of `cross_entropy`.
+      token_loss: takes nll, log_z and `per_token`, flat arrays over some of the tokens or all;
+        returns a sum over tokens, which has a gradient, and auxiliary values, which have none. It
+        must not close over traced arrays, and a token's part must not depend on other tokens.
+      hidden: the last hidden states, after the final norm.
+      kernel: the output embedding `[D, V]`, plain or a node, rounded to the type of `hidden`; where
+        it is float32, so is its gradient. A tied table `[V, D]` is passed transposed.
+      targets: the id of the token to predict, in [0, V).
       *per_token: more arrays over tokens, such as weights. They have no gradient.
-      softcap, label_smoothing: as of `cross_entropy`.
-      implementation: `fused` makes the gradient beside the loss, and wants the whole vocabulary on
-        each device; `chunked` and `reference` are those of `cross_entropy`; `auto` is `fused` on
-        CPU, where products are what takes the time, but for bfloat16 with more than 65,536 entries,
-        and `chunked` elsewhere, where tiles of few tokens would spend it on reading the kernel.
-
-    Returns:
-      What `objective` returns. Only the sum has a gradient.
+      softcap: bound of the logits, above 0; None is no bound.
+      label_smoothing: ε, the part of the target distribution that is uniform, in [0, 1).
+      implementation: `reference` holds all logits; `chunked` and `fused` a tile of them. `fused`
+        needs the whole vocabulary on each device. `auto` is `fused` where that is faster, on CPU
+        but for bfloat16 with more than 65,536 entries, and else `chunked`.
+      token_chunk: tokens of a tile, of each device's shard, at least 1; None chooses.
+      vocab_chunk: vocabulary entries of a tile, at least 1; None chooses.
 
     Raises:
-      UserError: as of `cross_entropy`, or `fused` for a vocabulary that is shared out.
+      UserError: a chunk below 1, a label smoothing outside of [0, 1), or `fused` for a sharded
+        vocabulary.
+
+    Source: label smoothing is Szegedy et al. 2016, arXiv:1512.00567, section 7.
     """
-    vocab_size = kernel.shape[1]
-    shared = vocabulary_share(vocab_size) < vocab_size
-    if implementation == "fused" and shared:
+    implementation = _resolved(implementation, kernel.shape[1], hidden.dtype)
+    # [B, T, D] -> [B·T, D]
+    hidden, kernel = as_product(hidden.reshape(-1, hidden.shape[-1]), kernel)
+    targets, *per_token = (x.reshape(-1) for x in (targets, *per_token))
+
+    if implementation == "fused" and token_chunk is None:
+        token_chunk = fused.token_chunk(kernel.shape[1])
+    config = _config(kernel.shape[1], softcap, label_smoothing, token_chunk, vocab_chunk)
+    if implementation == "fused":
+        return fused.summed_loss(token_loss, hidden, kernel, targets, tuple(per_token), config)
+    if implementation == "reference":
+        losses = reference.token_losses(hidden, kernel, targets, softcap, label_smoothing)
+    else:
+        losses = chunked.token_losses(hidden, kernel, targets, config)
+    total, auxiliary = token_loss(*losses, *map(jax.lax.stop_gradient, per_token))
+    return total, jax.lax.stop_gradient(auxiliary)
+
+
+def _resolved(implementation: Implementation, vocab_size: int, dtype: Any) -> Implementation:
+    """Returns the implementation to call.
+
+    Off the CPU `auto` is `chunked`: the few tokens that `fused` takes at a time would spend their
+    time on reading the kernel.
+    """
+    sharded = vocab_shard_size(vocab_size) < vocab_size
+    if implementation == "fused" and sharded:
         raise UserError(
             "implementation", "fused", "needs the whole vocabulary on each device: take 'chunked'."
         )
-    hidden, kernel = as_product(hidden.reshape(-1, hidden.shape[-1]), kernel)
-    targets, *per_token = (x.reshape(-1) for x in (targets, *per_token))
-    fast = platform() == "cpu" and not shared and fused.is_fast(vocab_size, hidden.dtype)
-    if implementation == "fused" or (implementation == "auto" and fast):
-        terms = _terms(vocab_size, softcap, label_smoothing, fused.token_chunk(vocab_size), None)
-        return fused.objective_of_tokens(
-            objective, hidden, kernel, targets, tuple(per_token), terms
-        )
-    options = {
-        "softcap": softcap,
-        "label_smoothing": label_smoothing,
-        "implementation": implementation,
-    }
-    losses = cross_entropy(hidden, kernel, targets, **options)
-    total, more = objective(*losses, *map(jax.lax.stop_gradient, per_token))
-    return total, jax.lax.stop_gradient(more)
+    if implementation != "auto":
+        return implementation
+    fast = platform() == "cpu" and not sharded and fused.is_fast(vocab_size, dtype)
+    return "fused" if fast else "chunked"
 
 
-def _terms(
+def _config(
     vocab_size: int,
     softcap: float | None,
     label_smoothing: float,
     token_chunk: int | None,
     vocab_chunk: int | None,
-) -> Terms:
+) -> CrossEntropyConfig:
+    """Returns the static arguments, with chunk sizes chosen where they are None."""
     if vocab_chunk is None:
-        vocab_chunk = default_vocab_chunk(vocabulary_share(vocab_size))
+        vocab_chunk = default_vocab_chunk(vocab_shard_size(vocab_size))
     if token_chunk is None:
         token_chunk = default_token_chunk(vocab_chunk)
     if min(token_chunk, vocab_chunk) < 1:
@@ -162,4 +120,4 @@ def _terms(
         )
     if not 0 <= label_smoothing < 1:
         raise UserError("label_smoothing", label_smoothing, "must lie in [0, 1).")
-    return Terms(softcap, label_smoothing, token_chunk, vocab_chunk)
+    return CrossEntropyConfig(softcap, label_smoothing, token_chunk, vocab_chunk)

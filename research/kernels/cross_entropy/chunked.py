@@ -1,153 +1,213 @@
-"""Cross-entropy a tile of tokens by vocabulary at a time: logits are made, used and forgotten,
-twice.
+"""Cross-entropy a tile of tokens by vocabulary at a time: logits are computed twice and never kept.
 
-The backward pass makes the logits again: their gradient needs the weight of each token, which only
-then is known. Under a mesh each device has its share of the tokens and its columns of the kernel,
-which never leave it: devices send each other a few numbers a token forward, and backward the
-gradient of the hidden states; the gradients of the kernel meet after the last tile.
+The forward pass is an online softmax over chunks of the vocabulary. The backward pass recomputes
+the logits, because their gradient needs the cotangent of each token, which only then is known.
+
+Under a mesh each device has its shard of the tokens and its columns of the kernel, which never
+leave it. Devices reduce a few numbers a token in the forward pass, and in the backward pass the
+gradient of the hidden states; the gradient of the kernel is reduced after the last tile.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.kernels.cross_entropy.tiles import (
-    Terms,
+    CrossEntropyConfig,
+    column_gradients,
     fold_tokens,
-    in_chunks,
+    fold_vocabulary,
+    hidden_gradients,
     is_target,
-    joined,
+    join_tokens,
     local_targets,
     logit_gradients,
     make_logits,
-    over_vocabulary,
+    max_unrolled,
     per_device,
+    split_tokens,
     take_columns,
-    unrolled_chunks,
 )
-from research.kernels.row_major import row_major, swap_last
+
+
+class OnlineSoftmax(NamedTuple):
+    """What is known of each token after some columns.
+
+    Attributes:
+      max_logit: the largest logit.
+      denominator: Σ exp(z - max_logit).
+      label_logit: Σ label · z, with smoothed labels.
+    """
+
+    max_logit: Float[Array, "*chunks chunk"]
+    denominator: Float[Array, "*chunks chunk"]
+    label_logit: Float[Array, "*chunks chunk"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(
-    hidden: Float[Array, "M D"], kernel: Float[Array, "D V"], targets: Int[Array, "M"], terms: Terms
-) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
-    """Negative log-likelihood and log-partition of each token; the gradient of `kernel` is summed
-    in float32.
-    """
-    vocab_size = kernel.shape[1]
-
-    def share(
-        _: Any, tensor: tuple[str, ...], kernel: Array, hidden: Array, targets: Array
-    ) -> tuple[Array, Array]:
-        tokens, columns = hidden.shape[0], kernel.shape[1]
-        arrays = (hidden, local_targets(targets, tensor, columns))
-        arrays = tuple(in_chunks(x, terms.token_chunk) for x in arrays)
-
-        def over_tokens(state: Any, start: Any, size: int) -> Any:
-            part = take_columns(kernel, start, size, hidden.dtype)
-
-            def tile(
-                _: None, state: tuple[Array, ...], hidden: Array, targets: Array
-            ) -> tuple[None, Any]:
-                top, total, wanted = state
-                logits = make_logits(hidden, part, terms.softcap)
-                new_top = jnp.maximum(top, logits.max(axis=-1))
-                total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(
-                    axis=-1
-                )
-                hits = jnp.where(is_target(targets, start, size), logits, 0.0)
-                wanted += (1 - terms.label_smoothing) * hits.sum(axis=-1)
-                if terms.label_smoothing:
-                    wanted += terms.label_smoothing / vocab_size * logits.sum(axis=-1)
-                return None, (new_top, total, wanted)
-
-            return fold_tokens(
-                tile, None, state, arrays, unrolled_chunks(columns, terms.vocab_chunk)
-            )[1]
-
-        zeros = jnp.zeros(arrays[1].shape)
-        state = over_vocabulary(
-            over_tokens, (zeros - jnp.inf, zeros, zeros), columns, terms.vocab_chunk
-        )
-        top, total, wanted = (joined(x, tokens) for x in state)
-        if tensor:
-            local_top, top = top, jax.lax.pmax(top, tensor)
-            total, wanted = jax.lax.psum((total * jnp.exp(local_top - top), wanted), tensor)
-        log_z = top + jnp.log(total)
-        return log_z - wanted, log_z
-
-    return per_device(share, kernel, hidden, targets, sums_kernel=False)
+def token_losses(
+    hidden: Float[Array, "tokens D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "tokens"],
+    config: CrossEntropyConfig,
+) -> tuple[Float[Array, "tokens"], Float[Array, "tokens"]]:
+    """Returns nll and log_z of each token; the gradient of `kernel` is summed in float32."""
+    on_shard = functools.partial(_shard_losses, config, kernel.shape[1])
+    return per_device(on_shard, kernel, hidden, targets, sums_kernel=False)
 
 
-def _fwd(
-    hidden: Array, kernel: Array, targets: Array, terms: Terms
+def _shard_losses(
+    config: CrossEntropyConfig,
+    vocab_size: int,
+    _: tuple[str, ...],
+    tensor_axes: tuple[str, ...],
+    kernel: Float[Array, "D columns"],
+    hidden: Float[Array, "tokens D"],
+    targets: Int[Array, "tokens"],
+) -> tuple[Float[Array, "tokens"], Float[Array, "tokens"]]:
+    """Returns nll and log_z of a device's tokens, reduced over the shards of the vocabulary."""
+    tokens = hidden.shape[0]
+    columns = kernel.shape[1]
+    targets = local_targets(targets, tensor_axes, columns)
+    # [tokens, D] -> [chunks, chunk, D]
+    token_arrays = tuple(split_tokens(x, config.token_chunk) for x in (hidden, targets))
+
+    def add_columns(softmax: OnlineSoftmax, start: Any, size: int) -> OnlineSoftmax:
+        part = take_columns(kernel, start, size, hidden.dtype)
+        tile = functools.partial(_add_tile, config, vocab_size, part, start)
+        unrolled = max_unrolled(columns, config.vocab_chunk)
+        _, softmax = fold_tokens(tile, None, softmax, token_arrays, unrolled)
+        return softmax
+
+    zeros = jnp.zeros(token_arrays[1].shape)
+    softmax = OnlineSoftmax(zeros - jnp.inf, zeros, zeros)
+    softmax = fold_vocabulary(add_columns, softmax, columns, config.vocab_chunk)
+    max_logit, denominator, label_logit = (join_tokens(x, tokens) for x in softmax)
+
+    # Denominators of shards are relative to the shard's own maximum.
+    if tensor_axes:
+        local_max = max_logit
+        max_logit = jax.lax.pmax(max_logit, tensor_axes)
+        rescaled = denominator * jnp.exp(local_max - max_logit)
+        denominator, label_logit = jax.lax.psum((rescaled, label_logit), tensor_axes)
+
+    log_z = max_logit + jnp.log(denominator)
+    return log_z - label_logit, log_z
+
+
+def _add_tile(
+    config: CrossEntropyConfig,
+    vocab_size: int,
+    columns: Float[Array, "D columns"],
+    start: Any,
+    _: None,
+    softmax: OnlineSoftmax,
+    hidden: Float[Array, "chunk D"],
+    targets: Int[Array, "chunk"],
+) -> tuple[None, OnlineSoftmax]:
+    """Adds columns of the vocabulary, the first of them `start`, to the softmax of some tokens."""
+    logits = make_logits(hidden, columns, config.softcap)
+
+    # exp(z - old) = exp(z - new) · exp(new - old): the old denominator is rescaled to the new max.
+    max_logit = jnp.maximum(softmax.max_logit, logits.max(axis=-1))
+    rescaled = softmax.denominator * jnp.exp(softmax.max_logit - max_logit)
+    denominator = rescaled + jnp.exp(logits - max_logit[:, None]).sum(axis=-1)
+
+    one_hot = is_target(targets, start, columns.shape[1])
+    target_logit = jnp.where(one_hot, logits, 0.0).sum(axis=-1)
+    label_logit = softmax.label_logit + (1 - config.label_smoothing) * target_logit
+    if config.label_smoothing:
+        label_logit += config.label_smoothing / vocab_size * logits.sum(axis=-1)
+
+    return None, OnlineSoftmax(max_logit, denominator, label_logit)
+
+
+def _forward(
+    hidden: Array, kernel: Array, targets: Array, config: CrossEntropyConfig
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
-    nll, log_z = cross_entropy(hidden, kernel, targets, terms)
+    nll, log_z = token_losses(hidden, kernel, targets, config)
     return (nll, log_z), (hidden, kernel, targets, log_z)
 
 
-def _bwd(
-    terms: Terms, saved: tuple[Array, ...], g: tuple[Array, Array]
+def _backward(
+    config: CrossEntropyConfig, saved: tuple[Array, ...], g: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
     hidden, kernel, targets, log_z = saved
-    dtype, vocab_size = kernel.dtype, kernel.shape[1]
-
-    def share(
-        batch: tuple[str, ...],
-        tensor: tuple[str, ...],
-        kernel: Array,
-        hidden: Array,
-        *arrays: Array,
-    ) -> Any:
-        tokens, columns = hidden.shape[0], kernel.shape[1]
-        arrays = (hidden, local_targets(arrays[0], tensor, columns), *arrays[1:])
-        arrays = tuple(in_chunks(x, terms.token_chunk) for x in arrays)
-
-        def over_tokens(carry: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
-            dkernel, dhidden = carry
-            part = take_columns(kernel, start, size, hidden.dtype)
-
-            def tile(
-                dpart: Array, dhidden: Array, hidden: Array, targets: Array, log_z: Array, *g: Array
-            ) -> Any:
-                (g_nll, g_log_z), logits = g, make_logits(hidden, part, terms.softcap)
-                hits = is_target(targets, start, size)
-                dlogits = logit_gradients(
-                    terms, vocab_size, logits, hits, log_z, g_nll, g_log_z, hidden.dtype
-                )
-                dhidden += jnp.einsum(
-                    "CV,DV->CD", dlogits, part, preferred_element_type=jnp.float32
-                )
-                dpart += row_major(
-                    jnp.dot(swap_last(hidden), dlogits, preferred_element_type=jnp.float32)
-                )
-                return dpart, dhidden
-
-            zeros, unrolled = (
-                jnp.zeros(part.shape, jnp.float32),
-                unrolled_chunks(columns, terms.vocab_chunk),
-            )
-            dpart, dhidden = fold_tokens(tile, zeros, dhidden, arrays, unrolled)
-            return jax.lax.dynamic_update_slice_in_dim(
-                dkernel, dpart.astype(dkernel.dtype), start, axis=1
-            ), dhidden
-
-        # What devices have yet to add up is not rounded.
-        dkernel = jnp.zeros(kernel.shape, jnp.float32 if batch else kernel.dtype)
-        dhidden = jnp.zeros(arrays[0].shape, jnp.float32)
-        dkernel, dhidden = over_vocabulary(
-            over_tokens, (dkernel, dhidden), columns, terms.vocab_chunk
-        )
-        dhidden = joined(dhidden, tokens)
-        dhidden = jax.lax.psum(dhidden, tensor) if tensor else dhidden
-        return dhidden.astype(hidden.dtype), jax.lax.psum(dkernel, batch) if batch else dkernel
-
-    dhidden, dkernel = per_device(share, kernel, hidden, targets, log_z, *g, sums_kernel=True)
-    return dhidden, dkernel.astype(dtype), None
+    on_shard = functools.partial(_shard_gradients, config, kernel.shape[1])
+    dhidden, dkernel = per_device(on_shard, kernel, hidden, targets, log_z, *g, sums_kernel=True)
+    return dhidden, dkernel.astype(kernel.dtype), None
 
 
-cross_entropy.defvjp(_fwd, _bwd)
+def _shard_gradients(
+    config: CrossEntropyConfig,
+    vocab_size: int,
+    batch_axes: tuple[str, ...],
+    tensor_axes: tuple[str, ...],
+    kernel: Float[Array, "D columns"],
+    hidden: Float[Array, "tokens D"],
+    targets: Int[Array, "tokens"],
+    *rest: Float[Array, "tokens"],
+) -> tuple[Float[Array, "tokens D"], Float[Array, "D columns"]]:
+    """Returns the gradients of a device's hidden states and columns; `rest` is log_z, g_nll,
+    g_log_z.
+    """
+    tokens = hidden.shape[0]
+    columns = kernel.shape[1]
+    targets = local_targets(targets, tensor_axes, columns)
+    # [tokens, D] -> [chunks, chunk, D]
+    token_arrays = tuple(split_tokens(x, config.token_chunk) for x in (hidden, targets, *rest))
+
+    def add_columns(gradients: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
+        dkernel, dhidden = gradients
+        part = take_columns(kernel, start, size, hidden.dtype)
+        tile = functools.partial(_add_tile_gradients, config, vocab_size, part, start)
+        zeros = jnp.zeros(part.shape, jnp.float32)
+        unrolled = max_unrolled(columns, config.vocab_chunk)
+        dpart, dhidden = fold_tokens(tile, zeros, dhidden, token_arrays, unrolled)
+
+        dpart = dpart.astype(dkernel.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(dkernel, dpart, start, axis=1), dhidden
+
+    # Before the sum over devices the gradient of the kernel is not rounded.
+    kernel_sum_dtype = jnp.float32 if batch_axes else kernel.dtype
+    dkernel = jnp.zeros(kernel.shape, kernel_sum_dtype)
+    dhidden = jnp.zeros(token_arrays[0].shape, jnp.float32)
+    dkernel, dhidden = fold_vocabulary(add_columns, (dkernel, dhidden), columns, config.vocab_chunk)
+
+    dhidden = join_tokens(dhidden, tokens)
+    if tensor_axes:
+        dhidden = jax.lax.psum(dhidden, tensor_axes)
+    dhidden = dhidden.astype(hidden.dtype)
+    if batch_axes:
+        dkernel = jax.lax.psum(dkernel, batch_axes)
+    return dhidden, dkernel
+
+
+def _add_tile_gradients(
+    config: CrossEntropyConfig,
+    vocab_size: int,
+    columns: Float[Array, "D columns"],
+    start: Any,
+    dcolumns: Float[Array, "D columns"],
+    dhidden: Float[Array, "chunk D"],
+    hidden: Float[Array, "chunk D"],
+    targets: Int[Array, "chunk"],
+    log_z: Float[Array, "chunk"],
+    g_nll: Float[Array, "chunk"],
+    g_log_z: Float[Array, "chunk"],
+) -> tuple[Float[Array, "D columns"], Float[Array, "chunk D"]]:
+    """Adds what a tile gives to the gradients of its columns and of its hidden states."""
+    logits = make_logits(hidden, columns, config.softcap)
+    one_hot = is_target(targets, start, columns.shape[1])
+    dlogits = logit_gradients(
+        config, vocab_size, logits, one_hot, log_z, g_nll, g_log_z, hidden.dtype
+    )
+    dhidden += hidden_gradients(dlogits, columns)
+    dcolumns += column_gradients(hidden, dlogits)
+    return dcolumns, dhidden
+
+
+token_losses.defvjp(_forward, _backward)

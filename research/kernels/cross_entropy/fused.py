@@ -1,9 +1,17 @@
-"""Cross-entropy whose gradient is made beside it, so that logits are made once.
+"""Cross-entropy that computes its gradient in the forward pass, so that logits are computed once.
 
-A few tokens at a time have all of their logits at once, and the gradient follows while they are
-there: it takes three products where a backward pass of its own takes four. For that it must know
-what will be made of the losses of tokens, which is the objective; and a device must have the whole
-vocabulary.
+The loss is one number, `token_loss(nll, log_z, *per_token)[0]`, so its gradient is known before the
+backward pass up to one factor, the cotangent of that number. The forward pass takes a chunk of
+tokens at a time and
+
+1. computes all logits of the chunk, [chunk, V],
+2. reduces them to nll and log_z of each token,
+3. differentiates `token_loss` with respect to these, and
+4. adds to the gradients of the hidden states and of the kernel.
+
+The backward pass multiplies both gradients by the cotangent. That takes three matmuls (the logits
+and the two gradients), where `chunked.py`, which recomputes the logits, takes four. A device must
+have the whole vocabulary, because step 3 needs the log_z of complete rows of logits.
 """
 
 import dataclasses
@@ -17,27 +25,30 @@ from jaxtyping import Array, Float, Int
 
 from research.kernels.cross_entropy import chunked
 from research.kernels.cross_entropy.tiles import (
-    Terms,
+    CrossEntropyConfig,
+    column_gradients,
     default_token_chunk,
     fold_tokens,
-    in_chunks,
+    fold_vocabulary,
+    hidden_gradients,
     is_target,
-    joined,
+    join_tokens,
     logit_gradients,
     make_logits,
-    over_vocabulary,
     per_device,
+    split_tokens,
     take_columns,
 )
-from research.kernels.row_major import row_major, swap_last
 
-# float32 logits that there are at once; tokens, more of which gain nothing; tokens, fewer of which
-# make too little of a kernel that must be rounded for them.
-LOGITS, TOKENS, FEW_TOKENS = 2**25, 2**11, 2**9
+# The most float32 logits that exist at once.
+LOGITS = 2**25
+# The most tokens of a chunk: more of them are no faster.
+TOKENS = 2**11
+# Fewer tokens in a chunk are slower than `chunked` if the kernel must be rounded for each chunk.
+FEW_TOKENS = 2**9
 
-# What is made of the losses and log-partitions of tokens, and other arrays over them: a sum over
-# tokens, and more.
-Objective = Callable[..., tuple[Float[Array, ""], Any]]
+# (nll, log_z, *per_token), arrays over tokens, -> (a sum over tokens, auxiliary values).
+TokenLoss = Callable[..., tuple[Float[Array, ""], Any]]
 
 
 def token_chunk(vocab_size: int) -> int:
@@ -46,106 +57,172 @@ def token_chunk(vocab_size: int) -> int:
 
 
 def is_fast(vocab_size: int, dtype: Any) -> bool:
-    """Returns whether this takes less time than two passes, for hidden states of a type, on a
-    CPU.
-    """
+    """Returns whether this is faster than `chunked` on CPU, for hidden states of a type."""
     return dtype == jnp.float32 or token_chunk(vocab_size) >= FEW_TOKENS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def objective_of_tokens(
-    objective: Objective,
-    hidden: Float[Array, "M D"],
+def summed_loss(
+    token_loss: TokenLoss,
+    hidden: Float[Array, "tokens D"],
     kernel: Float[Array, "D V"],
-    targets: Int[Array, "M"],
-    per_token: tuple[Float[Array, "M"], ...],
-    terms: Terms,
+    targets: Int[Array, "tokens"],
+    per_token: tuple[Float[Array, "tokens"], ...],
+    config: CrossEntropyConfig,
 ) -> tuple[Float[Array, ""], Any]:
-    """Returns `objective(nll, log_z, *per_token)`; only its first result has a gradient."""
-    terms = dataclasses.replace(terms, token_chunk=default_token_chunk(terms.vocab_chunk))
-    return objective(*chunked.cross_entropy(hidden, kernel, targets, terms), *per_token)
+    """Returns `token_loss(nll, log_z, *per_token)`; only its first result has a gradient."""
+    # This runs where no gradient is taken; else `_forward` does.
+    chunk = default_token_chunk(config.vocab_chunk)
+    config = dataclasses.replace(config, token_chunk=chunk)
+    nll, log_z = chunked.token_losses(hidden, kernel, targets, config)
+    return token_loss(nll, log_z, *per_token)
 
 
-def _fwd(
-    objective: Objective,
+def _forward(
+    token_loss: TokenLoss,
     hidden: Array,
     kernel: Array,
     targets: Array,
     per_token: tuple[Array, ...],
-    terms: Terms,
-) -> tuple[tuple[Array, Any], tuple[Array, ...]]:
-    vocab_size = kernel.shape[1]
-
-    def share(
-        batch: tuple[str, ...], _: tuple[str, ...], kernel: Array, hidden: Array, *arrays: Array
-    ) -> Any:
-        tokens = hidden.shape[0]
-        chunks = tuple(in_chunks(x, terms.token_chunk) for x in (jnp.ones(tokens), hidden, *arrays))
-
-        def tile(
-            sums: Any, _: Any, real: Array, hidden: Array, targets: Array, *per_token: Array
-        ) -> tuple[Any, Any]:
-            def fill(logits: Array, start: Any, size: int) -> Array:
-                part = make_logits(
-                    hidden, take_columns(kernel, start, size, hidden.dtype), terms.softcap
-                )
-                return jax.lax.dynamic_update_slice_in_dim(logits, part, start, axis=1)
-
-            dkernel, logits = sums
-            logits = over_vocabulary(fill, logits, vocab_size, terms.vocab_chunk)
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            wanted = (1 - terms.label_smoothing) * jnp.take_along_axis(
-                logits, targets[:, None], axis=1
-            )[:, 0]
-            nll = (
-                log_z
-                - wanted
-                - (terms.label_smoothing * logits.mean(axis=-1) if terms.label_smoothing else 0.0)
-            )
-            g = jax.grad(lambda *losses: objective(*losses, *per_token)[0], argnums=(0, 1))(
-                nll, log_z
-            )
-            # What chunks were filled up with is no token.
-            g = tuple(jnp.where(real > 0, x, 0.0) for x in g)
-
-            def add(carry: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
-                dkernel, dhidden = carry
-                some = jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1)
-                hits = is_target(targets, start, size)
-                dlogits = logit_gradients(terms, vocab_size, some, hits, log_z, *g, hidden.dtype)
-                part = take_columns(kernel, start, size, hidden.dtype)
-                dhidden += jnp.einsum(
-                    "CV,DV->CD", dlogits, part, preferred_element_type=jnp.float32
-                )
-                dpart = row_major(
-                    jnp.dot(swap_last(hidden), dlogits, preferred_element_type=jnp.float32)
-                )
-                dpart += jax.lax.dynamic_slice_in_dim(dkernel, start, size, axis=1)
-                return jax.lax.dynamic_update_slice_in_dim(dkernel, dpart, start, axis=1), dhidden
-
-            zeros = jnp.zeros(hidden.shape, jnp.float32)
-            dkernel, dhidden = over_vocabulary(add, (dkernel, zeros), vocab_size, terms.vocab_chunk)
-            return (dkernel, logits), (nll, log_z, dhidden.astype(hidden.dtype))
-
-        count, size, _ = chunks[1].shape
-        sums = jnp.zeros(kernel.shape, jnp.float32), jnp.zeros((size, vocab_size), jnp.float32)
-        found = jnp.zeros((count, size)), jnp.zeros((count, size)), jnp.zeros_like(chunks[1])
-        (dkernel, _), found = fold_tokens(tile, sums, found, chunks, unrolled=1)
-        return tuple(joined(x, tokens) for x in found), jax.lax.psum(
-            dkernel, batch
-        ) if batch else dkernel
-
+    config: CrossEntropyConfig,
+) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
+    """Returns the loss, and for the backward pass its gradients."""
+    on_shard = functools.partial(_shard_gradients, token_loss, config)
     (nll, log_z, dhidden), dkernel = per_device(
-        share, kernel, hidden, targets, *per_token, sums_kernel=True
+        on_shard, kernel, hidden, targets, *per_token, sums_kernel=True
     )
-    return objective(nll, log_z, *per_token), (dhidden, dkernel.astype(kernel.dtype))
+    loss = token_loss(nll, log_z, *per_token)
+    return loss, (dhidden, dkernel.astype(kernel.dtype))
 
 
-def _bwd(
-    objective: Objective, terms: Terms, saved: tuple[Array, Array], g: tuple[Array, Any]
-) -> tuple[Any, ...]:
-    dhidden, dkernel = ((g[0] * x.astype(jnp.float32)).astype(x.dtype) for x in saved)
+def _backward(
+    token_loss: TokenLoss,
+    config: CrossEntropyConfig,
+    gradients: tuple[Array, Array],
+    g: tuple[Float[Array, ""], Any],
+) -> tuple[Array, Array, None, None]:
+    """Returns the gradients of the forward pass times the cotangent of the loss."""
+    g_loss, _ = g
+    dhidden, dkernel = ((g_loss * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
     return dhidden, dkernel, None, None
 
 
-objective_of_tokens.defvjp(_fwd, _bwd)
+summed_loss.defvjp(_forward, _backward)
+
+
+def _shard_gradients(
+    token_loss: TokenLoss,
+    config: CrossEntropyConfig,
+    batch_axes: tuple[str, ...],
+    _: tuple[str, ...],
+    kernel: Float[Array, "D V"],
+    hidden: Float[Array, "tokens D"],
+    targets: Int[Array, "tokens"],
+    *per_token: Float[Array, "tokens"],
+) -> tuple[tuple[Array, Array, Array], Float[Array, "D V"]]:
+    """Returns ((nll, log_z, dhidden), dkernel) of a device's tokens; dkernel is that of all
+    devices.
+    """
+    tokens = hidden.shape[0]
+    # [tokens, D] -> [chunks, chunk, D]. `is_token` is 0 for the padding: 10 tokens in chunks of 4
+    # give [[1 1 1 1] [1 1 1 1] [1 1 0 0]].
+    is_token = jnp.ones(tokens)
+    token_arrays = tuple(
+        split_tokens(x, config.token_chunk) for x in (is_token, hidden, targets, *per_token)
+    )
+    hidden_chunks = token_arrays[1]
+    chunks, chunk, _ = hidden_chunks.shape
+
+    # The buffer for the logits of a chunk is one for all chunks, as dkernel is.
+    dkernel = jnp.zeros(kernel.shape, jnp.float32)
+    logits = jnp.zeros((chunk, kernel.shape[1]), jnp.float32)
+    nll = jnp.zeros((chunks, chunk))
+    log_z = jnp.zeros((chunks, chunk))
+    dhidden = jnp.zeros_like(hidden_chunks)
+
+    tile = functools.partial(_chunk_gradients, token_loss, config, kernel)
+    (dkernel, _), by_chunk = fold_tokens(
+        tile, (dkernel, logits), (nll, log_z, dhidden), token_arrays, unrolled=1
+    )
+    by_token = tuple(join_tokens(x, tokens) for x in by_chunk)
+    if batch_axes:
+        dkernel = jax.lax.psum(dkernel, batch_axes)
+    return by_token, dkernel
+
+
+def _chunk_gradients(
+    token_loss: TokenLoss,
+    config: CrossEntropyConfig,
+    kernel: Float[Array, "D V"],
+    buffers: tuple[Float[Array, "D V"], Float[Array, "chunk V"]],
+    _: tuple[Array, ...],
+    is_token: Float[Array, "chunk"],
+    hidden: Float[Array, "chunk D"],
+    targets: Int[Array, "chunk"],
+    *per_token: Float[Array, "chunk"],
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    """Returns ((dkernel, logits), (nll, log_z, dhidden)): steps 1 to 4 for one chunk of tokens.
+
+    Args:
+      token_loss, config, kernel: of the call.
+      buffers: dkernel, which the chunk adds to, and an array for its logits.
+      is_token: 0 where the chunk is padded.
+      hidden, targets, *per_token: of the chunk.
+    """
+    dkernel, logits = buffers
+    logits = _write_logits(config, kernel, hidden, logits)
+    nll, log_z = _losses(config, logits, targets)
+
+    # d loss / d nll and d loss / d log_z of each token; padding has none.
+    loss_of = lambda *losses: token_loss(*losses, *per_token)[0]  # noqa: E731
+    g = jax.grad(loss_of, argnums=(0, 1))(nll, log_z)
+    g_nll, g_log_z = (jnp.where(is_token > 0, x, 0.0) for x in g)
+
+    def add_columns(gradients: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
+        dkernel, dhidden = gradients
+        part = jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1)
+        one_hot = is_target(targets, start, size)
+        dlogits = logit_gradients(
+            config, kernel.shape[1], part, one_hot, log_z, g_nll, g_log_z, hidden.dtype
+        )
+        dhidden += hidden_gradients(dlogits, take_columns(kernel, start, size, hidden.dtype))
+
+        dcolumns = column_gradients(hidden, dlogits)
+        dcolumns += jax.lax.dynamic_slice_in_dim(dkernel, start, size, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1), dhidden
+
+    zeros = jnp.zeros(hidden.shape, jnp.float32)
+    dkernel, dhidden = fold_vocabulary(
+        add_columns, (dkernel, zeros), kernel.shape[1], config.vocab_chunk
+    )
+    return (dkernel, logits), (nll, log_z, dhidden.astype(hidden.dtype))
+
+
+def _write_logits(
+    config: CrossEntropyConfig,
+    kernel: Float[Array, "D V"],
+    hidden: Float[Array, "chunk D"],
+    logits: Float[Array, "chunk V"],
+) -> Float[Array, "chunk V"]:
+    """Returns all logits of a chunk of tokens, written into the array `logits`."""
+
+    def write_columns(logits: Array, start: Any, size: int) -> Array:
+        columns = take_columns(kernel, start, size, hidden.dtype)
+        part = make_logits(hidden, columns, config.softcap)
+        return jax.lax.dynamic_update_slice_in_dim(logits, part, start, axis=1)
+
+    return fold_vocabulary(write_columns, logits, kernel.shape[1], config.vocab_chunk)
+
+
+def _losses(
+    config: CrossEntropyConfig, logits: Float[Array, "chunk V"], targets: Int[Array, "chunk"]
+) -> tuple[Float[Array, "chunk"], Float[Array, "chunk"]]:
+    """Returns nll and log_z of each token of a chunk."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+
+    # [chunk, V] -> [chunk]
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    nll = log_z - (1 - config.label_smoothing) * target_logits
+    if config.label_smoothing:
+        nll -= config.label_smoothing * logits.mean(axis=-1)
+    return nll, log_z

@@ -1,5 +1,7 @@
-"""What all implementations of cross-entropy in chunks share: what is computed, sizes of tiles,
-loops over them, the mesh.
+"""What the implementations of cross-entropy share: chunk sizes, loops over chunks, the parts of a
+tile, the mesh.
+
+A tile is a chunk of tokens times a chunk of vocabulary entries, which are columns of the kernel.
 """
 
 import dataclasses
@@ -10,24 +12,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from research.kernels.row_major import row_major, swap_last
 from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.shard_map import shard_map, sharding_axes
 from research.parallel.target import platform
 
-# float32 logits of a tile, and vocabulary entries in it. On CPU they stay in its caches; elsewhere
-# a tile must outweigh reading the kernel and adding to both gradients.
-CPU_TILE_ELEMENTS, TILE_ELEMENTS, TILE_VOCABULARY = 2**22, 2**24, 2**12
-# Entries of a row that lie together on every backend.
+# float32 logits of a tile. On CPU they stay in its caches; elsewhere a tile must outweigh reading
+# the kernel and adding to both gradients.
+CPU_TILE_ELEMENTS = 2**22
+TILE_ELEMENTS = 2**24
+# The most vocabulary entries of a tile.
+TILE_VOCABULARY = 2**12
+# Entries of a row that are contiguous on every backend.
 LANES = 128
-# Loops up to this many chunks are written out on CPU, where a loop's body runs slowly.
+# Loops of at most this many chunks are unrolled on CPU, where the body of a loop runs slowly.
 MAX_UNROLLED = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
-    """What the loss is, and the tile it is taken in; the API says what each means."""
+class CrossEntropyConfig:
+    """The static arguments of `cross_entropy`, with its defaults filled in."""
 
     softcap: float | None
     label_smoothing: float
@@ -35,150 +41,209 @@ class Terms:
     vocab_chunk: int
 
 
-def vocabulary_share(vocab_size: int) -> int:
+def vocab_shard_size(vocab_size: int) -> int:
     """Returns how many columns of the kernel each device has under the mesh in context."""
     axes = sharding_axes((TENSOR_AXIS,), vocab_size)
-    return vocab_size // jax.sharding.get_abstract_mesh().shape[TENSOR_AXIS] if axes else vocab_size
+    if not axes:
+        return vocab_size
+    return vocab_size // jax.sharding.get_abstract_mesh().shape[TENSOR_AXIS]
 
 
 def default_vocab_chunk(vocab_size: int) -> int:
-    """Returns how many of a device's `vocab_size` columns go into a tile: even parts, none over
-    `TILE_VOCABULARY`.
+    """Returns the columns of a tile for a device that has `vocab_size`: even chunks of whole lanes,
+    of about `TILE_VOCABULARY` at most.
     """
-    parts = -(-vocab_size // TILE_VOCABULARY)
-    return vocab_size if parts == 1 else -(-vocab_size // (parts * LANES)) * LANES
+    chunks = -(-vocab_size // TILE_VOCABULARY)
+    if chunks == 1:
+        return vocab_size
+
+    # 10,000 columns -> 3 chunks -> 3,334 columns -> 3,456 columns of whole lanes
+    return -(-vocab_size // (chunks * LANES)) * LANES
 
 
 def default_token_chunk(vocab_chunk: int) -> int:
-    """Returns how many tokens of a device's share of the batch go into a tile of so many
-    columns.
+    """Returns the tokens of a tile of `vocab_chunk` columns."""
+    elements = CPU_TILE_ELEMENTS if platform() == "cpu" else TILE_ELEMENTS
+    return max(LANES, elements // vocab_chunk)
+
+
+def split_tokens(
+    x: Shaped[Array, "tokens *rest"], token_chunk: int
+) -> Shaped[Array, "chunks chunk *rest"]:
+    """Returns `x` in even chunks of at most `token_chunk` tokens, the last one padded with
+    zeros.
     """
-    return max(LANES, (CPU_TILE_ELEMENTS if platform() == "cpu" else TILE_ELEMENTS) // vocab_chunk)
+    # 10 tokens in chunks of 4: [10, D] -> [12, D] -> [3, 4, D]
+    chunks = -(-x.shape[0] // token_chunk)
+    padding = -x.shape[0] % chunks
+    padded = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
+    return padded.reshape(chunks, -1, *x.shape[1:])
 
 
-def in_chunks(x: Array, chunk: int) -> Array:
-    """Returns `x` cut into even chunks of its first axis, the last one filled up with zeros."""
-    count = -(-x.shape[0] // chunk)
-    pad = -x.shape[0] % count
-    return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(count, -1, *x.shape[1:])
-
-
-def joined(x: Array, tokens: int) -> Array:
-    """Returns chunks of tokens put together again, without what they were filled up with."""
+def join_tokens(
+    x: Shaped[Array, "chunks chunk *rest"], tokens: int
+) -> Shaped[Array, "tokens *rest"]:
+    """Returns the inverse of `split_tokens`: chunks joined, without the padding."""
     return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
 def fold_tokens(
     tile: Callable[..., Any], total: Any, state: Any, arrays: tuple[Array, ...], unrolled: int
 ) -> Any:
-    """Folds `total, state[i] = tile(total, state[i], *arrays[i])` over chunks i of tokens; the
-    state stays in place.
+    """Folds `total, state[i] = tile(total, state[i], *arrays[i])` over the chunks i of tokens.
+
+    Args:
+      tile: computes one chunk.
+      total: a tree that every chunk adds to.
+      state: a tree of arrays with a leading axis of chunks, updated in place.
+      arrays: inputs with a leading axis of chunks.
+      unrolled: unroll the loop if it has at most this many chunks.
     """
-    count = arrays[0].shape[0]
+    chunks = arrays[0].shape[0]
 
     def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         total, state = carry
-        mine, *here = jax.tree.map(
+        state_i, *arrays_i = jax.tree.map(
             lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (state, *arrays)
         )
-        total, mine = tile(total, mine, *here)
-        return total, jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis=0), state, mine
+        total, state_i = tile(total, state_i, *arrays_i)
+
+        state = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0), state, state_i
         )
+        return total, state
 
-    return jax.lax.fori_loop(0, count, step, (total, state), unroll=count <= unrolled)
+    return jax.lax.fori_loop(0, chunks, step, (total, state), unroll=chunks <= unrolled)
 
 
-def over_vocabulary(
-    tile: Callable[[Any, Any, int], Any], carry: Any, columns: int, chunk: int
+def fold_vocabulary(
+    tile: Callable[[Any, Any, int], Any], carry: Any, columns: int, vocab_chunk: int
 ) -> Any:
-    """Folds `tile(carry, first column, size)` over the columns; the last tile may be narrower.
+    """Folds `carry = tile(carry, start, size)` over chunks of columns; the last may be narrower.
 
-    The loop keeps tiles apart in time: written out, XLA for CPU makes many of them before it uses
-        the first.
+    It is a loop and never unrolled: unrolled, XLA for CPU computes the logits of many tiles before
+    it uses those of the first.
     """
-    full, rest = divmod(columns, chunk)
+    # 10 columns in chunks of 4: tiles (start, size) = (0, 4), (4, 4), (8, 2)
+    full, rest = divmod(columns, vocab_chunk)
     if full == 1:
-        carry = tile(carry, 0, chunk)
+        carry = tile(carry, 0, vocab_chunk)
     elif full:
-        carry = jax.lax.fori_loop(0, full, lambda i, c: tile(c, i * chunk, chunk), carry)
-    return tile(carry, full * chunk, rest) if rest else carry
+        carry = jax.lax.fori_loop(
+            0, full, lambda i, carry: tile(carry, i * vocab_chunk, vocab_chunk), carry
+        )
+    if rest:
+        carry = tile(carry, full * vocab_chunk, rest)
+    return carry
 
 
-def unrolled_chunks(columns: int, chunk: int) -> int:
-    """Returns up to how many chunks of tokens are written out."""
-    return MAX_UNROLLED if platform() == "cpu" and columns <= chunk else 1
+def max_unrolled(columns: int, vocab_chunk: int) -> int:
+    """Returns the most chunks of tokens whose loop is unrolled."""
+    one_tile_wide = columns <= vocab_chunk
+    return MAX_UNROLLED if platform() == "cpu" and one_tile_wide else 1
 
 
 def per_device(
-    share: Callable[..., Any], kernel: Float[Array, "D V"], *arrays: Array, sums_kernel: bool
+    function: Callable[..., Any], kernel: Float[Array, "D V"], *arrays: Array, sums_kernel: bool
 ) -> Any:
-    """Calls `share(batch axes, tensor axes, kernel, *arrays)` on each device's tokens and columns
-    of the kernel.
+    """Calls a function in a `shard_map` over the tokens and the columns of the kernel.
 
-    It returns arrays over tokens, and after them an array like the kernel if `sums_kernel`.
+    Args:
+      function: takes (batch axes, tensor axes, kernel, *arrays), the mesh axes that shard tokens
+        and columns, and a device's shards; returns arrays over tokens.
+      kernel: the output embedding.
+      *arrays: arrays over tokens.
+      sums_kernel: whether the function returns (arrays over tokens, an array like the kernel).
     """
-    batch = sharding_axes(BATCH_AXES, arrays[0].shape[0])
-    tensor = sharding_axes((TENSOR_AXIS,), kernel.shape[1])
-    share = functools.partial(share, batch, tensor)
-    if not batch + tensor:
-        return share(kernel, *arrays)
-    columns, tokens = PartitionSpec(None, tensor or None), PartitionSpec(batch or None)
-    in_specs = (columns, *(tokens,) * len(arrays))
-    out_specs = (tokens, columns) if sums_kernel else tokens
-    return shard_map(share, in_specs, out_specs, axes=(*batch, *tensor))(kernel, *arrays)
+    batch_axes = sharding_axes(BATCH_AXES, arrays[0].shape[0])
+    tensor_axes = sharding_axes((TENSOR_AXIS,), kernel.shape[1])
+    on_shard = functools.partial(function, batch_axes, tensor_axes)
+    if not batch_axes + tensor_axes:
+        return on_shard(kernel, *arrays)
+
+    kernel_spec = PartitionSpec(None, tensor_axes or None)
+    token_spec = PartitionSpec(batch_axes or None)
+    in_specs = (kernel_spec, *(token_spec,) * len(arrays))
+    out_specs = (token_spec, kernel_spec) if sums_kernel else token_spec
+    axes = (*batch_axes, *tensor_axes)
+    return shard_map(on_shard, in_specs, out_specs, axes=axes)(kernel, *arrays)
 
 
 def local_targets(
-    targets: Int[Array, "M"], tensor: tuple[str, ...], columns: int
-) -> Int[Array, "M"]:
-    """Returns targets counted from the device's first column; those of other devices lie outside of
-    its own.
+    targets: Int[Array, "tokens"], tensor_axes: tuple[str, ...], columns: int
+) -> Int[Array, "tokens"]:
+    """Returns targets as columns of this device's shard of the kernel.
+
+    The targets of other shards are below 0 or at least `columns`, so `is_target` is False for them.
     """
-    return targets - jax.lax.axis_index(tensor) * columns if tensor else targets
+    if not tensor_axes:
+        return targets
+    # 8 columns on each of 2 devices: targets [3, 9] -> [3, 9] on the first, [-5, 1] on the second
+    return targets - jax.lax.axis_index(tensor_axes) * columns
 
 
 def take_columns(
     kernel: Float[Array, "D V"], start: Any, size: int, dtype: Any
-) -> Float[Array, "D P"]:
+) -> Float[Array, "D columns"]:
     """Returns some columns of the kernel, rounded to a type."""
-    part = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
-    # A mere conversion compilers move out of the loop, and round all of the kernel before it.
-    return jax.lax.reduce_precision(part, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant).astype(
-        dtype
-    )
+    columns = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
+    # `astype` alone would be hoisted out of the loop, and all of the kernel rounded before it.
+    finfo = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(columns, finfo.nexp, finfo.nmant).astype(dtype)
 
 
 def make_logits(
-    hidden: Float[Array, "C D"], columns: Float[Array, "D P"], softcap: float | None
-) -> Float[Array, "C P"]:
-    """Returns the logits of some tokens and columns."""
+    hidden: Float[Array, "chunk D"], columns: Float[Array, "D columns"], softcap: float | None
+) -> Float[Array, "chunk columns"]:
+    """Returns the logits of a tile."""
     logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    if softcap is None:
+        return logits
+    return softcap * jnp.tanh(logits / softcap)
 
 
-def is_target(targets: Int[Array, "C"], start: Any, size: int) -> Bool[Array, "C P"]:
-    """Returns where a column is the target of a token."""
+def is_target(targets: Int[Array, "chunk"], start: Any, size: int) -> Bool[Array, "chunk columns"]:
+    """Returns the one-hot targets of a tile whose first column is `start`."""
+    # targets [5, 8], start 4, size 3 -> [[0 1 0] [0 0 0]]
     return targets[:, None] == start + jnp.arange(size)[None]
 
 
 def logit_gradients(
-    terms: Terms,
+    config: CrossEntropyConfig,
     vocab_size: int,
-    logits: Float[Array, "C P"],
-    hits: Bool[Array, "C P"],
-    log_z: Float[Array, "C"],
-    g_nll: Float[Array, "C"],
-    g_log_z: Float[Array, "C"],
+    logits: Float[Array, "chunk columns"],
+    one_hot: Bool[Array, "chunk columns"],
+    log_z: Float[Array, "chunk"],
+    g_nll: Float[Array, "chunk"],
+    g_log_z: Float[Array, "chunk"],
     dtype: Any,
-) -> Float[Array, "C P"]:
-    """Returns the gradient of the products of hidden states and columns, from those of both
-    results.
+) -> Float[Array, "chunk columns"]:
+    """Returns the gradient of a tile of logits before the cap, in a type.
+
+    dz = softmax(z) (g_nll + g_log_z) - label · g_nll,   times 1 - (z / cap)² of the soft cap
     """
-    wanted = jnp.where(hits, 1 - terms.label_smoothing, 0.0) + terms.label_smoothing / vocab_size
-    dlogits = (
-        jnp.exp(logits - log_z[:, None]) * (g_nll + g_log_z)[:, None] - wanted * g_nll[:, None]
-    )
-    if terms.softcap is not None:
-        dlogits *= 1 - jnp.square(logits / terms.softcap)
+    epsilon = config.label_smoothing
+    labels = jnp.where(one_hot, 1 - epsilon, 0.0) + epsilon / vocab_size
+    probabilities = jnp.exp(logits - log_z[:, None])
+    dlogits = probabilities * (g_nll + g_log_z)[:, None] - labels * g_nll[:, None]
+    if config.softcap is not None:
+        dlogits *= 1 - jnp.square(logits / config.softcap)
+
+    # The barrier keeps both matmuls that read it from computing it again.
     return jax.lax.optimization_barrier(dlogits.astype(dtype))
+
+
+def hidden_gradients(
+    dlogits: Float[Array, "chunk columns"], columns: Float[Array, "D columns"]
+) -> Float[Array, "chunk D"]:
+    """Returns what a tile adds to the gradient of the hidden states, in float32."""
+    return jnp.einsum("cv,dv->cd", dlogits, columns, preferred_element_type=jnp.float32)
+
+
+def column_gradients(
+    hidden: Float[Array, "chunk D"], dlogits: Float[Array, "chunk columns"]
+) -> Float[Array, "D columns"]:
+    """Returns what a tile adds to the gradient of its columns of the kernel, in float32."""
+    # Row-major operands keep XLA for CPU on its matmul library: [D, chunk] times [chunk, columns]
+    hidden_transposed = swap_last(hidden)
+    return row_major(jnp.dot(hidden_transposed, dlogits, preferred_element_type=jnp.float32))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research.core.errors import UserError
-from research.kernels.cross_entropy import cross_entropy, fused, summed_cross_entropy, tiles
+from research.kernels.cross_entropy import cross_entropy, fused, tiles
 from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on, tpu_devices
 
@@ -29,20 +29,31 @@ def inputs(batch, dtype=jnp.float32, vocab=V, seed=0):
     return hidden, table, jnp.asarray(rng.integers(vocab, size=batch)), cotangents
 
 
-def value_and_gradients(hidden, table, targets, cotangents, **options):
-    @jax.jit
-    def run(hidden, table):
-        out, pull = jax.vjp(lambda h, t: cross_entropy(h, t.T, targets, **options), hidden, table)
-        return (*out, *pull(cotangents))
+def weighted(nll, log_z, g_nll, g_log_z):
+    """Returns a sum whose gradients by both losses are the weights, and the losses."""
+    return jnp.vdot(nll, g_nll) + jnp.vdot(log_z, g_log_z), (nll, log_z)
 
-    return run(hidden, table)
+
+def value_and_gradients(hidden, table, targets, cotangents, implementation="chunked", **options):
+    """Returns nll and log_z of each token, and the gradients of `hidden` and `table`."""
+    options["implementation"] = implementation
+
+    def run(hidden, table):
+        return cross_entropy(weighted, hidden, table.T, targets, *cotangents, **options)
+
+    gradients = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
+    (_, losses), (dhidden, dtable) = jax.jit(gradients)(hidden, table)
+    nll, log_z = (x.reshape(targets.shape) for x in losses)
+    return nll, log_z, dhidden, dtable
 
 
 def test_reference_equals_its_equation():
     hidden, table, targets, _ = inputs((7,))
     logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
     log_z = np.log(np.exp(logits).sum(-1))
-    nll, got = cross_entropy(hidden, table.T, targets, implementation="reference")
+    zeros = jnp.zeros(7)
+    options = {"implementation": "reference"}
+    _, (nll, got) = cross_entropy(weighted, hidden, table.T, targets, zeros, zeros, **options)
     np.testing.assert_allclose(got, log_z, rtol=1e-5)
     np.testing.assert_allclose(nll, log_z - logits[np.arange(7), targets], rtol=1e-5, atol=1e-5)
 
@@ -77,13 +88,13 @@ def test_kernel_gradient_of_bfloat16_hidden_states_is_summed_in_float32():
     np.testing.assert_allclose(dtable, exact[3], atol=0.02 * np.abs(exact[3]).max())
 
 
-def biggest_float32(**options):
+def biggest_float32(implementation="chunked", **options):
     """Returns the most elements that a float32 value of the compiled gradient has."""
     hidden, table, targets, cotangents = inputs((16, 64), vocab=512)
+    options["implementation"] = implementation
 
     def loss(hidden, table):
-        nll, log_z = cross_entropy(hidden, table.T, targets, **options)
-        return jnp.vdot(nll, cotangents[0]) + jnp.vdot(log_z, cotangents[1])
+        return cross_entropy(weighted, hidden, table.T, targets, *cotangents, **options)[0]
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table).compile().as_text()
     sizes = [shape.split("]")[0] for shape in text.split("f32[")[1:]]
@@ -116,7 +127,7 @@ MESHES = {
 
 
 def on_mesh(name, hidden, table):
-    """Returns the mesh, and the inputs laid out on it; hidden states that it cannot share out are
+    """Returns the mesh, and the inputs laid out on it; hidden states that it cannot shard are
     on all devices.
     """
     sizes, names, hidden_spec, table_spec = MESHES[name]
@@ -140,10 +151,10 @@ def test_chunks_equal_the_reference_on_a_mesh_that_splits(name, batch):
 
 def compiled_gradient(mesh, hidden, table, targets, cotangents, **options):
     """Returns the HLO of the compiled gradient on a mesh."""
+    options["implementation"] = "chunked"
 
     def loss(hidden, table):
-        nll, log_z = cross_entropy(hidden, table.T, targets, **options)
-        return jnp.vdot(nll, cotangents[0]) + jnp.vdot(log_z, cotangents[1])
+        return cross_entropy(weighted, hidden, table.T, targets, *cotangents, **options)[0]
 
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table).compile().as_text()
@@ -254,7 +265,7 @@ def test_columns_and_logits_stay_on_their_device(name):
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_columns_or_logits_leave_it_where_tensor_shares_out_nothing(name, monkeypatch):
+def test_columns_or_logits_leave_it_where_tensor_shards_nothing(name, monkeypatch):
     monkeypatch.setattr(tiles, "TENSOR_AXIS", "no such axis")
     gathered, largest = sharded_sizes(name, token_chunk=16, vocab_chunk=64)
     assert max(gathered, largest) >= D * 1024
@@ -264,7 +275,7 @@ def summed(implementation, inputs, weights, **options):
     hidden, table, targets, _ = inputs
 
     def call(hidden, table):
-        return summed_cross_entropy(
+        return cross_entropy(
             with_z_loss, hidden, table.T, targets, weights, implementation=implementation, **options
         )
 
@@ -305,7 +316,7 @@ def test_a_gradient_made_beside_the_loss_equals_the_reference(
 def test_a_gradient_made_beside_the_loss_makes_the_logits_once():
     def products(implementation):
         hidden, table, targets, _ = inputs((64,), vocab=128)
-        call = lambda hidden, table: summed_cross_entropy(  # noqa: E731
+        call = lambda hidden, table: cross_entropy(  # noqa: E731
             with_z_loss, hidden, table.T, targets, jnp.ones(64), implementation=implementation
         )[0]
         return jax.jit(jax.grad(call, argnums=(0, 1))).lower(hidden, table).cost_analysis()["flops"]
@@ -332,9 +343,9 @@ def test_auto_makes_the_gradient_beside_the_loss_where_that_is_fast(
     def taken(*_):
         raise FusedError
 
-    monkeypatch.setattr(fused, "objective_of_tokens", taken)
+    monkeypatch.setattr(fused, "summed_loss", taken)
     hidden, table, targets, _ = jax.eval_shape(lambda: inputs((64,), dtype, vocab))
-    call = lambda h, t, y: summed_cross_entropy(with_z_loss, h, t.T, y, jnp.ones(64))  # noqa: E731
+    call = lambda h, t, y: cross_entropy(with_z_loss, h, t.T, y, jnp.ones(64))  # noqa: E731
     with (
         compiling_for(platform),
         pytest.raises(FusedError) if expected else contextlib.nullcontext(),
@@ -379,7 +390,7 @@ def temporaries(device, width, dtype, implementation="auto"):
 
     def loss(hidden, kernel, targets, weights):
         options = {"label_smoothing": 0.1, "implementation": implementation}
-        return summed_cross_entropy(with_z_loss, hidden, kernel, targets, weights, **options)[0]
+        return cross_entropy(with_z_loss, hidden, kernel, targets, weights, **options)[0]
 
     shapes = (
         ((TOKENS, width), dtype),
@@ -435,7 +446,7 @@ def test_label_smoothing_equals_optax(chunks):
 def test_label_smoothing_of_one_is_refused():
     hidden, table, targets, _ = inputs((3,))
     with pytest.raises(UserError, match=r"label_smoothing = 1.0 must lie in \[0, 1\)"):
-        cross_entropy(hidden, table.T, targets, label_smoothing=1.0)
+        cross_entropy(weighted, hidden, table.T, targets, label_smoothing=1.0)
 
 
 def test_a_tile_is_larger_where_there_is_no_cache_to_fit():
@@ -449,4 +460,4 @@ def test_a_tile_is_larger_where_there_is_no_cache_to_fit():
 def test_a_chunk_below_one_is_refused():
     hidden, table, targets, _ = inputs((3,))
     with pytest.raises(UserError, match=r"token_chunk = 0"):
-        cross_entropy(hidden, table.T, targets, token_chunk=0)
+        cross_entropy(weighted, hidden, table.T, targets, token_chunk=0)
