@@ -137,5 +137,3 @@ def _print_table(
             cost.seconds(config),
             "  <- chosen" if spec == chosen_spec else "",
         )
-
-
