@@ -130,7 +130,7 @@ def _tokenizer(source: Path, given: str | None) -> Tokenizer:
         path = local_path("tokenizer", given)
         return folders.from_folder(path) if path.is_dir() else folders.from_path(path)
     folder = source if source.is_dir() else source.parent
-    path = folders.look_for(folder)
+    path = folders.find_or_none(folder)
     if path is None:
         raise UserError(
             "tokenizer",

@@ -1,4 +1,4 @@
-"""Tokenizers: one face to SentencePiece (trained here or loaded), bytes and Hugging Face files."""
+"""Tokenizers: one API for SentencePiece (trained here or loaded), bytes and Hugging Face files."""
 
 import dataclasses
 import hashlib
@@ -8,8 +8,9 @@ from typing import Literal
 
 from research.core.errors import UserError, nearest, within
 from research.data.tokenizers import descriptor, pieces
-from research.data.tokenizers.base import DESCRIPTOR, StreamDecoder, Tokenizer, check_sentinels
+from research.data.tokenizers.base import DESCRIPTOR, Tokenizer, check_sentinels
 from research.data.tokenizers.byte import ByteTokenizer
+from research.data.tokenizers.streaming import StreamDecoder
 from research.storage.paths import Path, as_path
 
 __all__ = ["StreamDecoder", "Tokenizer", "TokenizerConfig", "build", "load"]
@@ -29,13 +30,13 @@ class TokenizerConfig:
             `sentencepiece` (`*.model`).
       vocab_size: ids of a trained tokenizer, at least 300 beside the mask and the sentinels; the
           others have their own.
-      path: the file to load, or the folder that holds it under its usual name; files beside it tell
+      path: the file to load, or the folder that holds it under its usual name; files beside it hold
         its special tokens and chat templates.
-      training_bytes: how much text to train on, above 0; shared by the sources in proportion to
-          their weights.
+      training_bytes: how much text to train on, above 0; the sources give it in proportion to their
+          weights.
       mask: whether `bpe`, `unigram` or `bytes` have a MASK, for masked objectives.
       sentinels: how many sentinels they have, for span objectives; of `sentencepiece`, how many
-        follow its own ids, 0 for as many as the files beside it tell.
+        follow its own ids, 0 for as many as the files beside it state.
     """
 
     kind: Literal["bpe", "unigram", "bytes", "huggingface", "sentencepiece"] = "bpe"
@@ -63,7 +64,10 @@ class TokenizerConfig:
                 self.sentinels,
                 "must be 0 for kind = 'huggingface': its file has its own.",
             )
-        least = MIN_TRAINED_VOCAB + (self.mask + self.sentinels if self.kind in TRAINED else 0)
+
+        least = MIN_TRAINED_VOCAB
+        if self.kind in TRAINED:
+            least += self.mask + self.sentinels
         if self.vocab_size < least:
             raise UserError("vocab_size", self.vocab_size, f"must be at least {least}.")
         if self.training_bytes <= 0:
@@ -82,15 +86,16 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         )
     if config.kind == "bytes":
         return ByteTokenizer(config.mask, config.sentinels)
-    from research.data.tokenizers import (
-        folders,
-    )  # brings a library that tokenizers trained here do not need
+
+    # Imports a library that tokenizers trained here do not need.
+    from research.data.tokenizers import folders
 
     path = pathlib.Path(config.path)
     if not path.exists():
         raise UserError("path", config.path, "cannot be read: there is no such file or folder.")
     try:
-        path = folders.find(path, folders.FILES[config.kind]) if path.is_dir() else path
+        if path.is_dir():
+            path = folders.find(path, folders.FILES[config.kind])
         tokenizer = folders.from_path(path, config.kind, config.sentinels)
     except UserError as error:
         raise error.about("path", config.path) from error
@@ -109,7 +114,26 @@ def load(folder: str | Path) -> Tokenizer:
     """
     folder = as_path(folder, "folder")
     saved = descriptor.read_descriptor(folder)
-    kind = saved.kind
+    files = _saved_files(folder, saved)
+    tokenizer_class = _class_of(folder, saved.kind)
+    try:
+        with within("", str(folder)):
+            tokenizer = tokenizer_class(*files, **saved.options)
+    except (TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / DESCRIPTOR}: options do not fit kind = {saved.kind!r}: {error}."
+        ) from error
+
+    tokenizer.chat_templates = saved.chat_templates
+    tokenizer.further_end_ids = saved.further_end_ids
+    tokenizer.named_tokens = saved.named_tokens
+    tokenizer.guarded_tokens = saved.guarded_tokens
+    tokenizer.prompt_frame = saved.prompt_frame
+    return tokenizer
+
+
+def _saved_files(folder: Path, saved: descriptor.Descriptor) -> list[bytes]:
+    """Returns the files that a descriptor names; raises a UserError where one has changed."""
     try:
         files = [(folder / name).read_bytes() for name in saved.files]
     except (OSError, ValueError) as error:
@@ -117,24 +141,18 @@ def load(folder: str | Path) -> Tokenizer:
     for (name, digest), data in zip(saved.files.items(), files, strict=True):
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"{folder / name} is not the file that was saved: its digest differs.")
+    return files
+
+
+def _class_of(folder: Path, kind: str) -> type[Tokenizer]:
+    """Returns the class of a kind; raises a UserError where there is none."""
     classes = {cls.kind: cls for cls in (ByteTokenizer, pieces.SentencePieceTokenizer)}
     if kind == "huggingface":
-        from research.data.tokenizers import huggingface  # the library is needed by this kind only
+        # Imports a library that only this kind needs.
+        from research.data.tokenizers import huggingface
 
         classes[kind] = huggingface.HuggingFaceTokenizer
     if kind not in classes:
         known = nearest(kind, [*classes, "huggingface"])
         raise UserError(f"{folder / DESCRIPTOR}: kind = {kind!r} is unknown. {known}")
-    try:
-        with within("", str(folder)):
-            tokenizer = classes[kind](*files, **saved.options)
-    except (TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / DESCRIPTOR}: options do not fit kind = {kind!r}: {error}."
-        ) from error
-    tokenizer.chat_templates = saved.chat_templates
-    tokenizer.further_end_ids = saved.further_end_ids
-    tokenizer.named_tokens = saved.named_tokens
-    tokenizer.guarded_tokens = saved.guarded_tokens
-    tokenizer.prompt_frame = saved.prompt_frame
-    return tokenizer
+    return classes[kind]

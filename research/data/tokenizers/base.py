@@ -18,16 +18,14 @@ from research.storage.paths import Path, as_path
 DESCRIPTOR = "descriptor.json"
 # The parts that Hugging Face's files name tokens for (`bos_token`, …).
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# How the tokens that stand for a masked-out span are spelt (Raffel et al. 2020, arXiv:1910.10683).
+# How the tokens that replace a span are spelt (Raffel et al. 2020, arXiv:1910.10683).
 SENTINEL = "<extra_id_{}>"
-# More than any model has: each is spelt and held.
+# More than any model has: the spelling of each is in memory.
 MOST_SENTINELS = 10_000
 
 
 def check_sentinels(count: int) -> int:
-    """Returns the count; raises UserError where it is no number of sentinels that a model could
-    have.
-    """
+    """Returns the count; raises UserError where no model could have as many sentinels."""
     if type(count) is not int or not 0 <= count <= MOST_SENTINELS:
         raise UserError("sentinels", count, f"must be a whole number in [0, {MOST_SENTINELS}].")
     return count
@@ -36,8 +34,8 @@ def check_sentinels(count: int) -> int:
 class Tokenizer(abc.ABC):
     """Text to ids and back.
 
-    Control tokens are put in by code only: text that spells `<s>`, `[MASK]` or `<|endoftext|>` is
-    encoded as the plain characters that it is. Where there is no such token, its id is None.
+    Control tokens are inserted by code only: text that spells `<s>`, `[MASK]` or `<|endoftext|>` is
+    encoded as plain characters. Where there is no such token, its id is None.
 
     Attributes:
       kind: the name of the class in a descriptor.
@@ -45,9 +43,9 @@ class Tokenizer(abc.ABC):
       bos_id: what begins a text; BERT's `[CLS]`.
       eos_id: what ends it; BERT's `[SEP]`.
       pad_id: what fills a row.
-      unk_id: what stands for text that the vocabulary cannot spell. Text does produce it.
-      mask_id: what stands for a token to be guessed.
-      sentinel_ids: what stands for the first, second, … span to be guessed; empty where there are
+      unk_id: what replaces text that the vocabulary cannot spell. Text does produce it.
+      mask_id: what replaces a token to be predicted.
+      sentinel_ids: what replaces the first, second, … span to be predicted; empty where there are
           none.
       chat_templates: Jinja templates by name, the usual one under `default`; kept with the
           tokenizer's files.
@@ -89,7 +87,7 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def specials(self) -> dict[str, str]:
-        """The spelling of the tokens that have a part to play, by their `ROLES`."""
+        """The spelling of the special tokens, by their `ROLES`."""
 
     @property
     @abc.abstractmethod
@@ -98,13 +96,13 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def token_of(self, token_id: int) -> str | None:
-        """Returns how the token of an id in [0, V) is spelt, or None where it has no spelling that
-        text could have.
+        """Returns the spelling of the token with an id in [0, V), or None where text cannot have
+        it.
         """
 
     @abc.abstractmethod
     def id_of(self, token: str) -> int | None:
-        """Returns the id of the token that is spelt so, or None where there is none."""
+        """Returns the id of the token with this spelling, or None where there is none."""
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
@@ -128,7 +126,7 @@ class Tokenizer(abc.ABC):
         return self._encode_batch(texts)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
-        """Returns the text of `ids`; BOS, EOS and PAD are silent, bytes that are not UTF-8 become
+        """Returns the text of `ids` without BOS, EOS and PAD; bytes that are not UTF-8 become
         U+FFFD.
 
         Raises:
@@ -141,36 +139,38 @@ class Tokenizer(abc.ABC):
                     f"token id {i} is outside the vocabulary: it must lie in [0, "
                     f"{self.vocab_size})."
                 )
-        control = (self.bos_id, self.eos_id, self.pad_id)
-        return self._decode([i for i in ids if i not in control])
+        without_text = (self.bos_id, self.eos_id, self.pad_id)
+        return self._decode([i for i in ids if i not in without_text])
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids at any of which a model's text ends: EOS, where there is one, and then the
         further ones.
         """
-        first = () if self.eos_id is None else (self.eos_id,)
-        return (*first, *(i for i in self.further_end_ids if i not in first))
+        ids = () if self.eos_id is None else (self.eos_id,)
+        further = [i for i in self.further_end_ids if i not in ids]
+        return (*ids, *further)
 
     @property
     def chat_tokens(self) -> dict[str, int]:
         """The ids of the tokens that only a template writes in a chat, by their spelling.
 
         They are the control tokens, the `guarded_tokens`, and what ends a text at `end_ids`, since
-        whoever writes that in a message ends the turn.
+        a message that holds one of those would end the turn.
         """
-        ends = [self.token_of(i) for i in self.end_ids if i < self.vocab_size]
-        names = [
-            name for name in (*self.guarded_tokens, *ends) if name is not None and name.strip()
-        ]
-        ids = {name: self.id_of(name) for name in names}
-        further = {name: i for name, i in ids.items() if i is not None and i != self.unk_id}
+        ends = [self.token_of(i) or "" for i in self.end_ids if i < self.vocab_size]
+        further = {}
+        for name in (*self.guarded_tokens, *ends):
+            # A token of spaces only would be in every message.
+            token_id = self.id_of(name) if name.strip() else None
+            if token_id not in (None, self.unk_id):
+                further[name] = token_id
         return further | self.control_tokens
 
     @property
     def document_start_id(self) -> int | None:
-        """What begins a document: BOS; where there is none EOS, as for GPT-2, but nothing where
-        T5's sentinels are.
+        """What begins a document: BOS; without BOS it is EOS, as for GPT-2, but nothing if there
+        are sentinels, as for T5.
         """
         if self.bos_id is None and not self.sentinel_ids:
             return self.eos_id
@@ -180,20 +180,18 @@ class Tokenizer(abc.ABC):
         """Returns one document as a model reads it: [start] ids [end]; the end is EOS, or
         nothing.
         """
-        marks = [
-            np.array([] if mark is None else [mark], np.int32)
-            for mark in (self.document_start_id, self.eos_id)
-        ]
-        return np.concatenate([marks[0], ids, marks[1]])
+        start = np.array(_present(self.document_start_id), np.int32)
+        end = np.array(_present(self.eos_id), np.int32)
+        return np.concatenate([start, ids, end])
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns a text's ids as a decoder is to continue them: framed by `prompt_frame`, or as a
+        """Returns a text's ids for a decoder to continue: framed by `prompt_frame`, or as a
         document begins.
 
-        What would be no id at all is what a document begins with.
+        A prompt without any id is what a document begins with.
         """
         ids = self.encode(text)
-        start = [] if self.document_start_id is None else [self.document_start_id]
+        start = _present(self.document_start_id)
         if self.prompt_frame is None:
             return [*start, *ids]
         before, after = self.prompt_frame
@@ -201,12 +199,11 @@ class Tokenizer(abc.ABC):
 
     def encode_source(self, text: str) -> list[int]:
         """Returns a text's ids as an encoder reads them: framed by `prompt_frame`, or by BOS and
-        EOS where they are.
+        EOS where there are such tokens.
         """
-        if self.prompt_frame is None:
-            marks = (self.bos_id, self.eos_id)
-            before, after = (() if mark is None else (mark,) for mark in marks)
-        else:
+        before: Sequence[int] = _present(self.bos_id)
+        after: Sequence[int] = _present(self.eos_id)
+        if self.prompt_frame is not None:
             before, after = self.prompt_frame
         return [*before, *self.encode(text), *after]
 
@@ -242,7 +239,8 @@ class Tokenizer(abc.ABC):
             }
         )
         source = chat.choose(self.chat_templates, template, tools is not None)
-        return chat.render(source, self._named(chat.with_reasoning(inputs, source)))
+        inputs = chat.with_reasoning(inputs, source)
+        return chat.render(source, self._named(inputs))
 
     def encode_chat(
         self,
@@ -273,12 +271,17 @@ class Tokenizer(abc.ABC):
                 **variables,
             }
         )
-        tokens = list(self.chat_tokens)
         inputs = chat.with_reasoning(inputs, source)
+
+        # The inputs spell no token while the template runs, so those that come out are its own:
+        # content "</s>" -> "<G/s>", rendered "<s><G/s></s>" -> marked "M<s><G/s>M</s>"
+        tokens = list(self.chat_tokens)
         guard, mark = chat.unused_characters(source, inputs)
-        rendered = chat.render(source, self._named(chat.guarded(inputs, tokens, guard)))
+        guarded = chat.guarded(inputs, tokens, guard)
+        rendered = chat.render(source, self._named(guarded))
         _check_unicode(rendered)
-        return self._encode_marked(chat.marked(rendered, tokens, mark).replace(guard, ""), mark)
+        marked = chat.marked(rendered, tokens, mark)
+        return self._encode_marked(marked.replace(guard, ""), mark)
 
     def _named(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Returns a template's variables with those that name this tokenizer's special tokens."""
@@ -289,18 +292,21 @@ class Tokenizer(abc.ABC):
         """Encodes text in which `mark` before the spelling of one of `chat_tokens` makes it that
         token.
 
-        Each stretch of text between them is a text of its own: SentencePiece puts its space before
-        every one, as the published code of LLaMA does.
+        The texts between them are encoded one by one: SentencePiece puts its space before each, as
+        the published code of LLaMA does.
         """
         ids: list[int] = []
         tokens = {mark + name: i for name, i in self.chat_tokens.items()}
-        for piece in chat.split(text, list(self.chat_tokens), mark):
-            ids += [tokens[piece]] if piece in tokens else self.encode(piece)
+        for part in chat.split(text, list(self.chat_tokens), mark):
+            if part in tokens:
+                ids.append(tokens[part])
+            else:
+                ids += self.encode(part)
         return ids
 
     def descriptor(self) -> dict[str, Any]:
         """Returns the small JSON from which `load` makes the tokenizer again."""
-        # What generating text needs, and training does not; where it says something.
+        # What generating text needs, and training does not; empty values are not written.
         further = {
             "further_end_ids": self.further_end_ids,
             "named_tokens": dict(self.named_tokens),
@@ -311,15 +317,17 @@ class Tokenizer(abc.ABC):
 
     def _identity(self) -> dict[str, Any]:
         """Returns the part of the descriptor that decides how text and conversations become ids."""
-        digests = {
-            name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.files().items())
-        }
-        templates = {"chat_templates": dict(self.chat_templates)} if self.chat_templates else {}
-        return {"kind": self.kind, "options": self.options(), "files": digests, **templates}
+        files = self.files()
+        digests = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+        identity = {"kind": self.kind, "options": self.options(), "files": digests}
+        if self.chat_templates:
+            identity["chat_templates"] = dict(self.chat_templates)
+        return identity
 
     def digest(self) -> str:
         """Returns a hash of all that decides how this tokenizer encodes."""
-        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
+        text = json.dumps(self._identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and, last, its descriptor."""
@@ -327,7 +335,13 @@ class Tokenizer(abc.ABC):
         files.make_folder(folder)
         for name, data in self.files().items():
             files.write_bytes(folder / name, data)
-        files.write_text(folder / DESCRIPTOR, json.dumps(self.descriptor(), indent=2) + "\n")
+        descriptor = json.dumps(self.descriptor(), indent=2)
+        files.write_text(folder / DESCRIPTOR, descriptor + "\n")
+
+
+def _present(token_id: int | None) -> list[int]:
+    """Returns the id as a list, which is empty where there is none."""
+    return [] if token_id is None else [token_id]
 
 
 def _check_unicode(text: str) -> None:
@@ -338,40 +352,3 @@ def _check_unicode(text: str) -> None:
         raise UserError(
             f"text has half a surrogate pair at character {error.start}: not Unicode."
         ) from error
-
-
-class StreamDecoder:
-    """Decodes ids as they come: the pieces add up to the text of all ids, and no character is shown
-    half.
-
-    The bytes of an unfinished character decode to up to three U+FFFD at the end, so these are held
-    back until more ids, or the end, decide. Only a window of the last ids is decoded again: it
-    begins with the ids of an earlier piece, because some tokenizers write the first id of a text
-    differently.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._earlier, self._shown = 0, 0
-
-    def push(self, token: int) -> str:
-        """Adds one id and returns the text that has become certain, which may be empty."""
-        self._window.append(int(token))
-        text = self._tokenizer.decode(self._window)
-        certain = len(text) - min(len(text) - len(text.rstrip("\ufffd")), 3)
-        new = text[self._shown : certain]
-        self._shown = max(self._shown, certain)
-        if new.strip() and certain == len(
-            text
-        ):  # a window of spaces only could not tell the first id
-            self._window = self._window[self._earlier :]
-            self._earlier, self._shown = (
-                len(self._window),
-                len(self._tokenizer.decode(self._window)),
-            )
-        return new
-
-    def flush(self) -> str:
-        """Returns the text that is still held back; the stream has ended."""
-        return self._tokenizer.decode(self._window)[self._shown :]

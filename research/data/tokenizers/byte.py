@@ -1,6 +1,4 @@
-"""Bytes as tokens: the 256 bytes of UTF-8, then BOS, EOS and PAD, then MASK and sentinels where
-they are wanted.
-"""
+"""Bytes as tokens: the 256 bytes of UTF-8, BOS, EOS and PAD, then MASK and sentinels if any."""
 
 from typing import Any, ClassVar
 
@@ -10,13 +8,16 @@ from jaxtyping import Int
 from research.data.tokenizers.base import SENTINEL, Tokenizer, check_sentinels
 
 NAMES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
+NUM_BYTES = 256
 
 
 class ByteTokenizer(Tokenizer):
     """The id of a byte is its value, so any text round-trips."""
 
     kind: ClassVar[str] = "bytes"
-    bos_id, eos_id, pad_id = 256, 257, 258
+    bos_id = 256
+    eos_id = 257
+    pad_id = 258
 
     def __init__(self, mask: bool = False, sentinels: int = 0):
         """Args: mask: whether there is a MASK, id 259. sentinels: how many, with the ids after
@@ -27,16 +28,20 @@ class ByteTokenizer(Tokenizer):
         first = 259 + mask
         self.sentinel_ids = tuple(range(first, first + sentinels))
         self.vocab_size = first + sentinels
-        names = [*self.specials.values(), *(SENTINEL.format(i) for i in range(sentinels))]
-        self._control = {name: 256 + i for i, name in enumerate(names)}
-        self._spelt = {256 + i: name.encode() for i, name in enumerate(names)}
+
+        # Control tokens in the order of their ids, from 256 on.
+        names = list(self.specials.values())
+        names += [SENTINEL.format(i) for i in range(sentinels)]
+        self._control = {name: i for i, name in enumerate(names, start=NUM_BYTES)}
+        self._spelling = {i: name for name, i in self._control.items()}
 
     @property
     def specials(self) -> dict[str, str]:
-        """The spelling of the tokens that have a part to play, by their `ROLES`."""
-        return {
-            role: name for role, name in NAMES.items() if role != "mask" or self.mask_id is not None
-        }
+        """The spelling of the special tokens, by their `ROLES`."""
+        names = dict(NAMES)
+        if self.mask_id is None:
+            del names["mask"]
+        return names
 
     @property
     def control_tokens(self) -> dict[str, int]:
@@ -44,20 +49,26 @@ class ByteTokenizer(Tokenizer):
         return self._control
 
     def token_of(self, token_id: int) -> str | None:
-        return self._spelt[token_id].decode() if token_id in self._spelt else None
+        return self._spelling.get(token_id)
 
     def id_of(self, token: str) -> int | None:
-        if token not in self._control:
-            return None
-        return self._control[token]
+        return self._control.get(token)
 
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
-        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
+        encoded = []
+        for text in texts:
+            data = np.frombuffer(text.encode("utf-8"), np.uint8)
+            encoded.append(data.astype(np.int32))
+        return encoded
 
     def _decode(self, ids: list[int]) -> str:
-        return b"".join(bytes([i]) if i < 256 else self._spelt[i] for i in ids).decode(
-            "utf-8", errors="replace"
-        )
+        data = bytearray()
+        for i in ids:
+            if i < NUM_BYTES:
+                data.append(i)
+            else:
+                data += self._spelling[i].encode("utf-8")
+        return data.decode("utf-8", errors="replace")
 
     def files(self) -> dict[str, bytes]:
         return {}

@@ -1,13 +1,13 @@
 """Chat templates: a conversation as the text that a model was taught to read.
 
 A template is Jinja, as Hugging Face keeps it with a model. It comes with a download, so it runs in
-Jinja's sandbox and sees plain JSON values only.
+Jinja's sandbox and reads plain JSON values only.
 
 What people write must not become a control token. So before the template runs, a private character,
 the guard, breaks every spelling of a control token in the inputs; in the text that comes out, only
-the template's own control tokens are whole, and another private character, the mark, goes before
-each. Then the guards can go. A template that takes letters out of the middle of a message could
-still join a token; none that is published does.
+the template's own control tokens are intact, and another private character, the mark, is put before
+each. Then the guards are removed. A template that takes letters out of the middle of a message
+could still join a token; none that is published does.
 """
 
 import datetime
@@ -30,16 +30,14 @@ PRIVATE = range(0xE000, 0xF900)  # Unicode's first private use area
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`: says which text is the assistant's, and changes
-    nothing.
-    """
+    """`{% generation %} … {% endgeneration %}`: marks the assistant's text, and changes nothing."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        statements = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(statements, lineno=line)
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -101,13 +99,14 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def choose(templates: Mapping[str, str], name: str | None, with_tools: bool) -> str:
-    """Returns the template of a name; without one `tool_use` where there are tools and it exists,
-    or else `default`.
+    """Returns the template of a name; without a name `tool_use` where there are tools and it
+    exists, or else `default`.
     """
     if not templates:
         raise UserError("chat_template", constraint="is missing: this tokenizer has none.")
     if name is None:
-        name = "tool_use" if with_tools and "tool_use" in templates else "default"
+        has_tool_use = with_tools and "tool_use" in templates
+        name = "tool_use" if has_tool_use else "default"
     if name not in templates:
         raise UserError(
             "chat_template", name, f"is not one of this tokenizer's. {nearest(name, templates)}"
@@ -129,8 +128,8 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
 
 def plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns a template's inputs as plain JSON values; what a message holds as None, it does not
-    hold.
+    """Returns a template's inputs as plain JSON values; fields of a message that are None are left
+    out.
 
     Raises:
       UserError: no messages, a message that is no dict, or a value that JSON does not have.
@@ -145,10 +144,13 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
                 constraint=f": {message!r} must be a dict, as in "
                 f"{{'role': 'user', 'content': 'Hello'}}.",
             )
-    held = [
-        {key: value for key, value in message.items() if value is not None} for message in messages
-    ]
-    return {key: _plain(value, key) for key, value in (inputs | {"messages": held}).items()}
+
+    stated = []
+    for message in messages:
+        fields = {key: value for key, value in message.items() if value is not None}
+        stated.append(fields)
+    inputs = inputs | {"messages": stated}
+    return {key: _plain(value, key) for key, value in inputs.items()}
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -163,93 +165,119 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def with_reasoning(inputs: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Returns a template's inputs in which what a model thought before an answer has the names that
-    the template reads.
+    """Returns a template's inputs in which the reasoning before an answer has the names that the
+    template reads.
 
-    `reasoning_content`, `thinking` and `reasoning` of a message mean the same; a name that it holds
+    `reasoning_content`, `thinking` and `reasoning` of a message mean the same; a field that it has
     keeps its value.
     """
-    read = [name for name in REASONING if name in _names_in(source)]
+    names_in_source = _names_in(source)
+    read = [name for name in REASONING if name in names_in_source]
+
     messages = []
     for message in inputs["messages"]:
-        told = [message[name] for name in REASONING if name in message]
-        aliases = dict.fromkeys(read, told[0]) if told else {}
+        reasoning = [message[name] for name in REASONING if name in message]
+        aliases = dict.fromkeys(read, reasoning[0]) if reasoning else {}
         messages.append(aliases | message)
     return inputs | {"messages": messages}
 
 
 @functools.lru_cache(maxsize=16)
 def _names_in(source: str) -> frozenset[str]:
-    """Returns the attributes and the texts that a template's code names; none of one that is no
+    """Returns the attributes and the texts that a template's code names; none where it is not valid
     Jinja.
     """
     try:
         tree = _environment().parse(source)
     except (jinja2.TemplateError, RecursionError):
         return frozenset()
-    attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
-    texts = {
-        node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)
-    }
-    return frozenset(attributes | texts)
+    names = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    for node in tree.find_all(jinja2.nodes.Const):
+        if isinstance(node.value, str):
+            names.add(node.value)
+    return frozenset(names)
 
 
 def unused_characters(source: str, inputs: Mapping[str, Any]) -> tuple[str, str]:
     """Returns two private characters that occur neither in a template nor in its inputs."""
     used = set(source) | set(json.dumps(inputs, ensure_ascii=False))
-    found = list(itertools.islice((chr(code) for code in PRIVATE if chr(code) not in used), 2))
+    unused = (chr(code) for code in PRIVATE if chr(code) not in used)
+    found = list(itertools.islice(unused, 2))
     if len(found) < 2:
         raise UserError(
             "messages use every private character of Unicode: none is left to mark control tokens "
             "with."
         )
-    return found[0], found[1]
+    first, second = found
+    return first, second
 
 
 def guarded(value: Any, tokens: Sequence[str], guard: str) -> Any:
-    """Returns plain values in which no text spells a control token, whatever is put after it:
-    `guard` is in between.
+    """Returns plain values in which no text spells a control token, whatever text follows it: every
+    spelling has `guard` inside.
     """
     tokens = _breakable(tokens)
-    rests: dict[str, list[str]] = {}
-    for token in tokens:
-        rests.setdefault(re.escape(token[0]), []).append(re.escape(token[1:]))
-    pattern = "|".join(f"(?<={first})(?={'|'.join(rest)})" for first, rest in rests.items())
-    spelt = re.compile(pattern, re.IGNORECASE)  # templates change case
-    beginnings = {token[:end].lower() for token in tokens for end in range(1, len(token))}
-    longest = max(map(len, beginnings), default=0)
+    if not tokens:
+        return value
+    spelling = _inside(tokens)
+    prefixes = {token[:end].lower() for token in tokens for end in range(1, len(token))}
+    longest = max(map(len, prefixes))
 
     def guard_text(text: str) -> str:
-        body = text.rstrip()  # templates strip what they get
-        if any(
-            body[-length:].lower() in beginnings for length in range(1, min(longest, len(body)) + 1)
-        ):
-            text = body + guard + text[len(body) :]
-        return spelt.sub(guard, text)
+        # A token may begin at the end of a text and end in the next one: a guard goes between.
+        stripped = text.rstrip()  # templates strip what they get
+        lengths = range(1, min(longest, len(stripped)) + 1)
+        if any(stripped[-length:].lower() in prefixes for length in lengths):
+            text = stripped + guard + text[len(stripped) :]
+        return spelling.sub(guard, text)
 
-    def walk(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {guard_text(key): walk(held) for key, held in item.items()}
+    def guard_all(item: Any) -> Any:
+        if isinstance(item, str):
+            return guard_text(item)
         if isinstance(item, list):
-            return [walk(held) for held in item]
-        return guard_text(item) if isinstance(item, str) else item
+            return [guard_all(element) for element in item]
+        if isinstance(item, dict):
+            return {guard_text(key): guard_all(element) for key, element in item.items()}
+        return item
 
-    return walk(value) if tokens else value
+    return guard_all(value)
+
+
+def _inside(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Returns a pattern of the gap behind the first character of every spelling of a token.
+
+    Tokens ["<s>", "<b>"] -> (?<=<)(?=s>|b>)
+    """
+    rests: dict[str, list[str]] = {}
+    for token in tokens:
+        first = re.escape(token[0])
+        rests.setdefault(first, []).append(re.escape(token[1:]))
+
+    gaps = []
+    for first, rest in rests.items():
+        any_rest = "|".join(rest)
+        gaps.append(f"(?<={first})(?={any_rest})")
+    return re.compile("|".join(gaps), re.IGNORECASE)  # templates change case
 
 
 def _breakable(tokens: Sequence[str]) -> list[str]:
-    """Returns the tokens that have a middle, the longest first; no published tokenizer has a
-    control token of one character, and text would have to lose that character."""
-    return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+    """Returns the tokens of more than one character, the longest first; no published tokenizer has
+    a control token of one character, and text would have to lose that character.
+    """
+    breakable = [token for token in tokens if len(token) > 1]
+    return sorted(breakable, key=len, reverse=True)
 
 
 def marked(text: str, tokens: Sequence[str], mark: str) -> str:
     """Returns text with `mark` before every control token, the longest where several fit."""
     pattern = "|".join(map(re.escape, _breakable(tokens)))
-    return re.sub(pattern, lambda found: mark + found.group(), text) if pattern else text
+    if not pattern:
+        return text
+    return re.sub(pattern, lambda found: mark + found.group(), text)
 
 
 def split(text: str, tokens: Sequence[str], mark: str) -> Iterator[str]:
     """Yields the parts of a marked text: `mark` and a control token, or plain text."""
     pattern = "|".join(re.escape(mark + token) for token in _breakable(tokens))
-    yield from (piece for piece in (re.split(f"({pattern})", text) if pattern else [text]) if piece)
+    parts = re.split(f"({pattern})", text) if pattern else [text]
+    yield from filter(None, parts)

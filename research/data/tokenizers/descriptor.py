@@ -1,4 +1,4 @@
-"""The descriptor of a saved tokenizer: the small JSON file that tells how its files are read."""
+"""The descriptor of a saved tokenizer: the small JSON file that says how its files are read."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ from research.core.errors import UserError, within
 from research.data.tokenizers.base import DESCRIPTOR
 from research.storage.paths import Path
 
-# More ids than any vocabulary has. An end id may lie beyond the tokenizer's own, since some models
-# have more rows.
+# More ids than any vocabulary has. An end id may be beyond the tokenizer's own, since some models
+# have more embeddings.
 MOST_IDS = 1 << 24
 
 
@@ -37,18 +37,18 @@ class Descriptor:
 
     def __post_init__(self):
         before, after = self.prompt_frame or ((), ())
-        for field, ids in (
-            ("further_end_ids", self.further_end_ids),
-            ("prompt_frame", (*before, *after)),
-        ):
-            for i in ids:
-                if not 0 <= i < MOST_IDS:
-                    raise UserError(field, list(ids), f": {i} must be an id in [0, {MOST_IDS}).")
+        _check_ids("further_end_ids", self.further_end_ids)
+        _check_ids("prompt_frame", (*before, *after))
+
+
+def _check_ids(field: str, ids: tuple[int, ...]) -> None:
+    for i in ids:
+        if not 0 <= i < MOST_IDS:
+            raise UserError(field, list(ids), f": {i} must be an id in [0, {MOST_IDS}).")
 
 
 def read_descriptor(folder: Path) -> Descriptor:
-    """Returns the descriptor in the folder of a saved tokenizer; fields that it does not know say
-    nothing to it.
+    """Returns the descriptor in the folder of a saved tokenizer; unknown fields are ignored.
 
     Raises:
       UserError: there is none, or one of its fields is missing or of another type.
@@ -60,8 +60,8 @@ def read_descriptor(folder: Path) -> Descriptor:
         raise UserError(f"{folder} does not hold a saved tokenizer: {error}.") from error
     if not isinstance(values, dict):
         raise UserError("is not a JSON object.", origin=str(path))
+
     names = {field.name for field in dataclasses.fields(Descriptor)}
+    known = {name: value for name, value in values.items() if name in names}
     with within("", str(path)):
-        return configs.bind(
-            Descriptor, {name: value for name, value in values.items() if name in names}
-        )
+        return configs.bind(Descriptor, known)

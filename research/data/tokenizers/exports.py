@@ -1,7 +1,6 @@
 """A `tokenizer.json` for the tokenizers that have none: SentencePiece models and bytes.
 
-It tells the `tokenizers` library to do what SentencePiece does; how far that goes is what its tests
-measure.
+It makes the `tokenizers` library do what SentencePiece does, as far as its tests measure.
 """
 
 import re
@@ -17,10 +16,14 @@ from research.data.tokenizers.base import Tokenizer
 from research.data.tokenizers.pieces import META_SPACE
 from research.data.tokenizers.post_processing import Part, with_template
 
-UNIGRAM, BYTE_PAIRS = 1, 2  # TrainerSpec.model_type
-# SentencePiece.type: what text can spell, and what it cannot.
-NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
-# How the spelling of a byte, <0x0A>, goes on after its first letter.
+# TrainerSpec.model_type
+UNIGRAM = 1
+BYTE_PAIRS = 2
+# SentencePiece.type of the pieces that text can spell.
+NORMAL = 1
+USER_DEFINED = 4
+UNUSED = 5
+# The spelling of a byte, <0x0A>, after its first character.
 BYTE_END = "0x[0-9A-F]{2}>"
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 
@@ -31,21 +34,23 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     Raises:
       UserError: a SentencePiece model of a kind that the library does not have.
     """
-    models_held = [*tokenizer.files().values()]
-    library = _from_sentencepiece(models_held[0]) if models_held else _from_bytes()
-    control, specials = tokenizer.control_tokens, tokenizer.specials
+    model_files = list(tokenizer.files().values())
+    library = _from_sentencepiece(model_files[0]) if model_files else _from_bytes()
+
+    control = tokenizer.control_tokens
+    specials = tokenizer.specials
     if "unk" in specials:  # text that spells it is not unknown
         control = {specials["unk"]: tokenizer.unk_id, **control}
-    names = sorted(control, key=control.__getitem__)
-    library.add_special_tokens(
-        [tokenizers.AddedToken(name, normalized=False, special=True) for name in names]
-    )
-    assert all(library.token_to_id(name) == i for name, i in control.items()), (
-        "control tokens lie where they lay"
-    )
+    added = []
+    for name in sorted(control, key=control.__getitem__):
+        added.append(tokenizers.AddedToken(name, normalized=False, special=True))
+    library.add_special_tokens(added)
+    for name, i in control.items():
+        assert library.token_to_id(name) == i, "control tokens keep their ids"
+
     if "bos" in specials:
         library = _framed(library, [(specials["bos"], 0), (None, 0)], specials["bos"])
-    elif "eos" in specials:  # as T5 is read, with sentinels or, as mT5, without
+    elif "eos" in specials:  # as T5, which has sentinels, and mT5, which has none
         library = _framed(library, [(None, 0), (specials["eos"], 0)], specials["eos"])
     return library.to_str().encode("utf-8")
 
@@ -53,88 +58,104 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> bytes:
 def with_frame(data: bytes, frame: tuple[Sequence[int], Sequence[int]]) -> bytes:
     """Returns a tokenizer.json that puts the ids of `frame` before and after a text."""
     library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    names = {i: library.id_to_token(i) for ids in frame for i in ids}
-    before, after = ([(names[i], 0) for i in ids] for ids in frame)
-    single = [*before, (None, 0), *after]
+    before, after = frame
+    names = {i: library.id_to_token(i) for i in (*before, *after)}
     ids = {name: i for i, name in names.items()}
-    return with_template(library, single, [*single, *single], ids).to_str().encode("utf-8")
+
+    single: list[Part] = [(names[i], 0) for i in before]
+    single.append((None, 0))
+    single += [(names[i], 0) for i in after]
+    framed = with_template(library, single, [*single, *single], ids)
+    return framed.to_str().encode("utf-8")
 
 
 def _framed(library: tokenizers.Tokenizer, single: list[Part], token: str) -> tokenizers.Tokenizer:
-    return with_template(library, single, [*single, *single], {token: library.token_to_id(token)})
+    """Returns the tokenizer with the parts of one text, around both of a pair too."""
+    ids = {token: library.token_to_id(token)}
+    return with_template(library, single, [*single, *single], ids)
 
 
 def _from_bytes() -> tokenizers.Tokenizer:
-    """Byte-level pairs without a pair; the library writes a byte as a character that can be
-    seen.
-    """
-    rest = (byte for byte in range(256) if byte not in PRINTABLE)
-    signs = {byte: chr(byte) for byte in PRINTABLE} | {
-        byte: chr(256 + i) for i, byte in enumerate(rest)
-    }
-    library = tokenizers.Tokenizer(models.BPE({signs[byte]: byte for byte in range(256)}, []))
+    """Returns byte-level BPE without merges; the library writes bytes as printable characters."""
+    characters = {byte: chr(byte) for byte in PRINTABLE}
+    rest = [byte for byte in range(256) if byte not in PRINTABLE]
+    characters |= {byte: chr(code) for code, byte in enumerate(rest, start=256)}
+
+    vocab = {characters[byte]: byte for byte in range(256)}
+    library = tokenizers.Tokenizer(models.BPE(vocab, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
     return library
 
 
 def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
-    """Returns what the library makes of a SentencePiece model; raises UserError where it makes
-    nothing of it.
+    """Returns the library's tokenizer of a SentencePiece model; raises UserError where there can be
+    none.
     """
     try:
         return _library_of(sentencepiece_model_pb2.ModelProto.FromString(data))
     except UserError:
         raise
     except Exception as error:  # both libraries raise bare Exception for a damaged model
+        reason = " ".join(str(error).split())
         raise UserError(
             "tokenizer",
-            constraint=": its model cannot be written as a tokenizer.json: "
-            f"{' '.join(str(error).split())}.",
+            constraint=f": its model cannot be written as a tokenizer.json: {reason}.",
         ) from error
 
 
 def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokenizer:
-    trainer, rules = model.trainer_spec, model.normalizer_spec
+    trainer = model.trainer_spec
+    rules = model.normalizer_spec
     if trainer.model_type not in (UNIGRAM, BYTE_PAIRS) or trainer.treat_whitespace_as_suffix:
         raise UserError(
             "tokenizer",
             constraint=": this kind of SentencePiece model cannot be written as a tokenizer.json.",
         )
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
     symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     spellable = {piece.piece for piece in model.pieces if piece.type in (NORMAL, UNUSED)}
-    if trainer.model_type == UNIGRAM:
-        library = tokenizers.Tokenizer(
-            models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback)
-        )
+
+    is_unigram = trainer.model_type == UNIGRAM
+    if is_unigram:
+        pieces = [(piece.piece, piece.score) for piece in model.pieces]
+        library_model = models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback)
     else:
-        ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-        unknown = pieces[trainer.unk_id][0]
-        byte_pairs = models.BPE(
-            ids,
-            _merges([piece for piece in pieces if piece[0] in spellable], ids, spellable),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-            # A symbol stands alone in its stretch of text, which is looked up as a whole before it
-            # is merged.
-            ignore_merges=bool(symbols),
-        )
-        library = tokenizers.Tokenizer(byte_pairs)
+        library_model = _byte_pairs(model, symbols, spellable)
+    library = tokenizers.Tokenizer(library_model)
     library.normalizer = normalizers.Sequence(_normalizers(rules))
-    # The library would find the spelling of a byte or a control token in text, as a piece or as a
-    # whole stretch.
-    hidden = [name for name, _ in pieces if name not in spellable and name not in symbols]
-    whole = symbols or trainer.model_type == UNIGRAM
-    splits = [*_isolated(symbols), *_broken(hidden if whole else [], spellable)]
+
+    # The library would find the spelling of a byte or a control token in text, as a piece or, where
+    # it looks up all of a pre-token, as that.
+    hidden: list[str] = []
+    if symbols or is_unigram:
+        known = spellable.union(symbols)
+        hidden = [piece.piece for piece in model.pieces if piece.piece not in known]
+    splits = [*_isolated(symbols), *_broken(hidden, spellable)]
     if splits:
         library.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
-    library.decoder = decoders.Sequence(
-        [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+
+    steps = [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if rules.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    library.decoder = decoders.Sequence(steps)
     return library
+
+
+def _byte_pairs(
+    model: sentencepiece_model_pb2.ModelProto, symbols: list[str], spellable: set[str]
+) -> models.BPE:
+    """Returns the library's BPE model of a SentencePiece one."""
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.piece in spellable}
+    return models.BPE(
+        ids,
+        _merges(scores, ids, spellable),
+        unk_token=model.pieces[model.trainer_spec.unk_id].piece,
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+        # A symbol is a pre-token of its own, which is looked up before it is merged.
+        ignore_merges=bool(symbols),
+    )
 
 
 def _isolated(symbols: list[str]) -> list[pre_tokenizers.PreTokenizer]:
@@ -147,37 +168,50 @@ def _isolated(symbols: list[str]) -> list[pre_tokenizers.PreTokenizer]:
     if not symbols:
         return []
     longest_first = sorted(symbols, key=len, reverse=True)
-    return [
-        pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, longest_first))), "isolated")
-    ]
+    any_symbol = "|".join(map(re.escape, longest_first))
+    return [pre_tokenizers.Split(tokenizers.Regex(any_symbol), "isolated")]
 
 
 def _broken(names: list[str], spellable: set[str]) -> list[pre_tokenizers.PreTokenizer]:
-    """Returns what cuts the spellings of `names` in two, where no piece of text lies across the
-    cut.
-    """
+    """Returns what cuts the spellings of `names` in two, where no piece of text crosses the cut."""
     pairs = {piece[i : i + 2] for piece in spellable for i in range(len(piece) - 1)}
-    cuts: set[str] = set()
+
+    gaps: set[str] = set()
     for name in names:
-        places = [at for at in range(1, len(name)) if name[at - 1 : at + 1] not in pairs]
-        if len(name) > 1:
-            at = places[0] if places else 1
-            rest = BYTE_END if re.fullmatch(BYTE_END, name[at:]) else re.escape(name[at:])
-            cuts.add(f"(?<={re.escape(name[:at])})(?={rest})")
-    return (
-        [pre_tokenizers.Split(tokenizers.Regex("|".join(sorted(cuts))), "isolated")] if cuts else []
-    )
+        if len(name) < 2:
+            continue
+        # "<s>" is cut into "<" and "s>", or "<s" and ">" if only a piece spells "<s".
+        cuts = [i for i in range(1, len(name)) if name[i - 1 : i + 1] not in pairs]
+        cut = cuts[0] if cuts else 1
+        before = re.escape(name[:cut])
+        after = name[cut:]
+        after = BYTE_END if re.fullmatch(BYTE_END, after) else re.escape(after)
+        gaps.add(f"(?<={before})(?={after})")
+
+    if not gaps:
+        return []
+    any_gap = "|".join(sorted(gaps))
+    return [pre_tokenizers.Split(tokenizers.Regex(any_gap), "isolated")]
 
 
 def _merges(
-    pieces: list[tuple[str, float]], ids: dict[str, int], spellable: set[str]
+    scores: dict[str, float], ids: dict[str, int], spellable: set[str]
 ) -> list[tuple[str, str]]:
     """Returns the pairs of pieces that make a piece, in the order in which SentencePiece would
     merge them.
     """
-    ranked = sorted((-score, ids[piece], piece) for piece, score in pieces if len(piece) > 1)
-    splits = ((piece[:at], piece[at:]) for _, _, piece in ranked for at in range(1, len(piece)))
-    return [(left, right) for left, right in splits if left in spellable and right in spellable]
+    merged = [piece for piece in scores if len(piece) > 1]
+    merged.sort(key=lambda piece: (-scores[piece], ids[piece]))
+
+    merges = []
+    for piece in merged:
+        # "abc" -> (a, bc), (ab, c)
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            right = piece[cut:]
+            if left in spellable and right in spellable:
+                merges.append((left, right))
+    return merges
 
 
 def _normalizers(rules: Any) -> list[normalizers.Normalizer]:
@@ -185,10 +219,10 @@ def _normalizers(rules: Any) -> list[normalizers.Normalizer]:
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        steps += [
-            normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
-            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
-        ]
+        around = tokenizers.Regex(r"\A +| +\z")
+        repeated = tokenizers.Regex(" {2,}")
+        steps.append(normalizers.Replace(around, ""))
+        steps.append(normalizers.Replace(repeated, " "))
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(META_SPACE))
     return [*steps, normalizers.Replace(" ", META_SPACE)]

@@ -1,6 +1,6 @@
 """Tokenizers of the Hugging Face library, read from a `tokenizer.json`."""
 
-import itertools
+import dataclasses
 import json
 import secrets
 from collections.abc import Collection, Container, Mapping
@@ -34,58 +34,55 @@ class HuggingFaceTokenizer(Tokenizer):
     kind: ClassVar[str] = "huggingface"
 
     def __init__(self, data: bytes, specials: Mapping[str, str | None] | None = None):
-        """Args: data: the `tokenizer.json`. specials: the token of each of `ROLES`; None: by known
-        names.
+        """Args: data: the `tokenizer.json`. specials: the token of each of `ROLES`; None: found by
+        known names.
 
         Raises:
           UserError: not a tokenizer.json, or a special token that it does not have.
         """
-        try:
-            content = json.loads(data)
-            added = {token["content"]: token for token in content["added_tokens"]}
-            for token in added.values():
-                token.setdefault("special", False)
-            whole = all(type(token["id"]) is int for token in added.values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"is not a tokenizer.json: {error}.") from error
-        if not whole:
-            raise UserError("is not a tokenizer.json: the id of an added token is no whole number.")
-        specials = known_specials(added) if specials is None else specials
+        content, added = _parsed(data)
+        if specials is None:
+            specials = known_specials(added)
         sentinels = _sentinels(added)
         for name in (*specials.values(), *sentinels):
             if name in added:  # some files forget to mark them, and then text could spell them
                 added[name]["special"] = True
-        self._tokenizer = _library(content)
-        self._control = {name: token["id"] for name, token in added.items() if token["special"]}
-        is_unigram = content["model"].get("type") == "Unigram"
-        self._encoder = _library(_hide(content, self._control)) if is_unigram else self._tokenizer
+
         self._data = data
         self._specials = {role: token for role, token in specials.items() if token is not None}
-        self._marked: tuple[str, dict[str, int], tokenizers.Tokenizer, dict[int, int]] | None = None
-        # Ids may have gaps, so the count of tokens is not the bound of the ids.
-        self.vocab_size = 1 + max(
-            self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1
-        )
-        # BERT begins and ends with what it calls by other names.
-        self.bos_id, self.eos_id = self._id("bos", "cls"), self._id("eos", "sep")
-        self.pad_id, self.unk_id, self.mask_id = (self._id(role) for role in ("pad", "unk", "mask"))
+        self._control = {name: token["id"] for name, token in added.items() if token["special"]}
+        self._tokenizer = _library(content)
+        self._encoder = self._tokenizer
+        if content["model"].get("type") == "Unigram":
+            self._encoder = _library(_hide(content, self._control))
+        self._marking: _Marking | None = None
+
+        # Ids may have gaps, so the number of tokens does not bound them.
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)
+        # BERT has other names for what begins and ends a text.
+        self.bos_id = self._id("bos", "cls")
+        self.eos_id = self._id("eos", "sep")
+        self.pad_id = self._id("pad")
+        self.unk_id = self._id("unk")
+        self.mask_id = self._id("mask")
         self.sentinel_ids = tuple(added[name]["id"] for name in sentinels)
 
     def _id(self, *roles: str) -> int | None:
         """Returns the id of the first of these roles that has a token."""
         for role in roles:
-            if role in self._specials:
-                found = self._tokenizer.token_to_id(self._specials[role])
-                if found is None:
-                    raise UserError(
-                        role, self._specials[role], "is not a token of this tokenizer.json."
-                    )
-                return found
+            if role not in self._specials:
+                continue
+            token = self._specials[role]
+            found = self._tokenizer.token_to_id(token)
+            if found is None:
+                raise UserError(role, token, "is not a token of this tokenizer.json.")
+            return found
         return None
 
     @property
     def specials(self) -> dict[str, str]:
-        """The spelling of the tokens that have a part to play, by their `ROLES`."""
+        """The spelling of the special tokens, by their `ROLES`."""
         return dict(self._specials)
 
     @property
@@ -101,14 +98,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def frame_of_file(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the ids that the file's post-processor puts before and after a text."""
+        # What the post-processor adds is marked 1, and what the text itself becomes 0:
+        # <s> a </s> -> mask [1, 0, 1] -> the text's ids are 1:2
         encoding = self._tokenizer.encode("a")
-        ids = list(zip(encoding.ids, encoding.special_tokens_mask, strict=True))
-        # What the post-processor adds is marked 1, and what the text itself becomes 0.
-        before = [i for i, _ in itertools.takewhile(lambda pair: pair[1], ids)]
-        after = [
-            i for i, _ in itertools.takewhile(lambda pair: pair[1], reversed(ids[len(before) :]))
-        ]
-        return tuple(before), tuple(reversed(after))
+        ids = tuple(encoding.ids)
+        is_added = encoding.special_tokens_mask
+        start = len(ids)
+        end = len(ids)
+        if 0 in is_added:
+            start = is_added.index(0)
+            end -= is_added[::-1].index(0)
+        return ids[:start], ids[end:]
 
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
         encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
@@ -119,41 +119,40 @@ class HuggingFaceTokenizer(Tokenizer):
         marked spelling.
         """
         tokens = self.chat_tokens
-        if self._marked is None or self._marked[:2] != (mark, tokens):
-            self._marked = (mark, tokens, *self._marking(tokens, mark))
-        *_, marking, originals = self._marked
-        return [originals.get(i, i) for i in marking.encode(text, add_special_tokens=False).ids]
+        marking = self._marking
+        if marking is None or marking.mark != mark or marking.tokens != tokens:
+            marking = self._marking_for(tokens, mark)
+            self._marking = marking
+        ids = marking.library.encode(text, add_special_tokens=False).ids
+        return [marking.originals.get(i, i) for i in ids]
 
-    def _marking(
-        self, names: Mapping[str, int], mark: str
-    ) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """Returns a copy of the tokenizer that knows each of these tokens as `mark` and its name;
-        ids to the real ones.
+    def _marking_for(self, tokens: Mapping[str, int], mark: str) -> "_Marking":
+        """Returns a copy of the tokenizer that knows each of these tokens as `mark` and its name.
 
         The copies are not special, because special tokens are text to both. Tokens that are not
         special have no other name, so that they cannot be found in text.
         """
         content = json.loads(self._encoder.to_str())
-        further = [name for name in names if name not in self._control]
-        marking = _library(_hide(content, further) if further else content)
+        further = [name for name in tokens if name not in self._control]
+        if further:
+            content = _hide(content, further)
+        library = _library(content)
+
+        # Copies take the spaces beside them that the originals would take.
         added = self._tokenizer.get_added_tokens_decoder()
-        tokens = {
-            i: added[i] if i in added else tokenizers.AddedToken(name) for name, i in names.items()
-        }
-        copies = [
-            tokenizers.AddedToken(
-                mark + token.content,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
+        copies = {}
+        for name, i in tokens.items():
+            original = added[i] if i in added else tokenizers.AddedToken(name)
+            copies[i] = tokenizers.AddedToken(
+                mark + original.content,
+                lstrip=original.lstrip,
+                rstrip=original.rstrip,
                 normalized=False,
                 special=False,
             )
-            for token in tokens.values()
-        ]
-        marking.add_tokens(copies)
-        return marking, {
-            marking.token_to_id(mark + token.content): i for i, token in tokens.items()
-        }
+        library.add_tokens(list(copies.values()))
+        originals = {library.token_to_id(copy.content): i for i, copy in copies.items()}
+        return _Marking(mark, tokens, library, originals)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -163,6 +162,38 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def options(self) -> dict[str, Any]:
         return {"specials": self.specials}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Marking:
+    """A copy of a tokenizer in which some tokens are spelt with a mark before their name.
+
+    Attributes:
+      mark: the character.
+      tokens: ids of the tokens, by their names.
+      library: the copy.
+      originals: the tokens' ids by those that they have in the copy.
+    """
+
+    mark: str
+    tokens: Mapping[str, int]
+    library: tokenizers.Tokenizer
+    originals: Mapping[int, int]
+
+
+def _parsed(data: bytes) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Returns the content of a `tokenizer.json`, and its added tokens by their spelling."""
+    try:
+        content = json.loads(data)
+        added = {token["content"]: token for token in content["added_tokens"]}
+        for token in added.values():
+            token.setdefault("special", False)
+        have_ids = all(type(token["id"]) is int for token in added.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"is not a tokenizer.json: {error}.") from error
+    if not have_ids:
+        raise UserError("is not a tokenizer.json: the id of an added token is no whole number.")
+    return content, added
 
 
 def _library(content: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -178,11 +209,11 @@ def _library(content: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _hide(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Renames tokens that a model would take out of text (T5's `</s>` is a piece), and forgets
-    merges that make them.
+    """Renames tokens that a model would find in text (T5's `</s>` is a piece), and removes merges
+    that make them.
 
-    Nobody can know their new names. Their scores stay, because the least score tells what is
-    unknown.
+    Nobody can know their new names. Their scores stay, because the lowest score decides the score
+    of what is unknown.
     """
     hidden = {name: name + secrets.token_hex(16) for name in names}
     model = content["model"]
@@ -192,19 +223,19 @@ def _hide(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     else:  # a unigram model's pairs of piece and score
         changed["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
     if "merges" in model:
-        changed["merges"] = [
-            pair for pair in model["merges"] if hidden.keys().isdisjoint(_pieces(pair))
-        ]
-    renamed = [
-        token | {"content": hidden.get(token["content"], token["content"])}
-        for token in content["added_tokens"]
-    ]
+        merges = model["merges"]
+        changed["merges"] = [pair for pair in merges if hidden.keys().isdisjoint(_tokens_of(pair))]
+
+    renamed = []
+    for token in content["added_tokens"]:
+        name = token["content"]
+        renamed.append(token | {"content": hidden.get(name, name)})
     return content | {"model": model | changed, "added_tokens": renamed}
 
 
-def _pieces(merge: str | list[str]) -> tuple[str, str, str]:
-    """Returns the two pieces of a merge, which older files write with a space between, and what
-    they make.
+def _tokens_of(merge: str | list[str]) -> tuple[str, str, str]:
+    """Returns the two tokens of a merge, which older files write with a space between, and the one
+    that they make.
     """
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right, left + right
@@ -212,8 +243,12 @@ def _pieces(merge: str | list[str]) -> tuple[str, str, str]:
 
 def known_specials(tokens: Container[str]) -> dict[str, str]:
     """Returns the token of each role that has one of its usual names among `tokens`."""
-    found = {role: next((name for name in KNOWN[role] if name in tokens), None) for role in ROLES}
-    return {role: name for role, name in found.items() if name is not None}
+    found = {}
+    for role in ROLES:
+        names = [name for name in KNOWN[role] if name in tokens]
+        if names:
+            found[role] = names[0]
+    return found
 
 
 def _sentinels(tokens: Mapping[str, Any]) -> list[str]:

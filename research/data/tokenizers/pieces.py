@@ -4,10 +4,11 @@ Sources: Sennrich et al. 2016, arXiv:1508.07909 (byte pairs); Kudo 2018, arXiv:1
 Kudo and Richardson 2018, arXiv:1808.06226 (SentencePiece).
 """
 
+import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 from research.core.errors import UserError
 from research.data.tokenizers.base import SENTINEL, Tokenizer, check_sentinels
 
-# SentencePiece writes a space as this character, and so would read this character as a space.
+# SentencePiece writes a space as this character, and would read this character as a space.
 META_SPACE = "\u2581"
 MAX_LINE_BYTES = 1 << 16
 # Part of the result of unigram training, whose sums are taken thread by thread: a constant, never
@@ -50,55 +51,61 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
           UserError: `model` is not a SentencePiece model.
         """
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (
-            RuntimeError,
-            UnicodeDecodeError,
-        ) as error:  # its own message may hold a damaged piece
-            raise UserError(
-                f"is not a SentencePiece model: {' '.join(str(error).split())}."
-            ) from error
+        processor = _loaded(model)
         check_sentinels(sentinels)
-        self._model, self._exact = model, exact
-        self._marked: tuple[str, list[str], SentencePieceTokenizer] | None = None
-        self._pieces, self._appended = self._processor.get_piece_size(), sentinels
-        self.vocab_size = self._pieces + sentinels
-        processor = self._processor
-        ids = (processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id())
-        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (None if i < 0 else i for i in ids)
-        controls = {
-            processor.id_to_piece(i): i for i in range(self._pieces) if processor.is_control(i)
-        }
-        self.mask_id = next((controls[name] for name in MASKS if name in controls), None)
-        held = itertools.takewhile(controls.__contains__, map(SENTINEL.format, itertools.count()))
-        self.sentinel_ids = (
-            tuple(controls[name] for name in held)
-            if sentinels == 0
-            else tuple(range(self.vocab_size - 1, self._pieces - 1, -1))
-        )
+        self._processor = processor
+        self._model = model
+        self._exact = exact
+        self._marked: _Marked | None = None
+
+        num_pieces = processor.get_piece_size()
+        self._appended = sentinels
+        self.vocab_size = num_pieces + sentinels
+        self.bos_id = _id_or_none(processor.bos_id())
+        self.eos_id = _id_or_none(processor.eos_id())
+        self.pad_id = _id_or_none(processor.pad_id())
+        self.unk_id = _id_or_none(processor.unk_id())
+
+        controls = {}
+        for i in range(num_pieces):
+            if processor.is_control(i):
+                controls[processor.id_to_piece(i)] = i
+        masks = [controls[name] for name in MASKS if name in controls]
+        self.mask_id = masks[0] if masks else None
+
+        # 32,000 pieces and 100 sentinels: the first has id 32,099 and the last 32,000.
+        self.sentinel_ids = tuple(range(self.vocab_size - 1, num_pieces - 1, -1))
+        if sentinels == 0:
+            self.sentinel_ids = _sentinels(controls)
         self._control = controls | {SENTINEL.format(n): i for n, i in enumerate(self.sentinel_ids)}
-        self._spelt = {i: name for name, i in self._control.items()}
+        self._spelling = {i: name for name, i in self._control.items()}
+
         self._threads = os.cpu_count() or 1
-        pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
-        self._meta_space = np.array(pieces, np.int32)
+        meta_space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+        self._meta_space = np.array(meta_space, np.int32)
 
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
         if not self._exact or not any(META_SPACE in text for text in texts):
-            return self._plain(texts)
-        parts = [text.split(META_SPACE) for text in texts]
-        encoded = iter(self._plain([part for text in parts for part in text]))
-        return [self._join([next(encoded) for _ in text]) for text in parts]
+            return self._encode_plain(texts)
 
-    def _plain(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
+        # Texts are cut at U+2581, whose bytes join the ids of their parts again.
+        parts = [text.split(META_SPACE) for text in texts]
+        encoded = iter(self._encode_plain(list(itertools.chain(*parts))))
+        joined = []
+        for text_parts in parts:
+            ids = list(itertools.islice(encoded, len(text_parts)))
+            joined.append(self._join(ids))
+        return joined
+
+    def _encode_plain(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
         if len(texts) == 1:  # a pool of threads costs more than one text
-            return [np.array(self._processor.encode(texts[0]), np.int32)]
-        return [
-            np.array(ids, np.int32)
-            for ids in self._processor.encode(texts, num_threads=self._threads)
-        ]
+            encoded = [self._processor.encode(texts[0])]
+        else:
+            encoded = self._processor.encode(texts, num_threads=self._threads)
+        return [np.array(ids, np.int32) for ids in encoded]
 
     def _join(self, parts: list[Int[np.ndarray, "_"]]) -> Int[np.ndarray, "_"]:
+        """Returns the ids of a text from those of its parts, with U+2581 between."""
         joined = [parts[0]]
         for part in parts[1:]:
             joined += [self._meta_space, part]
@@ -106,7 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def specials(self) -> dict[str, str]:
-        """The spelling of the tokens that have a part to play, by their `ROLES`."""
+        """The spelling of the special tokens, by their `ROLES`."""
         ids = {
             "bos": self.bos_id,
             "eos": self.eos_id,
@@ -122,11 +129,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self._control
 
     def token_of(self, token_id: int) -> str | None:
-        return (
-            self._spelt[token_id]
-            if token_id in self._spelt
-            else self._processor.id_to_piece(token_id)
-        )
+        if token_id in self._spelling:
+            return self._spelling[token_id]
+        return self._processor.id_to_piece(token_id)
 
     def id_of(self, token: str) -> int | None:
         if token in self._control:
@@ -135,37 +140,39 @@ class SentencePieceTokenizer(Tokenizer):
         return found if self._processor.id_to_piece(found) == token else None
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """Lets SentencePiece find the pieces that are no control tokens, since text goes on behind
-        them as before.
+        """Lets SentencePiece find the pieces that are no control tokens, since text after them is
+        not the beginning of a text.
         """
         further = [name for name in self.chat_tokens if name not in self._control]
         if not further:
             return super()._encode_marked(text, mark)
-        if self._marked is None or self._marked[:2] != (mark, further):
+
+        marked = self._marked
+        if marked is None or marked.mark != mark or marked.names != further:
             model = _with_marks(self._model, further, mark)
-            self._marked = (
-                mark,
-                further,
-                SentencePieceTokenizer(model, self._exact, self._appended),
-            )
-        return self._marked[2]._encode_marked(text, mark)
+            tokenizer = SentencePieceTokenizer(model, self._exact, self._appended)
+            marked = _Marked(mark, further, tokenizer)
+            self._marked = marked
+        return marked.tokenizer._encode_marked(text, mark)
 
     def _decode(self, ids: list[int]) -> str:
         text = ""
-        for is_control, run in itertools.groupby(ids, key=self._spelt.__contains__):
+        for is_control, run in itertools.groupby(ids, key=self._spelling.__contains__):
             if is_control:
-                text += "".join(self._spelt[i] for i in run)
+                text += "".join(self._spelling[i] for i in run)
             else:
-                text += self._text(list(run), first=not text)
+                text += self._decode_pieces(list(run), is_first=not text)
         return text
 
-    def _text(self, ids: list[int], first: bool) -> str:
+    def _decode_pieces(self, ids: list[int], is_first: bool) -> str:
         """Decodes pieces; the library drops the space that they begin with, which is right only for
         the first ones.
         """
         text = self._processor.decode(ids)
-        spaced = self._processor.id_to_piece(ids[0]).startswith(META_SPACE)
-        return text if first or not spaced or text.startswith(" ") else " " + text
+        begins_with_space = self._processor.id_to_piece(ids[0]).startswith(META_SPACE)
+        if begins_with_space and not is_first and not text.startswith(" "):
+            return " " + text
+        return text
 
     def files(self) -> dict[str, bytes]:
         return {"sentencepiece.model": self._model}
@@ -174,11 +181,42 @@ class SentencePieceTokenizer(Tokenizer):
         return {"exact": self._exact, "sentinels": self._appended}
 
 
-def _with_marks(model: bytes, names: Collection[str], mark: str) -> bytes:
-    """Returns a model to which the pieces of these names are symbols that are spelt with `mark` in
-    front of the name.
+@dataclasses.dataclass(frozen=True)
+class _Marked:
+    """A copy of a tokenizer in which some pieces are spelt with `mark` before their name."""
 
-    Text without the mark so becomes the pieces that it would without these.
+    mark: str
+    names: list[str]
+    tokenizer: SentencePieceTokenizer
+
+
+def _loaded(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Returns the library's processor of a model; raises UserError where it is none."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, UnicodeDecodeError) as error:
+        # Its own message may hold a damaged piece.
+        reason = " ".join(str(error).split())
+        raise UserError(f"is not a SentencePiece model: {reason}.") from error
+
+
+def _sentinels(controls: Mapping[str, int]) -> tuple[int, ...]:
+    """Returns the ids of the sentinels among control pieces, in their order."""
+    ids: list[int] = []
+    while SENTINEL.format(len(ids)) in controls:
+        ids.append(controls[SENTINEL.format(len(ids))])
+    return tuple(ids)
+
+
+def _id_or_none(token_id: int) -> int | None:
+    return None if token_id < 0 else token_id
+
+
+def _with_marks(model: bytes, names: Collection[str], mark: str) -> bytes:
+    """Returns a model to which the pieces of these names are user-defined symbols, spelt with
+    `mark` before the name.
+
+    Text without the mark becomes the pieces that a model without these would find.
     """
     content = sentencepiece_model_pb2.ModelProto.FromString(model)
     for piece in content.pieces:
@@ -238,8 +276,9 @@ def train_sentencepiece(
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Yields lines short enough for the trainer, which leaves out longer ones in silence."""
+    """Yields lines short enough for the trainer, which skips longer ones without a warning."""
+    most_characters = MAX_LINE_BYTES // 4  # of up to four bytes
     for text in texts:
         for line in text.split("\n"):
-            for start in range(0, len(line), MAX_LINE_BYTES // 4):
-                yield line[start : start + MAX_LINE_BYTES // 4]
+            for start in range(0, len(line), most_characters):
+                yield line[start : start + most_characters]

@@ -10,8 +10,7 @@ from typing import Any
 
 import tokenizers
 
-# A part of a template: the spelling of a token, or None for the text, with the kind of segment that
-# it belongs to.
+# A part of a template: the spelling of a token, or None for the text, and its segment type (0, 1).
 Part = tuple[str | None, int]
 
 
@@ -21,13 +20,12 @@ def with_template(
     pair: Sequence[Part],
     ids: Mapping[str, int],
 ) -> tokenizers.Tokenizer:
-    """Returns the tokenizer with what it puts around one text and around two, the second one's
-    parts in their order.
+    """Returns the tokenizer with what it puts around one text and around a pair of texts.
 
     Args:
       library: the tokenizer.
       single: the parts of one text.
-      pair: those of two.
+      pair: the parts of two texts, the first one before the second.
       ids: of all tokens that the parts spell.
     """
     content = json.loads(library.to_str())
@@ -44,10 +42,12 @@ def with_template(
 
 
 def _parts(template: Sequence[Part]) -> list[dict[str, Any]]:
-    texts = iter("AB")  # the first text of a template and the second one
-    return [
-        {"Sequence": {"id": next(texts), "type_id": kind}}
-        if name is None
-        else {"SpecialToken": {"id": name, "type_id": kind}}
-        for name, kind in template
-    ]
+    parts = []
+    names = iter("AB")  # the library's names of the first text and the second one
+    for token, segment_type in template:
+        if token is None:
+            part = {"Sequence": {"id": next(names), "type_id": segment_type}}
+        else:
+            part = {"SpecialToken": {"id": token, "type_id": segment_type}}
+        parts.append(part)
+    return parts

@@ -32,7 +32,7 @@ def from_word_pieces(
       specials: the token of each role, a string or the dict of an added token; for other roles
           usual names are tried.
       settings: a `tokenizer_config.json`; what it does not say is as in BERT-uncased:
-        `do_lower_case`, `strip_accents` (None: where letters are made lower),
+        `do_lower_case`, `strip_accents` (None: as `do_lower_case`),
         `tokenize_chinese_chars`.
 
     Raises:
@@ -42,6 +42,7 @@ def from_word_pieces(
         lines = vocab.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"is not a vocab.txt: {error}.") from error
+
     ids = {token: i for i, token in enumerate(lines)}
     specials = known_specials(ids) | specials
     unknown = token_name(specials.get("unk"))
@@ -49,9 +50,9 @@ def from_word_pieces(
         raise UserError(
             f"is not a vocab.txt of WordPiece: it has no unk_token {unknown or '[UNK]'!r}."
         )
-    tokenizer = tokenizers.Tokenizer(
-        models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=MAX_WORD)
-    )
+
+    model = models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=MAX_WORD)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=_flag(settings, "tokenize_chinese_chars", True),
@@ -60,7 +61,7 @@ def from_word_pieces(
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    return _finish(tokenizer, specials, has_kinds=True)
+    return _finish(tokenizer, specials, has_segment_types=True)
 
 
 def from_byte_pairs(
@@ -89,10 +90,16 @@ def from_byte_pairs(
             f"is not a byte-level vocab.json: {len(missing)} bytes are no tokens, such as "
             f"{missing[0]!r}."
         )
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    wrong = next((pair for pair in pairs if len(pair) != 2), None)
-    if wrong is not None:
-        raise UserError(f"is not a merges.txt: {' '.join(wrong)!r} is not a pair of tokens.")
+
+    pairs = []
+    for line in lines:
+        if not line or line.startswith("#version"):
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2:
+            raise UserError(f"is not a merges.txt: {line!r} is not a pair of tokens.")
+        pairs.append(pair)
+
     try:
         model = models.BPE(
             ids, pairs, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False
@@ -104,7 +111,8 @@ def from_byte_pairs(
         add_prefix_space=_flag(settings, "add_prefix_space", False)
     )
     tokenizer.decoder = decoders.ByteLevel()
-    return _finish(tokenizer, known_specials(ids) | specials, has_kinds=False)
+    specials = known_specials(ids) | specials
+    return _finish(tokenizer, specials, has_segment_types=False)
 
 
 def token_name(token: str | Mapping[str, Any] | None) -> str | None:
@@ -127,25 +135,31 @@ def _added(token: str | Mapping[str, Any]) -> tokenizers.AddedToken:
     """Returns a special token with what its dict says of the spaces beside it."""
     if isinstance(token, str):
         return tokenizers.AddedToken(token, special=True, normalized=False)
-    flags = {
-        name: bool(token.get(name, False))
-        for name in ("single_word", "lstrip", "rstrip", "normalized")
-    }
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    flags = {name: bool(token.get(name, False)) for name in names}
     return tokenizers.AddedToken(token["content"], special=True, **flags)
 
 
-def _finish(tokenizer: tokenizers.Tokenizer, specials: Mapping[str, Any], has_kinds: bool) -> bytes:
+def _finish(
+    tokenizer: tokenizers.Tokenizer, specials: Mapping[str, Any], has_segment_types: bool
+) -> bytes:
     """Adds the special tokens, those that the vocabulary lacks after its last id, and what begins
     and ends a text.
 
-    Of two texts BERT's second one is of another kind; RoBERTa's has another end token before it.
+    Of two texts BERT's second one has segment type 1; RoBERTa's has another end token before it.
     """
-    tokenizer.add_special_tokens([_added(specials[role]) for role in ROLES if role in specials])
+    added = [_added(specials[role]) for role in ROLES if role in specials]
+    tokenizer.add_special_tokens(added)
+
     names = {role: token_name(token) for role, token in specials.items()}
-    begin, end = names.get("cls", names.get("bos")), names.get("sep", names.get("eos"))
+    begin = names.get("cls", names.get("bos"))
+    end = names.get("sep", names.get("eos"))
     if begin is not None and end is not None and begin != end:
+        # [CLS] A [SEP] B [SEP] with types 0 0 0 1 1, or <s> A </s></s> B </s> without.
         single = [(begin, 0), (None, 0), (end, 0)]
-        second = [(None, 1), (end, 1)] if has_kinds else [(end, 0), (None, 0), (end, 0)]
+        second = [(end, 0), (None, 0), (end, 0)]
+        if has_segment_types:
+            second = [(None, 1), (end, 1)]
         ids = {name: tokenizer.token_to_id(name) for name in (begin, end)}
         tokenizer = with_template(tokenizer, single, [*single, *second], ids)
     return tokenizer.to_str().encode("utf-8")
