@@ -28,7 +28,6 @@ UNMENDED = {
     "bench",
     "cli",
     "core",
-    "data",
     "inference",
     "inspection",
     "interop",

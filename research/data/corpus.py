@@ -83,6 +83,7 @@ class Corpus:
         """Returns the framed ids of one document; raises a UserError where they are not those that
         were written.
         """
+        # Arrays of one range.
         starts = self.offsets[index : index + 1]
         ends = self.offsets[index + 1 : index + 2]
         self.verify(starts, ends - starts)
@@ -234,9 +235,15 @@ def _tokenize(
     with Progress(title, size_bytes(source), "bytes") as progress:
         for batch in _batches(split_documents(source, report)):
             # Of a pair both texts, the source first.
-            texts = [(split, text) for split, document in batch for text in document.texts]
-            encoded = tokenizer.encode_batch([text for _, text in texts])
-            for (split, text), ids in zip(texts, encoded, strict=True):
+            splits = []
+            texts = []
+            for split, document in batch:
+                for text in document.texts:
+                    splits.append(split)
+                    texts.append(text)
+
+            encoded = tokenizer.encode_batch(texts)
+            for split, text, ids in zip(splits, texts, encoded, strict=True):
                 num_bytes = writers[split].add(text, tokenizer.frame(ids))
                 progress.advance(num_bytes)
 
@@ -245,9 +252,10 @@ def _batches(pairs: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Spl
     """Groups documents into batches that are large enough for parallel encoding."""
     batch: list[tuple[Split, Document]] = []
     size = 0
-    for pair in pairs:
-        batch.append(pair)
-        size += sum(map(len, pair[1].texts))
+    for split, document in pairs:
+        batch.append((split, document))
+        # Characters: near enough to bytes, and known without encoding.
+        size += sum(map(len, document.texts))
         if size >= ENCODE_BYTES:
             yield batch
             batch = []

@@ -223,7 +223,9 @@ def heldout_batches(
         )
 
     # (source, row, epoch) of all rows, shuffled.
-    triples = [(source, row, 0) for source, packed in enumerate(rows) for row in range(len(packed))]
+    triples = []
+    for source, packed in enumerate(rows):
+        triples += [(source, row, 0) for row in range(len(packed))]
     stream = grain.MapDataset.source(triples).shuffle(seed=HELDOUT_SEED)
     gather = _Gather(rows)
 

@@ -64,30 +64,41 @@ def plan_rows(
       UserError: rows too short for a segment of one token.
     """
     documents = objective.documents(offsets)
+    order = _document_order(documents.lengths, seed)
 
-    # A random order of the documents that hold text.
-    draws = hash64(np.arange(len(documents)), seed, ORDER)
-    order = np.argsort(draws, kind="stable")
-    order = order[documents.lengths[order] > 0]
-
-    blocks = []
+    # Order [4, 0, 2, 1, 3] in blocks of 2 -> [4, 0], [2, 1], [3]
+    segments = []
+    row_sizes = [np.zeros(1, np.int64)]
     for first in range(0, len(order), block_documents):
-        block = documents[order[first : first + block_documents]]
-        blocks.append(_pack_block(block, objective, seed))
-    segments = Ranges.joined([segments for segments, _ in blocks])
+        block = order[first : first + block_documents]
+        block_segments, block_row_sizes = _pack_block(documents[block], objective, seed)
+        segments.append(block_segments)
+        row_sizes.append(block_row_sizes)
+    segments = Ranges.joined(segments)
 
-    # Segments of each row [2, 1, 3] -> starts [0, 2, 3, 6]
-    row_sizes = [sizes for _, sizes in blocks]
-    row_starts = np.cumsum(np.concatenate([[0], *row_sizes]), dtype=np.int64)
-
-    num_rows = len(row_starts) - 1
-    positions = num_rows * (objective.sequence_length + objective.encoder_length)
-    filled = int(objective.widths(segments.lengths, segments.variants).sum())
-    padding = 1.0 - filled / max(positions, 1)
+    # Segments of each row, after a 0: [0, 2, 1, 3] -> starts [0, 2, 3, 6]
+    row_starts = np.cumsum(np.concatenate(row_sizes))
+    padding = _padding(segments, len(row_starts) - 1, objective)
 
     # A document that may not be cut is one segment, or none.
     dropped = len(order) - len(segments) if objective.atomic else 0
     return Plan(segments, row_starts, padding, dropped)
+
+
+def _document_order(lengths: Int[np.ndarray, "documents"], seed: int) -> Int[np.ndarray, "_"]:
+    """Returns the indices of the documents that hold text, in the random order of a seed."""
+    draws = hash64(np.arange(len(lengths)), seed, ORDER)
+    order = np.argsort(draws, kind="stable")
+    has_text = lengths[order] > 0
+    return order[has_text]
+
+
+def _padding(segments: Ranges, num_rows: int, objective: Objective) -> float:
+    """Returns the share of positions, on both sides of the rows, that no segment fills."""
+    widths = objective.widths(segments.lengths, segments.variants)
+    row_width = objective.sequence_length + objective.encoder_length
+    positions = num_rows * row_width
+    return 1.0 - int(widths.sum()) / max(positions, 1)
 
 
 def _pack_block(

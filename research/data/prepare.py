@@ -133,6 +133,8 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
     if config.tokenizer.kind not in tokenizers.TRAINED:
         with within("tokenizer"):
             return tokenizers.build(config.tokenizer, ())
+
+    # The cache key: everything that decides what it learns from.
     inputs = [plain(config.tokenizer), plain(config.sources)]
     for index, source in enumerate(config.sources):
         with within(f"sources.{index}"):

@@ -16,7 +16,7 @@ from research.data import source_files, stdlib
 from research.data.source_config import SourceConfig
 from research.data.source_files import find_files, opened
 
-# Below this many records the share of bad ones is judged only at the end of the source.
+# Below this many records the share of bad ones is checked only at the end of the source.
 EARLY_JUDGEMENT = 1000
 
 

@@ -56,6 +56,7 @@ def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tupl
     `documents`.
     """
     read = READERS[config.kind]
+    # Checked while reading, so that files of another format fail early, and again at the end.
     for key, document in read(config, report):
         report.documents += 1
         heldout = is_heldout(key, config.heldout_fraction)
@@ -87,6 +88,7 @@ def size_bytes(config: SourceConfig) -> int | None:
     """
     if config.kind not in ("stdlib", "text"):
         return None
+    # The size of a compressed file does not say how much text it holds.
     size = 0
     for name, file_size, _ in fingerprint(config):
         if str(name).endswith((".gz", ".zst")):

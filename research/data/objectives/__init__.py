@@ -73,6 +73,7 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
     Raises:
       UserError: the tokenizer lacks an id that the objective inserts, or has no such id.
     """
+    # Modes are ids that the config states, so the tokenizer may not have them.
     vocab_size = tokenizer.vocab_size
     for denoiser in (config.span, *config.denoisers):
         mode_id = denoiser.mode_id
@@ -108,6 +109,7 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
     """
 
     def needed(name: str) -> Any:
+        # An id, or several.
         value = getattr(tokenizer, name)
         if value in (None, ()):
             raise UserError(
@@ -127,6 +129,7 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
         needed("eos_id")
         ids = dataclasses.replace(ids, decoder_start=needed(f"{config.decoder_start}_id"))
     if config.kind == "infill" and config.infill.permute:
+        # SentencePiece may put a space before it, as a token of its own.
         ids = dataclasses.replace(ids, sentence_end=tokenizer.encode(".")[-1])
     return ids
 

@@ -124,12 +124,15 @@ class Spans(Objective):
     ):
         super().__init__(ids, sequence_length, encoder_length)
         self.variant_weights = tuple(denoiser.weight for denoiser in denoisers)
-        self._density = np.array([denoiser.density for denoiser in denoisers])
-        # A span of any length is one that never ends before the noise does.
+
+        # Settings by variant. A span of any length is one that never ends before the noise does,
+        # and -1 is no mode token.
+        densities = [d.density for d in denoisers]
         mean_spans = [np.inf if d.mean_span is None else d.mean_span for d in denoisers]
+        modes = [-1 if d.mode_id is None else d.mode_id for d in denoisers]
+        self._density = np.array(densities)
         self._mean_span = np.array(mean_spans)
-        # -1: no mode token.
-        self._mode = np.array([-1 if d.mode_id is None else d.mode_id for d in denoisers])
+        self._mode = np.array(modes)
 
     def _counts(
         self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]

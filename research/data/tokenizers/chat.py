@@ -155,9 +155,9 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, where) for key, item in value.items()}
+        return {str(key): _plain(element, where) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
+        return [_plain(element, where) for element in value]
     # A subclass of str or int can carry methods that the sandbox does not know.
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -220,15 +220,19 @@ def guarded(value: Any, tokens: Sequence[str], guard: str) -> Any:
     if not tokens:
         return value
     spelling = _inside(tokens)
+    # "<s>" -> "<", "<s"
     prefixes = {token[:end].lower() for token in tokens for end in range(1, len(token))}
     longest = max(map(len, prefixes))
 
     def guard_text(text: str) -> str:
-        # A token may begin at the end of a text and end in the next one: a guard goes between.
-        stripped = text.rstrip()  # templates strip what they get
-        lengths = range(1, min(longest, len(stripped)) + 1)
-        if any(stripped[-length:].lower() in prefixes for length in lengths):
-            text = stripped + guard + text[len(stripped) :]
+        # A token may begin at the end of this text and end in the next one: a guard goes between.
+        # Templates strip the texts that they get.
+        stripped = text.rstrip()
+        most = min(longest, len(stripped))
+        endings = [stripped[-length:].lower() for length in range(1, most + 1)]
+        if not prefixes.isdisjoint(endings):
+            spaces = text[len(stripped) :]
+            text = stripped + guard + spaces
         return spelling.sub(guard, text)
 
     def guard_all(item: Any) -> Any:
@@ -278,6 +282,10 @@ def marked(text: str, tokens: Sequence[str], mark: str) -> str:
 
 def split(text: str, tokens: Sequence[str], mark: str) -> Iterator[str]:
     """Yields the parts of a marked text: `mark` and a control token, or plain text."""
-    pattern = "|".join(re.escape(mark + token) for token in _breakable(tokens))
-    parts = re.split(f"({pattern})", text) if pattern else [text]
-    yield from filter(None, parts)
+    # "aM<s>b" -> "a", "M<s>", "b"
+    names = [re.escape(mark + token) for token in _breakable(tokens)]
+    any_name = "|".join(names)
+    parts = re.split(f"({any_name})", text) if names else [text]
+    for part in parts:
+        if part:
+            yield part

@@ -41,6 +41,8 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     specials = tokenizer.specials
     if "unk" in specials:  # text that spells it is not unknown
         control = {specials["unk"]: tokenizer.unk_id, **control}
+
+    # Those that the model does not hold get the ids after its own, in this order.
     added = []
     for name in sorted(control, key=control.__getitem__):
         added.append(tokenizers.AddedToken(name, normalized=False, special=True))
@@ -59,12 +61,12 @@ def with_frame(data: bytes, frame: tuple[Sequence[int], Sequence[int]]) -> bytes
     """Returns a tokenizer.json that puts the ids of `frame` before and after a text."""
     library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     before, after = frame
-    names = {i: library.id_to_token(i) for i in (*before, *after)}
-    ids = {name: i for i, name in names.items()}
+    ids = {library.id_to_token(i): i for i in (*before, *after)}
 
-    single: list[Part] = [(names[i], 0) for i in before]
+    # Before (1,), after (2,) -> <s> text </s>
+    single: list[Part] = [(library.id_to_token(i), 0) for i in before]
     single.append((None, 0))
-    single += [(names[i], 0) for i in after]
+    single += [(library.id_to_token(i), 0) for i in after]
     framed = with_template(library, single, [*single, *single], ids)
     return framed.to_str().encode("utf-8")
 
@@ -77,9 +79,11 @@ def _framed(library: tokenizers.Tokenizer, single: list[Part], token: str) -> to
 
 def _from_bytes() -> tokenizers.Tokenizer:
     """Returns byte-level BPE without merges; the library writes bytes as printable characters."""
+    # GPT-2's table: bytes that print are themselves, the others are the characters from 256 on.
     characters = {byte: chr(byte) for byte in PRINTABLE}
     rest = [byte for byte in range(256) if byte not in PRINTABLE]
-    characters |= {byte: chr(code) for code, byte in enumerate(rest, start=256)}
+    for code, byte in enumerate(rest, start=256):
+        characters[byte] = chr(code)
 
     vocab = {characters[byte]: byte for byte in range(256)}
     library = tokenizers.Tokenizer(models.BPE(vocab, []))
@@ -115,6 +119,7 @@ def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokeniz
     symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     spellable = {piece.piece for piece in model.pieces if piece.type in (NORMAL, UNUSED)}
 
+    # What becomes ids: the model and the rules by which text is normalized before.
     is_unigram = trainer.model_type == UNIGRAM
     if is_unigram:
         pieces = [(piece.piece, piece.score) for piece in model.pieces]
@@ -134,6 +139,7 @@ def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokeniz
     if splits:
         library.pre_tokenizer = pre_tokenizers.Sequence(splits)
 
+    # What becomes text again.
     steps = [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
@@ -219,6 +225,7 @@ def _normalizers(rules: Any) -> list[normalizers.Normalizer]:
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
+        # Spaces at both ends go, and of several in between one stays.
         around = tokenizers.Regex(r"\A +| +\z")
         repeated = tokenizers.Regex(" {2,}")
         steps.append(normalizers.Replace(around, ""))

@@ -84,6 +84,7 @@ def from_path(path: str | pathlib.Path, kind: str | None = None, sentinels: int 
     form = ".model" if kind == "sentencepiece" else path.name
     _check_class(path, form, settings)
 
+    # A vocab.json holds only half of a byte-level BPE.
     merges = b""
     if form == "vocab.json":
         merges = read_bytes(path.with_name("merges.txt"))
@@ -194,6 +195,7 @@ def to_hugging_face_files(tokenizer: Tokenizer, types: bool = False) -> dict[str
         files = {name.replace("sentencepiece", "tokenizer"): data for name, data in files.items()}
         files["tokenizer.json"] = exports.to_tokenizer_json(tokenizer)
 
+    # The post-processor of the written tokenizer.json must frame a text in the same way.
     frame = tokenizer.prompt_frame
     if frame is not None:
         written = HuggingFaceTokenizer(files["tokenizer.json"])
@@ -213,6 +215,7 @@ def _tokenizer_config(tokenizer: Tokenizer, types: bool) -> dict[str, Any]:
         values[f"{role}_token"] = token
 
     named = tokenizer.named_tokens
+    # Special tokens without a role or a name.
     further = [SENTINEL.format(i) for i in range(len(tokenizer.sentinel_ids))]
     further += [name for name in tokenizer.guarded_tokens if name not in named.values()]
     if further:

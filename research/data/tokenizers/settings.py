@@ -114,6 +114,7 @@ class Settings:
         if isinstance(extra, dict):
             stated |= extra
 
+        # Without `bos_token` and the like.
         roles = {f"{role}_token" for role in ROLES}
         named = {}
         for name, token in stated.items():
@@ -132,6 +133,8 @@ def read_settings(folder: pathlib.Path) -> Settings:
     special_map = _read_json(folder / "special_tokens_map.json")
     config = _read_json(folder / "tokenizer_config.json")
     values = special_map | config
+
+    # Some folders name the tokenizer's class beside the model, or only the model's type.
     if values.get("tokenizer_class") is None:
         model = _read_json(folder / "config.json")
         model_class = MODEL_CLASSES.get(str(model.get("model_type")))
@@ -157,6 +160,7 @@ def _added_tokens(
         ids = _read_json(folder / "added_tokens.json")
         return {str(token): int(i) for token, i in ids.items()}, []
 
+    # {"0": {"content": "<pad>", "special": true}} -> {"<pad>": 0}, ["<pad>"]
     added = {token["content"]: int(i) for i, token in decoder.items()}
     special = [token["content"] for token in decoder.values() if token.get("special")]
     return added, special

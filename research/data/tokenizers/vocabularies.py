@@ -91,6 +91,7 @@ def from_byte_pairs(
             f"{missing[0]!r}."
         )
 
+    # "t he" -> ("t", "he")
     pairs = []
     for line in lines:
         if not line or line.startswith("#version"):
@@ -151,6 +152,7 @@ def _finish(
     added = [_added(specials[role]) for role in ROLES if role in specials]
     tokenizer.add_special_tokens(added)
 
+    # BERT's roles are CLS and SEP, RoBERTa's also BOS and EOS.
     names = {role: token_name(token) for role, token in specials.items()}
     begin = names.get("cls", names.get("bos"))
     end = names.get("sep", names.get("eos"))
