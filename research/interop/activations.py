@@ -1,4 +1,4 @@
-"""What Hugging Face calls the activations; some have two names."""
+"""Hugging Face's names of activations; some have two."""
 
 from research.core.errors import UserError, nearest
 
@@ -26,5 +26,6 @@ def to_tessera(name: str, field: str) -> str:
     for others.
     """
     if name not in _TESSERA:
-        raise UserError(field, name, f"is not supported. {nearest(str(name), _TESSERA)}")
+        hint = nearest(str(name), _TESSERA)
+        raise UserError(field, name, f"is not supported. {hint}")
     return _TESSERA[name]

@@ -1,5 +1,4 @@
-"""What an architecture of Hugging Face is: data that says where each tensor goes and what each
-config field means.
+"""An architecture of Hugging Face as data: the parameters of each tensor, the meaning of a field.
 
 An architecture is a value, as a family is a value of `ModelConfig`: nothing here or in the engine
 knows one by name.
@@ -23,43 +22,44 @@ logger = logging.getLogger("tessera")
 
 # Fields of every config.json that change nothing a model computes from tokens to logits.
 INERT = (
-    *(
-        "_name_or_path",
-        "architectures",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "label2id",
-        "model_type",
-    ),
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "task_specific_params",
-    ),
-    *("tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache"),
+    "_name_or_path",
+    "architectures",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "label2id",
+    "model_type",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
 )
-# What a checkpoint's config does not settle: where and how it runs, and what only training sees.
+# Fields of a model that config.json does not have: where and how it runs, and what only training
+# uses.
 NOT_CONVERTED = {
     "": ("dropout", "dtype", "layer_loop", "param_dtype", "remat"),
     "attention": ("implementation",),
     "experts": ("balance_weight", "bias_speed", "z_weight"),
     "head": ("mtp_weight",),
 }
-# More layers than any model has: who reads a config.json goes through them one by one.
-LAYERS = 10_000
+# More layers than any model has: reading a config.json visits each of them.
+MOST_LAYERS = 10_000
 # Names of rates of dropout.
 _DROPOUT = re.compile(r"dropout|pdrop|layerdrop")
-# More than any value of a field has.
-_LETTERS = 1000
-# Numbers this near to each other are the same: config.json may hold another function of one, as a
-# rounded decimal.
-_NEAR = 1e-9
-# How many reasons a message shows.
-_NEAREST = 3
+# Letters of the longest value of a field.
+_MOST_LETTERS = 1000
+# Numbers with a smaller relative difference are the same: config.json may have another function of
+# one, as a rounded decimal.
+_TOLERANCE = 1e-9
+# How many architectures a message names.
+_MOST_REASONS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,13 @@ class Architecture:
       model_type: its name in config.json.
       model_class: the class of `transformers` that has a language model's head; `write` may name
           another one.
-      tensors: where each tensor goes; one whose parameters a model does not have is not there.
+      tensors: the parameters in each tensor; a tensor whose parameters a model does not have is
+        not there.
       classes: class of `transformers` -> regular expression of a tensor that only it has, the
         fullest class first. The tensors, not `architectures` of config.json, say which it is: some
         folders hold more than the class that they were saved for.
       counted: field of config.json -> regular expression of a tensor of what it counts. Without
-          such a tensor there is
-        none of it: `transformers` saves the number of layers that it does not save.
+        such a tensor the count is 0: `transformers` saves the number of layers that it leaves out.
       prefixes: of tensor names, that some folders have and others leave out.
       spellings: (regular expression, replacement) of names that older folders have for the same
           tensors.
@@ -88,11 +88,10 @@ class Architecture:
       defaults: fields that may be missing, with the defaults of `transformers`.
       only: fields that have one supported value each.
       inert: fields that change no logit, beside `INERT` and those of `unread`.
-      from_tensors: returns the fields that the tensors know better, from all fields and the tensors
-          by name.
+      from_tensors: returns the fields that follow from the tensors, from all fields and the tensors
+        by name.
       read: returns the values of a `ModelConfig` from the fields.
-      write: returns the fields of a `ModelConfig`; raises UserError for one that it has no words
-          for.
+      write: returns the fields of a `ModelConfig`; raises UserError for one that it cannot express.
     """
 
     model_type: str
@@ -135,9 +134,10 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
+        # A field of another type than its architecture has, for instance.
+        one_line = " ".join(str(error).split())
         raise UserError(
-            f"a field of {a.model_type!r} has a value that makes no model: {said}."
+            f"a field of {a.model_type!r} has a value that makes no model: {one_line}."
         ) from error
     return bind(ModelConfig, values)
 
@@ -145,7 +145,8 @@ def config_from(architecture: Architecture, fields: Mapping[str, Any]) -> ModelC
 def _counts_missing(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is wrong with the required fields."""
     for name in a.required:
-        limit = LAYERS if "layer" in name else 2**31  # JAX's own limit of an axis
+        # 2**31 is JAX's own limit of an axis.
+        limit = MOST_LAYERS if "layer" in name else 2**31
         if name not in fields:
             yield f"{name} is missing"
         elif type(fields[name]) is not int or not 1 <= fields[name] < limit:
@@ -160,7 +161,7 @@ def _unsupported(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]:
     known = {*a.required, *a.defaults, *a.inert, *INERT}
     unread = []
     for name, value in fields.items():
-        if isinstance(value, str) and len(value) > _LETTERS:
+        if isinstance(value, str) and len(value) > _MOST_LETTERS:
             yield f"{name} = {shown(value)} is longer than any value"
         elif name in a.only:
             if value != a.only[name]:
@@ -187,8 +188,8 @@ def _unsupported(a: Architecture, fields: Mapping[str, Any]) -> Iterator[str]:
 def fields_of(
     architecture: Architecture, fields: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns a config.json with what the tensors know better: their class, and what is counted and
-    not there.
+    """Returns a config.json with what follows from the tensors: their class, and counts of 0 for
+    what is not there.
 
     Args:
       architecture: what it is.
@@ -199,11 +200,15 @@ def fields_of(
     if architecture.classes:
         known["architectures"] = [class_of(architecture, tensors)]
     for field, pattern in architecture.counted.items():
-        if not any(re.search(pattern, name) for name in tensors):
-            if fields.get(field):
-                logger.info("%s = %s is left out: no tensor is of it", field, fields[field])
-            known[field] = 0
-    return known | architecture.from_tensors({**architecture.defaults, **fields}, tensors)
+        # transformers saves the count of DeepSeek-V3's MTP layers, but not the layers.
+        if any(re.search(pattern, name) for name in tensors):
+            continue
+        if fields.get(field):
+            logger.info("%s = %s is left out: no tensor is of it", field, fields[field])
+        known[field] = 0
+
+    with_defaults = {**architecture.defaults, **fields}
+    return known | architecture.from_tensors(with_defaults, tensors)
 
 
 def class_of(architecture: Architecture, names: Iterable[str]) -> str:
@@ -221,7 +226,7 @@ def fields_from(architecture: Architecture, config: ModelConfig) -> dict[str, An
     """Returns the config.json of a model.
 
     Raises:
-      UserError: the architecture cannot say what the model is; the message starts with the field.
+      UserError: the architecture cannot express the model; the message starts with the field.
     """
     fields, differences = _try(architecture, config)
     if differences:
@@ -240,23 +245,25 @@ def choose(
       first: the model_type to try before all others: the one that the model came from.
 
     Raises:
-      UserError: none holds it; of those that come nearest, the field that each cannot have is
-          named.
+      UserError: none can express it; for the nearest ones, the field that differs is named.
     """
+    # Of each architecture that cannot express it: how many fields differ, and the reason.
     reasons = []
     for architecture in sorted(architectures, key=lambda each: each.model_type != first):
+        name = architecture.model_type
         try:
             fields, differences = _try(architecture, config)
         except UserError as error:
-            reasons.append((sys.maxsize, f"{architecture.model_type!r}: {str(error).rstrip('.')}"))
+            message = str(error).rstrip(".")
+            reasons.append((sys.maxsize, f"{name!r}: {message}"))
             continue
         if not differences:
             return architecture, fields
-        reasons.append(
-            (len(differences), f"{differences[0]} is not what {architecture.model_type!r} has")
-        )
-    nearest = [said for _, said in sorted(reasons, key=lambda each: each[0])[:_NEAREST]]
-    raise UserError(f"no Hugging Face architecture holds this model: {'; '.join(nearest)}.")
+        reasons.append((len(differences), f"{differences[0]} is not what {name!r} has"))
+
+    reasons.sort(key=lambda reason: reason[0])
+    nearest = "; ".join(text for _, text in reasons[:_MOST_REASONS])
+    raise UserError(f"no Hugging Face architecture holds this model: {nearest}.")
 
 
 def _try(architecture: Architecture, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
@@ -267,34 +274,47 @@ def _try(architecture: Architecture, config: ModelConfig) -> tuple[dict[str, Any
         "dtype": "float32",
         **architecture.write(config),
     }
-    return fields, _differences(_settled(config), _settled(config_from(architecture, fields)))
+    read_back = config_from(architecture, fields)
+    return fields, _differences(_converted(config), _converted(read_back))
 
 
-def _settled(config: ModelConfig) -> dict[str, Any]:
-    """Returns what a checkpoint's config settles; each layer by itself, however the model counts
-    them.
-    """
+def _converted(config: ModelConfig) -> dict[str, Any]:
+    """Returns the values of a model that config.json has, those of each layer by its number."""
     values = plain(config)
     for group, names in NOT_CONVERTED.items():
+        fields = values[group] if group else values
         for name in names:
-            ((values[group] if group else values) or {}).pop(name, None)
-    if config.experts is not None and all(layer.experts for layer in config.layers()):
-        values["mlp"].pop("hidden_dim")  # of an MLP that no layer has
-    del values["first_layers"], values["pattern"]
-    layers = {
-        str(number): plain(layer) | {"position": plain(config.position_of(layer))}
-        for number, layer in enumerate(config.layers())
-    }
-    return values | {"layers": layers}
+            # A group that a model does not have is None.
+            if fields is not None:
+                fields.pop(name, None)
+
+    layers = config.layers()
+    if config.experts is not None and all(layer.experts for layer in layers):
+        # The width of an MLP that no layer has.
+        del values["mlp"]["hidden_dim"]
+
+    # Two models may have the same layers in first_layers and pattern of other lengths.
+    del values["first_layers"]
+    del values["pattern"]
+    values["layers"] = {}
+    for number, layer in enumerate(layers):
+        position = plain(config.position_of(layer))
+        values["layers"][str(number)] = plain(layer) | {"position": position}
+    return values
 
 
-def _differences(a: Any, b: Any, where: str = "") -> list[str]:
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Returns the dotted names of the values that differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            each
-            for key in {**a, **b}
-            for each in _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-        ]
-    if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=_NEAR):
-        return []
-    return [] if a == b else [where]
+        differences = []
+        for key in {**a, **b}:
+            inner = f"{path}.{key}" if path else key
+            differences += _differences(a.get(key), b.get(key), inner)
+        return differences
+
+    # 0.1 read back from another function of it is 0.1 but for rounding.
+    if isinstance(a, float) and isinstance(b, float):
+        same = math.isclose(a, b, rel_tol=_TOLERANCE)
+    else:
+        same = a == b
+    return [] if same else [path]

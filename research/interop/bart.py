@@ -12,16 +12,23 @@ from research.interop.modules import UNEMBED, linear, multi_head, norm, projecti
 from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
-# The first rows of the positions' tables, which no token reads.
+# The first rows of the position embeddings, which no token has.
 _OFFSET = 2
 
 
 def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    width, num_heads = fields["d_model"], fields["encoder_attention_heads"]
+    width = fields["d_model"]
+    num_heads = fields["encoder_attention_heads"]
     for name in ("ffn_dim", "attention_heads"):
-        ours, theirs = fields[f"encoder_{name}"], fields[f"decoder_{name}"]
-        if ours != theirs:
-            raise UserError(f"decoder_{name}", theirs, f"must equal encoder_{name} = {ours!r}.")
+        encoder = fields[f"encoder_{name}"]
+        decoder = fields[f"decoder_{name}"]
+        if encoder != decoder:
+            raise UserError(f"decoder_{name}", decoder, f"must equal encoder_{name} = {encoder!r}.")
+
+    start_id = fields["decoder_start_token_id"]
+    if start_id is None:
+        # BART starts with its end of text, which transformers leaves out.
+        start_id = 2
     return {
         "structure": "encoder_decoder",
         "vocab_size": fields["vocab_size"],
@@ -40,10 +47,7 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "position": {"kind": "learned", "offset": _OFFSET},
         "embedding": {"norm": True},
         "head": {"bias": fields["architectures"][0].endswith("ForConditionalGeneration")},
-        # BART starts with its end of text; None is transformers' way of saying so.
-        "decoder_start_id": 2
-        if fields["decoder_start_token_id"] is None
-        else fields["decoder_start_token_id"],
+        "decoder_start_id": start_id,
         "tied_embeddings": fields["tie_word_embeddings"],
         "scale_embeddings": fields["scale_embedding"],
         "dropout": fields["dropout"],
@@ -52,11 +56,11 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(architecture: str, config: ModelConfig) -> dict[str, Any]:
-    attention, mlp = config.attention, config.mlp
+    attention = config.attention
+    mlp = config.mlp
+    suffix = "ForConditionalGeneration" if config.head.bias else "Model"
     return {
-        "architectures": [
-            f"{architecture}{'ForConditionalGeneration' if config.head.bias else 'Model'}"
-        ],
+        "architectures": [architecture + suffix],
         "vocab_size": config.vocab_size,
         "encoder_layers": config.encoder_layers,
         "decoder_layers": config.num_layers,
@@ -101,7 +105,8 @@ def _stack(theirs: str, ours: str, layer: tuple[TensorSpec, ...]) -> tuple[Tenso
     )
 
 
-_SELF, _CROSS = ("self_attn", "attention"), ("encoder_attn", "cross_attention")
+_SELF = ("self_attn", "attention")
+_CROSS = ("encoder_attn", "cross_attention")
 
 BART = Architecture(
     model_type="bart",
@@ -121,15 +126,14 @@ BART = Architecture(
         "lm_head.weight": "model.shared.weight",
     },
     required=(
-        *(
-            "vocab_size",
-            "d_model",
-            "encoder_layers",
-            "decoder_layers",
-            "encoder_ffn_dim",
-            "decoder_ffn_dim",
-        ),
-        *("encoder_attention_heads", "decoder_attention_heads"),
+        "vocab_size",
+        "d_model",
+        "encoder_layers",
+        "decoder_layers",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
     ),
     defaults={
         "architectures": ["BartForConditionalGeneration"],
@@ -142,19 +146,15 @@ BART = Architecture(
         "decoder_start_token_id": None,
     },
     only={
-        **{
-            "is_encoder_decoder": True,
-            "is_decoder": False,
-            "normalize_embedding": True,
-            "extra_pos_embeddings": 2,
-        },
-        **{
-            "add_final_layer_norm": False,
-            "normalize_before": False,
-            "static_position_embeddings": False,
-        },
+        "is_encoder_decoder": True,
+        "is_decoder": False,
+        "normalize_embedding": True,
+        "extra_pos_embeddings": 2,
+        "add_final_layer_norm": False,
+        "normalize_before": False,
+        "static_position_embeddings": False,
     },
-    # A field that others repeat, and those of the fine-tuning.
+    # A field with the value of others, and those of fine-tuning.
     inert=("num_hidden_layers", "add_bias_logits", "save_step"),
     read=functools.partial(_read, "post"),
     write=functools.partial(_write, "Bart"),

@@ -16,22 +16,20 @@ from research.models.config import HeadConfig, ModelConfig
 
 # Class of `transformers` -> the heads that it has, the fullest class first.
 Heads = Mapping[str, HeadConfig]
-_WORDS = HeadConfig(transform=True, bias=True)
+_MASKED_LM = HeadConfig(transform=True, bias=True)
 _BERT: Heads = {
-    "BertForPreTraining": dataclasses.replace(_WORDS, pooler=True, num_classes=2),
-    "BertForMaskedLM": _WORDS,
+    "BertForPreTraining": dataclasses.replace(_MASKED_LM, pooler=True, num_classes=2),
+    "BertForMaskedLM": _MASKED_LM,
     "BertModel": HeadConfig(pooler=True),
 }
-_ROBERTA: Heads = {"RobertaForMaskedLM": _WORDS, "RobertaModel": HeadConfig(pooler=True)}
+_ROBERTA: Heads = {"RobertaForMaskedLM": _MASKED_LM, "RobertaModel": HeadConfig(pooler=True)}
 _XLM_ROBERTA: Heads = {f"XLM{name}": head for name, head in _ROBERTA.items()}
 
 
 def _read(heads: Heads, offset: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    name, width, num_heads = (
-        fields["architectures"][0],
-        fields["hidden_size"],
-        fields["num_attention_heads"],
-    )
+    name = fields["architectures"][0]
+    width = fields["hidden_size"]
+    num_heads = fields["num_attention_heads"]
     if name not in heads:
         raise UserError(f"architectures = [{name!r}] is not supported: {', '.join(heads)} are.")
     return {
@@ -67,12 +65,13 @@ def _read_roberta(heads: Heads, fields: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             "hidden_act", fields["hidden_act"], "is not supported: the head has 'gelu' in any case."
         )
-    # Positions begin behind that of padding, whose number is that of the padding token.
+    # Positions start after that of padding, which has the number of the padding token.
     return _read(heads, fields["pad_token_id"] + 1, fields)
 
 
 def _write(heads: Heads, config: ModelConfig) -> dict[str, Any]:
-    # Where no class has these heads, the comparison with the fullest one names the field.
+    # Where no class has these heads, the fullest one is written: what differs when it is read back
+    # is named in the error.
     name = next((name for name, head in heads.items() if head == config.head), next(iter(heads)))
     return {
         "architectures": [name],
@@ -84,7 +83,7 @@ def _write(heads: Heads, config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp.hidden_dim,
         "hidden_act": THEIRS[config.mlp.activation],
         "layer_norm_eps": config.norm.epsilon,
-        # Where there is none, the comparison says so.
+        # A model without types differs when it is read back, and is not written.
         "type_vocab_size": max(config.embedding.num_types, 1),
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": 0.0,
@@ -149,14 +148,13 @@ BERT = Architecture(
     },
     ignored=_ignored("bert"),
     required=(
-        *(
-            "vocab_size",
-            "num_hidden_layers",
-            "hidden_size",
-            "num_attention_heads",
-            "intermediate_size",
-        ),
-        *("max_position_embeddings", "type_vocab_size"),
+        "vocab_size",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
     ),
     defaults={
         "architectures": ["BertForPreTraining"],
@@ -173,8 +171,12 @@ BERT = Architecture(
     },
     inert=(
         # How the pooler of a release was built.
-        *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_type"),
-        *("pooler_num_fc_layers", "pooler_size_per_head"),
+        "directionality",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_type",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
     ),
     read=functools.partial(_read, _BERT, 0),
     write=functools.partial(_write, _BERT),

@@ -39,24 +39,34 @@ def _interleaved(width: int) -> Int[np.ndarray, "width"]:
 
 
 def _query_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
-    unrotated, rotary = config.attention.head_dim, _latent(config).rope_dim
+    unrotated = config.attention.head_dim
+    rotary = _latent(config).rope_dim
     head = np.concatenate([np.arange(unrotated), unrotated + _interleaved(rotary)])
-    return (np.arange(config.attention.num_heads)[:, None] * (unrotated + rotary) + head).reshape(
-        -1
-    )
+
+    # [N, 1] + [H] -> [N · H]: the order within a head, for each head.
+    first_columns = np.arange(config.attention.num_heads)[:, None] * (unrotated + rotary)
+    return (first_columns + head).reshape(-1)
 
 
 def _latent_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
     latent = _latent(config)
-    return np.concatenate([np.arange(latent.kv_dim), latent.kv_dim + _interleaved(latent.rope_dim)])
+    rotary = latent.kv_dim + _interleaved(latent.rope_dim)
+    return np.concatenate([np.arange(latent.kv_dim), rotary])
 
 
 def _key_value_order(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
-    """Head by head, its key and then its value."""
-    heads, keys = config.attention.num_heads, config.attention.num_heads * config.attention.head_dim
-    values = heads * _latent(config).value_dim
-    parts = [np.arange(keys).reshape(heads, -1), keys + np.arange(values).reshape(heads, -1)]
-    return np.concatenate(parts, axis=1).reshape(-1)
+    """Returns the order of the concatenated keys and values: head by head, its key and then its
+    value.
+    """
+    num_heads = config.attention.num_heads
+    key_columns = num_heads * config.attention.head_dim
+    value_columns = num_heads * _latent(config).value_dim
+
+    # Two heads of width 2: keys [[0, 1], [2, 3]], values [[4, 5], [6, 7]]
+    # -> [0, 1, 4, 5, 2, 3, 6, 7]
+    keys = np.arange(key_columns).reshape(num_heads, -1)
+    values = key_columns + np.arange(value_columns).reshape(num_heads, -1)
+    return np.concatenate([keys, values], axis=1).reshape(-1)
 
 
 def _has_query_latent(config: ModelConfig) -> bool:
@@ -101,7 +111,7 @@ LATENT = named(
 
 
 def _read_scale(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the positions, and the factor on the scores that comes with their scaling
+    """Returns the positions, and the factor on the scores that their scaling has
     (`mscale_all_dim`).
     """
     rope = rope_fields(fields)
@@ -109,25 +119,32 @@ def _read_scale(fields: Mapping[str, Any]) -> dict[str, Any]:
     weight = rope.get("mscale_all_dim") if rope_kind(rope) == "yarn" else None
     if not weight:
         return values
-    factor, width = (
-        values["position.scaling"]["factor"],
-        fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
-    )
-    return values | {"attention.scale": yarn_amplitude(factor, weight) ** 2 / math.sqrt(width)}
+
+    # Both queries and keys are scaled by the amplitude.
+    amplitude = yarn_amplitude(values["position.scaling"]["factor"], weight)
+    head_dim = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
+    return values | {"attention.scale": amplitude**2 / math.sqrt(head_dim)}
 
 
 def _write_scale(config: ModelConfig) -> dict[str, Any]:
-    fields, scale, scaling = write_rotary(config), config.attention.scale, config.position.scaling
+    fields = write_rotary(config)
+    scale = config.attention.scale
+    scaling = config.position.scaling
     if scale is None:
         return fields
     if scaling is None or scaling.kind != "yarn" or scaling.factor == 1:
         raise UserError("attention.scale needs position.scaling of kind 'yarn'")
-    raised = math.sqrt(scale * math.sqrt(config.attention.head_dim + _latent(config).rope_dim)) - 1
+
+    # The inverse of `_read_scale`: scale = (0.1 · weight · ln(factor) + 1)² / √head_dim.
+    head_dim = config.attention.head_dim + _latent(config).rope_dim
+    amplitude = math.sqrt(scale * math.sqrt(head_dim))
+    weight = (amplitude - 1) / (0.1 * math.log(scaling.factor))
     # Twelve digits, so that 1 is written as 1: the root and its square are not inverse to the last
     # bit.
-    weight = float(f"{raised / (0.1 * math.log(scaling.factor)):.12g}")
+    weight = float(f"{weight:.12g}")
     rope = fields["rope_scaling"] | {"mscale_all_dim": weight}
-    if scaling.amplitude == 1:  # in the authors' words, which their own code reads, too
+    if scaling.amplitude == 1:
+        # The authors' own code reads `mscale`, not `attention_factor`.
         del rope["attention_factor"]
         rope["mscale"] = weight
     return fields | {"rope_scaling": rope}
@@ -151,8 +168,7 @@ def _is_tied(config: ModelConfig) -> bool:
 
 
 _LAYER = "model.layers.{mtp}"
-# As released: the main model's embedding and output projection stand in each of these layers once
-# more.
+# As released: each of these layers repeats the main model's embedding and output projection.
 MTP_LAYERS = (
     dataclasses.replace(table(f"{_LAYER}.embed_tokens", "embed"), copy=True),
     *norm(f"{_LAYER}.enorm", "{mtp}/embed_norm"),
@@ -166,7 +182,8 @@ MTP_LAYERS = (
 
 
 def _read_dense(fields: Mapping[str, Any]) -> dict[str, Any]:
-    first, count = fields["first_k_dense_replace"], fields["num_hidden_layers"]
+    first = fields["first_k_dense_replace"]
+    count = fields["num_hidden_layers"]
     width = fields["intermediate_size" if first else "moe_intermediate_size"]
     return {
         "layers.experts": [i >= first for i in range(count)],
@@ -228,7 +245,7 @@ DEEPSEEK_V3 = decoder(
             "topk_method": "noaux_tc",
             "moe_layer_freq": 1,
         },
-        # Sizes that others give; how training balances the experts and where they run.
+        # Sizes that follow from other fields; how training balances the experts and where they run.
         inert=("qk_head_dim", "aux_loss_alpha", "ep_size", "seq_aux", "num_mtp_layers"),
     ),
     further=MTP_LAYERS,

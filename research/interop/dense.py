@@ -101,32 +101,36 @@ OLMO2 = decoder(
 
 
 def _read_phi_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Its scaling has three names, a length beside the group, and may turn a part of each head
-    only.
+    """Returns the positions: its scaling has three names and a length beside the group, and RoPE
+    may be on a part of each head only.
     """
     rope = {"partial_rotary_factor": fields["partial_rotary_factor"], **rope_fields(fields)}
     part = rope.pop("partial_rotary_factor")
+    # `su` and `yarn` are older names of it, as in transformers.
     if rope_kind(rope) in ("su", "yarn", "longrope"):
         rope |= {"rope_type": "longrope", ORIGINAL: fields[ORIGINAL]}
     elif rope_kind(rope) != "default":
         raise UserError(
             "rope_type", rope_kind(rope), "of a Phi-3 is not supported: only 'longrope' is."
         )
-    values = {
-        f"position.{name}": value
-        for name, value in position(rope, fields["max_position_embeddings"]).items()
-    }
-    width = fields["hidden_size"] // fields["num_attention_heads"]
-    return values | {"position.rotary_dim": None if part == 1 else int(width * part)}
+
+    longest = fields["max_position_embeddings"]
+    values = {f"position.{name}": value for name, value in position(rope, longest).items()}
+    head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+    values["position.rotary_dim"] = None if part == 1 else int(head_dim * part)
+    return values
 
 
 def _write_phi_rotary(config: ModelConfig) -> dict[str, Any]:
-    width = config.position.rotary_dim
-    fields = write_rotary(config) | {
-        "partial_rotary_factor": 1.0 if width is None else width / config.attention.head_dim
-    }
+    fields = write_rotary(config)
+    rotary_dim = config.position.rotary_dim
+    fields["partial_rotary_factor"] = 1.0
+    if rotary_dim is not None:
+        fields["partial_rotary_factor"] = rotary_dim / config.attention.head_dim
+
     scaling = config.position.scaling
-    return fields | {ORIGINAL: config.max_length if scaling is None else scaling.original_length}
+    fields[ORIGINAL] = config.max_length if scaling is None else scaling.original_length
+    return fields
 
 
 PHI3 = decoder(
@@ -150,7 +154,7 @@ PHI3 = decoder(
     one_window(None),
     Part(
         defaults={"rms_norm_eps": 1e-5},
-        # What only the authors' own code reads.
+        # Only the authors' own code reads these.
         inert=("full_attn_mod", "interpolate_factor"),
     ),
 )

@@ -29,22 +29,23 @@ _COPIED = (
 
 
 def end_ids_of(values: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns the ids that one of the two files names: one, several, or none. A negative id stands
-    for none.
+    """Returns the ids that one of the two files names: one, several, or none. A negative id is
+    none.
 
     Raises:
       UserError: something else than ids, or more of them than any model has.
     """
-    stated = values.get(FIELD)
-    listed = stated if isinstance(stated, list) else [stated]
-    if len(listed) > MOST:
-        raise UserError(f"{FIELD} names {len(listed):,} ids: it must be at most {MOST}.")
-    if stated is None:
+    value = values.get(FIELD)
+    if value is None:
         return ()
-    for i in listed:
+
+    ids = value if isinstance(value, list) else [value]
+    if len(ids) > MOST:
+        raise UserError(f"{FIELD} names {len(ids):,} ids: it must be at most {MOST}.")
+    for i in ids:
         if type(i) is not int or i >= 2**31:
             raise UserError(FIELD, i, "must be an id or a list of ids.")
-    return tuple(i for i in listed if i >= 0)
+    return tuple(i for i in ids if i >= 0)
 
 
 def read_end_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -55,20 +56,23 @@ def read_end_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, 
       UserError: a file that is no JSON object, or names something else than ids.
     """
     path = folder / GENERATION
-    found = list(_named(folder / "config.json", config))
+    ids = list(_end_ids_in(folder / "config.json", config))
     if path.is_file():
-        found += _named(path, read_object(path))
-    return tuple(dict.fromkeys(found))
+        ids += _end_ids_in(path, read_object(path))
+    # A dict keeps the first of each id, in order.
+    return tuple(dict.fromkeys(ids))
 
 
 def generation_config(fields: Mapping[str, Any]) -> bytes:
-    """Returns the generation_config.json that says the same of tokens as the config.json of
-    `fields`.
-    """
-    values = {name: fields[name] for name in _COPIED if name in fields and fields[name] is not None}
-    return (json.dumps(values, indent=2) + "\n").encode()
+    """Returns the generation_config.json with the tokens of the config.json that has `fields`."""
+    values = {}
+    for name in _COPIED:
+        if fields.get(name) is not None:
+            values[name] = fields[name]
+    text = json.dumps(values, indent=2)
+    return f"{text}\n".encode()
 
 
-def _named(path: pathlib.Path, values: Mapping[str, Any]) -> tuple[int, ...]:
+def _end_ids_in(path: pathlib.Path, values: Mapping[str, Any]) -> tuple[int, ...]:
     with within("", str(path)):
         return end_ids_of(values)

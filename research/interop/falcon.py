@@ -15,18 +15,17 @@ from research.models.config import ModelConfig
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+    width = fields["hidden_size"]
+    attention = multi_head(width, fields["num_attention_heads"], fields["bias"])
+    hidden_dim = fields["ffn_hidden_size"]
     return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["num_hidden_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"],
-        "attention": multi_head(width, num_heads, fields["bias"])
-        | {"num_kv_heads": _kv_heads(fields)},
+        "attention": attention | {"num_kv_heads": _kv_heads(fields)},
         "mlp": {
-            "hidden_dim": 4 * width
-            if fields["ffn_hidden_size"] is None
-            else fields["ffn_hidden_size"],
+            "hidden_dim": 4 * width if hidden_dim is None else hidden_dim,
             "activation": to_tessera(fields["activation"], "activation"),
             "gated": False,
             "bias": fields["bias"],
@@ -54,7 +53,8 @@ def _position(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kv_heads(fields: Mapping[str, Any]) -> int:
-    num_heads, kv_heads = fields["num_attention_heads"], fields["num_kv_heads"]
+    num_heads = fields["num_attention_heads"]
+    kv_heads = fields["num_kv_heads"]
     if fields["new_decoder_architecture"]:
         return num_heads if kv_heads is None else kv_heads
     if fields["multi_query"]:
@@ -69,11 +69,12 @@ def _kv_heads(fields: Mapping[str, Any]) -> int:
 
 
 def _placement(fields: Mapping[str, Any]) -> str:
-    norms, new, parallel = (
-        fields[name]
-        for name in ("num_ln_in_parallel_attn", "new_decoder_architecture", "parallel_attn")
-    )
-    if (new and not parallel) or norms not in ((None, 1, 2) if new else (None, 1)):
+    norms = fields["num_ln_in_parallel_attn"]
+    new = fields["new_decoder_architecture"]
+    parallel = fields["parallel_attn"]
+    # Falcon 7B has one norm, 40B two, Falcon 2 one with the new design.
+    supported_norms = (None, 1, 2) if new else (None, 1)
+    if (new and not parallel) or norms not in supported_norms:
         raise UserError(
             "num_ln_in_parallel_attn",
             norms,
@@ -86,12 +87,14 @@ def _placement(fields: Mapping[str, Any]) -> str:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    attention, placement = config.attention, config.norm.placement
-    # The older design does not know two parallel norms, nor a number of key/value heads between one
-    # and all.
-    older = placement != "parallel_pair" and attention.num_kv_heads in (1, attention.num_heads)
-    own = write_rotary(config) if config.position.kind == "rotary" else {}
-    return own | {
+    attention = config.attention
+    placement = config.norm.placement
+    # The older design has neither two parallel norms nor grouped-query attention.
+    one_or_all = attention.num_kv_heads in (1, attention.num_heads)
+    older = one_or_all and placement != "parallel_pair"
+    num_norms = 2 if placement == "parallel_pair" else 1
+    rotary = write_rotary(config) if config.position.kind == "rotary" else {}
+    return rotary | {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.embed_dim,
@@ -101,7 +104,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "new_decoder_architecture": not older,
         "multi_query": attention.num_kv_heads == 1,
         "parallel_attn": placement.startswith("parallel"),
-        "num_ln_in_parallel_attn": None if older else 1 + (placement == "parallel_pair"),
+        "num_ln_in_parallel_attn": None if older else num_norms,
         "bias": attention.qkv_bias,
         "ffn_hidden_size": config.mlp.hidden_dim,
         "activation": THEIRS[config.mlp.activation],
@@ -115,14 +118,20 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _by_group(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
-    """Returns the order of the joined queries, keys and values: each key/value head has its queries
-    before it.
+    """Returns the order of the concatenated queries, keys and values: each key/value head comes
+    after the query heads of its group.
     """
     c = config.attention
+    # 4 query heads, 2 key/value heads: queries [[0, 1], [2, 3]], keys [[4], [5]],
+    # values [[6], [7]] -> [0, 1, 4, 6, 2, 3, 5, 7]
     queries = np.arange(c.num_heads).reshape(c.num_kv_heads, -1)
     keys = c.num_heads + np.arange(c.num_kv_heads)[:, None]
-    groups = np.concatenate([queries, keys, keys + c.num_kv_heads], axis=1).reshape(-1, 1)
-    return (groups * c.head_dim + np.arange(c.head_dim)).reshape(-1)
+    values = keys + c.num_kv_heads
+    heads = np.concatenate([queries, keys, values], axis=1).reshape(-1)
+
+    # [heads] -> [heads, H] -> [heads · H]
+    columns = np.arange(c.head_dim)
+    return (heads[:, None] * c.head_dim + columns).reshape(-1)
 
 
 def _with_placement(*placements: str) -> Callable[[ModelConfig], bool]:

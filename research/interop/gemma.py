@@ -24,10 +24,10 @@ SANDWICH = (
 
 
 def _write_scale(config: ModelConfig) -> dict[str, Any]:
-    width = (
-        config.attention.head_dim if config.attention.scale is None else config.attention.scale**-2
-    )
-    return {"query_pre_attn_scalar": round(width)}
+    # The field is the square of 1 / scale: a scale of 1 / 16 is written as 256.
+    scale = config.attention.scale
+    scalar = config.attention.head_dim if scale is None else scale**-2
+    return {"query_pre_attn_scalar": round(scalar)}
 
 
 GEMMA = (
@@ -63,43 +63,50 @@ GEMMA2 = decoder(
 
 
 def _local(fields: Mapping[str, Any], layer: int) -> bool:
-    old, new = fields["sliding_window_pattern"], fields["_sliding_window_pattern"]
-    return (layer + 1) % (new if old is None else old) != 0
+    """Returns whether a layer is local: all but every sixth, for instance."""
+    period = fields["sliding_window_pattern"]
+    if period is None:
+        period = fields["_sliding_window_pattern"]
+    return (layer + 1) % period != 0
 
 
 def _read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Local and global layers turn by frequencies of their own, which older folders have in fields
-    of their own.
+    """Returns the positions: local and global layers have a RoPE each, in older folders by other
+    fields.
     """
     ropes = fields["rope_parameters"] or {}
     scaling = fields["rope_scaling"] or {}
-    if (
-        not isinstance(ropes, dict)
-        or not isinstance(scaling, dict)
-        or ropes.keys() - {LOCAL, GLOBAL}
-    ):
+    are_groups = isinstance(ropes, dict) and isinstance(scaling, dict)
+    if not are_groups or ropes.keys() - {LOCAL, GLOBAL}:
         raise UserError(
             "rope_parameters", ropes, f"must be a group for {LOCAL} and one for {GLOBAL}."
         )
+
     longest = fields["max_position_embeddings"]
-    everywhere = {"rope_theta": fields["rope_theta"], **(ropes.get(GLOBAL) or {}), **scaling}
-    local = position(
-        {"rope_theta": fields["rope_local_base_freq"], **(ropes.get(LOCAL) or {})}, longest
-    )
-    return {
-        **{f"position.{name}": value for name, value in position(everywhere, longest).items()},
-        "layers.position": [
-            local if kind == LOCAL else None for kind in layer_types(fields, _local)
-        ],
-    }
+    # rope_parameters (transformers 5) replace the theta, rope_scaling (4) is of global layers only.
+    global_rope = {"rope_theta": fields["rope_theta"]}
+    global_rope |= ropes.get(GLOBAL) or {}
+    global_rope |= scaling
+    local_rope = {"rope_theta": fields["rope_local_base_freq"]}
+    local_rope |= ropes.get(LOCAL) or {}
+
+    # The model has the global positions, and local layers their own.
+    local_position = position(local_rope, longest)
+    values: dict[str, Any] = {}
+    for name, value in position(global_rope, longest).items():
+        values[f"position.{name}"] = value
+    values["layers.position"] = [
+        local_position if kind == LOCAL else None for kind in layer_types(fields, _local)
+    ]
+    return values
 
 
 def _write_rotary(config: ModelConfig) -> dict[str, Any]:
-    local = next(
-        (config.position_of(layer) for layer in config.layers() if layer.window is not None), None
-    )
     ropes = {GLOBAL: write_position(config.position)}
-    return {"rope_parameters": ropes | ({} if local is None else {LOCAL: write_position(local)})}
+    local_layers = [layer for layer in config.layers() if layer.window is not None]
+    if local_layers:
+        ropes[LOCAL] = write_position(config.position_of(local_layers[0]))
+    return {"rope_parameters": ropes}
 
 
 GEMMA3_TEXT = decoder(
@@ -130,11 +137,11 @@ def _read_text(fields: Mapping[str, Any]) -> dict[str, Any]:
     return plain(config_from(GEMMA3_TEXT, {**TEXT_DEFAULTS, **text}))
 
 
-def _refuse(_: ModelConfig) -> dict[str, Any]:
-    raise UserError("it sees pictures, too")
+def _write_unsupported(_: ModelConfig) -> dict[str, Any]:
+    raise UserError("it takes images, too")
 
 
-# What released folders leave out of `text_config`.
+# Fields that released folders leave out of `text_config`.
 TEXT_DEFAULTS = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
@@ -143,7 +150,7 @@ TEXT_DEFAULTS = {
     "num_attention_heads": 8,
     "max_position_embeddings": 131_072,
 }
-# Of 4B and more, which see pictures, the text alone; it is written as `gemma3_text`.
+# The text model of 4B and more, which take images, too; it is written as `gemma3_text`.
 GEMMA3 = dataclasses.replace(
     GEMMA3_TEXT,
     model_type="gemma3",
@@ -155,21 +162,20 @@ GEMMA3 = dataclasses.replace(
     ),
     ignored=GEMMA3_TEXT.ignored
     | {
-        r"(model\.)?(vision_tower|multi_modal_projector)\..*": "what sees pictures, which Tessera "
-        "does not"
+        r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the vision model, which Tessera "
+        "does not have"
     },
     required=(),
     defaults={"text_config": None},
     inert=(
-        *(
-            "vision_config",
-            "mm_tokens_per_image",
-            "boi_token_index",
-            "eoi_token_index",
-            "image_token_index",
-        ),
-        *("initializer_range", "tie_word_embeddings"),
+        "vision_config",
+        "mm_tokens_per_image",
+        "boi_token_index",
+        "eoi_token_index",
+        "image_token_index",
+        "initializer_range",
+        "tie_word_embeddings",
     ),
     read=_read_text,
-    write=_refuse,
+    write=_write_unsupported,
 )

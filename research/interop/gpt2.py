@@ -13,14 +13,15 @@ from research.interop.modules import QKV, UNEMBED, linear, multi_head, norm, tab
 from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
-# What the first GPT calls its activations: its "gelu" is the approximation.
+# The first GPT's names of activations: its "gelu" is the tanh approximation.
 _FIRST_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
 def _model(
     fields: Mapping[str, Any], hidden_dim: int, activation: str, placement: str
 ) -> dict[str, Any]:
-    width, num_heads = fields["n_embd"], fields["n_head"]
+    width = fields["n_embd"]
+    num_heads = fields["n_head"]
     if fields["embd_pdrop"] != fields["resid_pdrop"]:
         raise UserError(
             "embd_pdrop",
@@ -48,20 +49,16 @@ def _model(
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    hidden = 4 * fields["n_embd"] if fields["n_inner"] is None else fields["n_inner"]
-    return _model(
-        fields, hidden, to_tessera(fields["activation_function"], "activation_function"), "pre"
-    )
+    hidden_dim = 4 * fields["n_embd"] if fields["n_inner"] is None else fields["n_inner"]
+    activation = to_tessera(fields["activation_function"], "activation_function")
+    return _model(fields, hidden_dim, activation, "pre")
 
 
 def _read_first(fields: Mapping[str, Any]) -> dict[str, Any]:
-    if fields["afn"] not in _FIRST_ACTIVATIONS:
-        raise UserError(
-            "afn",
-            fields["afn"],
-            f"is not supported. {nearest(str(fields['afn']), _FIRST_ACTIVATIONS)}",
-        )
-    return _model(fields, 4 * fields["n_embd"], _FIRST_ACTIVATIONS[fields["afn"]], "post")
+    name = fields["afn"]
+    if name not in _FIRST_ACTIVATIONS:
+        raise UserError("afn", name, f"is not supported. {nearest(str(name), _FIRST_ACTIVATIONS)}")
+    return _model(fields, 4 * fields["n_embd"], _FIRST_ACTIVATIONS[name], "post")
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
@@ -81,15 +78,19 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    own = {"n_inner": config.mlp.hidden_dim, "activation_function": THEIRS[config.mlp.activation]}
-    return _fields(config) | own
+    return _fields(config) | {
+        "n_inner": config.mlp.hidden_dim,
+        "activation_function": THEIRS[config.mlp.activation],
+    }
 
 
 def _write_first(config: ModelConfig) -> dict[str, Any]:
+    activation = config.mlp.activation
+    # Of two names of an activation the first is written.
     theirs = {ours: name for name, ours in reversed(_FIRST_ACTIVATIONS.items())}
-    if config.mlp.activation not in theirs:
-        raise UserError("mlp.activation", config.mlp.activation, "is not what 'openai-gpt' has")
-    return _fields(config) | {"afn": theirs[config.mlp.activation]}
+    if activation not in theirs:
+        raise UserError("mlp.activation", activation, "is not what 'openai-gpt' has")
+    return _fields(config) | {"afn": theirs[activation]}
 
 
 _conv = functools.partial(linear, transposed=False)

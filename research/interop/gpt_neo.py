@@ -13,7 +13,8 @@ from research.interop.modules import UNEMBED, linear, multi_head, norm, projecti
 from research.interop.parts import shortest_pattern
 from research.models.config import ModelConfig
 
-_GLOBAL, _LOCAL = "global", "local"
+_GLOBAL = "global"
+_LOCAL = "local"
 _WINDOW = 256
 
 
@@ -25,17 +26,20 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
             fields["embed_dropout"],
             f"must equal resid_dropout = {fields['resid_dropout']!r}.",
         )
+
+    hidden_dim = fields["intermediate_size"]
+    attention = multi_head(width, fields["num_heads"], bias=False)
+    windows = {_GLOBAL: None, _LOCAL: fields["window_size"]}
+    layers = [{"window": windows[kind]} for kind in _kinds(fields)]
     return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["num_layers"],
         "embed_dim": width,
         "max_length": fields["max_position_embeddings"],
-        "attention": multi_head(width, fields["num_heads"], bias=False)
-        | {"out_bias": True, "scale": 1.0},
+        # It does not scale its scores.
+        "attention": attention | {"out_bias": True, "scale": 1.0},
         "mlp": {
-            "hidden_dim": 4 * width
-            if fields["intermediate_size"] is None
-            else fields["intermediate_size"],
+            "hidden_dim": 4 * width if hidden_dim is None else hidden_dim,
             "activation": to_tessera(fields["activation_function"], "activation_function"),
             "gated": False,
             "bias": True,
@@ -47,12 +51,7 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "bias": True,
         },
         "position": {"kind": "learned"},
-        **shortest_pattern(
-            [
-                {"window": fields["window_size"] if kind == _LOCAL else None}
-                for kind in _kinds(fields)
-            ]
-        ),
+        **shortest_pattern(layers),
         "tied_embeddings": fields["tie_word_embeddings"],
         "dropout": fields["resid_dropout"],
         "init_stddev": fields["initializer_range"],
@@ -60,12 +59,15 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kinds(fields: Mapping[str, Any]) -> list[str]:
-    """Returns the kind of each layer: `attention_types` is groups of kinds, each so many times
-    over.
+    """Returns the kind of each layer: `attention_types` has groups of kinds, and how often each is
+    repeated.
     """
-    count, groups = fields["num_layers"], fields["attention_types"]
-    named = (kind for group, times in groups for _ in range(times) for kind in group)
-    kinds = list(itertools.islice(named, count + 1))
+    count = fields["num_layers"]
+    groups = fields["attention_types"]
+    # [[["global", "local"], 2]] -> global, local, global, local
+    repeated = (kind for group, times in groups for _ in range(times) for kind in group)
+    # No more than one too many: a file could ask for a number of layers that fills the memory.
+    kinds = list(itertools.islice(repeated, count + 1))
     if len(kinds) != count:
         raise UserError("attention_types", groups, f"must name num_layers = {count} layers.")
     for kind in kinds:
@@ -80,14 +82,17 @@ def _kinds(fields: Mapping[str, Any]) -> list[str]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     windows = [layer.window for layer in config.layers()]
+    kinds = [_GLOBAL if window is None else _LOCAL for window in windows]
+    local_window = next((window for window in windows if window is not None), _WINDOW)
     return {
         "vocab_size": config.vocab_size,
         "num_layers": config.num_layers,
         "hidden_size": config.embed_dim,
         "max_position_embeddings": config.max_length,
         "num_heads": config.attention.num_heads,
-        "attention_types": [[[_GLOBAL if window is None else _LOCAL for window in windows], 1]],
-        "window_size": next((window for window in windows if window is not None), _WINDOW),
+        # One group of all layers, once.
+        "attention_types": [[kinds, 1]],
+        "window_size": local_window,
         "intermediate_size": config.mlp.hidden_dim,
         "activation_function": THEIRS[config.mlp.activation],
         "layer_norm_epsilon": config.norm.epsilon,

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Shaped
@@ -36,28 +37,42 @@ from research.storage.json_files import read_object
 
 logger = logging.getLogger("tessera")
 
-# The first one that holds a model is what it is written as, where nothing says what it was.
+# A model is written as the first one that can express it, where its own model_type is not known.
 _ALL = (
-    *(GPT2, LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3_TEXT),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3, GEMMA3),
-    *(
-        GPT,
-        GPT_NEO,
-        FALCON,
-        MPT,
-        BERT,
-        ROBERTA,
-        XLM_ROBERTA,
-        MODERNBERT,
-        T5,
-        MT5,
-        BART,
-        MBART,
-        MARIAN,
-    ),
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    MINISTRAL,
+    QWEN2,
+    QWEN3,
+    OLMO2,
+    PHI3,
+    GEMMA2,
+    GEMMA3_TEXT,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    GPT_OSS,
+    DEEPSEEK_V3,
+    GEMMA3,
+    GPT,
+    GPT_NEO,
+    FALCON,
+    MPT,
+    BERT,
+    ROBERTA,
+    XLM_ROBERTA,
+    MODERNBERT,
+    T5,
+    MT5,
+    BART,
+    MBART,
+    MARIAN,
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 NO_TOKENS = dict.fromkeys(("bos", "eos", "pad"))
@@ -102,20 +117,26 @@ def open_hugging_face(folder: str | pathlib.Path) -> Model:
         raise UserError(
             f"{folder / CONFIG}: model_type = {shown(model_type)} is not supported. {hint} {known}"
         )
+
+    # The headers of the files are read here, their data only with `Model.weights`.
     architecture = ARCHITECTURES[model_type]
     tensors = _tensors(folder)
     with within("", origin=str(folder / CONFIG)):
         config = config_from(architecture, fields_of(architecture, fields, tensors))
-    layers = config.num_layers + config.encoder_layers + config.head.mtp_depth
-    if layers > len(tensors):  # whoever says so must not have us name the tensors of so many
-        raise UserError(
-            f"{folder}: {len(tensors)} tensors are none of {layers:,} layers, as its {CONFIG} has "
-            "them."
-        )
+    _check_layer_count(folder, config, len(tensors))
     end_ids = read_end_ids(folder, fields)
     with within("", origin=str(folder)):
-        return Model(
-            architecture, config, mapping.match_tensors(architecture, config, tensors), end_ids
+        weights = mapping.match_tensors(architecture, config, tensors)
+    return Model(architecture, config, weights, end_ids)
+
+
+def _check_layer_count(folder: pathlib.Path, config: ModelConfig, num_tensors: int) -> None:
+    """Raises for more layers than tensors, before the tensors of each layer are named."""
+    layers = config.num_layers + config.encoder_layers + config.head.mtp_depth
+    if layers > num_tensors:
+        raise UserError(
+            f"{folder}: {num_tensors} tensors are none of {layers:,} layers, as its {CONFIG} has "
+            "them."
         )
 
 
@@ -140,21 +161,22 @@ def to_hugging_face(
       config: the model.
       params: its parameters, layers scanned or unrolled.
       folder: made where it is missing.
-      token_ids: `bos`, `eos` (one, or all that end a text) and `pad` of its tokenizer; None says
-        that there are none, where `transformers` would take those of the family's own tokenizer,
-        which may lie outside of the vocabulary.
+      token_ids: `bos`, `eos` (one, or all that end a text) and `pad` of its tokenizer. None writes
+        null for each: without a field `transformers` would take the ids of the family's own
+        tokenizer, which may be outside of the vocabulary.
       model_type: the architecture to try before all others.
 
     Raises:
-      UserError: no architecture holds this model; of the nearest ones the field that each cannot
-          have is named.
+      UserError: no architecture can express this model; for the nearest ones, the field that
+        differs is named.
     """
     architecture, fields = choose(ARCHITECTURES.values(), config, first=model_type)
+    get_slice = mapping.slice_getter(config, params)
     write_hugging_face(
         architecture,
         fields,
         config,
-        mapping.slice_getter(config, params),
+        get_slice,
         folder,
         token_ids or NO_TOKENS,
     )
@@ -170,7 +192,7 @@ def write_hugging_face(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a folder, piece by piece.
+    """Writes a folder, slice by slice.
 
     Args:
       architecture: what the model is to be.
@@ -182,68 +204,82 @@ def write_hugging_face(
       dtype: `float32`, or `bfloat16`, which rounds.
       shard_bytes: the most bytes of a file, unless one tensor has more.
 
-    Weights that lie in the folder from before are replaced, whatever number of files they have.
+    Weights of an earlier model in the folder are removed, whatever number of files they have.
 
     Raises:
       UserError: a file that cannot be written.
     """
     folder = pathlib.Path(folder)
-    # What the architecture itself says of a token wins: some count positions from it.
-    fields = {
-        **{f"{role}_token_id": token for role, token in token_ids.items()},
-        **fields,
-        "dtype": dtype,
-    }
+    ids = {f"{role}_token_id": token for role, token in token_ids.items()}
+    # The architecture's own field of a token wins: some count positions from it.
+    fields = {**ids, **fields, "dtype": dtype}
     mappings = mapping.map_tensors(architecture, config)
     kind = np.dtype(dtype)
     files = _shards(mapping.shapes_of(mappings), kind.itemsize, shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        _write_json(folder / CONFIG, fields)
         (folder / GENERATION).write_bytes(generation_config(fields))
-        _write_files(folder, files, kind, mapping.tensor_rows(mappings, get_slice, kind))
+        rows = mapping.tensor_rows(mappings, get_slice, kind)
+        _write_files(folder, files, kind, rows)
         if len(files) > 1:
-            places = {name: file for file, shapes in files.items() for name in shapes}
-            size = kind.itemsize * sum(
-                _count(shape) for shapes in files.values() for shape in shapes.values()
-            )
-            index = {"metadata": {"total_size": size}, "weight_map": places}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            _write_json(folder / INDEX, _index(files, kind.itemsize))
         _remove_older(folder, files)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
 
 
 def _remove_older(folder: pathlib.Path, files: Mapping[str, Any]) -> None:
-    """Removes the weights of a model that was saved here before: a reader could take them for this
-    one's.
+    """Removes the weights of a model that was saved here before: a reader could take them for those
+    of this one.
     """
-    written = {*files, *([INDEX] if len(files) > 1 else [])}
+    written = set(files)
+    if len(files) > 1:
+        written.add(INDEX)
     for path in list(folder.iterdir()):
-        if path.name not in written and (
-            path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)
-        ):
+        is_weights = path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)
+        if is_weights and path.name not in written:
             path.unlink()
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2)
+    path.write_text(f"{text}\n")
+
+
+def _index(files: Mapping[str, Mapping[str, tuple[int, ...]]], itemsize: int) -> dict[str, Any]:
+    """Returns the index of the files: tensor -> file, and the bytes of all tensors."""
+    file_of = {}
+    numbers = 0
+    for file, shapes in files.items():
+        for name, shape in shapes.items():
+            file_of[name] = file
+            numbers += math.prod(shape)
+    return {"metadata": {"total_size": itemsize * numbers}, "weight_map": file_of}
 
 
 def _shards(
     shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int
 ) -> dict[str, dict[str, Any]]:
     """Returns files -> the shapes of their tensors, in order."""
-    shards, room = [{}], limit
+    shards = [{}]
+    room = limit
     for name, shape in shapes.items():
-        size = itemsize * _count(shape)
+        size = itemsize * math.prod(shape)
+        # A tensor larger than the limit has a file of its own.
         if size > room and shards[-1]:
             shards.append({})
             room = limit
         shards[-1][name] = shape
         room -= size
+
     if len(shards) == 1:
         return {WEIGHTS: shards[0]}
-    # A name as `_SHARD` has it.
-    return {
-        f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)
-    }
+    files = {}
+    for number, shard in enumerate(shards, 1):
+        # A name that `_SHARD` matches.
+        files[f"model-{number:05}-of-{len(shards):05}.safetensors"] = shard
+    return files
 
 
 def _write_files(
@@ -254,7 +290,7 @@ def _write_files(
 ) -> None:
     parts = prefetch(parts)
     for file, shapes in files.items():
-        left = dtype.itemsize * sum(map(_count, shapes.values()))
+        left = dtype.itemsize * sum(map(math.prod, shapes.values()))
         with Writer(folder / file, shapes, dtype) as writer:
             while left:
                 name, rows = next(parts)
@@ -262,36 +298,30 @@ def _write_files(
                 left -= rows.nbytes
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=object))
-
-
 def _tensors(folder: pathlib.Path) -> dict[str, Stored]:
     """Returns the tensors of a folder by name, file after file."""
-    files, places = _weight_files(folder)
+    files, file_of = _weight_files(folder)
     tensors: dict[str, Stored] = {}
     for path in files:
         for name, tensor in read_header(path).items():
             if name in tensors:
                 raise UserError(f"{path}: {name} is in {tensors[name].path.name}, too.")
             tensors[name] = tensor
-    lost = sorted(
-        name
-        for name, file in places.items()
-        if name not in tensors or tensors[name].path.name != file
-    )
-    if lost:
-        raise UserError(
-            f"{folder / INDEX}: not in the files that it names: {listed(map(shown, lost))}."
-        )
+
+    missing = []
+    for name, file in file_of.items():
+        if name not in tensors or tensors[name].path.name != file:
+            missing.append(name)
+    if missing:
+        names = listed(map(shown, sorted(missing)))
+        raise UserError(f"{folder / INDEX}: not in the files that it names: {names}.")
     return tensors
 
 
 def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """Returns the files that hold the weights, all of them in the folder itself, and what an index
-    says is where.
+    """Returns the files with the weights, all in the folder itself, and tensor -> file of an index.
 
-    A single file wins over an index, as in transformers: whoever saves a small model over a large
+    A single file wins over an index, as in transformers: a small model that was saved over a large
     one leaves the index and perhaps the shards of the large one behind.
     """
     if (folder / WEIGHTS).is_file():
@@ -301,27 +331,30 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
             )
         return [folder / WEIGHTS], {}
     if not (folder / INDEX).is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-        hint = (
-            f" {pickled[0]} is pickled, and running a pickle runs its author's code."
-            if pickled
-            else ""
-        )
-        raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")
+        _raise_without_weights(folder)
+
     index = read_object(folder / INDEX)
     if not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{folder / INDEX}: weight_map is missing.")
-    places = {name: str(file) for name, file in index["weight_map"].items()}
-    files = sorted(set(places.values()))
-    # Compared with the names that the folder has: any text may stand in an index, and no system
-    # takes them all.
+    file_of = {name: str(file) for name, file in index["weight_map"].items()}
+    files = sorted(set(file_of.values()))
+
+    # Compared with the names in the folder, never opened by name: an index may have any text, and
+    # not every text is a file name.
     present = {path.name for path in folder.iterdir() if path.is_file()}
-    gone = [file for file in files if file not in present]
-    if gone:
-        raise UserError(
-            f"{folder / INDEX}: {listed(map(shown, gone))} is not a file of this folder."
-        )
+    missing = [file for file in files if file not in present]
+    if missing:
+        names = listed(map(shown, missing))
+        raise UserError(f"{folder / INDEX}: {names} is not a file of this folder.")
     for file in files:
         if not file.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX}: {file!r} is not a safetensors file.")
-    return [folder / file for file in files], places
+    return [folder / file for file in files], file_of
+
+
+def _raise_without_weights(folder: pathlib.Path) -> NoReturn:
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    hint = ""
+    if pickled:
+        hint = f" {pickled[0]} is pickled, and running a pickle runs its author's code."
+    raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}.{hint}")

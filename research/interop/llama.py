@@ -52,12 +52,12 @@ RMS = fixed(
 
 
 def _read_heads(fields: Mapping[str, Any]) -> dict[str, Any]:
-    heads, kv_heads, width = (
-        fields[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    num_heads = fields["num_attention_heads"]
+    kv_heads = fields["num_key_value_heads"]
+    head_dim = fields["head_dim"]
     return {
-        "attention.num_kv_heads": heads if kv_heads is None else kv_heads,
-        "attention.head_dim": fields["hidden_size"] // heads if width is None else width,
+        "attention.num_kv_heads": num_heads if kv_heads is None else kv_heads,
+        "attention.head_dim": fields["hidden_size"] // num_heads if head_dim is None else head_dim,
     }
 
 
@@ -94,7 +94,7 @@ def biases(default: bool, out: bool = False, field: str = "attention_bias") -> P
     """Returns the part of the biases of attention.
 
     Args:
-      default: whether there are any where no field says it.
+      default: whether there are any where the field is missing.
       out: whether the output projection has one, too.
       field: the field.
     """

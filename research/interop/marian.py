@@ -11,7 +11,8 @@ from research.interop.architecture import Architecture
 from research.interop.bart import BART
 from research.models.config import ModelConfig
 
-_WITH_HEAD, _BARE = "MarianMTModel", "MarianModel"
+_WITH_HEAD = "MarianMTModel"
+_WITHOUT = "MarianModel"
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,25 +22,24 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
             fields["decoder_vocab_size"],
             f"must equal vocab_size = {fields['vocab_size']!r}.",
         )
-    own = {
+    return BART.read(fields) | {
         "position": {"kind": "sinusoidal", "halves": True},
         "embedding": {"norm": False},
         "head": {"bias": fields["architectures"][0] == _WITH_HEAD},
     }
-    return BART.read(fields) | own
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return BART.write(config) | {"architectures": [_WITH_HEAD if config.head.bias else _BARE]}
+    return BART.write(config) | {"architectures": [_WITH_HEAD if config.head.bias else _WITHOUT]}
 
 
 MARIAN: Architecture = dataclasses.replace(
     BART,
     model_type="marian",
     model_class=_WITH_HEAD,
-    classes={_WITH_HEAD: "final_logits_bias", _BARE: ""},
+    classes={_WITH_HEAD: "final_logits_bias", _WITHOUT: ""},
     ignored={
-        r"model\.(encoder|decoder)\.embed_positions\.weight": "sinusoids, which are no parameters"
+        r"model\.(encoder|decoder)\.embed_positions\.weight": "sinusoids that the config gives"
     },
     defaults={
         **BART.defaults,
@@ -48,13 +48,13 @@ MARIAN: Architecture = dataclasses.replace(
         "decoder_vocab_size": None,
     },
     only={
-        **{
-            "is_encoder_decoder": True,
-            "is_decoder": False,
-            "share_encoder_decoder_embeddings": True,
-        },
-        **{"add_final_layer_norm": False, "normalize_before": False},
-        **{"normalize_embedding": False, "static_position_embeddings": True},
+        "is_encoder_decoder": True,
+        "is_decoder": False,
+        "share_encoder_decoder_embeddings": True,
+        "add_final_layer_norm": False,
+        "normalize_before": False,
+        "normalize_embedding": False,
+        "static_position_embeddings": True,
     },
     read=_read,
     write=_write,

@@ -1,7 +1,7 @@
 """Decoders with experts in Hugging Face's form: Mixtral, Qwen 2 and 3 MoE, gpt-oss.
 
-transformers 5 holds the experts of a layer in one tensor in memory; on disk each has its own, as
-released, but in gpt-oss.
+transformers 5 has the experts of a layer in one tensor in memory; on disk each has its own, as
+released, except in gpt-oss.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,7 @@ from research.interop.tensor import TensorSpec
 from research.interop.windows import layer_windows, one_window
 from research.models.config import ModelConfig
 
-# What only training sees, by a loss for the load of the experts that Tessera takes a layer at a
-# time.
+# Only training reads these: Tessera's loss for the load of the experts is one for each layer.
 LOADS = Part(inert=("output_router_logits", "router_aux_loss_coef"))
 
 
@@ -76,13 +75,17 @@ MIXTRAL = decoder(
 
 
 def _read_sparse(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Says which layers have experts; where all have, no field tells the width of an MLP that there
-    is not.
-    """
-    dense, step = fields["mlp_only_layers"] or (), fields["decoder_sparse_step"]
-    sparse = [i not in dense and (i + 1) % step == 0 for i in range(fields["num_hidden_layers"])]
-    width = fields["moe_intermediate_size" if all(sparse) else "intermediate_size"]
-    return {"layers.experts": sparse, "mlp.hidden_dim": width}
+    """Returns which layers have experts, and the width of the others' MLP."""
+    dense = fields["mlp_only_layers"] or ()
+    step = fields["decoder_sparse_step"]
+    # Step 2, layer 3 dense -> [False, True, False, False, False, True, …]
+    has_experts = []
+    for layer in range(fields["num_hidden_layers"]):
+        has_experts.append((layer + 1) % step == 0 and layer not in dense)
+
+    # Where all layers have experts, any width will do for the MLP that none has.
+    field = "moe_intermediate_size" if all(has_experts) else "intermediate_size"
+    return {"layers.experts": has_experts, "mlp.hidden_dim": fields[field]}
 
 
 SPARSE = Part(
@@ -163,19 +166,23 @@ QWEN3_MOE = decoder(
 
 
 def _interleaved(config: ModelConfig) -> Int[np.ndarray, "outputs"]:
-    """Returns the interleaved columns of gate and up."""
+    """Returns the interleaved columns of gate and up: gate 0, up 0, gate 1, up 1, …"""
     if config.experts is None:
         raise UserError("experts is not set")
-    return np.arange(2 * config.experts.hidden_dim).reshape(2, -1).T.reshape(-1)
+    # Width 3: gate [0, 1, 2], up [3, 4, 5] -> [0, 3, 1, 4, 2, 5]
+    gate_up = np.arange(2 * config.experts.hidden_dim).reshape(2, -1)
+    return gate_up.T.reshape(-1)
 
 
 def _all_experts(theirs: str, leaf: str, *ours: str) -> TensorSpec:
+    num_inputs = 1 if leaf == "kernel" else 0
+    order = _interleaved if len(ours) > 1 else None
     return TensorSpec(
         f"mlp.experts.{theirs}",
         tuple(f"mlp/experts/{name}/{leaf}" for name in ours),
-        num_inputs=1 if leaf == "kernel" else 0,
+        num_inputs=num_inputs,
         experts=True,
-        order=_interleaved if len(ours) > 1 else None,
+        order=order,
     )
 
 
@@ -239,7 +246,7 @@ GPT_OSS = decoder(
     Part(
         defaults={"num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5},
         only={"hidden_act": "silu", "swiglu_alpha": 1.702},
-        # What other fields say, too.
+        # Other names of fields that are read.
         inert=("experts_per_token", "initial_context_length"),
     ),
 )

@@ -11,13 +11,17 @@ from research.interop.rotary import position, rope_fields, write_position
 from research.interop.tensor import TensorSpec
 from research.models.config import LayerConfig, ModelConfig, PositionConfig
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_WITH_HEAD, _WITHOUT = "ModernBertForMaskedLM", "ModernBertModel"
+_FULL = "full_attention"
+_SLIDING = "sliding_attention"
+_WITH_HEAD = "ModernBertForMaskedLM"
+_WITHOUT = "ModernBertModel"
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
-    name, activation = fields["architectures"][0], fields["hidden_activation"]
+    width = fields["hidden_size"]
+    num_heads = fields["num_attention_heads"]
+    name = fields["architectures"][0]
+    activation = fields["hidden_activation"]
     if name not in (_WITH_HEAD, _WITHOUT):
         raise UserError(
             f"architectures = [{name!r}] is not supported: {_WITH_HEAD} and {_WITHOUT} are."
@@ -66,24 +70,27 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layers(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what the first layer does, and what the others do over and over."""
-    period, count, named = (
-        fields["global_attn_every_n_layers"],
-        fields["num_hidden_layers"],
-        fields["layer_types"],
-    )
+    period = fields["global_attn_every_n_layers"]
+    count = fields["num_hidden_layers"]
+    named = fields["layer_types"]
     if not isinstance(period, int) or period < 1:
         raise UserError(
             "global_attn_every_n_layers", period, "must be a whole number of at least 1."
         )
-    stated = [_SLIDING if i % period else _FULL for i in range(max(count, period + 1))]
-    kinds = stated[:count] if named is None else list(named)
+    # Period 3 -> full, sliding, sliding, full, …
+    periodic = [_SLIDING if i % period else _FULL for i in range(max(count, period + 1))]
+    kinds = periodic[:count] if named is None else list(named)
     if len(kinds) != count or not {*kinds} <= {_FULL, _SLIDING}:
         raise UserError(
             "layer_types", named, f"must name {count} layers, each {_FULL!r} or {_SLIDING!r}."
         )
-    pattern = stated[1 : period + 1] if kinds == stated[:count] else _shortest_pattern(kinds[1:])
+
+    # The first layer is no part of the pattern.
+    pattern = periodic[1 : period + 1]
+    if kinds != periodic[:count]:
+        pattern = _shortest_pattern(kinds[1:])
     local = {
-        # Tokens at half of this width are the last that are seen.
+        # A token attends to those at up to half of this distance; our window is one more.
         "window": fields["local_attention"] // 2 + 1,
         "position": _position(fields, _SLIDING),
     }
@@ -92,15 +99,23 @@ def _layers(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _shortest_pattern(kinds: list[str]) -> list[str]:
     """Returns the fewest leading kinds that repeated give all; at least one."""
-    lengths = range(1, len(kinds) + 1)
-    return kinds[: next((n for n in lengths if kinds[n:] == kinds[:-n]), 1)] or [_FULL]
+    for length in range(1, len(kinds)):
+        # [a, b, a, b, a] has the period 2: from the third on it is the same list again.
+        if kinds[length:] == kinds[:-length]:
+            return kinds[:length]
+    return kinds or [_FULL]
 
 
 def _position(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    older = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}[kind]
-    named = (fields["rope_parameters"] or {}).get(kind)
+    """Returns the positions of a kind of layer; folders of transformers 4 have a field for each."""
+    older_field = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}[kind]
+    ropes = fields["rope_parameters"] or {}
     rope = rope_fields(
-        {"rope_theta": fields[older], "rope_scaling": None, "rope_parameters": named}
+        {
+            "rope_theta": fields[older_field],
+            "rope_scaling": None,
+            "rope_parameters": ropes.get(kind),
+        }
     )
     return position(rope, fields["max_position_embeddings"])
 
@@ -108,7 +123,11 @@ def _position(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _write(config: ModelConfig) -> dict[str, Any]:
     layers = config.layers()
     local = next((layer for layer in layers if layer.window is not None), _LOCAL)
-    own = config.position_of(local)
+    local_position = config.position_of(local)
+    ropes = {
+        _FULL: write_position(config.position),
+        _SLIDING: write_position(local_position),
+    }
     return {
         "architectures": [_WITH_HEAD if config.head.transform else _WITHOUT],
         "vocab_size": config.vocab_size,
@@ -125,12 +144,13 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "norm_bias": config.norm.bias,
         "classifier_bias": config.head.transform_bias,
         "decoder_bias": config.head.bias,
+        # transformers 4 reads the period and the thetas, 5 the types and the groups.
         "global_attn_every_n_layers": len(config.pattern),
         "layer_types": [_FULL if layer.window is None else _SLIDING for layer in layers],
         "local_attention": 2 * (local.window - 1),
         "global_rope_theta": config.position.theta,
-        "local_rope_theta": own.theta,
-        "rope_parameters": {_FULL: write_position(config.position), _SLIDING: write_position(own)},
+        "local_rope_theta": local_position.theta,
+        "rope_parameters": ropes,
         "initializer_range": config.init_stddev,
     }
 
@@ -193,15 +213,16 @@ MODERNBERT = Architecture(
     only={"tie_word_embeddings": True},
     inert=(
         # How weights begin, how sparse losses and kernels are run, a head for other tasks.
-        *(
-            "initializer_cutoff_factor",
-            "sparse_prediction",
-            "sparse_pred_ignore_index",
-            "reference_compile",
-        ),
-        *("deterministic_flash_attn", "repad_logits_with_grad", "classifier_pooling"),
-        # The positions' kind and an epsilon, which other fields say.
-        *("position_embedding_type", "layer_norm_eps"),
+        "initializer_cutoff_factor",
+        "sparse_prediction",
+        "sparse_pred_ignore_index",
+        "reference_compile",
+        "deterministic_flash_attn",
+        "repad_logits_with_grad",
+        "classifier_pooling",
+        # The kind of positions and an epsilon, which follow from other fields.
+        "position_embedding_type",
+        "layer_norm_eps",
     ),
     read=_read,
     write=_write,

@@ -1,6 +1,4 @@
-"""What torch models are made of: how their modules lie in a checkpoint, and their attention as
-configuration.
-"""
+"""Modules of torch models: their tensors in a checkpoint, their attention as configuration."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -28,11 +26,12 @@ def linear(
 
     Args:
       theirs: its name.
-      ours: the projections whose outputs lie in it one after the other.
+      ours: the projections whose outputs are concatenated in it.
       num_inputs, rest: see `TensorSpec`.
       transposed: whether outputs come first; in `Conv1D` of GPT-2 they do not.
     """
-    kernels, biases = (tuple(f"{name}/{leaf}" for name in ours) for leaf in ("kernel", "bias"))
+    kernels = tuple(f"{name}/kernel" for name in ours)
+    biases = tuple(f"{name}/bias" for name in ours)
     return (
         TensorSpec(f"{theirs}.weight", kernels, num_inputs, transposed, **rest),
         TensorSpec(f"{theirs}.bias", biases, **rest),
@@ -53,16 +52,15 @@ def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[T
     """Returns the linear maps to queries, keys and values.
 
     Args:
-      theirs: their names, with `{part}` in the place of what tells them apart.
+      theirs: their names, with `{part}` for that of the projection.
       ours: the attention.
-      names: what stands there.
+      names: of the three projections.
     """
-    pairs = zip(PARTS, names, strict=True)
-    return tuple(
-        each
-        for part, name in pairs
-        for each in linear(theirs.replace("{part}", name), f"{ours}/{part}")
-    )
+    tensors = []
+    for part, name in zip(PARTS, names, strict=True):
+        # "self_attn.{part}_proj", "q" -> "self_attn.q_proj"
+        tensors += linear(theirs.replace("{part}", name), f"{ours}/{part}")
+    return tuple(tensors)
 
 
 def within(theirs: str, ours: str, tensors: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -73,14 +71,13 @@ def within(theirs: str, ours: str, tensors: Iterable[TensorSpec]) -> tuple[Tenso
       ours: its subtree of the parameters, `{layer}` for instance.
       tensors: of the module, by names within it.
     """
-    return tuple(
-        dataclasses.replace(
-            tensor,
-            theirs=f"{theirs}.{tensor.theirs}",
-            ours=tuple(f"{ours}/{name}" for name in tensor.ours),
-        )
-        for tensor in tensors
-    )
+    inner = []
+    for tensor in tensors:
+        # "mlp.up_proj" -> "model.layers.{layer}.mlp.up_proj"
+        full_ours = tuple(f"{ours}/{name}" for name in tensor.ours)
+        full_theirs = f"{theirs}.{tensor.theirs}"
+        inner.append(dataclasses.replace(tensor, theirs=full_theirs, ours=full_ours))
+    return tuple(inner)
 
 
 def multi_head(width: int, num_heads: int, bias: bool) -> dict[str, Any]:

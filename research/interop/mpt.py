@@ -23,14 +23,14 @@ _ATTENTION_INERT = (*INERT, "attn_impl", "attn_pdrop", "attn_uses_sequence_id")
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
     attention = _attention(fields["attn_config"])
-    width, num_heads = fields["d_model"], fields["n_heads"]
+    width = fields["d_model"]
+    heads = multi_head(width, fields["n_heads"], bias=False)
     return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["n_layers"],
         "embed_dim": width,
         "max_length": fields["max_seq_len"],
-        "attention": multi_head(width, num_heads, bias=False)
-        | {"scale": attention["softmax_scale"]},
+        "attention": heads | {"scale": attention["softmax_scale"]},
         "mlp": {"hidden_dim": 4 * width, "activation": "gelu", "gated": False},
         "norm": {"kind": "layernorm", "placement": "pre", "epsilon": fields["layer_norm_epsilon"]},
         "position": {"kind": "alibi"},
@@ -41,18 +41,26 @@ def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(given: Any) -> dict[str, Any]:
-    """Returns the fields of `attn_config`, all but one of which say nothing new."""
+    """Returns the fields of `attn_config`, of which only `softmax_scale` may vary."""
     if not isinstance(given, dict | None):
         raise UserError("attn_config", given, "must be a group of fields.")
     fields = {"softmax_scale": None, **(given or {})}
     faults = []
     for name, value in fields.items():
-        unread = name in ("softmax_scale", *_ATTENTION_INERT) or is_unread(name) or is_off(value)
-        if value != _ATTENTION[name] if name in _ATTENTION else not unread:
+        if not _is_supported(name, value):
             faults.append(f"attn_config.{name} = {shown(value)} is not supported")
     if faults:
         raise UserError(f"{listed(faults, '; ')}.")
     return fields
+
+
+def _is_supported(name: str, value: Any) -> bool:
+    """Returns whether a field of `attn_config` is read, changes no logit, or has its one value."""
+    if name in _ATTENTION:
+        return value == _ATTENTION[name]
+    if name == "softmax_scale" or name in _ATTENTION_INERT:
+        return True
+    return is_unread(name) or is_off(value)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -104,16 +112,13 @@ MPT = Architecture(
     },
     only={"expansion_ratio": 4, "logit_scale": None, "no_bias": True},
     inert=(
-        # How it was trained and run; with ALiBi there are no learned positions whatever this field
-        # says.
-        *(
-            "embedding_fraction",
-            "init_config",
-            "init_device",
-            "norm_type",
-            "verbose",
-            "learned_pos_emb",
-        ),
+        # How it was trained and run; `learned_pos_emb` has no effect with ALiBi.
+        "embedding_fraction",
+        "init_config",
+        "init_device",
+        "norm_type",
+        "verbose",
+        "learned_pos_emb",
         "fc_type",
     ),
     read=_read,

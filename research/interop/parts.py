@@ -3,8 +3,7 @@ writable by itself.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError
@@ -13,7 +12,7 @@ from research.interop.architecture import Architecture
 from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
-# What `read` of a part calls the fields of each layer: `layers.window` is a list of L windows.
+# Prefix of the fields of layers in what `read` returns: `layers.window` is a list of L windows.
 _LAYERS = "layers."
 
 
@@ -23,12 +22,12 @@ def _nothing(_: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some fields of a config.json and what they say of a model.
+    """Some fields of a config.json and what they mean for a model.
 
     Attributes:
       read: returns values by the dotted names of a `ModelConfig`'s fields, or lists of them, one a
         layer, by the names of a `LayerConfig`'s behind `layers.`.
-      write: returns the fields; raises UserError for a model that they have no words for.
+      write: returns the fields; raises UserError for a model that they cannot express.
       required, defaults, only, inert: see `Architecture`.
     """
 
@@ -66,9 +65,11 @@ def renamed_field(field: str, older: str, name: str, default: Any) -> Part:
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         given = [fields[each] for each in (field, older) if fields[each] is not None]
+        if not given:
+            return {name: default}
         if len(set(given)) > 1:
             raise UserError(field, given[0], f"must equal {older} = {given[1]!r}.")
-        return {name: given[0] if given else default}
+        return {name: given[0]}
 
     return Part(
         read=read,
@@ -78,7 +79,7 @@ def renamed_field(field: str, older: str, name: str, default: Any) -> Part:
 
 
 def fixed(values: Mapping[str, Any]) -> Part:
-    """Returns what all models of an architecture are, by dotted names; no field says it."""
+    """Returns the part of values that all models of an architecture have, by dotted names."""
     return Part(read=lambda _: dict(values))
 
 
@@ -103,20 +104,13 @@ def architecture(
 
     Args:
       model_type, model_class, tensors, rest: see `Architecture`.
-      parts: where two say something of the same, the later one holds.
+      parts: of its config.json; where two give the same value, the later one wins.
     """
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         values = _merged(part.read(fields) for part in parts)
-        columns = {
-            name.removeprefix(_LAYERS): values.pop(name)
-            for name in list(values)
-            if name.startswith(_LAYERS)
-        }
-        if columns:
-            layers = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            ]
+        layers = _pop_layers(values)
+        if layers:
             values |= shortest_pattern(layers)
         return nested(values, ".")
 
@@ -125,6 +119,7 @@ def architecture(
         model_type=model_type,
         model_class=model_class,
         tensors=tensors,
+        # A part may have a default for a field that another part requires.
         required=tuple(name for part in parts for name in part.required if name not in defaults),
         defaults=defaults,
         only=_merged(part.only for part in parts),
@@ -135,8 +130,25 @@ def architecture(
     )
 
 
-def _merged(groups: Any) -> dict[str, Any]:
-    return functools.reduce(lambda merged, group: {**merged, **group}, groups, {})
+def _pop_layers(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Removes the lists of layers' fields from values, and returns the fields of each layer."""
+    columns = {}
+    for name in list(values):
+        if name.startswith(_LAYERS):
+            columns[name.removeprefix(_LAYERS)] = values.pop(name)
+
+    # {"window": [4, None], "experts": [False, True]}
+    # -> [{"window": 4, "experts": False}, {"window": None, "experts": True}]
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _merged(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns all groups as one; a later one wins."""
+    merged = {}
+    for group in groups:
+        merged |= group
+    return merged
 
 
 def shortest_pattern(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -147,16 +159,28 @@ def shortest_pattern(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       layers: the values of a `LayerConfig` each; those of a pattern agree in `experts`.
     """
     best = None
+    # [dense, local, global, local, global] -> one first layer and a pattern of two.
     for first in range(len(layers)):
         rest = layers[first:]
-        period = next(
-            n
-            for n in range(1, len(rest) + 1)
-            if all(each == rest[i % n] for i, each in enumerate(rest))
-        )
-        alike = all(each.get("experts") == rest[0].get("experts") for each in rest[:period])
-        if alike and (best is None or first + period < sum(best)):
+        period = _period(rest)
+        # The layers of a pattern have the same parameters.
+        experts = [layer.get("experts") for layer in rest[:period]]
+        if any(each != experts[0] for each in experts):
+            continue
+        if best is None or first + period < sum(best):
             best = (first, period)
+
     assert best is not None, "the last layer alone is a pattern"
     first, period = best
-    return {"first_layers": list(layers[:first]), "pattern": list(layers[first : first + period])}
+    return {
+        "first_layers": list(layers[:first]),
+        "pattern": list(layers[first : first + period]),
+    }
+
+
+def _period(layers: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the least n such that the first n layers repeated give all: [a, b, a, b, a] -> 2."""
+    for n in range(1, len(layers)):
+        if layers[n:] == layers[:-n]:
+            return n
+    return len(layers)

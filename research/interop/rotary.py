@@ -48,7 +48,7 @@ _ALLOWED = {
     ),
     "longrope": ("factor", "attention_factor"),
 }
-# What transformers leaves out with a warning: fields of other kinds, other projects' name of a
+# What transformers does not read, with a warning: fields of other kinds, other projects' name of a
 # factor, a remark.
 _UNREAD = (*_OURS, "mscale", "mscale_all_dim", "attn_factor", "finetuned")
 
@@ -57,7 +57,7 @@ def rotary(theta: float = 10_000.0, default: Mapping[str, Any] | None = None) ->
     """Returns the part of rotary positions that all layers share.
 
     Args:
-      theta: the base where no field says it.
+      theta: the base where the field is missing.
       default: the `rope_parameters` where there are none.
     """
     return Part(
@@ -73,17 +73,16 @@ def read_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
     it.
     """
     rope = rope_fields(fields)
-    values = {
-        f"position.{name}": value
-        for name, value in position(rope, fields["max_position_embeddings"]).items()
-    }
-    if rope_kind(rope) == "dynamic":  # whose maximum is that of the model before scaling
-        values["max_length"] = round(fields["max_position_embeddings"] * rope["factor"])
+    longest = fields["max_position_embeddings"]
+    values = {f"position.{name}": value for name, value in position(rope, longest).items()}
+    if rope_kind(rope) == "dynamic":
+        # Its `max_position_embeddings` is that of the model before scaling.
+        values["max_length"] = round(longest * rope["factor"])
     return values
 
 
 def write_rotary(config: ModelConfig) -> dict[str, Any]:
-    """Writes the older form, which every version of transformers reads."""
+    """Returns the fields in the older form, which every version of transformers reads."""
     scaling = config.position.scaling
     fields = {"rope_theta": config.position.theta, "rope_scaling": write_scaling(scaling)}
     if scaling is not None and scaling.kind == "dynamic":
@@ -96,10 +95,8 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     for group in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields[group], dict | None):
             raise UserError(group, fields[group], "must be a group of fields.")
-    return {
-        "rope_theta": fields["rope_theta"],
-        **(fields["rope_scaling"] or fields["rope_parameters"] or {}),
-    }
+    rope = fields["rope_scaling"] or fields["rope_parameters"] or {}
+    return {"rope_theta": fields["rope_theta"], **rope}
 
 
 def rope_kind(rope: Mapping[str, Any]) -> Any:
@@ -111,7 +108,7 @@ def position(rope: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """Returns the values of a `PositionConfig`.
 
     Args:
-      rope: what `rope_fields` gives.
+      rope: what `rope_fields` returns.
       longest: `max_position_embeddings`, which some scalings fall back to.
     """
     kind = rope_kind(rope)
@@ -127,8 +124,10 @@ def _read_by(kind: str, rope: Mapping[str, Any], longest: int) -> dict[str, Any]
     are left out.
     """
     read = (*_NEEDED[kind], *_ALLOWED.get(kind, ()))
+    # A group without a length of its own has the length of the model.
     given = {ORIGINAL: longest} if ORIGINAL in _NEEDED[kind] else {}
-    faults, unread = [], []
+    faults = []
+    unread = []
     for name, value in rope.items():
         if value is None or name in ("rope_theta", "rope_type", "type"):
             continue
@@ -157,26 +156,30 @@ def _scaling(kind: str, given: Mapping[str, Any], longest: int) -> dict[str, Any
     }
     if kind == "dynamic":
         values["original_length"] = longest
-    if (
-        kind in _ALLOWED
-    ):  # its default, where there is one, is how many times longer the context became
+    if kind in _ALLOWED:
+        # Without a factor it is how many times longer the context became.
         factor = values.setdefault("factor", longest / given[ORIGINAL])
         values.setdefault("amplitude", _amplitude(kind, factor, given))
-    if kind == "longrope":  # which reads no factor but for the amplitude
+    if kind == "longrope":
+        # Its factor is for the amplitude alone.
         del values["factor"]
     return values
 
 
 def _amplitude(kind: str, factor: float | int, given: Mapping[str, Any]) -> float:
-    """The factor on cosines and sines where none is given: arXiv:2309.00071, section 3.4;
+    """Returns the factor on cosines and sines where none is given: arXiv:2309.00071, section 3.4;
     arXiv:2402.13753, 3.3.
     """
     if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(given[ORIGINAL])) if factor > 1 else 1.0
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return yarn_amplitude(factor, given["mscale"]) / yarn_amplitude(
-            factor, given["mscale_all_dim"]
-        )
+        if factor <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(factor) / math.log(given[ORIGINAL]))
+
+    mscale = given.get("mscale")
+    mscale_all_dim = given.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        # DeepSeek's code scales the scores by `mscale_all_dim`, and divides it out here.
+        return yarn_amplitude(factor, mscale) / yarn_amplitude(factor, mscale_all_dim)
     return yarn_amplitude(factor, 1)
 
 
@@ -192,16 +195,17 @@ def write_scaling(scaling: RopeScalingConfig | None) -> dict[str, Any] | None:
     names = dict.fromkeys((*_NEEDED[scaling.kind], *_ALLOWED.get(scaling.kind, ())))
     if scaling.kind == "longrope":
         del names["factor"]
-    return {"rope_type": scaling.kind} | {
-        name: getattr(scaling, _OURS[name]) for name in names if name in _OURS
-    }
+
+    fields: dict[str, Any] = {"rope_type": scaling.kind}
+    for name in names:
+        if name in _OURS:
+            fields[name] = getattr(scaling, _OURS[name])
+    return fields
 
 
 def write_position(position: PositionConfig) -> dict[str, Any]:
     """Returns the fields of a position as one group, as transformers 5 has them for a kind of
     layers each.
     """
-    return {
-        "rope_theta": position.theta,
-        **(write_scaling(position.scaling) or {"rope_type": "default"}),
-    }
+    scaling = write_scaling(position.scaling) or {"rope_type": "default"}
+    return {"rope_theta": position.theta, **scaling}

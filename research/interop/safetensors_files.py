@@ -3,8 +3,7 @@
     8 bytes: N, little-endian · N bytes of JSON: name -> dtype, shape, data_offsets · the tensors'
     bytes, without gaps
 
-The header is somebody else's word: each of its claims is checked before a byte of data is looked
-at.
+The header comes from a stranger: each of its fields is checked before a byte of data is read.
 
 Source of the format: huggingface/safetensors, README.md, "Format".
 """
@@ -15,7 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -43,13 +42,17 @@ _DTYPES = {
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The format's own limit, NumPy's of axes, and letters of a name, which messages repeat.
-_HEADER_BYTES, _AXES, _LETTERS = 100_000_000, 32, 512
+# The format's own limit.
+_MOST_HEADER_BYTES = 100_000_000
+# NumPy's limit of older versions.
+_MOST_AXES = 32
+# Of a tensor's name, which messages repeat.
+_MOST_LETTERS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a file; `np.asarray` maps it into memory and reads what is looked at.
+    """A tensor in a file; `np.asarray` maps it into memory, so that only the parts used are read.
 
     Attributes:
       path: of the file.
@@ -67,30 +70,33 @@ class Stored:
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
         # Mapped anew each time: the pages of what was read before are given back with its array.
-        mapped = np.memmap(self.path, self.dtype, "r", self.start, math.prod(self.shape))
+        count = math.prod(self.shape)
+        mapped = np.memmap(self.path, self.dtype, "r", self.start, count)
         return mapped.view(np.ndarray).reshape(self.shape)
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
-    """Returns the tensors of a file by name, in the order in which they lie in it.
+    """Returns the tensors of a file by name, in the order of their bytes.
 
     Raises:
-      UserError: the file cannot be read, is cut short, or its header lies about it.
+      UserError: the file cannot be read, is cut short, or does not agree with its header.
     """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_HEADER_BYTES, size - 8):
-                raise _Lie(f"a header of {length:,} bytes is none for a file of {size:,}")
+            # Two bytes are the shortest JSON object.
+            longest = min(_MOST_HEADER_BYTES, size - 8)
+            if not 2 <= length <= longest:
+                raise _HeaderError(f"a header of {length:,} bytes is none for a file of {size:,}")
             header = _parse(file.read(length))
         return _tensors(path, header, start=8 + length, size=size)
-    except (OSError, _Lie) as error:
+    except (OSError, _HeaderError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-class _Lie(Exception):
-    """What is wrong with a header."""
+class _HeaderError(Exception):
+    """A header that does not agree with its file or with the format."""
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -98,64 +104,94 @@ def _parse(text: bytes) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
-                raise _Lie(f"its header names {name!r} twice")
+                raise _HeaderError(f"its header names {name!r} twice")
             values[name] = value
         return values
 
+    # JSON itself would let the last of two equal names win.
     try:
         header = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _Lie("its header is not JSON") from error
+        raise _HeaderError("its header is not JSON") from error
     if not isinstance(header, dict):
-        raise _Lie("its header is not a JSON object")
+        raise _HeaderError("its header is not a JSON object")
     return header
 
 
 def _tensors(
     path: pathlib.Path, header: Mapping[str, Any], start: int, size: int
 ) -> dict[str, Stored]:
-    spans = {}
-    for name, entry in header.items():
-        if name != "__metadata__":  # words about the file, which say nothing of its tensors
-            spans[name] = _entry(name, entry)
-    tensors, end = {}, 0
-    for name in sorted(spans, key=lambda each: spans[each][2]):
-        dtype, shape, (first, last) = spans[name]
+    entries = []
+    for name, value in header.items():
+        # Metadata describes the file, not its tensors.
+        if name != "__metadata__":
+            _check_name(name)
+            entries.append(_entry(name, value))
+
+    tensors = {}
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.offsets):
+        first, last = entry.offsets
         if first != end:
-            raise _Lie(
-                f"{name} starts at byte {first:,} of the data, not at {end:,} where the one "
+            raise _HeaderError(
+                f"{entry.name} starts at byte {first:,} of the data, not at {end:,} where the one "
                 "before ends"
             )
-        if last - first != math.prod(shape) * dtype.itemsize:
-            raise _Lie(f"{name} has {last - first:,} bytes, but is {dtype}{list(shape)}")
-        tensors[name], end = Stored(path, start + first, dtype, shape), last
+        shape_bytes = math.prod(entry.shape) * entry.dtype.itemsize
+        if last - first != shape_bytes:
+            what = f"{entry.dtype}{list(entry.shape)}"
+            raise _HeaderError(f"{entry.name} has {last - first:,} bytes, but is {what}")
+        tensors[entry.name] = Stored(path, start + first, entry.dtype, entry.shape)
+        end = last
+
     if start + end != size:
-        raise _Lie(f"its tensors end at byte {start + end:,}, the file at {size:,}")
+        raise _HeaderError(f"its tensors end at byte {start + end:,}, the file at {size:,}")
     return tensors
 
 
-def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
-    """Returns type, shape and span of one tensor."""
-    if not 0 < len(name) <= _LETTERS:
-        raise _Lie(f"{name[:32]!r} … is no tensor's name: it has {len(name):,} letters")
-    if not name.isprintable() or any(part in name for part in ("/", "\\", "..")):
-        raise _Lie(f"{name!r} is no tensor's name, but a path or worse")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Lie(f"{name} is not described by dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+class _Entry(NamedTuple):
+    """A tensor in a header: its bytes are offsets[0]:offsets[1] of the data."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+def _check_name(name: str) -> None:
+    if not 0 < len(name) <= _MOST_LETTERS:
+        raise _HeaderError(f"{name[:32]!r} … is no tensor's name: it has {len(name):,} letters")
+    is_path = any(part in name for part in ("/", "\\", ".."))
+    if is_path or not name.isprintable():
+        raise _HeaderError(f"{name!r} is no tensor's name, but a path or worse")
+
+
+def _entry(name: str, value: Any) -> _Entry:
+    """Returns the entry of one tensor, each of its fields checked."""
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _HeaderError(f"{name} is not described by dtype, shape and data_offsets")
+
+    dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _Lie(f"{name} has the unknown type {dtype!r}")
-    if not _are_sizes(shape) or len(shape) > _AXES:
-        raise _Lie(f"{name} has no shape")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _Lie(f"{name} has no data_offsets")
-    return _DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
+        raise _HeaderError(f"{name} has the unknown type {dtype!r}")
+
+    shape = value["shape"]
+    if not _are_sizes(shape) or len(shape) > _MOST_AXES:
+        raise _HeaderError(f"{name} has no shape")
+
+    offsets = value["data_offsets"]
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _HeaderError(f"{name} has no data_offsets")
+    start, end = offsets
+    if start > end:
+        raise _HeaderError(f"{name} has no data_offsets")
+    return _Entry(name, _DTYPES[dtype], tuple(shape), (start, end))
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 2**63 for value in values
-    )
+    if not isinstance(values, list):
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 class Writer:
@@ -164,25 +200,35 @@ class Writer:
     """
 
     def __init__(self, path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any):
-        self._dtype, self._left = np.dtype(dtype), {}
-        header: dict[str, Any] = {
-            "__metadata__": {"format": "pt"}
-        }  # the tensors lie as torch has them
-        end = 0
+        self._dtype = np.dtype(dtype)
+        self._names = list(shapes)
+        # Bytes of each tensor that are still to be written.
+        self._left = {}
         for name, shape in shapes.items():
             self._left[name] = math.prod(shape) * self._dtype.itemsize
-            start, end = end, end + self._left[name]
+
+        self._file = path.open("wb", buffering=0)
+        self._flusher = BackgroundFlusher(lambda: flush(self._file.fileno()))
+        text = self._header(shapes)
+        length = len(text).to_bytes(8, "little")
+        self._write(length + text)
+
+    def _header(self, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+        # The format is that of torch: outputs first.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            start = end
+            end = start + self._left[name]
             header[name] = {
                 "dtype": _NAMES[self._dtype],
                 "shape": list(shape),
                 "data_offsets": [start, end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the data is aligned
-        self._names = list(shapes)
-        self._file = path.open("wb", buffering=0)
-        self._flusher = BackgroundFlusher(lambda: flush(self._file.fileno()))
-        self._write(len(text).to_bytes(8, "little") + text)
+        # Spaces align the data to 8 bytes.
+        padding = -len(text) % 8
+        return text + b" " * padding
 
     def __enter__(self) -> "Writer":
         return self
@@ -195,8 +241,8 @@ class Writer:
                 os.fsync(self._file.fileno())
 
     def write(self, name: str, rows: Shaped[np.ndarray, "..."]) -> None:
-        """Adds the next rows of a tensor, whose turn it must be."""
-        while not self._left[self._names[0]] and self._names[0] != name:
+        """Adds the next rows of a tensor, which must be the next one with bytes left."""
+        while self._names[0] != name and not self._left[self._names[0]]:
             self._names.pop(0)
         assert self._names[0] == name, "tensors come one after the other"
         assert rows.dtype == self._dtype
@@ -207,5 +253,7 @@ class Writer:
     def _write(self, data: Any) -> None:
         left = memoryview(data)
         while left:
-            left = left[self._file.write(left) :]
+            # A write may take fewer bytes than it is given.
+            written = self._file.write(left)
+            left = left[written:]
         self._flusher.wrote(memoryview(data).nbytes)

@@ -16,36 +16,37 @@ from research.models.config import ModelConfig
 
 
 def _is_scaled(fields: Mapping[str, Any]) -> bool:
-    """Whether the decoder's states are divided by √D before the output projection, as in the first
-    T5.
+    """Returns whether the decoder's states are divided by √D before the output projection (T5 1.0).
 
-    Until transformers 5, `tie_word_embeddings` said so; since then another field does, and all are
-    called tied.
+    Until transformers 5 they were where `tie_word_embeddings` is set; since then a field of its own
+    says it, and all models are tied.
     """
     scaled = fields["scale_decoder_outputs"]
     return fields["tie_word_embeddings"] if scaled is None else scaled
 
 
 def _from_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns whether the output projection is the embedding: where it lies there with numbers of
-    its own it is not.
+    """Returns whether the output projection is tied to the embedding: with other numbers it is
+    not.
     """
     tied = "lm_head.weight" not in tensors
-    if not tied:  # equal to the embedding, or all that there is of it
-        tables = [tensors[name] for name in _EMBEDDINGS if name in tensors]
-        tied = all(same_numbers(tensors["lm_head.weight"], table) for table in tables)
+    if not tied:
+        # The projection is tied where it equals the embeddings, or where there are none beside it.
+        projection = tensors["lm_head.weight"]
+        embeddings = [tensors[name] for name in _EMBEDDINGS if name in tensors]
+        tied = all(same_numbers(projection, embedding) for embedding in embeddings)
     return {"tie_word_embeddings": tied, "scale_decoder_outputs": _is_scaled(fields)}
 
 
 def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    width, layers = fields["d_model"], fields["num_layers"]
+    width = fields["d_model"]
+    encoder_layers = fields["num_layers"]
+    decoder_layers = fields["num_decoder_layers"]
     return {
         "structure": "encoder_decoder",
         "vocab_size": fields["vocab_size"],
-        "num_layers": layers
-        if fields["num_decoder_layers"] is None
-        else fields["num_decoder_layers"],
-        "encoder_layers": layers,
+        "num_layers": encoder_layers if decoder_layers is None else decoder_layers,
+        "encoder_layers": encoder_layers,
         "embed_dim": width,
         "max_length": fields["n_positions"],
         "attention": {
@@ -75,19 +76,18 @@ def _read_activation(fields: Mapping[str, Any]) -> dict[str, Any]:
     kind, _, activation = str(name).rpartition("-")
     if kind not in ("", "gated"):
         raise UserError("feed_forward_proj", name, "must be an activation, or `gated-` and one.")
-    # The exact GELU was never meant: `gated-gelu` is a name from before the approximation had one.
+    # `gated-gelu` is the tanh approximation: the name is older than `gelu_new`.
     activation = "gelu_new" if name == "gated-gelu" else activation
-    if fields["dense_act_fn"] not in (None, activation) or fields["is_gated_act"] not in (
-        None,
-        kind == "gated",
-    ):
+    gated = kind == "gated"
+    agrees = fields["dense_act_fn"] in (None, activation)
+    if not agrees or fields["is_gated_act"] not in (None, gated):
         raise UserError(
             "dense_act_fn",
             fields["dense_act_fn"],
             f"and is_gated_act = {fields['is_gated_act']!r} must agree with feed_forward_proj = "
             f"{name!r}.",
         )
-    return {"activation": to_tessera(activation, "feed_forward_proj"), "gated": kind == "gated"}
+    return {"activation": to_tessera(activation, "feed_forward_proj"), "gated": gated}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -128,9 +128,11 @@ def _layer(*sublayers: tuple[str, str]) -> tuple[TensorSpec, ...]:
     """Returns the tensors of a layer with these sublayers of attention, and an MLP."""
     tensors = []
     for number, (name, attention) in enumerate(sublayers):
-        tensors += projections(f"layer.{number}.{name}.{{part}}", attention, "qkv")
-        tensors += linear(f"layer.{number}.{name}.o", f"{attention}/out", num_inputs=2)
-        tensors += norm(f"layer.{number}.layer_norm", f"{attention}_norm")
+        # In the decoder layer.0 is self-attention, layer.1 cross-attention, layer.2 the MLP.
+        sublayer = f"layer.{number}"
+        tensors += projections(f"{sublayer}.{name}.{{part}}", attention, "qkv")
+        tensors += linear(f"{sublayer}.{name}.o", f"{attention}/out", num_inputs=2)
+        tensors += norm(f"{sublayer}.layer_norm", f"{attention}_norm")
     mlp = f"layer.{len(sublayers)}"
     return (
         *tensors,
@@ -154,7 +156,8 @@ def _stack(theirs: str, ours: str, layer: tuple[TensorSpec, ...]) -> tuple[Tenso
 
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-_SELF, _CROSS = ("SelfAttention", "attention"), ("EncDecAttention", "cross_attention")
+_SELF = ("SelfAttention", "attention")
+_CROSS = ("EncDecAttention", "cross_attention")
 
 T5 = Architecture(
     model_type="t5",
@@ -172,7 +175,7 @@ T5 = Architecture(
     },
     ignored={
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": (
-            "no position enters there"
+            "cross-attention has no positions"
         )
     },
     required=("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
@@ -192,7 +195,7 @@ T5 = Architecture(
         "decoder_start_token_id": None,
     },
     only={"is_encoder_decoder": True, "is_decoder": False},
-    # Tensors start with deviations of their own, which this field stretches.
+    # A factor on the standard deviations of initialization.
     inert=("initializer_factor",),
     from_tensors=_from_tensors,
     read=_read,

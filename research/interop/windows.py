@@ -7,34 +7,43 @@ from research.core.errors import UserError, nearest, shown
 from research.interop.parts import Part
 from research.models.config import ModelConfig
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LOCAL = "sliding_attention"
+GLOBAL = "full_attention"
 
 
 def one_window(default: int | None = None, switch: bool = False) -> Part:
     """Returns the part of a window that all layers have.
 
     Args:
-      default: where no field says it.
+      default: the window where the field is missing.
       switch: whether the window is on only where `use_sliding_window` is.
     """
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
-        window = None if switch and not fields["use_sliding_window"] else fields["sliding_window"]
-        # One that holds the longest sequence hides nothing.
-        window = (
-            None if window is not None and window >= fields["max_position_embeddings"] else window
-        )
+        window = _window(fields, switch)
+        # A window of the longest sequence hides nothing.
+        if window is not None and window >= fields["max_position_embeddings"]:
+            window = None
         return {"layers.window": [window] * fields["num_hidden_layers"]}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         window = config.layers()[0].window
-        return {
-            "sliding_window": window,
-            **({"use_sliding_window": window is not None} if switch else {}),
-        }
+        return {"sliding_window": window} | _switched(switch, window is not None)
 
-    defaults = {"sliding_window": default, **({"use_sliding_window": False} if switch else {})}
+    defaults = {"sliding_window": default} | _switched(switch, False)
     return Part(read=read, write=write, defaults=defaults)
+
+
+def _window(fields: Mapping[str, Any], switch: bool) -> int | None:
+    """Returns the window of config.json, None where its switch is off."""
+    if switch and not fields["use_sliding_window"]:
+        return None
+    return fields["sliding_window"]
+
+
+def _switched(switch: bool, on: bool) -> dict[str, Any]:
+    """Returns the field of the switch, where an architecture has one."""
+    return {"use_sliding_window": on} if switch else {}
 
 
 def layer_windows(
@@ -43,44 +52,42 @@ def layer_windows(
     switch: bool = False,
     **defaults: Any,
 ) -> Part:
-    """Returns the part of a window that `layer_types` says which layers have.
+    """Returns the part of a window for the layers that are local by `layer_types`.
 
     Args:
-      default: the window where no field says it.
+      default: the window where the field is missing.
       local: whether a layer has it, from the fields and its number, where `layer_types` is missing.
       switch: whether the window is on only where `use_sliding_window` is.
       defaults: of the fields that `local` reads.
     """
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
-        window = None if switch and not fields["use_sliding_window"] else fields["sliding_window"]
+        # Without a window local layers see all tokens, as global ones do.
+        windows = {GLOBAL: None, LOCAL: _window(fields, switch)}
         kinds = layer_types(fields, local)
-        if window is None and switch:
-            return {"layers.window": [None] * len(kinds)}
-        return {"layers.window": [window if kind == LOCAL else None for kind in kinds]}
+        return {"layers.window": [windows[kind] for kind in kinds]}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         windows = [layer.window for layer in config.layers()]
+        kinds = [GLOBAL if window is None else LOCAL for window in windows]
+        # All local layers have the same window, or else reading it back shows the difference.
         window = next((each for each in windows if each is not None), None)
         fields = {
             "sliding_window": default if window is None else window,
-            "layer_types": [GLOBAL if each is None else LOCAL for each in windows],
+            "layer_types": kinds,
         }
-        return fields | ({"use_sliding_window": window is not None} if switch else {})
+        return fields | _switched(switch, window is not None)
 
     defaults |= {"sliding_window": default, "layer_types": None}
-    return Part(
-        read=read,
-        write=write,
-        defaults=defaults | ({"use_sliding_window": False} if switch else {}),
-    )
+    return Part(read=read, write=write, defaults=defaults | _switched(switch, False))
 
 
 def layer_types(
     fields: Mapping[str, Any], local: Callable[[Mapping[str, Any], int], bool]
 ) -> list[str]:
-    """Returns the kind of each layer: what `layer_types` says, or else `local`."""
-    count, kinds = fields["num_hidden_layers"], fields["layer_types"]
+    """Returns the kind of each layer: `layer_types`, or by `local` where it is missing."""
+    count = fields["num_hidden_layers"]
+    kinds = fields["layer_types"]
     if kinds is None:
         return [LOCAL if local(fields, i) else GLOBAL for i in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count:
@@ -89,9 +96,7 @@ def layer_types(
         )
     for kind in kinds:
         if kind not in (LOCAL, GLOBAL):
-            raise UserError(
-                "layer_types",
-                constraint=f": {shown(kind)} is not supported. "
-                f"{nearest(str(kind), (LOCAL, GLOBAL))}",
-            )
+            hint = nearest(str(kind), (LOCAL, GLOBAL))
+            constraint = f": {shown(kind)} is not supported. {hint}"
+            raise UserError("layer_types", constraint=constraint)
     return kinds

@@ -1,5 +1,5 @@
-"""The golden case of multi-token prediction: DeepSeek-V3's, two of them, so that one reads
-what another gives.
+"""The golden case of multi-token prediction: DeepSeek-V3 with two such layers, so that the second
+reads what the first returns.
 """
 
 import functools

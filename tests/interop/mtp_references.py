@@ -1,4 +1,4 @@
-"""multi-token prediction of transformers itself, in a folder as DeepSeek's are laid out."""
+"""Multi-token prediction of transformers itself, in a folder as DeepSeek's are laid out."""
 
 import copy
 import json

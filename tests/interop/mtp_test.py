@@ -1,5 +1,5 @@
-"""multi-token prediction, against goldens of transformers' own: logits, gradients, the layout
-of tensors.
+"""Multi-token prediction, against goldens of transformers' own: logits, gradients, the layout of
+tensors.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ FIRST = "model.layers.2."
 def test_the_order_of_the_joined_inputs_is_seen_by_the_comparison():
     config, params, _ = mtp_cases.model()
     kernel = params["future_0"]["projection"]["kernel"]
-    turned = {"kernel": np.roll(kernel, len(kernel) // 2, axis=0)}
+    swapped = {"kernel": np.roll(kernel, len(kernel) // 2, axis=0)}
     logits = mtp_cases.logits(
-        config, params | {"future_0": params["future_0"] | {"projection": turned}}
+        config, params | {"future_0": params["future_0"] | {"projection": swapped}}
     )
     off = [
         registry.off_by({**registry.ours(registry.MTP)[0], f"depth_{i}": each}, registry.MTP)

@@ -59,8 +59,7 @@ class Suite:
 
 
 DECODERS, ENCODERS = Suite(logits=2e-5, least=1e-6), Suite(logits=3e-5, least=1e-3)
-# Shrunk presets that no checkpoint of transformers holds, whose parts it has; predictors of further
-# tokens.
+# Shrunk presets that transformers has the parts of, but no checkpoint; multi-token prediction.
 PRESETS, MTP_SUITE = Suite(logits=3e-5, least=1e-3), Suite(logits=2e-5, least=1e-6)
 
 PRESET_LENGTH = 40
