@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.core import config as configs
+from research.inspection.report import report_lines
 from research.models.config import ModelConfig
 from research.recipes import convert as converting
 from research.recipes import describe as describing
@@ -88,8 +89,7 @@ def convert(
 
 
 def describe(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> str:
-    """Returns what a model is as text: a sentence, its layers and parameters as a tree, and their
-    counts.
+    """Returns what a model is as text: its sizes, its layers, its parameters as a tree, its costs.
 
     Args:
       model: `FILE.py` or `FILE.py:ARG`, a config, or a loaded model. Its size does not matter: no
@@ -98,7 +98,7 @@ def describe(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> str:
     Raises:
       UserError: a config file that cannot be read.
     """
-    return "\n".join(describing.report(_model_config(model)))
+    return "\n".join(report_lines(_model_config(model)))
 
 
 def _model_config(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> ModelConfig:

@@ -24,10 +24,10 @@ VERBS = {
     "evaluate": "show held-out bits per byte beside gzip and byte n-grams",
     "sample": "continue prompts with a trained model",
     "data": "build the tokenizer and corpora of a config, and show them",
-    "describe": "show a model: layers, shapes and counts as a tree, attention masks as a picture",
+    "describe": "show a model: sizes, parameters as a tree, attention masks as a picture",
     "convert": "bring a model in from another format, or out to it",
     "bench": "measure this project beside its peers",
-    "doctor": "say what would fail later",
+    "doctor": "check what would make a run fail later",
 }
 
 

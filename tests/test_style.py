@@ -29,8 +29,6 @@ UNMENDED = {
     "cli",
     "core",
     "inference",
-    "inspection",
-    "interop",
     "kernels",
     "losses",
     "models",

@@ -1,9 +1,10 @@
-"""What a model's config says, in words."""
+"""A model's config as a table of (field, text), in the terms of papers and other trainers."""
 
 from research.models.config import (
     AttentionConfig,
     ExpertsConfig,
     HeadConfig,
+    LatentConfig,
     LayerConfig,
     MlpConfig,
     ModelConfig,
@@ -13,230 +14,244 @@ from research.models.config import (
 )
 
 _STRUCTURES = {
-    "decoder": "decoder",
-    "encoder": "encoder",
-    "prefix": "prefix decoder",
+    "decoder": "decoder-only",
+    "encoder": "encoder-only",
+    "prefix": "prefix language model",
     "encoder_decoder": "encoder-decoder",
 }
-_SIGHT = {
-    "decoder": "sees all that came before",
-    "encoder": "sees all",
-    "prefix": "sees the prefix and all that came before",
-    "encoder_decoder": "sees all that came before",
-}
-_NORMS = {"layernorm": "layer norm", "rmsnorm": "RMS norm"}
+_NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 _PLACEMENTS = {
     "pre": "before each sublayer",
-    "post": "after each sublayer is added",
+    "post": "after each residual addition",
     "sandwich": "before and after each sublayer",
-    "output": "after each sublayer, before it is added",
-    "parallel": "one before both sublayers, which run side by side",
-    "parallel_pair": "one before each of two sublayers, which run side by side",
+    "output": "after each sublayer, before the residual addition",
+    "parallel": "one before attention and MLP, which run in parallel",
+    "parallel_pair": "one each before attention and MLP, which run in parallel",
 }
 _ACTIVATIONS = {
     "gelu": "GELU",
-    "gelu_tanh": "GELU (tanh)",
-    "gelu_sigmoid": "GELU (sigmoid)",
+    "gelu_tanh": "GELU (tanh approximation)",
+    "gelu_sigmoid": "GELU (sigmoid approximation)",
     "relu": "ReLU",
     "silu": "SiLU",
 }
-_SCALINGS = {
-    "linear": "linear",
-    "dynamic": "dynamic NTK",
-    "yarn": "YaRN",
-    "llama3": "LLaMA 3",
-    "longrope": "LongRoPE",
+_ROPE_SCALINGS = {
+    "linear": "linear scaling",
+    "dynamic": "dynamic NTK scaling",
+    "yarn": "YaRN scaling",
+    "llama3": "LLaMA 3 scaling",
+    "longrope": "LongRoPE scaling",
 }
 _QK_NORMS = {
     "none": "",
-    "head": "RMS norm of each head's queries and keys",
-    "all": "RMS norm of queries and of keys",
+    "head": "RMSNorm of each head's queries and keys",
+    "all": "RMSNorm over all heads' queries, and over all heads' keys",
+}
+_ATTENTION_BIASES = {
+    (True, True): "query, key, value and output projections",
+    (True, False): "query, key and value projections",
+    (False, True): "output projection",
+    (False, False): "",
+}
+_MASKS = {
+    "decoder": "causal attention",
+    "encoder": "bidirectional attention",
+    "prefix": "attention bidirectional in the prefix, causal after it",
+    "encoder_decoder": "causal attention",
 }
 
-
-def sentence(config: ModelConfig, parameters: int) -> str:
-    """Returns the structure in one sentence.
-
-    Args:
-      config: the model.
-      parameters: how many it has.
-    """
-    layers = _many(config.num_layers, "layer")
-    if config.structure == "encoder_decoder":
-        layers = f"{config.encoder_layers} and {layers}"
-    return (
-        f"{_STRUCTURES[config.structure]}, {layers}, width {config.embed_dim:,}, "
-        f"{heads(config.attention)}, "
-        f"vocabulary {config.vocab_size:,}, {parameters:,} parameters"
-    )
+Table = dict[str, str]
 
 
-def facts(config: ModelConfig) -> dict[str, str]:
-    """Returns what the sentence leaves out, by what it is about."""
-    said = {
-        "context": f"{config.max_length:,} tokens",
-        "attention": _attention(config.attention),
+def model_table(config: ModelConfig) -> Table:
+    """Returns the fields of the whole model; a field that it does not use is left out."""
+    rows = {
+        "structure": _STRUCTURES[config.structure],
+        "layers": _layer_count(config),
+        "width": f"{config.embed_dim:,}",
+        **_attention_rows(config.attention),
         "positions": positions(config.position),
-        "MLP": _mlp(config.mlp),
-        "experts": "" if config.experts is None else _experts(config.experts),
+        **_mlp_rows(config.mlp),
+        **_expert_rows(config.experts),
         "norm": _norm(config.norm),
-        "embedding": _listed(
-            "also the output projection"
-            if config.tied_embeddings
-            else "apart from the output projection",
-            f"times √{config.embed_dim:,}" if config.scale_embeddings else "",
-            "normalized" if config.embedding.norm else "",
-            f"{config.embedding.num_types} types of segments" if config.embedding.num_types else "",
-        ),
-        "head": _head(config.head),
-        "dropout": f"{config.dropout:g}" if config.dropout else "",
+        "context": f"{config.max_length:,} tokens",
+        "vocabulary": f"{config.vocab_size:,}",
+        **_embedding_rows(config),
+        **_head_rows(config.head),
+        "dropout": _number(config.dropout),
     }
-    return {about: words for about, words in said.items() if words}
+    return {field: text for field, text in rows.items() if text}
 
 
-def heads(attention: AttentionConfig) -> str:
-    """Returns the heads of the attention."""
-    n, k, latent = attention.num_heads, attention.num_kv_heads, attention.latent
-    if latent is not None:
-        return (
-            f"{_many(n, 'head')} of {attention.head_dim} + {latent.rope_dim} on latents of "
-            f"{latent.kv_dim:,}"
-        )
-    if n == k:
-        return f"{_many(n, 'head')} of {attention.head_dim}"
-    return f"{n} query heads sharing {_many(k, 'key/value head')} of {attention.head_dim}"
+def _layer_count(config: ModelConfig) -> str:
+    if config.structure == "encoder_decoder":
+        return f"{config.encoder_layers} in the encoder, {config.num_layers} in the decoder"
+    return f"{config.num_layers}"
+
+
+def _attention_rows(attention: AttentionConfig) -> Table:
+    biases = _ATTENTION_BIASES[attention.qkv_bias, attention.out_bias]
+    rows = {
+        "query heads": f"{attention.num_heads}",
+        "KV heads": f"{attention.num_kv_heads}",
+        "head dim": f"{attention.head_dim}",
+        "attention scale": _number(attention.scale),
+        "attention softcap": _number(attention.softcap),
+        "QK norm": _QK_NORMS[attention.qk_norm],
+        "attention sinks": _if(attention.sinks, "a learned logit for each head"),
+        "attention biases": biases,
+    }
+    if attention.latent is not None:
+        rows |= _mla_rows(attention.head_dim, attention.latent)
+    return rows
+
+
+def _mla_rows(head_dim: int, latent: LatentConfig) -> Table:
+    """Returns the rows of multi-head latent attention, whose heads have a part without RoPE."""
+    query_latent = "none, queries are projected directly"
+    if latent.q_dim is not None:
+        query_latent = f"width {latent.q_dim:,}"
+
+    return {
+        "KV heads": "",
+        "head dim": f"{head_dim} without RoPE + {latent.rope_dim} with RoPE",
+        "value head dim": f"{latent.value_dim}",
+        "KV latent": f"width {latent.kv_dim:,} (multi-head latent attention)",
+        "query latent": query_latent,
+    }
 
 
 def positions(position: PositionConfig) -> str:
-    """Returns how a model or a layer knows where a token stands."""
+    """Returns the kind of positions of a model or a layer."""
     if position.kind == "rotary":
-        return _listed(
-            f"rotary, theta {position.theta:,.10g}",
-            f"{position.rotary_dim} columns of a head" if position.rotary_dim is not None else "",
-            _scaling(position.scaling) if position.scaling is not None else "",
-        )
-    return {
+        return _rope(position)
+    order = _if(position.halves, ", all sines before all cosines")
+    texts = {
         "none": "none",
         "learned": "learned, added to the embeddings",
-        "sinusoidal": f"sinusoidal{', sines before cosines' if position.halves else ''}, added to "
-        "the embeddings",
-        "alibi": "ALiBi, a bias by distance",
-        "alibi_bfloat16": "ALiBi, a bias by distance, as bfloat16 rounds it",
-        "buckets": f"a learned bias for {position.num_buckets} buckets of distances up to "
-        f"{position.max_distance}",
-        "relative": "relative, a product of queries and projected distances",
-    }[position.kind]
+        "sinusoidal": f"sinusoidal{order}, added to the embeddings",
+        "alibi": "ALiBi",
+        "alibi_bfloat16": "ALiBi, biases rounded to bfloat16",
+        "buckets": f"relative bias, {position.num_buckets} buckets up to a distance of "
+        f"{position.max_distance} (T5)",
+        "relative": "relative, projected distances times queries (Transformer-XL)",
+    }
+    return texts[position.kind]
 
 
-def _scaling(scaling: RopeScalingConfig) -> str:
-    return (
-        f"scaled by {_SCALINGS[scaling.kind]}"
-        + (f" × {scaling.factor:g}" if scaling.factor > 1 else "")
-        + (f" from {scaling.original_length:,} tokens" if scaling.original_length else "")
-    )
+def _rope(position: PositionConfig) -> str:
+    parts = [f"RoPE, theta {position.theta:,.10g}"]
+    if position.rotary_dim is not None:
+        parts.append(f"{position.rotary_dim} columns of a head")
+    if position.scaling is not None:
+        parts.append(_rope_scaling(position.scaling))
+    return ", ".join(parts)
 
 
-def layer(config: ModelConfig, kind: LayerConfig) -> str:
-    """Returns what the layers of a kind do: what they see, and where they differ from the model's
-    other kinds.
-    """
-    kinds = set(config.layers())
-    dense = config.experts is not None and not kind.experts
-    return _listed(
-        sight(config, kind.window),
-        positions(config.position_of(kind))
-        if len({config.position_of(other) for other in kinds}) > 1
-        else "",
-        "dense MLP" if dense else "",
-        _chosen(config.experts) if config.experts is not None and not dense else "",
-        "no norm before attention"
-        if not kind.attention_norm and config.norm.reads_normalized
-        else "",
-    )
+def _rope_scaling(scaling: RopeScalingConfig) -> str:
+    text = _ROPE_SCALINGS[scaling.kind]
+    if scaling.factor > 1:
+        text += f" × {scaling.factor:g}"
+    if scaling.original_length:
+        text += f" from {scaling.original_length:,} tokens"
+    return text
 
 
-def sight(config: ModelConfig, window: int | None) -> str:
-    """Returns what a token sees in layers with this window."""
-    if window is None:
-        return _SIGHT[config.structure]
-    if config.structure == "encoder":
-        return f"window {window:,}: sees {_many(window - 1, 'token')} to each side"
-    return f"window {window:,}: sees itself and {_many(window - 1, 'token')} before"
-
-
-def _attention(attention: AttentionConfig) -> str:
-    latent = attention.latent
-    return _listed(
-        f"values of {latent.value_dim}" if latent is not None else "",
-        f"queries from a latent of {latent.q_dim:,}"
-        if latent is not None and latent.q_dim is not None
-        else "",
-        f"scores times {attention.scale:.4g}" if attention.scale not in (None, 1) else "",
-        "scores not scaled" if attention.scale == 1 else "",
-        f"scores capped at {attention.softcap:g}" if attention.softcap is not None else "",
-        _QK_NORMS[attention.qk_norm],
-        "a learned sink for each head" if attention.sinks else "",
-        _biases(attention.qkv_bias, attention.out_bias),
-    )
-
-
-def _biases(inward: bool, outward: bool) -> str:
+def _mlp_rows(mlp: MlpConfig) -> Table:
+    activation = _ACTIVATIONS[mlp.activation]
     return {
-        (True, True): "biases",
-        (True, False): "biases on queries, keys and values",
-        (False, True): "a bias on the output",
-        (False, False): "",
-    }[inward, outward]
+        "MLP width": f"{mlp.hidden_dim:,}",
+        "activation": f"{activation}, gated" if mlp.gated else activation,
+        "MLP clamp": _number(mlp.clamp),
+        "MLP up offset": _number(mlp.up_offset),
+        "MLP biases": _if(mlp.bias, "yes"),
+    }
 
 
-def _mlp(mlp: MlpConfig) -> str:
-    return _listed(
-        f"{'gated ' if mlp.gated else ''}{_ACTIVATIONS[mlp.activation]}, width {mlp.hidden_dim:,}",
-        f"clamped at {mlp.clamp:g}" if mlp.clamp is not None else "",
-        f"the other factor plus {mlp.up_offset:g}" if mlp.up_offset else "",
-        "biases" if mlp.bias else "",
-    )
+def _expert_rows(experts: ExpertsConfig | None) -> Table:
+    if experts is None:
+        return {}
+
+    router = experts.score
+    if experts.num_groups > 1:
+        router += f", from {experts.groups_per_token} of {experts.num_groups} groups"
+    shared = ""
+    if experts.shared_dim:
+        shared = f"width {experts.shared_dim:,}"
+        shared += _if(experts.shared_gate, ", sigmoid gate")
+
+    return {
+        "experts": _expert_count(experts),
+        "expert width": f"{experts.hidden_dim:,}",
+        "shared expert": shared,
+        "router": router,
+    }
 
 
-def _experts(experts: ExpertsConfig) -> str:
-    groups = (
-        f" out of {experts.groups_per_token} of {experts.num_groups} groups"
-        if experts.num_groups > 1
-        else ""
-    )
-    gated = ", weighed by a sigmoid" if experts.shared_gate else ""
-    return _listed(
-        _chosen(experts),
-        f"width {experts.hidden_dim:,}",
-        f"a shared one of width {experts.shared_dim:,}{gated}" if experts.shared_dim else "",
-        f"chosen by {experts.score}{groups}",
-    )
-
-
-def _chosen(experts: ExpertsConfig) -> str:
-    return f"{experts.num_experts} experts of which {experts.experts_per_token} a token"
+def _expert_count(experts: ExpertsConfig) -> str:
+    return f"{experts.num_experts}, {experts.experts_per_token} per token"
 
 
 def _norm(norm: NormConfig) -> str:
-    bias = ", biases" if norm.bias else ""
-    return f"{_NORMS[norm.kind]} {_PLACEMENTS[norm.placement]}, epsilon {norm.epsilon:g}{bias}"
+    kind = _NORMS[norm.kind]
+    placement = _PLACEMENTS[norm.placement]
+    biases = _if(norm.bias, ", biases")
+    return f"{kind} {placement}, epsilon {norm.epsilon:g}{biases}"
 
 
-def _head(head: HeadConfig) -> str:
-    return _listed(
-        "a transform before the output projection" if head.transform else "",
-        "a bias of the logits" if head.bias else "",
-        f"states times {head.scale:.4g}" if head.scale != 1 else "",
-        f"logits capped at {head.softcap:g}" if head.softcap is not None else "",
-        "a pooler" if head.pooler else "",
-        f"{head.num_classes} classes" if head.num_classes else "",
-        f"{_many(head.mtp_depth, 'further token')} predicted in training" if head.mtp_depth else "",
-    )
+def _embedding_rows(config: ModelConfig) -> Table:
+    types = config.embedding.num_types
+    return {
+        "output projection": "tied to the embedding" if config.tied_embeddings else "not tied",
+        "embedding scale": _if(config.scale_embeddings, f"√{config.embed_dim:,}"),
+        "embedding norm": _if(config.embedding.norm, "yes"),
+        "segment types": _if(types, f"{types}"),
+    }
 
 
-def _many(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+def _head_rows(head: HeadConfig) -> Table:
+    return {
+        "head transform": _if(head.transform, "projection, activation, norm before the logits"),
+        "logit bias": _if(head.bias, "yes"),
+        "hidden state scale": _if(head.scale != 1, f"{head.scale:.4g}"),
+        "logit softcap": _number(head.softcap),
+        "pooler": _if(head.pooler, "yes"),
+        "classes": _if(head.num_classes, f"{head.num_classes}"),
+        "MTP depth": _if(head.mtp_depth, f"{head.mtp_depth} (multi-token prediction, training)"),
+    }
 
 
-def _listed(*words: str) -> str:
-    return ", ".join(word for word in words if word)
+def layer_text(config: ModelConfig, layer: LayerConfig) -> str:
+    """Returns the attention mask of a kind of layer, and how it differs from the other kinds."""
+    parts = [mask_text(config, layer.window)]
+    # What all layers share is a row of the model.
+    positions_of_layers = {config.position_of(other) for other in config.layers()}
+    if len(positions_of_layers) > 1:
+        parts.append(positions(config.position_of(layer)))
+    if config.experts is not None:
+        experts = f"experts: {_expert_count(config.experts)}"
+        sublayer = experts if layer.experts else "dense MLP"
+        parts.append(sublayer)
+    if config.norm.reads_normalized and not layer.attention_norm:
+        parts.append("no norm before attention")
+    return ", ".join(parts)
+
+
+def mask_text(config: ModelConfig, window: int | None) -> str:
+    """Returns the self-attention mask of layers with this window, None for all tokens."""
+    mask = _MASKS[config.structure]
+    if window is None:
+        return mask
+    if config.structure == "encoder":
+        # A window hides tokens at its own distance.
+        return f"{mask}, sliding window of {window - 1:,} tokens to each side"
+    return f"{mask}, sliding window of {window:,} tokens (itself included)"
+
+
+def _number(value: float | None) -> str:
+    """Returns a number; nothing for None and for 0, which are the values of what is off."""
+    return f"{value:.4g}" if value else ""
+
+
+def _if(condition: object, text: str) -> str:
+    return text if condition else ""

@@ -1,47 +1,41 @@
-"""Attention masks as pictures: who sees whom in a packed row of two documents and padding."""
+"""Pictures of attention masks: which keys each query attends to, in a packed row of two documents
+and padding.
+"""
 
 import dataclasses
-import io
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
 from research.core.errors import UserError
-from research.inspection.description import sight
+from research.inspection.description import mask_text
 from research.inspection.parameter_summary import layers_name
 from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
 from research.models.transformer import memory_mask, sequence_mask
-from research.storage import files
-from research.storage.paths import Path
 
-# Sixteenths of a row that its two documents take; the rest is padding. An encoder's row is filled
+# Sixteenths of a row for each of its two documents; the rest is padding. The encoder's row is split
 # otherwise, so that the two sides of cross-attention can be told apart.
-DOCUMENTS, ENCODER_DOCUMENTS = (9, 5), (6, 8)
+DOCUMENTS = (9, 5)
+ENCODER_DOCUMENTS = (6, 8)
 # A document's prefix is one part in this many.
 PREFIX_SHARE = 3
-# Tokens of a row without windows; how many times the widest window others have; bounds of what is
-# drawn.
-PLAIN_LENGTH, WINDOWS, SHORTEST, MOST_CELLS = 32, 4, 16, 64
+# Tokens of a row: without windows, as a multiple of the widest window, and at least.
+PLAIN_LENGTH = 32
+WINDOWS = 4
+SHORTEST = 16
+# The most cells on each side of a picture.
+MOST_CELLS = 64
 # What a cell may be.
 HIDDEN, PADDING, FIRST, SECOND, FIRST_AHEAD, SECOND_AHEAD = range(6)
-_LOOKS = {
-    FIRST: ("#4477aa", "document 1"),
-    FIRST_AHEAD: ("#99bbdd", "ahead, in its prefix"),
-    SECOND: ("#dd7744", "document 2"),
-    SECOND_AHEAD: ("#f2bb99", "ahead, in its prefix"),
-    HIDDEN: ("#f0f1f3", "hidden"),
-    PADDING: ("#c9cdd2", "padding"),
-}
-_PANELS_A_ROW = 3
 
 
 class Row(NamedTuple):
-    """A packed row: of each token its document (1, 2, or 0 for padding), its place there, and
-    whether in its prefix.
+    """A packed row: of each token its document (1, 2, or 0 for padding), its position in it, and
+    whether it is in its prefix.
     """
 
     segments: Int[np.ndarray, "T"]
@@ -50,37 +44,64 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskPicture:
-    """Who sees whom in the layers that have one mask.
+class LayerMask:
+    """An attention mask and the layers that have it.
 
     Attributes:
-      layers: which layers they are.
-      sight: what a token sees there, in words.
-      visible: whether a query sees a key.
+      stack: `encoder`, `decoder` or `cross-attention` of an encoder-decoder; empty for a model of
+        one stack.
+      layers: numbers of the layers.
+      window: of the mask, in tokens, or None.
+      text: a description of the mask.
+    """
+
+    stack: str
+    layers: tuple[int, ...]
+    window: int | None
+    text: str
+
+    @property
+    def title(self) -> str:
+        """Which layers these are: `encoder, layers 0–11`."""
+        name = layers_name(list(self.layers))
+        return f"{self.stack}, {name}" if self.stack else name
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskPicture:
+    """A picture of one mask.
+
+    Attributes:
+      mask: which it is.
+      visible: whether a query attends to a key.
       queries: the document of each query, 1 or 2, and 0 for padding.
       keys: the same of each key.
       step: tokens from one row or column to the next.
-      key_label: what the keys are.
-      ahead: whether keys after a query, which a prefix alone shows it, look different.
+      marks_ahead: whether keys after their query, which only a prefix shows, look different.
     """
 
-    layers: str
-    sight: str
+    mask: LayerMask
     visible: Bool[np.ndarray, "T S"]
     queries: Int[np.ndarray, "T"]
     keys: Int[np.ndarray, "S"]
     step: int
-    key_label: str = "key position"
-    ahead: bool = False
+    marks_ahead: bool = False
 
     def cells(self) -> Int[np.ndarray, "T S"]:
         """Returns what is drawn in each cell."""
-        seen = np.where(self.queries == 1, FIRST, SECOND)[:, None]
-        if self.ahead:
-            later = np.arange(len(self.keys)) > np.arange(len(self.queries))[:, None]
-            seen = np.where(later, seen + FIRST_AHEAD - FIRST, seen)
-        padding = (self.queries == 0)[:, None] | (self.keys == 0)
-        return np.where(self.visible, seen, np.where(padding, PADDING, HIDDEN))
+        queries = self.queries[:, None]
+        query_index = np.arange(len(self.queries))[:, None]
+        key_index = np.arange(len(self.keys))
+
+        # [T, 1] -> [T, S]: the colour of a cell is that of its query's document.
+        visible = np.where(queries == 1, FIRST, SECOND)
+        if self.marks_ahead:
+            ahead = np.where(queries == 1, FIRST_AHEAD, SECOND_AHEAD)
+            visible = np.where(key_index > query_index, ahead, visible)
+
+        is_padding = (queries == 0) | (self.keys == 0)
+        masked = np.where(is_padding, PADDING, HIDDEN)
+        return np.where(self.visible, visible, masked)
 
 
 def row_length(config: ModelConfig, length: int | None) -> int:
@@ -88,18 +109,17 @@ def row_length(config: ModelConfig, length: int | None) -> int:
 
     Args:
       config: the model.
-      length: as the user wants it; None is enough to see windows open and close.
+      length: as the user wants it; None is enough to show windows open and close.
 
     Raises:
       UserError: a length at which the documents are too short to show anything, or longer than the
-          model's.
+        model's.
     """
     longest = max(SHORTEST, config.max_length * 16 // DOCUMENTS[0])
     if length is None:
-        widest = max(
-            (layer.window for layer in config.layers() if layer.window is not None), default=0
-        )
-        return min(longest, max(PLAIN_LENGTH, WINDOWS * widest))
+        # Four times the widest window: the first document is longer than two windows.
+        windows = [layer.window or 0 for layer in config.layers()]
+        return min(longest, max(PLAIN_LENGTH, WINDOWS * max(windows)))
     if not SHORTEST <= length <= longest:
         raise UserError(
             "length",
@@ -110,33 +130,51 @@ def row_length(config: ModelConfig, length: int | None) -> int:
     return length
 
 
+def layer_masks(config: ModelConfig) -> list[LayerMask]:
+    """Returns each attention mask of a model, with the layers that have it."""
+    if config.structure != "encoder_decoder":
+        return _self_attention_masks(config, "")
+
+    cross_text = "attention to all tokens of the same document in the encoder"
+    decoder_layers = tuple(range(config.num_layers))
+    return [
+        *_self_attention_masks(config.encoder(), "encoder"),
+        *_self_attention_masks(config, "decoder"),
+        LayerMask("cross-attention", decoder_layers, None, cross_text),
+    ]
+
+
+def _self_attention_masks(config: ModelConfig, stack: str) -> list[LayerMask]:
+    layers_by_window: dict[int | None, list[int]] = {}
+    for index, layer in enumerate(config.layers()):
+        layers_by_window.setdefault(layer.window, []).append(index)
+    return [
+        LayerMask(stack, tuple(layers), window, mask_text(config, window))
+        for window, layers in layers_by_window.items()
+    ]
+
+
 def mask_pictures(config: ModelConfig, length: int) -> list[MaskPicture]:
-    """Returns one picture for each mask that the layers of a model have.
+    """Returns one picture of each mask of a model.
 
     Args:
       config: the model.
-      length: tokens of the row, at least `SHORTEST`. Of a long row every step-th token is drawn;
-        they see each other as they do in the whole row.
+      length: tokens of the row, at least `SHORTEST`. Of a long row only every step-th token is
+        drawn; these have the mask that they have in the whole row.
     """
     step = math.ceil(length / MOST_CELLS)
     row = packed_row(length // step, DOCUMENTS)
-    if config.structure != "encoder_decoder":
-        return _self_attention(config, "", row, step)
-    memory = packed_row(length // step, ENCODER_DOCUMENTS)
-    segments = jnp.asarray(row.segments)[None]
-    cross = MaskPicture(
-        f"cross-attention, {layers_name(list(range(config.num_layers)))}",
-        "sees its document in the encoder",
-        _dense(
-            memory_mask(segments, segments, jnp.asarray(memory.segments)[None]), len(row.segments)
-        ),
-        row.segments,
-        memory.segments,
-        step,
-        "key position in the encoder",
-    )
-    encoder = _self_attention(config.encoder(), "encoder, ", memory, step)
-    return [*encoder, *_self_attention(config, "decoder, ", row, step), cross]
+    encoder_row = packed_row(length // step, ENCODER_DOCUMENTS)
+
+    pictures = []
+    for mask in layer_masks(config):
+        if mask.stack == "cross-attention":
+            pictures.append(_cross_attention_picture(mask, row, encoder_row, step))
+        elif mask.stack == "encoder":
+            pictures.append(_self_attention_picture(config.encoder(), mask, encoder_row, step))
+        else:
+            pictures.append(_self_attention_picture(config, mask, row, step))
+    return pictures
 
 
 def packed_row(tokens: int, sixteenths: tuple[int, int]) -> Row:
@@ -147,108 +185,58 @@ def packed_row(tokens: int, sixteenths: tuple[int, int]) -> Row:
       sixteenths: of the row that each document takes.
     """
     first, second = (tokens * part // 16 for part in sixteenths)
-    lengths = (first, second, tokens - first - second)
+    padding = tokens - first - second
+    # 32 tokens, (9, 5) sixteenths -> lengths [18, 10, 4]
+    lengths = (first, second, padding)
     positions = [np.arange(length) for length in lengths]
-    prefix = [place < len(place) // PREFIX_SHARE for place in positions]
+
+    # A document of 9 tokens -> [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    prefix = []
+    for index in positions:
+        prefix_length = len(index) // PREFIX_SHARE
+        prefix.append(index < prefix_length)
     return Row(
-        np.repeat([1, 2, 0], lengths),
-        np.concatenate(positions),
-        np.concatenate(prefix).astype(np.int32),
+        segments=np.repeat([1, 2, 0], lengths),
+        positions=np.concatenate(positions),
+        prefix=np.concatenate(prefix).astype(np.int32),
     )
 
 
-def _self_attention(config: ModelConfig, stack: str, row: Row, step: int) -> list[MaskPicture]:
-    segments, positions, prefix = (jnp.asarray(values)[None] for values in row)
+def _self_attention_picture(
+    config: ModelConfig, mask: LayerMask, row: Row, step: int
+) -> MaskPicture:
+    segments, positions, prefix = (jnp.asarray(values)[None] for values in row)  # [1, T] each
     whole = sequence_mask(config, positions, segments, prefix, cached=False)
-    by_window: dict[int | None, list[int]] = {}
-    for number, layer in enumerate(config.layers()):
-        by_window.setdefault(layer.window, []).append(number)
-    pictures = []
-    for window, numbers in by_window.items():
+
+    window = None
+    if mask.window is not None:
         # |i − j| · step < window just where |i − j| < ⌈window / step⌉.
-        mask = dataclasses.replace(
-            whole, window=None if window is None else math.ceil(window / step)
-        )
-        seen = _dense(mask, len(row.segments))
-        name, ahead = f"{stack}{layers_name(numbers)}", config.structure == "prefix"
-        pictures.append(
-            MaskPicture(
-                name, sight(config, window), seen, row.segments, row.segments, step, ahead=ahead
-            )
-        )
-    return pictures
+        window = math.ceil(mask.window / step)
+    windowed = dataclasses.replace(whole, window=window)
+    return MaskPicture(
+        mask,
+        visible=_dense(windowed, len(row.segments)),
+        queries=row.segments,
+        keys=row.segments,
+        step=step,
+        marks_ahead=config.structure == "prefix",
+    )
+
+
+def _cross_attention_picture(mask: LayerMask, row: Row, encoder_row: Row, step: int) -> MaskPicture:
+    segments = jnp.asarray(row.segments)[None]  # [1, T]
+    encoder_segments = jnp.asarray(encoder_row.segments)[None]
+    cross = memory_mask(segments, segments, encoder_segments)
+    return MaskPicture(
+        mask,
+        visible=_dense(cross, len(row.segments)),
+        queries=row.segments,
+        keys=encoder_row.segments,
+        step=step,
+    )
 
 
 def _dense(mask: AttentionMask, cells: int) -> Bool[np.ndarray, "T S"]:
-    return np.asarray(mask.dense(cells, cells)[0, 0])
-
-
-def draw_masks(pictures: list[MaskPicture], title: str, path: Path) -> None:
-    """Draws the pictures side by side to a PNG file.
-
-    Args:
-      pictures: of `mask_pictures`.
-      title: of the figure.
-      path: the file; its folder exists.
-    """
-    # Deferred: heavy. The figure is made without pyplot, so neither a display nor global state is
-    # needed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    columns = min(len(pictures), _PANELS_A_ROW)
-    rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(4.2 * columns + 0.6, 4.4 * rows + 0.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, picture in zip(panels, pictures, strict=False):
-        _draw(axes, picture)
-    for axes in panels[len(pictures) :]:
-        axes.set_visible(False)
-    length, step = len(pictures[0].queries) * pictures[0].step, pictures[0].step
-    every = "" if step == 1 else f", one in {step} drawn"
-    figure.suptitle(f"{title}\na row of {length:,} tokens{every}", fontsize=11)
-    used = {int(cell) for picture in pictures for cell in np.unique(picture.cells())}
-    handles = [
-        Patch(color=colour, label=name) for cell, (colour, name) in _LOOKS.items() if cell in used
-    ]
-    places = {
-        "loc": "outside lower center",
-        "ncols": len(handles) if columns > 1 else math.ceil(len(handles) / 2),
-    }
-    figure.legend(handles=handles, frameon=False, fontsize=9, **places)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    files.write_bytes(path, image.getvalue())
-
-
-def _draw(axes: Any, picture: MaskPicture) -> None:
-    from matplotlib.colors import to_rgb
-    from matplotlib.ticker import MaxNLocator
-
-    cells, step = picture.cells(), picture.step
-    colours = np.array([to_rgb(_LOOKS[cell][0]) for cell in sorted(_LOOKS)])
-    height, width = cells.shape[0] * step, cells.shape[1] * step
-    axes.imshow(colours[cells], extent=(0, width, height, 0), interpolation="none")
-    for lines, segments, end in (
-        (axes.hlines, picture.queries, width),
-        (axes.vlines, picture.keys, height),
-    ):
-        lines(np.arange(1, len(segments)) * step, 0, end, color="white", linewidth=0.5)
-        lines(
-            (np.flatnonzero(np.diff(segments)) + 1) * step,
-            0,
-            end,
-            color="#333333",
-            linewidth=1,
-            zorder=3,
-        )
-    axes.set_title(f"{picture.layers}\n{picture.sight}", fontsize=9.5)
-    axes.set_xlabel(picture.key_label)
-    axes.set_ylabel("query position")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axis.set_major_formatter("{x:,.0f}")
-    axes.tick_params(length=2, labelsize=8)
-    axes.spines[:].set_visible(False)
+    dense = mask.dense(cells, cells)
+    # [B, N, T, S] -> [T, S]
+    return np.asarray(dense[0, 0])

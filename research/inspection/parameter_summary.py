@@ -1,10 +1,8 @@
-"""A model taken apart: its parameters as a tree of named shapes, counted without an array ever
-being made.
-"""
+"""The parameters of a model as a tree of names, shapes and counts; no array is ever made."""
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -18,64 +16,85 @@ from research.models.language_model import language_model
 from research.models.stack import layer_name
 from research.parallel.parameter import is_box
 
-# What a token meets before the layers, and last; all else stands between in the order of its
-# making.
+# Modules before the layers and after all others; the rest keeps the order in which it is built.
 _FIRST = ("embed", "encoder", "position_embed", "type_embed", "position_bias", "embed_norm")
 _LAST = ("transform", "unembed", "logit_bias")
+# The most runs of layers that are all written out: `layers 0–4, 6–10, …, 24–25` has more.
+_MOST_RUNS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A parameter, a module of parts, or layers that are built alike.
+class ParameterNode:
+    """A parameter, a module, or several layers with the same parameters.
 
     Attributes:
-      name: of the module or parameter; of layers, which they are.
+      name: of the module or parameter; of layers, their numbers.
       shape: of a parameter.
       axes: logical names of its axes.
-      parts: of a module.
-      times: how many layers are built so; None for what is no layer.
+      children: of a module.
+      num_layers: how many layers this node is; None for what is no layer.
     """
 
     name: str
     shape: tuple[int, ...] = ()
     axes: tuple[str, ...] = ()
-    parts: tuple["Part", ...] = ()
-    times: int | None = None
+    children: tuple["ParameterNode", ...] = ()
+    num_layers: int | None = None
 
     @property
-    def each(self) -> int:
-        """Parameters of it, or of one of the layers."""
-        return sum(part.count for part in self.parts) if self.parts else math.prod(self.shape)
+    def count_each(self) -> int:
+        """Parameters of the node, or of one of its layers."""
+        if self.children:
+            return sum(child.count for child in self.children)
+        return math.prod(self.shape)
 
     @property
     def count(self) -> int:
-        """Parameters of it, or of all of the layers."""
-        return self.each if self.times is None else self.each * self.times
+        """Parameters of the node, of all its layers together."""
+        return self.count_each * self.repeats
 
-    def parameters(self, times: int = 1) -> Iterator[tuple[str, "Part", int]]:
+    @property
+    def repeats(self) -> int:
+        """How often the children are there: once for each layer."""
+        return 1 if self.num_layers is None else self.num_layers
+
+    def leaves(self, repeats: int = 1) -> Iterator[tuple[str, "ParameterNode", int]]:
         """Yields the path of each parameter, the parameter, and how often it is there."""
-        times *= 1 if self.times is None else self.times
-        if not self.parts:
-            yield self.name, self, times
-        for part in self.parts:
-            yield from (
-                (f"{self.name}/{path}", leaf, number)
-                for path, leaf, number in part.parameters(times)
-            )
+        repeats *= self.repeats
+        if not self.children:
+            yield self.name, self, repeats
+        for child in self.children:
+            for path, leaf, times in child.leaves(repeats):
+                yield f"{self.name}/{path}", leaf, times
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the tree as JSON has it, counts included."""
+        node: dict[str, Any] = {"name": self.name, "count": self.count}
+        if self.num_layers is not None:
+            node["num_layers"] = self.num_layers
+            node["count_each"] = self.count_each
+        if self.children:
+            node["children"] = [child.to_json() for child in self.children]
+        else:
+            node["shape"] = list(self.shape)
+            node["axes"] = list(self.axes)
+        return node
 
 
-def take_apart(config: ModelConfig) -> Part:
-    """Returns the parameters of a model as a tree, layers that do the same as one part of it.
+def parameter_tree(config: ModelConfig) -> ParameterNode:
+    """Returns the parameters of a model as a tree, layers of the same kind as one node.
 
-    Only one layer of each build is traced, so that a model of any size takes a second.
+    Only one layer of each kind is traced, so that a model of any size takes a second.
     """
-    found: list[Part] = []
+    found: list[ParameterNode] = []
 
     def trace() -> Any:
-        params = language_model(_shortened(config)).init(jax.random.key(0))
-        # Modules still stand in the order in which a token meets them; what `eval_shape` returns is
-        # sorted.
-        found.append(Part("model", parts=tuple(_stack(config, params))))
+        model = language_model(_shortened(config))
+        params = model.init(jax.random.key(0))
+        # The tree is made here: modules still have the order in which they are built, while what
+        # `eval_shape` returns is sorted by name.
+        modules = tuple(_stack(config, params))
+        found.append(ParameterNode("model", children=modules))
         return params
 
     jax.eval_shape(trace)
@@ -83,123 +102,179 @@ def take_apart(config: ModelConfig) -> Part:
 
 
 def _shortened(config: ModelConfig) -> ModelConfig:
-    """Returns the model with its first layers and one more of each stack: those of a pattern are
-    built alike.
-    """
-    enough = len(config.first_layers) + 1
+    """Returns the model with its first layers and one layer of the pattern in each stack."""
+    # The layers of a pattern all have the same parameters.
+    num_layers = len(config.first_layers) + 1
     return dataclasses.replace(
         config,
-        num_layers=min(config.num_layers, enough),
-        encoder_layers=min(config.encoder_layers, enough),
+        num_layers=min(config.num_layers, num_layers),
+        encoder_layers=min(config.encoder_layers, num_layers),
         layer_loop="unroll",
     )
 
 
-def _stack(config: ModelConfig, params: dict[str, Any]) -> Iterator[Part]:
-    """Yields the parts of a stack in the order in which a token meets them."""
-    for name in _FIRST:
-        if name == "encoder" and name in params:
-            yield Part(name, parts=tuple(_stack(config.encoder(), params[name])))
-        elif name in params:
-            yield _part(name, params[name])
+def _stack(config: ModelConfig, params: dict[str, Any]) -> Iterator[ParameterNode]:
+    """Yields the modules of an encoder or decoder in the order in which they are applied."""
+    for name in _present(_FIRST, params):
+        if name == "encoder":
+            modules = tuple(_stack(config.encoder(), params[name]))
+            yield ParameterNode(name, children=modules)
+        else:
+            yield _node(name, params[name])
+
     for indices in layer_kinds(config).values():
-        built = params[layer_name(config, min(indices[0], len(config.first_layers)))]
-        yield dataclasses.replace(_part(layers_name(indices), built), times=len(indices))
-    others = [name for name in params if "layers_" not in name and name not in (*_FIRST, *_LAST)]
-    yield from (
-        _part(name, params[name]) for name in (*others, *(name for name in _LAST if name in params))
-    )
+        # All layers after the first ones are built as the one that was traced.
+        traced = min(indices[0], len(config.first_layers))
+        traced_params = params[layer_name(config, traced)]
+        layer = _node(layers_name(indices), traced_params)
+        yield dataclasses.replace(layer, num_layers=len(indices))
+
+    for name in params:
+        if "layers_" not in name and name not in (*_FIRST, *_LAST):
+            yield _node(name, params[name])
+    for name in _present(_LAST, params):
+        yield _node(name, params[name])
 
 
-def _part(name: str, value: Any) -> Part:
+def _present(names: Iterable[str], params: dict[str, Any]) -> list[str]:
+    return [name for name in names if name in params]
+
+
+def _node(name: str, value: Any) -> ParameterNode:
     if is_box(value):
-        return Part(name, value.value.shape, value.names)
-    return Part(name, parts=tuple(_part(key, item) for key, item in value.items()))
+        return ParameterNode(name, value.value.shape, value.names)
+    children = tuple(_node(key, item) for key, item in value.items())
+    return ParameterNode(name, children=children)
 
 
 def layer_kinds(config: ModelConfig) -> dict[LayerConfig, list[int]]:
-    """Returns which layers do the same, by what they do."""
+    """Returns the numbers of the layers with each config."""
     kinds: dict[LayerConfig, list[int]] = {}
-    for index, kind in enumerate(config.layers()):
-        kinds.setdefault(kind, []).append(index)
+    for index, layer in enumerate(config.layers()):
+        kinds.setdefault(layer, []).append(index)
     return kinds
 
 
 def layers_name(indices: list[int]) -> str:
     """Returns layers by their numbers, runs of them as one: `layers 0–4, 6–10, …, 24–25`."""
-    runs: list[list[int]] = []
+    texts = []
+    for first, last in _runs(indices):
+        text = str(first) if first == last else f"{first}–{last}"
+        texts.append(text)
+    if len(texts) > _MOST_RUNS:
+        texts = [*texts[:2], "…", texts[-1]]
+
+    noun = "layers" if len(indices) > 1 else "layer"
+    numbers = ", ".join(texts)
+    return f"{noun} {numbers}"
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int]]:
+    """Returns the first and last of each run of numbers: [0, 1, 2, 5] -> [(0, 2), (5, 5)]."""
+    runs: list[tuple[int, int]] = []
     for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    texts = [str(first) if first == last else f"{first}–{last}" for first, last in runs]
-    shown = texts if len(texts) <= 4 else [*texts[:2], "…", texts[-1]]
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(shown)}"
+        first = index
+        if runs and runs[-1][1] == index - 1:
+            # The run before continues.
+            first, _ = runs.pop()
+        runs.append((first, index))
+    return runs
 
 
-def tree_lines(model: Part) -> list[str]:
-    """Returns the tree as lines of three columns: what it is, its axes and sizes, how many
-    parameters that is.
+def tree_lines(model: ParameterNode) -> list[str]:
+    """Returns the tree as lines of three columns: names, axes with sizes, counts.
 
-    A module that is built as an earlier one says so in the place of its parts.
+    A module with the same parameters as an earlier layer refers to it.
     """
-    rows = list(_rows(model.parts, "", {}))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    rows = list(_rows(model.children, "", {}))
+    name_width, shape_width, count_width = (
+        max(len(row[column]) for row in rows) for column in range(3)
+    )
     return [
-        f"{name:{widths[0]}}  {shape:{widths[1]}}  {number:>{widths[2]}}"
-        for name, shape, number in rows
+        f"{name:{name_width}}  {shape:{shape_width}}  {count:>{count_width}}"
+        for name, shape, count in rows
     ]
 
 
 def _rows(
-    parts: tuple[Part, ...], indent: str, seen: dict[tuple[Part, ...], str]
+    nodes: tuple[ParameterNode, ...],
+    indent: str,
+    written: dict[tuple[ParameterNode, ...], str],
 ) -> Iterator[tuple[str, str, str]]:
-    for part in parts:
-        name, last = part.name, part is parts[-1]
-        while len(part.parts) == 1 and part.times is None:
-            name, part = f"{name}/{part.parts[0].name}", part.parts[0]
-        says = " × ".join(
-            f"{axis} {size:,}" for axis, size in zip(part.axes, part.shape, strict=True)
-        )
-        if part.times is not None and part.times > 1:
-            says = f"{part.times} × {part.each:,}"
-        deeper = part.parts
-        if deeper in seen:
-            says, deeper = f"{says}, each as layer {seen[deeper]}".removeprefix(", each "), ()
-        elif part.times is not None:
-            seen[deeper] = name.split()[1].partition("–")[0].removesuffix(",")
-        yield f"{indent}{'└─ ' if last else '├─ '}{name}", says, f"{part.count:,}"
-        yield from _rows(deeper, f"{indent}{'   ' if last else '│  '}", seen)
+    """Yields the three columns of each line.
+
+    Args:
+      nodes: siblings.
+      indent: of their lines.
+      written: the children of the layers written so far -> the number of the first such layer.
+    """
+    for node in nodes:
+        branch = "└─ " if node is nodes[-1] else "├─ "
+        below = "   " if node is nodes[-1] else "│  "
+        name, node = _joined(node)
+        text = _shape_text(node)
+        children = node.children
+
+        if children in written:
+            reference = f"as layer {written[children]}"
+            text = f"{text}, each {reference}" if text else reference
+            children = ()
+        elif node.num_layers is not None:
+            # "layers 0–4, 6–10" -> "0"
+            first = name.split()[1].partition("–")[0]
+            written[children] = first.removesuffix(",")
+
+        yield indent + branch + name, text, f"{node.count:,}"
+        yield from _rows(children, indent + below, written)
 
 
-def active_parameters(config: ModelConfig, model: Part) -> int:
-    """Returns the parameters less those of the experts that a token does not go to."""
-    return sum(
-        int(part.each * number * _share(config, part)) for _, part, number in model.parameters()
-    )
+def _joined(node: ParameterNode) -> tuple[str, ParameterNode]:
+    """Returns a chain of modules with one child each as one path: `mlp_norm/scale`."""
+    name = node.name
+    while len(node.children) == 1 and node.num_layers is None:
+        (node,) = node.children
+        name = f"{name}/{node.name}"
+    return name, node
 
 
-def _share(config: ModelConfig, part: Part) -> Fraction:
-    """Returns which share of a parameter a token meets."""
-    if config.experts is None or "expert" not in part.axes:
+def _shape_text(node: ParameterNode) -> str:
+    if node.repeats > 1:
+        return f"{node.repeats} × {node.count_each:,}"
+    # ("embed", "mlp"), (4096, 14336) -> "embed 4,096 × mlp 14,336"
+    sizes = []
+    for axis, size in zip(node.axes, node.shape, strict=True):
+        sizes.append(f"{axis} {size:,}")
+    return " × ".join(sizes)
+
+
+def active_parameters(config: ModelConfig, model: ParameterNode) -> int:
+    """Returns how many parameters a token uses: all but those of the experts not chosen for it."""
+    total = 0
+    for _, leaf, repeats in model.leaves():
+        share = _active_share(config, leaf)
+        total += int(leaf.count_each * repeats * share)
+    return total
+
+
+def _active_share(config: ModelConfig, leaf: ParameterNode) -> Fraction:
+    if config.experts is None or "expert" not in leaf.axes:
         return Fraction(1)
     return Fraction(config.experts.experts_per_token, config.experts.num_experts)
 
 
 def cache_numbers(config: ModelConfig) -> tuple[int, int]:
-    """Returns the numbers that the KV cache holds for a token of the model, and for one of its
-    encoder.
-    """
+    """Returns the numbers in the KV cache for one token, and for one token of the encoder."""
+    return _cache_size(config, 1, 0), _cache_size(config, 0, 1)
 
-    def size(slots: int, memory: int) -> int:
-        segments = (
-            jnp.ones((1, memory), jnp.int32) if config.structure == "encoder_decoder" else None
-        )
-        return count(
-            jax.eval_shape(
-                lambda: jax.tree.leaves(empty_cache(config, 1, slots, True, segments).layers)
-            )
-        )
 
-    return size(1, 0), size(0, 1)
+def _cache_size(config: ModelConfig, slots: int, encoder_tokens: int) -> int:
+    """Returns the numbers in a cache for one row of this many tokens."""
+    segments = None
+    if config.structure == "encoder_decoder":
+        segments = jnp.ones((1, encoder_tokens), jnp.int32)
+
+    def arrays() -> list[Any]:
+        cache = empty_cache(config, 1, slots, True, segments)
+        return jax.tree.leaves(cache.layers)
+
+    return count(jax.eval_shape(arrays))

@@ -1,5 +1,6 @@
 """The doctor says in one screen what would fail later."""
 
+import json
 import pathlib
 
 import pytest
@@ -73,3 +74,19 @@ def test_missing_corpus_and_foreign_workdir_fail(tiny: pathlib.Path, unbroken, t
     )
     assert status == 1
     assert any("matches no file" in line for line in lines)
+
+
+def test_json_has_each_check_with_name_status_and_message(tiny: pathlib.Path, tmp_path, capsys):
+    for mesh, status in ((8, 0), (3, 1)):
+        argv = ("doctor", f"--config={tiny}", f"--workdir={tmp_path}", f"--config.mesh.data={mesh}")
+        capsys.readouterr()
+        assert cli.main([*argv, "--json"]) == status
+        found = json.loads(capsys.readouterr().out)
+        assert found.keys() == {"ok", "checks"}
+        assert found["ok"] == (status == 0)
+        assert all(check.keys() == {"name", "status", "message"} for check in found["checks"])
+        by_name = {check["name"]: check for check in found["checks"]}
+        assert {"python", "packages", "devices", "memory", "workdir", "cache"} <= by_name.keys()
+        assert by_name["workdir"]["status"] == "ok"
+        assert by_name["config"]["status"] == ("ok" if status == 0 else "fail")
+        assert ("mesh of data 8" in by_name["config"]["message"]) == (status == 0)
