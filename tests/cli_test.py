@@ -292,7 +292,7 @@ def test_full_disk_is_one_line_and_spares_the_checkpoints_before(
     lines = capfd.readouterr().err.splitlines()
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert (
-        "No space left on device; it was not written. Earlier checkpoints are whole." in lines[-1]
+        "No space left on device; it was not written. Earlier checkpoints are intact." in lines[-1]
     )
     # What was cut off may leave an unfinished folder, which a later run does not take for a
     # checkpoint.

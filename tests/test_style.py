@@ -36,8 +36,6 @@ UNMENDED = {
     "parallel",
     "recipes",
     "scaling",
-    "storage",
-    "training",
 }
 # Words that one room used for what the field has another word for.
 RETIRED = {

@@ -97,7 +97,7 @@ def convert(
             model.config.num_layers,
         )
         return
-    raise UserError("source", origin, f": no checkpoint is whole: {'; '.join(faults)}.")
+    raise UserError("source", origin, f": no checkpoint is intact: {'; '.join(faults)}.")
 
 
 def _fitting_tokenizer(model: ModelSource, origin: Path, given: str | None) -> Tokenizer:

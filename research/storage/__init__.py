@@ -1,3 +1,1 @@
-"""Floor 1: files and folders that are written whole or not at all, background reading and writing,
-digests.
-"""
+"""Floor 1: files and folders written atomically, background reading and writing, digests."""

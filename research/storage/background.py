@@ -1,6 +1,4 @@
-"""Work in a thread beside the caller's: items made before they are needed, and calls made in the
-background.
-"""
+"""Work in a background thread: items prefetched before they are needed, and calls made in order."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,37 +8,38 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """Yields `items`, each made in a thread while the one before it is used; at most two exist at a
-    time.
+    """Yields `items`, each made in a thread while the one before it is used.
+
+    At most two exist at a time.
     """
-    items, end = iter(items), object()
+    items = iter(items)
+    end = object()
     with ThreadPoolExecutor(1, "prefetch") as pool:
         future = pool.submit(next, items, end)
         while (item := future.result()) is not end:
             future = pool.submit(next, items, end)
             yield item
-            del item  # or it would live on while the next one is waited for
+            # A reference here would keep the item alive while the next one is waited for.
+            del item
 
 
 class BackgroundWorker:
-    """Makes calls in a thread, one at a time and in order; a caller that is faster waits for the
-    call before.
-    """
+    """Makes calls in a thread, one at a time and in order; a new one waits for the one before."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "background")
-        self._under_way: Future[Any] = Future()
-        self._under_way.set_result(None)
+        self._pending: Future[Any] = Future()
+        self._pending.set_result(None)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Starts a call when the one before has ended; raises what that one raised."""
         self.wait()
-        self._under_way = self._pool.submit(function, *arguments)
+        self._pending = self._pool.submit(function, *arguments)
 
     def wait(self) -> None:
-        """Waits for the call under way; raises what it raises."""
-        self._under_way.result()
+        """Waits for the pending call; raises what it raises."""
+        self._pending.result()
 
     def close(self) -> None:
-        """Waits for the call under way, whatever comes of it."""
+        """Waits for the pending call, and ignores what it raises."""
         self._pool.shutdown()

@@ -1,17 +1,17 @@
-"""Checksums of a large file by blocks: what is read of it is verified when it is first read, and
-nothing else.
+"""Checksums of a large file by blocks: a block is verified when it is first read.
 
 A checksum is the CRC-32 of `BLOCK_BYTES` bytes (the last block has what is left), which misses a
 change of a block with probability 2⁻³².
 """
 
+import math
 import pathlib
 import zlib
 
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
-# Few enough that a short read does not cost a long one.
+# Small enough that a short read does not have to read much more.
 BLOCK_BYTES = 2**16
 
 
@@ -29,10 +29,12 @@ class BlockChecksums:
 
     def __init__(self) -> None:
         self._finished: list[int] = []
-        self._checksum, self._filled = 0, 0
+        # Of the block that is being filled: its checksum so far, and its bytes.
+        self._checksum = 0
+        self._filled = 0
 
     def add(self, data: bytes) -> None:
-        """Adds what is written next."""
+        """Adds the bytes that are written next."""
         left = memoryview(data)
         while left:
             part = left[: BLOCK_BYTES - self._filled]
@@ -50,13 +52,14 @@ class BlockChecksums:
 
     def _finish_block(self) -> None:
         self._finished.append(self._checksum)
-        self._checksum, self._filled = 0, 0
+        self._checksum = 0
+        self._filled = 0
 
 
 class BlockVerifier:
-    """Compares the blocks of an array with their checksums, each once in the life of this object.
+    """Compares the blocks of an array with their checksums, each block once.
 
-    Threads may share it: at worst two of them look at the same block.
+    Threads may share it: at worst two of them verify the same block.
 
     Args:
       data: one-dimensional, of 1, 2 or 4 bytes a number; usually a file that is mapped into memory.
@@ -64,10 +67,12 @@ class BlockVerifier:
     """
 
     def __init__(self, data: Shaped[np.ndarray, "n"], checksums: UInt32[np.ndarray, "blocks"]):
-        self._data, self._checksums = data, checksums
+        self._data = data
+        self._checksums = checksums
         self._block = BLOCK_BYTES // data.itemsize
         self._good = np.zeros(len(checksums), bool)
-        assert len(checksums) == -(-len(data) // self._block), "there is a checksum for each block"
+        blocks = math.ceil(len(data) / self._block)
+        assert len(checksums) == blocks, "there is a checksum for each block"
 
     def first_damaged(
         self, starts: Int[np.ndarray, "ranges"], lengths: Int[np.ndarray, "ranges"]
@@ -78,20 +83,32 @@ class BlockVerifier:
           starts: where each range begins, in numbers of the array.
           lengths: how many numbers each has; a range of none touches nothing.
         """
+        # Blocks of 10: starts [8, 20], lengths [5, 0] -> first block [0], last block [1]
         touched = lengths > 0
-        first = starts[touched] // self._block
-        last = (starts[touched] + lengths[touched] - 1) // self._block
-        # Nearly always each range lies in one block or two that were seen before.
-        if self._good[first].all() and self._good[last].all() and not (last - first > 1).any():
+        starts = starts[touched]
+        lengths = lengths[touched]
+        first = starts // self._block
+        last = (starts + lengths - 1) // self._block
+
+        # Nearly always each range is in one block or two that were verified before.
+        ends_good = self._good[first].all() and self._good[last].all()
+        if ends_good and not (last - first > 1).any():
             return None
+
         for low, high in zip(first.tolist(), last.tolist(), strict=True):
             for block in range(low, high + 1):
                 if not self._good[block] and not self._verify(block):
-                    return block * self._block, min((block + 1) * self._block, len(self._data))
+                    return self._bounds(block)
         return None
 
+    def _bounds(self, block: int) -> tuple[int, int]:
+        """Returns where a block starts and stops, in numbers of the array."""
+        stop = min((block + 1) * self._block, len(self._data))
+        return block * self._block, stop
+
     def _verify(self, block: int) -> bool:
-        numbers = self._data[block * self._block : (block + 1) * self._block]
-        good = zlib.crc32(np.ascontiguousarray(numbers).view(np.uint8)) == self._checksums[block]
+        start, stop = self._bounds(block)
+        numbers = np.ascontiguousarray(self._data[start:stop])
+        good = zlib.crc32(numbers.view(np.uint8)) == self._checksums[block]
         self._good[block] = good
         return bool(good)

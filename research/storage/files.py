@@ -1,11 +1,12 @@
-"""Files and folders that are written whole or not at all.
+"""Files and folders that are written atomically.
 
-A file is written beside its place, under a name that ends in `UNFINISHED`, and renamed; a folder is
-made under a name that ends in `PARTIAL` and renamed when all is in it. Whoever is killed meanwhile
-leaves such a file or folder; whoever next writes that file, or makes a folder there, removes it.
+A file is written beside its final path, under a name that ends in `UNFINISHED`, and renamed; a
+folder is filled under a name that ends in `PARTIAL`, and renamed when all is in it. A process that
+is killed meanwhile leaves such a file or folder; the next one that writes that file, or makes a
+folder there, removes it.
 
-In a bucket each file is whole without that. A folder is filled on this machine and uploaded, `last`
-at the end: without that file nobody takes the folder for one.
+In a bucket each file is written atomically already. A folder is filled on this machine and
+uploaded, `last` at the end: without that file no reader takes the folder for a complete one.
 """
 
 import contextlib
@@ -25,28 +26,26 @@ from research.storage.paths import Path, bucket_of, in_bucket, reason
 
 logger = logging.getLogger("tessera")
 
-# How the name of a folder ends in which something is still written.
+# Suffix of a folder that is still being filled: `.NAME.RANDOM.tessera-partial`.
 PARTIAL = ".tessera-partial"
-# How the name of a file ends that is still written, behind the file's own name and eight random
-# digits.
+# Suffix of a file that is still being written: `NAME.RANDOM.tmp`.
 UNFINISHED = ".tmp"
-# How older versions named such a folder in the cache: `.KIND-DIGEST-RANDOM`.
+# Such a folder in the cache, as older versions named it: `.KIND-DIGEST-RANDOM`.
 _OLDER_PARTIAL = re.compile(r"\.[a-z0-9_]+-[0-9a-f]{16}-[a-z0-9_]{6,8}")
-# Bytes of a file that are on their way to a bucket at a time.
+# Bytes of a file that are sent to a bucket at a time.
 COPY_BYTES = 2**23
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, at once: whoever reads it, also after a crash, finds the old content or the
-    new one.
+    """Writes a file atomically: a reader finds the old content or the new, also after a crash.
 
-    What killed writers of this file have left beside it is removed.
+    Unfinished files that killed writers left beside it are removed.
     """
     if in_bucket(path):
         path.write_bytes(data)
         return
     _remove_unfinished(path)
-    # A name of its own, so that two writers of one file do not write into each other's.
+    # Each writer has a temporary file of its own, so that two of them do not mix their content.
     temporary, lock = _make_locked(path, "", UNFINISHED, pathlib.Path.touch, pathlib.Path.unlink)
     try:
         with temporary.open("wb") as file:
@@ -69,9 +68,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds text to the end of a file, which is made where it is missing; in a bucket the file is
-    written anew.
-    """
+    """Appends text to a file, which may not exist; in a bucket the complete file is rewritten."""
     if not in_bucket(path):
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -81,17 +78,13 @@ def append_text(path: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it where they are missing; in a bucket there is nothing to
-    make.
-    """
+    """Makes a folder and its parents where they are missing; in a bucket there are no folders."""
     if not in_bucket(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it, or a link to one; one that is not there is no
-    error.
-    """
+    """Removes a folder with all that is in it, or a link to one, if it exists."""
     if in_bucket(folder):
         folder.rmtree(missing_ok=True)
     elif folder.is_symlink():
@@ -109,23 +102,21 @@ def upload(source: pathlib.Path, target: Path, last: str = "") -> None:
       last: the name of the file in `source` that comes after all others.
     """
     paths = sorted(path for path in source.rglob("*") if path.is_file())
+    # False sorts before True: all others, then `last`.
     for path in sorted(paths, key=lambda path: path == source / last):
-        with (
-            path.open("rb") as file,
-            (target / path.relative_to(source).as_posix()).open("wb") as copy,
-        ):
+        copy_path = target / path.relative_to(source).as_posix()
+        with path.open("rb") as file, copy_path.open("wb") as copy:
             shutil.copyfileobj(file, copy, COPY_BYTES)
 
 
 @contextlib.contextmanager
 def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iterator[pathlib.Path]:
-    """Yields a local folder that becomes `final` when the context ends, and vanishes where it
-    raises.
+    """Yields a local folder that becomes `final` when the context ends, or is removed if it raises.
 
     Args:
-      final: must not be there, or be an empty folder.
-      keep_existing: whether a folder of this name that somebody else has made meanwhile is kept,
-          and this one given up.
+      final: must not exist, or be an empty folder.
+      keep_existing: whether a folder of this name that another process has made meanwhile is kept,
+          and this one removed.
       last: the file that is uploaded last where `final` is in a bucket.
 
     Raises:
@@ -158,17 +149,20 @@ def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iter
 
 
 def remove_leftovers(parent: pathlib.Path, older: bool = False) -> None:
-    """Removes the folders in `parent` that killed processes left; one that a living process fills
-    is locked.
+    """Removes the folders in `parent` that killed processes left.
+
+    A folder that a running process fills is locked, and stays.
 
     Args:
       parent: may be missing.
-      older: whether those of older versions go too, whose names are not as clearly ours: in the
-          cache alone.
+      older: whether those of older versions are removed too. Their names are less distinctive, so
+          that this is safe in the cache alone.
     """
     for folder in parent.glob(".*"):
         is_ours = folder.name.endswith(PARTIAL) or (older and _OLDER_PARTIAL.fullmatch(folder.name))
-        lock = _lock(folder, os.O_DIRECTORY) if is_ours else None
+        if not is_ours:
+            continue
+        lock = _lock(folder, os.O_DIRECTORY)
         if lock is None:
             continue
         logger.info("%s: removed, an earlier run was stopped while it wrote it", folder)
@@ -177,7 +171,7 @@ def remove_leftovers(parent: pathlib.Path, older: bool = False) -> None:
 
 
 def _remove_unfinished(path: pathlib.Path) -> None:
-    """Removes what killed writers of a file left beside it; what a living one writes is locked."""
+    """Removes unfinished files of killed writers of a file; those of running ones are locked."""
     random = 8 * "[0-9a-f]"
     for left in path.parent.glob(f"{glob.escape(path.name)}.{random}{UNFINISHED}"):
         lock = _lock(left, os.O_NONBLOCK)
@@ -195,8 +189,9 @@ def check_writable(folder: Path) -> None:
     if in_bucket(folder):
         _check_bucket_writable(folder)
         return
-    above = (folder.absolute(), *folder.absolute().parents)
-    with tempfile.NamedTemporaryFile(dir=next(path for path in above if path.exists())):
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    with tempfile.NamedTemporaryFile(dir=nearest):
         pass
 
 
@@ -215,7 +210,7 @@ def _check_bucket_writable(folder: Path) -> None:
 
 
 def _sync_names(folder: pathlib.Path) -> None:
-    """Writes the names in a folder to the disk, so that a renaming outlasts a power cut."""
+    """Writes the names in a folder to the disk, so that a rename survives a power failure."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:  # a folder that may be written but not read
@@ -223,10 +218,8 @@ def _sync_names(folder: pathlib.Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # file systems that do so by themselves, or never
+        # File systems that do so by themselves, or never.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -242,10 +235,10 @@ def _make_locked(
     """Returns a new locked file or folder beside `final`, and its lock.
 
     Args:
-      final: the place that it will take.
-      before: what its name has in front of that of `final`.
-      ending: what its name has behind that and eight random digits.
-      make: makes it empty; unlike `tempfile` with the permissions of any other file or folder.
+      final: the path that it will get.
+      before: prefix of its name, before that of `final`.
+      ending: suffix of its name, after that and eight random digits.
+      make: makes it empty, with the usual permissions, which `tempfile` does not give.
       remove: removes it while it is empty.
     """
     while True:
@@ -253,7 +246,7 @@ def _make_locked(
         make(partial)
         try:
             lock = os.open(partial, os.O_RDONLY)
-        except FileNotFoundError:  # taken for a leftover before it was locked
+        except FileNotFoundError:  # another process removed it as a leftover before it was locked
             continue
         except BaseException:
             remove(partial)
@@ -263,19 +256,19 @@ def _make_locked(
         except BlockingIOError:  # the same
             os.close(lock)
             continue
-        except OSError:  # a file system without locks, where nobody removes leftovers either
+        except OSError:  # a file system without locks, where no process removes leftovers either
             return partial, lock
         if _is_open_as(lock, partial):
             return partial, lock
-        os.close(lock)  # taken for a leftover between opening and locking
+        os.close(lock)  # removed as a leftover between opening and locking
 
 
 def _lock(path: pathlib.Path, flags: int) -> int | None:
-    """Returns the lock of a file or folder, or None where somebody holds it or nobody can.
+    """Returns the lock of a file or folder, or None where it cannot be locked.
 
     Args:
       path: of the file or folder.
-      flags: of `os.open`, beside that nothing is written.
+      flags: of `os.open`, beside O_RDONLY.
     """
     try:
         lock = os.open(path, os.O_RDONLY | flags)
@@ -293,7 +286,7 @@ def _lock(path: pathlib.Path, flags: int) -> int | None:
 
 
 def _is_open_as(descriptor: int, path: pathlib.Path) -> bool:
-    """Whether what a descriptor has open still lies at a path."""
+    """Whether a path still names the file or folder that a descriptor has open."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -1,6 +1,4 @@
-"""Large files that reach the disk while they are written, and leave memory as soon as they are
-there.
-"""
+"""Flushing of large files while they are written, which also frees their pages in memory."""
 
 import mmap
 import os
@@ -14,29 +12,29 @@ STRIDE = 2**26
 
 
 def flush(descriptor: int) -> None:
-    """Waits until the data of a file is on the disk, and lets its memory go to what is written
-    next.
+    """Waits until the data of a file is on the disk, and frees its pages for what is written next.
 
-    Left to itself the system keeps all pages of a file that it has memory for, takes new ones for
-    new data, which may cost more than the data, and writes them at the end, when everybody waits.
+    By default the system keeps as many pages of a file as fit into memory, allocates new ones for
+    new data, which may cost more than writing it, and writes them at the end, when the caller
+    waits.
     """
     os.fdatasync(descriptor)
-    if hasattr(os, "posix_fadvise"):  # not on every system; it is but advice
+    if hasattr(os, "posix_fadvise"):  # not on every system, and only advice
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def supports_direct_io(path: pathlib.Path) -> bool:
-    """Whether files beside this one can be read past the page cache, whose new pages cost more than
-    the data.
+    """Whether files in this file's folder can be read past the page cache.
+
+    Allocating new pages there may cost more than reading the data.
     """
     if not hasattr(os, "O_DIRECT"):
         return False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
-            with mmap.mmap(
-                -1, mmap.PAGESIZE
-            ) as page:  # which is aligned as direct reading wants it
+            # Direct I/O needs aligned memory, such as a page.
+            with mmap.mmap(-1, mmap.PAGESIZE) as page:
                 os.preadv(descriptor, [page], 0)
         finally:
             os.close(descriptor)
@@ -46,15 +44,15 @@ def supports_direct_io(path: pathlib.Path) -> bool:
 
 
 class BackgroundFlusher:
-    """Flushes files in a thread while more is written. A context manager, whose end waits for the
-    flush under way.
+    """Flushes files in a thread while more is written; leaving the context waits for it.
 
     Args:
-      flush: is called each time when enough was written; what it raises is raised by the next call.
+      flush: called whenever `STRIDE` bytes were written; the next call raises what it raises.
     """
 
     def __init__(self, flush: Callable[[], None]):
-        self._flush, self._worker = flush, BackgroundWorker()
+        self._flush = flush
+        self._worker = BackgroundWorker()
         self._unflushed = 0
 
     def wrote(self, size: int) -> None:

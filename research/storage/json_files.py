@@ -1,4 +1,4 @@
-"""Reading files of JSON that somebody else may have written."""
+"""Reading JSON files that other programs or people may have written."""
 
 import json
 from typing import Any
@@ -8,9 +8,7 @@ from research.storage.paths import Path
 
 
 def read_json(path: Path) -> Any:
-    """Returns the value that a file holds; raises UserError where it cannot be read or is no
-    JSON.
-    """
+    """Returns the value in a file; raises UserError where it cannot be read or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -18,7 +16,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object that a file holds; raises UserError where it holds none."""
+    """Returns the JSON object in a file; raises UserError where there is none."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object.")

@@ -1,9 +1,9 @@
-"""Where files lie: in a folder of this machine or in a bucket, behind one `Path`.
+"""Local paths and addresses of buckets, behind one `Path`.
 
 A local path is a `pathlib.Path`. `gs://bucket/folder` is an `etils.epath.Path`, which has the same
-methods and goes through fsspec's client of Google Cloud Storage. A bucket differs in three ways: an
-object is there whole or not at all, nothing is appended to one, and folders are but parts of names,
-so that none is made and none renamed at once.
+methods and uses fsspec's client of Google Cloud Storage. A bucket differs in three ways: objects
+are written atomically, they cannot be appended to, and folders are only parts of names, so that
+none is made, and none renamed atomically.
 """
 
 import asyncio
@@ -32,9 +32,7 @@ _BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)")
 
 
 def is_address(value: str) -> bool:
-    """Whether a name is an address, such as `gs://bucket/run`, that a local path would be mistaken
-    for.
-    """
+    """Whether a name is an address, such as `gs://bucket/run`, and not a local path."""
     return bool(_ADDRESS.match(value))
 
 
@@ -42,7 +40,7 @@ def as_path(value: str | Path, name: str = "path") -> Path:
     """Returns a folder or file, local or in a bucket, as a path.
 
     Args:
-      value: a path, or how it is spelt.
+      value: a path, or its text.
       name: of the argument, for errors.
 
     Raises:
@@ -80,19 +78,21 @@ def as_path(value: str | Path, name: str = "path") -> Path:
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether a path lies in a bucket."""
+    """Whether a path is in a bucket."""
     return isinstance(path, epath.Path)
 
 
 def absolute(path: Path) -> Path:
-    """Returns a path that does not depend on the working directory; an address is one already."""
+    """Returns a path that does not depend on the working directory; no address does."""
     return path if in_bucket(path) else path.absolute()
 
 
 def bucket_of(path: Path) -> epath.Path:
-    """Returns the bucket in which a path lies."""
+    """Returns the bucket that a path is in."""
     assert in_bucket(path)
-    return epath.Path("/".join(os.fspath(path).split("/", 3)[:3]))
+    # gs://bucket/run/1 -> ["gs:", "", "bucket"]
+    parts = os.fspath(path).split("/", 3)[:3]
+    return epath.Path("/".join(parts))
 
 
 def kvstore(folder: Path) -> dict[str, Any]:
@@ -104,32 +104,27 @@ def kvstore(folder: Path) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """Returns why a file cannot be used, in the system's words or those of a bucket's client, on
-    one line.
-    """
+    """Returns on one line why a file cannot be used, as the system or a bucket's client says it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, FileNotFoundError):  # the client gives the name alone
         return "No such file or directory"
-    if isinstance(error, TimeoutError):  # the client's have no words
+    if isinstance(error, TimeoutError):  # the client's have no message
         return "no answer"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _keep_no_listings() -> None:
-    """Lets the client ask the bucket each time: TensorStore writes there too, and so do other
-    machines.
-    """
+    """Makes the client list a bucket each time: TensorStore and other machines write there too."""
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 def _reach(bucket: str, path: str) -> None:
-    """Raises what the client raises where a bucket's server does not answer, or refuses to look at
-    a path.
+    """Raises the client's error where a bucket's server does not answer, or denies a path.
 
-    Whether there is a bucket or a path is left to whoever uses them.
+    Whether the bucket and the path exist is not checked.
     """
     import aiohttp
     import fsspec
@@ -137,13 +132,13 @@ def _reach(bucket: str, path: str) -> None:
     client = fsspec.filesystem("gs", finalize_on_close=True)  # the one that `epath` uses
     limit = aiohttp.ClientTimeout(total=REACH_SECONDS)
 
+    url = f"{client.base}b/{bucket.removeprefix('gs://')}"
+
     async def ask() -> None:
         await client._set_session()
         for attempt in range(REACH_ATTEMPTS):
             try:
-                async with client.session.get(
-                    f"{client.base}b/{bucket.removeprefix('gs://')}", timeout=limit
-                ):
+                async with client.session.get(url, timeout=limit):
                     return
             except (aiohttp.ClientError, TimeoutError):
                 if attempt == REACH_ATTEMPTS - 1:
@@ -159,8 +154,8 @@ def local_path(flag: str, value: str) -> pathlib.Path:
     """Returns a folder or file of the command line as a path.
 
     Raises:
-      UserError: it is an address, such as `gs://bucket/run`, which a path would quietly take for a
-          local folder.
+      UserError: it is an address, such as `gs://bucket/run`, which would become a local folder of
+          that name.
     """
     if is_address(value):
         raise UserError(

@@ -1,15 +1,14 @@
-"""The arrays of a checkpoint, read as whole sharded arrays: each process reads the boxes that its
-devices hold.
+"""The arrays of a checkpoint, read as sharded arrays: each process reads what its devices hold.
 
-Orbax writes them; they are read with TensorStore itself, which Orbax is built on. Orbax's reader
-runs many reads in one event loop, and closes that at the first error: the others then each print a
-traceback from threads of their own.
+Orbax writes them; they are read with TensorStore, which Orbax is built on. Orbax's reader runs many
+reads in one event loop, and closes it at the first error: each of the others then prints a
+traceback from a thread.
 """
 
 import collections
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import tensorstore as ts
@@ -18,17 +17,36 @@ from jaxtyping import Array
 from research.storage.paths import Path, kvstore
 
 # Bytes that are read ahead while an array is put on its devices.
-AHEAD_BYTES = 2**29
+PREFETCH_BYTES = 2**29
 
-Box = tuple[tuple[int, int], ...]  # (start, stop) an axis
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
 
 class UnreadableArray(Exception):
-    """An array that is not there, or whose files are not what was written; the message names it."""
+    """An array that is missing, or whose files are not what was written; the message names it."""
+
+
+class _ArrayReads(NamedTuple):
+    """The reads of one array that this process has begun.
+
+    Attributes:
+      name: of the array.
+      size: bytes of all of them.
+      by_bounds: the read of each part that a device of this process holds.
+    """
+
+    name: str
+    size: int
+    by_bounds: dict[Bounds, ts.Future]
 
 
 def array_kvstore(folder: Path, name: str) -> dict[str, Any]:
-    """Returns where an array lies in the store of a checkpoint, as TensorStore describes it."""
+    """Returns TensorStore's description of the key-value store of one array.
+
+    Args:
+      folder: of the OCDBT store.
+      name: slash-separated, as in the tree.
+    """
     path = f"{name.replace('/', '.')}/"
     return {"driver": "ocdbt", "base": kvstore(folder), "path": path}
 
@@ -44,83 +62,84 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
       UnreadableArray: an array cannot be read, or is stored in another shape or type.
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    opening = {
-        name: ts.open(
-            {"driver": "zarr", "kvstore": array_kvstore(folder, name)},
-            context=context,
-            open=True,
-            read=True,
-        )
-        for name in wanted
-    }
+    stores = {name: _open(folder, name, context) for name in wanted}
+
     arrays = {}
-    # A read that has been started ends in the background; whether it failed is asked when its turn
-    # comes.
-    for name, parts in _ahead(_started(opening, wanted)):
-        shape = wanted[name]
-        values = {box: _result(name, future) for box, future in parts.items()}
-        arrays[name] = jax.make_array_from_callback(
-            shape.shape,
-            shape.sharding,
-            lambda index, values=values, shape=shape: values[_box(index, shape.shape)],
-        )
+    for reads in _prefetched(_begin_reads(stores, wanted)):
+        shape = wanted[reads.name]
+        # Whether a read has failed shows here, when its array is next.
+        parts = {bounds: _result(reads.name, read) for bounds, read in reads.by_bounds.items()}
+        arrays[reads.name] = _put_on_devices(parts, shape)
     return arrays
 
 
-def _started(
-    opening: Mapping[str, ts.Future], wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> Iterator[tuple[str, int, dict[Box, ts.Future]]]:
-    """Yields (name, bytes, reads by box) of each array, its reads begun when it is asked for."""
+def _open(folder: Path, name: str, context: ts.Context) -> ts.Future:
+    """Begins to open an array."""
+    spec = {"driver": "zarr", "kvstore": array_kvstore(folder, name)}
+    return ts.open(spec, context=context, open=True, read=True)
+
+
+def _begin_reads(
+    stores: Mapping[str, ts.Future], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[_ArrayReads]:
+    """Yields the reads of each array; they begin when it is asked for."""
     for name, shape in wanted.items():
-        store = _result(name, opening[name])
+        store = _result(name, stores[name])
         dtype = store.dtype.numpy_dtype
         if store.shape != shape.shape or dtype != shape.dtype:
             stored = f"{dtype}[{', '.join(map(str, store.shape))}]"
             raise UnreadableArray(f"array {name} cannot be read (it is stored as {stored})")
-        # Replicas are read once: {((0, 4), (0, 8)), ((4, 8), (0, 8))} for [8, 8] over two devices
-        # by rows.
-        boxes = {
-            _box(index, shape.shape)
-            for index in shape.sharding.addressable_devices_indices_map(shape.shape).values()
-        }
-        reads = {box: store[tuple(slice(*bounds) for bounds in box)].read() for box in boxes}
-        size = sum(math.prod(stop - start for start, stop in box) for box in boxes)
-        yield name, size * shape.dtype.itemsize, reads
+
+        # [8, 8], rows sharded over two devices -> {((0, 4), (0, 8)), ((4, 8), (0, 8))}; replicas
+        # have the same bounds and are read once.
+        indices = shape.sharding.addressable_devices_indices_map(shape.shape).values()
+        parts = {_bounds(index, shape.shape) for index in indices}
+        reads = {bounds: store[_slices(bounds)].read() for bounds in parts}
+        elements = sum(math.prod(stop - start for start, stop in bounds) for bounds in parts)
+        yield _ArrayReads(name, elements * shape.dtype.itemsize, reads)
 
 
-def _ahead(
-    started: Iterator[tuple[str, int, dict[Box, ts.Future]]],
-) -> Iterator[tuple[str, dict[Box, ts.Future]]]:
-    """Yields the reads of arrays in order, so many begun before they are needed as fill
-    `AHEAD_BYTES`.
-    """
-    waiting: collections.deque[tuple[str, int, dict[Box, ts.Future]]] = collections.deque()
-    held = 0
-    for name, size, reads in started:
-        waiting.append((name, size, reads))
-        held += size
-        while held > AHEAD_BYTES:
-            name, size, reads = waiting.popleft()
-            held -= size
-            yield name, reads
-    for name, _, reads in waiting:
-        yield name, reads
+def _prefetched(begun: Iterator[_ArrayReads]) -> Iterator[_ArrayReads]:
+    """Yields the reads of arrays in order, after those of the next `PREFETCH_BYTES` have begun."""
+    waiting: collections.deque[_ArrayReads] = collections.deque()
+    waiting_bytes = 0
+    for reads in begun:
+        waiting.append(reads)
+        waiting_bytes += reads.size
+        while waiting_bytes > PREFETCH_BYTES:
+            first = waiting.popleft()
+            waiting_bytes -= first.size
+            yield first
+    yield from waiting
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """Returns the bounds of a device's part, (slice(None), slice(0, 4)) of [2, 8] as ((0, 2), (0,
-    4)).
+def _put_on_devices(parts: Mapping[Bounds, Any], shape: jax.ShapeDtypeStruct) -> Array:
+    """Returns a sharded array of the parts that the devices of this process hold."""
+
+    def part(index: tuple[slice, ...]) -> Any:
+        return parts[_bounds(index, shape.shape)]
+
+    return jax.make_array_from_callback(shape.shape, shape.sharding, part)
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    """Returns JAX's index of a device's part as bounds.
+
+    (slice(None), slice(0, 4)) of [2, 8] -> ((0, 2), (0, 4))
     """
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
+def _slices(bounds: Bounds) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in bounds)
+
+
 def _result(name: str, future: ts.Future) -> Any:
+    """Returns what TensorStore has opened or read; raises UnreadableArray where it could not."""
     try:
         return future.result()
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # TensorStore raises ValueError for nearly all that can be wrong with a file
-        said, _, _ = str(error).partition(" [tensorstore_spec=")
-        said = " ".join(f"{type(error).__name__}: {said}".split())
-        raise UnreadableArray(f"array {name} cannot be read ({said[:300]})") from error
+    # TensorStore raises ValueError for nearly all that can be wrong with a file.
+    except (ValueError, OSError) as error:
+        message, _, _ = str(error).partition(" [tensorstore_spec=")
+        message = " ".join(f"{type(error).__name__}: {message}".split())
+        raise UnreadableArray(f"array {name} cannot be read ({message[:300]})") from error

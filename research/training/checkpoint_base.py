@@ -1,12 +1,11 @@
-"""Parameters that a run never changes: written once beside its checkpoints, which name them by
-place and digest.
+"""Frozen parameters, which no step changes: written once, in a folder that checkpoints share.
 
-    checkpoints/base-<digest>/arrays/…   OCDBT files, one tree of canonical arrays by the
-    parameters' names
+    checkpoints/base-<digest>/arrays/…   OCDBT store, one tree of canonical arrays by the
+                                         parameters' names
 
-The manifest of a checkpoint describes these arrays like all others, and says of each that it lies
-in that folder. The folder's name follows from the bits in it: a run that trains other parameters
-from some step on leaves it as it is.
+The manifest of a checkpoint describes these arrays like all others, and names the folder that each
+is in. The folder's name follows from the bits of its arrays: a run that freezes other parameters
+from some step on writes another folder.
 """
 
 import hashlib
@@ -29,11 +28,12 @@ from research.storage.files import remove_folder
 from research.storage.json_files import read_object
 from research.storage.paths import Path
 from research.training import checkpoint_files as files
+from research.training import orbax_tree
 
 logger = logging.getLogger("tessera")
 
-# The fields of a state that hold a whole set of parameters. In the average, too, frozen parameters
-# are what they were.
+# The fields of a state that hold a set of all parameters. The average of a frozen parameter is that
+# parameter.
 _FIELDS = ("params", "ema")
 
 
@@ -46,99 +46,111 @@ class FrozenParams:
     """
 
     def __init__(self, folder: Path, frozen: Collection[str]):
-        self._folder, self._frozen = folder, frozenset(frozen)
-        # What the manifests say of each array by its canonical name; None before the first
-        # checkpoint is written.
+        self._folder = folder
+        self._frozen = frozenset(frozen)
+        # The manifest's entry of each array by its canonical name; None before the first save.
         self._entries: dict[str, dict[str, Any]] | None = None
-        self._whole: frozenset[str] = frozenset()
+        # Names of shared folders that were read and are intact.
+        self._intact: frozenset[str] = frozenset()
 
     def note_restored(self, manifest: dict[str, Any]) -> None:
-        """Takes note of a checkpoint that was read and is whole: its frozen parameters need not be
-        written again.
-        """
-        self._whole = files.shared_folders_named(manifest)
+        """Remembers that a checkpoint is intact: its frozen parameters are not written again."""
+        self._intact = files.shared_folders_named(manifest)
 
     def split_state(
         self, state: Any, checkpointer: ocp.AsyncCheckpointer
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Returns the canonical arrays that a checkpoint holds itself, and what its manifest says
-        of the others.
+        """Returns the canonical arrays of a checkpoint's own store, and the entries of the others.
 
         The first call writes the others, unless the checkpoint that the run was restored from has
         them; so does a call that finds their folder gone.
         """
         if not self._frozen:
             return canonical(state), {}
+
         named = named_leaves(state)
-        resting = self._resting(named)
-        if self._entries is None or any(map(self._is_gone, self._places())):
-            arrays = stack_layers({name: named[f"params/{name}"] for name in resting})
+        shareable = self._shareable(named)
+        if self._entries is None or any(map(self._is_gone, self._folder_names())):
+            arrays = stack_layers({name: named[f"params/{name}"] for name in shareable})
             self._entries = self._write(arrays, checkpointer)
-        left_out = {f"{field}/{name}" for field in _FIELDS for name in resting}
-        held = {name.partition("/")[0] for name in named.keys() & left_out}
+
+        # {params/embed, ema/embed}: those of them that the state has
+        shared = {f"{field}/{name}" for field in _FIELDS for name in shareable}
+        fields = {name.partition("/")[0] for name in named.keys() & shared}
         entries = {
             f"{field}/{name}": entry
-            for field in sorted(held)
+            for field in sorted(fields)
             for name, entry in self._entries.items()
         }
-        return stack_layers(
-            {name: leaf for name, leaf in named.items() if name not in left_out}
-        ), entries
+        own = {name: leaf for name, leaf in named.items() if name not in shared}
+        return stack_layers(own), entries
 
-    def _resting(self, named: dict[str, Array]) -> list[str]:
-        """Returns the frozen parameters, but for layers that lie in one array with layers that are
-        trained.
+    def _shareable(self, named: dict[str, Array]) -> list[str]:
+        """Returns the frozen parameters that share no array on disk with trained ones.
+
+        Of a stack of layers where the last is trained, no layer is shareable.
         """
         params = {
-            name.partition("/")[2]: leaf
+            name.removeprefix("params/"): leaf
             for name, leaf in named.items()
             if name.startswith("params/")
         }
-        where = canonical_names(params)
-        changing = {stack for name, (stack, _) in where.items() if name not in self._frozen}
-        return [name for name, (stack, _) in where.items() if stack not in changing]
+        stack_and_layer = canonical_names(params)
+        trained = {
+            stack for name, (stack, _) in stack_and_layer.items() if name not in self._frozen
+        }
+        return [name for name, (stack, _) in stack_and_layer.items() if stack not in trained]
 
     def _write(
         self, arrays: dict[str, Array], checkpointer: ocp.AsyncCheckpointer
     ) -> dict[str, dict[str, Any]]:
-        described = files.describe_arrays(arrays, digests(arrays))
-        place = files.shared_folder_name(
-            hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        )
-        if described and (place not in self._whole or self._is_gone(place)):
-            # A folder of this name that was not read just now may be damaged, or half written.
+        """Writes arrays into their shared folder, where it is not intact; returns their entries."""
+        entries = files.describe_arrays(arrays, digests(arrays))
+        content = json.dumps(entries, sort_keys=True)
+        folder_name = files.shared_folder_name(hashlib.sha256(content.encode()).hexdigest())
+
+        if entries and (folder_name not in self._intact or self._is_gone(folder_name)):
+            folder = self._folder / folder_name
+            # A folder of this name that this run did not read may be damaged or incomplete.
             if jax.process_index() == 0:
-                remove_folder(self._folder / place)
-            checkpointer.save(self._folder / place, args=files.arrays_save_args(arrays))
+                remove_folder(folder)
+            checkpointer.save(folder, args=files.arrays_save_args(arrays))
             checkpointer.wait_until_finished()
-        return {name: entry | {"place": place} for name, entry in described.items()}
 
-    def _places(self) -> set[str]:
-        """Returns the folder that was written or read, if there is one."""
-        return {entry["place"] for entry in (self._entries or {}).values()}
+        shared = {files.SHARED_FOLDER_KEY: folder_name}
+        return {name: entry | shared for name, entry in entries.items()}
 
-    def _is_gone(self, place: str) -> bool:
-        """Whether somebody has removed a folder that was whole; process 0 says it for all."""
-        there = (self._folder / place / files.ARRAYS / "_METADATA").exists()
-        return not bool(multihost_utils.broadcast_one_to_all(np.bool_(there)))
+    def _folder_names(self) -> set[str]:
+        """Returns the name of the folder that was written or read, if there is one."""
+        entries = self._entries or {}
+        return {entry[files.SHARED_FOLDER_KEY] for entry in entries.values()}
+
+    def _is_gone(self, folder_name: str) -> bool:
+        """Whether an intact folder has been removed; process 0 decides for all."""
+        metadata = self._folder / folder_name / files.ARRAYS / orbax_tree.FILE
+        exists = np.bool_(metadata.exists())
+        return not bool(multihost_utils.broadcast_one_to_all(exists))
 
 
 def remove_unused_folders(folder: Path) -> None:
-    """Removes the folders of frozen parameters that no checkpoint names, nor one that was set
-    aside.
+    """Removes the shared folders that no checkpoint names, nor one that was set aside.
 
-    One that stays costs room and no more, so it ends no run.
+    A folder that cannot be removed only takes room, so that ends no run.
     """
-    bases = files.shared_folders(folder)
+    shared = files.shared_folders(folder)
+    if not shared:
+        return
     used: set[str] = set()
-    for path in folder.glob(f"*/{files.MANIFEST}/manifest.json") if bases else ():
+    for path in folder.glob(f"*/{files.MANIFEST}/manifest.json"):
         try:
             used |= files.shared_folders_named(read_object(path)["content"])
         except (UserError, LookupError, TypeError, AttributeError):
-            return  # of a damaged checkpoint it cannot be told what it needs
-    for path in bases:
-        if path.name not in used:
-            try:
-                remove_folder(path)
-            except OSError as error:
-                logger.warning("%s is no longer needed, but cannot be removed: %s", path, error)
+            return  # what a damaged checkpoint needs is unknown
+
+    for path in shared:
+        if path.name in used:
+            continue
+        try:
+            remove_folder(path)
+        except OSError as error:
+            logger.warning("%s is no longer needed, but cannot be removed: %s", path, error)

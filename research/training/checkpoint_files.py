@@ -1,13 +1,12 @@
 """One checkpoint on disk: arrays by Orbax, and a manifest that says what they must be.
 
-    <step>/arrays/…                 OCDBT files, one tree of canonical arrays
-    (models/layer_stack.py) <step>/manifest/manifest.json   format, step, the shape, type and digest
-    of each array, extra; a sha256 of all that base-<digest>/arrays/…          arrays that several
-    checkpoints share: frozen parameters (checkpoint_base.py)
+    <step>/arrays/…                 OCDBT store: a tree of canonical arrays (models/layer_stack.py)
+    <step>/manifest/manifest.json   format, step, extra; shape, type and digest of each array; the
+                                    sha256 of all that
+    base-<digest>/arrays/…          frozen parameters, which checkpoints share (checkpoint_base.py)
 
-Orbax checks neither that the bits it returns are the bits it was given nor that a file is the one
-it wrote, so all of that is checked here, against the manifest, which guards itself by its own
-sha256.
+Orbax checks neither that the bits it returns are those that it was given, nor that a file is the
+one that it wrote. Both are checked here, against the manifest, whose own sha256 protects it.
 """
 
 import contextlib
@@ -25,16 +24,20 @@ from research.core.errors import UserError
 from research.core.trees import nested
 from research.storage.digests import digests
 from research.storage.paths import Path, in_bucket
-from research.training import checkpoint_arrays, manifest_values
+from research.training import checkpoint_arrays, manifest_values, orbax_tree
 
-# 2 is 1 with arrays that lie in a folder beside the checkpoint, their `place`.
+# 2 is 1 with arrays in a folder that checkpoints share.
 FORMATS = (1, 2)
-ARRAYS, MANIFEST = "arrays", "manifest"
-# How a folder of arrays that several checkpoints share is called.
-FOLDER_DIGITS = 16
-_SHARED_FOLDER = re.compile(f"base-[0-9a-f]{{{FOLDER_DIGITS}}}")
+ARRAYS = "arrays"
+MANIFEST = "manifest"
 # What Orbax writes into a checkpoint when all else is in it.
 COMMIT = "commit_success.txt"
+
+# The key by which a manifest names the shared folder that an array is in.
+SHARED_FOLDER_KEY = "place"
+# The name of a shared folder: `base-` and the first digits of a digest.
+FOLDER_DIGITS = 16
+_SHARED_FOLDER = re.compile(f"base-[0-9a-f]{{{FOLDER_DIGITS}}}")
 
 
 class Damaged(Exception):
@@ -42,26 +45,27 @@ class Damaged(Exception):
 
 
 def checkpointer(folder: Path) -> ocp.AsyncCheckpointer:
-    """Returns the writer of checkpoints into a folder.
+    """Returns Orbax's writer of checkpoints into a folder.
 
-    On a disk each is written into a temporary folder, renamed to its final name when all is in it.
-    In a bucket it is written in its place, and `COMMIT` last.
+    On a disk a checkpoint is written into a temporary folder, which is renamed when all is in it.
+    In a bucket it is written under its final name, and `COMMIT` last.
     """
     modes = ocp.options.AtomicityMode
     mode = modes.COMMIT_FILE if in_bucket(folder) else modes.ATOMIC_RENAME
-    # Folders that Orbax makes in the background are waited for by all its threads, for 20 minutes
-    # where the disk has
-    # no room for one: the process would not end before.
-    options = ocp.AsyncOptions(create_directories_asynchronously=False)
-    handlers = {
-        ARRAYS: _arrays_handler(),
-        MANIFEST: ocp.JsonCheckpointHandler(filename="manifest.json"),
-    }
+
+    # Where Orbax makes folders in the background, all its threads wait for them, for 20 minutes if
+    # the disk is full, and the process does not end before.
+    async_options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(async_options=async_options),
+        **{
+            ARRAYS: _arrays_handler(),
+            MANIFEST: ocp.JsonCheckpointHandler(filename="manifest.json"),
+        },
+    )
     return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(async_options=options), **handlers
-        ),
-        async_options=options,
+        handler,
+        async_options=async_options,
         atomicity_options=ocp.options.AtomicityOptions(mode=mode),
     )
 
@@ -76,33 +80,31 @@ def is_complete(folder: Path) -> bool:
 
 
 def save_args(
-    step: int, arrays: Mapping[str, Array], elsewhere: Mapping[str, Any], extra: Mapping[str, Any]
+    step: int, arrays: Mapping[str, Array], shared: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> ocp.args.Composite:
-    """Returns what is to be written, digests included; every process must call this.
+    """Returns what Orbax is to write, digests included; every process must call this.
 
     Args:
       step: of the checkpoint.
-      arrays: that it holds itself.
-      elsewhere: what the manifest says of the others.
-      extra: what else belongs to it.
+      arrays: those in its own store.
+      shared: the manifest's entries of arrays in shared folders.
+      extra: JSON values and small arrays to keep with them.
     """
-    manifest = build_manifest(
-        step, describe_arrays(arrays, digests(arrays)) | dict(elsewhere), extra
-    )
-    return ocp.args.Composite(
-        **{ARRAYS: ocp.args.PyTreeSave(nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)},
-    )
+    own = describe_arrays(arrays, digests(arrays))
+    manifest = build_manifest(step, own | dict(shared), extra)
+    items = {ARRAYS: ocp.args.PyTreeSave(nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)}
+    return ocp.args.Composite(**items)
 
 
 def arrays_save_args(arrays: Mapping[str, Array]) -> ocp.args.Composite:
-    """Returns what is to be written of arrays that checkpoints name in their manifests."""
+    """Returns what Orbax is to write of arrays that checkpoints share."""
     return ocp.args.Composite(**{ARRAYS: ocp.args.PyTreeSave(nested(arrays))})
 
 
 def describe_arrays(
     arrays: Mapping[str, Any], digests_of: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Returns what a manifest says of arrays (or their shapes) with these digests."""
+    """Returns a manifest's entries of arrays (or their shapes) with these digests."""
     return {
         name: {
             "shape": list(arrays[name].shape),
@@ -116,15 +118,17 @@ def describe_arrays(
 def build_manifest(
     step: int, described: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the manifest of arrays that are so described."""
-    version = FORMATS[any("place" in array for array in described.values())]
+    """Returns the manifest of the arrays that `described` has entries of."""
+    has_shared = any(SHARED_FOLDER_KEY in entry for entry in described.values())
+    version = FORMATS[-1] if has_shared else FORMATS[0]
     content = {
         "format": version,
         "step": step,
         "arrays": described,
         "extra": manifest_values.encode(extra),
     }
-    content = json.loads(json.dumps(content))  # as it will be read: string keys, lists
+    # As it will be read, with string keys and lists: the sha256 is of that.
+    content = json.loads(json.dumps(content))
     return {"sha256": _sha256(content), "content": content}
 
 
@@ -140,11 +144,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         content = manifest["content"]
         good = manifest["sha256"] == _sha256(content)
-        version, step = content["format"], content["step"]
+        version = content["format"]
+        step = content["step"]
     except FileNotFoundError:
         raise Damaged(f"{path.name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(f"{path.name} cannot be read ({_one_line(error)})") from error
+        raise Damaged(f"{path.name} cannot be read ({_root_cause(error)})") from error
     if not good:
         raise Damaged(f"{path.name} is not what was written (its sha256 differs)")
     if version not in FORMATS:
@@ -158,136 +163,139 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shared_folders_named(manifest: Mapping[str, Any]) -> frozenset[str]:
-    """Returns the folders beside a checkpoint in which arrays of it lie."""
-    return frozenset(array["place"] for array in manifest["arrays"].values() if "place" in array)
+    """Returns the names of the shared folders that a checkpoint has arrays in."""
+    entries = manifest["arrays"].values()
+    return frozenset(entry[SHARED_FOLDER_KEY] for entry in entries if SHARED_FOLDER_KEY in entry)
 
 
 def shared_folder_name(digest: str) -> str:
-    """Returns the name of the folder of arrays that together have a digest, a hexadecimal
-    number.
-    """
+    """Returns the name of the folder of arrays that together have this hexadecimal digest."""
     return f"base-{digest[:FOLDER_DIGITS]}"
 
 
 def shared_folders(checkpoints: Path) -> list[Path]:
-    """Returns the folders of arrays that several checkpoints may share; a folder of another name is
-    somebody else's.
-    """
+    """Returns the shared folders in a folder of checkpoints; other names are not ours."""
     return [path for path in checkpoints.glob("base-*") if _SHARED_FOLDER.fullmatch(path.name)]
 
 
 def locate_array(folder: Path, manifest: Mapping[str, Any], name: str) -> tuple[Path, str]:
-    """Returns the store in which an array of a checkpoint lies, and the array's name there.
+    """Returns the store that an array of a checkpoint is in, and the array's name there.
+
+    `params/embed` -> (<step>/arrays, `params/embed`), or (base-<digest>/arrays, `embed`)
 
     Raises:
-      Damaged: the manifest names a place that is none.
+      Damaged: the manifest names a folder that is no shared folder.
     """
-    place = manifest["arrays"][name].get("place")
-    if place is None:
+    shared = manifest["arrays"][name].get(SHARED_FOLDER_KEY)
+    if shared is None:
         return folder / ARRAYS, name
-    if not _SHARED_FOLDER.fullmatch(place):
-        raise Damaged(f"array {name} lies in {place!r}, which is no folder of frozen parameters")
-    return folder.parent / place / ARRAYS, name.partition("/")[2]
+    if not _SHARED_FOLDER.fullmatch(shared):
+        raise Damaged(f"array {name} is in {shared!r}, which is no folder of frozen parameters")
+    _, _, name_in_folder = name.partition("/")
+    return folder.parent / shared / ARRAYS, name_in_folder
+
+
+def first_field(manifest: Mapping[str, Any], fields: tuple[str, ...]) -> str:
+    """Returns the first of some fields of a state that a checkpoint has, or else the last."""
+    stored = {name.partition("/")[0] for name in manifest["arrays"]}
+    for field in fields:
+        if field in stored:
+            return field
+    return fields[-1]
 
 
 def check_architecture(
     folder: Path,
     manifest: Mapping[str, Any],
     wanted: Mapping[str, jax.ShapeDtypeStruct],
-    whole: bool,
+    exact: bool,
 ) -> None:
-    """Raises UserError, naming the first array that differs, when a checkpoint holds other arrays
-    than `wanted`.
+    """Raises UserError, naming the first array that differs, when a checkpoint has other arrays.
 
-    Where all that differs is the optimizer's, the message says so: the model is the same one.
+    Where only the optimizer's arrays differ, the message says so: the model is the same.
 
     Args:
       folder: of the checkpoint, for the message.
       manifest: its content.
       wanted: canonical shapes.
-      whole: whether arrays beyond the wanted ones are a difference too.
+      exact: whether arrays beyond the wanted ones are a difference too.
     """
-    here = {name: _show(shape.shape, shape.dtype) for name, shape in wanted.items()}
-    there = {
-        name: _show(array["shape"], array["dtype"]) for name, array in manifest["arrays"].items()
+    here = {name: _type_name(shape.shape, shape.dtype) for name, shape in wanted.items()}
+    stored = {
+        name: _type_name(entry["shape"], entry["dtype"])
+        for name, entry in manifest["arrays"].items()
     }
-    names = dict.fromkeys([*here, *(there if whole else ())])
-    different = [
-        name for name in names if name not in here or name not in there or here[name] != there[name]
-    ]
+    names = {**here, **stored} if exact else here
+    different = [name for name in names if here.get(name) != stored.get(name)]
     if not different:
         return
+
     name = different[0]
-    has = f"is {there[name]} in it" if name in there else "is not in it"
-    wants = here.get(name, "no such array")
-    differs = f"{name} {has}; the config wants {wants}"
+    found = f"is {stored[name]} in it" if name in stored else "is not in it"
+    difference = f"{name} {found}; the config wants {here.get(name, 'no such array')}"
     if all(name.startswith("opt_state/") for name in different):
         raise UserError(
             f"{folder} has this model's parameters, but its optimizer's state is grouped "
-            "otherwise (by an older "
-            "version, another optimizer or another train.trainable), so train cannot resume it: "
-            f"{differs}."
+            "otherwise (by an older version, another optimizer or another train.trainable), so "
+            f"train cannot resume it: {difference}."
         )
-    raise UserError(f"{folder} is of another architecture: {differs}.")
+    raise UserError(f"{folder} is of another architecture: {difference}.")
 
 
 def read_arrays(
     folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Array]:
-    """Reads arrays in the shardings of `wanted`; their bits are not checked yet (`check_digests`).
+    """Reads arrays in the shardings of `wanted`; their bits are not checked (`check_digests`).
 
     Raises:
-      Damaged: an array cannot be read, or Orbax's account of the arrays is not that of the
+      Damaged: an array cannot be read, or Orbax's description of a store is not that of the
           manifest.
     """
-    # store -> the names there of all its arrays
+    # {<step>/arrays: {params/embed, …}, base-…/arrays: {embed, …}}
     stores: dict[Path, set[str]] = {folder / ARRAYS: set()}
-    # (store, field) -> wanted arrays by their name there: parameters and their average may be one
-    # array on disk
+    # {(base-…/arrays, params): {embed: params/embed}}. Each field is read by itself: parameters and
+    # their average may be one array on disk.
     groups: dict[tuple[Path, str], dict[str, str]] = {}
     for name in manifest["arrays"]:
-        store, stored = locate_array(folder, manifest, name)
-        stores.setdefault(store, set()).add(stored)
+        store, stored_name = locate_array(folder, manifest, name)
+        stores.setdefault(store, set()).add(stored_name)
         if name in wanted:
-            groups.setdefault((store, name.partition("/")[0]), {})[stored] = name
+            field, _, _ = name.partition("/")
+            groups.setdefault((store, field), {})[stored_name] = name
+
+    for store, stored_names in stores.items():
+        with _damage_names_shared_folder(folder, store):
+            _check_tree_metadata(store / orbax_tree.FILE, stored_names)
+
     arrays = {}
-    for store, names in stores.items():
-        with _placed(folder, store):
-            _check_account(store / "_METADATA", names)
     for (store, _), names in groups.items():
-        with _placed(folder, store):
-            read = checkpoint_arrays.read_arrays(
-                store, {stored: wanted[name] for stored, name in names.items()}
-            )
-        arrays |= {names[stored]: array for stored, array in read.items()}
+        shapes = {stored_name: wanted[name] for stored_name, name in names.items()}
+        with _damage_names_shared_folder(folder, store):
+            read = checkpoint_arrays.read_arrays(store, shapes)
+        arrays |= {names[stored_name]: array for stored_name, array in read.items()}
     return {name: arrays[name] for name in wanted}
 
 
 @contextlib.contextmanager
-def _placed(folder: Path, store: Path) -> Iterator[None]:
-    """Has what is said of a damaged store begin with the folder that it lies in, where that is not
-    the checkpoint's.
-    """
+def _damage_names_shared_folder(folder: Path, store: Path) -> Iterator[None]:
+    """Raises damage of a store as Damaged, which names the store's folder where it is shared."""
     try:
         yield
     except (checkpoint_arrays.UnreadableArray, Damaged) as error:
-        beside = "" if store.parent == folder else f"{store.parent.name}: "
-        raise Damaged(f"{beside}{error}") from error
+        prefix = "" if store.parent == folder else f"{store.parent.name}: "
+        raise Damaged(f"{prefix}{error}") from error
 
 
-def _check_account(path: Path, wanted: set[str]) -> None:
-    """Raises Damaged where the file by which Orbax finds arrays does not name those that the
-    manifest names.
+def _check_tree_metadata(path: Path, wanted: set[str]) -> None:
+    """Raises Damaged where Orbax's description of a store does not name the manifest's arrays.
 
-    Nothing here needs the file, but whoever else reads the checkpoint does.
+    Tessera does not need the file, but other readers of the checkpoint do.
     """
     try:
-        tree = json.loads(path.read_bytes())["tree_metadata"]
-        names = {
-            "/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in tree.values()
-        }
+        names = orbax_tree.array_names(path.read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{ARRAYS}/{path.name} cannot be read ({_one_line(error)})") from error
+        raise Damaged(f"{ARRAYS}/{path.name} cannot be read ({_root_cause(error)})") from error
+
     different = sorted(names ^ wanted)
     if different:
         raise Damaged(
@@ -297,21 +305,22 @@ def _check_account(path: Path, wanted: set[str]) -> None:
 
 
 def check_digests(manifest: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Raises Damaged when an array's bits are not those that were saved; every process must call
-    this.
+    """Raises Damaged when an array's bits are not those that were saved.
+
+    Every process must call this.
     """
-    wrong = [
-        name
-        for name, digest in digests(arrays).items()
-        if digest != manifest["arrays"][name]["digest"]
-    ]
-    if wrong:
-        place = manifest["arrays"][wrong[0]].get("place")
-        beside = "" if place is None else f"{place}: "
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise Damaged(
-            f"{beside}the bits of array {wrong[0]}{more} are not those that were saved (digest)"
-        )
+    entries = manifest["arrays"]
+    found = digests(arrays)
+    wrong = [name for name, digest in found.items() if digest != entries[name]["digest"]]
+    if not wrong:
+        return
+
+    shared = entries[wrong[0]].get(SHARED_FOLDER_KEY)
+    prefix = "" if shared is None else f"{shared}: "
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    raise Damaged(
+        f"{prefix}the bits of array {wrong[0]}{more} are not those that were saved (digest)"
+    )
 
 
 def _arrays_handler() -> ocp.PyTreeCheckpointHandler:
@@ -323,12 +332,14 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _show(shape: Iterable[int], dtype: Any) -> str:
+def _type_name(shape: Iterable[int], dtype: Any) -> str:
+    """Returns such as `float32[8, 16]`."""
     return f"{dtype}[{', '.join(map(str, shape))}]"
 
 
-def _one_line(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
+    """Returns the first error of a chain, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    said, _, _ = f"{type(error).__name__}: {error}".partition(" [tensorstore_spec=")
-    return " ".join(said.split())[:300]
+    message, _, _ = f"{type(error).__name__}: {error}".partition(" [tensorstore_spec=")
+    return " ".join(message.split())[:300]

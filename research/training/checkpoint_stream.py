@@ -1,9 +1,15 @@
-"""A checkpoint written and read a part at a time, for models that are never whole in memory.
+"""A checkpoint of parameters written and read a part at a time, for models larger than memory.
 
-On disk it is what `Checkpoints` writes and reads (checkpoint_files.py): the same OCDBT store of
-canonical arrays, the same manifest with the same digests. Orbax writes arrays whole, so the store
-is written here with TensorStore, which Orbax itself is built on, and Orbax's account of the tree
-beside it.
+Three words, with their examples:
+
+    parameter  of the unrolled model            `layers_1/mlp/kernel`        [D, F]
+    array      on disk, layers in one stack     `params/layers/mlp/kernel`   [L, D, F]
+    part       the values in a box of a parameter, rows 0:4 of `layers_1/mlp/kernel`; in its array
+               this is the box [1:2, 0:4, 0:F]
+
+The files are those that `Checkpoints` writes and reads (checkpoint_files.py): the same OCDBT store,
+the same manifest with the same digests. Orbax saves complete arrays only, so parts are written with
+TensorStore, which Orbax is built on, and Orbax's description of the tree is written beside them.
 """
 
 import collections
@@ -13,7 +19,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -29,20 +35,21 @@ from research.storage.files import new_folder
 from research.storage.flush import BackgroundFlusher, flush, supports_direct_io
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
+from research.training import orbax_tree
 from research.training.checkpoint_arrays import array_kvstore
 from research.training.checkpoint_files import Damaged
 
-# Bytes of a chunk, the least that is read from disk at a time: a device that holds a small part of
-# an array in a sharded model reads little more than its part.
+# Largest chunk, the unit in which TensorStore reads: a device that holds a small part of an array
+# in a sharded model reads little more than its part.
 CHUNK_BYTES = 2**22
-# Bytes on their way to the disk while the next part is made.
-_IN_FLIGHT = 2**27
-# How the names of files end to which TensorStore still writes.
+# Most bytes that are being written while the next part is made.
+MAX_PENDING_BYTES = 2**27
+# Suffix of files that TensorStore is still writing.
 _UNFINISHED = ".__lock"
 _FIELD = "params"
 
-Box = tuple[slice, ...]
-Part = tuple[str, Box, Shaped[np.ndarray, "..."]]
+Box = tuple[slice, ...]  # one slice for each leading axis; () is the whole parameter
+Part = tuple[str, Box, Shaped[np.ndarray, "..."]]  # parameter, box, values
 
 
 def write_params(
@@ -51,42 +58,45 @@ def write_params(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     parts: Iterable[Part],
 ) -> None:
-    """Writes a checkpoint that holds parameters alone, whole or not at all.
+    """Writes a checkpoint of parameters alone; its folder appears when it is complete.
 
     Args:
-      workdir: where `checkpoints/<step>` is made.
-      step: of the checkpoint, which must not be there.
+      workdir: gets `checkpoints/<step>`.
+      step: of the checkpoint, which must not exist.
       shapes: of all parameters of the unrolled model, by name.
-      parts: names, boxes (() is the whole parameter) and values; together they are each number
-          once.
+      parts: together hold each element of each parameter exactly once.
 
     Raises:
       UserError: the disk is full.
     """
     folder = workdir.absolute() / "checkpoints" / str(step)
-    with _explained(folder), new_folder(folder) as partial:
+    with _full_disk_as_user_error(folder), new_folder(folder) as partial:
         arrays, digests = _write_arrays(partial / files.ARRAYS, shapes, parts)
-        manifest = files.build_manifest(step, files.describe_arrays(arrays, digests), {})
+
+        described = files.describe_arrays(arrays, digests)
+        manifest = files.build_manifest(step, described, {})
         (partial / files.MANIFEST).mkdir()
         (partial / files.MANIFEST / "manifest.json").write_text(json.dumps(manifest))
-        # As Orbax does, so that a copy in a bucket is known to be all of it.
+
+        # Orbax writes this file last. With it, a copy in a bucket is known to be complete.
         (partial / files.COMMIT).write_text(f"Checkpoint commit was successful to {folder}")
-        _sync(partial)
+        _sync_all(partial)
 
 
 def _write_arrays(
     folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct], parts: Iterable[Part]
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, str]]:
     """Writes the arrays of a checkpoint; returns their shapes and digests by name."""
-    store = _Store(folder, shapes)
+    writer = _ArrayWriter(folder, shapes)
     try:
-        with BackgroundFlusher(store.flush) as flusher:
+        with BackgroundFlusher(writer.flush) as flusher:
             for name, box, values in prefetch(parts):
-                store.write(name, box, values)
+                writer.write(name, box, values)
                 flusher.wrote(values.nbytes)
-        return store.arrays, store.finish()
+        return writer.arrays, writer.finish()
     except BaseException:
-        store.abandon()
+        # The caller removes the folder: nothing may still be written into it then.
+        writer.wait_after_failure()
         raise
 
 
@@ -111,143 +121,202 @@ class ParamsReader:
         shapes: Mapping[str, jax.ShapeDtypeStruct],
         fields: tuple[str, ...] = (_FIELD,),
     ):
-        folder = absolute(workdir) / "checkpoints" / str(step)
-        self._manifest = files.read_manifest(folder)
-        held = {name.partition("/")[0] for name in self._manifest["arrays"]}
-        self._field = next((field for field in fields if field in held), fields[-1])
-        self._places = canonical_names(shapes)
-        arrays = {f"{self._field}/{name}": shape for name, shape in stack_layers(shapes).items()}
-        files.check_architecture(folder, self._manifest, arrays, whole=False)
-        self._digests = {name: RunningDigest(shape.shape) for name, shape in arrays.items()}
-        direct = not in_bucket(folder) and supports_direct_io(
-            folder / files.MANIFEST / "manifest.json"
-        )
-        mode = "direct" if direct else "default"
-        self._folder, self._context, self._open = folder, _context(mode), {}
-        self._counted: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
-        self._worker = BackgroundWorker()
+        self._folder = absolute(workdir) / "checkpoints" / str(step)
+        self._manifest = files.read_manifest(self._folder)
+        self._layout = _Layout(shapes, files.first_field(self._manifest, fields))
+        files.check_architecture(self._folder, self._manifest, self._layout.arrays, exact=False)
+
+        io_mode = "direct" if self._can_read_directly() else "default"
+        self._context = _context(io_mode)
+        self._stores: dict[str, ts.TensorStore] = {}
+        self._digests = self._layout.running_digests()
+        # (array, start, shape) of the parts that are in the digests already.
+        self._digested: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
+        self._digest_worker = BackgroundWorker()
 
     def read(self, name: str, box: Box) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter; raises Damaged where it cannot be read.
 
         A number that is read again must be read in the same part again.
         """
-        stack, index = self._places[name]
-        stack = f"{self._field}/{stack}"
+        target = self._layout.locate(name, box)
         try:
-            if stack not in self._open:
-                store, stored = files.locate_array(self._folder, self._manifest, stack)
-                spec = {"driver": "zarr", "kvstore": array_kvstore(store, stored)}
-                self._open[stack] = ts.open(
-                    spec, context=self._context, open=True, read=True
-                ).result()
-            array = self._open[stack]
-            box, start = _bounds(array.shape, index, box)
-            values = array[box].read().result()
-        except ValueError as error:  # all that TensorStore raises
-            raise Damaged(
-                f"array {stack} cannot be read ({str(error).splitlines()[0][:300]})"
-            ) from error
-        part = (stack, start, values.shape)
-        if part not in self._counted:
-            self._counted.add(part)
-            self._worker.call(self._digests[stack].add, values, start)
-        return values if index is None else values[0]
+            values = self._store(target.array)[target.box].read().result()
+        except ValueError as error:  # TensorStore raises no other
+            message = str(error).splitlines()[0][:300]
+            raise Damaged(f"array {target.array} cannot be read ({message})") from error
+
+        part = (target.array, target.start, values.shape)
+        if part not in self._digested:
+            self._digested.add(part)
+            digest = self._digests[target.array]
+            self._digest_worker.call(digest.add, values, target.start)
+
+        # [1, rows, F] -> [rows, F]
+        return values[0] if target.in_stack else values
 
     def check(self) -> None:
         """Raises Damaged when what was read, each number at least once, is not what was saved."""
-        self._worker.wait()
+        self._digest_worker.wait()
         for name, digest in self._digests.items():
             if digest.text() != self._manifest["arrays"][name]["digest"]:
                 raise Damaged(f"the bits of array {name} are not those that were saved (digest)")
 
+    def _store(self, array: str) -> ts.TensorStore:
+        """Returns an array, opened when it is first asked for."""
+        if array not in self._stores:
+            folder, stored_name = files.locate_array(self._folder, self._manifest, array)
+            spec = {"driver": "zarr", "kvstore": array_kvstore(folder, stored_name)}
+            opening = ts.open(spec, context=self._context, open=True, read=True)
+            self._stores[array] = opening.result()
+        return self._stores[array]
 
-class _Store:
-    """The arrays of a checkpoint, being written."""
+    def _can_read_directly(self) -> bool:
+        """Whether the files can be read past the page cache."""
+        if in_bucket(self._folder):
+            return False
+        return supports_direct_io(self._folder / files.MANIFEST / "manifest.json")
+
+
+class _Target(NamedTuple):
+    """Where a part of a parameter is on disk.
+
+    Attributes:
+      array: name of the array.
+      box: a slice with start and stop for each axis of the array.
+      in_stack: whether axis 0 of the array counts layers, of which the box has one.
+    """
+
+    array: str
+    box: Box
+    in_stack: bool
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """The indices of the first element of the box."""
+        return tuple(bounds.start for bounds in self.box)
+
+
+class _Layout:
+    """The arrays on disk that hold the parameters of an unrolled model.
+
+    Args:
+      shapes: of all parameters, by name.
+      field: of the state, `params` or `ema`: it comes first in the names of the arrays.
+    """
+
+    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct], field: str):
+        self._field = field
+        self._stack_and_layer = canonical_names(shapes)
+        stacked = stack_layers(shapes)
+        self.arrays = {f"{field}/{name}": shape for name, shape in stacked.items()}
+
+    def locate(self, name: str, box: Box) -> _Target:
+        """Returns where the part of a parameter is on disk."""
+        stack, layer = self._stack_and_layer[name]
+        array = f"{self._field}/{stack}"
+        shape = self.arrays[array].shape
+
+        # Box (0:4,) of layer 1 -> (1:2, 0:4, :) of [L, D, F] -> (1:2, 0:4, 0:F)
+        if layer is not None:
+            box = (slice(layer, layer + 1), *box)
+        missing = len(shape) - len(box)
+        box = (*box, *[slice(None)] * missing)
+        bounds = [part.indices(size) for part, size in zip(box, shape, strict=True)]
+        box = tuple(slice(start, stop) for start, stop, _ in bounds)
+        return _Target(array, box, in_stack=layer is not None)
+
+    def running_digests(self) -> dict[str, RunningDigest]:
+        """Returns a new digest for each array."""
+        return {name: RunningDigest(shape.shape) for name, shape in self.arrays.items()}
+
+
+class _ArrayWriter:
+    """Writes arrays in parts, several at a time, and takes their digests.
+
+    Args:
+      folder: of the store, which is made.
+      shapes: of all parameters of the unrolled model, by name.
+    """
 
     def __init__(self, folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]):
-        self._folder, self._places, self._context = folder, canonical_names(shapes), _context()
-        self.arrays = {f"{_FIELD}/{name}": shape for name, shape in stack_layers(shapes).items()}
-        self._digests = {name: RunningDigest(shape.shape) for name, shape in self.arrays.items()}
-        self._open: dict[str, ts.TensorStore] = {}
+        self._folder = folder
+        self._layout = _Layout(shapes, _FIELD)
+        self._context = _context()
+        self._stores: dict[str, ts.TensorStore] = {}
+        self._digests = self._layout.running_digests()
+        self._digest_worker = BackgroundWorker()
+        # (bytes, write) of the parts that are not written yet, oldest first.
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         self._flushed: set[pathlib.Path] = set()
-        self._worker = BackgroundWorker()
         folder.mkdir(parents=True)
 
+    @property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes by the arrays' names on disk."""
+        return self._layout.arrays
+
     def write(self, name: str, box: Box, values: Shaped[np.ndarray, "..."]) -> None:
-        """Starts to write a part; waits for those before it where too much is under way."""
-        stack, index = self._places[name]
-        stack = f"{_FIELD}/{stack}"
-        values = values if index is None else values[None]
-        if stack not in self._open:
-            self._open[stack] = self._create(stack, values.shape)
-        box, start = _bounds(self.arrays[stack].shape, index, box)
-        self._worker.call(self._digests[stack].add, values, start)
-        self._wait(_IN_FLIGHT - values.nbytes)
-        future = self._open[stack][box].write(values, can_reference_source_data_indefinitely=True)
-        self._pending.append((values.nbytes, future))
+        """Starts to write a part; first waits for older ones where too many bytes are pending."""
+        target = self._layout.locate(name, box)
+        if target.in_stack:
+            values = values[None]  # [rows, F] -> [1, rows, F]
+        if target.array not in self._stores:
+            self._stores[target.array] = self._create(target.array, values.shape)
+        store = self._stores[target.array]
+
+        digest = self._digests[target.array]
+        self._digest_worker.call(digest.add, values, target.start)
+
+        self._wait_until_pending(MAX_PENDING_BYTES - values.nbytes)
+        # Nobody changes `values` any more, so TensorStore need not copy them.
+        write = store[target.box].write(values, can_reference_source_data_indefinitely=True)
+        self._pending.append((values.nbytes, write))
 
     def finish(self) -> dict[str, str]:
-        """Waits, writes Orbax's account of the tree, and returns the digests."""
-        self._wait(0)
-        self._worker.wait()
-        keys = {name: name.split("/") for name in self.arrays}
-        tree = {
-            str(tuple(parts)): {
-                "key_metadata": [{"key": part, "key_type": 2} for part in parts],
-                "value_metadata": {
-                    "value_type": "np.ndarray",
-                    "skip_deserialize": False,
-                    "write_shape": list(self.arrays[name].shape),
-                },
-            }
-            for name, parts in keys.items()
-        }
-        account = {
-            "tree_metadata": tree,
-            "use_ocdbt": True,
-            "use_zarr3": False,
-            "store_array_data_equal_to_fill_value": True,
-            "custom_metadata": None,
-        }
-        (self._folder / "_METADATA").write_text(json.dumps(account))
+        """Waits for all writes, describes the tree for Orbax, and returns the digests."""
+        self._wait_until_pending(0)
+        self._digest_worker.wait()
+        metadata = orbax_tree.tree_metadata(self.arrays)
+        (self._folder / orbax_tree.FILE).write_text(json.dumps(metadata))
         return {name: digest.text() for name, digest in self._digests.items()}
 
     def flush(self) -> None:
-        """Flushes the files that are complete and were not flushed before."""
+        """Flushes the data files that are complete and were not flushed before."""
         complete = {
             path for path in self._folder.glob("d/*") if not path.name.endswith(_UNFINISHED)
         }
         for path in complete - self._flushed:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
+            with _descriptor(path) as descriptor:
                 flush(descriptor)
-            finally:
-                os.close(descriptor)
         self._flushed |= complete
 
-    def abandon(self) -> None:
-        """Returns when nothing more is written."""
+    def wait_after_failure(self) -> None:
+        """Returns when nothing is written any more, whatever became of the pending writes."""
         while self._pending:
-            self._pending.popleft()[1].exception()
+            _, write = self._pending.popleft()
+            write.exception()
 
-    def _wait(self, room: int) -> None:
-        """Waits until no more than so many bytes are under way."""
-        while self._pending and sum(size for size, _ in self._pending) > room:
-            self._pending.popleft()[1].result()
+    def _wait_until_pending(self, most: int) -> None:
+        """Waits until at most this many bytes are pending."""
+        while self._pending and sum(size for size, _ in self._pending) > most:
+            _, write = self._pending.popleft()
+            write.result()
 
-    def _create(self, name: str, part: tuple[int, ...]) -> ts.TensorStore:
-        shape, dtype = self.arrays[name].shape, np.dtype(self.arrays[name].dtype)
+    def _create(self, array: str, part: tuple[int, ...]) -> ts.TensorStore:
+        """Makes an array, in chunks that suit the shape of its first part."""
+        shape = self.arrays[array].shape
+        dtype = np.dtype(self.arrays[array].dtype)
+        chunks = chunk_shape(part, dtype.itemsize)
         metadata = {
             "shape": list(shape),
-            "chunks": list(chunk_shape(part, dtype.itemsize)),
+            "chunks": list(chunks),
             "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
             "compressor": None,  # weights hardly compress
         }
         spec = {
             "driver": "zarr",
-            "kvstore": array_kvstore(self._folder, name),
+            "kvstore": array_kvstore(self._folder, array),
             "metadata": metadata,
             "create": True,
             "store_data_equal_to_fill_value": True,
@@ -258,52 +327,53 @@ class _Store:
 def chunk_shape(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Returns chunks of at most `CHUNK_BYTES` whose edges are edges of parts of this shape.
 
-    The longest axes are halved, so that chunks suit a model that is sharded along any of them.
+    The longest axes are halved, so that chunks suit a model that is sharded along any of them:
+    float32 (1, 4096, 28672) -> (1, 1024, 1024).
     """
     chunk = [max(size, 1) for size in part]
     while itemsize * math.prod(chunk) > CHUNK_BYTES:
-        axis = chunk.index(max(chunk))
-        chunk[axis] = 1 << (chunk[axis] - 1).bit_length() - 1
+        longest = chunk.index(max(chunk))
+        # The largest power of two below: 28672 -> 16384 -> 8192
+        exponent = (chunk[longest] - 1).bit_length() - 1
+        chunk[longest] = 2**exponent
     return tuple(chunk)
 
 
-def _bounds(shape: tuple[int, ...], index: int | None, box: Box) -> tuple[Box, tuple[int, ...]]:
-    """Returns the box of a layer's part in its stack, with a slice an axis, and where it starts."""
-    box = box if index is None else (slice(index, index + 1), *box)
-    box = (*box, *[slice(None)] * (len(shape) - len(box)))
-    ranges = [each.indices(size) for each, size in zip(box, shape, strict=True)]
-    return tuple(slice(start, stop) for start, stop, _ in ranges), tuple(
-        start for start, _, _ in ranges
-    )
-
-
-def _context(mode: str = "default") -> ts.Context:
-    # Files are synced by `flush`, many at a time, and once more when all is written.
+def _context(io_mode: str = "default") -> ts.Context:
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 0},
+            # Files are synced by `flush`, many at a time, and once more when all is written.
             "file_io_sync": False,
-            "file_io_mode": {"mode": mode},
+            "file_io_mode": {"mode": io_mode},
         }
     )
 
 
-def _sync(folder: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _descriptor(path: pathlib.Path) -> Iterator[int]:
+    """Opens a file or folder, as a descriptor of the system."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _sync_all(folder: pathlib.Path) -> None:
+    """Syncs all files and folders in a folder, and the folder itself."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with _descriptor(path) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _explained(folder: pathlib.Path) -> Iterator[None]:
-    """Turns a full disk into a UserError."""
+def _full_disk_as_user_error(folder: pathlib.Path) -> Iterator[None]:
+    """Raises a full disk, which TensorStore reports as a ValueError, as a UserError."""
     try:
         yield
     except (OSError, ValueError) as error:
-        for full in ("No space left on device", "Disk quota exceeded"):
-            if full in str(error):
-                raise UserError(f"{folder}: {full}; it was not written.") from error
+        for reason in ("No space left on device", "Disk quota exceeded"):
+            if reason in str(error):
+                raise UserError(f"{folder}: {reason}; it was not written.") from error
         raise

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: exclusive categories that sum to the wall time."""
+"""How a run spends its time: exclusive categories that sum to the wall time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,19 +10,21 @@ OTHER = "other"
 
 
 class Clock:
-    """Counts every moment from its making to `stop` in exactly one category, or in `other`.
+    """Counts all time from its creation to `stop`, each moment in one category or in `other`.
 
-    JAX runs what it is given later: whoever measures "compute" must wait for the result within it,
-    or the time turns up where it is waited for.
+    JAX computes asynchronously: a block of "compute" must wait for its result, or the time is
+    counted in the block that does.
 
     Args:
-      now: returns seconds; steadily growing.
+      now: returns seconds; monotonic.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._seconds: dict[str, float] = dict.fromkeys((*get_args(Category), OTHER), 0.0)
-        self._current, self._since, self._stopped = OTHER, now(), False
+        self._current: str = OTHER
+        self._since = now()
+        self._stopped = False
 
     @contextmanager
     def measure(self, category: Category) -> Iterator[None]:
@@ -40,9 +42,8 @@ class Clock:
         self._stopped = True
 
     def seconds(self) -> dict[str, float]:
-        """Returns the seconds of each category so far, `other` last; together they are the wall
-        time.
-        """
+        """Returns the seconds of each category so far, `other` last; their sum is the wall time."""
+        # Nothing changes but that the time of the current category is counted up to now.
         self._switch(self._current)
         return dict(self._seconds)
 
@@ -57,8 +58,11 @@ class Clock:
         return f"wall {wall:.1f} s: {', '.join(shares)}"
 
     def _switch(self, category: str) -> str:
-        before, now = self._current, self._now()
+        """Counts the time so far, and from now on in `category`; returns the category before."""
+        before = self._current
+        now = self._now()
         if not self._stopped:
             self._seconds[before] += now - self._since
-        self._current, self._since = category, now
+        self._current = category
+        self._since = now
         return before

@@ -1,4 +1,4 @@
-"""The course of a run, as configuration."""
+"""How a run trains: steps, batches, logging and evaluation."""
 
 import dataclasses
 
@@ -8,23 +8,23 @@ from research.training.partition import TrainableConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The course of a run.
+    """How a run trains.
 
     Attributes:
       steps: batches in all.
       seed: of initialization, dropout and sample order, in [0, 2³¹).
       batch_size: rows of a batch, over all devices.
       sequence_length: tokens of a row.
-      accumulation: microbatches that a batch is taken in; divides the batch size.
+      accumulation: microbatches of a batch; divides the batch size.
       z_loss: coefficient of the z-loss; 0 leaves it out.
       label_smoothing: share of the target spread over the vocabulary, in [0, 1); evaluation has
           none.
       log_every: steps between lines of the log.
       eval_every: steps between evaluations on held-out text; 0 evaluates at the end only.
-      eval_batches: held-out batches an evaluation at most; 0 takes them all.
+      eval_batches: most held-out batches of an evaluation; 0 takes them all.
       max_skipped: this many steps in a row without a finite loss stop the run.
       trainable: which parameters are trained; the others are frozen.
-      self_check: whether the first batch is also taken through the plain attention, and drift stops
+      self_check: whether attention is compared with the plain one on the first batch; drift stops
           the run.
     """
 
@@ -58,7 +58,7 @@ class TrainConfig:
                 raise UserError(name, getattr(self, name), "must not be below 0.")
         if not 0 <= self.label_smoothing < 1:
             raise UserError("label_smoothing", self.label_smoothing, "must lie in [0, 1).")
-        # Random keys read no further bits: a larger seed would be another one in disguise.
+        # Random keys use no more bits: a larger seed would give the numbers of another one.
         if not 0 <= self.seed < 2**31:
             raise UserError("seed", self.seed, "must lie in [0, 2147483648).")
         if self.batch_size % self.accumulation:

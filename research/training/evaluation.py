@@ -1,4 +1,4 @@
-"""Held-out loss: sums over batches, one division at the end."""
+"""Held-out loss: sums over batches, divided once at the end."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,24 +18,29 @@ def evaluate(
     batches: Iterable[Batch],
     bytes_per_target: float | None,
 ) -> dict[str, float]:
-    """Returns the mean loss in nats a token that is predicted, and in bits a byte of text where
-    that means something.
+    """Returns the mean loss in nats a predicted token, and in bits a byte of text.
 
-    bits per byte = loss / (ln 2 · bytes per token)
+        bits per byte = loss / (ln 2 · bytes per token)
 
     Args:
       step: from `make_eval_step`.
       trainable: the trained parameters, or their average.
       frozen: the other parameters.
       batches: on the devices.
-      bytes_per_target: UTF-8 bytes of held-out text for each token that is predicted; None: not all
-          of the text is.
+      bytes_per_target: UTF-8 bytes of held-out text for each predicted token; None where not all of
+          the text is predicted, so that bits a byte mean nothing.
     """
-    sums: dict[str, np.float64] = {"loss": np.float64(0), "weight": np.float64(0)}
+    # Float64 on the host: float32 would lose digits over many batches.
+    loss_sum = np.float64(0)
+    weight = np.float64(0)
     for batch in batches:
-        values = jax.device_get(step(trainable, frozen, batch))
-        sums = {name: total + np.float64(values[name]) for name, total in sums.items()}
-    loss = float(sums["loss"] / (sums["weight"] or 1.0))
-    if bytes_per_target is None:
-        return {"eval/loss": loss}
-    return {"eval/loss": loss, "eval/bits_per_byte": loss / (math.log(2) * bytes_per_target)}
+        sums = jax.device_get(step(trainable, frozen, batch))
+        loss_sum += np.float64(sums["loss"])
+        weight += np.float64(sums["weight"])
+
+    # Without a token to predict the loss is 0.
+    loss = float(loss_sum / (weight or 1.0))
+    row = {"eval/loss": loss}
+    if bytes_per_target is not None:
+        row["eval/bits_per_byte"] = loss / (math.log(2) * bytes_per_target)
+    return row

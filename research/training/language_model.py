@@ -27,11 +27,12 @@ from research.training.step import Metrics, Report
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelLoss:
-    """The weighted cross-entropy of a model, in nats a token, and the terms that training adds.
+    """The weighted cross-entropy of a model, in nats a token, and the losses that training adds.
 
-    These are the z-loss, the router loss of experts, and the loss of multi-token prediction, where
-    the config has them; of the last the plain mean over the depths is reported. The output
-    projection is taken in chunks, so float32 logits of the whole batch never exist.
+    loss = Σ w (nll + z-loss) + mtp_weight · mean over depths of Σ w (nll + z-loss) at that depth
+
+    The router loss of experts is reported as a mean, which the step adds. The output projection is
+    taken in chunks, so float32 logits of the whole batch never exist.
 
     Attributes:
       config: the model.
@@ -53,25 +54,31 @@ class LanguageModelLoss:
     def sums(
         self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
     ) -> tuple[Float[Array, ""], Report]:
-        """Returns the loss summed over tokens, and what else there is to tell."""
+        """Returns the loss summed over tokens, and the report."""
         params = self.partition.merge(trainable, frozen)
         model = language_model(self.config)
         output = model.hidden(params, batch, key=key)
+        logits = model.projection(params, output.hidden)
+        total, sums = self._cross_entropy(logits, batch["targets"], batch["weights"])
 
-        total, sums = self._cross_entropy(
-            model.projection(params, output.hidden), batch["targets"], batch["weights"]
-        )
-        mtp = [
-            self._cross_entropy(model.projection(params, hidden), *_targets_at(batch, depth))
-            for depth, hidden in enumerate(output.mtp_hidden, start=1)
-        ]
-        if mtp:
-            total = total + output.mtp_weight * sum(loss for loss, _ in mtp) / len(mtp)
-            sums = {**sums, "mtp_loss": sum(metrics["loss"] for _, metrics in mtp) / len(mtp)}
+        # Multi-token prediction: the states of depth d predict the target d tokens further on.
+        if output.mtp_hidden:
+            mtp_total = 0.0
+            mtp_nll = 0.0
+            for depth, hidden in enumerate(output.mtp_hidden, start=1):
+                targets, weights = _targets_at(batch, depth)
+                logits = model.projection(params, hidden)
+                depth_total, depth_sums = self._cross_entropy(logits, targets, weights)
+                mtp_total += depth_total
+                mtp_nll += depth_sums["loss"]
+            depths = len(output.mtp_hidden)
+            total = total + output.mtp_weight * mtp_total / depths
+            sums = {**sums, "mtp_loss": mtp_nll / depths}
 
-        reports = output.reports
-        means = {"router_loss": reports.router_loss} if reports.expert_load else {}
-        return total, Report(sums, means, reports.expert_load)
+        means = {}
+        if output.reports.expert_load:
+            means = {"router_loss": output.reports.router_loss}
+        return total, Report(sums, means, output.reports.expert_load)
 
     def _cross_entropy(
         self, logits: LogitTerms, targets: Int[Array, "B T"], weights: Float[Array, "B T"]
@@ -99,9 +106,8 @@ class LanguageModelLoss:
 
 
 def _targets_at(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """Returns the targets that are `depth` places further on, and their weights: 0 past the end of
-    a sequence.
-    """
+    """Returns the targets `depth` tokens further on, and their weights: 0 past a sequence's end."""
+    # segments [1 1 1 2 2 0], depth 1 -> same [1 1 0 1 0 1]; the last is padding, of weight 0
     same = shift_left(batch["segments"], depth) == batch["segments"]
     weights = jnp.where(same, shift_left(batch["weights"], depth), 0.0)
     return shift_left(batch["targets"], depth), weights
@@ -115,21 +121,28 @@ def language_model_program(
     devices: Sequence[jax.Device] | None = None,
     objective: ObjectiveConfig = CAUSAL,
 ) -> Program:
-    """Returns the training of a language model on `devices` (all by default); nothing is compiled
-    yet.
+    """Returns the programs that train a language model; nothing is compiled yet.
+
+    Args:
+      model, optim, train, mesh: what is trained, how, and on which mesh.
+      devices: of the mesh; None is all.
+      objective: which arrays a batch has.
 
     Raises:
       UserError: sizes that do not fit the devices, a schedule longer than the run, or nothing to
           train.
     """
     devices_mesh = make_mesh(mesh, devices)
-    untargeted = language_model(model, mesh_platform(devices_mesh)).init
+    init_for_platform = language_model(model, mesh_platform(devices_mesh)).init
 
     def init(key: jax.Array) -> Any:
         with compiling_for_mesh(devices_mesh):
-            return untargeted(key)
+            return init_for_platform(key)
 
     partition = build_partition(train.trainable, jax.eval_shape(init, jax.random.key(0)))
+    expert_bias_speed = 0.0
+    if model.experts is not None:
+        expert_bias_speed = model.experts.bias_speed
     return build_program(
         init,
         LanguageModelLoss(model, train.z_loss, train.label_smoothing, partition),
@@ -140,5 +153,5 @@ def language_model_program(
         devices,
         eval_loss=LanguageModelLoss(model, partition=partition),
         partition=partition,
-        expert_bias_speed=0.0 if model.experts is None else model.experts.bias_speed,
+        expert_bias_speed=expert_bias_speed,
     )

@@ -1,11 +1,14 @@
-"""The one loop. It knows a step and a stream of batches, and nothing of what they mean."""
+"""The one loop over steps: batches, metrics, checkpoints, evaluation and signals.
+
+It knows nothing of what a step computes.
+"""
 
 import dataclasses
 import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.experimental import multihost_utils
@@ -25,17 +28,16 @@ logger = logging.getLogger("tessera")
 
 @runtime_checkable  # so that the tests' checks of types can look at it
 class Stream(Protocol):
-    """A stream of host batches whose position can be saved: of a corpus, or of what the model
-    itself has drawn.
+    """A stream of host batches whose position can be saved.
+
+    The batches are of a corpus, or of samples of the model itself.
     """
 
     def next(self, state: TrainState) -> Batch:
-        """Returns the next batch; a stream of the model's own samples draws them from `state`."""
+        """Returns the next batch; samples of the model itself are drawn with `state`."""
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: JSON values and small NumPy arrays, the same on all
-        processes.
-        """
+        """Returns the position: JSON values and small arrays, the same on all processes."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resumes from what `state` returned."""
@@ -43,7 +45,7 @@ class Stream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """What turns a step's time into rates.
+    """Turns tokens and seconds into rates.
 
     Attributes:
       flops_per_token: of forward and backward pass, causal attention counted as half.
@@ -56,7 +58,7 @@ class Throughput:
     num_devices: int
 
     def rates(self, tokens: float, seconds: float) -> dict[str, float | None]:
-        """Returns rates of `tokens` real tokens (padding left out) in `seconds`."""
+        """Returns the rates of `tokens` tokens, without padding, in `seconds`."""
         rate = tokens / seconds
         mfu = None if self.peak_flops is None else rate * self.flops_per_token / self.peak_flops
         return {
@@ -68,20 +70,19 @@ class Throughput:
 
 @dataclasses.dataclass
 class Run:
-    """What the loop drives.
+    """What the loop calls.
 
     Attributes:
       step: compiled.
       frozen: what the step reads beside its state.
       stream: the batches of this process.
       shard_batch: puts a host batch on the devices.
-      check: looks at the first batch and the state that meets it, and raises where the kernels
-          cannot be trusted.
+      check: called with the first state and batch; raises where the kernels compute wrong values.
       evaluate: held-out metrics of a state.
-      saved: what a checkpoint keeps of a state.
-      checkpoints: where the state is kept.
-      writer: where metrics go.
-      clock: where time goes.
+      saved: from a state to the one that a checkpoint keeps.
+      checkpoints: of the workdir.
+      writer: of the metrics.
+      clock: of the categories of time.
       throughput: for the rates.
     """
 
@@ -100,10 +101,10 @@ class Run:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
+    """Collects SIGTERM and SIGINT, which would end the process; a second SIGINT interrupts at once.
 
-    Of many processes, JAX itself catches SIGTERM and tells the others, so there SIGINT is turned
-    into that.
+    With several processes, JAX itself catches SIGTERM and notifies the others: there SIGINT is
+    raised again as SIGTERM.
     """
     caught: list[int] = []
     many = jax.process_count() > 1
@@ -124,123 +125,144 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _Due(NamedTuple):
+    """What follows a step.
+
+    Attributes:
+      evaluation: whether the state is evaluated.
+      checkpoint: whether it is saved.
+      stop: the signal that ends the run, or 0.
+    """
+
+    evaluation: bool
+    checkpoint: bool
+    stop: int
+
+
 def run_loop(
     state: TrainState, run: Run, config: TrainConfig, evaluation_pending: bool = False
 ) -> TrainState:
-    """Takes the state from its step to the last one.
+    """Takes the state from its step to the last one, and returns it.
 
-    Metrics of a step are read after the next one is under way, so the devices never wait for the
-    host. A step's state is saved before it is evaluated, which may take longer than whoever stops
-    the run is ready to wait.
+    Metrics of a step are fetched after the next is dispatched, so the devices never wait for the
+    host. A state is saved before it is evaluated: evaluation may take longer than whoever sent a
+    signal waits.
 
     Args:
-      state: where to go on; its buffers are given up.
-      run: what to drive.
-      config: the course.
-      evaluation_pending: whether the state was saved at a step whose evaluation did not come about.
+      state: the first state; its buffers are donated.
+      run: what to call.
+      config: steps, logging and evaluation.
+      evaluation_pending: whether the run was stopped before it evaluated this state.
 
     Raises:
       Interrupted: SIGTERM or SIGINT came; the state was saved first.
       UserError: several steps in a row were not finite; the last checkpoint stays the newest.
     """
-    clock, first = run.clock, int(state.step)
-    meter = _Meter(run, config, first)
+    clock = run.clock
+    first = int(state.step)
+    log = _MetricsLog(run, config, first)
     with (
         _stop_signals() as signals,
         Progress("train", config.steps - first, "step", lines=False) as progress,
     ):
         if evaluation_pending:
-            meter.evaluate(first, state)
-        pending: tuple[int, Metrics] | None = None
+            log.evaluate(first, state)
+
         for index in range(first, config.steps):
             with clock.measure("data"):
                 batch = run.shard_batch(run.stream.next(state))
             if index == first:
                 with clock.measure("compile"):
                     run.check(state, batch)
-            # The devices compute while the host keeps its books, so that is no time of its own.
+
+            # The step is dispatched, and computed while the host records the one before.
             with clock.measure("compute"):
                 state, metrics = run.step(state, run.frozen, batch)
-                if pending is not None:
-                    meter.read(*pending)
-                step, pending = index + 1, (index + 1, metrics)
+                log.record()
+                log.defer(index + 1, metrics)
                 progress.advance()
-                last, stop = step == config.steps, _agreed_stop(signals, index)
-                evaluates = last or (config.eval_every > 0 and step % config.eval_every == 0)
-                saves = last or stop or run.checkpoints.due(step)
-                if evaluates or saves:
-                    meter.read(*pending)
-                    pending = None
-            if meter.diverged:
-                raise UserError(meter.diverged)
-            if saves:
-                with clock.measure("checkpoint"):
-                    extra = {"loader": run.stream.state(), "evaluation_owed": evaluates}
-                    run.writer.flush()
-                    run.checkpoints.save(step, run.saved(state), extra)
-            if stop:
-                run.checkpoints.wait()
-                name = signal.Signals(stop).name
-                raise Interrupted(
-                    f"stopped by {name} after step {step}; the same command resumes from there"
-                )
-            if evaluates:
-                meter.evaluate(step, state)
+                due = _due(run, config, index, signals)
+                if due.evaluation or due.checkpoint:
+                    log.record()
+
+            if log.diverged:
+                raise UserError(log.diverged)
+            _finish_step(state, run, log, index + 1, due)
     with clock.measure("checkpoint"):
         run.checkpoints.wait()
     return state
 
 
-def _agreed_stop(signals: list[int], step: int) -> int:
+def _due(run: Run, config: TrainConfig, index: int, signals: list[int]) -> _Due:
+    """Returns what follows the step of this index."""
+    step = index + 1
+    last = step == config.steps
+    stop = _agreed_stop(signals, index)
+    evaluation = last or (config.eval_every > 0 and step % config.eval_every == 0)
+    checkpoint = last or bool(stop) or run.checkpoints.due(step)
+    return _Due(evaluation, checkpoint, stop)
+
+
+def _finish_step(state: TrainState, run: Run, log: "_MetricsLog", step: int, due: _Due) -> None:
+    """Saves, stops or evaluates after a step, in this order."""
+    if due.checkpoint:
+        with run.clock.measure("checkpoint"):
+            # On disk the name is an older one than `evaluation_pending`.
+            extra = {"loader": run.stream.state(), "evaluation_owed": due.evaluation}
+            run.writer.flush()
+            run.checkpoints.save(step, run.saved(state), extra)
+    if due.stop:
+        run.checkpoints.wait()
+        name = signal.Signals(due.stop).name
+        raise Interrupted(
+            f"stopped by {name} after step {step}; the same command resumes from there"
+        )
+    if due.evaluation:
+        log.evaluate(step, state)
+
+
+def _agreed_stop(signals: list[int], index: int) -> int:
     """Returns the signal to stop for, or 0; all processes of a run stop after the same step."""
     if jax.process_count() > 1:
-        return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
+        stop = multihost_utils.reached_preemption_sync_point(index)
+        return int(signal.SIGTERM) if stop else 0
     return signals[0] if signals else 0
 
 
-class _Meter:
-    """Turns the metrics of steps into rows and lines, and watches for divergence."""
+class _MetricsLog:
+    """Turns the metrics of steps into rows and log lines, and notices divergence.
+
+    Attributes:
+      diverged: why the run cannot continue, or "".
+    """
 
     def __init__(self, run: Run, config: TrainConfig, first: int):
-        self._run, self._config = run, config
-        self._tokens, self._counted = 0.0, first
-        self._since = self._busy()
+        self._run = run
+        self._config = config
+        # The step whose metrics were not fetched yet.
+        self._deferred: tuple[int, Metrics] | None = None
+        # Since the last row: tokens, its step, and the seconds at which it was written.
+        self._tokens = 0.0
+        self._row_step = first
+        self._row_seconds = self._busy_seconds()
         self.diverged = ""
 
-    def _busy(self) -> float:
-        """Seconds that count in rates: steps and the wait for their batches."""
-        seconds = self._run.clock.seconds()
-        return seconds["compute"] + seconds["data"]
+    def defer(self, step: int, metrics: Metrics) -> None:
+        """Keeps the metrics of a dispatched step for the next `record`."""
+        assert self._deferred is None
+        self._deferred = (step, metrics)
 
-    def read(self, step: int, metrics: Metrics) -> None:
-        """Waits for a step's metrics; logs them where a line is due."""
+    def record(self) -> None:
+        """Waits for the deferred metrics; writes a row where one is due."""
+        if self._deferred is None:
+            return
+        step, metrics = self._deferred
+        self._deferred = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._tokens += values.pop("tokens")
-        if values["skipped_in_row"] >= self._config.max_skipped and not self.diverged:
-            rows = self._config.batch_size
-            self.diverged = (
-                f"step {step}: loss or gradient was not finite {int(values['skipped_in_row'])} "
-                "times in a row "
-                f"(train.max_skipped); the batch holds rows {(step - 1) * rows} to "
-                f"{step * rows - 1} of the order."
-            )
-        elif values["skipped_in_row"]:
-            logger.warning(
-                "step %d: loss or gradient is not finite; skipped, nothing was changed", step
-            )
+        self._check_finite(step, int(values["skipped_in_row"]))
         if step % self._config.log_every == 0 or step == self._config.steps or self.diverged:
-            self._report(step, values)
-
-    def _report(self, step: int, values: dict[str, float]) -> None:
-        now = self._busy()
-        seconds, steps = max(now - self._since, 1e-9), step - self._counted
-        row = {f"train/{name}": value for name, value in values.items()}
-        row |= self._run.throughput.rates(self._tokens, seconds)
-        row["time/step_ms"] = 1000 * seconds / max(steps, 1)
-        row |= {f"time/{name}": value for name, value in self._run.clock.seconds().items()}
-        self._tokens, self._counted, self._since = 0.0, step, now
-        self._run.writer.write(step, row)
-        logger.info("%s", format_line(step, self._config.steps, row))
+            self._write_row(step, values)
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluates a state; writes and logs its held-out metrics."""
@@ -248,3 +270,38 @@ class _Meter:
             values = self._run.evaluate(state)
         self._run.writer.write(step, values)
         logger.info("%s", format_evaluation({"step": step, **values}))
+
+    def _check_finite(self, step: int, skipped_in_row: int) -> None:
+        """Warns of a skipped step; notes divergence after too many in a row."""
+        if skipped_in_row >= self._config.max_skipped and not self.diverged:
+            rows = self._config.batch_size
+            self.diverged = (
+                f"step {step}: loss or gradient was not finite {skipped_in_row} times in a row "
+                f"(train.max_skipped); the batch holds rows {(step - 1) * rows} to "
+                f"{step * rows - 1} of the order."
+            )
+        elif skipped_in_row:
+            logger.warning(
+                "step %d: loss or gradient is not finite; skipped, nothing was changed", step
+            )
+
+    def _write_row(self, step: int, values: dict[str, float]) -> None:
+        now = self._busy_seconds()
+        seconds = max(now - self._row_seconds, 1e-9)
+        steps = max(step - self._row_step, 1)
+
+        row = {f"train/{name}": value for name, value in values.items()}
+        row |= self._run.throughput.rates(self._tokens, seconds)
+        row["time/step_ms"] = 1000 * seconds / steps
+        row |= {f"time/{name}": spent for name, spent in self._run.clock.seconds().items()}
+
+        self._tokens = 0.0
+        self._row_step = step
+        self._row_seconds = now
+        self._run.writer.write(step, row)
+        logger.info("%s", format_line(step, self._config.steps, row))
+
+    def _busy_seconds(self) -> float:
+        """Returns the seconds that count in rates: steps, and the wait for their batches."""
+        seconds = self._run.clock.seconds()
+        return seconds["compute"] + seconds["data"]

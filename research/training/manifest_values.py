@@ -1,7 +1,6 @@
 """What a checkpoint keeps beside its arrays, as JSON: plain values, and small arrays bit for bit.
 
-They lie in the manifest, so they are written with it, whole or not at all, and its sha256 guards
-them.
+They are in the manifest: written atomically with it, and protected by its sha256.
 """
 
 import base64
@@ -13,7 +12,7 @@ import numpy as np
 
 from research.core.errors import UserError, join
 
-# The only key of a JSON object that stands for an array.
+# The only key of a JSON object that encodes an array.
 _ARRAY = "__array__"
 
 
@@ -21,8 +20,8 @@ def encode(value: Any, name: str = "extra") -> Any:
     """Returns nested dicts and lists with every array as a JSON object of its type, shape and
     bytes.
 
-    Arrays are NumPy's and JAX's, and NumPy's scalars, but for those that are Python numbers or
-    strings as well.
+    Arrays are NumPy's and JAX's, and NumPy's scalars, except those that are Python numbers or
+    strings too, such as float64.
 
     Args:
       value: what to encode.
@@ -88,16 +87,16 @@ def _encode_array(array: np.ndarray, name: str) -> dict[str, Any]:
 
 
 def _type_name(dtype: np.dtype, name: str) -> str:
-    """Returns the name from which NumPy makes a type again: bfloat16 has only `name`, strings have
-    only `str`.
-    """
-    for spelt in () if dtype.hasobject else (dtype.name, dtype.str):
+    """Returns the name from which NumPy makes a type again."""
+    # bfloat16 has only a `name` that does, strings only a `str` ("<U5"), objects neither.
+    candidates = () if dtype.hasobject else (dtype.name, dtype.str)
+    for candidate in candidates:
         try:
-            found = np.dtype(spelt).newbyteorder("<")
+            found = np.dtype(candidate).newbyteorder("<")
         except TypeError:
             continue
         if found == dtype:
-            return spelt
+            return candidate
     raise UserError(
         name,
         constraint=f"is an array of {dtype}, which a checkpoint cannot keep beside its arrays.",

@@ -1,10 +1,8 @@
-"""The numbers of a run: `metrics.jsonl`, one row a line, the same for TensorBoard, and the line of
-the log.
+"""The metrics of a run: rows of `metrics.jsonl`, the same for TensorBoard, and the log line.
 
-A row is `{"step": …, "train/loss": …}`. JSON has no words for the numbers that are not finite, so
-these are written as the strings "NaN", "Infinity" and "-Infinity", which Python's `float()` and
-JavaScript's `Number()` read back; null is a number that is not known (the utilization of a device
-whose peak nobody has told).
+A row is `{"step": …, "train/loss": …}`. JSON has no numbers that are not finite, so these are
+written as the strings "NaN", "Infinity" and "-Infinity", which Python's `float()` and JavaScript's
+`Number()` read back; null is an unknown number (the utilization of a device whose peak is unknown).
 """
 
 import contextlib
@@ -29,24 +27,24 @@ from research.training.presence import Presence
 
 logger = logging.getLogger("tessera")
 
-FILE, BOARD = "metrics.jsonl", "tensorboard"
-# Seconds after which a bucket gets what is new, where no checkpoint is saved meanwhile.
+FILE = "metrics.jsonl"
+BOARD = "tensorboard"
+# Seconds after which new rows are uploaded to a bucket, where no checkpoint is saved meanwhile.
 UPLOAD_SECONDS = 30.0
 
 
 class MetricsWriter:
     """Appends rows to a workdir's metrics; on processes other than the first it does nothing.
 
-    After a resume the rows end as those of an unbroken run do: what was written after the
-    checkpoint is dropped, for it will be written again. So a step's training row must be written,
-    and flushed, before its checkpoint is saved.
+    After a resume the file is that of an uninterrupted run: rows after the checkpoint are dropped,
+    and will be written again. So a step's training row must be written, and flushed, before its
+    checkpoint is saved.
 
-    Nothing is appended to a file in a bucket: there the files lie on this machine, and are uploaded
-        as wholes.
+    A file in a bucket cannot be appended to: there the files are local, and uploaded as a whole.
 
     Args:
       workdir: the run's folder.
-      resumed_step: the step from which the run goes on; 0 begins anew.
+      resumed_step: the step of the checkpoint that the run resumes from; 0 begins a run.
     """
 
     def __init__(self, workdir: Path, resumed_step: int = 0):
@@ -69,13 +67,13 @@ class MetricsWriter:
         self._file = (self._folder / FILE).open("a", encoding="utf-8")
         self._failed = False  # whether a row could not be written
         # In a bucket the file of metrics comes with the first upload only.
-        self._presence = Presence(workdir, "config.json" if in_bucket(workdir) else FILE)
+        watched = "config.json" if in_bucket(workdir) else FILE
+        self._presence = Presence(workdir, watched)
         self._board = Board(self._folder / BOARD, resumed_step)
         self._flushed = time.monotonic()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one row; it is in the file, whole, when this returns, or in a bucket after
-        `flush`.
+        """Appends one row, atomically; a bucket gets it at the next `flush`.
 
         Args:
           step: steps done, from 1.
@@ -96,14 +94,13 @@ class MetricsWriter:
         except OSError as error:
             self._failed = True
             raise UserError(f"{self._folder / FILE} cannot be written: {reason(error)}.") from error
-        self._board.write(
-            int(step), {name: value for name, value in values.items() if value is not None}
-        )
+        known = {name: value for name, value in values.items() if value is not None}
+        self._board.write(int(step), known)
         if in_bucket(self._workdir) and time.monotonic() - self._flushed >= UPLOAD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Brings the rows, and the numbers for TensorBoard, to where they are kept.
+        """Writes out TensorBoard's numbers, and uploads all to a bucket.
 
         Raises:
           UserError: the workdir is gone.
@@ -123,9 +120,7 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        """Flushes and closes the files. After a fault that was raised there is nothing more to say
-        about them.
-        """
+        """Flushes and closes the files; after a failed write, which was raised, raises nothing."""
         if self._folder is None:
             return
         if self._failed:
@@ -141,9 +136,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a workdir, in order, numbers that are not finite as floats; what is no
-    row is left out.
-    """
+    """Returns the rows of a workdir, in order; lines that are no rows are left out."""
     return [row for _, row in _rows(workdir / FILE) if row is not None]
 
 
@@ -153,17 +146,24 @@ def evaluations(workdir: Path) -> list[dict[str, Any]]:
 
 
 def curve(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of one metric, from the rows that know it."""
-    points = [(row["step"], row[name]) for row in rows if name in row and row[name] is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    """Returns the steps and values of one metric, from the rows that have it."""
+    known = [row for row in rows if row.get(name) is not None]
+    steps = [row["step"] for row in known]
+    values = [row[name] for row in known]
+    return steps, values
 
 
 def memory_in_use() -> tuple[int, str]:
-    """Returns bytes and whose they are: the most that a "device" of this process has held, where
-    devices tell, else what the "process" holds now (its resident set)."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
-    return (max(peaks), "device") if peaks else (psutil.Process().memory_info().rss, "process")
+    """Returns bytes, and whose they are.
+
+    It is the peak of a "device" of this process, where devices report it, or else what the
+    "process" has now (its resident set).
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
+    if peaks:
+        return max(peaks), "device"
+    return psutil.Process().memory_info().rss, "process"
 
 
 def format_line(step: int, total: int, row: Mapping[str, float | int | None]) -> str:
@@ -175,39 +175,40 @@ def format_line(step: int, total: int, row: Mapping[str, float | int | None]) ->
       row: loss, gradient norm and learning rate under `train/`, tokens per second and mfu (None
         where the peak of the devices is not known) under `throughput/`, and `time/step_ms`.
     """
-    mfu, (held, whose) = row["throughput/mfu"], memory_in_use()
-    eta = datetime.timedelta(seconds=round((total - step) * row["time/step_ms"] / 1000))
-    return "  ".join(
-        (
-            f"step {step:>{len(str(total))}}/{total}",
-            f"loss {row['train/loss']:.4f}",
-            f"grad_norm {row['train/grad_norm']:.3f}",
-            f"lr {row['train/learning_rate']:.3e}",
-            f"tokens/s {row['throughput/tokens_per_second']:,.0f}",
-            f"tokens/s/device {row['throughput/tokens_per_second_per_device']:,.0f}",
-            f"mfu {'unknown' if mfu is None else f'{100 * mfu:.1f}% (causal half)'}",
-            f"memory {held / 2**30:.2f} GiB ({whose})",
-            f"step_ms {row['time/step_ms']:.1f}",
-            f"eta {eta}",
-        )
+    mfu = row["throughput/mfu"]
+    utilization = "unknown" if mfu is None else f"{100 * mfu:.1f}% (causal half)"
+    memory, owner = memory_in_use()
+    remaining_ms = (total - step) * row["time/step_ms"]
+    eta = datetime.timedelta(seconds=round(remaining_ms / 1000))
+    fields = (
+        f"step {step:>{len(str(total))}}/{total}",
+        f"loss {row['train/loss']:.4f}",
+        f"grad_norm {row['train/grad_norm']:.3f}",
+        f"lr {row['train/learning_rate']:.3e}",
+        f"tokens/s {row['throughput/tokens_per_second']:,.0f}",
+        f"tokens/s/device {row['throughput/tokens_per_second_per_device']:,.0f}",
+        f"mfu {utilization}",
+        f"memory {memory / 2**30:.2f} GiB ({owner})",
+        f"step_ms {row['time/step_ms']:.1f}",
+        f"eta {eta}",
     )
+    return "  ".join(fields)
 
 
 def format_evaluation(row: Mapping[str, float | int]) -> str:
     """Returns the log line of a row of held-out metrics."""
-    return "  ".join(
-        [f"step {row['step']}"] + [f"{name} {row[name]:.4f}" for name in row if name != "step"]
-    )
+    fields = [f"step {row['step']}"]
+    fields += [f"{name} {value:.4f}" for name, value in row.items() if name != "step"]
+    return "  ".join(fields)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites the file without later rows and torn lines, at once: whoever reads sees the old file
-    or the new one.
-    """
+    """Rewrites the file atomically without later rows and torn lines."""
     if not path.exists():
         return
     rows = _rows(path)
-    kept = [line for line, row in rows if row is not None and row["step"] <= step]
+    valid = [(line, row) for line, row in rows if row is not None]
+    kept = [line for line, row in valid if row["step"] <= step]
     if len(kept) == len(rows):
         return
     logger.info(
@@ -220,9 +221,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
-    """Returns the lines of a file, each with its row, or None where it is torn or changed by
-    another hand.
-    """
+    """Returns the lines of a file, each with its row, or None where it is no row."""
     if not path.exists():
         return []
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
@@ -230,11 +229,12 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
+    """Returns the row of a line, or None where it is torn or edited."""
     try:
         row = json.loads(line)
         if not isinstance(row, dict) or type(row["step"]) is not int:
             return None
-        # The words for numbers that are not finite become numbers; any other word is an error.
+        # "NaN" and "Infinity" become numbers; any other string is an error.
         values = {
             name: float(value) if isinstance(value, str) else value for name, value in row.items()
         }
@@ -253,4 +253,6 @@ def _number(value: Any) -> float | int | None:
 def _jsonable(value: float | int | None) -> float | int | str | None:
     if value is None or math.isfinite(value):
         return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"

@@ -1,6 +1,7 @@
 """The curves of a run as pictures."""
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ from research.storage import files
 from research.storage.paths import Path, absolute
 from research.training.metrics import FILE, curve, read_metrics
 
-TRAIN, EVAL, BITS = "train/loss", "eval/loss", "eval/bits_per_byte"
+TRAIN = "train/loss"
+EVAL = "eval/loss"
+BITS = "eval/bits_per_byte"
+_SMOOTHED_FROM = 50  # values
 _COLOURS = {TRAIN: "#4477aa", EVAL: "#cc3311"}
 
 
@@ -21,8 +25,8 @@ def plot_loss(workdir: Path) -> Path:
     Raises:
       UserError: the workdir's metrics have no loss yet.
     """
-    # Deferred: heavy, and wanted at the end of a run only. The figure is made without pyplot, so
-    # neither a display nor global state is needed.
+    # Imported here because it is slow, and needed at the end of a run only. Without pyplot a figure
+    # needs neither a display nor global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -31,6 +35,7 @@ def plot_loss(workdir: Path) -> Path:
     curves = {name: curve(rows, name) for name in (TRAIN, EVAL, BITS)}
     if not curves[TRAIN][0] and not curves[EVAL][0]:
         raise UserError(f"{workdir / FILE} has no {TRAIN} and no {EVAL} to plot.")
+
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -44,6 +49,7 @@ def plot_loss(workdir: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(*_limits(curves[TRAIN][1], curves[EVAL][1]))
     axes.legend(frameon=False)
+
     path = workdir / "plots" / "loss.png"
     files.make_folder(path.parent)
     picture = io.BytesIO()
@@ -53,47 +59,58 @@ def plot_loss(workdir: Path) -> Path:
 
 
 def _draw_train(axes: Any, steps: list[int], values: list[float]) -> None:
-    """Every value, pale, under the mean of the values around it."""
+    """Draws every value; where there are many, pale under the mean of the values around it."""
     if not steps:
         return
-    many = len(steps) > 50
-    pale = {"alpha": 0.3} if many else {"label": "train"}
-    axes.plot(steps, values, color=_COLOURS[TRAIN], linewidth=1, **pale)
-    if many:
-        axes.plot(
-            steps, _smooth(np.asarray(values)), color=_COLOURS[TRAIN], linewidth=1.8, label="train"
-        )
+    colour = _COLOURS[TRAIN]
+    if len(steps) <= _SMOOTHED_FROM:
+        axes.plot(steps, values, color=colour, linewidth=1, label="train")
+        return
+    axes.plot(steps, values, color=colour, linewidth=1, alpha=0.3)
+    smooth = _smooth(np.asarray(values))
+    axes.plot(steps, smooth, color=colour, linewidth=1.8, label="train")
 
 
 def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """The mean of the finite values in a window of a fiftieth of the curve."""
+    """Returns the mean of the finite values in a window of a fiftieth of the curve."""
+    # Sums from the start: values [3, 1, nan] -> sums [0, 3, 4, 4], counts [0, 1, 2, 2]
     finite = np.isfinite(values)
-    sums, counts = (np.append(0, np.cumsum(x)) for x in (np.where(finite, values, 0), finite))
+    sums = np.append(0, np.cumsum(np.where(finite, values, 0)))
+    counts = np.append(0, np.cumsum(finite))
+
+    # Window of the value i: first[i] … last[i] - 1, cut at both ends of the curve.
     half = max(1, len(values) // 100)
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    window = counts[last] - counts[first]
-    return np.where(window > 0, (sums[last] - sums[first]) / np.maximum(window, 1), np.nan)
+    index = np.arange(len(values))
+    first = np.maximum(index - half, 0)
+    last = np.minimum(index + half + 1, len(values))
+
+    window_sums = sums[last] - sums[first]
+    window_counts = counts[last] - counts[first]
+    means = window_sums / np.maximum(window_counts, 1)
+    return np.where(window_counts > 0, means, np.nan)
 
 
 def _draw_eval(axes: Any, steps: list[int], values: list[float], bits: list[float]) -> None:
     if not steps:
         return
-    label = f"evaluation: last {values[-1]:.3f}" + (
-        f", {bits[-1]:.3f} bits per byte" if bits else ""
-    )
+    label = f"evaluation: last {values[-1]:.3f}"
+    if bits:
+        label += f", {bits[-1]:.3f} bits per byte"
     axes.plot(
         steps, values, color=_COLOURS[EVAL], marker="o", markersize=3.5, linewidth=1.5, label=label
     )
 
 
 def _limits(*curves: list[float]) -> tuple[float, float]:
-    """From just below the least loss to the loss near the start, so that a spike does not flatten
-    the rest.
+    """Returns the limits of the loss axis: from below the least loss to the loss near the start.
+
+    A spike, above 99.5 % of the values, does not flatten the rest.
     """
-    finite = sorted(value for values in curves for value in values if abs(value) < float("inf"))
+    values = [value for curve in curves for value in curve]
+    finite = sorted(value for value in values if math.isfinite(value))
     if not finite:
         return 0.0, 1.0
-    low, high = finite[0], finite[min(len(finite) - 1, int(0.995 * len(finite)))]
+    low = finite[0]
+    high = finite[min(len(finite) - 1, int(0.995 * len(finite)))]
     margin = 0.05 * max(high - low, 1e-3)
     return low - margin, high + margin

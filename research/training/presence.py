@@ -1,8 +1,8 @@
 """Notices that a workdir is deleted while a run trains in it.
 
-An open file can be written when its name is gone, and Orbax and TensorStore make missing folders
-anew. Without a look at a file that was there before, a run would write on into nothing, or into a
-new folder with a part of the old one.
+An open file can be written after its name is removed, and Orbax and TensorStore recreate missing
+folders. Without this check a run would write into a deleted file, or into a new folder that has
+only a part of the old one.
 """
 
 from research.core.errors import UserError
@@ -10,25 +10,24 @@ from research.storage.paths import Path
 
 
 class Presence:
-    """Watches one file of a workdir, which stands for the whole of it.
+    """Watches one file of a workdir, whose absence means that the workdir was deleted.
 
     Args:
       workdir: the run's folder.
-      name: the file. Until it has been there once, nothing is missed.
+      name: the file. Before it has existed once, it cannot be deleted.
     """
 
     def __init__(self, workdir: Path, name: str):
-        self._workdir, self._name = workdir, name
+        self._workdir = workdir
+        self._name = name
         self._seen = False
         self.is_gone()
 
     def is_gone(self) -> bool:
-        """Looks whether the file is there, and returns whether it was there before and no longer
-        is.
-        """
-        is_there = (self._workdir / self._name).exists()
-        self._seen = self._seen or is_there
-        return self._seen and not is_there
+        """Returns whether the file does not exist, but did at an earlier check."""
+        exists = (self._workdir / self._name).exists()
+        self._seen = self._seen or exists
+        return self._seen and not exists
 
     def check(self) -> None:
         """Raises UserError where the file is gone."""

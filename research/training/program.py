@@ -1,4 +1,4 @@
-"""A training run as programs for a mesh: what its state is, how it begins, its steps, compiled."""
+"""A training run as programs for a mesh: its abstract state, its initial state, its steps."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ Init = Callable[[jax.Array], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The pure functions of a run, and where their arguments lie.
+    """The pure functions of a run, and the shardings of their arguments.
 
     Attributes:
       mesh: the devices.
@@ -61,27 +61,23 @@ class Program:
     eval_step: Callable[[Any, Any, Batch], Metrics]
 
     def compile_train_step(self) -> Step:
-        """Returns the step compiled; the new state lies as the old one, whose buffers it takes."""
-        step = jax.jit(
-            self.train_step, donate_argnums=0, out_shardings=(_shardings(self.state), None)
-        )
+        """Returns the step compiled; the new state takes the buffers of the old one."""
+        out_shardings = (_shardings(self.state), None)
+        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=out_shardings)
         with jax.set_mesh(self.mesh):
             return step.lower(self.state, self.frozen, self.batch).compile()
 
     def compile_eval_step(self) -> Callable[[Any, Any, Batch], Metrics]:
         """Returns the evaluation compiled."""
+        step = jax.jit(self.eval_step)
         with jax.set_mesh(self.mesh):
-            return (
-                jax.jit(self.eval_step)
-                .lower(self.state.eval_params(), self.frozen, self.batch)
-                .compile()
-            )
+            return step.lower(self.state.eval_params(), self.frozen, self.batch).compile()
 
     def resume_or_create(self, saved: TrainState | None, key: jax.Array) -> tuple[TrainState, Any]:
-        """Returns the state and the frozen parameters to go on with: those of a checkpoint, or new
-        ones from a key.
-        """
-        return (self.create(key), self.create_frozen(key)) if saved is None else self.split(saved)
+        """Returns the state and the frozen parameters of a checkpoint, or new ones from a key."""
+        if saved is not None:
+            return self.split(saved)
+        return self.create(key), self.create_frozen(key)
 
     def create_frozen(self, key: jax.Array) -> Any:
         """Returns the frozen parameters of step 0, made from the key that makes the state."""
@@ -100,21 +96,26 @@ class Program:
         Arrays that need no change are not copied.
         """
 
-        def whole(trainable: Any, like: Any) -> Any:
+        def complete(trainable: Any) -> Any:
             params = self.partition.merge(trainable, frozen)
-            return jax.tree.map(lambda leaf, to: _as_type(leaf, to.dtype), params, like)
+            return jax.tree.map(lambda leaf, to: _as_type(leaf, to.dtype), params, saved.params)
 
         if self.partition is EVERYTHING:
             return state
-        ema = None if state.ema is None else whole(state.ema, self.saved.params)
-        return state.replace(params=whole(state.params, self.saved.params), ema=ema)
+        saved = self.saved
+        ema = None
+        if state.ema is not None:
+            ema = complete(state.ema)
+        return state.replace(params=complete(state.params), ema=ema)
 
     def split(self, saved: TrainState) -> tuple[TrainState, Any]:
         """Returns the state and the frozen parameters that a checkpoint holds together."""
         if self.partition is EVERYTHING:
             return saved, {}
         trainable, frozen = self.partition.split(saved.params)
-        ema = None if saved.ema is None else self.partition.split(saved.ema)[0]
+        ema = None
+        if saved.ema is not None:
+            ema, _ = self.partition.split(saved.ema)
         state = saved.replace(params=trainable, ema=ema)
         return jax.device_put((state, frozen), _shardings((self.state, self.frozen)))
 
@@ -132,14 +133,13 @@ def build_program(
     partition: Partition = EVERYTHING,
     expert_bias_speed: float = 0.0,
 ) -> Program:
-    """Returns the run's functions on `devices` (all by default); nothing is compiled and no array
-    is made.
+    """Returns the functions of a run; nothing is compiled, and no array is created.
 
     Args:
       init: makes boxed parameters from a key.
       loss: what is minimized.
       batch_shapes: (shape, dtype) of every array of a batch.
-      optim, train, mesh, devices: the optimizer, the course of the run, and where it runs.
+      optim, train, mesh, devices: the optimizer, the steps, the mesh, its devices (None is all).
       eval_loss: what is evaluated; None: the same loss.
       partition: which parameters are trained.
       expert_bias_speed: as of `make_train_step`.
@@ -152,7 +152,9 @@ def build_program(
     boxed = jax.eval_shape(init, jax.random.key(0))
     trainable, frozen = jax.eval_shape(partition.split, boxed)
     optimizer, learning_rate = build_optimizer(optim, logical_axes(trainable), train.steps)
-    state = abstract_state(trainable, optimizer, devices_mesh, keep_ema=optim.ema_decay is not None)
+    keep_ema = optim.ema_decay is not None
+    state = abstract_state(trainable, optimizer, devices_mesh, keep_ema=keep_ema)
+
     train_step = make_train_step(
         loss,
         optimizer,
@@ -165,6 +167,7 @@ def build_program(
         accumulation=train.accumulation,
         unroll=mesh_platform(devices_mesh) == "cpu",
     )
+    init_trainable = functools.partial(_init_trainable, init, partition)
     return Program(
         mesh=devices_mesh,
         init=init,
@@ -173,12 +176,15 @@ def build_program(
         frozen=_abstract_params(frozen, devices_mesh),
         saved=_abstract_saved(boxed, state, devices_mesh),
         batch=_abstract_batch(batch_shapes, devices_mesh),
-        create=functools.partial(
-            create_state, lambda key: partition.split(init(key))[0], optimizer, state
-        ),
+        create=functools.partial(create_state, init_trainable, optimizer, state),
         train_step=train_step,
-        eval_step=make_eval_step(loss if eval_loss is None else eval_loss),
+        eval_step=make_eval_step(eval_loss or loss),
     )
+
+
+def _init_trainable(init: Init, partition: Partition, key: jax.Array) -> Any:
+    trainable, _ = partition.split(init(key))
+    return trainable
 
 
 def _abstract_batch(shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mesh) -> AbstractBatch:
@@ -190,7 +196,8 @@ def _abstract_batch(shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mes
 def _abstract_saved(boxed: Any, state: TrainState, mesh: Mesh) -> TrainState:
     """Returns shapes, types and shardings of the state with all parameters."""
     params = _abstract_params(boxed, mesh)
-    return state.replace(params=params, ema=None if state.ema is None else params)
+    ema = None if state.ema is None else params
+    return state.replace(params=params, ema=ema)
 
 
 def _as_type(array: Any, dtype: Any) -> Any:

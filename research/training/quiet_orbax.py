@@ -1,6 +1,6 @@
-"""What Orbax and TensorStore print of a write that failed is silenced while one is under way.
+"""Silences what Orbax and TensorStore print of a failed write while one is under way.
 
-They tell it many times, a page of traceback each: Orbax in its log, asyncio of each other array,
+They report it many times, each a page of traceback: Orbax in its log, asyncio for each other array,
 TensorStore from threads whose event loop was closed at the first error. `Checkpoints.wait` raises
 the same error, which is one line.
 """
@@ -17,7 +17,7 @@ _hook_before: Any = None
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Silences them while the context lasts; such contexts may overlap."""
+    """Silences them while the context is open; such contexts may overlap."""
     _start()
     try:
         yield
@@ -45,11 +45,12 @@ def _stop() -> None:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    closed = (
+    """Reports an error that nobody can catch, but for those of threads whose loop was closed."""
+    loop_closed = (
         isinstance(unraisable.exc_value, RuntimeError)
         and str(unraisable.exc_value) == "Event loop is closed"
     )
-    if not closed:
+    if not loop_closed:
         _hook_before(unraisable)
 
 
@@ -58,5 +59,5 @@ def _keep_orbax_record(record: logging.LogRecord) -> bool:
 
 
 def _keep_asyncio_record(record: logging.LogRecord) -> bool:
-    said = record.getMessage()
-    return not ("exception was never retrieved" in said and "orbax" in said)
+    message = record.getMessage()
+    return not ("exception was never retrieved" in message and "orbax" in message)

@@ -1,8 +1,7 @@
-"""The first batch through the attention that was picked, compared with the plain one: a wrong
-implementation stops the run.
+"""Compares the attention that was picked with the plain one on the first batch.
 
-A known way to lose a run: a backend that ignores segment ids trains on documents that leak into
-each other, and every curve looks a little better than it should.
+A backend that ignores segment ids, for example, trains on documents that attend to each other, and
+every curve looks a little better than it should. Here that stops the run.
 """
 
 import dataclasses
@@ -23,20 +22,22 @@ from research.models.config import ModelConfig
 from research.models.language_model import LanguageModel, language_model
 from research.parallel.mesh_axes import BATCH_AXES
 
-# Of each device's rows one is looked at, and of that no more than so many tokens, since the
-# reference holds all scores.
+# Of each device's rows one is compared, up to this many tokens: the plain attention has all scores
+# in memory.
 MAX_TOKENS = 1024
-# A relative difference is drift above so much, and so many times what rounding does to the
-# reference itself.
-FLOOR, ROUNDINGS = 1e-3, 4.0
+# Largest relative error: `FLOOR`, and this many times the error of plain attention by rounding.
+FLOOR = 1e-3
+ROUNDINGS = 4.0
+
+# (relative error of the attention picked, relative error of the plain one)
+Errors = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) -> None:
-    """Compares the first layer's output and gradients on a slice of a batch, by the attention
-    picked and by the plain.
+    """Compares the first layer's output and gradients, by the attention picked and by the plain.
 
-    Both are measured against the plain one in float32, so that the bound is what the type's
-    rounding explains.
+    Both are compared with the plain one in float32, so that the bound is what rounding to the
+    model's type explains.
 
     Args:
       config: the model.
@@ -45,7 +46,7 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
       mesh: the devices.
 
     Raises:
-      UserError: the attention that was picked is further from the truth than rounding explains.
+      UserError: the error of the attention picked is larger than rounding explains.
     """
     if config.attention.implementation == "reference":
         return
@@ -53,39 +54,39 @@ def check_attention(config: ModelConfig, params: Any, batch: Batch, mesh: Mesh) 
     with jax.set_mesh(mesh):
         single, first = _first_layer(config, params)
         errors = jax.jit(functools.partial(_errors, single, shards))(first, batch)
-    errors = {
-        name: (float(picked), float(plain))
-        for name, (picked, plain) in jax.device_get(errors).items()
-    }
+    errors = {name: tuple(map(float, pair)) for name, pair in jax.device_get(errors).items()}
+
+    # `not <=` also finds an error that is not a number.
     drift = {
         name: picked
         for name, (picked, plain) in errors.items()
         if not picked <= ROUNDINGS * plain + FLOOR
     }
-    if drift:
-        implementation = config.attention.implementation
-        worst = max(drift, key=drift.get)
-        raise UserError(
-            "model.attention.implementation",
-            implementation,
-            f"drifts from the reference on the first batch: {worst} is off by {drift[worst]:.2g} "
-            "of its norm, "
-            f"where rounding explains {errors[worst][1]:.2g}. Use 'reference', "
-            "or train.self_check = False to train all the same.",
-        )
+    if not drift:
+        return
+    worst = max(drift, key=drift.get)
+    _, explained = errors[worst]
+    raise UserError(
+        "model.attention.implementation",
+        config.attention.implementation,
+        f"drifts from the reference on the first batch: {worst} is off by {drift[worst]:.2g} of "
+        f"its norm, where rounding explains {explained:.2g}. Use 'reference', or "
+        "train.self_check = False to train all the same.",
+    )
 
 
 def _first_layer(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
-    """Returns the same model with one layer of its pattern, and one of its encoder, unrolled; and
-    its parameters.
+    """Returns the model with one layer, and one of its encoder, unrolled; and its parameters.
 
-    It is one of the first layers where these leave no room for the pattern, in the encoder or in
-    the decoder.
+    It is the first layer of the pattern. Where all layers of the decoder or of the encoder come
+    before the pattern, it is the first of those.
     """
     encoded = config.structure == "encoder_decoder"
-    depth = min(config.num_layers, config.encoder_layers) if encoded else config.num_layers
-    of_first = len(config.first_layers) == depth
-    kind = config.first_layers[0] if of_first else config.pattern[0]
+    depth = config.num_layers
+    if encoded:
+        depth = min(depth, config.encoder_layers)
+    from_first = len(config.first_layers) == depth
+    kind = config.first_layers[0] if from_first else config.pattern[0]
     changes = {
         "num_layers": 1,
         "first_layers": (),
@@ -93,56 +94,59 @@ def _first_layer(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
         "layer_loop": "unroll",
         "remat": "none",
     }
-    layers = _one_layer(config, params, of_first)
+    layers = _one_layer(config, params, from_first)
     if encoded:
-        layers |= {"encoder": _one_layer(config.encoder(), params["encoder"], of_first)}
+        layers |= {"encoder": _one_layer(config.encoder(), params["encoder"], from_first)}
         changes |= {"encoder_layers": 1}
     return dataclasses.replace(config, **changes), layers
 
 
-def _one_layer(config: ModelConfig, params: Any, of_first: bool) -> dict[str, Any]:
-    """Returns a stack's parameters with those of one layer alone."""
-    rest = {
+def _one_layer(config: ModelConfig, params: Any, from_first: bool) -> dict[str, Any]:
+    """Returns the parameters of a stack with one layer, as `layers_0`."""
+    outside = {
         name: leaf
         for name, leaf in params.items()
         if not name.startswith(("layers", "first_layers"))
     }
-    if of_first:
+    if from_first:
         layer = params["first_layers_0"]
-    elif "layers" in params:  # stacked
+    elif "layers" in params:
+        # [L, ...] -> [...]
         layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     else:
         layer = params["layers_0"]
-    return rest | {"layers_0": layer}
+    return outside | {"layers_0": layer}
 
 
-def _errors(
-    config: ModelConfig, shards: int, params: Any, batch: Batch
-) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Returns how far the attention picked, and the plain one, are from the plain one in float32,
-    relative to norms.
-    """
+def _errors(config: ModelConfig, shards: int, params: Any, batch: Batch) -> dict[str, Errors]:
+    """Returns the relative errors of a layer's output and of its gradients."""
+    # The first row of each device: [B, T] -> [shards, B / shards, T] -> [shards, MAX_TOKENS]
     rows = {name: x.reshape(shards, -1, x.shape[1])[:, 0, :MAX_TOKENS] for name, x in batch.items()}
-    plain = dataclasses.replace(config.attention, implementation="reference")
+
+    plain_attention = dataclasses.replace(config.attention, implementation="reference")
+    plain_config = dataclasses.replace(config, attention=plain_attention)
+    exact_config = dataclasses.replace(plain_config, dtype="float32")
     with jax.default_matmul_precision("highest"):
-        truth = language_model(dataclasses.replace(config, attention=plain, dtype="float32"))
-        exact = _outputs(truth, params, rows)
-    models = [language_model(one) for one in (config, dataclasses.replace(config, attention=plain))]
-    sides = [_outputs(model, params, rows) for model in models]
+        exact = _outputs(language_model(exact_config), params, rows)
+    picked = _outputs(language_model(config), params, rows)
+    plain = _outputs(language_model(plain_config), params, rows)
 
-    def error(side: Array, truth: Array) -> Float[Array, ""]:
-        return jnp.linalg.norm(side.ravel() - truth.ravel()) / jnp.maximum(
-            jnp.linalg.norm(truth.ravel()), 1e-30
-        )
+    errors = {}
+    for name, truth in exact.items():
+        errors[name] = (_relative_error(picked[name], truth), _relative_error(plain[name], truth))
+    return errors
 
-    return {
-        name: tuple(error(side[name], truth) for side in sides) for name, truth in exact.items()
-    }
+
+def _relative_error(found: Array, truth: Array) -> Float[Array, ""]:
+    """Returns ‖found - truth‖ / ‖truth‖ over all elements."""
+    error = jnp.linalg.norm(found.ravel() - truth.ravel())
+    return error / jnp.maximum(jnp.linalg.norm(truth.ravel()), 1e-30)
 
 
 def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float[Array, "..."]]:
-    """Returns the hidden states of real tokens, and the gradients of every attention under a random
-    cotangent.
+    """Returns the hidden states of real tokens, and the gradients of all attention parameters.
+
+    The gradients are those of the states' product with a random cotangent.
     """
     shape = (*batch["tokens"].shape, model.config.embed_dim)
     real = (batch["segments"] != 0)[..., None].astype(jnp.float32)
@@ -151,16 +155,14 @@ def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float
     def projected_output(
         attention: dict[str, Array],
     ) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
-        with_these = tree_map_with_path(
-            lambda path, leaf: attention.get(path_name(path), leaf), params
-        )
-        hidden = model.hidden(with_these, model_inputs(batch)).hidden.astype(jnp.float32)
+        merged = tree_map_with_path(lambda path, leaf: attention.get(path_name(path), leaf), params)
+        hidden = model.hidden(merged, model_inputs(batch)).hidden.astype(jnp.float32)
         return jnp.sum(hidden * cotangent), hidden * real
 
-    # Of the sequence, of the encoder's, and of one over the other.
+    # Self-attention, the encoder's, and cross-attention.
     attention = {name: leaf for name, leaf in named_leaves(params).items() if "attention/" in name}
     gradients, hidden = jax.grad(projected_output, has_aux=True)(attention)
-    gradients = {
-        f"the gradient of {name}": leaf.astype(jnp.float32) for name, leaf in gradients.items()
-    }
-    return {"the output of a layer": hidden} | gradients
+    outputs = {"the output of a layer": hidden}
+    for name, gradient in gradients.items():
+        outputs[f"the gradient of {name}"] = gradient.astype(jnp.float32)
+    return outputs

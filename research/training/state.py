@@ -17,10 +17,10 @@ from research.parallel.rules import param_shardings
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint must hold for the run to go on bit for bit.
+    """Everything that a checkpoint must hold for the run to resume bit for bit.
 
-    The fields have no shapes: the same tree also holds shapes, shardings and names in place of its
-        arrays.
+    The fields have no shapes in their types: a tree of the same fields also holds shapes, shardings
+    or names.
 
     Attributes:
       step: batches taken so far, skipped ones included; int32, as the other counters.
@@ -28,7 +28,7 @@ class TrainState:
       opt_state: of the optimizer.
       ema: averaged parameters, or None.
       skipped: steps skipped for a loss or gradient that was not finite.
-      skipped_in_row: how many of them just now, one after the other.
+      skipped_in_row: how many of the last steps, one after the other, were skipped.
     """
 
     step: Any
@@ -45,13 +45,13 @@ class TrainState:
     def advance(
         self, params: Any, opt_state: Any, ema: Any, finite: Bool[Array, ""]
     ) -> "TrainState":
-        """Returns the state after a step: with the new values where it was finite, with the old
-        ones where not.
-        """
+        """Returns the state after a step: with the new values where it was finite, or the old."""
         old = (self.params, self.opt_state, self.ema)
+        new = (params, opt_state, ema)
         params, opt_state, ema = jax.tree.map(
-            lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema), old
+            lambda updated, kept: jnp.where(finite, updated, kept), new, old
         )
+        # 1 for a skipped step, or 0
         bad = 1 - finite.astype(jnp.int32)
         return TrainState(
             step=self.step + 1,
@@ -66,7 +66,7 @@ class TrainState:
 def new_state(params: Any, optimizer: optax.GradientTransformation, keep_ema: bool) -> TrainState:
     """Returns the state of step 0."""
 
-    # Each counter is its own array: a donated buffer must not stand in two places.
+    # Each counter is its own array: a donated buffer must not occur twice.
     def zero() -> Int[Array, ""]:
         return jnp.zeros((), jnp.int32)
 
@@ -77,14 +77,14 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, keep_ema: bo
 def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
     """Returns the sharding of every array of an abstract state.
 
-    An array of the optimizer or the average that stands for a parameter (its path ends in the
-    parameter's, its shape is the same) lies as that parameter does; counters and factored moments
-    are on every device.
+    An array of the optimizer or the average that belongs to a parameter (its path ends in the
+    parameter's, its shape is the same) is sharded like it; counters and factored moments are
+    replicated.
 
     Args:
       state: shapes, as `jax.eval_shape` gives them.
       boxed: abstract parameters with their logical axes.
-      mesh: where it lies.
+      mesh: the devices.
 
     Raises:
       UserError: the mesh does not divide a parameter.
@@ -94,6 +94,7 @@ def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        # opt_state/mu/embed/embedding: mu/embed/embedding, then embed/embedding, a parameter
         for start in range(len(path)):
             name = path_name(path[start:])
             if name in shardings and shapes[name] == leaf.shape:
@@ -111,7 +112,7 @@ def abstract_state(
     Args:
       boxed: abstract parameters with their logical axes.
       optimizer: whose state it holds.
-      mesh: where it lies.
+      mesh: the devices.
       keep_ema: whether averaged parameters are kept.
 
     Raises:
@@ -131,12 +132,14 @@ def create_state(
     abstract: TrainState,
     key: jax.Array,
 ) -> TrainState:
-    """Returns the state of step 0, every array made where `abstract` puts it; the mesh changes no
-    value.
+    """Returns the state of step 0, each array created in the sharding that `abstract` has.
+
+    The values do not depend on the mesh.
     """
+
+    def make(key: jax.Array) -> TrainState:
+        params = nn.unbox(init(key))
+        return new_state(params, optimizer, keep_ema=abstract.ema is not None)
+
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    make = jax.jit(
-        lambda key: new_state(nn.unbox(init(key)), optimizer, abstract.ema is not None),
-        out_shardings=shardings,
-    )
-    return make(key)
+    return jax.jit(make, out_shardings=shardings)(key)

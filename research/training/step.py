@@ -1,6 +1,4 @@
-"""Step builders: a loss and an optimizer become `step(state, frozen, batch) -> (state,
-metrics)`.
-"""
+"""A loss and an optimizer become `step(state, frozen, batch) -> (state, metrics)`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,12 +22,12 @@ Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
 class Report(NamedTuple):
-    """What a loss tells beside its sum. A step adds all of it up over microbatches.
+    """What a loss returns beside its sum. A step adds it up over microbatches.
 
     Attributes:
-      sums: for the log, divided by the weight of the whole batch as the loss's own sum is.
-      means: losses that are means of what they were computed from (the router loss). They are
-        minimized too, and the mean over microbatches counts.
+      sums: for the log; divided by the weight of the whole batch, as the loss's own sum is.
+      means: losses that are means already (the router loss). They are minimized too; the step takes
+        their mean over microbatches.
       expert_load: how many real tokens chose each expert, by the path of the experts' parameters.
     """
 
@@ -40,7 +38,7 @@ class Report(NamedTuple):
 
 @runtime_checkable  # so that the tests' checks of types can look at it
 class Loss(Protocol):
-    """What a run minimizes: a sum over a batch, divided by a weight of its own."""
+    """What a run minimizes: a sum over a batch, divided by a weight that the loss defines."""
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """Returns the denominator: how many tokens, sequences, pairs or prompts the batch holds, or
@@ -53,7 +51,7 @@ class Loss(Protocol):
     def sums(
         self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
     ) -> tuple[Float[Array, ""], Report]:
-        """Returns the sum over a batch, or over a part of it, and what else there is to tell.
+        """Returns the sum over a batch, or over a part of it, and the report.
 
         Args:
           trainable: the parameters that the step differentiates.
@@ -64,8 +62,9 @@ class Loss(Protocol):
 
 
 def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
-    """Returns every `count`-th row: each device's share of the batch gives as many rows to each
-    microbatch.
+    """Returns every `count`-th row of a batch, from row `index` on.
+
+    A device's rows are consecutive, so each microbatch has equally many of them from each device.
     """
     # [B, T] -> [B / count, count, T] -> [B / count, T]
     return {
@@ -73,7 +72,7 @@ def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
     }
 
 
-def _sum_gradients(
+def _mean_gradients(
     loss: Loss,
     trainable: Any,
     frozen: Any,
@@ -82,39 +81,52 @@ def _sum_gradients(
     accumulation: int,
     unroll: bool,
 ) -> tuple[Float[Array, ""], Report, Any]:
-    """Returns what is minimized, the report and the gradients: means over the whole batch, but for
-    counts of load.
+    """Returns what is minimized, the report and the gradients: means over the whole batch.
+
+    The report's expert load is a count, not a mean.
     """
     weight = loss.weight(batch)
     weight = jnp.where(weight > 0, weight, 1.0)
 
+    # Its values, for the microbatches of a batch, add up to the mean over the batch.
     def mean_loss(trainable: Any, micro: Batch, key: jax.Array) -> tuple[Float[Array, ""], Report]:
         total, report = loss.sums(trainable, frozen, micro, key)
         means = {name: value / accumulation for name, value in report.means.items()}
         sums = {name: value / weight for name, value in report.sums.items()}
-        return sum(means.values(), start=total / weight), Report(sums, means, report.expert_load)
+        minimized = sum(means.values(), start=total / weight)
+        return minimized, Report(sums, means, report.expert_load)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     if accumulation == 1:
         (value, report), grads = gradient(trainable, batch, key)
         return value, report, grads
 
-    def add(carry: Any, index: Array) -> tuple[Any, None]:
+    def add(total: Any, index: Array) -> tuple[Any, None]:
         micro = _microbatch(batch, index, accumulation)
-        more = gradient(trainable, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, carry, more), None
+        micro_key = jax.random.fold_in(key, index)
+        result = gradient(trainable, micro, micro_key)
+        return jax.tree.map(jnp.add, total, result), None
 
-    shapes = jax.eval_shape(gradient, trainable, _microbatch(batch, 0, accumulation), key)
+    first = _microbatch(batch, 0, accumulation)
+    shapes = jax.eval_shape(gradient, trainable, first, key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    ((value, report), grads), _ = jax.lax.scan(add, zeros, jnp.arange(accumulation), unroll=unroll)
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(accumulation), unroll=unroll)
+    (value, report), grads = total
     return value, report, grads
 
 
-def _norm(gradients: Any) -> Float[Array, ""]:
-    """Returns the global norm, in float32 whatever the gradients are in: a sum of squares needs its
-    digits.
+def _global_norm(gradients: Any) -> Float[Array, ""]:
+    """Returns the norm of all gradients together.
+
+    It is taken in float32, whatever the gradients are in: a sum of squares needs its digits.
     """
     return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+
+
+def _clip(gradients: Any, norm: Float[Array, ""], largest: float) -> Any:
+    """Returns the gradients scaled down to a largest global norm."""
+    scale = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
 
 
 def _update_ema(ema: Any, params: Any, decay: float) -> Any:
@@ -124,16 +136,32 @@ def _update_ema(ema: Any, params: Any, decay: float) -> Any:
 def _balance_experts(
     params: Any, expert_load: Mapping[str, Array], speed: float, partition: Partition
 ) -> Any:
-    """Returns the trained parameters with their selection biases moved by the load of their own
-    layers.
-    """
+    """Returns the parameters with selection biases moved by the expert load of their own layers."""
     if not speed:
         return params
-    load = {
-        path: partition.trained_rows(selection_bias(path), of_all)
-        for path, of_all in expert_load.items()
-    }
+    load = {}
+    for path, of_all_layers in expert_load.items():
+        load[path] = partition.trained_rows(selection_bias(path), of_all_layers)
     return balance_experts(params, load, speed)
+
+
+def _step_metrics(
+    report: Report,
+    norm: Float[Array, ""],
+    learning_rate: Float[Array, ""],
+    batch: Batch,
+    state: TrainState,
+) -> Metrics:
+    """Returns what a step reports; `state` is the one after it."""
+    return {
+        **report.sums,
+        **report.means,
+        "grad_norm": norm,
+        "learning_rate": learning_rate,
+        "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32),
+        "skipped": state.skipped.astype(jnp.float32),
+        "skipped_in_row": state.skipped_in_row.astype(jnp.float32),
+    }
 
 
 def make_train_step(
@@ -149,83 +177,68 @@ def make_train_step(
     accumulation: int = 1,
     unroll: bool = False,
 ) -> Step:
-    """Returns the pure training step. It differentiates and changes the state's parameters, and
-    nothing frozen.
+    """Returns the pure training step, which changes the state's parameters and nothing frozen.
 
     A step whose loss or gradient is not finite changes no parameter and no optimizer state; it is
-    counted, and its batch is gone.
+    counted, and its batch is not used again.
 
     Args:
-      loss: what is minimized; its sums are divided by the weight of the whole batch, whatever the
-          accumulation.
+      loss: what is minimized; its sums are divided by the weight of the whole batch.
       optimizer: applied to the gradient.
-      learning_rate: that the optimizer's next update takes, told from the optimizer's state; for
-          the log.
+      learning_rate: of the optimizer's next update, from the optimizer's state; for the log.
       key: root of the run's dropout; each step's key is a function of it and the step.
-      partition: which parameters are trained: the load of stacked experts is cut as their selection
-          biases are.
-      expert_bias_speed: how far a step moves the biases of the choice of experts towards an even
-          load.
+      partition: which parameters are trained.
+      expert_bias_speed: how far a step moves experts' selection biases towards an even load.
       clip_norm: largest global norm of the gradient, or None.
       ema_decay: of the averaged parameters, where the state has them.
-      accumulation: microbatches that the batch is taken in; divides the batch size.
-      unroll: compiles microbatches one by one and not as a loop, whose body is slow on XLA for CPU.
+      accumulation: microbatches of a batch.
+      unroll: compile microbatches one by one, not as a loop, whose body is slow on XLA for CPU.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = step_key(key, state.step)
-        value, report, grads = _sum_gradients(
+        value, report, grads = _mean_gradients(
             loss, state.params, frozen, batch, dropout_key, accumulation, unroll
         )
-
-        norm = _norm(grads)
+        norm = _global_norm(grads)
         if clip_norm is not None:
-            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads)
+            grads = _clip(grads, norm, clip_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = promoting(optax.apply_updates)(state.params, updates)
         params = _balance_experts(params, report.expert_load, expert_bias_speed, partition)
-        ema = None if state.ema is None else _update_ema(state.ema, params, ema_decay)
+        ema = None
+        if state.ema is not None:
+            ema = _update_ema(state.ema, params, ema_decay)
 
         rate = jnp.asarray(learning_rate(state.opt_state), jnp.float32)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         state = state.advance(params, opt_state, ema, finite)
-        metrics = {
-            **report.sums,
-            **report.means,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32),
-            "skipped": state.skipped.astype(jnp.float32),
-            "skipped_in_row": state.skipped_in_row.astype(jnp.float32),
-        }
-        return state, metrics
+        return state, _step_metrics(report, norm, rate, batch, state)
 
     return step
 
 
 def shard_batch(batch: Batch, like: AbstractBatch) -> Batch:
-    """Puts this process's rows of a batch on its devices, as part of the global batch that `like`
-    describes.
+    """Puts this process's rows of a batch on its devices, as part of the global batch.
 
     Args:
-      batch: whole rows, those of `parallel.rules.process_rows`; of each the devices get the tokens
-          that they hold.
+      batch: complete rows, those of `parallel.rules.process_rows`; of each the devices get the
+          tokens that they hold.
       like: shapes, types and shardings of the global batch.
     """
     placed = {}
     for name, array in batch.items():
-        sharding, shape = like[name].sharding, like[name].shape
+        sharding = like[name].sharding
+        shape = like[name].shape
         start, stop = process_columns(sharding, shape[1])
-        placed[name] = jax.make_array_from_process_local_data(sharding, array[:, start:stop], shape)
+        columns = array[:, start:stop]
+        placed[name] = jax.make_array_from_process_local_data(sharding, columns, shape)
     return placed
 
 
 def make_eval_step(loss: Loss) -> Callable[[Any, Any, Batch], Metrics]:
-    """Returns `step(trainable, frozen, batch) -> sums` over the batch: the reported losses and
-    their weight.
-    """
+    """Returns `step(trainable, frozen, batch) -> sums`: the reported losses and their weight."""
 
     def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
         _, report = loss.sums(trainable, frozen, batch, None)

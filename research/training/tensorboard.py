@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written by the thread that has the numbers.
+"""TensorBoard's event files, written without a thread.
 
-tensorboardX's own writer has a thread that reckons its waits from the system's clock: where that is
-set back by days, the thread dies, and who writes waits for it for ever.
+tensorboardX's own writer has a thread that computes its waits from the system's clock: when that is
+set back by days, the thread dies, and writes wait for it for ever.
 """
 
 import logging
@@ -19,8 +19,9 @@ SECONDS_BETWEEN_FLUSHES = 30.0
 
 
 class Board:
-    """Appends scalars to a new event file. What goes wrong with it is a warning: metrics.jsonl has
-    the numbers too.
+    """Appends scalars to a new event file.
+
+    What goes wrong with it is only a warning: metrics.jsonl has the numbers too.
 
     Args:
       folder: of the event files.
@@ -31,12 +32,14 @@ class Board:
         folder.mkdir(parents=True, exist_ok=True)
         # Files are named by the second; two runs within one would otherwise share a file.
         self._writer = EventsWriter(str(folder / "events"), f".from-{resumed_step}")
-        self._flushed, self._failed = time.monotonic(), False
-        for event in (
-            Event(step=resumed_step + 1, file_version="brain.Event:2"),
-            Event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START)),
-        ):
-            self._add(event)
+        self._flushed = time.monotonic()
+        self._failed = False
+
+        # START makes TensorBoard hide what earlier files have from this step on.
+        first_step = resumed_step + 1
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(step=first_step, file_version="brain.Event:2"))
+        self._add(Event(step=first_step, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the numbers of a step."""
@@ -59,6 +62,7 @@ class Board:
         self._safely(lambda: self._writer.write_event(event))
 
     def _safely(self, act: Callable[[], object]) -> None:
+        """Acts, unless that has failed before; a failure is a warning."""
         if self._failed:
             return
         try:

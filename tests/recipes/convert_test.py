@@ -235,7 +235,7 @@ def test_a_checkpoint_is_converted_from_before_the_damaged_one(workdir, tmp_path
     assert "Trying the one before" in caplog.text
     assert from_hugging_face(tmp_path / "out")[0] == research.load(workdir).config
     shutil.rmtree(source / "checkpoints" / "0")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is intact"):
         convert(str(source), str(tmp_path / "none"), "hf", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 

@@ -91,7 +91,7 @@ def test_a_disk_that_is_read_only_at_a_checkpoint_is_one_line(tmp_path, tiny, mo
     assert runs.command("train", tiny, workdir) == 2
     said = (
         f"{workdir}/checkpoints/8: Read-only file system; it was not written. Earlier "
-        "checkpoints are whole."
+        "checkpoints are intact."
     )
     assert last_line(capfd.readouterr().err).endswith(said)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]

@@ -151,7 +151,7 @@ def test_run_never_starts_anew_when_all_checkpoints_are_damaged(
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]
-        .startswith("tessera: error: no checkpoint is whole")
+        .startswith("tessera: error: no checkpoint is intact")
     )
     assert runs.contents(workdir) == before
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.storage.digests import RunningDigest, _ramp, digest_sums, digests
+from research.storage.digests import RunningDigest, _column_hashes, digest_sums, digests
 
 SHAPE = (3, 5)
 
@@ -98,7 +98,7 @@ PARTS = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
 def test_digest_of_parts_in_any_order_is_that_of_the_whole(parts, dtype, monkeypatch):
     monkeypatch.setattr("research.storage.digests._BLOCK", 7)
-    _ramp.cache_clear()
+    _column_hashes.cache_clear()
     raw = np.random.default_rng(3).integers(
         0, 256, size=(6, 5, 8, jnp.dtype(dtype).itemsize), dtype=np.uint8
     )
@@ -108,7 +108,7 @@ def test_digest_of_parts_in_any_order_is_that_of_the_whole(parts, dtype, monkeyp
         starts = [each.indices(size)[0] for each, size in zip(box, x.shape, strict=False)]
         running.add(x[box], (*starts, *[0] * (x.ndim - len(starts))))
     assert running.text() == reference(x) == digests({"x": jnp.asarray(x)})["x"]
-    _ramp.cache_clear()
+    _column_hashes.cache_clear()
 
 
 def test_a_running_digest_starts_anywhere_beyond_32_bits_of_index():

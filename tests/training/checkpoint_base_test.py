@@ -139,7 +139,7 @@ def test_a_damaged_bit_or_a_missing_folder_is_one_line_that_names_it(tmp_path, o
     write(checkpoints, 1, state)
     (base,) = bases(tmp_path)
     flip_a_bit(base)
-    with pytest.raises(UserError, match="no checkpoint is whole, and none was changed") as caught:
+    with pytest.raises(UserError, match="no checkpoint is intact, and none was changed") as caught:
         opened().restore(abstract(state))
     assert f"{base.name}: " in str(caught.value)
     assert any(name in str(caught.value) for name in RESTING)

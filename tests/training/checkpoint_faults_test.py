@@ -18,7 +18,7 @@ from orbax.checkpoint._src.path import async_path
 from orbax.checkpoint._src.serialization import serialization
 
 from research.core.errors import UserError
-from research.training import checkpoints as checkpoints_module
+from research.training import checkpoint_faults
 from tests.training.states import abstract, assert_same, new_state, write
 
 FULL = OSError(28, "No space left on device")
@@ -39,7 +39,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_whole(opened, tmp_p
     ) as error:
         checkpoints.save(3, state, {})
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith("Earlier checkpoints are whole.")
+    assert str(error.value).endswith("Earlier checkpoints are intact.")
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert checkpoints.restore(abstract(state))[0] == 1
@@ -119,7 +119,7 @@ def test_a_disk_without_room_for_a_folder_lets_the_process_end(opened, part, mon
 def test_errors_that_name_each_other_are_told_once():
     first, second = OSError("first"), OSError("second")
     first.__context__, second.__cause__ = second, first
-    assert [str(error) for error in checkpoints_module._chain(first)] == ["first", "second"]
+    assert [str(error) for error in checkpoint_faults._chain(first)] == ["first", "second"]
 
 
 def test_another_error_of_the_writer_is_raised_at_the_next_wait(opened, monkeypatch):

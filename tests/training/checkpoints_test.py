@@ -217,7 +217,7 @@ def test_a_folder_that_no_step_is_called_is_passed_over_and_said(opened, tmp_pat
     checkpoints = opened()
     assert checkpoints.latest == 10
     assert checkpoints.restore(abstract(state))[0] == 10
-    assert caplog.text.count(f"checkpoints/{name} is passed over: no step is called that.") == 1
+    assert caplog.text.count(f"checkpoints/{name} is ignored: no step has this name.") == 1
     checkpoints.save(20, state, {"n": 2})
     checkpoints.wait()
     assert checkpoints.steps() == [10, 20]

@@ -149,7 +149,7 @@ def test_a_checkpoint_on_a_disk_that_cannot_be_written_any_more_is_one_line(
         checkpoints.wait()
 
     cause = os.strerror(number)
-    said = rf"checkpoints/2: {cause}; it was not written\. Earlier checkpoints are whole\.$"
+    said = rf"checkpoints/2: {cause}; it was not written\. Earlier checkpoints are intact\.$"
     with pytest.raises(UserError, match=said):
         save_another()
     checkpoints.close()
