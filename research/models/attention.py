@@ -1,55 +1,22 @@
-"""The attention sublayers: over the sequence itself, and over what an encoder made of another
-one.
-"""
+"""The attention sublayers: self-attention, and cross-attention over the encoder's hidden states."""
 
 import dataclasses
 import math
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float
 
-from research.core.trees import node
-from research.kernels.attention import AttentionMask, ScoreTerms
+from research.kernels.attention import ScoreTerms
 from research.models import positions as positional
 from research.models.cache import LayerCache
 from research.models.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig
+from research.models.context import Context
 from research.models.dot_product import DotProduct
 from research.models.layers import Norm, Projection, parameter
-from research.models.paged_cache import PageTable
+from research.models.relative import RelativeScores
 from research.parallel.parameter import Axes
 from research.parallel.rules import constrain
-
-
-@node(static=())
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What each layer of a stack is told beside its input.
-
-    Attributes:
-      positions: of each token in its document.
-      mask: who sees whom, without a layer's window.
-      lengths: of each token's document, for rotary frequencies that go by it.
-      bias: added to the scores of every layer, or None.
-      memory: what the encoder made of its sequence, or None where there is none or the cache holds
-          it.
-      memory_mask: who sees it.
-      page_table: where the pages of each row lie, where there is a paged cache.
-      key: of the layers' dropout; None drops nothing.
-    """
-
-    positions: Int[Array, "B T"]
-    mask: AttentionMask
-    lengths: Int[Array, "B T"] | None = None
-    bias: Float[Array, "#B N #T S"] | None = None
-    memory: Float[Array, "B M D"] | None = None
-    memory_mask: AttentionMask | None = None
-    page_table: PageTable | None = None
-    key: Key[Array, ""] | None = None
-
-    def real(self) -> Shaped[Array, "B T"] | None:
-        """Returns which tokens are no padding; None is all of them."""
-        return None if self.mask.q_segments is None else self.mask.q_segments != 0
 
 
 def residual_stddev(config: ModelConfig) -> float:
@@ -64,9 +31,10 @@ def project_heads(config: ModelConfig, name: str) -> Projection:
     is being called.
     """
     c = config.attention
-    heads, axis = (c.num_heads, "heads") if name == "query" else (c.num_kv_heads, "kv_heads")
+    num_heads = c.num_heads if name == "query" else c.num_kv_heads
+    axis = "heads" if name == "query" else "kv_heads"
     return Projection(
-        (heads, c.head_dim),
+        (num_heads, c.head_dim),
         ("embed", axis, "head"),
         use_bias=c.qkv_bias,
         stddev=config.init_stddev,
@@ -94,7 +62,8 @@ def head_norm(
     config: ModelConfig, names: tuple[str, ...], name: str, epsilon: float | None = None
 ) -> Norm:
     """Returns an RMS norm inside attention; None is the epsilon of the model's norms."""
-    epsilon = config.norm.epsilon if epsilon is None else epsilon
+    if epsilon is None:
+        epsilon = config.norm.epsilon
     rms = NormConfig(kind="rmsnorm", epsilon=epsilon, unit_offset=config.norm.unit_offset)
     return Norm(rms, names, param_dtype=config.param_dtype, name=name)
 
@@ -115,7 +84,8 @@ def dot_product(
       bias, alibi, sinks: terms of the scores that are arrays.
     """
     scale = 1 / math.sqrt(width) if config.scale is None else config.scale
-    return DotProduct(ScoreTerms(bias, alibi, sinks, config.softcap, scale), config.implementation)
+    terms = ScoreTerms(bias, alibi, sinks, config.softcap, scale)
+    return DotProduct(terms, config.implementation)
 
 
 class Attention(nn.Module):
@@ -131,111 +101,72 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        model, c = self.config, self.config.attention
-        position, positions = model.position_of(self.layer), context.positions
+        model = self.config
+        c = model.attention
+        position = model.position_of(self.layer)
+
+        # [B, T, D] -> [B, T, N, H], [B, T, K, H], [B, T, K, H]
         q, k, v = (project_heads(model, name)(x) for name in ("query", "key", "value"))
-        if c.qk_norm != "none":
-            together = {"head": ("head",), "all": ("heads", "head")}[c.qk_norm]
-            q = head_norm(model, together, "query_norm")(q)
-            k = head_norm(
-                model, together if c.qk_norm == "head" else ("kv_heads", "head"), "key_norm"
-            )(k)
-        q = positional.rotate(position, q, positions, context.lengths)
-        k = positional.rotate(position, k, positions, context.lengths)
+        q, k = self._normalize(q, k)
+        q = positional.rotate(position, q, context.positions, context.lengths)
+        k = positional.rotate(position, k, context.positions, context.lengths)
         q = constrain(q, ("batch", "length", "heads", "head"))
         k = constrain(k, ("batch", "length", "kv_heads", "head"))
+
         bias = context.bias
         if position.kind == "relative":
             slots = None if cache is None else cache.slots
             q, bias = RelativeScores(model, name="relative")(q, context, slots)
-        alibi = (
-            jnp.asarray(positional.alibi_slopes(c.num_heads)) if position.kind == "alibi" else None
-        )
-        sinks = None
-        if c.sinks:
-            init = nn.initializers.normal(model.init_stddev)
-            sinks = parameter(
-                self, "sinks", init, (c.num_heads,), Axes(("heads",), "bias"), model.param_dtype
-            )
-            sinks = sinks.astype(jnp.float32)
+        alibi = None
+        if position.kind == "alibi":
+            alibi = jnp.asarray(positional.alibi_slopes(c.num_heads))
+        attention = dot_product(c, c.head_dim, bias=bias, alibi=alibi, sinks=self._sinks())
 
         mask = dataclasses.replace(context.mask, window=self.layer.window)
-        attention = dot_product(c, c.head_dim, bias=bias, alibi=alibi, sinks=sinks)
         if cache is None:
             out = attention(q, k, v, mask)
         else:
-            # Where the keys of earlier tokens lie is known to the cache alone.
-            where = {"positions": positions, "page_table": context.page_table}
-            out, cache = cache.attend(q, k, v, mask=mask, attention=attention, **where)
+            # The cache alone knows where the keys of earlier tokens are stored.
+            out, cache = cache.attend(
+                q,
+                k,
+                v,
+                mask=mask,
+                positions=context.positions,
+                page_table=context.page_table,
+                attention=attention,
+            )
         return project_out(model)(out), cache
 
+    def _normalize(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+        """Returns queries and keys, normalized head by head or all heads together."""
+        model = self.config
+        if model.attention.qk_norm == "none":
+            return q, k
 
-class RelativeScores(nn.Module):
-    """Scores by distance that depend on the query: (q + b) · R(t − s), with R the projected waves
-    of a distance.
+        by_head = model.attention.qk_norm == "head"
+        q_axes = ("head",) if by_head else ("heads", "head")
+        k_axes = ("head",) if by_head else ("kv_heads", "head")
+        q = head_norm(model, q_axes, "query_norm")(q)
+        k = head_norm(model, k_axes, "key_norm")(k)
+        return q, k
 
-    Returns the query that meets the keys, q + a, and those scores as a bias, which takes [B, N, T,
-    S]. Without a cache a score stands for each distance that is seen, and is shifted to its key;
-    what lies outside is hidden by the mask.
-
-    Source: Dai et al. 2019 (Transformer-XL), arXiv:1901.02860, section 3.3, where a and b are u and
-        v, and appendix B.
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self, q: Float[Array, "B T N H"], context: Context, slots: int | None
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
-        model, c = self.config, self.config.attention
-        shape, names = (c.num_heads, c.head_dim), ("heads", "head")
-        zeros = nn.initializers.zeros
-        content = parameter(self, "content", zeros, shape, Axes(names, "bias"), model.param_dtype)
-        distance = parameter(self, "distance", zeros, shape, Axes(names, "bias"), model.param_dtype)
-        content, distance = (x.astype(q.dtype)[None, None] for x in (content, distance))
-        before = q.shape[1] if slots is None else max(slots, q.shape[1])
-        only_before = slots is None and context.mask.causal and context.mask.prefix is None
-        distances = jnp.arange(before - 1, -1 if only_before else -before, -1)
-        options = {
-            "stddev": model.init_stddev,
-            "dtype": model.dtype,
-            "param_dtype": model.param_dtype,
-        }
-        r = Projection(shape, ("embed", *names), name="projection", **options)(
-            positional.sinusoidal(distances, model.embed_dim)
-        )
-        r = r * jnp.asarray(1 / math.sqrt(c.head_dim) if c.scale is None else c.scale, r.dtype)
-        scores = jnp.einsum("btnh,xnh->bntx", q + distance, r, preferred_element_type=jnp.float32)
-        if slots is None:
-            return q + content, relative_shift(scores)
-        which = jnp.clip(
-            before - 1 - context.positions[:, :, None] + jnp.arange(slots)[None, None],
-            0,
-            2 * before - 2,
-        )
-        which = jnp.broadcast_to(which[:, None], (*scores.shape[:3], slots))
-        return q + content, jnp.take_along_axis(scores, which, axis=-1)
-
-
-def relative_shift(scores: Float[Array, "B N T distances"]) -> Float[Array, "B N T T"]:
-    """Returns y[t, s] = x[t, T − 1 − t + s], where x has it: the scores of distances T − 1, T − 2,
-    … by key.
-
-    With a column more in front, and cut anew into rows of the old width, each row starts one later
-    than the one before.
-
-    Source: Dai et al. 2019, arXiv:1901.02860, appendix B.
-    """
-    *lead, length, width = scores.shape
-    flat = jnp.pad(scores, [(0, 0)] * len(lead) + [(0, 0), (1, 0)]).reshape(
-        *lead, length * (width + 1)
-    )
-    return flat[..., length:].reshape(*lead, length, width)[..., :length]
+    def _sinks(self) -> Float[Array, "N"] | None:
+        """Returns the logit of each head that takes part in the softmax's denominator only."""
+        model = self.config
+        if not model.attention.sinks:
+            return None
+        init = nn.initializers.normal(model.init_stddev)
+        shape = (model.attention.num_heads,)
+        axes = Axes(("heads",), "bias")
+        sinks = parameter(self, "sinks", init, shape, axes, model.param_dtype)
+        return sinks.astype(jnp.float32)
 
 
 class CrossAttention(nn.Module):
-    """Attention over the encoder's last states: softmax(q kᵀ / √H) v; positions do not enter.
+    """Attention over the encoder's last hidden states: softmax(q kᵀ / √H) v, without positions.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3.
     """
@@ -247,12 +178,16 @@ class CrossAttention(nn.Module):
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         model = self.config
-        q = constrain(project_heads(model, "query")(x), ("batch", "length", "heads", "head"))
+        q = project_heads(model, "query")(x)
+        q = constrain(q, ("batch", "length", "heads", "head"))
         attention = dot_product(model.attention, model.attention.head_dim)
+
         if context.memory is None:
-            assert cache is not None, "neither an encoder's output nor a cache that holds it"
+            # After the prompt: keys and values of the encoder are in the cache.
+            assert cache is not None, "neither the encoder's hidden states nor a cache of them"
             out = cache.attend_memory(q, mask=context.memory_mask, attention=attention)
         else:
+            # [B, M, D] -> [B, M, K, H], twice
             k, v = (project_heads(model, name)(context.memory) for name in ("key", "value"))
             out = attention(q, k, v, context.memory_mask)
             if cache is not None:

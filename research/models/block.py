@@ -6,16 +6,18 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from research.models.attention import Attention, Context, CrossAttention
+from research.models.attention import Attention, CrossAttention
 from research.models.cache import LayerCache
 from research.models.config import LayerConfig, ModelConfig
+from research.models.context import Context
+from research.models.experts import Experts
 from research.models.latent import LatentAttention
 from research.models.layers import Norm
-from research.models.mlp import Experts, Mlp
+from research.models.mlp import Mlp
 from research.models.reports import LayerReport, empty_report
 from research.parallel.rules import constrain
 
-Stream = Float[Array, "B T D"]
+Hidden = Float[Array, "B T D"]
 
 
 class Block(nn.Module):
@@ -32,66 +34,89 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Stream, cache: LayerCache | None, context: Context
-    ) -> tuple[Stream, LayerCache | None, LayerReport]:
-        """Returns the stream, the cache with these tokens in it, and what the experts tell beside
-        their output.
+        self, x: Hidden, cache: LayerCache | None, context: Context
+    ) -> tuple[Hidden, LayerCache | None, LayerReport]:
+        """Returns the hidden states, the cache with these tokens in it, and the layer's router loss
+        and expert load.
         """
-        c, report = self.config, empty_report()
+        c = self.config
+        report = empty_report()
         attention_class = Attention if c.attention.latent is None else LatentAttention
 
-        def attend(x: Stream) -> Stream:
+        # Sublayers as functions of the hidden states alone, for `_residual`.
+        def attention(x: Hidden) -> Hidden:
             nonlocal cache
             y, cache = attention_class(c, self.layer, name="attention")(x, context, cache)
             return y
 
-        def read_encoder(x: Stream) -> Stream:
+        def cross_attention(x: Hidden) -> Hidden:
             nonlocal cache
             y, cache = CrossAttention(c, name="cross_attention")(x, context, cache)
             return y
 
-        def feed_forward(x: Stream) -> Stream:
+        def feed_forward(x: Hidden) -> Hidden:
             nonlocal report
             if c.experts is None or not self.layer.experts:
                 return Mlp(c, name="mlp")(x)
             y, report = Experts(c, name="mlp")(x, context.real())
             return y
 
-        if c.norm.placement.startswith("parallel"):
-            first = Norm(c.norm, param_dtype=c.param_dtype, name="attention_norm")(x)
-            second = (
-                first
-                if c.norm.placement == "parallel"
-                else Norm(c.norm, param_dtype=c.param_dtype, name="mlp_norm")(x)
-            )
-            y = attend(first) + feed_forward(second)
-            x = x + self._drop(y, context, 0)
+        if c.norm.placement in ("parallel", "parallel_pair"):
+            x = self._parallel(x, attention, feed_forward, context)
         else:
-            x = self._sublayer("attention", x, attend, context, 0)
+            x = self._residual("attention", x, attention, context, 0)
             if c.structure == "encoder_decoder":
-                x = self._sublayer("cross_attention", x, read_encoder, context, 1)
-            x = self._sublayer("mlp", x, feed_forward, context, 2)
+                x = self._residual("cross_attention", x, cross_attention, context, 1)
+            x = self._residual("mlp", x, feed_forward, context, 2)
         return constrain(x, ("batch", "length", "embed")), cache, report
 
-    def _sublayer(
-        self, name: str, x: Stream, f: Callable[[Stream], Stream], context: Context, index: int
-    ) -> Stream:
-        norm = self.config.norm
-        reads = norm.reads_normalized and (name != "attention" or self.layer.attention_norm)
-        y = f(
-            Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x) if reads else x
-        )
-        if norm.writes_normalized:
-            y = Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_out_norm")(y)
-        x = x + self._drop(y, context, index)
-        return (
-            Norm(norm, param_dtype=self.config.param_dtype, name=f"{name}_norm")(x)
-            if norm.placement == "post"
-            else x
-        )
+    def _parallel(
+        self,
+        x: Hidden,
+        attention: Callable[[Hidden], Hidden],
+        feed_forward: Callable[[Hidden], Hidden],
+        context: Context,
+    ) -> Hidden:
+        """Returns x + attention(norm(x)) + feed_forward(norm(x)), of one norm or of a norm each."""
+        attention_input = self._norm("attention_norm", x)
+        if self.config.norm.placement == "parallel":
+            mlp_input = attention_input
+        else:
+            mlp_input = self._norm("mlp_norm", x)
 
-    def _drop(self, y: Stream, context: Context, index: int) -> Stream:
+        y = attention(attention_input) + feed_forward(mlp_input)
+        return x + self._dropout(y, context, 0)
+
+    def _residual(
+        self, name: str, x: Hidden, f: Callable[[Hidden], Hidden], context: Context, index: int
+    ) -> Hidden:
+        """Returns x + f(x), normalized where the config says.
+
+        Args:
+          name: of the sublayer, which begins the names of its norms.
+          x: the hidden states.
+          f: the sublayer.
+          context: of the stack.
+          index: of the sublayer, which makes its dropout key its own.
+        """
+        norm = self.config.norm
+        y = x
+        if norm.reads_normalized and (name != "attention" or self.layer.attention_norm):
+            y = self._norm(f"{name}_norm", y)
+        y = f(y)
+        if norm.writes_normalized:
+            y = self._norm(f"{name}_out_norm", y)
+
+        x = x + self._dropout(y, context, index)
+        if norm.placement == "post":
+            x = self._norm(f"{name}_norm", x)
+        return x
+
+    def _norm(self, name: str, x: Hidden) -> Hidden:
+        return Norm(self.config.norm, param_dtype=self.config.param_dtype, name=name)(x)
+
+    def _dropout(self, y: Hidden, context: Context, index: int) -> Hidden:
         if context.key is None or not self.config.dropout:
             return y
-        drop = nn.Dropout(self.config.dropout, deterministic=False)
-        return drop(y, rng=jax.random.fold_in(context.key, index))
+        dropout = nn.Dropout(self.config.dropout, deterministic=False)
+        return dropout(y, rng=jax.random.fold_in(context.key, index))

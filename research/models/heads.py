@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from research.models.attention import Context
 from research.models.block import Block
 from research.models.config import ModelConfig
+from research.models.context import Context
 from research.models.layers import ACTIVATIONS, Norm, Projection
 from research.models.reports import LayerReport
 

@@ -1,8 +1,9 @@
-"""How the layers of a stack are run: one after the other, or in a loop over stacked parameters.
+"""How the layers of a stack are run: unrolled one after the other, or scanned over stacked
+parameters.
 
-A stack is handed one of these strategies. It gets the stream of the whole batch, so it may also cut
-the batch into microbatches, as a pipeline does. The parameters on disk are the same for all of them
-(`models.layer_stack`).
+A stack is given one of these strategies. It gets the hidden states of the whole batch, so it may
+also cut the batch into microbatches, as a pipeline does. The parameters on disk are the same for
+all of them (`models.layer_stack`).
 """
 
 import dataclasses
@@ -13,26 +14,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from research.models.attention import Context
 from research.models.cache import LayerCache
 from research.models.config import LayerConfig
+from research.models.context import Context
 from research.models.reports import LayerReport
 
-Stream = Float[Array, "B T D"]
-# The stream, the layer's cache and its report.
-LayerOutput = tuple[Stream, LayerCache | None, LayerReport]
+Hidden = Float[Array, "B T D"]
+# The hidden states, the layer's cache and its report.
+LayerOutput = tuple[Hidden, LayerCache | None, LayerReport]
 # The same of several layers; reports are named as their parameters are.
-LayersOutput = tuple[Stream, tuple[LayerCache, ...] | None, dict[str, LayerReport]]
+LayersOutput = tuple[Hidden, tuple[LayerCache, ...] | None, dict[str, LayerReport]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Layers that follow each other in a stack.
+    """Consecutive layers of a stack.
 
     Attributes:
       first: the index in the stack of the first of them.
       names: of the parameters of each layer, where each has its own.
-      kinds: what each layer does.
+      kinds: the config of each layer.
       period: after how many layers the kinds repeat.
       blocks: the layers as functions, where each has parameters of its own.
       apply: a layer of a kind as a function of its parameters.
@@ -44,8 +45,8 @@ class Layers:
     names: tuple[str, ...]
     kinds: tuple[LayerConfig, ...]
     period: int
-    blocks: Sequence[Callable[[Stream, LayerCache | None, Context], LayerOutput]]
-    apply: Callable[[LayerConfig, Any, Stream, LayerCache | None, Context], LayerOutput]
+    blocks: Sequence[Callable[[Hidden, LayerCache | None, Context], LayerOutput]]
+    apply: Callable[[LayerConfig, Any, Hidden, LayerCache | None, Context], LayerOutput]
     params: Any
     remat: Callable[..., bool] | None
 
@@ -55,13 +56,14 @@ class LayerLoop(Protocol):
     """A way to run layers."""
 
     def run(
-        self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context
+        self, layers: Layers, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
     ) -> LayersOutput:
-        """Returns the stream behind the layers, their caches in the form given, and their reports.
+        """Returns the hidden states after the layers, their caches in the form given, and their
+        reports.
 
         Args:
           layers: at least one.
-          x: the stream before them.
+          x: the hidden states before them.
           caches: one a layer, or a single one with a leading layer axis where parameters are
               stacked; None without.
           context: of the stack.
@@ -74,101 +76,129 @@ class Unrolled:
     """Each layer is compiled by itself, from parameters of its own."""
 
     def run(
-        self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context
+        self, layers: Layers, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
     ) -> LayersOutput:
         """Returns what `LayerLoop.run` says."""
-        new_caches, reports = [], {}
+        new_caches = []
+        reports = {}
         for i, (name, block) in enumerate(zip(layers.names, layers.blocks, strict=True)):
             cache = None if caches is None else caches[i]
-            x, cache, reports[name] = block(x, cache, with_layer_key(context, layers.first + i))
-            new_caches.append(cache)
-        return x, None if caches is None else tuple(new_caches), reports
+            layer_context = with_layer_key(context, layers.first + i)
+            x, new_cache, report = block(x, cache, layer_context)
+            new_caches.append(new_cache)
+            reports[name] = report
+
+        if caches is None:
+            return x, None, reports
+        return x, tuple(new_caches), reports
 
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-    """One loop whose body is a round of the pattern; parameters, caches and reports have a leading
-    layer axis.
+    """`jax.lax.scan` over the rounds of the pattern: one round is compiled, whatever the depth.
 
-    Layers after the last whole round are unrolled; only then are their parameters cut out of the
-    stack, which copies them.
+    Parameters, caches and reports have a leading layer axis. Where the number of layers is no
+    multiple of the pattern's length, the last layers are unrolled; only their parameters are sliced
+    out of the stacked arrays, which copies them.
     """
 
     def run(
-        self, layers: Layers, x: Stream, caches: tuple[LayerCache, ...] | None, context: Context
+        self, layers: Layers, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
     ) -> LayersOutput:
         """Returns what `LayerLoop.run` says."""
-        stacked = (layers.params, None if caches is None else caches[0])
-        count = len(layers.kinds)
-        whole = count - count % layers.period
+        cache = None if caches is None else caches[0]
+        # Scanned together: the leaves of both have a leading layer axis.
+        stacked = (layers.params, cache)
 
-        x, beside = _run_rounds(
-            layers, x, jax.tree.map(lambda leaf: leaf[:whole], stacked), context
-        )
-        parts = [beside]
-        for index in range(whole, count):
-            x, beside = _run_alone(layers, x, _take(stacked, index), context, index)
-            parts.append(jax.tree.map(lambda leaf: leaf[None], beside))
+        # 7 layers of a pattern of 3: layers 0 to 5 are scanned in two rounds, layer 6 is unrolled.
+        num_layers = len(layers.kinds)
+        num_scanned = num_layers - num_layers % layers.period
+        scanned = jax.tree.map(lambda leaf: leaf[:num_scanned], stacked)
+        x, outputs = _scan_rounds(layers, x, scanned, context)
 
-        if len(parts) == 1:
-            cache, report = parts[0]
-        else:
-            cache, report = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
-        return x, None if caches is None else (cache,), {"layers": report}
+        stacked_outputs = [outputs]
+        for index in range(num_scanned, num_layers):
+            x, outputs = _run_layer(layers, x, _slice_layer(stacked, index), context, index)
+            # A layer axis of length 1, to join the output of the scan.
+            stacked_outputs.append(jax.tree.map(lambda leaf: leaf[None], outputs))
+
+        new_cache, report = _concatenate(stacked_outputs)
+        new_caches = None if caches is None else (new_cache,)
+        return x, new_caches, {"layers": report}
 
 
 def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:
     """Returns the context with the layer's own dropout key."""
-    return (
-        context
-        if context.key is None
-        else dataclasses.replace(context, key=jax.random.fold_in(context.key, index))
-    )
+    if context.key is None:
+        return context
+    return dataclasses.replace(context, key=jax.random.fold_in(context.key, index))
 
 
-def _run_rounds(layers: Layers, x: Stream, stacked: Any, context: Context) -> tuple[Stream, Any]:
-    """Scans over whole rounds of the pattern; returns the stream, and caches and reports by layer.
+def _scan_rounds(layers: Layers, x: Hidden, stacked: Any, context: Context) -> tuple[Hidden, Any]:
+    """Scans over whole rounds of the pattern; returns the hidden states, and (caches, reports) with
+    a leading layer axis.
 
     Args:
-      stacked: (parameters, caches), `[layers of whole rounds, ...]`.
+      stacked: (parameters, caches) with a leading layer axis, a multiple of the pattern's length.
     """
     period = layers.period
+    num_layers = len(jax.tree.leaves(stacked)[0])
+    num_rounds = num_layers // period
 
-    def one_round(x: Stream, turn: tuple[Array, Any]) -> tuple[Stream, Any]:
-        number, leaves = turn
-        beside = []
+    def run_round(x: Hidden, round_input: tuple[Array, Any]) -> tuple[Hidden, Any]:
+        round_index, round_stacked = round_input
+        outputs = []
         for i, kind in enumerate(layers.kinds[:period]):
-            params, cache = _take(leaves, i)
-            own = with_layer_key(context, layers.first + number * period + i)
-            x, *more = layers.apply(kind, params, x, cache, own)
-            beside.append(tuple(more))
-        return x, jax.tree.map(lambda *each: jnp.stack(each), *beside)
+            params, cache = _slice_layer(round_stacked, i)
+            index = layers.first + round_index * period + i
+            layer_context = with_layer_key(context, index)
+            x, new_cache, report = layers.apply(kind, params, x, cache, layer_context)
+            outputs.append((new_cache, report))
+
+        # The scan's output of one round has a leading axis of `period` layers.
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     if layers.remat is not None:
-        one_round = jax.checkpoint(one_round, policy=layers.remat, prevent_cse=False)
-    # [rounds * period, ...] -> [rounds, period, ...], and back.
-    rounds = len(jax.tree.leaves(stacked)[0]) // period
-    turns = jax.tree.map(lambda leaf: leaf.reshape(rounds, period, *leaf.shape[1:]), stacked)
-    x, beside = jax.lax.scan(one_round, x, (jnp.arange(rounds), turns))
-    return x, jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), beside)
+        # Inside a scan, common subexpressions are not merged anyway.
+        run_round = jax.checkpoint(run_round, policy=layers.remat, prevent_cse=False)
+
+    # [num_layers, ...] -> [num_rounds, period, ...]: scan takes one round a step.
+    by_round = jax.tree.map(lambda leaf: leaf.reshape(num_rounds, period, *leaf.shape[1:]), stacked)
+    x, outputs = jax.lax.scan(run_round, x, (jnp.arange(num_rounds), by_round))
+
+    # [num_rounds, period, ...] -> [num_layers, ...]
+    outputs = jax.tree.map(lambda leaf: leaf.reshape(num_layers, *leaf.shape[2:]), outputs)
+    return x, outputs
 
 
-def _run_alone(
-    layers: Layers, x: Stream, own: Any, context: Context, index: int
-) -> tuple[Stream, Any]:
-    """Runs one layer behind the loop; returns the stream, and its cache and report."""
+def _run_layer(
+    layers: Layers, x: Hidden, layer_stacked: Any, context: Context, index: int
+) -> tuple[Hidden, Any]:
+    """Runs one layer after the scan; returns the hidden states, and its (cache, report).
 
-    def layer(x: Stream, own: Any) -> LayerOutput:
-        params, cache = own
-        return layers.apply(
-            layers.kinds[index], params, x, cache, with_layer_key(context, layers.first + index)
-        )
+    Args:
+      layer_stacked: its (parameters, cache).
+      index: of the layer, in `layers`.
+    """
+
+    def run(x: Hidden, layer_stacked: Any) -> LayerOutput:
+        params, cache = layer_stacked
+        layer_context = with_layer_key(context, layers.first + index)
+        return layers.apply(layers.kinds[index], params, x, cache, layer_context)
 
     if layers.remat is not None:
-        layer = jax.checkpoint(layer, policy=layers.remat)
-    x, *more = layer(x, own)
-    return x, tuple(more)
+        run = jax.checkpoint(run, policy=layers.remat)
+    x, new_cache, report = run(x, layer_stacked)
+    return x, (new_cache, report)
 
 
-def _take(tree: Any, index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+def _slice_layer(stacked: Any, index: int) -> Any:
+    """Returns the leaves of one layer: [layers, ...] -> [...]."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    """Returns trees joined along their leading layer axis: [6, ...], [1, ...] -> [7, ...]."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

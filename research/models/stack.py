@@ -1,5 +1,5 @@
-"""Layers on top of each other: what an encoder, a decoder and both of an encoder-decoder are made
-of.
+"""The stack: positions, layers and the final norm. A decoder is one, an encoder is one, and an
+encoder-decoder has two.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from research.kernels.attention import AttentionMask
-from research.models.attention import Context
 from research.models.block import Block
 from research.models.cache import Cache, LayerCache
 from research.models.config import LayerConfig, ModelConfig
+from research.models.context import Context
 from research.models.layer_loops import LayerLoop, Layers, Scanned, Unrolled
 from research.models.layers import Embedding, Norm
 from research.models.positions import distance_buckets, document_lengths, rounded_alibi, sinusoidal
@@ -31,8 +31,8 @@ _REMAT_POLICIES = {
 
 
 def resolve_layer_loop(config: ModelConfig, platform: str) -> ModelConfig:
-    """Returns the config with `layer_loop = "auto"` decided: XLA for CPU runs the body of a loop at
-    about half speed.
+    """Returns the config with `layer_loop = "auto"` decided: XLA for CPU runs a loop at about half
+    the speed of unrolled layers.
 
     Args:
       config: the model.
@@ -40,27 +40,35 @@ def resolve_layer_loop(config: ModelConfig, platform: str) -> ModelConfig:
     """
     if config.layer_loop != "auto":
         return config
-    return dataclasses.replace(config, layer_loop="unroll" if platform == "cpu" else "scan")
+    layer_loop = "unroll" if platform == "cpu" else "scan"
+    return dataclasses.replace(config, layer_loop=layer_loop)
 
 
 def layer_name(config: ModelConfig, index: int) -> str:
     """Returns the name of an unrolled layer's parameters: `first_layers_i`, then `layers_i`, each
     from 0.
     """
-    first = len(config.first_layers)
-    return f"first_layers_{index}" if index < first else f"layers_{index - first}"
+    num_first = len(config.first_layers)
+    if index < num_first:
+        return f"first_layers_{index}"
+    return f"layers_{index - num_first}"
 
 
 class Stack(nn.Module):
     """Embedded tokens in, hidden states out: positions, layers, the final norm.
 
-    The first layers, which may be built otherwise, are always unrolled.
+    Layers are in two groups. `config.first_layers` may have other parameters than the rest and are
+    always unrolled, from the parameters `first_layers_0`, `first_layers_1`, … The layers of
+    `config.pattern` all have parameters of the same shapes. They are either unrolled, from
+    `layers_0`, `layers_1`, …, or their parameters are stacked under `layers` with a leading layer
+    axis: then `Scanned` runs them. Only unrolled layers are submodules. Stacked parameters are read
+    as arrays, and a `Block` without a parent is applied to the slice of each layer, so that
+    `jax.lax.scan` gets a pure function.
 
     Attributes:
       config: the model, or `ModelConfig.encoder()` of it.
       without_layers: builds no layers; `init_params` makes their parameters one by one.
-      loop: how the layers of `pattern` are run; None unrolls them, or scans them where their
-          parameters are stacked.
+      loop: how the layers of `pattern` are run; None scans stacked parameters and unrolls others.
     """
 
     config: ModelConfig
@@ -69,31 +77,44 @@ class Stack(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        if c.position.kind == "learned":
-            rows = c.max_length + c.position.offset
-            self.position_embed = Embedding(
-                rows, c.embed_dim, ("positions", "embed"), c.init_stddev, c.param_dtype
-            )
-        if c.position.kind == "buckets":
-            sizes = (c.position.num_buckets, c.attention.num_heads)
-            self.position_bias = Embedding(
-                *sizes, ("buckets", "heads"), c.init_stddev, c.param_dtype, "bias"
-            )
-        if c.embedding.num_types:
-            sizes = (c.embedding.num_types, c.embed_dim)
-            self.type_embed = Embedding(*sizes, ("types", "embed"), c.init_stddev, c.param_dtype)
-        if c.embedding.norm:
-            self.embed_norm = Norm(c.norm, param_dtype=c.param_dtype)
-        self.embed_dropout = nn.Dropout(c.dropout)
-        kinds, first = ((), 0) if self.without_layers else (c.layers(), len(c.first_layers))
+        self._setup_embeddings()
+        if c.norm.placement != "post":
+            self.final_norm = Norm(c.norm, param_dtype=c.param_dtype)
+
         block: Any = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat])
-        self.first_layers = [block(c, kind) for kind in kinds[:first]]
+        kinds = () if self.without_layers else c.layers()
+        num_first = len(c.first_layers)
+        self.first_layers = [block(c, kind) for kind in kinds[:num_first]]
+        # With stacked parameters there is nothing to make submodules of.
         stacked = self.has_variable("params", "layers")
-        self.layers = [] if stacked else [block(c, kind) for kind in kinds[first:]]
-        if c.norm.placement != "post":
-            self.final_norm = Norm(c.norm, param_dtype=c.param_dtype)
+        unrolled_kinds = () if stacked else kinds[num_first:]
+        self.layers = [block(c, kind) for kind in unrolled_kinds]
+
+    def _setup_embeddings(self) -> None:
+        """Makes the tables of positions and token types, and the norm and dropout of embeddings."""
+        c = self.config
+        options = {"stddev": c.init_stddev, "param_dtype": c.param_dtype}
+        if c.position.kind == "learned":
+            self.position_embed = Embedding(
+                c.max_length + c.position.offset, c.embed_dim, ("positions", "embed"), **options
+            )
+        if c.position.kind == "buckets":
+            self.position_bias = Embedding(
+                c.position.num_buckets,
+                c.attention.num_heads,
+                ("buckets", "heads"),
+                kind="bias",
+                **options,
+            )
+        if c.embedding.num_types:
+            self.type_embed = Embedding(
+                c.embedding.num_types, c.embed_dim, ("types", "embed"), **options
+            )
+        if c.embedding.norm:
+            self.embed_norm = Norm(c.norm, param_dtype=c.param_dtype)
+        self.embed_dropout = nn.Dropout(c.dropout)
 
     def run(
         self,
@@ -107,44 +128,45 @@ class Stack(nn.Module):
         memory_mask: AttentionMask | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, LayerReports]:
-        """Returns the hidden states, the cache with these tokens in it, and what the layers tell
-        beside them.
+        """Returns the hidden states, the cache with these tokens in it, and the layers' router loss
+        and expert loads.
         """
         c = self.config
+        embed_key = None if key is None else jax.random.fold_in(key, 0)
+        layers_key = None if key is None else jax.random.fold_in(key, 1)
+
         x = self._add_positions(x, positions, types)
-        drop_key = None if key is None else jax.random.fold_in(key, 0)
-        x = self.drop_embedded(x.astype(c.dtype), drop_key)
+        x = self.drop_embedded(x.astype(c.dtype), embed_key)
         x = constrain(x, ("batch", "length", "embed"))
+
+        context = self.context(positions, mask, cache)
         context = dataclasses.replace(
-            self.context(positions, mask, cache),
-            memory=memory,
-            memory_mask=memory_mask,
-            key=None if key is None else jax.random.fold_in(key, 1),
+            context, memory=memory, memory_mask=memory_mask, key=layers_key
         )
         x, cache, reports = self._run_layers(x, cache, context)
-        x = self.final_norm(x) if c.norm.placement != "post" else x
+        if c.norm.placement != "post":
+            x = self.final_norm(x)
         return x, cache, collect_reports(reports)
 
     def drop_embedded(
         self, x: Float[Array, "B T D"], key: Key[Array, ""] | None
     ) -> Float[Array, "B T D"]:
-        """Drops entries of embeddings; without a key none."""
+        """Applies dropout to embeddings; without a key none."""
         return self.embed_dropout(x, deterministic=key is None, rng=key)
 
     def context(
         self, positions: Int[Array, "B T"], mask: AttentionMask, cache: Cache | None
     ) -> Context:
-        """Returns what positions tell each layer, for `run` and for layers that come after it."""
+        """Returns the inputs that all layers share, for `run` and for multi-token prediction."""
         c = self.config
         scalings = [c.position_of(kind).scaling for kind in c.layers()]
         by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
-        context = Context(
-            positions,
-            mask,
-            lengths=document_lengths(positions) if by_length else None,
-            page_table=None if cache is None else cache.page_table,
-        )
-        return dataclasses.replace(context, bias=self._bias(context, cache))
+        lengths = document_lengths(positions) if by_length else None
+        page_table = None if cache is None else cache.page_table
+        slots = None if cache is None else cache.slots
+
+        context = Context(positions, mask, lengths=lengths, page_table=page_table)
+        return dataclasses.replace(context, bias=self._score_bias(context, slots))
 
     def _add_positions(
         self,
@@ -152,6 +174,7 @@ class Stack(nn.Module):
         positions: Int[Array, "B T"],
         types: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
+        """Returns the embeddings scaled, with those of positions and types added, normalized."""
         c = self.config
         if c.scale_embeddings:
             x = x * math.sqrt(c.embed_dim)
@@ -159,80 +182,105 @@ class Stack(nn.Module):
             x = x + self.position_embed(positions + c.position.offset)
         elif c.position.kind == "sinusoidal":
             x = x + sinusoidal(positions, c.embed_dim, c.position.halves)
-        if c.embedding.num_types:
-            x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
-        return self.embed_norm(x) if c.embedding.norm else x
 
-    def _bias(self, context: Context, cache: Cache | None) -> Float[Array, "#B N #T S"] | None:
-        """Returns what is added to the scores of all layers, if anything: by distance (T5), or by
+        if c.embedding.num_types:
+            if types is None:
+                types = jnp.zeros_like(positions)
+            x = x + self.type_embed(types)
+        if c.embedding.norm:
+            x = self.embed_norm(x)
+        return x
+
+    def _score_bias(self, context: Context, slots: int | None) -> Float[Array, "#B N #T S"] | None:
+        """Returns what is added to the scores of all layers, or None: a bias by distance (T5) or by
         key (Falcon-RW).
+
+        Args:
+          context: with positions and mask.
+          slots: of the cache, S; None without one.
         """
-        c, slots = self.config, None if cache is None else cache.slots
-        query_positions, key_positions = _query_and_key_positions(context, slots)
+        c = self.config
         if c.position.kind == "alibi_bfloat16":
-            keys = context.positions if slots is None else key_positions
+            keys = context.positions if slots is None else jnp.arange(slots)[None]
             return rounded_alibi(keys, c.attention.num_heads, c.attention.head_dim)
         if c.position.kind != "buckets":
             return None
+
         # Raffel et al. 2020, arXiv:1910.10683, section 2.1: learned, and shared by all layers.
+        query_positions, key_positions = _query_and_key_positions(context, slots)
+        # [1, S], [B, T] -> [B, T, S], or [1, T, T] without a cache.
         distances = key_positions[:, None, :] - query_positions[:, :, None]
         buckets = distance_buckets(c.position, distances, bidirectional=not context.mask.causal)
+        # [B, T, S, N] -> [B, N, T, S]
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
 
     def _run_layers(
         self, x: Float[Array, "B T D"], cache: Cache | None, context: Context
     ) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, LayerReport]]:
-        """Returns the stream, the cache, and the reports of layers by the name of their
+        """Returns the hidden states, the cache, and the reports of layers by the name of their
         parameters.
         """
-        caches = None if cache is None else cache.layers
-        new_caches: tuple[LayerCache, ...] = ()
-        reports = {}
-        for loop, layers in self._groups():
-            count = 1 if layers.params is not None else len(layers.kinds)
-            own = None if caches is None else caches[len(new_caches) : len(new_caches) + count]
-            x, own, more = loop.run(layers, x, own, context)
-            new_caches = new_caches if own is None else (*new_caches, *own)
-            reports |= more
-        return x, None if cache is None else cache.replace(layers=new_caches), reports
+        new_caches: list[LayerCache] = []
+        reports: dict[str, LayerReport] = {}
+        for loop, layers in self._layer_groups():
+            group_caches = None
+            if cache is not None:
+                # Of each group, a cache a layer, or one for all of them where they are stacked.
+                start = len(new_caches)
+                count = 1 if layers.params is not None else len(layers.kinds)
+                group_caches = cache.layers[start : start + count]
 
-    def _groups(self) -> list[tuple[LayerLoop, Layers]]:
+            x, group_caches, group_reports = loop.run(layers, x, group_caches, context)
+            if group_caches is not None:
+                new_caches.extend(group_caches)
+            reports |= group_reports
+
+        if cache is not None:
+            cache = cache.replace(layers=tuple(new_caches))
+        return x, cache, reports
+
+    def _layer_groups(self) -> list[tuple[LayerLoop, Layers]]:
         """Returns the first layers and those of the pattern, each with the way to run them; without
         empty groups.
         """
-        c = self.config
-        kinds, first = c.layers(), len(c.first_layers)
-        names = tuple(layer_name(c, index) for index in range(c.num_layers))
-        remat = None if c.remat == "none" else _REMAT_POLICIES[c.remat]
-        params = (
-            self.get_variable("params", "layers") if self.has_variable("params", "layers") else None
-        )
-
-        def group(start: int, stop: int, blocks: Sequence[Block], params: Any) -> Layers:
-            period = len(c.pattern)
-            return Layers(
-                start,
-                names[start:stop],
-                kinds[start:stop],
-                period,
-                blocks,
-                self._apply,
-                params,
-                remat,
-            )
-
         if self.without_layers:
             return []
+        stacked_params = None
+        if self.has_variable("params", "layers"):
+            stacked_params = self.get_variable("params", "layers")
         loop = self.loop
         if loop is None:
-            loop = Unrolled() if params is None else Scanned()
-        groups = [
-            (Unrolled(), group(0, first, self.first_layers, None)),
-            (loop, group(first, c.num_layers, self.layers, params)),
-        ]
+            loop = Unrolled() if stacked_params is None else Scanned()
+
+        # Of 6 layers, 2 of them first: layers 0 and 1, then layers 2 to 5.
+        num_first = len(self.config.first_layers)
+        first = self._layer_group(0, num_first, self.first_layers, None)
+        rest = self._layer_group(num_first, self.config.num_layers, self.layers, stacked_params)
+        groups = [(Unrolled(), first), (loop, rest)]
         return [(loop, layers) for loop, layers in groups if layers.kinds]
 
-    def _apply(
+    def _layer_group(self, start: int, stop: int, blocks: Sequence[Block], params: Any) -> Layers:
+        """Returns the layers from index `start` to before `stop`.
+
+        Args:
+          start, stop: indices in the stack.
+          blocks: the submodules, where each layer has parameters of its own.
+          params: stacked parameters of these layers, or None.
+        """
+        c = self.config
+        remat = None if c.remat == "none" else _REMAT_POLICIES[c.remat]
+        return Layers(
+            first=start,
+            names=tuple(layer_name(c, index) for index in range(start, stop)),
+            kinds=c.layers()[start:stop],
+            period=len(c.pattern),
+            blocks=blocks,
+            apply=self._apply_block,
+            params=params,
+            remat=remat,
+        )
+
+    def _apply_block(
         self,
         kind: LayerConfig,
         params: Any,
@@ -240,15 +288,16 @@ class Stack(nn.Module):
         cache: LayerCache | None,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
-        """Runs a layer of a kind on given parameters."""
-        return Block(self.config, kind, parent=None).apply({"params": params}, x, cache, context)
+        """Applies a layer to parameters sliced out of stacked ones, as a function of them."""
+        block = Block(self.config, kind, parent=None)
+        return block.apply({"params": params}, x, cache, context)
 
 
 def _query_and_key_positions(
     context: Context, slots: int | None
 ) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
-    """Returns where queries and keys stand, as far as distances go: in a row their indices, else
-    their cache slots.
+    """Returns positions of queries and keys, as far as distances go: their indices in the row, or
+    with a cache positions and slots.
     """
     if slots is None:
         index = jnp.arange(context.positions.shape[1])[None]

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 from research.data.batch import Batch, ModelInputs
 from research.kernels.attention import AttentionMask
 from research.kernels.weights import Weight, append_row, as_product, transpose
-from research.models.attention import Context
 from research.models.block import Block
 from research.models.cache import Cache
 from research.models.config import LayerConfig, ModelConfig
+from research.models.context import Context
 from research.models.heads import MTPModule, Pooler, Transform, shift_left
 from research.models.layer_loops import LayerLoop
 from research.models.layers import Embedding, parameter

@@ -9,13 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.models.config import PositionConfig, RopeScalingConfig
-from research.models.positions import (
-    alibi_slopes,
-    rotary_frequencies,
-    rotate,
-    rounded_alibi,
-    sinusoidal,
-)
+from research.models.positions import alibi_slopes, rotate, rounded_alibi, sinusoidal
+from research.models.rope_scaling import rotary_frequencies
 
 ROTARY = PositionConfig(kind="rotary")
 
@@ -32,7 +27,7 @@ def test_sinusoidal_waves_have_their_closed_form():
     np.testing.assert_array_equal(halves, found[..., [0, 2, 4, 1, 3, 5]])
 
 
-def turned(vector: np.ndarray, position: int) -> np.ndarray:
+def rotated(vector: np.ndarray, position: int) -> np.ndarray:
     return np.asarray(
         rotate(ROTARY, jnp.asarray(vector)[None, None, None], jnp.array([[position]]))
     )[0, 0, 0]
@@ -44,20 +39,20 @@ def turned(vector: np.ndarray, position: int) -> np.ndarray:
 )
 def test_rotary_scores_depend_on_the_distance_alone(p: int, q: int, shift: int, seed: int):
     x, y = np.random.default_rng(seed).normal(size=(2, 8)).astype(np.float32)
-    score, shifted = turned(x, p) @ turned(y, q), turned(x, p + shift) @ turned(y, q + shift)
+    score, shifted = rotated(x, p) @ rotated(y, q), rotated(x, p + shift) @ rotated(y, q + shift)
     assert score == pytest.approx(shifted, abs=2e-3)
-    assert np.linalg.norm(turned(x, p)) == pytest.approx(np.linalg.norm(x), rel=1e-5)
+    assert np.linalg.norm(rotated(x, p)) == pytest.approx(np.linalg.norm(x), rel=1e-5)
 
 
 def test_rotary_scores_change_with_the_distance():
     x, y = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
-    assert abs(turned(x, 3) @ turned(y, 1) - turned(x, 4) @ turned(y, 1)) > 0.1
+    assert abs(rotated(x, 3) @ rotated(y, 1) - rotated(x, 4) @ rotated(y, 1)) > 0.1
 
 
-def test_rotary_turns_pairs_of_halves_by_the_angle():
-    found = turned(np.array([1, 0, 0, 0], np.float32), 2)
+def test_rotary_rotates_pairs_of_halves_by_the_angle():
+    found = rotated(np.array([1, 0, 0, 0], np.float32), 2)
     np.testing.assert_allclose(found, [math.cos(2), 0, math.sin(2), 0], atol=1e-6)
-    found = turned(np.array([0, 1, 0, 0], np.float32), 2)
+    found = rotated(np.array([0, 1, 0, 0], np.float32), 2)
     np.testing.assert_allclose(found, [0, math.cos(0.02), 0, math.sin(0.02)], atol=1e-6)
 
 
@@ -67,7 +62,7 @@ def test_other_kinds_leave_queries_alone(kind: str):
     assert rotate(PositionConfig(kind=kind), x, jnp.array([[5, 6]])) is x
 
 
-def test_stretched_frequencies_slow_long_waves_and_keep_short_ones():
+def test_llama3_scales_low_frequencies_and_keeps_high_ones():
     scaling = RopeScalingConfig("llama3", 8.0, 8192, 1.0, 4.0)
     plain = rotary_frequencies(PositionConfig(theta=500_000.0), 128)
     found = rotary_frequencies(PositionConfig(theta=500_000.0, scaling=scaling), 128)

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, by numbers worked out by hand: claims about `models.mlp`."""
+"""Which experts a token goes to, by numbers worked out by hand: claims about `models.router`."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.models.config import ExpertsConfig
-from research.models.mlp import route
+from research.models.router import route
 
 # Four groups of two experts. The sums of their scores are 1.0, 1.1, 0.9 and 0.55: the first two
 # groups are the best, though the third has the second-best expert.

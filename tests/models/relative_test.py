@@ -1,10 +1,10 @@
-"""Parts of the attention sublayer, against plain loops."""
+"""The shift of scores by distance, against plain loops: claims about `models.relative`."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.attention import relative_shift
+from research.models.relative import relative_shift
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
