@@ -1,6 +1,4 @@
-"""Prompts in, the likeliest continuations out: beam search over a decoder, with or without an
-encoder.
-"""
+"""Text from beam search over a decoder, with or without an encoder."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,16 +9,18 @@ from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
-from research.inference.beams import BeamConfig, Hypothesis, beam_search
-from research.inference.generate import Completion, Detokenizer, prompt_ids
-from research.inference.prompts import Prompt, encode, next_logits, prefill, table_for
+from research.inference.beam_config import BeamConfig
+from research.inference.beam_search import Hypothesis, beam_search
+from research.inference.detokenizer import Completion, Detokenizer
+from research.inference.prefill import next_logits, prefill
+from research.inference.prompts import Prompt, encode, page_table_for, prompt_ids
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Beam(Completion):
-    """A continuation that was searched.
+    """A completion found by beam search.
 
     Attributes:
       score: Σ log p of its tokens / number of tokens^length_penalty.
@@ -30,24 +30,25 @@ class Beam(Completion):
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class CachedBeamModel:
     """A transformer as a `BeamModel`; its state is the cache."""
 
     config: ModelConfig
 
     def step(
-        self, params: Any, state: Cache, tokens: Int[Array, "R"], positions: Int[Array, "R"]
-    ) -> tuple[Float[Array, "R V"], Cache]:
+        self, params: Any, state: Cache, tokens: Int[Array, " rows"], positions: Int[Array, " rows"]
+    ) -> tuple[Float[Array, "rows V"], Cache]:
         """Returns the logits after one more token a row, and the cache with it."""
-        zero = jnp.zeros_like(tokens)
-        return next_logits(self.config, params, tokens[:, None], positions[:, None], state, zero)
+        # [rows] -> [rows, T] with T = 1, whose only token has index 0.
+        index = jnp.zeros_like(tokens)
+        return next_logits(self.config, params, tokens[:, None], positions[:, None], state, index)
 
-    def take(self, state: Cache, rows: Int[Array, "R"]) -> Cache:
+    def take(self, state: Cache, rows: Int[Array, " rows"]) -> Cache:
         """Returns the cache of `rows`."""
         return state.take(rows)
 
-    def reorder(self, state: Cache, rows: Int[Array, "R"]) -> Cache:
-        """Returns the cache of `rows`; what their encoder has read stays where it is."""
+    def reorder(self, state: Cache, rows: Int[Array, " rows"]) -> Cache:
+        """Returns the cache of `rows`; the keys and values of their encoder are not copied."""
         return state.reorder(rows)
 
 
@@ -67,13 +68,13 @@ def beam_generate(
       config: the model.
       params: its parameters.
       tokenizer: the one it was trained with.
-      prompts: any number, of any lengths; texts, or ids that are read as they stand.
-      beams: how they are searched.
+      prompts: texts, or ids that are used unchanged.
+      beams: settings of the search.
       cache: `dense` or `paged`, with the same result.
 
     Raises:
       UserError: no prompts, one that does not fit the model's positions, settings that do not fit
-        its ids, or a cache that the model has not.
+        its ids, or a cache that the model does not have.
     """
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     if beams.num_beams > num_ids:
@@ -81,24 +82,25 @@ def beam_generate(
             "num_beams", beams.num_beams, f"must be at most {num_ids}, the ids of the vocabulary."
         )
     prompt_rows, slots = encode(config, tokenizer, prompts, [beams.max_tokens] * len(prompts))
-    # Beams take pages of their own when the search begins: before, there is nothing but the
-    # prompts.
-    page_table = table_for(cache, prompt_rows, [0] * len(prompts), slots)
+
+    # Until the search begins there are only the prompts: it gives each beam pages for new tokens.
+    page_table = page_table_for(cache, prompt_rows, [0] * len(prompts), slots)
+    _, filled = prefill(params, prompt_rows, config=config, slots=slots, page_table=page_table)
     found = beam_search(
-        Steps(config),
+        CachedBeamModel(config),
         params,
-        prefill(params, prompt_rows, config=config, slots=slots, page_table=page_table)[1],
+        filled,
         prompt_rows.rows(),
         beams,
         slots=slots,
         num_ids=num_ids,
         end_ids=[i for i in tokenizer.end_ids if i < num_ids],
     )
-    before = prompt_ids(config, prompt_rows)
-    return [
-        [_beam(tokenizer, ids, one, beams.max_tokens) for one in best]
-        for ids, best in zip(before, found, strict=True)
-    ]
+
+    results = []
+    for ids, hypotheses in zip(prompt_ids(config, prompt_rows), found, strict=True):
+        results.append([_beam(tokenizer, ids, best, beams.max_tokens) for best in hypotheses])
+    return results
 
 
 def _beam(tokenizer: Tokenizer, prompt: Sequence[int], found: Hypothesis, max_tokens: int) -> Beam:

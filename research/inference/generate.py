@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from research.core.errors import UserError
 from research.core.progress import track
 from research.core.random import SEEDS, keys_of
-from research.data.tokenizers import StreamDecoder, Tokenizer
-from research.inference.prompts import Prompt, Prompts, encode, next_logits, prefill, table_for
+from research.data.tokenizers import Tokenizer
+from research.inference.detokenizer import Completion, Detokenizer
+from research.inference.prefill import next_logits, prefill
+from research.inference.prompts import Prompt, Prompts, encode, page_table_for, prompt_ids
 from research.inference.sampling import SamplingConfig, SamplingParams, draw
 from research.models.cache import Cache
 from research.models.language_model import LanguageModelConfig
@@ -33,7 +35,7 @@ class DecodeState:
       position: of that token.
       keys: the random key of each sequence.
       sampling: how the tokens of each sequence are drawn.
-      seen: which tokens stand in each sequence.
+      seen: which ids each sequence has, prompt included.
     """
 
     cache: Cache
@@ -42,21 +44,6 @@ class DecodeState:
     keys: Key[Array, "B"]
     sampling: SamplingParams
     seen: Bool[Array, "B V"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One continuation.
-
-    Attributes:
-      text: without prompt and stop string.
-      tokens: the new ids, an end-of-text id included.
-      finish: `stop` for an end-of-text id or a stop string, `length` for `max_tokens`.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish: str
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "num_ids"))
@@ -71,7 +58,7 @@ def prefill_step(
     num_ids: int | None = None,
     page_table: PageTable | None = None,
 ) -> DecodeState:
-    """Reads the prompts and draws the first new token of each.
+    """Runs the prefill and draws the first new token of each prompt.
 
     Args:
       params: of the model.
@@ -84,13 +71,15 @@ def prefill_step(
       page_table: makes it a paged cache.
     """
     logits, cache = prefill(params, prompts, config=config, slots=slots, page_table=page_table)
-    # [B, T] ids -> [B, V]: which ids stand in each prompt, padding left out.
+
+    # Ids [B, T] -> [B, V]: which ids each prompt has, padding left out.
     batch, width = prompts.tokens.shape
-    real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
+    is_real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
     rows = jnp.arange(batch)[:, None]
-    seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(real)
+    seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(is_real)
+
     state = DecodeState(cache, prompts.tokens[:, 0], prompts.lengths - 1, keys, sampling, seen)
-    return _advance(state, logits[:, :num_ids], cache)
+    return _draw_next(state, logits[:, :num_ids], cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_ids"), donate_argnames=("state",))
@@ -98,16 +87,18 @@ def decode_step(
     params: Any, state: DecodeState, *, config: LanguageModelConfig, num_ids: int | None = None
 ) -> DecodeState:
     """Feeds the newest token of each sequence and draws the next one, below `num_ids`."""
-    zero = jnp.zeros_like(state.position)
-    logits, cache = next_logits(
-        config, params, state.token[:, None], state.position[:, None], state.cache, zero
-    )
-    return _advance(state, logits[:, :num_ids], cache)
+    # [B] -> [B, T] with T = 1, whose only token has index 0.
+    tokens = state.token[:, None]
+    positions = state.position[:, None]
+    index = jnp.zeros_like(state.position)
+    logits, cache = next_logits(config, params, tokens, positions, state.cache, index)
+    return _draw_next(state, logits[:, :num_ids], cache)
 
 
-def _advance(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) -> DecodeState:
+def _draw_next(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) -> DecodeState:
     position = state.position + 1
-    token = draw(logits, state.seen[:, : logits.shape[1]], state.keys, position, state.sampling)
+    seen_ids = state.seen[:, : logits.shape[1]]
+    token = draw(logits, seen_ids, state.keys, position, state.sampling)
     seen = state.seen.at[jnp.arange(token.shape[0]), token].set(True)
     return state.replace(cache=cache, token=token, position=position, seen=seen)
 
@@ -129,24 +120,26 @@ def generate(
       config: the model.
       params: its parameters.
       tokenizer: the one it was trained with.
-      prompts: any number, of any lengths; texts, or ids that are read as they stand.
-      sampling: how tokens are drawn: for all prompts, or one a prompt. Other values compile nothing
-          anew.
+      prompts: texts, or ids that are used unchanged.
+      sampling: how tokens are drawn: for all prompts, or one a prompt. Other values need no new
+          compilation.
       seeds: one a prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and
         where that is one for all, `sampling.seed + i` for prompt i.
       cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the
           same result.
 
     Raises:
-      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, not as
-        many seeds or settings as prompts, or a cache that the model has not.
+      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, another
+        number of seeds or settings than of prompts, or a cache that the model does not have.
     """
-    settings = _by_prompt(sampling, len(prompts))
+    settings = _per_prompt(sampling, len(prompts))
     new_tokens = [each.max_tokens for each in settings]
     prompt_rows, slots = encode(config, tokenizer, prompts, new_tokens)
-    keys = keys_of(
-        [each.seed for each in settings] if seeds is None else _checked(seeds, len(prompts))
-    )
+    if seeds is None:
+        keys = keys_of([each.seed for each in settings])
+    else:
+        keys = keys_of(_checked_seeds(seeds, len(prompts)))
+
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     state = prefill_step(
         params,
@@ -156,13 +149,13 @@ def generate(
         config=config,
         slots=slots,
         num_ids=num_ids,
-        page_table=table_for(cache, prompt_rows, new_tokens, slots),
+        page_table=page_table_for(cache, prompt_rows, new_tokens, slots),
     )
 
-    texts = [
-        Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens)
-        for ids, each in zip(prompt_ids(config, prompt_rows), settings, strict=True)
-    ]
+    texts = []
+    for ids, each in zip(prompt_ids(config, prompt_rows), settings, strict=True):
+        texts.append(Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens))
+
     for _ in track(range(max(new_tokens)), "sample", unit="tokens"):
         for text, token in zip(texts, np.asarray(state.token).tolist(), strict=True):
             text.push(token)
@@ -172,14 +165,13 @@ def generate(
     return [text.completion() for text in texts]
 
 
-def _by_prompt(
+def _per_prompt(
     sampling: SamplingConfig | Sequence[SamplingConfig], count: int
 ) -> list[SamplingConfig]:
     """Returns the settings of each prompt; one for all gives prompt i the seed `seed + i`."""
     if isinstance(sampling, SamplingConfig):
-        return [
-            dataclasses.replace(sampling, seed=(sampling.seed + i) % SEEDS) for i in range(count)
-        ]
+        seeds = [(sampling.seed + i) % SEEDS for i in range(count)]
+        return [dataclasses.replace(sampling, seed=seed) for seed in seeds]
     if len(sampling) != count:
         raise UserError(
             "sampling",
@@ -189,7 +181,7 @@ def _by_prompt(
     return list(sampling)
 
 
-def _checked(seeds: Sequence[Any], count: int) -> list[int]:
+def _checked_seeds(seeds: Sequence[Any], count: int) -> list[int]:
     """Returns the seeds; raises UserError where they are not one a prompt, or no 64-bit numbers."""
     if len(seeds) != count:
         raise UserError(
@@ -197,72 +189,9 @@ def _checked(seeds: Sequence[Any], count: int) -> list[int]:
         )
     for seed in seeds:
         # A bool is an int to Python.
-        if (
-            not isinstance(seed, numbers.Integral)
-            or isinstance(seed, bool)
-            or not 0 <= seed < SEEDS
-        ):
+        is_whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+        if not is_whole or not 0 <= seed < SEEDS:
             raise UserError(
                 "seeds", constraint=f": {seed!r} must be a whole number in [0, {SEEDS})."
             )
     return [int(seed) for seed in seeds]
-
-
-def prompt_ids(config: LanguageModelConfig, prompts: Prompts) -> list[list[int]]:
-    """Returns the ids that stand before the new ones in each text; a decoder's start id is no
-    text.
-    """
-    return [[] if config.structure == "encoder_decoder" else row for row in prompts.rows()]
-
-
-class Detokenizer:
-    """Turns one sequence's new tokens into text, until an end id, a stop string or the last token
-    allowed.
-
-    Args:
-      tokenizer: of the model.
-      prompt: ids before the new ones: some tokenizers write the first id of a text differently.
-      stop: strings that end the text, which they are no part of.
-      max_tokens: new tokens at most.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop: Sequence[str], max_tokens: int
-    ):
-        self._end_ids, self._stop, self._max_tokens = tokenizer.end_ids, stop, max_tokens
-        self._stream = StreamDecoder(tokenizer)
-        for token in prompt:
-            self._stream.push(token)
-        self._tokens: list[int] = []
-        self._text = ""
-        self._stopped = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether no more tokens are taken."""
-        return self._stopped or len(self._tokens) == self._max_tokens
-
-    def push(self, token: int) -> None:
-        """Adds a token, unless the text has ended."""
-        if self.finished:
-            return
-        self._tokens.append(token)
-        if token in self._end_ids:  # however it is spelt, it is no part of the text
-            self._stopped = True
-            return
-        self._text += self._stream.push(token)
-        self._stopped = self._cut()
-
-    def _cut(self) -> bool:
-        """Cuts the text at the first stop string; returns whether there is one."""
-        ends = [self._text.index(stop) for stop in self._stop if stop in self._text]
-        if ends:
-            self._text = self._text[: min(ends)]
-        return bool(ends)
-
-    def completion(self) -> Completion:
-        """Returns what was collected."""
-        if not self._stopped or self._tokens[-1] in self._end_ids:
-            self._text += self._stream.flush()
-            self._stopped = self._cut() or self._stopped
-        return Completion(self._text, tuple(self._tokens), "stop" if self._stopped else "length")

@@ -1,4 +1,4 @@
-"""Logits of whole sequences, for whoever reads a model from Python."""
+"""Logits of whole sequences, for those who use a model from Python."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from research.models.language_model import language_model
 from research.models.transformer import compute_logits
 
 
-def read_inputs(
+def model_inputs(
     config: ModelConfig,
     tokens: ArrayLike,
     segments: ArrayLike | None,
@@ -25,48 +25,60 @@ def read_inputs(
     types: ArrayLike | None,
     prefix: ArrayLike | None,
 ) -> dict[str, Int[Array, "B _"]]:
-    """Returns what a model reads of whole sequences, all looked at.
+    """Returns the checked inputs of a model for whole sequences.
 
     Raises:
-      UserError: what `rows_of` and `beside` refuse, or something that the model does not read, or
-          is missing.
+      UserError: as of `token_inputs` and `per_token`, or an input that the model does not read, or
+          that is missing.
     """
-    structure, kinds = config.structure, config.embedding.num_types
-    if prefix is not None and structure != "prefix":
-        raise UserError("prefix", constraint=f"is given for model.structure = {structure!r}.")
-    if types is not None and not kinds:
-        raise UserError("types", constraint="are given for model.embedding.num_types = 0.")
-    if (encoder_tokens is None) == (structure == "encoder_decoder"):
-        need = "is missing" if encoder_tokens is None else "is given"
-        raise UserError(f"encoder_tokens {need} for model.structure = {structure!r}.")
-    read = rows_of(config, "tokens", tokens, segments)
+    _check_given(config, types, prefix, encoder_tokens)
+    inputs = token_inputs(config, "tokens", tokens, segments)
     if types is not None:
-        read["types"] = beside("types", types, read["tokens"], kinds)
+        num_types = config.embedding.num_types
+        inputs["types"] = per_token("types", types, inputs["tokens"], num_types)
     if prefix is not None:
-        read["prefix"] = beside("prefix", prefix, read["tokens"], 2)
+        inputs["prefix"] = per_token("prefix", prefix, inputs["tokens"], 2)
     if encoder_tokens is None:
-        return read
-    encoded, count = (
-        rows_of(config, "encoder_tokens", encoder_tokens, encoder_segments),
-        len(read["tokens"]),
-    )
-    if len(encoded["tokens"]) != count:
+        return inputs
+
+    encoder = token_inputs(config, "encoder_tokens", encoder_tokens, encoder_segments)
+    encoder_rows = len(encoder["tokens"])
+    rows = len(inputs["tokens"])
+    if encoder_rows != rows:
         raise UserError(
             "encoder_tokens",
-            constraint=f": {len(encoded['tokens'])} rows must be {count}, one a row of tokens.",
+            constraint=f": {encoder_rows} rows must be {rows}, one a row of tokens.",
         )
     if segments is not None and encoder_segments is None:
         raise UserError(
             "encoder_segments",
-            constraint="is missing: segments alone do not say who sees which of its tokens.",
+            constraint="is missing: segments alone do not say which of its tokens each may attend "
+            "to.",
         )
-    return read | {f"encoder_{name}": array for name, array in encoded.items()}
+    return inputs | {f"encoder_{name}": array for name, array in encoder.items()}
 
 
-def rows_of(
+def _check_given(
+    config: ModelConfig,
+    types: ArrayLike | None,
+    prefix: ArrayLike | None,
+    encoder_tokens: ArrayLike | None,
+) -> None:
+    """Raises UserError where an input is given that the model does not read, or one is missing."""
+    structure = config.structure
+    if prefix is not None and structure != "prefix":
+        raise UserError("prefix", constraint=f"is given for model.structure = {structure!r}.")
+    if types is not None and not config.embedding.num_types:
+        raise UserError("types", constraint="are given for model.embedding.num_types = 0.")
+    if (encoder_tokens is None) == (structure == "encoder_decoder"):
+        need = "is missing" if encoder_tokens is None else "is given"
+        raise UserError(f"encoder_tokens {need} for model.structure = {structure!r}.")
+
+
+def token_inputs(
     config: ModelConfig, name: str, tokens: ArrayLike, segments: ArrayLike | None
 ) -> dict[str, Int[Array, "B T"]]:
-    """Returns tokens and their positions, and segments where there are any.
+    """Returns tokens and their positions, and segments where they are given.
 
     Args:
       config: of the model that is to read them.
@@ -87,22 +99,25 @@ def rows_of(
         raise UserError(
             f"{name}: {ids.shape[1]} is longer than model.max_length = {config.max_length}."
         )
+
     rows = jnp.asarray(ids, jnp.int32)
     index = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
     if segments is None:
         return {"tokens": rows, "positions": index}
-    numbers = beside(name.replace("tokens", "segments"), segments, rows, 2**31)
-    starts = (
-        jnp.concatenate([jnp.ones_like(numbers[:, :1]), jnp.diff(numbers, axis=1)], axis=1) != 0
-    )
-    positions = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    return {"tokens": rows, "positions": positions, "segments": numbers}
+
+    # Segments [1, 1, 2, 2, 2] start at [0, 2]: positions [0, 1, 0, 1, 2].
+    numbers = per_token(name.replace("tokens", "segments"), segments, rows, 2**31)
+    first = jnp.ones_like(numbers[:, :1])
+    changes = jnp.concatenate([first, jnp.diff(numbers, axis=1)], axis=1)
+    is_start = changes != 0
+    start = jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+    return {"tokens": rows, "positions": index - start, "segments": numbers}
 
 
-def beside(
+def per_token(
     name: str, values: ArrayLike, tokens: Int[Array, "B T"], limit: int
 ) -> Int[Array, "B T"]:
-    """Returns numbers that say something of each token.
+    """Returns whole numbers, one for each token.
 
     Raises:
       UserError: they are not one a token, or out of [0, limit).
@@ -119,7 +134,8 @@ def beside(
 def _whole_numbers(name: str, values: ArrayLike) -> Int[np.ndarray, "..."]:
     try:
         array = np.asarray(values)
-    except ValueError as error:  # of rows that differ in length
+    except ValueError as error:
+        # NumPy makes no array of rows that differ in length.
         raise UserError(
             f"{name}: rows must be equally long; fill them up and give segments."
         ) from error
@@ -141,8 +157,8 @@ def logits(config: ModelConfig, params: Any, inputs: dict[str, Array]) -> Float[
     Args:
       config: the model.
       params: its parameters.
-      inputs: what it reads.
+      inputs: from `model_inputs`.
     """
-
     model = language_model(config)
-    return compute_logits(model.projection(params, model.hidden(params, inputs).hidden))
+    hidden = model.hidden(params, inputs).hidden
+    return compute_logits(model.projection(params, hidden))

@@ -1,4 +1,4 @@
-"""What is asked of a model: prompts in any of their forms, and the way in which text is made."""
+"""Requests to a model: prompts in any of their forms, and how text is generated from them."""
 
 import dataclasses
 import numbers
@@ -10,19 +10,19 @@ import numpy as np
 from research.core import config as configs
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
-from research.inference.beams import BeamConfig
+from research.inference.beam_config import BeamConfig
 from research.inference.prompts import Prompt
 from research.inference.sampling import SamplingConfig
 
 
-def prompts_of(
+def collect_prompts(
     tokenizer: Tokenizer,
     prompts: Sequence[str] | None,
     ids: Sequence[Any] | None,
     messages: Sequence[Any] | None,
     chat: Mapping[str, Any] | None,
 ) -> list[Prompt]:
-    """Returns what is to be continued: texts, or rows of ids.
+    """Returns the prompts of a request: texts, or rows of ids.
 
     Args:
       tokenizer: of the model.
@@ -45,14 +45,17 @@ def prompts_of(
     if prompts is not None:
         return list(prompts)
     if ids is not None:
-        return [_row(row) for row in ids]
+        return [_id_row(row) for row in ids]
+
     # One conversation is a list of dicts; several are a list of such lists.
-    several = len(messages) > 0 and not any(isinstance(message, Mapping) for message in messages)
+    holds_message = any(isinstance(message, Mapping) for message in messages)
+    several = len(messages) > 0 and not holds_message
     conversations = messages if several else [messages]
-    return [tokenizer.encode_chat(conversation, **(chat or {})) for conversation in conversations]
+    arguments = chat or {}
+    return [tokenizer.encode_chat(conversation, **arguments) for conversation in conversations]
 
 
-def _row(row: Any) -> list[int]:
+def _id_row(row: Any) -> list[int]:
     if isinstance(row, str) or not isinstance(row, Sequence | np.ndarray):
         raise UserError(
             "ids", constraint=f": {row!r} must be a row of ids: one prompt is [[1, 2, 3]]."
@@ -65,22 +68,25 @@ def _row(row: Any) -> list[int]:
     return [int(i) for i in row]
 
 
-def decoding(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
-    """Returns how text is made: searched where `num_beams` is there and not 1, else drawn.
+def decoding_config(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
+    """Returns how text is generated: by beam search where `num_beams` is given and not 1, else by
+    sampling.
 
     Raises:
       UserError: a field that is not known, out of range, or of the other way.
     """
-    searches = "num_beams" in fields and fields["num_beams"] != 1
-    wanted, other = (BeamConfig, SamplingConfig) if searches else (SamplingConfig, BeamConfig)
-    fields = {name: value for name, value in fields.items() if searches or name != "num_beams"}
-    names = {field.name for field in dataclasses.fields(wanted)}
+    if "num_beams" in fields and fields["num_beams"] != 1:
+        fault = f"draws, and num_beams = {fields['num_beams']} searches"
+        _check_fields(fields, BeamConfig, SamplingConfig, fault)
+        return configs.bind(BeamConfig, fields)
+    fields = {name: value for name, value in fields.items() if name != "num_beams"}
+    _check_fields(fields, SamplingConfig, BeamConfig, "needs num_beams above 1")
+    return configs.bind(SamplingConfig, fields)
+
+
+def _check_fields(fields: Mapping[str, Any], wanted: type, other: type, fault: str) -> None:
+    """Raises UserError for a field that the `other` config alone has."""
+    known = {field.name for field in dataclasses.fields(wanted)}
     for field in dataclasses.fields(other):
-        if field.name in fields and field.name not in names:
-            why = (
-                f"draws, and num_beams = {fields['num_beams']} searches"
-                if searches
-                else "needs num_beams above 1"
-            )
-            raise UserError(field.name, fields[field.name], f"{why}.")
-    return configs.bind(wanted, fields)
+        if field.name in fields and field.name not in known:
+            raise UserError(field.name, fields[field.name], f"{fault}.")

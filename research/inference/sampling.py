@@ -16,7 +16,7 @@ from research.core.random import SEEDS
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How text is drawn from a model.
+    """Settings of sampling from a model.
 
     Attributes:
       max_tokens: new tokens at most.
@@ -24,7 +24,7 @@ class SamplingConfig:
       top_k: keeps the k likeliest tokens, and those as likely as the last of them; 0 keeps all.
       top_p: keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
       min_p: keeps tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
-      repetition_penalty: above 1 makes tokens that stand in the text already less likely; in
+      repetition_penalty: above 1 makes tokens that the text already has less likely; in
           [1e-30, 1e30].
       seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers, and 0 after the
           last.
@@ -62,8 +62,8 @@ class SamplingConfig:
 
 @flax.struct.dataclass
 class SamplingParams:
-    """The settings of each row of a batch, as arrays: another value compiles nothing, and rows may
-    differ.
+    """The settings of each row of a batch, as arrays: rows may differ, and other values need no new
+    compilation.
 
     Attributes:
       temperature, top_k, top_p, min_p, repetition_penalty: as of `SamplingConfig`.
@@ -78,98 +78,122 @@ class SamplingParams:
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig]) -> "SamplingParams":
         """Returns the settings of rows with these configs."""
-        # A temperature that float32 rounds to 0 is low, but not greedy; one that it rounds to
-        # infinity is high.
-        lowest, highest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-        temperatures = [
-            min(max(c.temperature, lowest), highest) if c.temperature > 0 else 0.0 for c in configs
-        ]
+        smallest = float(np.finfo(np.float32).tiny)
+        largest = float(np.finfo(np.float32).max)
+        temperatures = []
+        for config in configs:
+            temperature = config.temperature
+            if temperature > 0:
+                # One that float32 rounds to 0 is low, but not greedy; one that it rounds to
+                # infinity is high.
+                temperature = min(max(temperature, smallest), largest)
+            temperatures.append(temperature)
+
+        # No vocabulary has more ids than an int32 can count.
+        top_k = [min(config.top_k, np.iinfo(np.int32).max) for config in configs]
+        # With top_p = 0 no token would stay, not even the likeliest.
+        top_p = [max(config.top_p, smallest) for config in configs]
+        min_p = [config.min_p for config in configs]
+        penalties = [config.repetition_penalty for config in configs]
         return cls(
             temperature=jnp.asarray(temperatures, jnp.float32),
-            # A row has no more ids than an int32 counts.
-            top_k=jnp.asarray([min(c.top_k, np.iinfo(np.int32).max) for c in configs], jnp.int32),
-            # At 0 no token would stay, not even the likeliest.
-            top_p=jnp.asarray([max(c.top_p, lowest) for c in configs], jnp.float32),
-            min_p=jnp.asarray([c.min_p for c in configs], jnp.float32),
-            repetition_penalty=jnp.asarray([c.repetition_penalty for c in configs], jnp.float32),
+            top_k=jnp.asarray(top_k, jnp.int32),
+            top_p=jnp.asarray(top_p, jnp.float32),
+            min_p=jnp.asarray(min_p, jnp.float32),
+            repetition_penalty=jnp.asarray(penalties, jnp.float32),
         )
 
 
 def penalize(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """Divides positive logits of seen tokens by the row's penalty and multiplies negative ones with
+    """Divides positive logits of seen tokens by the row's penalty and multiplies negative ones by
     it.
 
-    Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1, with the sign fix that is in
-        use everywhere.
+    Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1, with the usual correction for
+        negative logits.
     """
     penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, penalized, logits)
 
 
 def truncate(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
     """Sets the logits of tokens that a row's top-k, top-p or min-p leave out to −∞; the likeliest
     token always stays.
 
-    Tokens as likely as the last one that is kept stay too, so ties may keep more than `top_k`. What
-    no row of the batch asks for is not computed.
+    Tokens as likely as the last one that is kept stay too, so ties may keep more than `top_k`. A
+    rule that no row of the batch uses is not computed.
 
     Source: top-p: Holtzman et al. 2019, arXiv:1904.09751, section 3.1; min-p: Nguyen et al. 2024,
         arXiv:2407.01082.
     """
     vocab = logits.shape[-1]
-    limits_k = (params.top_k > 0) & (params.top_k < vocab)
-    limits_p = params.top_p < 1
+    uses_top_k = (params.top_k > 0) & (params.top_k < vocab)
+    uses_top_p = params.top_p < 1
 
     def keep_top_k(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        kth = largest(logits, jnp.where(limits_k, params.top_k, vocab))
-        return jnp.where(limits_k[:, None] & (logits < kth[:, None]), -jnp.inf, logits)
+        kth = kth_largest(logits, jnp.where(uses_top_k, params.top_k, vocab))
+        left_out = uses_top_k[:, None] & (logits < kth[:, None])
+        return jnp.where(left_out, -jnp.inf, logits)
 
     def keep_top_p(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        last = nucleus_end(logits, params.top_p)
-        return jnp.where(limits_p[:, None] & (logits < last[:, None]), -jnp.inf, logits)
+        least = least_in_nucleus(logits, params.top_p)
+        left_out = uses_top_p[:, None] & (logits < least[:, None])
+        return jnp.where(left_out, -jnp.inf, logits)
 
-    logits = jax.lax.cond(jnp.any(limits_k), keep_top_k, lambda logits: logits, logits)
-    logits = jax.lax.cond(jnp.any(limits_p), keep_top_p, lambda logits: logits, logits)
-    # log 0 = −∞ leaves out nothing.
-    floor = jnp.max(logits, axis=-1) + jnp.log(params.min_p)
-    return jnp.where(logits < floor[:, None], -jnp.inf, logits)
+    logits = jax.lax.cond(jnp.any(uses_top_k), keep_top_k, lambda logits: logits, logits)
+    logits = jax.lax.cond(jnp.any(uses_top_p), keep_top_p, lambda logits: logits, logits)
+
+    # p >= min_p · max p, as logits. With min_p = 0 the bound is log 0 = −∞, which keeps all.
+    likeliest = jnp.max(logits, axis=-1)
+    least = likeliest + jnp.log(params.min_p)
+    return jnp.where(logits < least[:, None], -jnp.inf, logits)
 
 
-def largest(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Returns the k-th largest logit of each row, k in [1, V]; equal ones count one by one.
+def kth_largest(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Returns the k-th largest logit of each row, k in [1, V]; equal ones are counted separately.
 
-    A bisection over the 32 bits of a number, which reads the row 32 times, in the place of a sort.
+    A bisection over the 32 bits of a number, which reads the row 32 times, instead of a sort.
     """
+    # [B, V] floats -> [B, V] integers in the same order.
     bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.int32)
-    # As integers, floats are in order: positive ones as they are, negative ones once all bits but
-    # the sign are turned.
-    ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = _ordered_bits(bits)
 
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
-        # The mean rounded up: the sum of two int32 would overflow.
-        middle = (low | high) - ((low ^ high) >> 1)
-        enough = jnp.sum(ordered >= middle[:, None], axis=-1) >= k
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+        # Their mean, rounded up, without the sum of two int32, which would overflow.
+        half_of_difference = (low ^ high) >> 1
+        middle = (low | high) - half_of_difference
+        at_least_middle = jnp.sum(ordered >= middle[:, None], axis=-1)
+        has_k = at_least_middle >= k
+        low = jnp.where(has_k, middle, low)
+        high = jnp.where(has_k, high, middle - 1)
+        return low, high
 
     limits = jnp.iinfo(jnp.int32)
-    start = (jnp.full_like(k, limits.min), jnp.full_like(k, limits.max))
-    found, _ = jax.lax.fori_loop(0, 32, halve, start)
-    return jax.lax.bitcast_convert_type(
-        jnp.where(found < 0, found ^ 0x7FFFFFFF, found), jnp.float32
-    )
+    bounds = (jnp.full_like(k, limits.min), jnp.full_like(k, limits.max))
+    kth, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    return jax.lax.bitcast_convert_type(_ordered_bits(kth), jnp.float32)
 
 
-def nucleus_end(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Returns the least logit of the fewest likeliest tokens of each row that together reach its
-    `top_p`.
+def _ordered_bits(bits: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Maps the bits of floats to integers of the same order, and back: those of negative floats are
+    inverted, but for the sign.
     """
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def least_in_nucleus(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B"]:
+    """Returns the least logit of the nucleus of each row: the fewest likeliest tokens that together
+    reach its `top_p`.
+    """
+    # Probabilities [0.5, 0.3, 0.2] come after [0, 0.5, 0.8]; top_p = 0.7 keeps the first two.
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return jnp.min(jnp.where(before < top_p[:, None], ordered, jnp.inf), axis=-1)
+    in_nucleus = before < top_p[:, None]
+    return jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), axis=-1)
 
 
 def draw(
@@ -181,29 +205,38 @@ def draw(
 ) -> Int[Array, "B"]:
     """Returns the next token of each sequence.
 
-    The draw of a sequence depends on its own key, position and settings alone: the rest of the
-    batch changes nothing.
+    The draw of a sequence depends on its own key, position and settings alone, not on the rest of
+    the batch.
 
     Args:
       logits: float32.
-      seen: which tokens stand in each sequence already, prompt included.
+      seen: which ids each sequence has, prompt included.
       keys: one a sequence.
       positions: of the token that is drawn.
-      params: how.
+      params: the settings of each sequence.
     """
     logits = penalize(logits, seen, params.repetition_penalty)
     greedy = params.temperature == 0
+
     # The likeliest token has the logit 0, which stays 0 at temperatures near 0.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     temperature = jnp.where(greedy, 1.0, params.temperature)
-    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
+    scaled = shifted / temperature[:, None]
+
+    def gumbel_row(key: Key[Array, ""]) -> Float[Array, "V"]:
+        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
     def gumbel(_: None) -> Float[Array, "B V"]:
-        steps = jax.vmap(jax.random.fold_in)(keys, positions)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(steps)
+        token_keys = jax.vmap(jax.random.fold_in)(keys, positions)
+        noise = jax.vmap(gumbel_row)(token_keys)
         return jnp.where(greedy[:, None], 0.0, noise)
 
+    def zeros(_: None) -> Float[Array, "B V"]:
+        return jnp.zeros_like(scaled)
+
     # The largest of logits with Gumbel noise is a draw from their softmax, as in
-    # `jax.random.categorical`; without noise it is the likeliest token. One argmax for both: a
-    # second one beside it takes three times as long.
-    noise = jax.lax.cond(jnp.all(greedy), lambda _: jnp.zeros_like(scaled), gumbel, None)
-    return jnp.argmax(truncate(scaled, params) + noise, axis=-1).astype(jnp.int32)
+    # `jax.random.categorical`; without noise it is the likeliest token. One argmax serves both: a
+    # second one would take three times as long.
+    noise = jax.lax.cond(jnp.all(greedy), zeros, gumbel, None)
+    noisy = truncate(scaled, params) + noise
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)

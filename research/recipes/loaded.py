@@ -13,11 +13,12 @@ from research.core import config as configs
 from research.core.errors import UserError
 from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
+from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import Beam, beam_generate
-from research.inference.beams import BeamConfig
-from research.inference.generate import Completion, generate
-from research.inference.logits import logits, read_inputs
-from research.inference.requests import decoding, prompts_of
+from research.inference.detokenizer import Completion
+from research.inference.generate import generate
+from research.inference.logits import logits, model_inputs
+from research.inference.requests import collect_prompts, decoding_config
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.language_model import abstract_params
@@ -71,7 +72,7 @@ class LoadedModel:
               not read, or misses.
         """
         beside = {"types": types, "prefix": prefix}
-        read = read_inputs(
+        read = model_inputs(
             self.config, tokens, segments, encoder_tokens, encoder_segments, **beside
         )
         return logits(self.config, self.params, read)
@@ -118,8 +119,8 @@ class LoadedModel:
                 "sampling",
                 constraint=f": it says all, so {', '.join(sorted(fields))} must be left out.",
             )
-        how = decoding(fields) if sampling is None else sampling
-        read = prompts_of(self.tokenizer, prompts, ids, messages, chat)
+        how = decoding_config(fields) if sampling is None else sampling
+        read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
         if not isinstance(how, BeamConfig):
             return generate(self.config, self.params, self.tokenizer, read, how, seeds, cache=cache)
         if seeds is not None:
@@ -147,7 +148,7 @@ class LoadedModel:
 
         Args, Raises: as `generate`.
         """
-        read = prompts_of(self.tokenizer, prompts, ids, messages, chat)
+        read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
         how = configs.bind(BeamConfig, fields)
         return beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)
 

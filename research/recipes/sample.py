@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError
-from research.inference.beams import BeamConfig
-from research.inference.generate import Completion
+from research.inference.beam_config import BeamConfig
+from research.inference.detokenizer import Completion
 from research.inference.prompts import CACHES, check_cache
-from research.inference.requests import decoding
+from research.inference.requests import decoding_config
 from research.inference.sampling import SamplingConfig
 from research.recipes import conversations, loaded
 from research.recipes.conversations import Conversation
@@ -96,7 +96,7 @@ def main(arguments: argparse.Namespace) -> None:
     """
     fields = given(arguments)
     # What is wrong is said before a model is loaded.
-    decoding(fields)
+    decoding_config(fields)
     check_cache(arguments.cache)
     asked = conversations.from_flags(arguments)
     workdir = as_path(arguments.workdir, "workdir")
@@ -167,7 +167,7 @@ def _report(model: LoadedModel, texts: Sequence[Completion], start: float) -> No
 
 def _keep(model: LoadedModel, workdir: Path, shown: str, fields: Mapping[str, Any]) -> None:
     kept = workdir / "samples.txt"
-    how = decoding({name: value for name, value in fields.items() if name != "cache"})
+    how = decoding_config({name: value for name, value in fields.items() if name != "cache"})
     try:
         files.append_text(kept, f"step {model.step}, {how}\n{shown}\n\n")
     except OSError as error:  # a model that one may only read is a model all the same

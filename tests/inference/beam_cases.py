@@ -6,7 +6,8 @@ import pathlib
 
 import numpy as np
 
-from research.inference.beams import BeamConfig, Hypothesis
+from research.inference.beam_config import BeamConfig
+from research.inference.beam_search import Hypothesis
 from tests.interop import cases, registry
 
 GOLDENS = pathlib.Path(__file__).parent / "beam_goldens.json"

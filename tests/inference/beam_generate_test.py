@@ -10,10 +10,13 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.beam_generate import Beam, Steps, beam_generate
-from research.inference.beams import BeamConfig, Hypothesis, beam_search, beam_step
+from research.inference.beam_config import BeamConfig
+from research.inference.beam_generate import Beam, CachedBeamModel, beam_generate
+from research.inference.beam_search import Hypothesis, beam_search
+from research.inference.beam_step import beam_step
 from research.inference.generate import generate
-from research.inference.prompts import Prompts, prefill
+from research.inference.prefill import prefill
+from research.inference.prompts import Prompts
 from research.inference.sampling import SamplingConfig
 from research.interop.huggingface import from_hugging_face
 from research.interop.mapping import params_from
@@ -50,7 +53,7 @@ def golden_search(
         padded[row, : len(ids)] = ids
     prompts = Prompts(jnp.asarray(padded), jnp.asarray([len(ids) for ids in beam_cases.PROMPTS]))
     return beam_search(
-        Steps(config),
+        CachedBeamModel(config),
         params,
         prefill(params, prompts, config=config, slots=20)[1],
         beam_cases.PROMPTS,
@@ -99,7 +102,7 @@ def test_beams_of_encoder_decoders_equal_transformers(name):
     told_apart = set()
     for beams, wanted in zip(beam_cases.grid(name), beam_cases.stored(name), strict=True):
         options = {"slots": 16, "num_ids": cases.VOCAB, "end_ids": [beam_cases.eos_id(name)]}
-        found = beam_search(Steps(config), params, cache, starts, beams, **options)
+        found = beam_search(CachedBeamModel(config), params, cache, starts, beams, **options)
         assert [[one.tokens for one in best] for best in found] == [
             [one.tokens for one in best] for best in wanted
         ]

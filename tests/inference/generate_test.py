@@ -11,7 +11,8 @@ import pytest
 from research.core.errors import UserError
 from research.core.random import keys_of
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.generate import Completion, decode_step, generate, prefill_step
+from research.inference.detokenizer import Completion
+from research.inference.generate import decode_step, generate, prefill_step
 from research.inference.prompts import Prompts, encode
 from research.inference.sampling import SamplingConfig, SamplingParams
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig

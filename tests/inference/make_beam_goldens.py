@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from research.inference.beams import BeamConfig
+from research.inference.beam_config import BeamConfig
 from tests.inference import beam_cases
 from tests.interop import torch_models
 

@@ -5,7 +5,7 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.requests import prompts_of
+from research.inference.requests import collect_prompts
 
 ASKED = [{"role": "user", "content": "a<s>"}]
 
@@ -17,16 +17,16 @@ def tokenizer() -> ByteTokenizer:
 
 
 def test_texts_and_rows_of_ids_are_taken_as_they_are():
-    assert prompts_of(tokenizer(), ["a", ""], None, None, None) == ["a", ""]
+    assert collect_prompts(tokenizer(), ["a", ""], None, None, None) == ["a", ""]
     rows = [[1, 2], np.array([3], np.int64), (4,)]
-    assert prompts_of(tokenizer(), None, rows, None, None) == [[1, 2], [3], [4]]
+    assert collect_prompts(tokenizer(), None, rows, None, None) == [[1, 2], [3], [4]]
 
 
 def test_one_conversation_or_several_become_ids():
     wanted = [256, *b"a<s>"]
-    assert prompts_of(tokenizer(), None, None, ASKED, None) == [wanted]
-    assert prompts_of(tokenizer(), None, None, [ASKED, ASKED], None) == [wanted, wanted]
-    assert prompts_of(tokenizer(), None, None, ASKED, {"mood": "!"}) == [[*wanted, ord("!")]]
+    assert collect_prompts(tokenizer(), None, None, ASKED, None) == [wanted]
+    assert collect_prompts(tokenizer(), None, None, [ASKED, ASKED], None) == [wanted, wanted]
+    assert collect_prompts(tokenizer(), None, None, ASKED, {"mood": "!"}) == [[*wanted, ord("!")]]
 
 
 @pytest.mark.parametrize(
@@ -56,5 +56,5 @@ def test_one_conversation_or_several_become_ids():
 def test_what_is_no_prompt_is_refused(given, said):
     none = {"prompts": None, "ids": None, "messages": None, "chat": None}
     with pytest.raises(UserError) as caught:
-        prompts_of(tokenizer(), **(none | given))
+        collect_prompts(tokenizer(), **(none | given))
     assert str(caught.value) == said

@@ -14,7 +14,7 @@ from research.inference.sampling import (
     SamplingConfig,
     SamplingParams,
     draw,
-    largest,
+    kth_largest,
     penalize,
     truncate,
 )
@@ -107,7 +107,7 @@ def test_the_kth_largest_is_that_of_a_sort(seed: int, k: int):
     rng = np.random.default_rng(seed)
     rows = np.asarray(rng.normal(size=(3, VOCAB)) * 10.0 ** rng.integers(-30, 30), np.float32)
     rows[rng.random(rows.shape) < 0.3] = rng.choice([0.0, 1.0, -np.inf])
-    found = jax.jit(largest)(rows, np.array([k, 1, VOCAB], np.int32))
+    found = jax.jit(kth_largest)(rows, np.array([k, 1, VOCAB], np.int32))
     ordered = -np.sort(-rows, axis=1)
     np.testing.assert_array_equal(found, [ordered[0, k - 1], ordered[1, 0], ordered[2, -1]])
 

@@ -11,8 +11,8 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
+from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import beam_generate
-from research.inference.beams import BeamConfig
 from research.inference.generate import generate
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig

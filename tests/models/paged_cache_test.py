@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.inference.prompts import Prompts, next_logits, prefill
+from research.inference.prefill import next_logits, prefill
+from research.inference.prompts import Prompts
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.cache import Cache
 from research.models.config import ModelConfig, PositionConfig

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
-from research.inference.beams import BeamConfig, Hypothesis, beam_search, beam_step, repeats
+from research.inference.beam_config import BeamConfig
+from research.inference.beam_search import Hypothesis, beam_search
+from research.inference.beam_step import beam_step, completes_ngram
 
 STATES, SLOTS, EOS = 97, 16, 1
 PROMPTS = ([3], [2, 5, 2, 5, 0], [4, 4, 0])
@@ -279,7 +281,9 @@ def test_repeats_are_those_that_stand_before_the_end():
     lengths = jnp.array([5, 2])
     wanted = {1: ({1, 2, 3}, {5}), 3: ({3}, set()), 9: (set(), set())}
     for size, rows in wanted.items():
-        found = np.asarray(jax.jit(repeats, static_argnums=(2, 3))(tokens, lengths, size, 6))
+        found = np.asarray(
+            jax.jit(completes_ngram, static_argnums=(2, 3))(tokens, lengths, size, 6)
+        )
         assert tuple(set(np.flatnonzero(row).tolist()) for row in found) == rows
 
 

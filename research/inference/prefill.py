@@ -1,0 +1,97 @@
+"""The prefill: all prompts read at once, before the first new token."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from research.inference.prompts import Prompts
+from research.models.cache import Cache
+from research.models.language_model import LanguageModelConfig, language_model
+from research.models.paged_cache import PageTable
+from research.models.transformer import compute_logits
+
+
+def next_logits(
+    config: LanguageModelConfig,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    index: Int[Array, "B"],
+    **inputs: Int[Array, "B _"],
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Returns the logits after one token of each sequence, and the cache with all tokens in it.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens: consecutive ones of each sequence.
+      positions: of the tokens.
+      cache: of the tokens before.
+      index: of the token whose logits are returned, in [0, T).
+      **inputs: what else the model reads in the prefill.
+    """
+    model = language_model(config)
+    output = model.hidden(params, {"tokens": tokens, "positions": positions, **inputs}, cache=cache)
+    # [B, T, D] -> [B, 1, D]: the vocabulary's product is made for one token only.
+    hidden = jnp.take_along_axis(output.hidden, index[:, None, None], axis=1)
+    return compute_logits(model.projection(params, hidden))[:, 0], output.cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
+def prefill(
+    params: Any,
+    prompts: Prompts,
+    *,
+    config: LanguageModelConfig,
+    slots: int,
+    page_table: PageTable | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Returns the logits after each prompt, and the cache. Nothing attends to padding.
+
+    Args:
+      params: of the model.
+      prompts: from `encode`.
+      config: the model.
+      slots: tokens that the cache can hold.
+      page_table: makes it a paged cache.
+    """
+    is_real, positions = _real_positions(prompts.tokens, prompts.lengths)
+    inputs = {}
+    encoder_segments = None
+    if config.structure == "prefix":
+        # All of a prompt attends to all of it.
+        inputs = {"prefix": is_real.astype(jnp.int32)}
+    if prompts.encoder_tokens is not None:
+        encoder_is_real, encoder_positions = _real_positions(
+            prompts.encoder_tokens, prompts.encoder_lengths
+        )
+        encoder_segments = encoder_is_real.astype(jnp.int32)
+        inputs = {
+            "encoder_tokens": prompts.encoder_tokens,
+            "encoder_positions": encoder_positions,
+            "encoder_segments": encoder_segments,
+        }
+
+    batch = len(prompts.tokens)
+    model = language_model(config)
+    cache = model.empty_cache(params, batch, slots, encoder_segments, page_table=page_table)
+    last = prompts.lengths - 1
+    return next_logits(config, params, prompts.tokens, positions, cache, last, **inputs)
+
+
+def _real_positions(
+    tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:
+    """Returns which tokens are no padding, and the positions of all.
+
+    Padding has position 0: rotary rules that depend on a prompt's length take it from the largest
+    position.
+    """
+    # lengths [2, 3] of T = 4 -> positions [[0, 1, 0, 0], [0, 1, 2, 0]].
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    is_real = index < lengths[:, None]
+    return is_real, jnp.where(is_real, index, 0)
