@@ -12,8 +12,8 @@ from research.recipes import convert as converting
 from research.recipes import describe as describing
 from research.recipes import train as training
 from research.recipes.experiment import ExperimentConfig, load_experiment
+from research.recipes.load import load as load_model
 from research.recipes.loaded import LoadedModel
-from research.recipes.loaded import load as load_model
 from research.storage.paths import Path, as_path
 
 __all__ = ["convert", "describe", "load", "train"]

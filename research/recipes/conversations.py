@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_flags(arguments: argparse.Namespace) -> list[Conversation] | None:
-    """Returns the conversations that flags name, [] where they are to be read as they come, or None
+    """Returns the conversations that flags give, [] where they come from standard input, or None
     without a chat.
 
     Raises:
@@ -47,14 +47,17 @@ def from_flags(arguments: argparse.Namespace) -> list[Conversation] | None:
         if arguments.system is not None:
             raise UserError("--system needs --chat.")
         return None
-    return [
-        [*beginning(arguments), {"role": "user", "content": prompt}] for prompt in arguments.prompts
-    ]
+
+    # Each prompt begins a conversation of its own.
+    system = system_message(arguments)
+    return [[*system, {"role": "user", "content": prompt}] for prompt in arguments.prompts]
 
 
-def beginning(arguments: argparse.Namespace) -> Conversation:
-    """Returns the system message, where there is one."""
-    return [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+def system_message(arguments: argparse.Namespace) -> Conversation:
+    """Returns the system message as the beginning of a conversation, [] without one."""
+    if arguments.system is None:
+        return []
+    return [{"role": "system", "content": arguments.system}]
 
 
 def _read(path: pathlib.Path) -> Conversation:
@@ -69,11 +72,11 @@ def _read(path: pathlib.Path) -> Conversation:
     return messages
 
 
-def lines() -> Iterator[str]:
+def stdin_lines() -> Iterator[str]:
     """Yields the lines of standard input that are not blank; a terminal is prompted for each.
 
     Raises:
-      UserError: bytes that are no text in the encoding of standard input, as a rule UTF-8.
+      UserError: bytes that are not text in the encoding of standard input, usually UTF-8.
     """
     while True:
         if sys.stdin.isatty():

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 
 from research.data.objectives import bytes_per_target
+from research.data.tokenizers import Tokenizer
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.recipes.inputs import make_loader, prepare_data
 
@@ -28,24 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Prints the first rows of the run, a document a paragraph."""
+    """Prints the first rows of the run, one line a document."""
     config = load_experiment(arguments.config, arguments.overrides)
     prepared = prepare_data(config)
     loader = make_loader(config, prepared)
     batch = next(loader)
     loader.close()
     if config.data.objective.predicts_all_text:
-        logger.info(
-            "data: the held-out text has %.3f bytes a token", bytes_per_target(prepared.heldout)
-        )
+        bytes_per_token = bytes_per_target(prepared.heldout)
+        logger.info("data: the held-out text has %.3f bytes a token", bytes_per_token)
+
+    # The decoder's or only side is "", the encoder's "encoder_".
     sides = [name.removesuffix("tokens") for name in batch if name.endswith("tokens")]
     for row in range(min(arguments.rows, config.train.batch_size)):
         for side in sides:
-            tokens, segments = batch[f"{side}tokens"][row], batch[f"{side}segments"][row]
-            empty = int((segments == 0).sum())
-            print(
-                f"{side}row {row}: {int(segments.max())} documents, {empty} of {len(segments)} "
-                "padding"
-            )
-            for segment in np.unique(segments[segments > 0]):
-                print(repr(prepared.tokenizer.decode(tokens[segments == segment].tolist())))
+            tokens = batch[f"{side}tokens"][row]
+            segments = batch[f"{side}segments"][row]
+            _print_row(f"{side}row {row}", tokens, segments, prepared.tokenizer)
+
+
+def _print_row(name: str, tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer) -> None:
+    # Segments [1, 1, 2, 0]: two documents and one token of padding.
+    padding = int((segments == 0).sum())
+    print(f"{name}: {int(segments.max())} documents, {padding} of {len(segments)} padding")
+    for segment in np.unique(segments[segments > 0]):
+        ids = tokens[segments == segment].tolist()
+        print(repr(tokenizer.decode(ids)))

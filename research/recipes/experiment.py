@@ -1,4 +1,4 @@
-"""The config of a training run: what each part owns, and what they must agree on."""
+"""The config of a training run: its groups, and what they must agree on."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,7 @@ STRUCTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything that a training run is made of; each part is read by the module that owns it."""
+    """Everything that a training run depends on; each group belongs to the module that reads it."""
 
     model: ModelConfig
     train: TrainConfig
@@ -42,17 +42,18 @@ class ExperimentConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
-        kind, structure = self.data.objective.kind, self.model.structure
+        kind = self.data.objective.kind
+        structure = self.model.structure
         if structure not in STRUCTURES[kind]:
-            fitting = " or ".join(
-                repr(kind) for kind, structures in STRUCTURES.items() if structure in structures
-            )
+            fitting = [repr(kind) for kind, fits in STRUCTURES.items() if structure in fits]
             raise UserError(
                 "data.objective.kind",
                 kind,
-                f"does not train model.structure = {structure!r}. Use {fitting}.",
+                f"does not train model.structure = {structure!r}. Use {' or '.join(fitting)}.",
             )
-        if encoder_length(self.data.objective, self.train.sequence_length) > self.model.max_length:
+
+        longest_encoder = encoder_length(self.data.objective, self.train.sequence_length)
+        if longest_encoder > self.model.max_length:
             raise UserError(
                 "data.objective.encoder_length",
                 self.data.objective.encoder_length,
@@ -64,6 +65,7 @@ class ExperimentConfig:
                 self.train.sequence_length,
                 f"is longer than model.max_length = {self.model.max_length}.",
             )
+
         if self.optim.ema_decay is not None and self.model.param_dtype == "bfloat16":
             raise UserError(
                 "optim.ema_decay",
@@ -91,13 +93,12 @@ def load_experiment(spec: str, overrides: Sequence[tuple[str, str]]) -> Experime
         return configs.bind(ExperimentConfig, values)
 
 
-def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a plain config that a workdir holds with the fields that are newer than it, at their
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the plain config of a workdir, with the fields that are newer than it at their
     defaults.
     """
     try:
         return configs.plain(configs.bind(ExperimentConfig, values))
-    except (
-        UserError
-    ):  # of a converted model, or of a version that had other fields: taken as it stands
+    except UserError:
+        # The config of a converted model, or of a version that had other fields, stays unchanged.
         return values

@@ -1,4 +1,4 @@
-"""What a run reads: its tokenizer and corpora, and batches of them."""
+"""The data of a run: tokenizer, corpora, and batches of them."""
 
 import logging
 from collections.abc import Iterator

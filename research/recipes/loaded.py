@@ -1,17 +1,14 @@
-"""A trained model in one object, for the verbs that read one, notebooks and scripts."""
+"""A trained model in one object, for verbs, notebooks and scripts."""
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from research.core import config as configs
 from research.core.errors import UserError
-from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import Beam, beam_generate
@@ -21,11 +18,6 @@ from research.inference.logits import logits, model_inputs
 from research.inference.requests import collect_prompts, decoding_config
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
-from research.models.language_model import abstract_params
-from research.parallel.target import platform
-from research.recipes.workdir import read_config
-from research.storage.paths import Path, as_path
-from research.training.checkpoints import CheckpointConfig, Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +63,16 @@ class LoadedModel:
           UserError: no rows of ids, a number out of range, rows too long, or what the model does
               not read, or misses.
         """
-        beside = {"types": types, "prefix": prefix}
-        read = model_inputs(
-            self.config, tokens, segments, encoder_tokens, encoder_segments, **beside
+        inputs = model_inputs(
+            self.config,
+            tokens,
+            segments,
+            encoder_tokens,
+            encoder_segments,
+            types=types,
+            prefix=prefix,
         )
-        return logits(self.config, self.params, read)
+        return logits(self.config, self.params, inputs)
 
     def generate(
         self,
@@ -89,23 +86,21 @@ class LoadedModel:
         cache: str = "dense",
         **fields: Any,
     ) -> list[Completion]:
-        """Continues prompts: with draws, or, where `num_beams` is above 1, with the best text that
-        beam search finds.
+        """Continues prompts: by sampling, or by beam search where `num_beams` is above 1.
 
         Exactly one of `prompts`, `ids` and `messages` is given. A text ends at any of the
         tokenizer's `end_ids`.
 
         Args:
-          prompts: texts; what the model's own tokenizer puts before and after a text is put there.
-          ids: rows of ids, which are read as they stand.
+          prompts: texts; the tokenizer adds its own ids before and after each.
+          ids: rows of ids, which are used unchanged.
           messages: a conversation, dicts of `role` and `content`, or a list of conversations, for
             the model's chat template; what is generated is the assistant's answer. Special tokens
             in messages stay text.
           chat: further arguments of `Tokenizer.encode_chat`: `tools`, `template`, and the
               template's own variables.
-          sampling: settings of their own for each prompt, in the place of `fields`; all run in one
-              batch.
-          seeds: of the draws, one a prompt.
+          sampling: settings for each prompt, instead of `fields`; all run in one batch.
+          seeds: of sampling, one a prompt.
           cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with
               the same result.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
@@ -126,12 +121,8 @@ class LoadedModel:
         if seeds is not None:
             why = f"num_beams = {how.num_beams} searches and draws nothing"
             raise UserError("seeds", constraint=f": {why}; leave them out.")
-        return [
-            best[0]
-            for best in beam_generate(
-                self.config, self.params, self.tokenizer, read, how, cache=cache
-            )
-        ]
+        found = beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)
+        return [best for best, *_ in found]
 
     def beams(
         self,
@@ -149,28 +140,5 @@ class LoadedModel:
         Args, Raises: as `generate`.
         """
         read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
-        how = configs.bind(BeamConfig, fields)
-        return beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)
-
-
-def load(workdir: str | Path) -> LoadedModel:
-    """Loads the newest good checkpoint of a workdir, averaged parameters where the run kept them.
-
-    Raises:
-      UserError: no workdir, no checkpoint, or none that is whole.
-    """
-    workdir = as_path(workdir, "workdir")
-    config = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
-    abstract = abstract_params(config, platform())
-    with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
-        step, params = checkpoints.restore_params(
-            _on_one_device(abstract), fields=("ema", "params")
-        )
-    return LoadedModel(config, params, tokenizers.load(workdir / "tokenizer"), step)
-
-
-def _on_one_device(abstract: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
-    )
+        beams = configs.bind(BeamConfig, fields)
+        return beam_generate(self.config, self.params, self.tokenizer, read, beams, cache=cache)

@@ -1,6 +1,4 @@
-"""The model that `convert` reads, wherever it lies: a Hugging Face folder, a llama2.c file, a
-workdir.
-"""
+"""The model that `convert` reads: a Hugging Face folder, a llama2.c file, or a workdir."""
 
 import dataclasses
 import functools
@@ -26,35 +24,36 @@ from research.training.checkpoints import CheckpointConfig, Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model whose numbers are read when they are asked for: each once by `pieces`, or at least
-    once by `read`.
+    """A model whose parameters are read on demand: each once by `slices`, or at least once by
+    `get_slice`.
 
     Attributes:
       config: what it is.
       shapes: of its parameters, unrolled.
-      pieces: yields all of them.
-      read: returns a part of one.
+      slices: yields all of them.
+      get_slice: returns a part of one.
       check: raises `Damaged` when what was read is not what was saved.
-      model_type: what it was called by Hugging Face, where it came from there.
-      tokenizer: its own, where that lies with it in Tessera's form.
-      end_ids: what ends its text, as far as the files beside its weights say.
+      model_type: its `model_type` at Hugging Face, where it came from there.
+      tokenizer: its own, where that is stored with it in Tessera's form.
+      end_ids: end-of-text ids, as far as the files beside its weights give them.
     """
 
     config: ModelConfig
     shapes: dict[str, jax.ShapeDtypeStruct]
-    pieces: Callable[[], Iterable[ParameterSlice]]
-    read: GetSlice
+    slices: Callable[[], Iterable[ParameterSlice]]
+    get_slice: GetSlice
     check: Callable[[], None] = lambda: None
     model_type: str | None = None
     tokenizer: Tokenizer | None = None
     end_ids: tuple[int, ...] = ()
 
 
-def candidates(path: Path) -> list[Callable[[], ModelSource]]:
-    """Returns what opens the model of a path; of a workdir each checkpoint, the newest first.
+def model_openers(path: Path) -> list[Callable[[], ModelSource]]:
+    """Returns functions that open the model of a path: one for each checkpoint of a workdir, the
+    newest first, else only one.
 
     Raises:
-      UserError: there is no model; opening one raises UserError for a model that is not supported
+      UserError: there is no model. A function raises UserError for a model that is not supported
         or broken, and `Damaged` for a checkpoint that is not what was saved.
     """
     if (path / "checkpoints").is_dir():
@@ -84,8 +83,8 @@ def _hugging_face(path: pathlib.Path) -> ModelSource:
     return ModelSource(
         config=model.config,
         shapes=mapping.unrolled_shapes(model.config),
-        pieces=model.weights.slices,
-        read=model.weights.get_slice,
+        slices=model.weights.slices,
+        get_slice=model.weights.get_slice,
         model_type=model.architecture.model_type,
         end_ids=model.end_ids,
     )
@@ -93,10 +92,10 @@ def _hugging_face(path: pathlib.Path) -> ModelSource:
 
 def _llama2c(path: pathlib.Path) -> ModelSource:
     config, params = from_llama2c(path)
-    shapes, read = mapping.unrolled_shapes(config), mapping.slice_getter(config, params)
-    return ModelSource(
-        config, shapes, functools.partial(_pieces, shapes, read), read, model_type="llama"
-    )
+    shapes = mapping.unrolled_shapes(config)
+    get_slice = mapping.slice_getter(config, params)
+    slices = functools.partial(_slices, shapes, get_slice)
+    return ModelSource(config, shapes, slices, get_slice, model_type="llama")
 
 
 def _workdir(path: Path, step: int) -> ModelSource:
@@ -104,18 +103,21 @@ def _workdir(path: Path, step: int) -> ModelSource:
     config = configs.bind(ModelConfig, values["model"], "model")
     tokenizer = tokenizers.load(path / "tokenizer")
     shapes = mapping.unrolled_shapes(config)
+    # Averaged parameters where the run kept them.
     reader = ParamsReader(path, step, shapes, fields=("ema", "params"))
+    model_type = values["source"]["model_type"] if "source" in values else None
     return ModelSource(
         config=config,
         shapes=shapes,
-        pieces=functools.partial(_pieces, shapes, reader.read),
-        read=reader.read,
+        slices=functools.partial(_slices, shapes, reader.read),
+        get_slice=reader.read,
         check=reader.check,
-        model_type=values["source"]["model_type"] if "source" in values else None,
+        model_type=model_type,
         tokenizer=tokenizer,
         end_ids=tokenizer.further_end_ids,
     )
 
 
-def _pieces(shapes: Iterable[str], read: GetSlice) -> Iterable[ParameterSlice]:
-    return (ParameterSlice(name, (), read(name, ())) for name in shapes)
+def _slices(shapes: Iterable[str], get_slice: GetSlice) -> Iterable[ParameterSlice]:
+    # Each parameter whole: the slices () are all of it.
+    return (ParameterSlice(name, (), get_slice(name, ())) for name in shapes)

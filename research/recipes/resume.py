@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest checkpoint, and the place in its data."""
+"""Resuming a run: its newest checkpoint, and the position in its data."""
 
 import logging
 
@@ -6,6 +6,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from research.data.loader import Loader
+from research.recipes.experiment import ExperimentConfig
 from research.storage.paths import Path
 from research.training import metrics
 from research.training.checkpoints import Checkpoints
@@ -17,19 +18,34 @@ logger = logging.getLogger("tessera")
 def restore(
     checkpoints: Checkpoints, abstract: TrainState, loader: Loader, workdir: Path
 ) -> tuple[TrainState | None, bool]:
-    """Returns the newest good state, with the loader set to go on from it, and whether it must
-    still be evaluated.
+    """Returns the newest good state and whether its evaluation is pending, and sets the loader to
+    the batch after it.
 
     The state is None where there is no checkpoint.
     """
     if checkpoints.latest is None:
-        if any((workdir / name).exists() for name in ("config.json", metrics.FILE)):
+        was_run = any((workdir / name).exists() for name in ("config.json", metrics.FILE))
+        if was_run:
             logger.warning("%s has no checkpoint: starts at step 0", workdir)
         return None, False
+
     step, state, extra = checkpoints.restore(abstract)
     loader.restore(extra["loader"])
-    logger.info("goes on from step %d", step)
+    logger.info("resuming from step %d", step)
+
+    # Process 0 writes the rows of metrics, so it decides: all must evaluate, or none.
     evaluated = any(row["step"] == step for row in metrics.evaluations(workdir))
-    # Process 0 writes the rows, so its word counts: all must evaluate, or none.
     evaluated = bool(multihost_utils.broadcast_one_to_all(np.bool_(evaluated)))
     return state, extra["evaluation_owed"] and not evaluated
+
+
+def is_done(saved: TrainState | None, config: ExperimentConfig) -> bool:
+    """Returns whether a checkpoint is that of the last step."""
+    return saved is not None and int(saved.step) >= config.train.steps
+
+
+def log_done(saved: TrainState, config: ExperimentConfig, workdir: Path) -> None:
+    """Logs that the run has ended, and its last evaluation."""
+    logger.info("step %d of %d: nothing is left to do", saved.step, config.train.steps)
+    for row in metrics.evaluations(workdir)[-1:]:
+        logger.info("%s", metrics.format_evaluation(row))

@@ -1,5 +1,5 @@
 """Parts of a training run that follow from its config: evaluation, the check of the first batch,
-rates.
+throughput.
 """
 
 from collections.abc import Callable
@@ -29,38 +29,41 @@ def evaluation(
     prepared: Prepared,
     part: tuple[int, int],
 ) -> Callable[[TrainState], dict[str, float]]:
-    """Returns the held-out metrics of a state, as a function that is compiled."""
+    """Returns a function from a state to its held-out metrics, whose step is compiled here."""
     step = program.compile_eval_step()
-    text_size = (
-        bytes_per_target(prepared.heldout) if config.data.objective.predicts_all_text else None
-    )
+    text_size = None
+    if config.data.objective.predicts_all_text:
+        text_size = bytes_per_target(prepared.heldout)
 
-    def held_out(state: TrainState) -> dict[str, float]:
-        batches = (
-            shard_batch(rows, program.batch) for rows in heldout_rows(config, prepared, part)
-        )
+    def evaluate_state(state: TrainState) -> dict[str, float]:
+        rows = heldout_rows(config, prepared, part)
+        batches = (shard_batch(batch, program.batch) for batch in rows)
         return evaluate(step, state.eval_params(), frozen, batches, text_size)
 
-    return held_out
+    return evaluate_state
 
 
 def first_batch_check(
     config: ExperimentConfig, program: Program, frozen: Any
 ) -> Callable[[TrainState, Batch], None]:
-    """Returns what raises where the kernels cannot be trusted with a state and its batch."""
+    """Returns a check that raises where the fast kernels differ from the plain ones on a batch."""
 
     def check(state: TrainState, batch: Batch) -> None:
         if config.train.self_check:
-            check_attention(config.model, program.merge(state, frozen).params, batch, program.mesh)
+            params = program.merge(state, frozen).params
+            check_attention(config.model, params, batch, program.mesh)
 
     return check
 
 
 def throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Throughput:
-    """Returns what turns a step's time into rates."""
+    """Returns what converts the time of a step to rates."""
     length = config.train.sequence_length
-    flops = train_flops_per_token(
-        config.model, length, encoder_length(config.data.objective, length)
-    )
+    longest_encoder = encoder_length(config.data.objective, length)
+    flops_per_token = train_flops_per_token(config.model, length, longest_encoder)
+
+    # None where the peak of a device is unknown: then MFU is, too.
     peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
-    return Throughput(flops, None if peak is None else peak * mesh.size, mesh.size)
+    if peak is not None:
+        peak *= mesh.size
+    return Throughput(flops_per_token, peak, mesh.size)

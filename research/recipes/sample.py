@@ -1,22 +1,19 @@
 """`tessera sample`: continue prompts, or answer messages, with a trained model."""
 
 import argparse
-import dataclasses
 import json
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError
-from research.inference.beam_config import BeamConfig
 from research.inference.detokenizer import Completion
-from research.inference.prompts import CACHES, check_cache
+from research.inference.prompts import check_cache
 from research.inference.requests import decoding_config
-from research.inference.sampling import SamplingConfig
-from research.recipes import conversations, loaded
+from research.recipes import conversations, sample_flags
 from research.recipes.conversations import Conversation
+from research.recipes.load import load
 from research.recipes.loaded import LoadedModel
 from research.storage import files
 from research.storage.paths import Path, as_path, reason
@@ -32,76 +29,25 @@ EXAMPLES = """\
   tessera sample --workdir=runs/llama-instruct --chat
   tessera sample --workdir=runs/llama-instruct --messages=conversation.json --max_tokens=512"""
 
-# Fields of `BeamConfig` that are flags; texts are searched where `--num_beams` is above 1, and
-# drawn else.
-BEAM_FLAGS = ("num_beams", "length_penalty", "no_repeat_ngram")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the fields of `SamplingConfig` and some of `BeamConfig` as flags."""
-    parser.add_argument("--workdir", required=True, help="folder of a trained model")
-    parser.add_argument(
-        "--prompt",
-        dest="prompts",
-        action="append",
-        default=[],
-        help="text to continue; may be given several times",
-    )
-    conversations.add_arguments(parser)
-    parser.add_argument(
-        "--stop", action="append", help="a string that ends the text; may be repeated"
-    )
-    drawn = [field for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
-    searched = [field for field in dataclasses.fields(BeamConfig) if field.name in BEAM_FLAGS]
-    for config, fields in ((SamplingConfig, drawn), (BeamConfig, searched)):
-        says = _meanings(config)
-        for field in fields:
-            default = 1 if field.name == "num_beams" else field.default
-            says_it = f"{says[field.name]} (default {default})"
-            parser.add_argument(f"--{field.name}", type=field.type, help=says_it, metavar="X")
-    parser.add_argument(
-        "--cache", default="dense", help=f"form of the KV cache: {' or '.join(CACHES)}", metavar="X"
-    )
-    parser.add_argument(
-        "--forced_prefix", help="text that every continuation found by beam search begins with"
-    )
-
-
-def _meanings(config: type) -> dict[str, str]:
-    """Returns what a config's docstring says of each field, as one line without its full stop."""
-    _, _, attributes = config.__doc__.partition("Attributes:")
-    entries, _, _ = attributes.partition("\n\n")
-    # Name and text take turns: ["", "seed", "of the …", "stop", "strings …"].
-    parts = re.split(r"^ +(\w+): ", entries, flags=re.MULTILINE)[1:]
-    return {
-        name: " ".join(text.split()).removesuffix(".")
-        for name, text in zip(parts[::2], parts[1::2], strict=True)
-    }
-
-
-def given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields that flags name, but for `--forced_prefix`, which a tokenizer must
-    read.
-    """
-    names = [field.name for field in dataclasses.fields(SamplingConfig)] + list(BEAM_FLAGS)
-    fields = {
-        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
-    }
-    return {name: tuple(value) if name == "stop" else value for name, value in fields.items()}
+    """Adds the flags of this verb."""
+    sample_flags.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Prints each prompt with its continuation, or each answer, and adds them to `samples.txt` of
     the workdir.
     """
-    fields = given(arguments)
-    # What is wrong is said before a model is loaded.
+    fields = sample_flags.config_fields(arguments)
+    # Mistakes in flags are found before a model is loaded.
     decoding_config(fields)
     check_cache(arguments.cache)
-    asked = conversations.from_flags(arguments)
+    messages = conversations.from_flags(arguments)
+
     workdir = as_path(arguments.workdir, "workdir")
-    model = loaded.load(workdir)
-    if asked is not None and not model.tokenizer.chat_templates:
+    model = load(workdir)
+    if messages is not None and not model.tokenizer.chat_templates:
         flag = "--chat" if arguments.messages is None else "--messages"
         raise UserError(
             f"{flag}: the model of {workdir} has no chat template. Use --prompt alone to continue "
@@ -110,65 +56,74 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.forced_prefix is not None:
         fields["forced_prefix"] = tuple(model.tokenizer.encode(arguments.forced_prefix))
     fields["cache"] = arguments.cache
-    if asked is None:
+
+    # Prompts to continue, conversations to answer, or one that comes line by line.
+    if messages is None:
         _continue(model, workdir, arguments.prompts or [""], fields)
-    elif asked:
-        _answer(model, workdir, asked, fields)
+    elif messages:
+        _answer(model, workdir, messages, fields)
     else:
-        _converse(model, workdir, conversations.beginning(arguments), fields)
+        _chat(model, workdir, conversations.system_message(arguments), fields)
 
 
 def _continue(
     model: LoadedModel, workdir: Path, prompts: list[str], fields: Mapping[str, Any]
 ) -> None:
     start = time.monotonic()
-    texts = model.generate(prompts, **fields)
-    # What an encoder reads is not continued but answered.
+    completions = model.generate(prompts, **fields)
+
+    # An encoder's prompt is answered rather than continued.
     between = "\n" if model.config.structure == "encoder_decoder" else ""
-    shown = "\n\n".join(
-        prompt + between + text.text for prompt, text in zip(prompts, texts, strict=True)
-    )
+    pairs = zip(prompts, completions, strict=True)
+    shown = "\n\n".join(prompt + between + completion.text for prompt, completion in pairs)
     print(shown, flush=True)
-    _report(model, texts, start)
-    _keep(model, workdir, shown, fields)
+    _log_speed(model, completions, start)
+    _append_samples(model, workdir, shown, fields)
 
 
 def _answer(
     model: LoadedModel, workdir: Path, asked: list[Conversation], fields: Mapping[str, Any]
 ) -> list[str]:
-    """Prints and returns the answer to each conversation; beside each is kept what it answers."""
+    """Prints and returns the answer to each conversation; `samples.txt` has the conversations,
+    too.
+    """
     start = time.monotonic()
-    texts = model.generate(messages=asked, **fields)
-    print("\n\n".join(text.text for text in texts), flush=True)
-    _report(model, texts, start)
-    pairs = zip(asked, texts, strict=True)
-    shown = "\n\n".join(
-        f"{json.dumps(messages, ensure_ascii=False)}\n{text.text}" for messages, text in pairs
-    )
-    _keep(model, workdir, shown, fields)
-    return [text.text for text in texts]
+    completions = model.generate(messages=asked, **fields)
+    answers = [completion.text for completion in completions]
+    print("\n\n".join(answers), flush=True)
+    _log_speed(model, completions, start)
+
+    pairs = zip(asked, answers, strict=True)
+    shown = [f"{json.dumps(messages, ensure_ascii=False)}\n{answer}" for messages, answer in pairs]
+    _append_samples(model, workdir, "\n\n".join(shown), fields)
+    return answers
 
 
-def _converse(
-    model: LoadedModel, workdir: Path, begin: Conversation, fields: Mapping[str, Any]
+def _chat(
+    model: LoadedModel, workdir: Path, system: Conversation, fields: Mapping[str, Any]
 ) -> None:
-    """Answers the lines of standard input, each in view of all before, until they end."""
-    conversation = list(begin)
-    for line in conversations.lines():
+    """Answers each line of standard input as the next message of one conversation."""
+    conversation = list(system)
+    for line in conversations.stdin_lines():
         conversation.append({"role": "user", "content": line})
         [answer] = _answer(model, workdir, [conversation], fields)
         conversation.append({"role": "assistant", "content": answer})
 
 
-def _report(model: LoadedModel, texts: Sequence[Completion], start: float) -> None:
-    count, seconds = sum(len(text.tokens) for text in texts), time.monotonic() - start
+def _log_speed(model: LoadedModel, completions: Sequence[Completion], start: float) -> None:
+    seconds = time.monotonic() - start
+    count = sum(len(completion.tokens) for completion in completions)
     logger.info("%d tokens in %.1f s, compilation included; step %d", count, seconds, model.step)
 
 
-def _keep(model: LoadedModel, workdir: Path, shown: str, fields: Mapping[str, Any]) -> None:
-    kept = workdir / "samples.txt"
-    how = decoding_config({name: value for name, value in fields.items() if name != "cache"})
+def _append_samples(
+    model: LoadedModel, workdir: Path, shown: str, fields: Mapping[str, Any]
+) -> None:
+    """Appends what was printed to `samples.txt`, with the settings that it was made with."""
+    path = workdir / "samples.txt"
+    settings = decoding_config({name: fields[name] for name in fields if name != "cache"})
     try:
-        files.append_text(kept, f"step {model.step}, {how}\n{shown}\n\n")
-    except OSError as error:  # a model that one may only read is a model all the same
-        logger.warning("%s cannot be written: %s", kept, reason(error))
+        files.append_text(path, f"step {model.step}, {settings}\n{shown}\n\n")
+    except OSError as error:
+        # A workdir may be read-only.
+        logger.warning("%s cannot be written: %s", path, reason(error))

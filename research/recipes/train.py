@@ -17,14 +17,16 @@ from research.parallel.rules import process_rows
 from research.recipes import workdir as workdirs
 from research.recipes.experiment import ExperimentConfig, add_config_argument, load_experiment
 from research.recipes.inputs import make_loader, prepare_data
-from research.recipes.resume import restore
+from research.recipes.resume import is_done, log_done, restore
 from research.recipes.run_parts import evaluation, first_batch_check, throughput
+from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
 from research.training import loop, metrics
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
 from research.training.language_model import language_model_program
 from research.training.plots import plot_loss
+from research.training.program import Program
 from research.training.state import TrainState
 from research.training.step import shard_batch
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this verb."""
     add_config_argument(parser)
     parser.add_argument(
-        "--workdir", required=True, help="folder of the run; a run that was stopped goes on there"
+        "--workdir", required=True, help="folder of the run; a run that was stopped resumes there"
     )
 
 
@@ -55,17 +57,16 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _stop_outside_of_the_loop(number: int, frame: Any) -> None:
-    """The loop has a handler of its own; before and after it there is nothing that must be
-    saved.
+    """Handles SIGTERM before and after the loop, which has its own handler: there is nothing to
+    save.
     """
     raise Interrupted(
-        "stopped by SIGTERM outside of the steps; the same command goes on from the last checkpoint"
+        "stopped by SIGTERM outside of the steps; the same command resumes from the last checkpoint"
     )
 
 
 def train(config: ExperimentConfig, workdir: Path) -> TrainState:
-    """Trains to the last step, from the newest checkpoint where there is one, and returns the final
-    state.
+    """Trains to the last step, resuming from the newest checkpoint, and returns the final state.
 
     Raises:
       UserError: a config that does not fit the data, the devices or the workdir.
@@ -73,43 +74,39 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     """
     clock = Clock()
     with clock.measure("compile"):
-        distributed.initialize(config.distributed)
-        program = language_model_program(
-            config.model, config.optim, config.train, config.mesh, objective=config.data.objective
-        )
-        part = process_rows(program.batch["tokens"].sharding, config.train.batch_size)
+        program = _program(config)
         workdirs.check(workdir, config)
+
+    # Data: this process reads the part of each batch that its devices hold.
     with clock.measure("data"):
         prepared = prepare_data(config)
+        part = process_rows(program.batch["tokens"].sharding, config.train.batch_size)
         loader = make_loader(config, prepared, part)
-    logger.info(
-        "model: %s parameters on %d device(s)",
-        f"{count(program.saved.params):,}",
-        program.mesh.size,
-    )
+    _log_model(program)
+
+    # The newest checkpoint, where there is one.
     with clock.measure("checkpoint"):
-        checkpoints = Checkpoints(
-            workdir, config.checkpoint, program.partition.frozen_names(program.saved.params)
-        )
-        saved, owed = restore(checkpoints, program.saved, loader, workdir)
-        if saved is not None and int(saved.step) >= config.train.steps and not owed:
-            logger.info("step %d of %d: nothing is left to do", saved.step, config.train.steps)
-            for row in metrics.evaluations(workdir)[-1:]:
-                logger.info("%s", metrics.format_evaluation(row))
-            checkpoints.close()
-            return saved
-    with contextlib.ExitStack() as held:  # the lock is let go of last
+        frozen_names = program.partition.frozen_names(program.saved.params)
+        checkpoints = Checkpoints(workdir, config.checkpoint, frozen_names)
+        saved, evaluation_pending = restore(checkpoints, program.saved, loader, workdir)
+    if is_done(saved, config) and not evaluation_pending:
+        log_done(saved, config, workdir)
+        checkpoints.close()
+        return saved
+
+    with contextlib.ExitStack() as stack:  # releases the lock last
         with clock.measure("checkpoint"):
-            held.enter_context(workdirs.claim(workdir, config, prepared.tokenizer))
-            held.callback(checkpoints.close)
-        held.callback(loader.close)
+            stack.enter_context(lock(workdir, config, prepared.tokenizer))
+            stack.callback(checkpoints.close)
+        stack.callback(loader.close)
+
+        # State, step, evaluation.
         with clock.measure("compile"):
             state, frozen = program.resume_or_create(saved, key_for(config.train.seed, "init"))
             del saved  # its arrays are the state's now, or were copied into it
             step = program.compile_train_step()
             evaluate = evaluation(config, program, frozen, prepared, part)
-            writer = held.enter_context(metrics.MetricsWriter(workdir, int(state.step)))
-
+            writer = stack.enter_context(metrics.MetricsWriter(workdir, int(state.step)))
         run = loop.Run(
             step=step,
             frozen=frozen,
@@ -123,8 +120,21 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             clock=clock,
             throughput=throughput(config, program.mesh),
         )
-        state = loop.run_loop(state, run, config.train, owed)
+        state = loop.run_loop(state, run, config.train, evaluation_pending)
     logger.info("time: %s", clock.report())
     if jax.process_index() == 0:
         plot_loss(workdir)
     return run.saved(state)
+
+
+def _program(config: ExperimentConfig) -> Program:
+    """Returns model, loss and optimizer as the program of a step; nothing is compiled yet."""
+    distributed.initialize(config.distributed)
+    return language_model_program(
+        config.model, config.optim, config.train, config.mesh, objective=config.data.objective
+    )
+
+
+def _log_model(program: Program) -> None:
+    parameters = count(program.saved.params)
+    logger.info("model: %s parameters on %d device(s)", f"{parameters:,}", program.mesh.size)

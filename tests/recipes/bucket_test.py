@@ -10,7 +10,7 @@ import pytest
 
 from research import cli
 from research.core.errors import UserError
-from research.recipes.loaded import load
+from research.recipes.load import load
 from research.storage.paths import as_path
 from research.training.metrics import read_metrics
 from tests.recipes import runs

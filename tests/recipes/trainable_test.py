@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from research.core.trees import named_leaves
-from research.recipes.loaded import load
+from research.recipes.load import load
 from tests.recipes import runs
 
 FROZEN = {
