@@ -9,20 +9,24 @@ from research.core import interrupts
 def main() -> None:
     """Runs the command line and ends the process with its status."""
     interrupts.exit_at_once()
-    from research import cli  # slow: Ctrl-C while it is imported is seen to already
+    # A slow import: it comes after the line above, which handles Ctrl-C.
+    from research import cli
 
     status = cli.main()
-    signalled = status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    if signalled or (status == cli.Interrupted.status and not _others_wait()):
+    by_signal = status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    by_stopped_run = status == cli.Interrupted.status and not _is_distributed()
+    if by_signal or by_stopped_run:
         interrupts.exit_without_waiting(status)
     sys.exit(status)
 
 
-def _others_wait() -> bool:
-    """Whether this is one process of many: the others wait until it has said goodbye, as JAX does
-    in `sys.exit`.
+def _is_distributed() -> bool:
+    """Whether this is one process of many. The others then wait until it has left the group, which
+    JAX does in `sys.exit`.
     """
-    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+    if "jax" not in sys.modules:
+        return False
+    return sys.modules["jax"].distributed.is_initialized()
 
 
 if __name__ == "__main__":

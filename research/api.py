@@ -49,13 +49,14 @@ def train(
       UserError: a config that does not fit the data, the devices or the workdir.
       Interrupted: a signal stopped the run; its state is saved.
     """
+    # As on the command line, where values are text: {"train.steps": 100} -> ("train.steps", "100").
     changes = [(name, str(value)) for name, value in (overrides or {}).items()]
     if isinstance(config, str):
         experiment = load_experiment(config, changes)
     else:
-        experiment = configs.bind(
-            ExperimentConfig, configs.override(configs.plain(config), changes)
-        )
+        values = configs.override(configs.plain(config), changes)
+        experiment = configs.bind(ExperimentConfig, values)
+
     folder = as_path(workdir, "workdir")
     training.train(experiment, folder)
     return load_model(folder)
@@ -76,24 +77,25 @@ def convert(
       source: a Hugging Face folder, a llama2.c `.bin`, or a workdir.
       target: a folder that does not exist or is empty.
       format: None makes a workdir, `hf` a Hugging Face folder.
-      tokenizer: the tokenizer's file or folder, where it does not lie beside the model.
+      tokenizer: the tokenizer's file or folder, where it is not beside the model.
       dtype: of the tensors of a Hugging Face folder; None is float32.
 
     Raises:
       UserError: a source that is no model, a target that holds something, or a tokenizer that does
           not fit.
     """
-    given = None if tokenizer is None else str(tokenizer)
-    converting.convert(str(source), str(target), format, given, dtype)
+    tokenizer_path = None if tokenizer is None else str(tokenizer)
+    converting.convert(str(source), str(target), format, tokenizer_path, dtype)
     return as_path(target, "target")
 
 
 def describe(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> str:
-    """Returns what a model is as text: its sizes, its layers, its parameters as a tree, its costs.
+    """Returns the description of a model as text: its sizes, its layers, its parameters as a tree,
+    and its costs.
 
     Args:
-      model: `FILE.py` or `FILE.py:ARG`, a config, or a loaded model. Its size does not matter: no
-          array is made.
+      model: `FILE.py` or `FILE.py:ARG`, a config, or a loaded model, of any size: no array is
+          allocated.
 
     Raises:
       UserError: a config file that cannot be read.
@@ -106,4 +108,6 @@ def _model_config(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> 
         return describing.load_model(model, [])
     if isinstance(model, ExperimentConfig):
         return model.model
-    return model.config if isinstance(model, LoadedModel) else model
+    if isinstance(model, LoadedModel):
+        return model.config
+    return model

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import tqdm
@@ -17,8 +18,8 @@ import tqdm
 from research.core import backend, interrupts
 from research.core.errors import Interrupted, UserError
 
-# What each verb does. Its recipe is imported when it is called: the overview and a mistyped verb
-# answer at once.
+# What each verb does. Its recipe is imported when it is called, so that the overview and a mistyped
+# verb answer at once.
 VERBS = {
     "train": "train a model",
     "evaluate": "show held-out bits per byte beside gzip and byte n-grams",
@@ -29,14 +30,16 @@ VERBS = {
     "bench": "measure this project beside its peers",
     "doctor": "check what would make a run fail later",
 }
-
-
-# Letters of a message that are shown.
+# Characters of a message that are shown.
 LONGEST_LINE = 4000
+# Libraries that log with a traceback what they raise as well.
+_NOISY_LIBRARIES = ("gcsfs", "fsspec", "google.auth")
+# Full or read-only disks, and files of other users: mistakes of a user, not of the code.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
+    """Reports a mistake in one line."""
 
     def error(self, message: str) -> None:
         raise UserError(message)
@@ -51,13 +54,14 @@ class _LogHandler(logging.Handler):
 
 
 class _Terminated(BaseException):
-    """SIGTERM came, and takes the way of Ctrl-C: what is half written is removed on it."""
+    """SIGTERM came. It unwinds the stack as Ctrl-C does, which removes what is half written."""
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     def terminate(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the removal short
+        # A second signal must not interrupt the removal.
+        signal.signal(number, signal.SIG_IGN)
         raise _Terminated
 
     previous = signal.signal(signal.SIGTERM, terminate)
@@ -70,25 +74,15 @@ def _terminable() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit status.
 
-    0, 2 for a user's mistake, 75 for a run that can go on later, or 128 and the number of the
+    0, 2 for a user's mistake, 75 for a run that can be resumed, or 128 and the number of the
     signal that stopped it.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter ends no run
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[_LogHandler()], force=True
-    )
-    logging.getLogger("tessera").setLevel(logging.INFO)
-    for library in (
-        "gcsfs",
-        "fsspec",
-        "google.auth",
-    ):  # what they log with a traceback, they raise as well
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if argv is None:
+        argv = sys.argv[1:]
+    _configure_output()
     try:
         backend.configure()
-        status = _run(argv)
+        status = _run(list(argv))
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -96,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         return _fail(str(stop), stop.status)
     except BrokenPipeError:
-        # Who read the output has gone; at its end Python would try to write the rest.
+        # The reader of the output has ended; at its own end Python would try to write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _DISK_ERRORS:
             raise
         return _fail(f"error: {error.filename or 'workdir or cache'}: {error.strerror}", 2)
     except KeyboardInterrupt:
@@ -109,10 +103,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("terminated", 128 + signal.SIGTERM)
 
 
+def _configure_output() -> None:
+    """Sets what stdout, stderr and logs show."""
+    # A terminal that cannot show a character must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[_LogHandler()], force=True
+    )
+    logging.getLogger("tessera").setLevel(logging.INFO)
+    for library in _NOISY_LIBRARIES:
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
 def _fail(message: str, status: int) -> int:
     line = " ".join(message.split())
-    if len(line) > LONGEST_LINE:  # a value of somebody else's file may be anything
-        line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]} ({len(line):,} letters)"
+    if len(line) > LONGEST_LINE:
+        # A value from a foreign file can have any length.
+        half = LONGEST_LINE // 2
+        line = f"{line[:half]} … {line[-half:]} ({len(line):,} letters)"
     print(f"tessera: {line}", file=sys.stderr)
     return status
 
@@ -121,14 +130,31 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
-    verb = argv[0]
-    if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        raise UserError(
-            f"{verb!r} is not a verb. " + (f"Did you mean {close[0]!r}?" if close else _known())
-        )
+    verb, *flags = argv
+    _check_verb(verb)
     recipe = importlib.import_module(f"research.recipes.{verb}")
     interrupts.restore_default_handlers()
+
+    parser = _verb_parser(verb, recipe)
+    arguments = _parse(parser, verb, flags)
+    try:
+        with _terminable():
+            return recipe.main(arguments) or 0
+    except UserError as error:
+        # Libraries name the Python argument; here it came from a flag.
+        actions = [action for action in parser._actions if action.option_strings]
+        names = {action.dest: action.option_strings[0] for action in actions}
+        raise UserError(error.text(names)) from error
+
+
+def _check_verb(verb: str) -> None:
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        advice = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(VERBS)}."
+        raise UserError(f"{verb!r} is not a verb. {advice}")
+
+
+def _verb_parser(verb: str, recipe: ModuleType) -> _Parser:
     parser = _Parser(
         prog=f"tessera {verb}",
         usage=f"tessera {verb} FLAGS\n\n{VERBS[verb]}\n\nexamples:\n{recipe.EXAMPLES}",
@@ -136,33 +162,34 @@ def _run(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     recipe.add_arguments(parser)
-    argv, overrides = split_overrides(argv[1:])
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    if overrides and "--config" not in flags:
+    return parser
+
+
+def _parse(parser: _Parser, verb: str, argv: list[str]) -> argparse.Namespace:
+    """Returns the flags of a verb, with the `overrides` of its config."""
+    argv, overrides = split_overrides(argv)
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    if overrides and "--config" not in known:
         raise UserError(f"--config.{overrides[0][0]}: {verb} reads no config.")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-        raise UserError(
-            f"{unknown[0]!r} is not known. " + (f"Did you mean {close[0]!r}?" if close else "")
-        )
+        flag, _, _ = unknown[0].partition("=")
+        close = difflib.get_close_matches(flag, known, n=1)
+        advice = f"Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{unknown[0]!r} is not known. {advice}")
     arguments.overrides = overrides
-    try:
-        with _terminable():
-            return recipe.main(arguments) or 0
-    except UserError as error:
-        # Libraries name the argument that they were given, which here came from a flag.
-        names = {
-            action.dest: action.option_strings[0]
-            for action in parser._actions
-            if action.option_strings
-        }
-        raise UserError(error.text(names)) from error
+    return arguments
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes `--config.a.b=value` (or `--config.a.b value`) out of a command line."""
-    rest, overrides, items = [], [], iter(argv)
+    """Takes `--config.a.b=value` (or `--config.a.b value`) out of a command line.
+
+    Returns:
+      the rest of it, and the (name, value) pairs: `--config.a.b=1` is ("a.b", "1").
+    """
+    rest = []
+    overrides = []
+    items = iter(argv)
     for item in items:
         if not item.startswith("--config."):
             rest.append(item)
@@ -174,10 +201,6 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
                 raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE.")
         overrides.append((name, value))
     return rest, overrides
-
-
-def _known() -> str:
-    return f"Known: {', '.join(VERBS)}."
 
 
 def _overview() -> str:
