@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import importlib.metadata
 import logging
 import os
 import signal
@@ -130,6 +131,9 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
+    if argv[0] == "--version":
+        print(f"tessera {importlib.metadata.version('tessera')}")
+        return 0
     verb, *flags = argv
     _check_verb(verb)
     recipe = importlib.import_module(f"research.recipes.{verb}")
@@ -206,4 +210,5 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 def _overview() -> str:
     verbs = "\n".join(f"  {verb:9} {summary}" for verb, summary in VERBS.items())
     usage = "tessera VERB [--config=FILE.py] [--config.a.b=VALUE …] [--workdir=DIR]"
-    return f"{usage}\n\n{verbs}\n\ntessera VERB --help shows examples."
+    more = "tessera VERB --help shows examples, tessera --version the version."
+    return f"{usage}\n\n{verbs}\n\n{more}"

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pathlib
+import re
 import struct
 import termios
 
@@ -10,6 +11,8 @@ import pytest
 
 from research import cli
 from tests.recipes import runs
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -28,6 +31,12 @@ def test_overview_lists_every_verb(capsys):
         assert cli.main(argv) == 0
         out = capsys.readouterr().out
         assert all(f"  {verb}" in out for verb in cli.VERBS)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    declared = re.search(r'version="(.+)"', (ROOT / "setup.py").read_text())
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tessera {declared[1]}\n"
 
 
 @pytest.mark.processes
