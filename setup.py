@@ -14,6 +14,8 @@ trackio = ["trackio>=0.20"]
 # The site, and the notebook that the tests run.
 docs = ["mkdocs-material>=9.6"]
 notebook = ["ipykernel>=6", "nbclient>=0.10"]
+# Completion of the command line in the shell.
+completion = ["argcomplete>=3.5"]
 test = [
     "beartype>=0.20",
     "gcp-storage-emulator>=2026.7",
@@ -22,6 +24,7 @@ test = [
     "pytest-xdist>=3.8",
     "ruff>=0.6",
     "safetensors>=0.5",
+    *completion,
     *gcs,
 ]
 
@@ -80,6 +83,7 @@ setuptools.setup(
         "trackio": trackio,
         "docs": docs,
         "notebook": notebook,
+        "completion": completion,
     },
     entry_points={"console_scripts": ["tessera=research.__main__:main"]},
 )

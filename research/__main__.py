@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m research VERB` is `tessera VERB`: the process around the command line."""
 
 import signal
@@ -12,6 +13,7 @@ def main() -> None:
     # A slow import: it comes after the line above, which handles Ctrl-C.
     from research import cli
 
+    cli.complete()
     status = cli.main()
     by_signal = status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
     by_stopped_run = status == cli.Interrupted.status and not _is_distributed()

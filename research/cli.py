@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import signal
@@ -205,6 +206,39 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
                 raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE.")
         overrides.append((name, value))
     return rest, overrides
+
+
+def complete() -> None:
+    """Answers a shell that asks for completions, and ends the process; else does nothing.
+
+    The extra `completion` installs argcomplete, whose shell function sets `_ARGCOMPLETE`.
+    """
+    if "_ARGCOMPLETE" not in os.environ or importlib.util.find_spec("argcomplete") is None:
+        return
+    import argcomplete
+
+    parser = _completion_parser(os.environ["COMP_LINE"].split())
+    argcomplete.autocomplete(parser, always_complete_options=False)
+
+
+def _completion_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns a parser of all verbs, with the flags of the verb that `words` name: other recipes
+    are not imported.
+    """
+    from argcomplete.completers import DirectoriesCompleter, FilesCompleter
+
+    completers = {"--config": FilesCompleter(["py"]), "--workdir": DirectoriesCompleter()}
+    parser = argparse.ArgumentParser(prog="tessera", allow_abbrev=False)
+    parser.add_argument("--version", action="store_true")
+    verbs = parser.add_subparsers()
+    for verb, summary in VERBS.items():
+        verb_parser = verbs.add_parser(verb, help=summary, allow_abbrev=False)
+        if verb in words:
+            importlib.import_module(f"research.recipes.{verb}").add_arguments(verb_parser)
+        for action in verb_parser._actions:
+            for flag in completers.keys() & action.option_strings:
+                action.completer = completers[flag]
+    return parser
 
 
 def _overview() -> str:
