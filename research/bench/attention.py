@@ -1,15 +1,16 @@
-"""Attention of this project beside its peers: measured on CPU and GPU, counted in the schedule on
-TPU.
+"""Attention of this project beside its peers: measured on CPU and GPU; on TPU counted in the
+instruction schedule.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +21,14 @@ from research.bench.sides import interleave_workers, process_error
 from research.core.errors import UserError, nearest
 from research.scaling.topology import TPU_TOPOLOGIES, tpu_devices
 
-SIDES, COUNT = "research.bench.attention_sides", "research.bench.attention_count"
+SIDES = "research.bench.attention_sides"
+COUNT = "research.bench.attention_count"
 TARGETS = ("cpu", "gpu", "tpu-schedule")
 # batch, tokens, heads, head width
 CPU_SHAPES = ((16, 256, 6, 64), (2, 2048, 12, 64))
 GPU_SHAPES = ((4, 4096, 16, 128), (1, 16384, 16, 128))
-# Queries and keys of a block, and keys computed at a time, of which splash attention's best counts.
+# Block sizes of splash attention, of which the best counts: queries, keys, and keys computed at a
+# time.
 SPLASH_BLOCKS = (
     (512, 512, 512),
     (512, 1024, 512),
@@ -69,8 +72,9 @@ def _chips(text: str) -> list[str]:
 
 
 def _lengths(text: str) -> list[int]:
-    lengths = [int(part) if part.isdigit() else 0 for part in text.split(",")]
-    if min(lengths) < 1 or any(length % 2048 for length in lengths):
+    lengths = [int(part) for part in text.split(",") if part.isdigit()]
+    all_numbers = len(lengths) == len(text.split(","))
+    if not all_numbers or not all(length and length % 2048 == 0 for length in lengths):
         raise UserError(
             "--lengths",
             text,
@@ -85,24 +89,31 @@ def measurements(target: str, rounds: int) -> Iterator[tuple[str, report.Figure]
         raise UserError(
             "--target", target, f"needs a GPU: the backend is {jax.default_backend()!r}."
         )
-    for shape in GPU_SHAPES if target == "gpu" else CPU_SHAPES:
-        for dtype in ("bfloat16",) if target == "gpu" else ("float32", "bfloat16"):
-            batch, length, heads, width = shape
-            peers, skipped = _peers(target, dtype)
-            sizes = [str(size) for size in shape]
-            commands = {side: [SIDES, side, dtype, *sizes] for side in ("tessera", *peers)}
-            count = max(1, 2**23 // (batch * length**2))
-            seconds = interleave_workers(commands, rounds, count)
-            times = {
-                side: [1000 * taken / count for taken in values] for side, values in seconds.items()
-            }
-            # Half of the pairs, 2 products forward and 4 backward of 2 operations each.
-            best = 12 * batch * heads * width * length**2 / 2 / min(times["tessera"]) / 1e9
-            name = f"{dtype}, {batch} × {length:,} tokens, {heads} heads of {width}"
-            yield (
-                name,
-                report.Figure("ms", False, times, skipped, f"{best:,.3f} useful TFLOP/s at best"),
-            )
+    shapes = GPU_SHAPES if target == "gpu" else CPU_SHAPES
+    dtypes = ("bfloat16",) if target == "gpu" else ("float32", "bfloat16")
+    for shape, dtype in itertools.product(shapes, dtypes):
+        yield _measurement(target, shape, dtype, rounds)
+
+
+def _measurement(
+    target: str, shape: tuple[int, ...], dtype: str, rounds: int
+) -> tuple[str, report.Figure]:
+    batch, length, heads, width = shape
+    peers, skipped = _peers(target, dtype)
+    sizes = [str(size) for size in shape]
+    commands = {side: [SIDES, side, dtype, *sizes] for side in ("tessera", *peers)}
+
+    # Short sequences are called several times a round.
+    calls = max(1, 2**23 // (batch * length**2))
+    seconds = interleave_workers(commands, rounds, calls)
+    times = {side: report.milliseconds(values, calls) for side, values in seconds.items()}
+
+    # A causal mask leaves half of the pairs; 2 products forward and 4 backward, of 2 operations.
+    operations = 12 * batch * heads * width * length**2 / 2
+    best = operations / min(times["tessera"]) / 1e9
+    name = f"{dtype}, {batch} × {length:,} tokens, {heads} heads of {width}"
+    note = f"{best:,.3f} useful TFLOP/s at best"
+    return name, report.Figure("ms", False, times, skipped, note)
 
 
 def _peers(target: str, dtype: str) -> tuple[list[str], dict[str, str]]:
@@ -119,25 +130,24 @@ def schedules(chips: list[str], lengths: list[int]) -> Iterator[tuple[str, repor
     spread.
     """
     for chip in chips:
-        tpu_devices(chip)
+        tpu_devices(chip)  # raises where it is not known, before anything is compiled
         for length in lengths:
             ours = _count("tessera", chip, length)
-            peers = [
-                _count("splash", chip, length, *blocks, fused)
-                for blocks in SPLASH_BLOCKS
-                for fused in (1, 0)
-            ]
-            for part in ("forward", "backward"):
-                best = min(
-                    (peer for peer in peers if part in peer), key=lambda peer: peer[part]["cycles"]
-                )
-                name = f"{chip}, {length:,} tokens, {part}"
-                cycles = {"tessera": [ours[part]["cycles"]], "splash": [best[part]["cycles"]]}
-                note = (
-                    f"{_fullness(ours[part])}; splash {_fullness(best[part])}, blocks "
-                    f"{best['blocks']}"
-                )
-                yield name, report.Figure("cycles", False, cycles, note=note)
+            candidates = itertools.product(SPLASH_BLOCKS, (1, 0))
+            peers = [_count("splash", chip, length, *blocks, fused) for blocks, fused in candidates]
+            for direction in ("forward", "backward"):
+                name = f"{chip}, {length:,} tokens, {direction}"
+                yield name, _schedule_figure(direction, ours, peers)
+
+
+def _schedule_figure(
+    direction: str, ours: dict[str, Any], peers: Sequence[dict[str, Any]]
+) -> report.Figure:
+    compiled = [peer for peer in peers if direction in peer]
+    best = min(compiled, key=lambda peer: peer[direction]["cycles"])
+    cycles = {"tessera": [ours[direction]["cycles"]], "splash": [best[direction]["cycles"]]}
+    used = f"{_fullness(ours[direction])}; splash {_fullness(best[direction])}"
+    return report.Figure("cycles", False, cycles, note=f"{used}, blocks {best['blocks']}")
 
 
 def _fullness(count: dict[str, Any]) -> str:
@@ -146,18 +156,19 @@ def _fullness(count: dict[str, Any]) -> str:
 
 
 def _count(side: str, chip: str, length: int, *blocks: int) -> dict[str, Any]:
-    """Compiles a side in a process of its own, which alone can tell the compiler where to write
-    schedules.
+    """Compiles a side in its own process: the compiler reads where to write schedules only when it
+    is loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-m", COUNT, folder, side, chip, *map(str, (length, *blocks))]
+        sizes = [str(size) for size in (length, *blocks)]
+        command = [sys.executable, "-m", COUNT, folder, side, chip, *sizes]
         found = subprocess.run(command, env=environment, capture_output=True, text=True)
     if found.returncode < 0:
         raise process_error(command[2:], found.returncode)
     if found.returncode and side == "splash":
-        # Blocks too large for a chip's memory are no peer.
+        # Blocks too large for a chip's memory: this one does not compile.
         return {"blocks": blocks}
     assert found.returncode == 0, found.stderr[-2000:]
     return {"blocks": blocks, **json.loads(found.stdout.splitlines()[-1])}

@@ -11,9 +11,7 @@ from research.core import backend
 def jax_side(
     side: str, dtype: str, batch: int, length: int, heads: int, width: int
 ) -> Callable[[], Any]:
-    """Returns forward plus backward of this project (`tessera`), `jax.nn` or cuDNN through it
-    (`cudnn`).
-    """
+    """Returns forward plus backward of `tessera`, of `jax.nn`, or of `cudnn` through `jax.nn`."""
     import jax
 
     from research.core.promotion import promoting
@@ -33,19 +31,19 @@ def jax_side(
                 q, k, v, is_causal=True, implementation=implementation
             )
 
-    q, k, v, g = (
-        jax.random.normal(key, (batch, length, heads, width), dtype)
-        for key in jax.random.split(jax.random.key(0), 4)
-    )
+    # [B, T, N, H] each.
+    shape = (batch, length, heads, width)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (jax.random.normal(key, shape, dtype) for key in keys)
 
     def step(q: Any, k: Any, v: Any, g: Any) -> Any:
-        out, pull = jax.vjp(call, q, k, v)
-        return out, pull(g)
+        out, pull_back = jax.vjp(call, q, k, v)
+        return out, pull_back(g)
 
     def compiled() -> Callable[..., Any]:
         return jax.jit(step).lower(q, k, v, g).compile()
 
-    # JAX's own attention mixes types, as late as when it is lowered.
+    # JAX's own attention mixes types, even while it is lowered.
     run = compiled() if side == "tessera" else promoting(compiled)()
     return lambda: jax.block_until_ready(run(q, k, v, g))
 
@@ -54,11 +52,11 @@ def torch_side(dtype: str, batch: int, length: int, heads: int, width: int) -> C
     """Returns forward plus backward of torch's scaled dot-product attention."""
     import torch
 
-    kind = getattr(torch, dtype)
-    q, k, v = (
-        torch.randn(batch, heads, length, width, dtype=kind, requires_grad=True) for _ in range(3)
-    )
-    g = torch.randn(batch, heads, length, width, dtype=kind)
+    # Torch has heads before tokens: [B, N, T, H].
+    shape = (batch, heads, length, width)
+    torch_dtype = getattr(torch, dtype)
+    q, k, v = (torch.randn(shape, dtype=torch_dtype, requires_grad=True) for _ in range(3))
+    g = torch.randn(shape, dtype=torch_dtype)
 
     def step() -> Any:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -1,6 +1,4 @@
-"""This checkout beside an earlier commit of it: the same steps and kernels, interleaved on the same
-machine.
-"""
+"""This checkout beside an earlier commit of it: the same steps and kernels, interleaved."""
 
 import argparse
 import contextlib
@@ -34,12 +32,12 @@ STEPS = {
     },
     **{f"family {name}": ("families_side", name, "float32") for name in FAMILIES},
 }
-# A whole bench, and what its figure looks like in what it prints.
-LOADER, LOADER_FIGURE = ("loader", "--rounds=3"), r"loader +([\d.]+) .*core-second"
-# Of the folder that is converted, and of all that is made of it: a source, a workdir, and the way
-# back.
+# The loader's own bench, and its figure in what that prints.
+LOADER = ("loader", "--rounds=3")
+LOADER_FIGURE = r"loader +([\d.]+) .*core-second"
+# Bytes of the folder that is converted: to a workdir, and back to a folder.
 CONVERTED = 500 * 10**6
-# Files in memory, where the system has them.
+# A file system in memory, where there is one.
 MEMORY = pathlib.Path("/dev/shm")
 
 
@@ -82,13 +80,13 @@ def _rows(only: str | None) -> list[str]:
 @contextlib.contextmanager
 def _checkout(commit: str) -> Iterator[pathlib.Path]:
     """Gives a folder with the files of a commit, for as long as the context lasts."""
-    with tempfile.TemporaryDirectory(prefix="tessera-commit-") as place:
+    with tempfile.TemporaryDirectory(prefix="tessera-commit-") as folder:
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True)
         if archive.returncode:
             said = archive.stderr.decode().strip().partition("\n")[0]
             raise UserError("--before", commit, f"is no commit of this checkout: {said}.")
-        subprocess.run(["tar", "-x", "-C", place], input=archive.stdout, check=True)
-        yield pathlib.Path(place)
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield pathlib.Path(folder)
 
 
 def _measure(
@@ -96,24 +94,26 @@ def _measure(
 ) -> Iterator[tuple[str, report.Figure]]:
     """Yields the figures of a row; `roots` are the checkouts by their sides."""
     if row == "loader":
-        rates = interleave_calls(
-            {side: functools.partial(_loader_rate, root) for side, root in roots.items()}, rounds
-        )
+        sides = {side: functools.partial(_loader_rate, root) for side, root in roots.items()}
+        rates = interleave_calls(sides, rounds)
         yield row, report.Figure("M tokens/core-second", True, rates)
     elif row == "convert":
         yield from _conversions(roots, rounds)
     else:
-        name, *rest = STEPS[row]
-        with contextlib.ExitStack() as stack:
-            sides = {}
-            for side, root in roots.items():
-                ask = stack.enter_context(worker([_module(root, name), *map(str, rest)], root))
-                sides[side] = functools.partial(ask, CALLS)
-            seconds = interleave_calls(sides, rounds)
-        times = {
-            side: [1000 * taken / CALLS for taken in values] for side, values in seconds.items()
-        }
-        yield row, report.Figure("ms", False, times)
+        yield row, _step_times(row, roots, rounds)
+
+
+def _step_times(row: str, roots: dict[str, pathlib.Path], rounds: int) -> report.Figure:
+    name, *sizes = STEPS[row]
+    flags = [str(size) for size in sizes]
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        for side, root in roots.items():
+            ask = stack.enter_context(worker([_module(root, name), *flags], root))
+            sides[side] = functools.partial(ask, CALLS)
+        seconds = interleave_calls(sides, rounds)
+    times = {side: report.milliseconds(values, CALLS) for side, values in seconds.items()}
+    return report.Figure("ms", False, times)
 
 
 def _module(root: pathlib.Path, name: str) -> str:
@@ -134,25 +134,26 @@ def _conversions(
     """Yields a conversion in and one out: of files in memory where there is room, so that no disk
     is measured.
     """
-    room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * CONVERTED
-    with tempfile.TemporaryDirectory(
-        prefix="tessera-commits-", dir=MEMORY if room else None
-    ) as place:
-        folder = pathlib.Path(place)
+    # A folder, the workdir made of it (float32), and the folder made of that.
+    in_memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * CONVERTED
+    parent = MEMORY if in_memory else None
+    with tempfile.TemporaryDirectory(prefix="tessera-commits-", dir=parent) as path:
+        folder = pathlib.Path(path)
         size = convert.make_folder(folder / "source", CONVERTED, "float32")
-        sides = {
-            side: functools.partial(_there_and_back, folder, root) for side, root in roots.items()
-        }
-        rounds_of = interleave_calls(sides, rounds)
+        sides = {side: functools.partial(_round_trip, folder, root) for side, root in roots.items()}
+        results = interleave_calls(sides, rounds)
+
+    note = "files in memory" if in_memory else "files on the disk"
     for way in ("in", "out"):
-        rates = {
-            side: [size / 1e6 / each[way] for each in answers]
-            for side, answers in rounds_of.items()
-        }
-        note = "files in memory" if room else "files on the disk"
+        rates = {}
+        for side, seconds in results.items():
+            rates[side] = [size / 1e6 / each[way] for each in seconds]
         yield f"convert {way}", report.Figure("MB/s", True, rates, note=note)
 
 
-def _there_and_back(folder: pathlib.Path, root: pathlib.Path) -> dict[str, float]:
+def _round_trip(folder: pathlib.Path, root: pathlib.Path) -> dict[str, float]:
     module = _module(root, "convert_sides")
-    return {way: convert.run_side(folder, way, module, root)["seconds"] for way in ("in", "out")}
+    seconds = {}
+    for way in ("in", "out"):
+        seconds[way] = convert.run_side(folder, way, module, root)["seconds"]
+    return seconds

@@ -19,8 +19,9 @@ from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, write_hugging_face
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 
-# Of one layer with the widths below, and of the embeddings.
-LAYER, EMBEDDINGS = 60_821_504, 2 * 1024 * 2048
+# Parameters of one layer with the widths below, and of the embeddings.
+LAYER = 60_821_504
+EMBEDDINGS = 2 * 1024 * 2048
 DTYPES = ("float32", "bfloat16")
 # What each side makes; `out` reads what `in` has made.
 TARGETS = {"copy": "copy", "in": "workdir", "out": "back"}
@@ -54,27 +55,23 @@ def measure(dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[str, re
 
     After the first round, which is not counted, the files are in the page cache.
     """
-    with tempfile.TemporaryDirectory(prefix="tessera-convert-", dir=arguments.folder) as place:
-        folder = pathlib.Path(place)
+    with tempfile.TemporaryDirectory(prefix="tessera-convert-", dir=arguments.folder) as path:
+        folder = pathlib.Path(path)
         size = make_folder(folder / "source", arguments.megabytes * 10**6, dtype)
-        rounds_of = interleave_calls(
-            {side: functools.partial(run_side, folder, side) for side in TARGETS}, arguments.rounds
-        )
-    rates = {
-        side: [size / 1e6 / each["seconds"] for each in answers]
-        for side, answers in rounds_of.items()
-    }
-    peaks = {
-        side: max(each["peak_bytes"] for each in answers) / 1e6
-        for side, answers in rounds_of.items()
-    }
+        sides = {side: functools.partial(run_side, folder, side) for side in TARGETS}
+        results = interleave_calls(sides, arguments.rounds)
+
+    rates = {}
+    peaks = {}
+    for side, rounds in results.items():
+        rates[side] = [size / 1e6 / each["seconds"] for each in rounds]
+        peaks[side] = max(each["peak_bytes"] for each in rounds) / 1e6
+
     for side in ("in", "out"):
+        name = f"{side}, {size / 1e6:,.0f} MB of {dtype}"
         memory = f"at most {peaks[side]:,.0f} MB of memory, the copy {peaks['copy']:,.0f}"
         values = {side: rates[side], "copy": rates["copy"]}
-        yield (
-            f"{side}, {size / 1e6:,.0f} MB of {dtype}",
-            report.Figure("MB/s", True, values, note=memory),
-        )
+        yield name, report.Figure("MB/s", True, values, note=memory)
 
 
 def run_side(
@@ -86,7 +83,7 @@ def run_side(
     """Runs one round of a side in its own process; returns its seconds and its peak memory.
 
     Args:
-      folder: where `source` lies, and what the sides make of it.
+      folder: has `source`, and gets what the sides make of it.
       side: one of `TARGETS`.
       module: of the sides.
       root: the checkout whose module it is; None is the one that is running.
@@ -98,7 +95,8 @@ def run_side(
 
 def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
     """Makes a Hugging Face folder of about `size` bytes of weights, and returns how many it has."""
-    layers = max(1, round((size / np.dtype(dtype).itemsize - EMBEDDINGS) / LAYER))
+    parameters = size / np.dtype(dtype).itemsize
+    layers = max(1, round((parameters - EMBEDDINGS) / LAYER))
     config = ModelConfig(
         vocab_size=1024,
         num_layers=layers,

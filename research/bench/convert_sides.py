@@ -19,10 +19,10 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies the files of a folder, and waits until they are on the disk."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
-            with place.open("rb") as file:
+            copied = target / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+            with copied.open("rb") as file:
                 os.fsync(file.fileno())
 
 
@@ -46,14 +46,16 @@ SIDES = {"copy": copy, "in": convert_in, "out": convert_out}
 
 def main() -> None:
     """Runs one round; prints its seconds and the most memory that the process has had."""
-    backend.configure()  # as every verb does: for its memory, since JAX has started and is not used
-    side, source, target = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+    # As every verb does, for its settings of the allocator; JAX itself is not used.
+    backend.configure()
+    _, side, source, target = sys.argv
     start = time.perf_counter()
-    SIDES[side](source, target)
+    SIDES[side](pathlib.Path(source), pathlib.Path(target))
     seconds = time.perf_counter() - start
     # Not `getrusage`, whose maximum counts the process that started this one, too.
-    peak = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    print(json.dumps({"seconds": seconds, "peak_bytes": 1024 * int(peak[1])}))
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak_kilobytes = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+    print(json.dumps({"seconds": seconds, "peak_bytes": 1024 * peak_kilobytes}))
 
 
 if __name__ == "__main__":

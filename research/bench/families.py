@@ -11,14 +11,29 @@ from research.bench import report
 from research.bench.sides import interleave_workers
 from research.core import config as configs
 from research.core.errors import UserError, nearest
-from research.models.config import LayerConfig, ModelConfig, PositionConfig
+from research.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LayerConfig,
+    ModelConfig,
+    PositionConfig,
+)
 from research.models.flops import train_flops_per_token
 
 PRESETS = pathlib.Path(research.__file__).parent.parent / "configs" / "model"
-# What all are measured against, and the sizes to which all are shrunk: its smallest width, and few
-# layers.
+# The family that the others are measured beside.
 DECODER = "gpt2"
-LENGTH, BATCH, WIDTH, HEADS, LAYERS, VOCABULARY, WINDOW, EXPERTS = 256, 16, 768, 12, 3, 4096, 64, 8
+# The sizes to which all are shrunk: the smallest width of the decoder, and few layers.
+LENGTH = 256
+BATCH = 16
+WIDTH = 768
+HEADS = 12
+HEAD_WIDTH = WIDTH // HEADS
+ROPE_WIDTH = 32
+LAYERS = 3
+VOCABULARY = 4096
+WINDOW = 64
+EXPERTS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products"
     )
-    # Single steps: now and then one takes new memory, and takes several times as long; the median
-    # leaves it out.
+    # Single steps: some allocate new memory and take several times as long; the median leaves them
+    # out.
     report.add_arguments(parser, rounds=7)
     parser.add_argument("--steps", type=int, default=1, help="training steps a round (default 1)")
 
@@ -41,9 +56,9 @@ def main(arguments: argparse.Namespace) -> None:
     """
     report.check_arguments(arguments, "steps")
     known = sorted(path.stem for path in PRESETS.glob("*.py") if path.stem != "__init__")
-    wanted = (
-        arguments.only.split(",") if arguments.only else [name for name in known if name != DECODER]
-    )
+    wanted = [name for name in known if name != DECODER]
+    if arguments.only:
+        wanted = arguments.only.split(",")
     for spec in wanted:
         if spec == DECODER:
             raise UserError("--only", spec, "is what all others are measured beside.")
@@ -53,14 +68,14 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(spec: str, arguments: argparse.Namespace) -> report.Figure:
-    """Returns the FLOPs a second of a preset, each model's counted for itself, beside the
-    decoder's.
-    """
+    """Returns the FLOPs a second of a preset beside the decoder's, each with its own FLOPs."""
     sides = (spec, DECODER)
     commands = {side: ["research.bench.families_side", side, arguments.dtype] for side in sides}
     seconds = interleave_workers(commands, arguments.rounds, arguments.steps)
-    work = {side: arguments.steps * flops(load(side, arguments.dtype)) / 1e9 for side in sides}
-    rates = {side: [work[side] / taken for taken in values] for side, values in seconds.items()}
+    rates = {}
+    for side, values in seconds.items():
+        gigaflops = arguments.steps * flops(load(side, arguments.dtype)) / 1e9
+        rates[side] = [gigaflops / taken for taken in values]
     return report.Figure("GFLOP/s", True, rates)
 
 
@@ -79,30 +94,9 @@ def load(spec: str, dtype: str) -> ModelConfig:
 
 def shrunk(model: ModelConfig) -> ModelConfig:
     """Returns a model of the same build and proportions, and small sizes."""
-    c, scale = model.attention, WIDTH / model.embed_dim
-    heads = [fitting for fitting in range(1, HEADS + 1) if HEADS % fitting == 0]
-    kv_heads = min(heads, key=lambda n: abs(n / HEADS - c.num_kv_heads / c.num_heads))
-    latent = c.latent and dataclasses.replace(
-        c.latent, kv_dim=128, q_dim=c.latent.q_dim and 192, rope_dim=32, value_dim=WIDTH // HEADS
-    )
-    attention = dataclasses.replace(
-        c,
-        num_heads=HEADS,
-        num_kv_heads=kv_heads,
-        head_dim=WIDTH // HEADS - (32 if latent else 0),
-        latent=latent,
-    )
     first = tuple(_shrunk_layer(layer) for layer in model.first_layers[:1])
     pattern = tuple(_shrunk_layer(layer) for layer in model.pattern)
-    experts = model.experts and dataclasses.replace(
-        model.experts,
-        num_experts=EXPERTS,
-        experts_per_token=min(model.experts.experts_per_token, 2),
-        hidden_dim=max(128, _wide(scale * model.experts.hidden_dim)),
-        shared_dim=model.experts.shared_dim and _wide(scale * model.experts.shared_dim),
-        num_groups=1,
-        groups_per_token=1,
-    )
+    scale = WIDTH / model.embed_dim
     return dataclasses.replace(
         model,
         vocab_size=VOCABULARY,
@@ -110,29 +104,64 @@ def shrunk(model: ModelConfig) -> ModelConfig:
         encoder_layers=model.encoder_layers and LAYERS,
         embed_dim=WIDTH,
         max_length=LENGTH,
-        attention=attention,
+        attention=_shrunk_attention(model.attention),
         mlp=dataclasses.replace(model.mlp, hidden_dim=_wide(scale * model.mlp.hidden_dim)),
         position=_shrunk_position(model.position),
         first_layers=first,
         pattern=pattern,
-        experts=experts,
+        experts=model.experts and _shrunk_experts(model.experts, scale),
         decoder_start_id=0,
         dropout=0.0,
     )
 
 
+def _shrunk_attention(attention: AttentionConfig) -> AttentionConfig:
+    # The number of key/value heads nearest to the same proportion: 8 of 32 -> 3 of 12.
+    proportion = attention.num_kv_heads / attention.num_heads
+    divisors = [heads for heads in range(1, HEADS + 1) if HEADS % heads == 0]
+    kv_heads = min(divisors, key=lambda heads: abs(heads / HEADS - proportion))
+
+    latent = attention.latent
+    head_width = HEAD_WIDTH
+    if latent:
+        # Its heads have the columns that rotate beside the others.
+        head_width = HEAD_WIDTH - ROPE_WIDTH
+        latent = dataclasses.replace(
+            latent,
+            kv_dim=128,
+            q_dim=latent.q_dim and 192,
+            rope_dim=ROPE_WIDTH,
+            value_dim=HEAD_WIDTH,
+        )
+    return dataclasses.replace(
+        attention, num_heads=HEADS, num_kv_heads=kv_heads, head_dim=head_width, latent=latent
+    )
+
+
+def _shrunk_experts(experts: ExpertsConfig, scale: float) -> ExpertsConfig:
+    return dataclasses.replace(
+        experts,
+        num_experts=EXPERTS,
+        experts_per_token=min(experts.experts_per_token, 2),
+        hidden_dim=max(128, _wide(scale * experts.hidden_dim)),
+        shared_dim=experts.shared_dim and _wide(scale * experts.shared_dim),
+        num_groups=1,
+        groups_per_token=1,
+    )
+
+
 def _wide(width: float) -> int:
+    """Returns a width rounded to a multiple of 32."""
     return max(32, round(width / 32) * 32)
 
 
 def _shrunk_layer(layer: LayerConfig) -> LayerConfig:
+    window = layer.window and min(layer.window, WINDOW)
     position = layer.position and _shrunk_position(layer.position)
-    return dataclasses.replace(
-        layer, window=layer.window and min(layer.window, WINDOW), position=position
-    )
+    return dataclasses.replace(layer, window=window, position=position)
 
 
 def _shrunk_position(position: PositionConfig) -> PositionConfig:
-    """Returns positions without what belongs to long contexts and wide heads."""
-    rotary_dim = None if position.rotary_dim is None else WIDTH // HEADS // 2
+    """Returns positions without the rules for long contexts and wide heads."""
+    rotary_dim = None if position.rotary_dim is None else HEAD_WIDTH // 2
     return dataclasses.replace(position, scaling=None, rotary_dim=rotary_dim)

@@ -9,7 +9,8 @@ from research.core import backend
 def main(spec: str, dtype: str) -> None:
     """Serves steps until the input ends."""
     backend.configure()
-    import jax  # after the settings, which it reads when it starts
+    # JAX reads the settings above when it starts.
+    import jax
     import numpy as np
 
     from research.bench.families import BATCH, LENGTH, VOCABULARY, load
@@ -36,7 +37,10 @@ def main(spec: str, dtype: str) -> None:
     program = language_model_program(
         model, optim, train, MeshConfig(), jax.devices()[:1], objective
     )
-    step, state = program.compile_train_step(), program.create(jax.random.key(0))
+    step = program.compile_train_step()
+    state = program.create(jax.random.key(0))
+
+    # Random tokens in whole rows, of which a prefix model reads the first half at once.
     random = np.random.default_rng(0)
     rows = {}
     for name, (shape, kind) in batch_shapes(objective, BATCH, LENGTH).items():

@@ -1,13 +1,12 @@
-"""How many cycles a TPU kernel is scheduled for: its scalar program is run, and each bundle is
-counted as it is issued.
+"""The instruction schedule of a TPU kernel: its scalar program is run, and the bundles that it
+issues are counted as cycles.
 
 Compiled with `LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`, the TPU
-compiler writes the final
-program of each kernel: one bundle of instructions a line, one bundle a cycle where nothing stalls.
-All control flow is the scalar unit's (loops over the grid, predicated regions), and depends on
-nothing but the iteration and the scalars that the kernel is handed beforehand. So the scalar
-instructions are executed here, exactly, and the vector and matrix instructions beside them only
-counted. Waits for memory are not in a schedule, and so not in these counts.
+compiler writes the final program of each kernel: one bundle of instructions a line, one bundle a
+cycle where nothing stalls. The scalar unit has all control flow (loops over the grid, predicated
+regions), which depends only on the iteration and on scalars that the kernel prefetches. So scalar
+instructions are executed here, exactly; vector and matrix instructions are only counted. A schedule
+does not include waits for memory, so neither do these counts.
 """
 
 import dataclasses
@@ -23,7 +22,10 @@ from jaxtyping import Int, Shaped
 
 from research.bench.scalar_program import Machine, translate
 
-_PROGRAM, _USE = "-final_bundles.txt", "-final_hlo-static-per-bundle-utilization.txt"
+# Endings of the files of a dump.
+_PROGRAM = "-final_bundles.txt"
+_UTILIZATION = "-final_hlo-static-per-bundle-utilization.txt"
+# What a bundle line has: regions in comments, instructions in braces, and branches among them.
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 _BUNDLE = re.compile(
@@ -32,10 +34,15 @@ _BUNDLE = re.compile(
 )
 _MARK = re.compile(r"@(\w)(\d+)@")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?)%\w+_p(\d+)\) )?target = \$region(\d+)")
-# A branch around what only another core does has no mark at its end, and is not taken by the first.
+# The target of a branch around what only another core does: its end has no mark, and the first core
+# never takes it.
 _NOWHERE = -1
-# No branch of a known chip waits longer before it is taken.
+# Bundles that are still issued after a branch: fewer than this on every known chip.
 _MAX_DELAY = 8
+
+# A branch: `!` where it is taken if its predicate is false, the predicate's register (None where it
+# is always taken), and the bundle that it leads to.
+Branch = tuple[str, str | None, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,35 +66,47 @@ class InstructionSchedule:
         """Bundles issued over the whole run."""
         return int(self.counts.sum())
 
-    def busy(self, unit: str) -> float:
-        """Returns the share of a unit's slots that are taken, over the whole run."""
-        return float((self.counts * self.used[unit]).sum() / (self.cycles * self.slots[unit]))
+    def utilization(self, unit: str) -> float:
+        """Returns the fraction of a unit's slots that are used, over the whole run."""
+        used = (self.counts * self.used[unit]).sum()
+        return float(used / (self.cycles * self.slots[unit]))
 
-    def steady(self, unit: str) -> float:
-        """Returns the share of a unit's slots that are taken in the stretch that takes the most
+    def main_loop_utilization(self, unit: str) -> float:
+        """Returns the fraction of a unit's slots that are used in the region with the most
         cycles.
         """
         first, length, _ = max(self.regions(), key=lambda region: region[1] * region[2])
-        return float(self.used[unit][first : first + length].sum() / (length * self.slots[unit]))
+        used = self.used[unit][first : first + length].sum()
+        return float(used / (length * self.slots[unit]))
 
     def regions(self) -> list[tuple[int, int, int]]:
-        """Returns (first bundle, bundles, times) of each stretch that is issued equally often, in
-        program order.
+        """Returns (first bundle, bundles, times) of each run of bundles that are issued equally
+        often, in program order.
         """
-        edges = [0, *(np.flatnonzero(np.diff(self.counts)) + 1).tolist(), len(self.counts)]
-        return [(a, b - a, int(self.counts[a])) for a, b in itertools.pairwise(edges)]
+        # counts [1, 1, 5, 5, 5, 1] -> edges [0, 2, 5, 6] -> (0, 2, 1), (2, 3, 5), (5, 1, 1)
+        changes = np.flatnonzero(np.diff(self.counts)) + 1
+        edges = [0, *changes.tolist(), len(self.counts)]
+        regions = []
+        for first, end in itertools.pairwise(edges):
+            regions.append((first, end - first, int(self.counts[first])))
+        return regions
 
 
 def kernel_programs(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns the final program of each kernel in a dump, by the kernel's name; the last one where
     names repeat.
     """
-    found = {}
+    programs = {}
     for path in sorted(folder.glob(f"*{_PROGRAM}")):
-        name = re.sub(r"^\d+-|-\d+$", "", path.name.removesuffix(_PROGRAM))
+        name = _kernel_name(path)
         if not name.endswith("schedule-analysis"):
-            found[name] = path
-    return found
+            programs[name] = path
+    return programs
+
+
+def _kernel_name(program: pathlib.Path) -> str:
+    """Returns `toy.1` of `17-toy.1-71-final_bundles.txt`."""
+    return re.sub(r"^\d+-|-\d+$", "", program.name.removesuffix(_PROGRAM))
 
 
 def run_program(
@@ -96,8 +115,7 @@ def run_program(
     """Runs the scalar part of a program.
 
     Args:
-      program: `*-final_bundles.txt` of a dump; the utilization file of the same kernel stands
-          beside it.
+      program: `*-final_bundles.txt` of a dump, beside the utilization file of the same kernel.
       operands: of the kernel, in their order; needed where control depends on them, as on scalars
           that are prefetched.
 
@@ -105,97 +123,122 @@ def run_program(
       ValueError: the control flow depends on something unknown: an operand that is not given, or a
           vector.
     """
-    bundles, starts, ends = _parse(program.read_text())
-    delay = _branch_delay(bundles, ends)
-    counts = _execute(bundles, starts, delay, Machine(operands))
+    bundles, region_starts, region_ends = _parse(program.read_text())
+    delay = _branch_delay(bundles, region_ends)
+    branches = _branches(bundles, region_starts)
+    counts = _issue_counts(bundles, branches, delay, Machine(operands))
     used, slots = _utilization(program, len(bundles))
-    name = re.sub(r"^\d+-|-\d+$", "", program.name.removesuffix(_PROGRAM))
-    return InstructionSchedule(name, counts, used, slots)
+    return InstructionSchedule(_kernel_name(program), counts, used, slots)
 
 
 def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:
     """Returns the instructions of each bundle, the bundle where each region starts, and the regions
-    that each ends.
+    that end at each bundle.
     """
 
     def mark(comment: re.Match[str]) -> str:
+        # "/* Start region 3 */" -> "@S3@": a comment inside braces would end the bundle.
         kinds = {"Start": "S", "End": "E", "Start/End empty": "S"}
-        return "".join(
-            f"@{kinds[kind]}{region}@" for kind, region in _REGION.findall(comment.group(0))
-        )
+        regions = _REGION.findall(comment.group(0))
+        return "".join(f"@{kinds[kind]}{region}@" for kind, region in regions)
 
+    # The braces of operand shapes would end a bundle, too.
     text = re.sub(r"shape index: \{[^}]*\}", "", text)
-    text = _COMMENT.sub(mark, text.partition("control target key end")[2])
+    _, _, text = text.partition("control target key end")
+    text = _COMMENT.sub(mark, text)
+
     bundles: list[list[str]] = []
     starts: dict[str, int] = {}
     ends: list[set[str]] = []
     for match in _BUNDLE.finditer(text):
-        assert int(match.group(1), 16) == len(bundles), f"bundle {len(bundles)} is missing"
-        marks = _MARK.findall(match.group(2) + match.group(3))
-        starts |= {
-            region: len(bundles) for kind, region in marks if kind == "S" and region not in starts
-        }
-        ends.append({region for kind, region in marks if kind == "E"})
-        instructions = _MARK.sub("", match.group(2)).split(";;")
-        bundles.append([instruction.strip() for instruction in instructions if instruction.strip()])
+        address, content, trailing_marks = match.groups()
+        assert int(address, 16) == len(bundles), f"bundle {len(bundles)} is missing"
+        ended = set()
+        for kind, region in _MARK.findall(content + trailing_marks):
+            if kind == "S":
+                starts.setdefault(region, len(bundles))
+            else:
+                ended.add(region)
+        ends.append(ended)
+        instructions = [each.strip() for each in _MARK.sub("", content).split(";;")]
+        bundles.append([each for each in instructions if each])
     return bundles, starts, ends
 
 
 def _branch_delay(bundles: list[list[str]], ends: list[set[str]]) -> int:
-    """Returns how many bundles after a branch are still issued: every branch's region ends with the
-    last of them.
+    """Returns how many bundles are still issued after a branch: the region of every branch ends
+    with the last of them.
     """
-    branches = [i for i, bundle in enumerate(bundles) if any(_BRANCH.search(one) for one in bundle)]
-    fits = [
-        d for d in range(1, _MAX_DELAY) if all(i + d < len(ends) and ends[i + d] for i in branches)
-    ]
-    assert len(fits) == 1 or not branches, f"branches end their regions {fits} bundles later"
-    return fits[0] if branches else 0
+    branches = [i for i, bundle in enumerate(bundles) if any(map(_BRANCH.search, bundle))]
+    if not branches:
+        return 0
+
+    def fits(delay: int) -> bool:
+        lasts = [i + delay for i in branches]
+        return max(lasts) < len(ends) and all(ends[last] for last in lasts)
+
+    delays = [delay for delay in range(1, _MAX_DELAY) if fits(delay)]
+    assert len(delays) == 1, f"branches end their regions {delays} bundles later"
+    return delays[0]
 
 
-def _execute(
-    bundles: list[list[str]], starts: dict[str, int], delay: int, machine: Machine
-) -> Int[np.ndarray, " bundles"]:
-    """Returns how often each bundle is issued."""
+def _branches(bundles: list[list[str]], region_starts: dict[str, int]) -> dict[int, Branch]:
+    """Returns the branch of each bundle that has one."""
     branches = {}
     for i, bundle in enumerate(bundles):
         for match in filter(None, map(_BRANCH.search, bundle)):
-            branches[i] = (match.group(1), match.group(2), starts.get(match.group(3), _NOWHERE))
-    leaders = {
-        0,
-        len(bundles),
-        *(to for *_, to in branches.values() if to != _NOWHERE),
-        *(i + delay + 1 for i in branches),
-    }
-    edges = sorted(leaders)
-    blocks: dict[int, tuple[int, Callable[[Machine], int | None]]] = {}
-    for start, stop in itertools.pairwise(edges):
-        taken = {i: branches[i] for i in range(start, stop) if i in branches}
-        blocks[start] = (
-            stop,
-            translate(bundles[start:stop], {i - start: branch for i, branch in taken.items()}),
-        )
+            negated, register, region = match.groups()
+            branches[i] = (negated, register, region_starts.get(region, _NOWHERE))
+    return branches
+
+
+def _issue_counts(
+    bundles: list[list[str]], branches: dict[int, Branch], delay: int, machine: Machine
+) -> Int[np.ndarray, " bundles"]:
+    """Runs the program and returns how often each bundle is issued."""
+    blocks = _translate_blocks(bundles, branches, delay)
     visits = dict.fromkeys(blocks, 0)
-    at = 0
-    while at < len(bundles):
-        visits[at] += 1
-        stop, block = blocks[at]
+    start = 0
+    while start < len(bundles):
+        visits[start] += 1
+        stop, block = blocks[start]
         target = block(machine)
-        at = stop if target is None else target
-        assert at != _NOWHERE, "a branch leads to a region without a mark"
+        start = stop if target is None else target
+        assert start != _NOWHERE, "a branch leads to a region without a mark"
+
     counts = np.zeros(len(bundles), np.int64)
     for start, (stop, _) in blocks.items():
         counts[start:stop] = visits[start]
     return counts
 
 
+def _translate_blocks(
+    bundles: list[list[str]], branches: dict[int, Branch], delay: int
+) -> dict[int, tuple[int, Callable[[Machine], int | None]]]:
+    """Returns the basic blocks: by the first bundle of each, the bundle behind it and its
+    function.
+    """
+    # A block begins at the target of a branch, and behind the bundles that a branch still issues.
+    targets = {target for *_, target in branches.values()} - {_NOWHERE}
+    after_branches = {i + delay + 1 for i in branches}
+    edges = sorted({0, len(bundles)} | targets | after_branches)
+
+    blocks = {}
+    for start, stop in itertools.pairwise(edges):
+        inside = {i - start: branch for i, branch in branches.items() if start <= i < stop}
+        blocks[start] = (stop, translate(bundles[start:stop], inside))
+    return blocks
+
+
 def _utilization(program: pathlib.Path, bundles: int) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns the instructions of each bundle on each unit, and each unit's slots."""
     name = re.sub(r"-\d+$", "", program.name.removesuffix(_PROGRAM))
-    (path,) = program.parent.glob(f"{glob.escape(name)}-*{_USE}")
-    lines = path.read_text().splitlines()
-    units = [unit.strip() for unit in lines[1].split(",")]
-    slots = [int(count) for count in lines[2].split()]
-    rows = np.array([[int(used) for used in line.split()] for line in lines[4:] if line.strip()])
-    assert len(rows) == bundles, f"{path.name} has {len(rows)} bundles, not {bundles}"
-    return dict(zip(units, rows.T, strict=True)), dict(zip(units, slots, strict=True))
+    (path,) = program.parent.glob(f"{glob.escape(name)}-*{_UTILIZATION}")
+
+    # A title, the units, their slots, a ruler, and the instructions of each bundle.
+    _, units_line, slots_line, _, *rows = path.read_text().splitlines()
+    units = [unit.strip() for unit in units_line.split(",")]
+    slots = [int(count) for count in slots_line.split()]
+    used = np.array([[int(count) for count in row.split()] for row in rows if row.strip()])
+    assert len(used) == bundles, f"{path.name} has {len(used)} bundles, not {bundles}"
+    return dict(zip(units, used.T, strict=True)), dict(zip(units, slots, strict=True))

@@ -15,14 +15,14 @@ from research.bench.sides import interleave_workers, run
 from research.core.errors import UserError, nearest
 
 SIDES = "research.bench.kernels_sides"
-# What each is timed beside: all logits in float32 at once, JAX's own product, a dense cache and a
-# copy as large.
+# The peers of each: all logits in float32 at once, JAX's own product, a dense cache and a copy of
+# the same size.
 PEERS = {
     "cross_entropy": ("plain",),
     "grouped_matmul": ("ragged_dot",),
     "decode_attention": ("jax.nn", "copy"),
 }
-# In the order that the sides take them.
+# In the order of the arguments of `kernels_sides`.
 SMALL = {
     "cross_entropy": {"tokens": 2048, "width": 512, "vocabulary": 32_064},
     "grouped_matmul": {"rows": 4096, "width": 512, "features": 1024, "experts": 8},
@@ -39,6 +39,7 @@ FULL = {
         "head_width": 128,
     },
 }
+# A side is called until it has done this work in a round.
 ROUND_FLOPS = 2**36
 
 
@@ -54,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures the kernels asked for interleaved with their peers, and prints times and ratios with
-    their spread.
-    """
+    """Measures kernels interleaved with their peers, and prints times and ratios."""
     report.check_arguments(arguments)
     kernels = arguments.only.split(",")
     for kernel in kernels:
@@ -81,38 +80,32 @@ def measure(
     """Times one kernel and its peers interleaved; yields the milliseconds a call, and what else its
     row has.
     """
+    work = flops(kernel, sizes)
+    calls = max(1, ROUND_FLOPS // work)
     numbers = [str(size) for size in sizes.values()]
-    count = max(1, ROUND_FLOPS // flops(kernel, sizes))
-    commands = {
-        side: [SIDES, "time", kernel, side, dtype, *numbers] for side in ("tessera", *PEERS[kernel])
-    }
-    seconds = interleave_workers(commands, rounds, count)
-    times = {side: [1000 * taken / count for taken in values] for side, values in seconds.items()}
-    name = f"{kernel}, {dtype}, {', '.join(f'{name} {size:,}' for name, size in sizes.items())}"
+    commands = {}
+    for side in ("tessera", *PEERS[kernel]):
+        commands[side] = [SIDES, "time", kernel, side, dtype, *numbers]
+    seconds = interleave_workers(commands, rounds, calls)
+    times = {side: report.milliseconds(values, calls) for side, values in seconds.items()}
+
+    listed = ", ".join(f"{size_name} {size:,}" for size_name, size in sizes.items())
+    name = f"{kernel}, {dtype}, {listed}"
     if kernel == "cross_entropy":
         yield name, report.Figure("ms", False, times, note=memory(dtype, sizes))
     elif kernel == "grouped_matmul":
         # Useful is each row with one expert.
-        rates = {
-            side: [flops(kernel, sizes) / (1e6 * value) for value in values]
-            for side, values in times.items()
-        }
-        yield (
-            name,
-            report.Figure(
-                "ms", False, times, note=f"{report.spread(rates['tessera'])} useful GFLOP/s"
-            ),
-        )
+        rates = [work / (1e6 * taken) for taken in times["tessera"]]
+        note = f"{report.spread(rates)} useful GFLOP/s"
+        yield name, report.Figure("ms", False, times, note=note)
     else:
-        yield (
-            name,
-            report.Figure("ms", False, {side: times[side] for side in ("tessera", "jax.nn")}),
-        )
+        compared = {side: times[side] for side in ("tessera", "jax.nn")}
+        yield name, report.Figure("ms", False, compared)
         yield f"{name}, bandwidth of pages and of a copy", bandwidth(dtype, sizes, times)
 
 
 def flops(kernel: str, sizes: dict[str, int]) -> int:
-    """Returns the operations of the products that a call cannot do without."""
+    """Returns the operations of the matrix products that a call needs."""
     if kernel == "cross_entropy":
         return 6 * sizes["tokens"] * sizes["width"] * sizes["vocabulary"]
     if kernel == "grouped_matmul":
@@ -121,15 +114,14 @@ def flops(kernel: str, sizes: dict[str, int]) -> int:
 
 
 def memory(dtype: str, sizes: dict[str, int]) -> str:
-    """Returns what is said of the compiled temporaries of each side of cross-entropy."""
+    """Returns a note on the compiled temporaries of each side of cross-entropy."""
     logits = 4 * sizes["tokens"] * sizes["vocabulary"]
-    taken = {}
+    numbers = [str(size) for size in sizes.values()]
+    parts = []
     for side in ("tessera", *PEERS["cross_entropy"]):
-        printed = run(
-            [SIDES, "temporaries", "cross_entropy", side, dtype, *map(str, sizes.values())]
-        )
-        taken[side] = int(printed.splitlines()[-1])
-    parts = [f"{side} {size / 1e6:,.1f} MB ({size / logits:.1%})" for side, size in taken.items()]
+        printed = run([SIDES, "temporaries", "cross_entropy", side, dtype, *numbers])
+        size = int(printed.splitlines()[-1])
+        parts.append(f"{side} {size / 1e6:,.1f} MB ({size / logits:.1%})")
     return f"temporaries (and part of the float32 logits): {', '.join(parts)}"
 
 
@@ -137,19 +129,17 @@ def bandwidth(dtype: str, sizes: dict[str, int], times: dict[str, list[float]]) 
     """Returns gigabytes a second: of the pages that are read, and of what the copy reads and
     writes.
     """
-    read = page_bytes(
-        dtype, *(sizes[name] for name in ("batch", "length", "kv_heads", "head_width"))
-    )
-    factors = {"tessera": 1, "copy": 2}
-    rates = {
-        side: [factor * read / (1e6 * value) for value in times[side]]
-        for side, factor in factors.items()
-    }
+    names = ("batch", "length", "kv_heads", "head_width")
+    pages = page_bytes(dtype, *(sizes[name] for name in names))
+    moved = {"tessera": pages, "copy": 2 * pages}
+    rates = {}
+    for side, size in moved.items():
+        rates[side] = [size / (1e6 * taken) for taken in times[side]]
     return report.Figure("GB/s", True, rates)
 
 
 if __name__ == "__main__":
-    # The other benches of the command line need packages for data; this one runs where there is JAX
+    # The command line imports all benches, some of which need packages for data; this one needs JAX
     # and little else.
     parser = argparse.ArgumentParser()
     add_arguments(parser)

@@ -15,7 +15,7 @@ from research.core import backend
 if __name__ == "__main__":
     backend.configure()
 
-# The environment must stand before JAX starts.
+# JAX reads the settings above when it starts.
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,7 +27,7 @@ from research.kernels.grouped_matmul import grouped_matmul
 from research.parallel.target import platform
 
 PAGE = 64
-# What is timed, and what makes its arguments.
+# The function that is timed, and one that makes its arguments.
 Side = tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]
 
 
@@ -51,21 +51,22 @@ def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabular
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     def arguments() -> tuple[Any, ...]:
+        hidden = _normal(0, (tokens, width), dtype)
         kernel = _normal(1, (width, vocabulary), "float32") * width**-0.5
-        return (
-            _normal(0, (tokens, width), dtype),
-            kernel,
-            jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary),
-        )
+        targets = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
+        return hidden, kernel, targets
 
-    return jax.value_and_grad(ours if side == "tessera" else plain, argnums=(0, 1)), arguments
+    loss = ours if side == "tessera" else plain
+    return jax.value_and_grad(loss, argnums=(0, 1)), arguments
 
 
 def group_sizes(rows: int, experts: int) -> list[int]:
-    """Returns rows of each expert, all rows together; the last expert has nearly twice its even
-    share.
+    """Returns rows of each expert, `rows` in all; the last expert has nearly twice its even share.
+
+    12 rows of 3 experts are 2, 4 and 6.
     """
-    ends = [rows * index * (index + 1) // (experts * (experts + 1)) for index in range(experts + 1)]
+    steps = experts * (experts + 1)
+    ends = [rows * index * (index + 1) // steps for index in range(experts + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
@@ -76,19 +77,21 @@ def grouped_matmul_side(
     product = grouped_matmul if side == "tessera" else jax.lax.ragged_dot
 
     def step(x: Any, kernels: Any, sizes: Any, g: Any) -> Any:
-        y, pull = jax.vjp(lambda x, kernels: product(x, kernels, sizes), x, kernels)
-        return y, pull(g)
+        y, pull_back = jax.vjp(lambda x, kernels: product(x, kernels, sizes), x, kernels)
+        return y, pull_back(g)
 
     def arguments() -> tuple[Any, ...]:
+        x = _normal(0, (rows, width), dtype)
         kernels = _normal(1, (experts, width, features), dtype)
         sizes = jnp.asarray(group_sizes(rows, experts), jnp.int32)
-        return _normal(0, (rows, width), dtype), kernels, sizes, _normal(2, (rows, features), dtype)
+        g = _normal(2, (rows, features), dtype)
+        return x, kernels, sizes, g
 
     return step, arguments
 
 
 def sequence_lengths(batch: int, length: int) -> list[int]:
-    """Returns tokens of each sequence, from half of the longest on."""
+    """Returns tokens of each sequence, from the longest down to half of it."""
     return [length - length // 2 * index // batch for index in range(batch)]
 
 
@@ -102,16 +105,18 @@ def decode_attention_side(
     side: str, dtype: str, batch: int, length: int, heads: int, kv_heads: int, head_width: int
 ) -> Side:
     """One new token a sequence: `tessera` over scattered pages, `jax.nn` over a dense cache, or a
-    `copy` as large.
+    `copy` of the same size.
     """
     lengths = jnp.asarray(sequence_lengths(batch, length), jnp.int32)
-    places = -(-length // PAGE)
+    pages_a_row = -(-length // PAGE)
 
     def paged() -> tuple[Any, ...]:
-        shape = (batch * places, kv_heads, PAGE, head_width)
+        q = _normal(0, (batch, 1, heads, head_width), dtype)
+        shape = (batch * pages_a_row, kv_heads, PAGE, head_width)
         pages = KVPages(_normal(1, shape, dtype), _normal(2, shape, dtype))
-        table = jax.random.permutation(jax.random.key(3), shape[0]).reshape(batch, places)
-        return _normal(0, (batch, 1, heads, head_width), dtype), pages, table, lengths
+        # The pages of a sequence lie anywhere in the pool: [pages] -> [B, pages of a row].
+        order = jax.random.permutation(jax.random.key(3), shape[0])
+        return q, pages, order.reshape(batch, pages_a_row), lengths
 
     def dense() -> tuple[Any, ...]:
         q, pages, table, _ = paged()
@@ -124,9 +129,8 @@ def decode_attention_side(
         return attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
 
     def cache() -> tuple[Any, ...]:
-        return (
-            jnp.zeros(page_bytes(dtype, batch, length, kv_heads, head_width) // 4, jnp.float32),
-        )
+        size = page_bytes(dtype, batch, length, kv_heads, head_width)
+        return (jnp.zeros(size // 4, jnp.float32),)
 
     sides = {
         "tessera": (decode_attention, paged),
@@ -146,16 +150,12 @@ BUILDERS = {
 def main(action: str, kernel: str, side: str, dtype: str, *sizes: str) -> None:
     """Serves rounds of a side until its input ends, or prints its temporaries."""
     function, arguments = BUILDERS[kernel](side, dtype, *map(int, sizes))
+    step = jax.jit(function)
     if action == "temporaries":
-        print(
-            jax.jit(function)
-            .lower(*jax.eval_shape(arguments))
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
+        compiled = step.lower(*jax.eval_shape(arguments)).compile()
+        print(compiled.memory_analysis().temp_size_in_bytes)
         return
-    step, operands = jax.jit(function), jax.jit(arguments)()
+    operands = jax.jit(arguments)()
     serve(lambda: jax.block_until_ready(step(*operands)))
 
 

@@ -27,11 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Measures both forms interleaved, and prints milliseconds a step and their ratios."""
     report.check_arguments(arguments, "steps")
-    batches = [int(part) if part.isdigit() else 0 for part in arguments.batch.split(",")]
-    if min(batches) < 1:
+    parts = arguments.batch.split(",")
+    if not all(part.isdigit() and int(part) for part in parts):
         raise UserError(
             "--batch", arguments.batch, "must be whole numbers of at least 1, separated by commas."
         )
+
+    # The cache begins half full, and each round takes `steps` slots.
     least = 2 * (arguments.rounds + 1) * arguments.steps
     if arguments.slots < least:
         raise UserError(
@@ -40,7 +42,8 @@ def main(arguments: argparse.Namespace) -> None:
             f"must be at least {least}: half of them are read at the start.",
         )
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
-    rows = (measure(batch, dtype, arguments) for batch, dtype in itertools.product(batches, dtypes))
+    cases = itertools.product(map(int, parts), dtypes)
+    rows = (measure(batch, dtype, arguments) for batch, dtype in cases)
     report.publish("latent", arguments, rows)
 
 
@@ -49,8 +52,5 @@ def measure(batch: int, dtype: str, arguments: argparse.Namespace) -> tuple[str,
     sizes = [str(batch), str(arguments.slots), dtype]
     commands = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
     seconds = interleave_workers(commands, arguments.rounds, arguments.steps)
-    times = {
-        form: [1000 * taken / arguments.steps for taken in values]
-        for form, values in seconds.items()
-    }
+    times = {form: report.milliseconds(values, arguments.steps) for form, values in seconds.items()}
     return f"{dtype}, batch {batch}, {arguments.slots:,} slots", report.Figure("ms", False, times)

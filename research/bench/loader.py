@@ -24,8 +24,9 @@ from research.data.tokenizers import TokenizerConfig
 
 # Rows and lengths: the shape of the quickstart, and one of a large model's microbatch.
 SHAPES = ((16, 256), (8, 2048))
-# What the tokenizer has where an objective puts in more than the ends of a text.
-MARKS = {"mask": True, "sentinels": 100}
+# Control tokens of the tokenizer, for objectives that insert them.
+CONTROLS = {"mask": True, "sentinels": 100}
+WITHOUT_CONTROLS = ("causal", "prefix", "translate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,34 +46,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Measures both sides interleaved on the embedded corpus, and prints rates and ratios."""
     report.check_arguments(arguments, "tokens")
+    kind = arguments.objective
+    controls = {} if kind in WITHOUT_CONTROLS else CONTROLS
     with tempfile.TemporaryDirectory(prefix="tessera-loader-") as folder:
-        paired, unmarked = arguments.objective == "translate", ("causal", "prefix", "translate")
+        # Pairs of texts are written for this run alone; the embedded corpus is kept for all runs.
+        source = SourceConfig()
+        prepared_folder = cache_folder() / "data"
+        if kind == "translate":
+            source = pairs_of_lines(pathlib.Path(folder))
+            prepared_folder = folder
         config = DataConfig(
-            sources=(pairs_of_lines(pathlib.Path(folder)) if paired else SourceConfig(),),
-            tokenizer=TokenizerConfig(**({} if arguments.objective in unmarked else MARKS)),
-            objective=ObjectiveConfig(kind=arguments.objective),
+            sources=(source,),
+            tokenizer=TokenizerConfig(**controls),
+            objective=ObjectiveConfig(kind=kind),
             workers=arguments.workers,
         )
-        prepared = prepare(config, folder if paired else cache_folder() / "data")
-        report.publish(
-            "loader", arguments, measure(config, prepared, arguments.rounds, arguments.tokens)
-        )
+        prepared = prepare(config, prepared_folder)
+        rows = measure(config, prepared, arguments.rounds, arguments.tokens)
+        report.publish("loader", arguments, rows)
 
 
 def pairs_of_lines(folder: pathlib.Path) -> SourceConfig:
     """Writes the embedded corpus as pairs of texts, each line and the next one, and returns them as
     a source.
     """
-    texts = (document.text.splitlines() for document in documents(SourceConfig(), "train"))
-    pairs = [
-        pair
-        for lines in texts
-        for pair in itertools.pairwise(line for line in lines if line.strip())
-    ]
-    paths = [folder / name for name in ("read.txt", "given.txt")]
-    for path, side in zip(paths, zip(*pairs, strict=True), strict=True):
-        path.write_text("\n".join(side), encoding="utf-8")
-    return SourceConfig(kind="lines", path=str(paths[1]), pair_path=str(paths[0]))
+    pairs = []
+    for document in documents(SourceConfig(), "train"):
+        lines = [line for line in document.text.splitlines() if line.strip()]
+        pairs += itertools.pairwise(lines)
+
+    first = folder / "read.txt"
+    second = folder / "given.txt"
+    for path, texts in zip((first, second), zip(*pairs, strict=True), strict=True):
+        path.write_text("\n".join(texts), encoding="utf-8")
+    return SourceConfig(kind="lines", path=str(second), pair_path=str(first))
 
 
 def measure(
@@ -83,10 +90,9 @@ def measure(
     `loader` gives packed, shuffled, resumable rows with segments; `crops` gives random windows of
     the same token file, without documents, epochs or a position to resume from.
     """
-    corpora = prepared.train
     for batch_size, sequence_length in SHAPES:
         loader = Loader(
-            corpora,
+            prepared.train,
             config,
             prepared.tokenizer,
             batch_size=batch_size,
@@ -94,45 +100,53 @@ def measure(
             seed=0,
         )
         rng = np.random.default_rng(0)
+        token_file = prepared.train[0].tokens
+        crops = functools.partial(random_crops, token_file, batch_size, sequence_length, rng)
         batches = max(1, tokens // (batch_size * sequence_length))
-        crops = functools.partial(random_crops, corpora[0].tokens, batch_size, sequence_length, rng)
-        makers = {"loader": loader.__next__, "crops": crops}
-        rounds_of = interleave_calls(
-            {side: functools.partial(rates, make, batches) for side, make in makers.items()}, rounds
-        )
+        sides = {
+            "loader": functools.partial(rates, loader.__next__, batches),
+            "crops": functools.partial(rates, crops, batches),
+        }
+        results = interleave_calls(sides, rounds)
         loader.close()
 
         name = f"{config.objective.kind}, {batch_size} × {sequence_length:,} tokens"
         padding = f"{loader.padding:.2%} padding"
-        for index, (what, unit) in enumerate(
-            (("wall time", "M tokens/s"), ("CPU time", "M tokens/core-second"))
-        ):
-            values = {
-                side: [found[index] / 1e6 for found in answers]
-                for side, answers in rounds_of.items()
-            }
-            yield f"{name}, {what}", report.Figure(unit, True, values, note=padding)
+        clocks = (("wall time", "M tokens/s"), ("CPU time", "M tokens/core-second"))
+        for index, (clock, unit) in enumerate(clocks):
+            values = {}
+            for side, answers in results.items():
+                values[side] = [rate[index] / 1e6 for rate in answers]
+            yield f"{name}, {clock}", report.Figure(unit, True, values, note=padding)
 
 
 def rates(make: Callable[[], Batch], batches: int) -> tuple[float, float]:
     """Returns tokens a second of wall time, and of CPU time of this process: all its threads, not
     its workers.
 
-    Counted are those that a model reads, in the encoder and in the decoder; not padding.
+    Tokens of the encoder and of the decoder count, padding does not.
     """
-    wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
+    wall = time.perf_counter()
+    cpu = time.process_time()
+    tokens = 0
     for _ in range(batches):
-        tokens += sum(
-            np.count_nonzero(array) for name, array in make().items() if name.endswith("segments")
-        )
-    return tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)
+        for name, array in make().items():
+            if name.endswith("segments"):
+                tokens += np.count_nonzero(array)
+    wall = time.perf_counter() - wall
+    cpu = time.process_time() - cpu
+    return tokens / wall, tokens / cpu
 
 
 def random_crops(tokens: np.ndarray, rows: int, length: int, rng: np.random.Generator) -> Batch:
-    """Returns a batch as small trainers make it: windows at random places, targets one token on."""
-    starts = rng.integers(len(tokens) - length, size=rows)
+    """Returns a batch as small trainers make it: windows at random offsets, targets one token
+    later.
+    """
+    offsets = rng.integers(len(tokens) - length, size=rows)
+    windows = [tokens[i : i + length].astype(np.int64) for i in offsets]
+    targets = [tokens[i + 1 : i + 1 + length].astype(np.int64) for i in offsets]
     return {
-        "tokens": np.stack([tokens[i : i + length].astype(np.int64) for i in starts]),
-        "targets": np.stack([tokens[i + 1 : i + 1 + length].astype(np.int64) for i in starts]),
+        "tokens": np.stack(windows),
+        "targets": np.stack(targets),
         "segments": np.ones((rows, length), np.int32),
     }

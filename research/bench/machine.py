@@ -1,4 +1,4 @@
-"""The machine that figures were measured on, and what it has no instructions for."""
+"""The machine that figures were measured on, and the instructions that it has."""
 
 import glob
 import importlib.metadata
@@ -19,12 +19,12 @@ def describe() -> dict[str, Any]:
     packages.
     """
     model = re.search(r"^model name\s*:\s*(.+)$", _processor(), re.MULTILINE)
-    found = _instructions()
+    instructions = _instructions()
     return {
         "processor": model[1] if model else platform.processor() or platform.machine(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "avx512": "avx512f" in found,
-        "bfloat16": bool(found & BFLOAT16),
+        "avx512": "avx512f" in instructions,
+        "bfloat16": bool(instructions & BFLOAT16),
         "memory_gigabytes": round(psutil.virtual_memory().total / 1e9),
         "accelerators": _nvidia(),
         "packages": {"python": platform.python_version(), **_versions()},
@@ -36,8 +36,9 @@ def sentence(machine: Mapping[str, Any]) -> str:
     instructions = "AVX-512" if machine["avx512"] else "no AVX-512"
     bfloat16 = "bfloat16 instructions" if machine["bfloat16"] else "no bfloat16 instructions"
     versions = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
-    parts = [machine["processor"], f"{machine['cores']} cores", instructions, bfloat16]
-    parts += [f"{machine['memory_gigabytes']} GB", *machine["accelerators"]]
+    cores = f"{machine['cores']} cores"
+    memory = f"{machine['memory_gigabytes']} GB"
+    parts = [machine["processor"], cores, instructions, bfloat16, memory, *machine["accelerators"]]
     return f"{', '.join(parts)}; {versions}"
 
 
@@ -55,9 +56,12 @@ def without_torch_bfloat16(peers: Sequence[str], dtype: str) -> tuple[list[str],
 
 
 def _processor() -> str:
-    """Returns what Linux says of the first processor; nothing elsewhere."""
+    """Returns the description of the first processor on Linux; nothing elsewhere."""
     path = pathlib.Path("/proc/cpuinfo")
-    return path.read_text().partition("\n\n")[0] if path.exists() else ""
+    if not path.exists():
+        return ""
+    first, _, _ = path.read_text().partition("\n\n")
+    return first
 
 
 def _instructions() -> set[str]:
@@ -66,21 +70,20 @@ def _instructions() -> set[str]:
 
 
 def _nvidia() -> list[str]:
-    """Returns the models of NVIDIA's GPUs; JAX, which knows all accelerators, would take them from
-    the sides.
+    """Returns the models of NVIDIA's GPUs.
+
+    JAX knows all accelerators, but would allocate the memory that the sides need.
     """
-    texts = [
-        pathlib.Path(path).read_text()
-        for path in glob.glob("/proc/driver/nvidia/gpus/*/information")
-    ]
-    return [
-        line.partition(":")[2].strip()
-        for text in texts
-        for line in text.splitlines()
-        if line.startswith("Model:")
-    ]
+    models = []
+    for path in glob.glob("/proc/driver/nvidia/gpus/*/information"):
+        for line in pathlib.Path(path).read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "Model":
+                models.append(value.strip())
+    return models
 
 
 def _versions() -> dict[str, str]:
-    installed = {each.metadata["Name"].lower() for each in importlib.metadata.distributions()}
+    packages = importlib.metadata.distributions()
+    installed = {package.metadata["Name"].lower() for package in packages}
     return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}

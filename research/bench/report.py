@@ -26,7 +26,7 @@ from research.storage.files import write_bytes, write_text
 from research.storage.json_files import read_object
 
 FIGURES = pathlib.Path(research.__file__).parent.parent / "docs" / "figures"
-# What a block says whose file nobody has written yet.
+# The text of a block whose file nobody has written yet.
 UNMEASURED = "unmeasured"
 BLOCK = re.compile(
     r"^(<!-- figures: ([\w-]+) -->\n)(.*?)^(<!-- end of figures -->)", re.DOTALL | re.MULTILINE
@@ -37,7 +37,7 @@ COLUMNS = ["what", "beside", "ratio", "lowest to highest", "ours", "theirs", "al
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """What was measured of one thing: a row of a bench.
+    """A row of a bench: what was measured of one thing.
 
     Attributes:
       unit: of the values.
@@ -54,17 +54,25 @@ class Figure:
     note: str = ""
 
     def ratios(self) -> dict[str, list[float]]:
-        """Returns, of each peer, our speed over its own, round by round."""
+        """Returns, for each peer, our speed over its own, round by round."""
         ours, *peers = self.rounds
-        found = {}
+        ratios = {}
         for peer in peers:
             pairs = zip(self.rounds[ours], self.rounds[peer], strict=True)
-            found[peer] = [us / them if self.is_rate else them / us for us, them in pairs]
-        return found
+            if self.is_rate:
+                ratios[peer] = [us / them for us, them in pairs]
+            else:
+                ratios[peer] = [them / us for us, them in pairs]
+        return ratios
+
+
+def milliseconds(seconds: Sequence[float], calls: int) -> list[float]:
+    """Returns the milliseconds a call, of the seconds of each round."""
+    return [1000 * each / calls for each in seconds]
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds the flags that every bench has, and how many rounds it takes by default."""
+    """Adds the flags that every bench has; `rounds` is their default."""
     parser.add_argument(
         "--rounds", type=int, default=rounds, help=f"rounds of each side (default {rounds})"
     )
@@ -72,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
-    """Refuses rounds and other counts below 1, and a file that could not be written after all
-    rounds.
+    """Raises UserError for rounds and other counts below 1, and for a file that could not be
+    written after all rounds.
     """
     for name in ("rounds", *counts):
         value = vars(arguments)[name]
@@ -85,7 +93,8 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
             raise UserError("--json", arguments.json, "lies in no folder that is there.")
         if path.exists() and not path.is_file():
             raise UserError("--json", arguments.json, "is no file.")
-        with _told("--json", arguments.json):
+        # Written and restored: permissions alone do not tell.
+        with _write_error("--json", arguments.json):
             if path.exists():
                 write_bytes(path, path.read_bytes())
             else:
@@ -94,29 +103,26 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
 
 
 def publish(bench: str, arguments: argparse.Namespace, rows: Iterable[tuple[str, Figure]]) -> None:
-    """Prints the named figures of a bench as they come, and writes all of them where its `--json`
-    says so.
+    """Prints the named figures of a bench as they come, and writes all of them to the file of
+    `--json`.
     """
     figures = {}
     for name, figure in rows:
         _print(name, figure)
         figures[name] = dataclasses.asdict(figure)
     if arguments.json:
-        flags = {
-            name: value
-            for name, value in vars(arguments).items()
-            if name not in ("bench", "overrides", "json")
-        }
-        given = [
-            f"--{name}" if value is True else f"--{name}={value}"
-            for name, value in flags.items()
-            if value
-        ]
-        write(
-            pathlib.Path(arguments.json),
-            shlex.join(["tessera", "bench", bench, *given]),
-            figures=figures,
-        )
+        command = shlex.join(["tessera", "bench", bench, *_flags(arguments)])
+        write(pathlib.Path(arguments.json), command, figures=figures)
+
+
+def _flags(arguments: argparse.Namespace) -> list[str]:
+    """Returns the flags that repeat a bench: rounds = 3 and full = True are --rounds=3 --full."""
+    flags = []
+    for name, value in vars(arguments).items():
+        if value and name not in ("bench", "overrides", "json"):
+            flag = f"--{name}" if value is True else f"--{name}={value}"
+            flags.append(flag)
+    return flags
 
 
 def _print(name: str, figure: Figure) -> None:
@@ -133,16 +139,16 @@ def _print(name: str, figure: Figure) -> None:
 
 
 def write(path: pathlib.Path, command: str, **content: Any) -> None:
-    """Writes what a command has found, beside the command itself, the date and the machine."""
+    """Writes the results of a command with the command itself, the date and the machine."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     report = {"command": command, "date": date, "machine": machine.describe(), **content}
-    with _told("--json", str(path)):
+    with _write_error("--json", str(path)):
         write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
-def _told(name: str, value: str) -> Iterator[None]:
-    """Turns a file that cannot be written into one line."""
+def _write_error(name: str, value: str) -> Iterator[None]:
+    """Turns the failure to write a file into a UserError."""
     try:
         yield
     except OSError as error:
@@ -150,87 +156,91 @@ def _told(name: str, value: str) -> Iterator[None]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Returns a report as Markdown: what made it, and its rows.
+    """Returns a report as Markdown: the command that made it, and its rows.
 
     Those of a bench are ratios with their spread and medians of both sides; another command gives
     `columns` and `rows`.
     """
     lines = [f"`{report['command']}`, {report['date']}, {machine.sentence(report['machine'])}.", ""]
+    columns = COLUMNS
     if "figures" in report:
-        figures = {name: Figure(**fields) for name, fields in report["figures"].items()}
-        if not all(isinstance(figure.is_rate, bool) for figure in figures.values()):
-            raise ValueError("is_rate is true or false")
-        columns, rows = (
-            COLUMNS,
-            [row for name, figure in figures.items() for row in _rows(name, figure)],
-        )
+        rows = _figure_rows(report["figures"])
     else:
-        columns, rows = report["columns"], report["rows"]
+        columns = report["columns"]
+        rows = report["rows"]
+
     for row in (columns, ["---"] * len(columns), *rows):
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} cells, not {len(columns)}")
-        # A cell is one line, and ends neither its column nor the block.
-        cells = [
-            " ".join(cell.split()).replace("|", "\\|").replace("<!--", "&lt;!--") for cell in row
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(_cell, row))} |")
     return "\n".join(lines) + "\n"
 
 
+def _cell(text: str) -> str:
+    """Returns text on one line, which ends neither its column nor the block."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<!--", "&lt;!--")
+
+
+def _figure_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, fields in figures.items():
+        figure = Figure(**fields)
+        if not isinstance(figure.is_rate, bool):
+            raise ValueError("is_rate is true or false")
+        rows += _rows(name, figure)
+    return rows
+
+
 def _rows(name: str, figure: Figure) -> list[list[str]]:
-    medians = {
-        side: f"{digits(statistics.median(values))} {figure.unit}"
-        for side, values in figure.rounds.items()
-    }
-    ours, *_ = figure.rounds
+    """Returns a row of COLUMNS for each peer."""
+    medians = {}
+    for side, values in figure.rounds.items():
+        medians[side] = f"{digits(statistics.median(values))} {figure.unit}"
+    ours, *_ = medians.values()
+
     rows = []
     for peer, ratios in figure.ratios().items():
-        ends = (
-            f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} rounds"
-            if len(ratios) > 1
-            else ""
-        )
-        rows.append(
-            [
-                name,
-                peer,
-                digits(statistics.median(ratios)),
-                ends,
-                medians[ours],
-                medians[peer],
-                figure.note,
-            ]
-        )
+        median = digits(statistics.median(ratios))
+        extremes = ""
+        if len(ratios) > 1:
+            extremes = f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} rounds"
+        rows.append([name, peer, median, extremes, ours, medians[peer], figure.note])
     for peer, reason in figure.skipped.items():
-        rows.append([name, peer, "left out", reason, medians[ours], "", figure.note])
+        rows.append([name, peer, "left out", reason, ours, "", figure.note])
     return rows
 
 
 def spread(values: Sequence[int | float]) -> str:
     """Returns the median, with the lowest and highest value where there are several."""
     median = digits(statistics.median(values))
-    return (
-        f"{median} ({digits(min(values))} to {digits(max(values))})" if len(values) > 1 else median
-    )
+    if len(values) == 1:
+        return median
+    return f"{median} ({digits(min(values))} to {digits(max(values))})"
 
 
 def digits(value: int | float) -> str:
-    """Returns a number with three digits that count, or all of its whole ones."""
-    places = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    """Returns a number with three significant digits, or all digits before the point."""
+    # 0.0207 has its first digit at 10^-2, and so 4 places; 712,551 has none.
+    places = 0
+    if value:
+        places = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{places}f}"
 
 
 def filled(text: str, folder: pathlib.Path) -> str:
-    """Returns the text of a Markdown file whose blocks hold what the files of a folder say."""
+    """Returns the text of a Markdown file with the tables of a folder's files in its blocks."""
     if 2 * len(BLOCK.findall(text)) != len(MARK.findall(text)):
         raise UserError("has a block of figures without its beginning or end.")
-    return BLOCK.sub(
-        lambda block: block[1] + _content(folder / f"{block[2]}.json") + block[4], text
-    )
+
+    def fill(block: re.Match[str]) -> str:
+        begin, name, _, end = block.groups()
+        return begin + _content(folder / f"{name}.json") + end
+
+    return BLOCK.sub(fill, text)
 
 
 def check(text: str, folder: pathlib.Path) -> list[str]:
-    """Returns the names of the blocks that hold anything else than the files say."""
+    """Returns the names of the blocks whose content is not the table of their file."""
     pairs = zip(BLOCK.finditer(text), BLOCK.finditer(filled(text, folder)), strict=True)
     return [found[2] for found, wanted in pairs if found[3] != wanted[3]]
 

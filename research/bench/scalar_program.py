@@ -1,9 +1,8 @@
-"""The scalar unit of a TPU core, as far as control flow needs it: 32-bit integers, predicates,
-scalar memory.
+"""An emulator of the scalar unit of a TPU core, as far as control flow needs it: 32-bit integers,
+predicates, scalar memory.
 
-Instructions are read in the compiler's own text and become Python source, a function a stretch of
-bundles. Registers are the machine's own (`%s105_s6` is s6): values that merge after a branch merge
-there.
+The compiler's text of instructions becomes Python source, one function a basic block. Registers are
+the machine's own (`%s105_s6` is s6), so values that merge after a branch are in one register.
 """
 
 import re
@@ -38,12 +37,12 @@ _PREDICATES = {
     "pneg": "negate({0})",
     "pmov": "{0}",
 }
-# Words between allocations of scalar memory: no address reaches the next one.
+# Words between allocations of scalar memory: more than any allocation has.
 _ALLOCATION_WORDS = 2**16
 
 
 class _Unknown:
-    """A value that no control flow may depend on: arithmetic keeps it, a decision refuses it."""
+    """A value that is not known here: arithmetic with it is unknown, a branch on it an error."""
 
     def _same(self, *_: Any) -> "_Unknown":
         return self
@@ -64,14 +63,14 @@ class _Unknown:
 
 
 class _Pointer(_Unknown):
-    """An address within an operand, in whatever unit: only which operand it is is known."""
+    """An address within an operand, of which only the operand is known."""
 
     def __init__(self, operand: int):
         self.operand = operand
 
 
 UNKNOWN = _Unknown()
-# Holds the number of the core; of a chip with two, the first is followed.
+# The address that holds the number of the core: 0, the first of a chip with two.
 _CORE_ID = 0
 
 
@@ -104,74 +103,86 @@ class Machine:
 
 
 def words(array: Shaped[np.ndarray, "..."]) -> Int[np.ndarray, " words"]:
-    """Returns an operand as 32-bit words in the order in which it lies in scalar memory: tiles of
-    (8, 128).
+    """Returns an operand as 32-bit words in the order of scalar memory: tiles of (8, 128).
 
-    Four rows of 8-bit numbers share a word; vectors of 32-bit numbers lie as they are.
+    Four rows of 8-bit numbers share a word; vectors of 32-bit numbers have no tiles.
     """
-    if array.ndim == 1 and array.dtype.itemsize == 4:
+    itemsize = array.dtype.itemsize
+    if array.ndim == 1 and itemsize == 4:
         return array.astype(np.int32)
-    rows = (
-        array.reshape(-1, array.shape[-2], array.shape[-1])
-        if array.ndim > 1
-        else array.reshape(1, 1, -1)
-    )
+    matrices = array.reshape(1, 1, -1)
+    if array.ndim > 1:
+        matrices = array.reshape(-1, *array.shape[-2:])
+
+    # Few rows have lower tiles: 4 rows of 32-bit numbers one of (4, 128).
     height = 8
-    while height // 2 >= max(rows.shape[1], 4 // rows.dtype.itemsize):
+    rows_a_word = 4 // itemsize
+    while height // 2 >= max(matrices.shape[1], rows_a_word):
         height //= 2
-    pads = [(0, -size % unit) for size, unit in zip(rows.shape, (1, height, 128), strict=True)]
-    tiles = np.pad(rows, pads).astype(array.dtype)
-    packed = 4 // array.dtype.itemsize
-    a, b, c = tiles.shape
-    tiles = tiles.reshape(a, b // height, height // packed, packed, c // 128, 128).transpose(
-        0, 1, 4, 2, 5, 3
-    )
-    return np.ascontiguousarray(tiles).view(np.int32).ravel()
+
+    # Padded to whole tiles: [matrices, rows, columns] -> the axes of tiles and words.
+    pads = [(0, -size % unit) for size, unit in zip(matrices.shape, (1, height, 128), strict=True)]
+    padded = np.pad(matrices, pads).astype(array.dtype)
+    count, rows, columns = padded.shape
+    words_high = height // rows_a_word
+    shape = (count, rows // height, words_high, rows_a_word, columns // 128, 128)
+    # Tiles of a row of tiles follow each other, and the rows of a word are its bytes.
+    ordered = padded.reshape(shape).transpose(0, 1, 4, 2, 5, 3)
+    return np.ascontiguousarray(ordered).view(np.int32).ravel()
 
 
 def wrap(value: Any) -> Any:
     """Returns a number as a signed one of 32 bits."""
-    return (
-        value if isinstance(value, _Unknown) else ((value + 0x80000000) & 0xFFFFFFFF) - 0x80000000
-    )
+    if isinstance(value, _Unknown):
+        return value
+    return ((value + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
 def negate(predicate: Any) -> Any:
     """Returns not p, unknown where p is."""
-    return predicate if isinstance(predicate, _Unknown) else not predicate
+    if isinstance(predicate, _Unknown):
+        return predicate
+    return not predicate
 
 
 def both(first: Any, second: Any) -> Any:
-    """Returns p and q, unknown where that is open."""
+    """Returns p and q, unknown where it depends on what is unknown."""
     if first is False or second is False:
         return False
-    return UNKNOWN if isinstance(first, _Unknown) or isinstance(second, _Unknown) else True
+    if isinstance(first, _Unknown) or isinstance(second, _Unknown):
+        return UNKNOWN
+    return True
 
 
 def select(predicate: Any, value: Any, otherwise: Any) -> Any:
     """Returns one of two values, unknown where the predicate is."""
-    return UNKNOWN if isinstance(predicate, _Unknown) else value if predicate else otherwise
+    if isinstance(predicate, _Unknown):
+        return UNKNOWN
+    return value if predicate else otherwise
 
 
 def translate(
     bundles: Sequence[Sequence[str]], branches: Mapping[int, tuple[str, str | None, int]]
 ) -> Callable[[Machine], int | None]:
-    """Returns a function that runs a stretch of bundles and returns the bundle to branch to, or
-    None.
+    """Returns a function that runs a basic block and returns the bundle to branch to, or None.
 
     Args:
       bundles: the instructions of each bundle.
       branches: for a bundle with a branch: `!` where it is taken if its predicate is false, the
         predicate's register (None where it is always taken), and the bundle that it leads to.
     """
-    lines = ["def block(m):", "  s, p, target = m.s, m.p, None"]
+    # A loop's block: `s[5] = t0` for each scalar instruction, then `if p[1]: target = 4`.
+    lines = ["def block(m):", "  s = m.s", "  p = m.p", "  target = None"]
     for i, bundle in enumerate(bundles):
-        lines += [f"  {line}" for line in _bundle(bundle)]
+        lines += [f"  {line}" for line in _bundle_source(bundle)]
         if i in branches:
             negated, register, to = branches[i]
-            condition = "True" if register is None else f"{'not ' if negated else ''}p[{register}]"
+            condition = "True" if register is None else f"p[{register}]"
+            if negated:
+                condition = f"not {condition}"
             lines.append(f"  if {condition}: target = {to}")
     lines.append("  return target")
+
     names = {
         "Pointer": _Pointer,
         "wrap": wrap,
@@ -184,50 +195,76 @@ def translate(
     return names["block"]
 
 
-def _bundle(bundle: Sequence[str]) -> list[str]:
+def _bundle_source(bundle: Sequence[str]) -> list[str]:
     """Returns the source of a bundle's scalar instructions; all of them read before any of them
     writes.
-
-    Merges of values and casts of pointers are no instructions: they name a register anew.
     """
-    reads, writes = [], []
+    # `{ s1 = s2 ;; s2 = s1 }` -> t0 = s[2], t1 = s[1], s[1] = t0, s[2] = t1
+    reads = []
+    writes = []
     for instruction in bundle:
-        match = _INSTRUCTION.match(re.sub(r"^%\w+ = (?=sst|dma|sbr)", "", instruction))
-        if match is None:
-            continue
-        op, rest, register = match.group("op"), match.group("rest") or "", match.group("register")
-        guard = _GUARD.match(rest)
-        rest = rest[guard.end() :] if guard else rest
-        when = _value(guard.group(1)) if guard else None
-        temporary = f"t{len(reads)}"
-        if register is not None and op != "sphi" and not op.startswith("int_to_ptr"):
-            target = f"{register[0]}[{register[1:]}]"
-            value = _expression(op, rest)
-            if when is not None:
-                otherwise = _value(guard.group(2)) if guard.group(2) else target
-                value = f"select({when}, {value}, {otherwise})"
-            reads.append(f"{temporary} = {value}")
-            writes.append(f"{target} = {temporary}")
-        elif op == "sst" and (address := _ADDRESS.match(rest)):
-            value = _value(rest[address.end() :].strip().lstrip(",").strip())
-            reads.append(f"{temporary} = ({_sum(address.group(1))}, {value})")
-            writes.append(f"{f'if {when}: ' if when else ''}m.store(*{temporary})")
-        elif op in ("dma.hbm_to_smem", "dma.vmem_to_smem"):
-            source, _, target = (part.strip() for part in rest.split(",")[:3])
-            reads.append(f"{temporary} = ({_value(source)}, {_value(target)})")
-            writes.append(f"{f'if {when}: ' if when else ''}m.fetch(*{temporary})")
+        source = _instruction_source(instruction, f"t{len(reads)}")
+        if source is not None:
+            read, write = source
+            reads.append(read)
+            writes.append(write)
     return reads + writes
 
 
-def _expression(op: str, rest: str) -> str:
-    """Returns the source of an instruction's value; `UNKNOWN` where it is a vector's, or never met
-    before.
+def _instruction_source(instruction: str, temporary: str) -> tuple[str, str] | None:
+    """Returns the source that reads a scalar instruction's operands into `temporary`, and the one
+    that writes its result; None for an instruction of another unit.
+
+    Merges of values (`sphi`) and casts of pointers only give a register another name.
     """
-    if op == "sld" and (address := _ADDRESS.match(rest)):
+    match = _INSTRUCTION.match(re.sub(r"^%\w+ = (?=sst|dma|sbr)", "", instruction))
+    if match is None:
+        return None
+    op = match.group("op")
+    rest = match.group("rest") or ""
+    register = match.group("register")
+
+    # A predicate that guards the instruction, and the value that its register has otherwise.
+    guard = _GUARD.match(rest)
+    when = None
+    if guard:
+        when = _value(guard.group(1))
+        rest = rest[guard.end() :]
+    prefix = f"if {when}: " if when else ""
+
+    if register is not None and op != "sphi" and not op.startswith("int_to_ptr"):
+        target = f"{register[0]}[{register[1:]}]"
+        value = _expression(op, rest)
+        if when is not None:
+            otherwise = _value(guard.group(2)) if guard.group(2) else target
+            value = f"select({when}, {value}, {otherwise})"
+        return f"{temporary} = {value}", f"{target} = {temporary}"
+
+    address = _ADDRESS.match(rest)
+    if op == "sst" and address:
+        value = _value(rest[address.end() :].strip().lstrip(","))
+        read = f"{temporary} = ({_sum(address.group(1))}, {value})"
+        return read, f"{prefix}m.store(*{temporary})"
+
+    if op in ("dma.hbm_to_smem", "dma.vmem_to_smem"):
+        source, _, target, *_ = rest.split(",")
+        read = f"{temporary} = ({_value(source)}, {_value(target)})"
+        return read, f"{prefix}m.fetch(*{temporary})"
+    return None
+
+
+def _expression(op: str, rest: str) -> str:
+    """Returns the source of an instruction's value; `UNKNOWN` where it is a vector's, or of an
+    instruction that is not emulated.
+    """
+    address = _ADDRESS.match(rest)
+    if op == "sld" and address:
         return f"m.load({_sum(address.group(1))})"
     if op.startswith("inlined_call_operand"):
-        return f"Pointer({re.search(r'index: ([0-9]+)', rest).group(1)})"
-    values = [_value(part) for part in _split(rest)]
+        index = re.search(r"index: ([0-9]+)", rest).group(1)
+        return f"Pointer({index})"
+
+    values = [_value(part) for part in rest.split(",") if part.strip()]
     if op == "smov":
         return values[0]
     if op == "scalar_select":
@@ -238,29 +275,41 @@ def _expression(op: str, rest: str) -> str:
         return f"wrap({_BINARY[op].format(*values)})"
     if op in _PREDICATES:
         return _PREDICATES[op].format(*values)
-    if match := re.match(r"scmp\.(\w+)\.([su])32", op):
-        unsigned = " & 0xffffffff" if match.group(2) == "u" else ""
-        return f"({values[0]}{unsigned}) {_COMPARISONS[match.group(1)]} ({values[1]}{unsigned})"
+
+    # scmp.lt.u32.totalorder: a signed register is compared as an unsigned number.
+    comparison = re.match(r"scmp\.(\w+)\.([su])32", op)
+    if comparison:
+        name, sign = comparison.groups()
+        unsigned = " & 0xffffffff" if sign == "u" else ""
+        return f"({values[0]}{unsigned}) {_COMPARISONS[name]} ({values[1]}{unsigned})"
     return "UNKNOWN"
 
 
-def _split(rest: str) -> list[str]:
-    return [part.strip() for part in rest.split(",") if part.strip()]
-
-
 def _sum(address: str) -> str:
-    return " + ".join(_value(part.strip()) for part in re.split(r" \+ (?!\$)", address))
+    # `%s3_s1 + 4`, but not `#allocation3 + $0x4`, which is one value.
+    return " + ".join(_value(part) for part in re.split(r" \+ (?!\$)", address))
 
 
 def _value(token: str) -> str:
     """Returns the source of an operand: a register, a number, or the address of an allocation."""
     token = token.strip()
-    if match := re.fullmatch(r"(!?)%\w+_([sp])(\d+)", token):
-        register = f"{match.group(2)}[{match.group(3)}]"
-        return f"negate({register})" if match.group(1) else register
-    if match := _ALLOCATION.fullmatch(token):
-        return str(int(match.group(1)) * _ALLOCATION_WORDS + int(match.group(2) or "0", 0))
+    # `!%p15_p1` -> negate(p[1])
+    match = re.fullmatch(r"(!?)%\w+_([sp])(\d+)", token)
+    if match:
+        negated, kind, number = match.groups()
+        register = f"{kind}[{number}]"
+        return f"negate({register})" if negated else register
+
+    # `[#allocation3 + $0x4]` -> 3 * 2**16 + 4
+    match = _ALLOCATION.fullmatch(token)
+    if match:
+        allocation, offset = match.groups()
+        return str(int(allocation) * _ALLOCATION_WORDS + int(offset or "0", 0))
+
+    # `4294967295` -> -1
     if re.fullmatch(r"-?\d+|0x[0-9a-f]+", token):
         value = int(token, 0)
-        return str(value - 2**32 if value >= 2**31 else value)
+        if value >= 2**31:
+            value -= 2**32
+        return str(value)
     return "UNKNOWN"

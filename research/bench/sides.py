@@ -1,5 +1,5 @@
-"""Sides of a bench: each a process that is asked, interleaved with the others, to repeat its work a
-number of times.
+"""Sides of a bench: processes that each repeat their work a number of times when asked, interleaved
+with the others.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ def interleave_calls(
 ) -> dict[str, list[Answer]]:
     """Calls each side once a round, and returns its answers after a first round, which warms up.
 
-    Each round has the other order (A B, B A, …), since the second finds the machine as the first
-    has left it.
+    The order alternates (A B, B A, …), since the first side changes the machine for the second.
     """
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
     for index in range(rounds + 1):
-        for side in list(sides)[:: -1 if index % 2 else 1]:
+        order = reversed(sides) if index % 2 else sides
+        for side in order:
             answer = sides[side]()
             if index:
                 answers[side].append(answer)
@@ -55,17 +55,16 @@ def interleave_workers(
     """
     with contextlib.ExitStack() as stack:
         workers = {side: stack.enter_context(worker(command)) for side, command in commands.items()}
-        return interleave_calls(
-            {side: functools.partial(ask, count) for side, ask in workers.items()}, rounds
-        )
+        sides = {side: functools.partial(ask, count) for side, ask in workers.items()}
+        return interleave_calls(sides, rounds)
 
 
 @contextlib.contextmanager
 def worker(
     command: Sequence[str], root: pathlib.Path | None = None
 ) -> Iterator[Callable[[int], float]]:
-    """Starts a side in a process of its own, and gives a function that asks it and returns the
-    seconds.
+    """Starts a side in its own process, and yields a function that sends it a count and returns
+    its seconds.
 
     Args:
       command: a module that calls `serve`, and its arguments.
@@ -83,9 +82,8 @@ def worker(
     )
 
     def ask(count: int) -> float:
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it has ended, which is seen where its answer is missing
+        # Where the process has ended, its answer is missing.
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.write(f"{count}\n")
             process.stdin.flush()
         answer = process.stdout.readline()
@@ -117,9 +115,9 @@ def process_error(command: Sequence[str], status: int) -> UserError:
     """
     name = " ".join(map(str, command))
     if status < 0:
-        said = (
-            f"was killed by {signal.Signals(-status).name}; the system kills who takes more "
+        killer = signal.Signals(-status).name
+        return UserError(
+            f"the side `{name}` was killed by {killer}; the system kills a process that needs more "
             "memory than there is."
         )
-        return UserError(f"the side `{name}` {said}")
     return UserError(f"the side `{name}` ended with status {status}.")

@@ -30,7 +30,9 @@ class Shape:
 
 
 SHAPE = Shape()
-LEARNING_RATE, WEIGHT_DECAY, BETAS = 1e-4, 0.1, (0.9, 0.95)
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.95)
 DTYPES = ("float32", "bfloat16")
 SIDES = ("tessera", "torch")
 
@@ -78,5 +80,6 @@ def measure(dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figu
     tokens = SHAPE.tokens * arguments.steps
     rates = {side: [tokens / taken for taken in values] for side, values in seconds.items()}
     sizes = ", ".join(f"{name} {size:,}" for name, size in dataclasses.asdict(SHAPE).items())
-    name = f"{dtype}, torch {'eager' if dtype == 'float32' else 'with autocast, compiled'}"
+    mode = "eager" if dtype == "float32" else "with autocast, compiled"
+    name = f"{dtype}, torch {mode}"
     return name, report.Figure("tokens/s", True, rates, skipped, sizes)

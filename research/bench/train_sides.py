@@ -1,5 +1,5 @@
 """The two sides of `tessera bench train`, each a process: it reads a number of steps, takes them,
-answers the seconds.
+and prints the seconds.
 
 Each imports its own framework only, inside its function, so that the threads of two runtimes never
 share a process.
@@ -7,6 +7,7 @@ share a process.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from research.bench.sides import serve
 from research.bench.train import BETAS, LEARNING_RATE, SHAPE, WEIGHT_DECAY
@@ -16,15 +17,7 @@ from research.core import backend
 def tessera_step(dtype: str) -> Callable[[], float]:
     """Returns the step that `tessera train` takes, on one device; it returns the loss."""
     import jax
-    import numpy as np
 
-    from research.models.config import (
-        AttentionConfig,
-        MlpConfig,
-        ModelConfig,
-        NormConfig,
-        PositionConfig,
-    )
     from research.optim.optimizers import OptimConfig
     from research.optim.schedules import ScheduleConfig
     from research.parallel.mesh import MeshConfig
@@ -32,20 +25,6 @@ def tessera_step(dtype: str) -> Callable[[], float]:
     from research.training.language_model import language_model_program
     from research.training.step import shard_batch
 
-    model = ModelConfig(
-        vocab_size=SHAPE.vocabulary,
-        num_layers=SHAPE.layers,
-        embed_dim=SHAPE.width,
-        max_length=SHAPE.length,
-        attention=AttentionConfig(
-            SHAPE.heads, SHAPE.heads, SHAPE.width // SHAPE.heads, qkv_bias=True, out_bias=True
-        ),
-        mlp=MlpConfig(4 * SHAPE.width, activation="gelu_tanh", gated=False, bias=True),
-        norm=NormConfig(kind="layernorm", bias=True),
-        position=PositionConfig(kind="learned"),
-        tied_embeddings=True,
-        dtype=dtype,
-    )
     optim = OptimConfig(
         learning_rate=LEARNING_RATE,
         schedule=ScheduleConfig(name="constant"),
@@ -55,21 +34,12 @@ def tessera_step(dtype: str) -> Callable[[], float]:
         clip_norm=None,
     )
     train = TrainConfig(steps=1_000_000, batch_size=SHAPE.batch, sequence_length=SHAPE.length)
-    program = language_model_program(model, optim, train, MeshConfig(), jax.devices()[:1])
-    step, state = program.compile_train_step(), program.create(jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(
-        SHAPE.vocabulary, size=(SHAPE.batch, SHAPE.length + 1), dtype=np.int32
+    program = language_model_program(
+        gpt2_config(dtype), optim, train, MeshConfig(), jax.devices()[:1]
     )
-    rows = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(
-            np.arange(SHAPE.length, dtype=np.int32), (SHAPE.batch, SHAPE.length)
-        ),
-        "segments": np.ones((SHAPE.batch, SHAPE.length), np.int32),
-        "weights": np.ones((SHAPE.batch, SHAPE.length), np.float32),
-    }
-    batch = shard_batch(rows, program.batch)
+    step = program.compile_train_step()
+    state = program.create(jax.random.key(0))
+    batch = shard_batch(random_batch(), program.batch)
 
     def take() -> float:
         nonlocal state
@@ -77,6 +47,52 @@ def tessera_step(dtype: str) -> Callable[[], float]:
         return float(metrics["loss"])
 
     return take
+
+
+def gpt2_config(dtype: str) -> Any:
+    """Returns GPT-2 of SHAPE as a `ModelConfig`."""
+    from research.models.config import (
+        AttentionConfig,
+        MlpConfig,
+        ModelConfig,
+        NormConfig,
+        PositionConfig,
+    )
+
+    head_width = SHAPE.width // SHAPE.heads
+    return ModelConfig(
+        vocab_size=SHAPE.vocabulary,
+        num_layers=SHAPE.layers,
+        embed_dim=SHAPE.width,
+        max_length=SHAPE.length,
+        attention=AttentionConfig(
+            SHAPE.heads, SHAPE.heads, head_width, qkv_bias=True, out_bias=True
+        ),
+        mlp=MlpConfig(4 * SHAPE.width, activation="gelu_tanh", gated=False, bias=True),
+        norm=NormConfig(kind="layernorm", bias=True),
+        position=PositionConfig(kind="learned"),
+        tied_embeddings=True,
+        dtype=dtype,
+    )
+
+
+def random_batch() -> dict[str, Any]:
+    """Returns rows of random tokens, each one document."""
+    import numpy as np
+
+    shape = (SHAPE.batch, SHAPE.length)
+    # [B, T + 1]: targets are the tokens one position later.
+    tokens = np.random.default_rng(0).integers(
+        SHAPE.vocabulary, size=(SHAPE.batch, SHAPE.length + 1), dtype=np.int32
+    )
+    positions = np.arange(SHAPE.length, dtype=np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.broadcast_to(positions, shape),
+        "segments": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
 
 
 def torch_step(dtype: str) -> Callable[[], float]:

@@ -55,7 +55,7 @@ def test_bundles_are_counted_as_the_loop_and_the_predicate_say(tmp_path, rounds)
     even = (rounds + 1) // 2
     assert schedule.counts.tolist() == [1] * 4 + [rounds] * 4 + [even] * 2 + [rounds] * 3 + [1]
     assert schedule.cycles == 5 + 7 * rounds + 2 * even
-    assert schedule.busy("MXU") == pytest.approx(6 * even / (4 * schedule.cycles))
+    assert schedule.utilization("MXU") == pytest.approx(6 * even / (4 * schedule.cycles))
     assert schedule.regions()[0] == ((0, 14, 1) if rounds == 1 else (0, 4, 1))
     assert list(kernel_programs(tmp_path)) == ["toy.1"]
 
