@@ -104,6 +104,7 @@ def describe(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> str:
 
 
 def _model_config(model: str | ModelConfig | ExperimentConfig | LoadedModel) -> ModelConfig:
+    # A config file, a run's config, a loaded model, or the config itself.
     if isinstance(model, str):
         return describing.load_model(model, [])
     if isinstance(model, ExperimentConfig):

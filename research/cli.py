@@ -123,7 +123,9 @@ def _fail(message: str, status: int) -> int:
     if len(line) > LONGEST_LINE:
         # A value from a foreign file can have any length.
         half = LONGEST_LINE // 2
-        line = f"{line[:half]} … {line[-half:]} ({len(line):,} letters)"
+        begin = line[:half]
+        end = line[-half:]
+        line = f"{begin} … {end} ({len(line):,} letters)"
     print(f"tessera: {line}", file=sys.stderr)
     return status
 
@@ -154,8 +156,9 @@ def _run(argv: list[str]) -> int:
 
 def _check_verb(verb: str) -> None:
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        advice = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(VERBS)}."
+        advice = f"Known: {', '.join(VERBS)}."
+        for close in difflib.get_close_matches(verb, VERBS, n=1):
+            advice = f"Did you mean {close!r}?"
         raise UserError(f"{verb!r} is not a verb. {advice}")
 
 
@@ -172,10 +175,14 @@ def _verb_parser(verb: str, recipe: ModuleType) -> _Parser:
 
 def _parse(parser: _Parser, verb: str, argv: list[str]) -> argparse.Namespace:
     """Returns the flags of a verb, with the `overrides` of its config."""
+    # `--config.a.b=VALUE` is not a flag of the parser: every dotted name would be one.
     argv, overrides = split_overrides(argv)
     known = [flag for action in parser._actions for flag in action.option_strings]
     if overrides and "--config" not in known:
         raise UserError(f"--config.{overrides[0][0]}: {verb} reads no config.")
+
+    # argparse lists all unknown flags; the first one, with the flag that it may stand for, helps
+    # more.
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flag, _, _ = unknown[0].partition("=")
@@ -242,7 +249,8 @@ def _completion_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:9} {summary}" for verb, summary in VERBS.items())
+    lines = [f"  {verb:9} {summary}" for verb, summary in VERBS.items()]
+    verbs = "\n".join(lines)
     usage = "tessera VERB [--config=FILE.py] [--config.a.b=VALUE …] [--workdir=DIR]"
     more = "tessera VERB --help shows examples, tessera --version the version."
     return f"{usage}\n\n{verbs}\n\n{more}"

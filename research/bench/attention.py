@@ -63,6 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _chips(text: str) -> list[str]:
+    # "v5e,v6e" -> ["v5e", "v6e"]
     chips = text.split(",")
     for chip in chips:
         if chip not in TPU_TOPOLOGIES:
@@ -109,7 +110,8 @@ def _measurement(
     times = {side: report.milliseconds(values, calls) for side, values in seconds.items()}
 
     # A causal mask leaves half of the pairs; 2 products forward and 4 backward, of 2 operations.
-    operations = 12 * batch * heads * width * length**2 / 2
+    pairs = batch * heads * length**2
+    operations = 12 * width * pairs / 2
     best = operations / min(times["tessera"]) / 1e9
     name = f"{dtype}, {batch} × {length:,} tokens, {heads} heads of {width}"
     note = f"{best:,.3f} useful TFLOP/s at best"
@@ -143,6 +145,7 @@ def schedules(chips: list[str], lengths: list[int]) -> Iterator[tuple[str, repor
 def _schedule_figure(
     direction: str, ours: dict[str, Any], peers: Sequence[dict[str, Any]]
 ) -> report.Figure:
+    # The block sizes that compiled for this chip, of which the fastest counts.
     compiled = [peer for peer in peers if direction in peer]
     best = min(compiled, key=lambda peer: peer[direction]["cycles"])
     cycles = {"tessera": [ours[direction]["cycles"]], "splash": [best[direction]["cycles"]]}

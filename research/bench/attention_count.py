@@ -34,6 +34,7 @@ Side = tuple[Callable[..., Any], tuple[int, ...], dict[str, Sequence[Any]]]
 
 def tessera_side(length: int) -> Side:
     """Returns value and gradients of this project's attention, causal."""
+    # Tiles that the mask leaves, which the kernels' grids visit in this order.
     mask = AttentionMask(causal=True)
     forward, backward = tpu.choose_blocks(WIDTH, 2, False, length, length)
     tiles = {
@@ -79,6 +80,7 @@ def splash_side(length: int, queries: int, keys: int, computed: int, fused: int)
         "splash_mha_dkv": kernel.dkv_mask_info,
         "splash_mha_dq": kernel.dq_mask_info,
     }
+    # A kernel that the other form of the backward pass has is None.
     scalars = {}
     for name, info in infos.items():
         if info is not None:

@@ -55,8 +55,9 @@ def torch_side(dtype: str, batch: int, length: int, heads: int, width: int) -> C
     # Torch has heads before tokens: [B, N, T, H].
     shape = (batch, heads, length, width)
     torch_dtype = getattr(torch, dtype)
-    q, k, v = (torch.randn(shape, dtype=torch_dtype, requires_grad=True) for _ in range(3))
-    g = torch.randn(shape, dtype=torch_dtype)
+    q, k, v, g = (torch.randn(shape, dtype=torch_dtype) for _ in range(4))
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
 
     def step() -> Any:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -68,6 +68,8 @@ def _rows(only: str | None) -> list[str]:
     known = [*STEPS, "loader", "convert"]
     if only is None:
         return known
+
+    # `train,attention` -> train and each row whose name begins with attention.
     wanted = []
     for name in only.split(","):
         found = [row for row in known if row.startswith(name)]
@@ -81,6 +83,7 @@ def _rows(only: str | None) -> list[str]:
 def _checkout(commit: str) -> Iterator[pathlib.Path]:
     """Gives a folder with the files of a commit, for as long as the context lasts."""
     with tempfile.TemporaryDirectory(prefix="tessera-commit-") as folder:
+        # The files of the commit alone: this checkout and its index stay as they are.
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True)
         if archive.returncode:
             said = archive.stderr.decode().strip().partition("\n")[0]
@@ -104,6 +107,7 @@ def _measure(
 
 
 def _step_times(row: str, roots: dict[str, pathlib.Path], rounds: int) -> report.Figure:
+    # A process of each checkout, with the same module and arguments.
     name, *sizes = STEPS[row]
     flags = [str(size) for size in sizes]
     with contextlib.ExitStack() as stack:
@@ -125,7 +129,8 @@ def _module(root: pathlib.Path, name: str) -> str:
 def _loader_rate(root: pathlib.Path) -> float:
     """Returns what the loader's bench of a checkout prints, the mean of several shapes."""
     printed = run(["research", "bench", *LOADER], root)
-    return statistics.mean(float(figure) for figure in re.findall(LOADER_FIGURE, printed))
+    figures = [float(figure) for figure in re.findall(LOADER_FIGURE, printed)]
+    return statistics.mean(figures)
 
 
 def _conversions(
@@ -153,6 +158,7 @@ def _conversions(
 
 def _round_trip(folder: pathlib.Path, root: pathlib.Path) -> dict[str, float]:
     module = _module(root, "convert_sides")
+    # The way out reads the workdir that the way in has made.
     seconds = {}
     for way in ("in", "out"):
         seconds[way] = convert.run_side(folder, way, module, root)["seconds"]

@@ -61,12 +61,14 @@ def measure(dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[str, re
         sides = {side: functools.partial(run_side, folder, side) for side in TARGETS}
         results = interleave_calls(sides, arguments.rounds)
 
+    # Of each side: megabytes a second of every round, and the most megabytes of memory.
     rates = {}
     peaks = {}
     for side, rounds in results.items():
         rates[side] = [size / 1e6 / each["seconds"] for each in rounds]
         peaks[side] = max(each["peak_bytes"] for each in rounds) / 1e6
 
+    # Each direction has a row, beside the copy.
     for side in ("in", "out"):
         name = f"{side}, {size / 1e6:,.0f} MB of {dtype}"
         memory = f"at most {peaks[side]:,.0f} MB of memory, the copy {peaks['copy']:,.0f}"
@@ -88,9 +90,11 @@ def run_side(
       module: of the sides.
       root: the checkout whose module it is; None is the one that is running.
     """
+    # Without what the round before has made.
     target = folder / TARGETS[side]
     shutil.rmtree(target, ignore_errors=True)
-    return json.loads(run([module, side, str(folder / "source"), str(target)], root))
+    printed = run([module, side, str(folder / "source"), str(target)], root)
+    return json.loads(printed)
 
 
 def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
@@ -105,12 +109,16 @@ def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
         attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=64),
         mlp=MlpConfig(hidden_dim=8192),
     )
+
+    # Every parameter repeats the same noise, of which a part is made when it is read.
     noise = np.random.default_rng(0).standard_normal(2**22, dtype=np.float32)
     shapes = mapping.unrolled_shapes(config)
 
     def read(name: str, box: mapping.Slices) -> np.ndarray:
-        return np.resize(noise, shapes[name].shape)[box]
+        whole = np.resize(noise, shapes[name].shape)
+        return whole[box]
 
     architecture, fields = choose(ARCHITECTURES.values(), config)
     write_hugging_face(architecture, fields, config, read, folder, {}, dtype, shard_bytes=10**9)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = folder.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)

@@ -49,7 +49,8 @@ def main(spec: str, dtype: str) -> None:
         elif name.endswith(("tokens", "targets")):
             rows[name] = random.integers(VOCABULARY, size=shape, dtype=np.int32)
         elif name == "prefix":
-            rows[name] = np.broadcast_to((np.arange(LENGTH) < LENGTH // 2).astype(np.int32), shape)
+            in_prefix = np.arange(LENGTH) < LENGTH // 2
+            rows[name] = np.broadcast_to(in_prefix.astype(np.int32), shape)
         else:  # segments and weights: whole rows
             rows[name] = np.ones(shape, kind)
     batch = shard_batch(rows, program.batch)

@@ -69,15 +69,22 @@ class InstructionSchedule:
     def utilization(self, unit: str) -> float:
         """Returns the fraction of a unit's slots that are used, over the whole run."""
         used = (self.counts * self.used[unit]).sum()
-        return float(used / (self.cycles * self.slots[unit]))
+        available = self.cycles * self.slots[unit]
+        return float(used / available)
 
     def main_loop_utilization(self, unit: str) -> float:
         """Returns the fraction of a unit's slots that are used in the region with the most
         cycles.
         """
-        first, length, _ = max(self.regions(), key=lambda region: region[1] * region[2])
+
+        def cycles(region: tuple[int, int, int]) -> int:
+            _, length, times = region
+            return length * times
+
+        first, length, _ = max(self.regions(), key=cycles)
         used = self.used[unit][first : first + length].sum()
-        return float(used / (length * self.slots[unit]))
+        available = length * self.slots[unit]
+        return float(used / available)
 
     def regions(self) -> list[tuple[int, int, int]]:
         """Returns (first bundle, bundles, times) of each run of bundles that are issued equally
@@ -124,8 +131,8 @@ def run_program(
           vector.
     """
     bundles, region_starts, region_ends = _parse(program.read_text())
-    delay = _branch_delay(bundles, region_ends)
     branches = _branches(bundles, region_starts)
+    delay = _branch_delay(branches, region_ends)
     counts = _issue_counts(bundles, branches, delay, Machine(operands))
     used, slots = _utilization(program, len(bundles))
     return InstructionSchedule(_kernel_name(program), counts, used, slots)
@@ -139,8 +146,10 @@ def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:
     def mark(comment: re.Match[str]) -> str:
         # "/* Start region 3 */" -> "@S3@": a comment inside braces would end the bundle.
         kinds = {"Start": "S", "End": "E", "Start/End empty": "S"}
-        regions = _REGION.findall(comment.group(0))
-        return "".join(f"@{kinds[kind]}{region}@" for kind, region in regions)
+        marks = ""
+        for kind, region in _REGION.findall(comment.group(0)):
+            marks += f"@{kinds[kind]}{region}@"
+        return marks
 
     # The braces of operand shapes would end a bundle, too.
     text = re.sub(r"shape index: \{[^}]*\}", "", text)
@@ -154,28 +163,33 @@ def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:
         address, content, trailing_marks = match.groups()
         assert int(address, 16) == len(bundles), f"bundle {len(bundles)} is missing"
         ended = set()
+        # Regions start before the instructions of a bundle, and end after them.
         for kind, region in _MARK.findall(content + trailing_marks):
             if kind == "S":
                 starts.setdefault(region, len(bundles))
             else:
                 ended.add(region)
         ends.append(ended)
-        instructions = [each.strip() for each in _MARK.sub("", content).split(";;")]
+
+        # "%s1_s0 = … ;; %s2_s1 = smov 3" -> two instructions
+        content = _MARK.sub("", content)
+        instructions = [each.strip() for each in content.split(";;")]
         bundles.append([each for each in instructions if each])
     return bundles, starts, ends
 
 
-def _branch_delay(bundles: list[list[str]], ends: list[set[str]]) -> int:
+def _branch_delay(branches: dict[int, Branch], ends: list[set[str]]) -> int:
     """Returns how many bundles are still issued after a branch: the region of every branch ends
     with the last of them.
     """
-    branches = [i for i, bundle in enumerate(bundles) if any(map(_BRANCH.search, bundle))]
     if not branches:
         return 0
 
     def fits(delay: int) -> bool:
         lasts = [i + delay for i in branches]
-        return max(lasts) < len(ends) and all(ends[last] for last in lasts)
+        if max(lasts) >= len(ends):
+            return False
+        return all(ends[last] for last in lasts)
 
     delays = [delay for delay in range(1, _MAX_DELAY) if fits(delay)]
     assert len(delays) == 1, f"branches end their regions {delays} bundles later"
@@ -197,6 +211,8 @@ def _issue_counts(
 ) -> Int[np.ndarray, " bundles"]:
     """Runs the program and returns how often each bundle is issued."""
     blocks = _translate_blocks(bundles, branches, delay)
+
+    # How often each block is entered.
     visits = dict.fromkeys(blocks, 0)
     start = 0
     while start < len(bundles):
@@ -206,6 +222,7 @@ def _issue_counts(
         start = stop if target is None else target
         assert start != _NOWHERE, "a branch leads to a region without a mark"
 
+    # Blocks {0: 1, 4: 5} of 4 and 2 bundles -> counts [1, 1, 1, 1, 5, 5]
     counts = np.zeros(len(bundles), np.int64)
     for start, (stop, _) in blocks.items():
         counts[start:stop] = visits[start]
@@ -225,7 +242,10 @@ def _translate_blocks(
 
     blocks = {}
     for start, stop in itertools.pairwise(edges):
-        inside = {i - start: branch for i, branch in branches.items() if start <= i < stop}
+        inside = {}
+        for i in range(start, stop):
+            if i in branches:
+                inside[i - start] = branches[i]
         blocks[start] = (stop, translate(bundles[start:stop], inside))
     return blocks
 
@@ -239,6 +259,9 @@ def _utilization(program: pathlib.Path, bundles: int) -> tuple[dict[str, Any], d
     _, units_line, slots_line, _, *rows = path.read_text().splitlines()
     units = [unit.strip() for unit in units_line.split(",")]
     slots = [int(count) for count in slots_line.split()]
-    used = np.array([[int(count) for count in row.split()] for row in rows if row.strip()])
-    assert len(used) == bundles, f"{path.name} has {len(used)} bundles, not {bundles}"
-    return dict(zip(units, used.T, strict=True)), dict(zip(units, slots, strict=True))
+    counts = [[int(count) for count in row.split()] for row in rows if row.strip()]
+    assert len(counts) == bundles, f"{path.name} has {len(counts)} bundles, not {bundles}"
+
+    # [bundles, units] -> the column of each unit
+    used = dict(zip(units, np.array(counts).T, strict=True))
+    return used, dict(zip(units, slots, strict=True))

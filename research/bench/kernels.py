@@ -68,9 +68,12 @@ def main(arguments: argparse.Namespace) -> None:
     if jax.default_backend() == "tpu":
         raise UserError("bench kernels needs a CPU or a GPU: no two processes share a TPU.")
     dtypes = ("bfloat16",) if jax.default_backend() == "gpu" else ("float32", "bfloat16")
-    cases = [(kernel, dtype) for kernel in kernels for dtype in dtypes]
     sizes = FULL if arguments.full else SMALL
-    rows = (measure(kernel, dtype, sizes[kernel], arguments.rounds) for kernel, dtype in cases)
+    rows = (
+        measure(kernel, dtype, sizes[kernel], arguments.rounds)
+        for kernel in kernels
+        for dtype in dtypes
+    )
     report.publish("kernels", arguments, itertools.chain.from_iterable(rows))
 
 
@@ -89,8 +92,7 @@ def measure(
     seconds = interleave_workers(commands, rounds, calls)
     times = {side: report.milliseconds(values, calls) for side, values in seconds.items()}
 
-    listed = ", ".join(f"{size_name} {size:,}" for size_name, size in sizes.items())
-    name = f"{kernel}, {dtype}, {listed}"
+    name = f"{kernel}, {dtype}, {report.sizes_text(sizes)}"
     if kernel == "cross_entropy":
         yield name, report.Figure("ms", False, times, note=memory(dtype, sizes))
     elif kernel == "grouped_matmul":
@@ -106,11 +108,14 @@ def measure(
 
 def flops(kernel: str, sizes: dict[str, int]) -> int:
     """Returns the operations of the matrix products that a call needs."""
+    # Forward and two backward products of 2 operations.
     if kernel == "cross_entropy":
         return 6 * sizes["tokens"] * sizes["width"] * sizes["vocabulary"]
     if kernel == "grouped_matmul":
         return 6 * sizes["rows"] * sizes["width"] * sizes["features"]
-    return 4 * sizes["batch"] * sizes["length"] * sizes["heads"] * sizes["head_width"]
+    # Scores and their product with the values, without gradients.
+    pairs = sizes["batch"] * sizes["length"] * sizes["heads"]
+    return 4 * pairs * sizes["head_width"]
 
 
 def memory(dtype: str, sizes: dict[str, int]) -> str:
@@ -121,7 +126,8 @@ def memory(dtype: str, sizes: dict[str, int]) -> str:
     for side in ("tessera", *PEERS["cross_entropy"]):
         printed = run([SIDES, "temporaries", "cross_entropy", side, dtype, *numbers])
         size = int(printed.splitlines()[-1])
-        parts.append(f"{side} {size / 1e6:,.1f} MB ({size / logits:.1%})")
+        share = size / logits
+        parts.append(f"{side} {size / 1e6:,.1f} MB ({share:.1%})")
     return f"temporaries (and part of the float32 logits): {', '.join(parts)}"
 
 

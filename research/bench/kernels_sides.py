@@ -47,7 +47,9 @@ def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabular
         return cross_entropy(mean, hidden, kernel, targets)[0]
 
     def plain(hidden: Any, kernel: Any, targets: Any) -> Any:
-        logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        # [tokens, V] at once, in float32.
+        kernel = kernel.astype(hidden.dtype)
+        logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     def arguments() -> tuple[Any, ...]:
@@ -65,8 +67,9 @@ def group_sizes(rows: int, experts: int) -> list[int]:
 
     12 rows of 3 experts are 2, 4 and 6.
     """
-    steps = experts * (experts + 1)
-    ends = [rows * index * (index + 1) // steps for index in range(experts + 1)]
+    # Expert i ends after i (i + 1) / 2 of experts (experts + 1) / 2 parts.
+    parts = experts * (experts + 1)
+    ends = [rows * i * (i + 1) // parts for i in range(experts + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
@@ -77,7 +80,10 @@ def grouped_matmul_side(
     product = grouped_matmul if side == "tessera" else jax.lax.ragged_dot
 
     def step(x: Any, kernels: Any, sizes: Any, g: Any) -> Any:
-        y, pull_back = jax.vjp(lambda x, kernels: product(x, kernels, sizes), x, kernels)
+        def of_floats(x: Any, kernels: Any) -> Any:
+            return product(x, kernels, sizes)
+
+        y, pull_back = jax.vjp(of_floats, x, kernels)
         return y, pull_back(g)
 
     def arguments() -> tuple[Any, ...]:
@@ -92,13 +98,17 @@ def grouped_matmul_side(
 
 def sequence_lengths(batch: int, length: int) -> list[int]:
     """Returns tokens of each sequence, from the longest down to half of it."""
-    return [length - length // 2 * index // batch for index in range(batch)]
+    # 3 sequences of at most 100 tokens -> [100, 84, 67]
+    half = length // 2
+    return [length - half * i // batch for i in range(batch)]
 
 
 def page_bytes(dtype: str, batch: int, length: int, kv_heads: int, head_width: int) -> int:
     """Returns the bytes of keys and values in all pages that the sequences fill or begin."""
-    pages = sum(-(-tokens // PAGE) for tokens in sequence_lengths(batch, length))
-    return 2 * pages * PAGE * kv_heads * head_width * jnp.dtype(dtype).itemsize
+    lengths = sequence_lengths(batch, length)
+    pages = sum(-(-tokens // PAGE) for tokens in lengths)
+    values_a_token = 2 * kv_heads * head_width
+    return pages * PAGE * values_a_token * jnp.dtype(dtype).itemsize
 
 
 def decode_attention_side(
@@ -113,10 +123,12 @@ def decode_attention_side(
     def paged() -> tuple[Any, ...]:
         q = _normal(0, (batch, 1, heads, head_width), dtype)
         shape = (batch * pages_a_row, kv_heads, PAGE, head_width)
-        pages = KVPages(_normal(1, shape, dtype), _normal(2, shape, dtype))
+        k = _normal(1, shape, dtype)
+        v = _normal(2, shape, dtype)
         # The pages of a sequence lie anywhere in the pool: [pages] -> [B, pages of a row].
         order = jax.random.permutation(jax.random.key(3), shape[0])
-        return q, pages, order.reshape(batch, pages_a_row), lengths
+        table = order.reshape(batch, pages_a_row)
+        return q, KVPages(k, v), table, lengths
 
     def dense() -> tuple[Any, ...]:
         q, pages, table, _ = paged()
@@ -124,7 +136,9 @@ def decode_attention_side(
         return q, k[:, :length], v[:, :length], lengths
 
     def plain(q: Any, k: Any, v: Any, lengths: Any) -> Any:
-        implementation = "cudnn" if platform() == "gpu" and dtype == "bfloat16" else "xla"
+        # cuDNN has no float32 attention.
+        has_cudnn = platform() == "gpu" and dtype == "bfloat16"
+        implementation = "cudnn" if has_cudnn else "xla"
         attention = promoting(jax.nn.dot_product_attention)
         return attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
 

@@ -53,4 +53,5 @@ def measure(batch: int, dtype: str, arguments: argparse.Namespace) -> tuple[str,
     commands = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
     seconds = interleave_workers(commands, arguments.rounds, arguments.steps)
     times = {form: report.milliseconds(values, arguments.steps) for form, values in seconds.items()}
-    return f"{dtype}, batch {batch}, {arguments.slots:,} slots", report.Figure("ms", False, times)
+    name = f"{dtype}, batch {batch}, {arguments.slots:,} slots"
+    return name, report.Figure("ms", False, times)

@@ -34,6 +34,7 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     )
     model = language_model(config, platform())
     params = nn.unbox(model.init(jax.random.key(0)))
+    # As after a prompt that fills half of the cache.
     state = DecodeState(
         cache=model.empty_cache(params, batch, slots),
         token=jnp.zeros(batch, jnp.int32),

@@ -70,6 +70,7 @@ def pairs_of_lines(folder: pathlib.Path) -> SourceConfig:
     """Writes the embedded corpus as pairs of texts, each line and the next one, and returns them as
     a source.
     """
+    # Lines a, b, c of a document -> (a, b), (b, c)
     pairs = []
     for document in documents(SourceConfig(), "train"):
         lines = [line for line in document.text.splitlines() if line.strip()]
@@ -110,6 +111,7 @@ def measure(
         results = interleave_calls(sides, rounds)
         loader.close()
 
+        # Two rows a shape: tokens a second of wall time, and of CPU time.
         name = f"{config.objective.kind}, {batch_size} × {sequence_length:,} tokens"
         padding = f"{loader.padding:.2%} padding"
         clocks = (("wall time", "M tokens/s"), ("CPU time", "M tokens/core-second"))
@@ -143,6 +145,7 @@ def random_crops(tokens: np.ndarray, rows: int, length: int, rng: np.random.Gene
     later.
     """
     offsets = rng.integers(len(tokens) - length, size=rows)
+    # Tokens [5, 6, 7, 8] at offset 1, length 2 -> window [6, 7], targets [7, 8]
     windows = [tokens[i : i + length].astype(np.int64) for i in offsets]
     targets = [tokens[i + 1 : i + 1 + length].astype(np.int64) for i in offsets]
     return {

@@ -35,7 +35,9 @@ def sentence(machine: Mapping[str, Any]) -> str:
     """Returns a description as a line of text."""
     instructions = "AVX-512" if machine["avx512"] else "no AVX-512"
     bfloat16 = "bfloat16 instructions" if machine["bfloat16"] else "no bfloat16 instructions"
-    versions = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
+    # AMD EPYC, 2 cores, AVX-512, …, 25 GB; python 3.11.7, jax 0.10.2
+    packages = machine["packages"].items()
+    versions = ", ".join(f"{package} {version}" for package, version in packages)
     cores = f"{machine['cores']} cores"
     memory = f"{machine['memory_gigabytes']} GB"
     parts = [machine["processor"], cores, instructions, bfloat16, memory, *machine["accelerators"]]
@@ -50,9 +52,8 @@ def without_torch_bfloat16(peers: Sequence[str], dtype: str) -> tuple[list[str],
     """
     if dtype != "bfloat16" or "torch" not in peers or _instructions() & BFLOAT16:
         return list(peers), {}
-    return [peer for peer in peers if peer != "torch"], {
-        "torch": "the processor has no bfloat16 instructions"
-    }
+    measured = [peer for peer in peers if peer != "torch"]
+    return measured, {"torch": "the processor has no bfloat16 instructions"}
 
 
 def _processor() -> str:
@@ -65,8 +66,11 @@ def _processor() -> str:
 
 
 def _instructions() -> set[str]:
+    # `flags` on x86, `Features` on Arm.
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _processor(), re.MULTILINE)
-    return set(flags[1].split()) if flags else set()
+    if flags is None:
+        return set()
+    return set(flags[1].split())
 
 
 def _nvidia() -> list[str]:
@@ -74,6 +78,7 @@ def _nvidia() -> list[str]:
 
     JAX knows all accelerators, but would allocate the memory that the sides need.
     """
+    # A line `Model: NVIDIA H200` in the file of each GPU.
     models = []
     for path in glob.glob("/proc/driver/nvidia/gpus/*/information"):
         for line in pathlib.Path(path).read_text().splitlines():

@@ -55,6 +55,7 @@ class Figure:
 
     def ratios(self) -> dict[str, list[float]]:
         """Returns, for each peer, our speed over its own, round by round."""
+        # Of rates ours / theirs, of times theirs / ours.
         ours, *peers = self.rounds
         ratios = {}
         for peer in peers:
@@ -64,6 +65,12 @@ class Figure:
             else:
                 ratios[peer] = [them / us for us, them in pairs]
         return ratios
+
+
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """Returns sizes as `width 512, experts 8`."""
+    parts = [f"{name} {size:,}" for name, size in sizes.items()]
+    return ", ".join(parts)
 
 
 def milliseconds(seconds: Sequence[float], calls: int) -> list[float]:
@@ -140,10 +147,15 @@ def _print(name: str, figure: Figure) -> None:
 
 def write(path: pathlib.Path, command: str, **content: Any) -> None:
     """Writes the results of a command with the command itself, the date and the machine."""
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    report = {"command": command, "date": date, "machine": machine.describe(), **content}
+    report = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine.describe(),
+        **content,
+    }
+    text = json.dumps(report, indent=1, ensure_ascii=False)
     with _write_error("--json", str(path)):
-        write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, text + "\n")
 
 
 @contextlib.contextmanager
@@ -161,7 +173,9 @@ def table(report: Mapping[str, Any]) -> str:
     Those of a bench are ratios with their spread and medians of both sides; another command gives
     `columns` and `rows`.
     """
-    lines = [f"`{report['command']}`, {report['date']}, {machine.sentence(report['machine'])}.", ""]
+    where = machine.sentence(report["machine"])
+    lines = [f"`{report['command']}`, {report['date']}, {where}.", ""]
+    # A bench has figures, another command its own columns.
     columns = COLUMNS
     if "figures" in report:
         rows = _figure_rows(report["figures"])
@@ -193,17 +207,18 @@ def _figure_rows(figures: Mapping[str, Any]) -> list[list[str]]:
 
 def _rows(name: str, figure: Figure) -> list[list[str]]:
     """Returns a row of COLUMNS for each peer."""
+    # Medians with their unit, as "30.6 ms".
     medians = {}
     for side, values in figure.rounds.items():
         medians[side] = f"{digits(statistics.median(values))} {figure.unit}"
-    ours, *_ = medians.values()
+    ours, *_ = medians.values()  # this project's side is the first
 
     rows = []
     for peer, ratios in figure.ratios().items():
         median = digits(statistics.median(ratios))
         extremes = ""
         if len(ratios) > 1:
-            extremes = f"{digits(min(ratios))} to {digits(max(ratios))}, {len(ratios)} rounds"
+            extremes = f"{_extremes(ratios)}, {len(ratios)} rounds"
         rows.append([name, peer, median, extremes, ours, medians[peer], figure.note])
     for peer, reason in figure.skipped.items():
         rows.append([name, peer, "left out", reason, ours, "", figure.note])
@@ -215,7 +230,13 @@ def spread(values: Sequence[int | float]) -> str:
     median = digits(statistics.median(values))
     if len(values) == 1:
         return median
-    return f"{median} ({digits(min(values))} to {digits(max(values))})"
+    return f"{median} ({_extremes(values)})"
+
+
+def _extremes(values: Sequence[int | float]) -> str:
+    lowest = digits(min(values))
+    highest = digits(max(values))
+    return f"{lowest} to {highest}"
 
 
 def digits(value: int | float) -> str:
@@ -229,6 +250,7 @@ def digits(value: int | float) -> str:
 
 def filled(text: str, folder: pathlib.Path) -> str:
     """Returns the text of a Markdown file with the tables of a folder's files in its blocks."""
+    # Each block has two marks.
     if 2 * len(BLOCK.findall(text)) != len(MARK.findall(text)):
         raise UserError("has a block of figures without its beginning or end.")
 
@@ -241,7 +263,9 @@ def filled(text: str, folder: pathlib.Path) -> str:
 
 def check(text: str, folder: pathlib.Path) -> list[str]:
     """Returns the names of the blocks whose content is not the table of their file."""
-    pairs = zip(BLOCK.finditer(text), BLOCK.finditer(filled(text, folder)), strict=True)
+    blocks = BLOCK.finditer(text)
+    filled_blocks = BLOCK.finditer(filled(text, folder))
+    pairs = zip(blocks, filled_blocks, strict=True)
     return [found[2] for found, wanted in pairs if found[3] != wanted[3]]
 
 

@@ -121,7 +121,8 @@ def words(array: Shaped[np.ndarray, "..."]) -> Int[np.ndarray, " words"]:
         height //= 2
 
     # Padded to whole tiles: [matrices, rows, columns] -> the axes of tiles and words.
-    pads = [(0, -size % unit) for size, unit in zip(matrices.shape, (1, height, 128), strict=True)]
+    units = zip(matrices.shape, (1, height, 128), strict=True)
+    pads = [(0, -size % unit) for size, unit in units]
     padded = np.pad(matrices, pads).astype(array.dtype)
     count, rows, columns = padded.shape
     words_high = height // rows_a_word
@@ -281,7 +282,9 @@ def _expression(op: str, rest: str) -> str:
     if comparison:
         name, sign = comparison.groups()
         unsigned = " & 0xffffffff" if sign == "u" else ""
-        return f"({values[0]}{unsigned}) {_COMPARISONS[name]} ({values[1]}{unsigned})"
+        left = f"({values[0]}{unsigned})"
+        right = f"({values[1]}{unsigned})"
+        return f"{left} {_COMPARISONS[name]} {right}"
     return "UNKNOWN"
 
 
@@ -304,7 +307,8 @@ def _value(token: str) -> str:
     match = _ALLOCATION.fullmatch(token)
     if match:
         allocation, offset = match.groups()
-        return str(int(allocation) * _ALLOCATION_WORDS + int(offset or "0", 0))
+        first_word = int(allocation) * _ALLOCATION_WORDS
+        return str(first_word + int(offset or "0", 0))
 
     # `4294967295` -> -1
     if re.fullmatch(r"-?\d+|0x[0-9a-f]+", token):

@@ -33,6 +33,7 @@ def interleave_calls(
 
     The order alternates (A B, B A, …), since the first side changes the machine for the second.
     """
+    # Round 0 warms up: its answers do not count.
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
     for index in range(rounds + 1):
         order = reversed(sides) if index % 2 else sides

@@ -68,6 +68,7 @@ def measure(dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figu
 
     In `float32` torch runs eagerly; in `bfloat16` it has autocast and torch.compile.
     """
+    # Torch with its own allocator, or with the settings that this project makes.
     peers, skipped = without_torch_bfloat16(["torch"], dtype)
     keep = ["--keep_memory"] if arguments.same_allocator else []
     flags = {"tessera": [], "torch": keep}
@@ -78,8 +79,10 @@ def measure(dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figu
     seconds = interleave_workers(commands, arguments.rounds, arguments.steps)
 
     tokens = SHAPE.tokens * arguments.steps
-    rates = {side: [tokens / taken for taken in values] for side, values in seconds.items()}
-    sizes = ", ".join(f"{name} {size:,}" for name, size in dataclasses.asdict(SHAPE).items())
+    rates = {}
+    for side, values in seconds.items():
+        rates[side] = [tokens / taken for taken in values]
+    sizes = report.sizes_text(dataclasses.asdict(SHAPE))
     mode = "eager" if dtype == "float32" else "with autocast, compiled"
     name = f"{dtype}, torch {mode}"
     return name, report.Figure("tokens/s", True, rates, skipped, sizes)

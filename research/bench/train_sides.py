@@ -25,6 +25,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
     from research.training.language_model import language_model_program
     from research.training.step import shard_batch
 
+    # The same optimizer as torch's: AdamW at a constant rate, without clipping.
     optim = OptimConfig(
         learning_rate=LEARNING_RATE,
         schedule=ScheduleConfig(name="constant"),
@@ -41,6 +42,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
     state = program.create(jax.random.key(0))
     batch = shard_batch(random_batch(), program.batch)
 
+    # Reading the loss waits for the step.
     def take() -> float:
         nonlocal state
         state, metrics = step(state, {}, batch)

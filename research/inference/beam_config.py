@@ -47,6 +47,7 @@ class BeamConfig:
     forced_eos: bool = False
 
     def __post_init__(self) -> None:
+        # Ids that are not free: of three forced ones, max_tokens is at least 3.
         forced = len(self.forced_prefix) + (self.forced_bos is not None) + self.forced_eos
         for name, holds, constraint in (
             ("num_beams", self.num_beams >= 1, "be at least 1"),

@@ -97,6 +97,7 @@ def beam_generate(
         end_ids=[i for i in tokenizer.end_ids if i < num_ids],
     )
 
+    # Ids to text, as of a sampled completion.
     results = []
     for ids, hypotheses in zip(prompt_ids(config, prompt_rows), found, strict=True):
         results.append([_beam(tokenizer, ids, best, beams.max_tokens) for best in hypotheses])

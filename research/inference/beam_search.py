@@ -156,8 +156,9 @@ def _hypotheses(
         best = []
         for i in range(beams.num_return):
             if scores[row, i] > -np.inf:
-                ids = tokens[row, i, start : start + num_new[row, i]]
-                best.append(Hypothesis(tuple(ids.tolist()), float(scores[row, i])))
+                end = start + num_new[row, i]
+                ids = tuple(tokens[row, i, start:end].tolist())
+                best.append(Hypothesis(ids, float(scores[row, i])))
         found.append(best)
 
     if not all(found):

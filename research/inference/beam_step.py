@@ -267,7 +267,8 @@ def _may_improve(state: BeamState, rules: BeamRules) -> Bool[Array, "B"]:
     is running.
     """
     length = jnp.maximum(state.num_new, rules.min_scored_length)
-    best_running = state.scores[:, 0] / length.astype(jnp.float32) ** rules.length_penalty
+    penalty = length.astype(jnp.float32) ** rules.length_penalty
+    best_running = state.scores[:, 0] / penalty
     worst_finished = state.finished_scores[:, -1]
     is_full = worst_finished > -jnp.inf
     return (best_running > worst_finished) & ~(is_full & rules.stop_when_full)

@@ -75,10 +75,14 @@ def prefill_step(
     # Ids [B, T] -> [B, V]: which ids each prompt has, padding left out.
     batch, width = prompts.tokens.shape
     is_real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
-    rows = jnp.arange(batch)[:, None]
-    seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(is_real)
+    row = jnp.arange(batch)[:, None]
+    none_seen = jnp.zeros((batch, config.vocab_size), bool)
+    seen = none_seen.at[row, prompts.tokens].max(is_real)
 
-    state = DecodeState(cache, prompts.tokens[:, 0], prompts.lengths - 1, keys, sampling, seen)
+    # The draw replaces the token and moves to the position behind the prompt.
+    any_token = prompts.tokens[:, 0]
+    last = prompts.lengths - 1
+    state = DecodeState(cache, any_token, last, keys, sampling, seen)
     return _draw_next(state, logits[:, :num_ids], cache)
 
 
@@ -99,7 +103,8 @@ def _draw_next(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) ->
     position = state.position + 1
     seen_ids = state.seen[:, : logits.shape[1]]
     token = draw(logits, seen_ids, state.keys, position, state.sampling)
-    seen = state.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    row = jnp.arange(token.shape[0])
+    seen = state.seen.at[row, token].set(True)
     return state.replace(cache=cache, token=token, position=position, seen=seen)
 
 
@@ -136,9 +141,8 @@ def generate(
     new_tokens = [each.max_tokens for each in settings]
     prompt_rows, slots = encode(config, tokenizer, prompts, new_tokens)
     if seeds is None:
-        keys = keys_of([each.seed for each in settings])
-    else:
-        keys = keys_of(_checked_seeds(seeds, len(prompts)))
+        seeds = [each.seed for each in settings]
+    keys = keys_of(_checked_seeds(seeds, len(prompts)))
 
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     state = prefill_step(
@@ -156,6 +160,7 @@ def generate(
     for ids, each in zip(prompt_ids(config, prompt_rows), settings, strict=True):
         texts.append(Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens))
 
+    # All sequences decode until the last one has ended; the tokens after an end are not used.
     for _ in track(range(max(new_tokens)), "sample", unit="tokens"):
         for text, token in zip(texts, np.asarray(state.token).tolist(), strict=True):
             text.push(token)

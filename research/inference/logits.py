@@ -41,6 +41,7 @@ def model_inputs(
     if encoder_tokens is None:
         return inputs
 
+    # An encoder-decoder: both sides have the same rows, and packed ones the same documents.
     encoder = token_inputs(config, "encoder_tokens", encoder_tokens, encoder_segments)
     encoder_rows = len(encoder["tokens"])
     rows = len(inputs["tokens"])
@@ -101,12 +102,14 @@ def token_inputs(
         )
 
     rows = jnp.asarray(ids, jnp.int32)
-    index = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
+    index = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    index = jnp.broadcast_to(index, rows.shape)
     if segments is None:
         return {"tokens": rows, "positions": index}
 
     # Segments [1, 1, 2, 2, 2] start at [0, 2]: positions [0, 1, 0, 1, 2].
-    numbers = per_token(name.replace("tokens", "segments"), segments, rows, 2**31)
+    segments_name = name.replace("tokens", "segments")
+    numbers = per_token(segments_name, segments, rows, 2**31)
     first = jnp.ones_like(numbers[:, :1])
     changes = jnp.concatenate([first, jnp.diff(numbers, axis=1)], axis=1)
     is_start = changes != 0
@@ -145,8 +148,10 @@ def _whole_numbers(name: str, values: ArrayLike) -> Int[np.ndarray, "..."]:
 
 
 def _check_range(name: str, numbers: Int[np.ndarray, "B T"], limit: int) -> None:
-    if not 0 <= numbers.min() <= numbers.max() < limit:
-        bad = numbers.min() if numbers.min() < 0 else numbers.max()
+    low = numbers.min()
+    high = numbers.max()
+    if low < 0 or high >= limit:
+        bad = low if low < 0 else high
         raise UserError(f"{name}: id {bad} is out of range: it must lie in [0, {limit}).")
 
 

@@ -67,7 +67,7 @@ def encode(
         raise UserError("prompts", constraint=": at least one prompt is needed.")
 
     if config.structure == "encoder_decoder":
-        # The encoder reads the prompts; the decoder begins with one id.
+        # The encoder reads the prompts; the decoder of each begins with one id.
         sources = [_ids(config, tokenizer, prompt, tokenizer.encode_source) for prompt in prompts]
         check_room(sources, [0] * len(sources), config)
         starts = [[config.decoder_start_id]] * len(prompts)
@@ -100,8 +100,9 @@ def check_room(
     """
     room = config.max_length
     lengths = [len(ids) for ids in encoded]
-    # The error names the longest prompt.
-    for length, new in sorted(zip(lengths, max_tokens, strict=True), reverse=True):
+    # (prompt, new) tokens, the longest prompt first: the error names that one.
+    pairs = sorted(zip(lengths, max_tokens, strict=True), reverse=True)
+    for length, new in pairs:
         if length > room or (new and length == room):
             fault = "leaves no room within" if new else "is longer than"
             raise UserError(
@@ -116,7 +117,7 @@ def check_room(
                 f"after a prompt of {length} tokens is more than the model's max_length = {room}. "
                 f"Use at most {room - length}.",
             )
-    return max(length + new for length, new in zip(lengths, max_tokens, strict=True))
+    return max(length + new for length, new in pairs)
 
 
 def check_cache(cache: str) -> None:
@@ -137,6 +138,8 @@ def page_table_for(
     check_cache(cache)
     if cache == "dense":
         return None
+
+    # A prompt of 5 tokens and 3 new ones has pages for 8.
     prompt_lengths = np.asarray(prompts.lengths).tolist()
     lengths = [old + new for old, new in zip(prompt_lengths, new_tokens, strict=True)]
     return contiguous_table(lengths, slots)
@@ -188,6 +191,7 @@ def _ids(
 
 def _out_of_range(config: LanguageModelConfig, tokenizer: Tokenizer, prompt: Prompt, i: int) -> str:
     """Returns the message about an id that the model's embedding has no row for."""
+    # A text whose tokenizer has more ids than the model, or ids that are given.
     bound = f"the model's ids lie in [0, {config.vocab_size})"
     if isinstance(prompt, str) and 0 <= i < tokenizer.vocab_size:
         names = {control: name for name, control in tokenizer.control_tokens.items()}

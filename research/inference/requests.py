@@ -42,6 +42,8 @@ def collect_prompts(
             "chat",
             constraint=": these are arguments of the chat template, which messages alone have.",
         )
+
+    # Texts and ids need no tokenizer here.
     if prompts is not None:
         return list(prompts)
     if ids is not None:
@@ -63,6 +65,7 @@ def _id_row(row: Any) -> list[int]:
     if len(row) == 0:
         raise UserError("ids", constraint=": a row of no ids cannot be continued.")
     for i in row:
+        # NumPy's integers are whole numbers, too; a bool is an int to Python.
         if isinstance(i, bool) or not isinstance(i, numbers.Integral):
             raise UserError("ids", constraint=f": {i!r} must be a whole number.")
     return [int(i) for i in row]
@@ -79,6 +82,8 @@ def decoding_config(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
         fault = f"draws, and num_beams = {fields['num_beams']} searches"
         _check_fields(fields, BeamConfig, SamplingConfig, fault)
         return configs.bind(BeamConfig, fields)
+
+    # num_beams = 1 is sampling.
     fields = {name: value for name, value in fields.items() if name != "num_beams"}
     _check_fields(fields, SamplingConfig, BeamConfig, "needs num_beams above 1")
     return configs.bind(SamplingConfig, fields)

@@ -24,11 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="|".join(BENCHES))
     for name in BENCHES:
         bench = importlib.import_module(f"research.bench.{name}")
-        bench.add_arguments(
-            benches.add_parser(
-                name, prog=f"tessera bench {name}", help=bench.__doc__.splitlines()[0]
-            )
-        )
+        # The first line of a bench's docstring is its help.
+        summary, *_ = bench.__doc__.splitlines()
+        parser = benches.add_parser(name, prog=f"tessera bench {name}", help=summary)
+        bench.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:

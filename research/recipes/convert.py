@@ -117,6 +117,7 @@ def _write_workdir(
 def _write_hugging_face(
     folder: pathlib.Path, model: ModelSource, tokenizer: Tokenizer, dtype: str
 ) -> None:
+    # `eos_token_id` is one id, or a list of several.
     ends = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.eos_id
     ids = {"bos": tokenizer.bos_id, "eos": ends, "pad": tokenizer.pad_id}
     architecture, fields = choose(ARCHITECTURES.values(), model.config, first=model.model_type)

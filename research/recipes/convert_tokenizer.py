@@ -28,7 +28,8 @@ def fitting_tokenizer(model: ModelSource, source: Path, given: str | None) -> To
 
     # Control tokens may lie beyond the embedding: text never becomes one of them.
     rows = model.config.vocab_size
-    beyond = sorted(name for name, i in tokenizer.control_tokens.items() if i >= rows)
+    control_tokens = tokenizer.control_tokens.items()
+    beyond = sorted(name for name, i in control_tokens if i >= rows)
     if tokenizer.vocab_size - rows > len(beyond):
         raise UserError(
             "tokenizer",

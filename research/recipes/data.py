@@ -50,8 +50,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _print_row(name: str, tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer) -> None:
     # Segments [1, 1, 2, 0]: two documents and one token of padding.
+    documents = int(segments.max())
     padding = int((segments == 0).sum())
-    print(f"{name}: {int(segments.max())} documents, {padding} of {len(segments)} padding")
+    print(f"{name}: {documents} documents, {padding} of {len(segments)} padding")
     for segment in np.unique(segments[segments > 0]):
         ids = tokens[segments == segment].tolist()
         print(repr(tokenizer.decode(ids)))

@@ -42,6 +42,7 @@ class ExperimentConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
+        # The objective makes batches for the model's structure.
         kind = self.data.objective.kind
         structure = self.model.structure
         if structure not in STRUCTURES[kind]:
@@ -52,6 +53,7 @@ class ExperimentConfig:
                 f"does not train model.structure = {structure!r}. Use {' or '.join(fitting)}.",
             )
 
+        # Rows are no longer than the model's positions.
         longest_encoder = encoder_length(self.data.objective, self.train.sequence_length)
         if longest_encoder > self.model.max_length:
             raise UserError(

@@ -25,6 +25,8 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
         prepared = prepare(config.data, cache_folder() / "data")
     for line in prepared.report():
         logger.info("data: %s", line)
+
+    # What the model's config must agree with.
     if prepared.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             "model.vocab_size",
@@ -41,6 +43,8 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
                 f"{config.data.objective.decoder_start!r} begins the decoder with. Make them "
                 "agree.",
             )
+
+    # Evaluation needs held-out text.
     if not any(corpus.num_documents for corpus in prepared.heldout):
         raise UserError(
             "data.sources",
@@ -87,5 +91,6 @@ def heldout_rows(
         sequence_length=config.train.sequence_length,
         part_index=part[0],
         part_count=part[1],
+        # 0 is all of them.
         max_batches=config.train.eval_batches or None,
     )

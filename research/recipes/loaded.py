@@ -114,10 +114,14 @@ class LoadedModel:
                 "sampling",
                 constraint=f": it says all, so {', '.join(sorted(fields))} must be left out.",
             )
+
+        # Sampling, one for all or one a prompt, or beam search.
         how = decoding_config(fields) if sampling is None else sampling
         read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
         if not isinstance(how, BeamConfig):
             return generate(self.config, self.params, self.tokenizer, read, how, seeds, cache=cache)
+
+        # Beam search draws nothing, and its best hypothesis is the completion.
         if seeds is not None:
             why = f"num_beams = {how.num_beams} searches and draws nothing"
             raise UserError("seeds", constraint=f": {why}; leave them out.")

@@ -24,8 +24,9 @@ def restore(
     The state is None where there is no checkpoint.
     """
     if checkpoints.latest is None:
-        was_run = any((workdir / name).exists() for name in ("config.json", metrics.FILE))
-        if was_run:
+        # Traces of a run whose checkpoints are gone.
+        traces = [workdir / name for name in ("config.json", metrics.FILE)]
+        if any(path.exists() for path in traces):
             logger.warning("%s has no checkpoint: starts at step 0", workdir)
         return None, False
 

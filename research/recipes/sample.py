@@ -75,7 +75,8 @@ def _continue(
     # An encoder's prompt is answered rather than continued.
     between = "\n" if model.config.structure == "encoder_decoder" else ""
     pairs = zip(prompts, completions, strict=True)
-    shown = "\n\n".join(prompt + between + completion.text for prompt, completion in pairs)
+    texts = [prompt + between + completion.text for prompt, completion in pairs]
+    shown = "\n\n".join(texts)
     print(shown, flush=True)
     _log_speed(model, completions, start)
     _append_samples(model, workdir, shown, fields)
@@ -94,7 +95,10 @@ def _answer(
     _log_speed(model, completions, start)
 
     pairs = zip(asked, answers, strict=True)
-    shown = [f"{json.dumps(messages, ensure_ascii=False)}\n{answer}" for messages, answer in pairs]
+    shown = []
+    for messages, answer in pairs:
+        asked_json = json.dumps(messages, ensure_ascii=False)
+        shown.append(f"{asked_json}\n{answer}")
     _append_samples(model, workdir, "\n\n".join(shown), fields)
     return answers
 

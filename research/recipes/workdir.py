@@ -33,6 +33,8 @@ def check(workdir: Path, config: ExperimentConfig) -> None:
         files.check_writable(workdir)
     except OSError as error:
         raise UserError("workdir", workdir, f"cannot be written: {reason(error)}.") from error
+
+    # A workdir of an earlier run belongs to its config.
     if (workdir / "config.json").exists():
         stored = with_defaults(read_config(workdir))
         wanted = configs.plain(config)
@@ -48,6 +50,7 @@ def check(workdir: Path, config: ExperimentConfig) -> None:
 
 def _shown(values: Any, name: str) -> str:
     """Returns the value under a dotted name, as a message shows it."""
+    # "train.steps" of {"train": {"steps": 5}} -> "5"
     for key in name.split("."):
         if key not in values:
             return "not set"
@@ -57,6 +60,7 @@ def _shown(values: Any, name: str) -> str:
 
 def _fixed(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the values that must not change in a workdir."""
+    # {"train": {"steps": 1, "seed": 2}, "mesh": …} -> {"train": {"seed": 2}}
     fixed = {}
     for name, group in values.items():
         if name not in MAY_CHANGE:
@@ -87,6 +91,8 @@ def read_config(workdir: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError("workdir", workdir, f"is not a workdir: config.json: {error}.") from error
+
+    # What its readers rely on: groups of fields, and whole ones.
     if not isinstance(values, dict) or "model" not in values:
         raise UserError("workdir", workdir, "is not a workdir: its config.json holds no model.")
     for name in _GROUPS:

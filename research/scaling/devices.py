@@ -1,7 +1,7 @@
-"""What one device can do at most, by the name under which JAX reports it
+"""Peak rates and memory of devices, by the name under which JAX reports them
 (`jax.Device.device_kind`).
 
-A device is what `jax.devices()` lists. On TPU v2, v3 and 7x that is one of the two cores of a chip,
+A device is an entry of `jax.devices()`. On TPU v2, v3 and 7x that is one of two cores of a chip,
 so the figures are half of the chip's; on v4 and v5p both cores are one device. All figures are
 dense, never "with sparsity", and decimal except where the vendor gives GiB.
 """
@@ -30,10 +30,13 @@ class Device:
 
 
 def _tpu(tflops: int, gib: int, gigabytes_per_second: int, cores_per_chip: int = 1) -> Device:
-    """A device from the figures of its chip."""
+    """A device from the figures of its chip, which some generations share between two."""
     peak = tflops * 1e12 / cores_per_chip
     return Device(
-        peak, peak, gib * GIB // cores_per_chip, gigabytes_per_second * 1e9 / cores_per_chip
+        bfloat16=peak,
+        float32=peak,
+        memory_bytes=gib * GIB // cores_per_chip,
+        bandwidth=gigabytes_per_second * 1e9 / cores_per_chip,
     )
 
 
@@ -44,7 +47,12 @@ def _gpu(
     gigabytes_per_second: int,
 ) -> Device:
     bfloat16 = None if bf16_tflops is None else bf16_tflops * 1e12
-    return Device(bfloat16, f32_tflops * 1e12, gigabytes * 10**9, gigabytes_per_second * 1e9)
+    return Device(
+        bfloat16=bfloat16,
+        float32=f32_tflops * 1e12,
+        memory_bytes=gigabytes * 10**9,
+        bandwidth=gigabytes_per_second * 1e9,
+    )
 
 
 # Google Cloud documentation, "TPU architecture" and the page of each version: "peak compute per
@@ -59,9 +67,11 @@ _TPU_7X = _tpu(2307, 192, 7380, cores_per_chip=2)
 
 # NVIDIA datasheets of each product; halved where they say "with sparsity". Second column: TF32, or
 # FP32 before Ampere.
-_V100_16, _V100_32 = _gpu(None, 15.7, 16, 900), _gpu(None, 15.7, 32, 900)  # V100 datasheet, SXM2
+_V100_16 = _gpu(None, 15.7, 16, 900)  # V100 datasheet, SXM2
+_V100_32 = _gpu(None, 15.7, 32, 900)  # V100 datasheet, SXM2
 _T4 = _gpu(None, 8.1, 16, 320)  # T4 datasheet
-_A100_40, _A100_80 = _gpu(312, 156, 40, 1555), _gpu(312, 156, 80, 2039)  # A100 datasheet, SXM4
+_A100_40 = _gpu(312, 156, 40, 1555)  # A100 datasheet, SXM4
+_A100_80 = _gpu(312, 156, 80, 2039)  # A100 datasheet, SXM4
 _A100_80_PCIE = _gpu(312, 156, 80, 1935)  # A100 datasheet, PCIe
 _A10 = _gpu(125, 62.5, 24, 600)  # A10 datasheet
 _L4 = _gpu(121, 60, 24, 300)  # L4 datasheet
@@ -101,22 +111,21 @@ DEVICES = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Returns the most FLOP/s that one device can do in matrix products, or None where it is not
-    known.
+    """Returns the peak FLOP/s of one device in matrix products, or None where it is not known.
 
-    Nothing is guessed: of a CPU, or of a device that the table does not name, the utilization is
-        unknown.
+    Nothing is guessed: the utilization of a CPU, or of a device that the table does not have, is
+    unknown.
 
     Args:
       device_kind: as `jax.devices()[0].device_kind`.
-      dtype: of the arrays that are multiplied, "bfloat16" or "float32"; of others nothing is known
-          here.
+      dtype: of the arrays that are multiplied, "bfloat16" or "float32"; the peaks of others are not
+          known.
     """
     if device_kind not in DEVICES:
         return None
     device = DEVICES[device_kind]
-    return (
-        {"bfloat16": device.bfloat16, "float32": device.float32}[dtype]
-        if dtype in ("bfloat16", "float32")
-        else None
-    )
+    if dtype == "bfloat16":
+        return device.bfloat16
+    if dtype == "float32":
+        return device.float32
+    return None

@@ -1,4 +1,4 @@
-"""Devices that are not here: what the TPU and GPU compilers need to compile for them on a CPU
+"""Topologies of TPUs and GPUs that this machine does not have, to compile for them on a CPU
 machine.
 """
 
@@ -63,8 +63,8 @@ def gpu_devices() -> list[Any]:
 
 @functools.cache
 def _devices(platform: str, topology_name: str, **options: str) -> list[Any]:
-    # Compiling needs no chip, so any number of processes may hold the compiler, and none asks a
-    # cloud for its host.
+    # Compiling needs no chip: any number of processes may load the compiler, and none asks the
+    # cloud's metadata server about its host.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
@@ -80,8 +80,8 @@ def _devices(platform: str, topology_name: str, **options: str) -> list[Any]:
 
 
 def compile_on(device: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Compiles `function` for one device that need not be here, with the kernels that are picked
-    there.
+    """Compiles `function` for one device, which this machine need not have, with the kernels for
+    that device.
 
     Args:
       device: of `tpu_devices`, `gpu_devices` or this machine's CPU.
@@ -92,21 +92,19 @@ def compile_on(device: Any, function: Callable[..., Any], *arguments: Any) -> An
       What `jax.jit(function).lower(...).compile()` returns; it cannot be called here.
     """
     platform = device.platform if device.platform in ("cpu", "tpu") else "gpu"
-    here = SingleDeviceSharding(device)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments
-    )
-    # A function of its own for each device: one that was traced before would come back with another
+    lowering_platform = "cuda" if platform == "gpu" else platform
+    sharding = SingleDeviceSharding(device)
+
+    def on_device(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    # A new function for each device: JAX would return the trace of an earlier one, with another
     # chip's kernels.
-    own = functools.partial(function)
+    traced_function = functools.partial(function)
     with compiling_for(platform, device.device_kind):
-        lowered = (
-            jax.jit(own)
-            .trace(*shapes)
-            .lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
-        )
+        traced = jax.jit(traced_function).trace(*jax.tree.map(on_device, arguments))
+        lowered = traced.lower(lowering_platforms=(lowering_platform,))
     with warnings.catch_warnings():
-        # Programs of chips that are not here are kept as all others are, but JAX cannot load them
-        # again.
+        # These programs are cached like all others, but JAX cannot load them without the chip.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         return lowered.compile()
