@@ -234,6 +234,7 @@ def _completion_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """
     from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
+    # What a shell completes: folders and .py files, folders alone.
     completers = {"--config": FilesCompleter(["py"]), "--workdir": DirectoriesCompleter()}
     parser = argparse.ArgumentParser(prog="tessera", allow_abbrev=False)
     parser.add_argument("--version", action="store_true")

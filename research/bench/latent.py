@@ -49,6 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def measure(batch: int, dtype: str, arguments: argparse.Namespace) -> tuple[str, report.Figure]:
     """Returns the row of a batch, with the milliseconds a step of each form's rounds."""
+    # A process each, with the same arguments but the form.
     sizes = [str(batch), str(arguments.slots), dtype]
     commands = {form: ["research.bench.latent_side", form, *sizes] for form in FORMS}
     seconds = interleave_workers(commands, arguments.rounds, arguments.steps)

@@ -113,6 +113,7 @@ def publish(bench: str, arguments: argparse.Namespace, rows: Iterable[tuple[str,
     """Prints the named figures of a bench as they come, and writes all of them to the file of
     `--json`.
     """
+    # Rows are measured while they are printed, so that a long bench shows how far it is.
     figures = {}
     for name, figure in rows:
         _print(name, figure)
@@ -174,6 +175,7 @@ def table(report: Mapping[str, Any]) -> str:
     `columns` and `rows`.
     """
     where = machine.sentence(report["machine"])
+    # The command, the date and the machine stand above the table.
     lines = [f"`{report['command']}`, {report['date']}, {where}.", ""]
     # A bench has figures, another command its own columns.
     columns = COLUMNS
@@ -186,7 +188,8 @@ def table(report: Mapping[str, Any]) -> str:
     for row in (columns, ["---"] * len(columns), *rows):
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} cells, not {len(columns)}")
-        lines.append(f"| {' | '.join(map(_cell, row))} |")
+        cells = [_cell(text) for text in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

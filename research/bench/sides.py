@@ -92,6 +92,7 @@ def worker(
             raise process_error(command, process.wait())
         return float(answer)
 
+    # The end of its input ends a side.
     try:
         yield ask
     finally:

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures both sides interleaved, and prints rates and ratios with their spread."""
+    # The peer is a model of transformers on torch.
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(

@@ -105,6 +105,7 @@ def torch_step(dtype: str) -> Callable[[], float]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
+    # The sizes of `gpt2_config`, without dropout.
     config = GPT2Config(
         vocab_size=SHAPE.vocabulary,
         n_positions=SHAPE.length,

@@ -37,6 +37,7 @@ def from_flags(arguments: argparse.Namespace) -> list[Conversation] | None:
     Raises:
       UserError: flags that do not go together, or a file that holds no messages.
     """
+    # A file is one whole conversation.
     if arguments.messages is not None:
         if arguments.prompts or arguments.system is not None:
             raise UserError(
@@ -79,6 +80,7 @@ def stdin_lines() -> Iterator[str]:
       UserError: bytes that are not text in the encoding of standard input, usually UTF-8.
     """
     while True:
+        # The prompt is no output: it goes to stderr.
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         try:

@@ -52,6 +52,7 @@ def _read_tokenizer(source: Path, given: str | None) -> Tokenizer:
         path = local_path("tokenizer", given)
         return folders.from_folder(path) if path.is_dir() else folders.from_path(path)
 
+    # A folder's tokenizer is inside it, a file's beside it.
     folder = source if source.is_dir() else source.parent
     path = folders.find_or_none(folder)
     if path is None:

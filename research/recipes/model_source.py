@@ -56,6 +56,7 @@ def model_openers(path: Path) -> list[Callable[[], ModelSource]]:
       UserError: there is no model. A function raises UserError for a model that is not supported
         or broken, and `Damaged` for a checkpoint that is not what was saved.
     """
+    # A workdir: a damaged checkpoint has the one before it as a replacement.
     if (path / "checkpoints").is_dir():
         checkpoints = Checkpoints(path, CheckpointConfig())
         steps = checkpoints.steps()
@@ -69,6 +70,7 @@ def model_openers(path: Path) -> list[Callable[[], ModelSource]]:
             path,
             "is no workdir with checkpoints: copy what else a bucket holds to a folder.",
         )
+    # Hugging Face's folders and workdirs both have a config.json.
     if (path / "config.json").is_file():
         return [functools.partial(_hugging_face, path)]
     if path.is_file() and path.suffix == ".bin":

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", help="a string that ends the text; may be repeated"
     )
 
+    # `--seed`, `--num_beams`, …: a flag is None where it is not given.
     sampled = [field for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
     searched = [field for field in dataclasses.fields(BeamConfig) if field.name in BEAM_FLAGS]
     for config, fields in ((SamplingConfig, sampled), (BeamConfig, searched)):

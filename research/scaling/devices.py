@@ -46,6 +46,7 @@ def _gpu(
     gigabytes: int,
     gigabytes_per_second: int,
 ) -> Device:
+    # Before Ampere there are no bfloat16 instructions.
     bfloat16 = None if bf16_tflops is None else bf16_tflops * 1e12
     return Device(
         bfloat16=bfloat16,
