@@ -97,9 +97,9 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
     if arguments.json:
         path = pathlib.Path(arguments.json).resolve()
         if not path.parent.is_dir():
-            raise UserError("--json", arguments.json, "lies in no folder that is there.")
+            raise UserError("--json", arguments.json, "is in a folder that does not exist.")
         if path.exists() and not path.is_file():
-            raise UserError("--json", arguments.json, "is no file.")
+            raise UserError("--json", arguments.json, "is not a file.")
         # Written and restored: permissions alone do not tell.
         with _write_error("--json", arguments.json):
             if path.exists():
