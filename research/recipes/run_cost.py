@@ -17,7 +17,7 @@ from research.recipes.experiment import ExperimentConfig
 from research.recipes.inputs import heldout_rows
 from research.recipes.run_parts import evaluation, first_batch_check
 from research.training.language_model import language_model_program
-from research.training.step import place_batch
+from research.training.step import shard_batch
 
 TIMED_STEPS = 3
 # Steps may become slower while a run goes on: other work on the machine, a processor that heats up.
@@ -59,7 +59,7 @@ def measure(config: ExperimentConfig) -> Cost:
     program = language_model_program(
         config.model, config.optim, config.train, config.mesh, objective=config.data.objective
     )
-    batch = place_batch(next(heldout_rows(config, prepared)), program.batch)
+    batch = shard_batch(next(heldout_rows(config, prepared)), program.batch)
     state, frozen = program.resume_or_create(None, key_for(config.train.seed, "init"))
     evaluate = evaluation(config, program, frozen, prepared, (0, 1))
     first_batch_check(config, program, frozen)(state, batch)

@@ -38,7 +38,7 @@ def check(workdir: Path, config: ExperimentConfig) -> None:
     if (workdir / "config.json").exists():
         stored = with_defaults(read_config(workdir))
         wanted = configs.plain(config)
-        name = configs.first_difference(_fixed(stored), _fixed(wanted))
+        name = difference(stored, config)
         if name is not None:
             raise UserError(
                 "workdir",
@@ -46,6 +46,14 @@ def check(workdir: Path, config: ExperimentConfig) -> None:
                 f"belongs to another config: {name} is {_shown(stored, name)} there, "
                 f"{_shown(wanted, name)} here. Use another workdir, or delete this one.",
             )
+
+
+def difference(stored: dict[str, Any], config: ExperimentConfig) -> str | None:
+    """Returns the dotted name of the first field that keeps a run of `config` from resuming one of
+    the plain config `stored`, or None.
+    """
+    stored = with_defaults(stored)
+    return configs.first_difference(_fixed(stored), _fixed(configs.plain(config)))
 
 
 def _shown(values: Any, name: str) -> str:
