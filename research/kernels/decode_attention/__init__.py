@@ -34,7 +34,7 @@ def pages_for(pages: int, kv_heads: int, head_dim: int, dtype: str) -> KVPages:
     them.
 
     Args:
-      pages: P.
+      pages: how many.
       kv_heads: K.
       head_dim: of the model; that of the pages may be more.
       dtype: as of `empty_pages`.
@@ -44,7 +44,7 @@ def pages_for(pages: int, kv_heads: int, head_dim: int, dtype: str) -> KVPages:
 
 
 def decode_attention(
-    q: Float[Array, "B R N H"],
+    q: Float[Array, "B T N H"],
     pages: KVPages,
     table: Int[Array, "B pages_per_sequence"],
     lengths: Int[Array, "B"],
@@ -55,57 +55,63 @@ def decode_attention(
     alibi: Float[Array, "N"] | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
-) -> Float[Array, "B R N H"]:
-    """Grouped-query attention of the R newest tokens of each sequence over all of it, through a
-    table of pages.
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention of the T newest tokens of each sequence over all of its tokens.
 
         s = cap(scale · q kᵀ) − alibi · (p_t − p_s)
         out = Σ_visible exp(s) v / (Σ_visible exp(s) + exp(sink))
 
-    with cap(x) = softcap · tanh(x / softcap). Row r has position lengths − R + r, and sees the keys
-    from there back to the start of the sequence or of the window. Accumulation and softmax are
-    float32; the result has the type of `q`. A row of negative position, as in a sequence of length
-    0, gets zeros. There is no gradient.
+    with cap(x) = softcap · tanh(x / softcap). Query t has position lengths − T + t and attends to
+    the keys from there back to the start of the sequence or of the window. Accumulation and softmax
+    are float32. A query of negative position, as in a sequence of length 0, gets zeros. There is no
+    gradient.
 
     Args:
       q: queries of tokens whose keys are in the pages already; N is a multiple of K, and H at most
           that of the pages.
-      pages: keys and values; those that no row sees are not read, but for the page that the window
-          begins in.
-      table: the page of each `page_size` tokens; places past a sequence's length may hold anything.
+      pages: keys and values; pages outside of the length and the window are not read.
+      table: the page of each `page_size` tokens; entries past a sequence's length may be any ids.
       lengths: tokens of each sequence, from 0 to pages_per_sequence · page_size.
-      window: a row sees so many newest keys, its own included; None is all.
+      window: how many newest keys a query attends to, its own included; None is all.
       softcap: bound of the scores, above 0; None is no bound.
       sinks: a logit a head that takes part in the denominator only.
       alibi: the slope of each head.
       scale: factor on the scores; None is 1 / √H.
-      implementation: the backend; `auto` takes the fastest that knows what is asked, and never
-        `reference`, which holds the keys and values of all sequences in full length and is taken by
-        name only.
+      implementation: the backend; `auto` takes the fastest that supports the call, and never
+        `reference`, which gathers the keys and values of all sequences in full length.
+
+    Returns:
+      `[B, T, N, H]` in the type of `q`.
 
     Raises:
       UserError: N is no multiple of K, H is above that of the pages, the window is below 1, the cap
-        not above 0, or the implementation is not there or does not take what is asked; the message
-        names the rule and the nearest value it allows.
+        not above 0, or the implementation does not support the call; the message names the rule and
+        the nearest value it allows.
 
-    Source: Kwon et al. 2023 (PagedAttention), arXiv:2309.06180, equation 4; the terms are those of
-    `research.kernels.attention`.
+    Source: Kwon et al. 2023 (PagedAttention), arXiv:2309.06180, equation 4.
     """
-    if q.shape[2] % pages.kv_heads:
-        raise UserError(
-            "num_kv_heads", pages.kv_heads, f"does not divide num_heads = {q.shape[2]}."
-        )
+    _check(q, pages, window)
     width = q.shape[3]
+    if scale is None:
+        scale = 1.0 / math.sqrt(width)
+    terms = ScoreTerms(None, alibi, sinks, softcap, scale)
+    # Narrower heads are padded to the width of the pages, and the result cut to theirs.
+    padded_q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))
+    function = choose(implementation, padded_q, pages, window, terms)
+    table = table.astype(jnp.int32)
+    lengths = lengths.astype(jnp.int32)
+    return function(padded_q, pages, table, lengths, window, terms)[..., :width]
+
+
+def _check(q: Float[Array, "B T N H"], pages: KVPages, window: int | None) -> None:
+    heads, width = q.shape[2:]
+    if heads % pages.kv_heads:
+        raise UserError("num_kv_heads", pages.kv_heads, f"does not divide num_heads = {heads}.")
     if width > pages.head_dim:
         raise UserError(
             "head_dim", width, f"of the queries is above that of the pages, {pages.head_dim}."
         )
     if window is not None and window < 1:
-        raise UserError("window", window, "must be at least 1: a row sees at least its own key.")
-    scale = 1.0 / math.sqrt(width) if scale is None else scale
-    terms = ScoreTerms(None, alibi, sinks, softcap, scale)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))
-    function = choose(implementation, q, pages, window, terms)
-    return function(q, pages, table.astype(jnp.int32), lengths.astype(jnp.int32), window, terms)[
-        ..., :width
-    ]
+        raise UserError(
+            "window", window, "must be at least 1: a query attends at least to its own key."
+        )

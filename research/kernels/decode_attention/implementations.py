@@ -17,7 +17,7 @@ from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.shard_map import shard_map, sharding_axes
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu"]
-DecodeAttentionFn = Callable[..., Float[Array, "B R N H"]]
+DecodeAttentionFn = Callable[..., Float[Array, "B T N H"]]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
@@ -30,7 +30,7 @@ PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu",)}
 
 def choose(
     implementation: Implementation,
-    q: Float[Array, "B R N H"],
+    q: Float[Array, "B T N H"],
     pages: KVPages,
     window: int | None,
     terms: ScoreTerms,
@@ -56,27 +56,28 @@ def per_device(decode_attention: DecodeAttentionFn) -> DecodeAttentionFn:
 
     @functools.wraps(decode_attention)
     def call(
-        q: Float[Array, "B R N H"],
+        q: Float[Array, "B T N H"],
         pages: KVPages,
         table: Int[Array, "B pages_per_sequence"],
         lengths: Int[Array, "B"],
         window: int | None,
         terms: ScoreTerms,
-    ) -> Float[Array, "B R N H"]:
+    ) -> Float[Array, "B T N H"]:
         if jax.sharding.get_abstract_mesh().size <= 1:
             return decode_attention(q, pages, table, lengths, window, terms)
         batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
         heads = sharding_axes((TENSOR_AXIS,), q.shape[2], pages.kv_heads) or None
-        rows, sequences = PartitionSpec(batch, None, heads), PartitionSpec(batch)
+        by_head = PartitionSpec(batch, None, heads)
+        by_sequence = PartitionSpec(batch)
         page_specs = jax.tree.map(lambda _: PartitionSpec(None, heads), pages)
         term_specs = jax.tree.map(lambda _: PartitionSpec(heads), terms)
 
-        def share(
+        def on_shard(
             q: Array, pages: KVPages, table: Array, lengths: Array, terms: ScoreTerms
         ) -> Array:
             return decode_attention(q, pages, table, lengths, window, terms)
 
-        specs = (rows, page_specs, sequences, sequences, term_specs)
-        return shard_map(share, specs, rows)(q, pages, table, lengths, terms)
+        in_specs = (by_head, page_specs, by_sequence, by_sequence, term_specs)
+        return shard_map(on_shard, in_specs, by_head)(q, pages, table, lengths, terms)
 
     return call

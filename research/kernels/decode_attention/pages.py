@@ -1,9 +1,7 @@
-"""A cache of keys and values in pages: a page holds some consecutive tokens of one sequence,
-wherever it lies.
+"""A cache of keys and values in pages: a page holds some consecutive tokens of one sequence.
 
-Which page holds which tokens is said by a table, `[B, pages_per_sequence]`: token t of sequence b
-stands in page `table[b, t // C]`, slot `t % C`, with C the slots of a page. Who owns which page is
-its owner's business.
+A table `[B, pages_per_sequence]` holds page ids: token t of sequence b is in page
+`table[b, t // page_size]`, slot `t % page_size`. Who allocates pages is not decided here.
 """
 
 import dataclasses
@@ -23,11 +21,10 @@ PLAIN = ("bfloat16", "float16", "float32")
 @node(static=())
 @dataclasses.dataclass(frozen=True)
 class KVPages:
-    """Keys and values of one layer, P pages of C slots.
+    """Keys and values of one layer in pages, each of `page_size` slots.
 
-    The heads stand before the slots: all of a page is one piece of memory, which a TPU copies at a
-    time, and so is all of a head in it, which a GPU copies at a time and every matmul takes as it
-    lies.
+    Heads come before slots: all of a page is contiguous in memory, which a TPU copies at a time.
+    So is each of its heads, which a GPU copies at a time and which a matmul takes as it is.
 
     Attributes:
       key, value: bfloat16, float16 or float32, or int8 or float8_e4m3fn with scales.
@@ -35,14 +32,14 @@ class KVPages:
         with; None where they are not quantized.
     """
 
-    key: Shaped[Array, "P K C H"]
-    value: Shaped[Array, "P K C H"]
-    key_scale: Float[Array, "P K C"] | None = None
-    value_scale: Float[Array, "P K C"] | None = None
+    key: Shaped[Array, "pages K slots H"]
+    value: Shaped[Array, "pages K slots H"]
+    key_scale: Float[Array, "pages K slots"] | None = None
+    value_scale: Float[Array, "pages K slots"] | None = None
 
     @property
     def page_size(self) -> int:
-        """C, the tokens that a page holds."""
+        """The tokens that a page holds."""
         return self.key.shape[2]
 
     @property
@@ -60,6 +57,11 @@ class KVPages:
         """Whether there are scales."""
         return self.key_scale is not None
 
+    def arrays(self) -> list[Shaped[Array, "..."]]:
+        """Returns keys, values, and their scales if there are any."""
+        optional = (self.key, self.value, self.key_scale, self.value_scale)
+        return [x for x in optional if x is not None]
+
 
 def empty_pages(
     pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16"
@@ -67,8 +69,8 @@ def empty_pages(
     """Returns pages of zeros.
 
     Args:
-      pages: P.
-      page_size: C, tokens a page.
+      pages: how many.
+      page_size: tokens a page.
       kv_heads: K.
       head_dim: H; that of the model or above, where an implementation needs it.
       dtype: `bfloat16`, `float16`, `float32`, `int8` or `float8_e4m3fn`.
@@ -79,10 +81,13 @@ def empty_pages(
     if dtype not in (*PLAIN, *QUANTIZED):
         raise UserError("dtype", dtype, f"is not one of {', '.join((*PLAIN, *QUANTIZED))}.")
     shape = (pages, kv_heads, page_size, head_dim)
-    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    key = jnp.zeros(shape, dtype)
+    value = jnp.zeros(shape, dtype)
     if dtype in PLAIN:
         return KVPages(key, value)
-    return KVPages(key, value, jnp.zeros(shape[:3], jnp.float32), jnp.zeros(shape[:3], jnp.float32))
+    key_scale = jnp.zeros(shape[:3], jnp.float32)
+    value_scale = jnp.zeros(shape[:3], jnp.float32)
+    return KVPages(key, value, key_scale, value_scale)
 
 
 def quantize(
@@ -98,46 +103,51 @@ def quantize(
     """
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / QUANTIZED[dtype]
-    numbers = x / jnp.where(scale > 0, scale, 1.0)[..., None]
-    return (jnp.round(numbers) if dtype == "int8" else numbers).astype(dtype), scale
+    # Zeros have scale 0 and stay zeros.
+    divisor = jnp.where(scale > 0, scale, 1.0)[..., None]
+    numbers = x / divisor
+    if dtype == "int8":
+        numbers = jnp.round(numbers)
+    return numbers.astype(dtype), scale
 
 
 def write(
     pages: KVPages,
     table: Int[Array, "B pages_per_sequence"],
     lengths: Int[Array, "B"],
-    key: Float[Array, "B R K H"],
-    value: Float[Array, "B R K H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
 ) -> KVPages:
-    """Returns the pages with R new tokens appended to each sequence, quantized where the pages are.
+    """Returns the pages with T new tokens appended to each sequence, quantized where the pages are.
 
     Args:
       pages: donate them to a compiled caller, and nothing else is copied.
-      table: page of each `page_size` tokens. A token whose page id is not in 0 to P - 1, or that
-          lies past the table,
-        is written nowhere: -1 marks sequences that stand still.
+      table: page of each `page_size` tokens. A token is dropped if its page id is not that of a
+        page, or if it is past the table's end: -1 marks sequences that get no tokens.
       lengths: tokens that each sequence holds so far.
       key, value: the new tokens; zeros are added where the pages are wider.
     """
-    count, _, size, width = pages.key.shape
-    key, value = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3]))) for x in (key, value)
-    )
+    count, _, page_size, width = pages.key.shape
+    padding = ((0, 0), (0, 0), (0, 0), (0, width - key.shape[3]))
+    key = jnp.pad(key, padding)
+    value = jnp.pad(value, padding)
+
+    # Length 5 and pages of 4: new tokens at positions [5, 6, 7, 8], entries [1, 1, 1, 2] of the
+    # table, slots [1, 2, 3, 0].
     positions = lengths[:, None] + jnp.arange(key.shape[1])[None]
-    places = positions // size
-    ids = jnp.take_along_axis(table, jnp.minimum(places, table.shape[1] - 1), axis=1)
+    entries = positions // page_size
+    ids = jnp.take_along_axis(table, jnp.minimum(entries, table.shape[1] - 1), axis=1)
     # An index out of range is dropped, but a negative one would count from the end.
-    ids = jnp.where((places < table.shape[1]) & (ids >= 0), ids, count)
-    slots = positions % size
+    ids = jnp.where((entries < table.shape[1]) & (ids >= 0), ids, count)
+    slots = positions % page_size
 
     def put(old: Array, new: Array) -> Array:
         return old.at[ids, :, slots].set(new.astype(old.dtype), mode="drop")
 
     if not pages.quantized:
         return KVPages(put(pages.key, key), put(pages.value, value))
-    (key, key_scale), (value, value_scale) = (
-        quantize(x, pages.key.dtype.name) for x in (key, value)
-    )
+    key, key_scale = quantize(key, pages.key.dtype.name)
+    value, value_scale = quantize(value, pages.key.dtype.name)
     return KVPages(
         put(pages.key, key),
         put(pages.value, value),
@@ -149,38 +159,40 @@ def write(
 def gather(
     pages: KVPages, table: Int[Array, "B pages_per_sequence"]
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Returns the keys and values of each sequence one after the other, in float32 where they are
-    quantized.
+    """Returns the dense keys and values of each sequence, in float32 where they are quantized.
 
     Args:
       pages: all pages.
-      table: ids out of range, as may stand past a sequence's end, read some page.
+      table: ids out of range, as there may be past a sequence's end, read some page.
     """
 
     def dense(x: Array, scale: Array | None) -> Array:
         found = x.at[table].get(mode="clip")
         if scale is not None:
             found = found.astype(jnp.float32) * scale.at[table].get(mode="clip")[..., None]
-        batch, places, heads, size, width = found.shape
-        return jnp.swapaxes(found, 2, 3).reshape(batch, places * size, heads, width)
+        # [B, pages_per_sequence, K, page_size, H] -> [B, S, K, H]
+        batch, entries, heads, page_size, width = found.shape
+        return jnp.swapaxes(found, 2, 3).reshape(batch, entries * page_size, heads, width)
 
     return dense(pages.key, pages.key_scale), dense(pages.value, pages.value_scale)
 
 
-def needed(
-    lengths: Int[Array, "B"], rows: int, page_size: int, window: int | None
+def page_range(
+    lengths: Int[Array, "B"], queries: int, page_size: int, window: int | None
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Returns of each sequence the first place in the table that its rows look at, and the one past
-    the last.
+    """Returns of each sequence the first entry of the table that its queries need, and the end.
 
     Args:
       lengths: tokens of each sequence.
-      rows: R, its newest tokens, which are the queries.
-      page_size: C.
+      queries: T, its newest tokens.
+      page_size: tokens a page.
       window: of the attention, or None.
     """
+    # Lengths [5, 0] and pages of 4 -> ends [2, 0]
     end = jax.lax.div(lengths + page_size - 1, page_size)
     if window is None:
         return jnp.zeros_like(end), end
-    oldest = jnp.maximum(lengths - rows - window + 1, 0)
+
+    # The first query, at length - T, attends to the window's keys up to its own.
+    oldest = jnp.maximum(lengths - queries - window + 1, 0)
     return jnp.minimum(jax.lax.div(oldest, page_size), end), end

@@ -11,31 +11,33 @@ from research.kernels.decode_attention.pages import KVPages, gather
 
 
 def unsupported_reason(
-    q: Float[Array, "B R N H"], pages: KVPages, window: int | None, terms: ScoreTerms
+    q: Float[Array, "B T N H"], pages: KVPages, window: int | None, terms: ScoreTerms
 ) -> None:
     """Takes everything."""
 
 
 def decode_attention(
-    q: Float[Array, "B R N H"],
+    q: Float[Array, "B T N H"],
     pages: KVPages,
     table: Int[Array, "B pages_per_sequence"],
     lengths: Int[Array, "B"],
     window: int | None,
     terms: ScoreTerms,
-) -> Float[Array, "B R N H"]:
+) -> Float[Array, "B T N H"]:
     """Decode attention, holding each sequence's keys and values and all scores; see the API of the
     package.
     """
     k, v = gather(pages, table)
     positions = jnp.arange(k.shape[1])[None]
-    # What lies past the length is anything, which times a weight of zero is not zero.
+    # Slots past the length may hold NaN, and a weight of zero times NaN is NaN.
     written = (positions < lengths[:, None])[:, :, None, None]
     k, v = (jnp.where(written, x.astype(jnp.float32), 0.0) for x in (k, v))
+
+    # Length 5, T = 2 -> positions [3, 4]
+    queries = q.shape[1]
+    q_positions = lengths[:, None] - queries + jnp.arange(queries)[None]
+    kv_positions = jnp.broadcast_to(positions, k.shape[:2])
     mask = AttentionMask(
-        causal=True,
-        window=window,
-        q_positions=lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1])[None],
-        kv_positions=jnp.broadcast_to(positions, k.shape[:2]),
+        causal=True, window=window, q_positions=q_positions, kv_positions=kv_positions
     )
     return attention.attention(q, k, v, mask, terms).astype(q.dtype)

@@ -1,28 +1,38 @@
-"""The rows of a key/value head's matmul: its G query heads times the R newest tokens, row g · R +
-r.
+"""The rows of a key/value head's matmul: its G query heads times the T new tokens.
+
+Query head g of the group and token t are row g · T + t.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def fold(q: Float[Array, "B R N H"], kv_heads: int) -> Float[Array, "B K GR H"]:
+def fold(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K rows H"]:
     """Returns the queries by key/value head."""
-    batch, rows, heads, width = q.shape
-    return jnp.moveaxis(q, 1, 2).reshape(batch, kv_heads, heads // kv_heads * rows, width)
+    batch, queries, heads, width = q.shape
+    rows = heads // kv_heads * queries
+    # [B, T, N, H] -> [B, N, T, H] -> [B, K, GT, H]
+    by_head = jnp.moveaxis(q, 1, 2)
+    return by_head.reshape(batch, kv_heads, rows, width)
 
 
-def unfold(out: Float[Array, "B K GR H"], rows: int) -> Float[Array, "B R N H"]:
+def unfold(out: Float[Array, "B K rows H"], queries: int) -> Float[Array, "B T N H"]:
     """Returns the result by token: the inverse of `fold`."""
     batch, _, _, width = out.shape
-    return jnp.moveaxis(out.reshape(batch, -1, rows, width), 2, 1)
+    # [B, K, GT, H] -> [B, N, T, H] -> [B, T, N, H]
+    by_head = out.reshape(batch, -1, queries, width)
+    return jnp.moveaxis(by_head, 2, 1)
 
 
-def behind(rows: int, group: int) -> Int[Array, "GR"]:
-    """Returns how far the position of each row lies behind its sequence's length: from 1 to R."""
-    return jnp.tile(rows - jnp.arange(rows, dtype=jnp.int32), group)
+def distance_to_end(queries: int, group: int) -> Int[Array, "rows"]:
+    """Returns the sequence's length minus the position of each row."""
+    # T = 3, G = 2 -> [3, 2, 1, 3, 2, 1]
+    of_tokens = queries - jnp.arange(queries, dtype=jnp.int32)
+    return jnp.tile(of_tokens, group)
 
 
-def by_row(heads: Float[Array, "N"], kv_heads: int, rows: int) -> Float[Array, "K GR"]:
-    """Returns a number a query head as one a row, in float32."""
-    return jnp.repeat(heads.astype(jnp.float32).reshape(kv_heads, -1), rows, axis=1)
+def per_row(of_heads: Float[Array, "N"], kv_heads: int, queries: int) -> Float[Array, "K rows"]:
+    """Returns a number of each query head as one of each row, in float32."""
+    # K = 1, T = 2: [a, b] -> [[a, a, b, b]]
+    by_kv_head = of_heads.astype(jnp.float32).reshape(kv_heads, -1)
+    return jnp.repeat(by_kv_head, queries, axis=1)

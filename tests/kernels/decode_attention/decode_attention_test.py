@@ -22,7 +22,7 @@ from research.kernels.decode_attention import (
     reference,
     write,
 )
-from research.kernels.decode_attention.pages import KVPages, needed
+from research.kernels.decode_attention.pages import KVPages, page_range
 from research.parallel.target import compiling_for
 from tests.kernels.decode_attention.cases import by_words, cache, calls, poisoned
 
@@ -82,7 +82,7 @@ def test_cpu_reads_no_page_before_the_window(rows):
     rng, lengths = np.random.default_rng(0), jnp.array([3, 9, 17])
     pages, table, _ = cache(rng, lengths, 5, 4, 1, 8)
     q = jnp.asarray(rng.normal(size=(3, rows, 1, 8)), jnp.float32)
-    first, end = needed(lengths, rows, 4, 6)
+    first, end = page_range(lengths, rows, 4, 6)
     assert (first <= end).all()
     call = functools.partial(
         decode_attention, q, table=table, lengths=lengths, window=6, implementation="cpu"
@@ -96,8 +96,8 @@ def test_cpu_reads_no_page_before_the_window(rows):
 @pytest.mark.parametrize(
     ("window", "first"), [(None, [0, 0, 0]), (1, [0, 0, 3]), (5, [0, 0, 2]), (6, [0, 0, 1])]
 )
-def test_needed_pages_are_those_of_the_window(window, first):
-    found = needed(jnp.array([0, 4, 14]), 2, 4, window)
+def test_page_range_pages_are_those_of_the_window(window, first):
+    found = page_range(jnp.array([0, 4, 14]), 2, 4, window)
     np.testing.assert_array_equal(found, [first, [0, 1, 4]])
 
 

@@ -13,7 +13,7 @@ from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import empty_pages, gather, gpu, implementations, reference
 from research.kernels.decode_attention.gpu_kernel import STEP
-from research.kernels.decode_attention.pages import needed
+from research.kernels.decode_attention.pages import page_range
 from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on
 from tests.kernels.decode_attention.cases import cache, calls, poisoned
@@ -45,7 +45,7 @@ def test_kernels_equal_the_reference(call):
     (q, pages, table, lengths, window, terms), _ = call
     q = q.astype(jnp.float16 if pages.quantized else pages.key.dtype)
     spoiled = poisoned(
-        pages, table, lengths, needed(lengths, q.shape[1], pages.page_size, window)[0]
+        pages, table, lengths, page_range(lengths, q.shape[1], pages.page_size, window)[0]
     )
     found = run(q, spoiled, table, lengths, window, terms)
     # Weights are rounded to the type of the matmul.
@@ -58,9 +58,9 @@ def test_kernels_equal_the_reference(call):
 @pytest.mark.fast_cases("bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_kernels_equal_the_reference_with_everything_at_once(dtype, monkeypatch):
-    # Rows of two pieces, parts that are joined one after the other, and slots that no sequence
+    # Rows of two tiles, splits that are combined one after the other, and slots that no sequence
     # filled, at the ends and before the window.
-    monkeypatch.setattr(gpu, "JOINED", 8)
+    monkeypatch.setattr(gpu, "COMBINED", 8)
     rng, lengths, rows, heads, window = np.random.default_rng(0), jnp.array([0, 2, 300]), 3, 24, 260
     pages, table, _ = cache(rng, lengths, 10, 32, 1, 64, dtype)
     q = jnp.asarray(rng.normal(size=(3, rows, heads, 64)), jnp.bfloat16)
@@ -68,7 +68,7 @@ def test_kernels_equal_the_reference_with_everything_at_once(dtype, monkeypatch)
     terms = ScoreTerms(sinks=sinks, alibi=alibi * 0.01, softcap=5.0, scale=0.2)
     plan = gpu.plan_for(q, pages, table.shape[1], window, terms)
     assert (plan.tiles, plan.height, plan.together) == (2, 40, 1)
-    spoiled = poisoned(pages, table, lengths, needed(lengths, rows, 32, window)[0])
+    spoiled = poisoned(pages, table, lengths, page_range(lengths, rows, 32, window)[0])
     assert np.isnan(np.float32(gather(spoiled, table)[1])).any()
     found = run(q, spoiled, table, lengths, window, terms)
     np.testing.assert_array_equal(found[0], 0)
@@ -85,22 +85,22 @@ def test_kernels_equal_the_reference_with_everything_at_once(dtype, monkeypatch)
     target=st.integers(1, 30),
     window=st.sampled_from([None, 1, 200]),
 )
-def test_parts_hold_each_step_of_each_sequence_once(lengths, target, window):
+def test_splits_hold_each_step_of_each_sequence_once(lengths, target, window):
     lengths = jnp.array(lengths)
-    starts = needed(lengths, 1, 16, window)[0] * 16
-    work, spans = (np.asarray(x) for x in gpu.shares(lengths, starts, 40, target))
-    assert len(work) <= len(lengths) + target
-    assert spans[-1, 1] <= len(work)
-    for row, (first, end) in enumerate(spans):
+    starts = page_range(lengths, 1, 16, window)[0] * 16
+    splits, ranges = (np.asarray(x) for x in gpu.split_sequences(lengths, starts, 40, target))
+    assert len(splits) <= len(lengths) + target
+    assert ranges[-1, 1] <= len(splits)
+    for row, (first, end) in enumerate(ranges):
         token = int(starts[row])
-        for part in work[first:end]:
-            assert tuple(part[[0, 1, 3]]) == (row, token, lengths[row])
-            assert part[2] > 0
-            token += int(part[2]) * STEP
+        for split in splits[first:end]:
+            assert tuple(split[[0, 1, 3]]) == (row, token, lengths[row])
+            assert split[2] > 0
+            token += int(split[2]) * STEP
         assert lengths[row] <= token < lengths[row] + STEP
-    np.testing.assert_array_equal(work[spans[-1, 1] :, 2], 0)
-    # No part has more than its share, but for the least that is worth one.
-    assert work[:, 2].max() <= max(gpu.LEAST_SHARE, -(-work[:, 2].sum() // target))
+    np.testing.assert_array_equal(splits[ranges[-1, 1] :, 2], 0)
+    # No split has more than an even part, but for the least size.
+    assert splits[:, 2].max() <= max(gpu.LEAST_SPLIT, -(-splits[:, 2].sum() // target))
 
 
 def compiled(
@@ -153,7 +153,7 @@ def test_kernels_compile_for_an_h200(h200, dtype, page_size, heads, width, optio
 @pytest.mark.compilers
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_temporaries_hold_no_pages(h200, dtype):
-    """A second of pages of long sequences, of which the sums of the parts are a small share."""
+    """A second of pages of long sequences, of which the sums of the splits are a small part."""
     program, pages = compiled(h200, dtype, 64, (32, 8), 128, batch=64, places=128, count=64 * 128)
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
     memory = program.memory_analysis()

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import decode_attention, empty_pages, reference, tpu
-from research.kernels.decode_attention.pages import needed
+from research.kernels.decode_attention.pages import page_range
 from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 from tests.kernels.decode_attention.cases import cache, calls, poisoned
@@ -62,7 +62,7 @@ def test_pages_before_the_window_are_never_read():
     rng, lengths = np.random.default_rng(0), jnp.array([130, 600])
     pages, table, _ = cache(rng, lengths, 5, 128, 1, 128)
     q, terms = jnp.asarray(rng.normal(size=(2, 1, 2, 128)), jnp.float32), ScoreTerms(scale=0.1)
-    first, _ = needed(lengths, 1, 128, 150)
+    first, _ = page_range(lengths, 1, 128, 150)
     assert first.tolist() == [0, 3]
     spoiled = poisoned(pages, table, lengths, first)
     found = interpreted(q, spoiled, table, lengths, 150, terms)
@@ -113,7 +113,7 @@ def test_every_generation_compiles_it_and_copies_no_pages(chip):
         (128, 2, 128, "float16", "pages in float16: it takes them in bfloat16 or float32"),
     ],
 )
-def test_refusals_name_the_nearest_value(page_size, kv_heads, width, dtype, rule):
+def test_unsupported_reason_names_the_nearest_value(page_size, kv_heads, width, dtype, rule):
     pages = jax.eval_shape(lambda: empty_pages(2, page_size, kv_heads, width, dtype))
     q = jax.ShapeDtypeStruct((1, 1, kv_heads, width), jnp.bfloat16)
     table = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
