@@ -104,9 +104,9 @@ def test_a_corpus_travels_by_its_name(tmp_path):
     np.testing.assert_array_equal(pickle.loads(data).tokens, train.tokens)
 
 
-def _flip(path, place):
+def _flip(path, offset):
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[offset] ^= 1
     path.write_bytes(data)
 
 
@@ -118,12 +118,12 @@ def _large(tmp_path, blocks=3):
 
 
 @pytest.mark.parametrize("name", ["offsets.npy", "bytes.npy", "checksums.npy", "corpus.json"])
-@pytest.mark.parametrize("place", [0, 9, 60, -9, -2])
+@pytest.mark.parametrize("offset", [0, 9, 60, -9, -2])
 def test_a_flipped_bit_in_a_table_is_refused_by_name_when_the_corpus_is_opened(
-    tmp_path, name, place
+    tmp_path, name, offset
 ):
     folder = corpora(tmp_path, 30)["train"].folder
-    _flip(folder / name, place)
+    _flip(folder / name, offset)
     with pytest.raises(UserError, match=r"train[/ ].*Delete .*cache/text-\w+ to build it again"):
         open_corpus(folder)
 
@@ -188,7 +188,7 @@ def test_the_next_run_removes_what_a_killed_build_left(tmp_path, hit):
 
 
 def test_the_last_token_of_a_piece_is_verified_too(tmp_path):
-    """A causal piece of n pairs reads n + 1 tokens: here the last one lies in a block of its
+    """A causal segment of n pairs reads n + 1 tokens: here the last one is in a block of its
     own.
     """
     (tmp_path / "a.txt").write_text("x" * (checksums.BLOCK_BYTES // 2 - 1))

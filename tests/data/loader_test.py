@@ -72,7 +72,7 @@ def test_workers_do_not_change_the_order(pair):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5])
-def test_a_restored_loader_goes_on_where_it_was(pair, stop):
+def test_a_restored_loader_resumes_where_it_was(pair, stop):
     unbroken = take(loader(pair), 8)
     first = loader(pair)
     take(first, stop)

@@ -117,7 +117,7 @@ def test_files_are_split_by_their_name_in_the_folder_that_the_source_names(tmp_p
     assert not sources.is_heldout("asyncio/events.py", 0.03)
 
 
-def test_a_text_file_is_cut_where_the_separator_stands(tmp_path):
+def test_a_text_file_is_cut_where_the_separator_is(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree")
     found = read(
         SourceConfig(
@@ -317,7 +317,7 @@ def test_a_config_that_cannot_be_is_refused(values, message):
         SourceConfig(**values)
 
 
-def test_a_prepared_tfds_dataset_is_read_where_it_lies(tmp_path):
+def test_a_prepared_tfds_dataset_is_read_in_place(tmp_path):
     write(tmp_path, "tfds")
     tfds_text.prepare(dict(sources.find_files(str(tmp_path))), tmp_path.parent / "prepared")
     shutil.rmtree(tmp_path / "part")

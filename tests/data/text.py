@@ -29,7 +29,7 @@ def corpora(
 
 
 class MarkedBytes(ByteTokenizer):
-    """Bytes, and what the objectives put in beside them."""
+    """Bytes, and the ids that objectives insert."""
 
     def __init__(self):
         super().__init__()
@@ -43,15 +43,16 @@ VOCAB = 50_200
 
 
 def store(lengths: list[int]) -> Corpus:
-    """Returns framed documents of these lengths. A token of the text is its place in the store: no
+    """Returns framed documents of these lengths. A token of the text is its index in the store: no
     two are equal.
     """
-    documents, place = [], 0
+    documents = []
+    index = 0
     for n in lengths:
-        documents.append(np.array([BOS, *range(place + 1, place + 1 + n), EOS]))
-        place += n + 2
+        documents.append(np.array([BOS, *range(index + 1, index + 1 + n), EOS]))
+        index += n + 2
     tokens = np.concatenate(documents).astype(np.uint16)
-    assert place < BOS
+    assert index < BOS
     offsets = np.concatenate([[0], np.cumsum([n + 2 for n in lengths])])
     return Corpus(
         pathlib.Path("store"), tokens, offsets, np.array(lengths), PAD, "digest", SourceReport()

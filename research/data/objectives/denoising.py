@@ -64,7 +64,8 @@ def alternating(
     spans: Int[np.ndarray, "segments"],
     draws: UInt[np.ndarray, "_"],
 ) -> Int[np.ndarray, "_ 2"]:
-    """Draws the lengths of each span's kept run and of the noise run that follows it.
+    """Draws the lengths of each span's kept run and of the noise run that follows it, as T5's
+    `random_spans_noise_mask` does.
 
     Kept and noise are each cut into as many runs as there are spans, none of them empty, every way
     to cut as likely as every other.
@@ -97,15 +98,16 @@ def alternating(
     # -> [[kept 2, noise 1], [kept 2, noise 1]]
     first_span = np.repeat(group_starts(spans), 2)
     span = np.repeat(first_span, sizes) + run
-    is_noise = group_indices(sizes) % 2 == 0
+    group_is_noise = np.arange(len(sizes)) % 2 == 0
+    is_noise = np.repeat(group_is_noise, sizes)
     num_spans = int(spans.sum())
     counts = np.bincount(2 * span + is_noise, minlength=2 * num_spans)
     return counts.reshape(num_spans, 2)
 
 
 class Spans(Objective):
-    """The encoder reads a text with a sentinel for each span that is left out; the decoder predicts
-    sentinels and spans.
+    """Span corruption: the encoder reads a text with a sentinel for each span that is left out; the
+    decoder predicts sentinels and spans.
 
         text     t₁ t₂ t₃ t₄ t₅ t₆
         encoder  [mode] t₁ t₂ ⟨0⟩ t₄ t₅ ⟨1⟩ EOS
@@ -140,7 +142,7 @@ class Spans(Objective):
         """Returns tokens kept, tokens left out, and spans of each segment."""
         noise = noise_tokens(lengths, self._density[variants])
         kept = lengths - noise
-        # No run is empty, so there are as many tokens of both kinds.
+        # No run is empty, so there are no more spans than tokens of either kind.
         most_spans = np.minimum(noise, kept)
         most_spans = np.minimum(most_spans, len(self.ids.sentinels))
         spans = span_count(noise, self._mean_span[variants], most_spans)
@@ -222,8 +224,8 @@ class Spans(Objective):
 
 
 class Infill(Objective):
-    """The encoder reads a text, sentences shuffled, a mask for each span that is left out; the
-    decoder predicts the whole text.
+    """Text infilling: the encoder reads a text, sentences shuffled, with a mask for each span that
+    is left out; the decoder predicts the whole text.
 
         text     t₁ t₂ t₃ t₄ t₅ t₆
         encoder  BOS t₁ MASK t₄ t₅ MASK t₆ EOS      (the second span is empty)
@@ -294,12 +296,15 @@ class Infill(Objective):
         """Draws the gap of each span: before kept token 0, 1, … of its segment, or behind the
         last.
         """
-        # kept [3, 1], spans [2, 1]: gaps 0 … 3 and 0 … 1, is chosen [F, T, F, T, T, F] -> [1, 3, 0]
+        # kept [3, 1] -> 4 and 2 gaps, is chosen [F, T, F, T, T, F] -> gaps [1, 3, 4] of all
         num_gaps = kept + 1
         draws = segments.draws(GAPS, num_gaps)
         is_chosen = choose(draws, num_gaps, spans)
-        gaps = ragged_arange(num_gaps)
-        return gaps[is_chosen]
+        gaps = np.flatnonzero(is_chosen)
+
+        # Of its own segment: spans [2, 1] -> first gaps [0, 0, 4] -> gaps [1, 3, 0]
+        first_gaps = np.repeat(group_starts(num_gaps), spans)
+        return gaps - first_gaps
 
     def _draw_span_lengths(
         self,

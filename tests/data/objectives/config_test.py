@@ -1,4 +1,4 @@
-"""Objectives that cannot be are refused, and the shapes of a batch are known before there is
+"""Impossible objectives are errors, and the shapes of a batch are known before there is
 one.
 """
 
@@ -51,7 +51,7 @@ def test_batches_have_the_shapes_that_were_promised(kind):
     assert encoded == ("encoder_segments" in shapes)
 
 
-def test_an_encoder_is_as_wide_as_the_decoder_unless_told():
+def test_an_encoder_is_as_wide_as_the_decoder_by_default():
     assert batch_shapes(ObjectiveConfig("span"), 2, 16)["encoder_tokens"] == ((2, 16), "int32")
 
 

@@ -45,7 +45,7 @@ def mended(segment: Segment) -> list[int]:
 
 
 def check_spans(segment: Segment, config: SpanConfig) -> list[int]:
-    """Returns the segment's text; nothing that is predicted stands in the encoder's input, and the
+    """Returns the segment's text; the encoder reads nothing that is predicted, and the
     counts are T5's.
     """
     assert segment.tokens == [PAD, *segment.targets[:-1]]
@@ -177,8 +177,8 @@ def check_infilled(segment: Segment, config: InfillConfig, sentence_ends: set[in
     runs = [s for i, s in enumerate(runs) if i == 0 or runs[i - 1] != s]
     assert len(runs) == len(set(runs))  # each sentence's tokens together …
     for s in runs:  # … and in their order
-        places = [text.index(token) for token in kept if sentences[token] == s]
-        assert places == sorted(places)
+        indices = [text.index(token) for token in kept if sentences[token] == s]
+        assert indices == sorted(indices)
     assert config.permute or runs == sorted(runs)
     return text
 

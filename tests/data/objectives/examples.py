@@ -1,4 +1,4 @@
-"""Packed rows taken apart again, one segment at a time and in plain Python."""
+"""Packed rows split into segments again, one at a time and in plain Python."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def drawn(rows: PackedRows, times: int) -> dict[str, np.ndarray]:
 
 
 def segments(batch: dict[str, np.ndarray]) -> Iterator[Segment]:
-    """Takes every row apart, and checks what every objective promises of its layout."""
+    """Splits every row into its segments, and checks what every objective promises of a layout."""
     encoded = "encoder_tokens" in batch
     for row in range(len(batch["tokens"])):
         inside = {name: values[row] for name, values in batch.items()}

@@ -170,15 +170,15 @@ def test_pairs_are_packed_by_the_side_that_fills_its_row_first(first):
     filling = [[9, 1], [8, 2], [7, 3], [6, 4]]  # with EOS
     sizes = [[n - 1, 29] for pair in filling for n in pair]
     corpus = store([n for pair in sizes for n in (pair if first == 0 else pair[::-1])])
-    rooms = [100, 10] if first == 0 else [10, 100]
-    rows = packed(corpus, objective_of("translate", rooms[0], encoder_length=rooms[1]))
+    widths = [100, 10] if first == 0 else [10, 100]
+    rows = packed(corpus, objective_of("translate", widths[0], encoder_length=widths[1]))
     assert len(rows) == len(filling)
     batch = epoch(rows)
     name = "encoder_segments" if first == 0 else "segments"
     assert (batch[name] > 0).all()
-    places = [batch[name] > 0 for name in ("segments", "encoder_segments")]
+    filled = [batch[name] > 0 for name in ("segments", "encoder_segments")]
     assert rows.plan.padding == pytest.approx(
-        1 - sum(x.sum() for x in places) / sum(x.size for x in places)
+        1 - sum(x.sum() for x in filled) / sum(x.size for x in filled)
     )
 
 

@@ -52,8 +52,8 @@ def test_every_token_is_in_one_masked_piece_and_only_hidden_ones_are_changed(len
 def test_a_changed_token_without_weight_is_noticed():  # the control
     segment = next(segments(epoch(packed(store([30]), objective_of("masked", 40)))))
     check_masked(segment)
-    place = segment.weights.index(0, 1)
-    segment.tokens[place] += 1
+    index = segment.weights.index(0, 1)
+    segment.tokens[index] += 1
     with pytest.raises(AssertionError):
         check_masked(segment)
 
@@ -83,14 +83,14 @@ def test_random_tokens_are_spread_over_the_vocabulary_and_shares_are_the_config(
     assert shown.max() > 0.99 * VOCAB
 
 
-def test_every_place_is_hidden_equally_often_and_each_epoch_hides_others():
+def test_every_position_is_hidden_equally_often_and_each_epoch_hides_others():
     rows = packed(store([20]), objective_of("masked", 22))
     hidden = drawn(rows, 4000)["weights"]
     assert (hidden.sum(axis=1) == 3).all()
     assert (hidden[:, [0, -1]] == 0).all()
     share = hidden[:, 1:-1].mean(axis=0)
     assert np.abs(share - 0.15).max() < 4.5 * (0.15 * 0.85 / 4000) ** 0.5
-    # Pairs of places as well: 3 of 20 hide each pair in 3 · 2 / (20 · 19) of the epochs.
+    # Pairs of positions as well: 3 of 20 hide each pair in 3 · 2 / (20 · 19) of the epochs.
     together = hidden[:, 1:-1].T @ hidden[:, 1:-1] / 4000
     expected = 6 / 380
     off = ~np.eye(20, dtype=bool)

@@ -305,7 +305,7 @@ def test_templates_that_transformers_puts_beside_the_default_are_found(tmp_path)
         json.dumps({"chat_template": "D{{ messages[0].content }}"})
     )
     tokenizer = build(TokenizerConfig(kind="bytes"), ())
-    for _ in range(2):  # the default lies in the config, and then in a file
+    for _ in range(2):  # the default is in the config, and then in a file
         tokenizer.chat_templates = folders.read_settings(tmp_path).chat_templates
         asked = [{"role": "user", "content": "?"}]
         assert tokenizer.render_chat(asked) == "D?"
