@@ -34,7 +34,7 @@ def prepare_data(config: ExperimentConfig) -> Prepared:
             f"is below the tokenizer's {prepared.tokenizer.vocab_size} ids. Use at least that.",
         )
     if config.model.structure == "encoder_decoder":
-        start = special_ids(config.data.objective, prepared.tokenizer).start
+        start = special_ids(config.data.objective, prepared.tokenizer).decoder_start
         if start != config.model.decoder_start_id:
             raise UserError(
                 "model.decoder_start_id",
