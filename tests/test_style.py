@@ -48,6 +48,8 @@ RETIRED = {
     r"\bread_prompts\b|\btext_before\b": "prefill, prompt_ids",
     r"\b[Ww]ho sees whom\b": "attention mask",
     r"\btaken? apart\b|\banatomy\b": "parameter summary",
+    r"\btake_apart\b": "parameter_tree",
+    r"\{future\}|\bFUTURE\b|\bfurther token is predicted\b": "multi-token prediction, mtp",
     r"\b_STRETCH\b|\bunstretched\b": "RoPE scaling",
 }
 

@@ -1,3 +1,1 @@
-"""Floor 7: what a model is, for people to read: parameters as a tree, a description, pictures of
-attention masks.
-"""
+"""Floor 7: reports for people: sizes, parameters and masks of a model; checks of a machine."""

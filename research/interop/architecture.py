@@ -228,7 +228,7 @@ def fields_from(architecture: Architecture, config: ModelConfig) -> dict[str, An
     Raises:
       UserError: the architecture cannot express the model; the message starts with the field.
     """
-    fields, differences = _try(architecture, config)
+    fields, differences = _write_and_compare(architecture, config)
     if differences:
         raise UserError(f"{differences[0]} is not what {architecture.model_type!r} has.")
     return fields
@@ -252,7 +252,7 @@ def choose(
     for architecture in sorted(architectures, key=lambda each: each.model_type != first):
         name = architecture.model_type
         try:
-            fields, differences = _try(architecture, config)
+            fields, differences = _write_and_compare(architecture, config)
         except UserError as error:
             message = str(error).rstrip(".")
             reasons.append((sys.maxsize, f"{name!r}: {message}"))
@@ -266,7 +266,9 @@ def choose(
     raise UserError(f"no Hugging Face architecture holds this model: {nearest}.")
 
 
-def _try(architecture: Architecture, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+def _write_and_compare(
+    architecture: Architecture, config: ModelConfig
+) -> tuple[dict[str, Any], list[str]]:
     """Returns the config.json nearest to a model, and the dotted names of what differs in it."""
     fields = {
         "architectures": [architecture.model_class],

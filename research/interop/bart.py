@@ -85,7 +85,7 @@ def _layer(*attentions: tuple[str, str]) -> tuple[TensorSpec, ...]:
     """Returns the tensors of a layer with these attentions, and an MLP."""
     tensors = []
     for name, attention in attentions:
-        tensors += projections(f"{name}.{{part}}_proj", attention, "qkv")
+        tensors += projections(f"{name}.{{qkv}}_proj", attention, "qkv")
         tensors += linear(f"{name}.out_proj", f"{attention}/out", num_inputs=2)
         tensors += norm(f"{name}_layer_norm", f"{attention}_norm")
     return (

@@ -96,7 +96,7 @@ def _write_roberta(heads: Heads, config: ModelConfig) -> dict[str, Any]:
 
 
 _LAYER = (
-    *projections("attention.self.{part}", "attention"),
+    *projections("attention.self.{qkv}", "attention"),
     *linear("attention.output.dense", "attention/out", num_inputs=2),
     *norm("attention.output.LayerNorm", "attention_norm"),
     *linear("intermediate.dense", "mlp/up"),

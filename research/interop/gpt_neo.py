@@ -116,7 +116,7 @@ GPT_NEO = Architecture(
             "{layer}",
             (
                 *norm("ln_1", "attention_norm"),
-                *projections("attn.attention.{part}_proj", "attention", "qkv"),
+                *projections("attn.attention.{qkv}_proj", "attention", "qkv"),
                 *linear("attn.attention.out_proj", "attention/out", num_inputs=2),
                 *norm("ln_2", "mlp_norm"),
                 *linear("mlp.c_fc", "mlp/up"),

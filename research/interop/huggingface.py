@@ -214,16 +214,16 @@ def write_hugging_face(
     # The architecture's own field of a token wins: some count positions from it.
     fields = {**ids, **fields, "dtype": dtype}
     mappings = mapping.map_tensors(architecture, config)
-    kind = np.dtype(dtype)
-    files = _shards(mapping.shapes_of(mappings), kind.itemsize, shard_bytes)
+    stored_dtype = np.dtype(dtype)
+    files = _shards(mapping.shapes_of(mappings), stored_dtype.itemsize, shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / CONFIG, fields)
         (folder / GENERATION).write_bytes(generation_config(fields))
-        rows = mapping.tensor_rows(mappings, get_slice, kind)
-        _write_files(folder, files, kind, rows)
+        rows = mapping.tensor_rows(mappings, get_slice, stored_dtype)
+        _write_files(folder, files, stored_dtype, rows)
         if len(files) > 1:
-            _write_json(folder / INDEX, _index(files, kind.itemsize))
+            _write_json(folder / INDEX, _index(files, stored_dtype.itemsize))
         _remove_older(folder, files)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error

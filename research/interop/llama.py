@@ -14,7 +14,7 @@ from research.interop.tensor import TensorSpec
 
 # The tensors of a layer, by names within it.
 ATTENTION = (
-    *projections("self_attn.{part}_proj", "attention", "qkv"),
+    *projections("self_attn.{qkv}_proj", "attention", "qkv"),
     *linear("self_attn.o_proj", "attention/out", num_inputs=2),
 )
 QK_NORM = (

@@ -109,7 +109,7 @@ def map_tensors(architecture: Architecture, config: ModelConfig) -> list[TensorM
     unmapped = sorted(set(shapes) - mapped)
     if unmapped:
         raise UserError(
-            f"a {architecture.model_type} checkpoint has no place for {listed(unmapped)}."
+            f"a {architecture.model_type} checkpoint has no tensor for {listed(unmapped)}."
         )
     return mappings
 

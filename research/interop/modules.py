@@ -8,8 +8,8 @@ from research.interop.tensor import TensorSpec
 from research.models.config import ModelConfig
 
 # The projections of a layer's attention that read its input.
-PARTS = ("query", "key", "value")
-QKV = tuple(f"attention/{part}" for part in PARTS)
+PROJECTIONS = ("query", "key", "value")
+QKV = tuple(f"attention/{name}" for name in PROJECTIONS)
 # The output projection of a model whose embedding is not tied to it.
 UNEMBED = TensorSpec("lm_head.weight", ("unembed",), num_inputs=1, transposed=True)
 
@@ -48,18 +48,20 @@ def norm(
     )
 
 
-def projections(theirs: str, ours: str, names: Sequence[str] = PARTS) -> tuple[TensorSpec, ...]:
+def projections(
+    theirs: str, ours: str, names: Sequence[str] = PROJECTIONS
+) -> tuple[TensorSpec, ...]:
     """Returns the linear maps to queries, keys and values.
 
     Args:
-      theirs: their names, with `{part}` for that of the projection.
+      theirs: their names, with `{qkv}` for the name of the projection.
       ours: the attention.
       names: of the three projections.
     """
     tensors = []
-    for part, name in zip(PARTS, names, strict=True):
-        # "self_attn.{part}_proj", "q" -> "self_attn.q_proj"
-        tensors += linear(theirs.replace("{part}", name), f"{ours}/{part}")
+    for projection, name in zip(PROJECTIONS, names, strict=True):
+        # "self_attn.{qkv}_proj", "q" -> "self_attn.q_proj"
+        tensors += linear(theirs.replace("{qkv}", name), f"{ours}/{projection}")
     return tuple(tensors)
 
 

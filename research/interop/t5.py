@@ -130,7 +130,7 @@ def _layer(*sublayers: tuple[str, str]) -> tuple[TensorSpec, ...]:
     for number, (name, attention) in enumerate(sublayers):
         # In the decoder layer.0 is self-attention, layer.1 cross-attention, layer.2 the MLP.
         sublayer = f"layer.{number}"
-        tensors += projections(f"{sublayer}.{name}.{{part}}", attention, "qkv")
+        tensors += projections(f"{sublayer}.{name}.{{qkv}}", attention, "qkv")
         tensors += linear(f"{sublayer}.{name}.o", f"{attention}/out", num_inputs=2)
         tensors += norm(f"{sublayer}.layer_norm", f"{attention}_norm")
     mlp = f"layer.{len(sublayers)}"

@@ -94,20 +94,22 @@ def leftover_faults(
     tensors: Mapping[str, Any],
 ) -> Iterator[str]:
     """Yields what is wrong with the tensors that no parameter takes; logs those left out."""
-    names_by_reason: dict[str, list[str]] = {}
+    ignored_by_reason: dict[str, list[str]] = {}
     for full, name in names.others.items():
         reason = _ignored_reason(architecture, full)
         if reason is not None:
-            names_by_reason.setdefault(reason, []).append(name)
-        elif full not in copies:
+            ignored_by_reason.setdefault(reason, []).append(name)
+            continue
+        if full not in copies:
             yield f"{name} is not known"
-        elif copies[full] in names.found:
-            # Both are there: a copy with other numbers would be lost.
-            original = names.found[copies[full]]
-            if not same_numbers(tensors[name], tensors[original]):
-                tied = " (tie_word_embeddings)" if full in architecture.copies else ""
-                yield f"{name} differs from {original}, which it repeats{tied}"
+            continue
 
-    for reason, ignored in names_by_reason.items():
-        more = f" and {len(ignored) - 1} more" if ignored[1:] else ""
+        # A copy, whose original is in the checkpoint, too: other numbers than those would be lost.
+        original = names.found.get(copies[full])
+        if original is not None and not same_numbers(tensors[name], tensors[original]):
+            tied = " (tie_word_embeddings)" if full in architecture.copies else ""
+            yield f"{name} differs from {original}, which it repeats{tied}"
+
+    for reason, ignored in ignored_by_reason.items():
+        more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
         logger.info("%s%s left out: %s", ignored[0], more, reason)

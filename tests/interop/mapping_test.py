@@ -187,7 +187,7 @@ def test_tensors_hold_what_their_description_says(params):
 
 
 @pytest.mark.parametrize("limit", [1, 100, 200, 400, mapping.SLICE_BYTES])
-def test_round_trip_is_bitwise_whatever_the_pieces(limit, params):
+def test_round_trip_is_bitwise_whatever_the_slices(limit, params):
     tensors = written(params, limit)
     assert_same(tensors, written(params))
     assert_same(read_back(tensors, limit), params)
@@ -285,14 +285,14 @@ def test_quantized_weights_are_named_as_such(extra, params):
         mapping.match_tensors(MADE_UP, CONFIG, written(params) | extra)
 
 
-def test_parameters_without_a_place_are_named():
-    with pytest.raises(UserError, match="no place for logits_bias"):
+def test_parameters_without_a_tensor_are_named():
+    with pytest.raises(UserError, match="no tensor for logits_bias"):
         mapping.map_tensors(
             dataclasses.replace(MADE_UP, tensors=MADE_UP.tensors[:1] + MADE_UP.tensors[2:]), CONFIG
         )
 
 
-def test_pieces_are_no_larger_than_asked():
+def test_slices_are_no_larger_than_asked():
     for tensor in mapping.map_tensors(MADE_UP, CONFIG):
         for cut in tensor.cuts(400):
             if cut is not None:

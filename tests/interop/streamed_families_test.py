@@ -1,4 +1,4 @@
-"""`tessera convert` moves every kind of tensor a piece at a time: experts, latents, columns in
+"""`tessera convert` moves every kind of tensor a slice at a time: experts, latents, columns in
 another order.
 """
 
@@ -51,17 +51,19 @@ def test_there_and_back_is_bitwise(folder, tmp_path):
     assert kinds[0] == kinds[1]
 
 
-def test_small_pieces_make_the_same_whole(folder):
+def test_small_slices_make_the_same_whole(folder):
     """So small that all tensors that can be cut are."""
     model = open_hugging_face(folder)
-    pieces = list(model.weights.slices(limit=2**9))
-    assert any(part.slices for part in pieces)
+    slices = list(model.weights.slices(limit=2**9))
+    assert any(each.slices for each in slices)
     wanted = dict(named_leaves(from_hugging_face(folder)[1]))
-    for name, value in named_leaves(mapping.params_from_slices(model.config, pieces)).items():
+    for name, value in named_leaves(mapping.params_from_slices(model.config, slices)).items():
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)
     parts: dict[str, list[np.ndarray]] = {}
-    read = mapping.slice_getter(model.config, mapping.params_from_slices(model.config, pieces))
-    for name, rows in mapping.tensor_rows(model.weights.mappings, read, np.float32, limit=2**9):
+    get_slice = mapping.slice_getter(model.config, mapping.params_from_slices(model.config, slices))
+    for name, rows in mapping.tensor_rows(
+        model.weights.mappings, get_slice, np.float32, limit=2**9
+    ):
         parts.setdefault(name, []).append(rows.reshape(-1))
     for name, value in safetensors.numpy.load_file(folder / "model.safetensors").items():
         np.testing.assert_array_equal(np.concatenate(parts[name]), value.reshape(-1), err_msg=name)

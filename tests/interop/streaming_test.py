@@ -1,4 +1,4 @@
-"""A model passes through in pieces: claims about `interop.huggingface` and
+"""A model passes through in slices: claims about `interop.huggingface` and
 `training.checkpoint_stream` together.
 """
 
@@ -68,9 +68,9 @@ def test_from_shards_through_a_checkpoint_into_shards_is_bitwise(name, tmp_path)
     index = json.loads((back / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in wanted.values())
     for path in back.glob("*.safetensors"):
-        held = safetensors.numpy.load_file(path)
-        assert all(index["weight_map"][tensor] == path.name for tensor in held)
-        assert sum(value.nbytes for value in held.values()) <= 70_000
+        written = safetensors.numpy.load_file(path)
+        assert all(index["weight_map"][tensor] == path.name for tensor in written)
+        assert sum(value.nbytes for value in written.values()) <= 70_000
 
 
 def test_bfloat16_is_written_when_asked_for_and_comes_back(tmp_path):
@@ -226,12 +226,17 @@ def test_weights_from_before_are_replaced_whatever_their_files(tmp_path):
     other = jax.tree.map(lambda x: x + 1, params)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.safetensors").write_bytes(b"")  # not of a model that was saved here
-    for held, shard_bytes in ((other, 50_000), (params, 10**9), (other, 70_000), (params, 50_000)):
+    for written, shard_bytes in (
+        (other, 50_000),
+        (params, 10**9),
+        (other, 70_000),
+        (params, 50_000),
+    ):
         folder = sharded(
-            tmp_path / "out", config, mapping.slice_getter(config, held), shard_bytes=shard_bytes
+            tmp_path / "out", config, mapping.slice_getter(config, written), shard_bytes=shard_bytes
         )
         found = named_leaves(from_hugging_face(folder)[1])
-        for name, value in named_leaves(held).items():
+        for name, value in named_leaves(written).items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
         index = folder / "model.safetensors.index.json"
         files = (
