@@ -1,27 +1,25 @@
 """Attention for Hopper GPUs: Pallas kernels for what cuDNN does not know, forward and backward.
 
-The kernels take whole tiles: tokens and head widths that are not are padded with zeros here, and
-padded keys hidden. Which blocks meet is found out beforehand from a few numbers a block; those that
-the mask rules out are never visited. Memory is linear in length but for those lists, which take
-four bytes a pair of blocks: a scores' array over 8,192.
+The kernels take whole tiles. Tokens and head widths that are not are padded with zeros here, and
+padded keys are hidden. Which blocks of queries meet which blocks of keys is found out beforehand,
+from a few numbers a block; those that the mask hides are never visited. Memory is linear in the
+length but for those lists, which take four bytes a pair of blocks: 1 / 8,192 of an array of scores.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from research.kernels.attention.gpu_backward import (
-    STEP,
-    bias_gradient,
-    key_gradients,
-    query_gradient,
-)
-from research.kernels.attention.gpu_forward import forward, key_block
-from research.kernels.attention.gpu_plan import ROWS, TILE, Plan, block_kinds, extras, pad_tokens
+from research.kernels.attention.gpu_backward import STEP, Operands
+from research.kernels.attention.gpu_bias_gradient import bias_gradient
+from research.kernels.attention.gpu_forward import forward, keys_per_step
+from research.kernels.attention.gpu_key_gradients import key_gradients
+from research.kernels.attention.gpu_plan import ROWS, TILE, Plan, extra_arrays, pad_tokens
+from research.kernels.attention.gpu_query_gradient import query_gradient
 from research.kernels.attention.gpu_tile import LOG2E
+from research.kernels.attention.gpu_visits import block_kinds
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.parallel.target import not_hopper, platform
@@ -68,88 +66,159 @@ def attention(
 def _attention(
     q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms, plan: Plan
 ) -> Array:
-    return _attention_fwd(q, k, v, mask, terms, plan)[0]
+    out, _ = _attention_fwd(q, k, v, mask, terms, plan)
+    return out
 
 
 def _attention_fwd(
-    q: Array, k: Array, v: Array, mask: AttentionMask, terms: ScoreTerms, plan: Plan
-) -> tuple[Array, tuple]:
-    q_pad, k_pad, v_pad = map(pad_tokens, (q, k, v))
-    kinds = block_kinds(mask, plan, TILE, key_block(q_pad.shape[-1]))
-    out, log_total = forward(plan, q_pad, k_pad, v_pad, extras(mask, terms, plan), kinds)
-    out = out[:, : plan.queries, :, : q.shape[-1]]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    plan: Plan,
+) -> tuple[Float[Array, "B T N H"], tuple]:
+    width = q.shape[-1]
+    q_padded = pad_tokens(q)
+    keys = keys_per_step(q_padded.shape[-1])
+    out, log_total = forward(
+        plan,
+        q_padded,
+        pad_tokens(k),
+        pad_tokens(v),
+        extra_arrays(mask, terms, plan),
+        block_kinds(mask, plan, block_q=TILE, block_kv=keys),
+    )
+    out = out[:, : plan.queries, :, :width]
     return out, (q, k, v, mask, terms, out, log_total)
 
 
-def _attention_bwd(plan: Plan, saved: tuple, g: Float[Array, "B T N H"]) -> tuple:
-    q, k, v, mask, terms, out, log_total = saved
+def _attention_bwd(
+    plan: Plan, residuals: tuple, g: Float[Array, "B T N H"]
+) -> tuple[Array, Array, Array, None, ScoreTerms]:
+    q, k, v, mask, terms, out, log_total = residuals
     width = q.shape[-1]
-    delta = jnp.einsum("BTNH,BTNH->BNT", g, out, preferred_element_type=jnp.float32)
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, plan.padded_queries - plan.queries)))
-    operands = (*map(pad_tokens, (q, k, v, g.astype(q.dtype))), log_total, delta)
-    given = extras(mask, terms, plan)
+    operands = Operands(
+        q=pad_tokens(q),
+        k=pad_tokens(k),
+        v=pad_tokens(v),
+        g=pad_tokens(g.astype(q.dtype)),
+        log_total=log_total,
+        delta=_delta(plan, g, out),
+    )
+    extras = extra_arrays(mask, terms, plan)
 
-    dq = query_gradient(plan, operands, given, block_kinds(mask, plan, TILE, STEP))
-    turned = given | ({"bias": jnp.swapaxes(given["bias"], 2, 3)} if "bias" in given else {})
-    a_key = (
-        ("dbias",)
-        if terms.bias is not None and terms.bias.shape[2] == 1 < terms.bias.shape[3]
-        else ()
-    )
-    # The sums of both do not fit in the registers of wide heads.
-    launches = [("dk", "dv", *a_key)] if width <= 128 else [("dk", *a_key), ("dv",)]
-    kinds = block_kinds(mask, plan, STEP, TILE)
-    found: dict[str, Array] = {}
-    for wanted in launches:
-        found |= dict(
-            zip(wanted, key_gradients(plan, operands, turned, kinds, wanted), strict=True)
+    kinds = block_kinds(mask, plan, block_q=TILE, block_kv=STEP)
+    dq = query_gradient(plan, operands, extras, kinds)
+    by_key = _all_key_gradients(plan, operands, extras, mask, terms)
+
+    sink_gradients = _sink_gradients(terms, operands)
+    dsinks = None
+    if terms.sinks is not None:
+        # [B, N, T] -> [N]
+        dsinks = jnp.sum(sink_gradients, axis=(0, 2))
+        dsinks = -dsinks.astype(terms.sinks.dtype)
+    dbias = None
+    if terms.bias is not None:
+        dbias = _bias_gradient(
+            plan,
+            operands,
+            extras,
+            mask,
+            terms.bias,
+            by_key,
+            sink_gradients,
         )
-    dk, dv = (found[name][:, : plan.keys, :, :width] for name in ("dk", "dv"))
-    shares = _sink_shares(terms, log_total, delta)
-    dbias = _bias_gradient(plan, operands, given, mask, terms, found, shares)
-    dsinks = (
-        None if terms.sinks is None else -jnp.sum(shares, axis=(0, 2)).astype(terms.sinks.dtype)
-    )
-    dalibi = None if terms.alibi is None else jnp.zeros_like(terms.alibi)
-    dterms = ScoreTerms(
-        bias=dbias, alibi=dalibi, sinks=dsinks, softcap=terms.softcap, scale=terms.scale
-    )
-    return dq[:, : plan.queries, :, :width], dk, dv, None, dterms
+    dalibi = None
+    if terms.alibi is not None:
+        dalibi = jnp.zeros_like(terms.alibi)
+    dterms = ScoreTerms(dbias, dalibi, dsinks, terms.softcap, terms.scale)
+
+    dq = dq[:, : plan.queries, :, :width]
+    dk = by_key["dk"][:, : plan.keys, :, :width]
+    dv = by_key["dv"][:, : plan.keys, :, :width]
+    return dq, dk, dv, None, dterms
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _sink_shares(
-    terms: ScoreTerms, log_total: Float[Array, "B N T"], delta: Float[Array, "B N T"]
-) -> Float[Array, "B N T"]:
-    """Returns delta times the weight of the sink: minus the gradient of the sink, a query."""
+def _delta(
+    plan: Plan, g: Float[Array, "B T N H"], out: Float[Array, "B T N H"]
+) -> Float[Array, "B N padded_T"]:
+    """Returns Σ_H g · out of each query, which is Σ_S of the weights times their gradients."""
+    delta = jnp.einsum("BTNH,BTNH->BNT", g, out, preferred_element_type=jnp.float32)
+    padding = plan.padded_queries - plan.queries
+    return jnp.pad(delta, ((0, 0), (0, 0), (0, padding)))
+
+
+def _all_key_gradients(
+    plan: Plan,
+    operands: Operands,
+    extras: dict[str, Array],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+) -> dict[str, Array]:
+    """Returns `dk`, `dv` and, for a bias a key, `dbias`."""
+    if terms.bias is not None:
+        # The kernel's tiles are [S, T].
+        transposed = jnp.swapaxes(extras["bias"], 2, 3)
+        extras = {**extras, "bias": transposed}
+
+    # Gradients that one kernel computes.
+    launches = [("dk", "dv")]
+    if operands.q.shape[-1] > 128:
+        # The sums of both do not fit in the registers.
+        launches = [("dk",), ("dv",)]
+    if terms.bias is not None and _is_by_key(terms.bias):
+        launches[0] += ("dbias",)
+
+    kinds = block_kinds(mask, plan, block_q=STEP, block_kv=TILE)
+    found = {}
+    for wanted in launches:
+        found |= key_gradients(plan, operands, extras, kinds, wanted)
+    return found
+
+
+def _is_by_key(bias: Float[Array, "#B #N #T #S"]) -> bool:
+    """Returns whether a bias differs by key and not by query."""
+    _, _, queries, keys = bias.shape
+    return queries == 1 and keys > 1
+
+
+def _sink_gradients(terms: ScoreTerms, operands: Operands) -> Float[Array, "B N T"]:
+    """Returns minus the gradient of the sink, a query: delta times the weight of the sink."""
     if terms.sinks is None:
-        return jnp.zeros_like(delta)
-    return delta * jnp.exp2(terms.sinks.astype(jnp.float32)[None, :, None] * LOG2E - log_total)
+        return jnp.zeros_like(operands.delta)
+    # Scores and log_total are in units of log 2.
+    sinks = terms.sinks.astype(jnp.float32)[None, :, None] * LOG2E
+    weights = jnp.exp2(sinks - operands.log_total)
+    return operands.delta * weights
 
 
 def _bias_gradient(
     plan: Plan,
-    operands: tuple[Array, ...],
-    given: dict[str, Array],
+    operands: Operands,
+    extras: dict[str, Array],
     mask: AttentionMask,
-    terms: ScoreTerms,
-    found: dict[str, Any],
-    shares: Float[Array, "B N T"],
-) -> Array | None:
-    """Returns the gradient of the bias, summed over what shares it."""
-    if terms.bias is None:
-        return None
-    batches, heads, queries, keys = terms.bias.shape
+    bias: Float[Array, "#B #N #T #S"],
+    by_key: dict[str, Array],
+    sink_gradients: Float[Array, "B N T"],
+) -> Float[Array, "#B #N #T #S"]:
+    """Returns the gradient of the bias, summed over what it is broadcast to."""
+    batches, heads, queries, keys = bias.shape
     if queries > 1 and keys > 1:
-        kinds = block_kinds(mask, plan, TILE, ROWS)
-        out = bias_gradient(plan, operands, given, kinds, (batches, heads))
+        kinds = block_kinds(mask, plan, block_q=TILE, block_kv=ROWS)
+        out = bias_gradient(plan, operands, extras, kinds, shared=(batches, heads))
     elif keys == 1:
         # Over all keys the gradients of a query's scores sum to delta (1 − Σ weights).
-        out = shares[..., None]
+        out = sink_gradients[..., None]
     else:
-        out = found["dbias"][:, :, None, :]
+        # [B, N, S] -> [B, N, 1, S]
+        out = by_key["dbias"][:, :, None, :]
     out = out[:, :, : plan.queries, : plan.keys]
-    summed = tuple(axis for axis in range(4) if terms.bias.shape[axis] == 1 and out.shape[axis] > 1)
-    return jnp.sum(out, axis=summed, keepdims=True).astype(terms.bias.dtype)
+
+    # A bias [1, N, T, S] of [B, N, T, S]: summed over axis 0.
+    summed = [axis for axis, size in enumerate(bias.shape) if size < out.shape[axis]]
+    out = jnp.sum(out, axis=tuple(summed), keepdims=True)
+    return out.astype(bias.dtype)

@@ -1,16 +1,17 @@
 """The forward kernel of attention on Hopper GPUs.
 
 A block holds 128 queries of a head, 64 a warpgroup, and visits the blocks of keys that its mask
-leaves. A third warpgroup copies keys and values into a ring of buffers. The two that compute take
-turns: while one has the tensor cores the other computes its softmax. The division by the
-    denominator comes last.
+leaves. A third warpgroup copies keys and values into a ring of buffers. The two that compute
+alternate: while one has the tensor cores, the other computes its softmax. The division by the
+denominator comes last.
 
 Source: Shah et al. 2024 (FlashAttention-3), arXiv:2407.08608, section 3.1, without its pipelining
-    inside a warpgroup.
+inside a warpgroup.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,29 +20,35 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from research.kernels.attention.gpu_plan import ROWS, TILE, WARPGROUPS, Plan, visits
+from research.kernels.attention.gpu_plan import ROWS, TILE, WARPGROUPS, Plan
+from research.kernels.attention.gpu_scores import Tile, scores
 from research.kernels.attention.gpu_tile import (
     HIDDEN,
     LOG2E,
-    Tile,
     along,
     arrange_schedule,
     feed,
     launch,
+    own_buffers,
     product,
-    scores,
+    ring,
+    ring_slot,
+    specialize,
     spread,
     store,
     swizzled,
     zeros,
 )
+from research.kernels.attention.gpu_visits import Visits, read_visits, visits
 
+# Steps whose keys and values shared memory holds.
 STAGES = 2
 
 
-def key_block(width: int) -> int:
-    """Returns how many keys a step takes: what registers and shared memory hold beside the
-    result.
+def keys_per_step(width: int) -> int:
+    """Returns how many keys a step takes.
+
+    It is what registers and shared memory hold beside the result.
     """
     return 128 if width <= 128 else 64
 
@@ -52,39 +59,86 @@ def forward(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     extras: dict[str, Array],
-    kinds: Int[Array, "C I J"],
+    kinds: Int[Array, "sequences q_blocks kv_blocks"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns the result, and the log₂ of the denominator, infinite where a query sees nothing.
 
     Args:
       plan: the static plan.
       q, k, v: padded by `pad_tokens`.
-      extras: of `gpu_plan.extras`.
-      kinds: of `gpu_plan.block_kinds`, with `TILE` queries and `key_block` keys a block.
+      extras: of `gpu_plan.extra_arrays`.
+      kinds: of `block_kinds`, with `TILE` queries and `keys_per_step` keys a block.
     """
     batch, queries, heads, width = q.shape
-    block = key_block(width)
     order, counts = visits(kinds)
-    scratch = {
-        "q_smem": swizzled((WARPGROUPS, ROWS, width), q.dtype),
-        "k_smem": swizzled((STAGES, block, width), k.dtype),
-        "v_smem": swizzled((STAGES, block, width), v.dtype),
-        "log_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
-        "k_full": plgpu.Barrier(num_barriers=STAGES),
-        "v_full": plgpu.Barrier(num_barriers=STAGES),
-        "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
-        "v_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
-        "turns": plgpu.Barrier(num_arrivals=WARPGROUPS),
-    }
     out_type = [
         jax.ShapeDtypeStruct(q.shape, v.dtype),
         jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     ]
-    body = functools.partial(_forward_block, plan, tuple(extras))
-    kernel = launch(plan, body, out_type, scratch, head=heads, tile=queries // TILE, batch=batch)
+    kernel = launch(
+        plan,
+        functools.partial(_forward_block, plan, tuple(extras)),
+        out_type,
+        _scratch(width, q.dtype),
+        head=heads,
+        tile=queries // TILE,
+        batch=batch,
+    )
     out, log_total = kernel(q, k, v, order, counts, *extras.values())
     return out, log_total
+
+
+def _scratch(width: int, dtype: Any) -> dict[str, Any]:
+    """Returns the shared memory of a block and its barriers, by name."""
+    keys = keys_per_step(width)
+    full = plgpu.Barrier(num_barriers=STAGES)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES)
+    return {
+        "q_smem": swizzled((WARPGROUPS, ROWS, width), dtype),
+        "k_smem": swizzled((STAGES, keys, width), dtype),
+        "v_smem": swizzled((STAGES, keys, width), dtype),
+        "log_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
+        "k_full": full,
+        "v_full": full,
+        "k_free": free,
+        "v_free": free,
+        "turns": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """What a block of the grid works on.
+
+    Attributes:
+      plan: the static plan.
+      extras: the refs of `gpu_plan.extra_arrays`.
+      batch, head: indices.
+      visits: the keys that its queries visit.
+      scratch: its shared memory and barriers.
+    """
+
+    plan: Plan
+    extras: dict[str, Any]
+    batch: Array
+    head: Array
+    visits: Visits
+    scratch: dict[str, Any]
+
+
+class _Softmax(NamedTuple):
+    """The online softmax of a warpgroup's queries over the keys visited so far.
+
+    Attributes:
+      out: Σ 2^(s − top) v, not yet divided by the denominator.
+      top: the greatest score.
+      denominator: Σ 2^(s − top).
+    """
+
+    out: Float[Array, "T H"]
+    top: Float[Array, "T"]
+    denominator: Float[Array, "T"]
 
 
 def _forward_block(
@@ -93,112 +147,154 @@ def _forward_block(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
+    order_ref: Any,
+    counts_ref: Any,
     *refs: Any,
     **scratch: Any,
 ) -> None:
-    order_ref, counts_ref, *given, out_ref, log_ref = refs
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    *extra_refs, out_ref, log_ref = refs
+    batch = lax.axis_index("batch")
+    head = lax.axis_index("head")
     # Late tiles of a causal mask have the most to do: they start first.
-    tile = order_ref.shape[1] - 1 - lax.axis_index("tile")
-    which = (batch if order_ref.shape[0] > 1 else 0, tile)
-    whole, total = counts_ref[(*which, 0)], counts_ref[(*which, 1)]
-
-    def visit(step: Array) -> Array:
-        return order_ref[(*which, step)] * scratch["k_smem"].shape[1]
-
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        extras = dict(zip(names, given, strict=True))
-        out, log_total = _compute(
-            plan, extras, q_ref, (batch, tile, head), visit, (whole, total), scratch
-        )
-        row = tile * TILE + warpgroup * ROWS
-        store(
-            out.astype(out_ref.dtype),
-            scratch["q_smem"].at[warpgroup],
-            out_ref.at[batch, pl.ds(row, ROWS), head],
-        )
-        store(
-            log_total, scratch["log_smem"].at[warpgroup], log_ref.at[batch, head, pl.ds(row, ROWS)]
-        )
-
-    @pl.when(warpgroup == WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-        kv_head = lax.div(head, jnp.int32(plan.group))
-
-        def copy(step: Array, slot: Array) -> None:
-            part = (batch, pl.ds(visit(step), scratch["k_smem"].shape[1]), kv_head)
-            plgpu.copy_gmem_to_smem(
-                k_ref.at[part], scratch["k_smem"].at[slot], scratch["k_full"].at[slot]
-            )
-            plgpu.copy_gmem_to_smem(
-                v_ref.at[part], scratch["v_smem"].at[slot], scratch["v_full"].at[slot]
-            )
-
-        feed(total, STAGES, (scratch["k_free"], scratch["v_free"]), copy)
-
-
-def _compute(
-    plan: Plan, extras: dict, q_ref: Any, at: tuple, visit: Any, counts: tuple, scratch: dict
-) -> tuple[Float[Array, "M H"], Float[Array, "M"]]:
-    """Returns the result of a warpgroup's queries, and the log₂ of their denominators."""
-    (batch, tile, head), (whole, total) = at, counts
-    warpgroup = lax.axis_index("warpgroup")
-    row = tile * TILE + warpgroup * ROWS
-    width, turns = q_ref.shape[-1], scratch["turns"]
-    q_smem = scratch["q_smem"].at[warpgroup]
-    plgpu.copy_gmem_to_smem(
-        q_ref.at[batch, pl.ds(row, ROWS), head], q_smem, scratch["q_full"].at[warpgroup]
+    tiles = order_ref.shape[1]
+    tile = tiles - 1 - lax.axis_index("tile")
+    keys = scratch["k_smem"].shape[1]
+    block = _Block(
+        plan=plan,
+        extras=dict(zip(names, extra_refs, strict=True)),
+        batch=batch,
+        head=head,
+        visits=read_visits(order_ref, counts_ref, batch, tile, keys),
+        scratch=scratch,
     )
-    plgpu.barrier_wait(scratch["q_full"].at[warpgroup])
 
-    top = spread(plan, jnp.full((ROWS,), HIDDEN / 2, jnp.float32), axis=0)
-    denominator = zeros(plan, ROWS, axis=0)
-    if "sinks" in extras:
-        # A sink is a score whose value is zero: the sums start with it.
-        top, denominator = denominator + extras["sinks"][head] * LOG2E, denominator + 1.0
-    start = (zeros(plan, ROWS, width), top, denominator)
+    def compute(warpgroup: Array) -> None:
+        # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
+        query = tile * TILE + warpgroup * ROWS
+        rows = pl.ds(query, ROWS)
+        q = own_buffers(scratch, "q")
+        q.copy(q_ref.at[batch, rows, head], warpgroup)
+        q_TxH = q.wait(warpgroup)
 
-    def step(index: Array, carry: tuple, masked: bool) -> tuple:
-        out, top, denominator = carry
-        slot = lax.rem(index, jnp.int32(STAGES))
-        k_smem, v_smem = scratch["k_smem"].at[slot], scratch["v_smem"].at[slot]
-        plgpu.barrier_wait(scratch["k_full"].at[slot])
-        raw = product(
-            plan, q_smem, k_smem, transpose_b=True, meanwhile=lambda: arrange_schedule(turns)
-        )
-        plgpu.barrier_arrive(scratch["k_free"].at[slot])
-        s, _ = scores(
-            plan, extras, raw, Tile(batch, head, row, visit(index), raw.shape), masked=masked
-        )
-        new_top = jnp.maximum(top, jnp.max(s, axis=1))
-        weights = jnp.exp2(s - along(new_top, 0, s.shape))
-        shrink = jnp.exp2(top - new_top)
-        denominator = denominator * shrink + jnp.sum(weights, axis=1)
-        out *= along(shrink, 0, out.shape)
-        narrow = weights.astype(v_smem.dtype)
-        # Without it the compiler moves the softmax past the barriers into the other warpgroup's
-        # turn.
-        out, new_top, denominator, narrow = lax.optimization_barrier(
-            (out, new_top, denominator, narrow)
-        )
-        plgpu.barrier_arrive(turns)
-        plgpu.barrier_wait(scratch["v_full"].at[slot])
-        plgpu.barrier_wait(turns)
-        out = product(plan, narrow, v_smem, out)
-        plgpu.barrier_arrive(scratch["v_free"].at[slot])
-        return out, new_top, denominator
+        out, log_total = _attend(block, q_TxH, query, warpgroup)
+        # The queries' shared memory is free by now.
+        out = out.astype(out_ref.dtype)
+        store(out, q_TxH, out_ref.at[batch, rows, head])
+        log_smem = scratch["log_smem"].at[warpgroup]
+        store(log_total, log_smem, log_ref.at[batch, head, rows])
 
+    def copy() -> None:
+        _copy_keys(block, k_ref, v_ref)
+
+    specialize(compute, copy)
+
+
+def _copy_keys(block: _Block, k_ref: Any, v_ref: Any) -> None:
+    """Copies the keys and values of all visits into their rings."""
+    k = ring(block.scratch, "k")
+    v = ring(block.scratch, "v")
+    kv_head = lax.div(block.head, jnp.int32(block.plan.group))
+
+    def copy(step: Array, slot: Array) -> None:
+        tokens = pl.ds(block.visits.start(step), block.visits.tokens)
+        k.copy(k_ref.at[block.batch, tokens, kv_head], slot)
+        v.copy(v_ref.at[block.batch, tokens, kv_head], slot)
+
+    feed(block.visits.total, STAGES, (k.free, v.free), copy)
+
+
+def _attend(
+    block: _Block, q_TxH: Any, query: Array, warpgroup: Array
+) -> tuple[Float[Array, "T H"], Float[Array, "T"]]:
+    """Returns the result of a warpgroup's queries, and the log₂ of their denominators."""
+    turns = block.scratch["turns"]
+    start = _empty_softmax(block, width=q_TxH.shape[-1])
+
+    def step(index: Array, softmax: _Softmax, masked: bool) -> _Softmax:
+        return _visit_keys(block, q_TxH, query, index, softmax, masked=masked)
+
+    # The second warpgroup starts half a step later: its softmax runs beside the other's matmuls.
     pl.when(warpgroup == 1)(lambda: arrange_schedule(turns))
-    carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), start)
-    out, top, denominator = lax.fori_loop(whole, total, functools.partial(step, masked=True), carry)
+    softmax = block.visits.fold(step, start)
     pl.when(warpgroup == 0)(lambda: arrange_schedule(turns))
 
-    seen = denominator > 0
-    safe = jnp.where(seen, denominator, 1.0)
-    log_total = jnp.where(seen, top + jnp.log(safe) * LOG2E, jnp.inf)
-    return out * along(1.0 / safe, 0, out.shape), log_total
+    out, top, denominator = softmax
+    sees_any = denominator > 0
+    divisor = jnp.where(sees_any, denominator, 1.0)
+    log_total = top + jnp.log(divisor) * LOG2E
+    log_total = jnp.where(sees_any, log_total, jnp.inf)
+    out *= along(1.0 / divisor, 0, out.shape)
+    return out, log_total
+
+
+def _empty_softmax(block: _Block, width: int) -> _Softmax:
+    """Returns the softmax before any key: of the sink alone, where there is one."""
+    plan = block.plan
+    # Half of HIDDEN: where all keys of a row are hidden, 2^(HIDDEN - top) is 0.
+    least = jnp.full((ROWS,), HIDDEN / 2, jnp.float32)
+    top = spread(plan, least, axis=0)
+    denominator = zeros(plan, ROWS, axis=0)
+    if "sinks" in block.extras:
+        # A sink is a score whose value is zero: the sums start with it.
+        top = denominator + block.extras["sinks"][block.head] * LOG2E
+        denominator = denominator + 1.0
+    return _Softmax(zeros(plan, ROWS, width), top, denominator)
+
+
+def _visit_keys(
+    block: _Block,
+    q_TxH: Any,
+    query: Array,
+    index: Array,
+    softmax: _Softmax,
+    *,
+    masked: bool,
+) -> _Softmax:
+    """Adds the keys of one step to the softmax of a warpgroup's queries."""
+    plan = block.plan
+    k = ring(block.scratch, "k")
+    v = ring(block.scratch, "v")
+    turns = block.scratch["turns"]
+    slot = ring_slot(index, STAGES)
+
+    # [T, H] x [S, H]ᵀ -> [T, S]
+    k_SxH = k.wait(slot)
+    raw_TxS = product(
+        plan,
+        q_TxH,
+        k_SxH,
+        transpose_b=True,
+        meanwhile=lambda: arrange_schedule(turns),
+    )
+    k.release(slot)
+
+    tile = Tile(
+        block.batch,
+        block.head,
+        query=query,
+        key=block.visits.start(index),
+        shape=raw_TxS.shape,
+    )
+    scores_TxS, _ = scores(plan, block.extras, raw_TxS, tile, masked=masked)
+
+    # A greater score makes what was summed before smaller.
+    top = jnp.maximum(softmax.top, jnp.max(scores_TxS, axis=1))
+    weights_TxS = jnp.exp2(scores_TxS - along(top, 0, scores_TxS.shape))
+    shrink = jnp.exp2(softmax.top - top)
+    denominator = softmax.denominator * shrink + jnp.sum(weights_TxS, axis=1)
+    out_TxH = softmax.out * along(shrink, 0, softmax.out.shape)
+
+    # Without the barrier the compiler moves the softmax past the turns, into the other warpgroup's
+    # matmuls.
+    weights_TxS = weights_TxS.astype(q_TxH.dtype)
+    out_TxH, top, denominator, weights_TxS = lax.optimization_barrier(
+        (out_TxH, top, denominator, weights_TxS)
+    )
+    plgpu.barrier_arrive(turns)
+    v_SxH = v.wait(slot)
+    plgpu.barrier_wait(turns)
+
+    # [T, S] x [S, H] -> [T, H]
+    out_TxH = product(plan, weights_TxS, v_SxH, out_TxH)
+    v.release(slot)
+    return _Softmax(out_TxH, top, denominator)

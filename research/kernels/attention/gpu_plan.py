@@ -1,11 +1,9 @@
-"""What the GPU kernels of attention are built from: a static plan, padded operands, and which
-blocks meet which.
-"""
+"""What the GPU kernels of attention start from: a static plan, padded operands."""
 
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float
 
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
@@ -51,23 +49,31 @@ class Plan:
         return round_up(self.keys, TILE)
 
 
-def _fill(x: Array, *sizes: int) -> Array:
+def fill(x: Array, *sizes: int) -> Array:
     """Pads the trailing axes with zeros up to `sizes`, copying nothing where they are reached."""
-    amounts = [(0, 0)] * (x.ndim - len(sizes)) + [
-        (0, b - a) for a, b in zip(x.shape[-len(sizes) :], sizes, strict=True)
-    ]
-    return jnp.pad(x, amounts) if any(after for _, after in amounts) else x
+    leading = x.ndim - len(sizes)
+    missing = [size - length for size, length in zip(sizes, x.shape[leading:], strict=True)]
+    if not any(missing):
+        return x
+
+    # [2, 200] to 256 tokens -> ((0, 0), (0, 56))
+    widths = [(0, 0)] * leading
+    widths += [(0, amount) for amount in missing]
+    return jnp.pad(x, widths)
 
 
-def pad_tokens(x: Array) -> Array:
-    """Returns `[B, T, N, H]` in whole tiles of tokens and whole swizzles of the head width."""
+def pad_tokens(x: Float[Array, "B T N H"]) -> Float[Array, "B padded_T N padded_H"]:
+    """Pads tokens to whole tiles, and the head width to whole swizzles."""
     _, length, heads, width = x.shape
-    return _fill(x, round_up(length, TILE), heads, round_up(width, SWIZZLED))
+    padded_length = round_up(length, TILE)
+    padded_width = round_up(width, SWIZZLED)
+    return fill(x, padded_length, heads, padded_width)
 
 
-def extras(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str, Array]:
-    """Returns the arrays of the mask and the terms that are there, by name, padded as the kernels
-    read them.
+def extra_arrays(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str, Array]:
+    """Returns the arrays of the mask and the terms that are there, by name.
+
+    They are padded as the kernels read them: those of tokens and the bias to whole tiles.
     """
     tokens = {
         "q_segments": plan.padded_queries,
@@ -75,97 +81,23 @@ def extras(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str, Arra
         "q_positions": plan.padded_queries,
         "kv_positions": plan.padded_keys,
     }
-    found = {name: getattr(mask, name) for name in tokens}
-    found = {
-        name: _fill(x.astype(jnp.int32), tokens[name]) for name, x in found.items() if x is not None
-    }
+    arrays = {}
+    for name, padded_length in tokens.items():
+        x = getattr(mask, name)
+        if x is not None:
+            arrays[name] = fill(x.astype(jnp.int32), padded_length)
+
+    # A prefix shows what causality or a window hides: without them it changes nothing.
     if mask.prefix is not None and (mask.causal or mask.window is not None):
-        found["prefix"] = mask.prefix.astype(jnp.int32)
-    for name in ("sinks", "alibi"):
-        if getattr(terms, name) is not None:
-            found[name] = getattr(terms, name).astype(jnp.float32)
+        arrays["prefix"] = mask.prefix.astype(jnp.int32)
+
+    if terms.sinks is not None:
+        arrays["sinks"] = terms.sinks.astype(jnp.float32)
+    if terms.alibi is not None:
+        arrays["alibi"] = terms.alibi.astype(jnp.float32)
     if terms.bias is not None:
-        *_, rows, columns = terms.bias.shape
-        sizes = (plan.padded_queries if rows > 1 else 1, plan.padded_keys if columns > 1 else 1)
-        found["bias"] = _fill(terms.bias, *sizes)
-    return found
-
-
-def block_kinds(
-    mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
-) -> Int[Array, "C I J"]:
-    """Returns of each block of queries and of keys 0 where all is visible, 1 where some may be, 2
-    where nothing is.
-
-    It looks at the least and the greatest position and segment of a block, so that its work is that
-    of one number a block. C is B, or 1 where no sequence differs from another.
-
-    Args:
-      mask: the description.
-      plan: the lengths.
-      block_q, block_kv: tokens a block; they divide the padded lengths.
-    """
-    low_t, high_t = _range(mask.q_positions, plan.queries, plan.padded_queries, block_q)
-    low_s, high_s = _range(mask.kv_positions, plan.keys, plan.padded_keys, block_kv)
-    low_t, high_t, low_s, high_s = (
-        low_t[:, :, None],
-        high_t[:, :, None],
-        low_s[:, None],
-        high_s[:, None],
-    )
-    some = jnp.ones((1, plan.padded_queries // block_q, plan.padded_keys // block_kv), bool)
-    every = some
-    if mask.causal:
-        some, every = some & (high_t >= low_s), every & (low_t >= high_s)
-    if mask.window is not None:
-        nearest = jnp.maximum(low_t - high_s, low_s - high_t)
-        farthest = jnp.maximum(high_t - low_s, high_s - low_t)
-        some, every = some & (nearest < mask.window), every & (farthest < mask.window)
-    if mask.prefix is not None:
-        prefix = mask.prefix[:, None, None]
-        some, every = some | (low_s < prefix), every | (high_s < prefix)
-    if mask.q_segments is not None:
-        first_t, last_t, single_t = _documents(mask.q_segments, plan.padded_queries, block_q)
-        first_s, last_s, single_s = _documents(mask.kv_segments, plan.padded_keys, block_kv)
-        first_t, last_t, single_t = first_t[:, :, None], last_t[:, :, None], single_t[:, :, None]
-        first_s, last_s, single_s = first_s[:, None], last_s[:, None], single_s[:, None]
-        some &= (first_t <= last_s) & (first_s <= last_t)
-        every &= single_t & single_s & (first_t == first_s)
-    starts = jnp.arange(0, plan.padded_keys, block_kv)[None, None]
-    some, every = some & (starts < plan.keys), every & (starts + block_kv <= plan.keys)
-    # The last block of queries may be past the end altogether: its rows are cut off, and nothing is
-    # computed for them.
-    some &= (jnp.arange(0, plan.padded_queries, block_q) < plan.queries)[None, :, None]
-    return jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int32)
-
-
-def visits(kinds: Int[Array, "C I J"]) -> tuple[Int[Array, "C I J"], Int[Array, "C I 2"]]:
-    """Returns for each block of I the blocks of J in the order of their visit, and two numbers.
-
-    Blocks that are visible altogether come first and need no mask; their number is the first one.
-    Then come those that are visible in part; the second number is that of both. What comes after is
-    never visited.
-    """
-    order = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
-    counts = jnp.stack([jnp.sum(kinds < 1, axis=-1), jnp.sum(kinds < 2, axis=-1)], axis=-1)
-    return order, counts.astype(jnp.int32)
-
-
-def _range(positions: Array | None, length: int, padded: int, block: int) -> tuple[Array, Array]:
-    """Returns the least and the greatest position of each block, over the tokens that are there."""
-    if positions is None:
-        positions = jnp.arange(length)[None]
-    positions = jnp.pad(positions, ((0, 0), (0, padded - length)), mode="edge")
-    blocks = positions.reshape(positions.shape[0], -1, block)
-    return jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
-
-
-def _documents(segments: Int[Array, "B L"], padded: int, block: int) -> tuple[Array, Array, Array]:
-    """Returns the least and the greatest document of each block, and whether it is one document
-    without padding.
-    """
-    blocks = _fill(segments, padded).reshape(segments.shape[0], -1, block)
-    bounds = jnp.iinfo(blocks.dtype)
-    first = jnp.min(jnp.where(blocks == 0, bounds.max, blocks), axis=-1)
-    last = jnp.max(jnp.where(blocks == 0, bounds.min, blocks), axis=-1)
-    return first, last, (first == last) & jnp.all(blocks != 0, axis=-1)
+        _, _, queries, keys = terms.bias.shape
+        padded_queries = plan.padded_queries if queries > 1 else 1
+        padded_keys = plan.padded_keys if keys > 1 else 1
+        arrays["bias"] = fill(terms.bias, padded_queries, padded_keys)
+    return arrays

@@ -1,10 +1,9 @@
-"""What a warpgroup computes on one tile of scores: loads, matmuls, the terms, the mask.
+"""What the warpgroups of a Hopper kernel do: launch, copies, layouts in registers, matmuls.
 
-On a GPU values are spread over the registers of a warpgroup as its matmul wants them, and every
-load says so. JAX's interpreter of GPU kernels knows neither layouts, nor matmuls with an operand in
-registers, nor slices that start where
-a number says: there the same functions use plain values. All else (copies, barriers, warpgroups,
-    loops) is the same.
+On a GPU the values of a tile are spread over the registers of a warpgroup in the layout that its
+matmul (WGMMA) wants, and every load names that layout. JAX's interpreter of GPU kernels knows
+neither layouts, nor matmuls with an operand in registers, nor slices with a traced start: there the
+same functions use plain values. All else (copies, barriers, warpgroups, loops) is the same.
 """
 
 import dataclasses
@@ -22,12 +21,16 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jaxtyping import Array, Float
 
-from research.kernels.attention.gpu_plan import WARPGROUPS, Plan
+from research.kernels.attention.gpu_plan import WARPGROUPS
 
 LOG2E = math.log2(math.e)
-# exp2 gives 0 for it whatever is subtracted, and differences with it stay finite.
+# The score of a hidden key: exp2 gives 0 for it whatever is subtracted, and differences with it are
+# finite.
 HIDDEN = -1e30
 WGMMA = plgpu.Layout.WGMMA
+# Registers of a thread: 2 * 232 + 40 of the 512 that three warpgroups of a block can have.
+COMPUTE_REGISTERS = 232
+COPY_REGISTERS = 40
 
 
 @runtime_checkable
@@ -37,54 +40,39 @@ class Interpreted(Protocol):
     interpret: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Where a tile of scores lies.
-
-    Attributes:
-      batch, head: indices, traced.
-      query, key: the first of each, traced.
-      shape: rows and columns.
-      transposed: whether the rows are keys.
-    """
-
-    batch: Array
-    head: Array
-    query: Array
-    key: Array
-    shape: tuple[int, int]
-    transposed: bool = False
-
-    @property
-    def query_axis(self) -> int:
-        """The axis along which the queries lie."""
-        return int(self.transposed)
-
-
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Returns shared memory laid out for the copy engine and the matmul."""
     size = jnp.dtype(dtype).itemsize
+    # A row of 64 elements of 16 bits has a swizzle of 128 bytes, the widest.
     swizzle = math.gcd(128, shape[-1] * size)
-    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    transforms = (
+        plgpu.TilingTransform((8, swizzle // size)),
+        plgpu.SwizzleTransform(swizzle),
+    )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def launch(
-    plan: Interpreted, body: functools.partial, out_type: Any, scratch: dict[str, Any], **grid: int
+    plan: Interpreted,
+    kernel: functools.partial,
+    out_type: Any,
+    scratch: dict[str, Any],
+    **grid: int,
 ) -> Callable:
-    """Returns `body` as a kernel of two warpgroups that compute and one that copies.
+    """Returns `kernel`, run by blocks of two warpgroups that compute and one that copies.
 
     Args:
       plan: the static plan.
-      body: takes the refs of inputs and outputs, then the scratch by name.
+      kernel: takes the refs of inputs and outputs, then the scratch by name.
       out_type: what it writes.
       scratch: what a block shares.
       **grid: the size of each axis of the grid by name, the fastest first.
     """
-    body.__name__ = body.func.__name__.strip("_")  # what profilers show
+    kernel.__name__ = kernel.func.__name__.strip("_")  # what profilers show
     names = tuple(reversed(grid))  # Of a kernel's grid the last axis is the fastest.
+    interpret = InterpretGPUParams() if plan.interpret else None
     return plgpu.kernel(
-        body,
+        kernel,
         out_type=out_type,
         scratch_types=scratch,
         grid=tuple(grid[name] for name in names),
@@ -92,21 +80,69 @@ def launch(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=InterpretGPUParams() if plan.interpret else None,
+        interpret=interpret,
     )
 
 
+def specialize(compute: Callable[[Array], None], copy: Callable[[], None]) -> None:
+    """Runs `compute` in the warpgroups that compute, and `copy` in the one that copies.
+
+    Args:
+      compute: takes the index of its warpgroup, 0 or 1.
+      copy: starts all copies that the others wait for.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        compute(warpgroup)
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        copy()
+
+
+def arrange_schedule(barrier: Any) -> None:
+    """Meets the other warpgroup, so that one's softmax runs beside the other's matmuls."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def spread(plan: Interpreted, x: Array, axis: int | None = None) -> Array:
-    """Returns a value made in the kernel in the matmul's layout; a vector lies along `axis` of a
-    tile.
+    """Returns a value made in the kernel in the matmul's layout.
+
+    Args:
+      plan: the static plan.
+      x: a tile, or a vector.
+      axis: the axis of a tile that the vector runs along; None for a tile.
     """
     if plan.interpret:
         return x
-    return plgpu.layout_cast(x, WGMMA if axis is None else WGMMA.reduce(1 - axis))
+    return plgpu.layout_cast(x, _layout(axis))
+
+
+def _layout(axis: int | None) -> Any:
+    """Returns the layout of a tile, or that of a vector along one of its axes."""
+    if axis is None:
+        return WGMMA
+    # A vector along the rows is a tile whose columns are reduced, and the other way round.
+    return WGMMA.reduce(1 - axis)
+
+
+def zeros(plan: Interpreted, *shape: int, axis: int | None = None) -> Array:
+    """Returns zeros in the matmul's layout; a vector runs along `axis` of a tile."""
+    return spread(plan, jnp.zeros(shape, jnp.float32), axis)
+
+
+def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:
+    """Returns a vector along `axis`, broadcast over the other axis of a tile."""
+    return lax.broadcast_in_dim(vector, shape, [axis])
 
 
 def load(plan: Interpreted, ref: Any, index: tuple, axis: int | None = None) -> Array:
-    """Loads a tile, or a vector that lies along `axis` of a tile, from device memory.
+    """Loads a tile, or a vector that runs along `axis` of a tile, from device memory.
 
     Args:
       plan: the static plan.
@@ -115,29 +151,39 @@ def load(plan: Interpreted, ref: Any, index: tuple, axis: int | None = None) -> 
       axis: None for a tile.
     """
     if not plan.interpret:
-        layout = WGMMA if axis is None else WGMMA.reduce(1 - axis)
-        return plgpu.load(ref, index, layout=layout, optimized=False)
-    x = ref[tuple(slice(None) if isinstance(i, pl.Slice) else i for i in index)]
-    for dimension, part in enumerate(i for i in index if isinstance(i, pl.Slice)):
-        x = lax.dynamic_slice_in_dim(x, part.start, part.size, dimension)
+        return plgpu.load(ref, index, layout=_layout(axis), optimized=False)
+
+    # The interpreter knows no traced slices: whole axes are loaded, then cut.
+    # ref[3, ds(64, 32), 5] is ref[3, :, 5], and its axis 0 cut to 64 : 96.
+    whole = tuple(slice(None) if isinstance(part, pl.Slice) else part for part in index)
+    cuts = [part for part in index if isinstance(part, pl.Slice)]
+    x = ref[whole]
+    for dimension, cut in enumerate(cuts):
+        x = lax.dynamic_slice_in_dim(x, cut.start, cut.size, dimension)
     return x
 
 
-def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:
-    """Returns a vector along `axis`, repeated over the other one."""
-    return lax.broadcast_in_dim(vector, shape, [axis])
+def store(value: Array, buffer: Any, target: Any) -> None:
+    """Writes a tile or a vector to device memory through shared memory.
+
+    The shared memory is free when it returns.
+    """
+    buffer[...] = value
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, target)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def product(
     plan: Interpreted,
     a: Any,
     b: Any,
-    start: Float[Array, "M P"] | None = None,
+    start: Float[Array, "rows columns"] | None = None,
     *,
     transpose_a: bool = False,
     transpose_b: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
-) -> Float[Array, "M P"]:
+) -> Float[Array, "rows columns"]:
     """Returns start + a b in float32, with either of them transposed or not.
 
     Args:
@@ -151,10 +197,11 @@ def product(
           awaited.
     """
     if plan.interpret:
-        numbers = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
-        out = lax.dot_general(a[...], b[...], numbers, preferred_element_type=jnp.float32)
+        contracted = (0 if transpose_a else 1, 1 if transpose_b else 0)
+        out = _interpreted_product(a[...], b[...], contracted)
         meanwhile()
         return out if start is None else start + out
+
     left = a.transpose((1, 0)) if transpose_a else a
     right = b.transpose((1, 0)) if transpose_b else b
 
@@ -163,121 +210,86 @@ def product(
         meanwhile()
         return accumulator[...] if start is None else None
 
-    if start is None:
-        return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
-    return pl.run_state(multiply)(plgpu.ACC.init(start))
+    if start is not None:
+        return pl.run_state(multiply)(plgpu.ACC.init(start))
+    shape = (left.shape[0], right.shape[1])
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def zeros(plan: Interpreted, *shape: int, axis: int | None = None) -> Array:
-    """Returns zeros in the matmul's layout; a vector lies along `axis` of a tile."""
-    return spread(plan, jnp.zeros(shape, jnp.float32), axis)
-
-
-def scores(
-    plan: Plan, refs: dict[str, Any], raw: Float[Array, "M P"], tile: Tile, *, masked: bool
-) -> tuple[Float[Array, "M P"], Float[Array, "M P"] | None]:
-    """Returns the scores of a tile times log₂e, `HIDDEN` where the mask says so, and the slope of
-    the cap.
-
-    Args:
-      plan: the static plan.
-      refs: the arrays of `gpu_plan.extras`.
-      raw: q kᵀ, or k qᵀ of a transposed tile.
-      tile: where it lies.
-      masked: whether the mask hides anything here.
-    """
-    slope = None
-    if plan.softcap is None and "bias" not in refs and "alibi" not in refs:
-        out = raw * (plan.scale * LOG2E)
-    else:
-        out = raw * plan.scale
-        if plan.softcap is not None:
-            bounded = jnp.tanh(out * (1.0 / plan.softcap))
-            slope, out = 1.0 - bounded * bounded, bounded * plan.softcap
-        if "alibi" in refs:
-            distance = (
-                _positions(plan, refs, tile, "q") - _positions(plan, refs, tile, "kv")
-            ).astype(jnp.float32)
-            out -= jnp.abs(distance) * refs["alibi"][tile.head]
-        if "bias" in refs:
-            out += _bias(plan, refs["bias"], tile)
-        out *= LOG2E
-    visible = _visible(plan, refs, tile) if masked else None
-    return (out if visible is None else jnp.where(visible, out, HIDDEN)), slope
-
-
-def _positions(plan: Plan, refs: dict[str, Any], tile: Tile, side: str) -> Array:
-    name = f"{side}_positions"
-    if name in refs:
-        return _tokens(plan, refs[name], tile, side)
-    return _indices(plan, tile, side)
-
-
-def _indices(plan: Plan, tile: Tile, side: str) -> Array:
-    axis = tile.query_axis if side == "q" else 1 - tile.query_axis
-    return spread(plan, lax.broadcasted_iota(jnp.int32, tile.shape, axis)) + (
-        tile.query if side == "q" else tile.key
+def _interpreted_product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
+    """Returns a b in float32, contracting an axis of each."""
+    axis_a, axis_b = contracted
+    no_batch = ((), ())
+    return lax.dot_general(
+        a,
+        b,
+        dimension_numbers=(((axis_a,), (axis_b,)), no_batch),
+        preferred_element_type=jnp.float32,
     )
 
 
-def _tokens(plan: Plan, ref: Any, tile: Tile, side: str) -> Array:
-    """Returns numbers a token of one side, repeated over the other one."""
-    start, axis = (tile.query, tile.query_axis) if side == "q" else (tile.key, 1 - tile.query_axis)
-    vector = load(plan, ref, (tile.batch, pl.ds(start, tile.shape[axis])), axis)
-    return along(vector, axis, tile.shape)
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+    """Shared memory of one operand, with a barrier a slot that says when its copy has arrived.
+
+    Attributes:
+      smem: the slots, `[slots, tokens, H]`.
+      full: a barrier a slot.
+    """
+
+    smem: Any
+    full: Any
+
+    def copy(self, source: Any, slot: Any) -> None:
+        """Starts the copy of a part of device memory into a slot."""
+        plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
+
+    def wait(self, slot: Any) -> Any:
+        """Waits for the copy into a slot; returns the slot."""
+        plgpu.barrier_wait(self.full.at[slot])
+        return self.smem.at[slot]
 
 
-def _visible(plan: Plan, refs: dict[str, Any], tile: Tile) -> Array | None:
-    seen = []
-    if plan.causal or plan.window is not None:
-        p_t, p_s = _positions(plan, refs, tile, "q"), _positions(plan, refs, tile, "kv")
-        if plan.causal:
-            seen.append(p_t >= p_s)
-        if plan.window is not None:
-            distance = p_t - p_s
-            seen += [distance < plan.window, distance > -plan.window]
-        if "prefix" in refs:
-            seen = [_all(seen) | (p_s < refs["prefix"][tile.batch])]
-    if "q_segments" in refs:
-        ours, theirs = (_tokens(plan, refs[f"{side}_segments"], tile, side) for side in ("q", "kv"))
-        seen += [ours == theirs, theirs != 0]
-    elif plan.keys != plan.padded_keys:
-        seen.append(_indices(plan, tile, "kv") < plan.keys)
-    return _all(seen) if seen else None
+@dataclasses.dataclass(frozen=True)
+class Ring(Buffers):
+    """Buffers that are filled again and again, a step a slot, as soon as they are read.
+
+    Attributes:
+      free: a barrier a slot: both warpgroups arrive when they are done with it.
+    """
+
+    free: Any
+
+    def release(self, slot: Any) -> None:
+        """Says that this warpgroup is done with a slot."""
+        plgpu.barrier_arrive(self.free.at[slot])
 
 
-def _all(conditions: list[Array]) -> Array:
-    out = conditions[0]
-    for condition in conditions[1:]:
-        out = out & condition
-    return out
+def own_buffers(scratch: dict[str, Any], name: str) -> Buffers:
+    """Returns the buffers of an operand of which each warpgroup has its own rows."""
+    return Buffers(scratch[f"{name}_smem"], scratch[f"{name}_full"])
 
 
-def _bias(plan: Plan, ref: Any, tile: Tile) -> Array:
-    """Returns the bias of a tile; a ref of a transposed tile is transposed too."""
-    sizes = tuple(ref.shape)
-    starts = (tile.key, tile.query) if tile.transposed else (tile.query, tile.key)
-    index = [tile.batch if sizes[0] > 1 else 0, tile.head if sizes[1] > 1 else 0]
-    index += [
-        pl.ds(start, n) if size > 1 else 0
-        for start, n, size in zip(starts, tile.shape, sizes[2:], strict=True)
-    ]
-    long = [axis for axis in (0, 1) if sizes[2 + axis] > 1]
-    if not long:
-        return ref[tuple(index)].astype(jnp.float32)
-    if len(long) == 2:
-        return load(plan, ref, tuple(index)).astype(jnp.float32)
-    return along(load(plan, ref, tuple(index), long[0]).astype(jnp.float32), long[0], tile.shape)
+def ring(scratch: dict[str, Any], name: str) -> Ring:
+    """Returns the ring of an operand that is copied step by step."""
+    return Ring(
+        scratch[f"{name}_smem"],
+        scratch[f"{name}_full"],
+        scratch[f"{name}_free"],
+    )
 
 
-def arrange_schedule(barrier: Any) -> None:
-    """Meets the other warpgroup, so that one's softmax runs beside the other's matmuls."""
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
+def ring_slot(step: Array, stages: int) -> Array:
+    """Returns the slot of a step in a ring of so many stages."""
+    # Two stages: steps 0, 1, 2, 3 -> slots 0, 1, 0, 1.
+    return lax.rem(step, jnp.int32(stages))
 
 
 def feed(
-    total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array, Array], None]
+    total: Array,
+    stages: int,
+    free: tuple[Any, ...],
+    copy: Callable[[Array, Array], None],
 ) -> None:
     """Fills a ring of buffers, each as soon as both warpgroups are done with it.
 
@@ -288,30 +300,24 @@ def feed(
       copy: starts the copies of a step into a buffer.
     """
 
+    def wait_until_free(slot: Any) -> None:
+        for barrier in free:
+            plgpu.barrier_wait(barrier.at[slot])
+
     @pl.loop(0, total)
     def _(step: Array) -> None:
-        slot = lax.rem(step, jnp.int32(stages))
+        slot = ring_slot(step, stages)
 
+        # The first steps find empty buffers.
         @pl.when(step >= stages)
         def _() -> None:
-            for barrier in free:
-                plgpu.barrier_wait(barrier.at[slot])
+            wait_until_free(slot)
 
         copy(step, slot)
 
+    # Every arrival is waited for, so that the barriers are as they were at the start.
     for slot in range(stages):
 
         @pl.when(slot < total)
         def _(slot: int = slot) -> None:
-            for barrier in free:
-                plgpu.barrier_wait(barrier.at[slot])
-
-
-def store(value: Array, buffer: Any, target: Any) -> None:
-    """Writes a tile or a vector to device memory through shared memory, which is free when it
-    returns.
-    """
-    buffer[...] = value
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffer, target)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            wait_until_free(slot)

@@ -24,7 +24,8 @@ from research.kernels.attention import (
     implementations,
     reference,
 )
-from research.kernels.attention.gpu_plan import Plan, block_kinds, visits
+from research.kernels.attention.gpu_plan import Plan
+from research.kernels.attention.gpu_visits import block_kinds, visits
 from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on
 

@@ -1,0 +1,142 @@
+"""Shards of the CPU attention: sequences and heads that are computed independently.
+
+XLA's CPU runtime runs a small matmul on one thread, but runs matmuls that do not wait for each
+other on threads of their own. So a large call is cut into a few shards along the batch and the
+key/value heads.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from research.kernels.attention.mask import AttentionMask
+from research.kernels.attention.terms import ScoreTerms
+
+# The most shards of a call, and the scores that each holds at least; more of them take longer to
+# compile.
+SHARDS = 4
+SHARD_SCORES = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Sequences, key/value heads and the query heads that read them, as slices of a call."""
+
+    sequences: slice
+    kv_heads: slice
+    heads: slice
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences."""
+        sequences = self.sequences
+        return sequences.stop - sequences.start
+
+    def of_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "_ T _ H"]:
+        """Returns the shard of queries, or of anything a query."""
+        return x[self.sequences, :, self.heads]
+
+    def of_keys(self, x: Float[Array, "B S K H"]) -> Float[Array, "_ S _ H"]:
+        """Returns the shard of keys or values."""
+        return x[self.sequences, :, self.kv_heads]
+
+    def of_mask(self, mask: AttentionMask) -> AttentionMask:
+        """Returns the mask of the shard's sequences."""
+        return jax.tree.map(lambda x: x[self.sequences], mask)
+
+    def of_terms(self, terms: ScoreTerms) -> ScoreTerms:
+        """Returns the terms of the shard's sequences and heads."""
+        return jax.tree.map(lambda x: x[self.term_index(x)], terms)
+
+    def term_index(self, term: Array) -> tuple[slice, ...]:
+        """Returns the index of the shard in a term `[N]` or `[#B, #N, #T, #S]`.
+
+        An axis of size 1 is broadcast, and taken whole.
+        """
+        if term.ndim == 1:
+            return (self.heads,)
+        sequences = self.sequences if term.shape[0] > 1 else slice(None)
+        heads = self.heads if term.shape[1] > 1 else slice(None)
+        return sequences, heads
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardGrid:
+    """How a call is cut: a grid of shards, by sequences and by key/value heads.
+
+    Attributes:
+      batch: B.
+      kv_heads: K.
+      group: query heads a key/value head, G.
+      rows: in how many shards the batch is cut at most.
+      columns: in how many shards the key/value heads are cut at most.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    rows: int
+    columns: int
+
+    def shards(self) -> list[Shard]:
+        """Returns the shards, those of the same sequences after each other."""
+        shards = []
+        for sequences in even_slices(self.batch, self.rows):
+            for kv_heads in even_slices(self.kv_heads, self.columns):
+                # Key/value heads 1 to 3 of groups of two are read by query heads 2 to 6.
+                heads = slice(kv_heads.start * self.group, kv_heads.stop * self.group)
+                shards.append(Shard(sequences, kv_heads, heads))
+        return shards
+
+    def join(self, parts: Sequence[Float[Array, "_ T _ H"]]) -> Float[Array, "B T _ H"]:
+        """Joins an array of each shard along the heads, then along the sequences."""
+        # A 2 x 2 grid: [a, b, c, d] -> [a | b, c | d] -> B sequences of all heads.
+        columns = len(even_slices(self.kv_heads, self.columns))
+        rows = []
+        for start in range(0, len(parts), columns):
+            row = parts[start : start + columns]
+            rows.append(jnp.concatenate(row, axis=2))
+        return jnp.concatenate(rows)
+
+
+def shard_grid(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> ShardGrid:
+    """Returns the grid for a call: the batch is cut first, then the heads if more are wanted."""
+    batch, queries, heads, _ = q.shape
+    _, keys, kv_heads, _ = k.shape
+
+    scores = batch * heads * queries * keys
+    wanted = min(SHARDS, scores // SHARD_SCORES)
+    if jax.sharding.get_abstract_mesh().size > 1:
+        # The partitioner of a mesh would gather what is cut here.
+        wanted = 1
+
+    rows = len(even_slices(batch, wanted))
+    return ShardGrid(
+        batch=batch,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        rows=rows,
+        columns=wanted // rows,
+    )
+
+
+def even_slices(size: int, parts: int) -> list[slice]:
+    """Returns slices of the same length, but the last, that cover `size`: at most `parts` of them.
+
+    Args:
+      size: what is cut, at least 1.
+      parts: how many slices are wanted; below 1 is one.
+    """
+    parts = max(1, min(size, parts))
+    length = math.ceil(size / parts)
+
+    # 5 in 3 parts: slices of 2, 2 and 1.
+    slices = []
+    for start in range(0, size, length):
+        stop = min(start + length, size)
+        slices.append(slice(start, stop))
+    return slices

@@ -1,0 +1,199 @@
+"""Which blocks of queries and keys the GPU kernels visit: found before, read in the kernel.
+
+A block of the grid holds one tile of queries, or of keys, and visits blocks of the other side. It
+never visits those that the mask hides altogether.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from research.kernels.attention.gpu_plan import Plan, fill
+from research.kernels.attention.mask import AttentionMask
+
+# What a block of queries and a block of keys have in common: all is visible, so that no mask is
+# needed; some may be visible; nothing is, so that it is never visited.
+VISIBLE = 0
+PARTIAL = 1
+HIDDEN_BLOCK = 2
+
+
+def block_kinds(
+    mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
+) -> Int[Array, "sequences q_blocks kv_blocks"]:
+    """Returns `VISIBLE`, `PARTIAL` or `HIDDEN_BLOCK` for each block of queries and of keys.
+
+    It goes by the least and the greatest position and segment of a block, so that its work is that
+    of one number a block. `sequences` is B, or 1 where no sequence differs from another.
+
+    Args:
+      mask: the description.
+      plan: the lengths.
+      block_q, block_kv: tokens a block; they divide the padded lengths.
+    """
+    # Each is [sequences, q_blocks, kv_blocks]: whether the mask shows something, and everything.
+    some, every = _shown_by_positions(mask, plan, block_q, block_kv)
+    if mask.q_segments is not None:
+        q = _segment_range(mask.q_segments, plan.padded_queries, block_q).of_queries()
+        kv = _segment_range(mask.kv_segments, plan.padded_keys, block_kv).of_keys()
+        some &= (q.least <= kv.greatest) & (kv.least <= q.greatest)
+        every &= q.single & kv.single & (q.least == kv.least)
+
+    # Padded keys are hidden.
+    starts = jnp.arange(0, plan.padded_keys, block_kv)[None, None]
+    some &= starts < plan.keys
+    every &= starts + block_kv <= plan.keys
+    # The last block of queries may be past the end altogether: its rows are cut off, and nothing is
+    # computed for them.
+    q_starts = jnp.arange(0, plan.padded_queries, block_q)
+    some &= (q_starts < plan.queries)[None, :, None]
+
+    kinds = jnp.where(some, jnp.where(every, VISIBLE, PARTIAL), HIDDEN_BLOCK)
+    return kinds.astype(jnp.int32)
+
+
+def _shown_by_positions(
+    mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
+) -> tuple[Array, Array]:
+    """Returns whether causality, window and prefix show something and everything of two blocks."""
+    q = _position_range(mask.q_positions, plan.queries, plan.padded_queries, block_q).of_queries()
+    kv = _position_range(mask.kv_positions, plan.keys, plan.padded_keys, block_kv).of_keys()
+    q_blocks = plan.padded_queries // block_q
+    kv_blocks = plan.padded_keys // block_kv
+    some = jnp.ones((1, q_blocks, kv_blocks), bool)
+    every = some
+
+    if mask.causal:
+        some = some & (q.greatest >= kv.least)
+        every = every & (q.least >= kv.greatest)
+    if mask.window is not None:
+        # Queries 128 to 255, keys 0 to 63: the nearest are 65 apart, the farthest 255.
+        nearest = jnp.maximum(q.least - kv.greatest, kv.least - q.greatest)
+        farthest = jnp.maximum(q.greatest - kv.least, kv.greatest - q.least)
+        some = some & (nearest < mask.window)
+        every = every & (farthest < mask.window)
+    if mask.prefix is not None:
+        prefix = mask.prefix[:, None, None]
+        some = some | (kv.least < prefix)
+        every = every | (kv.greatest < prefix)
+    return some, every
+
+
+class _Range(NamedTuple):
+    """The least and the greatest number of a token in each block, `[sequences, blocks]`.
+
+    Attributes:
+      least, greatest: positions or segments.
+      single: whether all tokens of a block are of one segment, without padding.
+    """
+
+    least: Array
+    greatest: Array
+    single: Array | None = None
+
+    def of_queries(self) -> "_Range":
+        """Returns it as `[sequences, q_blocks, 1]`."""
+        return jax.tree.map(lambda x: x[:, :, None], self)
+
+    def of_keys(self) -> "_Range":
+        """Returns it as `[sequences, 1, kv_blocks]`."""
+        return jax.tree.map(lambda x: x[:, None], self)
+
+
+def _position_range(
+    positions: Int[Array, "sequences length"] | None, length: int, padded_length: int, block: int
+) -> _Range:
+    """Returns the range of positions of each block, over the tokens that are there."""
+    if positions is None:
+        positions = jnp.arange(length)[None]
+    # Padded tokens repeat the last position, which changes no range.
+    widths = ((0, 0), (0, padded_length - length))
+    positions = jnp.pad(positions, widths, mode="edge")
+
+    # [B, 256] -> [B, 4, 64]
+    blocks = positions.reshape(positions.shape[0], -1, block)
+    least = jnp.min(blocks, axis=-1)
+    greatest = jnp.max(blocks, axis=-1)
+    return _Range(least, greatest)
+
+
+def _segment_range(segments: Int[Array, "B length"], padded_length: int, block: int) -> _Range:
+    """Returns the range of segments of each block, over the tokens that are not padding."""
+    blocks = fill(segments, padded_length).reshape(segments.shape[0], -1, block)
+    bounds = jnp.iinfo(blocks.dtype)
+    padding = blocks == 0
+    least = jnp.min(jnp.where(padding, bounds.max, blocks), axis=-1)
+    greatest = jnp.max(jnp.where(padding, bounds.min, blocks), axis=-1)
+
+    no_padding = jnp.all(blocks != 0, axis=-1)
+    single = (least == greatest) & no_padding
+    return _Range(least, greatest, single)
+
+
+def visits(
+    kinds: Int[Array, "sequences blocks others"],
+) -> tuple[Int[Array, "sequences blocks others"], Int[Array, "sequences blocks 2"]]:
+    """Returns for each block the other side's blocks in the order of their visit, and two counts.
+
+    Blocks that are visible altogether come first and need no mask; the first count is theirs. Then
+    come those that are visible in part; the second count is that of both. What comes after is never
+    visited. Kinds [2, 0, 1, 0] give the order [1, 3, 2, 0] and the counts (2, 3).
+    """
+    order = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
+    unmasked = jnp.sum(kinds < PARTIAL, axis=-1)
+    visited = jnp.sum(kinds < HIDDEN_BLOCK, axis=-1)
+    counts = jnp.stack([unmasked, visited], axis=-1)
+    return order, counts.astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """The blocks that one block of the grid visits: its row of the arrays of `visits`, in a kernel.
+
+    Attributes:
+      order_ref: the order, `[sequences, blocks, others]`.
+      row: the sequence and the block.
+      tokens: tokens of a visited block.
+      unmasked: how many of the visits, the first ones, need no mask.
+      total: how many visits.
+    """
+
+    order_ref: Any
+    row: tuple[Any, Array]
+    tokens: int
+    unmasked: Array
+    total: Array
+
+    def start(self, step: Array) -> Array:
+        """Returns the first token of the block that a step visits."""
+        return self.order_ref[(*self.row, step)] * self.tokens
+
+    def fold(self, step: Callable[..., Any], carry: Any) -> Any:
+        """Folds `carry = step(index, carry, masked=...)` over all visits."""
+        unmasked_step = functools.partial(step, masked=False)
+        masked_step = functools.partial(step, masked=True)
+        carry = lax.fori_loop(0, self.unmasked, unmasked_step, carry)
+        return lax.fori_loop(self.unmasked, self.total, masked_step, carry)
+
+
+def read_visits(order_ref: Any, counts_ref: Any, batch: Array, block: Array, tokens: int) -> Visits:
+    """Loads the counts of a block's visits.
+
+    Args:
+      order_ref, counts_ref: of `visits`.
+      batch: the sequence.
+      block: the block of the grid.
+      tokens: tokens of a visited block.
+    """
+    # The arrays have one sequence where no sequence differs from another.
+    sequence = batch if order_ref.shape[0] > 1 else 0
+    row = (sequence, block)
+    unmasked = counts_ref[(*row, 0)]
+    total = counts_ref[(*row, 1)]
+    return Visits(order_ref, row, tokens, unmasked, total)
