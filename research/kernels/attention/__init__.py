@@ -56,13 +56,26 @@ def attention(
     arXiv:2305.13245; ALiBi: Press et al. 2021, arXiv:2108.12409; cap: Gemma 2, arXiv:2408.00118,
     section 2; sinks: gpt-oss model card, arXiv:2508.10925, section 2.
     """
-    if q.shape[2] % k.shape[2]:
-        raise UserError("num_kv_heads", k.shape[2], f"does not divide num_heads = {q.shape[2]}.")
+    _check_operands(q, k, v)
+    batch, queries, _, width = q.shape
+    keys = k.shape[1]
+    if scale is None:
+        scale = 1.0 / math.sqrt(width)
+
+    terms = ScoreTerms(bias, alibi, sinks, softcap, scale)
+    # Implementations know positions, and no offsets.
+    mask = mask.with_positions(batch, queries, keys)
+    function = choose(implementation, q, k, mask, terms)
+    return function(q, k, v, mask, terms)
+
+
+def _check_operands(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+) -> None:
+    heads = q.shape[2]
+    kv_heads = k.shape[2]
+    if heads % kv_heads:
+        raise UserError("num_kv_heads", kv_heads, f"does not divide num_heads = {heads}.")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise UserError(f"{name} in {x.dtype.name} must have the type of q, {q.dtype.name}.")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    terms = ScoreTerms(bias, alibi, sinks, softcap, scale)
-    mask = mask.with_positions(q.shape[0], q.shape[1], k.shape[1])
-    function = choose(implementation, q, k, mask, terms)
-    return function(q, k, v, mask, terms)

@@ -99,6 +99,7 @@ def _attention_bwd(
     terms = residuals.terms
     grid = residuals.grid
 
+    # The shards are those of the forward pass, in the same order.
     dterms = zero_gradients(terms)
     dqs = []
     dks = []

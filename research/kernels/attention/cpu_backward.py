@@ -189,7 +189,7 @@ def _add_term_gradients(
 
 
 def _add_bias_gradient(
-    dbias: Float[Array, "#B #N #T #S"], dscores: Float[Array, "BK GT S"], tile: Tile
+    dbias: Float[Array, "#B #N #T #S"], dscores: Float[Array, "BK GT reached"], tile: Tile
 ) -> Float[Array, "#B #N #T #S"]:
     start, shape = bias_block(dbias, tile)
     # [BK, GT, S] -> [B, N, T, S]

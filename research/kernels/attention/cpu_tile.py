@@ -208,7 +208,7 @@ def tile_scores(
 
 
 def _tile_bias(
-    bias: Float[Array, "#B #N length #S"], kv_heads: int, tile: Tile
+    bias: Float[Array, "#B #N queries keys"], kv_heads: int, tile: Tile
 ) -> Float[Array, "#B #K #G #T #S"]:
     start, shape = bias_block(bias, tile)
     block = lax.dynamic_slice(bias, start, shape)

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
+from research.kernels.rounding import round_up
 from research.parallel.target import platform
 
 # JAX's wrapper takes 256 from Hopper on, but asks the chip that is here, so that no other machine
@@ -18,8 +19,8 @@ def unsupported_reason(
     """Returns the rule of cuDNN that a call breaks, with the nearest value that it allows.
 
     Nothing here knows whether a gradient will be taken, so the rules are those of training. Packed
-    documents are
-    unsupported too: cuDNN takes them as offsets and lengths, which say less than a segment a token.
+    documents are unsupported too: cuDNN takes them as offsets and lengths, which say less than a
+    segment a token.
     """
     described = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
     unknown = [name for name in described if getattr(mask, name) is not None]
@@ -32,17 +33,21 @@ def unsupported_reason(
         return f"{q.dtype.name}: it takes bfloat16 or float16"
     width = q.shape[-1]
     if width > MAX_WIDTH or width % 8:
-        nearest = min(MAX_WIDTH, -(-width // 8) * 8)
+        # 30 -> 32, 300 -> 128
+        nearest = min(MAX_WIDTH, round_up(width, 8))
         return f"head_dim = {width}: it takes multiples of 8 up to {MAX_WIDTH}, such as {nearest}"
-    queries, keys = q.shape[1], k.shape[1]
+    queries = q.shape[1]
+    keys = k.shape[1]
     if mask.causal and queries != keys:
         # Which corner its diagonal starts from is not its contract.
         return (
             f"{queries} queries and {keys} keys with causal: it takes as many queries as keys, "
             f"such as {keys}"
         )
-    if terms.bias is not None and (why := _unsupported_bias(q, k, terms.bias)):
-        return why
+    if terms.bias is not None:
+        reason = _unsupported_bias(q, k, terms.bias)
+        if reason is not None:
+            return reason
     if platform() != "gpu":
         return f"{platform()}: it needs a GPU"
     return None
@@ -64,7 +69,8 @@ def _unsupported_bias(
     if bias.dtype != q.dtype:
         return f"bias in {bias.dtype.name}: it takes it in the queries' {q.dtype.name}"
     if queries % 2 or keys % 2:
-        even = (queries + queries % 2, keys + keys % 2)
+        # 5 queries and 6 keys -> 6 and 6
+        even = (round_up(queries, 2), round_up(keys, 2))
         return (
             f"bias of {queries} queries and {keys} keys: it takes even lengths, such as "
             f"{even[0]} and {even[1]}"
@@ -82,6 +88,7 @@ def attention(
     """Full, causal and causal sliding-window attention with an optional bias, in bfloat16 or
     float16.
     """
+    # A window of 3 is a query's own key and the two before it.
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q,

@@ -79,6 +79,7 @@ def _attention_fwd(
     plan: Plan,
 ) -> tuple[Float[Array, "B T N H"], tuple]:
     width = q.shape[-1]
+    # 200 tokens, heads of 80 -> 256 tokens, heads of 128
     q_padded = pad_tokens(q)
     keys = keys_per_step(q_padded.shape[-1])
     out, log_total = forward(
@@ -186,7 +187,7 @@ def _is_by_key(bias: Float[Array, "#B #N #T #S"]) -> bool:
     return queries == 1 and keys > 1
 
 
-def _sink_gradients(terms: ScoreTerms, operands: Operands) -> Float[Array, "B N T"]:
+def _sink_gradients(terms: ScoreTerms, operands: Operands) -> Float[Array, "B N padded_T"]:
     """Returns minus the gradient of the sink, a query: delta times the weight of the sink."""
     if terms.sinks is None:
         return jnp.zeros_like(operands.delta)
@@ -203,7 +204,7 @@ def _bias_gradient(
     mask: AttentionMask,
     bias: Float[Array, "#B #N #T #S"],
     by_key: dict[str, Array],
-    sink_gradients: Float[Array, "B N T"],
+    sink_gradients: Float[Array, "B N padded_T"],
 ) -> Float[Array, "#B #N #T #S"]:
     """Returns the gradient of the bias, summed over what it is broadcast to."""
     batches, heads, queries, keys = bias.shape

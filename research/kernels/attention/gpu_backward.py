@@ -71,6 +71,7 @@ def scratch(
       copied: the operands that are copied step by step in a ring.
     """
     stages = ring_stages(width)
+    # own=("q", "g"), copied=("k", "v") -> q_smem, g_smem, k_smem, v_smem, k_full, …
     found = {}
     for name in own:
         found[f"{name}_smem"] = swizzled((WARPGROUPS, ROWS, width), dtype)

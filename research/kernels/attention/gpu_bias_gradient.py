@@ -169,6 +169,7 @@ class _Block:
 
 
 def _bias_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) -> None:
+    # The six operands, the active blocks, the extras, and the result.
     *operand_refs, active_ref = refs[:7]
     *extra_refs, out_ref = refs[7:]
     operands = Operands(*operand_refs)
@@ -231,6 +232,7 @@ def _sum_over_sharers(block: _Block, warpgroup: Array, query: Array) -> Float[Ar
             dweights_TxS,
             load_statistics(plan, block.operands, tile),
             tile,
+            # The sharers' blocks may differ: all of them are masked.
             masked=True,
         )
         return dbias_TxS + gradients.scores
@@ -248,6 +250,7 @@ def _copy_operands(block: _Block) -> None:
 
     def copy(step: Array, slot: Array) -> None:
         batch, head = block.sharers.pair(step)
+        # [B, T, N, H] -> [64, H] for each warpgroup
         for name, ref in (("q", operands.q), ("g", operands.g)):
             for half in range(WARPGROUPS):
                 queries = pl.ds(block.query(half), ROWS)
@@ -257,6 +260,7 @@ def _copy_operands(block: _Block) -> None:
                     full.at[slot],
                 )
 
+        # [B, S, K, H] -> [64, H] for both
         kv_head = lax.div(head, jnp.int32(block.plan.group))
         for name, ref in (("k", operands.k), ("v", operands.v)):
             buffers = Buffers(scratch[f"{name}_smem"], full)

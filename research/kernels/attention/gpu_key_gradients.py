@@ -121,6 +121,7 @@ class _Block:
 def _key_block(
     plan: Plan, names: tuple[str, ...], wanted: tuple[str, ...], *refs: Any, **scratch: Any
 ) -> None:
+    # The six operands, order and counts of the visits, the extras, and the results.
     *operand_refs, order_ref, counts_ref = refs[:8]
     extra_refs = refs[8 : 8 + len(names)]
     out_refs = refs[8 + len(names) :]
@@ -201,6 +202,7 @@ def _sum_over_group(
     width = k_SxH.shape[-1]
 
     def visit_head(member: Array, sums: dict[str, Array]) -> dict[str, Array]:
+        # dk and dv are sums over the heads of the group; dbias is each head's own.
         head = block.head(member)
         if "dbias" in outs:
             sums = {**sums, "dbias": zeros(plan, ROWS, axis=0)}
@@ -243,6 +245,7 @@ def _visit_queries(
     plan = block.plan
     q = ring(block.scratch, "q")
     g = ring(block.scratch, "g")
+    # The ring goes on from one head to the next.
     slot = ring_slot(member * block.visits.total + index, block.stages)
     tile = Tile(
         block.batch,
@@ -279,6 +282,7 @@ def _visit_queries(
         weights_SxT = gradients.weights.astype(g_TxH.dtype)
         sums["dv"] = product(plan, weights_SxT, g_TxH, sums["dv"])
     g.release(slot)
+    # [S, T] -> [S]
     if "dbias" in sums:
         sums["dbias"] += jnp.sum(gradients.scores, axis=1)
     if "dk" in sums:

@@ -81,6 +81,7 @@ def extra_arrays(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str
         "q_positions": plan.padded_queries,
         "kv_positions": plan.padded_keys,
     }
+    # Padded tokens have the segment 0, which nothing sees.
     arrays = {}
     for name, padded_length in tokens.items():
         x = getattr(mask, name)
@@ -97,6 +98,7 @@ def extra_arrays(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str
         arrays["alibi"] = terms.alibi.astype(jnp.float32)
     if terms.bias is not None:
         _, _, queries, keys = terms.bias.shape
+        # An axis of size 1 is broadcast: [1, N, 200, 1] -> [1, N, 256, 1]
         padded_queries = plan.padded_queries if queries > 1 else 1
         padded_keys = plan.padded_keys if keys > 1 else 1
         arrays["bias"] = fill(terms.bias, padded_queries, padded_keys)

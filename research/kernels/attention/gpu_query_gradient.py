@@ -95,6 +95,7 @@ class _Block:
 
 
 def _query_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) -> None:
+    # The six operands, order and counts of the visits, the extras, and the result.
     *operand_refs, order_ref, counts_ref = refs[:8]
     *extra_refs, dq_ref = refs[8:]
     batch = lax.axis_index("batch")
@@ -127,6 +128,7 @@ def _copy_keys(block: _Block) -> None:
     v = ring(block.scratch, "v")
 
     def copy(step: Array, slot: Array) -> None:
+        # [B, S, K, H] -> [64, H]
         tokens = pl.ds(block.visits.start(step), STEP)
         kv_head = lax.div(block.head, jnp.int32(block.plan.group))
         part = (block.batch, tokens, kv_head)
@@ -159,6 +161,7 @@ def _sum_over_keys(block: _Block, warpgroup: Array, dq_ref: Any) -> None:
         key=jnp.int32(0),
         shape=(ROWS, STEP),
     )
+    # One number a query, which stays in registers over all visits.
     statistics = load_statistics(plan, operands, own_tile)
 
     def step(index: Array, dq: Array, masked: bool) -> Array:
@@ -173,6 +176,7 @@ def _sum_over_keys(block: _Block, warpgroup: Array, dq_ref: Any) -> None:
             masked=masked,
         )
 
+    # q kᵀ is scaled, and so is its gradient: once a query, and not once a step.
     dq = block.visits.fold(step, zeros(plan, ROWS, width))
     dq = (dq * plan.scale).astype(dq_ref.dtype)
     # The queries' shared memory is free by now.

@@ -80,6 +80,7 @@ def scores(
         out, cap_derivative = _with_terms(plan, extras, raw, tile)
         out *= LOG2E
 
+    # Nearly all blocks of a long causal sequence are visited without this.
     visible = None
     if masked:
         visible = _visible(plan, extras, tile)
@@ -94,6 +95,7 @@ def _with_terms(
     """Returns cap(scale · raw) + bias − alibi · distance, and the derivative of the cap."""
     out = raw * plan.scale
 
+    # d/dx c tanh(x / c) = 1 - tanh(x / c)²
     cap_derivative = None
     if plan.softcap is not None:
         bounded = jnp.tanh(out * (1.0 / plan.softcap))
@@ -120,10 +122,12 @@ def _visible(plan: Plan, extras: dict[str, Any], tile: Tile) -> Bool[Array, "row
         if plan.causal:
             conditions.append(p_t >= p_s)
         if plan.window is not None:
+            # |p_t - p_s| < window
             distance = p_t - p_s
             conditions.append(distance < plan.window)
             conditions.append(distance > -plan.window)
         if "prefix" in extras:
+            # What causality and window hide, the prefix shows; segments still hide it.
             in_prefix = p_s < extras["prefix"][tile.batch]
             conditions = [_all(conditions) | in_prefix]
 
@@ -133,7 +137,7 @@ def _visible(plan: Plan, extras: dict[str, Any], tile: Tile) -> Bool[Array, "row
         conditions.append(q_segments == kv_segments)
         conditions.append(kv_segments != 0)
     elif plan.keys != plan.padded_keys:
-        # Segments of padded keys are 0; without segments their index tells.
+        # Padded keys: where there are segments, theirs is 0.
         conditions.append(_indices(plan, tile, "kv") < plan.keys)
     return _all(conditions) if conditions else None
 
@@ -163,12 +167,16 @@ def _tokens(plan: Plan, ref: Any, tile: Tile, side: Side) -> Array:
     """Loads a number a token of one side, broadcast over the other side."""
     axis = tile.axis(side)
     index = (tile.batch, tile.tokens(side))
+    # [B, T] -> [T] -> [T, S]
     vector = load(plan, ref, index, axis)
     return along(vector, axis, tile.shape)
 
 
-def _bias(plan: Plan, ref: Any, tile: Tile) -> Float[Array, "rows columns"]:
-    """Loads the bias of a tile, `[#B, #N, #T, #S]`; that of a transposed tile is transposed too."""
+def _bias(plan: Plan, ref: Any, tile: Tile) -> Float[Array, "rows columns"] | Float[Array, ""]:
+    """Loads the bias of a tile from `[#B, #N, #T, #S]`; a number where both T and S are broadcast.
+
+    The bias of a transposed tile is transposed too, `[#B, #N, #S, #T]`.
+    """
     batches, heads, *lengths = ref.shape
     index = [
         tile.batch if batches > 1 else 0,

@@ -197,11 +197,13 @@ def product(
           awaited.
     """
     if plan.interpret:
+        # a b contracts the axes 1 and 0, a bᵀ the axes 1 and 1.
         contracted = (0 if transpose_a else 1, 1 if transpose_b else 0)
         out = _interpreted_product(a[...], b[...], contracted)
         meanwhile()
         return out if start is None else start + out
 
+    # Transposing a ref changes how the tensor cores read it, and moves nothing.
     left = a.transpose((1, 0)) if transpose_a else a
     right = b.transpose((1, 0)) if transpose_b else b
 
@@ -210,6 +212,7 @@ def product(
         meanwhile()
         return accumulator[...] if start is None else None
 
+    # The accumulator is in registers: it starts from a value, or from zeros.
     if start is not None:
         return pl.run_state(multiply)(plgpu.ACC.init(start))
     shape = (left.shape[0], right.shape[1])

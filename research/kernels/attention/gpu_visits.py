@@ -37,24 +37,32 @@ def block_kinds(
       plan: the lengths.
       block_q, block_kv: tokens a block; they divide the padded lengths.
     """
-    # Each is [sequences, q_blocks, kv_blocks]: whether the mask shows something, and everything.
+    # Whether the mask shows something, and everything: [sequences, q_blocks, kv_blocks]
     some, every = _shown_by_positions(mask, plan, block_q, block_kv)
     if mask.q_segments is not None:
-        q = _segment_range(mask.q_segments, plan.padded_queries, block_q).of_queries()
-        kv = _segment_range(mask.kv_segments, plan.padded_keys, block_kv).of_keys()
+        q = _segment_range(mask.q_segments, plan.padded_queries, block_q)
+        kv = _segment_range(mask.kv_segments, plan.padded_keys, block_kv)
+        q = q.of_queries()
+        kv = kv.of_keys()
+        # By their ranges: blocks with the segments 1 to 3 and 3 to 5 may have the third in common.
         some &= (q.least <= kv.greatest) & (kv.least <= q.greatest)
-        every &= q.single & kv.single & (q.least == kv.least)
+        both_single = q.single & kv.single
+        every &= both_single & (q.least == kv.least)
 
-    # Padded keys are hidden.
-    starts = jnp.arange(0, plan.padded_keys, block_kv)[None, None]
-    some &= starts < plan.keys
-    every &= starts + block_kv <= plan.keys
+    # Padded keys are hidden: 300 keys end within the block of 256 to 383.
+    kv_starts = jnp.arange(0, plan.padded_keys, block_kv)
+    kv_starts = kv_starts[None, None]
+    some &= kv_starts < plan.keys
+    every &= kv_starts + block_kv <= plan.keys
+
     # The last block of queries may be past the end altogether: its rows are cut off, and nothing is
     # computed for them.
     q_starts = jnp.arange(0, plan.padded_queries, block_q)
-    some &= (q_starts < plan.queries)[None, :, None]
+    inside = q_starts < plan.queries
+    some &= inside[None, :, None]
 
-    kinds = jnp.where(some, jnp.where(every, VISIBLE, PARTIAL), HIDDEN_BLOCK)
+    seen = jnp.where(every, VISIBLE, PARTIAL)
+    kinds = jnp.where(some, seen, HIDDEN_BLOCK)
     return kinds.astype(jnp.int32)
 
 
@@ -62,14 +70,25 @@ def _shown_by_positions(
     mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
 ) -> tuple[Array, Array]:
     """Returns whether causality, window and prefix show something and everything of two blocks."""
-    q = _position_range(mask.q_positions, plan.queries, plan.padded_queries, block_q).of_queries()
-    kv = _position_range(mask.kv_positions, plan.keys, plan.padded_keys, block_kv).of_keys()
+    q = _position_range(
+        mask.q_positions,
+        plan.queries,
+        plan.padded_queries,
+        block_q,
+    ).of_queries()
+    kv = _position_range(
+        mask.kv_positions,
+        plan.keys,
+        plan.padded_keys,
+        block_kv,
+    ).of_keys()
     q_blocks = plan.padded_queries // block_q
     kv_blocks = plan.padded_keys // block_kv
     some = jnp.ones((1, q_blocks, kv_blocks), bool)
     every = some
 
     if mask.causal:
+        # Queries 128 to 255 see some of the keys 192 to 319, and all of the keys 0 to 127.
         some = some & (q.greatest >= kv.least)
         every = every & (q.least >= kv.greatest)
     if mask.window is not None:
@@ -113,11 +132,12 @@ def _position_range(
     if positions is None:
         positions = jnp.arange(length)[None]
     # Padded tokens repeat the last position, which changes no range.
-    widths = ((0, 0), (0, padded_length - length))
-    positions = jnp.pad(positions, widths, mode="edge")
+    padding = padded_length - length
+    positions = jnp.pad(positions, ((0, 0), (0, padding)), mode="edge")
 
     # [B, 256] -> [B, 4, 64]
-    blocks = positions.reshape(positions.shape[0], -1, block)
+    sequences = positions.shape[0]
+    blocks = positions.reshape(sequences, -1, block)
     least = jnp.min(blocks, axis=-1)
     greatest = jnp.max(blocks, axis=-1)
     return _Range(least, greatest)
@@ -125,11 +145,19 @@ def _position_range(
 
 def _segment_range(segments: Int[Array, "B length"], padded_length: int, block: int) -> _Range:
     """Returns the range of segments of each block, over the tokens that are not padding."""
-    blocks = fill(segments, padded_length).reshape(segments.shape[0], -1, block)
+    # [B, 200] -> [B, 256] -> [B, 4, 64]
+    sequences = segments.shape[0]
+    segments = fill(segments, padded_length)
+    blocks = segments.reshape(sequences, -1, block)
+
+    # [3, 3, 4, 0] -> 3 and 4. In a block of padding alone the least is above the greatest, so that
+    # it meets no other block.
     bounds = jnp.iinfo(blocks.dtype)
     padding = blocks == 0
-    least = jnp.min(jnp.where(padding, bounds.max, blocks), axis=-1)
-    greatest = jnp.max(jnp.where(padding, bounds.min, blocks), axis=-1)
+    without_padding = jnp.where(padding, bounds.max, blocks)
+    least = jnp.min(without_padding, axis=-1)
+    without_padding = jnp.where(padding, bounds.min, blocks)
+    greatest = jnp.max(without_padding, axis=-1)
 
     no_padding = jnp.all(blocks != 0, axis=-1)
     single = (least == greatest) & no_padding
@@ -145,11 +173,11 @@ def visits(
     come those that are visible in part; the second count is that of both. What comes after is never
     visited. Kinds [2, 0, 1, 0] give the order [1, 3, 2, 0] and the counts (2, 3).
     """
-    order = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
+    order = jnp.argsort(kinds, axis=-1, stable=True)
     unmasked = jnp.sum(kinds < PARTIAL, axis=-1)
     visited = jnp.sum(kinds < HIDDEN_BLOCK, axis=-1)
     counts = jnp.stack([unmasked, visited], axis=-1)
-    return order, counts.astype(jnp.int32)
+    return order.astype(jnp.int32), counts.astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +200,8 @@ class Visits:
 
     def start(self, step: Array) -> Array:
         """Returns the first token of the block that a step visits."""
-        return self.order_ref[(*self.row, step)] * self.tokens
+        block = self.order_ref[(*self.row, step)]
+        return block * self.tokens
 
     def fold(self, step: Callable[..., Any], carry: Any) -> Any:
         """Folds `carry = step(index, carry, masked=...)` over all visits."""

@@ -26,7 +26,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "cudnn": cudnn,
 }
 PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("cudnn", "gpu")}
-# What the partitioner may cut by itself; the others run once a device on its share.
+# What XLA's partitioner can cut under a mesh; the others run in a `shard_map`.
 PARTITIONED = ("reference", "cpu")
 
 
@@ -43,15 +43,29 @@ def choose(
       UserError: the implementation named, or every fast one of this platform, does not support
         the call.
     """
-    name = choice.choose("attention", implementation, IMPLEMENTATIONS, PREFERRED, q, k, mask, terms)
+    name = choice.choose(
+        "attention",
+        implementation,
+        IMPLEMENTATIONS,
+        PREFERRED,
+        q,
+        k,
+        mask,
+        terms,
+    )
     function = IMPLEMENTATIONS[name].attention
-    return function if name in PARTITIONED else per_device(function)
+    # A Pallas or cuDNN call is opaque to the partitioner of a mesh.
+    if name in PARTITIONED:
+        return function
+    return per_device(function)
 
 
 def for_wide_heads(implementation: Implementation) -> Implementation:
-    """Returns the implementation for few queries whose heads are wider than fast ones on GPU and
-    TPU take.
+    """Returns the implementation for few queries with wide heads.
 
-    It is `reference` there, for scores as few as these may be held; on CPU it is the one given.
+    The fast ones for GPU and TPU do not take heads that wide. There it is `reference`, which may
+    hold the scores because they are few; on CPU it is the one given.
     """
-    return implementation if platform() == "cpu" else "reference"
+    if platform() == "cpu":
+        return implementation
+    return "reference"

@@ -1,10 +1,10 @@
-"""What attention may see, as a description: a few integers a token, never a `[T, S]` array."""
+"""The attention mask as a description: a few integers a token, never a `[T, S]` array."""
 
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from research.core.errors import UserError
@@ -12,8 +12,11 @@ from research.core.trees import node
 
 
 class Span(NamedTuple):
-    """Tokens that follow each other: where they start, which may be traced, and how many they are,
-    which is static.
+    """Consecutive tokens.
+
+    Attributes:
+      start: the first one, which may be traced.
+      size: how many, static.
     """
 
     start: int | Int[Array, ""]
@@ -30,7 +33,13 @@ class AttentionMask:
         ((not causal or p_t >= p_s) and (window is None or |p_t - p_s| < window)  or  p_s < prefix)
         and segment_t == segment_s != 0
 
-    with p the positions. A query that sees nothing gets zeros.
+    with p the positions. A query that sees nothing gets zeros. Causal with a window of 2 is
+
+        t / s  0 1 2 3
+            0  x . . .
+            1  x x . .
+            2  . x x .
+            3  . . x x
 
     Attributes:
       causal: static. Keys after the query are hidden.
@@ -39,12 +48,12 @@ class AttentionMask:
       prefix: the number of leading positions that every query sees, a sequence; None is no prefix.
       q_segments, kv_segments: the packed document of each token, 0 is padding; both or neither.
       q_positions, kv_positions: default to the index in the array, counted from the offset of the
-        side. Fast paths skip whole blocks only under the default, so give positions only where the
-        index does not tell the order: queries that follow a cache, or keys out of order. Packed
-            documents need none.
+          side. Fast paths skip whole blocks only under the default, so give positions only where
+          the index is not the order: queries that follow a cache, or keys out of order. Packed
+          documents need none.
       q_offset, kv_offset: the position of the first query and of the first key, where positions are
-          not given; None is
-        0. A device that holds part of each row gives the index in the row at which its part starts.
+          not given; None is 0. A device that holds part of each row gives the index in the row at
+          which its part starts.
 
     Raises:
       UserError: a window below 1.
@@ -63,20 +72,20 @@ class AttentionMask:
     def __post_init__(self):
         if self.window is not None and self.window < 1:
             raise UserError(
-                "window", self.window, "must be at least 1: a query sees at least its own key."
-            )
-        assert (self.q_segments is None) == (self.kv_segments is None), (
-            "segments are given on both sides or on neither"
-        )
-        for side in ("q", "kv"):
-            given = getattr(self, f"{side}_positions") is not None
-            assert not (given and getattr(self, f"{side}_offset") is not None), (
-                f"{side}: positions and their offset"
+                "window",
+                self.window,
+                "must be at least 1: a query sees at least its own key.",
             )
 
+        with_segments = {self.q_segments is not None, self.kv_segments is not None}
+        assert len(with_segments) == 1, "segments are given on both sides or on neither"
+        for side in ("q", "kv"):
+            positions = getattr(self, f"{side}_positions")
+            offset = getattr(self, f"{side}_offset")
+            assert positions is None or offset is None, f"{side}: positions and their offset"
+
     def with_positions(self, batch: int, queries: int, keys: int) -> "AttentionMask":
-        """Returns the same mask with positions in the place of offsets, for kernels that know only
-        positions.
+        """Returns the same mask with positions instead of offsets, which kernels do not know.
 
         Args:
           batch: B.
@@ -85,17 +94,18 @@ class AttentionMask:
         """
         if self.q_offset is None and self.kv_offset is None:
             return self
-        # An offset of one side alone changes nothing on the other: what has none keeps its index.
-        positions = {}
+
+        # A side without an offset keeps its positions: None is the index.
+        changes = {}
         for side, length in (("q", queries), ("kv", keys)):
             offset = getattr(self, f"{side}_offset")
             if offset is not None:
-                index = offset + jnp.arange(length, dtype=jnp.int32)
-                positions |= {
-                    f"{side}_positions": jnp.broadcast_to(index, (batch, length)),
-                    f"{side}_offset": None,
-                }
-        return dataclasses.replace(self, **positions)
+                # Offset 4, two sequences of three tokens: [[4, 5, 6], [4, 5, 6]]
+                positions = offset + jnp.arange(length, dtype=jnp.int32)
+                positions = jnp.broadcast_to(positions, (batch, length))
+                changes[f"{side}_positions"] = positions
+                changes[f"{side}_offset"] = None
+        return dataclasses.replace(self, **changes)
 
     def dense(self, query_length: int, key_length: int) -> Bool[Array, "B 1 T S"]:
         """Returns the mask as an array, for the reference and for pictures; B is 1 where nothing
@@ -105,7 +115,9 @@ class AttentionMask:
           query_length: T.
           key_length: S.
         """
-        return self.block(Span(0, query_length), Span(0, key_length))
+        queries = Span(0, query_length)
+        keys = Span(0, key_length)
+        return self.block(queries, keys)
 
     def block(self, queries: Span, keys: Span) -> Bool[Array, "B 1 T S"]:
         """Returns the part of the dense mask that a kernel needs at a time.
@@ -114,19 +126,25 @@ class AttentionMask:
           queries: those of the part, all of them given tokens.
           keys: those of the part, all of them given tokens.
         """
+        # [B, T] -> [B, T, 1] and [B, S] -> [B, 1, S]
         p_t = _positions(self.q_positions, self.q_offset, queries)[:, :, None]
         p_s = _positions(self.kv_positions, self.kv_offset, keys)[:, None, :]
+
         visible = jnp.ones((1, queries.size, keys.size), dtype=bool)
         if self.causal:
             visible &= p_t >= p_s
         if self.window is not None:
-            visible &= jnp.abs(p_t - p_s) < self.window
+            distance = jnp.abs(p_t - p_s)
+            visible &= distance < self.window
         if self.prefix is not None:
-            visible |= p_s < self.prefix[:, None, None]
+            prefix = self.prefix[:, None, None]
+            visible |= p_s < prefix
         if self.q_segments is not None:
-            q_segments = _cut(self.q_segments, queries)[:, :, None]
-            kv_segments = _cut(self.kv_segments, keys)[:, None, :]
-            visible &= (q_segments == kv_segments) & (kv_segments != 0)
+            q_segments = _span_of(self.q_segments, queries)[:, :, None]
+            kv_segments = _span_of(self.kv_segments, keys)[:, None, :]
+            same_segment = q_segments == kv_segments
+            visible &= same_segment & (kv_segments != 0)
+        # [B, T, S] -> [B, 1, T, S]
         return visible[:, None]
 
     def distance(self, queries: Span, keys: Span) -> Float[Array, "B 1 T S"]:
@@ -139,33 +157,56 @@ class AttentionMask:
         """
         p_t = _positions(self.q_positions, self.q_offset, queries)
         p_s = _positions(self.kv_positions, self.kv_offset, keys)
-        return jnp.abs(p_t[:, None, :, None] - p_s[:, None, None, :]).astype(jnp.float32)
+        # [B, 1, T, 1] - [B, 1, 1, S] -> [B, 1, T, S]
+        distance = p_t[:, None, :, None] - p_s[:, None, None, :]
+        return jnp.abs(distance).astype(jnp.float32)
 
     def reach(self, start: int, stop: int, key_length: int) -> slice:
-        """Returns the keys outside which queries `start` to `stop` see nothing, as far as the
-        indices alone tell.
+        """Returns the keys outside which queries `start` to `stop` see nothing.
+
+        It goes by the indices alone: where positions, an offset or a prefix are given, it is all
+        keys. Segments are not looked at. It is never empty: queries past the last key that they may
+        see still get their zeros.
+
+        Args:
+          start: the first query.
+          stop: the query after the last one.
+          key_length: S.
         """
-        placed = (self.q_positions, self.kv_positions, self.q_offset, self.kv_offset)
-        if self.prefix is not None or any(each is not None for each in placed):
+        unknown = (
+            self.prefix,
+            self.q_positions,
+            self.kv_positions,
+            self.q_offset,
+            self.kv_offset,
+        )
+        if any(x is not None for x in unknown):
             return slice(0, key_length)
-        first, last = 0, key_length
+
+        # Queries 5 to 9, causal with a window of 3: the keys 3 to 9.
+        first = 0
+        last = key_length
         if self.window is not None:
-            first, last = max(0, start - self.window + 1), min(last, stop + self.window - 1)
+            first = max(0, start - self.window + 1)
+            last = min(last, stop + self.window - 1)
         if self.causal:
             last = min(last, stop)
-        # A block of keys is never empty: queries past the last key they may see still get their
-        # zeros.
-        return slice(min(first, key_length - 1), max(last, min(first, key_length - 1) + 1))
+        first = min(first, key_length - 1)
+        return slice(first, max(last, first + 1))
 
 
 def _positions(
-    given: Int[Array, "B L"] | None, offset: Int[Array, ""] | None, part: Span
-) -> Int[Array, "B P"]:
-    if given is not None:
-        return _cut(given, part)
-    first = part.start if offset is None else part.start + offset
-    return first + jnp.arange(part.size)[None]
+    positions: Int[Array, "B length"] | None, offset: Int[Array, ""] | None, tokens: Span
+) -> Int[Array, "#B span"]:
+    """Returns the positions of some tokens: those given, or the indices from an offset on."""
+    if positions is not None:
+        return _span_of(positions, tokens)
+    first = tokens.start
+    if offset is not None:
+        first = tokens.start + offset
+    # Tokens 128 to 130 -> [[128, 129, 130]]
+    return first + jnp.arange(tokens.size)[None]
 
 
-def _cut(given: Int[Array, "B L"], part: Span) -> Int[Array, "B P"]:
-    return jax.lax.dynamic_slice_in_dim(given, part.start, part.size, axis=1)
+def _span_of(x: Int[Array, "B length"], tokens: Span) -> Int[Array, "B span"]:
+    return lax.dynamic_slice_in_dim(x, tokens.start, tokens.size, axis=1)

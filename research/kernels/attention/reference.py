@@ -2,9 +2,9 @@
 takes everything.
 """
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from research.kernels.attention.mask import AttentionMask, Span
 from research.kernels.attention.terms import ScoreTerms
@@ -27,33 +27,83 @@ def attention(
     equation.
     """
     batch, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
-    group = heads // kv_heads
-    q = q.reshape(batch, queries, kv_heads, group, width)
-    scores = terms.scale * jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    _, keys, kv_heads, _ = k.shape
+    # [B, T, N, H] -> [B, T, K, G, H]
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    scores = terms.scale * jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        q,
+        k,
+        preferred_element_type=jnp.float32,
+    )
+    scores = _add_terms(scores, mask, terms)
+
+    # [B, 1, T, S] -> [B, 1, 1, T, S]
+    visible = mask.dense(queries, keys)[:, :, None]
+    weights = _softmax(scores, visible, terms)
+    out = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        weights,
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    out = out.reshape(batch, queries, heads, width)
+    return out.astype(v.dtype)
+
+
+def _add_terms(
+    scores: Float[Array, "B K G T S"], mask: AttentionMask, terms: ScoreTerms
+) -> Float[Array, "B K G T S"]:
+    """Returns cap(scores) + bias − alibi · |p_t − p_s|."""
+    batch, kv_heads, group, queries, keys = scores.shape
     if terms.softcap is not None:
         scores = terms.softcap * jnp.tanh(scores / terms.softcap)
-    if terms.bias is not None:
-        bias = jnp.broadcast_to(terms.bias, (batch, heads, queries, keys))
-        scores += bias.reshape(scores.shape)
-    if terms.alibi is not None:
-        slopes = (
-            jax.lax.stop_gradient(terms.alibi).astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
-        )
-        scores -= slopes * mask.distance(Span(0, queries), Span(0, keys))[:, :, None]
 
-    visible = mask.dense(queries, keys)[:, :, None]
-    top = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=jnp.finfo(jnp.float32).min)
+    if terms.bias is not None:
+        heads = kv_heads * group
+        bias = jnp.broadcast_to(terms.bias, (batch, heads, queries, keys))
+        # [B, N, T, S] -> [B, K, G, T, S]
+        scores += bias.reshape(scores.shape)
+
+    if terms.alibi is not None:
+        slopes = lax.stop_gradient(terms.alibi)
+        slopes = _by_head(slopes, kv_heads)
+        # [B, 1, T, S] -> [B, 1, 1, T, S]
+        distance = mask.distance(Span(0, queries), Span(0, keys))
+        scores -= slopes * distance[:, :, None]
+    return scores
+
+
+def _by_head(x: Float[Array, "N"], kv_heads: int) -> Float[Array, "1 K G 1 1"]:
+    """Returns a float32 number a head, to be broadcast over scores."""
+    x = x.astype(jnp.float32)
+    return x.reshape(1, kv_heads, -1, 1, 1)
+
+
+def _softmax(
+    scores: Float[Array, "B K G T S"], visible: Bool[Array, "#B 1 1 T S"], terms: ScoreTerms
+) -> Float[Array, "B K G T S"]:
+    """Returns exp(s) / (Σ_visible exp(s) + exp(sink)), 0 where a key is hidden."""
+    kv_heads = scores.shape[1]
+    top = jnp.max(
+        scores,
+        axis=-1,
+        keepdims=True,
+        where=visible,
+        initial=jnp.finfo(jnp.float32).min,
+    )
     if terms.sinks is not None:
-        sinks = terms.sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
+        sinks = _by_head(terms.sinks, kv_heads)
         top = jnp.maximum(top, sinks)
-    top = jax.lax.stop_gradient(top)
-    # Hidden scores may lie above `top`: they are replaced before the exponential, so that no
+    top = lax.stop_gradient(top)
+
+    # Hidden scores may be above `top`: they are replaced before the exponential, so that no
     # infinity has a gradient.
-    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - top, 0.0)), 0.0)
+    shifted = jnp.where(visible, scores - top, 0.0)
+    weights = jnp.where(visible, jnp.exp(shifted), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if terms.sinks is not None:
         total += jnp.exp(sinks - top)
-    weights /= jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, queries, heads, width).astype(v.dtype)
+    # A query that sees nothing has a total of 0.
+    divisor = jnp.where(total > 0, total, 1.0)
+    return weights / divisor

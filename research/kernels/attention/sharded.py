@@ -28,18 +28,27 @@ def per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
     ) -> Float[Array, "B T N H"]:
         if jax.sharding.get_abstract_mesh().size <= 1:
             return attention(q, k, v, mask, terms)
+
+        # Mesh axes, or None where they do not divide the size.
         batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
         heads = sharding_axes((TENSOR_AXIS,), q.shape[2], k.shape[2]) or None
-        tokens = PartitionSpec(batch, None, heads)
 
         def term_spec(term: Array) -> PartitionSpec:
+            # A term [N] has heads only; a bias [B, 1, T, S] is not cut where it is broadcast.
             if term.ndim == 1:
                 return PartitionSpec(heads)
-            return PartitionSpec(
-                batch if term.shape[0] > 1 else None, heads if term.shape[1] > 1 else None
-            )
+            term_batch = batch if term.shape[0] > 1 else None
+            term_heads = heads if term.shape[1] > 1 else None
+            return PartitionSpec(term_batch, term_heads)
 
-        specs = (jax.tree.map(lambda _: PartitionSpec(batch), mask), jax.tree.map(term_spec, terms))
-        return shard_map(attention, (tokens, tokens, tokens, *specs), tokens)(q, k, v, mask, terms)
+        tokens = PartitionSpec(batch, None, heads)
+        mask_specs = jax.tree.map(lambda _: PartitionSpec(batch), mask)
+        term_specs = jax.tree.map(term_spec, terms)
+        sharded = shard_map(
+            attention,
+            (tokens, tokens, tokens, mask_specs, term_specs),
+            tokens,
+        )
+        return sharded(q, k, v, mask, terms)
 
     return call

@@ -37,9 +37,12 @@ class ScoreTerms:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The names of the terms that are there, but for the scale."""
-        return tuple(
-            name
-            for name in ("bias", "alibi", "softcap", "sinks")
-            if getattr(self, name) is not None
-        )
+        """The names of the terms that are not None, but for the scale."""
+        # A bias and a cap -> ("bias", "softcap")
+        terms = {
+            "bias": self.bias,
+            "alibi": self.alibi,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+        }
+        return tuple(name for name, term in terms.items() if term is not None)
