@@ -176,6 +176,7 @@ def _bias_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) 
     key_block = lax.axis_index("keys")
     tile = lax.axis_index("tile")
     pair = lax.axis_index("pair")
+    warpgroup = lax.axis_index("warpgroup")
 
     # A bias of 2 sequences and 3 heads: pair 4 is sequence 1, head 1.
     heads = jnp.int32(out_ref.shape[1])
@@ -193,7 +194,7 @@ def _bias_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) 
         scratch=scratch,
     )
 
-    def compute(warpgroup: Array) -> None:
+    def compute() -> None:
         query = block.query(warpgroup)
         dbias = _sum_over_sharers(block, warpgroup, query)
         target = out_ref.at[batch, head, pl.ds(query, ROWS), pl.ds(block.key, ROWS)]
@@ -202,7 +203,7 @@ def _bias_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any) 
     def copy() -> None:
         _copy_operands(block)
 
-    specialize(compute, copy)
+    specialize(warpgroup, compute, copy)
 
 
 def _sum_over_sharers(block: _Block, warpgroup: Array, query: Array) -> Float[Array, "T S"]:

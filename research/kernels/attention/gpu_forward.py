@@ -114,7 +114,8 @@ class _Block:
     Attributes:
       plan: the static plan.
       extras: the refs of `gpu_plan.extra_arrays`.
-      batch, head: indices.
+      batch, head, warpgroup: indices.
+      query: the first query of the warpgroup.
       visits: the keys that its queries visit.
       scratch: its shared memory and barriers.
     """
@@ -123,6 +124,8 @@ class _Block:
     extras: dict[str, Any]
     batch: Array
     head: Array
+    warpgroup: Array
+    query: Array
     visits: Visits
     scratch: dict[str, Any]
 
@@ -158,25 +161,27 @@ def _forward_block(
     # Late tiles of a causal mask have the most to do: they start first.
     tiles = order_ref.shape[1]
     tile = tiles - 1 - lax.axis_index("tile")
+    warpgroup = lax.axis_index("warpgroup")
     keys = scratch["k_smem"].shape[1]
     block = _Block(
         plan=plan,
         extras=dict(zip(names, extra_refs, strict=True)),
         batch=batch,
         head=head,
+        warpgroup=warpgroup,
+        # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
+        query=tile * TILE + warpgroup * ROWS,
         visits=read_visits(order_ref, counts_ref, batch, tile, keys),
         scratch=scratch,
     )
 
-    def compute(warpgroup: Array) -> None:
-        # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
-        query = tile * TILE + warpgroup * ROWS
-        rows = pl.ds(query, ROWS)
+    def compute() -> None:
+        rows = pl.ds(block.query, ROWS)
         q = own_buffers(scratch, "q")
         q.copy(q_ref.at[batch, rows, head], warpgroup)
         q_TxH = q.wait(warpgroup)
 
-        out, log_total = _attend(block, q_TxH, query, warpgroup)
+        out, log_total = _attend(block, q_TxH)
         # The queries' shared memory is free by now.
         out = out.astype(out_ref.dtype)
         store(out, q_TxH, out_ref.at[batch, rows, head])
@@ -186,7 +191,7 @@ def _forward_block(
     def copy() -> None:
         _copy_keys(block, k_ref, v_ref)
 
-    specialize(compute, copy)
+    specialize(warpgroup, compute, copy)
 
 
 def _copy_keys(block: _Block, k_ref: Any, v_ref: Any) -> None:
@@ -203,20 +208,18 @@ def _copy_keys(block: _Block, k_ref: Any, v_ref: Any) -> None:
     feed(block.visits.total, STAGES, (k.free, v.free), copy)
 
 
-def _attend(
-    block: _Block, q_TxH: Any, query: Array, warpgroup: Array
-) -> tuple[Float[Array, "T H"], Float[Array, "T"]]:
+def _attend(block: _Block, q_TxH: Any) -> tuple[Float[Array, "T H"], Float[Array, "T"]]:
     """Returns the result of a warpgroup's queries, and the log₂ of their denominators."""
     turns = block.scratch["turns"]
     start = _empty_softmax(block, width=q_TxH.shape[-1])
 
     def step(index: Array, softmax: _Softmax, masked: bool) -> _Softmax:
-        return _visit_keys(block, q_TxH, query, index, softmax, masked=masked)
+        return _visit_keys(block, q_TxH, index, softmax, masked=masked)
 
     # The second warpgroup starts half a step later: its softmax runs beside the other's matmuls.
-    pl.when(warpgroup == 1)(lambda: arrange_schedule(turns))
+    pl.when(block.warpgroup == 1)(lambda: arrange_schedule(turns))
     softmax = block.visits.fold(step, start)
-    pl.when(warpgroup == 0)(lambda: arrange_schedule(turns))
+    pl.when(block.warpgroup == 0)(lambda: arrange_schedule(turns))
 
     out, top, denominator = softmax
     sees_any = denominator > 0
@@ -244,7 +247,6 @@ def _empty_softmax(block: _Block, width: int) -> _Softmax:
 def _visit_keys(
     block: _Block,
     q_TxH: Any,
-    query: Array,
     index: Array,
     softmax: _Softmax,
     *,
@@ -271,7 +273,7 @@ def _visit_keys(
     tile = Tile(
         block.batch,
         block.head,
-        query=query,
+        query=block.query,
         key=block.visits.start(index),
         shape=raw_TxS.shape,
     )

@@ -93,7 +93,8 @@ class _Block:
       operands: the refs.
       extras: the refs of `gpu_plan.extra_arrays`.
       outs: the refs of the gradients that are wanted, by name.
-      batch, kv_head, tile: indices.
+      batch, kv_head, warpgroup: indices.
+      key: the first key of the warpgroup.
       visits: the queries of each head that its keys visit.
       scratch: its shared memory and barriers.
     """
@@ -104,7 +105,8 @@ class _Block:
     outs: dict[str, Any]
     batch: Array
     kv_head: Array
-    tile: Array
+    warpgroup: Array
+    key: Array
     visits: Visits
     scratch: dict[str, Any]
 
@@ -127,6 +129,7 @@ def _key_block(
     out_refs = refs[8 + len(names) :]
     batch = lax.axis_index("batch")
     tile = lax.axis_index("tile")
+    warpgroup = lax.axis_index("warpgroup")
     block = _Block(
         plan=plan,
         operands=Operands(*operand_refs),
@@ -134,18 +137,20 @@ def _key_block(
         outs=dict(zip(wanted, out_refs, strict=True)),
         batch=batch,
         kv_head=lax.axis_index("head"),
-        tile=tile,
+        warpgroup=warpgroup,
+        # Tile 3: the first warpgroup has the keys 384 to 447, the second one 448 to 511.
+        key=tile * TILE + warpgroup * ROWS,
         visits=read_visits(order_ref, counts_ref, batch, tile, STEP),
         scratch=scratch,
     )
 
-    def compute(warpgroup: Array) -> None:
-        _store_gradients(block, warpgroup)
+    def compute() -> None:
+        _store_gradients(block)
 
     def copy() -> None:
         _copy_queries(block)
 
-    specialize(compute, copy)
+    specialize(warpgroup, compute, copy)
 
 
 def _copy_queries(block: _Block) -> None:
@@ -167,22 +172,20 @@ def _copy_queries(block: _Block) -> None:
     feed(steps, block.stages, (q.free, g.free), copy)
 
 
-def _store_gradients(block: _Block, warpgroup: Array) -> None:
+def _store_gradients(block: _Block) -> None:
     """Computes and stores the gradients of a warpgroup's keys and values."""
     plan = block.plan
     outs = block.outs
-    # Tile 3: the first warpgroup has the keys 384 to 447, the second one 448 to 511.
-    key = block.tile * TILE + warpgroup * ROWS
-    part = (block.batch, pl.ds(key, ROWS), block.kv_head)
+    part = (block.batch, pl.ds(block.key, ROWS), block.kv_head)
 
     k = own_buffers(block.scratch, "k")
-    k.copy(block.operands.k.at[part], warpgroup)
-    k_SxH = k.wait(warpgroup)
+    k.copy(block.operands.k.at[part], block.warpgroup)
+    k_SxH = k.wait(block.warpgroup)
     v = own_buffers(block.scratch, "v")
-    v.copy(block.operands.v.at[part], warpgroup)
-    v_SxH = v.wait(warpgroup)
+    v.copy(block.operands.v.at[part], block.warpgroup)
+    v_SxH = v.wait(block.warpgroup)
 
-    sums = _sum_over_group(block, k_SxH, v_SxH, key, warpgroup)
+    sums = _sum_over_group(block, k_SxH, v_SxH)
 
     # The keys' and values' shared memory is free by now.
     if "dk" in outs:
@@ -193,9 +196,7 @@ def _store_gradients(block: _Block, warpgroup: Array) -> None:
         store(dv, v_SxH, outs["dv"].at[part])
 
 
-def _sum_over_group(
-    block: _Block, k_SxH: Any, v_SxH: Any, key: Array, warpgroup: Array
-) -> dict[str, Array]:
+def _sum_over_group(block: _Block, k_SxH: Any, v_SxH: Any) -> dict[str, Array]:
     """Returns `dk` and `dv` of a warpgroup's keys, `[S, H]`; stores `dbias` of every head."""
     plan = block.plan
     outs = block.outs
@@ -203,7 +204,6 @@ def _sum_over_group(
 
     def visit_head(member: Array, sums: dict[str, Array]) -> dict[str, Array]:
         # dk and dv are sums over the heads of the group; dbias is each head's own.
-        head = block.head(member)
         if "dbias" in outs:
             sums = {**sums, "dbias": zeros(plan, ROWS, axis=0)}
 
@@ -212,7 +212,6 @@ def _sum_over_group(
                 block,
                 k_SxH,
                 v_SxH,
-                key,
                 member,
                 index,
                 sums,
@@ -222,8 +221,10 @@ def _sum_over_group(
         sums = block.visits.fold(step, sums)
         if "dbias" in outs:
             sums = dict(sums)
-            target = outs["dbias"].at[block.batch, head, pl.ds(key, ROWS)]
-            store(sums.pop("dbias"), block.scratch["sum_smem"].at[warpgroup], target)
+            head = block.head(member)
+            target = outs["dbias"].at[block.batch, head, pl.ds(block.key, ROWS)]
+            sum_smem = block.scratch["sum_smem"].at[block.warpgroup]
+            store(sums.pop("dbias"), sum_smem, target)
         return sums
 
     start = {name: zeros(plan, ROWS, width) for name in ("dk", "dv") if name in outs}
@@ -234,7 +235,6 @@ def _visit_queries(
     block: _Block,
     k_SxH: Any,
     v_SxH: Any,
-    key: Array,
     member: Array,
     index: Array,
     sums: dict[str, Array],
@@ -251,7 +251,7 @@ def _visit_queries(
         block.batch,
         block.head(member),
         query=block.visits.start(index),
-        key=key,
+        key=block.key,
         shape=(ROWS, STEP),
         transposed=True,
     )

@@ -74,7 +74,8 @@ class _Block:
       plan: the static plan.
       operands: the refs.
       extras: the refs of `gpu_plan.extra_arrays`.
-      batch, head, tile: indices.
+      batch, head, warpgroup: indices.
+      query: the first query of the warpgroup.
       visits: the keys that its queries visit.
       scratch: its shared memory and barriers.
     """
@@ -84,7 +85,8 @@ class _Block:
     extras: dict[str, Any]
     batch: Array
     head: Array
-    tile: Array
+    warpgroup: Array
+    query: Array
     visits: Visits
     scratch: dict[str, Any]
 
@@ -102,24 +104,27 @@ def _query_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any)
     # Late tiles of a causal mask have the most to do: they start first.
     tiles = order_ref.shape[1]
     tile = tiles - 1 - lax.axis_index("tile")
+    warpgroup = lax.axis_index("warpgroup")
     block = _Block(
         plan=plan,
         operands=Operands(*operand_refs),
         extras=dict(zip(names, extra_refs, strict=True)),
         batch=batch,
         head=lax.axis_index("head"),
-        tile=tile,
+        warpgroup=warpgroup,
+        # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
+        query=tile * TILE + warpgroup * ROWS,
         visits=read_visits(order_ref, counts_ref, batch, tile, STEP),
         scratch=scratch,
     )
 
-    def compute(warpgroup: Array) -> None:
-        _sum_over_keys(block, warpgroup, dq_ref)
+    def compute() -> None:
+        _sum_over_keys(block, dq_ref)
 
     def copy() -> None:
         _copy_keys(block)
 
-    specialize(compute, copy)
+    specialize(warpgroup, compute, copy)
 
 
 def _copy_keys(block: _Block) -> None:
@@ -138,26 +143,24 @@ def _copy_keys(block: _Block) -> None:
     feed(block.visits.total, block.stages, (k.free, v.free), copy)
 
 
-def _sum_over_keys(block: _Block, warpgroup: Array, dq_ref: Any) -> None:
+def _sum_over_keys(block: _Block, dq_ref: Any) -> None:
     """Stores the gradient of a warpgroup's queries."""
     plan = block.plan
     operands = block.operands
     width = operands.q.shape[-1]
-    # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
-    query = block.tile * TILE + warpgroup * ROWS
-    part = (block.batch, pl.ds(query, ROWS), block.head)
+    part = (block.batch, pl.ds(block.query, ROWS), block.head)
 
     q = own_buffers(block.scratch, "q")
     g = own_buffers(block.scratch, "g")
-    q.copy(operands.q.at[part], warpgroup)
-    g.copy(operands.g.at[part], warpgroup)
-    q_TxH = q.wait(warpgroup)
-    g_TxH = g.wait(warpgroup)
+    q.copy(operands.q.at[part], block.warpgroup)
+    g.copy(operands.g.at[part], block.warpgroup)
+    q_TxH = q.wait(block.warpgroup)
+    g_TxH = g.wait(block.warpgroup)
 
     own_tile = Tile(
         block.batch,
         block.head,
-        query=query,
+        query=block.query,
         key=jnp.int32(0),
         shape=(ROWS, STEP),
     )

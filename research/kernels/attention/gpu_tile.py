@@ -84,19 +84,19 @@ def launch(
     )
 
 
-def specialize(compute: Callable[[Array], None], copy: Callable[[], None]) -> None:
+def specialize(warpgroup: Array, compute: Callable[[], None], copy: Callable[[], None]) -> None:
     """Runs `compute` in the warpgroups that compute, and `copy` in the one that copies.
 
     Args:
-      compute: takes the index of its warpgroup, 0 or 1.
+      warpgroup: its index.
+      compute: reads what is copied.
       copy: starts all copies that the others wait for.
     """
-    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        compute(warpgroup)
+        compute()
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
