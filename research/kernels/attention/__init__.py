@@ -25,26 +25,26 @@ def attention(
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention of every query over the keys that `mask` shows it.
+    """Grouped-query attention of every query over the keys that `mask` lets it attend to.
 
         s = cap(scale · q kᵀ) + bias − alibi · |p_t − p_s|
         out = Σ_visible exp(s) v / (Σ_visible exp(s) + exp(sink))
 
     with cap(x) = softcap · tanh(x / softcap) and p the mask's positions. Accumulation and softmax
-    are float32; the result has the type of `q`. A query that sees nothing gets zeros, and so do its
-    gradients.
+    are float32; the result has the type of `q`. A query that attends to no key gets zeros, and
+    so do its gradients.
 
     Args:
       q: queries; N is a multiple of K, and query head n reads key head n // (N / K).
       k: keys.
       v: values.
-      mask: which keys each query sees.
+      mask: which keys each query attends to.
       bias: added to the scores after the cap; a size of 1 is broadcast. It has a gradient.
       alibi: the slope of each head, a constant: its gradient is zero.
       softcap: bound of the scores, above 0; None is no bound.
       sinks: a logit a head that takes part in the denominator only.
       scale: factor on the scores; None is 1 / √H.
-      implementation: the backend; `auto` takes the fastest that knows what is asked, and never
+      implementation: the backend; `auto` takes the fastest that supports the call, and never
         `reference`, which holds `[B, N, T, S]` and is taken by name only.
 
     Raises:
@@ -63,7 +63,7 @@ def attention(
         scale = 1.0 / math.sqrt(width)
 
     terms = ScoreTerms(bias, alibi, sinks, softcap, scale)
-    # Implementations know positions, and no offsets.
+    # Implementations take positions, and no offsets.
     mask = mask.with_positions(batch, queries, keys)
     function = choose(implementation, q, k, mask, terms)
     return function(q, k, v, mask, terms)

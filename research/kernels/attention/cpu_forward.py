@@ -24,7 +24,7 @@ def forward(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> tuple[Float[Array, "BK G T H"], Float[Array, "BK G T 1"]]:
-    """Returns the result and the log of the denominator, infinite where a query sees nothing.
+    """Returns the result and the log of the denominator, infinite where a query attends to no key.
 
     Args:
       q, k, v: heads first; see `cpu_tile`.
@@ -86,15 +86,15 @@ def _tile_softmax(
         keepdims=True,
         dtype=jnp.float32,
     )
-    sees_any = total > 0
+    any_visible = total > 0
     if terms.sinks is not None:
         total += _exp_of_sinks(top, terms, tile)
 
     # [GT, S] x [S, H] / [GT, 1]: dividing the product takes H divisions a row and not S.
-    divisor = jnp.where(sees_any, total, 1.0)
+    divisor = jnp.where(any_visible, total, 1.0)
     out = matmul(exp_GTxS, v_SxH) / divisor
     log_total = top + jnp.log(total)
-    log_total = jnp.where(sees_any, log_total, jnp.inf)
+    log_total = jnp.where(any_visible, log_total, jnp.inf)
     return out.astype(v_SxH.dtype), log_total
 
 

@@ -1,4 +1,4 @@
-"""Attention through cuDNN, for what it knows."""
+"""Attention through cuDNN, for the calls that it supports."""
 
 import jax
 from jaxtyping import Array, Float
@@ -56,7 +56,7 @@ def unsupported_reason(
 def _unsupported_bias(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], bias: Float[Array, "#B #N #T #S"]
 ) -> str | None:
-    """Returns the rule that a bias breaks whose gradient is wanted."""
+    """Returns the rule of cuDNN for the gradient of a bias that a bias breaks."""
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     if batch > 1:

@@ -1,4 +1,4 @@
-"""Attention for Hopper GPUs: Pallas kernels for what cuDNN does not know, forward and backward.
+"""Attention for Hopper GPUs: Pallas kernels for what cuDNN does not support, forward and backward.
 
 The kernels take whole tiles. Tokens and head widths that are not are padded with zeros here, and
 padded keys are hidden. Which blocks of queries meet which blocks of keys is found out beforehand,

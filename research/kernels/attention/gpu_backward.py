@@ -55,7 +55,7 @@ class ScoreGradients(NamedTuple):
 
 
 def ring_stages(width: int) -> int:
-    """Returns how many steps' operands shared memory holds beside the block's own."""
+    """Returns for how many steps shared memory has room, next to the block's own operands."""
     return 2 if width <= 192 else 1
 
 

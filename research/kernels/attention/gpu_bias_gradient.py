@@ -63,7 +63,7 @@ def bias_gradient(
         tile=queries // TILE,
         pair=batches * heads,
     )
-    # A block that no sequence sees visits nothing.
+    # A block that is hidden in all sequences visits nothing.
     active = jnp.any(kinds < HIDDEN_BLOCK, axis=0).astype(jnp.int32)
     return kernel(*operands, active, *extras.values())
 

@@ -1,7 +1,7 @@
 """The forward kernel of attention on Hopper GPUs.
 
 A block holds 128 queries of a head, 64 a warpgroup, and visits the blocks of keys that its mask
-leaves. A third warpgroup copies keys and values into a ring of buffers. The two that compute
+does not hide. A third warpgroup copies keys and values into a ring of buffers. The two that compute
 alternate: while one has the tensor cores, the other computes its softmax. The division by the
 denominator comes last.
 
@@ -48,7 +48,7 @@ STAGES = 2
 def keys_per_step(width: int) -> int:
     """Returns how many keys a step takes.
 
-    It is what registers and shared memory hold beside the result.
+    It is what registers and shared memory have room for, next to the result.
     """
     return 128 if width <= 128 else 64
 
@@ -61,7 +61,7 @@ def forward(
     extras: dict[str, Array],
     kinds: Int[Array, "sequences q_blocks kv_blocks"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Returns the result, and the log₂ of the denominator, infinite where a query sees nothing.
+    """Returns the result and the log₂ of the denominator, infinite where all keys are hidden.
 
     Args:
       plan: the static plan.
@@ -216,16 +216,16 @@ def _attend(block: _Block, q_TxH: Any) -> tuple[Float[Array, "T H"], Float[Array
     def step(index: Array, softmax: _Softmax, masked: bool) -> _Softmax:
         return _visit_keys(block, q_TxH, index, softmax, masked=masked)
 
-    # The second warpgroup starts half a step later: its softmax runs beside the other's matmuls.
+    # The second warpgroup starts half a step later: its softmax runs during the other's matmuls.
     pl.when(block.warpgroup == 1)(lambda: arrange_schedule(turns))
     softmax = block.visits.fold(step, start)
     pl.when(block.warpgroup == 0)(lambda: arrange_schedule(turns))
 
     out, top, denominator = softmax
-    sees_any = denominator > 0
-    divisor = jnp.where(sees_any, denominator, 1.0)
+    any_visible = denominator > 0
+    divisor = jnp.where(any_visible, denominator, 1.0)
     log_total = top + jnp.log(divisor) * LOG2E
-    log_total = jnp.where(sees_any, log_total, jnp.inf)
+    log_total = jnp.where(any_visible, log_total, jnp.inf)
     out *= along(1.0 / divisor, 0, out.shape)
     return out, log_total
 

@@ -1,7 +1,7 @@
 """The kernel of the gradients of keys and values, and of a bias a key, on Hopper GPUs.
 
-A block holds 128 keys of a key/value head, 64 a warpgroup, and visits the queries that see them, of
-all heads of the group. Its tiles of scores are transposed, `[S, T]`, so that keys are rows.
+A block holds 128 keys of a key/value head, 64 a warpgroup, and visits the queries that attend to
+them, of all heads of the group. Its tiles of scores are transposed, `[S, T]`: keys are rows.
 """
 
 import dataclasses
@@ -245,7 +245,7 @@ def _visit_queries(
     plan = block.plan
     q = ring(block.scratch, "q")
     g = ring(block.scratch, "g")
-    # The ring goes on from one head to the next.
+    # One ring for all heads: its slots continue from head to head.
     slot = ring_slot(member * block.visits.total + index, block.stages)
     tile = Tile(
         block.batch,

@@ -81,7 +81,7 @@ def extra_arrays(mask: AttentionMask, terms: ScoreTerms, plan: Plan) -> dict[str
         "q_positions": plan.padded_queries,
         "kv_positions": plan.padded_keys,
     }
-    # Padded tokens have the segment 0, which nothing sees.
+    # Padded tokens have the segment 0, which is hidden.
     arrays = {}
     for name, padded_length in tokens.items():
         x = getattr(mask, name)

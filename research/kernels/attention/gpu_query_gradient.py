@@ -1,6 +1,6 @@
 """The kernel of the gradient of the queries on Hopper GPUs.
 
-A block holds 128 queries of a head, 64 a warpgroup, and visits the keys that they see.
+A block holds 128 queries of a head, 64 a warpgroup, and visits the keys that they attend to.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """What the warpgroups of a Hopper kernel do: launch, copies, layouts in registers, matmuls.
 
 On a GPU the values of a tile are spread over the registers of a warpgroup in the layout that its
-matmul (WGMMA) wants, and every load names that layout. JAX's interpreter of GPU kernels knows
+matmul (WGMMA) wants, and every load names that layout. JAX's interpreter of GPU kernels has
 neither layouts, nor matmuls with an operand in registers, nor slices with a traced start: there the
 same functions use plain values. All else (copies, barriers, warpgroups, loops) is the same.
 """
@@ -105,7 +105,7 @@ def specialize(warpgroup: Array, compute: Callable[[], None], copy: Callable[[],
 
 
 def arrange_schedule(barrier: Any) -> None:
-    """Meets the other warpgroup, so that one's softmax runs beside the other's matmuls."""
+    """Meets the other warpgroup, so that one's softmax runs during the other's matmuls."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
@@ -153,7 +153,7 @@ def load(plan: Interpreted, ref: Any, index: tuple, axis: int | None = None) -> 
     if not plan.interpret:
         return plgpu.load(ref, index, layout=_layout(axis), optimized=False)
 
-    # The interpreter knows no traced slices: whole axes are loaded, then cut.
+    # The interpreter has no traced slices: whole axes are loaded, then cut.
     # ref[3, ds(64, 32), 5] is ref[3, :, 5], and its axis 0 cut to 64 : 96.
     whole = tuple(slice(None) if isinstance(part, pl.Slice) else part for part in index)
     cuts = [part for part in index if isinstance(part, pl.Slice)]
@@ -283,7 +283,7 @@ def ring(scratch: dict[str, Any], name: str) -> Ring:
 
 
 def ring_slot(step: Array, stages: int) -> Array:
-    """Returns the slot of a step in a ring of so many stages."""
+    """Returns the slot of a step in a ring of `stages` slots."""
     # Two stages: steps 0, 1, 2, 3 -> slots 0, 1, 0, 1.
     return lax.rem(step, jnp.int32(stages))
 

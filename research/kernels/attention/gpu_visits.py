@@ -37,7 +37,7 @@ def block_kinds(
       plan: the lengths.
       block_q, block_kv: tokens a block; they divide the padded lengths.
     """
-    # Whether the mask shows something, and everything: [sequences, q_blocks, kv_blocks]
+    # Whether something is visible, and everything: [sequences, q_blocks, kv_blocks]
     some, every = _shown_by_positions(mask, plan, block_q, block_kv)
     if mask.q_segments is not None:
         q = _segment_range(mask.q_segments, plan.padded_queries, block_q)
@@ -69,7 +69,7 @@ def block_kinds(
 def _shown_by_positions(
     mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
 ) -> tuple[Array, Array]:
-    """Returns whether causality, window and prefix show something and everything of two blocks."""
+    """Returns whether something, and everything, is visible by causality, window and prefix."""
     q = _position_range(
         mask.q_positions,
         plan.queries,
@@ -88,7 +88,7 @@ def _shown_by_positions(
     every = some
 
     if mask.causal:
-        # Queries 128 to 255 see some of the keys 192 to 319, and all of the keys 0 to 127.
+        # For the queries 128 to 255 some of the keys 192 to 319 are visible, and all of 0 to 127.
         some = some & (q.greatest >= kv.least)
         every = every & (q.least >= kv.greatest)
     if mask.window is not None:

@@ -26,14 +26,16 @@ class Span(NamedTuple):
 @node(static=("causal", "window"))
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Says which keys a query sees.
+    """Which keys each query attends to.
 
-    Query t sees key s where
+    Query t attends to key s where
 
         ((not causal or p_t >= p_s) and (window is None or |p_t - p_s| < window)  or  p_s < prefix)
         and segment_t == segment_s != 0
 
-    with p the positions. A query that sees nothing gets zeros. Causal with a window of 2 is
+    with p the positions. A query that attends to no key gets zeros.
+
+    Causal with a window of 2 is
 
         t / s  0 1 2 3
             0  x . . .
@@ -45,7 +47,8 @@ class AttentionMask:
       causal: static. Keys after the query are hidden.
       window: static, at least 1, or None. Keys at this distance or further are hidden; 1 leaves the
           query's own key.
-      prefix: the number of leading positions that every query sees, a sequence; None is no prefix.
+      prefix: for each sequence, how many leading positions every query attends to; None is no
+          prefix.
       q_segments, kv_segments: the packed document of each token, 0 is padding; both or neither.
       q_positions, kv_positions: default to the index in the array, counted from the offset of the
           side. Fast paths skip whole blocks only under the default, so give positions only where
@@ -74,7 +77,7 @@ class AttentionMask:
             raise UserError(
                 "window",
                 self.window,
-                "must be at least 1: a query sees at least its own key.",
+                "must be at least 1: a query attends at least to its own key.",
             )
 
         with_segments = {self.q_segments is not None, self.kv_segments is not None}
@@ -85,7 +88,7 @@ class AttentionMask:
             assert positions is None or offset is None, f"{side}: positions and their offset"
 
     def with_positions(self, batch: int, queries: int, keys: int) -> "AttentionMask":
-        """Returns the same mask with positions instead of offsets, which kernels do not know.
+        """Returns the same mask with positions instead of offsets, which kernels do not take.
 
         Args:
           batch: B.
@@ -162,11 +165,11 @@ class AttentionMask:
         return jnp.abs(distance).astype(jnp.float32)
 
     def reach(self, start: int, stop: int, key_length: int) -> slice:
-        """Returns the keys outside which queries `start` to `stop` see nothing.
+        """Returns the keys outside which all is hidden from queries `start` to `stop`.
 
         It goes by the indices alone: where positions, an offset or a prefix are given, it is all
         keys. Segments are not looked at. It is never empty: queries past the last key that they may
-        see still get their zeros.
+        attend to still get their zeros.
 
         Args:
           start: the first query.

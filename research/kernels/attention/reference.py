@@ -104,6 +104,6 @@ def _softmax(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if terms.sinks is not None:
         total += jnp.exp(sinks - top)
-    # A query that sees nothing has a total of 0.
+    # A query that attends to no key has a total of 0.
     divisor = jnp.where(total > 0, total, 1.0)
     return weights / divisor
