@@ -92,6 +92,8 @@ def measurements(target: str, rounds: int) -> Iterator[tuple[str, report.Figure]
         )
     shapes = GPU_SHAPES if target == "gpu" else CPU_SHAPES
     dtypes = ("bfloat16",) if target == "gpu" else ("float32", "bfloat16")
+
+    # A row for each shape and type.
     for shape, dtype in itertools.product(shapes, dtypes):
         yield _measurement(target, shape, dtype, rounds)
 

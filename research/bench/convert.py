@@ -44,6 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
     report.check_arguments(arguments, "megabytes")
     if arguments.folder and not pathlib.Path(arguments.folder).is_dir():
         raise UserError("--folder", arguments.folder, "is not a folder.")
+    # Both types are one bench after the other.
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
     rows = (measure(dtype, arguments) for dtype in dtypes)
     report.publish("convert", arguments, itertools.chain.from_iterable(rows))

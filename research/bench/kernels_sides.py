@@ -131,6 +131,7 @@ def decode_attention_side(
         return q, KVPages(k, v), table, lengths
 
     def dense() -> tuple[Any, ...]:
+        # The same keys and values, each sequence in one row: [B, S, K, H].
         q, pages, table, _ = paged()
         k, v = gather(pages, table)
         return q, k[:, :length], v[:, :length], lengths

@@ -94,6 +94,8 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
         value = vars(arguments)[name]
         if value < 1:
             raise UserError(f"--{name}", value, "must be at least 1.")
+
+    # The figures of a long bench must not be lost at its end.
     if arguments.json:
         path = pathlib.Path(arguments.json).resolve()
         if not path.parent.is_dir():
@@ -137,6 +139,7 @@ def _print(name: str, figure: Figure) -> None:
     print(name)
     for side, values in figure.rounds.items():
         print(f"  {side:12} {spread(values)} {figure.unit}")
+    # Peers that were not measured, and how many times faster we are than the others.
     for side, reason in figure.skipped.items():
         print(f"  {side:12} left out: {reason}")
     for peer, ratios in figure.ratios().items():

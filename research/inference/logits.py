@@ -31,6 +31,7 @@ def model_inputs(
       UserError: as of `token_inputs` and `per_token`, or an input that the model does not read, or
           that is missing.
     """
+    # What the model reads, then its values.
     _check_given(config, types, prefix, encoder_tokens)
     inputs = token_inputs(config, "tokens", tokens, segments)
     if types is not None:

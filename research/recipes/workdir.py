@@ -36,10 +36,10 @@ def check(workdir: Path, config: ExperimentConfig) -> None:
 
     # A workdir of an earlier run belongs to its config.
     if (workdir / "config.json").exists():
-        stored = with_defaults(read_config(workdir))
-        wanted = configs.plain(config)
-        name = difference(stored, config)
+        name = difference(workdir, config)
         if name is not None:
+            stored = with_defaults(read_config(workdir))
+            wanted = configs.plain(config)
             raise UserError(
                 "workdir",
                 workdir,
@@ -48,11 +48,11 @@ def check(workdir: Path, config: ExperimentConfig) -> None:
             )
 
 
-def difference(stored: dict[str, Any], config: ExperimentConfig) -> str | None:
-    """Returns the dotted name of the first field that keeps a run of `config` from resuming one of
-    the plain config `stored`, or None.
+def difference(workdir: Path, config: ExperimentConfig) -> str | None:
+    """Returns the dotted name of the first field that keeps a run of `config` from resuming that of
+    the workdir, or None.
     """
-    stored = with_defaults(stored)
+    stored = with_defaults(read_config(workdir))
     return configs.first_difference(_fixed(stored), _fixed(configs.plain(config)))
 
 
