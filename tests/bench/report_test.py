@@ -146,7 +146,7 @@ def test_mistakes_in_flags_name_the_flag(tmp_path):
         ("--steps=0", "--steps = 0 must be at least 1"),
         (
             f"--json={tmp_path}/none/out.json",
-            f"--json = '{tmp_path}/none/out.json' lies in no folder",
+            f"--json = '{tmp_path}/none/out.json' is in a folder that does not exist",
         ),
     ):
         with pytest.raises(UserError, match=f"^{said}") as found:
