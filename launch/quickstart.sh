@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# From nothing to generated text: environment, corpus, tokenizer, a model of about 10 M parameters, samples, a plot.
-# Run again, it reuses what is there and goes on. WORKDIR=DIR chooses the folder of the run.
+# From nothing to generated text in about six minutes: environment, corpus, tokenizer, the model of three that this machine
+# trains in time, what its bits per byte are worth, samples, a plot.
+# Run again, it reuses what is there and resumes. WORKDIR=DIR chooses the folder of the run, MINUTES=N the time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 workdir="${WORKDIR:-runs/stdlib}"
 
-"$PYTHON" -m research train --config=configs/pretrain/stdlib.py --workdir="$workdir"
+# What is left of the time, but for the baselines and the samples. Without the time that packages took there would be none.
+budget=$((60 * ${MINUTES:-6} - SECONDS - 45))
+if [ "$budget" -lt 120 ]; then budget=120; fi
+
+config=configs/pretrain/stdlib.py
+"$PYTHON" -m research train --config=$config:10m --fallback=$config:5m --fallback=$config:2m \
+  --time-budget="$budget" --workdir="$workdir"
+echo
+"$PYTHON" -m research evaluate --workdir="$workdir"
 echo
 "$PYTHON" -m research sample --workdir="$workdir" --max_tokens=80 --temperature=0.7 --top_p=0.95 \
   --prompt="def __init__(self" --prompt="class Test"
@@ -17,6 +26,6 @@ The model is in $workdir; the loss is drawn in $workdir/plots/loss.png. Three co
 
   source .venv/bin/activate
   tessera sample --workdir=$workdir --prompt="import " --temperature=0.8 --seed=1
-  tessera train --config=configs/pretrain/stdlib.py --workdir=runs/muon --config.optim.name=muon
-  tessera doctor --config=configs/pretrain/stdlib.py --workdir=runs/muon
+  tessera train --config=$config:2m --workdir=runs/muon --config.optim.name=muon
+  tessera doctor --config=$config:2m --workdir=runs/muon
 TEXT

@@ -142,7 +142,7 @@ def test_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, name, c
     ("argv", "said"),
     [
         (("trian",), "'trian' is not a verb. Did you mean 'train'?"),
-        (("fly",), "'fly' is not a verb. Known: train, sample,"),
+        (("fly",), "'fly' is not a verb. Known: train, evaluate, sample,"),
         (("train",), "--config, --workdir"),
         (
             ("train", "--config=nowhere.py", "--workdir=run"),

@@ -1,25 +1,36 @@
-"""The quickstart: a LLaMA-style model of about 10 M parameters on the text that every Python
-carries.
+"""The quickstart: LLaMA-style models of three sizes on the text that every Python carries.
 
-    tessera train --config=configs/pretrain/stdlib.py --workdir=runs/stdlib
+    tessera train --config=configs/pretrain/stdlib.py:2m --workdir=runs/stdlib
 
 Hardware: 2 CPU cores. Cost and result: see the README.
 """
 
 import ml_collections
 
+from research.core.errors import UserError, nearest
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the values; everything left out has the default of its dataclass."""
+# layers, width, heads, MLP width, steps, learning rate
+SIZES = {
+    "10m": (5, 384, 6, 1024, 800, 1.5e-3),
+    "5m": (5, 256, 4, 704, 900, 2e-3),
+    "2m": (4, 192, 3, 512, 1000, 3e-3),
+}
+
+
+def get_config(size: str = "10m") -> ml_collections.ConfigDict:
+    """Returns the values of a size; everything left out has the default of its dataclass."""
+    if size not in SIZES:
+        raise UserError(f"size = {size!r} is not one of the quickstart. {nearest(size, SIZES)}")
+    layers, width, heads, hidden, steps, learning_rate = SIZES[size]
     return ml_collections.ConfigDict(
         {
             "model": {
                 "vocab_size": 4096,
-                "num_layers": 5,
-                "embed_dim": 384,
+                "num_layers": layers,
+                "embed_dim": width,
                 "max_length": 1024,
-                "attention": {"num_heads": 6, "num_kv_heads": 6, "head_dim": 64},
-                "mlp": {"hidden_dim": 1024, "activation": "silu", "gated": True},
+                "attention": {"num_heads": heads, "num_kv_heads": heads, "head_dim": 64},
+                "mlp": {"hidden_dim": hidden, "activation": "silu", "gated": True},
                 "norm": {"kind": "rmsnorm"},
                 "position": {"kind": "rotary"},
                 "tied_embeddings": True,
@@ -29,24 +40,19 @@ def get_config() -> ml_collections.ConfigDict:
                 "tokenizer": {"kind": "bpe", "vocab_size": 4096},
             },
             "train": {
-                "steps": 320,
+                "steps": steps,
                 "batch_size": 8,
                 "sequence_length": 256,
-                "log_every": 10,
-                "eval_every": 160,
+                "log_every": 20,
+                "eval_every": steps // 2,
                 "eval_batches": 0,
             },
             "optim": {
                 "name": "adamw",
-                "learning_rate": 1.5e-3,
-                "schedule": {
-                    "name": "wsd",
-                    "warmup_steps": 20,
-                    "decay_steps": 120,
-                    "final_fraction": 0.05,
-                },
+                "learning_rate": learning_rate,
+                "schedule": {"name": "linear", "warmup_steps": 20, "final_fraction": 0.05},
                 "weight_decay": 0.1,
             },
-            "checkpoint": {"every": 80, "keep": 2},
+            "checkpoint": {"every": steps // 4, "keep": 2},
         }
     )

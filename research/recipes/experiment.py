@@ -15,6 +15,7 @@ from research.parallel.distributed import DistributedConfig
 from research.parallel.mesh import MeshConfig
 from research.training.checkpoints import CheckpointConfig
 from research.training.config import TrainConfig
+from research.training.trackers import TrackersConfig
 
 # Which structures an objective's batches are for.
 _BOTH_STACKS = ("encoder_decoder",)
@@ -40,6 +41,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
+    trackers: TrackersConfig = TrackersConfig()
 
     def __post_init__(self) -> None:
         # The objective makes batches for the model's structure.

@@ -49,6 +49,32 @@ class Cost:
         return self.start + MARGIN * (train.steps * self.step + evaluations * self.evaluation)
 
 
+def with_steps(config: ExperimentConfig, steps: int) -> ExperimentConfig:
+    """Returns the config of a run of so many steps; what it counts in steps shrinks likewise."""
+    share = steps / config.train.steps
+
+    def scaled(count: int) -> int:
+        # 0 has a meaning of its own: no warm-up, or no evaluation but the last.
+        return max(1, round(share * count)) if count else 0
+
+    eval_every = scaled(config.train.eval_every)
+    train = dataclasses.replace(config.train, steps=steps, eval_every=eval_every)
+
+    schedule = config.optim.schedule
+    warmup = min(scaled(schedule.warmup_steps), steps - 1)
+    decay = min(scaled(schedule.decay_steps), steps - warmup)
+    schedule = dataclasses.replace(schedule, warmup_steps=warmup, decay_steps=decay)
+    optim = dataclasses.replace(config.optim, schedule=schedule)
+
+    checkpoint = config.checkpoint
+    every = scaled(checkpoint.every)
+    keep_every = checkpoint.keep_every
+    if keep_every is not None:
+        keep_every = every * (keep_every // checkpoint.every)  # a multiple, as before
+    checkpoint = dataclasses.replace(checkpoint, every=every, keep_every=keep_every)
+    return dataclasses.replace(config, train=train, optim=optim, checkpoint=checkpoint)
+
+
 def measure(config: ExperimentConfig) -> Cost:
     """Takes a few steps and one evaluation of a new state, on held-out rows; nothing is kept but
     the compiled programs.

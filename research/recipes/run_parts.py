@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from research.core import config as configs
 from research.data.batch import Batch
 from research.data.objectives import bytes_per_target, encoder_length
 from research.data.prepare import Prepared
@@ -14,12 +15,15 @@ from research.models.flops import train_flops_per_token
 from research.recipes.experiment import ExperimentConfig
 from research.recipes.inputs import heldout_rows
 from research.scaling.devices import peak_flops
+from research.storage.paths import Path
 from research.training.evaluation import evaluate
 from research.training.loop import Throughput
+from research.training.metrics import MetricsWriter
 from research.training.program import Program
 from research.training.self_check import check_attention
 from research.training.state import TrainState
 from research.training.step import shard_batch
+from research.training.trackers import open_trackers
 
 
 def evaluation(
@@ -67,3 +71,9 @@ def throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Throughput:
     if peak is not None:
         peak *= mesh.size
     return Throughput(flops_per_token, peak, mesh.size)
+
+
+def metrics_writer(config: ExperimentConfig, workdir: Path, step: int) -> MetricsWriter:
+    """Returns what writes the run's numbers, to its trackers too, from a step on."""
+    trackers = open_trackers(config.trackers, workdir, configs.plain(config))
+    return MetricsWriter(workdir, step, trackers)

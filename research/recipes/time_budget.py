@@ -1,7 +1,8 @@
 """`tessera train --time-budget`: the first of several configs whose steps end in time."""
 
-import dataclasses
+import argparse
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -10,10 +11,37 @@ import psutil
 from research.core.errors import UserError
 from research.recipes import workdir as workdirs
 from research.recipes.experiment import ExperimentConfig, load_experiment
-from research.recipes.run_cost import Cost, estimate, measure
+from research.recipes.run_cost import Cost, estimate, measure, with_steps
 from research.storage.paths import Path
 
 logger = logging.getLogger("tessera")
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a time budget."""
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="times a few steps, and takes as many as end in this time from the start",
+    )
+    parser.add_argument(
+        "--fallback",
+        action="append",
+        default=[],
+        metavar="FILE.py:ARG",
+        help="config to take where --config does not end in time; may be repeated",
+    )
+
+
+def load_within_budget(arguments: argparse.Namespace, workdir: Path) -> ExperimentConfig:
+    """Returns the config that was asked for, or the one that fits the time budget."""
+    if arguments.time_budget is None and arguments.fallback:
+        raise UserError("fallback", constraint="needs --time-budget.")
+    if arguments.time_budget is None:
+        return load_experiment(arguments.config, arguments.overrides)
+    specs = [arguments.config, *arguments.fallback]
+    return choose(specs, arguments.overrides, arguments.time_budget, workdir)
 
 
 def elapsed() -> float:
@@ -63,39 +91,15 @@ def _chosen_before(
     """Returns the config of the workdir's run if it was made from one of the candidates."""
     if not (workdir / "config.json").exists():
         return None
-    kept = workdirs.read_config(workdir)
+    stored = workdirs.read_config(workdir)
+    if "train" not in stored:  # a converted model
+        return None
+    steps = stored["train"]["steps"]
     for config in candidates.values():
-        wanted = with_steps(config, kept["train"]["steps"])
-        if workdirs.difference(kept, wanted) is None:
+        wanted = with_steps(config, steps)
+        if workdirs.difference(stored, wanted) is None:
             return wanted
     return None
-
-
-def with_steps(config: ExperimentConfig, steps: int) -> ExperimentConfig:
-    """Returns the config of a run of so many steps; what it counts in steps shrinks likewise."""
-    share = steps / config.train.steps
-
-    def scaled(count: int) -> int:
-        # 0 has a meaning of its own: no warm-up, or no evaluation but the last.
-        return max(1, round(share * count)) if count else 0
-
-    schedule = config.optim.schedule
-    warmup_steps = min(scaled(schedule.warmup_steps), steps - 1)
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(
-            config.train, steps=steps, eval_every=scaled(config.train.eval_every)
-        ),
-        optim=dataclasses.replace(
-            config.optim,
-            schedule=dataclasses.replace(
-                schedule,
-                warmup_steps=warmup_steps,
-                decay_steps=min(scaled(schedule.decay_steps), steps - warmup_steps),
-            ),
-        ),
-        checkpoint=dataclasses.replace(config.checkpoint, every=scaled(config.checkpoint.every)),
-    )
 
 
 def _affordable_steps(config: ExperimentConfig, cost: Cost, budget: float) -> int:
@@ -106,9 +110,10 @@ def _affordable_steps(config: ExperimentConfig, cost: Cost, budget: float) -> in
     least = elapsed() + cost.seconds(with_steps(config, 1))
     raise UserError(
         "time_budget",
-        f"{budget:g}",
+        budget,
         f"is too small for one step: what comes before it took {elapsed():.0f} s, and compiling, "
-        f"a step and an evaluation take {least - elapsed():.0f} s. Give at least {least:.0f}.",
+        f"a step and an evaluation take {least - elapsed():.0f} s. "
+        f"Give at least {math.ceil(least)}.",
     )
 
 
@@ -121,19 +126,19 @@ def _print_table(
 ) -> None:
     logger.info("time budget: %.0f s, of which %.0f s are spent", budget, elapsed())
     width = max(map(len, candidates))
-    logger.info("  %-*s  parameters  steps     s/step  seconds", width, "config")
+    logger.info("  %-*s  parameters  steps    s/step  seconds", width, "config")
     for spec, config in candidates.items():
-        cost = costs.get(spec) or estimate(config, candidates[chosen_spec], costs[chosen_spec])
-        if spec == chosen_spec:
+        is_chosen = spec == chosen_spec
+        if is_chosen:
             config = chosen
-        logger.info(
-            "  %-*s  %10s  %5d  %s%8.3f  %7.0f%s",
-            width,
-            spec,
-            f"{cost.parameters:,}",
-            config.train.steps,
-            " " if cost.timed else "~",
-            cost.step,
-            cost.seconds(config),
-            "  <- chosen" if spec == chosen_spec else "",
+        cost = costs.get(spec) or estimate(config, candidates[chosen_spec], costs[chosen_spec])
+        columns = (
+            f"{spec:{width}}",
+            f"{cost.parameters:10,}",
+            f"{config.train.steps:5}",
+            f"{cost.step:8.3f}",
+            f"{cost.seconds(config):7.0f}",
         )
+        note = "" if cost.timed else "  estimated by FLOPs"
+        mark = "  <- chosen" if is_chosen else note
+        logger.info("  %s%s", "  ".join(columns), mark)

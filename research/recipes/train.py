@@ -15,13 +15,14 @@ from research.core.trees import count
 from research.parallel import distributed
 from research.parallel.rules import process_rows
 from research.recipes import workdir as workdirs
-from research.recipes.experiment import ExperimentConfig, add_config_argument, load_experiment
+from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.resume import is_done, log_done, restore
-from research.recipes.run_parts import evaluation, first_batch_check, throughput
+from research.recipes.run_parts import evaluation, first_batch_check, metrics_writer, throughput
+from research.recipes.time_budget import add_budget_arguments, load_within_budget
 from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
-from research.training import loop, metrics
+from research.training import loop
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
 from research.training.language_model import language_model_program
@@ -35,7 +36,8 @@ logger = logging.getLogger("tessera")
 EXAMPLES = """\
   tessera train --config=configs/pretrain/stdlib.py --workdir=runs/stdlib
   tessera train --config=configs/pretrain/stdlib.py --workdir=runs/short --config.train.steps=150
-  tessera train --config=configs/pretrain/stdlib.py --workdir=runs/muon --config.optim.name=muon"""
+  tessera train --config=configs/pretrain/stdlib.py --workdir=runs/muon --config.optim.name=muon
+  tessera train --config=configs/pretrain/stdlib.py --workdir=runs/ten --time-budget=600"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, help="folder of the run; a run that was stopped resumes there"
     )
+    add_budget_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -51,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
     previous = signal.signal(signal.SIGTERM, _stop_outside_of_the_loop)
     try:
         workdir = as_path(arguments.workdir, "workdir")
-        train(load_experiment(arguments.config, arguments.overrides), workdir)
+        train(load_within_budget(arguments, workdir), workdir)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -106,7 +109,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             del saved  # its arrays are the state's now, or were copied into it
             step = program.compile_train_step()
             evaluate = evaluation(config, program, frozen, prepared, part)
-            writer = stack.enter_context(metrics.MetricsWriter(workdir, int(state.step)))
+            writer = stack.enter_context(metrics_writer(config, workdir, int(state.step)))
         run = loop.Run(
             step=step,
             frozen=frozen,

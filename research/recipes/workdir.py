@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "mesh": None,
     "distributed": None,
     "checkpoint": None,
+    "trackers": None,
     "train": {"steps", "log_every", "eval_every", "eval_batches", "max_skipped"},
     "data": {"workers", "prefetch"},
     "model": {"layer_loop", "remat"},

@@ -14,7 +14,7 @@ import numbers
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from research.core.errors import UserError
 from research.storage import files
 from research.storage.paths import Path, in_bucket, reason
 from research.training.presence import Presence
+from research.training.trackers import Tracker
 
 logger = logging.getLogger("tessera")
 
@@ -45,9 +46,11 @@ class MetricsWriter:
     Args:
       workdir: the run's folder.
       resumed_step: the step of the checkpoint that the run resumes from; 0 begins a run.
+      trackers: get the rows too, and are closed with the files.
     """
 
-    def __init__(self, workdir: Path, resumed_step: int = 0):
+    def __init__(self, workdir: Path, resumed_step: int = 0, trackers: Sequence[Tracker] = ()):
+        self._trackers = trackers
         self._folder: pathlib.Path | None = None
         if jax.process_index() != 0:
             return
@@ -96,6 +99,8 @@ class MetricsWriter:
             raise UserError(f"{self._folder / FILE} cannot be written: {reason(error)}.") from error
         known = {name: value for name, value in values.items() if value is not None}
         self._board.write(int(step), known)
+        for tracker in self._trackers:
+            tracker.write(int(step), known)
         if in_bucket(self._workdir) and time.monotonic() - self._flushed >= UPLOAD_SECONDS:
             self.flush()
 
@@ -121,6 +126,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the files; after a failed write, which was raised, raises nothing."""
+        for tracker in self._trackers:
+            tracker.close()
         if self._folder is None:
             return
         if self._failed:

@@ -12,13 +12,13 @@ import logging
 import secrets
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 
-from research.core.errors import UserError, join, within
+from research.core.errors import UserError, join
 from research.storage import files
 from research.storage.paths import Path
 
@@ -33,16 +33,34 @@ class TrackerConfig:
     """A service that gets the numbers of a run.
 
     Attributes:
-      kind: `wandb` (Weights & Biases), `mlflow` or `trackio`.
       project: project of the run; for MLflow its experiment.
       name: of the run; empty: that of the workdir's folder.
       optional: whether the run goes on without a tracker that cannot be started.
     """
 
-    kind: Literal["wandb", "mlflow", "trackio"]
     project: str = "tessera"
     name: str = ""
     optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackersConfig:
+    """The trackers of a run; None: not this one.
+
+    Attributes:
+      wandb: Weights & Biases.
+      mlflow: MLflow.
+      trackio: Trackio.
+    """
+
+    wandb: TrackerConfig | None = None
+    mlflow: TrackerConfig | None = None
+    trackio: TrackerConfig | None = None
+
+    def wanted(self) -> dict[str, TrackerConfig]:
+        """Returns the trackers that are not None, by the name of their package."""
+        trackers = {"wandb": self.wandb, "mlflow": self.mlflow, "trackio": self.trackio}
+        return {name: config for name, config in trackers.items() if config is not None}
 
 
 @typing.runtime_checkable
@@ -137,8 +155,8 @@ TRACKERS: dict[str, Callable[[ModuleType, TrackerConfig, str, dict[str, Any]], T
 class _Safe:
     """A tracker whose faults in the middle of a run are a warning: the run goes on without it."""
 
-    def __init__(self, kind: str, tracker: Tracker):
-        self._kind = kind
+    def __init__(self, name: str, tracker: Tracker):
+        self._name = name
         self._tracker: Tracker | None = tracker
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -154,13 +172,11 @@ class _Safe:
             with contextlib.redirect_stdout(None):
                 act(self._tracker)
         except Exception as error:
-            logger.warning("%s gets no more numbers: %s", self._kind, _first_line(error))
+            logger.warning("%s gets no more numbers: %s", self._name, _first_line(error))
             self._tracker = None
 
 
-def open_trackers(
-    configs: Sequence[TrackerConfig], workdir: Path, values: dict[str, Any]
-) -> list[Tracker]:
+def open_trackers(configs: TrackersConfig, workdir: Path, values: dict[str, Any]) -> list[Tracker]:
     """Starts or resumes the run at each tracker; on processes other than the first it does
     nothing.
 
@@ -175,12 +191,11 @@ def open_trackers(
     if jax.process_index() != 0:
         return []
     opened: list[Tracker] = []
-    for index, config in enumerate(configs):
+    for package_name, config in configs.wanted().items():
         named = dataclasses.replace(config, name=config.name or workdir.name)
         try:
-            with within(f"trackers.{index}"):
-                tracker = _open(named, _run_id(workdir, config.kind), values)
-            opened.append(_Safe(config.kind, tracker))
+            tracker = _open(package_name, named, _run_id(workdir, package_name), values)
+            opened.append(_Safe(package_name, tracker))
         except UserError as error:
             if not config.optional:
                 for tracker in opened:
@@ -190,32 +205,33 @@ def open_trackers(
     return opened
 
 
-def _open(config: TrackerConfig, run_id: str, values: dict[str, Any]) -> Tracker:
+def _open(package_name: str, config: TrackerConfig, run_id: str, values: dict[str, Any]) -> Tracker:
+    field = f"trackers.{package_name}"
     try:
-        package = importlib.import_module(config.kind)
+        package = importlib.import_module(package_name)
     except ImportError as error:
         raise UserError(
-            "kind",
-            config.kind,
-            f"needs a package: pip install -e '.[{config.kind}]', or set optional = True.",
+            field,
+            constraint=f"needs a package: pip install -e '.[{package_name}]', or set "
+            f"{field}.optional = True.",
         ) from error
     try:
         # Packages print addresses and thanks there; the run's output stays its own.
         with contextlib.redirect_stdout(None):
-            return TRACKERS[config.kind](package, config, run_id, values)
+            return TRACKERS[package_name](package, config, run_id, values)
     except Exception as error:
-        raise UserError("kind", config.kind, f"cannot be started: {_first_line(error)}.") from error
+        raise UserError(field, constraint=f"cannot be started: {_first_line(error)}.") from error
 
 
-def _run_id(workdir: Path, kind: str) -> str:
+def _run_id(workdir: Path, package_name: str) -> str:
     """Returns the id of the workdir's run at a tracker, made and kept at the first call."""
     path = workdir / FILE
     ids = json.loads(path.read_text()) if path.exists() else {}
-    if kind not in ids:
-        ids[kind] = secrets.token_hex(4)
+    if package_name not in ids:
+        ids[package_name] = secrets.token_hex(4)
         files.make_folder(workdir)
         files.write_text(path, json.dumps(ids) + "\n")
-    return ids[kind]
+    return ids[package_name]
 
 
 def _first_line(error: Exception) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import pytest
 
 from research.core.errors import UserError
-from research.training.trackers import TrackerConfig, open_trackers
+from research.training.trackers import TRACKERS, TrackerConfig, TrackersConfig, open_trackers
 
+TRACKIO = TrackersConfig(trackio=TrackerConfig())
 VALUES = {"model": {"num_layers": 2}, "train": {"steps": 10}}
 
 
@@ -45,21 +46,21 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Package:
 
 def test_a_resumed_run_is_the_same_one_at_the_tracker(tmp_path: pathlib.Path, package: Package):
     for step in (1, 2):
-        (tracker,) = open_trackers([TrackerConfig("trackio")], tmp_path / "run", VALUES)
+        (tracker,) = open_trackers(TRACKIO, tmp_path / "run", VALUES)
         tracker.write(step, {"train/loss": step / 4})
         tracker.close()
     ((name, rows),) = package.runs.items()
     assert name.startswith("run-")
     assert rows == [(1, {"train/loss": 0.25}), (-1, {}), (2, {"train/loss": 0.5}), (-1, {})]
 
-    (tracker,) = open_trackers([TrackerConfig("trackio")], tmp_path / "other", VALUES)
+    (tracker,) = open_trackers(TRACKIO, tmp_path / "other", VALUES)
     assert len(package.runs) == 2, "another workdir is another run"
 
 
 def test_a_fault_in_the_middle_is_one_warning(
     tmp_path: pathlib.Path, package: Package, caplog: pytest.LogCaptureFixture
 ):
-    (tracker,) = open_trackers([TrackerConfig("trackio")], tmp_path, VALUES)
+    (tracker,) = open_trackers(TRACKIO, tmp_path, VALUES)
     with caplog.at_level(logging.WARNING, "tessera"):
         for _ in range(3):
             tracker.write(1, {"train/broken": 1.0})
@@ -79,22 +80,26 @@ def test_a_tracker_without_its_package_is_one_line(
 ):
     monkeypatch.setitem(sys.modules, kind, None)
     with pytest.raises(UserError) as caught:
-        open_trackers([TrackerConfig(kind)], tmp_path, VALUES)
+        open_trackers(TrackersConfig(**{kind: TrackerConfig()}), tmp_path, VALUES)
     assert str(caught.value) == (
-        f"trackers.0.kind = '{kind}' needs a package: pip install -e '.[{kind}]', "
-        "or set optional = True."
+        f"trackers.{kind} needs a package: pip install -e '.[{kind}]', or set "
+        f"trackers.{kind}.optional = True."
     )
+    optional = TrackersConfig(**{kind: TrackerConfig(optional=True)})
     with caplog.at_level(logging.WARNING, "tessera"):
-        assert open_trackers([TrackerConfig(kind, optional=True)], tmp_path, VALUES) == []
+        assert open_trackers(optional, tmp_path, VALUES) == []
     assert caplog.records[-1].getMessage().endswith("The run goes on without it.")
 
 
 def test_a_tracker_that_cannot_start_closes_those_before_it(
     tmp_path: pathlib.Path, package: Package, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"^trackers\.1\.kind = 'wandb'"):
-        open_trackers([TrackerConfig("trackio"), TrackerConfig("wandb")], tmp_path, VALUES)
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    monkeypatch.setitem(TRACKERS, "mlflow", TRACKERS["trackio"])
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    both = TrackersConfig(mlflow=TrackerConfig(), trackio=TrackerConfig())
+    with pytest.raises(UserError, match=r"^trackers\.trackio needs a package"):
+        open_trackers(both, tmp_path, VALUES)
     assert list(package.runs.values()) == [[(-1, {})]]
 
 
@@ -114,17 +119,19 @@ def alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
 
 def run_twice(kind: str, workdir: pathlib.Path) -> None:
     """Writes two steps of a run, the second after a resume."""
+    trackers = TrackersConfig(**{kind: TrackerConfig("tiles")})
     for step in (1, 2):
-        (tracker,) = open_trackers([TrackerConfig(kind, "tiles")], workdir, VALUES)
+        (tracker,) = open_trackers(trackers, workdir, VALUES)
         tracker.write(step, {"train/loss": step / 4})
         tracker.close()
 
 
 @pytest.mark.live
 def test_wandb_gets_the_numbers_offline(alone: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_twice("wandb", alone / "run")
+    wandb.teardown()  # as at the end of a process: its service writes in the background
     files = sorted((alone / "wandb_dir").rglob("*.wandb"))
     assert len(files) == 2, "a file a start"
     assert len({file.name for file in files}) == 1, "of one run"
@@ -138,9 +145,9 @@ def test_wandb_gets_the_numbers_offline(alone: pathlib.Path, monkeypatch: pytest
 def test_wandb_without_credentials_is_one_line(alone: pathlib.Path):
     pytest.importorskip("wandb")
     with pytest.raises(UserError) as caught:
-        open_trackers([TrackerConfig("wandb")], alone / "run", VALUES)
+        open_trackers(TrackersConfig(wandb=TrackerConfig()), alone / "run", VALUES)
     assert str(caught.value) == (
-        "trackers.0.kind = 'wandb' cannot be started: no API key: run `wandb login`, or set "
+        "trackers.wandb cannot be started: no API key: run `wandb login`, or set "
         "WANDB_MODE=offline."
     )
 

@@ -1,0 +1,152 @@
+"""`--time-budget`: the first config that ends in time, or fewer steps of the last one, and a
+resumed run keeps what was chosen.
+"""
+
+import pathlib
+
+import pytest
+
+from research.core.errors import UserError
+from research.recipes import run_cost, time_budget
+from research.recipes.experiment import load_experiment
+from research.recipes.run_cost import Cost, with_steps
+from research.recipes.time_budget import choose
+from research.recipes.workdir import read_config
+from research.training.metrics import read_metrics
+from tests.recipes import runs
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> pathlib.Path:
+    return runs.write_config(tmp_path, runs.write_corpus(tmp_path / "corpus"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds are gone; measuring takes none."""
+    monkeypatch.setattr(time_budget, "elapsed", lambda: 10.0)
+
+
+def costs(monkeypatch: pytest.MonkeyPatch, **steps: float) -> list[str]:
+    """Has a config cost so many seconds a step, by its width; returns the widths that are timed."""
+    timed = []
+
+    def measure(config) -> Cost:
+        width = f"w{config.model.embed_dim}"
+        timed.append(width)
+        return Cost(parameters=1, start=5.0, step=steps[width], evaluation=2.0)
+
+    monkeypatch.setattr(time_budget, "measure", measure)
+    return timed
+
+
+def test_what_is_counted_in_steps_shrinks_with_them(config: pathlib.Path):
+    whole = load_experiment(
+        str(config),
+        [
+            ("train.steps", "100"),
+            ("train.eval_every", "50"),
+            ("optim.schedule.name", "wsd"),
+            ("optim.schedule.warmup_steps", "10"),
+            ("optim.schedule.decay_steps", "40"),
+            ("checkpoint.every", "20"),
+            ("checkpoint.keep_every", "40"),
+        ],
+    )
+    half = with_steps(whole, 50)
+    assert (half.train.steps, half.train.eval_every) == (50, 25)
+    assert (half.optim.schedule.warmup_steps, half.optim.schedule.decay_steps) == (5, 20)
+    assert (half.checkpoint.every, half.checkpoint.keep_every) == (10, 20)
+    one = with_steps(whole, 1)
+    assert (one.optim.schedule.warmup_steps, one.optim.schedule.decay_steps) == (0, 1)
+    assert with_steps(whole, 100) == whole
+
+
+def test_a_run_costs_its_steps_and_evaluations_with_a_margin(config: pathlib.Path):
+    # 12 steps, evaluated after 4, 8 and 12.
+    cost = Cost(parameters=1, start=5.0, step=0.5, evaluation=2.0)
+    assert cost.seconds(load_experiment(str(config), [])) == pytest.approx(
+        5 + run_cost.MARGIN * (12 * 0.5 + 3 * 2)
+    )
+
+
+def test_the_first_config_that_ends_in_time_is_taken(
+    config: pathlib.Path, clock: None, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    narrow = config.with_name("narrow.py")
+    narrow.write_text(config.read_text().replace('"embed_dim": 16', '"embed_dim": 8'))
+    third = config.with_name("third.py")
+    third.write_text(config.read_text().replace('"embed_dim": 16', '"embed_dim": 4'))
+    specs = [str(config), str(narrow), str(third)]
+    timed = costs(monkeypatch, w16=10.0, w8=1.0)
+    with caplog.at_level("INFO", "tessera"):
+        chosen = choose(specs, [], 60.0, config.parent / "run")
+    assert (chosen.model.embed_dim, chosen.train.steps) == (8, 12)
+    assert timed == ["w16", "w8"], "no more are timed than are needed"
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "time budget: 60 s, of which 10 s are spent"
+    assert [("chosen" in line, "estimated" in line) for line in said[2:]] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_the_last_config_gets_as_many_steps_as_end_in_time(
+    config: pathlib.Path, clock: None, monkeypatch: pytest.MonkeyPatch
+):
+    costs(monkeypatch, w16=10.0)
+    chosen = choose([str(config)], [], 60.0, config.parent / "run")
+    # 10 s are gone and 5 s compile; 1.1 · (n · 10 + evaluations · 2) must be at most 45. The
+    # evaluations shrink too: every step of 3 has one.
+    assert chosen.train.steps == 3
+    cost = Cost(parameters=1, start=5.0, step=10.0, evaluation=2.0)
+    assert 10 + cost.seconds(chosen) <= 60 < 10 + cost.seconds(with_steps(chosen, 4))
+
+
+def test_a_budget_too_small_for_one_step_says_so(
+    config: pathlib.Path, clock: None, monkeypatch: pytest.MonkeyPatch
+):
+    costs(monkeypatch, w16=10.0)
+    with pytest.raises(UserError) as caught:
+        choose([str(config)], [], 20.0, config.parent / "run")
+    assert str(caught.value) == (
+        "time_budget = 20.0 is too small for one step: what comes before it took 10 s, and "
+        "compiling, a step and an evaluation take 18 s. Give at least 29."
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--time-budget=0"], "--time-budget = 0.0 must be above 0 seconds."),
+        (["--time-budget=nan"], "--time-budget = nan must be above 0 seconds."),
+        (["--time-budget=soon"], "--time-budget: invalid float value: 'soon'"),
+        (["--time-budget=0.5"], "is too small for one step"),
+        (["--fallback=other.py"], "--fallback needs --time-budget"),
+    ],
+)
+def test_bad_budgets_are_one_line(
+    config: pathlib.Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert runs.command("train", config, config.parent / "run", *flags) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (config.parent / "run" / "config.json").exists()
+
+
+def test_a_run_within_a_budget_trains_and_is_resumed_as_it_was_chosen(
+    config: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    workdir = config.parent / "run"
+    monkeypatch.setattr(time_budget, "elapsed", lambda: 0.0)
+    assert runs.command("train", config, workdir, "--time-budget=1000") == 0
+    assert read_metrics(workdir)[-1]["step"] == 12
+    stored = read_config(workdir)
+
+    costs(monkeypatch)  # nothing may be timed
+    assert runs.command("train", config, workdir, "--time-budget=3") == 0
+    assert read_config(workdir) == stored
+    other = config.with_name("other.py")
+    other.write_text(config.read_text().replace("0.01", "0.02"))
+    costs(monkeypatch, w16=0.1)
+    assert runs.command("train", other, workdir, "--time-budget=1000") == 2
