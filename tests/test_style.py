@@ -26,10 +26,7 @@ EXCEPTIONS: dict[str, str] = {}
 UNMENDED = {
     "core",
     "kernels",
-    "losses",
     "models",
-    "optim",
-    "parallel",
     "recipes",
 }
 # Words that one room used for what the field has another word for.

@@ -39,7 +39,10 @@ def choose(
       UserError: the implementation named, or every fast one of this platform, does not
         support the call.
     """
-    names = preferred[platform()] if implementation == "auto" else (implementation,)
+    names: Sequence[str] = (implementation,)
+    if implementation == "auto":
+        names = preferred[platform()]
+
     reasons: dict[str, str] = {}
     for name in names:
         reason = implementations[name].unsupported_reason(*arguments)
@@ -53,13 +56,14 @@ def choose(
             return name
         reasons[name] = reason
     why = "; ".join(f"{name!r} does not support {rule}" for name, rule in reasons.items())
-    advice = (
-        "" if implementation == "reference" else " Or take implementation = 'reference' by name."
-    )
+    advice = ""
+    if implementation != "reference":
+        advice = " Or take implementation = 'reference' by name."
     raise UserError("implementation", implementation, f": {why}.{advice}")
 
 
 @functools.cache
 def _report(operation: str, on: str, name: str, why: str) -> None:
     """Logs a choice the first time that it is made."""
-    logger.info("%s on %s: %s%s", operation, on, name, f" ({why})" if why else "")
+    reason = f" ({why})" if why else ""
+    logger.info("%s on %s: %s%s", operation, on, name, reason)

@@ -18,7 +18,7 @@ from research.kernels.weights import Axes, WeightNode
 @node(static=())
 @dataclasses.dataclass(frozen=True)
 class LowRank(WeightNode):
-    """base + a b, with the product left unmade: x W = x base + (x a) b.
+    """base + a b, with the product never computed: x W = x base + (x a) b.
 
     Leading axes that all three share (layers, experts) are not contracted.
 
@@ -57,10 +57,10 @@ class LowRank(WeightNode):
         stacks = self.base.shape[: self._stacks]
         rank = self.a.shape[-1]
         inputs = math.prod(self.a.shape[len(stacks) : -1])
-        # [stacks, inputs, R] times [stacks, R, outputs]
-        product = jnp.matmul(
-            self.a.reshape(*stacks, inputs, rank), self.b.reshape(*stacks, rank, -1)
-        )
+        # [stacks, inputs, R] [stacks, R, outputs] -> [stacks, inputs, outputs]
+        a = self.a.reshape(*stacks, inputs, rank)
+        b = self.b.reshape(*stacks, rank, -1)
+        product = jnp.matmul(a, b)
         return self.base + product.reshape(self.base.shape).astype(self.base.dtype)
 
     def project(
@@ -72,8 +72,8 @@ class LowRank(WeightNode):
         return plain + project(narrow, self.b, implementation=implementation)
 
     def grouped_matmul(
-        self, x: Float[Array, "M D"], group_sizes: Int[Array, "E"], implementation: str
-    ) -> Float[Array, "M F"]:
+        self, x: Float[Array, "rows D"], group_sizes: Int[Array, "E"], implementation: str
+    ) -> Float[Array, "rows F"]:
         """Returns x_e base_e + (x_e a_e) b_e of each group."""
         plain = grouped_matmul(x, self.base, group_sizes, implementation=implementation)
         narrow = grouped_matmul(x, self.a, group_sizes, implementation=implementation)
@@ -81,12 +81,13 @@ class LowRank(WeightNode):
 
     def einsum(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the contraction with base, and that with a and b one after the other."""
+        # "BTNH,CNH->BTNC" with inputs C of the weight -> "BTNH,CZ,ZNH->BTNC"
         operands, result = equation.split("->")
         of_x, of_weight = operands.split(",")
         inputs = self.a.ndim - 1
         rank = "Z"
         assert rank not in equation, f"{rank} stands for the rank: {equation}"
-        assert not self._stacks, "a layer or an expert is cut out before"
+        assert not self._stacks, "a layer or an expert is indexed before"
         low = f"{of_x},{of_weight[:inputs]}{rank},{rank}{of_weight[inputs:]}->{result}"
         plain = jnp.einsum(equation, x, self.base.astype(x.dtype))
         return plain + jnp.einsum(low, x, self.a.astype(x.dtype), self.b.astype(x.dtype))
@@ -108,21 +109,22 @@ class LowRank(WeightNode):
         self, x: Float[Array, "*batch D"]
     ) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
         """Returns [x, x a] and [base; b], one above the other."""
-        wider = jnp.concatenate([x, x @ self.a.astype(x.dtype)], axis=-1)
-        return wider, jnp.concatenate([self.base, self.b.astype(self.base.dtype)], axis=0)
+        narrow = x @ self.a.astype(x.dtype)
+        b = self.b.astype(self.base.dtype)
+        return jnp.concatenate([x, narrow], axis=-1), jnp.concatenate([self.base, b], axis=0)
 
     def split_axes(self, axes: Axes, inner: Any) -> "LowRank":
         """Returns the node of the axes of base, a and b."""
         stacks = self._stacks
         inputs = self.a.ndim - 1
-        filled = (
-            *axes,
-            *(None,) * (self.base.ndim - len(axes)),
-        )  # a partition may leave out trailing axes
-        kind = PartitionSpec if isinstance(axes, PartitionSpec) else lambda *names: names
-        leaves = (
-            axes,
-            kind(*filled[:inputs], inner),
-            kind(*filled[:stacks], inner, *filled[inputs:]),
-        )
-        return jax.tree.unflatten(jax.tree.structure(self), leaves)
+        # A partition may leave out trailing axes.
+        missing = self.base.ndim - len(axes)
+        full = (*axes, *(None,) * missing)
+
+        # ("layers", "embed", "mlp") -> a ("layers", "embed", inner), b ("layers", inner, "mlp")
+        of_a = (*full[:inputs], inner)
+        of_b = (*full[:stacks], inner, *full[inputs:])
+        if isinstance(axes, PartitionSpec):
+            of_a = PartitionSpec(*of_a)
+            of_b = PartitionSpec(*of_b)
+        return jax.tree.unflatten(jax.tree.structure(self), (axes, of_a, of_b))

@@ -1,9 +1,8 @@
-"""Matrices that really lie row by row, for matmul libraries that want them so.
+"""Matrices that are row-major in memory, as matmul libraries need them.
 
-Left to itself XLA folds a transpose into the matmul that reads it or makes it. On CPU that matmul
-then misses the
-library: half the speed in bfloat16, which is widened to float32 first or refused at run time, and a
-little less in float32.
+XLA folds a transpose into the matmul that reads or produces it. On CPU that matmul then does not
+use the library: half the speed in bfloat16, which is converted to float32 first or rejected at run
+time, and a little less in float32.
 """
 
 import jax
@@ -21,9 +20,10 @@ def row_major(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """
     if platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
         return x
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    layout = Layout(major_to_minor=tuple(range(x.ndim)))
+    return with_layout_constraint(x, layout)
 
 
-def swap_last(x: Shaped[Array, "*batch R C"]) -> Shaped[Array, "*batch C R"]:
+def swap_last(x: Shaped[Array, "*batch rows columns"]) -> Shaped[Array, "*batch columns rows"]:
     """Returns `x` with its last two axes swapped, as a row-major copy."""
     return row_major(x.swapaxes(-1, -2))

@@ -1,8 +1,8 @@
-"""What stands in the place of a plain array wherever a model multiplies with a weight.
+"""Weights that a model multiplies with: plain arrays, or nodes of several arrays.
 
-Whoever multiplies with a weight calls `project`, `grouped_matmul`, `cross_entropy` or a function of
-this module. Each takes a plain array or a `WeightNode`, so a model does not know which of them its
-weights are.
+A model multiplies with a weight through `project`, `grouped_matmul`, `cross_entropy` or a function
+of this module. Each takes a plain array or a `WeightNode`, so a model does not know which of them
+its weights are.
 """
 
 import abc
@@ -22,8 +22,8 @@ Axes = tuple[Any, ...] | PartitionSpec
 class WeightNode(abc.ABC):
     """A weight that is made of several arrays: a node of JAX trees whose leaves are these arrays.
 
-    Its shape is that of the plain weight it stands for. Leading axes (layers, experts) may be cut
-    from all its leaves at once, as `jax.lax.scan` does.
+    Its shape is that of the plain weight it represents. Leading axes (layers, experts) may be
+    indexed in all its leaves at once, as `jax.lax.scan` does.
     """
 
     @property
@@ -48,8 +48,8 @@ class WeightNode(abc.ABC):
 
     @abc.abstractmethod
     def grouped_matmul(
-        self, x: Float[Array, "M D"], group_sizes: Int[Array, "E"], implementation: str
-    ) -> Float[Array, "M F"]:
+        self, x: Float[Array, "rows D"], group_sizes: Int[Array, "E"], implementation: str
+    ) -> Float[Array, "rows F"]:
         """Returns x_e W_e of each group; see `kernels.grouped_matmul.grouped_matmul`."""
 
     @abc.abstractmethod

@@ -7,10 +7,10 @@ from jaxtyping import Array, Float
 def weighted_sum(
     values: Float[Array, "*batch"], weights: Float[Array, "*batch"]
 ) -> Float[Array, ""]:
-    """Returns Σ w v in float32. A value of weight 0 counts nothing, not even where it is
-    infinite.
-    """
-    return jnp.sum(jnp.where(weights == 0, 0.0, values.astype(jnp.float32) * weights))
+    """Returns Σ w v in float32. A value of weight 0 adds nothing, even if it is infinite."""
+    weighted = values.astype(jnp.float32) * weights
+    # 0 · inf is NaN.
+    return jnp.sum(jnp.where(weights == 0, 0.0, weighted))
 
 
 def z_loss(log_z: Float[Array, "*batch"], coefficient: float) -> Float[Array, "*batch"]:

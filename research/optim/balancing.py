@@ -1,4 +1,4 @@
-"""Even loads of experts without a loss: the biases of their choice follow the load."""
+"""Aux-loss-free balancing of experts: the selection biases follow the expert load."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,12 +34,15 @@ def balance_experts(
     """
     load_of = {selection_bias(path): load for path, load in expert_load.items()}
 
-    def moved(path: tuple[Any, ...], leaf: Array) -> Array:
+    def updated(path: tuple[Any, ...], leaf: Array) -> Array:
         name = path_name(path)
         if name not in load_of:
             return leaf
         load = load_of[name]
         assert load.shape == leaf.shape, (name, load.shape, leaf.shape)
-        return leaf + speed * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
 
-    return jax.tree_util.tree_map_with_path(moved, params)
+        # Loads [6, 2, 4] -> mean 4 -> the bias moves by speed · [-1, 1, 0]
+        below_mean = load.mean(axis=-1, keepdims=True) - load
+        return leaf + speed * jnp.sign(below_mean)
+
+    return jax.tree_util.tree_map_with_path(updated, params)

@@ -1,5 +1,5 @@
-"""Optimizers by name. What an array is, a matrix or a bias, is told by its box, never by its path
-or shape.
+"""Optimizers by name. Whether an array is a matrix or a bias is read from its box, never from its
+path or shape.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ class OptimConfig:
       name: `adamw`, `adafactor`, `lion`, `sgd` (momentum `beta1`) or `muon`
         (matrices with momentum `beta1`; the rest by AdamW with Nesterov momentum).
       learning_rate: the peak.
-      schedule: its course.
+      schedule: warm-up and decay.
       weight_decay: decoupled, times the learning rate, on matrices only (embeddings included,
           biases never).
       beta1: decay of the first moment (or momentum); Adafactor has none.
       beta2: decay of the second moment of AdamW, Lion and Muon's rest; Adafactor has its own
-          course.
+          schedule.
       epsilon: added to the root of the second moment, of AdamW and Muon.
       clip_norm: gradients of a larger global norm are scaled down to it; None leaves them.
       ema_decay: of the averaged parameters that evaluation reads; None keeps no average. It needs
@@ -66,7 +66,7 @@ class OptimConfig:
 def build_optimizer(
     config: OptimConfig, axes: Any, total_steps: int
 ) -> tuple[optax.GradientTransformation, Callable[[Any], Float[Array, ""]]]:
-    """Returns the optimizer, and what tells the learning rate of its next update from its state.
+    """Returns the optimizer, and a function from its state to the learning rate of its next update.
 
     Clipping is not in it: the training step knows the gradient's norm already.
 
@@ -87,7 +87,7 @@ def build_optimizer(
     def learning_rate(state: Any) -> Float[Array, ""]:
         return jnp.asarray(schedule(_update_count(state)), jnp.float32)
 
-    optimizer = _descending(config, axes, schedule)
+    optimizer = _build(config, axes, schedule)
     return optax.GradientTransformation(optimizer.init, promoting(optimizer.update)), learning_rate
 
 
@@ -103,9 +103,7 @@ def _update_count(state: Any) -> Int[Array, ""]:
     return counter.count
 
 
-def _descending(
-    config: OptimConfig, axes: Any, rate: optax.Schedule
-) -> optax.GradientTransformation:
+def _build(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.GradientTransformation:
     matrices = jax.tree.map(lambda axes: axes.is_matrix, axes)
     decay = {"weight_decay": config.weight_decay, "mask": matrices}
     if config.name == "adamw":
@@ -128,7 +126,7 @@ def _descending(
             muon_weight_dimension_numbers=jax.tree.map(_muon_axes, axes),
             consistent_rms=0.2,
         )
-    # What these give points downhill already, at rate 1 and without decay.
+    # These directions are negated already, at rate 1 and without weight decay.
     return optax.chain(
         direction,
         optax.add_decayed_weights(-config.weight_decay, matrices),
@@ -137,8 +135,7 @@ def _descending(
 
 
 def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """Lets a transformation that looks at whole arrays see one layer at a time where layers are
-    stacked.
+    """Maps a transformation that uses statistics of whole arrays over the layers of stacked arrays.
 
     So a scanned model takes the steps of an unrolled one, and their states are the same on disk.
     """
@@ -152,39 +149,37 @@ def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.Gra
         return inner
 
     def state_axes(params: Any) -> Any:
-        """Returns 0 for each array of the state that stands for a stacked parameter: its path ends
-        in that one's.
-        """
-        one = jax.tree.map(
-            lambda axis, p: p if axis is None else p[0],
-            batched,
-            params,
-            is_leaf=lambda x: x is None,
-        )
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: 0 if any(path[-len(end) :] == end for end in stacked) else None,
-            jax.eval_shape(inner.init, one),
-        )
+        """Returns 0 for each array of the state of a stacked parameter, None for the others."""
+
+        def first_layer(axis: int | None, p: Any) -> Any:
+            return p if axis is None else p[0]
+
+        def axis_of(path: tuple[Any, ...], _: Any) -> int | None:
+            # The path of an array of the state ends in that of its parameter: v/decoder/kernel.
+            return 0 if any(path[-len(end) :] == end for end in stacked) else None
+
+        one = jax.tree.map(first_layer, batched, params, is_leaf=lambda x: x is None)
+        return jax.tree_util.tree_map_with_path(axis_of, jax.eval_shape(inner.init, one))
 
     def init(params: Any) -> Any:
-        return jax.vmap(inner.init, in_axes=(batched,), out_axes=state_axes(params))(params)
+        by_layer = jax.vmap(inner.init, in_axes=(batched,), out_axes=state_axes(params))
+        return by_layer(params)
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        laid = state_axes(params)
-        return jax.vmap(inner.update, in_axes=(batched, laid, batched), out_axes=(batched, laid))(
-            updates, state, params
-        )
+        axes_of_state = state_axes(params)
+        in_axes = (batched, axes_of_state, batched)
+        by_layer = jax.vmap(inner.update, in_axes=in_axes, out_axes=(batched, axes_of_state))
+        return by_layer(updates, state, params)
 
     return optax.GradientTransformation(init, update)
 
 
 def _muon_axes(axes: Axes) -> contrib.MuonDimensionNumbers | None:
     """Returns which axes of a kernel are inputs and which outputs; each layer and each expert is a
-    matrix of its own.
+    separate matrix.
 
-    Tables are left to AdamW: one row of theirs is one id's, and rows of rare ids have no gradient
-        most of the time.
+    Tables are left to AdamW: a row belongs to one id, and rows of rare ids seldom have a gradient.
     """
-    return (
-        contrib.MuonDimensionNumbers(*axes.inputs_and_outputs()) if axes.kind == "kernel" else None
-    )
+    if axes.kind != "kernel":
+        return None
+    return contrib.MuonDimensionNumbers(*axes.inputs_and_outputs())

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a warm-up, then one of five ways down."""
+"""Learning-rate schedules: a warm-up, then one of five decays."""
 
 import dataclasses
 from typing import Literal
@@ -56,12 +56,14 @@ def build_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> opt
     Vaswani et al. 2017, arXiv:1706.03762, section 5.3; warm-up–stable–decay: Hu et al. 2024,
     arXiv:2404.06395, section 4.
     """
-    warmup, floor = config.warmup_steps, peak * config.final_fraction
-    parts = warmup + (config.decay_steps if config.name == "wsd" else 0)
-    if parts > total_steps:
+    warmup = config.warmup_steps
+    floor = peak * config.final_fraction
+    decay = config.decay_steps if config.name == "wsd" else 0
+    if warmup + decay > total_steps:
         raise UserError(
             "optim.schedule",
-            constraint=f": warm-up and decay take {parts} steps, but train.steps = {total_steps}.",
+            constraint=f": warm-up and decay take {warmup + decay} steps, but train.steps = "
+            f"{total_steps}.",
         )
     left = max(total_steps - warmup, 1)
     if config.name == "constant":
@@ -74,9 +76,11 @@ def build_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> opt
         start = max(warmup, 1)
 
         def after(step):
-            # Joined schedules are asked for steps before their own beginning, too.
-            return peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))
+            # Joined schedules are called with steps before their own beginning, too.
+            steps_since = jnp.maximum(step, 0)
+            return peak * jnp.sqrt(start / (start + steps_since))
     else:
+        # 100 steps with 10 of warm-up and 20 of decay: 70 stable ones between them.
         stable = left - config.decay_steps
         falling = optax.linear_schedule(peak, floor, config.decay_steps)
         after = optax.join_schedules([optax.constant_schedule(peak), falling], [stable])

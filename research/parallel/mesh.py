@@ -17,8 +17,8 @@ class MeshConfig:
     what is left.
 
     Attributes:
-      data: replicas that share out the batch.
-      fsdp: shards of the parameters that share out the batch as well.
+      data: replicas, which shard the batch.
+      fsdp: shards of the parameters, which shard the batch too.
       pipeline: stages of layers.
       context: shards of the sequence.
       expert: shards of the experts.
@@ -78,7 +78,10 @@ def _misfit(sizes: dict[str, int], num_devices: int) -> str:
     """
     used = {name: size for name, size in sizes.items() if size != 1}
     shape = " × ".join(f"{name} {size}" for name, size in used.items()) or "all sizes 1"
-    for name, size in sorted((used | {"data": sizes["data"]}).items(), key=lambda item: -item[1]):
+
+    # data 4, tensor 3 on 8 devices: tensor does not divide 8, so tensor = 2 is the advice.
+    candidates = used | {"data": sizes["data"]}
+    for name, size in sorted(candidates.items(), key=lambda item: -item[1]):
         others = math.prod(abs(other) for key, other in used.items() if key != name)
         if size != -1 and num_devices % others == 0:
             right = num_devices // others
@@ -98,9 +101,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       UserError: the sizes do not fit the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
     sizes = resolve_sizes(config, len(devices))
     shape = tuple(sizes[name] for name in MESH_AXES)
-    return jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)

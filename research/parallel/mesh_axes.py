@@ -1,9 +1,7 @@
-"""The names of the mesh axes, for all that shards: the mesh itself, the rules, and kernels that run
-once a device.
-"""
+"""The names of the mesh axes, for the mesh itself, the rules, and kernels in a `shard_map`."""
 
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
-# Those that share out the batch.
+# Those that shard the batch.
 BATCH_AXES = ("data", "fsdp")
-# That which shares out heads, MLP width and vocabulary.
+# That which shards heads, MLP width and vocabulary.
 TENSOR_AXIS = "tensor"

@@ -72,6 +72,8 @@ def is_box(leaf: Any) -> bool:
 
 def logical_axes(params: Any) -> Any:
     """Returns the axes of boxed parameters, in their tree."""
-    return jax.tree.map(
-        lambda box: Axes(box.names, box.kind, box.num_inputs), params, is_leaf=is_box
-    )
+
+    def axes(box: Parameter) -> Axes:
+        return Axes(box.names, box.kind, box.num_inputs)
+
+    return jax.tree.map(axes, params, is_leaf=is_box)

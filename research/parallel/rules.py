@@ -14,8 +14,7 @@ from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.parameter import is_box
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used
-# again, so activations, whose batch takes `fsdp`, keep their width whole, while parameters shard
-# it.
+# again, so activations, whose batch takes `fsdp`, do not shard their width, while parameters do.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
     ("length", ("context",)),
@@ -39,17 +38,20 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
-    """Returns how an array with these logical axes lies on the mesh."""
+    """Returns how an array with these logical axes is sharded on the mesh."""
     known = dict(RULES)
-    unknown = [name for name in names if name is not None and name not in known]
+    unknown = set(names) - {None} - set(known)
     assert not unknown, f"logical axes {unknown} have no rule"
+
+    # ("batch", "length", "embed") -> (("data", "fsdp"), "context", None): the batch took `fsdp`.
     spec: list[Any] = [None] * len(names)
     taken: set[str] = set()
     for name, mesh_axes in RULES:
         for i, axis in enumerate(names):
-            if axis == name and mesh_axes and not taken & set(mesh_axes):
-                spec[i] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
-                taken |= set(mesh_axes)
+            if axis != name or not mesh_axes or taken & set(mesh_axes):
+                continue
+            spec[i] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
+            taken |= set(mesh_axes)
     return PartitionSpec(*spec)
 
 
@@ -99,8 +101,7 @@ def process_rows(
 ) -> tuple[int, int]:
     """Returns (i, n): of a batch cut into n even parts, a process holds the rows of part i.
 
-    Where an axis that does not share out the batch reaches over processes, several of them hold the
-    same part.
+    Where an axis that does not shard the batch spans processes, several of them hold the same part.
 
     Args:
       sharding: from `batch_sharding`.
@@ -110,20 +111,15 @@ def process_rows(
     Raises:
       UserError: the rows of the process's devices are no such part.
     """
-    devices = sharding.addressable_devices if devices is None else devices
-    whole = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])).devices_indices_map(
-        (batch_size,)
-    )
-    ranges = {whole[device][0].indices(batch_size)[:2] for device in devices}
-    first, size = min(start for start, _ in ranges), sum(stop - start for start, stop in ranges)
-    together = max(stop for _, stop in ranges) == first + size
-    if not together or first % size or batch_size % size:
+    # Two devices with rows 4 to 5 and 6 to 7 of a batch of 8: part 1 of 2.
+    first, stop, size = _held(sharding, 0, batch_size, devices)
+    contiguous = stop == first + size
+    if not contiguous or first % size or batch_size % size:
         raise UserError(
             "mesh.tensor",
             sharding.mesh.shape["tensor"],
             ": the rows of a process are no even part of the batch. Use a divisor or a multiple "
-            "of the "
-            f"{len(devices)} devices of a process.",
+            f"of the {_device_count(sharding, devices)} devices of a process.",
         )
     return first // size, batch_size // size
 
@@ -143,25 +139,40 @@ def process_columns(
     Raises:
       UserError: the tokens do not follow each other.
     """
-    devices = sharding.addressable_devices if devices is None else devices
-    whole = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1])).devices_indices_map(
-        (length,)
-    )
-    ranges = {whole[device][0].indices(length)[:2] for device in devices}
-    start, stop = min(start for start, _ in ranges), max(stop for _, stop in ranges)
-    if sum(stop - start for start, stop in ranges) != stop - start:
+    start, stop, size = _held(sharding, 1, length, devices)
+    if size != stop - start:
         raise UserError(
             "mesh.context",
             sharding.mesh.shape["context"],
             ": the tokens of a process do not follow each other in a row. Use a divisor or a "
-            "multiple of the "
-            f"{len(devices)} devices of a process.",
+            f"multiple of the {_device_count(sharding, devices)} devices of a process.",
         )
     return start, stop
 
 
+def _held(
+    sharding: NamedSharding, axis: int, size: int, devices: Collection[jax.Device] | None
+) -> tuple[int, int, int]:
+    """Returns the first index along an axis that some devices hold, the end, and how many."""
+    if devices is None:
+        devices = sharding.addressable_devices
+    along_axis = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[axis]))
+    slices = along_axis.devices_indices_map((size,))
+    # Devices that hold the same indices count once: {(0, 4), (4, 8)} -> (0, 8, 8)
+    ranges = {slices[device][0].indices(size)[:2] for device in devices}
+    first = min(start for start, _ in ranges)
+    end = max(stop for _, stop in ranges)
+    return first, end, sum(stop - start for start, stop in ranges)
+
+
+def _device_count(sharding: NamedSharding, devices: Collection[jax.Device] | None) -> int:
+    if devices is None:
+        devices = sharding.addressable_devices
+    return len(devices)
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises UserError where the mesh cannot share out the rows of every microbatch evenly."""
+    """Raises UserError where the mesh cannot shard the rows of every microbatch evenly."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
     if batch_size % parts:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`shard_map` over the mesh in context, for code that no partitioner can cut."""
+"""`shard_map` over the mesh in context, for code that no partitioner can shard."""
 
 import math
 from collections.abc import Callable, Collection
@@ -21,22 +21,27 @@ def sharding_axes(names: tuple[str, ...], *sizes: int) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(name for name in names if name in mesh.axis_names)
     shards = math.prod(mesh.shape[name] for name in axes)
-    return axes if shards > 1 and not any(size % shards for size in sizes) else ()
+
+    divided = all(size % shards == 0 for size in sizes)
+    if shards > 1 and divided:
+        return axes
+    return ()
 
 
 def shard_map(
-    body: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Collection[str] | None = None
+    function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Collection[str] | None = None
 ) -> Callable[..., Any]:
-    """Returns `body`, called once a device under the mesh in context, on its shard of the
-    arguments.
+    """Returns a function in a `jax.shard_map` over the mesh in context.
 
     Args:
-      body: what no partitioner can cut.
+      function: what no partitioner can shard; it takes a device's shards of the arguments.
       in_specs, out_specs: trees of `PartitionSpec`, as `jax.shard_map` takes them.
-      axes: mesh axes that are the body's; the others stay with the partitioner. None is all of
-          them.
+      axes: mesh axes that are manual in `function`; the others stay with the partitioner. None is
+        all of them.
     """
-    own = {} if axes is None else {"axis_names": set(axes)}
-    mapped = jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=False, **own)
+    options: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": False}
+    if axes is not None:
+        options["axis_names"] = set(axes)
+    mapped = jax.shard_map(function, **options)
     # Axes that shard nothing here stay with the partitioner, which only compiled code has.
     return jax.jit(mapped)

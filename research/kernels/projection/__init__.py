@@ -1,4 +1,4 @@
-"""The matmul of an activation with a weight, written the way each backend likes it."""
+"""The matmul of an activation with a weight, in the form that is fastest on each backend."""
 
 import math
 from typing import Literal
@@ -40,12 +40,18 @@ def project(
     assert x.shape[-axes:] == kernel.shape[:axes], (x.shape, kernel.shape, axes)
     if isinstance(kernel, WeightNode):
         y = kernel.project(x, axes, implementation)
-        return y if bias is None else y + jax.lax.broadcast_to_rank(bias.astype(y.dtype), y.ndim)
+        if bias is None:
+            return y
+        return y + jax.lax.broadcast_to_rank(bias.astype(y.dtype), y.ndim)
     if implementation == "auto":
         implementation = "cpu" if platform() == "cpu" else "reference"
     if implementation == "reference":
         return reference.affine(x, kernel, bias, axes)
+
+    # [B, T, N, H] [N, H, D] -> [B·T, N·H] [N·H, D] -> [B·T, D] -> [B, T, D]
     width = math.prod(kernel.shape[:axes])
     flat_bias = None if bias is None else bias.reshape(-1)
-    y = cpu.affine(x.reshape(-1, width), kernel.reshape(width, -1), flat_bias)
+    flat_x = x.reshape(-1, width)
+    flat_kernel = kernel.reshape(width, -1)
+    y = cpu.affine(flat_x, flat_kernel, flat_bias)
     return y.reshape(*x.shape[:-axes], *kernel.shape[axes:])

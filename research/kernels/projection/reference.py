@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 def _affine(x: Array, kernel: Array, bias: Array | None, axes: int) -> Array:
     y = jnp.tensordot(x, kernel.astype(x.dtype), axes)
-    return y if bias is None else y + jax.lax.broadcast_to_rank(bias.astype(x.dtype), y.ndim)
+    if bias is None:
+        return y
+    return y + jax.lax.broadcast_to_rank(bias.astype(x.dtype), y.ndim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -27,8 +29,7 @@ def affine(
 def _affine_fwd(
     x: Array, kernel: Array, bias: Array | None, axes: int
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    # Not `affine` itself: rematerialization keeps the products that it sees, and it sees none in a
-    # custom gradient.
+    # Not `affine` itself: remat policies that save matmuls do not look into a custom gradient.
     return _affine(x, kernel, bias, axes), (x, kernel, bias)
 
 
@@ -36,13 +37,17 @@ def _affine_bwd(
     axes: int, saved: tuple[Array, Array, Array | None], g: Float[Array, "..."]
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias = saved
-    batch, features = tuple(range(x.ndim - axes)), tuple(range(axes, kernel.ndim))
-    dx = jnp.tensordot(g, kernel.astype(x.dtype), (tuple(range(len(batch), g.ndim)), features))
-    dkernel = jnp.tensordot(x, g, (batch, batch), preferred_element_type=jnp.float32).astype(
-        kernel.dtype
-    )
-    dbias = None if bias is None else g.sum(axis=batch, dtype=jnp.float32).astype(bias.dtype)
-    return dx, dkernel, dbias
+    # x [B, T, N, H], W [N, H, D], g [B, T, D]: batch axes 0 and 1, and D is axis 2 of W and of g.
+    batch = tuple(range(x.ndim - axes))
+    features = tuple(range(axes, kernel.ndim))
+    g_features = tuple(range(len(batch), g.ndim))
+    dx = jnp.tensordot(g, kernel.astype(x.dtype), (g_features, features))
+    dkernel = jnp.tensordot(x, g, (batch, batch), preferred_element_type=jnp.float32)
+    dkernel = dkernel.astype(kernel.dtype)
+    if bias is None:
+        return dx, dkernel, None
+    dbias = g.sum(axis=batch, dtype=jnp.float32)
+    return dx, dkernel, dbias.astype(bias.dtype)
 
 
 affine.defvjp(_affine_fwd, _affine_bwd)
