@@ -1,5 +1,6 @@
 """Resuming a run: its newest checkpoint, and the position in its data."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -10,6 +11,7 @@ from research.recipes.experiment import ExperimentConfig
 from research.storage.paths import Path
 from research.training import metrics
 from research.training.checkpoints import Checkpoints
+from research.training.loop import Unfinished
 from research.training.state import TrainState
 
 logger = logging.getLogger("tessera")
@@ -17,9 +19,9 @@ logger = logging.getLogger("tessera")
 
 def restore(
     checkpoints: Checkpoints, abstract: TrainState, loader: Loader, workdir: Path
-) -> tuple[TrainState | None, bool]:
-    """Returns the newest good state and whether its evaluation is pending, and sets the loader to
-    the batch after it.
+) -> tuple[TrainState | None, Unfinished]:
+    """Returns the newest intact state and what was not finished at its step, and sets the loader
+    to the batch after it.
 
     The state is None where there is no checkpoint.
     """
@@ -28,7 +30,7 @@ def restore(
         traces = [workdir / name for name in ("config.json", metrics.FILE)]
         if any(path.exists() for path in traces):
             logger.warning("%s has no checkpoint: starts at step 0", workdir)
-        return None, False
+        return None, Unfinished()
 
     step, state, extra = checkpoints.restore(abstract)
     loader.restore(extra["loader"])
@@ -37,7 +39,10 @@ def restore(
     # Process 0 writes the rows of metrics, so it decides: all must evaluate, or none.
     evaluated = any(row["step"] == step for row in metrics.evaluations(workdir))
     evaluated = bool(multihost_utils.broadcast_one_to_all(np.bool_(evaluated)))
-    return state, extra["evaluation_owed"] and not evaluated
+    unfinished = Unfinished.from_extra(extra)
+    if evaluated:
+        unfinished = dataclasses.replace(unfinished, evaluation=False)
+    return state, unfinished
 
 
 def is_done(saved: TrainState | None, config: ExperimentConfig) -> bool:

@@ -91,8 +91,8 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     with clock.measure("checkpoint"):
         frozen_names = program.partition.frozen_names(program.saved.params)
         checkpoints = Checkpoints(workdir, config.checkpoint, frozen_names)
-        saved, evaluation_pending = restore(checkpoints, program.saved, loader, workdir)
-    if is_done(saved, config) and not evaluation_pending:
+        saved, unfinished = restore(checkpoints, program.saved, loader, workdir)
+    if is_done(saved, config) and not unfinished.evaluation:
         log_done(saved, config, workdir)
         checkpoints.close()
         return saved
@@ -123,7 +123,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             clock=clock,
             throughput=throughput(config, program.mesh),
         )
-        state = loop.run_loop(state, run, config.train, evaluation_pending)
+        state = loop.run_loop(state, run, config.train, unfinished)
     logger.info("time: %s", clock.report())
     if jax.process_index() == 0:
         plot_loss(workdir)

@@ -6,7 +6,7 @@ It knows nothing of what a step computes.
 import dataclasses
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from research.data.batch import Batch
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
 from research.training.config import TrainConfig
+from research.training.loss_mean import LossMean
 from research.training.metrics import MetricsWriter, format_evaluation, format_line
 from research.training.state import TrainState
 from research.training.step import Metrics, Step
@@ -125,6 +126,29 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+    """What a run had not finished at the step of a checkpoint.
+
+    Attributes:
+      evaluation: whether the state is still to be evaluated.
+      losses: of the steps since the last row of the metrics.
+    """
+
+    evaluation: bool = False
+    losses: LossMean = dataclasses.field(default_factory=LossMean)
+
+    def to_extra(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of it."""
+        # On disk the name is an older one than `evaluation`.
+        return {"evaluation_owed": self.evaluation, "losses": dataclasses.asdict(self.losses)}
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, Any]) -> "Unfinished":
+        """Returns what a checkpoint keeps; those of older versions have no losses."""
+        return cls(extra["evaluation_owed"], LossMean(**extra.get("losses", {})))
+
+
 class _Due(NamedTuple):
     """What follows a step.
 
@@ -140,7 +164,7 @@ class _Due(NamedTuple):
 
 
 def run_loop(
-    state: TrainState, run: Run, config: TrainConfig, evaluation_pending: bool = False
+    state: TrainState, run: Run, config: TrainConfig, unfinished: Unfinished | None = None
 ) -> TrainState:
     """Takes the state from its step to the last one, and returns it.
 
@@ -152,7 +176,7 @@ def run_loop(
       state: the first state; its buffers are donated.
       run: what to call.
       config: steps, logging and evaluation.
-      evaluation_pending: whether the run was stopped before it evaluated this state.
+      unfinished: of the checkpoint that the state is from; None at the first step of a run.
 
     Raises:
       Interrupted: SIGTERM or SIGINT came; the state was saved first.
@@ -160,12 +184,13 @@ def run_loop(
     """
     clock = run.clock
     first = int(state.step)
-    log = _MetricsLog(run, config, first)
+    unfinished = unfinished or Unfinished()
+    log = _MetricsLog(run, config, first, unfinished.losses)
     with (
         _stop_signals() as signals,
         Progress("train", config.steps - first, "step", lines=False) as progress,
     ):
-        if evaluation_pending:
+        if unfinished.evaluation:
             log.evaluate(first, state)
 
         for index in range(first, config.steps):
@@ -207,8 +232,8 @@ def _finish_step(state: TrainState, run: Run, log: "_MetricsLog", step: int, due
     """Saves, stops or evaluates after a step, in this order."""
     if due.checkpoint:
         with run.clock.measure("checkpoint"):
-            # On disk the name is an older one than `evaluation_pending`.
-            extra = {"loader": run.stream.state(), "evaluation_owed": due.evaluation}
+            unfinished = Unfinished(due.evaluation, log.losses)
+            extra = {"loader": run.stream.state(), **unfinished.to_extra()}
             run.writer.flush()
             run.checkpoints.save(step, run.saved(state), extra)
     if due.stop:
@@ -233,10 +258,12 @@ class _MetricsLog:
     """Turns the metrics of steps into rows and log lines, and notices divergence.
 
     Attributes:
+      losses: of the steps since the last row.
       diverged: why the run cannot continue, or "".
     """
 
-    def __init__(self, run: Run, config: TrainConfig, first: int):
+    def __init__(self, run: Run, config: TrainConfig, first: int, losses: LossMean):
+        self.losses = dataclasses.replace(losses)
         self._run = run
         self._config = config
         # The step whose metrics were not fetched yet.
@@ -260,6 +287,9 @@ class _MetricsLog:
         self._deferred = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._tokens += values.pop("tokens")
+        weight = values.pop("weight")
+        if not values["skipped_in_row"]:
+            self.losses.add(values["loss"], weight)
         self._check_finite(step, int(values["skipped_in_row"]))
         if step % self._config.log_every == 0 or step == self._config.steps or self.diverged:
             self._write_row(step, values)
@@ -291,10 +321,13 @@ class _MetricsLog:
         steps = max(step - self._row_step, 1)
 
         row = {f"train/{name}": value for name, value in values.items()}
+        row["train/step_loss"] = values["loss"]
+        row["train/loss"] = self.losses.value()
         row |= self._run.throughput.rates(self._tokens, seconds)
         row["time/step_ms"] = 1000 * seconds / steps
         row |= {f"time/{name}": spent for name, spent in self._run.clock.seconds().items()}
 
+        self.losses = LossMean()
         self._tokens = 0.0
         self._row_step = step
         self._row_seconds = now

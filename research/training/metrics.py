@@ -1,8 +1,11 @@
 """The metrics of a run: rows of `metrics.jsonl`, the same for TensorBoard, and the log line.
 
-A row is `{"step": …, "train/loss": …}`. JSON has no numbers that are not finite, so these are
-written as the strings "NaN", "Infinity" and "-Infinity", which Python's `float()` and JavaScript's
-`Number()` read back; null is an unknown number (the utilization of a device whose peak is unknown).
+A row is `{"step": …, "train/loss": …}`. `train/loss`, which is logged too, is the mean since the
+row before (loss_mean.py); `train/step_loss` is the loss of the row's step alone.
+
+JSON has no numbers that are not finite, so these are written as the strings "NaN", "Infinity" and
+"-Infinity", which Python's `float()` and JavaScript's `Number()` read back; null is an unknown
+number (the utilization of a device whose peak is unknown).
 """
 
 import contextlib
@@ -179,8 +182,8 @@ def format_line(step: int, total: int, row: Mapping[str, float | int | None]) ->
     Args:
       step: steps done.
       total: steps of the run.
-      row: loss, gradient norm and learning rate under `train/`, tokens per second and mfu (None
-        where the peak of the devices is not known) under `throughput/`, and `time/step_ms`.
+      row: mean loss, gradient norm and learning rate under `train/`, tokens per second and mfu
+        (None where the peak of the devices is unknown) under `throughput/`, and `time/step_ms`.
     """
     mfu = row["throughput/mfu"]
     utilization = "unknown" if mfu is None else f"{100 * mfu:.1f}% (causal half)"

@@ -13,8 +13,10 @@ from research.storage.paths import Path, absolute
 from research.training.metrics import FILE, curve, read_metrics
 
 TRAIN = "train/loss"
+STEP = "train/step_loss"
 EVAL = "eval/loss"
 BITS = "eval/bits_per_byte"
+Curve = tuple[list[int], list[float]]  # steps and values
 _SMOOTHED_FROM = 50  # values
 _COLOURS = {TRAIN: "#4477aa", EVAL: "#cc3311"}
 
@@ -32,14 +34,16 @@ def plot_loss(workdir: Path) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(workdir)
-    curves = {name: curve(rows, name) for name in (TRAIN, EVAL, BITS)}
+    curves = {name: curve(rows, name) for name in (TRAIN, STEP, EVAL, BITS)}
     if not curves[TRAIN][0] and not curves[EVAL][0]:
         raise UserError(f"{workdir / FILE} has no {TRAIN} and no {EVAL} to plot.")
+    # In rows of older versions `train/loss` is the loss of a single step.
+    step_losses = curves[STEP] if curves[STEP][0] else curves[TRAIN]
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    _draw_train(axes, *curves[TRAIN])
+    _draw_train(axes, step_losses, curves[TRAIN])
     _draw_eval(axes, *curves[EVAL], curves[BITS][1])
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -47,7 +51,7 @@ def plot_loss(workdir: Path) -> Path:
     axes.set_title(absolute(workdir).name)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(*_limits(curves[TRAIN][1], curves[EVAL][1]))
+    axes.set_ylim(*_limits(step_losses[1], curves[TRAIN][1], curves[EVAL][1]))
     axes.legend(frameon=False)
 
     path = workdir / "plots" / "loss.png"
@@ -58,17 +62,16 @@ def plot_loss(workdir: Path) -> Path:
     return path
 
 
-def _draw_train(axes: Any, steps: list[int], values: list[float]) -> None:
-    """Draws every value; where there are many, pale under the mean of the values around it."""
-    if not steps:
-        return
+def _draw_train(axes: Any, steps: Curve, means: Curve) -> None:
+    """Draws the mean losses, smooth where there are many, over those of single steps, pale."""
     colour = _COLOURS[TRAIN]
-    if len(steps) <= _SMOOTHED_FROM:
-        axes.plot(steps, values, color=colour, linewidth=1, label="train")
+    axes.plot(*steps, color=colour, linewidth=1, alpha=0.3)
+    at, values = means
+    if not at:
         return
-    axes.plot(steps, values, color=colour, linewidth=1, alpha=0.3)
-    smooth = _smooth(np.asarray(values))
-    axes.plot(steps, smooth, color=colour, linewidth=1.8, label="train")
+    if len(at) > _SMOOTHED_FROM:
+        values = _smooth(np.asarray(values))
+    axes.plot(at, values, color=colour, linewidth=1.8, label="train")
 
 
 def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:

@@ -77,6 +77,7 @@ def _mean_gradients(
     trainable: Any,
     frozen: Any,
     batch: Batch,
+    weight: Float[Array, ""],
     key: jax.Array,
     accumulation: int,
     unroll: bool,
@@ -85,7 +86,6 @@ def _mean_gradients(
 
     The report's expert load is a count, not a mean.
     """
-    weight = loss.weight(batch)
     weight = jnp.where(weight > 0, weight, 1.0)
 
     # Its values, for the microbatches of a batch, add up to the mean over the batch.
@@ -147,6 +147,7 @@ def _balance_experts(
 
 def _step_metrics(
     report: Report,
+    weight: Float[Array, ""],
     norm: Float[Array, ""],
     learning_rate: Float[Array, ""],
     batch: Batch,
@@ -158,6 +159,7 @@ def _step_metrics(
         **report.means,
         "grad_norm": norm,
         "learning_rate": learning_rate,
+        "weight": weight.astype(jnp.float32),
         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32),
         "skipped": state.skipped.astype(jnp.float32),
         "skipped_in_row": state.skipped_in_row.astype(jnp.float32),
@@ -197,8 +199,9 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = step_key(key, state.step)
+        weight = loss.weight(batch)
         value, report, grads = _mean_gradients(
-            loss, state.params, frozen, batch, dropout_key, accumulation, unroll
+            loss, state.params, frozen, batch, weight, dropout_key, accumulation, unroll
         )
         norm = _global_norm(grads)
         if clip_norm is not None:
@@ -214,7 +217,7 @@ def make_train_step(
         rate = jnp.asarray(learning_rate(state.opt_state), jnp.float32)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         state = state.advance(params, opt_state, ema, finite)
-        return state, _step_metrics(report, norm, rate, batch, state)
+        return state, _step_metrics(report, weight, norm, rate, batch, state)
 
     return step
 

@@ -47,6 +47,16 @@ def test_two_runs_of_one_config_are_bitwise_the_same(tmp_path, unbroken: Unbroke
     runs.assert_same_state(runs.run(unbroken.config, tmp_path / "run"), unbroken.state)
 
 
+@pytest.mark.thorough
+def test_a_run_stopped_between_rows_has_the_rows_of_an_unbroken_one(tmp_path, tiny):
+    runs.run(tiny, tmp_path / "unbroken", train__log_every=5)
+    # It stops when the row of step 5 is written, which is while step 6 is under way.
+    runs.run_until(5, tiny, tmp_path / "resumed", train__log_every=5)
+    runs.run(tiny, tmp_path / "resumed", train__log_every=5)
+    found, wanted = (runs.rows_without_times(tmp_path / name) for name in ("resumed", "unbroken"))
+    assert found == wanted
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_with_status_75(tmp_path, tiny, number, monkeypatch, capsys):
     runs.at_step(monkeypatch, 6, lambda: signal.raise_signal(number))

@@ -17,7 +17,7 @@ from research.core.errors import Interrupted, UserError
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 from research.training.clock import Clock
 from research.training.config import TrainConfig
-from research.training.loop import Run, Throughput, run_loop
+from research.training.loop import Run, Throughput, Unfinished, run_loop
 from research.training.metrics import MetricsWriter, read_metrics
 from research.training.state import TrainState
 
@@ -36,13 +36,14 @@ class Bench:
     evaluation 100 s.
     """
 
-    def __init__(self, workdir: pathlib.Path, every: int = 100):
+    def __init__(self, workdir: pathlib.Path, every: int = 100, resumed_step: int = 0):
         self.workdir, self.events, self.time, self.given = workdir, [], 0.0, 0
         self.checked: list[int] = []
         self.bad: set[int] = set()
+        self.weights: dict[int, float] = {}
         self.at: dict[int, Callable[[], None]] = {}
         self.checkpoints = Checkpoints(workdir, CheckpointConfig(every=every))
-        self.writer = MetricsWriter(workdir)
+        self.writer = MetricsWriter(workdir, resumed_step)
         self.clock = Clock(lambda: self.time)
 
     def step(
@@ -55,7 +56,9 @@ class Bench:
             self.at[number]()
         bad = jnp.int32(number in self.bad)
         row = (state.skipped_in_row + 1) * bad
-        values = {"loss": float(number), "grad_norm": 1.0, "learning_rate": 0.1, "tokens": TOKENS}
+        loss = float(number) if number not in self.bad else float("nan")
+        values = {"loss": loss, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": TOKENS}
+        values["weight"] = self.weights.get(number, 1.0)
         metrics = {name: jnp.float32(value) for name, value in values.items()}
         metrics |= {
             "skipped": (state.skipped + bad).astype(jnp.float32),
@@ -88,7 +91,17 @@ class Bench:
         self.events.append(f"evaluate {int(state.step)}")
         return {"eval/loss": 1.0}
 
-    def train(self, evaluation_pending: bool = False, **config: Any) -> TrainState:
+    def resume(self) -> tuple[TrainState, Unfinished]:
+        _, state, extra = self.checkpoints.restore(jax.eval_shape(first_state))
+        self.given = extra["loader"]["given"]
+        return state, Unfinished.from_extra(extra)
+
+    def train(
+        self,
+        state: TrainState | None = None,
+        unfinished: Unfinished | None = None,
+        **config: Any,
+    ) -> TrainState:
         shard_batch = lambda batch: jax.tree.map(jnp.asarray, batch)  # noqa: E731
         throughput = Throughput(flops_per_token=10.0, peak_flops=100.0, num_devices=4)
         run = Run(
@@ -106,10 +119,10 @@ class Bench:
         )
         try:
             return run_loop(
-                first_state(),
+                state or first_state(),
                 run,
                 TrainConfig(batch_size=2, sequence_length=3, **config),
-                evaluation_pending,
+                unfinished,
             )
         finally:
             self.writer.close()
@@ -152,7 +165,52 @@ def test_rows_stand_at_every_logged_step_and_the_last(tmp_path):
     bench = Bench(tmp_path)
     bench.train(steps=7, log_every=3)
     assert [row["step"] for row in bench.rows()] == [3, 6, 7]
-    assert [row["train/loss"] for row in bench.rows()] == [3, 6, 7]
+    assert [row["train/step_loss"] for row in bench.rows()] == [3, 6, 7]
+
+
+def test_the_loss_of_a_row_is_the_mean_since_the_row_before_by_weight(tmp_path, caplog):
+    bench = Bench(tmp_path)
+    bench.weights = {1: 5.0, 2: 0.0, 3: 3.0}
+    with caplog.at_level("INFO", "tessera"):
+        bench.train(steps=7, log_every=3)
+    assert [row["train/loss"] for row in bench.rows()] == [(5 * 1 + 3 * 3) / 8, 5, 7]
+    lines = [record.message for record in caplog.records if "grad_norm" in record.message]
+    assert [line.split("  ")[1] for line in lines] == ["loss 1.7500", "loss 5.0000", "loss 7.0000"]
+
+
+def test_skipped_steps_are_left_out_of_the_mean_loss(tmp_path):
+    bench = Bench(tmp_path)
+    bench.bad = {2, 4, 5, 6}
+    bench.train(steps=9, log_every=3)
+    means = [row["train/loss"] for row in bench.rows()]
+    np.testing.assert_equal(means, [(1 + 3) / 2, np.nan, 8])  # no step of the second row counts
+
+
+@pytest.mark.parametrize(("step", "losses"), [(2, 2), (3, 0), (4, 0), (5, 1)])
+def test_a_run_stopped_between_rows_has_the_losses_of_an_unbroken_one(tmp_path, step, losses):
+    def bench(name: str, resumed_step: int = 0) -> Bench:
+        bench = Bench(tmp_path / name, resumed_step=resumed_step)
+        bench.weights = {number: 0.1 * number for number in range(1, 10)}
+        bench.bad = {4}
+        return bench
+
+    unbroken, stopped = bench("unbroken"), bench("resumed")
+    unbroken.train(steps=9, log_every=3)
+    stopped.at[step] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        stopped.train(steps=9, log_every=3)
+
+    resumed = bench("resumed", step)
+    state, unfinished = resumed.resume()
+    assert unfinished.losses.steps == losses
+    resumed.train(state, unfinished, steps=9, log_every=3)
+    for name in ("train/loss", "train/step_loss"):
+        found, wanted = ([row[name] for row in each.rows()] for each in (resumed, unbroken))
+        assert found == wanted, name
+
+
+def test_a_checkpoint_of_an_older_version_has_no_losses():
+    assert Unfinished.from_extra({"evaluation_owed": True}) == Unfinished(evaluation=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -180,12 +238,14 @@ def test_signal_saves_at_once_and_leaves_the_evaluation_pending(tmp_path, step, 
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     found, _, extra = checkpoints.restore(jax.eval_shape(first_state))
     checkpoints.close()
-    assert (found, extra) == (step, {"loader": {"given": step}, "evaluation_owed": pending})
+    assert (found, extra["loader"]) == (step, {"given": step})
+    assert Unfinished.from_extra(extra).evaluation == pending
+    assert extra["evaluation_owed"] == pending, "older versions read this name"
 
 
 def test_pending_evaluation_comes_before_the_next_step(tmp_path):
     bench = Bench(tmp_path)
-    bench.train(steps=2, evaluation_pending=True)
+    bench.train(steps=2, unfinished=Unfinished(evaluation=True))
     assert bench.events == ["evaluate 0", "step 1", "step 2", "evaluate 2"]
 
 

@@ -5,10 +5,11 @@ import math
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from research.core.errors import UserError
 from research.training.metrics import MetricsWriter
-from research.training.plots import _smooth, plot_loss
+from research.training.plots import _draw_train, _smooth, plot_loss
 
 
 def write_run(workdir, steps, bits=True):
@@ -49,6 +50,30 @@ def test_without_evaluation_only_the_training_curve_is_drawn(tmp_path):
     found = colours(plot_loss(tmp_path))
     assert found["train"] > 200
     assert found["eval"] == 0
+
+
+def test_mean_losses_are_drawn_over_those_of_steps():
+    axes = Figure().subplots()
+    _draw_train(axes, ([3, 6], [4.0, 1.0]), ([3, 6], [5.0, 2.0]))
+    behind, front = axes.lines
+    assert (behind.get_ydata().tolist(), front.get_ydata().tolist()) == ([4.0, 1.0], [5.0, 2.0])
+    assert behind.get_alpha() == 0.3
+    assert front.get_alpha() is None
+    assert front.get_zorder() >= behind.get_zorder()  # of the same order the later is in front
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_losses_of_steps_are_drawn_pale(tmp_path, older):
+    """An older version's losses are those of steps; of more than 50 the mean around is drawn."""
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 101):
+        single = 2.0 + (-1) ** step
+        row = {"train/loss": single} if older else {"train/loss": 2.0, "train/step_loss": single}
+        writer.write(step, row)
+    writer.close()
+    pixels = matplotlib.image.imread(plot_loss(tmp_path))[..., :3] * 255
+    pale = 0.3 * np.array([0x44, 0x77, 0xAA]) + 0.7 * 255
+    assert (abs(pixels - pale).max(axis=-1) < 3).sum() > 1000
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):

@@ -165,6 +165,10 @@ def test_weights_count_against_each_other_alone():
     weights = np.random.default_rng(1).uniform(0, 2, (ROWS, LENGTH))
     step, optimizer = stepper()
     one, light = (step(start(optimizer), numbers(weights=scale * weights)) for scale in (1.0, 1e-3))
+    # The weight is reported, for means over steps; nothing else depends on the scale.
+    heavy_weight, light_weight = (float(metrics.pop("weight")) for _, metrics in (one, light))
+    assert heavy_weight == pytest.approx(np.sum(weights), rel=1e-5)
+    assert light_weight == pytest.approx(1e-3 * np.sum(weights), rel=1e-5)
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(light), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
