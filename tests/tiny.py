@@ -13,7 +13,8 @@ from jax.tree_util import tree_map_with_path
 
 from research.core.trees import path_name
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
-from research.models.transformer import Transformer, init_params
+from research.models.initialization import init_params
+from research.models.transformer import Transformer
 from research.training.step import Loss
 
 VOCAB = 48

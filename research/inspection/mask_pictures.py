@@ -15,7 +15,7 @@ from research.inspection.description import mask_text
 from research.inspection.parameter_summary import layers_name
 from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
-from research.models.transformer import memory_mask, sequence_mask
+from research.models.masks import memory_mask, sequence_mask
 
 # Sixteenths of a row for each of its two documents; the rest is padding. The encoder's row is split
 # otherwise, so that the two sides of cross-attention can be told apart.

@@ -1,7 +1,6 @@
-"""The KV cache: what attention keeps of the tokens that a model has read, as a pytree.
+"""The KV cache: keys and values of earlier tokens, as a pytree.
 
-Layers reach it through `attend` alone. Which form it has, and where in it a token lies, is the
-cache's business.
+Layers use it through `attend` alone and do not know whether it is dense, latent or paged.
 """
 
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
 from research.models.paged_cache import PagedCache, PageTable, empty_paged_cache
 
-# Attention over arrays of all slots: what a layer hands to the cache, which knows these arrays.
+# Attention over arrays of all slots: a layer passes it to the cache, which has these arrays.
 AttentionFn = Callable[..., Float[Array, "B T N value"]]
 
 
 class TokenCache(Protocol):
-    """What a layer's attention keeps of its own sequence; every form of the cache is one."""
+    """The cache of a layer's self-attention: the interface of its dense, latent and paged forms."""
 
     def attend(
         self,
@@ -39,11 +38,11 @@ class TokenCache(Protocol):
 
         Args:
           q: queries of the new tokens.
-          k, v: what the cache keeps of the new tokens, in the shapes of its own form.
+          k, v: what the cache keeps of the new tokens, in the shapes of its form.
           mask: of the new tokens among themselves; its window and its prefix hold for the cached
               tokens too.
           positions: consecutive in each row, then padding of any position.
-          page_table: where the pages of each row lie, for a paged cache; else None.
+          page_table: the pages of each row, for a paged cache; else None.
           attention: of queries over the arrays of all slots, called with (q, keys, values, mask).
         """
 
@@ -55,13 +54,15 @@ def _write(
     slots: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], start: Int[Array, "B"]
 ) -> Array:
     """Returns the slots with T tokens written from slot `start` of each row on."""
-    write = jax.vmap(
-        lambda row, tokens, first: jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0)
-    )
-    return write(slots, new.astype(slots.dtype), start)
+
+    def write_row(row: Array, tokens: Array, first: Array) -> Array:
+        # [S, ...] with [T, ...] written at slot `first`.
+        return jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0)
+
+    return jax.vmap(write_row)(slots, new.astype(slots.dtype), start)
 
 
-def _pick(leaf: Array, rows: Int[Array, "rows"], axis: int) -> Array:
+def _take_rows(leaf: Array, rows: Int[Array, "rows"], axis: int) -> Array:
     return jnp.take(leaf, rows, axis=axis, mode="clip")
 
 
@@ -69,9 +70,9 @@ def _pick(leaf: Array, rows: Int[Array, "rows"], axis: int) -> Array:
 class DenseCache:
     """Keys and values of one layer in rows: the token of position p lies in slot p.
 
-    Slots after a sequence's newest token hold left-overs (of padding, say). No query sees them,
-    since a query sees only slots up to its own position, and they are overwritten before it gets
-    there.
+    Slots after a sequence's newest token may hold anything, such as keys of padding. The mask hides
+    them: a query attends to slots up to its own position, and a slot is overwritten before that
+    position is reached.
     """
 
     key: Float[Array, "*L B S K H"]
@@ -93,21 +94,23 @@ class DenseCache:
         page_table: PageTable | None,
         attention: AttentionFn,
     ) -> tuple[Float[Array, "B T N H"], "DenseCache"]:
-        """As of `TokenCache`, with keys and values of all key/value heads."""
+        """As `TokenCache.attend`, with keys and values of all key/value heads."""
         start = positions[:, 0]
-        cache = DenseCache(_write(self.key, k, start), _write(self.value, v, start))
-        seen = cache_mask(mask, positions, self.slots)
-        return attention(q, cache.key, cache.value, seen), cache
+        key = _write(self.key, k, start)
+        value = _write(self.value, v, start)
+        slots_mask = cache_mask(mask, positions, self.slots)
+        return attention(q, key, value, slots_mask), DenseCache(key, value)
 
     def take(self, rows: Int[Array, "rows"]) -> "DenseCache":
         """Returns the cache of `rows`, in this order."""
+        # The layer axis comes first where layers are stacked.
         axis = self.key.ndim - 4
-        return DenseCache(_pick(self.key, rows, axis), _pick(self.value, rows, axis))
+        return DenseCache(_take_rows(self.key, rows, axis), _take_rows(self.value, rows, axis))
 
 
 @flax.struct.dataclass
 class LatentCache:
-    """What latent attention keeps of a token in one layer, in rows as in `DenseCache`.
+    """Latents and rotary keys of one layer with latent attention, in rows as in `DenseCache`.
 
     Attributes:
       latent: the normalized latent of keys and values, `kv_dim` wide.
@@ -133,38 +136,40 @@ class LatentCache:
         page_table: PageTable | None,
         attention: AttentionFn,
     ) -> tuple[Float[Array, "B T N value"], "LatentCache"]:
-        """As of `TokenCache`, with latents as `k` and the rotary part of the keys as `v`."""
+        """As `TokenCache.attend`, with latents as `k` and the rotary part of the keys as `v`."""
         start = positions[:, 0]
-        cache = LatentCache(_write(self.latent, k, start), _write(self.k_rope, v, start))
-        seen = cache_mask(mask, positions, self.slots)
-        return attention(q, cache.latent, cache.k_rope, seen), cache
+        latent = _write(self.latent, k, start)
+        k_rope = _write(self.k_rope, v, start)
+        slots_mask = cache_mask(mask, positions, self.slots)
+        return attention(q, latent, k_rope, slots_mask), LatentCache(latent, k_rope)
 
     def take(self, rows: Int[Array, "rows"]) -> "LatentCache":
         """Returns the cache of `rows`, in this order."""
         axis = self.latent.ndim - 3
-        return LatentCache(_pick(self.latent, rows, axis), _pick(self.k_rope, rows, axis))
+        return LatentCache(_take_rows(self.latent, rows, axis), _take_rows(self.k_rope, rows, axis))
 
 
 @flax.struct.dataclass
 class MemoryCache:
-    """Keys and values that one layer's cross-attention reads of the encoder; written once."""
+    """Keys and values of one layer's cross-attention, from the encoder; written once."""
 
     key: Float[Array, "*L B M K H"]
     value: Float[Array, "*L B M K H"]
 
     def take(self, rows: Int[Array, "rows"]) -> "MemoryCache":
         """Returns the memory of `rows`, in this order."""
+        # The layer axis comes first where layers are stacked.
         axis = self.key.ndim - 4
-        return MemoryCache(_pick(self.key, rows, axis), _pick(self.value, rows, axis))
+        return MemoryCache(_take_rows(self.key, rows, axis), _take_rows(self.value, rows, axis))
 
 
 @flax.struct.dataclass
 class LayerCache:
-    """What one layer keeps.
+    """The cache of one layer.
 
     Attributes:
-      tokens: of its own sequence.
-      memory: of the encoder's, None without an encoder.
+      tokens: of self-attention.
+      memory: of cross-attention, None without an encoder.
     """
 
     tokens: DenseCache | LatentCache | PagedCache
@@ -172,14 +177,14 @@ class LayerCache:
 
     @property
     def slots(self) -> int:
-        """Tokens of a row that it can hold, S; a paged cache is asked for its table's."""
+        """Tokens of a row that it can hold, S; those of a paged cache are its page table's."""
         assert not isinstance(self.tokens, PagedCache), "the slots of a paged cache are its table's"
         return self.tokens.slots
 
     def attend(
         self, q: Array, k: Array, v: Array, **how: Any
     ) -> tuple[Float[Array, "B T N value"], "LayerCache"]:
-        """As of `TokenCache`."""
+        """As `TokenCache.attend`."""
         out, tokens = self.tokens.attend(q, k, v, **how)
         return out, self.replace(tokens=tokens)
 
@@ -191,19 +196,19 @@ class LayerCache:
         self, q: Float[Array, "B T N H"], *, mask: AttentionMask, attention: AttentionFn
     ) -> Float[Array, "B T N H"]:
         """Attends from new tokens to what `write_memory` put there."""
-        assert self.memory is not None, "neither an encoder's output nor a cache that holds it"
+        assert self.memory is not None, "neither the encoder's hidden states nor a cache of them"
         return attention(q, self.memory.key, self.memory.value, mask)
 
 
 @flax.struct.dataclass
 class Cache:
-    """What later tokens need of earlier ones.
+    """The caches of all layers.
 
     Attributes:
       layers: one a layer; of a scanned model, one each of its first layers and then one with a
           leading layer axis.
       memory_segments: which of the encoder's tokens are real, not 0; None without an encoder.
-      page_table: where the pages of each row lie, in all layers; None where the cache has no pages.
+      page_table: the pages of each row, in all layers; None where the cache is not paged.
     """
 
     layers: tuple[LayerCache, ...]
@@ -213,28 +218,36 @@ class Cache:
     @property
     def slots(self) -> int:
         """Tokens of a row that it can hold, S."""
-        return self.layers[0].slots if self.page_table is None else self.page_table.slots
+        if self.page_table is not None:
+            return self.page_table.slots
+        return self.layers[0].slots
 
     def take(self, rows: Int[Array, "rows"]) -> "Cache":
         """Returns the cache of `rows`, in this order."""
-        moved = self.reorder(rows)
+        cache = self.reorder(rows)
+        if self.memory_segments is None:
+            return cache
 
-        def with_memory(layer: LayerCache) -> LayerCache:
-            return layer if layer.memory is None else layer.replace(memory=layer.memory.take(rows))
-
-        layers = tuple(map(with_memory, moved.layers))
-        segments = None if self.memory_segments is None else _pick(self.memory_segments, rows, 0)
-        return moved.replace(layers=layers, memory_segments=segments)
+        layers = []
+        for layer in cache.layers:
+            layers.append(layer.replace(memory=layer.memory.take(rows)))
+        memory_segments = _take_rows(self.memory_segments, rows, 0)
+        return cache.replace(layers=tuple(layers), memory_segments=memory_segments)
 
     def reorder(self, rows: Int[Array, "rows"]) -> "Cache":
-        """Returns the cache of `rows`, where each row has read the same of the encoder as the one
-        that it replaces.
+        """Returns the cache of `rows`, where each row has the same encoder tokens as the one that
+        it replaces, as in beam search.
         """
-        page_table, taken = None, rows
+        page_table = None
+        # A paged cache takes pages, and the table then says which rows they belong to.
+        taken = rows
         if self.page_table is not None:
             page_table, taken = self.page_table.copy_rows(rows)
-        layers = tuple(layer.replace(tokens=layer.tokens.take(taken)) for layer in self.layers)
-        return self.replace(layers=layers, page_table=page_table)
+
+        layers = []
+        for layer in self.layers:
+            layers.append(layer.replace(tokens=layer.tokens.take(taken)))
+        return self.replace(layers=tuple(layers), page_table=page_table)
 
 
 def empty_cache(
@@ -255,7 +268,7 @@ def empty_cache(
       stacked: whether layers are scanned.
       memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models
           that have one.
-      page_table: makes it a paged cache, with the places of this table in the place of `slots`.
+      page_table: makes it a paged cache, whose table has the slots.
 
     Raises:
       UserError: there is a page table, and the model has no paged form.
@@ -264,33 +277,41 @@ def empty_cache(
         "an encoder needs its segments"
     )
 
-    def layer(*axes: int) -> LayerCache:
-        if page_table is None:
-            tokens = _empty_tokens(config, (*axes, batch, slots))
-        else:
-            tokens = empty_paged_cache(config, page_table, axes)
-        if memory_segments is None:
-            return LayerCache(tokens)
-        heads = (config.attention.num_kv_heads, config.attention.head_dim)
-        shape = (*axes, batch, memory_segments.shape[1], *heads)
-        return LayerCache(
-            tokens, MemoryCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-        )
+    c = config.attention
 
-    first = len(config.first_layers) if stacked else config.num_layers
-    layers = [layer() for _ in range(first)]
-    if stacked and config.num_layers > first:
-        layers.append(layer(config.num_layers - first))
+    def empty_layer(*layer_axis: int) -> LayerCache:
+        if page_table is None:
+            tokens = _empty_tokens(config, (*layer_axis, batch, slots))
+        else:
+            tokens = empty_paged_cache(config, page_table, layer_axis)
+        memory = None
+        if memory_segments is not None:
+            encoder_length = memory_segments.shape[1]
+            shape = (*layer_axis, batch, encoder_length, c.num_kv_heads, c.head_dim)
+            key = jnp.zeros(shape, config.dtype)
+            value = jnp.zeros(shape, config.dtype)
+            memory = MemoryCache(key, value)
+        return LayerCache(tokens, memory)
+
+    # Stacked, the layers of the pattern share one cache with a leading axis:
+    # 6 layers, 2 of them first -> 2 caches, and one of 4 layers.
+    num_unrolled = len(config.first_layers) if stacked else config.num_layers
+    num_stacked = config.num_layers - num_unrolled
+    layers = [empty_layer() for _ in range(num_unrolled)]
+    if num_stacked:
+        layers.append(empty_layer(num_stacked))
     return Cache(tuple(layers), memory_segments, page_table)
 
 
 def _empty_tokens(config: ModelConfig, rows: tuple[int, ...]) -> DenseCache | LatentCache:
-    """Returns a layer's cache of zeros for its own sequence; `rows` are its axes before those of a
-    token.
-    """
+    """Returns a cache of zeros for self-attention; `rows` are its axes before those of a token."""
     c = config.attention
     if c.latent is not None:
-        widths = (c.latent.kv_dim, c.latent.rope_dim)
-        return LatentCache(*(jnp.zeros((*rows, width), config.dtype) for width in widths))
-    heads = (c.num_kv_heads, c.head_dim)
-    return DenseCache(*(jnp.zeros((*rows, *heads), config.dtype) for _ in range(2)))
+        latent = jnp.zeros((*rows, c.latent.kv_dim), config.dtype)
+        k_rope = jnp.zeros((*rows, c.latent.rope_dim), config.dtype)
+        return LatentCache(latent, k_rope)
+
+    shape = (*rows, c.num_kv_heads, c.head_dim)
+    key = jnp.zeros(shape, config.dtype)
+    value = jnp.zeros(shape, config.dtype)
+    return DenseCache(key, value)

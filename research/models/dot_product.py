@@ -1,4 +1,4 @@
-"""Dot-product attention as a layer asks for it: one value that a layer makes and a cache calls."""
+"""Dot-product attention as a value that a layer makes and a cache calls."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from research.kernels.decode_attention import KVPages, decode_attention
 
 @dataclasses.dataclass(frozen=True)
 class DotProduct:
-    """How a layer's queries meet keys and values, wherever these lie.
+    """A layer's attention over keys and values, in rows or in pages.
 
     Attributes:
       terms: of the scores: scale, soft cap, bias, ALiBi slopes, sinks.
@@ -28,7 +28,7 @@ class DotProduct:
         v: Float[Array, "B S K H"],
         mask: AttentionMask,
     ) -> Float[Array, "B T N H"]:
-        """Returns the attention of the queries over keys and values that lie in rows."""
+        """Returns the attention of the queries over keys and values in rows."""
         terms = self.terms
         return attention(
             q,
@@ -56,6 +56,8 @@ class DotProduct:
         """
         terms = self.terms
         assert terms.bias is None, "decode attention takes no bias"
+        # The reference is taken by name only; else each platform has one implementation.
+        implementation = "reference" if self.implementation == "reference" else "auto"
         return decode_attention(
             q,
             pages,
@@ -66,14 +68,13 @@ class DotProduct:
             sinks=terms.sinks,
             alibi=terms.alibi,
             scale=terms.scale,
-            # The reference is taken by name only; else each platform has one implementation.
-            implementation="reference" if self.implementation == "reference" else "auto",
+            implementation=implementation,
         )
 
 
 def cache_mask(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) -> AttentionMask:
-    """Returns which slots of its cached row each new token sees: slot s holds the token of position
-    s.
+    """Returns the mask of new tokens over the slots of their cached rows, where slot s holds the
+    token of position s.
 
     Args:
       mask: of the new tokens among themselves; its window and its prefix hold for the cached ones
@@ -81,11 +82,13 @@ def cache_mask(mask: AttentionMask, positions: Int[Array, "B T"], slots: int) ->
       positions: of the new tokens.
       slots: of a row, S.
     """
+    # [S] -> [B, S]
     slot_positions = jnp.arange(slots, dtype=positions.dtype)
+    slot_positions = jnp.broadcast_to(slot_positions, (positions.shape[0], slots))
     return AttentionMask(
         causal=True,
         window=mask.window,
         prefix=mask.prefix,
         q_positions=positions,
-        kv_positions=jnp.broadcast_to(slot_positions, (positions.shape[0], slots)),
+        kv_positions=slot_positions,
     )

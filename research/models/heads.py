@@ -1,4 +1,4 @@
-"""What stands on the last hidden states beside the output projection."""
+"""Heads on the last hidden states beside the output projection."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -31,9 +31,8 @@ class Transform(nn.Module):
             param_dtype=c.param_dtype,
             name="projection",
         )(x)
-        return Norm(c.norm, param_dtype=c.param_dtype, name="norm")(
-            ACTIVATIONS[c.mlp.activation](y)
-        )
+        y = ACTIVATIONS[c.mlp.activation](y)
+        return Norm(c.norm, param_dtype=c.param_dtype, name="norm")(y)
 
 
 class Pooler(nn.Module):
@@ -55,14 +54,12 @@ class Pooler(nn.Module):
             "dtype": c.dtype,
             "param_dtype": c.param_dtype,
         }
-        pooled = jnp.tanh(
-            Projection(x.shape[-1:], ("embed", "mlp"), name="projection", **options)(x[:, 0])
-        )
+        projection = Projection(x.shape[-1:], ("embed", "mlp"), name="projection", **options)
+        pooled = jnp.tanh(projection(x[:, 0]))
         if not c.head.num_classes:
             return pooled, None
-        return pooled, Projection(
-            (c.head.num_classes,), ("embed", "classes"), name="classes", **options
-        )(pooled)
+        classes = Projection((c.head.num_classes,), ("embed", "classes"), name="classes", **options)
+        return pooled, classes(pooled)
 
 
 class MTPModule(nn.Module):
@@ -80,19 +77,25 @@ class MTPModule(nn.Module):
     def __call__(
         self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], LayerReport]:
-        """Returns the states, and what the experts tell beside their output."""
+        """Returns the states, and the block's router loss and expert load."""
         c = self.config
-        both = [
-            Norm(c.norm, param_dtype=c.param_dtype, name="embed_norm")(embedded),
-            Norm(c.norm, param_dtype=c.param_dtype, name="hidden_norm")(hidden),
-        ]
-        options = {"stddev": c.init_stddev, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        join = Projection((c.embed_dim,), ("mlp", "embed"), name="projection", **options)
-        x = join(jnp.concatenate(both, axis=-1))
+        embedded = Norm(c.norm, param_dtype=c.param_dtype, name="embed_norm")(embedded)
+        hidden = Norm(c.norm, param_dtype=c.param_dtype, name="hidden_norm")(hidden)
+        # [B, T, D], [B, T, D] -> [B, T, 2 D] -> [B, T, D]
+        both = jnp.concatenate([embedded, hidden], axis=-1)
+        projection = Projection(
+            (c.embed_dim,),
+            ("mlp", "embed"),
+            stddev=c.init_stddev,
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            name="projection",
+        )
+        x = projection(both)
         x, _, report = Block(c, c.layers()[-1], name="block")(x, None, context)
         return Norm(c.norm, param_dtype=c.param_dtype, name="final_norm")(x), report
 
 
 def shift_left(x: Shaped[Array, "B T"], by: int) -> Shaped[Array, "B T"]:
-    """Returns what stands `by` places further on in each row; zeros past its end."""
+    """Returns each row shifted left: [1, 2, 3] by 1 -> [2, 3, 0]."""
     return jnp.pad(x, ((0, 0), (0, by)))[:, by:]

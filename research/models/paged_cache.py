@@ -21,16 +21,16 @@ from research.models.dot_product import DotProduct, cache_mask
 
 @flax.struct.dataclass
 class PageTable:
-    """Which page holds which tokens: that of position p of row b lies in page `ids[b, p // C]`,
-    slot `p % C`.
+    """Which page holds which tokens: that of position p of row b is in page
+    `ids[b, p // page_size]`, slot `p % page_size`.
 
-    All ids are pages that there are. Page 0 belongs to no row: it stands in the places that a row
-    does not need, and padding is written there, and whatever comes after a row's end.
+    Every id is a page of the pool. Page 0 belongs to no row: it fills the entries that a row does
+    not need, and padding and what comes after a row's end are written there.
 
     Attributes:
       ids: of the pages.
       num_pages: of the pool, page 0 included.
-      page_size: C, tokens of a page.
+      page_size: tokens of a page.
     """
 
     ids: Int[Array, "B pages_per_row"]
@@ -39,38 +39,45 @@ class PageTable:
 
     @property
     def slots(self) -> int:
-        """Tokens of a row that the table has places for, S."""
+        """Tokens of a row that the table has entries for, S."""
         return self.ids.shape[1] * self.page_size
 
     def copy_rows(self, rows: Int[Array, "rows"]) -> tuple["PageTable", Int[Array, "pages"]]:
         """Returns a table in which each of `rows` has pages of its own, and the old page that each
         new one copies.
         """
-        places = self.ids.shape[1]
-        count = rows.shape[0] * places
-        ids = 1 + jnp.arange(count, dtype=jnp.int32).reshape(rows.shape[0], places)
-        # [rows, pages a row] -> [1 + rows · pages a row]: new page 1 + r · places + j copies the
-        # j-th page of rows[r].
+        num_rows = rows.shape[0]
+        pages_per_row = self.ids.shape[1]
+        num_copies = num_rows * pages_per_row
+        # Two rows of two pages -> ids [[1, 2], [3, 4]].
+        ids = jnp.arange(num_copies, dtype=jnp.int32).reshape(num_rows, pages_per_row)
+        ids = 1 + ids
+
+        # The old page of each new one: old ids [[5, 6], [7, 8]] and rows [1, 1] ->
+        # [0, 7, 8, 7, 8], with page 0 for itself.
         sources = self.ids.at[rows].get(mode="clip").reshape(-1)
-        return PageTable(ids, 1 + count, self.page_size), jnp.pad(sources, (1, 0))
+        sources = jnp.pad(sources, (1, 0))
+        return PageTable(ids, 1 + num_copies, self.page_size), sources
 
 
 def contiguous_table(tokens: Sequence[int], slots: int) -> PageTable:
-    """Returns a table in which the pages of a row follow each other.
+    """Returns a table in which the pages of a row are consecutive.
 
     Args:
-      tokens: of each row, those that it may come to hold.
-      slots: the places of a row in the table, in tokens: at least the most of `tokens`.
+      tokens: of each row, the most that it may hold.
+      slots: of a row in the table, in tokens: at least the maximum of `tokens`.
     """
-    places = -(-slots // PAGE_SIZE)
-    ids = np.zeros((len(tokens), places), np.int32)
-    free = 1
+    pages_per_row = -(-slots // PAGE_SIZE)
+    ids = np.zeros((len(tokens), pages_per_row), np.int32)
+    next_page = 1
+    # Rows that need [2, 1] pages of 3 -> [[1, 2, 0], [3, 0, 0]]
     for row, count in enumerate(tokens):
         needed = -(-count // PAGE_SIZE)
-        ids[row, :needed] = np.arange(free, free + needed)
-        free += needed
-    # Whole rows, so that few sizes of pools are compiled.
-    return PageTable(jnp.asarray(ids), 1 + round_up(free - 1, places), PAGE_SIZE)
+        ids[row, :needed] = np.arange(next_page, next_page + needed)
+        next_page += needed
+    # A multiple of a row's pages, so that few sizes of pools are compiled.
+    pool_pages = round_up(next_page - 1, pages_per_row)
+    return PageTable(jnp.asarray(ids), 1 + pool_pages, PAGE_SIZE)
 
 
 def paged_unsupported_reason(config: ModelConfig) -> str | None:
@@ -104,32 +111,34 @@ class PagedCache:
         page_table: PageTable | None,
         attention: DotProduct,
     ) -> tuple[Float[Array, "B T N H"], "PagedCache"]:
-        """As of `TokenCache`, with keys and values of all key/value heads.
+        """As `TokenCache.attend`, with keys and values of all key/value heads.
 
-        One new token a row goes through decode attention, which reads the pages where they lie.
-        More are a prompt: their rows' pages are gathered for the attention of training.
+        One new token a row goes through decode attention, which reads the pages in place. More are
+        a prompt: the pages of their rows are gathered for the attention of training.
         """
         assert page_table is not None, "a paged cache needs its table"
         start = positions[:, 0]
         pages = write(self.pages, page_table.ids, start, k, v)
         if q.shape[1] == 1 and mask.prefix is None:
-            # A row that has ended counts on past its last slot. What it reads no longer matters,
-            # but must exist.
+            # The positions of a finished row may pass its last slot. What it reads is not used, but
+            # must exist.
             lengths = jnp.minimum(start + 1, page_table.slots)
             out = attention.over_pages(q, pages, page_table.ids, lengths, mask.window)
             return out, PagedCache(pages)
         # Pages may be wider than the heads, which then end in zeros.
         keys, values = (x[..., : k.shape[3]] for x in gather(pages, page_table.ids))
-        return attention(
-            q, keys, values, cache_mask(mask, positions, page_table.slots)
-        ), PagedCache(pages)
+        slots_mask = cache_mask(mask, positions, page_table.slots)
+        return attention(q, keys, values, slots_mask), PagedCache(pages)
 
     def take(self, pages: Int[Array, "pages"]) -> "PagedCache":
         """Returns the cache of `pages`, in this order."""
-        axis = self.pages.key.ndim - 4  # 1 where layers are stacked
-        return PagedCache(
-            jax.tree.map(lambda leaf: jnp.take(leaf, pages, axis=axis, mode="clip"), self.pages)
-        )
+        # 1 where layers are stacked, else 0.
+        axis = self.pages.key.ndim - 4
+
+        def take_pages(leaf: Array) -> Array:
+            return jnp.take(leaf, pages, axis=axis, mode="clip")
+
+        return PagedCache(jax.tree.map(take_pages, self.pages))
 
 
 def empty_paged_cache(
@@ -147,6 +156,8 @@ def empty_paged_cache(
         )
     c = config.attention
     pages = pages_for(page_table.num_pages, c.num_kv_heads, c.head_dim, config.dtype)
-    return PagedCache(
-        jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pages)
-    )
+
+    def zeros(leaf: Array) -> Array:
+        return jnp.zeros((*stack, *leaf.shape), leaf.dtype)
+
+    return PagedCache(jax.tree.map(zeros, pages))

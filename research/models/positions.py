@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from research.models.position_config import PositionConfig
-from research.models.rope_scaling import rotary_frequencies, scaled_frequencies
+from research.models.rope_scaling import frequencies_by_length, rotary_frequencies
 
 
 def sinusoidal(
@@ -103,14 +103,11 @@ def _angles(
     lengths.
     """
     p = positions[..., None].astype(jnp.float32)
-    frequencies = rotary_frequencies(config, width)[None, None]
     if config.scaling is None or not config.scaling.by_length:
-        return p * frequencies
+        return p * rotary_frequencies(config, width)[None, None]
 
     assert lengths is not None, f"{config.scaling.kind} needs lengths"
-    is_longer = lengths[..., None] > config.scaling.original_length
-    scaled = scaled_frequencies(config, width, lengths)
-    return p * jnp.where(is_longer, scaled, frequencies)
+    return p * frequencies_by_length(config, width, lengths)
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " N"]:

@@ -1,4 +1,4 @@
-"""What layers tell beside their output: the loss of routers and the load of experts."""
+"""Router loss and expert load, which layers with experts return beside their hidden states."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from research.core.trees import node
 @node(static=())
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What one layer tells beside its output, or several layers, stacked.
+    """Router loss and expert load of one layer, or of several layers, stacked.
 
     Attributes:
-      router_loss: weighed as the config says; 0 without experts.
+      router_loss: times the config's weights; 0 without experts.
       expert_load: how many real tokens chose each expert; None without experts.
     """
 
@@ -31,7 +31,7 @@ def empty_report() -> LayerReport:
 @node(static=())
 @dataclasses.dataclass(frozen=True)
 class LayerReports:
-    """What all layers tell together.
+    """Router loss and expert loads of all layers.
 
     Attributes:
       router_loss: the mean over a stack's layers that have experts, added over stacks; 0 without
@@ -47,9 +47,8 @@ class LayerReports:
 
     def under(self, path: str) -> "LayerReports":
         """Returns the reports of a stack whose parameters lie under `path`."""
-        return LayerReports(
-            self.router_loss, {f"{path}/{name}": load for name, load in self.expert_load.items()}
-        )
+        expert_load = {f"{path}/{name}": load for name, load in self.expert_load.items()}
+        return LayerReports(self.router_loss, expert_load)
 
     def __add__(self, other: "LayerReports") -> "LayerReports":
         """Returns the reports of two stacks."""
@@ -69,11 +68,13 @@ def collect_reports(by_layer: Mapping[str, LayerReport]) -> LayerReports:
     Args:
       by_layer: the report of each layer, or of a stack of layers, by the name of its parameters.
     """
-    total, routed = jnp.zeros(()), 0
-    loads = {}
+    total_loss = jnp.zeros(())
+    num_with_experts = 0
+    expert_load = {}
     for name, report in by_layer.items():
-        total = total + report.router_loss.sum()
+        total_loss = total_loss + report.router_loss.sum()
         if report.expert_load is not None:
-            loads[f"{name}/mlp"] = report.expert_load
-            routed += report.router_loss.size
-    return LayerReports(total / max(routed, 1), loads)
+            expert_load[f"{name}/mlp"] = report.expert_load
+            # A stacked report is one of several layers.
+            num_with_experts += report.router_loss.size
+    return LayerReports(total_loss / max(num_with_experts, 1), expert_load)

@@ -14,7 +14,7 @@ def rotary_frequencies(config: PositionConfig, width: int) -> Float[np.ndarray, 
     config says.
 
     Rules that depend on the length of a document give the frequencies for documents of up to the
-    original length; `scaled_frequencies` has those of longer ones.
+    original length; `frequencies_by_length` has those of longer ones.
     """
     frequencies = config.theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     if config.scaling is not None:
@@ -23,27 +23,29 @@ def rotary_frequencies(config: PositionConfig, width: int) -> Float[np.ndarray, 
     return frequencies.astype(np.float32)
 
 
-def scaled_frequencies(
+def frequencies_by_length(
     config: PositionConfig, width: int, lengths: Int[Array, "B T"]
-) -> Float[Array, "#B #T half"]:
-    """Returns the frequencies in documents longer than the original length, by rules that depend on
-    the length.
+) -> Float[Array, "B T half"]:
+    """Returns the frequencies in documents of these lengths, by rules that depend on them: those of
+    `rotary_frequencies` up to the original length, others beyond.
 
     Source: `longrope`: Ding et al. 2024, arXiv:2402.13753; `dynamic`: Peng et al. 2023,
     arXiv:2309.00071, equation 11, and its dynamic use in section 3.3: theta grows with the length.
     """
     scaling = config.scaling
+    original = rotary_frequencies(config, width)[None, None]
+    is_longer = lengths[..., None] > scaling.original_length
     exponents = (np.arange(0, width, 2) / width)[None, None]
     if scaling.kind == "longrope":
-        frequencies = config.theta**-exponents / np.array(scaling.long_factors)
-        return jnp.asarray(frequencies, jnp.float32)
+        scaled = config.theta**-exponents / np.array(scaling.long_factors)
+        return jnp.where(is_longer, jnp.asarray(scaled, jnp.float32), original)
 
-    # Documents that are not longer keep theta, which also keeps the power real.
-    is_longer = lengths[..., None] > scaling.original_length
+    # Other documents keep theta, which also keeps the base of the power above 0.
     ratio = lengths[..., None].astype(jnp.float32) / scaling.original_length
     growth = jnp.where(is_longer, scaling.factor * ratio - (scaling.factor - 1), 1.0)
     theta = config.theta * growth ** (width / (width - 2))
-    return jnp.exp(-jnp.log(theta) * exponents.astype(np.float32))
+    scaled = jnp.exp(-jnp.log(theta) * exponents.astype(np.float32))
+    return jnp.where(is_longer, scaled, original)
 
 
 def _linear(frequencies: np.ndarray, scaling: RopeScalingConfig, theta: float) -> np.ndarray:

@@ -10,10 +10,11 @@ from research.data.batch import Batch, ModelInputs
 from research.models.cache import Cache, empty_cache
 from research.models.config import ModelConfig
 from research.models.flops import train_flops_per_token
+from research.models.initialization import init_params
 from research.models.layer_loops import LayerLoop
 from research.models.paged_cache import PageTable
 from research.models.stack import resolve_layer_loop
-from research.models.transformer import LogitTerms, Output, Transformer, init_params
+from research.models.transformer import LogitTerms, Output, Transformer
 
 
 @dataclasses.dataclass(frozen=True)

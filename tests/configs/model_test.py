@@ -16,7 +16,7 @@ from research.core import config as configs
 from research.core.errors import UserError
 from research.core.trees import count
 from research.models.config import LayerConfig, ModelConfig
-from research.models.transformer import init_params
+from research.models.initialization import init_params
 from tests.configs.published import PAPERS, RELEASED
 from tests.configs.released import TRANSFORMERS
 

@@ -14,7 +14,7 @@ from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 
 from research.core.trees import path_name
 from research.models.config import ModelConfig
-from research.models.transformer import init_params
+from research.models.initialization import init_params
 from research.parallel.rules import is_box
 from tests.interop.registry import Named
 

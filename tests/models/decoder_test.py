@@ -13,8 +13,9 @@ from jax.extend.core import jaxprs_in_params
 
 from research.core.trees import count, named_leaves
 from research.models.config import LayerConfig, ModelConfig, NormConfig, PositionConfig
+from research.models.initialization import init_params
 from research.models.stack import resolve_layer_loop
-from research.models.transformer import Transformer, init_params
+from research.models.transformer import Transformer
 from tests.models.plain import plain_logits
 from tests.tiny import (
     VOCAB,

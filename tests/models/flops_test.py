@@ -16,7 +16,7 @@ from research.models.config import (
     PositionConfig,
 )
 from research.models.flops import matmul_parameters, train_flops_per_token, visible_keys
-from research.models.transformer import sequence_mask
+from research.models.masks import sequence_mask
 
 
 def config(num_layers, embed_dim, heads, kv_heads, head_dim, mlp_dim, gated, vocab_size):

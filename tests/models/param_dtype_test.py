@@ -11,7 +11,7 @@ import pytest
 
 from research.core.trees import named_leaves
 from research.models.config import ModelConfig
-from research.models.transformer import init_params
+from research.models.initialization import init_params
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig

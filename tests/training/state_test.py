@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from research.core.trees import named_leaves
-from research.models.transformer import init_params
+from research.models.initialization import init_params
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.training.state import TrainState, abstract_state, create_state, new_state
 from tests.tiny import tiny_config
