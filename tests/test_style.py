@@ -27,7 +27,6 @@ UNMENDED = {
     "core",
     "kernels",
     "models",
-    "recipes",
 }
 # Words that one room used for what the field has another word for.
 RETIRED = {
