@@ -1,4 +1,4 @@
-"""Settings that must stand before JAX starts: the compilation cache, the compiler's flags, the
+"""Settings that must be made before JAX starts: the compilation cache, the compiler's flags, the
 memory allocator.
 """
 
@@ -14,19 +14,23 @@ import psutil
 from research.core.errors import UserError
 
 # Options of the C library's `mallopt`, from its malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-# What a TPU or a GPU looks like from outside, and what makes a device on the bus a TPU: who made
-# it.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
+# Device files that exist where there is a TPU or a GPU.
 ACCELERATORS = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
-VENDORS, GOOGLE = "/sys/bus/pci/devices/*/vendor", "0x1ae0"
-# Bytes free, above which speed is worth memory.
+# The vendor of each PCI device; Google's are TPUs.
+VENDORS = "/sys/bus/pci/devices/*/vendor"
+GOOGLE = "0x1ae0"
+# Free bytes from which on memory is spent for speed.
 AMPLE_MEMORY = 12e9
-# Free pieces that lie ready for small allocations: how many, and the bytes of each.
-SMALL_CHUNKS = (16, 2**25)
+# Chunks that are allocated and freed in advance, for small allocations.
+NUM_SMALL_CHUNKS = 16
+SMALL_CHUNK_BYTES = 2**25
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns where work is kept for reuse by any run: `$TESSERA_CACHE`, or `tessera` in the user's
+    """Returns the folder of what all runs may reuse: `$TESSERA_CACHE`, or `tessera` in the user's
     cache folder.
     """
     if "TESSERA_CACHE" in os.environ:
@@ -49,43 +53,62 @@ def configure() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # Warnings of the runtime that no user can act on; errors stay.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if not any(os.path.exists(device) for device in ACCELERATORS):
-        keep_memory()
-        if importlib.util.find_spec("libtpu") is not None and not tpu_on_bus():
-            # It is here to compile for TPUs; asked for one, it would say in six lines that there is
-            # none.
-            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if any(os.path.exists(device) for device in ACCELERATORS):
+        return
+
+    keep_memory()
+    has_libtpu = importlib.util.find_spec("libtpu") is not None
+    if has_libtpu and not tpu_on_bus():
+        # libtpu is installed to compile for TPUs. Without a TPU, JAX would try to start it and log
+        # six lines of errors.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def tpu_on_bus() -> bool:
-    """Returns whether Linux sees a TPU."""
-    return any(pathlib.Path(path).read_text().strip() == GOOGLE for path in glob.glob(VENDORS))
+    """Returns whether Linux lists a TPU among the PCI devices."""
+    files = [pathlib.Path(name) for name in glob.glob(VENDORS)]
+    vendors = [file.read_text().strip() for file in files]
+    return GOOGLE in vendors
 
 
 def keep_memory() -> None:
-    """Makes the C library keep what is freed, so that every step finds its memory in place.
+    """Makes the C library keep freed memory mapped, so that the next step can reuse it.
 
-    XLA for CPU takes the temporaries of each step in one piece. By default such a piece goes back
-    to the kernel after the step, and the next step waits for as many pages to be mapped and cleared
-    again: up to half of its time. Only the main arena can be told otherwise, hence no others. The
-    price is memory, several times what a step needs, so nothing happens where less than
-    `AMPLE_MEMORY` is free, where the user has set `MALLOC_…` variables, or without glibc.
+    XLA for CPU allocates the temporaries of each step as one chunk. By default glibc returns such a
+    chunk to the kernel after the step, and the next step waits while the same number of pages is
+    mapped and cleared again: up to half of its time. The setting applies to the main arena only, so
+    there is no other. It costs memory, several times what a step needs, so nothing happens where
+    less than `AMPLE_MEMORY` is free, where the user has set `MALLOC_…` variables, or without glibc.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+    user_has_set = any(name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform != "linux" or user_has_set:
         return
     if psutil.virtual_memory().available < AMPLE_MEMORY:
         return
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-        libc.mallopt(option, value)
-    # Without them small allocations are cut from the one large piece, which then is too small for
-    # the next step, and a second large piece is taken. The few bytes after each, never freed, keep
-    # them apart. Untouched, they cost nothing.
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-    count, size = SMALL_CHUNKS
-    pieces = [(libc.malloc(size), libc.malloc(1))[0] for _ in range(count)]
-    for piece in pieces:
-        libc.free(piece)
+
+    # One arena, no separate mappings for large chunks, and nothing returned to the kernel.
+    libc.mallopt(M_ARENA_MAX, 1)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    _free_small_chunks(libc)
+
+
+def _free_small_chunks(libc: ctypes.CDLL) -> None:
+    """Pre-allocates free chunks, so that small allocations do not split XLA's chunk, which would
+    then be too small for the next step. Pages that nobody writes to take no memory.
+    """
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.restype = None
+    libc.free.argtypes = [ctypes.c_void_p]
+
+    chunks = []
+    for _ in range(NUM_SMALL_CHUNKS):
+        chunks.append(libc.malloc(SMALL_CHUNK_BYTES))
+        # A few bytes that are never freed, or glibc would merge neighbouring free chunks.
+        libc.malloc(1)
+    for chunk in chunks:
+        libc.free(chunk)

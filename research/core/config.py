@@ -1,8 +1,8 @@
 """Configs: Python files with `get_config()`, dotted overrides, strict binding to frozen
 dataclasses.
 
-A config travels as plain nested dicts until `bind` makes it a dataclass; after that nothing is
-looked up by name.
+A config is plain nested dicts until `bind` makes it a dataclass; after that no code looks fields up
+by name.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ def renamed(former_name: str, **options: Any) -> Any:
     """Returns a dataclass field that `bind` also takes under its former name, with a warning.
 
     Args:
-      former_name: what configs of users and workdirs may still call the field.
+      former_name: of the field, which configs of users and workdirs may still have.
       **options: of `dataclasses.field`, such as its default.
     """
     return dataclasses.field(metadata={_FORMER_NAME: former_name}, **options)
 
 
 class Text(str):
-    """A value as it was typed on the command line: `bind` reads it by the type of its field."""
+    """A value as it was typed on the command line: `bind` parses it by the type of its field."""
 
 
 def load_file(spec: str) -> dict[str, Any]:
@@ -52,9 +52,10 @@ def load_file(spec: str) -> dict[str, Any]:
       spec: `FILE.py`, or `FILE.py:arg` to call `get_config("arg")`.
 
     Raises:
-      UserError: no such file, none that can be run, no `get_config`, or a result that is not a
+      UserError: there is no such file, it cannot be run, it has no `get_config`, or that returns no
           `ConfigDict`.
     """
+    # pretrain/gpt2.py:medium -> pretrain/gpt2.py, medium
     path, colon, argument = spec.partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError("config", path, "is not a file.")
@@ -62,15 +63,19 @@ def load_file(spec: str) -> dict[str, Any]:
     if module_spec is None or module_spec.loader is None:
         raise UserError("config", path, "is not a Python file (*.py).")
     module = importlib.util.module_from_spec(module_spec)
+
+    # A config imports other configs of its package, from whatever folder the command is called.
     root = _package_root(pathlib.Path(path))
     if root not in sys.path:
-        sys.path.append(root)  # the config imports its neighbours, wherever the command is called
+        sys.path.append(root)
     with _naming_line(path, spec):
         module_spec.loader.exec_module(module)
+
     if not hasattr(module, "get_config"):
         raise UserError("config", path, "has no get_config().")
+    arguments = [argument] if colon else []
     with _naming_line(path, spec):
-        values = module.get_config(argument) if colon else module.get_config()
+        values = module.get_config(*arguments)
     if not isinstance(values, ml_collections.ConfigDict):
         raise UserError("config", spec, ": get_config() must return an ml_collections.ConfigDict.")
     return plain(values)
@@ -78,6 +83,7 @@ def load_file(spec: str) -> dict[str, Any]:
 
 def _package_root(path: pathlib.Path) -> str:
     """Returns the folder from which a file's own package is imported."""
+    # configs/pretrain/gpt2.py -> the folder of configs, if configs and pretrain are packages.
     folder = path.absolute().parent
     while (folder / "__init__.py").exists():
         folder = folder.parent
@@ -96,15 +102,12 @@ def _naming_line(path: str, spec: str) -> Iterator[None]:
             "config", spec, f"cannot be run: line {error.lineno}: {error.msg}."
         ) from error
     except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
-        ]
+        # The innermost line of the file itself, not of what it calls.
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
         where = f"line {lines[-1]}: " if lines else ""
-        raise UserError(
-            "config", spec, f"cannot be run: {where}{type(error).__name__}: {error}."
-        ) from error
+        kind = type(error).__name__
+        raise UserError("config", spec, f"cannot be run: {where}{kind}: {error}.") from error
 
 
 def plain(values: Any) -> Any:
@@ -112,9 +115,8 @@ def plain(values: Any) -> Any:
     them.
     """
     if dataclasses.is_dataclass(values):
-        return {
-            field.name: plain(getattr(values, field.name)) for field in dataclasses.fields(values)
-        }
+        names = [field.name for field in dataclasses.fields(values)]
+        return {name: plain(getattr(values, name)) for name in names}
     if isinstance(values, (ml_collections.ConfigDict, Mapping)):
         return {key: plain(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -123,10 +125,10 @@ def plain(values: Any) -> Any:
 
 
 def override(values: dict[str, Any], assignments: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Returns `values` with each `(dotted.name, text)` put in its place; a number in the name
-    indexes a list.
+    """Returns `values` with each `(dotted.name, text)` assigned; a number in the name indexes a
+    list.
 
-    Whether a name is known is decided by `bind`, which sees the dataclass.
+    `bind` checks whether a name is known.
 
     Raises:
       UserError: a name that leads through a value that is neither a group nor a list.
@@ -134,32 +136,36 @@ def override(values: dict[str, Any], assignments: Sequence[tuple[str, str]]) -> 
     values = plain(values)
     for name, text in assignments:
         *groups, last = name.split(".")
-        place: Any = values
+        # layers.0.width = 8: assigns 8 to "width" of the group values["layers"][0].
+        parent: Any = values
         for group in groups:
-            if isinstance(place, dict):
-                place[group] = place[group] if place.get(group) is not None else {}
-            place = place[_index(place, group, name)]
-        if not isinstance(place, (dict, list)):
-            raise UserError(
-                name, constraint=f": {'.'.join(groups)} is a value, not a group of fields."
-            )
-        place[last if isinstance(place, dict) else _index(place, last, name)] = Text(text)
+            if isinstance(parent, dict) and parent.get(group) is None:
+                # The group is not given yet, or None.
+                parent[group] = {}
+            parent = parent[_index(parent, group, name)]
+        if not isinstance(parent, (dict, list)):
+            path = ".".join(groups)
+            raise UserError(name, constraint=f": {path} is a value, not a group of fields.")
+        parent[_index(parent, last, name)] = Text(text)
     return values
 
 
-def _index(place: Any, key: str, name: str) -> Any:
-    if isinstance(place, dict):
+def _index(parent: Any, key: str, name: str) -> Any:
+    """Returns the key or the index of a part of the dotted `name` in its group or list."""
+    if isinstance(parent, dict):
         return key
-    if isinstance(place, list) and key.isdigit() and int(key) < len(place):
-        return int(key)
-    if isinstance(place, list):
-        raise UserError(name, constraint=f": {key!r} is not an index below {len(place)}.")
-    raise UserError(name, constraint=f": {key!r} lies inside a value, not a group of fields.")
+    if not isinstance(parent, list):
+        raise UserError(name, constraint=f": {key!r} is inside a value, not a group of fields.")
+    size = len(parent)
+    if not key.isdigit() or int(key) >= size:
+        raise UserError(name, constraint=f": {key!r} is not an index below {size}.")
+    return int(key)
 
 
 def bind(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
-    """Makes a frozen dataclass of type `cls` from nested dicts: every key known, every value of its
-    field's type.
+    """Makes a frozen dataclass of type `cls` from nested dicts.
+
+    Every key must be a field, and every value must have its field's type.
 
     Args:
       cls: the dataclass; its fields may be dataclasses, tuples and dicts of them, literals and
@@ -169,20 +175,23 @@ def bind(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
     Raises:
       UserError: an unknown or missing field, a value of another type, or a value that `cls` itself
-          refuses.
+          rejects.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = _with_new_names(fields, values, where)
     for key in values:
         if key not in fields:
-            raise UserError(
-                join(where, key), constraint=f"is not a config field. {_advice(cls, key, fields)}"
-            )
-    bound = {key: _convert(hints[key], value, join(where, key)) for key, value in values.items()}
-    missing = [name for name, field in fields.items() if name not in bound and _required(field)]
-    if missing:
-        raise UserError(join(where, missing[0]), constraint="is missing: it has no default.")
+            advice = _advice(cls, key, fields)
+            raise UserError(join(where, key), constraint=f"is not a config field. {advice}")
+
+    bound = {}
+    for key, value in values.items():
+        bound[key] = _convert(hints[key], value, join(where, key))
+    required = [name for name, field in fields.items() if _required(field)]
+    for name in required:
+        if name not in bound:
+            raise UserError(join(where, name), constraint="is missing: it has no default.")
     with within(where):
         return cls(**bound)
 
@@ -191,69 +200,57 @@ def _with_new_names(
     fields: Mapping[str, dataclasses.Field], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """Returns `values` with each former name replaced by that of its field."""
-    new_names = {
-        field.metadata[_FORMER_NAME]: name
-        for name, field in fields.items()
-        if _FORMER_NAME in field.metadata
-    }
     values = dict(values)
-    for former, name in new_names.items():
+    for name, field in fields.items():
+        if _FORMER_NAME not in field.metadata:
+            continue
+        former = field.metadata[_FORMER_NAME]
         if former not in values:
             continue
         if name in values:
             raise UserError(
                 join(where, former), constraint=f"is the former name of {name}, which is given too."
             )
-        _say_renamed(join(where, former), join(where, name))
+        _warn_renamed(join(where, former), join(where, name))
         values[name] = values.pop(former)
     return values
 
 
 @functools.cache
-def _say_renamed(former: str, name: str) -> None:
-    """Says so once a process, however often a config is bound."""
+def _warn_renamed(former: str, name: str) -> None:
+    """Warns once a process, however often a config is bound."""
     logger.warning("%s is called %s now; the former name is still read", former, name)
 
 
 def _advice(cls: type, key: str, fields: Mapping[str, Any]) -> str:
-    """Names the field of that very name in a group below, or else the nearest field of this
-    group.
+    """Returns advice for an unknown `key`: the field of the same name in a subgroup, or else the
+    field of this group with the most similar name.
     """
     for name, hint in typing.get_type_hints(cls).items():
-        for candidate in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(candidate) and key in {
-                field.name for field in dataclasses.fields(candidate)
-            }:
+        # An optional group's type, `Group | None`, has the group among its arguments.
+        groups = filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint)))
+        for group in groups:
+            if key in [field.name for field in dataclasses.fields(group)]:
                 return f"Did you mean '{name}.{key}'?"
     return nearest(key, fields)
 
 
 def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    has_default = field.default is not dataclasses.MISSING
+    has_factory = field.default_factory is not dataclasses.MISSING
+    return not has_default and not has_factory
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     """Returns `value` as the type `hint`, or raises UserError."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        if (value is None or (isinstance(value, Text) and value.lower() == "none")) and type(
-            None
-        ) in args:
-            return None
-        (inner, *others) = [arg for arg in args if arg is not type(None)]
-        assert not others, f"{name}: only optional unions are supported"
-        return _convert(inner, value, name)
+        return _convert_optional(args, value, name)
     if origin is Literal:
-        kinds = {type(arg) for arg in args}
-        converted = _scalar(kinds.pop(), value, name) if len(kinds) == 1 else value
-        if converted not in args:
-            choices = ", ".join(repr(arg) for arg in args)
-            raise UserError(
-                name, value, f"is not one of {choices}. {nearest(str(value), map(str, args))}"
-            )
-        return converted
+        return _convert_literal(args, value, name)
     if origin is tuple:
         return _convert_tuple(args, value, name)
     if origin is dict:
@@ -269,22 +266,58 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     return _scalar(hint, value, name)
 
 
+def _convert_optional(args: tuple[Any, ...], value: Any, name: str) -> Any:
+    """Returns `value` as the type T of `T | None`, whose `args` are T and None's type."""
+    (inner, *others) = [arg for arg in args if arg is not type(None)]
+    assert not others, f"{name}: only optional unions are supported"
+    if value is None:
+        return None
+    if isinstance(value, Text) and value.lower() == "none":
+        return None
+    return _convert(inner, value, name)
+
+
+def _convert_literal(choices: tuple[Any, ...], value: Any, name: str) -> Any:
+    """Returns `value` if it is one of the choices of a `Literal`."""
+    kinds = {type(choice) for choice in choices}
+    converted = value
+    if len(kinds) == 1:
+        converted = _scalar(kinds.pop(), value, name)
+    if converted in choices:
+        return converted
+
+    listed = ", ".join(repr(choice) for choice in choices)
+    advice = nearest(str(value), map(str, choices))
+    raise UserError(name, value, f"is not one of {listed}. {advice}")
+
+
 def _convert_tuple(args: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+    """Returns `value` as a tuple of the types `args`, which may be `T, ...`."""
     if isinstance(value, Text):
-        value = [Text(item.strip()) for item in value.strip("()[] ").split(",") if item.strip()]
+        value = _split(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(name, value, "must be a list.")
-    if len(args) == 2 and args[1] is Ellipsis:
+    if Ellipsis in args:
+        # tuple[int, ...] with 3 values -> int, int, int
         args = (args[0],) * len(value)
     if len(args) != len(value):
         raise UserError(name, list(value), f"must have {len(args)} items, not {len(value)}.")
-    return tuple(
-        _convert(arg, item, f"{name}.{i}")
-        for i, (arg, item) in enumerate(zip(args, value, strict=True))
-    )
+    converted = []
+    for index, (arg, item) in enumerate(zip(args, value, strict=True)):
+        item_name = f"{name}.{index}"
+        converted.append(_convert(arg, item, item_name))
+    return tuple(converted)
 
 
-_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+def _split(text: Text) -> list[Text]:
+    """Returns the items of a list as it was typed: `(1, 2)`, `[1, 2]` or `1,2`."""
+    items = text.strip("()[] ").split(",")
+    items = [item.strip() for item in items]
+    # "()" and "(1,)" end in an empty item.
+    return [Text(item) for item in items if item]
+
+
+_BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _KIND_NAMES = {
     int: "a whole number",
     float: "a finite number",
@@ -294,37 +327,41 @@ _KIND_NAMES = {
 
 
 def _scalar(kind: type, value: Any, name: str) -> Any:
-    try:
-        converted = _read(kind, value) if isinstance(value, Text) else value
-    except (ValueError, KeyError):
-        converted = None
+    """Returns `value` as an int, float, bool or str, or raises UserError."""
+    converted = _parse(kind, value) if isinstance(value, Text) else value
     if kind is float and type(converted) is int:
         converted = float(converted)
-    # A bool is an int to Python; NaN and infinity pass every comparison with a bound and are no
-    # JSON.
-    wrong = not isinstance(converted, kind) or (isinstance(converted, bool) and kind is not bool)
-    if wrong or (kind is float and not math.isfinite(converted)):
+
+    is_valid = isinstance(converted, kind)
+    if isinstance(converted, bool):
+        # To Python a bool is an int.
+        is_valid = kind is bool
+    if is_valid and kind is float:
+        # NaN passes the checks of bounds, and neither NaN nor infinity is valid JSON.
+        is_valid = math.isfinite(converted)
+    if not is_valid:
         raise UserError(name, value, f"must be {_KIND_NAMES[kind]}.")
     return converted
 
 
-def _read(kind: type, text: Text) -> Any:
-    return _WORDS[text.lower()] if kind is bool else kind(str(text))
-
-
-def _show(value: Any) -> str:
-    return repr(str(value)) if isinstance(value, Text) else repr(value)
+def _parse(kind: type, text: Text) -> Any:
+    """Returns a text as a scalar of this type, or None where it is none."""
+    try:
+        return _BOOLS[text.lower()] if kind is bool else kind(str(text))
+    except (ValueError, KeyError):
+        return None
 
 
 def to_json(config: Any) -> str:
-    """Returns a bound config as indented JSON, the form that a workdir keeps."""
+    """Returns a bound config as indented JSON, as it is saved in a workdir."""
     return json.dumps(plain(config), indent=2) + "\n"
 
 
 def first_difference(a: Any, b: Any, where: str = "") -> str | None:
     """Returns the dotted name of the first field in which two plain configs differ, or None."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(key for key in b if key not in a)]:
+        only_in_b = [key for key in b if key not in a]
+        for key in [*a, *only_in_b]:
             if key not in a or key not in b:
                 return join(where, key)
             found = first_difference(a[key], b[key], join(where, key))

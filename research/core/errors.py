@@ -1,4 +1,4 @@
-"""What goes wrong, and whose move it is."""
+"""Errors of users, the request to stop, and texts of messages."""
 
 import contextlib
 import difflib
@@ -6,77 +6,97 @@ import enum
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# Names that are known and shown: all that this project has of a kind, but not all that a foreign
-# file may have.
+# Known names that a message lists at most: enough for all names that this project has of a kind.
 KNOWN_SHOWN = 50
-LONGEST_VALUE = 300  # letters
+# Characters of a value that a message shows at most.
+LONGEST_VALUE = 300
 
 
 class Missing(enum.Enum):
-    """The value of an error that is about no value."""
+    """The value of an error without a value."""
 
     VALUE = enum.auto()
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: `UserError(field, value, constraint)`, or a message that is
-    about no field.
+    """A mistake that the user can correct: `UserError(field, value, constraint)`, or
+    `UserError(message)` without a field.
 
-    Its text is one line, `field = value constraint`. A constraint that begins with a colon follows
-    at once, and without a value the text is `field constraint`. An origin stands in front with a
-    colon, or without one where the message begins with "is ". The command line prints it without a
-    traceback and exits with status 2. Broken invariants of the code itself are `assert`s instead.
+    Its text is one line, `field = value constraint`, or `field constraint` without a value. There
+    is no space before a constraint that begins with a colon or a comma. An origin comes first, with
+    a colon after it unless the message begins with "is ". The command line prints the text without
+    a traceback and exits with status 2. Broken invariants of the code itself are `assert`s instead.
 
     Attributes:
-      field: dotted path of the config field, or name of the Python argument; empty where the
-          message is about none.
-      value: what it is, or `Missing.VALUE`.
-      constraint: what it must be instead, or the whole message.
+      field: dotted path of the config field, or name of the Python argument; empty where there is
+          none.
+      value: of the field, or `Missing.VALUE`.
+      constraint: on the value, or the whole message.
       origin: the file or folder in which the field was found; empty where it was given in Python.
     """
 
     def __init__(
         self, field: str, value: Any = Missing.VALUE, constraint: str = "", origin: str = ""
     ):
-        super().__init__(field, value, constraint, origin)  # so that it can be pickled
-        about_none = value is Missing.VALUE and not constraint
-        self.field = "" if about_none else field
+        # Pickle makes the error again from the arguments of `Exception`.
+        super().__init__(field, value, constraint, origin)
+        is_message_only = value is Missing.VALUE and not constraint
+        self.field = field
         self.value = value
-        self.constraint = field if about_none else constraint
+        self.constraint = constraint
         self.origin = origin
+        if is_message_only:
+            self.field = ""
+            self.constraint = field
 
     def __str__(self) -> str:
         return self.text({})
 
     def text(self, names: Mapping[str, str]) -> str:
-        """Returns the message, a field in `names` under that other name, such as a flag."""
-        field = {self.field: self.field, **names}[self.field]
-        is_missing = self.value is Missing.VALUE
-        subject = field if is_missing else f"{field} = {_printed(self.value)}"
-        close = not subject or self.constraint.startswith((":", ","))
-        said = f"{subject}{self.constraint}" if close else f"{subject} {self.constraint}"
+        """Returns the message, with the field's other name where `names` has one, such as a
+        flag's.
+        """
+        # mesh.tensor, 3, "must be 1." -> mesh.tensor = 3 must be 1.
+        subject = self.field
+        if subject in names:
+            subject = names[subject]
+        if self.value is not Missing.VALUE:
+            subject = f"{subject} = {_printed(self.value)}"
+        separator = " "
+        if not subject or self.constraint.startswith((":", ",")):
+            separator = ""
+        message = f"{subject}{separator}{self.constraint}"
         if not self.origin:
-            return said
-        is_predicate = not subject and said.startswith("is ")
-        return f"{self.origin} {said}" if is_predicate else f"{self.origin}: {said}"
+            return message
+
+        # data.json, "is not a file." -> data.json is not a file.
+        is_predicate = not subject and message.startswith("is ")
+        separator = " " if is_predicate else ": "
+        return f"{self.origin}{separator}{message}"
 
     def about(self, field: str, value: Any) -> "UserError":
-        """Returns the error as one about the value of a field; one that names a field of no file
-        stays as it is.
+        """Returns an error of this field and value, with this error's text as the constraint; an
+        error that has a field already, and no origin, stays as it is.
         """
-        has_field = self.field and not self.origin
-        return self if has_field else UserError(field, value, f": {self}")
+        if self.field and not self.origin:
+            return self
+        return UserError(field, value, f": {self}")
 
     def inside(self, group: str, origin: str = "") -> "UserError":
-        """Returns the error as it is told from outside: `group` in front of its field, `origin` in
-        front of its own.
+        """Returns the error with `group` in front of its field, and `origin` in front of its
+        own.
         """
-        origin = ": ".join(part for part in (origin, self.origin) if part)
-        if not self.field and not group:
-            return UserError(self.constraint, origin=origin)
-        if not self.field:
+        # a.json, b.json -> a.json: b.json
+        origins = [part for part in (origin, self.origin) if part]
+        origin = ": ".join(origins)
+        if self.field:
+            field = join(group, self.field)
+            return UserError(field, self.value, self.constraint, origin)
+
+        # The message of an error without a field becomes the constraint of the group.
+        if group:
             return UserError(group, constraint=f": {self.constraint}", origin=origin)
-        return UserError(join(group, self.field), self.value, self.constraint, origin)
+        return UserError(self.constraint, origin=origin)
 
 
 @contextlib.contextmanager
@@ -100,32 +120,37 @@ def _printed(value: Any) -> str:
     are cut.
     """
     text = repr(str(value)) if isinstance(value, str) else str(value)
-    return (
-        text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text):,} letters)"
-    )
+    return _cut(text, LONGEST_VALUE)
+
+
+def _cut(text: str, limit: int) -> str:
+    """Returns a text, cut after `limit` characters."""
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]}… ({len(text):,} letters)"
 
 
 class Interrupted(BaseException):
-    """A run was asked to stop, and its state is saved: the same command goes on with it.
+    """A run was asked to stop, and its state is saved: the same command resumes it.
 
-    Like KeyboardInterrupt it is no `Exception`: it may be raised in the middle of any call, and
-    code that turns all errors of a library into one of its own must let it pass.
+    Like KeyboardInterrupt it is not an `Exception`: it may be raised in the middle of any call, and
+    code that catches all errors of a library must not catch it.
 
-    The command line exits with `status`, EX_TEMPFAIL of sysexits.h, so that a scheduler can tell it
-    from a failure.
+    The command line exits with `status`, EX_TEMPFAIL of sysexits.h, so that a scheduler can
+    distinguish it from a failure.
     """
 
     status = 75
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns advice for an unknown `name`: the nearest known one, or all of them where none is
-    near.
+    """Returns advice for an unknown `name`: the most similar known name, or all of them where none
+    is similar.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}?"
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if matches:
+        return f"Did you mean {matches[0]!r}?"
     return f"Known: {listed(known, limit=KNOWN_SHOWN)}."
 
 
@@ -134,10 +159,11 @@ def listed(items: Iterable[str], separator: str = ", ", limit: int = 10) -> str:
     items = list(items)
     if len(items) <= limit:
         return separator.join(items)
-    return f"{separator.join(items[:limit])}{separator}… ({len(items):,} in all)"
+    # 12 items, limit 2 -> "a, b, … (12 in all)"
+    first = separator.join(items[:limit])
+    return f"{first}{separator}… ({len(items):,} in all)"
 
 
 def shown(value: Any, limit: int = 100) -> str:
-    """Returns the `repr` of a value of somebody else's file, cut after `limit` letters."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} letters)"
+    """Returns the `repr` of a value of somebody else's file, cut after `limit` characters."""
+    return _cut(repr(value), limit)

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM at the edges of a process: before there is anything to save, and at its end.
 
-In between, a signal is an exception or a mark that the training loop looks at (`cli`,
+In between, a signal is an exception or a flag that the training loop checks (`cli`,
 `training.loop`).
 """
 
@@ -15,16 +15,18 @@ _WORDS = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"terminated"}
 
 
 def _exit_at_once(number: int, frame: Any) -> None:
-    os.write(sys.stderr.fileno(), b"tessera: " + _WORDS[signal.Signals(number)] + b"\n")
+    word = _WORDS[signal.Signals(number)]
+    message = b"tessera: " + word + b"\n"
+    # A signal handler may run in the middle of a write to `sys.stderr`, hence the plain file.
+    os.write(sys.stderr.fileno(), message)
     os._exit(128 + number)
 
 
 def exit_at_once() -> None:
-    """From now on a signal ends the process with one line and status 128 + its number.
+    """Makes SIGINT and SIGTERM end the process with one line and status 128 + the signal's number.
 
-    For the time while modules are imported: an exception there would surface as any other, out of
-    code that other projects have written. A signal that whoever started the process has set to be
-    ignored stays ignored.
+    It is for the time in which modules are imported: an exception there could be caught by any
+    imported module. A signal that the parent process has set to be ignored stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
@@ -33,8 +35,8 @@ def exit_at_once() -> None:
 
 
 def restore_default_handlers() -> None:
-    """Takes `exit_at_once` back: from now on Ctrl-C raises KeyboardInterrupt, so that what is half
-    done is undone.
+    """Reverts `exit_at_once`: Ctrl-C raises KeyboardInterrupt again, so that unfinished work is
+    cleaned up.
     """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,14 +47,16 @@ def restore_default_handlers() -> None:
 def exit_without_waiting(status: int) -> None:
     """Ends the process without waiting for its threads.
 
-    A thread may be inside XLA's compiler for minutes; Python would wait for it, or take down what
-    it stands on.
+    A thread may be inside XLA's compiler for minutes; Python would wait for it, or destroy objects
+    that it uses.
     """
     for number in _WORDS:
         signal.signal(number, signal.SIG_IGN)
+    # Child processes would outlive `os._exit`.
     for child in multiprocessing.active_children():
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # who read it has gone
+        # The process that read the stream may have ended.
+        with contextlib.suppress(OSError):
             stream.flush()
     os._exit(status)

@@ -17,19 +17,28 @@ logger = logging.getLogger("tessera")
 class Progress:
     """Counts units of work towards a total, which may be an estimate, or None; a context manager.
 
-    On a terminal it draws a bar. On a pipe it logs a line with rate and ETA at most every few
-    seconds, so that short work stays silent; `lines=False` leaves that to work that logs of its
-    own.
+    On a terminal it draws a bar. Elsewhere it logs a line with rate and ETA at most once in
+    `SECONDS_BETWEEN_LINES`, so that short work logs nothing; `lines=False` is for work that logs
+    its own lines.
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "it", lines: bool = True):
-        self._label, self._total, self._unit, self._lines = label, total, unit, lines
-        self._done, self._start = 0, time.monotonic()
-        self._said = self._start
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._lines = lines
+        self._done = 0
+        self._start = time.monotonic()
+        self._last_line = self._start
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
-                desc=label, total=total, unit=unit, unit_scale=True, dynamic_ncols=True, leave=False
+                desc=label,
+                total=total,
+                unit=unit,
+                unit_scale=True,
+                dynamic_ncols=True,
+                leave=False,
             )
 
     def __enter__(self) -> "Progress":
@@ -45,24 +54,32 @@ class Progress:
         if self._bar is not None:
             self._bar.update(amount)
             return
+
         now = time.monotonic()
-        if self._lines and now - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = now
+        line_is_due = now - self._last_line >= SECONDS_BETWEEN_LINES
+        if self._lines and line_is_due:
+            self._last_line = now
             logger.info("%s", self._line(now - self._start))
 
     def _line(self, seconds: float) -> str:
-        rate = self._done / max(seconds, 1e-9)
-        if self._total is None:
-            return f"{self._label}: {self._done:,} {self._unit}, {rate:,.0f} {self._unit}/s"
-        left = max(self._total - self._done, 0) / max(rate, 1e-9)
-        done = f"{self._done:,} of {self._total:,} {self._unit}"
-        return f"{self._label}: {done}, {rate:,.0f} {self._unit}/s, ETA {left:.0f} s"
+        """Returns a line such as `tokenizing: 300 of 900 documents, 10 documents/s, ETA 60 s`."""
+        unit = self._unit
+        per_second = self._done / max(seconds, 1e-9)
+        done = f"{self._done:,}"
+        eta = ""
+        if self._total is not None:
+            done = f"{done} of {self._total:,}"
+            # More may be done than an estimated total.
+            remaining = max(self._total - self._done, 0)
+            seconds_left = remaining / max(per_second, 1e-9)
+            eta = f", ETA {seconds_left:.0f} s"
+        return f"{self._label}: {done} {unit}, {per_second:,.0f} {unit}/s{eta}"
 
 
 def track(
     items: Iterable[T], label: str, total: int | None = None, unit: str = "it"
 ) -> Iterator[T]:
-    """Yields `items` and shows how far they are."""
+    """Yields `items` and shows the progress."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     with Progress(label, total, unit) as progress:

@@ -1,5 +1,5 @@
-"""Functions of Optax and JAX that mix types and ranks of arrays, where that is forbidden as in this
-project's tests.
+"""Calls functions of Optax and JAX that rely on implicit promotion, which this project's tests
+forbid.
 """
 
 import functools
@@ -10,15 +10,18 @@ import jax
 
 
 def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of Optax or JAX under the rules that it was written for: types and ranks
-    are promoted.
+    """Returns a function of Optax or JAX that runs with implicit promotion of types and ranks.
 
-    This project's own code writes its promotions down and needs none of it.
+    This project's own code writes its promotions down.
     """
 
     @functools.wraps(function)
     def promoted(*args: Any, **kwargs: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        # JAX's defaults.
+        with (
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):
             return function(*args, **kwargs)
 
     return promoted

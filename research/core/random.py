@@ -1,4 +1,4 @@
-"""Random keys as a function of (seed, step): no key is ever carried from one step to the next."""
+"""Random keys as a function of (seed, step): no step passes a key on to the next."""
 
 import zlib
 from collections.abc import Sequence
@@ -7,22 +7,30 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-# A seed is a whole number below this.
+# Seeds are integers in [0, SEEDS).
 SEEDS = 2**64
 
 
 def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
-    """Returns the key of each seed in [0, 2⁶⁴). Below 2³² it is `jax.random.key(seed)`, which knows
+    """Returns the key of each seed in [0, 2⁶⁴). Below 2³² it is `jax.random.key(seed)`, which takes
     no larger seed.
     """
-    # Threefry's key is the seed's upper 32 bits and its lower 32 bits: [B] -> [B, 2].
-    halves = [(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds]
-    return jax.random.wrap_key_data(np.array(halves, np.uint32), impl="threefry2x32")
+    key_data = np.zeros((len(seeds), 2), np.uint32)
+    # Threefry's key is the seed's upper 32 bits and its lower 32 bits:
+    # seeds [5, 2³² + 7] -> [[0, 5], [1, 7]].
+    for row, seed in enumerate(seeds):
+        upper = seed >> 32
+        lower = seed & 0xFFFFFFFF
+        key_data[row] = (upper, lower)
+    return jax.random.wrap_key_data(key_data, impl="threefry2x32")
 
 
 def key_for(seed: int, purpose: str) -> jax.Array:
     """Returns the root key of one use of randomness (`"init"`, `"dropout"`, …) in a run."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+    root = jax.random.key(seed)
+    # A checksum is the same in every process; Python's `hash` of a string is not.
+    purpose_id = zlib.crc32(purpose.encode())
+    return jax.random.fold_in(root, purpose_id)
 
 
 def step_key(root: jax.Array, step: int | Int[Array, ""]) -> jax.Array:

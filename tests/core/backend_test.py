@@ -1,4 +1,4 @@
-"""Settings before JAX starts: what is freed stays at hand."""
+"""Settings before JAX starts: freed memory stays mapped."""
 
 import subprocess
 import sys
@@ -7,16 +7,15 @@ import pytest
 
 from research.core import backend
 
-# Takes and fills 64 MiB ten times over, and says how many pages had to be mapped after the first
-# time.
+# Allocates and fills 64 MiB ten times, and prints how many pages were mapped after the first time.
 FAULTS = """
 import resource, sys
 import numpy as np
 from research.core import backend
 if sys.argv[1] == "kept":
     backend.keep_memory()
-for turn in range(10):
-    if turn == 1:
+for repeat in range(10):
+    if repeat == 1:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     array = np.empty(2**23)
     array.fill(1.0)
@@ -34,8 +33,8 @@ def faults(mode: str, **environment: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc's allocator is set")
 def test_freed_memory_stays_mapped_unless_the_user_says_otherwise():
-    # Where memory is short the system takes pages away, which are then mapped again: not in each of
-    # three turns.
+    # Where memory is short, the system may unmap pages that are then mapped again, but hardly in
+    # each of three attempts.
     assert min(faults("kept") for _ in range(3)) < 100
     assert faults("plain") > 100
     assert faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > 100

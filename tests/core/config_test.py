@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.config import (
-    _say_renamed,
+    _warn_renamed,
     bind,
     first_difference,
     load_file,
@@ -211,7 +211,7 @@ def test_later_override_wins():
         ("wheels.2.spokes", "'2' is not an index below 1"),
         ("wheels.first", "'first' is not an index below 1"),
         ("name.first", "name is a value, not a group"),
-        ("name.first.letter", "'first' lies inside a value"),
+        ("name.first.letter", "'first' is inside a value"),
     ],
 )
 def test_override_that_leads_nowhere_is_refused(name: str, message: str):
@@ -357,8 +357,8 @@ class OuterConfig:
     head: RenamedConfig = RenamedConfig()
 
 
-def test_former_name_of_a_field_is_read_and_said_once(caplog):
-    _say_renamed.cache_clear()
+def test_a_former_name_of_a_field_is_accepted_and_warned_about_once(caplog):
+    _warn_renamed.cache_clear()
     with caplog.at_level("WARNING", "tessera"):
         bound = [bind(OuterConfig, {"head": {"num_future": n}}) for n in (2, 3)]
     assert [config.head.depth for config in bound] == [2, 3]
