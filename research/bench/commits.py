@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import research
 from research.bench import convert, report
 from research.bench.attention import CPU_SHAPES
+from research.bench.kernels import SMALL
 from research.bench.sides import interleave_calls, run, worker
 from research.core.errors import UserError, nearest
 
@@ -29,6 +30,10 @@ STEPS = {
     **{
         f"attention {'x'.join(map(str, s))}": ("attention_sides", "tessera", "float32", *s)
         for s in CPU_SHAPES
+    },
+    **{
+        f"kernel {name}": ("kernels_sides", "time", name, "tessera", "float32", *sizes.values())
+        for name, sizes in SMALL.items()
     },
     **{f"family {name}": ("families_side", name, "float32") for name in FAMILIES},
 }
