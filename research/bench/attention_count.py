@@ -18,8 +18,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from research.bench.instruction_schedule import InstructionSchedule, kernel_programs, run_program
 from research.kernels.attention import AttentionMask, attention, tpu
-from research.kernels.attention.tpu_backward import backward_tiles
-from research.kernels.attention.tpu_forward import forward_tiles
+from research.kernels.attention.tpu_backward import backward_plans
+from research.kernels.attention.tpu_forward import forward_plan
 from research.parallel.target import compiling_for
 from research.scaling.topology import compile_on, tpu_devices
 
@@ -38,8 +38,8 @@ def tessera_side(length: int) -> Side:
     mask = AttentionMask(causal=True)
     forward, backward = tpu.choose_blocks(WIDTH, 2, False, length, length)
     tiles = {
-        "forward": forward_tiles(mask, length, length, forward),
-        "backward": backward_tiles(mask, length, length, backward)[0],
+        "forward": forward_plan(mask, length, length, forward),
+        "backward": backward_plans(mask, length, length, backward)[0],
     }
 
     def call(q: Any, k: Any, v: Any) -> Any:

@@ -10,23 +10,23 @@ from jaxtyping import Array, Float
 
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.attention.tpu_backward import backward
+from research.kernels.attention.tpu_backward import BackwardInputs, backward
 from research.kernels.attention.tpu_bias import bias_gradient
 from research.kernels.attention.tpu_forward import forward
-from research.kernels.attention.tpu_plan import Blocks
-from research.kernels.attention.tpu_tile import LOG2E
+from research.kernels.attention.tpu_plan import BlockSizes
+from research.kernels.attention.tpu_tile import LANES, LOG2E
 from research.parallel.target import chip, platform
 
 MAX_WIDTH = 256
-# Rows and columns of a tile of scores: the first that holds all of a short sequence, or the last.
-TILES = (128, 256, 512)
-# Bytes of one resident operand: what a head's queries or keys may take of a core's fast memory,
-# several times over.
+# Queries or keys of a tile of scores: the first that holds all of a short sequence, or the last.
+TILE_SIZES = (128, 256, 512)
+# Bytes of one resident operand: what a head's queries or keys may take of VMEM, which holds several
+# such operands.
 RESIDENT_BYTES = {"TPU v4": 2**19}
 DEFAULT_RESIDENT_BYTES = 2**22
-# Chips whose matrix units are 256 wide: see `tpu_forward_down`.
-WIDE_UNITS = ("TPU v6 lite", "TPU7x")
-# A block of the bias is as long as what is resident, and as wide as a tile.
+# Chips whose matrix units are 256 wide: see `tpu_forward_transposed`.
+WIDE_MATRIX_UNITS = ("TPU v6 lite", "TPU7x")
+# A block of the bias has as many tokens as are resident on one side, and a tile's on the other.
 RESIDENT_WITH_BIAS = 2048
 
 
@@ -47,9 +47,9 @@ def unsupported_reason(
 
 def choose_blocks(
     width: int, itemsize: int, bias: bool, queries: int, keys: int
-) -> tuple[Blocks, Blocks]:
-    """Returns the tile sizes of the forward and of the backward pass, for the chip that is compiled
-    for.
+) -> tuple[BlockSizes, BlockSizes]:
+    """Returns the block sizes of the forward and of the backward pass, for the chip that is
+    compiled for.
 
     Args:
       width: head width H.
@@ -57,18 +57,34 @@ def choose_blocks(
       bias: whether there is one.
       queries, keys: T and S.
     """
-    resident = RESIDENT_BYTES.get(chip(), DEFAULT_RESIDENT_BYTES) // (max(width, 128) * itemsize)
-    resident = min(resident, RESIDENT_WITH_BIAS) if bias else resident
-    backward = Blocks(
-        *(next(size for size in TILES if size >= min(x, TILES[-1])) for x in (queries, keys))
+    # 4 MiB of heads of 128 in bfloat16 are 16,384 tokens; narrower heads take as many lanes.
+    token_bytes = max(width, LANES) * itemsize
+    resident_bytes = RESIDENT_BYTES.get(chip(), DEFAULT_RESIDENT_BYTES)
+    resident = resident_bytes // token_bytes
+    if bias:
+        resident = min(resident, RESIDENT_WITH_BIAS)
+
+    tile_queries = _tile_size(queries)
+    tile_keys = _tile_size(keys)
+    backward_blocks = BlockSizes(
+        queries=tile_queries,
+        keys=tile_keys,
+        resident=max(tile_queries, tile_keys, resident),
     )
-    backward = dataclasses.replace(
-        backward, resident=max(backward.queries, backward.keys, resident)
-    )
-    if chip() not in WIDE_UNITS:
-        return backward, backward
-    tall = 2 * backward.queries if queries > backward.queries else backward.queries
-    return dataclasses.replace(backward, queries=tall, down=True), backward
+    if chip() not in WIDE_MATRIX_UNITS:
+        return backward_blocks, backward_blocks
+
+    # Queries are the columns of a transposed tile: twice as many, where the sequence has them.
+    forward_queries = tile_queries
+    if queries > tile_queries:
+        forward_queries = 2 * tile_queries
+    forward_blocks = dataclasses.replace(backward_blocks, queries=forward_queries, transposed=True)
+    return forward_blocks, backward_blocks
+
+
+def _tile_size(length: int) -> int:
+    fitting = [size for size in TILE_SIZES if size >= length]
+    return fitting[0] if fitting else TILE_SIZES[-1]
 
 
 def attention(
@@ -79,9 +95,10 @@ def attention(
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
     """Attention a tile at a time; see the API of the package for the equation."""
-    blocks = choose_blocks(
-        q.shape[-1], q.dtype.itemsize, terms.bias is not None, q.shape[1], k.shape[1]
-    )
+    _, queries, _, width = q.shape
+    keys = k.shape[1]
+    has_bias = terms.bias is not None
+    blocks = choose_blocks(width, q.dtype.itemsize, has_bias, queries, keys)
     return tiled_attention(q, k, v, mask, terms, blocks, False)
 
 
@@ -92,20 +109,21 @@ def tiled_attention(
     v: Float[Array, "B S K H"],
     mask: AttentionMask,
     terms: ScoreTerms,
-    blocks: tuple[Blocks, Blocks],
+    blocks: tuple[BlockSizes, BlockSizes],
     interpret: Any,
 ) -> Float[Array, "B T N H"]:
-    """Attention in tiles of a given size.
+    """Attention in tiles of given sizes.
 
     Args:
-      q, k, v, mask, terms: as in the API.
-      blocks: tile sizes of the forward and of the backward pass.
+      q, k, v, mask, terms: as of the API.
+      blocks: block sizes of the forward and of the backward pass.
       interpret: what `pallas_call` takes by that name; False compiles.
     """
-    return _forward(q, k, v, mask, terms, blocks, interpret)[0]
+    out, _ = _forward(q, k, v, mask, terms, blocks, interpret)
+    return out
 
 
-def _heads_first(x: Float[Array, "B L N H"]) -> Float[Array, "B N L H"]:
+def _swap_heads_and_tokens(x: Float[Array, "B first second H"]) -> Float[Array, "B second first H"]:
     return jnp.swapaxes(x, 1, 2)
 
 
@@ -115,31 +133,58 @@ def _forward(
     v: Array,
     mask: AttentionMask,
     terms: ScoreTerms,
-    blocks: tuple[Blocks, Blocks],
+    blocks: tuple[BlockSizes, BlockSizes],
     interpret: Any,
 ) -> tuple[Array, tuple]:
-    q, k, v = map(_heads_first, (q, k, v))
-    out, log_total = forward(q, k, v, mask, terms, blocks[0], interpret)
-    return _heads_first(out), (q, k, v, mask, terms, out, log_total)
+    # [B, T, N, H] -> [B, N, T, H]
+    q = _swap_heads_and_tokens(q)
+    k = _swap_heads_and_tokens(k)
+    v = _swap_heads_and_tokens(v)
+    forward_blocks, _ = blocks
+    out, logsumexp = forward(q, k, v, mask, terms, forward_blocks, interpret)
+    residuals = (q, k, v, mask, terms, out, logsumexp)
+    return _swap_heads_and_tokens(out), residuals
 
 
 def _backward(
-    blocks: tuple[Blocks, Blocks], interpret: Any, saved: tuple, g: Float[Array, "B T N H"]
+    blocks: tuple[BlockSizes, BlockSizes],
+    interpret: Any,
+    residuals: tuple,
+    g: Float[Array, "B T N H"],
 ) -> tuple:
-    q, k, v, mask, terms, out, log_total = saved
-    g = _heads_first(g)
-    delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
-    arguments = (q, k, v, g.astype(v.dtype), log_total, delta, mask, terms, blocks[1], interpret)
-    dq, dk, dv = map(_heads_first, backward(*arguments))
-    shares: dict[str, Array] = {}
+    q, k, v, mask, terms, out, logsumexp = residuals
+    g = _swap_heads_and_tokens(g)
+
+    # [B, N, T, H] -> [B, N, T] -> [B, N, 1, T]
+    products = g.astype(jnp.float32) * out.astype(jnp.float32)
+    delta = jnp.sum(products, axis=-1)[:, :, None]
+    inputs = BackwardInputs(q, k, v, g.astype(v.dtype), logsumexp, delta)
+
+    _, backward_blocks = blocks
+    gradients = backward(inputs, mask, terms, backward_blocks, interpret)
+    dq, dk, dv = map(_swap_heads_and_tokens, gradients)
+
+    dterms: dict[str, Array] = {}
     if terms.bias is not None:
-        shares["bias"] = bias_gradient(*arguments)
+        dterms["bias"] = bias_gradient(inputs, mask, terms, backward_blocks, interpret)
     if terms.alibi is not None:
-        shares["alibi"] = jnp.zeros_like(terms.alibi)
+        dterms["alibi"] = jnp.zeros_like(terms.alibi)
     if terms.sinks is not None:
-        weights = jnp.exp2(terms.sinks.astype(jnp.float32)[None, :, None, None] * LOG2E - log_total)
-        shares["sinks"] = -jnp.sum(weights * delta, axis=(0, 2, 3)).astype(terms.sinks.dtype)
-    return dq, dk, dv, None, dataclasses.replace(terms, **shares)
+        dterms["sinks"] = _sink_gradient(terms.sinks, logsumexp, delta)
+    return dq, dk, dv, None, dataclasses.replace(terms, **dterms)
+
+
+def _sink_gradient(
+    sinks: Float[Array, "N"],
+    logsumexp: Float[Array, "B N 1 T"],
+    delta: Float[Array, "B N 1 T"],
+) -> Float[Array, "N"]:
+    """Returns −Σ weight · delta: a sink has a weight, and the value 0."""
+    # [N] -> [1, N, 1, 1], in units of log 2
+    logits = sinks.astype(jnp.float32)[None, :, None, None] * LOG2E
+    weights = jnp.exp2(logits - logsumexp)
+    gradient = -jnp.sum(weights * delta, axis=(0, 2, 3))
+    return gradient.astype(sinks.dtype)
 
 
 tiled_attention.defvjp(_forward, _backward)

@@ -1,13 +1,12 @@
-"""The backward pass on TPU: a block of keys against the tiles of resident queries that see it, in
-five products a tile.
+"""The backward pass on TPU: a block of keys against the tiles of resident queries that attend to
+it, in five products a tile.
 
-Tiles lie the other way round, keys down and queries across, so that what belongs to a query is a
-row of lanes.
+Tiles are [keys, queries], so that what belongs to a query is in a lane.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,152 +17,232 @@ from jaxtyping import Array, Float
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.kernels.attention.tpu_forward import VMEM_LIMIT
-from research.kernels.attention.tpu_operands import Operands, bias_tile, gather
-from research.kernels.attention.tpu_plan import Blocks, Tiles, cover, plan, visibility
-from research.kernels.attention.tpu_tile import Rules, Side, scores, side
+from research.kernels.attention.tpu_operands import Operands, refs_by_name
+from research.kernels.attention.tpu_plan import (
+    BlockSizes,
+    TilePlan,
+    Visits,
+    cover,
+    flat_index,
+    plan_tiles,
+    tile_visibility,
+)
+from research.kernels.attention.tpu_tile import (
+    Refs,
+    ScoreConfig,
+    TileRange,
+    TileTokens,
+    dot,
+    tile_tokens,
+)
+from research.kernels.attention.tpu_tile_gradients import load_tile, tile_gradients
 
 
-def backward_tiles(mask: AttentionMask, queries: int, keys: int, blocks: Blocks) -> list[Tiles]:
+@dataclasses.dataclass(frozen=True)
+class BackwardInputs:
+    """What gradients are computed from.
+
+    Attributes:
+      q, k, v: of the call.
+      g: the gradient of the attention's output.
+      logsumexp: of the forward pass, to base 2.
+      delta: Σ_h g · out of each query.
+    """
+
+    q: Float[Array, "B N T H"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+    g: Float[Array, "B N T H"]
+    logsumexp: Float[Array, "B N 1 T"]
+    delta: Float[Array, "B N 1 T"]
+
+    def of_queries(self, chunk: slice) -> "BackwardInputs":
+        """Returns the inputs of some of the queries."""
+        return dataclasses.replace(
+            self,
+            q=self.q[:, :, chunk],
+            g=self.g[:, :, chunk],
+            logsumexp=self.logsumexp[..., chunk],
+            delta=self.delta[..., chunk],
+        )
+
+
+def backward_plans(
+    mask: AttentionMask, queries: int, keys: int, blocks: BlockSizes
+) -> list[TilePlan]:
     """Returns the tiles of queries that each block of keys visits, one plan a resident chunk of
     queries.
     """
-    some, every = (x.swapaxes(1, 2) for x in visibility(mask, queries, keys, blocks))
-    step = blocks.resident // blocks.queries
-    parts = [slice(start, start + step) for start in range(0, some.shape[2], step)]
-    return [plan(some[..., part], every[..., part], some[..., part].shape[2]) for part in parts]
+    visibility = tile_visibility(mask, queries, keys, blocks)
+    # [B, blocks of queries, blocks of keys] -> [B, blocks of keys, blocks of queries]
+    any_visible, all_visible = (tiles.swapaxes(1, 2) for tiles in visibility)
+
+    q_blocks = any_visible.shape[2]
+    most_tiles = blocks.resident // blocks.queries
+    plans = []
+    for start in range(0, q_blocks, most_tiles):
+        chunk = slice(start, start + most_tiles)
+        any_in_chunk = any_visible[..., chunk]
+        all_in_chunk = all_visible[..., chunk]
+        plan = plan_tiles(any_in_chunk, all_in_chunk, any_in_chunk.shape[2])
+        plans.append(plan)
+    return plans
 
 
 def backward(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    g: Float[Array, "B N T H"],
-    log_total: Float[Array, "B N 1 T"],
-    delta: Float[Array, "B N 1 T"],
+    inputs: BackwardInputs,
     mask: AttentionMask,
     terms: ScoreTerms,
-    blocks: Blocks,
+    blocks: BlockSizes,
     interpret: Any,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Returns the gradients of q, k and v.
 
-    Args:
-      log_total: of the forward pass.
-      delta: Σ_h g · out of each query.
-
     Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 2; the gradient of q is summed
-        in fast memory.
+        in VMEM.
     """
-    rules = Rules.of(mask, terms, q.shape[2], k.shape[2])
-    grouped = k.shape[1] != q.shape[1]
-    # Several heads or chunks of queries give to the same key: their shares meet in float32.
-    exact = grouped or q.shape[2] > blocks.resident
-    dqs, dk, dv = [], None, None
-    for index, tiles in enumerate(backward_tiles(mask, q.shape[2], k.shape[2], blocks)):
-        here = slice(index * blocks.resident, min((index + 1) * blocks.resident, q.shape[2]))
-        operands = Operands.of(*_part(mask, terms, here), axes=range(3))
-        _add(
-            operands,
-            q[:, :, here],
-            k,
-            v,
-            g[:, :, here],
-            log_total[..., here],
-            delta[..., here],
+    queries = inputs.q.shape[2]
+    keys = inputs.k.shape[2]
+    config = ScoreConfig.of(mask, terms, queries, keys)
+
+    dqs = []
+    dk: Any = None
+    dv: Any = None
+    plans = backward_plans(mask, queries, keys, blocks)
+    for index, plan in enumerate(plans):
+        # 40,000 queries, of which 16,384 are resident: chunks 0..16383, 16384..32767, 32768..39999
+        start = index * blocks.resident
+        stop = min(start + blocks.resident, queries)
+        chunk = slice(start, stop)
+        dq, dk_of_chunk, dv_of_chunk = _chunk_gradients(
+            inputs.of_queries(chunk),
+            _mask_of_queries(mask, chunk),
+            _terms_of_queries(terms, chunk),
+            config,
             blocks,
+            plan,
+            start,
+            interpret,
         )
-        dq, dk_share, dv_share = _call(operands, rules, blocks, tiles, here, q, v, exact, interpret)
         dqs.append(dq)
-        dk, dv = (dk_share, dv_share) if dk is None else (dk + dk_share, dv + dv_share)
-        # One chunk after the other, so that the shares of one alone are held.
-        q, g, dk, dv = jax.lax.optimization_barrier((q, g, dk, dv))
+        dk = dk_of_chunk if dk is None else dk + dk_of_chunk
+        dv = dv_of_chunk if dv is None else dv + dv_of_chunk
 
-    def per_key(shares: Array, like: Array) -> Array:
-        whole = (
-            shares.reshape(*like.shape[:2], -1, *like.shape[2:]).sum(axis=2) if grouped else shares
-        )
-        return whole.astype(like.dtype)
+        # One chunk after the other, so that memory holds the gradients of one at a time.
+        q, g, dk, dv = jax.lax.optimization_barrier((inputs.q, inputs.g, dk, dv))
+        inputs = dataclasses.replace(inputs, q=q, g=g)
 
-    return jnp.concatenate(dqs, axis=2), per_key(dk, k), per_key(dv, v)
+    dq = jnp.concatenate(dqs, axis=2)
+    return dq, _sum_heads(dk, inputs.k), _sum_heads(dv, inputs.v)
 
 
-def _part(mask: AttentionMask, terms: ScoreTerms, here: slice) -> tuple[AttentionMask, ScoreTerms]:
-    """Returns what concerns a chunk of queries."""
-    tokens = {name: getattr(mask, name) for name in ("q_positions", "q_segments")}
-    mask = dataclasses.replace(
-        mask, **{name: x if x is None else x[:, here] for name, x in tokens.items()}
-    )
+def _sum_heads(
+    gradient: Float[Array, "B N S H"], operand: Float[Array, "B K S H"]
+) -> Float[Array, "B K S H"]:
+    """Returns the gradient of k or v: a sum over the query heads of each key head."""
+    batch, kv_heads, keys, width = operand.shape
+    if gradient.shape[1] != kv_heads:
+        # [B, N, S, H] -> [B, K, G, S, H] -> [B, K, S, H]
+        grouped = gradient.reshape(batch, kv_heads, -1, keys, width)
+        gradient = grouped.sum(axis=2)
+    return gradient.astype(operand.dtype)
+
+
+def _mask_of_queries(mask: AttentionMask, chunk: slice) -> AttentionMask:
+    positions = mask.q_positions
+    if positions is not None:
+        positions = positions[:, chunk]
+    segments = mask.q_segments
+    if segments is not None:
+        segments = segments[:, chunk]
+    return dataclasses.replace(mask, q_positions=positions, q_segments=segments)
+
+
+def _terms_of_queries(terms: ScoreTerms, chunk: slice) -> ScoreTerms:
     bias = terms.bias
-    if bias is not None and bias.shape[2] > 1:
-        terms = dataclasses.replace(terms, bias=bias[:, :, here])
-    return mask, terms
+    if bias is None or bias.shape[2] == 1:
+        return terms
+    return dataclasses.replace(terms, bias=bias[:, :, chunk])
 
 
-def _add(
-    operands: Operands,
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array,
-    log_total: Array,
-    delta: Array,
-    blocks: Blocks,
-) -> None:
-    width, group = q.shape[3], q.shape[1] // k.shape[1]
-    resident = cover(q.shape[2], blocks.queries) * blocks.queries
-    for name, array in (("q", q), ("g", g)):
+def _operands(
+    inputs: BackwardInputs,
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    blocks: BlockSizes,
+    resident: int,
+) -> Operands:
+    """Returns the operands, by row b, head n and block of keys j."""
+    width = inputs.q.shape[3]
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    operands = Operands.of(mask, terms, grid_axes=range(3))
+
+    for name, array in (("q", inputs.q), ("g", inputs.g)):
         operands.add(name, array, (1, 1, resident, width), lambda b, n, j: (b, n, 0, 0))
-    for name, array in (("log_total", log_total), ("delta", delta)):
+    for name, array in (("logsumexp", inputs.logsumexp), ("delta", inputs.delta)):
         operands.add(name, array, (1, 1, 1, resident), lambda b, n, j: (b, n, 0, 0))
-    for name, array in (("k", k), ("v", v)):
-        operands.add(
-            name,
-            array,
-            (1, 1, blocks.keys, width),
-            lambda b, n, j: (b, jax.lax.div(n, group), j, 0),
-        )
+
+    # With 4 query heads a key head, query heads 4..7 read key head 1.
+    kv_block = (1, 1, blocks.keys, width)
+    for name, array in (("k", inputs.k), ("v", inputs.v)):
+        operands.add(name, array, kv_block, lambda b, n, j: (b, jax.lax.div(n, group), j, 0))
+
     operands.add_tokens("q", resident, lambda b, n, j: 0)
     operands.add_tokens("kv", blocks.keys, lambda b, n, j: j)
     operands.add_bias(resident, blocks.keys, lambda b, n, j: (b, n, 0, j))
+    return operands
 
 
-def _call(
-    operands: Operands,
-    rules: Rules,
-    blocks: Blocks,
-    tiles: Tiles,
-    here: slice,
-    q: Array,
-    v: Array,
-    exact: bool,
+def _chunk_gradients(
+    inputs: BackwardInputs,
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    config: ScoreConfig,
+    blocks: BlockSizes,
+    plan: TilePlan,
+    start: int,
     interpret: Any,
-) -> tuple[Array, Array, Array]:
-    """Runs the kernel for a chunk of queries; the gradients of k and v are one a query head."""
-    batch, heads, _, width = q.shape
-    keys, length = v.shape[2], here.stop - here.start
-    resident = cover(length, blocks.queries) * blocks.queries
-    shared = jax.ShapeDtypeStruct((batch, heads, keys, width), jnp.float32 if exact else v.dtype)
-    of_keys = operands.spec((1, 1, blocks.keys, width), lambda b, n, j: (b, n, j, 0))
-    return pl.pallas_call(
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N S H"], Float[Array, "B N S H"]]:
+    """Runs the kernel for a chunk of queries; the gradients of k and v are one a query head.
+
+    Args:
+      inputs, mask, terms: of the chunk.
+      config: of the whole call.
+      blocks: sizes of a tile.
+      plan: of the chunk.
+      start: the index of the chunk's first query in the sequence.
+      interpret: of `pallas_call`.
+    """
+    batch, heads, queries, width = inputs.q.shape
+    _, kv_heads, keys, _ = inputs.k.shape
+    tiles_per_chunk = cover(queries, blocks.queries)
+    resident = tiles_per_chunk * blocks.queries
+    operands = _operands(inputs, mask, terms, blocks, resident)
+
+    # Several heads or chunks of queries add to the gradient of a key: they are summed in float32.
+    is_sum = heads != kv_heads or config.queries > blocks.resident
+    dkv_dtype = jnp.float32 if is_sum else inputs.v.dtype
+    dq_shape = jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype)
+    dkv_shape = jax.ShapeDtypeStruct((batch, heads, keys, width), dkv_dtype)
+    dq_spec = operands.spec((1, 1, resident, width), lambda b, n, j: (b, n, 0, 0))
+    dkv_spec = operands.spec((1, 1, blocks.keys, width), lambda b, n, j: (b, n, j, 0))
+
+    call = pl.pallas_call(
         functools.partial(
             _kernel,
-            rules,
+            config,
             blocks,
-            resident // blocks.queries,
-            tiles.rows,
-            here.start,
+            tiles_per_chunk,
+            plan.rows,
+            start,
             operands.names,
         ),
-        out_shape=(jax.ShapeDtypeStruct((batch, heads, length, width), q.dtype), shared, shared),
+        out_shape=(dq_shape, dkv_shape, dkv_shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, heads, cover(keys, blocks.keys)),
             in_specs=operands.specs,
-            out_specs=(
-                operands.spec((1, 1, resident, width), lambda b, n, j: (b, n, 0, 0)),
-                of_keys,
-                of_keys,
-            ),
+            out_specs=(dq_spec, dkv_spec, dkv_spec),
             scratch_shapes=[
                 pltpu.VMEM((resident, width), jnp.float32),
                 pltpu.VMEM((blocks.keys, width), jnp.float32),
@@ -171,135 +250,100 @@ def _call(
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         name="tessera_attention_backward",
         interpret=interpret,
-    )(tiles.counts, tiles.order, *operands.arrays)
+    )
+    dq, dk, dv = call(plan.counts, plan.order, *operands.arrays)
+    return dq, dk, dv
+
+
+class _Sums(NamedTuple):
+    """References to the gradients in VMEM: of all resident queries, and of a block of keys."""
+
+    dq_ref: Any
+    dk_ref: Any
+    dv_ref: Any
 
 
 def _kernel(
-    rules: Rules,
-    blocks: Blocks,
-    chunk: int,
-    rows: int,
-    first: int,
+    config: ScoreConfig,
+    blocks: BlockSizes,
+    tiles_per_chunk: int,
+    plan_rows: int,
+    start: int,
     names: tuple[str, ...],
-    counts: Any,
-    order: Any,
+    counts_ref: Any,
+    order_ref: Any,
     *rest: Any,
 ) -> None:
-    *inputs, dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum = rest
-    batch, head, block = (pl.program_id(axis) for axis in range(3))
-    refs = gather(names, inputs, batch, head)
-    visit = (batch if rows > 1 else 0) * pl.num_programs(2) + block
+    """Computes the gradients of a block of keys, and adds to those of the resident queries.
+
+    Args:
+      config, blocks: of the call.
+      tiles_per_chunk: tiles of queries in a chunk.
+      plan_rows: rows of the batch that differ in the plan.
+      start: the index of the chunk's first query in the sequence.
+      names: of the operands.
+      counts_ref, order_ref: the plan.
+      rest: references to operands, results and scratch.
+    """
+    *inputs, dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = rest
+    sums = _Sums(dq_sum_ref, dk_sum_ref, dv_sum_ref)
+    row, head, block = (pl.program_id(axis) for axis in range(3))
+    blocks_of_keys = pl.num_programs(2)
+    refs = refs_by_name(names, inputs, row, head)
+
+    plan_row = row if plan_rows > 1 else 0
+    entry = flat_index((plan_row, block), (plan_rows, blocks_of_keys))
+    visits = Visits(counts_ref, order_ref, entry, tiles_per_chunk, blocks.queries)
 
     @pl.when(block == 0)
     def _start() -> None:
-        dq_sum[...] = jnp.zeros_like(dq_sum)
+        dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
 
-    dk_sum[...] = jnp.zeros_like(dk_sum)
-    dv_sum[...] = jnp.zeros_like(dv_sum)
-    keys = side(refs, "kv", block * blocks.keys, 0, blocks.keys, axis=0)
+    dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
+    dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+    block_range = TileRange(block * blocks.keys, 0, blocks.keys)
+    keys = tile_tokens(refs, "kv", block_range, axis=0)
 
-    def tile(masked: bool, index: Any, _: None) -> None:
-        at = pl.multiple_of(order[visit * chunk + index] * blocks.queries, blocks.queries)
-        _tile(rules, blocks, refs, keys, first + at, at, masked, (dq_sum, dk_sum, dv_sum))
+    def add_tile(masked: bool, visit: Any, _: None) -> None:
+        offset = visits.offset(visit)
+        queries = TileRange(start + offset, offset, blocks.queries)
+        _add_tile(config, refs, queries, keys, masked, sums)
 
-    unmasked, visited = counts[2 * visit], counts[2 * visit + 1]
-    jax.lax.fori_loop(0, unmasked, functools.partial(tile, False), None)
-    jax.lax.fori_loop(unmasked, visited, functools.partial(tile, True), None)
-    dk_ref[0, 0] = (dk_sum[...] * rules.scale).astype(dk_ref.dtype)
-    dv_ref[0, 0] = dv_sum[...].astype(dv_ref.dtype)
+    unmasked, visited = visits.counts()
+    jax.lax.fori_loop(0, unmasked, functools.partial(add_tile, False), None)
+    jax.lax.fori_loop(unmasked, visited, functools.partial(add_tile, True), None)
 
-    @pl.when(block == pl.num_programs(2) - 1)
+    # Scores are scale · q kᵀ: q and k have the factor in their gradients, v does not.
+    dk = dk_sum_ref[...] * config.scale
+    dk_ref[0, 0] = dk.astype(dk_ref.dtype)
+    dv_ref[0, 0] = dv_sum_ref[...].astype(dv_ref.dtype)
+
+    @pl.when(block == blocks_of_keys - 1)
     def _finish() -> None:
-        dq_ref[0, 0] = (dq_sum[...] * rules.scale).astype(dq_ref.dtype)
+        dq = dq_sum_ref[...] * config.scale
+        dq_ref[0, 0] = dq.astype(dq_ref.dtype)
 
 
-def _tile(
-    rules: Rules,
-    blocks: Blocks,
-    refs: Any,
-    keys: Side,
-    start: Any,
-    at: Any,
+def _add_tile(
+    config: ScoreConfig,
+    refs: Refs,
+    queries: TileRange,
+    keys: TileTokens,
     masked: bool,
-    state: tuple,
+    sums: _Sums,
 ) -> None:
-    """Adds a tile of queries, `at` tokens into the resident ones, to the three gradients."""
-    dq_sum, dk_sum, dv_sum = state
-    here = pl.ds(at, blocks.queries)
-    operands = load(rules, refs, keys, start, here, masked)
-    weights, dscores, _ = tile_gradients(rules, refs, operands, keys, start, at, here, masked)
-    q, k, g = operands["q"], operands["k"], operands["g"]
-    dscores = dscores.astype(k.dtype)
-    dv_sum[...] += jnp.dot(weights.astype(g.dtype), g, preferred_element_type=jnp.float32)
-    dk_sum[...] += jnp.dot(dscores, q, preferred_element_type=jnp.float32)
-    dq = jax.lax.dot_general(
-        dscores, k, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    dq_sum[here, :] += dq
+    """Adds a tile of queries to the three gradients."""
+    tile = load_tile(config, refs, queries, keys, masked)
+    gradients = tile_gradients(config, refs, tile, queries, keys, masked)
+    weights_SxT = gradients.weights_SxT.astype(tile.g_TxH.dtype)
+    dproducts_SxT = gradients.dproducts_SxT.astype(tile.k_SxH.dtype)
 
-
-def load(
-    rules: Rules, refs: Any, keys: Side, start: Any, here: Any, masked: bool
-) -> dict[str, Array]:
-    """Returns the operands of a tile; past the ends, where memory holds anything, they are
-    zeros.
-    """
-    found = {name: refs[name][0, 0, here, :] for name in ("q", "g")}
-    found |= {name: refs[name][0, 0] for name in ("k", "v")}
-    found |= {name: refs[name][0, 0, :, here] for name in ("log_total", "delta")}
-    if masked and rules.queries % here.size:
-        row = start + jax.lax.broadcasted_iota(jnp.int32, (here.size, 1), 0)
-        lane = start + jax.lax.broadcasted_iota(jnp.int32, (1, here.size), 1)
-        inside = {"q": row < rules.queries, "g": row < rules.queries}
-        inside |= dict.fromkeys(("log_total", "delta"), lane < rules.queries)
-        found |= {
-            name: jnp.where(is_in, found[name], jnp.zeros_like(found[name]))
-            for name, is_in in inside.items()
-        }
-    if masked and rules.keys % keys.index.shape[0]:
-        real = keys.index < rules.keys
-        found |= {
-            name: jnp.where(real, found[name], jnp.zeros_like(found[name])) for name in ("k", "v")
-        }
-    return found
-
-
-def tile_gradients(
-    rules: Rules,
-    refs: Any,
-    operands: dict[str, Array],
-    keys: Side,
-    start: Any,
-    at: Any,
-    here: Any,
-    masked: bool,
-) -> tuple[
-    Float[Array, "keys queries"], Float[Array, "keys queries"], Float[Array, "keys queries"]
-]:
-    """Returns the weights of a tile, the gradient of q kᵀ but for the scale, and that of the
-    bias.
-    """
-    k, v, q, g = (operands[name] for name in ("k", "v", "q", "g"))
-    products = jax.lax.dot_general(
-        k, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    queries = side(refs, "q", start, at, here.size, axis=1)
-    s, slope = scores(
-        rules,
-        refs,
-        products,
-        queries,
-        keys,
-        lambda: bias_tile(refs["bias"], here, slice(None)).T,
-        masked,
-    )
-    weights = jnp.exp2(s - operands["log_total"])
-    dweights = jax.lax.dot_general(
-        v, g, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    dscores = weights * (dweights - operands["delta"])
-    return weights, dscores if slope is None else dscores * slope, dscores
+    sums.dv_ref[...] += dot(weights_SxT, tile.g_TxH, contract=(1, 0))
+    sums.dk_ref[...] += dot(dproducts_SxT, tile.q_TxH, contract=(1, 0))
+    dq_TxH = dot(dproducts_SxT, tile.k_SxH, contract=(0, 0))
+    sums.dq_ref[queries.in_block, :] += dq_TxH

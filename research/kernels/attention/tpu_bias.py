@@ -14,114 +14,159 @@ from jaxtyping import Array, Float
 
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.attention.tpu_backward import load, tile_gradients
+from research.kernels.attention.tpu_backward import BackwardInputs
 from research.kernels.attention.tpu_forward import VMEM_LIMIT
-from research.kernels.attention.tpu_operands import Operands, gather
-from research.kernels.attention.tpu_plan import Blocks, cover, visibility
-from research.kernels.attention.tpu_tile import LANES, Rules, side
+from research.kernels.attention.tpu_operands import Operands, refs_by_name
+from research.kernels.attention.tpu_plan import BlockSizes, cover, flat_index, tile_visibility
+from research.kernels.attention.tpu_tile import LANES, ScoreConfig, TileRange, tile_tokens
+from research.kernels.attention.tpu_tile_gradients import load_tile, tile_gradients
 
 
 def bias_gradient(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    g: Float[Array, "B N T H"],
-    log_total: Float[Array, "B N 1 T"],
-    delta: Float[Array, "B N 1 T"],
+    inputs: BackwardInputs,
     mask: AttentionMask,
     terms: ScoreTerms,
-    blocks: Blocks,
+    blocks: BlockSizes,
     interpret: Any,
 ) -> Float[Array, "..."]:
-    """Returns the gradient of the bias in its own shape, summed in float32; nothing larger is
-    held.
+    """Returns the gradient of the bias in its own shape and type, summed in float32.
+
+    Memory holds nothing larger than the bias.
     """
-    batch, heads, queries, width = q.shape
-    keys, group = k.shape[2], heads // k.shape[1]
+    batch, heads, queries, _ = inputs.q.shape
+    keys = inputs.k.shape[2]
+    bias = terms.bias
+    broadcast = tuple(size == 1 for size in bias.shape)
     sizes = (batch, heads, cover(queries, blocks.queries), cover(keys, blocks.keys))
-    shape = terms.bias.shape
-    # Axes that are summed over come last, so that a block of the result is finished before the next
-    # one.
-    order = sorted(range(4), key=lambda axis: shape[axis] == 1)
-    axes = [order.index(axis) for axis in range(4)]
-    operands = Operands.of(mask, terms, axes)
-    for name, array in (("q", q), ("g", g)):
-        operands.add(name, array, (1, 1, blocks.queries, width), lambda b, n, i, j: (b, n, i, 0))
-    for name, array in (("log_total", log_total), ("delta", delta)):
-        operands.add(name, array, (1, 1, 1, blocks.queries), lambda b, n, i, j: (b, n, 0, i))
-    for name, array in (("k", k), ("v", v)):
-        operands.add(
-            name,
-            array,
-            (1, 1, blocks.keys, width),
-            lambda b, n, i, j: (b, jax.lax.div(n, group), j, 0),
-        )
-    operands.add_tokens("q", blocks.queries, lambda b, n, i, j: i)
-    operands.add_tokens("kv", blocks.keys, lambda b, n, i, j: j)
-    operands.add_bias(blocks.queries, blocks.keys, lambda b, n, i, j: (b, n, i, j))
-    spec = operands.specs[operands.names.index("bias")]
-    some, _ = visibility(mask, queries, keys, blocks)
-    rules = Rules.of(mask, terms, queries, keys)
-    broadcast = tuple(size == 1 for size in shape)
-    kernel = functools.partial(
-        _kernel, rules, blocks, axes, broadcast, some.shape[0], operands.names
-    )
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+
+    # Axes that are summed come last in the grid, so that a block of the result is finished before
+    # the next one. A bias [1, N, T, 1]: grid [heads, queries, rows, keys], grid_axes [2, 0, 1, 3]
+    grid_order = sorted(range(4), key=lambda axis: broadcast[axis])
+    grid_axes = [grid_order.index(axis) for axis in range(4)]
+    operands = _operands(inputs, mask, terms, blocks, grid_axes)
+    any_visible, _ = tile_visibility(mask, queries, keys, blocks)
+    plan_rows = any_visible.shape[0]
+
+    call = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            ScoreConfig.of(mask, terms, queries, keys),
+            blocks,
+            grid_axes,
+            broadcast,
+            plan_rows,
+            operands.names,
+        ),
+        out_shape=jax.ShapeDtypeStruct(bias.shape, jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=tuple(sizes[axis] for axis in order),
+            grid=tuple(sizes[axis] for axis in grid_order),
             in_specs=operands.specs,
-            out_specs=spec,
+            out_specs=operands.specs[operands.names.index("bias")],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("arbitrary",) * 4,
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         name="tessera_attention_bias",
         interpret=interpret,
-    )(some.astype(jnp.int32).reshape(-1), *operands.arrays).astype(terms.bias.dtype)
+    )
+    is_visited = any_visible.astype(jnp.int32).reshape(-1)
+    gradient = call(is_visited, *operands.arrays)
+    return gradient.astype(bias.dtype)
+
+
+def _operands(
+    inputs: BackwardInputs,
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    blocks: BlockSizes,
+    grid_axes: Sequence[int],
+) -> Operands:
+    """Returns the operands, by row b, head n, block of queries i and block of keys j."""
+    width = inputs.q.shape[3]
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    operands = Operands.of(mask, terms, grid_axes)
+
+    q_block = (1, 1, blocks.queries, width)
+    for name, array in (("q", inputs.q), ("g", inputs.g)):
+        operands.add(name, array, q_block, lambda b, n, i, j: (b, n, i, 0))
+    row_block = (1, 1, 1, blocks.queries)
+    for name, array in (("logsumexp", inputs.logsumexp), ("delta", inputs.delta)):
+        operands.add(name, array, row_block, lambda b, n, i, j: (b, n, 0, i))
+
+    # With 4 query heads a key head, query heads 4..7 read key head 1.
+    kv_block = (1, 1, blocks.keys, width)
+    for name, array in (("k", inputs.k), ("v", inputs.v)):
+        operands.add(name, array, kv_block, lambda b, n, i, j: (b, jax.lax.div(n, group), j, 0))
+
+    operands.add_tokens("q", blocks.queries, lambda b, n, i, j: i)
+    operands.add_tokens("kv", blocks.keys, lambda b, n, i, j: j)
+    operands.add_bias(blocks.queries, blocks.keys, lambda b, n, i, j: (b, n, i, j))
+    return operands
 
 
 def _kernel(
-    rules: Rules,
-    blocks: Blocks,
-    axes: Sequence[int],
+    config: ScoreConfig,
+    blocks: BlockSizes,
+    grid_axes: Sequence[int],
     broadcast: tuple[bool, ...],
-    rows: int,
+    plan_rows: int,
     names: tuple[str, ...],
-    some: Any,
+    visited_ref: Any,
     *rest: Any,
 ) -> None:
+    """Adds a tile to the gradient of its block of the bias.
+
+    Args:
+      config, blocks: of the call.
+      grid_axes: the axes of the grid that are rows, heads, blocks of queries and blocks of keys.
+      broadcast: the axes of the bias that have one element.
+      plan_rows: rows of the batch that differ in their visible tiles.
+      names: of the operands.
+      visited_ref: which tiles may hold a visible pair.
+      rest: references to operands and result.
+    """
     *inputs, out_ref = rest
-    indices = [pl.program_id(axis) for axis in axes]
-    batch, head, i, j = indices
-    refs = gather(names, inputs, batch, head)
-    visit = ((batch if rows > 1 else 0) * pl.num_programs(axes[2]) + i) * pl.num_programs(
-        axes[3]
-    ) + j
+    indices = [pl.program_id(axis) for axis in grid_axes]
+    sizes = [pl.num_programs(axis) for axis in grid_axes]
+    row, head, q_block, k_block = indices
+    refs = refs_by_name(names, inputs, row, head)
 
-    sums = [at == 0 for at, summed in zip(indices, broadcast, strict=True) if summed]
+    plan_row = row if plan_rows > 1 else 0
+    tile_index = flat_index((plan_row, q_block, k_block), (plan_rows, *sizes[2:]))
 
-    @pl.when(functools.reduce(jnp.logical_and, sums, True))
+    # The first tile of a block of the result: index 0 on all axes that are summed.
+    summed = zip(indices, broadcast, strict=True)
+    at_start = [index == 0 for index, is_summed in summed if is_summed]
+
+    @pl.when(functools.reduce(jnp.logical_and, at_start, True))
     def _start() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    @pl.when(some[visit] > 0)
+    @pl.when(visited_ref[tile_index] > 0)
     def _add() -> None:
-        keys, start = side(refs, "kv", j * blocks.keys, 0, blocks.keys, axis=0), i * blocks.queries
-        here = pl.ds(0, blocks.queries)
-        operands = load(rules, refs, keys, start, here, True)
-        _, _, gradient = tile_gradients(rules, refs, operands, keys, start, 0, here, True)
-        if broadcast[2]:
+        key_range = TileRange(k_block * blocks.keys, 0, blocks.keys)
+        keys = tile_tokens(refs, "kv", key_range, axis=0)
+        queries = TileRange(q_block * blocks.queries, 0, blocks.queries)
+        tile = load_tile(config, refs, queries, keys, masked=True)
+        gradients = tile_gradients(config, refs, tile, queries, keys, masked=True)
+
+        # [S, T] -> [S, 1] or [1, T] where the bias has one query or one key
+        gradient = gradients.dscores_SxT
+        _, _, one_query, one_key = broadcast
+        if one_query:
             gradient = gradient.sum(axis=1, keepdims=True)
-        if broadcast[3]:
+        if one_key:
             gradient = gradient.sum(axis=0, keepdims=True)
         out_ref[0, 0] += _transpose(gradient)
 
 
-def _transpose(x: Float[Array, "R C"]) -> Float[Array, "C R"]:
+def _transpose(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
     """Returns xᵀ, of a row or a column too."""
+    # A transpose takes whole tiles: [S, 1] -> [S, 128] -> [128, S] -> [1, S]
     rows, columns = x.shape
-    wide = jnp.broadcast_to(x, (LANES if rows == 1 else rows, LANES if columns == 1 else columns))
-    return wide.T[:columns, :rows]
+    tile_rows = LANES if rows == 1 else rows
+    tile_columns = LANES if columns == 1 else columns
+    tile = jnp.broadcast_to(x, (tile_rows, tile_columns))
+    return tile.T[:columns, :rows]

@@ -1,5 +1,5 @@
-"""The forward pass on TPU: a block of queries against the tiles of resident keys that it can
-see.
+"""The forward pass on TPU: a block of queries against the tiles of resident keys that it attends
+to.
 """
 
 import functools
@@ -11,34 +11,50 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from research.kernels.attention import tpu_forward_down as down
+from research.kernels.attention import tpu_forward_transposed as transposed
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.kernels.attention.tpu_operands import Operands, bias_tile, gather
-from research.kernels.attention.tpu_plan import Blocks, Tiles, cover, plan, visibility
+from research.kernels.attention.tpu_operands import Operands, refs_by_name
+from research.kernels.attention.tpu_plan import (
+    BlockSizes,
+    TilePlan,
+    Visits,
+    cover,
+    flat_index,
+    plan_tiles,
+    tile_visibility,
+)
+from research.kernels.attention.tpu_softmax import (
+    OnlineSoftmax,
+    add_sink,
+    tile_scores,
+    tile_values,
+)
 from research.kernels.attention.tpu_tile import (
     HIDDEN,
     LANES,
-    LEAST,
-    LOG2E,
-    Rules,
-    Side,
-    scores,
-    side,
-    spread,
+    Refs,
+    ScoreConfig,
+    TileRange,
+    TileTokens,
+    dot,
+    repeat_lanes,
+    tile_tokens,
 )
 
 VMEM_LIMIT = 100 * 2**20
 
 
-def _chunk(keys: int, blocks: Blocks) -> int:
-    """Returns how many tiles of keys are resident."""
-    return min(blocks.resident // blocks.keys, cover(keys, blocks.keys))
+def _tiles_per_chunk(keys: int, blocks: BlockSizes) -> int:
+    """Returns how many tiles of keys are resident in VMEM."""
+    most = blocks.resident // blocks.keys
+    return min(most, cover(keys, blocks.keys))
 
 
-def forward_tiles(mask: AttentionMask, queries: int, keys: int, blocks: Blocks) -> Tiles:
+def forward_plan(mask: AttentionMask, queries: int, keys: int, blocks: BlockSizes) -> TilePlan:
     """Returns the tiles of keys that each block of queries visits, in each resident chunk."""
-    return plan(*visibility(mask, queries, keys, blocks), _chunk(keys, blocks))
+    any_visible, all_visible = tile_visibility(mask, queries, keys, blocks)
+    return plan_tiles(any_visible, all_visible, _tiles_per_chunk(keys, blocks))
 
 
 def forward(
@@ -47,178 +63,219 @@ def forward(
     v: Float[Array, "B K S H"],
     mask: AttentionMask,
     terms: ScoreTerms,
-    blocks: Blocks,
+    blocks: BlockSizes,
     interpret: Any,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N 1 T"]]:
-    """Returns attention and the logarithm to base 2 of each query's denominator, huge where it sees
-    nothing.
+    """Returns attention and the log-sum-exp of each query's scores.
+
+    The log-sum-exp is to base 2, with scores in units of log 2, and huge where a query attends to
+    no key.
 
     Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 1, with the tiles that need no
         mask first.
     """
     batch, heads, queries, width = q.shape
-    kv_heads, keys = k.shape[1:3]
-    rules = Rules.of(mask, terms, queries, keys)
-    tiles = forward_tiles(mask, queries, keys, blocks)
-    chunk = _chunk(keys, blocks)
-    resident = chunk * blocks.keys
-    grid = (batch, heads, cover(queries, blocks.queries), cover(keys, resident))
-    group = heads // kv_heads
+    keys = k.shape[2]
+    config = ScoreConfig.of(mask, terms, queries, keys)
+    plan = forward_plan(mask, queries, keys, blocks)
+    tiles_per_chunk = _tiles_per_chunk(keys, blocks)
+    resident = tiles_per_chunk * blocks.keys
+    operands = _operands(q, k, v, mask, terms, blocks, resident)
 
-    operands = Operands.of(mask, terms, range(4))
-    operands.add("q", q, (1, 1, blocks.queries, width), lambda b, n, i, c: (b, n, i, 0))
-    for name, array in (("k", k), ("v", v)):
-        operands.add(
-            name,
-            array,
-            (1, 1, resident, width),
-            lambda b, n, i, c: (b, jax.lax.div(n, group), c, 0),
-        )
-    operands.add_tokens("q", blocks.queries, lambda b, n, i, c: i)
-    operands.add_tokens("kv", resident, lambda b, n, i, c: c)
-    operands.add_bias(blocks.queries, resident, lambda b, n, i, c: (b, n, i, c))
-    kernel, scratch = (down.kernel, down.scratch) if blocks.down else (_kernel, _scratch)
-    out, log_total = pl.pallas_call(
-        functools.partial(kernel, rules, blocks, chunk, tiles.rows, operands.names),
+    out_block = (1, 1, blocks.queries, width)
+    logsumexp_block = (1, 1, 1, blocks.queries)
+    kernel = transposed.kernel if blocks.transposed else _kernel
+    scratch = transposed.scratch if blocks.transposed else _scratch
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(batch, heads, cover(queries, blocks.queries), cover(keys, resident)),
+        in_specs=operands.specs,
+        out_specs=(
+            operands.spec(out_block, lambda b, n, i, c: (b, n, i, 0)),
+            operands.spec(logsumexp_block, lambda b, n, i, c: (b, n, 0, i)),
+        ),
+        scratch_shapes=scratch(blocks, width),
+    )
+    call = pl.pallas_call(
+        functools.partial(
+            kernel,
+            config,
+            blocks,
+            tiles_per_chunk,
+            plan.rows,
+            operands.names,
+        ),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, v.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=grid,
-            in_specs=operands.specs,
-            out_specs=(
-                operands.spec((1, 1, blocks.queries, width), lambda b, n, i, c: (b, n, i, 0)),
-                operands.spec((1, 1, 1, blocks.queries), lambda b, n, i, c: (b, n, 0, i)),
-            ),
-            scratch_shapes=scratch(blocks, width),
-        ),
+        grid_spec=grid_spec,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         name="tessera_attention_forward",
         interpret=interpret,
-    )(tiles.counts, tiles.order, *operands.arrays)
-    return out, log_total
+    )
+    out, logsumexp = call(plan.counts, plan.order, *operands.arrays)
+    return out, logsumexp
 
 
-def _scratch(blocks: Blocks, width: int) -> list[Any]:
-    return [pltpu.VMEM((blocks.queries, across), jnp.float32) for across in (LANES, LANES, width)]
+def _operands(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    blocks: BlockSizes,
+    resident: int,
+) -> Operands:
+    """Returns the operands, by row b, head n, block of queries i and chunk of keys c."""
+    width = q.shape[3]
+    group = q.shape[1] // k.shape[1]
+    operands = Operands.of(mask, terms, grid_axes=range(4))
+
+    q_block = (1, 1, blocks.queries, width)
+    operands.add("q", q, q_block, lambda b, n, i, c: (b, n, i, 0))
+
+    # With 4 query heads a key head, query heads 4..7 read key head 1.
+    kv_block = (1, 1, resident, width)
+    for name, array in (("k", k), ("v", v)):
+        operands.add(
+            name,
+            array,
+            kv_block,
+            lambda b, n, i, c: (b, jax.lax.div(n, group), c, 0),
+        )
+
+    operands.add_tokens("q", blocks.queries, lambda b, n, i, c: i)
+    operands.add_tokens("kv", resident, lambda b, n, i, c: c)
+    operands.add_bias(blocks.queries, resident, lambda b, n, i, c: (b, n, i, c))
+    return operands
+
+
+def _scratch(blocks: BlockSizes, width: int) -> list[Any]:
+    """Returns the memory of `OnlineSoftmax`; a maximum is the same in all lanes of its row."""
+    columns = (LANES, LANES, width)
+    return [pltpu.VMEM((blocks.queries, size), jnp.float32) for size in columns]
 
 
 def _kernel(
-    rules: Rules,
-    blocks: Blocks,
-    chunk: int,
-    rows: int,
+    config: ScoreConfig,
+    blocks: BlockSizes,
+    tiles_per_chunk: int,
+    plan_rows: int,
     names: tuple[str, ...],
-    counts: Any,
-    order: Any,
-    *rest,
-):
-    *inputs, out_ref, log_total_ref, top_ref, total_ref, sum_ref = rest
-    batch, head, block, part = (pl.program_id(axis) for axis in range(4))
-    refs = gather(names, inputs, batch, head)
-    visit = ((batch if rows > 1 else 0) * pl.num_programs(2) + block) * pl.num_programs(3) + part
+    counts_ref: Any,
+    order_ref: Any,
+    *rest: Any,
+) -> None:
+    """Computes a block of queries against a chunk of keys: arguments as of the other layout."""
+    *inputs, out_ref, logsumexp_ref, max_ref, denominator_ref, accumulator_ref = rest
+    softmax = OnlineSoftmax(max_ref, denominator_ref, accumulator_ref)
+    row, head, block, chunk = (pl.program_id(axis) for axis in range(4))
+    _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
+    refs = refs_by_name(names, inputs, row, head)
 
-    @pl.when(part == 0)
+    plan_row = row if plan_rows > 1 else 0
+    entry = flat_index((plan_row, block, chunk), (plan_rows, blocks_of_queries, chunks))
+    visits = Visits(counts_ref, order_ref, entry, tiles_per_chunk, blocks.keys)
+
+    @pl.when(chunk == 0)
     def _start() -> None:
-        top_ref[...] = jnp.full_like(top_ref, LEAST)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+        softmax.reset()
 
-    start = block * blocks.queries
-    tokens = side(refs, "q", start, 0, blocks.queries, axis=0)
+    block_range = TileRange(block * blocks.queries, 0, blocks.queries)
+    queries = tile_tokens(refs, "q", block_range, axis=0)
 
-    def tile(masked: bool, index: Any, _: None) -> None:
-        at = order[visit * chunk + index] * blocks.keys
-        at = pl.multiple_of(at, blocks.keys)
-        _tile(
-            rules,
-            blocks,
-            refs,
-            tokens,
-            part * (chunk * blocks.keys) + at,
-            at,
-            masked,
-            (top_ref, total_ref, sum_ref),
-        )
+    def add_tile(masked: bool, visit: Any, _: None) -> None:
+        offset = visits.offset(visit)
+        start = chunk * (tiles_per_chunk * blocks.keys) + offset
+        keys = TileRange(start, offset, blocks.keys)
+        _add_tile(config, refs, queries, keys, masked, softmax)
 
-    unmasked, visited = counts[2 * visit], counts[2 * visit + 1]
-
-    def two(index: Any, _: None) -> None:
-        for each in range(2):
-            tile(False, 2 * index + each, None)
+    def add_two(pair: Any, _: None) -> None:
+        for second in range(2):
+            add_tile(False, 2 * pair + second, None)
 
     # In pairs, so that the matrix units take up the second tile while the vector units finish the
-    # first.
-    jax.lax.fori_loop(0, jax.lax.shift_right_logical(unmasked, 1), two, None)
-    jax.lax.fori_loop(unmasked & -2, unmasked, functools.partial(tile, False), None)
-    jax.lax.fori_loop(unmasked, visited, functools.partial(tile, True), None)
+    # first. With 5 tiles without mask of 7: pairs (0, 1) and (2, 3), then 4, then 5 and 6 masked.
+    unmasked, visited = visits.counts()
+    pairs = jax.lax.shift_right_logical(unmasked, 1)
+    jax.lax.fori_loop(0, pairs, add_two, None)
+    jax.lax.fori_loop(unmasked & -2, unmasked, functools.partial(add_tile, False), None)
+    jax.lax.fori_loop(unmasked, visited, functools.partial(add_tile, True), None)
 
-    @pl.when(part == pl.num_programs(3) - 1)
+    @pl.when(chunk == chunks - 1)
     def _finish() -> None:
-        top, sums = top_ref[...], sum_ref[...]
-        total = jnp.broadcast_to(total_ref[...].sum(axis=1, keepdims=True), top.shape)
-        if "sinks" in rules.given:
-            sink = refs["sinks"] * LOG2E
-            higher = jnp.maximum(top, sink)
-            shrink = jnp.exp2(top - higher)
-            top, total = higher, total * shrink + jnp.exp2(sink - higher)
-            sums = sums * spread(shrink, sums.shape[1])
-        seen = total > 0
-        out_ref[0, 0] = (sums / spread(jnp.where(seen, total, 1.0), sums.shape[1])).astype(
-            out_ref.dtype
-        )
-        log_total = jnp.where(seen, top + jnp.log2(total), -HIDDEN)
-        log_total_ref[0, 0] = log_total.T[:1]
+        _store(config, refs, softmax, out_ref, logsumexp_ref)
 
 
-def _tile(
-    rules: Rules,
-    blocks: Blocks,
-    refs: Any,
-    queries: Side,
-    start: Any,
-    at: Any,
+def _add_tile(
+    config: ScoreConfig,
+    refs: Refs,
+    queries: TileTokens,
+    keys: TileRange,
     masked: bool,
-    state: tuple,
+    softmax: OnlineSoftmax,
 ) -> None:
-    """Adds a tile of keys, `at` tokens into the resident ones, to the running maximum, denominator
-    and sum.
-    """
-    top_ref, total_ref, sum_ref = state
-    here = pl.ds(at, blocks.keys)
-    k, v = refs["k"][0, 0, here, :], refs["v"][0, 0, here, :]
-    products = jax.lax.dot_general(
-        refs["q"][0, 0], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    """Adds a tile of keys to the running maximum, denominator and sum of values."""
+    k_SxH = refs["k"][0, 0, keys.in_block, :]
+    values_SxH = tile_values(config, refs, keys, masked)
+    q_TxH = refs["q"][0, 0]
+    products_TxS = dot(q_TxH, k_SxH, contract=(1, 1))
+    scores_TxS, factor = tile_scores(
+        config,
+        refs,
+        products_TxS,
+        queries,
+        keys,
+        masked,
+        key_axis=1,
     )
-    factor = 1.0
-    if rules.plain:
-        factor, s = rules.scale * LOG2E, products
-    if masked or not rules.plain:
-        keys = side(refs, "kv", start, at, blocks.keys, axis=1)
-        s, _ = scores(
-            rules,
-            refs,
-            products,
-            queries,
-            keys,
-            lambda: bias_tile(refs["bias"], slice(None), here),
-            masked,
-        )
-        factor = 1.0
-    if masked and rules.keys % blocks.keys:
-        row = start + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
-        v = jnp.where(row < rules.keys, v, jnp.zeros_like(v))
-    top = top_ref[...]
-    new_top = jnp.maximum(top, s.max(axis=1, keepdims=True) * factor)
-    weights = jnp.exp2(s * factor - spread(new_top, blocks.keys))
-    shrink = jnp.exp2(top - new_top)
-    partial = sum(weights[:, i : i + LANES] for i in range(0, blocks.keys, LANES))
-    total_ref[...] = total_ref[...] * shrink + partial
-    top_ref[...] = new_top
-    product = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    sum_ref[...] = sum_ref[...] * spread(shrink, product.shape[1]) + product
+
+    # A maximum is the same in all 128 lanes of its row: [T, 128]
+    old_max = softmax.max_ref[...]
+    tile_max = scores_TxS.max(axis=1, keepdims=True)
+    new_max = jnp.maximum(old_max, tile_max * factor)
+    weights_TxS = jnp.exp2(scores_TxS * factor - repeat_lanes(new_max, keys.size))
+    rescale = jnp.exp2(old_max - new_max)
+
+    # The lanes of a denominator are added up at the end: [T, 512] -> [T, 128]
+    starts = range(0, keys.size, LANES)
+    lane_sums = sum(weights_TxS[:, start : start + LANES] for start in starts)
+    denominator = softmax.denominator_ref[...]
+    softmax.denominator_ref[...] = denominator * rescale + lane_sums
+    softmax.max_ref[...] = new_max
+
+    weights_TxS = weights_TxS.astype(values_SxH.dtype)
+    product_TxH = dot(weights_TxS, values_SxH, contract=(1, 0))
+    accumulator_TxH = softmax.accumulator_ref[...]
+    rescale_TxH = repeat_lanes(rescale, product_TxH.shape[1])
+    softmax.accumulator_ref[...] = accumulator_TxH * rescale_TxH + product_TxH
+
+
+def _store(
+    config: ScoreConfig, refs: Refs, softmax: OnlineSoftmax, out_ref: Any, logsumexp_ref: Any
+) -> None:
+    """Writes the results of a block of queries, after its last tile."""
+    row_max = softmax.max_ref[...]
+    accumulator_TxH = softmax.accumulator_ref[...]
+    width = accumulator_TxH.shape[1]
+
+    # [T, 128] -> [T, 1] -> [T, 128]
+    denominator = softmax.denominator_ref[...].sum(axis=1, keepdims=True)
+    denominator = jnp.broadcast_to(denominator, row_max.shape)
+    if "sinks" in config.given:
+        row_max, denominator, rescale = add_sink(refs["sinks"], row_max, denominator)
+        accumulator_TxH = accumulator_TxH * repeat_lanes(rescale, width)
+
+    # A query that attends to no key gets zeros.
+    attends = denominator > 0
+    divisor = jnp.where(attends, denominator, 1.0)
+    out_TxH = accumulator_TxH / repeat_lanes(divisor, width)
+    out_ref[0, 0] = out_TxH.astype(out_ref.dtype)
+
+    # [T, 128] -> [1, T]
+    logsumexp = jnp.where(attends, row_max + jnp.log2(denominator), -HIDDEN)
+    logsumexp_ref[0, 0] = logsumexp.T[:1]

@@ -1,8 +1,8 @@
-"""The operands of the TPU kernels: arrays, their blocks, and the names under which a kernel finds
+"""The operands of the TPU kernels: arrays, their blocks, and the names by which a kernel gets
 them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,38 +13,41 @@ from jaxtyping import Array
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 
-# Read one number a row of the batch, or a head.
-_PER_ROW, _PER_HEAD = ("prefix",), ("alibi", "sinks")
+# Vectors in SMEM with one scalar for each row of the batch, or for each head.
+SCALARS_OF_ROWS = ("prefix",)
+SCALARS_OF_HEADS = ("alibi", "sinks")
 
 
 class Operands:
-    """A growing list of operands, with index maps of the kernel's choosing."""
+    """A growing list of operands, with index maps that the kernel chooses."""
 
-    def __init__(self, mask: AttentionMask, terms: ScoreTerms, axes: Sequence[int]):
-        self._mask, self._terms, self._axes = mask, terms, axes
+    def __init__(self, mask: AttentionMask, terms: ScoreTerms, grid_axes: Sequence[int]):
+        self._mask = mask
+        self._terms = terms
+        self._grid_axes = grid_axes
         self.names: tuple[str, ...] = ()
         self.arrays: list[Array] = []
         self.specs: list[pl.BlockSpec] = []
 
     @classmethod
-    def of(cls, mask: AttentionMask, terms: ScoreTerms, axes: Sequence[int]) -> "Operands":
-        """Returns the operands that every kernel of a call has: single numbers of its mask and
-        terms.
+    def of(cls, mask: AttentionMask, terms: ScoreTerms, grid_axes: Sequence[int]) -> "Operands":
+        """Returns the operands that every kernel of a call has: scalars of its mask and terms.
 
         Args:
           mask, terms: of the call.
-          axes: where each index of the index maps stands in the kernel's grid; the first is the row
-              of the batch.
+          grid_axes: the axis of the kernel's grid for each argument of the index maps; the first
+            argument is the row of the batch.
         """
-        operands = cls(mask, terms, axes)
-        for name, array, kind in (
+        operands = cls(mask, terms, grid_axes)
+        scalars = (
             ("prefix", mask.prefix, jnp.int32),
             ("alibi", terms.alibi, jnp.float32),
             ("sinks", terms.sinks, jnp.float32),
-        ):
+        )
+        for name, array, dtype in scalars:
             if array is not None:
                 spec = pl.BlockSpec(memory_space=pltpu.SMEM)
-                operands._append(name, array.astype(kind), spec)
+                operands._append(name, array.astype(dtype), spec)
         return operands
 
     def _append(self, name: str, array: Array, spec: pl.BlockSpec) -> None:
@@ -52,59 +55,98 @@ class Operands:
         self.arrays.append(array)
         self.specs.append(spec)
 
-    def spec(self, block: tuple[int, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
-        """Returns blocks of an array, found by the indices in the order of the index maps."""
-        return pl.BlockSpec(block, lambda *grid: index(*(grid[axis] for axis in self._axes)))
+    def spec(self, block: tuple[int, ...], index_map: Callable[..., tuple]) -> pl.BlockSpec:
+        """Returns the blocks of an array, for an index map that is independent of the grid."""
+
+        # Grid axes (2, 0, 1): step (7, 8, 9) of the grid -> index_map(9, 7, 8)
+        def grid_index_map(*step: Any) -> tuple:
+            indices = [step[axis] for axis in self._grid_axes]
+            return index_map(*indices)
+
+        return pl.BlockSpec(block, grid_index_map)
 
     def add(
-        self, name: str, array: Array, block: tuple[int, ...], index: Callable[..., tuple]
+        self, name: str, array: Array, block: tuple[int, ...], index_map: Callable[..., tuple]
     ) -> None:
         """Adds an array in blocks."""
-        self._append(name, array, self.spec(block, index))
+        spec = self.spec(block, index_map)
+        self._append(name, array, spec)
 
-    def add_tokens(self, prefix: str, block: int, index: Callable[..., Any]) -> None:
-        """Adds the positions and segments of one side, `q` or `kv`, where the mask has them, as
-        rows of lanes.
+    def add_tokens(self, side: str, block: int, token_block: Callable[..., Any]) -> None:
+        """Adds positions and segments where the mask has them, as rows of lanes.
+
+        Args:
+          side: `q` or `kv`.
+          block: tokens of a block.
+          token_block: the index map of the blocks of tokens.
         """
-        for name in (f"{prefix}_positions", f"{prefix}_segments"):
+
+        def index_map(row: Any, *indices: Any) -> tuple:
+            return row, 0, token_block(row, *indices)
+
+        for name in (f"{side}_positions", f"{side}_segments"):
             array = getattr(self._mask, name)
             if array is not None:
-                self.add(
-                    name,
-                    array.astype(jnp.int32)[:, None],
-                    (1, 1, block),
-                    lambda *g: (g[0], 0, index(*g)),
-                )
+                # [B, tokens] -> [B, 1, tokens]
+                array = array.astype(jnp.int32)
+                self.add(name, array[:, None], (1, 1, block), index_map)
 
-    def add_bias(self, queries: int, keys: int, index: Callable[..., tuple]) -> None:
-        """Adds the bias where there is one; `index` gives batch row, head, block of queries and
-        block of keys.
+    def add_bias(self, queries: int, keys: int, index_map: Callable[..., tuple]) -> None:
+        """Adds the bias where there is one.
+
+        Args:
+          queries, keys: of a block.
+          index_map: of a bias that is not broadcast.
         """
         bias = self._terms.bias
         if bias is None:
             return
 
-        def where(*grid: Any) -> tuple:
-            return tuple(
-                at if size > 1 else 0 for at, size in zip(index(*grid), bias.shape, strict=True)
-            )
+        # A bias [1, N, T, 1] has the blocks [1, 1, queries, 1], whatever the row and the key.
+        def broadcast_index_map(*indices: Any) -> tuple:
+            whole = zip(index_map(*indices), bias.shape, strict=True)
+            return tuple(index if size > 1 else 0 for index, size in whole)
 
-        block = (1, 1, queries if bias.shape[2] > 1 else 1, keys if bias.shape[3] > 1 else 1)
-        self.add("bias", bias, block, where)
+        _, _, bias_queries, bias_keys = bias.shape
+        block_queries = queries if bias_queries > 1 else 1
+        block_keys = keys if bias_keys > 1 else 1
+        block = (1, 1, block_queries, block_keys)
+        self.add("bias", bias, block, broadcast_index_map)
 
 
-def gather(names: Sequence[str], inputs: Sequence[Any], batch: Any, head: Any) -> dict[str, Any]:
-    """Returns a kernel's operands by name; single numbers are read."""
+def refs_by_name(
+    names: Sequence[str], inputs: Sequence[Any], row: Any, head: Any
+) -> dict[str, Any]:
+    """Returns a kernel's operands by name: references to blocks, and scalars as they are.
+
+    Args:
+      names: of the operands.
+      inputs: references to them.
+      row: of the batch.
+      head: of the queries.
+    """
     refs = dict(zip(names, inputs, strict=True))
-    for name in refs:
-        if name in _PER_ROW:
-            refs[name] = refs[name][batch]
-        elif name in _PER_HEAD:
-            refs[name] = refs[name][head]
+    for name, ref in refs.items():
+        if name in SCALARS_OF_ROWS:
+            refs[name] = ref[row]
+        elif name in SCALARS_OF_HEADS:
+            refs[name] = ref[head]
     return refs
 
 
-def bias_tile(ref: Any, rows: Any, columns: Any) -> Array:
-    """Returns part of a block of the bias, of which an axis that is broadcast has one element."""
-    one = slice(0, 1)
-    return ref[0, 0, rows if ref.shape[2] > 1 else one, columns if ref.shape[3] > 1 else one]
+def bias_tile(refs: Mapping[str, Any], queries: Any, keys: Any) -> Array | None:
+    """Returns part of a block of the bias, [T, S], in which a broadcast axis has one element.
+
+    Args:
+      refs: the kernel's operands.
+      queries, keys: slices of the block.
+    """
+    if "bias" not in refs:
+        return None
+    ref = refs["bias"]
+    _, _, bias_queries, bias_keys = ref.shape
+    if bias_queries == 1:
+        queries = slice(0, 1)
+    if bias_keys == 1:
+        keys = slice(0, 1)
+    return ref[0, 0, queries, keys]

@@ -1,13 +1,11 @@
-"""What a tile of scores is, inside the TPU kernels: terms, mask, and the operands that they
-need.
-"""
+"""A tile of scores inside the TPU kernels: its tokens, terms and mask, and the online softmax."""
 
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +17,25 @@ from research.kernels.attention.terms import ScoreTerms
 
 LANES = 128
 LOG2E = math.log2(math.e)
-# Scores are kept in units of log 2. A hidden one lies so far below the least maximum that its
+# Scores are in units of log 2. A hidden one is so far below the first running maximum that its
 # exponential is 0.
-HIDDEN, LEAST = -1e30, -0.5e30
+HIDDEN = -1e30
+FIRST_MAX = -0.5e30
+
+MASK_OPERANDS = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
+TERM_OPERANDS = ("bias", "alibi", "sinks")
 
 Refs = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """All that is static about a call.
+class ScoreConfig:
+    """What is static about the scores of a call.
 
     Attributes:
       queries, keys: lengths T and S.
       causal, window: of the mask.
-      given: names of the operands that are there.
+      given: names of the arrays of the mask and of the terms that are not None.
       softcap, scale: of the terms.
     """
 
@@ -46,47 +48,54 @@ class Rules:
     scale: float
 
     @classmethod
-    def of(cls, mask: AttentionMask, terms: ScoreTerms, queries: int, keys: int) -> "Rules":
-        """Returns the rules of a call."""
-        named = {name: getattr(mask, name) for name in MASK_OPERANDS}
-        named |= {name: getattr(terms, name) for name in ("bias", "alibi", "sinks")}
-        given = tuple(name for name, value in named.items() if value is not None)
-        return cls(queries, keys, mask.causal, mask.window, given, terms.softcap, terms.scale)
+    def of(cls, mask: AttentionMask, terms: ScoreTerms, queries: int, keys: int) -> "ScoreConfig":
+        """Returns the config of a call."""
+        arrays = {name: getattr(mask, name) for name in MASK_OPERANDS}
+        arrays |= {name: getattr(terms, name) for name in TERM_OPERANDS}
+        given = tuple(name for name, array in arrays.items() if array is not None)
+        return cls(
+            queries=queries,
+            keys=keys,
+            causal=mask.causal,
+            window=mask.window,
+            given=given,
+            softcap=terms.softcap,
+            scale=terms.scale,
+        )
 
     @property
-    def plain(self) -> bool:
-        """Whether scores are q kᵀ times a constant, which the exponential takes along."""
+    def is_plain(self) -> bool:
+        """Whether scores are q kᵀ times a constant, which can be applied with the exponential."""
         return self.softcap is None and "bias" not in self.given and "alibi" not in self.given
 
 
-MASK_OPERANDS = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
+class TileRange(NamedTuple):
+    """The tokens of one side of a tile.
 
+    Attributes:
+      start: of the first token in the sequence.
+      offset: of the first token in the block that is in VMEM.
+      size: tokens.
+    """
 
-def row_of(refs: Refs, name: str, start: Any, size: int) -> Int[Array, "1 size"]:
-    """Returns part of a token vector as a row of lanes."""
-    return refs[name][0, :, pl.ds(start, size)]
+    start: Any
+    offset: Any
+    size: int
 
-
-def column_of(row: Int[Array, "1 size"]) -> Int[Array, "size 1"]:
-    """Returns a row of lanes as a column."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
-
-
-def spread(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"]:
-    """Returns columns that are all alike in another number."""
-    if width <= LANES:
-        return x[:, :width]
-    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
+    @property
+    def in_block(self) -> pl.Slice:
+        """The tokens in the block that is in VMEM."""
+        return pl.ds(self.offset, self.size)
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """The tokens of one side of a tile, broadcast along the other.
+class TileTokens:
+    """What the mask compares of the tokens of one side, as a row or a column of a tile.
 
     Attributes:
       index: of each token in the sequence.
-      position: by the mask; the index where it says nothing.
-      segment: or None.
+      position: of the mask; the index where the mask has no positions.
+      segment: of the mask, or None.
     """
 
     index: Int[Array, "..."]
@@ -94,79 +103,146 @@ class Side:
     segment: Int[Array, "..."] | None
 
 
-def side(refs: Refs, prefix: str, start: Any, offset: Any, size: int, axis: int) -> Side:
-    """Returns the tokens `start` to `start + size` of the sequence.
+def tile_tokens(refs: Refs, side: str, tokens: TileRange, axis: int) -> TileTokens:
+    """Returns the tokens of one side of a tile.
 
     Args:
       refs: the kernel's operands.
-      prefix: `q` or `kv`.
-      start: in the sequence.
-      offset: in the blocks that the kernel holds.
-      size: tokens.
-      axis: 0 for a column, 1 for a row.
+      side: `q` or `kv`.
+      tokens: which.
+      axis: 0 for a column, [size, 1], and 1 for a row, [1, size].
     """
-    shape = (size, 1) if axis == 0 else (1, size)
-    index = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    shape = (tokens.size, 1) if axis == 0 else (1, tokens.size)
+    iota = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    index = tokens.start + iota
 
     def vector(name: str) -> Array | None:
         if name not in refs:
             return None
-        row = row_of(refs, name, offset, size)
-        return column_of(row) if axis == 0 else row
+        row = refs[name][0, :, tokens.in_block]
+        return lanes_to_column(row) if axis == 0 else row
 
-    position = vector(f"{prefix}_positions")
-    return Side(index, index if position is None else position, vector(f"{prefix}_segments"))
+    position = vector(f"{side}_positions")
+    if position is None:
+        position = index
+    segment = vector(f"{side}_segments")
+    return TileTokens(index, position, segment)
+
+
+def lanes_to_column(row: Int[Array, "1 size"]) -> Int[Array, "size 1"]:
+    """Returns a row of lanes as a column."""
+    # A transpose takes whole tiles: [1, size] -> [128, size] -> [size, 128] -> [size, 1]
+    _, size = row.shape
+    tile = jnp.broadcast_to(row, (LANES, size))
+    return tile.T[:, :1]
+
+
+def repeat_lanes(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"]:
+    """Returns as many columns as asked for, of an array whose columns are all the same."""
+    if width <= LANES:
+        return x[:, :width]
+    # [rows, 128] -> [rows, 256] -> [rows, 192]
+    copies = -(-width // LANES)
+    repeated = jnp.concatenate([x] * copies, axis=1)
+    return repeated[:, :width]
+
+
+def capped_products(
+    config: ScoreConfig, products: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+    """Returns cap(scale · q kᵀ) in units of log 2, and the derivative of the cap.
+
+    Args:
+      config: of the call.
+      products: q kᵀ, either way round.
+    """
+    if config.softcap is None:
+        return products * (config.scale * LOG2E), None
+    # d/dx softcap · tanh(x / softcap) = 1 − tanh²(x / softcap)
+    bounded = jnp.tanh(products * (config.scale / config.softcap))
+    capped = bounded * (config.softcap * LOG2E)
+    derivative = 1 - bounded * bounded
+    return capped, derivative
 
 
 def scores(
-    rules: Rules,
+    config: ScoreConfig,
     refs: Refs,
-    products: Float[Array, "..."],
-    q: Side,
-    kv: Side,
-    bias: Callable[[], Array],
+    capped: Float[Array, "..."],
+    q: TileTokens,
+    kv: TileTokens,
+    bias: Float[Array, "..."] | None,
     masked: bool,
-) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
-    """Returns the scores of a tile in units of log 2, hidden ones far below all others, and the
-    slope of the cap.
+) -> Float[Array, "..."]:
+    """Returns the scores of a tile in units of log 2, hidden ones far below all others.
 
     Args:
-      rules: of the call.
+      config: of the call.
       refs: the kernel's operands.
-      products: q kᵀ, either way round.
+      capped: of `capped_products`.
       q, kv: the tokens of the two sides.
-      bias: gives the tile's bias.
+      bias: of the tile, where there is one.
       masked: whether anything in the tile may be hidden.
     """
-    slope = None
-    if rules.softcap is None:
-        s = products * (rules.scale * LOG2E)
-    else:
-        bounded = jnp.tanh(products * (rules.scale / rules.softcap))
-        s, slope = bounded * (rules.softcap * LOG2E), 1 - bounded * bounded
-    if "bias" in rules.given:
-        s = s + bias().astype(jnp.float32) * LOG2E
-    if "alibi" in rules.given:
-        distance = jnp.abs(q.position - kv.position).astype(jnp.float32)
-        s = s - (refs["alibi"] * LOG2E) * distance
-    return (jnp.where(_visible(rules, refs, q, kv), s, HIDDEN) if masked else s), slope
+    s = capped
+    if bias is not None:
+        bias = bias.astype(jnp.float32)
+        s = s + bias * LOG2E
+
+    if "alibi" in config.given:
+        distance = jnp.abs(q.position - kv.position)
+        distance = distance.astype(jnp.float32)
+        slope = refs["alibi"] * LOG2E
+        s = s - slope * distance
+
+    if masked:
+        visible = _visible(config, refs, q, kv)
+        s = jnp.where(visible, s, HIDDEN)
+    return s
 
 
-def _visible(rules: Rules, refs: Refs, q: Side, kv: Side) -> Bool[Array, "..."]:
+def _visible(config: ScoreConfig, refs: Refs, q: TileTokens, kv: TileTokens) -> Bool[Array, "..."]:
     # Each comparison costs a fifth of a tile: only those that can fail are made.
-    seen = []
-    if rules.keys % kv.index.size:
-        seen.append(kv.index < rules.keys)
-    if rules.queries % q.index.size:
-        seen.append(q.index < rules.queries)
-    rule = []
-    if rules.causal:
-        rule.append(q.position >= kv.position)
-    if rules.window is not None:
-        rule.append(jnp.abs(q.position - kv.position) < rules.window)
-    if rule and "prefix" in rules.given:
-        rule = [functools.reduce(operator.and_, rule) | (kv.position < refs["prefix"])]
+    conditions = []
+    if config.keys % kv.index.size:
+        conditions.append(kv.index < config.keys)
+    if config.queries % q.index.size:
+        conditions.append(q.index < config.queries)
+
+    by_position = _visible_by_position(config, refs, q, kv)
     if q.segment is not None:
-        seen += [q.segment == kv.segment, kv.segment > 0]
+        conditions.append(q.segment == kv.segment)
+        conditions.append(kv.segment > 0)
+
+    # A row and a column, [1, T] and [S, 1], give [S, T].
     shape = jnp.broadcast_shapes(q.index.shape, kv.index.shape)
-    return functools.reduce(operator.and_, seen + rule, jnp.ones(shape, bool))
+    visible = jnp.ones(shape, bool)
+    for condition in conditions + by_position:
+        visible &= condition
+    return visible
+
+
+def _visible_by_position(
+    config: ScoreConfig, refs: Refs, q: TileTokens, kv: TileTokens
+) -> list[Bool[Array, "..."]]:
+    conditions = []
+    if config.causal:
+        conditions.append(q.position >= kv.position)
+    if config.window is not None:
+        distance = jnp.abs(q.position - kv.position)
+        conditions.append(distance < config.window)
+
+    # Keys of the prefix are visible whatever the other conditions say.
+    if conditions and "prefix" in config.given:
+        visible = functools.reduce(operator.and_, conditions)
+        conditions = [visible | (kv.position < refs["prefix"])]
+    return conditions
+
+
+def dot(
+    a: Float[Array, "..."], b: Float[Array, "..."], contract: tuple[int, int]
+) -> Float[Array, "..."]:
+    """Returns the product of two matrices in float32, contracted over an axis of each."""
+    a_axis, b_axis = contract
+    dimension_numbers = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimension_numbers, preferred_element_type=jnp.float32)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from research.core.errors import UserError
 from research.kernels.attention import AttentionMask, ScoreTerms, attention, reference, tpu
 from research.kernels.attention.tpu import tiled_attention
-from research.kernels.attention.tpu_plan import Blocks, plan, visibility
+from research.kernels.attention.tpu_plan import BlockSizes, plan_tiles, tile_visibility
 from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 from tests.tiers import rest_in
 
-SMALL = Blocks(queries=128, keys=128, resident=256)
-DOWN = dataclasses.replace(SMALL, down=True)
+SMALL = BlockSizes(queries=128, keys=128, resident=256)
+TRANSPOSED = dataclasses.replace(SMALL, transposed=True)
 
 
 def array(rng, *shape, dtype=jnp.float32):
@@ -67,7 +67,7 @@ def close(got, want, tolerance=1e-5):
     extra=st.sampled_from(["none", "prefix", "segments", "positions"]),
     given_terms=st.sets(st.sampled_from(["softcap", "sinks", "alibi"])),
     bias=st.sampled_from([None, (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 0, 0, 1)]),
-    forward=st.sampled_from([SMALL, DOWN, dataclasses.replace(DOWN, queries=256)]),
+    forward=st.sampled_from([SMALL, TRANSPOSED, dataclasses.replace(TRANSPOSED, queries=256)]),
     seed=st.integers(0, 100),
 )
 def test_value_and_every_gradient_equal_the_reference(
@@ -127,7 +127,7 @@ def test_forgotten_segments_are_seen_by_the_comparison():
 
 
 @pytest.mark.fast_cases("100-forward0", "None-forward1")
-@pytest.mark.parametrize("forward", [SMALL, DOWN])
+@pytest.mark.parametrize("forward", [SMALL, TRANSPOSED])
 @pytest.mark.parametrize("window", [None, 100])
 def test_tiles_that_the_mask_rules_out_are_never_read(window, forward):
     blocks = forward, SMALL
@@ -158,21 +158,23 @@ def test_tiles_that_the_mask_rules_out_are_never_read(window, forward):
 def test_plan_visits_what_is_visible_and_masks_what_is_mixed():
     rng = np.random.default_rng(1)
     ids = packed(rng, 2, 500)
-    blocks = Blocks(queries=64, keys=128, resident=256)
+    blocks = BlockSizes(queries=64, keys=128, resident=256)
     for mask in (
         AttentionMask(causal=True),
         AttentionMask(window=70),
         AttentionMask(causal=True, window=40, prefix=jnp.array([10, 300])),
         AttentionMask(causal=True, q_segments=ids, kv_segments=ids),
     ):
-        some, every = (np.broadcast_to(x, (2, 8, 4)) for x in visibility(mask, 500, 500, blocks))
+        some, every = (
+            np.broadcast_to(x, (2, 8, 4)) for x in tile_visibility(mask, 500, 500, blocks)
+        )
         dense = np.broadcast_to(mask.dense(500, 500)[:, 0], (2, 500, 500))
         for row, i, j in np.ndindex(2, 8, 4):
             tile = dense[row, 64 * i : 64 * (i + 1), 128 * j : 128 * (j + 1)]
             assert some[row, i, j] or not tile.any()
             assert not every[row, i, j] or (tile.all() and tile.shape == (64, 128))
-    some, every = visibility(AttentionMask(causal=True), 512, 512, SMALL)
-    tiles = plan(some, every, 2)
+    some, every = tile_visibility(AttentionMask(causal=True), 512, 512, SMALL)
+    tiles = plan_tiles(some, every, 2)
     assert tiles.counts.reshape(4, 2, 2).tolist() == [
         [[0, 1], [0, 0]],
         [[1, 2], [0, 0]],
@@ -326,5 +328,5 @@ def test_blocks_of_a_smaller_memory_hold_less():
 def test_tiles_are_no_longer_than_a_short_sequence_needs(kind, lengths, forward, backward):
     with compiling_for("tpu", kind):
         first, second = tpu.choose_blocks(128, 2, False, *lengths)
-    assert (first.queries, first.keys, first.down) == forward
-    assert (second.queries, second.keys, second.down) == (*backward, False)
+    assert (first.queries, first.keys, first.transposed) == forward
+    assert (second.queries, second.keys, second.transposed) == (*backward, False)

@@ -1,0 +1,166 @@
+"""The forward kernel on TPU where matrix units are 256 wide: tiles of scores are [keys, queries].
+
+A head of 128 columns fills half of such a unit when it is the operand that is held in it; here it
+is the operand that streams through. Maximum and denominator of a query are in a lane, which makes
+them cheap. The products q kᵀ of the next tile are made while the exponentials of this one are.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from research.kernels.attention.tpu_operands import refs_by_name
+from research.kernels.attention.tpu_plan import BlockSizes, Visits, flat_index
+from research.kernels.attention.tpu_softmax import (
+    OnlineSoftmax,
+    add_sink,
+    tile_scores,
+    tile_values,
+)
+from research.kernels.attention.tpu_tile import (
+    HIDDEN,
+    Refs,
+    ScoreConfig,
+    TileRange,
+    TileTokens,
+    dot,
+    tile_tokens,
+)
+
+
+def scratch(blocks: BlockSizes, width: int) -> list[Any]:
+    """Returns the memory of `OnlineSoftmax`, and a tile of products q kᵀ."""
+    row = pltpu.VMEM((1, blocks.queries), jnp.float32)
+    accumulator = pltpu.VMEM((width, blocks.queries), jnp.float32)
+    products = pltpu.VMEM((blocks.keys, blocks.queries), jnp.float32)
+    return [row, row, accumulator, products]
+
+
+def kernel(
+    config: ScoreConfig,
+    blocks: BlockSizes,
+    tiles_per_chunk: int,
+    plan_rows: int,
+    names: tuple[str, ...],
+    counts_ref: Any,
+    order_ref: Any,
+    *rest: Any,
+) -> None:
+    """Computes a block of queries against a chunk of resident keys.
+
+    Args:
+      config, blocks: of the call.
+      tiles_per_chunk: tiles of keys in a chunk.
+      plan_rows: rows of the batch that differ in the plan.
+      names: of the operands.
+      counts_ref, order_ref: the plan.
+      rest: references to operands, results and scratch.
+    """
+    *inputs, out_ref, logsumexp_ref, max_ref, denominator_ref, accumulator_ref, products_ref = rest
+    softmax = OnlineSoftmax(max_ref, denominator_ref, accumulator_ref)
+    row, head, block, chunk = (pl.program_id(axis) for axis in range(4))
+    _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
+    refs = refs_by_name(names, inputs, row, head)
+
+    plan_row = row if plan_rows > 1 else 0
+    entry = flat_index((plan_row, block, chunk), (plan_rows, blocks_of_queries, chunks))
+    visits = Visits(counts_ref, order_ref, entry, tiles_per_chunk, blocks.keys)
+    unmasked, visited = visits.counts()
+
+    @pl.when(chunk == 0)
+    def _start() -> None:
+        softmax.reset()
+
+    def multiply(visit: Any) -> None:
+        k_SxH = refs["k"][0, 0, pl.ds(visits.offset(visit), blocks.keys), :]
+        q_TxH = refs["q"][0, 0]
+        products_ref[...] = dot(k_SxH, q_TxH, contract=(1, 1))
+
+    block_range = TileRange(block * blocks.queries, 0, blocks.queries)
+    queries = tile_tokens(refs, "q", block_range, axis=1)
+
+    def add_tile(masked: bool, visit: Any, _: None) -> None:
+        products_SxT = products_ref[...]
+        offset = visits.offset(visit)
+        # The last products are made twice: a branch would keep the compiler from interleaving the
+        # products of the next tile with the exponentials of this one.
+        multiply(jnp.minimum(visit + 1, visited - 1))
+        start = chunk * (tiles_per_chunk * blocks.keys) + offset
+        keys = TileRange(start, offset, blocks.keys)
+        _add_tile(config, refs, queries, keys, products_SxT, masked, softmax)
+
+    @pl.when(visited > 0)
+    def _first_products() -> None:
+        multiply(0)
+
+    jax.lax.fori_loop(0, unmasked, functools.partial(add_tile, False), None)
+    jax.lax.fori_loop(unmasked, visited, functools.partial(add_tile, True), None)
+
+    @pl.when(chunk == chunks - 1)
+    def _finish() -> None:
+        _store(config, refs, softmax, out_ref, logsumexp_ref)
+
+
+def _add_tile(
+    config: ScoreConfig,
+    refs: Refs,
+    queries: TileTokens,
+    keys: TileRange,
+    products_SxT: Float[Array, "S T"],
+    masked: bool,
+    softmax: OnlineSoftmax,
+) -> None:
+    """Adds a tile of keys to the running maximum, denominator and sum of values."""
+    values_SxH = tile_values(config, refs, keys, masked)
+    scores_SxT, factor = tile_scores(
+        config,
+        refs,
+        products_SxT,
+        queries,
+        keys,
+        masked,
+        key_axis=0,
+    )
+
+    # [S, T] -> [1, T]
+    old_max = softmax.max_ref[...]
+    tile_max = scores_SxT.max(axis=0, keepdims=True)
+    new_max = jnp.maximum(old_max, tile_max * factor)
+    weights_SxT = jnp.exp2(scores_SxT * factor - new_max)
+    rescale = jnp.exp2(old_max - new_max)
+
+    denominator = softmax.denominator_ref[...] * rescale
+    weight_sums = weights_SxT.sum(axis=0, keepdims=True)
+    softmax.denominator_ref[...] = denominator + weight_sums
+    softmax.max_ref[...] = new_max
+
+    weights_SxT = weights_SxT.astype(values_SxH.dtype)
+    product_HxT = dot(values_SxH, weights_SxT, contract=(0, 0))
+    accumulator_HxT = softmax.accumulator_ref[...]
+    softmax.accumulator_ref[...] = accumulator_HxT * rescale + product_HxT
+
+
+def _store(
+    config: ScoreConfig, refs: Refs, softmax: OnlineSoftmax, out_ref: Any, logsumexp_ref: Any
+) -> None:
+    """Writes the results of a block of queries, after its last tile."""
+    row_max = softmax.max_ref[...]
+    denominator = softmax.denominator_ref[...]
+    rescale: Any = 1.0
+    if "sinks" in config.given:
+        row_max, denominator, rescale = add_sink(refs["sinks"], row_max, denominator)
+
+    # A query that attends to no key gets zeros.
+    attends = denominator > 0
+    accumulator_HxT = softmax.accumulator_ref[...]
+    divisor = jnp.where(attends, denominator, 1.0)
+    out_HxT = accumulator_HxT * (rescale / divisor)
+    out_ref[0, 0] = out_HxT.T.astype(out_ref.dtype)
+
+    logsumexp = row_max + jnp.log2(denominator)
+    logsumexp_ref[0, 0] = jnp.where(attends, logsumexp, -HIDDEN)
