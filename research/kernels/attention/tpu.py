@@ -83,6 +83,7 @@ def choose_blocks(
 
 
 def _tile_size(length: int) -> int:
+    # 300 tokens -> 512, 100 -> 128, 4,096 -> 512
     fitting = [size for size in TILE_SIZES if size >= length]
     return fitting[0] if fitting else TILE_SIZES[-1]
 
@@ -164,6 +165,7 @@ def _backward(
     gradients = backward(inputs, mask, terms, backward_blocks, interpret)
     dq, dk, dv = map(_swap_heads_and_tokens, gradients)
 
+    # A custom gradient of `terms` is a value of the same class.
     dterms: dict[str, Array] = {}
     if terms.bias is not None:
         dterms["bias"] = bias_gradient(inputs, mask, terms, backward_blocks, interpret)

@@ -129,11 +129,14 @@ def backward(
         dv = dv_of_chunk if dv is None else dv + dv_of_chunk
 
         # One chunk after the other, so that memory holds the gradients of one at a time.
-        q, g, dk, dv = jax.lax.optimization_barrier((inputs.q, inputs.g, dk, dv))
+        ordered = jax.lax.optimization_barrier((inputs.q, inputs.g, dk, dv))
+        q, g, dk, dv = ordered
         inputs = dataclasses.replace(inputs, q=q, g=g)
 
     dq = jnp.concatenate(dqs, axis=2)
-    return dq, _sum_heads(dk, inputs.k), _sum_heads(dv, inputs.v)
+    dk = _sum_heads(dk, inputs.k)
+    dv = _sum_heads(dv, inputs.v)
+    return dq, dk, dv
 
 
 def _sum_heads(
@@ -173,20 +176,28 @@ def _operands(
     resident: int,
 ) -> Operands:
     """Returns the operands, by row b, head n and block of keys j."""
-    width = inputs.q.shape[3]
-    group = inputs.q.shape[1] // inputs.k.shape[1]
-    operands = Operands.of(mask, terms, grid_axes=range(3))
+    _, heads, _, width = inputs.q.shape
+    group = heads // inputs.k.shape[1]
 
-    for name, array in (("q", inputs.q), ("g", inputs.g)):
-        operands.add(name, array, (1, 1, resident, width), lambda b, n, j: (b, n, 0, 0))
-    for name, array in (("logsumexp", inputs.logsumexp), ("delta", inputs.delta)):
-        operands.add(name, array, (1, 1, 1, resident), lambda b, n, j: (b, n, 0, 0))
+    # All resident queries of a head: q and g are [B, N, T, H], logsumexp and delta [B, N, 1, T].
+    q_block = (1, 1, resident, width)
+    row_block = (1, 1, 1, resident)
+    kv_block = (1, 1, blocks.keys, width)
+
+    def head_index_map(b, n, j):
+        return b, n, 0, 0
 
     # With 4 query heads a key head, query heads 4..7 read key head 1.
-    kv_block = (1, 1, blocks.keys, width)
-    for name, array in (("k", inputs.k), ("v", inputs.v)):
-        operands.add(name, array, kv_block, lambda b, n, j: (b, jax.lax.div(n, group), j, 0))
+    def kv_index_map(b, n, j):
+        return b, jax.lax.div(n, group), j, 0
 
+    operands = Operands.of(mask, terms, grid_axes=range(3))
+    operands.add("q", inputs.q, q_block, head_index_map)
+    operands.add("g", inputs.g, q_block, head_index_map)
+    operands.add("logsumexp", inputs.logsumexp, row_block, head_index_map)
+    operands.add("delta", inputs.delta, row_block, head_index_map)
+    operands.add("k", inputs.k, kv_block, kv_index_map)
+    operands.add("v", inputs.v, kv_block, kv_index_map)
     operands.add_tokens("q", resident, lambda b, n, j: 0)
     operands.add_tokens("kv", blocks.keys, lambda b, n, j: j)
     operands.add_bias(resident, blocks.keys, lambda b, n, j: (b, n, 0, j))
@@ -224,18 +235,14 @@ def _chunk_gradients(
     dkv_dtype = jnp.float32 if is_sum else inputs.v.dtype
     dq_shape = jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype)
     dkv_shape = jax.ShapeDtypeStruct((batch, heads, keys, width), dkv_dtype)
-    dq_spec = operands.spec((1, 1, resident, width), lambda b, n, j: (b, n, 0, 0))
-    dkv_spec = operands.spec((1, 1, blocks.keys, width), lambda b, n, j: (b, n, j, 0))
+    dq_block = (1, 1, resident, width)
+    dkv_block = (1, 1, blocks.keys, width)
+    dq_spec = operands.spec(dq_block, lambda b, n, j: (b, n, 0, 0))
+    dkv_spec = operands.spec(dkv_block, lambda b, n, j: (b, n, j, 0))
 
     call = pl.pallas_call(
         functools.partial(
-            _kernel,
-            config,
-            blocks,
-            tiles_per_chunk,
-            plan.rows,
-            start,
-            operands.names,
+            _kernel, config, blocks, tiles_per_chunk, plan.rows, start, operands.names
         ),
         out_shape=(dq_shape, dkv_shape, dkv_shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -256,8 +263,7 @@ def _chunk_gradients(
         name="tessera_attention_backward",
         interpret=interpret,
     )
-    dq, dk, dv = call(plan.counts, plan.order, *operands.arrays)
-    return dq, dk, dv
+    return tuple(call(plan.counts, plan.order, *operands.arrays))
 
 
 class _Sums(NamedTuple):
@@ -296,10 +302,10 @@ def _kernel(
     blocks_of_keys = pl.num_programs(2)
     refs = refs_by_name(names, inputs, row, head)
 
-    plan_row = row if plan_rows > 1 else 0
-    entry = flat_index((plan_row, block), (plan_rows, blocks_of_keys))
+    entry = flat_index((row, block), (plan_rows, blocks_of_keys))
     visits = Visits(counts_ref, order_ref, entry, tiles_per_chunk, blocks.queries)
 
+    # The gradient of q is complete when all blocks of keys have added to it.
     @pl.when(block == 0)
     def _start() -> None:
         dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
@@ -343,6 +349,7 @@ def _add_tile(
     weights_SxT = gradients.weights_SxT.astype(tile.g_TxH.dtype)
     dproducts_SxT = gradients.dproducts_SxT.astype(tile.k_SxH.dtype)
 
+    # [S, T] and [T, H] -> [S, H], or [S, T] and [S, H] -> [T, H]
     sums.dv_ref[...] += dot(weights_SxT, tile.g_TxH, contract=(1, 0))
     sums.dk_ref[...] += dot(dproducts_SxT, tile.q_TxH, contract=(1, 0))
     dq_TxH = dot(dproducts_SxT, tile.k_SxH, contract=(0, 0))

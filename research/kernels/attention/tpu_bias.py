@@ -37,7 +37,9 @@ def bias_gradient(
     keys = inputs.k.shape[2]
     bias = terms.bias
     broadcast = tuple(size == 1 for size in bias.shape)
-    sizes = (batch, heads, cover(queries, blocks.queries), cover(keys, blocks.keys))
+    q_blocks = cover(queries, blocks.queries)
+    k_blocks = cover(keys, blocks.keys)
+    sizes = (batch, heads, q_blocks, k_blocks)
 
     # Axes that are summed come last in the grid, so that a block of the result is finished before
     # the next one. A bias [1, N, T, 1]: grid [heads, queries, rows, keys], grid_axes [2, 0, 1, 3]
@@ -84,22 +86,31 @@ def _operands(
     grid_axes: Sequence[int],
 ) -> Operands:
     """Returns the operands, by row b, head n, block of queries i and block of keys j."""
-    width = inputs.q.shape[3]
-    group = inputs.q.shape[1] // inputs.k.shape[1]
-    operands = Operands.of(mask, terms, grid_axes)
+    _, heads, _, width = inputs.q.shape
+    group = heads // inputs.k.shape[1]
 
+    # One tile of a head: q and g are [B, N, T, H], logsumexp and delta [B, N, 1, T].
     q_block = (1, 1, blocks.queries, width)
-    for name, array in (("q", inputs.q), ("g", inputs.g)):
-        operands.add(name, array, q_block, lambda b, n, i, j: (b, n, i, 0))
     row_block = (1, 1, 1, blocks.queries)
-    for name, array in (("logsumexp", inputs.logsumexp), ("delta", inputs.delta)):
-        operands.add(name, array, row_block, lambda b, n, i, j: (b, n, 0, i))
+    kv_block = (1, 1, blocks.keys, width)
+
+    def q_index_map(b, n, i, j):
+        return b, n, i, 0
+
+    def row_index_map(b, n, i, j):
+        return b, n, 0, i
 
     # With 4 query heads a key head, query heads 4..7 read key head 1.
-    kv_block = (1, 1, blocks.keys, width)
-    for name, array in (("k", inputs.k), ("v", inputs.v)):
-        operands.add(name, array, kv_block, lambda b, n, i, j: (b, jax.lax.div(n, group), j, 0))
+    def kv_index_map(b, n, i, j):
+        return b, jax.lax.div(n, group), j, 0
 
+    operands = Operands.of(mask, terms, grid_axes)
+    operands.add("q", inputs.q, q_block, q_index_map)
+    operands.add("g", inputs.g, q_block, q_index_map)
+    operands.add("logsumexp", inputs.logsumexp, row_block, row_index_map)
+    operands.add("delta", inputs.delta, row_block, row_index_map)
+    operands.add("k", inputs.k, kv_block, kv_index_map)
+    operands.add("v", inputs.v, kv_block, kv_index_map)
     operands.add_tokens("q", blocks.queries, lambda b, n, i, j: i)
     operands.add_tokens("kv", blocks.keys, lambda b, n, i, j: j)
     operands.add_bias(blocks.queries, blocks.keys, lambda b, n, i, j: (b, n, i, j))
@@ -129,12 +140,11 @@ def _kernel(
     """
     *inputs, out_ref = rest
     indices = [pl.program_id(axis) for axis in grid_axes]
-    sizes = [pl.num_programs(axis) for axis in grid_axes]
+    _, _, q_blocks, k_blocks = (pl.num_programs(axis) for axis in grid_axes)
     row, head, q_block, k_block = indices
     refs = refs_by_name(names, inputs, row, head)
 
-    plan_row = row if plan_rows > 1 else 0
-    tile_index = flat_index((plan_row, q_block, k_block), (plan_rows, *sizes[2:]))
+    tile_index = flat_index((row, q_block, k_block), (plan_rows, q_blocks, k_blocks))
 
     # The first tile of a block of the result: index 0 on all axes that are summed.
     summed = zip(indices, broadcast, strict=True)
@@ -146,6 +156,7 @@ def _kernel(
 
     @pl.when(visited_ref[tile_index] > 0)
     def _add() -> None:
+        # A block in VMEM is one tile: its offset there is 0.
         key_range = TileRange(k_block * blocks.keys, 0, blocks.keys)
         keys = tile_tokens(refs, "kv", key_range, axis=0)
         queries = TileRange(q_block * blocks.queries, 0, blocks.queries)

@@ -28,7 +28,7 @@ from research.kernels.attention.tpu_softmax import (
     OnlineSoftmax,
     add_sink,
     tile_scores,
-    tile_values,
+    zero_past_end,
 )
 from research.kernels.attention.tpu_tile import (
     HIDDEN,
@@ -82,6 +82,7 @@ def forward(
     resident = tiles_per_chunk * blocks.keys
     operands = _operands(q, k, v, mask, terms, blocks, resident)
 
+    # One head of one row of the batch at a time: [B, N, T, H] and [B, N, 1, T]
     out_block = (1, 1, blocks.queries, width)
     logsumexp_block = (1, 1, 1, blocks.queries)
     kernel = transposed.kernel if blocks.transposed else _kernel
@@ -97,14 +98,7 @@ def forward(
         scratch_shapes=scratch(blocks, width),
     )
     call = pl.pallas_call(
-        functools.partial(
-            kernel,
-            config,
-            blocks,
-            tiles_per_chunk,
-            plan.rows,
-            operands.names,
-        ),
+        functools.partial(kernel, config, blocks, tiles_per_chunk, plan.rows, operands.names),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, v.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
@@ -131,23 +125,22 @@ def _operands(
     resident: int,
 ) -> Operands:
     """Returns the operands, by row b, head n, block of queries i and chunk of keys c."""
-    width = q.shape[3]
-    group = q.shape[1] // k.shape[1]
-    operands = Operands.of(mask, terms, grid_axes=range(4))
-
+    _, heads, _, width = q.shape
+    group = heads // k.shape[1]
     q_block = (1, 1, blocks.queries, width)
-    operands.add("q", q, q_block, lambda b, n, i, c: (b, n, i, 0))
+    kv_block = (1, 1, resident, width)
+
+    def q_index_map(b, n, i, c):
+        return b, n, i, 0
 
     # With 4 query heads a key head, query heads 4..7 read key head 1.
-    kv_block = (1, 1, resident, width)
-    for name, array in (("k", k), ("v", v)):
-        operands.add(
-            name,
-            array,
-            kv_block,
-            lambda b, n, i, c: (b, jax.lax.div(n, group), c, 0),
-        )
+    def kv_index_map(b, n, i, c):
+        return b, jax.lax.div(n, group), c, 0
 
+    operands = Operands.of(mask, terms, grid_axes=range(4))
+    operands.add("q", q, q_block, q_index_map)
+    operands.add("k", k, kv_block, kv_index_map)
+    operands.add("v", v, kv_block, kv_index_map)
     operands.add_tokens("q", blocks.queries, lambda b, n, i, c: i)
     operands.add_tokens("kv", resident, lambda b, n, i, c: c)
     operands.add_bias(blocks.queries, resident, lambda b, n, i, c: (b, n, i, c))
@@ -177,20 +170,18 @@ def _kernel(
     _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
     refs = refs_by_name(names, inputs, row, head)
 
-    plan_row = row if plan_rows > 1 else 0
-    entry = flat_index((plan_row, block, chunk), (plan_rows, blocks_of_queries, chunks))
+    entry = flat_index((row, block, chunk), (plan_rows, blocks_of_queries, chunks))
     visits = Visits(counts_ref, order_ref, entry, tiles_per_chunk, blocks.keys)
 
-    @pl.when(chunk == 0)
-    def _start() -> None:
-        softmax.reset()
+    resident = tiles_per_chunk * blocks.keys
 
+    pl.when(chunk == 0)(softmax.reset)
     block_range = TileRange(block * blocks.queries, 0, blocks.queries)
     queries = tile_tokens(refs, "q", block_range, axis=0)
 
     def add_tile(masked: bool, visit: Any, _: None) -> None:
         offset = visits.offset(visit)
-        start = chunk * (tiles_per_chunk * blocks.keys) + offset
+        start = chunk * resident + offset
         keys = TileRange(start, offset, blocks.keys)
         _add_tile(config, refs, queries, keys, masked, softmax)
 
@@ -221,7 +212,7 @@ def _add_tile(
 ) -> None:
     """Adds a tile of keys to the running maximum, denominator and sum of values."""
     k_SxH = refs["k"][0, 0, keys.in_block, :]
-    values_SxH = tile_values(config, refs, keys, masked)
+    values_SxH = refs["v"][0, 0, keys.in_block, :]
     q_TxH = refs["q"][0, 0]
     products_TxS = dot(q_TxH, k_SxH, contract=(1, 1))
     scores_TxS, factor = tile_scores(
@@ -233,6 +224,7 @@ def _add_tile(
         masked,
         key_axis=1,
     )
+    values_SxH = zero_past_end(config, values_SxH, keys, masked)
 
     # A maximum is the same in all 128 lanes of its row: [T, 128]
     old_max = softmax.max_ref[...]
@@ -248,6 +240,7 @@ def _add_tile(
     softmax.denominator_ref[...] = denominator * rescale + lane_sums
     softmax.max_ref[...] = new_max
 
+    # [T, S] and [S, H] -> [T, H]
     weights_TxS = weights_TxS.astype(values_SxH.dtype)
     product_TxH = dot(weights_TxS, values_SxH, contract=(1, 0))
     accumulator_TxH = softmax.accumulator_ref[...]
@@ -270,12 +263,13 @@ def _store(
         row_max, denominator, rescale = add_sink(refs["sinks"], row_max, denominator)
         accumulator_TxH = accumulator_TxH * repeat_lanes(rescale, width)
 
-    # A query that attends to no key gets zeros.
+    # A query that attends to no key has the denominator 0 and gets zeros.
     attends = denominator > 0
     divisor = jnp.where(attends, denominator, 1.0)
     out_TxH = accumulator_TxH / repeat_lanes(divisor, width)
     out_ref[0, 0] = out_TxH.astype(out_ref.dtype)
 
     # [T, 128] -> [1, T]
-    logsumexp = jnp.where(attends, row_max + jnp.log2(denominator), -HIDDEN)
+    logsumexp = row_max + jnp.log2(denominator)
+    logsumexp = jnp.where(attends, logsumexp, -HIDDEN)
     logsumexp_ref[0, 0] = logsumexp.T[:1]

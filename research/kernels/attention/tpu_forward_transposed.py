@@ -20,7 +20,7 @@ from research.kernels.attention.tpu_softmax import (
     OnlineSoftmax,
     add_sink,
     tile_scores,
-    tile_values,
+    zero_past_end,
 )
 from research.kernels.attention.tpu_tile import (
     HIDDEN,
@@ -67,17 +67,17 @@ def kernel(
     _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
     refs = refs_by_name(names, inputs, row, head)
 
-    plan_row = row if plan_rows > 1 else 0
-    entry = flat_index((plan_row, block, chunk), (plan_rows, blocks_of_queries, chunks))
+    entry = flat_index((row, block, chunk), (plan_rows, blocks_of_queries, chunks))
     visits = Visits(counts_ref, order_ref, entry, tiles_per_chunk, blocks.keys)
     unmasked, visited = visits.counts()
+    resident = tiles_per_chunk * blocks.keys
 
-    @pl.when(chunk == 0)
-    def _start() -> None:
-        softmax.reset()
+    pl.when(chunk == 0)(softmax.reset)
 
+    # q kᵀ of a tile waits in VMEM until its turn: [S, H] and [T, H] -> [S, T]
     def multiply(visit: Any) -> None:
-        k_SxH = refs["k"][0, 0, pl.ds(visits.offset(visit), blocks.keys), :]
+        rows = pl.ds(visits.offset(visit), blocks.keys)
+        k_SxH = refs["k"][0, 0, rows, :]
         q_TxH = refs["q"][0, 0]
         products_ref[...] = dot(k_SxH, q_TxH, contract=(1, 1))
 
@@ -90,14 +90,11 @@ def kernel(
         # The last products are made twice: a branch would keep the compiler from interleaving the
         # products of the next tile with the exponentials of this one.
         multiply(jnp.minimum(visit + 1, visited - 1))
-        start = chunk * (tiles_per_chunk * blocks.keys) + offset
+        start = chunk * resident + offset
         keys = TileRange(start, offset, blocks.keys)
         _add_tile(config, refs, queries, keys, products_SxT, masked, softmax)
 
-    @pl.when(visited > 0)
-    def _first_products() -> None:
-        multiply(0)
-
+    pl.when(visited > 0)(functools.partial(multiply, 0))
     jax.lax.fori_loop(0, unmasked, functools.partial(add_tile, False), None)
     jax.lax.fori_loop(unmasked, visited, functools.partial(add_tile, True), None)
 
@@ -116,7 +113,7 @@ def _add_tile(
     softmax: OnlineSoftmax,
 ) -> None:
     """Adds a tile of keys to the running maximum, denominator and sum of values."""
-    values_SxH = tile_values(config, refs, keys, masked)
+    values_SxH = refs["v"][0, 0, keys.in_block, :]
     scores_SxT, factor = tile_scores(
         config,
         refs,
@@ -126,8 +123,9 @@ def _add_tile(
         masked,
         key_axis=0,
     )
+    values_SxH = zero_past_end(config, values_SxH, keys, masked)
 
-    # [S, T] -> [1, T]
+    # The maximum of each query: [S, T] -> [1, T]
     old_max = softmax.max_ref[...]
     tile_max = scores_SxT.max(axis=0, keepdims=True)
     new_max = jnp.maximum(old_max, tile_max * factor)
@@ -139,6 +137,7 @@ def _add_tile(
     softmax.denominator_ref[...] = denominator + weight_sums
     softmax.max_ref[...] = new_max
 
+    # [S, H] and [S, T] -> [H, T]
     weights_SxT = weights_SxT.astype(values_SxH.dtype)
     product_HxT = dot(values_SxH, weights_SxT, contract=(0, 0))
     accumulator_HxT = softmax.accumulator_ref[...]
@@ -155,12 +154,15 @@ def _store(
     if "sinks" in config.given:
         row_max, denominator, rescale = add_sink(refs["sinks"], row_max, denominator)
 
-    # A query that attends to no key gets zeros.
+    # A query that attends to no key has the denominator 0 and gets zeros.
     attends = denominator > 0
     accumulator_HxT = softmax.accumulator_ref[...]
     divisor = jnp.where(attends, denominator, 1.0)
     out_HxT = accumulator_HxT * (rescale / divisor)
-    out_ref[0, 0] = out_HxT.T.astype(out_ref.dtype)
+    # [H, T] -> [T, H]
+    out_TxH = out_HxT.T
+    out_ref[0, 0] = out_TxH.astype(out_ref.dtype)
 
+    # [1, T]
     logsumexp = row_max + jnp.log2(denominator)
     logsumexp_ref[0, 0] = jnp.where(attends, logsumexp, -HIDDEN)

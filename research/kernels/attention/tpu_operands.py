@@ -44,6 +44,7 @@ class Operands:
             ("alibi", terms.alibi, jnp.float32),
             ("sinks", terms.sinks, jnp.float32),
         )
+        # Whole vectors: a kernel reads the scalar of its row or head.
         for name, array, dtype in scalars:
             if array is not None:
                 spec = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -81,6 +82,7 @@ class Operands:
           token_block: the index map of the blocks of tokens.
         """
 
+        # Block 3 of the tokens of row 1 of [B, 1, tokens] -> (1, 0, 3)
         def index_map(row: Any, *indices: Any) -> tuple:
             return row, 0, token_block(row, *indices)
 
@@ -143,6 +145,7 @@ def bias_tile(refs: Mapping[str, Any], queries: Any, keys: Any) -> Array | None:
     """
     if "bias" not in refs:
         return None
+    # The bias of a block [1, 1, T, 1] is a column for all keys.
     ref = refs["bias"]
     _, _, bias_queries, bias_keys = ref.shape
     if bias_queries == 1:

@@ -74,8 +74,10 @@ def _extremes(
         values = values[None]
 
     # Padding never wins: [3, 4, 5] in blocks of 2 -> least [3, 5], greatest [4, 5].
-    least = _in_blocks(values, block, fill=highest).min(-1)
-    greatest = _in_blocks(values, block, fill=lowest).max(-1)
+    padded_high = _in_blocks(values, block, fill=highest)
+    least = padded_high.min(-1)
+    padded_low = _in_blocks(values, block, fill=lowest)
+    greatest = padded_low.max(-1)
     return least, greatest
 
 
@@ -118,10 +120,12 @@ def tile_visibility(
 
     # A short last block needs the mask, which hides what is past the end.
     if keys % blocks.keys:
-        is_whole = jnp.arange(k_blocks) < k_blocks - 1
+        last = k_blocks - 1
+        is_whole = jnp.arange(k_blocks) < last
         all_visible &= is_whole[None, None]
     if queries % blocks.queries:
-        is_whole = jnp.arange(q_blocks) < q_blocks - 1
+        last = q_blocks - 1
+        is_whole = jnp.arange(q_blocks) < last
         all_visible &= is_whole[None, :, None]
     return any_visible, all_visible & any_visible
 
@@ -218,9 +222,11 @@ def flat_index(indices: Sequence[Any], sizes: Sequence[int]) -> Any:
 
     Args:
       indices: along each axis, the outermost first.
-      sizes: of the axes.
+      sizes: of the axes; a first axis of size 1 is broadcast, whatever its index.
     """
     flat, *others = indices
+    if sizes[0] == 1:
+        flat = 0
     for index, size in zip(others, sizes[1:], strict=True):
         flat = flat * size + index
     return flat
@@ -245,11 +251,14 @@ class Visits:
 
     def counts(self) -> tuple[Any, Any]:
         """Returns how many tiles need no mask, and how many are visited at all."""
-        unmasked = self.counts_ref[2 * self.entry]
-        visited = self.counts_ref[2 * self.entry + 1]
+        # [unmasked, visited] of entry 3 are elements 6 and 7.
+        pair = 2 * self.entry
+        unmasked = self.counts_ref[pair]
+        visited = self.counts_ref[pair + 1]
         return unmasked, visited
 
     def offset(self, visit: Any) -> Any:
         """Returns at which token of the chunk the tile of a visit starts."""
-        tile = self.order_ref[self.entry * self.tiles_per_chunk + visit]
+        first = self.entry * self.tiles_per_chunk
+        tile = self.order_ref[first + visit]
         return pl.multiple_of(tile * self.block, self.block)

@@ -37,9 +37,11 @@ class OnlineSoftmax(NamedTuple):
 
     def reset(self) -> None:
         """Starts a block of queries."""
-        self.max_ref[...] = jnp.full_like(self.max_ref, FIRST_MAX)
-        self.denominator_ref[...] = jnp.zeros_like(self.denominator_ref)
-        self.accumulator_ref[...] = jnp.zeros_like(self.accumulator_ref)
+        max_ref, denominator_ref, accumulator_ref = self
+        # Finite, so that the difference of two of them is 0 and not NaN.
+        max_ref[...] = jnp.full_like(max_ref, FIRST_MAX)
+        denominator_ref[...] = jnp.zeros_like(denominator_ref)
+        accumulator_ref[...] = jnp.zeros_like(accumulator_ref)
 
 
 def tile_scores(
@@ -68,24 +70,28 @@ def tile_scores(
 
     kv = tile_tokens(refs, "kv", keys, key_axis)
     capped, _ = capped_products(config, products)
+    # Of a bias [T, S], as the products are: [S, T] where keys are the first axis.
     bias = bias_tile(refs, slice(None), keys.in_block)
     if bias is not None and key_axis == 0:
         bias = bias.T
-    return scores(config, refs, capped, queries, kv, bias, masked), 1.0
+    log2_scores = scores(config, refs, capped, queries, kv, bias, masked)
+    return log2_scores, 1.0
 
 
-def tile_values(
-    config: ScoreConfig, refs: Refs, keys: TileRange, masked: bool
+def zero_past_end(
+    config: ScoreConfig, values_SxH: Float[Array, "S H"], keys: TileRange, masked: bool
 ) -> Float[Array, "S H"]:
     """Returns the values of a tile; past the last key, where VMEM holds anything, they are 0."""
-    values_SxH = refs["v"][0, 0, keys.in_block, :]
     if not masked or config.keys % keys.size == 0:
         return values_SxH
 
+    # 900 keys in tiles of 512: rows 388 and up of the second tile are past the end. A weight of 0
+    # does not hide them, since 0 · NaN is NaN.
     iota = jax.lax.broadcasted_iota(jnp.int32, values_SxH.shape, 0)
     index = keys.start + iota
+    is_key = index < config.keys
     zeros = jnp.zeros_like(values_SxH)
-    return jnp.where(index < config.keys, values_SxH, zeros)
+    return jnp.where(is_key, values_SxH, zeros)
 
 
 def add_sink(
@@ -101,5 +107,7 @@ def add_sink(
     sink = sink * LOG2E
     new_max = jnp.maximum(row_max, sink)
     rescale = jnp.exp2(row_max - new_max)
-    denominator = denominator * rescale + jnp.exp2(sink - new_max)
+    # What was summed relative to the old maximum is made relative to the new one.
+    denominator = denominator * rescale
+    denominator = denominator + jnp.exp2(sink - new_max)
     return new_max, denominator, rescale

@@ -52,6 +52,7 @@ class ScoreConfig:
         """Returns the config of a call."""
         arrays = {name: getattr(mask, name) for name in MASK_OPERANDS}
         arrays |= {name: getattr(terms, name) for name in TERM_OPERANDS}
+        # bias and sinks -> ("bias", "sinks")
         given = tuple(name for name, array in arrays.items() if array is not None)
         return cls(
             queries=queries,
@@ -112,6 +113,7 @@ def tile_tokens(refs: Refs, side: str, tokens: TileRange, axis: int) -> TileToke
       tokens: which.
       axis: 0 for a column, [size, 1], and 1 for a row, [1, size].
     """
+    # Tokens 512 and up, 128 of them: [[512, 513, ..., 639]], or the same as a column.
     shape = (tokens.size, 1) if axis == 0 else (1, tokens.size)
     iota = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     index = tokens.start + iota
@@ -189,6 +191,7 @@ def scores(
         bias = bias.astype(jnp.float32)
         s = s + bias * LOG2E
 
+    # alibi · |p_t − p_s|, with one slope for the head
     if "alibi" in config.given:
         distance = jnp.abs(q.position - kv.position)
         distance = distance.astype(jnp.float32)
@@ -225,6 +228,7 @@ def _visible(config: ScoreConfig, refs: Refs, q: TileTokens, kv: TileTokens) -> 
 def _visible_by_position(
     config: ScoreConfig, refs: Refs, q: TileTokens, kv: TileTokens
 ) -> list[Bool[Array, "..."]]:
+    # As `AttentionMask` defines it, but for segments.
     conditions = []
     if config.causal:
         conditions.append(q.position >= kv.position)
@@ -244,5 +248,6 @@ def dot(
 ) -> Float[Array, "..."]:
     """Returns the product of two matrices in float32, contracted over an axis of each."""
     a_axis, b_axis = contract
+    # [T, H] and [S, H] with contract (1, 1) -> [T, S]
     dimension_numbers = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, dimension_numbers, preferred_element_type=jnp.float32)

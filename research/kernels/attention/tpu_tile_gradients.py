@@ -56,6 +56,7 @@ def load_tile(
       keys: of the tile: all that are in VMEM.
       masked: whether the tile may go past an end.
     """
+    # [T, H], [S, H] and [1, T] of one head
     rows = queries.in_block
     q_TxH = refs["q"][0, 0, rows, :]
     g_TxH = refs["g"][0, 0, rows, :]
@@ -93,6 +94,7 @@ def tile_gradients(
     masked: bool,
 ) -> TileGradients:
     """Returns the gradients of a tile, [keys, queries]; arguments as of `load_tile`."""
+    # The scores once more, as in the forward pass: [S, H] and [T, H] -> [S, T]
     products_SxT = dot(tile.k_SxH, tile.q_TxH, contract=(1, 1))
     query_tokens = tile_tokens(refs, "q", queries, axis=1)
     capped_SxT, cap_derivative = capped_products(config, products_SxT)
@@ -114,6 +116,7 @@ def tile_gradients(
     dweights_SxT = dot(tile.v_SxH, tile.g_TxH, contract=(1, 1))
     dscores_SxT = weights_SxT * (dweights_SxT - tile.delta_1xT)
 
+    # The cap is the only term between products and scores that is no constant or sum.
     dproducts_SxT = dscores_SxT
     if cap_derivative is not None:
         dproducts_SxT = dscores_SxT * cap_derivative

@@ -28,18 +28,18 @@ PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu", "xla")}
 
 
 def grouped_matmul(
-    x: Float[Array, "M D"],
+    x: Float[Array, "rows D"],
     kernels: Weight,
     group_sizes: Int[Array, "E"],
     *,
     implementation: Implementation = "auto",
-) -> Float[Array, "M F"]:
+) -> Float[Array, "rows F"]:
     """Returns x_e W_e for the rows x_e of each expert e.
 
-    The first `group_sizes[0]` rows meet `kernels[0]`, the next `group_sizes[1]` rows `kernels[1]`,
-    and so on; rows past the last group give zeros, whatever they hold. Products are summed in
-    float32. The gradients are those of the equation, summed in float32 as well, and zero for the
-    kernels of empty groups.
+    The first `group_sizes[0]` rows are multiplied with `kernels[0]`, the next `group_sizes[1]` rows
+    with `kernels[1]`, and so on; rows past the last group give zeros, whatever they hold. Products
+    are summed in float32. The gradients are those of the equation, summed in float32 as well, and
+    zero for the kernels of empty groups.
 
     Under a mesh the fast implementations are called inside a `shard_map`, each device with its own
     rows and group sizes.
@@ -48,12 +48,12 @@ def grouped_matmul(
       x: rows sorted by expert.
       kernels: `[E, D, F]`, plain or a node; rounded to the type of `x`; where they are float32, so
           is their gradient.
-      group_sizes: rows of each expert, at least 0, together at most M.
+      group_sizes: rows of each expert, at least 0, together at most those of `x`.
       implementation: the backend; `auto` takes the fastest that knows what is asked, and never
           `reference`.
 
     Returns:
-      `[M, F]` in the type of `x`.
+      `[rows, F]` in the type of `x`.
 
     Raises:
       UserError: the implementation is not there or does not take what is asked.
@@ -68,21 +68,28 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped(x: Array, kernels: Array, group_sizes: Array, name: str) -> Array:
-    return IMPLEMENTATIONS[name].grouped_matmul(x, kernels.astype(x.dtype), group_sizes)
+    implementation = IMPLEMENTATIONS[name]
+    return implementation.grouped_matmul(x, kernels.astype(x.dtype), group_sizes)
 
 
 def _forward(
     x: Array, kernels: Array, group_sizes: Array, name: str
 ) -> tuple[Array, tuple[Array, ...]]:
-    return _grouped(x, kernels, group_sizes, name), (x, kernels, group_sizes)
+    y = _grouped(x, kernels, group_sizes, name)
+    residuals = (x, kernels, group_sizes)
+    return y, residuals
 
 
 def _backward(
-    name: str, saved: tuple[Array, ...], g: Float[Array, "M F"]
+    name: str, residuals: tuple[Array, ...], g: Float[Array, "rows F"]
 ) -> tuple[Array, Array, None]:
-    x, kernels, group_sizes = saved
-    dx = IMPLEMENTATIONS[name].transposed_matmul(g, kernels.astype(x.dtype), group_sizes)
-    return dx, IMPLEMENTATIONS[name].outer_products(x, g, group_sizes).astype(kernels.dtype), None
+    x, kernels, group_sizes = residuals
+    implementation = IMPLEMENTATIONS[name]
+
+    # y = x_e W_e -> dx = dy W_eᵀ and dW_e = x_eᵀ dy
+    dx = implementation.transposed_matmul(g, kernels.astype(x.dtype), group_sizes)
+    dkernels = implementation.outer_products(x, g, group_sizes)
+    return dx, dkernels.astype(kernels.dtype), None
 
 
 _grouped.defvjp(_forward, _backward)

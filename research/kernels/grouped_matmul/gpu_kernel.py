@@ -3,13 +3,12 @@ outer products.
 
 A block makes one tile of a result and adds up the products of steps of the axis that is contracted.
 Two warpgroups make half of its rows each. A third one copies the operands of both into a ring of
-shared memory, as many steps ahead as there is room.
+shared memory, as many steps ahead as it has room for.
 
-Tiles of rows begin at whole tiles and not at groups, since the copy engine wants them so. A tile
-with rows of several groups is made once for each of them, and each time only the rows of that group
-are stored. Outer products sum over
-rows: there the rows of other groups are made zero after they are copied, by the warpgroup that
-    copies.
+Tiles of rows begin at multiples of the tile size and not at groups, as the copy engine requires. A
+tile with rows of several groups is made once for each of them, and each time only the rows of that
+group are stored. Outer products sum over rows: the warpgroup that copies makes the rows of other
+groups zero after they are copied.
 """
 
 import dataclasses
@@ -25,8 +24,9 @@ from jaxtyping import Array, Float
 from research.kernels.attention.gpu_plan import ROWS, TILE, WARPGROUPS
 from research.kernels.attention.gpu_tile import feed, load, product, spread, store, swizzled, zeros
 
-# What is contracted in a step; how many of them shared memory holds.
-STEP, STAGES = 64, 4
+# Elements that are contracted in a step, and the steps that the ring in shared memory holds.
+STEP = 64
+STAGES = 4
 # Registers of a thread of each warpgroup, together.
 REGISTERS = 504
 # Columns that are stored at a time.
@@ -58,6 +58,7 @@ def scratch(plan: Plan, dtype: Any, out_dtype: Any) -> dict[str, Any]:
       dtype: of the operands.
       out_dtype: of the result.
     """
+    # Each warpgroup has its own rows on the left, and all have the same columns on the right.
     right = (plan.columns, STEP) if plan.transposed else (STEP, plan.columns)
     return {
         "left": swizzled((STAGES, WARPGROUPS, ROWS, STEP), dtype),
@@ -72,20 +73,22 @@ def rows_scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
     """Returns what `grouped_rows` shares beside `scratch`: a buffer of which any rows may be
     copied.
     """
-    return scratch(plan, dtype, dtype) | {"rows": plgpu.SMEM((WARPGROUPS, ROWS, CHUNK), dtype)}
+    rows = plgpu.SMEM((WARPGROUPS, ROWS, CHUNK), dtype)
+    return scratch(plan, dtype, dtype) | {"rows": rows}
 
 
 def outer_scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
     """Returns what `grouped_outer` shares beside `scratch`: the barrier of the steps that have rows
     of other groups.
     """
-    return scratch(plan, dtype, jnp.float32) | {"edge": plgpu.Barrier(num_arrivals=COPIES)}
+    edge = plgpu.Barrier(num_arrivals=COPIES)
+    return scratch(plan, dtype, jnp.float32) | {"edge": edge}
 
 
 def _work(
     plan: Plan,
     shared: dict[str, Any],
-    total: Array,
+    steps: Array,
     copy: Callable[[Array, Array], None],
     finish: Callable[[Array], None],
     *,
@@ -97,7 +100,7 @@ def _work(
     Args:
       plan: the static plan.
       shared: of `scratch`.
-      total: how many steps.
+      steps: how many.
       copy: starts the copies of a step into a slot of the ring.
       finish: stores the sum of a warpgroup.
       transpose_a: whether the left operands are read transposed.
@@ -109,165 +112,232 @@ def _work(
     def _() -> None:
         plgpu.set_max_registers((REGISTERS - copying_registers) // WARPGROUPS, action="increase")
 
-        def step(index: Array, out: Array) -> Array:
+        def add_step(index: Array, out: Array) -> Array:
+            # Step 5 is in slot 1 of a ring of 4.
             slot = lax.rem(index, jnp.int32(STAGES))
-            left, right = shared["left"].at[slot, warpgroup], shared["right"].at[slot]
+            left = shared["left"].at[slot, warpgroup]
+            right = shared["right"].at[slot]
             plgpu.barrier_wait(shared["full"].at[slot])
             out = product(
-                plan, left, right, out, transpose_a=transpose_a, transpose_b=plan.transposed
+                plan,
+                left,
+                right,
+                out,
+                transpose_a=transpose_a,
+                transpose_b=plan.transposed,
             )
             plgpu.barrier_arrive(shared["free"].at[slot])
             return out
 
-        finish(lax.fori_loop(0, total, step, zeros(plan, ROWS, plan.columns)))
+        out = zeros(plan, ROWS, plan.columns)
+        out = lax.fori_loop(0, steps, add_step, out)
+        finish(out)
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(copying_registers, action="decrease")
-        feed(total, STAGES, (shared["free"],), copy)
+        free = (shared["free"],)
+        feed(steps, STAGES, free, copy)
 
 
 def _chunks(out: Array, column: Array) -> list[tuple[Array, pl.Slice]]:
-    """Returns the columns of a sum in pieces, and where they go."""
+    """Returns a sum in chunks of columns, each with its columns of the result.
+
+    Args:
+      out: the sum.
+      column: of the result, of the sum's first column.
+    """
     rows, columns = out.shape
-    starts = range(0, columns, CHUNK)
-    return [
-        (lax.slice(out, (0, at), (rows, at + CHUNK)), pl.ds(column + at, CHUNK)) for at in starts
-    ]
+    chunks = []
+    # 128 columns at 256 of the result -> columns 256..319 and 320..383
+    for start in range(0, columns, CHUNK):
+        chunk = lax.slice(out, (0, start), (rows, start + CHUNK))
+        target = pl.ds(column + start, CHUNK)
+        chunks.append((chunk, target))
+    return chunks
 
 
 def grouped_rows(
     plan: Plan, visits_ref: Any, x_ref: Any, kernels_ref: Any, y_ref: Any, **shared: Any
 ) -> None:
-    """Computes the rows of one group in one tile: see `gpu.visit_table` for what it reads of its
-    visit.
+    """Computes the rows of one group in one tile.
+
+    Args:
+      plan: the static plan.
+      visits_ref: of `gpu.visit_table`.
+      x_ref, kernels_ref: the operands.
+      y_ref: the result.
+      shared: of `rows_scratch`.
     """
-    visit, warpgroup = lax.axis_index("visit"), lax.axis_index("warpgroup")
-    group, tile, start, stop, total = (visits_ref[visit, n] for n in range(5))
+    visit = lax.axis_index("visit")
+    warpgroup = lax.axis_index("warpgroup")
+    group, tile, start, stop, steps = (visits_ref[visit, field] for field in range(5))
     column = _column(plan)
 
     def copy(step: Array, slot: Array) -> None:
-        full, inner = shared["full"].at[slot], pl.ds(step * STEP, STEP)
+        full = shared["full"].at[slot]
+        inner = pl.ds(step * STEP, STEP)
+        # The halves of tile 2 of 128 rows: rows 256..319 and 320..383
         for half in range(WARPGROUPS):
             rows = pl.ds(tile * TILE + half * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(x_ref.at[rows, inner], shared["left"].at[slot, half], full)
-        outer = pl.ds(column, plan.columns)
-        part = (group, outer, inner) if plan.transposed else (group, inner, outer)
-        plgpu.copy_gmem_to_smem(kernels_ref.at[part], shared["right"].at[slot], full)
+            left = shared["left"].at[slot, half]
+            plgpu.copy_gmem_to_smem(x_ref.at[rows, inner], left, full)
 
-    def finish(out: Float[Array, "M P"]) -> None:
+        outer = pl.ds(column, plan.columns)
+        block = (group, outer, inner) if plan.transposed else (group, inner, outer)
+        right = shared["right"].at[slot]
+        plgpu.copy_gmem_to_smem(kernels_ref.at[block], right, full)
+
+    def finish(out: Float[Array, "rows columns"]) -> None:
+        # Of rows 256..319 the group may have 260..299: 4..43 of the warpgroup's rows.
         first = tile * TILE + warpgroup * ROWS
-        begin, end = (jnp.clip(row - first, 0, ROWS) for row in (start, stop))
+        begin = jnp.clip(start - first, 0, ROWS)
+        end = jnp.clip(stop - first, 0, ROWS)
         chunks = _chunks(out.astype(y_ref.dtype), column)
 
         @pl.when(end - begin == ROWS)
-        def _() -> None:
-            for part, columns in chunks:
-                store(part, shared["out"].at[warpgroup], y_ref.at[pl.ds(first, ROWS), columns])
+        def _store_all() -> None:
+            buffer = shared["out"].at[warpgroup]
+            for chunk, columns in chunks:
+                store(chunk, buffer, y_ref.at[pl.ds(first, ROWS), columns])
 
         @pl.when((begin < end) & (end - begin < ROWS))
-        def _() -> None:
-            for part, columns in chunks:
-                _store_rows(part, shared["rows"].at[warpgroup], y_ref, (first, columns), begin, end)
+        def _store_some() -> None:
+            buffer = shared["rows"].at[warpgroup]
+            for chunk, columns in chunks:
+                _store_rows(chunk, buffer, y_ref, (first, columns), begin, end)
 
-    _work(plan, shared, total, copy, finish)
+    _work(plan, shared, steps, copy, finish)
 
 
 def _column(plan: Plan) -> Array:
     """Returns the first column of a block's tile."""
-    band = lax.axis_index("band") * lax.axis_size("column") + lax.axis_index("column")
-    return band * plan.columns
+    # Tile 2 of band 3, with 4 tiles of 256 columns a band: tile 14, column 3,584
+    first_tile = lax.axis_index("band") * lax.axis_size("column")
+    tile = first_tile + lax.axis_index("column")
+    return tile * plan.columns
 
 
 def _store_rows(
-    value: Array, buffer: Any, target: Any, at: tuple[Array, pl.Slice], begin: Array, end: Array
+    value: Array,
+    buffer: Any,
+    target: Any,
+    position: tuple[Array, pl.Slice],
+    begin: Array,
+    end: Array,
 ) -> None:
     """Writes some rows of a tile to device memory through shared memory, which is free when it
     returns.
 
-    The copy engine copies as many rows as was known when it was compiled: here the powers of two
-    that add up to them.
+    The number of rows of a copy is static: here the powers of two that add up to the rows.
 
     Args:
       value: the tile.
       buffer: shared memory for it.
       target: the array.
-      at: the tile's first row in it, and its columns.
+      position: the tile's first row in the array, and its columns.
       begin, end: the rows of the tile, not all of them.
     """
-    first, columns = at
+    first, columns = position
     buffer[...] = value
     plgpu.commit_smem()
+
+    # 40 rows are a copy of 32 and one of 8.
     size = ROWS // 2
     while size:
-        some = (end - begin) & size
+        copied = (end - begin) & size
 
-        @pl.when(some != 0)
-        def _(size: int = size, begin: Array = begin) -> None:
-            plgpu.copy_smem_to_gmem(
-                buffer.at[pl.ds(begin, size)], target.at[pl.ds(first + begin, size), columns]
-            )
+        @pl.when(copied != 0)
+        def _copy(size: int = size, begin: Array = begin) -> None:
+            rows = buffer.at[pl.ds(begin, size)]
+            target_rows = pl.ds(first + begin, size)
+            plgpu.copy_smem_to_gmem(rows, target.at[target_rows, columns])
 
-        begin, size = begin + some, size // 2
+        begin = begin + copied
+        size = size // 2
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def grouped_outer(
     plan: Plan, spans_ref: Any, x_ref: Any, g_ref: Any, out_ref: Any, **shared: Any
 ) -> None:
-    """Computes a tile of xᵀ g of one group, from the first row of the group and the one after its
-    last.
+    """Computes a tile of xᵀ g of one group.
+
+    Args:
+      plan: the static plan.
+      spans_ref: the first row of each group, and the row after its last.
+      x_ref, g_ref, out_ref: operands and result.
+      shared: of `outer_scratch`.
     """
-    group, warpgroup = lax.axis_index("group"), lax.axis_index("warpgroup")
-    start, stop = spans_ref[group, 0], spans_ref[group, 1]
-    first = lax.div(start, jnp.int32(STEP))
-    total = jnp.where(stop > start, lax.div(stop + (STEP - 1), jnp.int32(STEP)) - first, 0)
-    row, column = lax.axis_index("row") * TILE, _column(plan)
+    group = lax.axis_index("group")
+    warpgroup = lax.axis_index("warpgroup")
+    start = spans_ref[group, 0]
+    stop = spans_ref[group, 1]
+
+    first, steps = _steps(start, stop)
+    row = lax.axis_index("row") * TILE
+    column = _column(plan)
 
     def copy(step: Array, slot: Array) -> None:
-        # The steps with rows of other groups come last, when there is enough to do until they are
-        # clean.
-        begin = (first + lax.rem(step + 1, total)) * STEP
-        left, right = (
-            [shared["left"].at[slot, half] for half in range(WARPGROUPS)],
-            shared["right"].at[slot],
-        )
+        # Steps 2, 3, 4, 1: those with rows of other groups come last, when there is enough to do
+        # until they are clean.
+        begin = (first + lax.rem(step + 1, steps)) * STEP
+        left = [shared["left"].at[slot, half] for half in range(WARPGROUPS)]
+        right = shared["right"].at[slot]
+        full = shared["full"].at[slot]
 
         def copy_to(barrier: Any) -> None:
             rows = pl.ds(begin, STEP)
             for half, buffer in enumerate(left):
-                plgpu.copy_gmem_to_smem(
-                    x_ref.at[rows, pl.ds(row + half * ROWS, ROWS)], buffer, barrier
-                )
-            plgpu.copy_gmem_to_smem(g_ref.at[rows, pl.ds(column, plan.columns)], right, barrier)
+                x_columns = pl.ds(row + half * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(x_ref.at[rows, x_columns], buffer, barrier)
+            g_columns = pl.ds(column, plan.columns)
+            plgpu.copy_gmem_to_smem(g_ref.at[rows, g_columns], right, barrier)
 
-        inside = (begin >= start) & (begin + STEP <= stop)
-        pl.when(inside)(lambda: copy_to(shared["full"].at[slot]))
+        is_inside = (begin >= start) & (begin + STEP <= stop)
 
-        @pl.when(jnp.logical_not(inside))
-        def _() -> None:
+        @pl.when(is_inside)
+        def _copy_whole() -> None:
+            copy_to(full)
+
+        @pl.when(jnp.logical_not(is_inside))
+        def _copy_and_clear() -> None:
             copy_to(shared["edge"])
             plgpu.barrier_wait(shared["edge"])
-            for buffer in (
-                *left,
-                *(right.at[:, pl.ds(at, CHUNK)] for at in range(0, plan.columns, CHUNK)),
-            ):
-                _clear(plan, buffer, start - begin, stop - begin)
-            plgpu.commit_smem()
+            chunks = range(0, plan.columns, CHUNK)
+            right_chunks = [right.at[:, pl.ds(chunk, CHUNK)] for chunk in chunks]
+            _clear_outside(plan, left + right_chunks, start - begin, stop - begin)
+            # In the place of the copies, which arrived at the other barrier.
             for _ in range(COPIES):
-                plgpu.barrier_arrive(shared["full"].at[slot])
+                plgpu.barrier_arrive(full)
 
-    def finish(out: Float[Array, "M P"]) -> None:
-        for part, columns in _chunks(out, column):
-            rows = pl.ds(row + warpgroup * ROWS, ROWS)
-            store(part, shared["out"].at[warpgroup], out_ref.at[group, rows, columns])
+    def finish(out: Float[Array, "rows columns"]) -> None:
+        rows = pl.ds(row + warpgroup * ROWS, ROWS)
+        buffer = shared["out"].at[warpgroup]
+        for chunk, columns in _chunks(out, column):
+            store(chunk, buffer, out_ref.at[group, rows, columns])
 
-    _work(plan, shared, total, copy, finish, transpose_a=True, copying_registers=72)
+    _work(plan, shared, steps, copy, finish, transpose_a=True, copying_registers=72)
 
 
-def _clear(plan: Plan, buffer: Any, start: Array, stop: Array) -> None:
-    """Makes the rows of a buffer zero but for those from `start` to `stop`, whatever they hold."""
-    x = load(plan, buffer, tuple(pl.ds(0, size) for size in buffer.shape))
-    row = spread(plan, lax.broadcasted_iota(jnp.int32, buffer.shape, 0))
-    mine = (row >= start) & (row < stop)
-    buffer[...] = jnp.where(mine, x.astype(jnp.float32), 0.0).astype(x.dtype)
+def _steps(start: Array, stop: Array) -> tuple[Array, Array]:
+    """Returns the first step that has rows of a group, and how many there are."""
+    # Rows 100..299 are in steps 1..4 of 64 rows: first 1, and 4 of them.
+    first = lax.div(start, jnp.int32(STEP))
+    has_rows = stop > start
+    after_last = lax.div(stop + (STEP - 1), jnp.int32(STEP))
+    steps = jnp.where(has_rows, after_last - first, 0)
+    return first, steps
+
+
+def _clear_outside(plan: Plan, buffers: list[Any], start: Array, stop: Array) -> None:
+    """Makes the rows of buffers zero but for those from `start` to `stop`, whatever they hold."""
+    for buffer in buffers:
+        whole = tuple(pl.ds(0, size) for size in buffer.shape)
+        x = load(plan, buffer, whole)
+        row = spread(plan, lax.broadcasted_iota(jnp.int32, buffer.shape, 0))
+        is_member = (row >= start) & (row < stop)
+        # Selected and not multiplied: a row of another group may hold NaN.
+        cleared = jnp.where(is_member, x.astype(jnp.float32), 0.0)
+        buffer[...] = cleared.astype(x.dtype)
+    plgpu.commit_smem()

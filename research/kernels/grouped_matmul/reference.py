@@ -4,41 +4,71 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def unsupported_reason(x: Float[Array, "M D"], kernels: Float[Array, "E D F"]) -> None:
+def unsupported_reason(x: Float[Array, "rows D"], kernels: Float[Array, "E D F"]) -> None:
     """Takes everything."""
 
 
-def members(group_sizes: Int[Array, "E"], rows: int) -> Bool[Array, "E M"]:
+def members(group_sizes: Int[Array, "E"], rows: int) -> Bool[Array, "E rows"]:
     """Returns which rows belong to each group."""
-    ends = jnp.cumsum(group_sizes)[:, None]
-    row = jnp.arange(rows)[None]
-    return (row >= ends - group_sizes[:, None]) & (row < ends)
+    # Sizes [2, 1] -> starts [[0], [2]], stops [[2], [3]]
+    stops = jnp.cumsum(group_sizes)[:, None]
+    starts = stops - group_sizes[:, None]
+
+    # Of 4 rows -> [[1, 1, 0, 0], [0, 0, 1, 0]]
+    index = jnp.arange(rows)[None]
+    return (index >= starts) & (index < stops)
 
 
-def _rows(x: Float[Array, "M D"], group_sizes: Int[Array, "E"]) -> Float[Array, "E M D"]:
-    return jnp.where(members(group_sizes, x.shape[0])[:, :, None], x, jnp.zeros((), x.dtype))
+def rows_of_any_group(
+    x: Float[Array, "rows D"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "rows D"]:
+    """Returns the rows of all groups; those past the last one are zero."""
+    is_member = members(group_sizes, x.shape[0])
+    in_any_group = is_member.any(axis=0)
+    zero = jnp.zeros((), x.dtype)
+    return jnp.where(in_any_group[:, None], x, zero)
+
+
+def _rows_by_group(
+    x: Float[Array, "rows D"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "E rows D"]:
+    # [rows, D] -> [E, rows, D], zero where a row is in another group
+    is_member = members(group_sizes, x.shape[0])
+    zero = jnp.zeros((), x.dtype)
+    return jnp.where(is_member[:, :, None], x, zero)
 
 
 def grouped_matmul(
-    x: Float[Array, "M D"], kernels: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
-) -> Float[Array, "M F"]:
-    """Returns each row times the kernel of its group, holding `[E, M, D]`."""
+    x: Float[Array, "rows D"], kernels: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "rows F"]:
+    """Returns each row times the kernel of its group, holding `[E, rows, D]`."""
+    # In the equations r is a row.
     y = jnp.einsum(
-        "EMD,EDF->MF", _rows(x, group_sizes), kernels, preferred_element_type=jnp.float32
+        "ErD,EDF->rF",
+        _rows_by_group(x, group_sizes),
+        kernels,
+        preferred_element_type=jnp.float32,
     )
     return y.astype(x.dtype)
 
 
 def transposed_matmul(
-    g: Float[Array, "M F"], kernels: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
-) -> Float[Array, "M D"]:
+    g: Float[Array, "rows F"], kernels: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "rows D"]:
     """Returns each row times the transposed kernel of its group."""
-    return grouped_matmul(g, kernels.swapaxes(1, 2), group_sizes)
+    transposed = kernels.swapaxes(1, 2)
+    return grouped_matmul(g, transposed, group_sizes)
 
 
 def outer_products(
-    x: Float[Array, "M D"], g: Float[Array, "M F"], group_sizes: Int[Array, "E"]
+    x: Float[Array, "rows D"], g: Float[Array, "rows F"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:
     """Returns x_eᵀ g_e of each group, in float32."""
-    g = jnp.where(members(group_sizes, x.shape[0]).any(axis=0)[:, None], g, jnp.zeros((), g.dtype))
-    return jnp.einsum("EMD,MF->EDF", _rows(x, group_sizes), g, preferred_element_type=jnp.float32)
+    # A row past the last group may hold NaN, which 0 · NaN would let through.
+    g = rows_of_any_group(g, group_sizes)
+    return jnp.einsum(
+        "ErD,rF->EDF",
+        _rows_by_group(x, group_sizes),
+        g,
+        preferred_element_type=jnp.float32,
+    )

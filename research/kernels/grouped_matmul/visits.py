@@ -13,13 +13,13 @@ from research.core.trees import node
 @node(static=())
 @dataclasses.dataclass(frozen=True)
 class Visits:
-    """Visits in the order of the rows; what is left of their fixed number repeats the last tile
-    with no rows.
+    """Visits in the order of the rows, a fixed number; unused ones repeat the last tile, without
+    rows.
 
     Attributes:
-      group: of each visit; rows past the last group belong to the last one, with an empty stretch.
+      group: of each visit; rows past the last group belong to the last one, and none of them count.
       tile: of rows, of each visit.
-      start, stop: the rows of the group, as far as they count.
+      start, stop: the rows of the group that count.
     """
 
     group: Int[Array, "visits"]
@@ -28,34 +28,58 @@ class Visits:
     stop: Int[Array, "visits"]
 
 
-def visits(group_sizes: Int[Array, "E"], rows: int, tile: int, every_group: bool) -> Visits:
-    """Returns the visits of `rows` rows in tiles.
+def visits(group_sizes: Int[Array, "E"], rows: int, tile_rows: int, every_group: bool) -> Visits:
+    """Returns the visits of all rows in tiles.
 
     Args:
       group_sizes: rows of each group.
-      rows: M.
-      tile: rows of a tile.
+      rows: of all groups, and past the last one.
+      tile_rows: rows of a tile.
       every_group: True visits groups without rows too, and not the rows past the last group; False
           the reverse.
     """
-    groups, sizes = group_sizes.shape[0], group_sizes.astype(jnp.int32)
+    groups = group_sizes.shape[0]
+    sizes = group_sizes.astype(jnp.int32)
     if not every_group:
-        sizes = jnp.append(sizes, rows - sizes.sum())
+        # Rows past the last group are one more group.
+        past = rows - sizes.sum()
+        sizes = jnp.append(sizes, past)
+
+    # Sizes [3, 0, 6] -> starts [0, 3, 3], stops [3, 3, 9]
     stops = jnp.cumsum(sizes)
     starts = stops - sizes
-    first = jnp.minimum(starts // tile, -(-rows // tile) - 1)
-    counts = jnp.where(sizes > 0, (stops - 1) // tile - first + 1, int(every_group))
+
+    # In tiles of 4 rows -> first tiles [0, 0, 0], visits [1, 0, 3]
+    tiles = -(-rows // tile_rows)
+    first_tiles = starts // tile_rows
+    first_tiles = jnp.minimum(first_tiles, tiles - 1)
+    has_rows = sizes > 0
+    last_tiles = (stops - 1) // tile_rows
+    spanned = last_tiles - first_tiles + 1
+    counts = jnp.where(has_rows, spanned, int(every_group))
+
+    # Visits [1, 0, 3] -> visits 0, 1, 2, 3 are of groups [0, 2, 2, 2]
     ends = jnp.cumsum(counts)
-    number = -(-rows // tile) + groups
-    visit = jnp.arange(number)
-    group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), sizes.shape[0] - 1).astype(
-        jnp.int32
-    )
-    real = visit < ends[-1]
-    last = jnp.maximum(ends[-1] - 1, 0)
-    tiles = first[group] + visit - (ends - counts)[group]
-    tiles = jnp.where(real, tiles, tiles[last]).astype(jnp.int32)
-    counted = real & (group < groups)
-    start, stop = jnp.where(counted, starts[group], 0), jnp.where(counted, stops[group], 0)
-    group = jnp.where(real, group, group[last])
-    return Visits(jnp.minimum(group, groups - 1), tiles, start, stop)
+    visit = jnp.arange(tiles + groups)
+    group = jnp.searchsorted(ends, visit, side="right")
+    group = jnp.minimum(group, sizes.shape[0] - 1)
+    group = group.astype(jnp.int32)
+
+    # The tile of a visit: visit 2 is the second of group 2, whose first tile is 0 -> tile 1
+    tile = first_tiles[group] + visit
+    first_visits = ends - counts
+    tile = tile - first_visits[group]
+
+    # Tiles + groups is the most that there can be; unused visits repeat the last one's tile.
+    number = ends[-1]
+    is_used = visit < number
+    last = jnp.maximum(number - 1, 0)
+    tile = jnp.where(is_used, tile, tile[last])
+    tile = tile.astype(jnp.int32)
+
+    counted = is_used & (group < groups)
+    start = jnp.where(counted, starts[group], 0)
+    stop = jnp.where(counted, stops[group], 0)
+    group = jnp.where(is_used, group, group[last])
+    group = jnp.minimum(group, groups - 1)
+    return Visits(group, tile, start, stop)

@@ -79,8 +79,8 @@ def test_kernels_equal_the_reference_in_value_and_both_gradients(sizes, seed):
 @pytest.mark.thorough
 def test_kernels_equal_the_reference_with_wide_tiles_and_a_group_over_several():
     x, kernels, g = operands(130, 500, 3, jnp.bfloat16, 0)
-    plan, together, bands = gpu._plan(512, transposed=False)
-    assert (plan.columns, together, bands) == (256, 2, 1)
+    plan, tiles_per_band, bands = gpu._plan(512, transposed=False)
+    assert (plan.columns, tiles_per_band, bands) == (256, 2, 1)
     kernels, sizes = kernels.astype(jnp.float32), [3, 0, 270]
     y, _, dkernels = assert_equals_reference(x, kernels, g, sizes, tolerance=1e-2)
     assert dkernels.dtype == jnp.float32

@@ -16,7 +16,7 @@ from research.parallel.target import compiling_for
 from research.scaling.topology import TPU_TOPOLOGIES, compile_on, tpu_devices
 from tests.tiers import rest_in
 
-BLOCKS = tpu.Blocks(rows=16, inner=128, outer=128)
+BLOCKS = tpu.BlockSizes(rows=16, inner=128, outer=128)
 IMPLEMENTATIONS = {
     "reference": (reference.grouped_matmul, reference.outer_products),
     "cpu": (cpu.grouped_matmul, cpu.outer_products),
@@ -115,27 +115,25 @@ def test_each_further_expert_costs_at_most_one_visit():
 @pytest.mark.parametrize(
     "sizes", [[700, 0, 65, 601, 100], [1500, 0, 0, 0, 0], [0, 64, 0, 1000, 436]]
 )
-def test_pieces_for_cpu_hold_each_row_once_and_waste_less_than_the_smallest_a_group(sizes):
-    def visit(piece, carry):
+def test_blocks_for_cpu_hold_each_row_once_and_waste_less_than_the_smallest_a_group(sizes):
+    def visit(block, carry):
         seen, computed = carry
-        mine = (
-            jnp.ones((piece.size, 1), jnp.int32)
-            if piece.mine is None
-            else piece.mine.astype(jnp.int32)
-        )
-        row = jax.lax.dynamic_slice_in_dim(seen, piece.first, piece.size)
-        row = row + mine * (1 + piece.group)
+        is_member = jnp.ones((block.size, 1), bool)
+        if block.is_member is not None:
+            is_member = block.is_member
+        row = jax.lax.dynamic_slice_in_dim(seen, block.start, block.size)
+        row = row + is_member.astype(jnp.int32) * (1 + block.group)
         return jax.lax.dynamic_update_slice_in_dim(
-            seen, row, piece.first, axis=0
-        ), computed + piece.size
+            seen, row, block.start, axis=0
+        ), computed + block.size
 
     start = jnp.zeros((1500, 1), jnp.int32), 0
-    seen, computed = jax.jit(lambda sizes: cpu._over_pieces(sizes, 1500, visit, start))(
+    seen, computed = jax.jit(lambda sizes: cpu._for_each_block(sizes, 1500, visit, start))(
         jnp.array(sizes)
     )
     owner = np.repeat(np.arange(1, 6), sizes)
     np.testing.assert_array_equal(seen[:, 0], np.pad(owner, (0, 1500 - len(owner))))
-    assert computed - sum(sizes) < cpu.PIECES[-1] * np.count_nonzero(sizes)
+    assert computed - sum(sizes) < cpu.BLOCK_SIZES[-1] * np.count_nonzero(sizes)
 
 
 def test_what_a_body_refuses_is_named():
