@@ -26,6 +26,7 @@ from research.kernels.attention.tpu_plan import (
     flat_index,
     plan_tiles,
     tile_visibility,
+    visit_tiles,
 )
 from research.kernels.attention.tpu_tile import (
     Refs,
@@ -315,14 +316,13 @@ def _kernel(
     block_range = TileRange(block * blocks.keys, 0, blocks.keys)
     keys = tile_tokens(refs, "kv", block_range, axis=0)
 
-    def add_tile(masked: bool, visit: Any, _: None) -> None:
+    def add_tile(visit: Any, masked: bool) -> None:
         offset = visits.offset(visit)
         queries = TileRange(start + offset, offset, blocks.queries)
         _add_tile(config, refs, queries, keys, masked, sums)
 
     unmasked, visited = visits.counts()
-    jax.lax.fori_loop(0, unmasked, functools.partial(add_tile, False), None)
-    jax.lax.fori_loop(unmasked, visited, functools.partial(add_tile, True), None)
+    visit_tiles(0, unmasked, visited, add_tile)
 
     # Scores are scale · q kᵀ: q and k have the factor in their gradients, v does not.
     dk = dk_sum_ref[...] * config.scale

@@ -23,6 +23,7 @@ from research.kernels.attention.tpu_plan import (
     flat_index,
     plan_tiles,
     tile_visibility,
+    visit_tiles,
 )
 from research.kernels.attention.tpu_softmax import (
     OnlineSoftmax,
@@ -179,7 +180,7 @@ def _kernel(
     block_range = TileRange(block * blocks.queries, 0, blocks.queries)
     queries = tile_tokens(refs, "q", block_range, axis=0)
 
-    def add_tile(masked: bool, visit: Any, _: None) -> None:
+    def add_tile(visit: Any, masked: bool) -> None:
         offset = visits.offset(visit)
         start = chunk * resident + offset
         keys = TileRange(start, offset, blocks.keys)
@@ -187,15 +188,14 @@ def _kernel(
 
     def add_two(pair: Any, _: None) -> None:
         for second in range(2):
-            add_tile(False, 2 * pair + second, None)
+            add_tile(2 * pair + second, False)
 
     # In pairs, so that the matrix units take up the second tile while the vector units finish the
     # first. With 5 tiles without mask of 7: pairs (0, 1) and (2, 3), then 4, then 5 and 6 masked.
     unmasked, visited = visits.counts()
     pairs = jax.lax.shift_right_logical(unmasked, 1)
     jax.lax.fori_loop(0, pairs, add_two, None)
-    jax.lax.fori_loop(unmasked & -2, unmasked, functools.partial(add_tile, False), None)
-    jax.lax.fori_loop(unmasked, visited, functools.partial(add_tile, True), None)
+    visit_tiles(unmasked & -2, unmasked, visited, add_tile)
 
     @pl.when(chunk == chunks - 1)
     def _finish() -> None:

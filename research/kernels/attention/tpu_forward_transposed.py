@@ -5,17 +5,15 @@ is the operand that streams through. Maximum and denominator of a query are in a
 them cheap. The products q kᵀ of the next tile are made while the exponentials of this one are.
 """
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from research.kernels.attention.tpu_operands import refs_by_name
-from research.kernels.attention.tpu_plan import BlockSizes, Visits, flat_index
+from research.kernels.attention.tpu_plan import BlockSizes, Visits, flat_index, visit_tiles
 from research.kernels.attention.tpu_softmax import (
     OnlineSoftmax,
     add_sink,
@@ -84,7 +82,7 @@ def kernel(
     block_range = TileRange(block * blocks.queries, 0, blocks.queries)
     queries = tile_tokens(refs, "q", block_range, axis=1)
 
-    def add_tile(masked: bool, visit: Any, _: None) -> None:
+    def add_tile(visit: Any, masked: bool) -> None:
         products_SxT = products_ref[...]
         offset = visits.offset(visit)
         # The last products are made twice: a branch would keep the compiler from interleaving the
@@ -94,9 +92,8 @@ def kernel(
         keys = TileRange(start, offset, blocks.keys)
         _add_tile(config, refs, queries, keys, products_SxT, masked, softmax)
 
-    pl.when(visited > 0)(functools.partial(multiply, 0))
-    jax.lax.fori_loop(0, unmasked, functools.partial(add_tile, False), None)
-    jax.lax.fori_loop(unmasked, visited, functools.partial(add_tile, True), None)
+    pl.when(visited > 0)(lambda: multiply(0))
+    visit_tiles(0, unmasked, visited, add_tile)
 
     @pl.when(chunk == chunks - 1)
     def _finish() -> None:

@@ -1,9 +1,10 @@
 """Which tiles of scores a TPU kernel computes, and which of them need the mask applied."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
@@ -262,3 +263,25 @@ class Visits:
         first = self.entry * self.tiles_per_chunk
         tile = self.order_ref[first + visit]
         return pl.multiple_of(tile * self.block, self.block)
+
+
+def visit_tiles(
+    first: Any, unmasked: Any, visited: Any, add_tile: Callable[[Any, bool], None]
+) -> None:
+    """Adds tiles in the order of the plan: those that need no mask, then the others.
+
+    Args:
+      first: the visit to begin with.
+      unmasked, visited: of `Visits.counts`.
+      add_tile: takes a visit, and whether the tile is masked.
+    """
+
+    def add_unmasked(visit: Any, _: None) -> None:
+        add_tile(visit, False)
+
+    def add_masked(visit: Any, _: None) -> None:
+        add_tile(visit, True)
+
+    # Of 7 tiles, 5 of which need no mask: visits 0..4, then 5 and 6 with the mask.
+    jax.lax.fori_loop(first, unmasked, add_unmasked, None)
+    jax.lax.fori_loop(unmasked, visited, add_masked, None)

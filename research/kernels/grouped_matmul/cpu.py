@@ -93,8 +93,12 @@ def _for_each_block(
         index = first + jnp.arange(size)
         is_member = (index >= start) & (index < stop)
         last = RowBlock(group, first, size, is_member[:, None])
-        visit_last = functools.partial(visit, last)
-        return jax.lax.cond(start < stop, visit_last, lambda carry: carry, carry)
+        return jax.lax.cond(
+            start < stop,
+            functools.partial(visit, last),
+            lambda carry: carry,
+            carry,
+        )
 
     return jax.lax.fori_loop(0, sizes.shape[0], visit_group, carry)
 
@@ -149,7 +153,8 @@ def outer_products(
         columns = swap_last(block.take(x))
         product = jnp.dot(columns, block.take(g), preferred_element_type=jnp.float32)
         before = jax.lax.dynamic_index_in_dim(sums, block.group, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(sums, before + product, block.group, axis=0)
+        after = before + product
+        return jax.lax.dynamic_update_index_in_dim(sums, after, block.group, axis=0)
 
     zeros = jnp.zeros((groups, width, features), jnp.float32)
     return _for_each_block(group_sizes, rows, add, zeros)

@@ -62,7 +62,8 @@ def visits(group_sizes: Int[Array, "E"], rows: int, tile_rows: int, every_group:
     ends = jnp.cumsum(counts)
     visit = jnp.arange(tiles + groups)
     group = jnp.searchsorted(ends, visit, side="right")
-    group = jnp.minimum(group, sizes.shape[0] - 1)
+    last_group = sizes.shape[0] - 1
+    group = jnp.minimum(group, last_group)
     group = group.astype(jnp.int32)
 
     # The tile of a visit: visit 2 is the second of group 2, whose first tile is 0 -> tile 1
