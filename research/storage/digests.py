@@ -32,18 +32,22 @@ class _Mix(NamedTuple):
 
     Attributes:
       multiplier, offset: a (odd) and b of h(i) = a i + b.
-      bijection: m, as shift, multiplier, shift, multiplier, shift.
+      rounds: (shift s, multiplier c) of the bijection m: each does x = (x ⊕ (x >> s)) c.
+      last_shift: s of what m ends with: x ⊕ (x >> s).
     """
 
     multiplier: int
     offset: int
-    bijection: tuple[int, int, int, int, int]
+    rounds: tuple[tuple[int, int], tuple[int, int]]
+    last_shift: int
 
 
 _MIXES = (
-    _Mix(0x9E3779B1, 0x7F4A7C15, (16, 0x85EBCA6B, 13, 0xC2B2AE35, 16)),
-    _Mix(0xB5297A4D, 0x68E31DA4, (16, 0x7FEB352D, 15, 0x846CA68B, 16)),
+    _Mix(0x9E3779B1, 0x7F4A7C15, ((16, 0x85EBCA6B), (13, 0xC2B2AE35)), 16),
+    _Mix(0xB5297A4D, 0x68E31DA4, ((16, 0x7FEB352D), (15, 0x846CA68B)), 16),
 )
+# Unsigned words by their bytes, as which the bits of elements are taken.
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def digests(named: Mapping[str, Array]) -> dict[str, str]:
@@ -52,8 +56,12 @@ def digests(named: Mapping[str, Array]) -> dict[str, str]:
     All processes that hold a part of an array must call this.
     """
     # All are started before the first is waited for.
-    sums = {name: _digest_on_devices(leaf) for name, leaf in named.items()}
-    return {name: _text(np.asarray(pair)) for name, pair in sums.items()}
+    on_devices = {name: _digest_on_devices(array) for name, array in named.items()}
+
+    texts = {}
+    for name, sums in on_devices.items():
+        texts[name] = _text(np.asarray(sums))
+    return texts
 
 
 class RunningDigest:
@@ -65,35 +73,48 @@ class RunningDigest:
     def __init__(self, shape: tuple[int, ...]):
         self._shape = shape
         self._sums = [0, 0]
-        self._left = math.prod(shape)
+        self._missing = math.prod(shape)
 
     def add(self, part: Shaped[np.ndarray, "..."], start: tuple[int, ...]) -> None:
         """Adds the part whose first element has the indices `start` in the array."""
-        self._left -= part.size
+        self._missing -= part.size
 
-        # Rows of the part that are contiguous in the array: they begin at the last axis that the
-        # part has only some of. Part [2, 5, 8] of [4, 6, 8] -> axis 1 -> 2 rows of 40.
-        partial_axes = [axis for axis, size in enumerate(part.shape) if size != self._shape[axis]]
-        axis = partial_axes[-1] if partial_axes else 0
-        rows = math.prod(part.shape[:axis])
+        # Rows of the part that are contiguous in the array: part [2, 5, 8] of [4, 6, 8]
+        # -> leading axes [2] -> 2 rows of 40.
+        leading = self._leading_axes(part.shape)
+        rows = math.prod(leading)
         columns = part.size // max(rows, 1)
-        bits = np.ascontiguousarray(part).reshape(rows, columns)
-        bits = bits.view(_WORDS[part.dtype.itemsize])
-        starts = self._row_starts(part.shape[:axis], start)
+        table = np.ascontiguousarray(part).reshape(rows, columns)
 
-        # Blocks of the rows that stay in the cache.
+        word = _WORDS[part.dtype.itemsize]
+        bits = table.view(word)
+        starts = self._row_starts(leading, start)
+
+        # Blocks of the rows that stay in the cache: 2 rows of 40, `_BLOCK` = 16
+        # -> blocks of 1 row and 16, 16 and 8 columns.
         width = max(1, min(columns, _BLOCK))
         height = _BLOCK // width
         for row in range(0, rows, height):
+            block_rows = slice(row, row + height)
             for column in range(0, columns, width):
-                block = bits[row : row + height, column : column + width]
-                block_starts = starts[row : row + height] + np.uint32(column % 2**32)
-                self._add_block(block, block_starts)
+                block_columns = slice(column, column + width)
+                offset = np.uint32(column % 2**32)
+                block_starts = starts[block_rows] + offset
+                self._add_block(bits[block_rows, block_columns], block_starts)
 
     def text(self) -> str:
         """Returns what `digests` gives for the complete array."""
-        assert self._left == 0, "every element comes once"
-        return _text(np.array(self._sums, np.uint32))
+        assert self._missing == 0, "every element comes once"
+        sums = np.array(self._sums, np.uint32)
+        return _text(sums)
+
+    def _leading_axes(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the sizes of the axes before the last one that a part has only some of."""
+        last = 0
+        for axis, size in enumerate(part):
+            if size != self._shape[axis]:
+                last = axis
+        return part[:last]
 
     def _row_starts(
         self, leading: tuple[int, ...], start: tuple[int, ...]
@@ -102,16 +123,20 @@ class RunningDigest:
 
         Part [2, 5, 8] of [4, 6, 8] that starts at (1, 0, 0): leading (2,) -> [48, 96].
         """
-        strides = [math.prod(self._shape[axis + 1 :]) for axis in range(len(self._shape))]
-        first = sum(i * stride for i, stride in zip(start, strides, strict=True))
-        index = np.full(leading, first % 2**32, np.uint32)
+        strides = _strides(self._shape)
+        first = 0
+        for index, stride in zip(start, strides, strict=True):
+            first += index * stride
+
+        # Axis by axis: starts [48] and 2 rows along an axis of stride 8 -> [48, 56]
+        starts = np.array([first], np.int64)
         for axis, size in enumerate(leading):
-            stride = np.uint32(strides[axis] % 2**32)
-            along_axis = np.arange(size, dtype=np.uint32) * stride
-            # [size] -> [size, 1, …], which is added along the axis
-            trailing = len(leading) - axis - 1
-            index += along_axis.reshape(-1, *[1] * trailing)
-        return index.reshape(-1)
+            stride = strides[axis]
+            along_axis = stride * np.arange(size, dtype=np.int64)
+            starts = np.add.outer(starts, along_axis).reshape(-1)
+
+        # Modulo 2³²: the cast keeps the low bits.
+        return starts.astype(np.uint32)
 
     def _add_block(
         self, bits: Shaped[np.ndarray, "rows columns"], starts: UInt32[np.ndarray, "rows"]
@@ -119,43 +144,53 @@ class RunningDigest:
         """Adds both sums of a block; `starts` are the indices of its first column."""
         # Two buffers for all steps: new arrays would cost more than the arithmetic.
         mixed = np.empty(bits.shape, np.uint32)
-        shifted = np.empty(bits.shape, np.uint32)
+        shifted = np.empty_like(mixed)
+        columns = bits.shape[1]
         for i, mix in enumerate(_MIXES):
-            # h(start + column) = h(start) + a column
-            row_hashes = starts * np.uint32(mix.multiplier) + np.uint32(mix.offset)
-            columns = _column_hashes(mix.multiplier, bits.shape[1])
-            np.add(row_hashes[:, None], columns, out=mixed)
-            np.bitwise_xor(mixed, bits, out=mixed)
+            # h(start + column) = h(start) + a column: [rows, 1] + [columns] -> [rows, columns]
+            row_hashes = starts * np.uint32(mix.multiplier)
+            row_hashes += np.uint32(mix.offset)
+            column_hashes = _column_hashes(mix.multiplier, columns)
+            np.add(row_hashes[:, None], column_hashes, out=mixed)
+            mixed ^= bits
+            _apply_bijection(mixed, mix, shifted)
 
-            shifts = mix.bijection[::2]
-            multipliers = (*mix.bijection[1::2], None)
-            for shift, multiplier in zip(shifts, multipliers, strict=True):
-                np.right_shift(mixed, np.uint32(shift), out=shifted)
-                np.bitwise_xor(mixed, shifted, out=mixed)
-                if multiplier is not None:
-                    np.multiply(mixed, np.uint32(multiplier), out=mixed)
-
-            total = int(mixed.sum(dtype=np.uint32))
-            self._sums[i] = (self._sums[i] + total) % 2**32
+            total = mixed.sum(dtype=np.uint32)
+            self._sums[i] += int(total)
+            self._sums[i] %= 2**32
 
 
-# Unsigned words by their bytes, as which the bits of elements are taken.
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+def _apply_bijection(
+    words: UInt32[np.ndarray, "rows columns"],
+    mix: _Mix,
+    shifted: UInt32[np.ndarray, "rows columns"],
+) -> None:
+    """Replaces each word x by m(x); the content of `shifted` is lost."""
+    for shift, multiplier in mix.rounds:
+        np.right_shift(words, np.uint32(shift), out=shifted)
+        words ^= shifted
+        words *= np.uint32(multiplier)
+    np.right_shift(words, np.uint32(mix.last_shift), out=shifted)
+    words ^= shifted
 
 
 def digest_sums(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     """Returns both sums of one array; pure, for use under `jit`."""
     bits = _bits(x)
     index = _index(x.shape)
-    mixed = [_mixed(bits, index, mix) for mix in _MIXES]
-
-    def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-        return a[0] + b[0], a[1] + b[1]
+    mixed = tuple(_mixed(bits, index, mix) for mix in _MIXES)
 
     # One reduction of both: XLA for CPU vectorizes it, and does not vectorize one of each.
     zero = jnp.uint32(0)
-    sums = jax.lax.reduce(tuple(mixed), (zero, zero), add, tuple(range(x.ndim)))
+    all_axes = tuple(range(x.ndim))
+    sums = jax.lax.reduce(mixed, (zero, zero), _add_pairs, all_axes)
     return jnp.stack(sums)
+
+
+def _add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    first = a[0] + b[0]
+    second = a[1] + b[1]
+    return first, second
 
 
 _one_device = jax.jit(digest_sums)
@@ -166,26 +201,39 @@ def _digest_on_devices(x: Array) -> UInt32[Array, "2"]:
         return _one_device(x)
     # Replicated, so that every process can read the result.
     replicated = NamedSharding(x.sharding.mesh, PartitionSpec())
-    return jax.jit(digest_sums, out_shardings=replicated)(x)
+    digest = jax.jit(digest_sums, out_shardings=replicated)
+    return digest(x)
 
 
 def _bits(x: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
     """Returns the bits of each element, as the low bits of a word."""
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
-    assert x.dtype.itemsize in _WORDS, f"no digest for {x.dtype}"
-    bits = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
+    itemsize = x.dtype.itemsize
+    assert itemsize in _WORDS, f"no digest for {x.dtype}"
+    # bfloat16 1.0 -> uint16 0x3F80 -> uint32 0x00003F80
+    bits = jax.lax.bitcast_convert_type(x, _WORDS[itemsize])
     return bits.astype(jnp.uint32)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Returns the elements from one index of each axis to the next: [4, 6, 8] -> [48, 8, 1]."""
+    strides = []
+    stride = 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= size
+    return strides[::-1]
 
 
 def _index(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """Returns the row-major index of each element modulo 2³²."""
     index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
+    strides = _strides(shape)
     for axis in reversed(range(len(shape))):
         along_axis = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index += along_axis * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
+        stride = jnp.uint32(strides[axis] % 2**32)
+        index += along_axis * stride
     return index
 
 
@@ -193,18 +241,24 @@ def _mixed(
     bits: UInt32[Array, "..."], index: UInt32[Array, "..."], mix: _Mix
 ) -> UInt32[Array, "..."]:
     """Returns m(bits ⊕ h(index))."""
-    x = bits ^ (index * jnp.uint32(mix.multiplier) + jnp.uint32(mix.offset))
-    first_shift, first_multiplier, second_shift, second_multiplier, third_shift = mix.bijection
-    x = (x ^ (x >> first_shift)) * jnp.uint32(first_multiplier)
-    x = (x ^ (x >> second_shift)) * jnp.uint32(second_multiplier)
-    return x ^ (x >> third_shift)
+    index_hash = index * jnp.uint32(mix.multiplier)
+    index_hash += jnp.uint32(mix.offset)
+    x = bits ^ index_hash
+
+    for shift, multiplier in mix.rounds:
+        x ^= x >> shift
+        x *= jnp.uint32(multiplier)
+    x ^= x >> mix.last_shift
+    return x
 
 
 @functools.lru_cache(8)
 def _column_hashes(multiplier: int, width: int) -> UInt32[np.ndarray, "columns"]:
     """Returns h without its offset, modulo 2³², of 0 … width - 1; cached, as widths are few."""
-    return np.arange(width, dtype=np.uint32) * np.uint32(multiplier)
+    columns = np.arange(width, dtype=np.uint32)
+    return columns * np.uint32(multiplier)
 
 
 def _text(sums: UInt32[np.ndarray, "2"]) -> str:
-    return "".join(f"{int(word):08x}" for word in sums)
+    first, second = sums.tolist()
+    return f"{first:08x}{second:08x}"
