@@ -62,20 +62,27 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
       UnreadableArray: an array cannot be read, or is stored in another shape or type.
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    # All are being opened before the first is waited for.
     stores = {name: _open(folder, name, context) for name in wanted}
+    begun = _begin_reads(stores, wanted)
 
     arrays = {}
-    for reads in _prefetched(_begin_reads(stores, wanted)):
-        shape = wanted[reads.name]
+    for reads in _prefetched(begun):
+        name = reads.name
         # Whether a read has failed shows here, when its array is next.
-        parts = {bounds: _result(reads.name, read) for bounds, read in reads.by_bounds.items()}
-        arrays[reads.name] = _put_on_devices(parts, shape)
+        parts = {}
+        for bounds, read in reads.by_bounds.items():
+            parts[bounds] = _result(name, read)
+        arrays[name] = _put_on_devices(parts, wanted[name])
     return arrays
 
 
 def _open(folder: Path, name: str, context: ts.Context) -> ts.Future:
     """Begins to open an array."""
-    spec = {"driver": "zarr", "kvstore": array_kvstore(folder, name)}
+    spec = {
+        "driver": "zarr",
+        "kvstore": array_kvstore(folder, name),
+    }
     return ts.open(spec, context=context, open=True, read=True)
 
 
@@ -85,18 +92,30 @@ def _begin_reads(
     """Yields the reads of each array; they begin when it is asked for."""
     for name, shape in wanted.items():
         store = _result(name, stores[name])
-        dtype = store.dtype.numpy_dtype
-        if store.shape != shape.shape or dtype != shape.dtype:
-            stored = f"{dtype}[{', '.join(map(str, store.shape))}]"
-            raise UnreadableArray(f"array {name} cannot be read (it is stored as {stored})")
+        _check_type(name, store, shape)
 
         # [8, 8], rows sharded over two devices -> {((0, 4), (0, 8)), ((4, 8), (0, 8))}; replicas
         # have the same bounds and are read once.
-        indices = shape.sharding.addressable_devices_indices_map(shape.shape).values()
-        parts = {_bounds(index, shape.shape) for index in indices}
-        reads = {bounds: store[_slices(bounds)].read() for bounds in parts}
-        elements = sum(math.prod(stop - start for start, stop in bounds) for bounds in parts)
-        yield _ArrayReads(name, elements * shape.dtype.itemsize, reads)
+        index_of_device = shape.sharding.addressable_devices_indices_map(shape.shape)
+        parts = {_bounds(index, shape.shape) for index in index_of_device.values()}
+
+        reads = {}
+        elements = 0
+        for bounds in parts:
+            part = store[_slices(bounds)]
+            reads[bounds] = part.read()
+            elements += math.prod(part.shape)
+        size = elements * shape.dtype.itemsize
+        yield _ArrayReads(name, size, reads)
+
+
+def _check_type(name: str, store: ts.TensorStore, wanted: jax.ShapeDtypeStruct) -> None:
+    """Raises UnreadableArray where an array is stored in another shape or type."""
+    dtype = store.dtype.numpy_dtype
+    if store.shape == wanted.shape and dtype == wanted.dtype:
+        return
+    sizes = ", ".join(map(str, store.shape))
+    raise UnreadableArray(f"array {name} cannot be read (it is stored as {dtype}[{sizes}])")
 
 
 def _prefetched(begun: Iterator[_ArrayReads]) -> Iterator[_ArrayReads]:
@@ -117,7 +136,8 @@ def _put_on_devices(parts: Mapping[Bounds, Any], shape: jax.ShapeDtypeStruct) ->
     """Returns a sharded array of the parts that the devices of this process hold."""
 
     def part(index: tuple[slice, ...]) -> Any:
-        return parts[_bounds(index, shape.shape)]
+        bounds = _bounds(index, shape.shape)
+        return parts[bounds]
 
     return jax.make_array_from_callback(shape.shape, shape.sharding, part)
 
@@ -127,7 +147,11 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 
     (slice(None), slice(0, 4)) of [2, 8] -> ((0, 2), (0, 4))
     """
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+    bounds = []
+    for part, size in zip(index, shape, strict=True):
+        start, stop, _ = part.indices(size)
+        bounds.append((start, stop))
+    return tuple(bounds)
 
 
 def _slices(bounds: Bounds) -> tuple[slice, ...]:
@@ -140,6 +164,8 @@ def _result(name: str, future: ts.Future) -> Any:
         return future.result()
     # TensorStore raises ValueError for nearly all that can be wrong with a file.
     except (ValueError, OSError) as error:
+        # The description of the store, which TensorStore appends, is pages long.
         message, _, _ = str(error).partition(" [tensorstore_spec=")
-        message = " ".join(f"{type(error).__name__}: {message}".split())
+        message = f"{type(error).__name__}: {message}"
+        message = " ".join(message.split())
         raise UnreadableArray(f"array {name} cannot be read ({message[:300]})") from error

@@ -272,7 +272,7 @@ class Checkpoints:
         self, folder: Path, wanted: Wanted, exact: bool
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Returns (manifest, canonical arrays) of a checkpoint; raises Damaged on all processes."""
-        fault = None
+        damage = None
         manifest = {}
         arrays = {}
         try:
@@ -280,13 +280,17 @@ class Checkpoints:
             shapes = wanted(manifest)
             files.check_architecture(folder, manifest, shapes, exact)
             arrays = files.read_arrays(folder, manifest, shapes)
-        except Damaged as damage:
-            fault = damage
+        except Damaged as error:
+            damage = error
 
-        # What one process cannot read, none may use: the digests below need all of them.
-        faulty = np.bool_(fault is not None)
-        if np.any(multihost_utils.process_allgather(faulty)):
-            raise fault or Damaged("another process cannot read its part")
+        # What one process cannot read, none may use: the digests below need all of them. So each
+        # process learns of the others' damage before it raises its own.
+        damaged = np.bool_(damage is not None)
+        damaged_processes = multihost_utils.process_allgather(damaged)
+        if damage is not None:
+            raise damage
+        if np.any(damaged_processes):
+            raise Damaged("another process cannot read its part")
         files.check_digests(manifest, arrays)
         return manifest, arrays
 
