@@ -66,10 +66,12 @@ def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
 
     A device's rows are consecutive, so each microbatch has equally many of them from each device.
     """
-    # [B, T] -> [B / count, count, T] -> [B / count, T]
-    return {
-        name: array.reshape(-1, count, *array.shape[1:])[:, index] for name, array in batch.items()
-    }
+    rows = {}
+    for name, array in batch.items():
+        # [B, T] -> [B / count, count, T] -> [B / count, T]
+        groups = array.reshape(-1, count, *array.shape[1:])
+        rows[name] = groups[:, index]
+    return rows
 
 
 def _mean_gradients(
@@ -86,33 +88,45 @@ def _mean_gradients(
 
     The report's expert load is a count, not a mean.
     """
+    # A batch of padding alone has weight 0, and a loss of 0 and not of 0 / 0.
     weight = jnp.where(weight > 0, weight, 1.0)
 
     # Its values, for the microbatches of a batch, add up to the mean over the batch.
     def mean_loss(trainable: Any, micro: Batch, key: jax.Array) -> tuple[Float[Array, ""], Report]:
         total, report = loss.sums(trainable, frozen, micro, key)
-        means = {name: value / accumulation for name, value in report.means.items()}
-        sums = {name: value / weight for name, value in report.sums.items()}
+        means = _divided(report.means, accumulation)
+        sums = _divided(report.sums, weight)
         minimized = sum(means.values(), start=total / weight)
-        return minimized, Report(sums, means, report.expert_load)
+        report = Report(sums, means, report.expert_load)
+        return minimized, report
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     if accumulation == 1:
         (value, report), grads = gradient(trainable, batch, key)
         return value, report, grads
 
+    # One microbatch of the scan: all that it returns is summed, the gradients too.
     def add(total: Any, index: Array) -> tuple[Any, None]:
         micro = _microbatch(batch, index, accumulation)
+        # Each microbatch has its own dropout.
         micro_key = jax.random.fold_in(key, index)
         result = gradient(trainable, micro, micro_key)
-        return jax.tree.map(jnp.add, total, result), None
+        total = jax.tree.map(jnp.add, total, result)
+        return total, None
 
+    # Traced, not computed: only the shapes of ((value, report), gradients) are needed.
     first = _microbatch(batch, 0, accumulation)
     shapes = jax.eval_shape(gradient, trainable, first, key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, jnp.arange(accumulation), unroll=unroll)
+
+    indices = jnp.arange(accumulation)
+    total, _ = jax.lax.scan(add, zeros, indices, unroll=unroll)
     (value, report), grads = total
     return value, report, grads
+
+
+def _divided(values: Metrics, divisor: int | Float[Array, ""]) -> Metrics:
+    return {name: value / divisor for name, value in values.items()}
 
 
 def _global_norm(gradients: Any) -> Float[Array, ""]:
@@ -120,17 +134,34 @@ def _global_norm(gradients: Any) -> Float[Array, ""]:
 
     It is taken in float32, whatever the gradients are in: a sum of squares needs its digits.
     """
-    return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+    in_float32 = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    return optax.global_norm(in_float32)
 
 
 def _clip(gradients: Any, norm: Float[Array, ""], largest: float) -> Any:
     """Returns the gradients scaled down to a largest global norm."""
-    scale = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
-    return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
+    # Norm 4, largest 1 -> 1 / 4; norm 0.5 -> 1
+    norm = jnp.maximum(norm, 1e-12)
+    scale = jnp.minimum(1.0, largest / norm)
+
+    # In float32, and rounded once to the gradient's own type.
+    def scaled(gradient: Array) -> Array:
+        product = gradient.astype(jnp.float32) * scale
+        return product.astype(gradient.dtype)
+
+    return jax.tree.map(scaled, gradients)
 
 
 def _update_ema(ema: Any, params: Any, decay: float) -> Any:
-    return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
+    """Returns the averages moved towards new parameters: e + (1 - decay) (p - e)."""
+    rate = 1 - decay
+
+    # decay · e + rate · p would not keep an average that equals its parameter bit for bit.
+    def moved(average: Array, param: Array) -> Array:
+        change = param - average
+        return average + rate * change
+
+    return jax.tree.map(moved, ema, params)
 
 
 def _balance_experts(
@@ -139,6 +170,7 @@ def _balance_experts(
     """Returns the parameters with selection biases moved by the expert load of their own layers."""
     if not speed:
         return params
+    # Where n of L stacked layers are trained, their biases are [n, E]: load [L, E] -> [n, E]
     load = {}
     for path, of_all_layers in expert_load.items():
         load[path] = partition.trained_rows(selection_bias(path), of_all_layers)
@@ -203,18 +235,23 @@ def make_train_step(
         value, report, grads = _mean_gradients(
             loss, state.params, frozen, batch, weight, dropout_key, accumulation, unroll
         )
+
+        # The norm before clipping is the one that is logged.
         norm = _global_norm(grads)
         if clip_norm is not None:
             grads = _clip(grads, norm, clip_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = promoting(optax.apply_updates)(state.params, updates)
+        apply_updates = promoting(optax.apply_updates)
+        params = apply_updates(state.params, updates)
         params = _balance_experts(params, report.expert_load, expert_bias_speed, partition)
         ema = None
         if state.ema is not None:
             ema = _update_ema(state.ema, params, ema_decay)
 
-        rate = jnp.asarray(learning_rate(state.opt_state), jnp.float32)
+        rate = learning_rate(state.opt_state)
+        rate = jnp.asarray(rate, jnp.float32)
+        # One number that is not finite in any gradient makes their norm not finite.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         state = state.advance(params, opt_state, ema, finite)
         return state, _step_metrics(report, weight, norm, rate, batch, state)
@@ -234,6 +271,7 @@ def shard_batch(batch: Batch, like: AbstractBatch) -> Batch:
     for name, array in batch.items():
         sharding = like[name].sharding
         shape = like[name].shape
+        # Tokens [B, 8] sharded over two processes: columns 4 … 7 on the second one
         start, stop = process_columns(sharding, shape[1])
         columns = array[:, start:stop]
         placed[name] = jax.make_array_from_process_local_data(sharding, columns, shape)
@@ -244,7 +282,9 @@ def make_eval_step(loss: Loss) -> Callable[[Any, Any, Batch], Metrics]:
     """Returns `step(trainable, frozen, batch) -> sums`: the reported losses and their weight."""
 
     def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
+        # Without a key there is no dropout.
         _, report = loss.sums(trainable, frozen, batch, None)
-        return {**report.sums, "weight": loss.weight(batch)}
+        weight = loss.weight(batch)
+        return {**report.sums, "weight": weight}
 
     return step
