@@ -51,6 +51,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
+            # The data before the name: a power failure must not leave an empty file of this name.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -73,6 +74,7 @@ def append_text(path: Path, text: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
         return
+    # Objects cannot be appended to.
     before = path.read_bytes() if path.exists() else b""
     path.write_bytes(before + text.encode("utf-8"))
 
@@ -139,6 +141,7 @@ def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iter
         try:
             partial.rename(final)
         except OSError:
+            # Another process was quicker: its folder has the same content.
             if not (keep_existing and final.is_dir()):
                 raise
         _sync_names(final.parent)
@@ -162,6 +165,7 @@ def remove_leftovers(parent: pathlib.Path, older: bool = False) -> None:
         is_ours = folder.name.endswith(PARTIAL) or (older and _OLDER_PARTIAL.fullmatch(folder.name))
         if not is_ours:
             continue
+        # The lock of a process ends with it: a folder that can be locked has no writer.
         lock = _lock(folder, os.O_DIRECTORY)
         if lock is None:
             continue
@@ -172,8 +176,10 @@ def remove_leftovers(parent: pathlib.Path, older: bool = False) -> None:
 
 def _remove_unfinished(path: pathlib.Path) -> None:
     """Removes unfinished files of killed writers of a file; those of running ones are locked."""
+    # config.json -> config.json.1f0a99c3.tmp and the like
     random = 8 * "[0-9a-f]"
     for left in path.parent.glob(f"{glob.escape(path.name)}.{random}{UNFINISHED}"):
+        # Opening a pipe of this name would wait for its writer.
         lock = _lock(left, os.O_NONBLOCK)
         if lock is None:
             continue
@@ -200,6 +206,7 @@ def _check_bucket_writable(folder: Path) -> None:
     try:
         if not bucket.exists():
             raise OSError(errno.ENOENT, f"there is no bucket {bucket}, or it may not be looked at")
+        # Whether objects may be written shows only when one is.
         probe = folder / ".tessera-probe"
         probe.write_bytes(b"")
         probe.unlink()
@@ -244,23 +251,27 @@ def _make_locked(
     while True:
         partial = final.with_name(f"{before}{final.name}.{uuid.uuid4().hex[:8]}{ending}")
         make(partial)
+        # Until it is locked, another process may take it for a leftover: it then has removed it, or
+        # holds its lock in order to. In each case the next name is tried.
         try:
             lock = os.open(partial, os.O_RDONLY)
-        except FileNotFoundError:  # another process removed it as a leftover before it was locked
+        except FileNotFoundError:
             continue
         except BaseException:
             remove(partial)
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # the same
+        except BlockingIOError:
             os.close(lock)
             continue
-        except OSError:  # a file system without locks, where no process removes leftovers either
+        except OSError:
+            # A file system without locks, where no process removes leftovers either.
             return partial, lock
         if _is_open_as(lock, partial):
             return partial, lock
-        os.close(lock)  # removed as a leftover between opening and locking
+        # Removed between opening and locking.
+        os.close(lock)
 
 
 def _lock(path: pathlib.Path, flags: int) -> int | None:
@@ -281,7 +292,8 @@ def _lock(path: pathlib.Path, flags: int) -> int | None:
         return None
     if _is_open_as(lock, path):
         return lock
-    os.close(lock)  # its writer has renamed it meanwhile
+    # Its writer has renamed it meanwhile.
+    os.close(lock)
     return None
 
 

@@ -65,6 +65,7 @@ def as_path(value: str | Path, name: str = "path") -> Path:
         )
     _keep_no_listings()
     path = epath.Path(value)
+    # Asked once a process: the client itself would try for minutes, and fail with a traceback.
     bucket = os.fspath(bucket_of(path))
     if bucket not in _reached:
         try:
@@ -99,6 +100,7 @@ def kvstore(folder: Path) -> dict[str, Any]:
     """Returns TensorStore's description of a folder."""
     if not in_bucket(folder):
         return {"driver": "file", "path": f"{folder}/"}
+    # gs://bucket/run/1 -> bucket, run/1/
     bucket, _, name = os.fspath(folder).removeprefix("gs://").partition("/")
     return {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
 
@@ -107,9 +109,10 @@ def reason(error: BaseException) -> str:
     """Returns on one line why a file cannot be used, as the system or a bucket's client says it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, FileNotFoundError):  # the client gives the name alone
+    # The client's own errors: the name alone, or no message.
+    if isinstance(error, FileNotFoundError):
         return "No such file or directory"
-    if isinstance(error, TimeoutError):  # the client's have no message
+    if isinstance(error, TimeoutError):
         return "no answer"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -132,6 +135,7 @@ def _reach(bucket: str, path: str) -> None:
     client = fsspec.filesystem("gs", finalize_on_close=True)  # the one that `epath` uses
     limit = aiohttp.ClientTimeout(total=REACH_SECONDS)
 
+    # gs://bucket -> https://storage.googleapis.com/storage/v1/b/bucket; any status is an answer.
     url = f"{client.base}b/{bucket.removeprefix('gs://')}"
 
     async def ask() -> None:
@@ -146,6 +150,8 @@ def _reach(bucket: str, path: str) -> None:
             await asyncio.sleep(1)
 
     fsspec.asyn.sync(client.loop, ask)
+    # The server answers: now as the user, with the client's own credentials. A path that does not
+    # exist yet is no error.
     with contextlib.suppress(FileNotFoundError):
         fsspec.asyn.sync(client.loop, client._info, path, timeout=REACH_ATTEMPTS * REACH_SECONDS)
 

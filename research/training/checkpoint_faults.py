@@ -42,4 +42,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
+        # `raise A from B` sets the cause of A; A raised while B is handled has B as its context.
         error = error.__cause__ or error.__context__

@@ -50,6 +50,7 @@ class Clock:
     def report(self) -> str:
         """Returns one line such as `wall 120.0 s: compute 96.1 %, data 0.4 %, …, other 0.2 %`."""
         seconds = self.seconds()
+        # The categories exclude each other, so that together they are all of the time.
         wall = sum(seconds.values())
         shares = (
             f"{category} {100 * spent / max(wall, 1e-9):.1f} %"
@@ -60,6 +61,7 @@ class Clock:
     def _switch(self, category: str) -> str:
         """Counts the time so far, and from now on in `category`; returns the category before."""
         before = self._current
+        # One reading ends a category and begins the next: no time between them is lost.
         now = self._now()
         if not self._stopped:
             self._seconds[before] += now - self._since

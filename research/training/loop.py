@@ -61,7 +61,10 @@ class Throughput:
     def rates(self, tokens: float, seconds: float) -> dict[str, float | None]:
         """Returns the rates of `tokens` tokens, without padding, in `seconds`."""
         rate = tokens / seconds
-        mfu = None if self.peak_flops is None else rate * self.flops_per_token / self.peak_flops
+        mfu = None
+        if self.peak_flops is not None:
+            # 1e6 tokens a second of 6e9 FLOPs each, on devices that can do 1e16 -> 0.6
+            mfu = rate * self.flops_per_token / self.peak_flops
         return {
             "throughput/tokens_per_second": rate,
             "throughput/tokens_per_second_per_device": rate / self.num_devices,
@@ -110,6 +113,8 @@ def _stop_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     many = jax.process_count() > 1
 
+    # A handler may run between any two lines of Python: it only notes the signal, and the loop
+    # stops after its step.
     def catch(number: int, frame: Any) -> None:
         if number == signal.SIGINT and caught:
             raise KeyboardInterrupt
@@ -196,6 +201,7 @@ def run_loop(
         for index in range(first, config.steps):
             with clock.measure("data"):
                 batch = run.shard_batch(run.stream.next(state))
+            # On real rows, before they change a parameter.
             if index == first:
                 with clock.measure("compile"):
                     run.check(state, batch)
@@ -207,6 +213,8 @@ def run_loop(
                 log.defer(index + 1, metrics)
                 progress.advance()
                 due = _due(run, config, index, signals)
+                # A checkpoint keeps the losses of all steps before it, so this step's are waited
+                # for; and its row comes before that of an evaluation.
                 if due.evaluation or due.checkpoint:
                     log.record()
 
@@ -232,8 +240,11 @@ def _finish_step(state: TrainState, run: Run, log: "_MetricsLog", step: int, due
     """Saves, stops or evaluates after a step, in this order."""
     if due.checkpoint:
         with run.clock.measure("checkpoint"):
+            # An evaluation that is due comes after the checkpoint: a run that is killed during it
+            # evaluates when it resumes.
             unfinished = Unfinished(due.evaluation, log.losses)
             extra = {"loader": run.stream.state(), **unfinished.to_extra()}
+            # Rows before the checkpoint are not written again after a resume.
             run.writer.flush()
             run.checkpoints.save(step, run.saved(state), extra)
     if due.stop:
@@ -249,6 +260,7 @@ def _finish_step(state: TrainState, run: Run, log: "_MetricsLog", step: int, due
 def _agreed_stop(signals: list[int], index: int) -> int:
     """Returns the signal to stop for, or 0; all processes of a run stop after the same step."""
     if jax.process_count() > 1:
+        # It is true on all processes after the same index, also where one of them got the signal.
         stop = multihost_utils.reached_preemption_sync_point(index)
         return int(signal.SIGTERM) if stop else 0
     return signals[0] if signals else 0
@@ -288,6 +300,7 @@ class _MetricsLog:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._tokens += values.pop("tokens")
         weight = values.pop("weight")
+        # The loss of a skipped step may be NaN, which would make the mean NaN.
         if not values["skipped_in_row"]:
             self.losses.add(values["loss"], weight)
         self._check_finite(step, int(values["skipped_in_row"]))
@@ -304,6 +317,7 @@ class _MetricsLog:
     def _check_finite(self, step: int, skipped_in_row: int) -> None:
         """Warns of a skipped step; notes divergence after too many in a row."""
         if skipped_in_row >= self._config.max_skipped and not self.diverged:
+            # Batches of 8 rows: step 3 had the rows 16 to 23.
             rows = self._config.batch_size
             self.diverged = (
                 f"step {step}: loss or gradient was not finite {skipped_in_row} times in a row "

@@ -33,4 +33,5 @@ class LossMean:
         """Returns the mean; NaN of no step, and 0 where no step had a weight."""
         if not self.steps:
             return math.nan
+        # Weights are not below 0: where all are 0, so is the weighted sum.
         return self.weighted_sum / (self.weight or 1.0)

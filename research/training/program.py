@@ -62,6 +62,8 @@ class Program:
 
     def compile_train_step(self) -> Step:
         """Returns the step compiled; the new state takes the buffers of the old one."""
+        # The new state is sharded as the old one, so that it can be the next step's argument; for
+        # the metrics, which are single numbers, XLA chooses.
         out_shardings = (_shardings(self.state), None)
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=out_shardings)
         with jax.set_mesh(self.mesh):
@@ -84,6 +86,7 @@ class Program:
         if self.partition is EVERYTHING:
             return {}
 
+        # XLA drops what is not returned: the trainable parameters are not made a second time.
         def make(key: jax.Array) -> Any:
             _, frozen = self.partition.split(self.init(key))
             return nn.unbox(frozen)
@@ -96,23 +99,28 @@ class Program:
         Arrays that need no change are not copied.
         """
 
+        if self.partition is EVERYTHING:
+            return state
+        saved = self.saved
+
+        # Frozen parameters may be kept in bfloat16 that the model and its checkpoints have in
+        # float32.
         def complete(trainable: Any) -> Any:
             params = self.partition.merge(trainable, frozen)
             return jax.tree.map(lambda leaf, to: _as_type(leaf, to.dtype), params, saved.params)
 
-        if self.partition is EVERYTHING:
-            return state
-        saved = self.saved
+        params = complete(state.params)
         ema = None
         if state.ema is not None:
             ema = complete(state.ema)
-        return state.replace(params=complete(state.params), ema=ema)
+        return state.replace(params=params, ema=ema)
 
     def split(self, saved: TrainState) -> tuple[TrainState, Any]:
         """Returns the state and the frozen parameters that a checkpoint holds together."""
         if self.partition is EVERYTHING:
             return saved, {}
         trainable, frozen = self.partition.split(saved.params)
+        # The average of a frozen parameter is the parameter itself.
         ema = None
         if saved.ema is not None:
             ema, _ = self.partition.split(saved.ema)
