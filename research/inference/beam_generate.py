@@ -41,7 +41,9 @@ class CachedBeamModel:
         """Returns the logits after one more token a row, and the cache with it."""
         # [rows] -> [rows, T] with T = 1, whose only token has index 0.
         index = jnp.zeros_like(tokens)
-        return next_logits(self.config, params, tokens[:, None], positions[:, None], state, index)
+        tokens = tokens[:, None]
+        positions = positions[:, None]
+        return next_logits(self.config, params, tokens, positions, state, index)
 
     def take(self, state: Cache, rows: Int[Array, " rows"]) -> Cache:
         """Returns the cache of `rows`."""

@@ -73,7 +73,8 @@ def beam_search(
 def _check_ids(beams: BeamConfig, num_ids: int, end_ids: Sequence[int]) -> None:
     """Raises UserError where the settings do not fit the ids."""
     bos = () if beams.forced_bos is None else (beams.forced_bos,)
-    for name, ids in (("forced_prefix", beams.forced_prefix), ("forced_bos", bos)):
+    forced = {"forced_prefix": beams.forced_prefix, "forced_bos": bos}
+    for name, ids in forced.items():
         for i in ids:
             if not 0 <= i < num_ids:
                 raise UserError(f"{name}: id {i} is out of range: it must lie in [0, {num_ids}).")
@@ -97,14 +98,18 @@ def _initial_state(
         tokens[row, :, : len(prompt)] = prompt
 
     # One row of the model's state a prompt -> one a beam: rows [0, 0, 1, 1].
-    rows = jnp.repeat(jnp.arange(len(prompts)), beams.num_beams)
+    prompt_rows = jnp.arange(len(prompts))
+    beam_rows = jnp.repeat(prompt_rows, beams.num_beams)
+
+    # At first all beams of a prompt are the same, and only the first counts: [0, -∞].
+    empty = jnp.full(shape, -jnp.inf, jnp.float32)
+    scores = empty.at[:, 0].set(0.0)
     return BeamState(
-        model=model.take(state, rows),
+        model=model.take(state, beam_rows),
         num_new=jnp.int32(0),
         lengths=jnp.asarray(lengths),
         tokens=jnp.asarray(tokens),
-        # At first all beams of a prompt are the same: only the first counts.
-        scores=jnp.full(shape, -jnp.inf, jnp.float32).at[:, 0].set(0.0),
+        scores=scores,
         finished_tokens=jnp.zeros(tokens.shape, jnp.int32),
         finished_scores=jnp.full(shape, -jnp.inf, jnp.float32),
         finished_num_new=jnp.zeros(shape, jnp.int32),

@@ -111,21 +111,27 @@ def beam_step(
     batch, beams, _ = state.tokens.shape
 
     # The newest token of each hypothesis and its position: [B, beams, slots] -> [rows].
-    newest = jnp.broadcast_to((state.lengths - 1)[:, None], (batch, beams))
-    tokens = jnp.take_along_axis(state.tokens, newest[..., None], axis=-1).reshape(-1)
+    last = state.lengths - 1
+    newest = jnp.broadcast_to(last[:, None], (batch, beams))
+    tokens = jnp.take_along_axis(state.tokens, newest[..., None], axis=-1)
+    tokens = tokens.reshape(-1)
     positions = newest.reshape(-1)
     logits, model_state = model.step(params, state.model, tokens, positions)
 
-    # [rows, V] -> [B, beams, V]
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_p = log_p.reshape(batch, beams, -1)[..., :num_ids]
+    # [rows, V] -> [B, beams, V]; the padding of the vocabulary is cut off.
+    logits = logits.astype(jnp.float32)
+    log_p = jax.nn.log_softmax(logits)
+    log_p = log_p.reshape(batch, beams, -1)
+    log_p = log_p[..., :num_ids]
     log_p = _constrain(state, log_p, rules, no_repeat_ngram)
     state, parents = advance(state, log_p, rules)
 
     # Parents [[1, 1], [0, 1]] of 2 prompts -> rows [1, 1, 2, 3] of the model's state.
-    first_rows = jnp.arange(batch)[:, None] * beams
-    rows = (first_rows + parents).reshape(-1)
-    return state.replace(model=model.reorder(model_state, rows))
+    prompt = jnp.arange(batch)
+    first_row = prompt[:, None] * beams
+    rows = first_row + parents
+    model_state = model.reorder(model_state, rows.reshape(-1))
+    return state.replace(model=model_state)
 
 
 def _constrain(
@@ -140,18 +146,26 @@ def _constrain(
         sequences = state.tokens.reshape(batch * beams, -1)
         lengths = jnp.repeat(state.lengths, beams)
         banned = completes_ngram(sequences, lengths, no_repeat_ngram, num_ids)
-        log_p = jnp.where(banned.reshape(log_p.shape), -jnp.inf, log_p)
+        banned = banned.reshape(log_p.shape)
+        log_p = jnp.where(banned, -jnp.inf, log_p)
 
-    ids = jnp.arange(num_ids)[None, None, :]
-    ends_too_early = jnp.isin(ids, rules.end_ids) & (state.num_new < rules.min_tokens)
-    log_p = jnp.where(ends_too_early, -jnp.inf, log_p)
+    # Until `min_tokens` no text may end.
+    ids = jnp.arange(num_ids)
+    ids = ids[None, None, :]
+    is_end = jnp.isin(ids, rules.end_ids)
+    too_early = state.num_new < rules.min_tokens
+    log_p = jnp.where(is_end & too_early, -jnp.inf, log_p)
 
     # A forced id that another rule forbids has log p = 0, as if it were unscored.
     forced = rules.forced[state.num_new]
-    unscored = rules.unscored[state.num_new] | jnp.isneginf(log_p)
+    unscored = rules.unscored[state.num_new]
+    unscored = unscored | jnp.isneginf(log_p)
     forced_log_p = jnp.where(unscored, 0.0, log_p)
-    only_forced = jnp.where(ids == forced, forced_log_p, -jnp.inf)
-    return jnp.where(forced < 0, log_p, only_forced)
+    is_forced = ids == forced
+    only_forced = jnp.where(is_forced, forced_log_p, -jnp.inf)
+
+    is_free = forced < 0
+    return jnp.where(is_free, log_p, only_forced)
 
 
 def completes_ngram(
@@ -175,16 +189,20 @@ def completes_ngram(
     # [rows, starts]: whether an n-gram of the sequence begins with its newest n - 1 tokens.
     # [5, 6, 7, 5, 6] has n-grams at 0, 1 and 2, of which 5 6 7 at 0 begins with 5 6.
     num_starts = slots - size + 1
-    ends = jnp.arange(num_starts)[None, :] + size
+    starts = jnp.arange(num_starts)
+    ends = starts[None, :] + size
     matches = ends <= lengths[:, None]
     first_newest = lengths - size + 1
     for i in range(size - 1):
-        newest = jnp.maximum(first_newest + i, 0)[:, None]
-        newest_token = jnp.take_along_axis(tokens, newest, axis=1)
-        matches &= tokens[:, i : i + num_starts] == newest_token
+        newest = jnp.maximum(first_newest + i, 0)
+        newest_token = jnp.take_along_axis(tokens, newest[:, None], axis=1)
+        token = tokens[:, i : i + num_starts]
+        matches &= token == newest_token
 
+    # The last token of each n-gram that matches is banned: 7 of 5 6 7.
     last_tokens = tokens[:, size - 1 :]
-    row = jnp.arange(rows)[:, None]
+    row = jnp.arange(rows)
+    row = row[:, None]
     return banned.at[row, last_tokens].max(matches)
 
 
@@ -203,30 +221,41 @@ def advance(
     batch, beams, num_ids = log_p.shape
 
     # [B, beams, V] -> [B, beams · V]; the flat index is parent · V + id.
-    total = (state.scores[..., None] + log_p).reshape(batch, -1)
-    num_ways = rules.end_ids.shape[0] + 1
-    num_candidates = min(num_ways * beams, total.shape[1])
+    total = state.scores[..., None] + log_p
+    total = total.reshape(batch, -1)
+    num_ends = rules.end_ids.shape[0]
+    num_candidates = min((num_ends + 1) * beams, beams * num_ids)
     scores, flat = jax.lax.top_k(total, num_candidates)
     parents = flat // num_ids
     ids = flat % num_ids
 
     # Each candidate has the tokens of its parent, and its own id behind them.
     tokens = _take_beams(state.tokens, parents)
-    tokens = tokens.at[jnp.arange(batch), :, state.lengths].set(ids)
-    state = state.replace(num_new=state.num_new + 1, lengths=state.lengths + 1)
+    prompt = jnp.arange(batch)
+    tokens = tokens.at[prompt, :, state.lengths].set(ids)
+    num_new = state.num_new + 1
+    lengths = state.lengths + 1
+    state = state.replace(num_new=num_new, lengths=lengths)
 
-    ended = jnp.isin(ids, rules.end_ids) | (state.num_new >= rules.max_tokens)
-    among_best = (jnp.arange(num_candidates) < beams)[None, :]
-    finishes = ended & among_best & state.active[:, None]
+    # With 2 beams, the third candidate [B, 2] does not finish even where it ends.
+    is_end = jnp.isin(ids, rules.end_ids)
+    ended = is_end | (num_new >= rules.max_tokens)
+    rank = jnp.arange(num_candidates)
+    among_best = rank < beams
+    finishes = ended & among_best[None, :]
+    finishes = finishes & state.active[:, None]
     finished_scores = jnp.where(finishes, scores, -jnp.inf)
     state = _add_finished(state, tokens, finished_scores, rules)
 
     # The best candidates that run on: [B, candidates] -> [B, beams].
     running_scores = jnp.where(ended, -jnp.inf, scores)
     scores, running = jax.lax.top_k(running_scores, beams)
-    state = state.replace(tokens=_take_beams(tokens, running), scores=scores)
+    tokens = _take_beams(tokens, running)
+    state = state.replace(tokens=tokens, scores=scores)
     active = state.active & _may_improve(state, rules)
-    return state.replace(active=active), jnp.take_along_axis(parents, running, axis=1)
+    state = state.replace(active=active)
+    parents = jnp.take_along_axis(parents, running, axis=1)
+    return state, parents
 
 
 def _take_beams(
@@ -255,10 +284,12 @@ def _add_finished(
     num_new = jnp.concatenate([state.finished_num_new, num_new], axis=1)
     tokens = jnp.concatenate([state.finished_tokens, tokens], axis=1)
     scores, best = jax.lax.top_k(scores, beams)
+    tokens = _take_beams(tokens, best)
+    num_new = jnp.take_along_axis(num_new, best, axis=1)
     return state.replace(
-        finished_tokens=_take_beams(tokens, best),
+        finished_tokens=tokens,
         finished_scores=scores,
-        finished_num_new=jnp.take_along_axis(num_new, best, axis=1),
+        finished_num_new=num_new,
     )
 
 
@@ -267,8 +298,12 @@ def _may_improve(state: BeamState, rules: BeamRules) -> Bool[Array, "B"]:
     is running.
     """
     length = jnp.maximum(state.num_new, rules.min_scored_length)
-    penalty = length.astype(jnp.float32) ** rules.length_penalty
+    length = length.astype(jnp.float32)
+    penalty = length**rules.length_penalty
     best_running = state.scores[:, 0] / penalty
     worst_finished = state.finished_scores[:, -1]
+
+    improves = best_running > worst_finished
     is_full = worst_finished > -jnp.inf
-    return (best_running > worst_finished) & ~(is_full & rules.stop_when_full)
+    stops = is_full & rules.stop_when_full
+    return improves & ~stops

@@ -74,8 +74,10 @@ def prefill_step(
 
     # Ids [B, T] -> [B, V]: which ids each prompt has, padding left out.
     batch, width = prompts.tokens.shape
-    is_real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
-    row = jnp.arange(batch)[:, None]
+    index = jnp.arange(width)
+    is_real = index[None, :] < prompts.lengths[:, None]
+    row = jnp.arange(batch)
+    row = row[:, None]
     none_seen = jnp.zeros((batch, config.vocab_size), bool)
     seen = none_seen.at[row, prompts.tokens].max(is_real)
 
@@ -83,7 +85,8 @@ def prefill_step(
     any_token = prompts.tokens[:, 0]
     last = prompts.lengths - 1
     state = DecodeState(cache, any_token, last, keys, sampling, seen)
-    return _draw_next(state, logits[:, :num_ids], cache)
+    logits = logits[:, :num_ids]
+    return _draw_next(state, logits, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_ids"), donate_argnames=("state",))
@@ -96,14 +99,18 @@ def decode_step(
     positions = state.position[:, None]
     index = jnp.zeros_like(state.position)
     logits, cache = next_logits(config, params, tokens, positions, state.cache, index)
-    return _draw_next(state, logits[:, :num_ids], cache)
+    logits = logits[:, :num_ids]
+    return _draw_next(state, logits, cache)
 
 
 def _draw_next(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) -> DecodeState:
     position = state.position + 1
-    seen_ids = state.seen[:, : logits.shape[1]]
+    batch, num_ids = logits.shape
+    seen_ids = state.seen[:, :num_ids]
     token = draw(logits, seen_ids, state.keys, position, state.sampling)
-    row = jnp.arange(token.shape[0])
+
+    # Row i has now seen token i.
+    row = jnp.arange(batch)
     seen = state.seen.at[row, token].set(True)
     return state.replace(cache=cache, token=token, position=position, seen=seen)
 
@@ -140,10 +147,10 @@ def generate(
     settings = _per_prompt(sampling, len(prompts))
     new_tokens = [each.max_tokens for each in settings]
     prompt_rows, slots = encode(config, tokenizer, prompts, new_tokens)
-    if seeds is None:
-        seeds = [each.seed for each in settings]
-    keys = keys_of(_checked_seeds(seeds, len(prompts)))
+    seeds = _checked_seeds(seeds, settings)
+    keys = keys_of(seeds)
 
+    page_table = page_table_for(cache, prompt_rows, new_tokens, slots)
     num_ids = min(tokenizer.vocab_size, config.vocab_size)
     state = prefill_step(
         params,
@@ -153,21 +160,32 @@ def generate(
         config=config,
         slots=slots,
         num_ids=num_ids,
-        page_table=page_table_for(cache, prompt_rows, new_tokens, slots),
+        page_table=page_table,
     )
 
-    texts = []
-    for ids, each in zip(prompt_ids(config, prompt_rows), settings, strict=True):
-        texts.append(Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens))
+    ids = prompt_ids(config, prompt_rows)
+    texts = _detokenizers(tokenizer, ids, settings)
 
     # All sequences decode until the last one has ended; the tokens after an end are not used.
     for _ in track(range(max(new_tokens)), "sample", unit="tokens"):
-        for text, token in zip(texts, np.asarray(state.token).tolist(), strict=True):
+        tokens = np.asarray(state.token).tolist()
+        for text, token in zip(texts, tokens, strict=True):
             text.push(token)
         if all(text.finished for text in texts):
             break
         state = decode_step(params, state, config=config, num_ids=num_ids)
     return [text.completion() for text in texts]
+
+
+def _detokenizers(
+    tokenizer: Tokenizer, prompts: Sequence[list[int]], settings: Sequence[SamplingConfig]
+) -> list[Detokenizer]:
+    """Returns a detokenizer for each prompt, which ends at that prompt's own stop strings."""
+    texts = []
+    for ids, each in zip(prompts, settings, strict=True):
+        text = Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens)
+        texts.append(text)
+    return texts
 
 
 def _per_prompt(
@@ -186,8 +204,13 @@ def _per_prompt(
     return list(sampling)
 
 
-def _checked_seeds(seeds: Sequence[Any], count: int) -> list[int]:
-    """Returns the seeds; raises UserError where they are not one a prompt, or no 64-bit numbers."""
+def _checked_seeds(seeds: Sequence[Any] | None, settings: Sequence[SamplingConfig]) -> list[int]:
+    """Returns the seeds, where none are given those of the settings; raises UserError where they
+    are not one a prompt, or no 64-bit numbers.
+    """
+    if seeds is None:
+        seeds = [each.seed for each in settings]
+    count = len(settings)
     if len(seeds) != count:
         raise UserError(
             "seeds", constraint=f": {len(seeds)} of them for {count} prompts; give one a prompt."

@@ -72,8 +72,10 @@ def _check_given(
         raise UserError("prefix", constraint=f"is given for model.structure = {structure!r}.")
     if types is not None and not config.embedding.num_types:
         raise UserError("types", constraint="are given for model.embedding.num_types = 0.")
-    if (encoder_tokens is None) == (structure == "encoder_decoder"):
-        need = "is missing" if encoder_tokens is None else "is given"
+    is_missing = encoder_tokens is None
+    is_needed = structure == "encoder_decoder"
+    if is_missing == is_needed:
+        need = "is missing" if is_missing else "is given"
         raise UserError(f"encoder_tokens {need} for model.structure = {structure!r}.")
 
 
@@ -111,11 +113,15 @@ def token_inputs(
     # Segments [1, 1, 2, 2, 2] start at [0, 2]: positions [0, 1, 0, 1, 2].
     segments_name = name.replace("tokens", "segments")
     numbers = per_token(segments_name, segments, rows, 2**31)
-    first = jnp.ones_like(numbers[:, :1])
-    changes = jnp.concatenate([first, jnp.diff(numbers, axis=1)], axis=1)
+    first_change = jnp.ones_like(numbers[:, :1])
+    later_changes = jnp.diff(numbers, axis=1)
+    changes = jnp.concatenate([first_change, later_changes], axis=1)
     is_start = changes != 0
-    start = jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
-    return {"tokens": rows, "positions": index - start, "segments": numbers}
+    # is_start [1, 0, 1, 0, 0] -> starts [0, 0, 2, 0, 0] -> start of each token [0, 0, 2, 2, 2]
+    starts = jnp.where(is_start, index, 0)
+    start = jax.lax.cummax(starts, axis=1)
+    positions = index - start
+    return {"tokens": rows, "positions": positions, "segments": numbers}
 
 
 def per_token(
@@ -151,8 +157,8 @@ def _whole_numbers(name: str, values: ArrayLike) -> Int[np.ndarray, "..."]:
 def _check_range(name: str, numbers: Int[np.ndarray, "B T"], limit: int) -> None:
     low = numbers.min()
     high = numbers.max()
-    if low < 0 or high >= limit:
-        bad = low if low < 0 else high
+    bad = low if low < 0 else high
+    if not 0 <= bad < limit:
         raise UserError(f"{name}: id {bad} is out of range: it must lie in [0, {limit}).")
 
 

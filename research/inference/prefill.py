@@ -36,9 +36,11 @@ def next_logits(
     """
     model = language_model(config)
     output = model.hidden(params, {"tokens": tokens, "positions": positions, **inputs}, cache=cache)
-    # [B, T, D] -> [B, 1, D]: the vocabulary's product is made for one token only.
+    # [B, T, D] -> [B, 1, D] -> [B, V]: the vocabulary's product is made for one token only.
     hidden = jnp.take_along_axis(output.hidden, index[:, None, None], axis=1)
-    return compute_logits(model.projection(params, hidden))[:, 0], output.cache
+    projected = model.projection(params, hidden)
+    logits = compute_logits(projected)
+    return logits[:, 0], output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
@@ -92,6 +94,9 @@ def _real_positions(
     position.
     """
     # lengths [2, 3] of T = 4 -> positions [[0, 1, 0, 0], [0, 1, 2, 0]].
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    width = tokens.shape[1]
+    index = jnp.arange(width, dtype=jnp.int32)
+    index = index[None, :]
     is_real = index < lengths[:, None]
-    return is_real, jnp.where(is_real, index, 0)
+    positions = jnp.where(is_real, index, 0)
+    return is_real, positions

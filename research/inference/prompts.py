@@ -40,7 +40,11 @@ class Prompts:
 
     def rows(self) -> list[list[int]]:
         """Returns the ids of each row of the decoder, without padding."""
-        rows = zip(np.asarray(self.tokens), np.asarray(self.lengths), strict=True)
+        tokens = np.asarray(self.tokens)
+        lengths = np.asarray(self.lengths)
+
+        # Tokens [5, 6, 0, 0] of length 2 -> [5, 6]
+        rows = zip(tokens, lengths, strict=True)
         return [row[:length].tolist() for row, length in rows]
 
 
@@ -101,7 +105,8 @@ def check_room(
     room = config.max_length
     lengths = [len(ids) for ids in encoded]
     # (prompt, new) tokens, the longest prompt first: the error names that one.
-    pairs = sorted(zip(lengths, max_tokens, strict=True), reverse=True)
+    pairs = list(zip(lengths, max_tokens, strict=True))
+    pairs.sort(reverse=True)
     for length, new in pairs:
         if length > room or (new and length == room):
             fault = "leaves no room within" if new else "is longer than"
@@ -156,7 +161,8 @@ def _pad(
     """Returns ids as rows of one bucketed width, and their lengths."""
     # [[5, 6], [7]] -> [[5, 6, 0, …], [7, 0, 0, …]], lengths [2, 1]
     lengths = [len(ids) for ids in encoded]
-    width = min(bucket(max(lengths)), max_length)
+    width = bucket(max(lengths))
+    width = min(width, max_length)
     padded = np.zeros((len(encoded), width), np.int32)
     for row, ids in enumerate(encoded):
         padded[row, : len(ids)] = ids
@@ -193,8 +199,10 @@ def _out_of_range(config: LanguageModelConfig, tokenizer: Tokenizer, prompt: Pro
     """Returns the message about an id that the model's embedding has no row for."""
     # A text whose tokenizer has more ids than the model, or ids that are given.
     bound = f"the model's ids lie in [0, {config.vocab_size})"
-    if isinstance(prompt, str) and 0 <= i < tokenizer.vocab_size:
-        names = {control: name for name, control in tokenizer.control_tokens.items()}
-        text = names[i] if i in names else tokenizer.decode([i])
-        return f": {text!r} is the tokenizer's id {i}, and {bound}."
-    return f": id {i} is out of range: {bound}."
+    is_text = isinstance(prompt, str)
+    if not is_text or not 0 <= i < tokenizer.vocab_size:
+        return f": id {i} is out of range: {bound}."
+
+    names = {control: name for name, control in tokenizer.control_tokens.items()}
+    text = names[i] if i in names else tokenizer.decode([i])
+    return f": {text!r} is the tokenizer's id {i}, and {bound}."

@@ -78,8 +78,11 @@ def decoding_config(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:
     Raises:
       UserError: a field that is not known, out of range, or of the other way.
     """
-    if "num_beams" in fields and fields["num_beams"] != 1:
-        fault = f"draws, and num_beams = {fields['num_beams']} searches"
+    num_beams = 1
+    if "num_beams" in fields:
+        num_beams = fields["num_beams"]
+    if num_beams != 1:
+        fault = f"draws, and num_beams = {num_beams} searches"
         _check_fields(fields, BeamConfig, SamplingConfig, fault)
         return configs.bind(BeamConfig, fields)
 
@@ -93,5 +96,6 @@ def _check_fields(fields: Mapping[str, Any], wanted: type, other: type, fault: s
     """Raises UserError for a field that the `other` config alone has."""
     known = {field.name for field in dataclasses.fields(wanted)}
     for field in dataclasses.fields(other):
-        if field.name in fields and field.name not in known:
-            raise UserError(field.name, fields[field.name], f"{fault}.")
+        name = field.name
+        if name in fields and name not in known:
+            raise UserError(name, fields[name], f"{fault}.")

@@ -114,7 +114,10 @@ def penalize(
         negative logits.
     """
     penalty = penalty[:, None]
-    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    is_positive = logits > 0
+    divided = logits / penalty
+    multiplied = logits * penalty
+    penalized = jnp.where(is_positive, divided, multiplied)
     return jnp.where(seen, penalized, logits)
 
 
@@ -129,26 +132,37 @@ def truncate(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array
         arXiv:2407.01082.
     """
     vocab = logits.shape[-1]
-    uses_top_k = (params.top_k > 0) & (params.top_k < vocab)
+    is_limited = params.top_k > 0
+    uses_top_k = is_limited & (params.top_k < vocab)
     uses_top_p = params.top_p < 1
 
     def keep_top_k(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        kth = kth_largest(logits, jnp.where(uses_top_k, params.top_k, vocab))
-        left_out = uses_top_k[:, None] & (logits < kth[:, None])
+        # Rows without top-k have k = V, which any number in [1, V] would do for.
+        k = jnp.where(uses_top_k, params.top_k, vocab)
+        kth = kth_largest(logits, k)
+        is_below = logits < kth[:, None]
+        left_out = uses_top_k[:, None] & is_below
         return jnp.where(left_out, -jnp.inf, logits)
 
     def keep_top_p(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         least = least_in_nucleus(logits, params.top_p)
-        left_out = uses_top_p[:, None] & (logits < least[:, None])
+        is_below = logits < least[:, None]
+        left_out = uses_top_p[:, None] & is_below
         return jnp.where(left_out, -jnp.inf, logits)
 
-    logits = jax.lax.cond(jnp.any(uses_top_k), keep_top_k, lambda logits: logits, logits)
-    logits = jax.lax.cond(jnp.any(uses_top_p), keep_top_p, lambda logits: logits, logits)
+    def keep_all(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        return logits
+
+    any_top_k = jnp.any(uses_top_k)
+    logits = jax.lax.cond(any_top_k, keep_top_k, keep_all, logits)
+    any_top_p = jnp.any(uses_top_p)
+    logits = jax.lax.cond(any_top_p, keep_top_p, keep_all, logits)
 
     # p >= min_p · max p, as logits. With min_p = 0 the bound is log 0 = −∞, which keeps all.
     likeliest = jnp.max(logits, axis=-1)
     least = likeliest + jnp.log(params.min_p)
-    return jnp.where(logits < least[:, None], -jnp.inf, logits)
+    is_below = logits < least[:, None]
+    return jnp.where(is_below, -jnp.inf, logits)
 
 
 def kth_largest(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -157,7 +171,8 @@ def kth_largest(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array,
     A bisection over the 32 bits of a number, which reads the row 32 times, instead of a sort.
     """
     # [B, V] floats -> [B, V] integers in the same order.
-    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.int32)
+    logits = logits.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     ordered = _ordered_bits(bits)
 
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -165,23 +180,28 @@ def kth_largest(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array,
         # Their mean, rounded up, without the sum of two int32, which would overflow.
         half_of_difference = (low ^ high) >> 1
         middle = (low | high) - half_of_difference
-        at_least_middle = jnp.sum(ordered >= middle[:, None], axis=-1)
-        has_k = at_least_middle >= k
+        at_least_middle = ordered >= middle[:, None]
+        count = jnp.sum(at_least_middle, axis=-1)
+        has_k = count >= k
         low = jnp.where(has_k, middle, low)
         high = jnp.where(has_k, high, middle - 1)
         return low, high
 
     limits = jnp.iinfo(jnp.int32)
-    bounds = (jnp.full_like(k, limits.min), jnp.full_like(k, limits.max))
-    kth, _ = jax.lax.fori_loop(0, 32, halve, bounds)
-    return jax.lax.bitcast_convert_type(_ordered_bits(kth), jnp.float32)
+    lowest = jnp.full_like(k, limits.min)
+    highest = jnp.full_like(k, limits.max)
+    kth, _ = jax.lax.fori_loop(0, 32, halve, (lowest, highest))
+    kth_bits = _ordered_bits(kth)
+    return jax.lax.bitcast_convert_type(kth_bits, jnp.float32)
 
 
 def _ordered_bits(bits: Int[Array, "..."]) -> Int[Array, "..."]:
     """Maps the bits of floats to integers of the same order, and back: those of negative floats are
     inverted, but for the sign.
     """
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    is_negative = bits < 0
+    inverted = bits ^ 0x7FFFFFFF
+    return jnp.where(is_negative, inverted, bits)
 
 
 def least_in_nucleus(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B"]:
@@ -191,9 +211,11 @@ def least_in_nucleus(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> F
     # Probabilities [0.5, 0.3, 0.2] come after [0, 0.5, 0.8]; top_p = 0.7 keeps the first two.
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    up_to = jnp.cumsum(probabilities, axis=-1)
+    before = up_to - probabilities
     in_nucleus = before < top_p[:, None]
-    return jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), axis=-1)
+    kept = jnp.where(in_nucleus, ordered, jnp.inf)
+    return jnp.min(kept, axis=-1)
 
 
 def draw(
@@ -219,15 +241,18 @@ def draw(
     greedy = params.temperature == 0
 
     # The likeliest token has the logit 0, which stays 0 at temperatures near 0.
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    likeliest = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = logits - likeliest
     temperature = jnp.where(greedy, 1.0, params.temperature)
     scaled = shifted / temperature[:, None]
 
     def gumbel_row(key: Key[Array, ""]) -> Float[Array, "V"]:
-        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+        shape = logits.shape[1:]
+        return jax.random.gumbel(key, shape, jnp.float32)
 
     def gumbel(_: None) -> Float[Array, "B V"]:
-        token_keys = jax.vmap(jax.random.fold_in)(keys, positions)
+        fold_in_rows = jax.vmap(jax.random.fold_in)
+        token_keys = fold_in_rows(keys, positions)
         noise = jax.vmap(gumbel_row)(token_keys)
         return jnp.where(greedy[:, None], 0.0, noise)
 
@@ -237,6 +262,8 @@ def draw(
     # The largest of logits with Gumbel noise is a draw from their softmax, as in
     # `jax.random.categorical`; without noise it is the likeliest token. One argmax serves both: a
     # second one would take three times as long.
-    noise = jax.lax.cond(jnp.all(greedy), zeros, gumbel, None)
-    noisy = truncate(scaled, params) + noise
-    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    all_greedy = jnp.all(greedy)
+    noise = jax.lax.cond(all_greedy, zeros, gumbel, None)
+    truncated = truncate(scaled, params)
+    token = jnp.argmax(truncated + noise, axis=-1)
+    return token.astype(jnp.int32)

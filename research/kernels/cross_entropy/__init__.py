@@ -67,21 +67,32 @@ def cross_entropy(
 
     Source: label smoothing is Szegedy et al. 2016, arXiv:1512.00567, section 7.
     """
-    implementation = _resolved(implementation, kernel.shape[1], hidden.dtype)
-    # [B, T, D] -> [B·T, D]
-    hidden, kernel = as_product(hidden.reshape(-1, hidden.shape[-1]), kernel)
-    targets, *per_token = (x.reshape(-1) for x in (targets, *per_token))
+    vocab_size = kernel.shape[1]
+    implementation = _resolved(implementation, vocab_size, hidden.dtype)
+    # Hidden states [B, T, D] -> [B·T, D], arrays over tokens [B, T] -> [B·T]
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden, kernel = as_product(hidden, kernel)
+    targets = targets.reshape(-1)
+    per_token = tuple(x.reshape(-1) for x in per_token)
 
-    if implementation == "fused" and token_chunk is None:
-        token_chunk = fused.token_chunk(kernel.shape[1])
-    config = _config(kernel.shape[1], softcap, label_smoothing, token_chunk, vocab_chunk)
+    config = _config(implementation, vocab_size, softcap, label_smoothing, token_chunk, vocab_chunk)
     if implementation == "fused":
-        return fused.summed_loss(token_loss, hidden, kernel, targets, tuple(per_token), config)
+        return fused.summed_loss(token_loss, hidden, kernel, targets, per_token, config)
     if implementation == "reference":
         losses = reference.token_losses(hidden, kernel, targets, softcap, label_smoothing)
     else:
         losses = chunked.token_losses(hidden, kernel, targets, config)
-    total, auxiliary = token_loss(*losses, *map(jax.lax.stop_gradient, per_token))
+    return _summed(token_loss, losses, per_token)
+
+
+def _summed(
+    token_loss: TokenLoss,
+    losses: tuple[Float[Array, "tokens"], Float[Array, "tokens"]],
+    per_token: tuple[Float[Array, "tokens"], ...],
+) -> tuple[Float[Array, ""], Any]:
+    """Returns `token_loss` of (nll, log_z), which alone have a gradient."""
+    constants = [jax.lax.stop_gradient(x) for x in per_token]
+    total, auxiliary = token_loss(*losses, *constants)
     return total, jax.lax.stop_gradient(auxiliary)
 
 
@@ -91,18 +102,22 @@ def _resolved(implementation: Implementation, vocab_size: int, dtype: Any) -> Im
     Off the CPU `auto` is `chunked`: the few tokens that `fused` takes at a time would spend their
     time on reading the kernel.
     """
-    sharded = vocab_shard_size(vocab_size) < vocab_size
+    shard_size = vocab_shard_size(vocab_size)
+    sharded = shard_size < vocab_size
     if implementation == "fused" and sharded:
         raise UserError(
             "implementation", "fused", "needs the whole vocabulary on each device: take 'chunked'."
         )
     if implementation != "auto":
         return implementation
-    fast = platform() == "cpu" and not sharded and fused.is_fast(vocab_size, dtype)
+    if platform() != "cpu" or sharded:
+        return "chunked"
+    fast = fused.is_fast(vocab_size, dtype)
     return "fused" if fast else "chunked"
 
 
 def _config(
+    implementation: Implementation,
     vocab_size: int,
     softcap: float | None,
     label_smoothing: float,
@@ -111,8 +126,11 @@ def _config(
 ) -> CrossEntropyConfig:
     """Returns the static arguments, with chunk sizes chosen where they are None."""
     if vocab_chunk is None:
-        vocab_chunk = default_vocab_chunk(vocab_shard_size(vocab_size))
-    if token_chunk is None:
+        shard_size = vocab_shard_size(vocab_size)
+        vocab_chunk = default_vocab_chunk(shard_size)
+    if token_chunk is None and implementation == "fused":
+        token_chunk = fused.token_chunk(vocab_size)
+    elif token_chunk is None:
         token_chunk = default_token_chunk(vocab_chunk)
     if min(token_chunk, vocab_chunk) < 1:
         raise UserError(

@@ -55,7 +55,8 @@ def token_losses(
     config: CrossEntropyConfig,
 ) -> tuple[Float[Array, "tokens"], Float[Array, "tokens"]]:
     """Returns nll and log_z of each token; the gradient of `kernel` is summed in float32."""
-    on_shard = functools.partial(_shard_losses, config, kernel.shape[1])
+    vocab_size = kernel.shape[1]
+    on_shard = functools.partial(_shard_losses, config, vocab_size)
     return per_device(on_shard, kernel, hidden, targets, sums_kernel=False)
 
 
@@ -82,8 +83,11 @@ def _shard_losses(
         _, softmax = fold_tokens(tile, None, softmax, token_arrays, unrolled)
         return softmax
 
-    zeros = jnp.zeros(token_arrays[1].shape)
-    softmax = OnlineSoftmax(zeros - jnp.inf, zeros, zeros)
+    # Sums of each token: [chunks, chunk] -> [tokens]
+    _, target_chunks = token_arrays
+    zeros = jnp.zeros(target_chunks.shape)
+    lowest = zeros - jnp.inf
+    softmax = OnlineSoftmax(lowest, zeros, zeros)
     softmax = fold_vocabulary(add_columns, softmax, columns, config.vocab_chunk)
     max_logit, denominator, label_logit = (join_tokens(x, tokens) for x in softmax)
 
@@ -91,8 +95,10 @@ def _shard_losses(
     if tensor_axes:
         local_max = max_logit
         max_logit = jax.lax.pmax(max_logit, tensor_axes)
-        rescaled = denominator * jnp.exp(local_max - max_logit)
-        denominator, label_logit = jax.lax.psum((rescaled, label_logit), tensor_axes)
+        rescale = jnp.exp(local_max - max_logit)
+        denominator = denominator * rescale
+        sums = (denominator, label_logit)
+        denominator, label_logit = jax.lax.psum(sums, tensor_axes)
 
     log_z = max_logit + jnp.log(denominator)
     return log_z - label_logit, log_z
@@ -112,15 +118,23 @@ def _add_tile(
     logits = make_logits(hidden, columns, config.softcap)
 
     # exp(z - old) = exp(z - new) · exp(new - old): the old denominator is rescaled to the new max.
-    max_logit = jnp.maximum(softmax.max_logit, logits.max(axis=-1))
-    rescaled = softmax.denominator * jnp.exp(softmax.max_logit - max_logit)
-    denominator = rescaled + jnp.exp(logits - max_logit[:, None]).sum(axis=-1)
+    tile_max = logits.max(axis=-1)
+    max_logit = jnp.maximum(softmax.max_logit, tile_max)
+    rescale = jnp.exp(softmax.max_logit - max_logit)
+    rescaled = softmax.denominator * rescale
+    shifted = logits - max_logit[:, None]
+    weights = jnp.exp(shifted)
+    denominator = rescaled + weights.sum(axis=-1)
 
-    one_hot = is_target(targets, start, columns.shape[1])
-    target_logit = jnp.where(one_hot, logits, 0.0).sum(axis=-1)
+    # Targets in other tiles have no column here: their rows of `one_hot` are zeros.
+    size = columns.shape[1]
+    one_hot = is_target(targets, start, size)
+    target_logits = jnp.where(one_hot, logits, 0.0)
+    target_logit = target_logits.sum(axis=-1)
     label_logit = softmax.label_logit + (1 - config.label_smoothing) * target_logit
     if config.label_smoothing:
-        label_logit += config.label_smoothing / vocab_size * logits.sum(axis=-1)
+        uniform = config.label_smoothing / vocab_size
+        label_logit += uniform * logits.sum(axis=-1)
 
     return None, OnlineSoftmax(max_logit, denominator, label_logit)
 
@@ -129,16 +143,19 @@ def _forward(
     hidden: Array, kernel: Array, targets: Array, config: CrossEntropyConfig
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
     nll, log_z = token_losses(hidden, kernel, targets, config)
-    return (nll, log_z), (hidden, kernel, targets, log_z)
+    saved = (hidden, kernel, targets, log_z)
+    return (nll, log_z), saved
 
 
 def _backward(
     config: CrossEntropyConfig, saved: tuple[Array, ...], g: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
     hidden, kernel, targets, log_z = saved
-    on_shard = functools.partial(_shard_gradients, config, kernel.shape[1])
+    vocab_size = kernel.shape[1]
+    on_shard = functools.partial(_shard_gradients, config, vocab_size)
     dhidden, dkernel = per_device(on_shard, kernel, hidden, targets, log_z, *g, sums_kernel=True)
-    return dhidden, dkernel.astype(kernel.dtype), None
+    dkernel = dkernel.astype(kernel.dtype)
+    return dhidden, dkernel, None
 
 
 def _shard_gradients(
@@ -168,14 +185,18 @@ def _shard_gradients(
         unrolled = max_unrolled(columns, config.vocab_chunk)
         dpart, dhidden = fold_tokens(tile, zeros, dhidden, token_arrays, unrolled)
 
+        # [D, columns of the tile] is written into [D, columns].
         dpart = dpart.astype(dkernel.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(dkernel, dpart, start, axis=1), dhidden
+        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dpart, start, axis=1)
+        return dkernel, dhidden
 
     # Before the sum over devices the gradient of the kernel is not rounded.
     kernel_sum_dtype = jnp.float32 if batch_axes else kernel.dtype
     dkernel = jnp.zeros(kernel.shape, kernel_sum_dtype)
-    dhidden = jnp.zeros(token_arrays[0].shape, jnp.float32)
-    dkernel, dhidden = fold_vocabulary(add_columns, (dkernel, dhidden), columns, config.vocab_chunk)
+    hidden_chunks = token_arrays[0]
+    dhidden = jnp.zeros(hidden_chunks.shape, jnp.float32)
+    gradients = (dkernel, dhidden)
+    dkernel, dhidden = fold_vocabulary(add_columns, gradients, columns, config.vocab_chunk)
 
     dhidden = join_tokens(dhidden, tokens)
     if tensor_axes:
@@ -201,7 +222,8 @@ def _add_tile_gradients(
 ) -> tuple[Float[Array, "D columns"], Float[Array, "chunk D"]]:
     """Adds what a tile gives to the gradients of its columns and of its hidden states."""
     logits = make_logits(hidden, columns, config.softcap)
-    one_hot = is_target(targets, start, columns.shape[1])
+    size = columns.shape[1]
+    one_hot = is_target(targets, start, size)
     dlogits = logit_gradients(
         config, vocab_size, logits, one_hot, log_z, g_nll, g_log_z, hidden.dtype
     )

@@ -53,12 +53,17 @@ TokenLoss = Callable[..., tuple[Float[Array, ""], Any]]
 
 def token_chunk(vocab_size: int) -> int:
     """Returns how many tokens have all of their logits at once."""
-    return max(1, min(TOKENS, LOGITS // vocab_size))
+    fitting = LOGITS // vocab_size
+    tokens = min(TOKENS, fitting)
+    return max(1, tokens)
 
 
 def is_fast(vocab_size: int, dtype: Any) -> bool:
     """Returns whether this is faster than `chunked` on CPU, for hidden states of a type."""
-    return dtype == jnp.float32 or token_chunk(vocab_size) >= FEW_TOKENS
+    if dtype == jnp.float32:
+        return True
+    tokens = token_chunk(vocab_size)
+    return tokens >= FEW_TOKENS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
@@ -92,7 +97,8 @@ def _forward(
         on_shard, kernel, hidden, targets, *per_token, sums_kernel=True
     )
     loss = token_loss(nll, log_z, *per_token)
-    return loss, (dhidden, dkernel.astype(kernel.dtype))
+    dkernel = dkernel.astype(kernel.dtype)
+    return loss, (dhidden, dkernel)
 
 
 def _backward(
@@ -103,8 +109,14 @@ def _backward(
 ) -> tuple[Array, Array, None, None]:
     """Returns the gradients of the forward pass times the cotangent of the loss."""
     g_loss, _ = g
-    dhidden, dkernel = ((g_loss * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
+    dhidden, dkernel = (_scaled(x, g_loss) for x in gradients)
     return dhidden, dkernel, None, None
+
+
+def _scaled(gradient: Float[Array, "..."], g_loss: Float[Array, ""]) -> Float[Array, "..."]:
+    """Returns a gradient times the cotangent of the loss, multiplied in float32."""
+    scaled = g_loss * gradient.astype(jnp.float32)
+    return scaled.astype(gradient.dtype)
 
 
 summed_loss.defvjp(_forward, _backward)
@@ -141,9 +153,12 @@ def _shard_gradients(
     dhidden = jnp.zeros_like(hidden_chunks)
 
     tile = functools.partial(_chunk_gradients, token_loss, config, kernel)
-    (dkernel, _), by_chunk = fold_tokens(
-        tile, (dkernel, logits), (nll, log_z, dhidden), token_arrays, unrolled=1
-    )
+    buffers = (dkernel, logits)
+    by_chunk = (nll, log_z, dhidden)
+    buffers, by_chunk = fold_tokens(tile, buffers, by_chunk, token_arrays, unrolled=1)
+    dkernel, _ = buffers
+
+    # [chunks, chunk, ...] -> [tokens, ...]
     by_token = tuple(join_tokens(x, tokens) for x in by_chunk)
     if batch_axes:
         dkernel = jax.lax.psum(dkernel, batch_axes)
@@ -169,33 +184,43 @@ def _chunk_gradients(
       is_token: 0 where the chunk is padded.
       hidden, targets, *per_token: of the chunk.
     """
+    vocab_size = kernel.shape[1]
     dkernel, logits = buffers
     logits = _write_logits(config, kernel, hidden, logits)
     nll, log_z = _losses(config, logits, targets)
 
+    def summed(nll: Array, log_z: Array) -> Array:
+        loss, _ = token_loss(nll, log_z, *per_token)
+        return loss
+
     # d loss / d nll and d loss / d log_z of each token; padding has none.
-    loss_of = lambda *losses: token_loss(*losses, *per_token)[0]  # noqa: E731
-    g = jax.grad(loss_of, argnums=(0, 1))(nll, log_z)
-    g_nll, g_log_z = (jnp.where(is_token > 0, x, 0.0) for x in g)
+    gradient_of_loss = jax.grad(summed, argnums=(0, 1))
+    g_nll, g_log_z = gradient_of_loss(nll, log_z)
+    is_real = is_token > 0
+    g_nll = jnp.where(is_real, g_nll, 0.0)
+    g_log_z = jnp.where(is_real, g_log_z, 0.0)
 
     def add_columns(gradients: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
         dkernel, dhidden = gradients
+        # Logits [chunk, V] -> [chunk, columns]
         part = jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1)
         one_hot = is_target(targets, start, size)
         dlogits = logit_gradients(
-            config, kernel.shape[1], part, one_hot, log_z, g_nll, g_log_z, hidden.dtype
+            config, vocab_size, part, one_hot, log_z, g_nll, g_log_z, hidden.dtype
         )
-        dhidden += hidden_gradients(dlogits, take_columns(kernel, start, size, hidden.dtype))
+        columns = take_columns(kernel, start, size, hidden.dtype)
+        dhidden += hidden_gradients(dlogits, columns)
 
         dcolumns = column_gradients(hidden, dlogits)
         dcolumns += jax.lax.dynamic_slice_in_dim(dkernel, start, size, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1), dhidden
+        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
+        return dkernel, dhidden
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32)
-    dkernel, dhidden = fold_vocabulary(
-        add_columns, (dkernel, zeros), kernel.shape[1], config.vocab_chunk
-    )
-    return (dkernel, logits), (nll, log_z, dhidden.astype(hidden.dtype))
+    dhidden = jnp.zeros(hidden.shape, jnp.float32)
+    gradients = (dkernel, dhidden)
+    dkernel, dhidden = fold_vocabulary(add_columns, gradients, vocab_size, config.vocab_chunk)
+    dhidden = dhidden.astype(hidden.dtype)
+    return (dkernel, logits), (nll, log_z, dhidden)
 
 
 def _write_logits(
@@ -211,7 +236,8 @@ def _write_logits(
         part = make_logits(hidden, columns, config.softcap)
         return jax.lax.dynamic_update_slice_in_dim(logits, part, start, axis=1)
 
-    return fold_vocabulary(write_columns, logits, kernel.shape[1], config.vocab_chunk)
+    vocab_size = kernel.shape[1]
+    return fold_vocabulary(write_columns, logits, vocab_size, config.vocab_chunk)
 
 
 def _losses(
@@ -220,9 +246,11 @@ def _losses(
     """Returns nll and log_z of each token of a chunk."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
 
-    # [chunk, V] -> [chunk]
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    nll = log_z - (1 - config.label_smoothing) * target_logits
+    # [chunk, V] -> [chunk, 1] -> [chunk]
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)
+    target_logit = target_logits[:, 0]
+    nll = log_z - (1 - config.label_smoothing) * target_logit
     if config.label_smoothing:
-        nll -= config.label_smoothing * logits.mean(axis=-1)
+        mean_logit = logits.mean(axis=-1)
+        nll -= config.label_smoothing * mean_logit
     return nll, log_z

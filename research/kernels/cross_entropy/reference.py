@@ -13,12 +13,19 @@ def token_losses(
     label_smoothing: float,
 ) -> tuple[Float[Array, "tokens"], Float[Array, "tokens"]]:
     """Returns nll and log_z of each token, holding float32 logits `[tokens, V]`."""
-    logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    kernel = kernel.astype(hidden.dtype)
+    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
     if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+        bounded = jnp.tanh(logits / softcap)
+        logits = softcap * bounded
     log_z = jax.nn.logsumexp(logits, axis=-1)
 
-    # [tokens, V] -> [tokens]
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    smoothed = (1 - label_smoothing) * target_logits + label_smoothing * logits.mean(axis=-1)
-    return log_z - smoothed, log_z
+    # [tokens, V] -> [tokens, 1] -> [tokens]
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    target_logit = target_logits[:, 0]
+
+    # The logit of the smoothed label: (1 - ε) of the target, ε of all entries alike.
+    of_target = (1 - label_smoothing) * target_logit
+    of_all = label_smoothing * logits.mean(axis=-1)
+    nll = log_z - (of_target + of_all)
+    return nll, log_z

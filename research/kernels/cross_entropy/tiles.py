@@ -46,7 +46,8 @@ def vocab_shard_size(vocab_size: int) -> int:
     axes = sharding_axes((TENSOR_AXIS,), vocab_size)
     if not axes:
         return vocab_size
-    return vocab_size // jax.sharding.get_abstract_mesh().shape[TENSOR_AXIS]
+    mesh = jax.sharding.get_abstract_mesh()
+    return vocab_size // mesh.shape[TENSOR_AXIS]
 
 
 def default_vocab_chunk(vocab_size: int) -> int:
@@ -58,7 +59,8 @@ def default_vocab_chunk(vocab_size: int) -> int:
         return vocab_size
 
     # 10,000 columns -> 3 chunks -> 3,334 columns -> 3,456 columns of whole lanes
-    return -(-vocab_size // (chunks * LANES)) * LANES
+    lanes = -(-vocab_size // (chunks * LANES))
+    return lanes * LANES
 
 
 def default_token_chunk(vocab_chunk: int) -> int:
@@ -74,17 +76,22 @@ def split_tokens(
     zeros.
     """
     # 10 tokens in chunks of 4: [10, D] -> [12, D] -> [3, 4, D]
-    chunks = -(-x.shape[0] // token_chunk)
-    padding = -x.shape[0] % chunks
-    padded = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
-    return padded.reshape(chunks, -1, *x.shape[1:])
+    tokens, *rest = x.shape
+    chunks = -(-tokens // token_chunk)
+    padding = -tokens % chunks
+    no_padding = [(0, 0)] * len(rest)
+    padded = jnp.pad(x, [(0, padding), *no_padding])
+    return padded.reshape(chunks, -1, *rest)
 
 
 def join_tokens(
     x: Shaped[Array, "chunks chunk *rest"], tokens: int
 ) -> Shaped[Array, "tokens *rest"]:
     """Returns the inverse of `split_tokens`: chunks joined, without the padding."""
-    return x.reshape(-1, *x.shape[2:])[:tokens]
+    # 10 tokens in chunks of 4: [3, 4, D] -> [12, D] -> [10, D]
+    _, _, *rest = x.shape
+    padded = x.reshape(-1, *rest)
+    return padded[:tokens]
 
 
 def fold_tokens(
@@ -102,18 +109,22 @@ def fold_tokens(
     chunks = arrays[0].shape[0]
 
     def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        total, state = carry
-        state_i, *arrays_i = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (state, *arrays)
-        )
-        total, state_i = tile(total, state_i, *arrays_i)
+        def take(x: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
-        state = jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0), state, state_i
-        )
+        def put(x: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0)
+
+        # [chunks, chunk, ...] -> chunk i, [chunk, ...]
+        total, state = carry
+        state_i = jax.tree.map(take, state)
+        arrays_i = [take(x) for x in arrays]
+        total, state_i = tile(total, state_i, *arrays_i)
+        state = jax.tree.map(put, state, state_i)
         return total, state
 
-    return jax.lax.fori_loop(0, chunks, step, (total, state), unroll=chunks <= unrolled)
+    unroll = chunks <= unrolled
+    return jax.lax.fori_loop(0, chunks, step, (total, state), unroll=unroll)
 
 
 def fold_vocabulary(
@@ -126,21 +137,28 @@ def fold_vocabulary(
     """
     # 10 columns in chunks of 4: tiles (start, size) = (0, 4), (4, 4), (8, 2)
     full, rest = divmod(columns, vocab_chunk)
+
+    def full_tile(i: Any, carry: Any) -> Any:
+        start = i * vocab_chunk
+        return tile(carry, start, vocab_chunk)
+
     if full == 1:
-        carry = tile(carry, 0, vocab_chunk)
+        carry = full_tile(0, carry)
     elif full:
-        carry = jax.lax.fori_loop(
-            0, full, lambda i, carry: tile(carry, i * vocab_chunk, vocab_chunk), carry
-        )
+        carry = jax.lax.fori_loop(0, full, full_tile, carry)
+
     if rest:
-        carry = tile(carry, full * vocab_chunk, rest)
+        start = full * vocab_chunk
+        carry = tile(carry, start, rest)
     return carry
 
 
 def max_unrolled(columns: int, vocab_chunk: int) -> int:
     """Returns the most chunks of tokens whose loop is unrolled."""
     one_tile_wide = columns <= vocab_chunk
-    return MAX_UNROLLED if platform() == "cpu" and one_tile_wide else 1
+    if platform() == "cpu" and one_tile_wide:
+        return MAX_UNROLLED
+    return 1
 
 
 def per_device(
@@ -155,18 +173,23 @@ def per_device(
       *arrays: arrays over tokens.
       sums_kernel: whether the function returns (arrays over tokens, an array like the kernel).
     """
-    batch_axes = sharding_axes(BATCH_AXES, arrays[0].shape[0])
-    tensor_axes = sharding_axes((TENSOR_AXIS,), kernel.shape[1])
+    tokens = arrays[0].shape[0]
+    vocab_size = kernel.shape[1]
+    batch_axes = sharding_axes(BATCH_AXES, tokens)
+    tensor_axes = sharding_axes((TENSOR_AXIS,), vocab_size)
     on_shard = functools.partial(function, batch_axes, tensor_axes)
-    if not batch_axes + tensor_axes:
+    axes = (*batch_axes, *tensor_axes)
+    if not axes:
         return on_shard(kernel, *arrays)
 
+    # A kernel [D, V] by columns, arrays [tokens, ...] by tokens.
     kernel_spec = PartitionSpec(None, tensor_axes or None)
     token_spec = PartitionSpec(batch_axes or None)
-    in_specs = (kernel_spec, *(token_spec,) * len(arrays))
+    array_specs = [token_spec] * len(arrays)
+    in_specs = (kernel_spec, *array_specs)
     out_specs = (token_spec, kernel_spec) if sums_kernel else token_spec
-    axes = (*batch_axes, *tensor_axes)
-    return shard_map(on_shard, in_specs, out_specs, axes=axes)(kernel, *arrays)
+    mapped = shard_map(on_shard, in_specs, out_specs, axes=axes)
+    return mapped(kernel, *arrays)
 
 
 def local_targets(
@@ -179,7 +202,8 @@ def local_targets(
     if not tensor_axes:
         return targets
     # 8 columns on each of 2 devices: targets [3, 9] -> [3, 9] on the first, [-5, 1] on the second
-    return targets - jax.lax.axis_index(tensor_axes) * columns
+    shard = jax.lax.axis_index(tensor_axes)
+    return targets - shard * columns
 
 
 def take_columns(
@@ -189,7 +213,8 @@ def take_columns(
     columns = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
     # `astype` alone would be hoisted out of the loop, and all of the kernel rounded before it.
     finfo = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(columns, finfo.nexp, finfo.nmant).astype(dtype)
+    rounded = jax.lax.reduce_precision(columns, finfo.nexp, finfo.nmant)
+    return rounded.astype(dtype)
 
 
 def make_logits(
@@ -199,13 +224,16 @@ def make_logits(
     logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32)
     if softcap is None:
         return logits
-    return softcap * jnp.tanh(logits / softcap)
+    bounded = jnp.tanh(logits / softcap)
+    return softcap * bounded
 
 
 def is_target(targets: Int[Array, "chunk"], start: Any, size: int) -> Bool[Array, "chunk columns"]:
     """Returns the one-hot targets of a tile whose first column is `start`."""
     # targets [5, 8], start 4, size 3 -> [[0 1 0] [0 0 0]]
-    return targets[:, None] == start + jnp.arange(size)[None]
+    index = jnp.arange(size)
+    ids = start + index[None]
+    return targets[:, None] == ids
 
 
 def logit_gradients(
@@ -222,15 +250,21 @@ def logit_gradients(
 
     dz = softmax(z) (g_nll + g_log_z) - label · g_nll,   times 1 - (z / cap)² of the soft cap
     """
+    # V = 4, ε = 0.2: labels of a target are 0.85, of the other entries 0.05.
     epsilon = config.label_smoothing
-    labels = jnp.where(one_hot, 1 - epsilon, 0.0) + epsilon / vocab_size
+    uniform = epsilon / vocab_size
+    labels = jnp.where(one_hot, 1 - epsilon, 0.0) + uniform
     probabilities = jnp.exp(logits - log_z[:, None])
-    dlogits = probabilities * (g_nll + g_log_z)[:, None] - labels * g_nll[:, None]
+    g_softmax = g_nll + g_log_z
+    dsoftmax = probabilities * g_softmax[:, None]
+    dlogits = dsoftmax - labels * g_nll[:, None]
     if config.softcap is not None:
-        dlogits *= 1 - jnp.square(logits / config.softcap)
+        bounded = logits / config.softcap
+        dlogits *= 1 - jnp.square(bounded)
 
     # The barrier keeps both matmuls that read it from computing it again.
-    return jax.lax.optimization_barrier(dlogits.astype(dtype))
+    dlogits = dlogits.astype(dtype)
+    return jax.lax.optimization_barrier(dlogits)
 
 
 def hidden_gradients(
@@ -246,4 +280,5 @@ def column_gradients(
     """Returns what a tile adds to the gradient of its columns of the kernel, in float32."""
     # Row-major operands keep XLA for CPU on its matmul library: [D, chunk] times [chunk, columns]
     hidden_transposed = swap_last(hidden)
-    return row_major(jnp.dot(hidden_transposed, dlogits, preferred_element_type=jnp.float32))
+    dcolumns = jnp.dot(hidden_transposed, dlogits, preferred_element_type=jnp.float32)
+    return row_major(dcolumns)
