@@ -8,7 +8,7 @@ while they are still in the cache.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention.pages import KVPages, page_range
@@ -38,42 +38,66 @@ def decode_attention(
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
     """Decode attention chunk by chunk, in float32; see the API of the package for the equation."""
-    queries, heads = q.shape[1:3]
+    _, queries, heads, _ = q.shape
     group = heads // pages.kv_heads
     first, end = page_range(lengths, queries, pages.page_size, window)
-    chunk_pages = min(table.shape[1], max(1, CHUNK // pages.page_size))
+    table_pages = table.shape[1]
+    chunk_pages = max(1, CHUNK // pages.page_size)
+    chunk_pages = min(table_pages, chunk_pages)
     # Sequences of 3 and 2 chunks: ends [3, 5]
-    chunk_ends = jnp.cumsum((end - first + chunk_pages - 1) // chunk_pages)
-    scaled_q = fold(q, pages.kv_heads).astype(jnp.float32) * terms.scale
+    chunks = (end - first + chunk_pages - 1) // chunk_pages
+    chunk_ends = jnp.cumsum(chunks)
+    rows = fold(q, pages.kv_heads)
+    scaled_q = rows.astype(jnp.float32) * terms.scale
 
     def step(index: Array, sums: Sums) -> Sums:
         # With ends [3, 5], chunk 4 is the second of sequence 1.
-        sequence = jnp.searchsorted(chunk_ends, index, side="right").astype(jnp.int32)
-        before = jnp.where(sequence > 0, chunk_ends[sequence - 1], 0)
-        entries = first[sequence] + (index - before) * chunk_pages + jnp.arange(chunk_pages)
+        sequence = jnp.searchsorted(chunk_ends, index, side="right")
+        sequence = sequence.astype(jnp.int32)
+        chunks_before = jnp.where(sequence > 0, chunk_ends[sequence - 1], 0)
+        chunk = index - chunks_before
+        first_entry = first[sequence] + chunk * chunk_pages
+        entries = first_entry + jnp.arange(chunk_pages)
         # Entries past the last page read that page again: what the table has there is undefined.
-        ids = table[sequence, jnp.minimum(entries, end[sequence] - 1)]
+        last = end[sequence] - 1
+        ids = table[sequence, jnp.minimum(entries, last)]
+
+        def take(x: Array) -> Array:
+            return x[sequence]
+
+        def put(x: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(x, new, sequence, 0)
 
         # The barrier ties the pages to the loop; else XLA converts all pages to float32 before it.
         loop_pages, _ = jax.lax.optimization_barrier((pages, index))
         visible = _visible(entries, pages.page_size, lengths[sequence], queries, group, window)
-        own_sums = jax.tree.map(lambda x: x[sequence], sums)
+        own_sums = jax.tree.map(take, sums)
         own_sums = _add_chunk(own_sums, scaled_q[sequence], loop_pages, ids, visible, terms)
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, sequence, 0), sums, own_sums
-        )
+        return jax.tree.map(put, sums, own_sums)
 
+    # Of each row: [B, K, rows, H] and [B, K, rows, 1]
     zeros = jnp.zeros((*scaled_q.shape[:3], 1), jnp.float32)
-    chunks = chunk_ends[-1]
-    sums = (jnp.zeros_like(scaled_q), zeros + MASKED / 2, zeros)
-    out, max_score, denominator = jax.lax.fori_loop(0, chunks, step, sums)
+    initial_max = zeros + MASKED / 2
+    sums = (jnp.zeros_like(scaled_q), initial_max, zeros)
+    sums = jax.lax.fori_loop(0, chunk_ends[-1], step, sums)
+    out = _divided(sums, queries, terms)
+    return out.astype(q.dtype)
 
+
+def _divided(sums: Sums, queries: int, terms: ScoreTerms) -> Float[Array, "B T N H"]:
+    """Returns out / denominator by token, with the sinks in the denominator if there are any."""
+    out, max_score, denominator = sums
+    kv_heads = out.shape[1]
     # Rows of negative position attend to nothing, and get zeros even with a sink.
     any_visible = denominator > 0
+
     if terms.sinks is not None:
-        sinks = per_row(terms.sinks, pages.kv_heads, queries)[None, :, :, None]
+        # [N] -> [K, rows] -> [B, K, rows, 1]
+        sinks = per_row(terms.sinks, kv_heads, queries)
+        sinks = sinks[None, :, :, None]
         denominator += jnp.exp(sinks - max_score)
-    return unfold(out / jnp.where(any_visible, denominator, 1.0), queries).astype(q.dtype)
+    divisor = jnp.where(any_visible, denominator, 1.0)
+    return unfold(out / divisor, queries)
 
 
 def _visible(
@@ -86,8 +110,11 @@ def _visible(
 ) -> tuple[Int[Array, "rows S"], Bool[Array, "rows S"]]:
     """Returns the position of each row minus that of each key, and whether it attends to it."""
     # Entries [2, 3] of pages of 4 tokens -> keys [8, 9, ..., 15]
-    keys = (entries[:, None] * page_size + jnp.arange(page_size)[None]).reshape(-1)
-    distance = (length - distance_to_end(queries, group))[:, None] - keys[None]
+    slots = jnp.arange(page_size)
+    first_keys = entries[:, None] * page_size
+    keys = (first_keys + slots[None]).reshape(-1)
+    positions = length - distance_to_end(queries, group)
+    distance = positions[:, None] - keys[None]
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
@@ -105,41 +132,69 @@ def _add_chunk(
     """Returns the sums with some pages added: a step of online softmax."""
     out, max_score, denominator = sums
     distance, visible_keys = visible
-    kv_heads = q.shape[0]
-
-    def take(x: Array) -> Array:
-        # [chunk_pages, K, page_size, ...] -> [K, S, ...]
-        found = jnp.swapaxes(x.at[ids].get(mode="clip"), 0, 1)
-        return found.reshape(kv_heads, -1, *x.shape[3:])
+    any_row = visible_keys.any(axis=0)
 
     def operand(x: Array) -> Array:
         # Slots that nobody wrote may hold NaN, and a weight of zero times NaN is NaN.
-        any_row = visible_keys.any(axis=0)[:, None]
-        kept = jnp.where(any_row, take(x).astype(jnp.float32), 0.0)
+        taken = _take_pages(x, ids)
+        taken = taken.astype(jnp.float32)
+        kept = jnp.where(any_row[:, None], taken, 0.0)
         return jax.lax.optimization_barrier(kept)
 
     # [K, rows, H] [K, S, H] -> [K, rows, S]
-    scores = jax.lax.dot_general(q, operand(pages.key), (((2,), (2,)), ((0,), (0,))))
+    keys = operand(pages.key)
+    scores = jax.lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))))
     if pages.quantized:
-        scores *= take(pages.key_scale)[:, None]
-    if terms.softcap is not None:
-        scores = terms.softcap * jnp.tanh(scores / terms.softcap)
-    if terms.alibi is not None:
-        queries = q.shape[1] * kv_heads // terms.alibi.shape[0]
-        slopes = per_row(terms.alibi, kv_heads, queries)
-        scores -= slopes[:, :, None] * distance.astype(jnp.float32)[None]
+        key_scale = _take_pages(pages.key_scale, ids)
+        scores *= key_scale[:, None]
+    scores = _with_terms(scores, distance, terms)
     scores = jnp.where(visible_keys, scores, MASKED)
 
-    new_max = jnp.maximum(max_score, jnp.max(scores, axis=-1, keepdims=True))
+    chunk_max = jnp.max(scores, axis=-1, keepdims=True)
+    new_max = jnp.maximum(max_score, chunk_max)
     # The barrier keeps the sum from computing the exponential a second time.
-    weights = jax.lax.optimization_barrier(jnp.exp(scores - new_max))
+    weights = jnp.exp(scores - new_max)
+    weights = jax.lax.optimization_barrier(weights)
     rescale = jnp.exp(max_score - new_max)
-    denominator = denominator * rescale + jnp.sum(weights, axis=-1, keepdims=True)
+    rescaled_denominator = denominator * rescale
+    denominator = rescaled_denominator + jnp.sum(weights, axis=-1, keepdims=True)
     if pages.quantized:
-        scaled = weights * take(pages.value_scale)[:, None]
+        value_scale = _take_pages(pages.value_scale, ids)
+        scaled = weights * value_scale[:, None]
         weights = jnp.where(visible_keys, scaled, 0.0)
 
     # [K, rows, S] [K, S, H] -> [K, rows, H]
-    rescaled = out * rescale
-    added = jax.lax.dot_general(weights, operand(pages.value), (((2,), (1,)), ((0,), (0,))))
-    return rescaled + added, new_max, denominator
+    rescaled_out = out * rescale
+    values = operand(pages.value)
+    added = jax.lax.dot_general(weights, values, (((2,), (1,)), ((0,), (0,))))
+    return rescaled_out + added, new_max, denominator
+
+
+def _take_pages(
+    x: Shaped[Array, "pages K slots *H"], ids: Int[Array, "chunk_pages"]
+) -> Shaped[Array, "K S *H"]:
+    """Returns the slots of some pages, one page after the other."""
+    found = x.at[ids].get(mode="clip")
+    # [chunk_pages, K, page_size, H] -> [K, chunk_pages, page_size, H] -> [K, S, H]
+    by_head = jnp.swapaxes(found, 0, 1)
+    kv_heads, _, _, *width = by_head.shape
+    return by_head.reshape(kv_heads, -1, *width)
+
+
+def _with_terms(
+    scores: Float[Array, "K rows S"], distance: Int[Array, "rows S"], terms: ScoreTerms
+) -> Float[Array, "K rows S"]:
+    """Returns the scores with the soft cap and ALiBi."""
+    if terms.softcap is not None:
+        bounded = jnp.tanh(scores / terms.softcap)
+        scores = terms.softcap * bounded
+    if terms.alibi is None:
+        return scores
+
+    # N = 4 slopes, K = 2, 6 rows: G = 2 heads of T = 3 tokens
+    kv_heads, rows, _ = scores.shape
+    heads = terms.alibi.shape[0]
+    queries = rows * kv_heads // heads
+    slopes = per_row(terms.alibi, kv_heads, queries)
+    distance = distance.astype(jnp.float32)
+    return scores - slopes[:, :, None] * distance[None]

@@ -24,37 +24,67 @@ def combine_kernel(plan: Plan, *refs: Any) -> None:
     head, sequence, band = (lax.axis_index(name) for name in ("head", "sequence", "band"))
     first = ranges[sequence, 0]
     end = ranges[sequence, 1]
+    # Band 1 has rows 64 to 127 of H.
     band_rows = pl.ds(band * BAND, BAND)
     rows = pl.ds(0, plan.height)
     tile = (BAND, plan.height)
 
+    def load_max(split: Array) -> Array:
+        return load(plan, sums_of_splits, (split, head, 0, rows), 1)
+
+    def load_denominator(split: Array) -> Array:
+        return load(plan, sums_of_splits, (split, head, 1, rows), 1)
+
+    def load_out(split: Array) -> Array:
+        return load(plan, out_of_splits, (split, head, band_rows, rows))
+
     def step(index: Array, sums: tuple) -> tuple:
-        splits = [first + index * plan.together + offset for offset in range(plan.together)]
-        # The last step reads the last split again, with a factor of 0.
-        read = [jnp.minimum(split, end - 1) for split in splits]
+        # Splits 3 to 7, two together: step 1 has [5, 6], and step 2 has [7, 8] and reads [7, 7].
+        first_of_step = first + index * plan.together
+        splits = [first_of_step + offset for offset in range(plan.together)]
         factors = [jnp.where(split < end, 1.0, 0.0) for split in splits]
-        maxima_GT = [load(plan, sums_of_splits, (split, head, 0, rows), 1) for split in read]
-        denominators_GT = [load(plan, sums_of_splits, (split, head, 1, rows), 1) for split in read]
-        outs_HxGT = [load(plan, out_of_splits, (split, head, band_rows, rows)) for split in read]
+        last = end - 1
+        splits = [jnp.minimum(split, last) for split in splits]
+        maxima_GT = [load_max(split) for split in splits]
+        denominators_GT = [load_denominator(split) for split in splits]
+        outs_HxGT = [load_out(split) for split in splits]
         return _add_splits(sums, factors, maxima_GT, denominators_GT, outs_HxGT)
 
-    initial_max = spread(plan, jnp.full((plan.height,), HIDDEN / 2, jnp.float32), axis=1)
-    sums = (zeros(plan, *tile), initial_max, zeros(plan, plan.height, axis=1))
-    steps = lax.div(end - first + (plan.together - 1), jnp.int32(plan.together))
-    out_HxGT, max_GT, denominator_GT = lax.fori_loop(0, steps, step, sums)
+    initial_max = jnp.full((plan.height,), HIDDEN / 2, jnp.float32)
+    initial_max_GT = spread(plan, initial_max, axis=1)
+    initial_denominator_GT = zeros(plan, plan.height, axis=1)
+    sums = (zeros(plan, *tile), initial_max_GT, initial_denominator_GT)
+    rounding = plan.together - 1
+    steps = lax.div(end - first + rounding, jnp.int32(plan.together))
+    sums = lax.fori_loop(0, steps, step, sums)
 
-    # Rows of negative position attend to nothing, and get zeros even with a sink.
-    any_visible = denominator_GT > 0
+    sink_GT = None
     if sinks:
-        sink_GT = load(plan, sinks[0], (head, rows), 1) * LOG2E
+        sink_GT = load(plan, sinks[0], (head, rows), 1)
+    result_HxGT = _divided(plan, sums, sink_GT)
+    out_ref[sequence, head, band_rows] = result_HxGT.astype(out_ref.dtype)
+
+
+def _divided(plan: Plan, sums: tuple[Array, Array, Array], sink_GT: Array | None) -> Array:
+    """Returns out / denominator of all splits, with the sink in the denominator if there is one."""
+    out_HxGT, max_GT, denominator_GT = sums
+    tile = out_HxGT.shape
+    # Rows of negative position attend to nothing, and get zeros even with a sink.
+    any_visible_GT = denominator_GT > 0
+
+    if sink_GT is not None:
+        sink_GT = sink_GT * LOG2E
         new_max_GT = jnp.maximum(max_GT, sink_GT)
         rescale_GT = jnp.exp2(max_GT - new_max_GT)
-        denominator_GT = denominator_GT * rescale_GT + jnp.exp2(sink_GT - new_max_GT)
+        sink_weight_GT = jnp.exp2(sink_GT - new_max_GT)
+        denominator_GT = denominator_GT * rescale_GT + sink_weight_GT
         out_HxGT *= along(rescale_GT, 1, tile)
 
-    divisor_GT = jnp.where(any_visible, denominator_GT, 1.0) * (plan.largest or 1.0)
-    result_HxGT = out_HxGT * along(1.0 / divisor_GT, 1, tile)
-    out_ref[sequence, head, band_rows] = result_HxGT.astype(out_ref.dtype)
+    # Values of quantized pages come times the largest number of their type.
+    divisor_GT = jnp.where(any_visible_GT, denominator_GT, 1.0)
+    divisor_GT = divisor_GT * (plan.largest or 1.0)
+    factor_GT = 1.0 / divisor_GT
+    return out_HxGT * along(factor_GT, 1, tile)
 
 
 def _add_splits(
@@ -72,9 +102,12 @@ def _add_splits(
     out_HxGT = out_HxGT * along(rescale_GT, 1, tile)
     denominator_GT = denominator_GT * rescale_GT
 
+    # A split that was read twice has the factor 0, and adds nothing.
     splits = zip(factors, maxima_GT, denominators_GT, outs_HxGT, strict=True)
     for factor, its_max_GT, its_denominator_GT, its_out_HxGT in splits:
-        weight_GT = jnp.exp2(its_max_GT - new_max_GT) * factor
+        weight_GT = jnp.exp2(its_max_GT - new_max_GT)
+        weight_GT = weight_GT * factor
         denominator_GT += its_denominator_GT * weight_GT
-        out_HxGT += its_out_HxGT * along(weight_GT, 1, tile)
+        weight_HxGT = along(weight_GT, 1, tile)
+        out_HxGT += its_out_HxGT * weight_HxGT
     return out_HxGT, new_max_GT, denominator_GT

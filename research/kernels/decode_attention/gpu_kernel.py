@@ -133,11 +133,17 @@ class _Split:
         """Returns the pages of a step, one of each copy."""
         # Pages of 16 tokens: the step of tokens 64 to 127 has table entries 4 to 7.
         page_size = jnp.int32(self.plan.page_size)
-        entry = lax.div(self.begin + step * STEP, page_size)
-        last = lax.div(self.length - 1, page_size)
+        first_token = self.begin + step * STEP
+        first_entry = lax.div(first_token, page_size)
+        last_token = self.length - 1
+        last_entry = lax.div(last_token, page_size)
+
         # Entries past the last page read that page again: what the table has there is undefined.
-        copies = range(STEP // self.plan.copied)
-        return tuple(self.table[jnp.minimum(entry + n, last)] for n in copies)
+        ids = []
+        for n in range(STEP // self.plan.copied):
+            entry = jnp.minimum(first_entry + n, last_entry)
+            ids.append(self.table[entry])
+        return tuple(ids)
 
     def copy(self, which: str, step: Array | int, page_ids: tuple[Array, ...]) -> None:
         """Starts the copies of the keys, `k`, or values, `v`, of a step, if the split has it."""
@@ -153,28 +159,34 @@ class _Split:
         @pl.when(step < self.steps)
         def _() -> None:
             for name in self.stored:
+                # Copies of `k` are those of the arrays k and k_scale.
                 if name[0] != which:
                     continue
                 for n, page in enumerate(page_ids):
                     kv_head = lax.div(self.head, jnp.int32(self.plan.tiles))
+                    target = pl.ds(n * copied, copied)
                     plgpu.copy_gmem_to_smem(
                         self.stored[name].at[page, kv_head, source],
-                        self.shared[name].at[slot, pl.ds(n * copied, copied)],
+                        self.shared[name].at[slot, target],
                         self.shared[f"{which}_full"].at[slot],
                     )
 
 
 def split_kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
     """Computes one split of a sequence for one tile of rows; `refs` are those of `gpu.py`."""
+    # splits, table, q, alibi?, then k, v, (scales), out, sums
     splits, table, q_ref, *rest = refs
     extras = dict(zip(plan.given, rest, strict=False))
-    *stored, out_ref, sums_ref = rest[len(plan.given) :]
-    stored = dict(zip(("k", "v", "k_scale", "v_scale"), stored, strict=False))
+    num_extras = len(plan.given)
+    *pages, out_ref, sums_ref = rest[num_extras:]
+    names = ("k", "v", "k_scale", "v_scale")
+    stored = dict(zip(names, pages, strict=False))
 
     index = lax.axis_index("split")
     head = lax.axis_index("head")
     sequence, begin, steps, length = (splits[index, column] for column in range(4))
-    split = _Split(plan, head, begin, steps, length, table.at[sequence], stored, shared)
+    table_row = table.at[sequence]
+    split = _Split(plan, head, begin, steps, length, table_row, stored, shared)
 
     @pl.when(steps > 0)
     def _() -> None:
@@ -186,7 +198,8 @@ def split_kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
 
         slopes = None
         if "alibi" in extras:
-            slopes = load(plan, extras["alibi"], (head, pl.ds(0, plan.height)), 1)
+            rows = pl.ds(0, plan.height)
+            slopes = load(plan, extras["alibi"], (head, rows), 1)
         plgpu.barrier_wait(shared["q_full"])
         out, max_score, denominator = _sums(split, slopes)
         out_ref[index, head] = out
@@ -213,21 +226,30 @@ def _sums(split: _Split, slopes: Float[Array, "rows"] | None) -> tuple[Array, Ar
 
         first_key = split.begin + index * STEP
         scores_SxGT, visible_SxGT = _scores(split, raw_SxGT, first_key, slopes)
-        new_max_GT = jnp.maximum(max_GT, jnp.max(scores_SxGT, axis=0))
-        weights_SxGT = jnp.exp2(scores_SxGT - along(new_max_GT, 1, tile))
+        step_max_GT = jnp.max(scores_SxGT, axis=0)
+        new_max_GT = jnp.maximum(max_GT, step_max_GT)
+        new_max_SxGT = along(new_max_GT, 1, tile)
+        weights_SxGT = jnp.exp2(scores_SxGT - new_max_SxGT)
         rescale_GT = jnp.exp2(max_GT - new_max_GT)
+
         # The sum over the keys of a step is left to the end.
-        denominators_SxGT = denominators_SxGT * along(rescale_GT, 1, tile) + weights_SxGT
-        rescaled_HxGT = out_HxGT * along(rescale_GT, 1, out_HxGT.shape)
+        rescale_SxGT = along(rescale_GT, 1, tile)
+        denominators_SxGT = denominators_SxGT * rescale_SxGT + weights_SxGT
+        rescale_HxGT = along(rescale_GT, 1, out_HxGT.shape)
+        rescaled_HxGT = out_HxGT * rescale_HxGT
         out_HxGT = _add_values(split, rescaled_HxGT, weights_SxGT, visible_SxGT, index)
         split.copy("v", ahead, ahead_ids)
         return (out_HxGT, new_max_GT, denominators_SxGT), next_ids
 
-    initial_max = spread(plan, jnp.full((height,), HIDDEN / 2, jnp.float32), axis=1)
-    sums = (zeros(plan, width, height), initial_max, zeros(plan, *tile))
-    carry = (sums, split.page_ids(plan.stages))
-    (out_HxGT, max_GT, denominators_SxGT), _ = lax.fori_loop(0, split.steps, step, carry)
-    return out_HxGT, max_GT, jnp.sum(denominators_SxGT, axis=0)
+    # (out [H, GT], max [GT], denominators [S, GT]) and the page ids of the first step ahead
+    initial_max = jnp.full((height,), HIDDEN / 2, jnp.float32)
+    initial_max_GT = spread(plan, initial_max, axis=1)
+    sums = (zeros(plan, width, height), initial_max_GT, zeros(plan, *tile))
+    ahead_ids = split.page_ids(plan.stages)
+    sums, _ = lax.fori_loop(0, split.steps, step, (sums, ahead_ids))
+    out_HxGT, max_GT, denominators_SxGT = sums
+    denominator_GT = jnp.sum(denominators_SxGT, axis=0)
+    return out_HxGT, max_GT, denominator_GT
 
 
 def _raw_scores(split: _Split, slot: Array) -> Float[Array, "S rows"]:
@@ -240,8 +262,10 @@ def _raw_scores(split: _Split, slot: Array) -> Float[Array, "S rows"]:
 
     k_SxH = _widen(plan, shared["k"], slot, shared["q"].dtype)
     raw_SxGT = product(plan, k_SxH, shared["q"], transpose_b=True)
-    scale_S = load(plan, shared["k_scale"], (slot, pl.ds(0, STEP)), 0)
-    return raw_SxGT * along(scale_S, 0, raw_SxGT.shape)
+    tokens = pl.ds(0, STEP)
+    scale_S = load(plan, shared["k_scale"], (slot, tokens), 0)
+    scale_SxGT = along(scale_S, 0, raw_SxGT.shape)
+    return raw_SxGT * scale_SxGT
 
 
 def _add_values(
@@ -264,8 +288,11 @@ def _add_values(
     if plan.largest is not None:
         # A scale times the largest number is of the size of the values, so that weights do not
         # underflow in float16. `gpu_combine` divides by that number.
-        scale_S = load(plan, shared["v_scale"], (slot, pl.ds(0, STEP)), 0) * plan.largest
-        scaled_SxGT = weights_SxGT * along(scale_S, 0, weights_SxGT.shape)
+        tokens = pl.ds(0, STEP)
+        scale_S = load(plan, shared["v_scale"], (slot, tokens), 0)
+        scale_S = scale_S * plan.largest
+        scale_SxGT = along(scale_S, 0, weights_SxGT.shape)
+        scaled_SxGT = weights_SxGT * scale_SxGT
         weights_SxGT = jnp.where(visible_SxGT, scaled_SxGT, 0.0)
         values_SxH = shared["widened"]
         values_SxH[...] = _widen(plan, shared["v"], slot, dtype)
@@ -274,12 +301,15 @@ def _add_values(
     def _() -> None:
         # Slots that nobody wrote may hold NaN, and a weight of zero times NaN is NaN.
         shape = tuple(values_SxH.shape)
-        v_SxH = load(plan, values_SxH, tuple(pl.ds(0, size) for size in shape))
+        whole = tuple(pl.ds(0, size) for size in shape)
+        v_SxH = load(plan, values_SxH, whole)
         token_SxH = _count(plan, 0, shape)
-        kept_SxH = jnp.where(token_SxH < tokens_left, v_SxH.astype(jnp.float32), 0.0)
+        wide_SxH = v_SxH.astype(jnp.float32)
+        kept_SxH = jnp.where(token_SxH < tokens_left, wide_SxH, 0.0)
         values_SxH[...] = kept_SxH.astype(dtype)
 
-    _store_transposed(plan, weights_SxGT.astype(dtype), shared["weights"])
+    weights_SxGT = weights_SxGT.astype(dtype)
+    _store_transposed(plan, weights_SxGT, shared["weights"])
     plgpu.commit_smem()
     return product(
         plan, values_SxH, shared["weights"], out_HxGT, transpose_a=True, transpose_b=True
@@ -288,8 +318,10 @@ def _add_values(
 
 def _count(plan: Plan, axis: int, shape: tuple[int, int]) -> Array:
     """Returns 0, 1, … along `axis` of a tile, whose other side need be no power of two."""
-    count = lax.broadcasted_iota(jnp.int32, shape[axis : axis + 1], 0)
-    return along(spread(plan, count, axis), axis, shape)
+    size = shape[axis]
+    count = lax.broadcasted_iota(jnp.int32, (size,), 0)
+    count = spread(plan, count, axis)
+    return along(count, axis, shape)
 
 
 def _widen(plan: Plan, ref: Any, slot: Array, dtype: Any) -> Array:
@@ -300,7 +332,8 @@ def _widen(plan: Plan, ref: Any, slot: Array, dtype: Any) -> Array:
     # There is no conversion from float8 to bfloat16 in one step.
     if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
         x = x.astype(jnp.float32)
-    return spread(plan, x.astype(dtype))
+    x = x.astype(dtype)
+    return spread(plan, x)
 
 
 def _store_transposed(plan: Plan, x: Array, ref: Any) -> None:
@@ -325,12 +358,14 @@ def _scores(
     # 1 2 0 1.
     row_SxGT = _count(plan, 1, shape)
     if plan.tiles > 1:
-        row_SxGT += lax.rem(split.head, jnp.int32(plan.tiles)) * plan.height
+        tile = lax.rem(split.head, jnp.int32(plan.tiles))
+        row_SxGT += tile * plan.height
     token_SxGT = lax.rem(row_SxGT, jnp.int32(plan.queries))
     key_SxGT = _count(plan, 0, shape)
     distance_SxGT = token_SxGT - key_SxGT
     # Row t is at position length - T + t.
-    distance_SxGT += split.length - plan.queries - first_key
+    first_position = split.length - plan.queries
+    distance_SxGT += first_position - first_key
     visible_SxGT = distance_SxGT >= 0
     if plan.window is not None:
         visible_SxGT &= distance_SxGT < plan.window

@@ -78,15 +78,19 @@ def empty_pages(
     Raises:
       UserError: another type.
     """
-    if dtype not in (*PLAIN, *QUANTIZED):
-        raise UserError("dtype", dtype, f"is not one of {', '.join((*PLAIN, *QUANTIZED))}.")
+    known = (*PLAIN, *QUANTIZED)
+    if dtype not in known:
+        raise UserError("dtype", dtype, f"is not one of {', '.join(known)}.")
     shape = (pages, kv_heads, page_size, head_dim)
     key = jnp.zeros(shape, dtype)
     value = jnp.zeros(shape, dtype)
     if dtype in PLAIN:
         return KVPages(key, value)
-    key_scale = jnp.zeros(shape[:3], jnp.float32)
-    value_scale = jnp.zeros(shape[:3], jnp.float32)
+
+    # A scale for each token and head: [pages, K, slots]
+    scale_shape = shape[:3]
+    key_scale = jnp.zeros(scale_shape, jnp.float32)
+    value_scale = jnp.zeros(scale_shape, jnp.float32)
     return KVPages(key, value, key_scale, value_scale)
 
 
@@ -102,10 +106,11 @@ def quantize(
         |x| / 16, or half of the type's smallest step, scale / 1024.
     """
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / QUANTIZED[dtype]
+    magnitude = jnp.abs(x)
+    scale = jnp.max(magnitude, axis=-1) / QUANTIZED[dtype]
     # Zeros have scale 0 and stay zeros.
-    divisor = jnp.where(scale > 0, scale, 1.0)[..., None]
-    numbers = x / divisor
+    divisor = jnp.where(scale > 0, scale, 1.0)
+    numbers = x / divisor[..., None]
     if dtype == "int8":
         numbers = jnp.round(numbers)
     return numbers.astype(dtype), scale
@@ -128,26 +133,36 @@ def write(
       key, value: the new tokens; zeros are added where the pages are wider.
     """
     count, _, page_size, width = pages.key.shape
-    padding = ((0, 0), (0, 0), (0, 0), (0, width - key.shape[3]))
+    _, num_new, _, head_dim = key.shape
+    table_pages = table.shape[1]
+    padding = ((0, 0), (0, 0), (0, 0), (0, width - head_dim))
     key = jnp.pad(key, padding)
     value = jnp.pad(value, padding)
 
     # Length 5 and pages of 4: new tokens at positions [5, 6, 7, 8], entries [1, 1, 1, 2] of the
     # table, slots [1, 2, 3, 0].
-    positions = lengths[:, None] + jnp.arange(key.shape[1])[None]
+    offsets = jnp.arange(num_new)
+    positions = lengths[:, None] + offsets[None]
     entries = positions // page_size
-    ids = jnp.take_along_axis(table, jnp.minimum(entries, table.shape[1] - 1), axis=1)
+    in_table = jnp.minimum(entries, table_pages - 1)
+    ids = jnp.take_along_axis(table, in_table, axis=1)
     # An index out of range is dropped, but a negative one would count from the end.
-    ids = jnp.where((entries < table.shape[1]) & (ids >= 0), ids, count)
+    is_page = (entries < table_pages) & (ids >= 0)
+    ids = jnp.where(is_page, ids, count)
     slots = positions % page_size
 
     def put(old: Array, new: Array) -> Array:
-        return old.at[ids, :, slots].set(new.astype(old.dtype), mode="drop")
+        new = new.astype(old.dtype)
+        return old.at[ids, :, slots].set(new, mode="drop")
 
     if not pages.quantized:
-        return KVPages(put(pages.key, key), put(pages.value, value))
-    key, key_scale = quantize(key, pages.key.dtype.name)
-    value, value_scale = quantize(value, pages.key.dtype.name)
+        key = put(pages.key, key)
+        value = put(pages.value, value)
+        return KVPages(key, value)
+
+    dtype = pages.key.dtype.name
+    key, key_scale = quantize(key, dtype)
+    value, value_scale = quantize(value, dtype)
     return KVPages(
         put(pages.key, key),
         put(pages.value, value),
@@ -169,12 +184,17 @@ def gather(
     def dense(x: Array, scale: Array | None) -> Array:
         found = x.at[table].get(mode="clip")
         if scale is not None:
-            found = found.astype(jnp.float32) * scale.at[table].get(mode="clip")[..., None]
+            its_scale = scale.at[table].get(mode="clip")
+            found = found.astype(jnp.float32) * its_scale[..., None]
+
         # [B, pages_per_sequence, K, page_size, H] -> [B, S, K, H]
         batch, entries, heads, page_size, width = found.shape
-        return jnp.swapaxes(found, 2, 3).reshape(batch, entries * page_size, heads, width)
+        by_slot = jnp.swapaxes(found, 2, 3)
+        return by_slot.reshape(batch, entries * page_size, heads, width)
 
-    return dense(pages.key, pages.key_scale), dense(pages.value, pages.value_scale)
+    key = dense(pages.key, pages.key_scale)
+    value = dense(pages.value, pages.value_scale)
+    return key, value
 
 
 def page_range(
@@ -194,5 +214,8 @@ def page_range(
         return jnp.zeros_like(end), end
 
     # The first query, at length - T, attends to the window's keys up to its own.
+    # Length 10, T = 1, window 4 -> oldest key 6, which is in entry 1 of pages of 4.
     oldest = jnp.maximum(lengths - queries - window + 1, 0)
-    return jnp.minimum(jax.lax.div(oldest, page_size), end), end
+    first = jax.lax.div(oldest, page_size)
+    first = jnp.minimum(first, end)
+    return first, end

@@ -28,16 +28,23 @@ def decode_attention(
     package.
     """
     k, v = gather(pages, table)
-    positions = jnp.arange(k.shape[1])[None]
+    batch, slots, _, _ = k.shape
+    positions = jnp.arange(slots)
+    positions = positions[None]
+
     # Slots past the length may hold NaN, and a weight of zero times NaN is NaN.
-    written = (positions < lengths[:, None])[:, :, None, None]
-    k, v = (jnp.where(written, x.astype(jnp.float32), 0.0) for x in (k, v))
+    written = positions < lengths[:, None]
+    written = written[:, :, None, None]
+    k = jnp.where(written, k.astype(jnp.float32), 0.0)
+    v = jnp.where(written, v.astype(jnp.float32), 0.0)
 
     # Length 5, T = 2 -> positions [3, 4]
     queries = q.shape[1]
-    q_positions = lengths[:, None] - queries + jnp.arange(queries)[None]
-    kv_positions = jnp.broadcast_to(positions, k.shape[:2])
+    tokens = jnp.arange(queries)
+    q_positions = lengths[:, None] - queries + tokens[None]
+    kv_positions = jnp.broadcast_to(positions, (batch, slots))
     mask = AttentionMask(
         causal=True, window=window, q_positions=q_positions, kv_positions=kv_positions
     )
-    return attention.attention(q, k, v, mask, terms).astype(q.dtype)
+    out = attention.attention(q, k, v, mask, terms)
+    return out.astype(q.dtype)

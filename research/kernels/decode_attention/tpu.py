@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention.pages import KVPages, page_range
 from research.kernels.decode_attention.rows import fold, per_row, unfold
-from research.kernels.decode_attention.tpu_kernel import LANES, SUBLANES, Plan, kernel
+from research.kernels.decode_attention.tpu_copies import Plan
+from research.kernels.decode_attention.tpu_kernel import LANES, SUBLANES, kernel
 from research.kernels.rounding import round_up
 from research.parallel.target import chip, platform
 
