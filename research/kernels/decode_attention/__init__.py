@@ -39,8 +39,11 @@ def pages_for(pages: int, kv_heads: int, head_dim: int, dtype: str) -> KVPages:
       head_dim: of the model; that of the pages may be more.
       dtype: as of `empty_pages`.
     """
-    unit = {"cpu": 1, "tpu": tpu_kernel.LANES, "gpu": gpu.WIDTH}[platform()]
-    return empty_pages(pages, PAGE_SIZE, kv_heads, round_up(head_dim, unit), dtype)
+    # head_dim 80 -> 80 on CPU, 128 on TPU and on GPU
+    units = {"cpu": 1, "tpu": tpu_kernel.LANES, "gpu": gpu.WIDTH}
+    unit = units[platform()]
+    width = round_up(head_dim, unit)
+    return empty_pages(pages, PAGE_SIZE, kv_heads, width, dtype)
 
 
 def decode_attention(
@@ -96,11 +99,13 @@ def decode_attention(
         scale = 1.0 / math.sqrt(width)
     terms = ScoreTerms(None, alibi, sinks, softcap, scale)
     # Narrower heads are padded to the width of the pages, and the result cut to theirs.
-    padded_q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pages.head_dim - width)))
+    padding = pages.head_dim - width
+    padded_q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, padding)))
     function = choose(implementation, padded_q, pages, window, terms)
     table = table.astype(jnp.int32)
     lengths = lengths.astype(jnp.int32)
-    return function(padded_q, pages, table, lengths, window, terms)[..., :width]
+    out = function(padded_q, pages, table, lengths, window, terms)
+    return out[..., :width]
 
 
 def _check(q: Float[Array, "B T N H"], pages: KVPages, window: int | None) -> None:

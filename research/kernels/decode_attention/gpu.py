@@ -95,22 +95,25 @@ def plan_for(
       table_pages: pages of a sequence in the table.
     """
     _, kv_heads, page_size, width = pages.key.shape
-    queries = q.shape[1]
+    _, queries, heads, _ = q.shape
     # 75 rows -> 2 tiles of 38 rows -> of 40 rows, whole columns of the matmul
-    rows = queries * q.shape[2] // kv_heads
+    rows = queries * heads // kv_heads
     tiles = -(-rows // MAX_ROWS)
-    height = round_up(-(-rows // tiles), COLUMNS)
+    tile_rows = -(-rows // tiles)
+    height = round_up(tile_rows, COLUMNS)
 
     given = () if terms.alibi is None else ("alibi",)
     largest = QUANTIZED[pages.key.dtype.name] if pages.quantized else None
-    most_splits = -(-_most_steps(page_size, table_pages) // LEAST_SPLIT)
+    most_steps = _most_steps(page_size, table_pages)
+    most_splits = -(-most_steps // LEAST_SPLIT)
+    together = min(COMBINED // height, most_splits)
     return Plan(
         queries=queries,
         tiles=tiles,
         height=height,
         page_size=page_size,
         stages=_stages(height, width, pages),
-        together=max(1, min(COMBINED // height, most_splits)),
+        together=max(1, together),
         window=window,
         softcap=terms.softcap,
         scale=float(terms.scale),
@@ -135,7 +138,8 @@ def _stages(height: int, width: int, pages: KVPages) -> int:
     fixed_bytes = 2 * (height * (width + STEP) + widened)
 
     for blocks in range(BLOCKS, 0, -1):
-        stages = (SHARED // blocks - RESERVED - fixed_bytes) // step_bytes
+        bytes_of_block = SHARED // blocks - RESERVED
+        stages = (bytes_of_block - fixed_bytes) // step_bytes
         if stages >= 2:
             return min(MAX_STAGES, stages)
     raise AssertionError("two steps of the widest head fit into shared memory")
@@ -157,36 +161,43 @@ def decode_attention(
     plan = plan_for(q, pages, table_pages, window, terms)
     kv_heads = pages.kv_heads
     width = pages.head_dim
-    rows = q.shape[1] * q.shape[2] // kv_heads
+    q_rows = fold(q, kv_heads)
+    rows = q_rows.shape[2]
     heads = kv_heads * plan.tiles
 
     first_page, _ = page_range(lengths, plan.queries, plan.copied, window)
     starts = first_page * plan.copied
     # Over all heads there are ROUNDS splits for every block that can run at once.
     target = -(-ROUNDS * BLOCKS * PROCESSORS // heads)
-    splits, ranges = split_sequences(
-        lengths, starts, _most_steps(plan.page_size, table_pages), target
-    )
+    most_steps = _most_steps(plan.page_size, table_pages)
+    splits, ranges = split_sequences(lengths, starts, most_steps, target)
+    num_splits = len(splits)
     alibi = _of_rows(plan, terms.alibi, kv_heads)
     stored = pages.arrays()
+
+    # Of each split: out [H, height], and the maxima and denominators [2, height]
+    split_shape = (num_splits, heads, width, plan.height)
+    sums_shape = (num_splits, heads, 2, plan.height)
     launch_splits = _launch(
         plan,
         split_kernel,
-        [(len(splits), heads, width, plan.height), (len(splits), heads, 2, plan.height)],
+        [split_shape, sums_shape],
         jnp.float32,
-        {"head": heads, "split": len(splits)},
+        {"head": heads, "split": num_splits},
         scratch(plan, width, q.dtype, pages.key.dtype),
     )
-    q_tiles = _tiles(plan, fold(q, kv_heads))
+    q_tiles = _tiles(plan, q_rows)
     sums = launch_splits(splits, table, q_tiles, *alibi, *stored)
 
     sinks = _of_rows(plan, terms.sinks, kv_heads)
     grid = {"band": width // BAND, "head": heads, "sequence": batch}
     out_shape = (batch, heads, width, plan.height)
-    (out,) = _launch(plan, combine_kernel, [out_shape], q.dtype, grid)(ranges, *sums, *sinks)
+    launch_combine = _launch(plan, combine_kernel, [out_shape], q.dtype, grid)
+    (out,) = launch_combine(ranges, *sums, *sinks)
 
     # [B, K·tiles, H, height] -> [B, K·tiles, height, H] -> [B, K, rows and padding, H]
-    by_row = jnp.swapaxes(out, 2, 3).reshape(batch, kv_heads, plan.tiles * plan.height, width)
+    by_tile = jnp.swapaxes(out, 2, 3)
+    by_row = by_tile.reshape(batch, kv_heads, plan.tiles * plan.height, width)
     return unfold(by_row[:, :, :rows], plan.queries)
 
 
@@ -195,10 +206,12 @@ def _tiles(plan: Plan, x: Float[Array, "*batch K rows H"]) -> Float[Array, "*bat
 
     With 2 tiles of 40: [B, K, 75, H] -> [B, K, 80, H] -> [B, 2K, 40, H].
     """
-    padding = plan.tiles * plan.height - x.shape[-2]
-    padded = jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, padding), (0, 0)))
-    heads = x.shape[-3] * plan.tiles
-    return padded.reshape(*x.shape[:-3], heads, plan.height, x.shape[-1])
+    *batch, kv_heads, rows, width = x.shape
+    padding = plan.tiles * plan.height - rows
+    no_padding = [(0, 0)] * len(batch)
+    padded = jnp.pad(x, [*no_padding, (0, 0), (0, padding), (0, 0)])
+    heads = kv_heads * plan.tiles
+    return padded.reshape(*batch, heads, plan.height, width)
 
 
 def _of_rows(
@@ -208,8 +221,9 @@ def _of_rows(
     if of_heads is None:
         return []
     # [N] -> [K, rows, 1] -> [heads, height]
-    column = per_row(of_heads, kv_heads, plan.queries)[..., None]
-    return [_tiles(plan, column)[..., 0]]
+    of_rows = per_row(of_heads, kv_heads, plan.queries)
+    tiles = _tiles(plan, of_rows[..., None])
+    return [tiles[..., 0]]
 
 
 def _launch(
@@ -223,13 +237,16 @@ def _launch(
     """Returns a kernel on a grid of named axes, the fastest first."""
     named_kernel = functools.partial(kernel, plan)
     named_kernel.__name__ = f"decode_attention_{kernel.__name__}"  # what profilers show
-    names = tuple(reversed(grid))  # Of a kernel's grid the last axis is the fastest.
+    # Of a kernel's grid the last axis is the fastest.
+    names = tuple(reversed(grid))
+    sizes = tuple(grid[name] for name in names)
+    out_type = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     interpret = InterpretGPUParams() if plan.interpret else None
     return plgpu.kernel(
         named_kernel,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
+        out_type=out_type,
         scratch_types=shared or {},
-        grid=tuple(grid[name] for name in names),
+        grid=sizes,
         grid_names=names,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -252,17 +269,29 @@ def split_sequences(
     """
     batch = lengths.shape[0]
     steps = (lengths - starts + STEP - 1) // STEP
-    split_steps = jnp.maximum(LEAST_SPLIT, (jnp.sum(steps) + target - 1) // target)
+    all_steps = jnp.sum(steps)
+    even_steps = (all_steps + target - 1) // target
+    split_steps = jnp.maximum(LEAST_SPLIT, even_steps)
 
-    # Steps [5, 2] in splits of 3 steps: splits [2, 1], ends [2, 3], and of each split the sequence
-    # [0, 0, 1], the steps before it [0, 3, 0] and its own steps [3, 2, 2].
+    # Steps [5, 2] in splits of 3 steps: splits [2, 1], firsts [0, 2], ends [2, 3]
     splits = (steps + split_steps - 1) // split_steps
     ends = jnp.cumsum(splits)
-    index = jnp.arange(min(batch + target, batch * most_steps))
-    sequence = jnp.minimum(jnp.sum(ends[None] <= index[:, None], axis=1), batch - 1)
-    done = (index - (ends - splits)[sequence]) * split_steps
-    its_steps = jnp.where(index < ends[-1], jnp.minimum(steps[sequence] - done, split_steps), 0)
+    firsts = ends - splits
+    ranges = jnp.stack([firsts, ends], axis=1)
 
-    first_token = starts[sequence] + done * STEP
-    rows = jnp.stack([sequence, first_token, its_steps, lengths[sequence]], axis=1)
-    return rows.astype(jnp.int32), jnp.stack([ends - splits, ends], axis=1).astype(jnp.int32)
+    # Of each split the sequence [0, 0, 1], the steps before it [0, 3, 0], its own steps [3, 2, 2]
+    most_splits = min(batch + target, batch * most_steps)
+    index = jnp.arange(most_splits)
+    is_past = ends[None] <= index[:, None]
+    sequence = jnp.sum(is_past, axis=1)
+    sequence = jnp.minimum(sequence, batch - 1)
+    steps_before = (index - firsts[sequence]) * split_steps
+    steps_left = steps[sequence] - steps_before
+    its_steps = jnp.minimum(steps_left, split_steps)
+    is_used = index < ends[-1]
+    its_steps = jnp.where(is_used, its_steps, 0)
+
+    first_token = starts[sequence] + steps_before * STEP
+    length = lengths[sequence]
+    rows = jnp.stack([sequence, first_token, its_steps, length], axis=1)
+    return rows.astype(jnp.int32), ranges.astype(jnp.int32)

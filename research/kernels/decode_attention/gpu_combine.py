@@ -25,7 +25,8 @@ def combine_kernel(plan: Plan, *refs: Any) -> None:
     first = ranges[sequence, 0]
     end = ranges[sequence, 1]
     # Band 1 has rows 64 to 127 of H.
-    band_rows = pl.ds(band * BAND, BAND)
+    first_row = band * BAND
+    band_rows = pl.ds(first_row, BAND)
     rows = pl.ds(0, plan.height)
     tile = (BAND, plan.height)
 

@@ -67,6 +67,8 @@ def per_device(decode_attention: DecodeAttentionFn) -> DecodeAttentionFn:
             return decode_attention(q, pages, table, lengths, window, terms)
         batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
         heads = sharding_axes((TENSOR_AXIS,), q.shape[2], pages.kv_heads) or None
+
+        # q [B, T, N, H]; table and lengths [B, ...]; pages [pages, K, slots, H]; terms [N]
         by_head = PartitionSpec(batch, None, heads)
         by_sequence = PartitionSpec(batch)
         page_specs = jax.tree.map(lambda _: PartitionSpec(None, heads), pages)
@@ -78,6 +80,7 @@ def per_device(decode_attention: DecodeAttentionFn) -> DecodeAttentionFn:
             return decode_attention(q, pages, table, lengths, window, terms)
 
         in_specs = (by_head, page_specs, by_sequence, by_sequence, term_specs)
-        return shard_map(on_shard, in_specs, by_head)(q, pages, table, lengths, terms)
+        mapped = shard_map(on_shard, in_specs, by_head)
+        return mapped(q, pages, table, lengths, terms)
 
     return call

@@ -27,12 +27,14 @@ def unfold(out: Float[Array, "B K rows H"], queries: int) -> Float[Array, "B T N
 def distance_to_end(queries: int, group: int) -> Int[Array, "rows"]:
     """Returns the sequence's length minus the position of each row."""
     # T = 3, G = 2 -> [3, 2, 1, 3, 2, 1]
-    of_tokens = queries - jnp.arange(queries, dtype=jnp.int32)
+    token = jnp.arange(queries, dtype=jnp.int32)
+    of_tokens = queries - token
     return jnp.tile(of_tokens, group)
 
 
 def per_row(of_heads: Float[Array, "N"], kv_heads: int, queries: int) -> Float[Array, "K rows"]:
     """Returns a number of each query head as one of each row, in float32."""
     # K = 1, T = 2: [a, b] -> [[a, a, b, b]]
-    by_kv_head = of_heads.astype(jnp.float32).reshape(kv_heads, -1)
+    of_heads = of_heads.astype(jnp.float32)
+    by_kv_head = of_heads.reshape(kv_heads, -1)
     return jnp.repeat(by_kv_head, queries, axis=1)

@@ -86,15 +86,20 @@ def plan_for(
       q, pages, window, terms: of the call.
       table_pages: pages of a sequence in the table.
     """
-    kv_heads, page_size, width = pages.key.shape[1:]
-    queries = q.shape[1]
-    group = q.shape[2] // kv_heads
-    # Rows fill whole tiles of fast memory.
-    height = round_up(queries * group, SUBLANES * 4 // q.dtype.itemsize)
+    _, kv_heads, page_size, width = pages.key.shape
+    itemsize = pages.key.dtype.itemsize
+    _, queries, num_heads, _ = q.shape
+    group = num_heads // kv_heads
+    # Rows fill whole tiles of fast memory: of bfloat16, tiles of 16 rows.
+    tile_rows = SUBLANES * 4 // q.dtype.itemsize
+    height = round_up(queries * group, tile_rows)
 
-    heads = _heads_of_program(kv_heads, page_size, width, height, pages.key.dtype.itemsize)
-    fitting_pages = BUFFERS // (heads * _page_bytes(page_size, width, pages.key.dtype.itemsize))
-    block_pages = min(table_pages, BLOCK // page_size, fitting_pages)
+    heads = _heads_of_program(kv_heads, page_size, width, height, itemsize)
+    page_bytes = _page_bytes(page_size, width, itemsize)
+    fitting_pages = BUFFERS // (heads * page_bytes)
+    pages_of_block = BLOCK // page_size
+    block_pages = min(table_pages, pages_of_block, fitting_pages)
+    given = tuple(name for name in ("alibi", "sinks") if getattr(terms, name) is not None)
     return Plan(
         queries=queries,
         group=group,
@@ -106,28 +111,31 @@ def plan_for(
         window=window,
         softcap=terms.softcap,
         scale=terms.scale,
-        given=tuple(name for name in ("alibi", "sinks") if getattr(terms, name) is not None),
+        given=given,
         quantized=pages.quantized,
     )
 
 
 def _page_bytes(page_size: int, width: int, itemsize: int) -> int:
     """Returns what a page of a head takes of fast memory: keys and values, in two slots."""
-    return 4 * page_size * round_up(width, LANES) * itemsize
+    lanes = round_up(width, LANES)
+    return 4 * page_size * lanes * itemsize
 
 
 def _heads_of_program(kv_heads: int, page_size: int, width: int, height: int, itemsize: int) -> int:
     """Returns how many key/value heads one program computes: the largest divisor that fits."""
     # Two cores need two programs.
-    halved = chip() in TWO_CORES and kv_heads % 2 == 0
-    most = kv_heads // 2 if halved else kv_heads
+    most = kv_heads
+    if chip() in TWO_CORES and kv_heads % 2 == 0:
+        most = kv_heads // 2
 
     page_bytes = _page_bytes(page_size, width, itemsize)
     # Maxima and denominators of a lane each, and float32 sums, queries and result.
-    sum_bytes = 4 * height * (2 * LANES + 3 * width)
-    for heads in range(most, 1, -1):
-        fits = heads * page_bytes <= BUFFERS and heads * sum_bytes <= SUMS
-        if kv_heads % heads == 0 and fits:
+    columns = 2 * LANES + 3 * width
+    sum_bytes = 4 * height * columns
+    fitting = min(BUFFERS // page_bytes, SUMS // sum_bytes)
+    for heads in range(min(most, fitting), 1, -1):
+        if kv_heads % heads == 0:
             return heads
     return 1
 
@@ -164,11 +172,15 @@ def paged_attention(
     rows = plan.queries * plan.group
     # [B, T, N, H] -> [B, K, GT, H], with the rows padded to whole tiles
     row_padding = ((0, 0), (0, 0), (0, plan.height - rows), (0, 0))
-    q_rows = jnp.pad(fold(q, pages.kv_heads), row_padding)
+    q_rows = fold(q, pages.kv_heads)
+    q_rows = jnp.pad(q_rows, row_padding)
 
-    # A number a query head, [N] -> [1, K, GT, 1]
-    by_head = [getattr(terms, name) for name in plan.given]
-    columns = [per_row(x, pages.kv_heads, plan.queries)[None, :, :, None] for x in by_head]
+    # A number a query head, [N] -> [K, GT] -> [1, K, GT, 1]
+    columns = []
+    for name in plan.given:
+        by_row = per_row(getattr(terms, name), pages.kv_heads, plan.queries)
+        columns.append(by_row[None, :, :, None])
+
     stored = pages.arrays()
     scalars = _scalars(lengths, plan)
     call = pl.pallas_call(
@@ -179,10 +191,12 @@ def paged_attention(
         name="tessera_decode_attention",
         interpret=interpret,
     )
+    # The table comes twice: one view is of this sequence's row, the other of the next one's.
     tables = (table[:, None], table[:, None])
     padded_columns = (jnp.pad(x, row_padding) for x in columns)
     out = call(*scalars, *tables, q_rows, *padded_columns, *stored)
-    return unfold(out[:, :, :rows], plan.queries)
+    out = out[:, :, :rows]
+    return unfold(out, plan.queries)
 
 
 def _scalars(lengths: Int[Array, "B"], plan: Plan) -> list[Int[Array, "B"]]:
@@ -194,11 +208,18 @@ def _scalars(lengths: Int[Array, "B"], plan: Plan) -> list[Int[Array, "B"]]:
     batch = lengths.shape[0]
     first, end = page_range(lengths, plan.queries, plan.page_size, plan.window)
     # Blocks [2, 0, 1]: before [0, 2, 2], next sequence [2, 2, 3]
-    blocks = (end - first + plan.block_pages - 1) // plan.block_pages
-    before = jnp.cumsum(blocks) - blocks
-    with_blocks = jnp.where(blocks > 0, jnp.arange(batch), batch)
-    following = jax.lax.cummin(jnp.append(with_blocks[1:], batch), reverse=True)
-    return [x.astype(jnp.int32) for x in (lengths, first, end, before, following)]
+    pages = end - first
+    blocks = (pages + plan.block_pages - 1) // plan.block_pages
+    up_to = jnp.cumsum(blocks)
+    before = up_to - blocks
+
+    # Sequences with blocks [0, 3, 2] -> after the first one [3, 2], then 3 for none -> [2, 2, 3]
+    sequence = jnp.arange(batch)
+    with_blocks = jnp.where(blocks > 0, sequence, batch)
+    after_first = jnp.append(with_blocks[1:], batch)
+    following = jax.lax.cummin(after_first, reverse=True)
+    scalars = (lengths, first, end, before, following)
+    return [x.astype(jnp.int32) for x in scalars]
 
 
 def _grid(
@@ -222,8 +243,11 @@ def _grid(
 
         return pl.BlockSpec((1, 1, table_pages), index, memory_space=pltpu.SMEM)
 
-    own_row = table_row(lambda sequence, following: sequence)
-    next_row = table_row(lambda sequence, following: jnp.minimum(following[sequence], batch - 1))
+    def own(sequence: Any, following: Any) -> Any:
+        return sequence
+
+    def next_one(sequence: Any, following: Any) -> Any:
+        return jnp.minimum(following[sequence], batch - 1)
 
     # [B, K, GT, H] and [1, K, GT, 1]: the heads of a program
     rows = pl.BlockSpec(
@@ -233,19 +257,27 @@ def _grid(
         (1, plan.heads, plan.height, 1), lambda head_block, row, *_: (0, head_block, 0, 0)
     )
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    columns = [column] * len(plan.given)
+    pages = [in_hbm] * len(stored)
 
-    # Two slots for a block of keys or values, 4 axes, or of scales, 3 axes.
-    slots = {4: (2, plan.heads, plan.block, width), 3: (2, kv_heads, plan.block)}
-    buffers = [pltpu.VMEM(slots[x.ndim], x.dtype) for x in stored]
-    # Maxima, denominators, and weighted values.
-    sums = [
-        pltpu.VMEM((plan.heads, plan.height, columns), jnp.float32)
-        for columns in (LANES, LANES, width)
-    ]
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=scalars,
         grid=(kv_heads // plan.heads, batch),
-        in_specs=[own_row, next_row, rows, *[column] * len(plan.given), *[in_hbm] * len(stored)],
+        in_specs=[table_row(own), table_row(next_one), rows, *columns, *pages],
         out_specs=rows,
-        scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2,)), *sums],
+        scratch_shapes=_scratch(plan, kv_heads, stored),
     )
+
+
+def _scratch(plan: Plan, kv_heads: int, stored: Sequence[Array]) -> list[Any]:
+    """Returns the buffers of the pages, the semaphores of their slots, and the sums."""
+    width = stored[0].shape[3]
+    # Two slots for a block of keys or values, 4 axes, or of scales, 3 axes.
+    slots = {4: (2, plan.heads, plan.block, width), 3: (2, kv_heads, plan.block)}
+    buffers = [pltpu.VMEM(slots[x.ndim], x.dtype) for x in stored]
+    semaphores = pltpu.SemaphoreType.DMA((2,))
+
+    # Maxima and denominators, repeated over lanes, and weighted values.
+    by_lane = pltpu.VMEM((plan.heads, plan.height, LANES), jnp.float32)
+    by_column = pltpu.VMEM((plan.heads, plan.height, width), jnp.float32)
+    return [*buffers, semaphores, by_lane, by_lane, by_column]
