@@ -1,8 +1,8 @@
 """BART: `configs/model/bart.py:base`, `large`.
 
 Source: Lewis et al. 2020, arXiv:1910.13461, section 2.1, and the files released with the weights:
-learned positions whose first is row 2 of their table, normalized embeddings, one table of words for
-encoder, decoder and logits.
+learned positions, of which position 0 is row 2 of the table; normalized embeddings; one embedding
+table for encoder, decoder and logits.
 Parameters: 139,420,416; 406,291,456.
 """
 

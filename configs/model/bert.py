@@ -5,7 +5,7 @@ Sources: Devlin et al. 2018, arXiv:1810.04805, section 3; Turc et al. 2019, arXi
 the small ones (`LxD`: 2 to 12 layers of width 128 to 768); the vocabularies, the norm's epsilon,
 the activation and the biases from the files released with the weights. `base` and `large` are
 lowercase. Parameters, both heads (masked words, next sentence) with them, where the papers say 110M
-and 340M for the two first and 4.4M, 11.3M, 29.1M and 41.7M for the four last:
+and 340M for the first two and 4.4M, 11.3M, 29.1M and 41.7M for the last four:
 
     base 110,106,428          large 336,226,108          base-cased 108,932,934    large-cased
     334,661,958 base-chinese 102,882,442  base-multilingual 168,055,961, -cased 178,566,653
@@ -17,7 +17,7 @@ import ml_collections
 from research.core.errors import UserError, nearest
 
 LOWERCASE, CASED = 30_522, 28_996
-# pieces, layers, width
+# vocabulary, layers, width
 SIZES = {
     "base": (LOWERCASE, 12, 768),
     "large": (LOWERCASE, 24, 1024),

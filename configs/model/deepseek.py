@@ -3,16 +3,16 @@
 Sources: DeepSeek-AI 2024, arXiv:2412.19437, sections 2 and 4.2 (V3; R1 and V3.1 are the same);
 DeepSeek-AI 2024, arXiv:2405.04434, appendix B (V2-Lite); YaRN's numbers from the `config.json`
 released with the weights, where the scores' factor is (0.1 m ln 40 + 1)² / √(H + rope_dim) with
-`mscale_all_dim` for m. The loss for the load of V3's experts, which the paper takes a sequence at a
-time, is taken over the batch; the biases of their choice move by 0.001 a step, but for the last 500
-of the 14,800 billion tokens, by nothing. Parameters:
+`mscale_all_dim` for m. The balance loss of V3, which the paper computes a sequence at a
+time, is computed over the batch. Its selection biases move by 0.001 a step; in the paper they stay
+constant for the last 500 of the 14,800 billion tokens. Parameters:
 
-    v3-671b 671,026,419,200    v3-671b-mtp, which has a layer for one token further, 682,636,487,424
+    v3-671b 671,026,419,200    v3-671b-mtp, with one MTP module, 682,636,487,424
     v2-lite-16b 15,706,484,224
 
-The released files of V3 hold 685 billion: that layer comes with copies of the embedding and the
-output projection, and each block of 8-bit numbers with its scale. V2, 236B, is left out: it picks
-groups of experts by their best one, V3 and this configuration by their best two.
+The released files of V3 hold 685 billion: the MTP module has copies of the embedding and the output
+projection, and each block of 8-bit numbers has a scale. V2, 236B, is left out: it ranks groups of
+experts by their best expert, V3 and this configuration by their best two.
 """
 
 import math
@@ -59,7 +59,7 @@ TWO_LITE = {
 }
 
 # what its generation has, then layers, leading ones without experts, heads, `mscale_all_dim`,
-# further tokens predicted
+# MTP modules
 SIZES: dict[str, tuple[dict[str, Any], int, int, int, float, int]] = {
     "v3-671b": (THREE, 61, 3, 128, 1.0, 0),
     "v3-671b-mtp": (THREE, 61, 3, 128, 1.0, 1),

@@ -2,13 +2,12 @@
 
 Sources: Almazrouei et al. 2023, arXiv:2311.16867, section 4 (7B, 40B, 180B); Malartic et al. 2024,
 arXiv:2407.14885, section 2 (Falcon 2); biases, norms and tied embeddings from the `config.json`
-released with the weights and the
-modeling code beside them. Parameters: 6,921,720,704; 41,303,293,952; 178,557,088,768;
-11,102,822,400. The output projection of the first three is their embedding, of which some of the
-released files hold a copy.
+released with the weights and the modeling code released with them. Parameters: 6,921,720,704;
+41,303,293,952; 178,557,088,768; 11,102,822,400. The output projection of the first three is their
+embedding, of which some of the released files hold a copy.
 
-Left out: Falcon-RW 1B and 7B, whose ALiBi is added before the scores are divided by √H. Falcon 3 is
-    LLaMA's design.
+Left out: Falcon-RW 1B and 7B, which add ALiBi before the scores are divided by √H. Falcon 3 has
+LLaMA's design.
 """
 
 import ml_collections

@@ -8,9 +8,9 @@ the queries from the `config.json` released with the weights. Parameters:
     3  270m 268,098,176     1b 999,885,952       4b 3,880,263,168     12b 11,766,034,176     27b
     27,009,346,304
 
-Gemma 3 of 4B and more sees pictures too; this is its text tower, with the 64 rows of the vocabulary
-that pictures need. Queries are scaled by 1 / √H but for the two 27B, where it is one over the root
-of the model's width per head.
+Gemma 3 from 4B on also takes images; this is its text tower, with the 64 rows of the vocabulary
+that are for images. Queries are scaled by 1 / √H, except for the two 27B, where it is
+1 / √(model width / heads).
 """
 
 import math

@@ -1,13 +1,13 @@
 """Gopher, six models from 44M to 280B: `configs/model/gopher.py:280b`, `7.1b`, …
 
 Source: Rae et al. 2021, arXiv:2112.11446, table 1 and section 3.1: RMSNorm, relative positions (Dai
-et al. 2019, arXiv:1901.02860), 32,000 pieces, 2,048 tokens of context. Parameters, where the table
-says 44M, 117M, 417M, 1.4B, 7.1B and 280B: 43,700,736; 116,709,120; 417,443,328; 1,374,799,872;
-    7,112,101,888; 279,714,217,984.
+et al. 2019, arXiv:1901.02860), a vocabulary of 32,000, 2,048 tokens of context. Parameters, where
+the table says 44M, 117M, 417M, 1.4B, 7.1B and 280B: 43,700,736; 116,709,120; 417,443,328;
+1,374,799,872; 7,112,101,888; 279,714,217,984.
 
 The paper does not say which projections have biases, whether embeddings are tied, nor what the
 activation is. The counts agree with the table with biases everywhere and tied embeddings; GELU is
-GPT-2's, whose design Gopher follows.
+that of GPT-2, whose design Gopher follows.
 """
 
 import ml_collections

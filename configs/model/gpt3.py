@@ -2,15 +2,15 @@
 …
 
 Source: Brown et al. 2020, arXiv:2005.14165, table 2.1 and section 2.1: GPT-2's design and
-vocabulary, 2,048 tokens of context, dense and locally banded attention in turns. Parameters, where
-the table says 125M, 350M, 760M, 1.3B, 2.7B, 6.7B, 13.0B and 175.0B: 125,226,240; 355,871,744;
+vocabulary, 2,048 tokens of context, dense and locally banded attention alternating. Parameters,
+where the table says 125M, 350M, 760M, 1.3B, 2.7B, 6.7B, 13.0B and 175.0B: 125,226,240; 355,871,744;
 760,300,032; 1,315,723,264; 2,651,553,280; 6,658,404,352; 12,936,488,380; 174,604,259,328.
 
 Two rows of the table do not agree with themselves. `xl` has 24 heads of 128 there, which would make
 1.5 billion parameters; 16 heads, which fill its width, make the 1.3 that it names. `13b` has 40
 heads of 128 and a width of 5,140; both are kept. The paper leaves open how broad the band is and
 which layers come first: 256 tokens are those of GPT-Neo, EleutherAI's replication, and dense layers
-    come first, as the paper names them first.
+come first, as the paper names them first.
 """
 
 import ml_collections

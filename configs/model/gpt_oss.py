@@ -1,10 +1,9 @@
 """gpt-oss: `configs/model/gpt_oss.py:20b`, `120b`.
 
 Source: OpenAI 2025, arXiv:2508.10925, section 2 and table 1, and the `config.json` and reference
-    code released with the
-weights: learned sinks, local and global attention in turns, a softmax over the chosen experts,
-SwiGLU with clamps and one added, YaRN from 4,096 tokens. Parameters: 20,914,757,184;
-116,829,156,672.
+code released with the weights: learned sinks, local and global attention alternating, a softmax
+over the chosen experts, SwiGLU with clamps and with 1 added to the linear branch, YaRN from 4,096
+tokens. Parameters: 20,914,757,184; 116,829,156,672.
 """
 
 import math

@@ -8,17 +8,17 @@ Sources: Jiang et al. 2023, arXiv:2310.06825, table 1 (7B v0.1), and the model c
     nemo-12b 12,247,782,400          small-22b (and Codestral) 22,247,282,688
     small-24b 23,572,403,200         large-123b 122,610,069,504
 
-`small-24b-2503` is the text tower of Small 3.1 and 3.2, which see pictures too. Ministral 8B sees
-all in one layer of four, as its card says; the `config.json` gives all layers its window. Left out:
-the Ministral 3 of 2025, whose queries grow with the position.
+`small-24b-2503` is the text tower of Small 3.1 and 3.2, which also take images. Ministral 8B has no
+window in one layer of four, as its card says; in its `config.json` all layers have the window. Left
+out: the Ministral 3 of 2025, which scales queries by their position.
 """
 
 import ml_collections
 
 from research.core.errors import UserError, nearest
 
-# pieces, longest sequence, rotary base, layers, width, heads, MLP width, windows of the layers in
-# turn
+# vocabulary, longest sequence, rotary base, layers, width, heads, MLP width, windows of the
+# pattern's layers
 SIZES = {
     "7b-v0.1": (32_000, 32_768, 1e4, 32, 4096, 32, 14_336, (4096,)),
     "7b-v0.2": (32_000, 32_768, 1e6, 32, 4096, 32, 14_336, (None,)),

@@ -1,16 +1,15 @@
 """Mixtral: `configs/model/mixtral.py:8x7b`, `8x22b`.
 
 Sources: Jiang et al. 2024, arXiv:2401.04088, table 1 (8x7B); the model cards and `config.json`
-released with the weights. Neither says what keeps the load of the experts even in training.
-Parameters: 46,702,792,704, of which a token uses 12.9 billion; 140,630,071,296, of which it uses
-    39.
+released with the weights. Neither states a balance loss. Parameters: 46,702,792,704, of which
+a token uses 12.9 billion; 140,630,071,296, of which it uses 39.
 """
 
 import ml_collections
 
 from research.core.errors import UserError, nearest
 
-# pieces, longest sequence, layers, width, heads, width of an expert
+# vocabulary, longest sequence, layers, width, heads, width of an expert
 SIZES = {
     "8x7b": (32_000, 32_768, 32, 4096, 32, 14_336),
     "8x22b": (32_768, 65_536, 56, 6144, 48, 16_384),

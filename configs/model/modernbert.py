@@ -2,8 +2,8 @@
 
 Source: Warner et al. 2024, arXiv:2412.13663, section 2.1 and table 4, and the `config.json`
 released with the weights: no biases but the logits', no norm before the first attention, which
-reads the normalized embeddings; one layer in three sees all, the others 64 tokens to each side,
-with a rotary base of their own. Parameters: 149,655,232; 395,881,664.
+takes the normalized embeddings; one layer in three has global attention, the others a window of 64
+tokens to each side and their own rotary base. Parameters: 149,655,232; 395,881,664.
 """
 
 import ml_collections

@@ -1,12 +1,11 @@
 """MPT: `configs/model/mpt.py:7b`, `7b-8k`, `30b`.
 
 Source: MosaicML NLP Team 2023, "Introducing MPT-7B" and "MPT-30B: Raising the bar", the model cards
-    and `config.json`
-released with the weights: no biases, in norms neither; ALiBi (Press et al. 2021, arXiv:2108.12409);
-    tied embeddings of
-a vocabulary padded to 50,432. Parameters: 7b and 7b-8k 6,649,286,656; 30b 29,957,200,896.
+and `config.json` released with the weights: no biases, not even in norms; ALiBi (Press et al. 2021,
+arXiv:2108.12409); tied embeddings of a vocabulary padded to 50,432. Parameters: 7b and 7b-8k
+6,649,286,656; 30b 29,957,200,896.
 
-Left out: MPT-7B-StoryWriter, whose queries, keys and values are clipped.
+Left out: MPT-7B-StoryWriter, which clips queries, keys and values.
 """
 
 import ml_collections

@@ -3,10 +3,11 @@
 
 Sources: Abdin et al. 2024, arXiv:2404.14219, section 2; the padded vocabulary, windows, epsilon and
 LongRoPE's divisors from the `config.json` released with the weights (for `mini-128k` its update of
-June 2024), the divisors as the float32
-numbers that they are read as. Parameters: mini and 3.5-mini 3,821,079,552; medium 13,960,238,080.
+June 2024), the divisors as
+float32 numbers. Parameters: mini and 3.5-mini 3,821,079,552; medium 13,960,238,080.
 
-Left out: Phi-3-small, whose attention is block-sparse, and Phi-3.5-MoE, whose router samples.
+Left out: Phi-3-small, which has block-sparse attention, and Phi-3.5-MoE, which has a sampling
+router.
 """
 
 import math

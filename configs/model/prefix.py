@@ -1,7 +1,7 @@
 """The prefix decoder of the T5 paper: `configs/model/prefix.py`.
 
 Source: Raffel et al. 2020, arXiv:1910.10683, section 3.2.1 and table 2, "Prefix LM": the decoder of
-T5 base alone, which sees all of the prefix and, after it, what came before. Parameters:
+T5 base alone; attention is bidirectional within the prefix and causal after it. Parameters:
 109,628,544; the paper says half of the 220 million that its baseline has with an encoder.
 """
 

@@ -3,8 +3,8 @@
 Sources: Qwen Team 2024, arXiv:2412.15115, table 1 (2.5); Qwen Team 2025, arXiv:2505.09388, tables 1
 and 2 (3); Yang et al. 2024, arXiv:2407.10671, table 1 (2-57b-a14b); the model cards of 1.5-MoE and
 of Qwen3-Coder (480B); the sizes of the vocabularies, epsilons and rotary bases from the
-`config.json` released with the weights, of the base model where there is one. No paper says how
-much a loss for the load of the experts weighs, and none is set. Parameters:
+`config.json` released with the weights, of the base model where there is one. No paper states
+the weight of a balance loss, and none is set. Parameters:
 
     2.5  0.5b 494,032,768      1.5b 1,543,714,304     3b 3,085,938,688      7b 7,615,616,512
          14b 14,770,033,664    32b 32,763,876,352     72b 72,706,203,648

@@ -1,8 +1,8 @@
 """RoBERTa: `configs/model/roberta.py:base`, `large`.
 
 Source: Liu et al. 2019, arXiv:1907.11692, section 3 and table 9, and the files released with the
-weights: the first of the positions is row 2 of their table, there is one type of segment, and no
-pooler. Parameters: 124,697,433; 355,412,057.
+weights: position 0 is row 2 of the position table, there is one token type, and no pooler.
+Parameters: 124,697,433; 355,412,057.
 """
 
 import ml_collections

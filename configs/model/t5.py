@@ -6,12 +6,12 @@ Flan-T5, Chung et al. 2022, arXiv:2210.11416, is the same); Tay et al. 2022, arX
 section 4 (UL2; Flan-UL2 is the same); the epsilon and the padded vocabulary from the `config.json`
 released with the weights. Parameters:
 
-    T5     small 60,506,624    base 222,903,552    large 737,668,096    3b 2,851,598,336    11b
-    11,307,321,344 1.1    small 76,961,152    base 247,577,856    large 783,150,080    xl
-    2,849,757,184    xxl 11,135,332,352 UL2    20b 19,591,209,984
+    T5   small 60,506,624  base 222,903,552  large 737,668,096  3b 2,851,598,336  11b 11,307,321,344
+    1.1  small 76,961,152  base 247,577,856  large 783,150,080  xl 2,849,757,184  xxl 11,135,332,352
+    UL2  20b 19,591,209,984
 
-Dropout is that of pre-training: 0.1 for T5, none for the others. 512 is the length trained on;
-positions have no end.
+Dropout is that of pre-training: 0.1 for T5, none for the others. 512 is the training length;
+relative positions have no limit.
 """
 
 import math

@@ -2,12 +2,12 @@
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3 and 5 and table 3, with the shared
 vocabulary of about 37,000 pairs of English and German (section 5.1). Parameters: 63,045,632 and
-214,171,648; the paper says 65 and 213 million. No
-one vocabulary gives both: 40,800 pairs would give the first and 35,900 the second.
+214,171,648; the paper says 65 and 213 million. No single vocabulary gives both: 40,800 pairs would
+give the first and 35,900 the second.
 
 The paper leaves open, and tensor2tensor, the authors' code, says: no biases in attention, a norm
-epsilon of 1e-6. The longest sequence is inferred; sinusoidal positions cost no parameters and have
-no end. The dropout of `big` is that for English to German; English to French had 0.1.
+epsilon of 1e-6. The longest sequence is inferred; sinusoidal positions have no parameters and
+no limit. The dropout of `big` is that for English to German; English to French had 0.1.
 """
 
 import ml_collections

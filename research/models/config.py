@@ -94,11 +94,11 @@ class LayerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
-    """What happens to the embeddings of the tokens.
+    """What the embedding of a token consists of besides the table.
 
     Attributes:
       norm: whether they are normalized, positions and types included.
-      num_types: kinds of segments that have an embedding each (BERT's sentence A and B); 0 is none.
+      num_types: token types with an embedding each (BERT's sentence A and B); 0 is none.
     """
 
     norm: bool = False
@@ -119,9 +119,9 @@ class HeadConfig:
       bias: whether the logits have one.
       scale: factor on the hidden states (T5's tied embeddings: 1 / √D).
       softcap: bound of the logits, softcap · tanh(logit / softcap), or None.
-      pooler: whether the first token's state, projected and squashed by tanh, stands for the
-          sequence (BERT).
-      num_classes: classes that a projection of the pooled state tells apart; 0 is none.
+      pooler: whether there is a pooled state of the sequence: tanh of a projection of the first
+          token's state (BERT).
+      num_classes: of a classifier on the pooled state; 0 is none.
       mtp_depth: layers of multi-token prediction, each for one token further ahead (DeepSeek-V3,
         arXiv:2412.19437, section 2.2); training only.
       mtp_weight: of their mean loss.
@@ -157,20 +157,20 @@ class ModelConfig:
       attention: the attention sublayer.
       mlp: the feed-forward sublayer.
       norm: the normalization.
-      position: where positions enter.
-      structure: `decoder` sees what came before; `encoder` sees all; `prefix` sees all of a prefix
-        and what came before (Raffel et al. 2020, arXiv:1910.10683, section 3.2.1);
-        `encoder_decoder` is a decoder that also sees what an encoder of `encoder_layers` layers
-        made of another sequence.
-      encoder_layers: blocks of the encoder; 0 but for `encoder_decoder`.
-      decoder_start_id: what the decoder of an encoder-decoder begins with; others begin with their
-          prompt.
-      first_layers: what the leading layers do otherwise; they may have other parameters than the
-          rest.
-      pattern: the same for the layers after them, over and over; these all have the same
-          parameters.
-      experts: a mixture of experts in the place of the feed-forward sublayer, or None.
-      embedding: what happens to the embeddings.
+      position: how positions enter.
+      structure: `decoder` has causal attention, `encoder` bidirectional attention; `prefix` has
+        bidirectional attention within a prefix and causal attention after it (Raffel et al. 2020,
+        arXiv:1910.10683, section 3.2.1); `encoder_decoder` is a decoder with cross-attention to an
+        encoder of `encoder_layers` layers.
+      encoder_layers: blocks of the encoder; 0 unless `structure` is `encoder_decoder`.
+      decoder_start_id: the first token of an encoder-decoder's decoder; other structures begin with
+          their prompt.
+      first_layers: configs of the leading layers; their parameters may have other shapes than those
+          of the rest.
+      pattern: configs of the layers after them, repeated; these all have parameters of the same
+          shapes.
+      experts: a mixture of experts instead of the feed-forward sublayer, or None.
+      embedding: norm and token types of the embeddings.
       head: from hidden states to logits.
       tied_embeddings: whether the embedding is also the output projection.
       scale_embeddings: whether embeddings are multiplied by √D, as with sinusoidal positions
@@ -280,7 +280,7 @@ class ModelConfig:
                 raise UserError(
                     "position.scaling.kind",
                     "dynamic",
-                    f"turns at least 4 columns of a head, not {width}.",
+                    f"needs at least 4 rotary columns of a head, not {width}.",
                 )
             if position.scaling is not None and len(position.scaling.long_factors) not in (
                 0,

@@ -1,4 +1,4 @@
-"""The mixture of experts in the place of a feed-forward sublayer; no token is dropped."""
+"""The mixture of experts instead of a feed-forward sublayer; no token is dropped."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How a model knows where a token stands, as configuration."""
+"""Configs of position encodings: learned, sinusoidal, rotary (RoPE), ALiBi, relative."""
 
 import dataclasses
 from typing import Literal
@@ -13,21 +13,23 @@ class RopeScalingConfig:
     Attributes:
       kind: `linear` divides all frequencies by `factor` (Chen et al. 2023, arXiv:2306.15595);
         `dynamic` raises theta for documents longer than `original_length` (the NTK-aware rule, as
-        arXiv:2309.00071, section 3.3 states it); `yarn` divides slow waves only, with a ramp
-        between (the same paper, section 3.2); `llama3` ramps in frequency (the LLaMA 3.1 release);
-        `longrope` has a divisor for each frequency (Ding et al. 2024, arXiv:2402.13753).
+        arXiv:2309.00071, section 3.3 states it); `yarn` divides low frequencies only, with a ramp
+        over the column pairs (the same paper, section 3.2); `llama3` has a ramp over the
+        frequencies (the LLaMA 3.1 release); `longrope` has a divisor for each frequency (Ding et
+        al. 2024, arXiv:2402.13753).
       factor: how many times longer the context becomes, at least 1; not read by `longrope`.
-      original_length: tokens that the unstretched model was trained on; not read by `linear`.
-      low_frequency_factor: `llama3`: waves longer than `original_length / low_frequency_factor` are
-          stretched fully.
-      high_frequency_factor: `llama3`: waves shorter than `original_length / high_frequency_factor`
-          stay as they are.
-      beta_fast: `yarn`: waves that turn more often than this within `original_length` stay as they
-          are.
-      beta_slow: `yarn`: waves that turn less often than this are stretched fully.
-      truncate: `yarn`: whether the ends of the ramp are rounded to whole columns.
-      amplitude: factor on the turned queries and keys each (`attention_factor` of YaRN and
-          LongRoPE).
+      original_length: context length, in tokens, that the model was trained on before RoPE
+          scaling; not read by `linear`.
+      low_frequency_factor: `llama3`: wavelengths above `original_length / low_frequency_factor` are
+          multiplied by `factor`.
+      high_frequency_factor: `llama3`: wavelengths below `original_length / high_frequency_factor`
+          stay the same.
+      beta_fast: `yarn`: frequencies with more rotations than this within `original_length` stay the
+          same.
+      beta_slow: `yarn`: frequencies with fewer rotations than this are divided by `factor`.
+      truncate: `yarn`: whether the ends of the ramp are rounded to integer column pairs.
+      amplitude: factor on both the rotated queries and the rotated keys (`attention_factor` of YaRN
+          and LongRoPE).
       short_factors: `longrope`: divisors of the frequencies in documents of up to `original_length`
           tokens.
       long_factors: `longrope`: the same in longer documents.
@@ -48,7 +50,8 @@ class RopeScalingConfig:
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise UserError("factor", self.factor, "must be at least 1.")
-        if self.original_length < (0 if self.kind == "linear" else 1):
+        least_length = 0 if self.kind == "linear" else 1
+        if self.original_length < least_length:
             raise UserError(
                 "original_length",
                 self.original_length,
@@ -58,21 +61,23 @@ class RopeScalingConfig:
             raise UserError(
                 "low_frequency_factor",
                 self.low_frequency_factor,
-                f"must lie between 0 and high_frequency_factor = {self.high_frequency_factor}.",
+                f"must be between 0 and high_frequency_factor = {self.high_frequency_factor}.",
             )
         if not 0 < self.beta_slow < self.beta_fast:
             raise UserError(
-                "beta_slow", self.beta_slow, f"must lie between 0 and beta_fast = {self.beta_fast}."
+                "beta_slow", self.beta_slow, f"must be between 0 and beta_fast = {self.beta_fast}."
             )
         if self.amplitude <= 0:
             raise UserError("amplitude", self.amplitude, "must be above 0.")
-        if len(self.short_factors) != len(self.long_factors) or bool(self.long_factors) != (
-            self.kind == "longrope"
-        ):
+
+        # LongRoPE needs both lists, of one length; other kinds neither.
+        num_short = len(self.short_factors)
+        num_long = len(self.long_factors)
+        needs_factors = self.kind == "longrope"
+        if num_short != num_long or (num_long > 0) != needs_factors:
             raise UserError(
                 "short_factors",
-                constraint=f"and long_factors hold {len(self.short_factors)} and "
-                f"{len(self.long_factors)} numbers; "
+                constraint=f"and long_factors hold {num_short} and {num_long} numbers; "
                 "kind = 'longrope' needs one a pair of rotary columns in each, other kinds none.",
             )
 
@@ -84,23 +89,23 @@ class RopeScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
-    """How the model knows where a token stands.
+    """How the positions of tokens enter the model.
 
     Attributes:
-      kind: `learned` and `sinusoidal` are added to the embeddings, `rotary` turns queries and keys,
-        `alibi` biases the scores by distance, `alibi_bfloat16` by what that becomes where slopes,
-        positions and their products are rounded to bfloat16 and divided by √H (Falcon-RW),
-        `buckets` by a learned number a bucket of distances (T5), `relative` by a product of the
-        query with projected waves of the distance (Transformer-XL); `none` leaves it to the causal
-        mask.
+      kind: `learned` and `sinusoidal` are added to the embeddings; `rotary` rotates queries and
+        keys. The others add a bias to the scores: `alibi` by distance; `alibi_bfloat16` the same
+        with slopes, positions and their products rounded to bfloat16 and divided by √H (Falcon-RW);
+        `buckets` a learned number for each bucket of distances (T5); `relative` the product of the
+        query with projected sinusoids of the distance (Transformer-XL). With `none` positions enter
+        by the causal mask alone.
       theta: base of the rotary wavelengths.
-      scaling: changed rotary frequencies, or None.
-      rotary_dim: leading columns of a head that are turned, even; None is all of them.
+      scaling: RoPE scaling, or None.
+      rotary_dim: how many leading columns of a head are rotary, even; None is all of them.
       offset: rows of the learned table before that of position 0 (BART and RoBERTa have 2).
       halves: whether the sines of `sinusoidal` fill the first half of the columns and the cosines
-        the second (Marian); else each sine has its cosine beside it, as in the paper.
-      num_buckets: buckets of distances, even; half of them for each direction where attention goes
-          both ways.
+        the second (Marian); else sines and cosines alternate, as in the paper.
+      num_buckets: buckets of distances, a multiple of 4; half of them for each direction where
+          attention is bidirectional.
       max_distance: from which on all distances share a bucket.
     """
 
@@ -129,8 +134,9 @@ class PositionConfig:
         if self.num_buckets < 4 or self.num_buckets % 4:
             raise UserError("num_buckets", self.num_buckets, "must be a multiple of 4, at least 4.")
         if self.max_distance <= self.num_buckets // 2:
+            half = self.num_buckets // 2
             raise UserError(
                 "max_distance",
                 self.max_distance,
-                f"must be above num_buckets / 2 = {self.num_buckets // 2}.",
+                f"must be above num_buckets / 2 = {half}.",
             )

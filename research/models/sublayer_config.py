@@ -1,40 +1,38 @@
-"""What the sublayers of a block are: frozen configs, validated where they are made."""
+"""Configs of the sublayers of a block, frozen and validated when they are made."""
 
 import dataclasses
 from typing import Any, Literal
 
 from research.core.errors import UserError
 
-# JAX's limit of an axis.
+# JAX's limit on the length of an axis.
 _LIMIT = 2**31
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
     """Raises UserError where one of these fields is below `least`, or no array has such a size."""
     for name in names:
-        if getattr(config, name) < least:
-            raise UserError(name, getattr(config, name), f"must be at least {least}.")
-        if getattr(config, name) >= _LIMIT:
-            raise UserError(
-                name, getattr(config, name), f"must be below {_LIMIT:,}, an array's limit."
-            )
+        value = getattr(config, name)
+        if value < least:
+            raise UserError(name, value, f"must be at least {least}.")
+        if value >= _LIMIT:
+            raise UserError(name, value, f"must be below {_LIMIT:,}, an array's limit.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention: queries, keys and values come from narrow latents (DeepSeek-V2,
-    arXiv:2405.04434).
+    """Multi-head latent attention (MLA): queries, keys and values are projected from narrow latents
+    (DeepSeek-V2, arXiv:2405.04434).
 
-    A head then has `head_dim` columns without position and `rope_dim` turned ones, whose key all
-    heads share.
+    A head then has `head_dim` columns without position and `rope_dim` rotary ones; all heads share
+    one rotary key.
 
     Attributes:
       kv_dim: width of the latent of keys and values.
       q_dim: width of the queries' latent; None projects queries directly.
-      rope_dim: turned columns of a head, even.
+      rope_dim: rotary columns of a head, even.
       value_dim: width of a head's values.
-      epsilon: added to the variance of the latents, which the released code does not take from the
-          model's norms.
+      epsilon: of the norms of the latents; in the released code it is not that of other norms.
     """
 
     kv_dim: int
@@ -44,7 +42,9 @@ class LatentConfig:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "kv_dim", "value_dim", *(("q_dim",) if self.q_dim is not None else ()))
+        at_least(self, 1, "kv_dim", "value_dim")
+        if self.q_dim is not None:
+            at_least(self, 1, "q_dim")
         at_least(self, 0, "epsilon")
         if self.rope_dim < 2 or self.rope_dim % 2:
             raise UserError("rope_dim", self.rope_dim, "must be even and at least 2.")
@@ -65,11 +65,11 @@ class AttentionConfig:
       softcap: bound of the scores, softcap · tanh(score / softcap), or None.
       sinks: whether each head has a learned logit that takes part in the softmax's denominator only
           (gpt-oss).
-      qk_norm: RMS norm of queries and keys before they are turned: of each `head` (Qwen 3), of all
-        of them together as one vector (`all`, OLMo 2), or `none`.
+      qk_norm: RMS norm of queries and keys before RoPE: of each `head` (Qwen 3), of all heads as
+        one vector (`all`, OLMo 2), or `none`.
       latent: multi-head latent attention, or None.
-      implementation: which kernel computes it; `auto` picks by backend, and `reference`, which
-        holds all scores of a layer, is taken by name only.
+      implementation: which kernel computes it; `auto` picks by backend, but never `reference`,
+        which holds all scores of a layer.
     """
 
     num_heads: int
@@ -112,12 +112,12 @@ class MlpConfig:
       hidden_dim: width F.
       activation: `gelu` is exact, `gelu_tanh` its tanh approximation, `gelu_sigmoid` x ·
           sigmoid(1.702 x).
-      gated: whether a second projection is activated and multiplied in (SwiGLU with `silu`, GeGLU
-          with `gelu`).
+      gated: whether the activation of a second projection, the gate, is multiplied in (SwiGLU with
+          `silu`, GeGLU with `gelu`).
       bias: whether its projections have biases.
-      clamp: bound of what is activated (from above) and of what it is multiplied with (gpt-oss), or
-          None.
-      up_offset: added to what the activated projection is multiplied with (gpt-oss has 1).
+      clamp: upper bound of the gate's input, and bound of the other projection on both sides
+          (gpt-oss), or None.
+      up_offset: added to the projection that the gate multiplies (gpt-oss has 1).
     """
 
     hidden_dim: int
@@ -137,24 +137,25 @@ class MlpConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts in the place of the feed-forward sublayer, which says how each expert is
-    built.
+    """A mixture of experts instead of the feed-forward sublayer, whose `MlpConfig` describes each
+    expert.
 
-    Every token goes to `experts_per_token` experts, whatever their load: none is dropped.
+    Every token goes to `experts_per_token` experts, whatever their load: no token is dropped.
 
     Attributes:
       num_experts: E.
       experts_per_token: how many a token goes to.
       hidden_dim: width F of an expert.
       shared_dim: width of the expert that every token goes to; 0 is none.
-      shared_gate: whether the shared expert is weighed by a learned sigmoid (Qwen 2).
-      score: what the router's logits become: a `softmax` over the experts, or a `sigmoid` each
+      shared_gate: whether the shared expert's output is multiplied by a learned sigmoid (Qwen 2).
+      score: of the router's logits: a `softmax` over the experts, or a `sigmoid` of each
           (DeepSeek-V3).
       renormalize: whether the weights of the chosen experts are divided by their sum.
       router_bias: whether the router's logits have a learned bias.
-      selection_bias: whether a bias that only the choice sees is added to the scores (DeepSeek-V3).
+      selection_bias: whether a bias is added to the scores for the choice alone, not for the
+        weights (DeepSeek-V3).
       bias_speed: how far that bias moves in a step of training: up where an expert has less than
-        the mean load, down where it has more; 0 leaves it.
+        the mean load, down where it has more; 0 keeps it constant.
       num_groups: groups of experts, of which a token may use `groups_per_token`, those with the
           best two experts.
       groups_per_token: see `num_groups`.
@@ -191,21 +192,25 @@ class ExpertsConfig:
             "groups_per_token",
         )
         at_least(self, 0, "shared_dim", "balance_weight", "bias_speed", "z_weight")
-        if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
+        has_equal_groups = self.num_experts % self.num_groups == 0
+        if not has_equal_groups or self.groups_per_token > self.num_groups:
             raise UserError(
                 "num_groups",
                 self.num_groups,
                 f"must divide num_experts = {self.num_experts}, and be at least groups_per_token = "
                 f"{self.groups_per_token}.",
             )
-        within = self.num_experts // self.num_groups * self.groups_per_token
-        if self.experts_per_token > within:
+
+        # 8 experts in 4 groups, 2 groups a token: a token may choose among 4 experts.
+        group_size = self.num_experts // self.num_groups
+        num_allowed = group_size * self.groups_per_token
+        if self.experts_per_token > num_allowed:
             raise UserError(
-                "experts_per_token", self.experts_per_token, f"must be at most {within}."
+                "experts_per_token", self.experts_per_token, f"must be at most {num_allowed}."
             )
         if self.bias_speed and not self.selection_bias:
             raise UserError("bias_speed", self.bias_speed, "needs selection_bias = True.")
         if self.shared_gate and not self.shared_dim:
             raise UserError("shared_gate", constraint="needs shared_dim above 0.")
-        if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
+        if self.num_groups > 1 and group_size < 2:
             raise UserError("num_groups", self.num_groups, "leaves fewer than two experts a group.")

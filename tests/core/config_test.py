@@ -60,7 +60,7 @@ def fails(values: dict[str, Any], cls: type = CarConfig, where: str = "") -> str
 
 
 def typed(**assignments: str) -> CarConfig:
-    """Binds values as the command line gives them; `__` stands for the dot."""
+    """Binds values as the command line gives them, with `__` for the dot."""
     pairs = [(name.replace("__", "."), text) for name, text in assignments.items()]
     return bind(CarConfig, override({"name": "Ada"}, pairs))
 

@@ -97,7 +97,7 @@ def test_an_error_of_a_file_is_about_the_field_that_names_it():
     assert UserError("kind", 7, "is unknown.").about("path", "b").field == "kind"
 
 
-def test_a_field_may_be_told_under_another_name_and_another_field_is_not():
+def test_a_message_may_give_its_field_another_name_but_no_other_field():
     assert UserError("workdir", "x", "is not a workdir.").text({"workdir": "--workdir"}) == (
         "--workdir = 'x' is not a workdir."
     )

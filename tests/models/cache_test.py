@@ -63,7 +63,7 @@ def test_cached_steps_give_the_training_logits(kind: str):
     assert np.abs(np.diff(expected, axis=1)).max(axis=-1).min() > 0.1
 
 
-def test_left_over_slots_are_never_seen():
+def test_unused_slots_are_never_attended_to():
     config = tiny_config()
     params, tokens = random_params(config), random_tokens(1, 3)
     full = jax.tree.map(

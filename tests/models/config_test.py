@@ -47,26 +47,24 @@ from tests.tiny import tiny_config
 def test_impossible_value_is_refused(path: str, value: Any, message: str):
     values = plain(tiny_config())
     *groups, field = path.split(".")
-    place = values
+    parent = values
     for group in groups:
-        place = place[group]
-    place[field] = value
+        parent = parent[group]
+    parent[field] = value
     with pytest.raises(UserError) as caught:
         bind(ModelConfig, values, "model")
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("low", [0.0, 4.0, 5.0])
-def test_stretch_factors_out_of_order_are_refused(low: float):
+def test_rope_scaling_factors_out_of_order_are_refused(low: float):
     scaling = {
         "factor": 8.0,
         "low_frequency_factor": low,
         "high_frequency_factor": 4.0,
         "original_length": 64,
     }
-    with pytest.raises(
-        UserError, match=r"scaling.low_frequency_factor = .* must lie between 0 and"
-    ):
+    with pytest.raises(UserError, match=r"scaling.low_frequency_factor = .* must be between 0 and"):
         bind(ModelConfig, plain(tiny_config()) | {"position": {"scaling": scaling}}, "model")
 
 
@@ -116,7 +114,7 @@ def test_scaling_of_positions_that_do_not_turn_is_refused():
                     "scaling": {"kind": "dynamic", "factor": 2.0, "original_length": 8},
                 }
             },
-            "position.scaling.kind = 'dynamic' turns at least 4 columns of a head, not 2.",
+            "position.scaling.kind = 'dynamic' needs at least 4 rotary columns of a head, not 2.",
         ),
     ],
 )

@@ -167,7 +167,7 @@ def test_every_attention_of_this_platform_takes_packed_rows(name: str, params, p
     np.testing.assert_allclose(found, logits(tiny_config(), params, **packed), atol=1e-5)
 
 
-def test_packed_documents_do_not_see_each_other(params, packed):
+def test_packed_documents_do_not_attend_to_each_other(params, packed):
     found = logits(tiny_config(), params, **packed)
     for start, stop in ((0, 7), (7, 12)):
         alone = logits(tiny_config(), params, packed["tokens"][:, start:stop])

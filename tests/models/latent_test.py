@@ -37,11 +37,11 @@ def model(
 
 @pytest.fixture
 def forms(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Makes all that is traced afterwards take one form."""
+    """Selects weight absorption or decompressed MLA for all that is traced afterwards."""
 
-    def take(absorbed: bool) -> None:
+    def take(weight_absorption: bool) -> None:
         jax.clear_caches()
-        monkeypatch.setattr(latent, "uses_weight_absorption", lambda *_: absorbed)
+        monkeypatch.setattr(latent, "uses_weight_absorption", lambda *_: weight_absorption)
 
     yield take
     monkeypatch.undo()
@@ -108,8 +108,8 @@ def test_several_new_tokens_give_what_heads_give(forms: Callable[[bool], None]):
     params, tokens = random_params(config), random_tokens(2, 9)
     positions = np.tile(np.arange(9), (2, 1))
     found = []
-    for absorbed in (False, True):
-        forms(absorbed)
+    for weight_absorption in (False, True):
+        forms(weight_absorption)
         _, cache = read(
             config,
             params,
@@ -126,8 +126,8 @@ def test_greedy_text_is_that_of_heads(forms: Callable[[bool], None]):
     config = model(vocab_size=tokenizer.vocab_size)
     params = random_params(config)
     texts = []
-    for absorbed in (False, True):
-        forms(absorbed)
+    for weight_absorption in (False, True):
+        forms(weight_absorption)
         sampling = SamplingConfig(temperature=0.0, max_tokens=24)
         texts.append(
             [
@@ -170,13 +170,13 @@ def test_a_step_projects_no_slots_to_heads(forms: Callable[[bool], None]):
     config, slots = model(sizes, num_layers=1), 64
     c = config.attention
     flops = {}
-    for absorbed in (False, True):
-        forms(absorbed)
+    for weight_absorption in (False, True):
+        forms(weight_absorption)
         one, cache = jnp.zeros((1, 1), jnp.int32), empty_cache(config, 1, slots, stacked=False)
         step = jax.jit(
             lambda params, one=one, cache=cache: read(config, params, one, one, cache)[0]
         )
-        flops[absorbed] = step.lower(random_params(config)).cost_analysis()["flops"]
+        flops[weight_absorption] = step.lower(random_params(config)).cost_analysis()["flops"]
     projected = 2 * slots * sizes.kv_dim * c.num_heads * (c.head_dim + sizes.value_dim)
     assert flops[False] > projected
     assert flops[True] < 0.5 * projected

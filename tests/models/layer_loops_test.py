@@ -18,9 +18,9 @@ LENGTHS = [9, 5, 7, 8]
 
 @dataclasses.dataclass(frozen=True)
 class Halves:
-    """Takes the rows of each half of the batch through all layers by themselves.
+    """Runs all layers on each half of the batch separately.
 
-    With `first_context` both halves are told what is true of the first one: the control.
+    With `first_context` both halves get the context of the first one: the control.
     """
 
     inner: LayerLoop

@@ -1,6 +1,4 @@
-"""A model does not know what its weights are: base + a b in the place of every matrix, in every
-structure.
-"""
+"""A model works with low-rank weights, base + a b, instead of every matrix, in every structure."""
 
 import dataclasses
 from typing import Any
@@ -41,7 +39,7 @@ def is_node(leaf: Any) -> bool:
 
 
 def with_low_rank(boxed: Any, params: Any) -> Any:
-    """Parameters with base + a b in the place of every matrix, a and b as large as the base."""
+    """Parameters with base + a b instead of every matrix, a and b as large as the base."""
     rng = np.random.default_rng(1)
 
     def widen(box: nn.LogicallyPartitioned, base: Any) -> Any:
@@ -157,7 +155,7 @@ def test_latents_of_a_cache_meet_low_rank_weights():
         cache = model.hidden(
             params, {"tokens": tokens[:, :32], "positions": index[:, :32]}, cache=cache
         ).cache
-        # One token over many slots: the keys' weights are absorbed into the query.
+        # One token over many slots: MLA weight absorption multiplies W_k into the query.
         return model.hidden(
             params, {"tokens": tokens[:, 32:], "positions": index[:, 32:]}, cache=cache
         ).hidden
@@ -166,7 +164,7 @@ def test_latents_of_a_cache_meet_low_rank_weights():
 
 
 @pytest.mark.thorough
-def test_rules_and_meshes_see_through_the_node():
+def test_sharding_of_a_node_is_that_of_its_arrays():
     config = dataclasses.replace(
         STRUCTURES["experts"], mlp=dataclasses.replace(STRUCTURES["experts"].mlp, bias=True)
     )

@@ -116,20 +116,22 @@ def test_a_model_without_a_paged_form_says_what_is_not_possible(name: str, said:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_wrong_page_gives_other_logits(place: int):  # the control
+@pytest.mark.parametrize("page_index", [0, 1])
+def test_a_wrong_page_gives_other_logits(page_index: int):  # the control
     config = tiny_config()
     params, prompts, table = random_params(config), prompts_for(config), table_of(config)
     logits, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=table)
     expected, _ = continued(config, params, prompts, logits, cache)
     # The page of the last row's first or second 16 tokens becomes one of the second row's.
-    wrong = dataclasses.replace(table, ids=table.ids.at[2, place].set(table.ids[1, place]))
+    wrong = dataclasses.replace(
+        table, ids=table.ids.at[2, page_index].set(table.ids[1, page_index])
+    )
     found, _ = continued(config, params, prompts, logits, cache.replace(page_table=wrong))
     np.testing.assert_allclose(found[:, :2], expected[:, :2], atol=1e-5)
     assert np.abs(found[1:, 2] - expected[1:, 2]).max() > 0.1
 
 
-def test_pages_may_lie_in_any_order():
+def test_pages_may_have_any_order():
     config = tiny_config()
     params, table = random_params(config), table_of(config)
     expected, _ = read(config, params, table)
@@ -159,7 +161,8 @@ def test_rows_that_are_taken_have_pages_of_their_own():
     assert ids.min() == 1
     taken = dataclasses.replace(prompts, lengths=prompts.lengths[rows])
     more, _ = continued(config, params, taken, logits[rows], moved)
-    # All rows go on with tokens of their place, so only the one in the same place has known logits.
+    # Rows continue with the tokens of their row index, so the logits are known only of row 2, which
+    # keeps its index.
     np.testing.assert_allclose(more[:, 2], expected[:, 2], atol=1e-5)
     assert np.abs(more[1:, 0] - expected[1:, 0]).max() > 0.1
 

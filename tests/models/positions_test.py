@@ -105,10 +105,10 @@ def test_alibi_slopes_are_those_of_the_paper():
 
 
 def test_rounded_alibi_is_what_its_rounding_makes_of_alibi():
-    slopes, places = alibi_slopes(12), np.arange(300)
-    found = np.asarray(rounded_alibi(jnp.asarray(places)[None], 12, 16))[0, :, 0]
-    rounded = slopes.astype(jnp.bfloat16)[:, None] * places.astype(jnp.bfloat16)
+    slopes, positions = alibi_slopes(12), np.arange(300)
+    found = np.asarray(rounded_alibi(jnp.asarray(positions)[None], 12, 16))[0, :, 0]
+    rounded = slopes.astype(jnp.bfloat16)[:, None] * positions.astype(jnp.bfloat16)
     np.testing.assert_array_equal(found, rounded.astype(np.float32) / 4)
-    exact = slopes[:, None] * places / 4
+    exact = slopes[:, None] * positions / 4
     np.testing.assert_allclose(found, exact, rtol=2**-6)
     assert np.abs(found - exact).max() > 0.1  # the control: what is near 50 is rounded to a quarter

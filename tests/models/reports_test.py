@@ -1,4 +1,4 @@
-"""What layers tell beside their output: each selection bias finds the load that moves it."""
+"""Reports of layers: each selection bias is updated by the load of its own experts."""
 
 import dataclasses
 from typing import Any
@@ -78,9 +78,8 @@ def test_scanned_layers_report_what_unrolled_ones_do():
     unrolled = reports_of(config, params)
     scanned = reports_of(dataclasses.replace(config, layer_loop="scan"), stack(params, 3))
     loads = jnp.stack([unrolled.expert_load[f"layers_{i}/mlp"] for i in range(3)])
-    assert (
-        len({tuple(load) for load in np.asarray(loads)}) > 1
-    )  # the layers differ, so that their order tells
+    # Layers differ, so that a wrong order would show.
+    assert len({tuple(load) for load in np.asarray(loads)}) > 1
     np.testing.assert_array_equal(scanned.expert_load["layers/mlp"], loads)
     assert set(scanned.expert_load) == {"layers/mlp"}
     np.testing.assert_allclose(scanned.router_loss, unrolled.router_loss, rtol=1e-6)

@@ -24,8 +24,8 @@ def test_alibi_equals_bloom_s_up_to_a_constant_a_query(heads):
         -alibi_slopes(heads)[:, None]
         * np.asarray(AttentionMask().distance(Span(8, 1), Span(0, 9)))[0, 0]
     )
-    # Bloom gives a key its position times the slope; a query's softmax does not see the constant
-    # between the two.
+    # Bloom's bias of a key is its position times the slope; the softmax of a query is the same with
+    # the constant difference between the two.
     np.testing.assert_allclose(bias - bias[:, :1], keys, rtol=1e-5, atol=1e-6)
 
 

@@ -102,12 +102,12 @@ def test_cached_steps_give_the_training_logits(name: str, loop: str):
     first, cache = read(config, params, prompt, cache)
     found = list(np.asarray(first)[0])
     later = ("tokens", "positions", "types")  # the encoder and the prefix are in the cache
-    for place in range(6, 9):
-        step = {key: document[key][:, place : place + 1] for key in later if key in document}
+    for position in range(6, 9):
+        step = {key: document[key][:, position : position + 1] for key in later if key in document}
         new, cache = read(config, params, step, cache)
         found.append(np.asarray(new)[0, 0])
-    # Rules that go by a document's length turn its earlier keys otherwise once it has outgrown its
-    # context.
+    # RoPE scaling rules that depend on a document's length rotate its earlier keys differently once
+    # it is longer than the original length.
     by_length = config.position.scaling is not None and config.position.scaling.by_length
     end = 6 if by_length else 9
     if by_length:
@@ -115,28 +115,28 @@ def test_cached_steps_give_the_training_logits(name: str, loop: str):
     np.testing.assert_allclose(found[:end], expected[:end], atol=1e-5 * np.abs(expected).max())
 
 
-def changed(config: ModelConfig, inputs: dict[str, Any], name: str, place: int) -> list[int]:
-    """The places whose logits change when one token does."""
+def changed(config: ModelConfig, inputs: dict[str, Any], name: str, position: int) -> list[int]:
+    """The positions whose logits change when one token does."""
     params = random_params(config)
     other = {key: np.array(array) for key, array in inputs.items()}
-    other[name][0, place] = (other[name][0, place] + 1) % config.vocab_size
+    other[name][0, position] = (other[name][0, position] + 1) % config.vocab_size
     difference = np.abs(logits(config, params, inputs) - logits(config, params, other))[0].max(
         axis=-1
     )
     return np.flatnonzero(difference > 1e-7).tolist()
 
 
-def test_a_decoder_sees_what_came_before_and_not_more():
+def test_a_decoder_attends_to_earlier_tokens_only():
     config = VARIANTS["sinks"]
     (document,) = rows(config, [10])
     assert changed(config, document, "tokens", 4) == list(range(4, 10))
 
 
-def test_an_encoder_sees_all():
+def test_an_encoder_attends_to_all_tokens():
     config = VARIANTS["encoder"]
     (document,) = rows(config, [10])
-    for place in (0, 4, 9):
-        assert changed(config, document, "tokens", place) == list(range(10))
+    for position in (0, 4, 9):
+        assert changed(config, document, "tokens", position) == list(range(10))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_window_hides_what_is_as_far_as_it_is_wide(structure: str, seen: range
     assert changed(config, document, "tokens", 6) == list(seen)
 
 
-def test_layers_with_windows_pass_on_what_they_see():
+def test_layers_with_windows_add_up_their_windows():
     two = tiny_config(num_layers=2, pattern=(LayerConfig(window=3),))
     (document,) = rows(two, [12])
     assert changed(two, document, "tokens", 3) == list(range(3, 8))
@@ -157,7 +157,7 @@ def test_layers_with_windows_pass_on_what_they_see():
 
 
 @pytest.mark.parametrize("name", ["prefix", "prefix in a packed row"])
-def test_a_prefix_is_seen_in_both_directions(name: str):
+def test_attention_within_a_prefix_is_bidirectional(name: str):
     config = VARIANTS["prefix"]
     documents = rows(config, [8, 8])  # of each, four tokens are the prefix
     start, inputs = (0, documents[0]) if name == "prefix" else (8, pack(documents))
@@ -165,7 +165,7 @@ def test_a_prefix_is_seen_in_both_directions(name: str):
     assert changed(config, inputs, "tokens", start + 5) == list(range(start + 5, start + 8))
 
 
-def test_a_decoder_sees_the_whole_encoder_of_its_own_document():
+def test_a_decoder_attends_to_all_encoder_tokens_of_its_own_document():
     config = VARIANTS["encoder-decoder"]
     inputs = pack(rows(config, [5, 6]))  # their encoders read seven and eight tokens
     assert changed(config, inputs, "encoder_tokens", 1) == list(range(5))
@@ -214,7 +214,7 @@ def test_dropout_reaches_both_stacks_of_an_encoder_decoder():
         assert np.abs(first - second).max() > 0.1
 
 
-def test_only_real_tokens_of_the_encoder_are_seen_whatever_their_number():
+def test_only_real_tokens_of_the_encoder_are_attended_to_whatever_their_number():
     config = VARIANTS["encoder-decoder"]
     (document,), params = rows(config, [5]), random_params(config)
     expected = logits(config, params, document)
@@ -227,7 +227,7 @@ def test_only_real_tokens_of_the_encoder_are_seen_whatever_their_number():
 _LATENT = LatentConfig(kv_dim=6, q_dim=10, rope_dim=4, value_dim=5)
 
 
-def test_a_cached_prefix_of_latents_is_seen_in_both_directions():
+def test_attention_within_a_cached_prefix_of_latents_is_bidirectional():
     config = tiny_config(structure="prefix", attention={"num_kv_heads": 4, "latent": _LATENT})
     (document,), params = rows(config, [8]), random_params(config)
     expected = logits(config, params, document)
@@ -301,7 +301,8 @@ def test_routers_of_an_encoder_are_kept_even_too():
 
     @jax.jit
     def routed(encoder_router: jax.Array) -> jax.Array:
-        layer = params["encoder"]["layers_2"]  # whose router tells the decoder next to nothing
+        # The decoder's loss hardly depends on the router of this layer.
+        layer = params["encoder"]["layers_2"]
         layer = layer | {"mlp": layer["mlp"] | {"router": {"kernel": encoder_router}}}
         encoder = params["encoder"] | {"layers_2": layer}
         return (
