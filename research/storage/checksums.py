@@ -37,6 +37,7 @@ class BlockChecksums:
         """Adds the bytes that are written next."""
         left = memoryview(data)
         while left:
+            # As much as the block that is being filled still needs.
             part = left[: BLOCK_BYTES - self._filled]
             self._checksum = zlib.crc32(part, self._checksum)
             self._filled += len(part)
@@ -92,7 +93,8 @@ class BlockVerifier:
 
         # Nearly always each range is in one block or two that were verified before.
         ends_good = self._good[first].all() and self._good[last].all()
-        if ends_good and not (last - first > 1).any():
+        any_longer = (last - first > 1).any()
+        if ends_good and not any_longer:
             return None
 
         for low, high in zip(first.tolist(), last.tolist(), strict=True):
@@ -103,12 +105,15 @@ class BlockVerifier:
 
     def _bounds(self, block: int) -> tuple[int, int]:
         """Returns where a block starts and stops, in numbers of the array."""
-        stop = min((block + 1) * self._block, len(self._data))
-        return block * self._block, stop
+        start = block * self._block
+        # The last block may be shorter.
+        stop = min(start + self._block, len(self._data))
+        return start, stop
 
     def _verify(self, block: int) -> bool:
         start, stop = self._bounds(block)
         numbers = np.ascontiguousarray(self._data[start:stop])
-        good = zlib.crc32(numbers.view(np.uint8)) == self._checksums[block]
+        checksum = zlib.crc32(numbers.view(np.uint8))
+        good = checksum == self._checksums[block]
         self._good[block] = good
         return bool(good)

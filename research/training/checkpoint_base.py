@@ -106,8 +106,10 @@ class FrozenParams:
     ) -> dict[str, dict[str, Any]]:
         """Writes arrays into their shared folder, where it is not intact; returns their entries."""
         entries = files.describe_arrays(arrays, digests(arrays))
+        # The name is of the content: equal parameters of two checkpoints are in one folder.
         content = json.dumps(entries, sort_keys=True)
-        folder_name = files.shared_folder_name(hashlib.sha256(content.encode()).hexdigest())
+        digest = hashlib.sha256(content.encode())
+        folder_name = files.shared_folder_name(digest.hexdigest())
 
         if entries and (folder_name not in self._intact or self._is_gone(folder_name)):
             folder = self._folder / folder_name
@@ -129,7 +131,9 @@ class FrozenParams:
         """Whether an intact folder has been removed; process 0 decides for all."""
         metadata = self._folder / folder_name / files.ARRAYS / orbax_tree.FILE
         exists = np.bool_(metadata.exists())
-        return not bool(multihost_utils.broadcast_one_to_all(exists))
+        # File systems may show a removal to one process earlier than to another.
+        exists = multihost_utils.broadcast_one_to_all(exists)
+        return not bool(exists)
 
 
 def remove_unused_folders(folder: Path) -> None:
@@ -145,7 +149,8 @@ def remove_unused_folders(folder: Path) -> None:
         try:
             used |= files.shared_folders_named(read_object(path)["content"])
         except (UserError, LookupError, TypeError, AttributeError):
-            return  # what a damaged checkpoint needs is unknown
+            # What a damaged checkpoint needs is unknown.
+            return
 
     for path in shared:
         if path.name in used:

@@ -91,20 +91,29 @@ class MetricsWriter:
         if self._folder is None:
             return
         values = {name: _number(value) for name, value in metrics.items()}
-        row = {"step": int(step)} | {name: _jsonable(value) for name, value in values.items()}
+        row = {"step": int(step)}
+        for name, value in values.items():
+            row[name] = _jsonable(value)
+        line = json.dumps(row, allow_nan=False)
+
+        # A bucket is asked at uploads only: each question is a request.
         if not in_bucket(self._workdir):
             self._presence.check()
         try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
             self._failed = True
             raise UserError(f"{self._folder / FILE} cannot be written: {reason(error)}.") from error
+
+        # TensorBoard and trackers have no word for unknown: such a number is left out there.
         known = {name: value for name, value in values.items() if value is not None}
         self._board.write(int(step), known)
         for tracker in self._trackers:
             tracker.write(int(step), known)
-        if in_bucket(self._workdir) and time.monotonic() - self._flushed >= UPLOAD_SECONDS:
+
+        seconds = time.monotonic() - self._flushed
+        if in_bucket(self._workdir) and seconds >= UPLOAD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -134,7 +143,8 @@ class MetricsWriter:
         if self._folder is None:
             return
         if self._failed:
-            with contextlib.suppress(OSError):  # it tries to write the same row again
+            # Closing tries to write the same row again.
+            with contextlib.suppress(OSError):
                 self._file.close()
             return
         self._file.close()
@@ -242,6 +252,7 @@ def _parse(line: str) -> dict[str, Any] | None:
     """Returns the row of a line, or None where it is torn or edited."""
     try:
         row = json.loads(line)
+        # `true` is an int for isinstance.
         if not isinstance(row, dict) or type(row["step"]) is not int:
             return None
         # "NaN" and "Infinity" become numbers; any other string is an error.

@@ -26,6 +26,7 @@ class Presence:
     def is_gone(self) -> bool:
         """Returns whether the file does not exist, but did at an earlier check."""
         exists = (self._workdir / self._name).exists()
+        # Before the first row of a new run there is no file, which is no deletion.
         self._seen = self._seen or exists
         return self._seen and not exists
 

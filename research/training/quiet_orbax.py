@@ -38,6 +38,7 @@ def _start() -> None:
 def _stop() -> None:
     global _under_way
     _under_way -= 1
+    # Of overlapping contexts the last to end restores what was before the first.
     if _under_way == 0:
         sys.unraisablehook = _hook_before
         logging.getLogger("absl").removeFilter(_keep_orbax_record)

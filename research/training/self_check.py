@@ -121,7 +121,10 @@ def _one_layer(config: ModelConfig, params: Any, from_first: bool) -> dict[str, 
 def _errors(config: ModelConfig, shards: int, params: Any, batch: Batch) -> dict[str, Errors]:
     """Returns the relative errors of a layer's output and of its gradients."""
     # The first row of each device: [B, T] -> [shards, B / shards, T] -> [shards, MAX_TOKENS]
-    rows = {name: x.reshape(shards, -1, x.shape[1])[:, 0, :MAX_TOKENS] for name, x in batch.items()}
+    rows = {}
+    for name, array in batch.items():
+        by_shard = array.reshape(shards, -1, array.shape[1])
+        rows[name] = by_shard[:, 0, :MAX_TOKENS]
 
     plain_attention = dataclasses.replace(config.attention, implementation="reference")
     plain_config = dataclasses.replace(config, attention=plain_attention)
@@ -133,14 +136,19 @@ def _errors(config: ModelConfig, shards: int, params: Any, batch: Batch) -> dict
 
     errors = {}
     for name, truth in exact.items():
-        errors[name] = (_relative_error(picked[name], truth), _relative_error(plain[name], truth))
+        picked_error = _relative_error(picked[name], truth)
+        plain_error = _relative_error(plain[name], truth)
+        errors[name] = (picked_error, plain_error)
     return errors
 
 
 def _relative_error(found: Array, truth: Array) -> Float[Array, ""]:
     """Returns ‖found - truth‖ / ‖truth‖ over all elements."""
-    error = jnp.linalg.norm(found.ravel() - truth.ravel())
-    return error / jnp.maximum(jnp.linalg.norm(truth.ravel()), 1e-30)
+    # Frobenius norms of all axes together: [B, T, D] -> [B T D]
+    truth = truth.ravel()
+    error = jnp.linalg.norm(found.ravel() - truth)
+    size = jnp.linalg.norm(truth)
+    return error / jnp.maximum(size, 1e-30)
 
 
 def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float[Array, "..."]]:
@@ -148,20 +156,28 @@ def _outputs(model: LanguageModel, params: Any, batch: Batch) -> dict[str, Float
 
     The gradients are those of the states' product with a random cotangent.
     """
+    # 1 for real tokens and 0 for padding, whose states mean nothing: [B, T] -> [B, T, 1]
+    real = batch["segments"] != 0
+    real = real[..., None].astype(jnp.float32)
     shape = (*batch["tokens"].shape, model.config.embed_dim)
-    real = (batch["segments"] != 0)[..., None].astype(jnp.float32)
-    cotangent = jax.random.normal(jax.random.key(0), shape) * real
+    cotangent = jax.random.normal(jax.random.key(0), shape)
+    cotangent *= real
 
+    # Its gradient is the product of the cotangent with the Jacobian: one backward pass checks the
+    # gradients of all outputs.
     def projected_output(
         attention: dict[str, Array],
     ) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
         merged = tree_map_with_path(lambda path, leaf: attention.get(path_name(path), leaf), params)
-        hidden = model.hidden(merged, model_inputs(batch)).hidden.astype(jnp.float32)
-        return jnp.sum(hidden * cotangent), hidden * real
+        output = model.hidden(merged, model_inputs(batch))
+        hidden = output.hidden.astype(jnp.float32)
+        projected = jnp.sum(hidden * cotangent)
+        return projected, hidden * real
 
     # Self-attention, the encoder's, and cross-attention.
     attention = {name: leaf for name, leaf in named_leaves(params).items() if "attention/" in name}
-    gradients, hidden = jax.grad(projected_output, has_aux=True)(attention)
+    gradient_of = jax.grad(projected_output, has_aux=True)
+    gradients, hidden = gradient_of(attention)
     outputs = {"the output of a layer": hidden}
     for name, gradient in gradients.items():
         outputs[f"the gradient of {name}"] = gradient.astype(jnp.float32)

@@ -70,8 +70,18 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, keep_ema: bo
     def zero() -> Int[Array, ""]:
         return jnp.zeros((), jnp.int32)
 
-    ema = jax.tree.map(jnp.copy, params) if keep_ema else None
-    return TrainState(zero(), params, optimizer.init(params), ema, zero(), zero())
+    # A copy for the same reason.
+    ema = None
+    if keep_ema:
+        ema = jax.tree.map(jnp.copy, params)
+    return TrainState(
+        step=zero(),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=ema,
+        skipped=zero(),
+        skipped_in_row=zero(),
+    )
 
 
 def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
@@ -137,9 +147,12 @@ def create_state(
     The values do not depend on the mesh.
     """
 
+    keep_ema = abstract.ema is not None
+
     def make(key: jax.Array) -> TrainState:
         params = nn.unbox(init(key))
-        return new_state(params, optimizer, keep_ema=abstract.ema is not None)
+        return new_state(params, optimizer, keep_ema)
 
+    # Each device makes its own part: no device ever holds a complete array that is sharded.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(make, out_shardings=shardings)(key)

@@ -197,6 +197,7 @@ def open_trackers(configs: TrackersConfig, workdir: Path, values: dict[str, Any]
             tracker = _open(package_name, named, _run_id(workdir, package_name), values)
             opened.append(_Safe(package_name, tracker))
         except UserError as error:
+            # The run does not start: those that are open must not show it as running.
             if not config.optional:
                 for tracker in opened:
                     tracker.close()
@@ -226,6 +227,7 @@ def _open(package_name: str, config: TrackerConfig, run_id: str, values: dict[st
 def _run_id(workdir: Path, package_name: str) -> str:
     """Returns the id of the workdir's run at a tracker, made and kept at the first call."""
     path = workdir / FILE
+    # {"wandb": "1f0a99c3", "mlflow": "5be07d12"}
     ids = json.loads(path.read_text()) if path.exists() else {}
     if package_name not in ids:
         ids[package_name] = secrets.token_hex(4)
