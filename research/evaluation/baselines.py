@@ -61,8 +61,11 @@ class ByteNgram:
         probability = np.full(len(keys), 1 / 256)
         for length in range(1, self.order + 1):
             ngrams = _suffixes(keys, length)
-            probability = self._levels[length].interpolate(ngrams, probability)
-        return float(-np.log2(probability).sum())
+            level = self._levels[length]
+            probability = level.interpolate(ngrams, probability)
+
+        log_p = np.log2(probability)
+        return float(-log_p.sum())
 
 
 class _Level:
@@ -98,8 +101,12 @@ class _Level:
 
         discounted = np.maximum(counts - self._discount, 0)
         left_over = self._discount * followers * shorter
+
+        # A context that was never counted leaves the shorter one's p.
         known = totals > 0
-        return np.where(known, (discounted + left_over) / np.maximum(totals, 1), shorter)
+        divisor = np.maximum(totals, 1)
+        interpolated = (discounted + left_over) / divisor
+        return np.where(known, interpolated, shorter)
 
 
 def _keys(texts: Iterable[bytes], order: int) -> UInt64[np.ndarray, "bytes"]:
@@ -120,7 +127,9 @@ def _keys(texts: Iterable[bytes], order: int) -> UInt64[np.ndarray, "bytes"]:
 
 def _suffixes(keys: UInt64[np.ndarray, "bytes"], length: int) -> UInt64[np.ndarray, "bytes"]:
     """Returns the last `length` bytes of each key."""
-    mask = (1 << (8 * length)) - 1
+    # Length 2 -> mask 0xFFFF
+    bits = 8 * length
+    mask = (1 << bits) - 1
     return keys & np.uint64(mask)
 
 
@@ -130,13 +139,17 @@ def _look_up(
     wanted: UInt64[np.ndarray, "bytes"],
 ) -> Int[np.ndarray, "bytes"]:
     """Returns the value of each wanted key in a sorted table, 0 where it is not there."""
+    # Keys [2, 5], wanted [5, 7] -> index [1, 2] -> [1, 1], as 7 is above all keys; found [1, 0]
     index = np.searchsorted(keys, wanted)
-    index = np.minimum(index, len(keys) - 1)  # a key above all of them
+    last = len(keys) - 1
+    index = np.minimum(index, last)
     found = keys[index] == wanted
     return np.where(found, values[index], 0)
 
 
 def bits_per_byte(bits: float, texts: Iterable[bytes]) -> float:
     """Returns the bits for each byte of the texts; NaN for none."""
-    size = sum(map(len, texts))
-    return bits / size if size else math.nan
+    size = sum(len(text) for text in texts)
+    if not size:
+        return math.nan
+    return bits / size

@@ -3,4 +3,6 @@
 
 def round_up(size: int, unit: int) -> int:
     """Returns the least multiple of `unit` that is not below `size`."""
-    return -(-size // unit) * unit
+    # 10 in units of 4: 3 units, 12
+    units = -(-size // unit)
+    return units * unit

@@ -18,12 +18,16 @@ def row_major(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     It does so on CPU, and not under a mesh of several devices: the partitioner would gather `x` on
     each of them.
     """
-    if platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() != "cpu" or mesh.size > 1:
         return x
-    layout = Layout(major_to_minor=tuple(range(x.ndim)))
+    # Of 3 axes: (0, 1, 2), the first one outermost.
+    axes = tuple(range(x.ndim))
+    layout = Layout(major_to_minor=axes)
     return with_layout_constraint(x, layout)
 
 
 def swap_last(x: Shaped[Array, "*batch rows columns"]) -> Shaped[Array, "*batch columns rows"]:
     """Returns `x` with its last two axes swapped, as a row-major copy."""
-    return row_major(x.swapaxes(-1, -2))
+    swapped = x.swapaxes(-1, -2)
+    return row_major(swapped)

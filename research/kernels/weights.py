@@ -89,30 +89,38 @@ Weight = Float[Array, "..."] | WeightNode
 
 def as_array(weight: Weight) -> Float[Array, "..."]:
     """Returns a plain array."""
-    return weight.as_array() if isinstance(weight, WeightNode) else weight
+    if isinstance(weight, WeightNode):
+        return weight.as_array()
+    return weight
 
 
 def einsum(equation: str, x: Float[Array, "..."], weight: Weight) -> Float[Array, "..."]:
     """Returns `jnp.einsum(equation, x, W)`, with W rounded to the type of `x`."""
     if isinstance(weight, WeightNode):
         return weight.einsum(equation, x)
-    return jnp.einsum(equation, x, weight.astype(x.dtype))
+    weight = weight.astype(x.dtype)
+    return jnp.einsum(equation, x, weight)
 
 
 def take_rows(table: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns the rows of a table `[V, D]` that ids in [0, V) name."""
-    return table.take_rows(ids) if isinstance(table, WeightNode) else table[ids]
+    if isinstance(table, WeightNode):
+        return table.take_rows(ids)
+    return table[ids]
 
 
 def transpose(weight: Weight) -> Weight:
     """Returns a matrix transposed; a plain one is not copied."""
-    return weight.transpose() if isinstance(weight, WeightNode) else weight.T
+    if isinstance(weight, WeightNode):
+        return weight.transpose()
+    return weight.T
 
 
 def append_row(weight: Weight, row: Float[Array, "F"]) -> Weight:
     """Returns a matrix `[D, F]` with one more row."""
     if isinstance(weight, WeightNode):
         return weight.append_row(row)
+    # [D, F] and [F] -> [D + 1, F]
     return jnp.concatenate([weight, row[None]], axis=0)
 
 
@@ -120,12 +128,16 @@ def as_product(
     x: Float[Array, "*batch D"], weight: Weight
 ) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
     """Returns plain arrays whose product is x W."""
-    return weight.as_product(x) if isinstance(weight, WeightNode) else (x, weight)
+    if isinstance(weight, WeightNode):
+        return weight.as_product(x)
+    return x, weight
 
 
 def split_axes(weight: Weight, axes: Axes, inner: Any = None) -> Any:
     """Returns `axes`, or a node of them, one for each leaf; see `WeightNode.split_axes`."""
-    return weight.split_axes(axes, inner) if isinstance(weight, WeightNode) else axes
+    if isinstance(weight, WeightNode):
+        return weight.split_axes(axes, inner)
+    return axes
 
 
 def constrain_weight(weight: Weight, names: tuple[str | None, ...]) -> Weight:

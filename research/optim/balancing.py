@@ -42,7 +42,9 @@ def balance_experts(
         assert load.shape == leaf.shape, (name, load.shape, leaf.shape)
 
         # Loads [6, 2, 4] -> mean 4 -> the bias moves by speed · [-1, 1, 0]
-        below_mean = load.mean(axis=-1, keepdims=True) - load
-        return leaf + speed * jnp.sign(below_mean)
+        mean = load.mean(axis=-1, keepdims=True)
+        below_mean = mean - load
+        direction = jnp.sign(below_mean)
+        return leaf + speed * direction
 
     return jax.tree_util.tree_map_with_path(updated, params)

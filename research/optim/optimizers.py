@@ -85,10 +85,15 @@ def build_optimizer(
     schedule = build_schedule(config.schedule, config.learning_rate, total_steps)
 
     def learning_rate(state: Any) -> Float[Array, ""]:
-        return jnp.asarray(schedule(_update_count(state)), jnp.float32)
+        step = _update_count(state)
+        rate = schedule(step)
+        return jnp.asarray(rate, jnp.float32)
 
     optimizer = _build(config, axes, schedule)
-    return optax.GradientTransformation(optimizer.init, promoting(optimizer.update)), learning_rate
+    # Optax mixes types, which JAX raises for under pytest.
+    update = promoting(optimizer.update)
+    optimizer = optax.GradientTransformation(optimizer.init, update)
+    return optimizer, learning_rate
 
 
 def _update_count(state: Any) -> Int[Array, ""]:
@@ -99,7 +104,8 @@ def _update_count(state: Any) -> Int[Array, ""]:
     def scheduled(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    (counter,) = [node for node in jax.tree.leaves(state, is_leaf=scheduled) if scheduled(node)]
+    nodes = jax.tree.leaves(state, is_leaf=scheduled)
+    (counter,) = [node for node in nodes if scheduled(node)]
     return counter.count
 
 
@@ -139,12 +145,14 @@ def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.Gra
 
     So a scanned model takes the steps of an unrolled one, and their states are the same on disk.
     """
+
+    def is_none(x: Any) -> bool:
+        return x is None
+
+    # The kernel ("layers", "embed", "mlp") is mapped over its axis 0; None is not mapped.
     batched = jax.tree.map(lambda axes: 0 if "layers" in axes.names else None, axes)
-    stacked = [
-        path
-        for path, axis in jax.tree_util.tree_leaves_with_path(batched, is_leaf=lambda x: x is None)
-        if axis == 0
-    ]
+    axes_by_path = jax.tree_util.tree_leaves_with_path(batched, is_leaf=is_none)
+    stacked = [path for path, axis in axes_by_path if axis == 0]
     if not stacked:
         return inner
 
@@ -156,13 +164,16 @@ def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.Gra
 
         def axis_of(path: tuple[Any, ...], _: Any) -> int | None:
             # The path of an array of the state ends in that of its parameter: v/decoder/kernel.
-            return 0 if any(path[-len(end) :] == end for end in stacked) else None
+            of_stacked = any(path[-len(end) :] == end for end in stacked)
+            return 0 if of_stacked else None
 
-        one = jax.tree.map(first_layer, batched, params, is_leaf=lambda x: x is None)
-        return jax.tree_util.tree_map_with_path(axis_of, jax.eval_shape(inner.init, one))
+        one_layer = jax.tree.map(first_layer, batched, params, is_leaf=is_none)
+        state = jax.eval_shape(inner.init, one_layer)
+        return jax.tree_util.tree_map_with_path(axis_of, state)
 
     def init(params: Any) -> Any:
-        by_layer = jax.vmap(inner.init, in_axes=(batched,), out_axes=state_axes(params))
+        axes_of_state = state_axes(params)
+        by_layer = jax.vmap(inner.init, in_axes=(batched,), out_axes=axes_of_state)
         return by_layer(params)
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:

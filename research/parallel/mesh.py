@@ -37,8 +37,10 @@ class MeshConfig:
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise UserError(name, size, "must be at least 1, or -1 for what is left.")
-        if list(sizes.values()).count(-1) > 1:
-            free = [name for name, size in sizes.items() if size == -1]
+
+        # data = -1 and fsdp = -1: the error names the second one.
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1:
             raise UserError(free[1], -1, f": only one size may be -1, and {free[0]} is.")
         for name in ("pipeline", "context", "expert"):
             if sizes[name] != 1:
@@ -66,7 +68,9 @@ def resolve_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     if num_devices % fixed == 0 and free:
-        return {**sizes, free[0]: num_devices // fixed}
+        # data -1, tensor 2 on 8 devices: data 4
+        rest = num_devices // fixed
+        return {**sizes, free[0]: rest}
     if fixed == num_devices:
         return sizes
     raise UserError(_misfit(sizes, num_devices))
@@ -77,11 +81,13 @@ def _misfit(sizes: dict[str, int], num_devices: int) -> str:
     one.
     """
     used = {name: size for name, size in sizes.items() if size != 1}
-    shape = " × ".join(f"{name} {size}" for name, size in used.items()) or "all sizes 1"
+    shape = " × ".join(f"{name} {size}" for name, size in used.items())
+    shape = shape or "all sizes 1"
 
     # data 4, tensor 3 on 8 devices: tensor does not divide 8, so tensor = 2 is the advice.
     candidates = used | {"data": sizes["data"]}
-    for name, size in sorted(candidates.items(), key=lambda item: -item[1]):
+    by_size = sorted(candidates.items(), key=lambda item: -item[1])
+    for name, size in by_size:
         others = math.prod(abs(other) for key, other in used.items() if key != name)
         if size != -1 and num_devices % others == 0:
             right = num_devices // others

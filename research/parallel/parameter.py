@@ -52,15 +52,18 @@ class Axes:
     def inputs_and_outputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns which axes of a kernel are its inputs, and which its outputs."""
         # ("layers", "expert", "embed", "mlp") with one input: (2,), (3,)
-        own = [i for i, name in enumerate(self.names) if name not in STACKED]
-        return tuple(own[: self.num_inputs]), tuple(own[self.num_inputs :])
+        own = tuple(i for i, name in enumerate(self.names) if name not in STACKED)
+        inputs = own[: self.num_inputs]
+        outputs = own[self.num_inputs :]
+        return inputs, outputs
 
 
 def boxed(init: Callable[..., Array], axes: Axes) -> Callable[..., Parameter]:
     """Returns an initializer whose array comes in its box."""
 
     def make(*args: Any) -> Parameter:
-        return Parameter(init(*args), names=axes.names, kind=axes.kind, num_inputs=axes.num_inputs)
+        array = init(*args)
+        return Parameter(array, names=axes.names, kind=axes.kind, num_inputs=axes.num_inputs)
 
     return make
 

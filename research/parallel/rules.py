@@ -39,8 +39,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
     """Returns how an array with these logical axes is sharded on the mesh."""
-    known = dict(RULES)
-    unknown = set(names) - {None} - set(known)
+    known = {name for name, _ in RULES}
+    unknown = set(names) - known - {None}
     assert not unknown, f"logical axes {unknown} have no rule"
 
     # ("batch", "length", "embed") -> (("data", "fsdp"), "context", None): the batch took `fsdp`.
@@ -87,8 +87,12 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def _divisors(size: int, limit: int) -> str:
-    fit = [str(n) for n in range(1, limit + 1) if size % n == 0]
-    return ", ".join(fit[:-1]) + f" or {fit[-1]}" if len(fit) > 1 else fit[0]
+    # 12 up to 8 -> "1, 2, 3, 4 or 6"
+    *others, largest = [str(n) for n in range(1, limit + 1) if size % n == 0]
+    if not others:
+        return largest
+    listed = ", ".join(others)
+    return f"{listed} or {largest}"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -156,13 +160,20 @@ def _held(
     """Returns the first index along an axis that some devices hold, the end, and how many."""
     if devices is None:
         devices = sharding.addressable_devices
-    along_axis = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[axis]))
+    spec = PartitionSpec(sharding.spec[axis])
+    along_axis = NamedSharding(sharding.mesh, spec)
     slices = along_axis.devices_indices_map((size,))
+
     # Devices that hold the same indices count once: {(0, 4), (4, 8)} -> (0, 8, 8)
-    ranges = {slices[device][0].indices(size)[:2] for device in devices}
+    ranges = set()
+    for device in devices:
+        (indices,) = slices[device]
+        start, stop, _ = indices.indices(size)
+        ranges.add((start, stop))
     first = min(start for start, _ in ranges)
     end = max(stop for _, stop in ranges)
-    return first, end, sum(stop - start for start, stop in ranges)
+    count = sum(stop - start for start, stop in ranges)
+    return first, end, count
 
 
 def _device_count(sharding: NamedSharding, devices: Collection[jax.Device] | None) -> int:
@@ -173,11 +184,13 @@ def _device_count(sharding: NamedSharding, devices: Collection[jax.Device] | Non
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Raises UserError where the mesh cannot shard the rows of every microbatch evenly."""
+    # data 2, fsdp 2 and 2 microbatches: 8 parts; of 20 rows there should be 16.
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
     if batch_size % parts:
+        rows_of_part = max(1, batch_size // parts)
         raise UserError(
             "train.batch_size",
             batch_size,
             f"is not a multiple of mesh.data × mesh.fsdp × train.accumulation = {parts}. Use "
-            f"{max(1, batch_size // parts) * parts}.",
+            f"{rows_of_part * parts}.",
         )

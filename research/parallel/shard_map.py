@@ -22,6 +22,7 @@ def sharding_axes(names: tuple[str, ...], *sizes: int) -> tuple[str, ...]:
     axes = tuple(name for name in names if name in mesh.axis_names)
     shards = math.prod(mesh.shape[name] for name in axes)
 
+    # 2 shards divide sizes (8, 6), and not (8, 3).
     divided = all(size % shards == 0 for size in sizes)
     if shards > 1 and divided:
         return axes

@@ -42,16 +42,21 @@ def project(
         y = kernel.project(x, axes, implementation)
         if bias is None:
             return y
-        return y + jax.lax.broadcast_to_rank(bias.astype(y.dtype), y.ndim)
+        # [F] -> [1, 1, F]
+        bias = bias.astype(y.dtype)
+        return y + jax.lax.broadcast_to_rank(bias, y.ndim)
     if implementation == "auto":
         implementation = "cpu" if platform() == "cpu" else "reference"
     if implementation == "reference":
         return reference.affine(x, kernel, bias, axes)
 
     # [B, T, N, H] [N, H, D] -> [B·T, N·H] [N·H, D] -> [B·T, D] -> [B, T, D]
-    width = math.prod(kernel.shape[:axes])
+    batch = x.shape[:-axes]
+    inputs = kernel.shape[:axes]
+    outputs = kernel.shape[axes:]
+    width = math.prod(inputs)
     flat_bias = None if bias is None else bias.reshape(-1)
     flat_x = x.reshape(-1, width)
     flat_kernel = kernel.reshape(width, -1)
     y = cpu.affine(flat_x, flat_kernel, flat_bias)
-    return y.reshape(*x.shape[:-axes], *kernel.shape[axes:])
+    return y.reshape(*batch, *outputs)

@@ -26,16 +26,19 @@ def affine(
     """Returns x W + b in the type of `x`; the gradients of W and b are never rounded to that
     type.
     """
-    y = _dot(x, kernel.astype(x.dtype))
+    kernel = kernel.astype(x.dtype)
+    y = _dot(x, kernel)
     if bias is not None:
-        y = y + bias.astype(y.dtype)[None]
+        bias = bias.astype(y.dtype)
+        y = y + bias[None]
     return y.astype(x.dtype)
 
 
 def _affine_fwd(
     x: Array, kernel: Array, bias: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    return affine(x, kernel, bias), (x, kernel, bias)
+    y = affine(x, kernel, bias)
+    return y, (x, kernel, bias)
 
 
 def _affine_bwd(
@@ -44,12 +47,21 @@ def _affine_bwd(
     x, kernel, bias = saved
     # The barrier keeps the sum over tokens from computing again what made g.
     g = jax.lax.optimization_barrier(g)
-    dx = _dot(g, kernel.astype(x.dtype), b_axis=1).astype(x.dtype)
-    dkernel = row_major(_dot(swap_last(x), g)).astype(kernel.dtype)
+    # [tokens, F] [D, F]ᵀ -> [tokens, D]
+    rounded_kernel = kernel.astype(x.dtype)
+    dx = _dot(g, rounded_kernel, b_axis=1)
+    dx = dx.astype(x.dtype)
+
+    # [D, tokens] [tokens, F] -> [D, F]
+    x_transposed = swap_last(x)
+    dkernel = _dot(x_transposed, g)
+    dkernel = row_major(dkernel)
+    dkernel = dkernel.astype(kernel.dtype)
     if bias is None:
         return dx, dkernel, None
     dbias = g.sum(axis=0, dtype=jnp.float32)
-    return dx, dkernel, dbias.astype(bias.dtype)
+    dbias = dbias.astype(bias.dtype)
+    return dx, dkernel, dbias
 
 
 affine.defvjp(_affine_fwd, _affine_bwd)

@@ -10,10 +10,13 @@ from jaxtyping import Array, Float
 
 
 def _affine(x: Array, kernel: Array, bias: Array | None, axes: int) -> Array:
-    y = jnp.tensordot(x, kernel.astype(x.dtype), axes)
+    kernel = kernel.astype(x.dtype)
+    y = jnp.tensordot(x, kernel, axes)
     if bias is None:
         return y
-    return y + jax.lax.broadcast_to_rank(bias.astype(x.dtype), y.ndim)
+    # [F] -> [1, 1, F]
+    bias = bias.astype(x.dtype)
+    return y + jax.lax.broadcast_to_rank(bias, y.ndim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -30,7 +33,8 @@ def _affine_fwd(
     x: Array, kernel: Array, bias: Array | None, axes: int
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
     # Not `affine` itself: remat policies that save matmuls do not look into a custom gradient.
-    return _affine(x, kernel, bias, axes), (x, kernel, bias)
+    y = _affine(x, kernel, bias, axes)
+    return y, (x, kernel, bias)
 
 
 def _affine_bwd(
@@ -41,13 +45,15 @@ def _affine_bwd(
     batch = tuple(range(x.ndim - axes))
     features = tuple(range(axes, kernel.ndim))
     g_features = tuple(range(len(batch), g.ndim))
-    dx = jnp.tensordot(g, kernel.astype(x.dtype), (g_features, features))
+    rounded_kernel = kernel.astype(x.dtype)
+    dx = jnp.tensordot(g, rounded_kernel, (g_features, features))
     dkernel = jnp.tensordot(x, g, (batch, batch), preferred_element_type=jnp.float32)
     dkernel = dkernel.astype(kernel.dtype)
     if bias is None:
         return dx, dkernel, None
     dbias = g.sum(axis=batch, dtype=jnp.float32)
-    return dx, dkernel, dbias.astype(bias.dtype)
+    dbias = dbias.astype(bias.dtype)
+    return dx, dkernel, dbias
 
 
 affine.defvjp(_affine_fwd, _affine_bwd)
