@@ -52,11 +52,13 @@ class OptimConfig:
         if self.learning_rate <= 0:
             raise UserError("learning_rate", self.learning_rate, "must be above 0.")
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(name, getattr(self, name), "must lie in [0, 1).")
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError(name, value, "must lie in [0, 1).")
         for name in ("weight_decay", "epsilon"):
-            if getattr(self, name) < 0:
-                raise UserError(name, getattr(self, name), "must not be below 0.")
+            value = getattr(self, name)
+            if value < 0:
+                raise UserError(name, value, "must not be below 0.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError("clip_norm", self.clip_norm, "must be above 0, or None.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -119,19 +121,20 @@ def _build(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.Gradie
     if config.name == "sgd":
         direction = optax.chain(optax.trace(config.beta1), optax.scale(-1.0))
     elif config.name == "adafactor":
-        direction = _layer_by_layer(
-            optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False), axes
-        )
+        factored = optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False)
+        direction = _layer_by_layer(factored, axes)
     else:
+        muon_axes = jax.tree.map(_muon_axes, axes)
         direction = contrib.muon(
             1.0,
             beta=config.beta1,
             eps=config.epsilon,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            muon_weight_dimension_numbers=jax.tree.map(_muon_axes, axes),
+            muon_weight_dimension_numbers=muon_axes,
             consistent_rms=0.2,
         )
+
     # These directions are negated already, at rate 1 and without weight decay.
     return optax.chain(
         direction,
@@ -179,7 +182,8 @@ def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.Gra
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         axes_of_state = state_axes(params)
         in_axes = (batched, axes_of_state, batched)
-        by_layer = jax.vmap(inner.update, in_axes=in_axes, out_axes=(batched, axes_of_state))
+        out_axes = (batched, axes_of_state)
+        by_layer = jax.vmap(inner.update, in_axes=in_axes, out_axes=out_axes)
         return by_layer(updates, state, params)
 
     return optax.GradientTransformation(init, update)
@@ -193,4 +197,5 @@ def _muon_axes(axes: Axes) -> contrib.MuonDimensionNumbers | None:
     """
     if axes.kind != "kernel":
         return None
-    return contrib.MuonDimensionNumbers(*axes.inputs_and_outputs())
+    inputs, outputs = axes.inputs_and_outputs()
+    return contrib.MuonDimensionNumbers(inputs, outputs)

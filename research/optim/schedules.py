@@ -78,12 +78,16 @@ def build_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> opt
         def after(step):
             # Joined schedules are called with steps before their own beginning, too.
             steps_since = jnp.maximum(step, 0)
-            return peak * jnp.sqrt(start / (start + steps_since))
+            fraction = start / (start + steps_since)
+            return peak * jnp.sqrt(fraction)
     else:
         # 100 steps with 10 of warm-up and 20 of decay: 70 stable ones between them.
         stable = left - config.decay_steps
+        level = optax.constant_schedule(peak)
         falling = optax.linear_schedule(peak, floor, config.decay_steps)
-        after = optax.join_schedules([optax.constant_schedule(peak), falling], [stable])
+        after = optax.join_schedules([level, falling], [stable])
+
     if warmup == 0:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    rising = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([rising, after], [warmup])

@@ -25,8 +25,10 @@ class DistributedConfig:
     process_id: int | None = None
 
     def __post_init__(self) -> None:
+        # ("host:1234", 2, 0) and (None, None, None) are complete, (None, 2, 0) is not.
         given = [self.coordinator, self.num_processes, self.process_id]
-        if any(value is None for value in given) and not all(value is None for value in given):
+        missing = [value for value in given if value is None]
+        if missing and len(missing) < len(given):
             raise UserError(
                 "coordinator",
                 constraint=", num_processes and process_id must be given together, or none of "

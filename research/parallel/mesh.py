@@ -35,7 +35,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = self.sizes()
         for name, size in sizes.items():
-            if size < 1 and size != -1:
+            is_free = size == -1
+            if size < 1 and not is_free:
                 raise UserError(name, size, "must be at least 1, or -1 for what is left.")
 
         # data = -1 and fsdp = -1: the error names the second one.
@@ -110,6 +111,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if devices is None:
         devices = jax.devices()
     sizes = resolve_sizes(config, len(devices))
+    # Sizes in the order of the axes: data 4 and tensor 2 are (4, 1, 1, 1, 1, 2).
     shape = tuple(sizes[name] for name in MESH_AXES)
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)

@@ -76,6 +76,7 @@ def is_box(leaf: Any) -> bool:
 def logical_axes(params: Any) -> Any:
     """Returns the axes of boxed parameters, in their tree."""
 
+    # {"kernel": a box of [D, F]} -> {"kernel": Axes(("embed", "mlp"), "kernel", 1)}
     def axes(box: Parameter) -> Axes:
         return Axes(box.names, box.kind, box.num_inputs)
 

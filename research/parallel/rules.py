@@ -50,6 +50,7 @@ def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
         for i, axis in enumerate(names):
             if axis != name or not mesh_axes or taken & set(mesh_axes):
                 continue
+            # A tuple of one axis is written as that axis.
             spec[i] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
             taken |= set(mesh_axes)
     return PartitionSpec(*spec)
@@ -72,6 +73,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(path: tuple[Any, ...], box: nn.LogicallyPartitioned) -> NamedSharding:
+        # ("embed", "mlp") of [64, 256] -> ("fsdp", "tensor"): fsdp must divide 64, tensor 256.
         spec = partition_spec(box.names)
         for name, size, mesh_axis in zip(box.names, box.value.shape, spec, strict=True):
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
@@ -125,7 +127,9 @@ def process_rows(
             ": the rows of a process are no even part of the batch. Use a divisor or a multiple "
             f"of the {_device_count(sharding, devices)} devices of a process.",
         )
-    return first // size, batch_size // size
+    part = first // size
+    parts = batch_size // size
+    return part, parts
 
 
 def process_columns(
@@ -143,6 +147,7 @@ def process_columns(
     Raises:
       UserError: the tokens do not follow each other.
     """
+    # Devices with tokens 0 to 3 and 4 to 7 of a row of 16: (0, 8)
     start, stop, size = _held(sharding, 1, length, devices)
     if size != stop - start:
         raise UserError(

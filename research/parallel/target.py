@@ -42,10 +42,14 @@ def _target() -> tuple[str, str]:
     target = _TARGET.get()
     if target is not None:
         return target
-    device = jax.sharding.get_abstract_mesh().abstract_device
+
+    # The abstract mesh names its devices' platform and kind, where it was made of real devices.
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
     if device is not None:
         return _spelled(device.platform), device.device_kind
-    return jax.default_backend(), jax.local_devices()[0].device_kind
+    device = jax.local_devices()[0]
+    return jax.default_backend(), device.device_kind
 
 
 def _spelled(name: str) -> str:
@@ -57,6 +61,7 @@ def not_hopper() -> str | None:
     """Returns why kernels for Hopper GPUs do not run here, or None where they do."""
     if platform() != "gpu":
         return f"{platform()}: it needs a GPU"
+    # JAX's `NVIDIA H200` has the name H200; a plan for another machine may name no chip.
     if not any(name in chip() for name in HOPPER):
         return f"{chip() or 'a GPU that is not named'}: it needs a Hopper GPU, such as an H200"
     return None

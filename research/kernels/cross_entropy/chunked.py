@@ -101,7 +101,8 @@ def _shard_losses(
         denominator, label_logit = jax.lax.psum(sums, tensor_axes)
 
     log_z = max_logit + jnp.log(denominator)
-    return log_z - label_logit, log_z
+    nll = log_z - label_logit
+    return nll, log_z
 
 
 def _add_tile(
@@ -131,7 +132,8 @@ def _add_tile(
     one_hot = is_target(targets, start, size)
     target_logits = jnp.where(one_hot, logits, 0.0)
     target_logit = target_logits.sum(axis=-1)
-    label_logit = softmax.label_logit + (1 - config.label_smoothing) * target_logit
+    target_weight = 1 - config.label_smoothing
+    label_logit = softmax.label_logit + target_weight * target_logit
     if config.label_smoothing:
         uniform = config.label_smoothing / vocab_size
         label_logit += uniform * logits.sum(axis=-1)

@@ -45,7 +45,8 @@ def decode_attention(
     chunk_pages = max(1, CHUNK // pages.page_size)
     chunk_pages = min(table_pages, chunk_pages)
     # Sequences of 3 and 2 chunks: ends [3, 5]
-    chunks = (end - first + chunk_pages - 1) // chunk_pages
+    needed_pages = end - first
+    chunks = (needed_pages + chunk_pages - 1) // chunk_pages
     chunk_ends = jnp.cumsum(chunks)
     rows = fold(q, pages.kv_heads)
     scaled_q = rows.astype(jnp.float32) * terms.scale
@@ -54,13 +55,15 @@ def decode_attention(
         # With ends [3, 5], chunk 4 is the second of sequence 1.
         sequence = jnp.searchsorted(chunk_ends, index, side="right")
         sequence = sequence.astype(jnp.int32)
-        chunks_before = jnp.where(sequence > 0, chunk_ends[sequence - 1], 0)
+        end_before = chunk_ends[sequence - 1]
+        chunks_before = jnp.where(sequence > 0, end_before, 0)
         chunk = index - chunks_before
         first_entry = first[sequence] + chunk * chunk_pages
         entries = first_entry + jnp.arange(chunk_pages)
         # Entries past the last page read that page again: what the table has there is undefined.
         last = end[sequence] - 1
-        ids = table[sequence, jnp.minimum(entries, last)]
+        read_entries = jnp.minimum(entries, last)
+        ids = table[sequence, read_entries]
 
         def take(x: Array) -> Array:
             return x[sequence]
@@ -72,7 +75,8 @@ def decode_attention(
         loop_pages, _ = jax.lax.optimization_barrier((pages, index))
         visible = _visible(entries, pages.page_size, lengths[sequence], queries, group, window)
         own_sums = jax.tree.map(take, sums)
-        own_sums = _add_chunk(own_sums, scaled_q[sequence], loop_pages, ids, visible, terms)
+        own_q = scaled_q[sequence]
+        own_sums = _add_chunk(own_sums, own_q, loop_pages, ids, visible, terms)
         return jax.tree.map(put, sums, own_sums)
 
     # Of each row: [B, K, rows, H] and [B, K, rows, 1]
@@ -95,9 +99,11 @@ def _divided(sums: Sums, queries: int, terms: ScoreTerms) -> Float[Array, "B T N
         # [N] -> [K, rows] -> [B, K, rows, 1]
         sinks = per_row(terms.sinks, kv_heads, queries)
         sinks = sinks[None, :, :, None]
-        denominator += jnp.exp(sinks - max_score)
+        sink_weights = jnp.exp(sinks - max_score)
+        denominator += sink_weights
     divisor = jnp.where(any_visible, denominator, 1.0)
-    return unfold(out / divisor, queries)
+    out = out / divisor
+    return unfold(out, queries)
 
 
 def _visible(
@@ -112,7 +118,8 @@ def _visible(
     # Entries [2, 3] of pages of 4 tokens -> keys [8, 9, ..., 15]
     slots = jnp.arange(page_size)
     first_keys = entries[:, None] * page_size
-    keys = (first_keys + slots[None]).reshape(-1)
+    keys = first_keys + slots[None]
+    keys = keys.reshape(-1)
     positions = length - distance_to_end(queries, group)
     distance = positions[:, None] - keys[None]
     visible = distance >= 0
@@ -156,8 +163,8 @@ def _add_chunk(
     weights = jnp.exp(scores - new_max)
     weights = jax.lax.optimization_barrier(weights)
     rescale = jnp.exp(max_score - new_max)
-    rescaled_denominator = denominator * rescale
-    denominator = rescaled_denominator + jnp.sum(weights, axis=-1, keepdims=True)
+    chunk_sum = jnp.sum(weights, axis=-1, keepdims=True)
+    denominator = denominator * rescale + chunk_sum
     if pages.quantized:
         value_scale = _take_pages(pages.value_scale, ids)
         scaled = weights * value_scale[:, None]

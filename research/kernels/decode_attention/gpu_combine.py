@@ -55,8 +55,10 @@ def combine_kernel(plan: Plan, *refs: Any) -> None:
     initial_max_GT = spread(plan, initial_max, axis=1)
     initial_denominator_GT = zeros(plan, plan.height, axis=1)
     sums = (zeros(plan, *tile), initial_max_GT, initial_denominator_GT)
-    rounding = plan.together - 1
-    steps = lax.div(end - first + rounding, jnp.int32(plan.together))
+    # 5 splits, two together: 3 steps
+    num_splits = end - first
+    together = jnp.int32(plan.together)
+    steps = lax.div(num_splits + (plan.together - 1), together)
     sums = lax.fori_loop(0, steps, step, sums)
 
     sink_GT = None
@@ -79,13 +81,15 @@ def _divided(plan: Plan, sums: tuple[Array, Array, Array], sink_GT: Array | None
         rescale_GT = jnp.exp2(max_GT - new_max_GT)
         sink_weight_GT = jnp.exp2(sink_GT - new_max_GT)
         denominator_GT = denominator_GT * rescale_GT + sink_weight_GT
-        out_HxGT *= along(rescale_GT, 1, tile)
+        rescale_HxGT = along(rescale_GT, 1, tile)
+        out_HxGT *= rescale_HxGT
 
     # Values of quantized pages come times the largest number of their type.
     divisor_GT = jnp.where(any_visible_GT, denominator_GT, 1.0)
     divisor_GT = divisor_GT * (plan.largest or 1.0)
     factor_GT = 1.0 / divisor_GT
-    return out_HxGT * along(factor_GT, 1, tile)
+    factor_HxGT = along(factor_GT, 1, tile)
+    return out_HxGT * factor_HxGT
 
 
 def _add_splits(
@@ -100,7 +104,8 @@ def _add_splits(
     tile = out_HxGT.shape
     new_max_GT = functools.reduce(jnp.maximum, maxima_GT, max_GT)
     rescale_GT = jnp.exp2(max_GT - new_max_GT)
-    out_HxGT = out_HxGT * along(rescale_GT, 1, tile)
+    rescale_HxGT = along(rescale_GT, 1, tile)
+    out_HxGT = out_HxGT * rescale_HxGT
     denominator_GT = denominator_GT * rescale_GT
 
     # A split that was read twice has the factor 0, and adds nothing.
