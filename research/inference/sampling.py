@@ -137,18 +137,14 @@ def truncate(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array
     uses_top_p = params.top_p < 1
 
     def keep_top_k(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        # Rows without top-k have k = V, which any number in [1, V] would do for.
+        # Rows without top-k have k = V; any number in [1, V] would do.
         k = jnp.where(uses_top_k, params.top_k, vocab)
         kth = kth_largest(logits, k)
-        is_below = logits < kth[:, None]
-        left_out = uses_top_k[:, None] & is_below
-        return jnp.where(left_out, -jnp.inf, logits)
+        return _leave_out(logits, kth, uses_top_k)
 
     def keep_top_p(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         least = least_in_nucleus(logits, params.top_p)
-        is_below = logits < least[:, None]
-        left_out = uses_top_p[:, None] & is_below
-        return jnp.where(left_out, -jnp.inf, logits)
+        return _leave_out(logits, least, uses_top_p)
 
     def keep_all(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         return logits
@@ -163,6 +159,15 @@ def truncate(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array
     least = likeliest + jnp.log(params.min_p)
     is_below = logits < least[:, None]
     return jnp.where(is_below, -jnp.inf, logits)
+
+
+def _leave_out(
+    logits: Float[Array, "B V"], least: Float[Array, "B"], applies: Bool[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Sets logits below the row's least one to −∞, in the rows that a rule applies to."""
+    is_below = logits < least[:, None]
+    left_out = applies[:, None] & is_below
+    return jnp.where(left_out, -jnp.inf, logits)
 
 
 def kth_largest(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B"]:

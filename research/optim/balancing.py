@@ -39,6 +39,7 @@ def balance_experts(
         if name not in load_of:
             return leaf
         load = load_of[name]
+        # The parameter layers/experts/selection_bias [L, E] has the load of layers/experts [L, E].
         assert load.shape == leaf.shape, (name, load.shape, leaf.shape)
 
         # Loads [6, 2, 4] -> mean 4 -> the bias moves by speed · [-1, 1, 0]

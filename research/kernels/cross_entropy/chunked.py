@@ -125,7 +125,8 @@ def _add_tile(
     rescaled = softmax.denominator * rescale
     shifted = logits - max_logit[:, None]
     weights = jnp.exp(shifted)
-    denominator = rescaled + weights.sum(axis=-1)
+    tile_sum = weights.sum(axis=-1)
+    denominator = rescaled + tile_sum
 
     # Targets in other tiles have no column here: their rows of `one_hot` are zeros.
     size = columns.shape[1]
@@ -136,7 +137,8 @@ def _add_tile(
     label_logit = softmax.label_logit + target_weight * target_logit
     if config.label_smoothing:
         uniform = config.label_smoothing / vocab_size
-        label_logit += uniform * logits.sum(axis=-1)
+        sum_of_logits = logits.sum(axis=-1)
+        label_logit += uniform * sum_of_logits
 
     return None, OnlineSoftmax(max_logit, denominator, label_logit)
 

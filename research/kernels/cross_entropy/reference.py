@@ -26,6 +26,7 @@ def token_losses(
 
     # The logit of the smoothed label: (1 - ε) of the target, ε of all entries alike.
     of_target = (1 - label_smoothing) * target_logit
-    of_all = label_smoothing * logits.mean(axis=-1)
+    mean_logit = logits.mean(axis=-1)
+    of_all = label_smoothing * mean_logit
     nll = log_z - (of_target + of_all)
     return nll, log_z

@@ -253,11 +253,13 @@ def logit_gradients(
     # V = 4, ε = 0.2: labels of a target are 0.85, of the other entries 0.05.
     epsilon = config.label_smoothing
     uniform = epsilon / vocab_size
-    labels = jnp.where(one_hot, 1 - epsilon, 0.0) + uniform
+    of_target = jnp.where(one_hot, 1 - epsilon, 0.0)
+    labels = of_target + uniform
     probabilities = jnp.exp(logits - log_z[:, None])
-    g_softmax = g_nll + g_log_z
-    dsoftmax = probabilities * g_softmax[:, None]
-    dlogits = dsoftmax - labels * g_nll[:, None]
+    g_log_softmax = g_nll + g_log_z
+    from_log_z = probabilities * g_log_softmax[:, None]
+    from_labels = labels * g_nll[:, None]
+    dlogits = from_log_z - from_labels
     if config.softcap is not None:
         bounded = logits / config.softcap
         dlogits *= 1 - jnp.square(bounded)

@@ -37,7 +37,10 @@ def project(
     Returns:
       `[..., F...]` in the type of `x`.
     """
-    assert x.shape[-axes:] == kernel.shape[:axes], (x.shape, kernel.shape, axes)
+    batch = x.shape[:-axes]
+    inputs = kernel.shape[:axes]
+    outputs = kernel.shape[axes:]
+    assert x.shape == (*batch, *inputs), (x.shape, kernel.shape, axes)
     if isinstance(kernel, WeightNode):
         y = kernel.project(x, axes, implementation)
         if bias is None:
@@ -51,9 +54,6 @@ def project(
         return reference.affine(x, kernel, bias, axes)
 
     # [B, T, N, H] [N, H, D] -> [B·T, N·H] [N·H, D] -> [B·T, D] -> [B, T, D]
-    batch = x.shape[:-axes]
-    inputs = kernel.shape[:axes]
-    outputs = kernel.shape[axes:]
     width = math.prod(inputs)
     flat_bias = None if bias is None else bias.reshape(-1)
     flat_x = x.reshape(-1, width)

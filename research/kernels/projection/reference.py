@@ -42,9 +42,10 @@ def _affine_bwd(
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias = saved
     # x [B, T, N, H], W [N, H, D], g [B, T, D]: batch axes 0 and 1, and D is axis 2 of W and of g.
-    batch = tuple(range(x.ndim - axes))
+    num_batch = x.ndim - axes
+    batch = tuple(range(num_batch))
     features = tuple(range(axes, kernel.ndim))
-    g_features = tuple(range(len(batch), g.ndim))
+    g_features = tuple(range(num_batch, g.ndim))
     rounded_kernel = kernel.astype(x.dtype)
     dx = jnp.tensordot(g, rounded_kernel, (g_features, features))
     dkernel = jnp.tensordot(x, g, (batch, batch), preferred_element_type=jnp.float32)
