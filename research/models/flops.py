@@ -1,10 +1,8 @@
 """How many FLOPs training takes, counted from the model's sizes.
 
 One multiplication and one addition are two FLOPs. Only matrix products are counted, as is usual for
-model FLOPs
-utilization: not norms, activations, softmax or the optimizer, and not what rematerialization
-computes again; nor the projected waves of Transformer-XL's relative positions, which are the same
-for all sequences.
+model FLOPs utilization: not norms, activations, softmax, the optimizer or rematerialization; nor
+the projected sinusoids of Transformer-XL's relative positions, which all sequences share.
 """
 
 from collections.abc import Sequence
@@ -23,49 +21,76 @@ def matmul_parameters(model: ModelConfig) -> int:
     is the decoder.
     """
     layers = model.layers()
-    total = sum(_layer_weights(model, layer) for layer in layers) + _head_weights(model)
-    further = _layer_weights(model, layers[-1]) + 2 * model.embed_dim**2 + _head_weights(model)
-    return total + model.head.mtp_depth * further
+    layer_weights = [_layer_weights(model, layer) for layer in layers]
+    head_weights = _head_weights(model)
+    # An MTP module has a layer, a projection of two concatenated states (2D -> D), and the head.
+    mtp_projection = 2 * model.embed_dim**2
+    mtp_weights = layer_weights[-1] + mtp_projection + head_weights
+    return sum(layer_weights) + head_weights + model.head.mtp_depth * mtp_weights
 
 
 def _head_weights(model: ModelConfig) -> int:
-    return model.embed_dim * model.vocab_size + (model.embed_dim**2 if model.head.transform else 0)
+    weights = model.embed_dim * model.vocab_size
+    if model.head.transform:
+        weights += model.embed_dim**2
+    return weights
 
 
 def _layer_weights(model: ModelConfig, layer: LayerConfig) -> int:
-    c, width = model.attention, model.embed_dim
-    if c.latent is None:
-        weights = width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    else:
-        queries = c.num_heads * (c.head_dim + c.latent.rope_dim)
-        weights = width * queries if c.latent.q_dim is None else c.latent.q_dim * (width + queries)
-        weights += width * (c.latent.kv_dim + c.latent.rope_dim)
-        weights += c.latent.kv_dim * c.num_heads * (c.head_dim + c.latent.value_dim)
-        weights += c.num_heads * c.latent.value_dim * width
+    c = model.attention
+    weights = _attention_weights(model) + _mlp_weights(model, layer)
     if model.structure == "encoder_decoder":
-        weights += (
-            2 * width * c.num_heads * c.head_dim
-        )  # keys and values are the encoder's, which pays for them
-    matrices = 3 if model.mlp.gated else 2
-    if model.experts is None or not layer.experts:
-        return weights + matrices * width * model.mlp.hidden_dim
-    e = model.experts
-    per_token = e.experts_per_token * e.hidden_dim + e.shared_dim
-    return (
-        weights
-        + width * (e.num_experts + (1 if e.shared_gate else 0))
-        + matrices * width * per_token
-    )
+        # Queries and output of cross-attention; its keys and values are counted with the encoder.
+        weights += 2 * model.embed_dim * c.num_heads * c.head_dim
+    return weights
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    """Returns the weights of the projections of self-attention."""
+    c = model.attention
+    width = model.embed_dim
+    if c.latent is None:
+        num_projected = 2 * c.num_heads + 2 * c.num_kv_heads
+        return width * c.head_dim * num_projected
+
+    latent = c.latent
+    query_width = c.num_heads * (c.head_dim + latent.rope_dim)
+    weights = width * query_width
+    if latent.q_dim is not None:
+        weights = latent.q_dim * (width + query_width)
+    # To the latent and the rotary key, from the latent to keys and values, and the output.
+    weights += width * (latent.kv_dim + latent.rope_dim)
+    up_width = c.num_heads * (c.head_dim + latent.value_dim)
+    weights += latent.kv_dim * up_width
+    weights += c.num_heads * latent.value_dim * width
+    return weights
+
+
+def _mlp_weights(model: ModelConfig, layer: LayerConfig) -> int:
+    """Returns the weights of the MLP, or of the router and the experts that a token goes to."""
+    width = model.embed_dim
+    num_matrices = 3 if model.mlp.gated else 2
+    experts = model.experts
+    if experts is None or not layer.experts:
+        return num_matrices * width * model.mlp.hidden_dim
+
+    router_width = experts.num_experts
+    if experts.shared_gate:
+        router_width += 1
+    hidden_dim = experts.experts_per_token * experts.hidden_dim + experts.shared_dim
+    return width * router_width + num_matrices * width * hidden_dim
 
 
 def visible_keys(model: ModelConfig, layer: LayerConfig, length: int) -> float:
-    """Returns how many keys a token of a sequence of `length` sees on average, to about a key.
+    """Returns how many keys a token of a sequence of `length` attends to on average, to about a
+    key.
 
-    Causal attention sees half of T; a window counts on both sides of an encoder's token. A prefix
-    is as the objective `prefix` draws it, of any length alike: its p tokens see p²/2 pairs more,
-    T²/6 on average, so 2/3 of T are seen.
+    With causal attention it is half of T; in an encoder a window counts on both sides of a token.
+    The length p of a prefix is uniform, as in the objective `prefix`: bidirectional attention
+    within it adds p²/2 pairs, on average T²/6, which makes 2/3 of T.
     """
-    if model.structure == "prefix":  # which has no windows
+    if model.structure == "prefix":
+        # It has no windows.
         return length / 2 + length / 6
     window = length if layer.window is None else min(layer.window, length)
     one_side = window - window**2 / (2 * length)
@@ -81,8 +106,8 @@ def train_flops_per_token(
 
     Forward, each weight costs a token 2 FLOPs, and each key costs it 2·N·H_k for its score and
     2·N·H_v for its part of the sum, with relative positions 2·N·H_k more for its score by distance;
-    backward costs twice that. A token's keys are those that it sees on average, whether or not a
-    kernel skips the others: `visible_keys` of T, all M of the encoder.
+    backward costs twice that. A token's keys are those that it attends to on average, whether or
+    not a kernel skips the others: `visible_keys` of T, all M of the encoder.
 
     Args:
       model: the model.
@@ -93,32 +118,46 @@ def train_flops_per_token(
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1 (with the head counted); Chowdhery et al.
     2022, arXiv:2204.02311, appendix B (which counts causal attention in full).
     """
-    future = [model.layers()[-1]] * model.head.mtp_depth
-    flops = 6 * matmul_parameters(model) + _attention(
-        model, [*model.layers(), *future], sequence_length, visible_only
-    )
+    layers = model.layers()
+    mtp_layers = [layers[-1]] * model.head.mtp_depth
+    flops = 6 * matmul_parameters(model)
+    flops += _attention(model, [*layers, *mtp_layers], sequence_length, visible_only)
     if model.structure != "encoder_decoder":
         return float(flops)
-    encoder, c = model.encoder(), model.attention
-    of_encoder = 6 * (matmul_parameters(encoder) - _head_weights(encoder))
-    of_encoder += _attention(encoder, encoder.layers(), encoder_length, visible_only)
-    of_encoder += 6 * model.num_layers * 2 * model.embed_dim * c.num_kv_heads * c.head_dim
-    across = 6 * model.num_layers * c.num_heads * 2 * c.head_dim * encoder_length
-    return flops + across + of_encoder * encoder_length / sequence_length
+
+    c = model.attention
+    encoder = model.encoder()
+    encoder_weights = matmul_parameters(encoder) - _head_weights(encoder)
+    encoder_flops = 6 * encoder_weights
+    encoder_flops += _attention(encoder, encoder.layers(), encoder_length, visible_only)
+    # Every decoder layer projects each encoder token to a key and a value.
+    kv_weights = 2 * model.embed_dim * c.num_kv_heads * c.head_dim
+    encoder_flops += 6 * model.num_layers * kv_weights
+
+    # A score and a product with a value for each encoder token, in every decoder layer.
+    per_key = c.num_heads * 2 * c.head_dim
+    cross_attention = 6 * model.num_layers * per_key * encoder_length
+    return flops + cross_attention + encoder_flops * encoder_length / sequence_length
 
 
 def _attention(
     model: ModelConfig, layers: Sequence[LayerConfig], length: int, visible_only: bool
 ) -> float:
     """Returns the FLOPs a token of a training step for scores and sums of self-attention."""
-    c, flops = model.attention, 0.0
+    c = model.attention
+    flops = 0.0
     for layer in layers:
-        per_key = c.num_heads * 2 * c.head_dim
+        # Widths of a key and of a value.
+        widths = 2 * c.head_dim
         if c.latent is not None:
-            per_key = c.num_heads * (c.head_dim + c.latent.rope_dim + c.latent.value_dim)
-        if (
-            model.position_of(layer).kind == "relative"
-        ):  # each key has a second score, by its distance
-            per_key += c.num_heads * c.head_dim
-        flops += 6 * per_key * (visible_keys(model, layer, length) if visible_only else length)
+            widths = c.head_dim + c.latent.rope_dim + c.latent.value_dim
+        if model.position_of(layer).kind == "relative":
+            # Each key has a second score, by its distance.
+            widths += c.head_dim
+        per_key = c.num_heads * widths
+
+        num_keys = float(length)
+        if visible_only:
+            num_keys = visible_keys(model, layer, length)
+        flops += 6 * per_key * num_keys
     return flops

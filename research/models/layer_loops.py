@@ -163,12 +163,18 @@ def _scan_rounds(layers: Layers, x: Hidden, stacked: Any, context: Context) -> t
         run_round = jax.checkpoint(run_round, policy=layers.remat, prevent_cse=False)
 
     # [num_layers, ...] -> [num_rounds, period, ...]: scan takes one round a step.
-    by_round = jax.tree.map(lambda leaf: leaf.reshape(num_rounds, period, *leaf.shape[1:]), stacked)
-    x, outputs = jax.lax.scan(run_round, x, (jnp.arange(num_rounds), by_round))
+    def split_rounds(leaf: Array) -> Array:
+        return leaf.reshape(num_rounds, period, *leaf.shape[1:])
+
+    by_round = jax.tree.map(split_rounds, stacked)
+    round_indices = jnp.arange(num_rounds)
+    x, outputs = jax.lax.scan(run_round, x, (round_indices, by_round))
 
     # [num_rounds, period, ...] -> [num_layers, ...]
-    outputs = jax.tree.map(lambda leaf: leaf.reshape(num_layers, *leaf.shape[2:]), outputs)
-    return x, outputs
+    def join_rounds(leaf: Array) -> Array:
+        return leaf.reshape(num_layers, *leaf.shape[2:])
+
+    return x, jax.tree.map(join_rounds, outputs)
 
 
 def _run_layer(

@@ -38,15 +38,22 @@ def stack_layers(named: Mapping[str, Any]) -> dict[str, Any]:
       arrays or shapes, as given; a stacked array is sharded as its layers are, and its new axis is
       not sharded.
     """
+    # {"layers/mlp/up": ["layers_0/mlp/up", "layers_1/mlp/up"]}
     stacks = _stacks(named)
-    members = {name for names in stacks.values() for name in names}
-    result = {name: leaf for name, leaf in named.items() if name not in members}
-    parts = {stack: [named[name] for name in names] for stack, names in stacks.items()}
+    result = dict(named)
+    parts = {}
+    for stack, names in stacks.items():
+        parts[stack] = [result.pop(name) for name in names]
+
     shapes = {stack: _stacked_shape(leaves) for stack, leaves in parts.items()}
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in named.values()):
+    are_shapes = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in named.values()]
+    if any(are_shapes):
         return result | shapes
+    if not parts:
+        return result
     shardings = {stack: shape.sharding for stack, shape in shapes.items()}
-    return result | (jax.jit(_stack, out_shardings=shardings)(parts) if parts else {})
+    stacked = jax.jit(_stack, out_shardings=shardings)(parts)
+    return result | stacked
 
 
 def unstack_layers(
@@ -63,9 +70,9 @@ def unstack_layers(
     result = {name: stacked[name] for name in like if name in stacked}
     parts = {stack: stacked[stack] for stack in stacks}
     if parts:
-        shardings = {
-            stack: [_sharding(like[name]) for name in names] for stack, names in stacks.items()
-        }
+        shardings = {}
+        for stack, names in stacks.items():
+            shardings[stack] = [_sharding(like[name]) for name in names]
         layers = jax.jit(_unstack, out_shardings=shardings)(parts)
         for stack, names in stacks.items():
             result.update(zip(names, layers[stack], strict=True))
@@ -73,19 +80,21 @@ def unstack_layers(
 
 
 def canonical_names(named: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
-    """Returns where each leaf of an unrolled model lies on disk: the canonical name, and its
-    layer's index there.
+    """Returns the canonical name of each leaf of an unrolled model, and its layer's index in that
+    stack.
 
-    The index is None where the leaf lies alone, not in a stack.
+    The index is None where the leaf is not in a stack.
     """
-    stacked = {
-        name: (stack, i) for stack, names in _stacks(named).items() for i, name in enumerate(names)
-    }
-    return {name: stacked.get(name, (name, None)) for name in named}
+    # layers_1/mlp/up -> ("layers/mlp/up", 1), head/bias -> ("head/bias", None)
+    found: dict[str, tuple[str, int | None]] = {name: (name, None) for name in named}
+    for stack, names in _stacks(named).items():
+        for index, name in enumerate(names):
+            found[name] = (stack, index)
+    return found
 
 
 def canonical(tree: Any) -> dict[str, Any]:
-    """Returns the arrays (or shapes) of any tree, by name, as they lie on disk."""
+    """Returns the arrays (or shapes) of any tree, by name, in the form on disk."""
     return stack_layers(named_leaves(tree))
 
 
@@ -95,23 +104,30 @@ def _stacks(named: Mapping[str, Any]) -> dict[str, list[str]]:
     for name in named:
         match = _LAYER.fullmatch(name)
         if match:
+            # decoder/layers_1/mlp/up -> stack decoder/layers/mlp/up, index 1
             stack = f"{match['before']}/{match['after']}"
-            found.setdefault(stack, {})[int(match["index"])] = name
-    return {
-        stack: [layers[i] for i in range(len(layers))]
-        for stack, layers in found.items()
-        if sorted(layers) == list(range(len(layers)))
-        and len({(named[name].shape, named[name].dtype) for name in layers.values()}) == 1
-    }
+            index = int(match["index"])
+            found.setdefault(stack, {})[index] = name
+
+    stacks = {}
+    for stack, layers in found.items():
+        indices = list(range(len(layers)))
+        has_all_layers = sorted(layers) == indices
+        leaves = [named[name] for name in layers.values()]
+        types = {(leaf.shape, leaf.dtype) for leaf in leaves}
+        if has_all_layers and len(types) == 1:
+            stacks[stack] = [layers[index] for index in indices]
+    return stacks
 
 
 def _stacked_shape(leaves: list[Any]) -> jax.ShapeDtypeStruct:
     sharding = _sharding(leaves[0])
     if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(
-            sharding.mesh, PartitionSpec(None, *sharding.spec), memory_kind=sharding.memory_kind
-        )
-    return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype, sharding=sharding)
+        # The new axis is not sharded.
+        spec = PartitionSpec(None, *sharding.spec)
+        sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    shape = (len(leaves), *leaves[0].shape)
+    return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=sharding)
 
 
 def _sharding(leaf: Any) -> Sharding:
@@ -125,4 +141,8 @@ def _stack(parts: dict[str, list[Array]]) -> dict[str, Array]:
 
 
 def _unstack(parts: dict[str, Array]) -> dict[str, list[Array]]:
-    return {stack: [leaf[i] for i in range(leaf.shape[0])] for stack, leaf in parts.items()}
+    layers = {}
+    for stack, leaf in parts.items():
+        num_layers = leaf.shape[0]
+        layers[stack] = [leaf[i] for i in range(num_layers)]
+    return layers

@@ -1,4 +1,4 @@
-"""The parts that every sublayer is made of: weights, projections, norms, the embedding."""
+"""Building blocks of sublayers: parameters, projections, norms, the embedding."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -36,8 +36,7 @@ def parameter(
 ) -> Weight:
     """Returns a parameter of a module, made by `init` where it does not exist yet.
 
-    One that exists may be a `WeightNode` in the place of an array; then its shape is checked as
-    that of an array is.
+    One that exists may be a `WeightNode` instead of an array; its shape is checked too.
 
     Args:
       module: that has the parameter, in `setup` or a compact method.
@@ -50,9 +49,8 @@ def parameter(
     if module.has_variable("params", name):
         value = module.get_variable("params", name)
         if isinstance(value, WeightNode):
-            assert value.shape == shape, (
-                f"{name} of {'/'.join(module.path)} has shape {value.shape}, not {shape}"
-            )
+            path = "/".join(module.path)
+            assert value.shape == shape, f"{name} of {path} has shape {value.shape}, not {shape}"
             return value
     return module.param(name, boxed(init, axes), shape, dtype)
 
@@ -79,25 +77,30 @@ class Projection(nn.Module):
     param_dtype: str = "float32"
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        kernel, bias = self.weights(x.shape[-self.num_inputs :])
+        # x [B, T, N, H] with 2 inputs -> (N, H)
+        inputs = x.shape[-self.num_inputs :]
+        kernel, bias = self.weights(inputs)
         return project(x.astype(self.dtype), kernel, bias, axes=self.num_inputs)
 
     @nn.compact
     def weights(self, inputs: tuple[int, ...]) -> tuple[Weight, Float[Array, "..."] | None]:
-        """Returns W and b, for those who multiply with them in another order.
+        """Returns W and b, for callers that multiply in another order (MLA weight absorption).
 
         Args:
           inputs: the input axes.
         """
         init = nn.initializers.normal(self.stddev)
         axes = Axes(self.names, "kernel", self.num_inputs)
-        kernel = parameter(self, "kernel", init, (*inputs, *self.features), axes, self.param_dtype)
+        shape = (*inputs, *self.features)
+        kernel = parameter(self, "kernel", init, shape, axes, self.param_dtype)
         if not self.use_bias:
             return kernel, None
+
+        # Names ("embed", "heads", "head") with 1 input -> ("heads", "head")
+        zeros = nn.initializers.zeros
         axes = Axes(self.names[self.num_inputs :], "bias")
-        return kernel, parameter(
-            self, "bias", nn.initializers.zeros, self.features, axes, self.param_dtype
-        )
+        bias = parameter(self, "bias", zeros, self.features, axes, self.param_dtype)
+        return kernel, bias
 
 
 class Norm(nn.Module):
@@ -119,26 +122,37 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        c, axes = self.config, tuple(range(-len(self.names), 0))
-        shape = x.shape[axes[0] :]
+        c = self.config
+        # Two names -> axes (-2, -1)
+        axes = tuple(range(-len(self.names), 0))
         y = x.astype(jnp.float32)
         if c.kind == "layernorm":
             y = y - y.mean(axis=axes, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + c.epsilon)
-        start = nn.initializers.zeros if c.unit_offset else nn.initializers.ones
-        scale = parameter(
-            self, "scale", start, shape, Axes(self.names, "scale"), self.param_dtype
-        ).astype(jnp.float32)
-        y = y * jax.lax.broadcast_to_rank(1 + scale if c.unit_offset else scale, y.ndim)
+        variance = jnp.square(y).mean(axis=axes, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + c.epsilon)
+
+        # [D] -> [1, 1, D]
+        zeros = nn.initializers.zeros
+        ones = nn.initializers.ones
+        shape = x.shape[axes[0] :]
+        init = zeros if c.unit_offset else ones
+        scale_axes = Axes(self.names, "scale")
+        scale = parameter(self, "scale", init, shape, scale_axes, self.param_dtype)
+        scale = scale.astype(jnp.float32)
+        if c.unit_offset:
+            scale = 1 + scale
+        y = y * jax.lax.broadcast_to_rank(scale, y.ndim)
+
         if c.bias:
-            axes = Axes(self.names, "bias")
-            bias = parameter(self, "bias", nn.initializers.zeros, shape, axes, self.param_dtype)
-            y = y + jax.lax.broadcast_to_rank(bias.astype(jnp.float32), y.ndim)
+            bias_axes = Axes(self.names, "bias")
+            bias = parameter(self, "bias", zeros, shape, bias_axes, self.param_dtype)
+            bias = bias.astype(jnp.float32)
+            y = y + jax.lax.broadcast_to_rank(bias, y.ndim)
         return y.astype(x.dtype)
 
 
 class Embedding(nn.Module):
-    """A table of rows, one an id.
+    """A table with one row for each id.
 
     Attributes:
       rows: how many.
@@ -159,12 +173,12 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         init = nn.initializers.normal(self.stddev)
         shape = (self.rows, self.width)
-        self.embedding = parameter(
-            self, "embedding", init, shape, Axes(tuple(self.names), self.kind), self.param_dtype
-        )
+        axes = Axes(tuple(self.names), self.kind)
+        self.embedding = parameter(self, "embedding", init, shape, axes, self.param_dtype)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        # Whole rows first: a lookup in a table whose rows are split makes the partitioner copy the
-        # table everywhere.
+        # Unshard the width first: a lookup in a table with sharded rows makes the partitioner copy
+        # the table to every device.
         table = constrain_weight(self.embedding, (self.names[0], None))
-        return take_rows(table, ids).astype(jnp.float32)
+        rows = take_rows(table, ids)
+        return rows.astype(jnp.float32)

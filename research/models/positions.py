@@ -23,30 +23,38 @@ def sinusoidal(
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
-    frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
-    frequencies = frequencies.astype(np.float32)
+    exponents = -np.arange(0, width, 2) / width
+    frequencies = (10_000.0**exponents).astype(np.float32)
+    # [..., 1] * [..., width/2] -> [..., width/2]
     frequencies = jax.lax.broadcast_to_rank(frequencies, positions.ndim + 1)
     angles = positions[..., None].astype(jnp.float32) * frequencies
 
     # Stacked on the last axis sines and cosines alternate: [s0, c0, s1, c1]; on the axis before it
     # they are halves: [s0, s1, c0, c1]. Of an odd width the last cosine is cut off.
     axis = -2 if halves else -1
-    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=axis)
-    return waves.reshape(*positions.shape, -1)[..., :width]
+    sines = jnp.sin(angles)
+    cosines = jnp.cos(angles)
+    waves = jnp.stack([sines, cosines], axis=axis)
+    columns = waves.reshape(*positions.shape, -1)
+    return columns[..., :width]
 
 
 def document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Returns the length of each token's own document, which ends where positions stop counting
     up.
     """
-    index = jnp.arange(positions.shape[1], dtype=positions.dtype)[None]
+    row_length = positions.shape[1]
+    index = jnp.arange(row_length, dtype=positions.dtype)[None]
+
     # positions [0, 1, 2, 0, 1] -> is_end [F, F, T, F, T]
-    breaks = positions[:, 1:] != positions[:, :-1] + 1
+    following = positions[:, 1:]
+    expected = positions[:, :-1] + 1
+    breaks = following != expected
     last = jnp.ones_like(positions[:, :1], bool)
     is_end = jnp.concatenate([breaks, last], axis=1)
 
     # The next end at or after each token: [2, 2, 2, 4, 4] -> lengths [3, 3, 3, 2, 2]
-    end = jnp.where(is_end, index, positions.shape[1])
+    end = jnp.where(is_end, index, row_length)
     own_end = jax.lax.cummin(end, axis=1, reverse=True)
     return positions + own_end - index + 1
 
@@ -74,23 +82,29 @@ def rotate(
     """
     if config.kind != "rotary":
         return x
-    width = x.shape[-1] if config.rotary_dim is None else config.rotary_dim
+    head_dim = x.shape[-1]
+    width = head_dim if config.rotary_dim is None else config.rotary_dim
     angles = _angles(config, width, positions, lengths)
 
     # [B, T, width/2] -> [B, T, 1, width/2]: all heads are rotated alike.
     cos = jnp.cos(angles)[:, :, None, :]
     sin = jnp.sin(angles)[:, :, None, :]
-    if config.scaling is not None and config.scaling.amplitude != 1:
-        cos = cos * config.scaling.amplitude
-        sin = sin * config.scaling.amplitude
+    scaling = config.scaling
+    if scaling is not None and scaling.amplitude != 1:
+        cos = cos * scaling.amplitude
+        sin = sin * scaling.amplitude
 
-    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
+    # Column i is paired with column i + width/2: [.., width] -> [.., width/2], [.., width/2].
+    rotary = x[..., :width].astype(jnp.float32)
+    first, second = jnp.split(rotary, 2, axis=-1)
     rotated_first = first * cos - second * sin
     rotated_second = second * cos + first * sin
-    rotated = jnp.concatenate([rotated_first, rotated_second], axis=-1).astype(x.dtype)
-    if width == x.shape[-1]:
+    rotated = jnp.concatenate([rotated_first, rotated_second], axis=-1)
+    rotated = rotated.astype(x.dtype)
+    if width == head_dim:
         return rotated
-    return jnp.concatenate([rotated, x[..., width:]], axis=-1)
+    not_rotary = x[..., width:]
+    return jnp.concatenate([rotated, not_rotary], axis=-1)
 
 
 def _angles(
@@ -102,12 +116,16 @@ def _angles(
     """Returns the angle of each pair of columns, by the frequencies for documents of these
     lengths.
     """
-    p = positions[..., None].astype(jnp.float32)
-    if config.scaling is None or not config.scaling.by_length:
-        return p * rotary_frequencies(config, width)[None, None]
+    # [B, T, 1] * [1, 1, width/2] -> [B, T, width/2]
+    positions = positions[..., None].astype(jnp.float32)
+    scaling = config.scaling
+    if scaling is None or not scaling.by_length:
+        frequencies = rotary_frequencies(config, width)[None, None]
+        return positions * frequencies
 
-    assert lengths is not None, f"{config.scaling.kind} needs lengths"
-    return p * frequencies_by_length(config, width, lengths)
+    assert lengths is not None, f"{scaling.kind} needs lengths"
+    frequencies = frequencies_by_length(config, width, lengths)
+    return positions * frequencies
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " N"]:
@@ -116,11 +134,14 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, " N"]:
 
     Source: Press et al. 2021, arXiv:2108.12409, section 3.
     """
-    # 12 heads: the 8 slopes of 8 heads, and 4 of the slopes of 16 heads.
+    # 12 heads: the 8 slopes of 8 heads, and every other one of the first 8 slopes of 16 heads.
     power = 2 ** math.floor(math.log2(num_heads))
-    slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
-    more = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power), 2))
-    return np.concatenate([slopes, more]).astype(np.float32)
+    num_missing = num_heads - power
+    exponents = -8.0 / power * np.arange(1, power + 1)
+    missing_exponents = -4.0 / power * np.arange(1, 2 * num_missing, 2)
+    exponents = np.concatenate([exponents, missing_exponents])
+    slopes = 2.0**exponents
+    return slopes.astype(np.float32)
 
 
 def rounded_alibi(
@@ -142,9 +163,13 @@ def rounded_alibi(
 
     slopes = rounded(jnp.asarray(alibi_slopes(num_heads)))
     positions = rounded(key_positions.astype(jnp.float32))
-    # [N], [B, S] -> [B, N, S] -> [B, N, 1, S]
-    products = rounded(slopes[None, :, None] * positions[:, None])
-    return products[:, :, None] / math.sqrt(head_dim)
+
+    # [1, N, 1] * [B, 1, S] -> [B, N, S]
+    products = slopes[None, :, None] * positions[:, None]
+    products = rounded(products)
+    # [B, N, S] -> [B, N, 1, S]: the bias is the same for all queries.
+    bias = products[:, :, None]
+    return bias / math.sqrt(head_dim)
 
 
 def distance_buckets(
@@ -162,14 +187,21 @@ def distance_buckets(
     Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1, with the arithmetic of the released
         code.
     """
-    num_buckets = config.num_buckets // 2 if bidirectional else config.num_buckets
+    num_buckets = config.num_buckets
+    if bidirectional:
+        num_buckets = num_buckets // 2
     table = jnp.asarray(_bucket_table(num_buckets, config.max_distance))
     if not bidirectional:
         backward = jnp.maximum(-distances, 0)
-        return table[jnp.minimum(backward, config.max_distance)]
+        backward = jnp.minimum(backward, config.max_distance)
+        return table[backward]
 
-    buckets = table[jnp.minimum(jnp.abs(distances), config.max_distance)]
-    return jnp.where(distances > 0, buckets + num_buckets, buckets)
+    # 8 buckets: keys before the query, and itself, have the buckets 0 to 3, later keys 4 to 7.
+    absolute = jnp.abs(distances)
+    absolute = jnp.minimum(absolute, config.max_distance)
+    buckets = table[absolute]
+    is_later = distances > 0
+    return jnp.where(is_later, buckets + num_buckets, buckets)
 
 
 def _bucket_table(num_buckets: int, max_distance: int) -> Int[np.ndarray, " distances"]:
@@ -177,8 +209,14 @@ def _bucket_table(num_buckets: int, max_distance: int) -> Int[np.ndarray, " dist
     num_exact = num_buckets // 2
     distances = np.arange(1, max_distance + 1, dtype=np.float32)
     # 8 buckets up to distance 16: 0 to 3 have one each, then 4 4 5 5 6 6 6 6 and 7 for the rest.
-    log_ratio = np.log(distances / num_exact) / math.log(max_distance / num_exact)
-    by_log = num_exact + (log_ratio * (num_buckets - num_exact)).astype(np.int32)
-    by_log = np.minimum(by_log, num_buckets - 1)
-    buckets = np.where(distances < num_exact, distances.astype(np.int32), by_log)
-    return np.concatenate([[0], buckets]).astype(np.int32)
+    log_range = math.log(max_distance / num_exact)
+    log_ratio = np.log(distances / num_exact) / log_range
+    num_log = num_buckets - num_exact
+    log_index = (log_ratio * num_log).astype(np.int32)
+    by_log = np.minimum(num_exact + log_index, num_buckets - 1)
+
+    is_exact = distances < num_exact
+    buckets = np.where(is_exact, distances.astype(np.int32), by_log)
+    # Distance 0 is in bucket 0.
+    table = np.concatenate([[0], buckets])
+    return table.astype(np.int32)

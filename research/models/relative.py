@@ -56,12 +56,19 @@ class RelativeScores(nn.Module):
         r = r * jnp.asarray(scale, r.dtype)
 
         # x counts distances: [B, T, N, H], [x, N, H] -> [B, N, T, x]
+        distance_query = q + distance_bias
         scores = jnp.einsum(
-            "btnh,xnh->bntx", q + distance_bias, r, preferred_element_type=jnp.float32
+            "btnh,xnh->bntx",
+            distance_query,
+            r,
+            preferred_element_type=jnp.float32,
         )
+        # [B, N, T, x] -> [B, N, T, S]
+        content_query = q + content_bias
         if slots is None:
-            return q + content_bias, relative_shift(scores)
-        return q + content_bias, _scores_of_slots(scores, context.positions, num_keys, slots)
+            return content_query, relative_shift(scores)
+        bias = _scores_of_slots(scores, context.positions, num_keys, slots)
+        return content_query, bias
 
     def _query_bias(self, name: str) -> Weight:
         """Returns a learned bias of the queries, [N, H]."""
@@ -84,8 +91,10 @@ def relative_shift(scores: Float[Array, "B N T distances"]) -> Float[Array, "B N
     # starts one later than the row before. For T = 2, scores of the distances 1 and 0:
     # [[a, b], [c, d]] -> [0, a, b, 0, c, d] -> [[b, 0], [c, d]]
     padding = [(0, 0)] * len(lead) + [(0, 0), (1, 0)]
-    flat = jnp.pad(scores, padding).reshape(*lead, length * (width + 1))
-    return flat[..., length:].reshape(*lead, length, width)[..., :length]
+    padded = jnp.pad(scores, padding)
+    flat = padded.reshape(*lead, length * (width + 1))
+    shifted = flat[..., length:].reshape(*lead, length, width)
+    return shifted[..., :length]
 
 
 def _scores_of_slots(
@@ -97,7 +106,8 @@ def _scores_of_slots(
     """Returns the score of each cache slot, whose distance is position − slot."""
     # Distance d is in column num_keys - 1 - d. Of 4 slots, a query at position 1 has the distances
     # [1, 0, -1, -2] -> columns [2, 3, 4, 5].
-    columns = num_keys - 1 - positions[:, :, None] + jnp.arange(slots)[None, None]
+    slot_index = jnp.arange(slots)[None, None]
+    columns = num_keys - 1 - positions[:, :, None] + slot_index
     # Padding may have any position: what it reads must exist.
     columns = jnp.clip(columns, 0, 2 * num_keys - 2)
     # [B, T, S] -> [B, N, T, S]

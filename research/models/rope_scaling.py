@@ -16,7 +16,9 @@ def rotary_frequencies(config: PositionConfig, width: int) -> Float[np.ndarray, 
     Rules that depend on the length of a document give the frequencies for documents of up to the
     original length; `frequencies_by_length` has those of longer ones.
     """
-    frequencies = config.theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    # width 4 -> exponents [0, -1/2]
+    exponents = -np.arange(0, width, 2, dtype=np.float64) / width
+    frequencies = config.theta**exponents
     if config.scaling is not None:
         scale = _ROPE_SCALING[config.scaling.kind]
         frequencies = scale(frequencies, config.scaling, config.theta)
@@ -33,18 +35,29 @@ def frequencies_by_length(
     arXiv:2309.00071, equation 11, and its dynamic use in section 3.3: theta grows with the length.
     """
     scaling = config.scaling
+    # [width/2] -> [1, 1, width/2]
     original = rotary_frequencies(config, width)[None, None]
-    is_longer = lengths[..., None] > scaling.original_length
-    exponents = (np.arange(0, width, 2) / width)[None, None]
-    if scaling.kind == "longrope":
-        scaled = config.theta**-exponents / np.array(scaling.long_factors)
-        return jnp.where(is_longer, jnp.asarray(scaled, jnp.float32), original)
+    exponents = np.arange(0, width, 2) / width
+    exponents = exponents[None, None]
 
+    # [B, T] -> [B, T, 1]
+    lengths = lengths[..., None]
+    is_longer = lengths > scaling.original_length
+    if scaling.kind == "longrope":
+        unscaled = config.theta**-exponents
+        scaled = unscaled / np.array(scaling.long_factors)
+        scaled = jnp.asarray(scaled, jnp.float32)
+        return jnp.where(is_longer, scaled, original)
+
+    # Twice the original length with factor 4 -> theta grows by (4 · 2 - 3)^(width / (width - 2)).
+    ratio = lengths.astype(jnp.float32) / scaling.original_length
+    growth = scaling.factor * ratio - (scaling.factor - 1)
     # Other documents keep theta, which also keeps the base of the power above 0.
-    ratio = lengths[..., None].astype(jnp.float32) / scaling.original_length
-    growth = jnp.where(is_longer, scaling.factor * ratio - (scaling.factor - 1), 1.0)
-    theta = config.theta * growth ** (width / (width - 2))
-    scaled = jnp.exp(-jnp.log(theta) * exponents.astype(np.float32))
+    growth = jnp.where(is_longer, growth, 1.0)
+    power = width / (width - 2)
+    theta = config.theta * growth**power
+    log_frequencies = -jnp.log(theta) * exponents.astype(np.float32)
+    scaled = jnp.exp(log_frequencies)
     return jnp.where(is_longer, scaled, original)
 
 
@@ -60,8 +73,12 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScalingConfig, theta: float) -
     rotations = scaling.original_length * frequencies / (2 * math.pi)
     low = scaling.low_frequency_factor
     high = scaling.high_frequency_factor
-    kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    # Rotations [low, halfway, high] -> kept [0, 1/2, 1].
+    ramp = (rotations - low) / (high - low)
+    kept = np.clip(ramp, 0.0, 1.0)
+    divided_part = (1 - kept) * frequencies / scaling.factor
+    kept_part = kept * frequencies
+    return divided_part + kept_part
 
 
 def _yarn(frequencies: np.ndarray, scaling: RopeScalingConfig, theta: float) -> np.ndarray:
@@ -74,6 +91,8 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScalingConfig, theta: float) -> 
     rotations = np.array([scaling.beta_fast, scaling.beta_slow])
     wavelengths = scaling.original_length / (rotations * 2 * math.pi)
     low, high = width * np.log(wavelengths) / (2 * math.log(theta))
+
+    # low 7.3, high 15.2 -> the ramp is from column pair 7 to 16.
     if scaling.truncate:
         low = math.floor(low)
         high = math.ceil(high)
@@ -82,8 +101,11 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScalingConfig, theta: float) -> 
 
     # A ramp of no width becomes a step, as in the authors' code.
     ramp = high - low if high > low else 1e-3
-    scaled = np.clip((np.arange(half) - low) / ramp, 0.0, 1.0)
-    return scaled * frequencies / scaling.factor + (1 - scaled) * frequencies
+    pairs = np.arange(half)
+    scaled = np.clip((pairs - low) / ramp, 0.0, 1.0)
+    divided_part = scaled * frequencies / scaling.factor
+    kept_part = (1 - scaled) * frequencies
+    return divided_part + kept_part
 
 
 def _dynamic(frequencies: np.ndarray, scaling: RopeScalingConfig, theta: float) -> np.ndarray:

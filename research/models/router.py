@@ -24,9 +24,12 @@ def route(
     """
     score = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
     scores = score(logits)
+
     ranked = scores
     if selection_bias is not None:
-        ranked = scores + jax.lax.stop_gradient(selection_bias)[None, None]
+        # [E] -> [1, 1, E]
+        bias = jax.lax.stop_gradient(selection_bias)[None, None]
+        ranked = scores + bias
     if config.num_groups > 1:
         ranked = _mask_groups(config, ranked)
 
@@ -34,10 +37,13 @@ def route(
     _, chosen = jax.lax.top_k(ranked, config.experts_per_token)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.renormalize:
-        # The small number is for sigmoids that are all zero.
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        total = weights.sum(axis=-1, keepdims=True)
+        # All sigmoids may be zero.
+        weights = weights / (total + 1e-20)
     weights = weights * config.scale
-    return chosen, weights, _router_loss(config, logits, scores, chosen, real)
+
+    router_loss = _router_loss(config, logits, scores, chosen, real)
+    return chosen, weights, router_loss
 
 
 def expert_load(
@@ -53,7 +59,8 @@ def expert_load(
     # [B, T, choices] -> [B, T, choices, E]: expert 1 of 3 is [0, 1, 0].
     picked = jax.nn.one_hot(chosen, num_experts)
     if real is not None:
-        picked = picked * real[..., None, None].astype(picked.dtype)
+        counts = real[..., None, None].astype(picked.dtype)
+        picked = picked * counts
     return jnp.sum(picked, axis=(0, 1, 2))
 
 
@@ -66,10 +73,12 @@ def _mask_groups(config: ExpertsConfig, ranked: Float[Array, "B T E"]) -> Float[
     # [B, T, E] -> [B, T, groups, experts of a group]
     grouped = ranked.reshape(*ranked.shape[:-1], config.num_groups, -1)
     best_two, _ = jax.lax.top_k(grouped, 2)
-    _, groups = jax.lax.top_k(best_two.sum(axis=-1), config.groups_per_token)
+    group_scores = best_two.sum(axis=-1)
+    _, groups = jax.lax.top_k(group_scores, config.groups_per_token)
 
     # Groups [0, 2] of 4 -> [True, False, True, False].
-    allowed = jax.nn.one_hot(groups, config.num_groups, dtype=bool).any(axis=-2)
+    one_hot = jax.nn.one_hot(groups, config.num_groups, dtype=bool)
+    allowed = one_hot.any(axis=-2)
     masked = jnp.where(allowed[..., None], grouped, -jnp.inf)
     return masked.reshape(ranked.shape)
 
@@ -84,19 +93,26 @@ def _router_loss(
     """Returns balance_weight · E Σ_e f_e P_e + z_weight · mean(logsumexp²), f the share of choices,
     P of scores.
     """
-    # Every real token weighs 1 / their number.
+    # Every real token has the weight 1 / their number: real [T, T, F] -> [1/2, 1/2, 0].
     weight = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)
-    weight = weight / jnp.maximum(weight.sum(), 1.0)
+    num_real = jnp.maximum(weight.sum(), 1.0)
+    weight = weight / num_real
 
     loss = jnp.zeros(())
     if config.balance_weight:
-        picked = jax.nn.one_hot(chosen, config.num_experts).mean(axis=-2)
+        # [B, T, choices] -> [B, T, choices, E] -> [B, T, E]
+        picked = jax.nn.one_hot(chosen, config.num_experts)
+        picked = picked.mean(axis=-2)
         shares = scores / scores.sum(axis=-1, keepdims=True)
+
+        # [B, T], [B, T, E] -> [E]
         score_share = jnp.einsum("bt,bte->e", weight, shares)
         choice_share = jnp.einsum("bt,bte->e", weight, picked)
-        balance_loss = config.num_experts * jnp.sum(choice_share * score_share)
+        dot = jnp.sum(choice_share * score_share)
+        balance_loss = config.num_experts * dot
         loss = loss + config.balance_weight * balance_loss
     if config.z_weight:
-        z_loss = jnp.sum(weight * jax.nn.logsumexp(logits, axis=-1) ** 2)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        z_loss = jnp.sum(weight * log_z**2)
         loss = loss + config.z_weight * z_loss
     return loss

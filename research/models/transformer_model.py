@@ -32,7 +32,9 @@ class TransformerModel:
     @classmethod
     def for_platform(cls, config: ModelConfig, platform: str | None) -> "TransformerModel":
         """Returns the model that suits `cpu`, `gpu` or `tpu`."""
-        return cls(config if platform is None else resolve_layer_loop(config, platform))
+        if platform is not None:
+            config = resolve_layer_loop(config, platform)
+        return cls(config)
 
     def init(self, key: jax.Array) -> Any:
         """Returns boxed parameters, those of layers stacked where layers are scanned."""
@@ -47,12 +49,19 @@ class TransformerModel:
         key: jax.Array | None = None,
     ) -> Output:
         """Returns hidden states and what comes with them."""
-        rngs = {} if key is None else {"dropout": key}
+        deterministic = key is None
+        rngs = {} if deterministic else {"dropout": key}
         model = Transformer(self.config, loop=self.loop)
-        return model.apply({"params": params}, inputs, cache, deterministic=key is None, rngs=rngs)
+        return model.apply(
+            {"params": params},
+            inputs,
+            cache,
+            deterministic=deterministic,
+            rngs=rngs,
+        )
 
     def projection(self, params: Any, hidden: Float[Array, "*batch D"]) -> LogitTerms:
-        """Returns the logits of hidden states as a product that is not made yet."""
+        """Returns the terms of the logits: their product is not computed yet."""
         return Transformer(self.config).apply(
             {"params": params}, hidden, method=Transformer.projection
         )
