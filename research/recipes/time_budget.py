@@ -97,7 +97,7 @@ def _chosen_before(
     steps = stored["train"]["steps"]
     for config in candidates.values():
         wanted = with_steps(config, steps)
-        if workdirs.difference(stored, wanted) is None:
+        if workdirs.difference(workdir, wanted) is None:
             return wanted
     return None
 

@@ -112,7 +112,7 @@ def peak_of(work):
 
 
 def test_memory_is_that_of_a_few_pieces(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_stream, "_IN_FLIGHT", 2 * MEGABYTE)
+    monkeypatch.setattr(checkpoint_stream, "MAX_PENDING_BYTES", 2 * MEGABYTE)
     folder, size = wide
     assert size > 32 * MEGABYTE
     shapes, bound = mapping.unrolled_shapes(WIDE), size / 3

@@ -99,13 +99,16 @@ def test_tokens_that_the_model_cannot_read_are_refused(model, tokens, said):
     assert str(caught.value) == said
 
 
-def test_python_of_the_readme_runs_as_it_is_printed(unbroken: Unbroken, tmp_path, monkeypatch):
-    [block] = re.findall(
-        r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+@pytest.mark.parametrize("page", ["getting-started", "generation"])
+def test_python_of_a_page_runs_as_it_is_printed(
+    unbroken: Unbroken, tmp_path, monkeypatch, page: str
+):
+    text = (runs.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "configs" / "pretrain").mkdir(parents=True)
-    shutil.copy(unbroken.config, tmp_path / "configs" / "pretrain" / "stdlib.py")
-    for name in ("stdlib", "llama-instruct"):
+    config = unbroken.config.read_text().replace("get_config()", "get_config(size)")
+    (tmp_path / "configs" / "pretrain" / "stdlib.py").write_text(config)
+    for name in ("adamw", "llama-instruct"):
         shutil.copytree(unbroken.workdir, tmp_path / "runs" / name)
     tokenizer = tokenizers.load(tmp_path / "runs" / "llama-instruct" / "tokenizer")
     tokenizer.chat_templates = {"default": "{{ messages[0].content }}"}
@@ -114,7 +117,8 @@ def test_python_of_the_readme_runs_as_it_is_printed(unbroken: Unbroken, tmp_path
     names: dict[str, Any] = {}
     exec(block, names)
     assert names["model"].step == 12
-    assert (tmp_path / "stdlib-hf" / "model.safetensors").exists()
+    exported = tmp_path / "adamw-hf" / "model.safetensors"
+    assert exported.exists() == ("convert" in block)
 
 
 def test_lists_are_read_as_arrays(model):
