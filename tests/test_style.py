@@ -25,7 +25,6 @@ EXCEPTIONS: dict[str, str] = {}
 # Rooms whose code is still being brought to these rules.
 UNMENDED = {
     "kernels",
-    "models",
 }
 # Words that one room used for what the field has another word for.
 RETIRED = {
