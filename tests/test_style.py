@@ -22,10 +22,6 @@ MOST_NODES_A_LINE, LEAST_COMMENTS = 7.0, 0.04
 
 # What is over a budget, and why it may be: "path" or "path:function".
 EXCEPTIONS: dict[str, str] = {}
-# Rooms whose code is still being brought to these rules.
-UNMENDED = {
-    "kernels",
-}
 # Words that one room used for what the field has another word for.
 RETIRED = {
     r"\bbod(y|ies) of (attention|an operation)": "implementation",
@@ -50,9 +46,8 @@ RETIRED = {
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def mended() -> list[pathlib.Path]:
-    paths = sorted(ROOT.rglob("*.py"))
-    return [path for path in paths if room(path) not in UNMENDED]
+def sources() -> list[pathlib.Path]:
+    return sorted(ROOT.rglob("*.py"))
 
 
 def room(path: pathlib.Path) -> str:
@@ -88,7 +83,7 @@ def budget_faults(name: str, text: str, file_lines: int) -> Iterator[tuple[str, 
 
 def test_files_and_functions_keep_their_budgets():
     faults, used = [], set()
-    for path in mended():
+    for path in sources():
         limit = RECIPE_LINES if room(path) == "recipes" else FILE_LINES
         for key, fault in budget_faults(str(path.relative_to(ROOT)), path.read_text(), limit):
             used.add(key)
@@ -151,7 +146,7 @@ RULES = {
 def test_a_statement_holds_one_thought(rule: Callable[[ast.AST], Iterator[int]]):
     faults = [
         f"{path.relative_to(ROOT)}:{line}"
-        for path in mended()
+        for path in sources()
         for line in rule(ast.parse(path.read_text()))
     ]
     assert not faults, "\n".join(faults)
@@ -190,9 +185,7 @@ def density(texts: list[str]) -> tuple[float, float]:
 
 
 def test_the_code_is_no_denser_than_the_field_writes():
-    if UNMENDED:
-        pytest.skip(f"still to be mended: {', '.join(sorted(UNMENDED))}")
-    nodes, comments = density([path.read_text() for path in mended()])
+    nodes, comments = density([path.read_text() for path in sources()])
     assert nodes <= MOST_NODES_A_LINE
     assert comments >= LEAST_COMMENTS
 
@@ -207,7 +200,7 @@ def test_density_counts_nodes_and_comments():
 
 def test_retired_words_stay_away():
     faults = []
-    for path in mended():
+    for path in sources():
         for pattern, word in RETIRED.items():
             for match in re.finditer(pattern, path.read_text()):
                 faults.append(f"{path.relative_to(ROOT)}: {match[0]!r}; write {word}")
