@@ -33,12 +33,7 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
-                desc=label,
-                total=total,
-                unit=unit,
-                unit_scale=True,
-                dynamic_ncols=True,
-                leave=False,
+                desc=label, total=total, unit=unit, unit_scale=True, dynamic_ncols=True, leave=False
             )
 
     def __enter__(self) -> "Progress":

@@ -18,10 +18,7 @@ def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def promoted(*args: Any, **kwargs: Any) -> Any:
         # JAX's defaults.
-        with (
-            jax.numpy_dtype_promotion("standard"),
-            jax.numpy_rank_promotion("allow"),
-        ):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return function(*args, **kwargs)
 
     return promoted

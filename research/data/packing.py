@@ -126,10 +126,7 @@ def _pack_block(
     rest = rest[longest_first]
     widths = widths[:, longest_first]
     row = best_fit(
-        widths[main].tolist(),
-        int(capacities[main]),
-        widths[other].tolist(),
-        int(capacities[other]),
+        widths[main].tolist(), int(capacities[main]), widths[other].tolist(), int(capacities[other])
     )
 
     # Segments [a, b, c] in rows [0, 1, 0] -> row by row [a, c, b], row sizes [2, 1]

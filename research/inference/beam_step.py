@@ -92,9 +92,7 @@ class BeamState:
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("model", "no_repeat_ngram", "num_ids"),
-    donate_argnames=("state",),
+    jax.jit, static_argnames=("model", "no_repeat_ngram", "num_ids"), donate_argnames=("state",)
 )
 def beam_step(
     params: Any,
@@ -286,11 +284,7 @@ def _add_finished(
     scores, best = jax.lax.top_k(scores, beams)
     tokens = _take_beams(tokens, best)
     num_new = jnp.take_along_axis(num_new, best, axis=1)
-    return state.replace(
-        finished_tokens=tokens,
-        finished_scores=scores,
-        finished_num_new=num_new,
-    )
+    return state.replace(finished_tokens=tokens, finished_scores=scores, finished_num_new=num_new)
 
 
 def _may_improve(state: BeamState, rules: BeamRules) -> Bool[Array, "B"]:

@@ -197,9 +197,7 @@ def tree_lines(model: ParameterNode) -> list[str]:
 
 
 def _rows(
-    nodes: tuple[ParameterNode, ...],
-    indent: str,
-    written: dict[tuple[ParameterNode, ...], str],
+    nodes: tuple[ParameterNode, ...], indent: str, written: dict[tuple[ParameterNode, ...], str]
 ) -> Iterator[tuple[str, str, str]]:
     """Yields the three columns of each line.
 

@@ -74,13 +74,7 @@ def report_lines(config: ModelConfig) -> list[str]:
     sizes = model_table(config) | _layer_rows(config)
     costs = model_costs(config, model)
     cost_rows = _cost_rows(config, costs)
-    return [
-        *_aligned(sizes),
-        "",
-        *tree_lines(model),
-        "",
-        *_aligned(cost_rows),
-    ]
+    return [*_aligned(sizes), "", *tree_lines(model), "", *_aligned(cost_rows)]
 
 
 def report_json(config: ModelConfig) -> dict[str, Any]:

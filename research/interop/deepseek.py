@@ -252,7 +252,6 @@ DEEPSEEK_V3 = decoder(
     counted={"num_nextn_predict_layers": r"\.eh_proj\.weight$"},
     ignored={
         # transformers leaves it out by this number, too.
-        r"model\.layers\.61\..*": "a multi-token prediction layer, which config.json does not "
-        "count",
+        r"model\.layers\.61\..*": "a multi-token prediction layer, which config.json does not count"
     },
 )

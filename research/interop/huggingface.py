@@ -172,14 +172,7 @@ def to_hugging_face(
     """
     architecture, fields = choose(ARCHITECTURES.values(), config, first=model_type)
     get_slice = mapping.slice_getter(config, params)
-    write_hugging_face(
-        architecture,
-        fields,
-        config,
-        get_slice,
-        folder,
-        token_ids or NO_TOKENS,
-    )
+    write_hugging_face(architecture, fields, config, get_slice, folder, token_ids or NO_TOKENS)
 
 
 def write_hugging_face(

@@ -137,11 +137,7 @@ def _layers_of(
 
 
 def _map_tensor(
-    spec: TensorSpec,
-    number: int,
-    subtree: str,
-    shapes: Mapping[str, Shape],
-    config: ModelConfig,
+    spec: TensorSpec, number: int, subtree: str, shapes: Mapping[str, Shape], config: ModelConfig
 ) -> TensorMapping | None:
     """Returns the tensor of a layer, or None where the model does not have it."""
     # "{layer}/mlp/up/kernel", "layers_3" -> "layers_3/mlp/up/kernel"

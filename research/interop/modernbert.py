@@ -124,10 +124,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     layers = config.layers()
     local = next((layer for layer in layers if layer.window is not None), _LOCAL)
     local_position = config.position_of(local)
-    ropes = {
-        _FULL: write_position(config.position),
-        _SLIDING: write_position(local_position),
-    }
+    ropes = {_FULL: write_position(config.position), _SLIDING: write_position(local_position)}
     return {
         "architectures": [_WITH_HEAD if config.head.transform else _WITHOUT],
         "vocab_size": config.vocab_size,

@@ -172,10 +172,7 @@ def shortest_pattern(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     assert best is not None, "the last layer alone is a pattern"
     first, period = best
-    return {
-        "first_layers": list(layers[:first]),
-        "pattern": list(layers[first : first + period]),
-    }
+    return {"first_layers": list(layers[:first]), "pattern": list(layers[first : first + period])}
 
 
 def _period(layers: Sequence[Mapping[str, Any]]) -> int:

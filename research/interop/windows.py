@@ -72,10 +72,7 @@ def layer_windows(
         kinds = [GLOBAL if window is None else LOCAL for window in windows]
         # All local layers have the same window, or else reading it back shows the difference.
         window = next((each for each in windows if each is not None), None)
-        fields = {
-            "sliding_window": default if window is None else window,
-            "layer_types": kinds,
-        }
+        fields = {"sliding_window": default if window is None else window, "layer_types": kinds}
         return fields | _switched(switch, window is not None)
 
     defaults |= {"sliding_window": default, "layer_types": None}

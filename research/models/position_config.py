@@ -136,7 +136,5 @@ class PositionConfig:
         if self.max_distance <= self.num_buckets // 2:
             half = self.num_buckets // 2
             raise UserError(
-                "max_distance",
-                self.max_distance,
-                f"must be above num_buckets / 2 = {half}.",
+                "max_distance", self.max_distance, f"must be above num_buckets / 2 = {half}."
             )

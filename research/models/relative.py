@@ -57,12 +57,7 @@ class RelativeScores(nn.Module):
 
         # x counts distances: [B, T, N, H], [x, N, H] -> [B, N, T, x]
         distance_query = q + distance_bias
-        scores = jnp.einsum(
-            "btnh,xnh->bntx",
-            distance_query,
-            r,
-            preferred_element_type=jnp.float32,
-        )
+        scores = jnp.einsum("btnh,xnh->bntx", distance_query, r, preferred_element_type=jnp.float32)
         # [B, N, T, x] -> [B, N, T, S]
         content_query = q + content_bias
         if slots is None:
@@ -98,10 +93,7 @@ def relative_shift(scores: Float[Array, "B N T distances"]) -> Float[Array, "B N
 
 
 def _scores_of_slots(
-    scores: Float[Array, "B N T distances"],
-    positions: Int[Array, "B T"],
-    num_keys: int,
-    slots: int,
+    scores: Float[Array, "B N T distances"], positions: Int[Array, "B T"], num_keys: int, slots: int
 ) -> Float[Array, "B N T S"]:
     """Returns the score of each cache slot, whose distance is position − slot."""
     # Distance d is in column num_keys - 1 - d. Of 4 slots, a query at position 1 has the distances

@@ -53,11 +53,7 @@ class TransformerModel:
         rngs = {} if deterministic else {"dropout": key}
         model = Transformer(self.config, loop=self.loop)
         return model.apply(
-            {"params": params},
-            inputs,
-            cache,
-            deterministic=deterministic,
-            rngs=rngs,
+            {"params": params}, inputs, cache, deterministic=deterministic, rngs=rngs
         )
 
     def projection(self, params: Any, hidden: Float[Array, "*batch D"]) -> LogitTerms:

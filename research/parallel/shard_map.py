@@ -40,11 +40,7 @@ def shard_map(
       axes: mesh axes that are manual in `function`; the others stay with the partitioner. None is
         all of them.
     """
-    options: dict[str, Any] = {
-        "in_specs": in_specs,
-        "out_specs": out_specs,
-        "check_vma": False,
-    }
+    options: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": False}
     if axes is not None:
         options["axis_names"] = set(axes)
     mapped = jax.shard_map(function, **options)

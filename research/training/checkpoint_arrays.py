@@ -79,10 +79,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
 
 def _open(folder: Path, name: str, context: ts.Context) -> ts.Future:
     """Begins to open an array."""
-    spec = {
-        "driver": "zarr",
-        "kvstore": array_kvstore(folder, name),
-    }
+    spec = {"driver": "zarr", "kvstore": array_kvstore(folder, name)}
     return ts.open(spec, context=context, open=True, read=True)
 
 

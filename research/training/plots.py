@@ -112,13 +112,7 @@ def _draw_eval(axes: Any, losses: Curve, bits: list[float]) -> None:
     if bits:
         label += f", {bits[-1]:.3f} bits per byte"
     axes.plot(
-        steps,
-        values,
-        color=_COLOURS[EVAL],
-        marker="o",
-        markersize=3.5,
-        linewidth=1.5,
-        label=label,
+        steps, values, color=_COLOURS[EVAL], marker="o", markersize=3.5, linewidth=1.5, label=label
     )
 
 

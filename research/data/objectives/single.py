@@ -117,8 +117,7 @@ class Prefix(Causal):
 
         layout = Layout(lengths, segments.row_sizes, self.sequence_length)
         arrays = layout.arrays(
-            prefix=(in_prefix.astype(np.int32), 0),
-            weights=(target_follows.astype(np.float32), 0.0),
+            prefix=(in_prefix.astype(np.int32), 0), weights=(target_follows.astype(np.float32), 0.0)
         )
         batch = super().batch(segments)
         return batch | {"prefix": arrays["prefix"], "weights": arrays["weights"]}

@@ -103,8 +103,7 @@ def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     except Exception as error:  # both libraries raise bare Exception for a damaged model
         reason = " ".join(str(error).split())
         raise UserError(
-            "tokenizer",
-            constraint=f": its model cannot be written as a tokenizer.json: {reason}.",
+            "tokenizer", constraint=f": its model cannot be written as a tokenizer.json: {reason}."
         ) from error
 
 

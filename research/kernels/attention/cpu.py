@@ -107,11 +107,7 @@ def _attention_bwd(
     for shard, saved in zip(grid.shards(), residuals.shards, strict=True):
         g_shard = _queries_heads_first(shard.of_queries(g), grid.group)
         dq, dk, dv, dterms_shard = backward(
-            saved,
-            g_shard,
-            shard.batch,
-            mask=shard.of_mask(mask),
-            terms=shard.of_terms(terms),
+            saved, g_shard, shard.batch, mask=shard.of_mask(mask), terms=shard.of_terms(terms)
         )
         dqs.append(_heads_last(dq, shard.batch))
         # [BK, S, H] -> [BK, 1, S, H]: key/value heads are groups of one head each.

@@ -55,11 +55,7 @@ class _Sums(NamedTuple):
 
 
 def backward(
-    saved: Saved,
-    g: Float[Array, "BK G T H"],
-    batch: int,
-    mask: AttentionMask,
-    terms: ScoreTerms,
+    saved: Saved, g: Float[Array, "BK G T H"], batch: int, mask: AttentionMask, terms: ScoreTerms
 ) -> tuple[Float[Array, "BK G T H"], Float[Array, "BK S H"], Float[Array, "BK S H"], ScoreTerms]:
     """Returns the gradients of q, k and v, heads first, and those of the terms in float32.
 
@@ -137,14 +133,7 @@ def _tile_gradients(
     g_out_GTxH = g_GTxH.astype(jnp.float32) * out_GTxH.astype(jnp.float32)
     delta = jnp.sum(g_out_GTxH, axis=-1, keepdims=True)
     dscores_GTxS = weights_GTxS * (dweights_GTxS - delta)
-    dterms = _add_term_gradients(
-        sums.terms,
-        terms,
-        dscores_GTxS,
-        delta,
-        log_total,
-        tile,
-    )
+    dterms = _add_term_gradients(sums.terms, terms, dscores_GTxS, delta, log_total, tile)
 
     # Through the cap and the scale, to q kᵀ.
     if cap_derivative is not None:
@@ -178,13 +167,7 @@ def _add_term_gradients(
 
     dsinks = sums.sinks
     if dsinks is not None:
-        dsinks = _add_sink_gradient(
-            dsinks,
-            terms,
-            delta,
-            log_total,
-            tile,
-        )
+        dsinks = _add_sink_gradient(dsinks, terms, delta, log_total, tile)
     return dataclasses.replace(sums, bias=dbias, sinks=dsinks)
 
 

@@ -4,14 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from research.kernels.attention.cpu_tile import (
-    HIDDEN,
-    Tile,
-    bands,
-    matmul,
-    sink_rows,
-    tile_scores,
-)
+from research.kernels.attention.cpu_tile import HIDDEN, Tile, bands, matmul, sink_rows, tile_scores
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 
@@ -37,12 +30,7 @@ def forward(
 
     def step(carry: None, tile: Tile) -> tuple[None, tuple[Array, Array]]:
         rows = _tile_softmax(
-            tile.query_rows(q),
-            tile.reached_keys(k),
-            tile.reached_keys(v),
-            mask,
-            terms,
-            tile,
+            tile.query_rows(q), tile.reached_keys(k), tile.reached_keys(v), mask, terms, tile
         )
         return carry, tuple(map(tile.unstack_rows, rows))
 
@@ -71,21 +59,11 @@ def _tile_softmax(
     scores_GTxS, _ = tile_scores(q_GTxH, k_SxH, mask, terms, tile)
 
     # Half of HIDDEN at least: where all keys of a row are hidden, exp(HIDDEN - top) is 0.
-    top = jnp.max(
-        scores_GTxS,
-        axis=-1,
-        keepdims=True,
-        initial=HIDDEN / 2,
-    )
+    top = jnp.max(scores_GTxS, axis=-1, keepdims=True, initial=HIDDEN / 2)
     exp_GTxS = jnp.exp(scores_GTxS - top).astype(v_SxH.dtype)
     # The barrier keeps the sum from computing the exponential a second time.
     exp_GTxS = lax.optimization_barrier(exp_GTxS)
-    total = jnp.sum(
-        exp_GTxS,
-        axis=-1,
-        keepdims=True,
-        dtype=jnp.float32,
-    )
+    total = jnp.sum(exp_GTxS, axis=-1, keepdims=True, dtype=jnp.float32)
     any_visible = total > 0
     if terms.sinks is not None:
         total += _exp_of_sinks(top, terms, tile)

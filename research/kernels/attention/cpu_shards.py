@@ -116,11 +116,7 @@ def shard_grid(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> ShardG
 
     rows = len(even_slices(batch, wanted))
     return ShardGrid(
-        batch=batch,
-        kv_heads=kv_heads,
-        group=heads // kv_heads,
-        rows=rows,
-        columns=wanted // rows,
+        batch=batch, kv_heads=kv_heads, group=heads // kv_heads, rows=rows, columns=wanted // rows
     )
 
 

@@ -155,10 +155,7 @@ def matmul(
     if transpose_b:
         contracted = ((2,), (2,))
     return lax.dot_general(
-        a,
-        b,
-        dimension_numbers=(contracted, batch),
-        preferred_element_type=jnp.float32,
+        a, b, dimension_numbers=(contracted, batch), preferred_element_type=jnp.float32
     )
 
 
@@ -184,13 +181,7 @@ def tile_scores(
 
     # [BK, GT, S] -> [B, K, G, T, S]: the mask differs by sequence and token, the terms by head.
     kv_heads = k_SxH.shape[0] // tile.batch
-    scores = scores.reshape(
-        tile.batch,
-        kv_heads,
-        -1,
-        tile.queries.size,
-        tile.keys.size,
-    )
+    scores = scores.reshape(tile.batch, kv_heads, -1, tile.queries.size, tile.keys.size)
     if terms.bias is not None:
         scores += _tile_bias(terms.bias, kv_heads, tile)
     if terms.alibi is not None:

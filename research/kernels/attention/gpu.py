@@ -121,15 +121,7 @@ def _attention_bwd(
         dsinks = -dsinks.astype(terms.sinks.dtype)
     dbias = None
     if terms.bias is not None:
-        dbias = _bias_gradient(
-            plan,
-            operands,
-            extras,
-            mask,
-            terms.bias,
-            by_key,
-            sink_gradients,
-        )
+        dbias = _bias_gradient(plan, operands, extras, mask, terms.bias, by_key, sink_gradients)
     dalibi = None
     if terms.alibi is not None:
         dalibi = jnp.zeros_like(terms.alibi)
@@ -154,11 +146,7 @@ def _delta(
 
 
 def _all_key_gradients(
-    plan: Plan,
-    operands: Operands,
-    extras: dict[str, Array],
-    mask: AttentionMask,
-    terms: ScoreTerms,
+    plan: Plan, operands: Operands, extras: dict[str, Array], mask: AttentionMask, terms: ScoreTerms
 ) -> dict[str, Array]:
     """Returns `dk`, `dv` and, for a bias a key, `dbias`."""
     if terms.bias is not None:

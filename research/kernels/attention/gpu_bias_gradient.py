@@ -125,12 +125,7 @@ def _sharers(q_ref: Any, out_ref: Any, batch: Array, head: Array) -> _Sharers:
     if heads == 1:
         sharing_heads = all_heads
         head = None
-    return _Sharers(
-        batch,
-        head,
-        heads=sharing_heads,
-        count=sharing_batches * sharing_heads,
-    )
+    return _Sharers(batch, head, heads=sharing_heads, count=sharing_batches * sharing_heads)
 
 
 @dataclasses.dataclass(frozen=True)

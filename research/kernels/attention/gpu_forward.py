@@ -245,12 +245,7 @@ def _empty_softmax(block: _Block, width: int) -> _Softmax:
 
 
 def _visit_keys(
-    block: _Block,
-    q_TxH: Any,
-    index: Array,
-    softmax: _Softmax,
-    *,
-    masked: bool,
+    block: _Block, q_TxH: Any, index: Array, softmax: _Softmax, *, masked: bool
 ) -> _Softmax:
     """Adds the keys of one step to the softmax of a warpgroup's queries."""
     plan = block.plan
@@ -262,11 +257,7 @@ def _visit_keys(
     # [T, H] x [S, H]ᵀ -> [T, S]
     k_SxH = k.wait(slot)
     raw_TxS = product(
-        plan,
-        q_TxH,
-        k_SxH,
-        transpose_b=True,
-        meanwhile=lambda: arrange_schedule(turns),
+        plan, q_TxH, k_SxH, transpose_b=True, meanwhile=lambda: arrange_schedule(turns)
     )
     k.release(slot)
 

@@ -208,15 +208,7 @@ def _sum_over_group(block: _Block, k_SxH: Any, v_SxH: Any) -> dict[str, Array]:
             sums = {**sums, "dbias": zeros(plan, ROWS, axis=0)}
 
         def step(index: Array, sums: dict[str, Array], masked: bool) -> dict[str, Array]:
-            return _visit_queries(
-                block,
-                k_SxH,
-                v_SxH,
-                member,
-                index,
-                sums,
-                masked=masked,
-            )
+            return _visit_queries(block, k_SxH, v_SxH, member, index, sums, masked=masked)
 
         sums = block.visits.fold(step, sums)
         if "dbias" in outs:

@@ -158,26 +158,13 @@ def _sum_over_keys(block: _Block, dq_ref: Any) -> None:
     g_TxH = g.wait(block.warpgroup)
 
     own_tile = Tile(
-        block.batch,
-        block.head,
-        query=block.query,
-        key=jnp.int32(0),
-        shape=(ROWS, STEP),
+        block.batch, block.head, query=block.query, key=jnp.int32(0), shape=(ROWS, STEP)
     )
     # One number a query, which stays in registers over all visits.
     statistics = load_statistics(plan, operands, own_tile)
 
     def step(index: Array, dq: Array, masked: bool) -> Array:
-        return _visit_keys(
-            block,
-            q_TxH,
-            g_TxH,
-            statistics,
-            own_tile,
-            index,
-            dq,
-            masked=masked,
-        )
+        return _visit_keys(block, q_TxH, g_TxH, statistics, own_tile, index, dq, masked=masked)
 
     # q kᵀ is scaled, and so is its gradient: once a query, and not once a step.
     dq = block.visits.fold(step, zeros(plan, ROWS, width))
@@ -212,13 +199,7 @@ def _visit_keys(
 
     tile = dataclasses.replace(own_tile, key=block.visits.start(index))
     gradients = score_gradients(
-        plan,
-        block.extras,
-        raw_TxS,
-        dweights_TxS,
-        statistics,
-        tile,
-        masked=masked,
+        plan, block.extras, raw_TxS, dweights_TxS, statistics, tile, masked=masked
     )
     # [T, S] x [S, H] -> [T, H]
     dproduct_TxS = gradients.product.astype(k_SxH.dtype)

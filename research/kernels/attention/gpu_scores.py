@@ -178,10 +178,7 @@ def _bias(plan: Plan, ref: Any, tile: Tile) -> Float[Array, "rows columns"] | Fl
     The bias of a transposed tile is transposed too, `[#B, #N, #S, #T]`.
     """
     batches, heads, *lengths = ref.shape
-    index = [
-        tile.batch if batches > 1 else 0,
-        tile.head if heads > 1 else 0,
-    ]
+    index = [tile.batch if batches > 1 else 0, tile.head if heads > 1 else 0]
     # Axes of size 1 are broadcast: [B, N, 1, S] is loaded as a vector along axis 1.
     long_axes = []
     for axis, side in enumerate(tile.sides):

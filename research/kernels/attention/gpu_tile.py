@@ -45,10 +45,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     size = jnp.dtype(dtype).itemsize
     # A row of 64 elements of 16 bits has a swizzle of 128 bytes, the widest.
     swizzle = math.gcd(128, shape[-1] * size)
-    transforms = (
-        plgpu.TilingTransform((8, swizzle // size)),
-        plgpu.SwizzleTransform(swizzle),
-    )
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -275,11 +272,7 @@ def own_buffers(scratch: dict[str, Any], name: str) -> Buffers:
 
 def ring(scratch: dict[str, Any], name: str) -> Ring:
     """Returns the ring of an operand that is copied step by step."""
-    return Ring(
-        scratch[f"{name}_smem"],
-        scratch[f"{name}_full"],
-        scratch[f"{name}_free"],
-    )
+    return Ring(scratch[f"{name}_smem"], scratch[f"{name}_full"], scratch[f"{name}_free"])
 
 
 def ring_slot(step: Array, stages: int) -> Array:
@@ -289,10 +282,7 @@ def ring_slot(step: Array, stages: int) -> Array:
 
 
 def feed(
-    total: Array,
-    stages: int,
-    free: tuple[Any, ...],
-    copy: Callable[[Array, Array], None],
+    total: Array, stages: int, free: tuple[Any, ...], copy: Callable[[Array, Array], None]
 ) -> None:
     """Fills a ring of buffers, each as soon as both warpgroups are done with it.
 

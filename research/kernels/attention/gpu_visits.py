@@ -70,18 +70,8 @@ def _shown_by_positions(
     mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
 ) -> tuple[Array, Array]:
     """Returns whether something, and everything, is visible by causality, window and prefix."""
-    q = _position_range(
-        mask.q_positions,
-        plan.queries,
-        plan.padded_queries,
-        block_q,
-    ).of_queries()
-    kv = _position_range(
-        mask.kv_positions,
-        plan.keys,
-        plan.padded_keys,
-        block_kv,
-    ).of_keys()
+    q = _position_range(mask.q_positions, plan.queries, plan.padded_queries, block_q).of_queries()
+    kv = _position_range(mask.kv_positions, plan.keys, plan.padded_keys, block_kv).of_keys()
     q_blocks = plan.padded_queries // block_q
     kv_blocks = plan.padded_keys // block_kv
     some = jnp.ones((1, q_blocks, kv_blocks), bool)

@@ -43,16 +43,7 @@ def choose(
       UserError: the implementation named, or every fast one of this platform, does not support
         the call.
     """
-    name = choice.choose(
-        "attention",
-        implementation,
-        IMPLEMENTATIONS,
-        PREFERRED,
-        q,
-        k,
-        mask,
-        terms,
-    )
+    name = choice.choose("attention", implementation, IMPLEMENTATIONS, PREFERRED, q, k, mask, terms)
     function = IMPLEMENTATIONS[name].attention
     # A Pallas or cuDNN call is opaque to the partitioner of a mesh.
     if name in PARTITIONED:

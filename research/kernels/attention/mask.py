@@ -176,13 +176,7 @@ class AttentionMask:
           stop: the query after the last one.
           key_length: S.
         """
-        unknown = (
-            self.prefix,
-            self.q_positions,
-            self.kv_positions,
-            self.q_offset,
-            self.kv_offset,
-        )
+        unknown = (self.prefix, self.q_positions, self.kv_positions, self.q_offset, self.kv_offset)
         if any(x is not None for x in unknown):
             return slice(0, key_length)
 

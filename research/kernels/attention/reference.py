@@ -30,23 +30,13 @@ def attention(
     _, keys, kv_heads, _ = k.shape
     # [B, T, N, H] -> [B, T, K, G, H]
     q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    scores = terms.scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        q,
-        k,
-        preferred_element_type=jnp.float32,
-    )
+    scores = terms.scale * jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
     scores = _add_terms(scores, mask, terms)
 
     # [B, 1, T, S] -> [B, 1, 1, T, S]
     visible = mask.dense(queries, keys)[:, :, None]
     weights = _softmax(scores, visible, terms)
-    out = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        weights,
-        v,
-        preferred_element_type=jnp.float32,
-    )
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, queries, heads, width)
     return out.astype(v.dtype)
 
@@ -85,13 +75,7 @@ def _softmax(
 ) -> Float[Array, "B K G T S"]:
     """Returns exp(s) / (Σ_visible exp(s) + exp(sink)), 0 where a key is hidden."""
     kv_heads = scores.shape[1]
-    top = jnp.max(
-        scores,
-        axis=-1,
-        keepdims=True,
-        where=visible,
-        initial=jnp.finfo(jnp.float32).min,
-    )
+    top = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=jnp.finfo(jnp.float32).min)
     if terms.sinks is not None:
         sinks = _by_head(terms.sinks, kv_heads)
         top = jnp.maximum(top, sinks)

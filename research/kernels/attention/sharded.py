@@ -44,11 +44,7 @@ def per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
         tokens = PartitionSpec(batch, None, heads)
         mask_specs = jax.tree.map(lambda _: PartitionSpec(batch), mask)
         term_specs = jax.tree.map(term_spec, terms)
-        sharded = shard_map(
-            attention,
-            (tokens, tokens, tokens, mask_specs, term_specs),
-            tokens,
-        )
+        sharded = shard_map(attention, (tokens, tokens, tokens, mask_specs, term_specs), tokens)
         return sharded(q, k, v, mask, terms)
 
     return call

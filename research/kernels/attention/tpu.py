@@ -67,9 +67,7 @@ def choose_blocks(
     tile_queries = _tile_size(queries)
     tile_keys = _tile_size(keys)
     backward_blocks = BlockSizes(
-        queries=tile_queries,
-        keys=tile_keys,
-        resident=max(tile_queries, tile_keys, resident),
+        queries=tile_queries, keys=tile_keys, resident=max(tile_queries, tile_keys, resident)
     )
     if chip() not in WIDE_MATRIX_UNITS:
         return backward_blocks, backward_blocks
@@ -177,9 +175,7 @@ def _backward(
 
 
 def _sink_gradient(
-    sinks: Float[Array, "N"],
-    logsumexp: Float[Array, "B N 1 T"],
-    delta: Float[Array, "B N 1 T"],
+    sinks: Float[Array, "N"], logsumexp: Float[Array, "B N 1 T"], delta: Float[Array, "B N 1 T"]
 ) -> Float[Array, "N"]:
     """Returns −Σ weight · delta: a sink has a weight, and the value 0."""
     # [N] -> [1, N, 1, 1], in units of log 2

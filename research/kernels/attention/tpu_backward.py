@@ -258,8 +258,7 @@ def _chunk_gradients(
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name="tessera_attention_backward",
         interpret=interpret,
@@ -336,12 +335,7 @@ def _kernel(
 
 
 def _add_tile(
-    config: ScoreConfig,
-    refs: Refs,
-    queries: TileRange,
-    keys: TileTokens,
-    masked: bool,
-    sums: _Sums,
+    config: ScoreConfig, refs: Refs, queries: TileRange, keys: TileTokens, masked: bool, sums: _Sums
 ) -> None:
     """Adds a tile of queries to the three gradients."""
     tile = load_tile(config, refs, queries, keys, masked)

@@ -67,8 +67,7 @@ def bias_gradient(
             out_specs=operands.specs[operands.names.index("bias")],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 4,
-            vmem_limit_bytes=VMEM_LIMIT,
+            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_LIMIT
         ),
         name="tessera_attention_bias",
         interpret=interpret,

@@ -215,15 +215,7 @@ def _add_tile(
     values_SxH = refs["v"][0, 0, keys.in_block, :]
     q_TxH = refs["q"][0, 0]
     products_TxS = dot(q_TxH, k_SxH, contract=(1, 1))
-    scores_TxS, factor = tile_scores(
-        config,
-        refs,
-        products_TxS,
-        queries,
-        keys,
-        masked,
-        key_axis=1,
-    )
+    scores_TxS, factor = tile_scores(config, refs, products_TxS, queries, keys, masked, key_axis=1)
     values_SxH = zero_past_end(config, values_SxH, keys, masked)
 
     # A maximum is the same in all 128 lanes of its row: [T, 128]

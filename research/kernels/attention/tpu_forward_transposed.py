@@ -111,15 +111,7 @@ def _add_tile(
 ) -> None:
     """Adds a tile of keys to the running maximum, denominator and sum of values."""
     values_SxH = refs["v"][0, 0, keys.in_block, :]
-    scores_SxT, factor = tile_scores(
-        config,
-        refs,
-        products_SxT,
-        queries,
-        keys,
-        masked,
-        key_axis=0,
-    )
+    scores_SxT, factor = tile_scores(config, refs, products_SxT, queries, keys, masked, key_axis=0)
     values_SxH = zero_past_end(config, values_SxH, keys, masked)
 
     # The maximum of each query: [S, T] -> [1, T]

@@ -101,15 +101,7 @@ def tile_gradients(
     bias = bias_tile(refs, queries.in_block, slice(None))
     if bias is not None:
         bias = bias.T
-    scores_SxT = scores(
-        config,
-        refs,
-        capped_SxT,
-        query_tokens,
-        keys,
-        bias,
-        masked,
-    )
+    scores_SxT = scores(config, refs, capped_SxT, query_tokens, keys, bias, masked)
 
     # Of a softmax: dscores = weights · (dweights − Σ_s weights · dweights), where the sum is delta.
     weights_SxT = jnp.exp2(scores_SxT - tile.logsumexp_1xT)

@@ -94,10 +94,7 @@ def _for_each_block(
         is_member = (index >= start) & (index < stop)
         last = RowBlock(group, first, size, is_member[:, None])
         return jax.lax.cond(
-            start < stop,
-            functools.partial(visit, last),
-            lambda carry: carry,
-            carry,
+            start < stop, functools.partial(visit, last), lambda carry: carry, carry
         )
 
     return jax.lax.fori_loop(0, sizes.shape[0], visit_group, carry)
@@ -127,10 +124,7 @@ def _multiply(x: Array, kernels: Array, group_sizes: Array, contracted: int) -> 
     def multiply(block: RowBlock, y: Array) -> Array:
         kernel = jax.lax.dynamic_index_in_dim(kernels, block.group, keepdims=False)
         product = jax.lax.dot_general(
-            block.take(x),
-            kernel,
-            dimension_numbers,
-            preferred_element_type=jnp.float32,
+            block.take(x), kernel, dimension_numbers, preferred_element_type=jnp.float32
         )
         return block.put(y, product)
 

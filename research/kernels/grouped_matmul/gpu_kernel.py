@@ -119,12 +119,7 @@ def _work(
             right = shared["right"].at[slot]
             plgpu.barrier_wait(shared["full"].at[slot])
             out = product(
-                plan,
-                left,
-                right,
-                out,
-                transpose_a=transpose_a,
-                transpose_b=plan.transposed,
+                plan, left, right, out, transpose_a=transpose_a, transpose_b=plan.transposed
             )
             plgpu.barrier_arrive(shared["free"].at[slot])
             return out

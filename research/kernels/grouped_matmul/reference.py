@@ -44,10 +44,7 @@ def grouped_matmul(
     """Returns each row times the kernel of its group, holding `[E, rows, D]`."""
     # In the equations r is a row.
     y = jnp.einsum(
-        "ErD,EDF->rF",
-        _rows_by_group(x, group_sizes),
-        kernels,
-        preferred_element_type=jnp.float32,
+        "ErD,EDF->rF", _rows_by_group(x, group_sizes), kernels, preferred_element_type=jnp.float32
     )
     return y.astype(x.dtype)
 
@@ -67,8 +64,5 @@ def outer_products(
     # A row past the last group may hold NaN, which 0 · NaN would let through.
     g = rows_of_any_group(g, group_sizes)
     return jnp.einsum(
-        "ErD,rF->EDF",
-        _rows_by_group(x, group_sizes),
-        g,
-        preferred_element_type=jnp.float32,
+        "ErD,rF->EDF", _rows_by_group(x, group_sizes), g, preferred_element_type=jnp.float32
     )

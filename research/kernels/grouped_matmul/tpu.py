@@ -31,9 +31,7 @@ class BlockSizes:
     def within(self, rows: int, inner: int, outer: int) -> "BlockSizes":
         """Returns the sizes, no larger than the arrays."""
         return BlockSizes(
-            rows=min(self.rows, rows),
-            inner=min(self.inner, inner),
-            outer=min(self.outer, outer),
+            rows=min(self.rows, rows), inner=min(self.inner, inner), outer=min(self.outer, outer)
         )
 
 
@@ -108,22 +106,16 @@ def grouped_matmul(
         out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(
-                pl.cdiv(features, blocks.outer),
-                number,
-                pl.cdiv(width, blocks.inner),
-            ),
+            grid=(pl.cdiv(features, blocks.outer), number, pl.cdiv(width, blocks.inner)),
             in_specs=[
                 pl.BlockSpec((blocks.rows, blocks.inner), x_index_map),
                 pl.BlockSpec((1, blocks.inner, blocks.outer), kernel_index_map),
             ],
             out_specs=pl.BlockSpec((blocks.rows, blocks.outer), y_index_map),
-            scratch_shapes=[
-                pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32),
-            ],
+            scratch_shapes=[pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
         name="tessera_grouped_matmul",
         interpret=interpret,
@@ -218,11 +210,7 @@ def outer_products(
         out_shape=jax.ShapeDtypeStruct((groups, width, features), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(
-                pl.cdiv(width, blocks.inner),
-                pl.cdiv(features, blocks.outer),
-                number,
-            ),
+            grid=(pl.cdiv(width, blocks.inner), pl.cdiv(features, blocks.outer), number),
             in_specs=[
                 pl.BlockSpec((blocks.rows, blocks.inner), x_index_map),
                 pl.BlockSpec((blocks.rows, blocks.outer), g_index_map),
@@ -230,7 +218,7 @@ def outer_products(
             out_specs=pl.BlockSpec((1, blocks.inner, blocks.outer), out_index_map),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         name="tessera_grouped_outer_products",
         interpret=interpret,

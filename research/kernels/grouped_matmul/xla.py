@@ -48,9 +48,5 @@ def outer_products(
     x = rows_of_any_group(x, group_sizes)
     g = rows_of_any_group(g, group_sizes)
     return jax.lax.ragged_dot_general(
-        x,
-        g,
-        group_sizes,
-        _CONTRACTED_ROWS,
-        preferred_element_type=jnp.float32,
+        x, g, group_sizes, _CONTRACTED_ROWS, preferred_element_type=jnp.float32
     )
