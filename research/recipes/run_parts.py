@@ -1,7 +1,8 @@
 """Parts of a training run that follow from its config: evaluation, the check of the first batch,
-throughput.
+throughput, trackers.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,11 @@ from research.scaling.devices import peak_flops
 from research.storage.paths import Path
 from research.training.evaluation import evaluate
 from research.training.loop import Throughput
-from research.training.metrics import MetricsWriter
 from research.training.program import Program
 from research.training.self_check import check_attention
 from research.training.state import TrainState
 from research.training.step import shard_batch
-from research.training.trackers import open_trackers
+from research.training.trackers import Tracker, open_trackers
 
 
 def evaluation(
@@ -73,7 +73,8 @@ def throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Throughput:
     return Throughput(flops_per_token, peak, mesh.size)
 
 
-def metrics_writer(config: ExperimentConfig, workdir: Path, step: int) -> MetricsWriter:
-    """Returns what writes the run's numbers, to its trackers too, from a step on."""
-    trackers = open_trackers(config.trackers, workdir, configs.plain(config))
-    return MetricsWriter(workdir, step, trackers)
+def run_trackers(
+    config: ExperimentConfig, workdir: Path
+) -> contextlib.AbstractContextManager[list[Tracker]]:
+    """Returns the context in which the trackers of a run are open."""
+    return open_trackers(config.trackers, workdir, configs.plain(config))

@@ -18,7 +18,7 @@ from research.recipes import workdir as workdirs
 from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.resume import is_done, log_done, restore
-from research.recipes.run_parts import evaluation, first_batch_check, metrics_writer, throughput
+from research.recipes.run_parts import evaluation, first_batch_check, run_trackers, throughput
 from research.recipes.time_budget import add_budget_arguments, load_within_budget
 from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
@@ -26,6 +26,7 @@ from research.training import loop
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
 from research.training.language_model import language_model_program
+from research.training.metrics import MetricsWriter
 from research.training.plots import plot_loss
 from research.training.program import Program
 from research.training.state import TrainState
@@ -102,6 +103,8 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             stack.enter_context(lock(workdir, config, prepared.tokenizer))
             stack.callback(checkpoints.close)
         stack.callback(loader.close)
+        # Before anything is compiled: a missing key costs no time.
+        trackers = stack.enter_context(run_trackers(config, workdir))
 
         # State, step, evaluation.
         with clock.measure("compile"):
@@ -109,7 +112,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             del saved  # its arrays are the state's now, or were copied into it
             step = program.compile_train_step()
             evaluate = evaluation(config, program, frozen, prepared, part)
-            writer = stack.enter_context(metrics_writer(config, workdir, int(state.step)))
+            writer = stack.enter_context(MetricsWriter(workdir, int(state.step), trackers))
         run = loop.Run(
             step=step,
             frozen=frozen,
@@ -124,9 +127,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             throughput=throughput(config, program.mesh),
         )
         state = loop.run_loop(state, run, config.train, unfinished)
-    logger.info("time: %s", clock.report())
-    if jax.process_index() == 0:
-        plot_loss(workdir)
+    _report(clock, workdir)
     return run.saved(state)
 
 
@@ -141,3 +142,9 @@ def _program(config: ExperimentConfig) -> Program:
 def _log_model(program: Program) -> None:
     parameters = count(program.saved.params)
     logger.info("model: %s parameters on %d device(s)", f"{parameters:,}", program.mesh.size)
+
+
+def _report(clock: Clock, workdir: Path) -> None:
+    logger.info("time: %s", clock.report())
+    if jax.process_index() == 0:
+        plot_loss(workdir)

@@ -49,7 +49,7 @@ class MetricsWriter:
     Args:
       workdir: the run's folder.
       resumed_step: the step of the checkpoint that the run resumes from; 0 begins a run.
-      trackers: get the rows too, and are closed with the files.
+      trackers: get the rows too; who opened them closes them.
     """
 
     def __init__(self, workdir: Path, resumed_step: int = 0, trackers: Sequence[Tracker] = ()):
@@ -138,8 +138,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the files; after a failed write, which was raised, raises nothing."""
-        for tracker in self._trackers:
-            tracker.close()
         if self._folder is None:
             return
         if self._failed:

@@ -9,10 +9,11 @@ import dataclasses
 import importlib
 import json
 import logging
+import os
 import secrets
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -20,12 +21,19 @@ import jax
 
 from research.core.errors import UserError, join
 from research.storage import files
+from research.storage.json_files import read_object
 from research.storage.paths import Path
 
 logger = logging.getLogger("tessera")
 
 # In the workdir: the id of the run at each tracker, so that a resumed run is the same one there.
 FILE = "trackers.json"
+
+# What a tracker that cannot be started needs, where its own error does not say it.
+ADVICE = {
+    "mlflow": "Set MLFLOW_TRACKING_URI to the address of a server, or to file:///… together with "
+    "MLFLOW_ALLOW_FILE_STORE=true."
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +104,10 @@ class _WeightsAndBiases:
 
 class _MLflow:
     def __init__(self, package: Any, config: TrackerConfig, run_id: str, values: dict[str, Any]):
+        # Its own defaults, 7 retries and 120 s, hold a run up for minutes where the server is down.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
         self._metric = package.entities.Metric
         self._client = package.MlflowClient()
         experiment = self._client.get_experiment_by_name(config.project)
@@ -119,7 +131,9 @@ class _MLflow:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
         metrics = [self._metric(name, value, now, step) for name, value in values.items()]
-        self._client.log_batch(self._id, metrics=metrics)
+        # MLflow's asynchronous logging keeps every row that a dead server does not take, logs an
+        # error for each, and raises none.
+        self._client.log_batch(self._id, metrics=metrics, synchronous=True)
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
@@ -176,9 +190,12 @@ class _Safe:
             self._tracker = None
 
 
-def open_trackers(configs: TrackersConfig, workdir: Path, values: dict[str, Any]) -> list[Tracker]:
-    """Starts or resumes the run at each tracker; on processes other than the first it does
-    nothing.
+@contextlib.contextmanager
+def open_trackers(
+    configs: TrackersConfig, workdir: Path, values: dict[str, Any]
+) -> Iterator[list[Tracker]]:
+    """Starts or resumes the run at each tracker, and closes them at the end; on processes other
+    than the first there are none.
 
     Args:
       configs: of the trackers.
@@ -186,24 +203,26 @@ def open_trackers(configs: TrackersConfig, workdir: Path, values: dict[str, Any]
       values: the plain config of the run, which trackers show.
 
     Raises:
-      UserError: a tracker that is not optional has no package, no credentials or no answer.
+      UserError: a tracker that is not optional has no package, no credentials, no answer or no
+          readable id in the workdir.
     """
-    if jax.process_index() != 0:
-        return []
-    opened: list[Tracker] = []
-    for package_name, config in configs.wanted().items():
-        named = dataclasses.replace(config, name=config.name or workdir.name)
-        try:
-            tracker = _open(package_name, named, _run_id(workdir, package_name), values)
-            opened.append(_Safe(package_name, tracker))
-        except UserError as error:
-            # The run does not start: those that are open must not show it as running.
-            if not config.optional:
-                for tracker in opened:
-                    tracker.close()
-                raise
-            logger.warning("%s The run goes on without it.", error)
-    return opened
+    wanted = configs.wanted() if jax.process_index() == 0 else {}
+    # Where one cannot be started, those before it are closed: they must not show a running run.
+    with contextlib.ExitStack() as stack:
+        opened: list[Tracker] = []
+        for package_name, config in wanted.items():
+            named = dataclasses.replace(config, name=config.name or workdir.name)
+            try:
+                run_id = _run_id(workdir, package_name)
+                tracker = _Safe(package_name, _open(package_name, named, run_id, values))
+            except UserError as error:
+                if not config.optional:
+                    raise
+                logger.warning("%s The run goes on without it.", error)
+                continue
+            stack.callback(tracker.close)
+            opened.append(tracker)
+        yield opened
 
 
 def _open(package_name: str, config: TrackerConfig, run_id: str, values: dict[str, Any]) -> Tracker:
@@ -221,14 +240,17 @@ def _open(package_name: str, config: TrackerConfig, run_id: str, values: dict[st
         with contextlib.redirect_stdout(None):
             return TRACKERS[package_name](package, config, run_id, values)
     except Exception as error:
-        raise UserError(field, constraint=f"cannot be started: {_first_line(error)}.") from error
+        constraint = f"cannot be started: {_first_line(error)}."
+        if package_name in ADVICE:
+            constraint = f"{constraint} {ADVICE[package_name]}"
+        raise UserError(field, constraint=constraint) from error
 
 
 def _run_id(workdir: Path, package_name: str) -> str:
     """Returns the id of the workdir's run at a tracker, made and kept at the first call."""
     path = workdir / FILE
     # {"wandb": "1f0a99c3", "mlflow": "5be07d12"}
-    ids = json.loads(path.read_text()) if path.exists() else {}
+    ids = read_object(path) if path.exists() else {}
     if package_name not in ids:
         ids[package_name] = secrets.token_hex(4)
         files.make_folder(workdir)

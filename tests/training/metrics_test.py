@@ -57,6 +57,21 @@ def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
     assert (back["b"], back["c"], back["d"]) == (math.inf, -math.inf, None)
 
 
+def test_trackers_get_each_row_with_its_step(tmp_path):
+    class Rows(list):
+        def write(self, step, values):
+            self.append((step, dict(values)))
+
+        def close(self):
+            raise AssertionError("who opened it closes it")
+
+    rows = Rows()
+    with MetricsWriter(tmp_path, trackers=[rows]) as writer:
+        writer.write(7, {"train/loss": jnp.float32(0.5), "throughput/mfu": None})
+        writer.write(np.int64(9), {"eval/loss": 0.25})
+    assert rows == [(7, {"train/loss": 0.5}), (9, {"eval/loss": 0.25})]
+
+
 @pytest.mark.parametrize("torn", ["", '{"step": 13, "train/lo'])
 def test_a_resumed_run_has_the_rows_of_an_unbroken_one(tmp_path, torn):
     write_run(tmp_path / "unbroken", range(1, 21)).close()
