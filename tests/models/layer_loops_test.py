@@ -66,3 +66,21 @@ def test_scanned_layers_may_be_cut_too():
     params = random_params(VARIANTS["windows"])
     found = hidden("windows", stack(params, 5), Halves(Scanned()))
     np.testing.assert_allclose(found, hidden("windows", params, None), atol=1e-5)
+
+
+def test_scanned_layers_drop_the_same_as_unrolled_ones():
+    config = dataclasses.replace(VARIANTS["windows"], dropout=0.5)
+    assert len(config.pattern) == 2
+    inputs = unpacked(rows(config, LENGTHS))
+
+    def dropped(params: Any, loop: LayerLoop) -> np.ndarray:
+        def call(params: Any) -> jax.Array:
+            model = Transformer(config, loop=loop)
+            rngs = {"dropout": jax.random.key(0)}
+            return model.apply({"params": params}, inputs, deterministic=False, rngs=rngs).hidden
+
+        return np.asarray(jax.jit(call)(params))
+
+    params = random_params(config)
+    unrolled = dropped(params, Unrolled())
+    np.testing.assert_allclose(dropped(stack(params, 5), Scanned()), unrolled, atol=1e-5)

@@ -1,13 +1,17 @@
 """`tessera evaluate`: bits per byte of a run beside gzip's and an n-gram's of the same bytes."""
 
 import json
+import math
 import pathlib
 
 import pytest
 
 from research import cli
+from research.core.config import bind
 from research.data.sources import SourceConfig, documents
 from research.evaluation.baselines import ByteNgram, bits_per_byte, gzip_bits
+from research.recipes.evaluate import _bytes_read, _first_bytes
+from research.recipes.experiment import ExperimentConfig
 from research.recipes.workdir import read_config
 from research.training.metrics import evaluations
 from tests.recipes import runs
@@ -39,10 +43,19 @@ def test_baselines_read_the_same_bytes_as_the_run(
     assert run == evaluations(workdir)[-1]["eval/bits_per_byte"]
     assert ngram == pytest.approx(bits_per_byte(ByteNgram(train, 3).bits(heldout), heldout))
     assert packed == pytest.approx(bits_per_byte(gzip_bits(heldout), heldout))
-    # 12 steps of 8 rows of 32 tokens, each a byte but for the ends of documents.
-    size = float(result["bits_per_byte"][1]["name"].partition("(")[2].split()[0])
-    assert size == pytest.approx(12 * 8 * 32 / 1e6, abs=0.06)
+    config = bind(ExperimentConfig, read_config(workdir))
+    read = _first_bytes(train, _bytes_read(config, evaluations(workdir)[-1]))
+    assert part == pytest.approx(bits_per_byte(ByteNgram(read, 3).bits(heldout), heldout))
     assert part >= ngram
+
+
+def test_bytes_read_are_tokens_times_bytes_a_token(workdir: pathlib.Path):
+    config = bind(ExperimentConfig, read_config(workdir))
+    assert (config.train.batch_size, config.train.sequence_length) == (8, 32)
+
+    # 12 steps of 8 rows of 32 tokens of 3 bits, at 1.5 bits a byte: 2 bytes a token.
+    last = {"step": 12, "eval/loss": 3 * math.log(2), "eval/bits_per_byte": 1.5}
+    assert _bytes_read(config, last) == 12 * 8 * 32 * 2
 
 
 def test_the_table_is_printed(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]):

@@ -184,6 +184,32 @@ def test_cpu_equals_reference_in_value_and_gradients(
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
+def test_shards_of_heads_take_the_bias_of_their_heads(monkeypatch):
+    q, k, v, g = inputs(1, 512, 512, 4, 2, 8)
+    # Each head looks at another offset, so the bias of another head gives other values.
+    distance = np.arange(512)[:, None] - np.arange(512)
+    offsets = np.array([1, 20, 100, 300])
+    bias = jnp.asarray(-0.1 * np.abs(distance - offsets[:, None, None])[None], jnp.float32)
+    monkeypatch.setattr(cpu_shards, "SHARDS", 2)
+    assert cpu_shards.shard_grid(q, k).columns == 2
+
+    def run(implementation):
+        def call(q, k, v, bias):
+            return attention(
+                q, k, v, mask=AttentionMask(), implementation=implementation, bias=bias
+            )
+
+        @jax.jit
+        def both(*arrays):
+            out, pull = jax.vjp(call, *arrays)
+            return (out, *pull(g))
+
+        return both(q, k, v, bias)
+
+    for got, want in zip(run("cpu"), run("reference"), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_cpu_in_bfloat16_is_as_near_to_float32_as_the_reference():
     mask = AttentionMask(causal=True)
     args = inputs(1, 200, 200, 4, 2, 16)

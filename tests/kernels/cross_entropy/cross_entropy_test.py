@@ -313,12 +313,39 @@ def test_a_gradient_made_beside_the_loss_equals_the_reference(
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
 
 
+def test_padding_of_a_chunk_has_no_gradient_where_a_loss_divides_by_a_count(monkeypatch):
+    hidden, table, targets, _ = inputs((7,))
+    counts = jnp.asarray([1.0, 2.0, 4.0, 1.0, 3.0, 5.0, 2.0])
+
+    # A count of 0, as padding has, gives the cotangent 1 / 0.
+    def mean_loss(nll, log_z, counts):
+        return (nll / counts).sum(), log_z
+
+    def kernel_gradient(implementation):
+        def call(table):
+            loss, _ = cross_entropy(
+                mean_loss, hidden, table.T, targets, counts, implementation=implementation
+            )
+            return loss
+
+        return jax.jit(jax.grad(call))(table)
+
+    # 7 tokens in chunks of 4: the second chunk has one token of padding.
+    monkeypatch.setattr(fused, "LOGITS", 4 * V)
+    found = kernel_gradient("fused")
+    np.testing.assert_allclose(found, kernel_gradient("reference"), atol=1e-5)
+
+
 def test_a_gradient_made_beside_the_loss_makes_the_logits_once():
     def products(implementation):
         hidden, table, targets, _ = inputs((64,), vocab=128)
-        call = lambda hidden, table: cross_entropy(  # noqa: E731
-            with_z_loss, hidden, table.T, targets, jnp.ones(64), implementation=implementation
-        )[0]
+
+        def call(hidden, table):
+            loss, _ = cross_entropy(
+                with_z_loss, hidden, table.T, targets, jnp.ones(64), implementation=implementation
+            )
+            return loss
+
         return jax.jit(jax.grad(call, argnums=(0, 1))).lower(hidden, table).cost_analysis()["flops"]
 
     product = 2 * 64 * 128 * D
