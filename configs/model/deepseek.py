@@ -71,7 +71,7 @@ def get_config(size: str = "v3-671b") -> ml_collections.ConfigDict:
     """Returns the model of one generation and size."""
     if size not in SIZES:
         raise UserError(f"size = {size!r} is not a DeepSeek. {nearest(size, SIZES)}")
-    generation, layers, dense, heads, mscale, future = SIZES[size]
+    generation, layers, dense, heads, mscale, mtp_depth = SIZES[size]
     head_dim, rope_dim = 128, 64
     scaling = {
         "kind": "yarn",
@@ -96,7 +96,7 @@ def get_config(size: str = "v3-671b") -> ml_collections.ConfigDict:
             "norm": {"kind": "rmsnorm", "placement": "pre", "epsilon": 1e-6},
             "position": {"kind": "rotary", "theta": 1e4, "scaling": scaling},
             "first_layers": [{"experts": False}] * dense,
-            "head": {"mtp_depth": future, "mtp_weight": 0.3},
+            "head": {"mtp_depth": mtp_depth, "mtp_weight": 0.3},
             "tied_embeddings": False,
             "init_stddev": 0.006,
         }

@@ -18,7 +18,7 @@ import ml_collections
 from research.core.errors import UserError, nearest
 
 
-def _stretched(factor: float) -> dict[str, Any]:
+def _rope_scaling(factor: float) -> dict[str, Any]:
     scaling = {
         "factor": factor,
         "low_frequency_factor": 1.0,
@@ -31,8 +31,8 @@ def _stretched(factor: float) -> dict[str, Any]:
 ONE = {"vocab_size": 32_000, "max_length": 2048, "norm": {"epsilon": 1e-6}}
 TWO = {"vocab_size": 32_000, "max_length": 4096}
 THREE = {"vocab_size": 128_256, "max_length": 8192, "position": {"theta": 500_000.0}}
-THREE_1 = _stretched(factor=8.0)
-THREE_2 = _stretched(factor=32.0) | {"tied_embeddings": True}
+THREE_1 = _rope_scaling(factor=8.0)
+THREE_2 = _rope_scaling(factor=32.0) | {"tied_embeddings": True}
 
 # what its generation changes, then layers, width, heads, key/value heads, MLP width
 SIZES = {

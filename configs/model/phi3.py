@@ -270,7 +270,7 @@ MEDIUM_LONG = (
 )
 
 
-def _stretched(short: tuple[float, ...], long: tuple[float, ...]) -> dict[str, Any]:
+def _longrope_scaling(short: tuple[float, ...], long: tuple[float, ...]) -> dict[str, Any]:
     """Returns LongRoPE from 4,096 to 131,072 tokens, with the amplitude of Ding et al. 2024,
     arXiv:2402.13753.
     """
@@ -290,10 +290,10 @@ MINI_WIDTHS, MEDIUM_WIDTHS = (32, 3072, 32, 32, 8192), (40, 5120, 40, 10, 17_920
 # what its context needs; layers, width, heads, key/value heads, MLP width
 SIZES = {
     "mini-4k": (SHORT, MINI_WIDTHS),
-    "mini-128k": (_stretched(MINI_SHORT, MINI_LONG), MINI_WIDTHS),
+    "mini-128k": (_longrope_scaling(MINI_SHORT, MINI_LONG), MINI_WIDTHS),
     "medium-4k": (SHORT, MEDIUM_WIDTHS),
-    "medium-128k": (_stretched(MEDIUM_SHORT, MEDIUM_LONG), MEDIUM_WIDTHS),
-    "3.5-mini": (_stretched(MINI_3_5_SHORT, MINI_3_5_LONG), MINI_WIDTHS),
+    "medium-128k": (_longrope_scaling(MEDIUM_SHORT, MEDIUM_LONG), MEDIUM_WIDTHS),
+    "3.5-mini": (_longrope_scaling(MINI_3_5_SHORT, MINI_3_5_LONG), MINI_WIDTHS),
 }
 
 

@@ -22,7 +22,7 @@ from research.core.errors import UserError, nearest
 
 
 def _experts(number: int, per_token: int, hidden: int, shared: int = 0) -> dict[str, Any]:
-    """Returns a mixture; the elder ones have a shared expert and do not renormalize."""
+    """Returns a mixture; the older ones have a shared expert and do not renormalize."""
     return {
         "experts": {
             "num_experts": number,

@@ -25,10 +25,10 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         if encoder != decoder:
             raise UserError(f"decoder_{name}", decoder, f"must equal encoder_{name} = {encoder!r}.")
 
-    start_id = fields["decoder_start_token_id"]
-    if start_id is None:
+    decoder_start_id = fields["decoder_start_token_id"]
+    if decoder_start_id is None:
         # BART starts with its end of text, which transformers leaves out.
-        start_id = 2
+        decoder_start_id = 2
     return {
         "structure": "encoder_decoder",
         "vocab_size": fields["vocab_size"],
@@ -47,7 +47,7 @@ def _read(placement: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "position": {"kind": "learned", "offset": _OFFSET},
         "embedding": {"norm": True},
         "head": {"bias": fields["architectures"][0].endswith("ForConditionalGeneration")},
-        "decoder_start_id": start_id,
+        "decoder_start_id": decoder_start_id,
         "tied_embeddings": fields["tie_word_embeddings"],
         "scale_embeddings": fields["scale_embedding"],
         "dropout": fields["dropout"],

@@ -327,6 +327,10 @@ class _ArrayWriter:
 def chunk_shape(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Returns chunks of at most `CHUNK_BYTES` whose edges are edges of parts of this shape.
 
+    A chunk that two parts share would be written with the first, then read, changed and written
+    again with the second. Cut axes have parts of a power of two of rows, so chunks are powers of
+    two as well: parts 0:4, 4:8 and chunks 0:2, 2:4, 4:6, 6:8.
+
     The longest axes are halved, so that chunks suit a model that is sharded along any of them:
     float32 (1, 4096, 28672) -> (1, 1024, 1024).
     """

@@ -109,14 +109,14 @@ def test_a_folder_that_transformers_saved_is_read(name, tmp_path):
 
 def test_the_text_of_a_model_that_sees_pictures_is_read(tmp_path, caplog):
     text = torch_models.DECODERS["gemma3"].to_dict()
-    sight = {
+    vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
     config = transformers.Gemma3Config(
-        text_config=text, vision_config=sight | {"image_size": 28, "patch_size": 14}
+        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}
     )
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(tmp_path)

@@ -60,7 +60,9 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         (64, 128, False),
     ],
 )
-def test_few_queries_of_many_slots_are_absorbed(queries: int, slots: int, expected: bool):
+def test_weight_absorption_is_used_for_few_queries_of_many_slots(
+    queries: int, slots: int, expected: bool
+):
     sizes = LatentConfig(
         kv_dim=512, q_dim=1536, rope_dim=64, value_dim=128
     )  # DeepSeek-V3, whose cache holds 576

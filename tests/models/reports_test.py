@@ -48,11 +48,11 @@ def reports_of(config: ModelConfig, params: Any) -> LayerReports:
 def send_to(params: Any, expert_of: dict[str, int]) -> Any:
     """Parameters whose selection biases send every token of a layer to one expert."""
 
-    def steer(path: Any, leaf: np.ndarray) -> np.ndarray:
+    def select_expert(path: Any, leaf: np.ndarray) -> np.ndarray:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return 10 * np.eye(4, dtype=np.float32)[expert_of[name]] if name in expert_of else leaf
 
-    return jax.tree_util.tree_map_with_path(steer, params)
+    return jax.tree_util.tree_map_with_path(select_expert, params)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -63,7 +63,7 @@ def token_losses(
 def _shard_losses(
     config: CrossEntropyConfig,
     vocab_size: int,
-    _: tuple[str, ...],
+    unused_batch_axes: tuple[str, ...],
     tensor_axes: tuple[str, ...],
     kernel: Float[Array, "D columns"],
     hidden: Float[Array, "tokens D"],
@@ -110,7 +110,7 @@ def _add_tile(
     vocab_size: int,
     columns: Float[Array, "D columns"],
     start: Any,
-    _: None,
+    unused_total: None,
     softmax: OnlineSoftmax,
     hidden: Float[Array, "chunk D"],
     targets: Int[Array, "chunk"],

@@ -75,7 +75,8 @@ def split_tokens(
     """Returns `x` in even chunks of at most `token_chunk` tokens, the last one padded with
     zeros.
     """
-    # 10 tokens in chunks of 4: [10, D] -> [12, D] -> [3, 4, D]
+    # 10 tokens in chunks of 4: [10, D] -> [12, D] -> [3, 4, D]. 9 tokens fill 3 chunks of 3:
+    # [9, D] -> [3, 3, D].
     tokens, *rest = x.shape
     chunks = -(-tokens // token_chunk)
     padding = -tokens % chunks
