@@ -207,12 +207,20 @@ def _with_new_names(
         former = field.metadata[_FORMER_NAME]
         if former not in values:
             continue
-        if name in values:
+        _warn_renamed(join(where, former), join(where, name))
+        value = values.pop(former)
+        if name not in values:
+            values[name] = value
+            continue
+
+        # Both are given. The command line, whose values are Text, overrides the file.
+        is_override = isinstance(value, Text)
+        if is_override == isinstance(values[name], Text):
             raise UserError(
                 join(where, former), constraint=f"is the former name of {name}, which is given too."
             )
-        _warn_renamed(join(where, former), join(where, name))
-        values[name] = values.pop(former)
+        if is_override:
+            values[name] = value
     return values
 
 

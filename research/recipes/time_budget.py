@@ -1,6 +1,5 @@
 """`tessera train --time-budget`: the first of several configs whose steps end in time."""
 
-import argparse
 import logging
 import math
 import time
@@ -15,33 +14,6 @@ from research.recipes.run_cost import Cost, estimate, measure, with_steps
 from research.storage.paths import Path
 
 logger = logging.getLogger("tessera")
-
-
-def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a time budget."""
-    parser.add_argument(
-        "--time-budget",
-        type=float,
-        metavar="SECONDS",
-        help="times a few steps, and takes as many as end in this time from the start",
-    )
-    parser.add_argument(
-        "--fallback",
-        action="append",
-        default=[],
-        metavar="FILE.py:ARG",
-        help="config to take where --config does not end in time; may be repeated",
-    )
-
-
-def load_within_budget(arguments: argparse.Namespace, workdir: Path) -> ExperimentConfig:
-    """Returns the config that was asked for, or the one that fits the time budget."""
-    if arguments.time_budget is None and arguments.fallback:
-        raise UserError("fallback", constraint="needs --time-budget.")
-    if arguments.time_budget is None:
-        return load_experiment(arguments.config, arguments.overrides)
-    specs = [arguments.config, *arguments.fallback]
-    return choose(specs, arguments.overrides, arguments.time_budget, workdir)
 
 
 def elapsed() -> float:
@@ -62,11 +34,17 @@ def choose(
       workdir: of the run.
 
     Raises:
-      UserError: the budget is too small for one step.
+      UserError: the budget is too small for one step, or the run has several processes.
     """
     if not budget > 0:
         raise UserError("time_budget", budget, "must be above 0 seconds.")
-    candidates = {spec: load_experiment(spec, overrides) for spec in specs}
+    preferred, *fallbacks = specs
+    candidates = {preferred: load_experiment(preferred, overrides)}
+    for spec in fallbacks:
+        candidates[spec] = _load_fallback(spec, overrides)
+    if any(config.distributed.initialize for config in candidates.values()):
+        # Each process would time its own steps and choose alone.
+        raise UserError("time_budget", constraint="is for one process, not for several.")
     chosen = _chosen_before(candidates, workdir)
     if chosen is not None:
         logger.info("time budget: %s keeps its %d steps", workdir, chosen.train.steps)
@@ -83,6 +61,16 @@ def choose(
         chosen = with_steps(config, _affordable_steps(config, costs[spec], budget))
     _print_table(candidates, costs, spec, chosen, budget)
     return chosen
+
+
+def _load_fallback(spec: str, overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:
+    """Returns the config of `--fallback`, which its errors name."""
+    try:
+        return load_experiment(spec, overrides)
+    except UserError as error:
+        if error.field != "config":
+            raise
+        raise UserError("fallback", error.value, error.constraint) from error
 
 
 def _chosen_before(

@@ -15,11 +15,11 @@ from research.core.trees import count
 from research.parallel import distributed
 from research.parallel.rules import process_rows
 from research.recipes import workdir as workdirs
+from research.recipes.budget_flags import add_budget_arguments, load_within_budget
 from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.resume import is_done, log_done, restore
 from research.recipes.run_parts import evaluation, first_batch_check, run_trackers, throughput
-from research.recipes.time_budget import add_budget_arguments, load_within_budget
 from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
 from research.training import loop

@@ -371,6 +371,12 @@ def test_former_name_takes_an_override_from_the_command_line():
     assert bind(OuterConfig, values) == OuterConfig(RenamedConfig(4))
 
 
+@pytest.mark.parametrize(("file", "flag"), [("num_future", "depth"), ("depth", "num_future")])
+def test_the_command_line_overrides_the_file_under_either_name(file: str, flag: str):
+    values = override({"head": {file: 1}}, [(f"head.{flag}", "4")])
+    assert bind(OuterConfig, values) == OuterConfig(RenamedConfig(4))
+
+
 def test_former_name_beside_the_new_one_is_refused():
     with pytest.raises(UserError, match=r"^head\.num_future is the former name of depth, which"):
         bind(OuterConfig, {"head": {"num_future": 1, "depth": 2}})

@@ -31,7 +31,6 @@ SMALL = {
     "data.tokenizer.kind": "bytes",
     "data.sources.0.kind": "text",
     "data.sources.0.path": "corpus",
-    "data.sources.0.heldout_fraction": 0.2,
 }
 
 
@@ -46,8 +45,11 @@ def made_small(words: list[str]) -> list[str]:
     if not any("configs/pretrain/" in word for word in words):
         return words
     given = {word.removeprefix("--config.").partition("=")[0] for word in words}
+    small = dict(SMALL)
+    if "data.sources.0.path" not in given:  # a source of the page holds out enough by itself
+        small["data.sources.0.heldout_fraction"] = 0.2
     return words + [
-        f"--config.{name}={value}" for name, value in SMALL.items() if name not in given
+        f"--config.{name}={value}" for name, value in small.items() if name not in given
     ]
 
 

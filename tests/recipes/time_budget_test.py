@@ -124,6 +124,11 @@ def test_a_budget_too_small_for_one_step_says_so(
         (["--time-budget=soon"], "--time-budget: invalid float value: 'soon'"),
         (["--time-budget=0.5"], "is too small for one step"),
         (["--fallback=other.py"], "--fallback needs --time-budget"),
+        (["--time-budget=9", "--fallback=no.py"], "--fallback = 'no.py' is not a file."),
+        (
+            ["--time-budget=9", "--config.distributed.initialize=True"],
+            "--time-budget is for one process, not for several.",
+        ),
     ],
 )
 def test_bad_budgets_are_one_line(
