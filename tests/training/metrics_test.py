@@ -68,7 +68,7 @@ def test_trackers_get_each_row_with_its_step(tmp_path):
     rows = Rows()
     with MetricsWriter(tmp_path, trackers=[rows]) as writer:
         writer.write(7, {"train/loss": jnp.float32(0.5), "throughput/mfu": None})
-        writer.write(np.int64(9), {"eval/loss": 0.25})
+        writer.write(9, {"eval/loss": 0.25})
     assert rows == [(7, {"train/loss": 0.5}), (9, {"eval/loss": 0.25})]
 
 
