@@ -48,7 +48,7 @@ def test_verbs_are_completed(tmp_path):
     ("line", "offered"),
     [
         ("tessera data --r", ["--rows"]),
-        ("tessera train --", ["--config", "--help", "--workdir"]),
+        ("tessera train --", ["--config", "--fallback", "--help", "--time-budget", "--workdir"]),
         ("tessera data --config=", ["folder/", "one.py"]),
         ("tessera data --config o", ["one.py"]),
         ("tessera data --config.train.steps=5 --config=one.py --ro", ["--rows"]),
