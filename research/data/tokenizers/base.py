@@ -51,9 +51,9 @@ class Tokenizer(abc.ABC):
           tokenizer's files.
       further_end_ids: what ends a text beside EOS, as an instruct model's end of turn; kept with
           the tokenizer's files.
-      named_tokens: further tokens that chat templates read as variables (`image_token`), by their
+      named_tokens: more tokens, which chat templates read as variables (`image_token`), by their
         names; kept with the tokenizer's files.
-      guarded_tokens: further tokens that the files beside the tokenizer's own call special. In a
+      guarded_tokens: more tokens, which the files beside the tokenizer's own call special. In a
         chat only the template writes them, as it does control tokens; kept with the tokenizer's
         files.
       prompt_frame: the ids that the published tokenizer of a model puts before and after a text;
