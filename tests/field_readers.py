@@ -132,7 +132,7 @@ def _is_self(node: ast.expr) -> bool:
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
-    """The single assignments of `a, b = x, y`; where one value is taken apart, each target gets its
+    """The single assignments of `a, b = x, y`; where one value is unpacked, each target gets its
     type.
     """
     if not isinstance(target, ast.Tuple | ast.List):

@@ -71,6 +71,7 @@ def model_table(config: ModelConfig) -> Table:
         "width": f"{config.embed_dim:,}",
         **_attention_rows(config.attention),
         "positions": positions(config.position),
+        "MLP width": _if(_has_dense_mlp(config), f"{config.mlp.hidden_dim:,}"),
         **_mlp_rows(config.mlp),
         **_expert_rows(config.experts),
         "norm": _norm(config.norm),
@@ -157,10 +158,15 @@ def _rope_scaling(scaling: RopeScalingConfig) -> str:
     return text
 
 
+def _has_dense_mlp(config: ModelConfig) -> bool:
+    """Whether a layer has the MLP and not experts in its place."""
+    return config.experts is None or not all(layer.experts for layer in config.layers())
+
+
 def _mlp_rows(mlp: MlpConfig) -> Table:
+    """Returns the rows of what an MLP shares with experts."""
     activation = _ACTIVATIONS[mlp.activation]
     return {
-        "MLP width": f"{mlp.hidden_dim:,}",
         "activation": f"{activation}, gated" if mlp.gated else activation,
         "MLP clamp": _number(mlp.clamp),
         "MLP up offset": _number(mlp.up_offset),

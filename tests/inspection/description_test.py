@@ -88,11 +88,19 @@ def test_experts_have_count_widths_and_router():
         "expert width": "20",
         "shared expert": "width 12, sigmoid gate",
         "router": "sigmoid, from 2 of 4 groups",
+        "MLP width": "24",
     }
     assert wanted.items() <= model_table(config).items()
     first, second = config.layers()
     assert layer_text(config, first) == "causal attention, dense MLP"
     assert layer_text(config, second) == "causal attention, experts: 8, 2 per token"
+
+
+def test_a_model_of_experts_alone_has_no_mlp_width():
+    experts = ExpertsConfig(num_experts=8, experts_per_token=2, hidden_dim=20)
+    table = model_table(tiny_config(experts=experts))
+    assert "MLP width" not in table
+    assert (table["expert width"], table["activation"]) == ("20", "SiLU, gated")
 
 
 def test_positions_have_their_parameters():

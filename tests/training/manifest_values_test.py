@@ -20,7 +20,7 @@ EXTRA = {
         "bits": np.array([True, False]),
     },
     "list": [1, {"a": np.zeros(2, np.uint16)}],
-    "owed": False,
+    "flag": False,
 }
 
 
@@ -31,7 +31,7 @@ def test_arrays_and_plain_values_come_back_as_they_were():
         assert found["loader"][name].dtype == array.dtype.newbyteorder("<"), name
     assert np.signbit(found["loader"]["weights"][1, 1])
     np.testing.assert_array_equal(found["list"][1]["a"], [0, 0])
-    assert (found["list"][0], found["owed"]) == (1, False)
+    assert (found["list"][0], found["flag"]) == (1, False)
     found["loader"]["ids"][0] = 7  # and may be written to
 
 
