@@ -77,7 +77,7 @@ class Loader:
         kept = [
             (corpus, source.weight)
             for corpus, source in zip(corpora, config.sources, strict=True)
-            if objective.num_targets(corpus.offsets) > 0
+            if objective.total_length(corpus.offsets) > 0
         ]
         if not kept:
             raise UserError("sources", constraint="hold no text to train on.")
@@ -215,7 +215,7 @@ def heldout_batches(
     """
     _check_sizes(batch_size, sequence_length, part_count)
     objective = build(config.objective, tokenizer, sequence_length)
-    corpora = [corpus for corpus in corpora if objective.num_targets(corpus.offsets) > 0]
+    corpora = [corpus for corpus in corpora if objective.total_length(corpus.offsets) > 0]
     rows = _packed(corpora, config, objective, HELDOUT_SEED)
     if not rows:
         raise UserError(

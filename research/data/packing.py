@@ -1,10 +1,11 @@
 """Best-fit packing: which segments of which documents share a row, planned from lengths alone.
 
-The documents are put in an order that the seed fixes, and packed block by block, so memory for
-planning is bounded and row i is a pure function of (seed, objective, i). Inside a block a document
-is cut into the longest segments that fill a row, and the rest is packed by best-fit decreasing:
-longest first, each into the fullest row that still has room. A row of an encoder-decoder has two
-sides, the decoder's and the encoder's, and a segment must fit into both.
+The documents are put in an order that the seed fixes, and packed block by block, so the planner
+needs bounded memory. The content of row i depends on the corpus, the objective, the seed and
+`block_documents` alone. Inside a block a document is cut into the longest segments that fill a row,
+and the rest is packed by best-fit decreasing: longest first, each into the fullest row that still
+has room. A row of an encoder-decoder has two sides, the decoder's and the encoder's, and a segment
+must fit into both.
 
 Source: Ding et al. 2024, arXiv:2404.10830, section 3 (there over the whole corpus; here over
     blocks).
@@ -23,8 +24,10 @@ from research.data.objectives import Objective, Ranges, Segments
 from research.data.ragged import range_indices
 from research.data.source_files import stable_hash
 
+# Stands for a row without a token.
 PADDING_ROW = -1
-ORDER = 0  # what the seed is hashed with for the order of the documents
+# Purpose id: a hash64 salt.
+ORDER = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ def plan_rows(
     Args:
       offsets: where each document begins in the token store, then its size.
       objective: cuts documents into segments, and knows how much of a row each takes.
-      seed: fixes the order of the documents and of the rows.
+      seed: of the document order, and of each segment's variant.
       block_documents: documents that are packed together; more of them leave less padding.
 
     Raises:
@@ -95,7 +98,7 @@ def _document_order(lengths: Int[np.ndarray, "documents"], seed: int) -> Int[np.
 
 def _padding(segments: Ranges, num_rows: int, objective: Objective) -> float:
     """Returns the share of positions, on both sides of the rows, that no segment fills."""
-    widths = objective.widths(segments.lengths, segments.variants)
+    widths = objective.widths(segments.lengths, segments.width_args)
     row_width = objective.sequence_length + objective.encoder_length
     positions = num_rows * row_width
     return 1.0 - int(widths.sum()) / max(positions, 1)
@@ -114,7 +117,7 @@ def _pack_block(
 
     # What each segment takes of the decoder's and of the encoder's side of a row: [2, segments].
     capacities = np.array([objective.sequence_length, objective.encoder_length])
-    widths = objective.widths(segments.lengths[rest], segments.variants[rest])
+    widths = objective.widths(segments.lengths[rest], segments.width_args[rest])
 
     # The side that runs out first decides which row is tightest; the other must suffice, too.
     # widths [[3, 4], [9, 9]], capacities [8, 10] -> in use [7/8, 18/10] -> main side 1
@@ -141,8 +144,7 @@ def best_fit(
 ) -> Int[np.ndarray, "segments"]:
     """Returns the bin of each segment: the fullest open one that has room, else a new one.
 
-    Of the bins with equally much room only the newest is asked whether its other side has room,
-    too.
+    Of bins with equal room only the one filled last is tried.
 
     Args:
       lengths: in [1, capacity], in the order in which they are packed (longest first for best-fit
@@ -151,39 +153,40 @@ def best_fit(
       other_lengths: what each segment takes of a bin's other side, in [0, other_capacity].
       other_capacity: size of that side.
     """
-    # Bit r of `rooms` is set where a bin has room for r more tokens; `bins_by_room[r]` lists them.
-    # Bins with room for 2, 5 and 5: rooms 0b100100, bins_by_room[2] [0], bins_by_room[5] [1, 2]
-    rooms = 0
+    # Bit r of `room_bits` is set where a bin has room for r more tokens; `bins_by_room[r]` lists
+    # these bins. Bins with room for 2, 5 and 5:
+    # room_bits 0b100100, bins_by_room[2] [0], bins_by_room[5] [1, 2]
+    room_bits = 0
     bins_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    other_rooms: list[int] = []
+    other_room_by_bin: list[int] = []
     bins = np.empty(len(lengths), np.int64)
 
     for i, (length, other_length) in enumerate(zip(lengths, other_lengths, strict=True)):
         # The tightest bin is the lowest set bit from `length` on.
-        # length 3, rooms 0b100100 -> candidates 0b100000 -> room 5
-        candidates = rooms >> length << length
-        while candidates:
-            room = (candidates & -candidates).bit_length() - 1
-            newest = bins_by_room[room][-1]
-            if other_rooms[newest] >= other_length:
+        # length 3, room_bits 0b100100 -> fitting_bits 0b100000 -> room 5
+        fitting_bits = room_bits >> length << length
+        while fitting_bits:
+            room = (fitting_bits & -fitting_bits).bit_length() - 1
+            candidate = bins_by_room[room][-1]
+            if other_room_by_bin[candidate] >= other_length:
                 break
-            candidates &= candidates - 1  # without its lowest bit
+            fitting_bits &= fitting_bits - 1  # clears the lowest bit
 
-        if candidates:
+        if fitting_bits:
             chosen = bins_by_room[room].pop()
             if not bins_by_room[room]:
-                rooms ^= 1 << room
+                room_bits ^= 1 << room
         else:
-            chosen = len(other_rooms)
-            other_rooms.append(other_capacity)
+            chosen = len(other_room_by_bin)
+            other_room_by_bin.append(other_capacity)
             room = capacity
 
         bins[i] = chosen
-        other_rooms[chosen] -= other_length
+        other_room_by_bin[chosen] -= other_length
         room -= length
         if room > 0:
             bins_by_room[room].append(chosen)
-            rooms |= 1 << room
+            room_bits |= 1 << room
     return bins
 
 
@@ -219,12 +222,15 @@ class PackedRows:
         `PADDING_ROW` gives a row without a token.
         """
         # rows [4, 7], whose segments are 9:11 and 15:16 -> row sizes [2, 1], segments [9, 10, 15]
+        # PADDING_ROW wraps around to a negative count, which is replaced by 0.
         first = self.plan.row_starts[rows]
         num_segments = self.plan.row_starts[rows + 1] - first
         row_sizes = np.where(rows == PADDING_ROW, 0, num_segments)
         ranges = self.plan.segments[range_indices(first, row_sizes)]
 
-        # A causal segment of n pairs reads n + 1 tokens; the last one of a store may end with it.
+        # One token more, for the last target of a causal segment: a segment of n targets reads
+        # n + 1 tokens. Other objectives may have a segment that ends with the store, so this is
+        # clamped.
         up_to_end = len(self.corpus.tokens) - ranges.starts
         self.corpus.verify(ranges.starts, np.minimum(ranges.lengths + 1, up_to_end))
 
@@ -233,7 +239,7 @@ class PackedRows:
             store=self.corpus.tokens,
             starts=ranges.starts,
             lengths=ranges.lengths,
-            variants=ranges.variants,
+            width_args=ranges.width_args,
             salts=np.repeat(salts, row_sizes),
             row_sizes=row_sizes,
         )

@@ -29,18 +29,17 @@ def range_indices(
     return np.repeat(starts, lengths) + ragged_arange(lengths)
 
 
-def starts_in_groups(
-    lengths: Shaped[np.ndarray, "items"], sizes: Int[np.ndarray, "groups"]
+def exclusive_cumsum_in_groups(
+    values: Shaped[np.ndarray, "items"], sizes: Int[np.ndarray, "groups"]
 ) -> Int[np.ndarray, "items"]:
-    """Returns where each item begins if those of a group follow each other, from 0 in every group.
+    """Returns the exclusive cumulative sum of values, restarted in every group.
 
-    Args:
-      lengths: of each item, as [4, 1, 5, 2, 2].
-      sizes: items of each group, as [3, 2], which gives [0, 4, 5, 0, 2].
+    values [4, 1, 5, 2, 2], sizes [3, 2] -> [0, 4, 5, 0, 2]
     """
-    starts = group_starts(lengths)
+    sums = np.cumsum(values) - values
 
-    # An empty group may come last, so there is a start behind the last item, too.
-    all_starts = np.append(starts, lengths.sum())
-    first_starts = all_starts[group_starts(sizes)]
-    return starts - np.repeat(first_starts, sizes)
+    # group_starts of an empty last group is len(values): append the total, so that this index
+    # exists.
+    with_total = np.append(sums, values.sum())
+    first_sums = with_total[group_starts(sizes)]
+    return sums - np.repeat(first_sums, sizes)

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from research.data.ragged import (
+    exclusive_cumsum_in_groups,
     group_indices,
     group_starts,
     ragged_arange,
     range_indices,
-    starts_in_groups,
 )
 
 GROUPS = st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=8)
@@ -36,8 +36,8 @@ def test_indices_of_ranges_are_those_of_a_loop(ranges):
 
 
 @given(groups=GROUPS)
-def test_items_follow_each_other_in_their_group(groups):
-    lengths = np.array([length for group in groups for length in group], int)
+def test_exclusive_sums_of_groups_are_those_of_a_loop(groups):
+    values = np.array([value for group in groups for value in group], int)
     sizes = np.array([len(group) for group in groups], int)
     expected = [sum(group[:i]) for group in groups for i in range(len(group))]
-    assert starts_in_groups(lengths, sizes).tolist() == expected
+    assert exclusive_cumsum_in_groups(values, sizes).tolist() == expected

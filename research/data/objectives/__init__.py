@@ -71,9 +71,10 @@ def build(config: ObjectiveConfig, tokenizer: Tokenizer, sequence_length: int) -
     """Returns the objective for rows of T tokens.
 
     Raises:
-      UserError: the tokenizer lacks an id that the objective inserts, or has no such id.
+      UserError: the tokenizer lacks a special id that the objective needs, or a mode_id is outside
+          its vocabulary.
     """
-    # Modes are ids that the config states, so the tokenizer may not have them.
+    # mode_id comes from the config, so it may be outside the tokenizer's vocabulary.
     vocab_size = tokenizer.vocab_size
     for denoiser in (config.span, *config.denoisers):
         mode_id = denoiser.mode_id
@@ -135,10 +136,9 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
 
 
 def identity(config: ObjectiveConfig, objective: Objective) -> list[Any]:
-    """Returns what of an objective decides the content of a row, beside the corpus and T; as JSON
-    holds it.
-    """
-    # Checkpoints of causal runs are older than the other objectives: nothing of it is in theirs.
+    """Returns the JSON values of the objective that go into the data-order digest."""
+    # Causal checkpoints were written before other objectives existed; their digest has nothing of
+    # it.
     if config.kind == "causal":
         return []
     return [plain(config), objective.ids.stored()]

@@ -16,18 +16,19 @@ from research.core.errors import UserError
 from research.data.batch import Batch
 from research.data.draws import fraction, hash64
 from research.data.ragged import (
+    exclusive_cumsum_in_groups,
     group_indices,
     group_starts,
     ragged_arange,
     range_indices,
-    starts_in_groups,
 )
 
 # Some of a batch's arrays.
 Arrays = dict[str, Shaped[np.ndarray, "B _"]]
-# A checkpoint's position is valid for one order of the data, whose digest has these names.
+# Names of these fields in the data digest of stored checkpoints: renaming them would reject old
+# positions.
 _STORED_NAMES = {"bos": "head", "eos": "tail", "decoder_start": "start", "sentence_end": "stop"}
-# What the seed is hashed with for the variant of a segment; the plan's own draws have 0.
+# Purpose id: a hash64 salt, other than packing.ORDER.
 VARIANT = 1
 
 
@@ -66,30 +67,32 @@ class Ranges:
 
     Attributes:
       starts: index of each range's first token in the store.
-      lengths: how long each is, in the objective's own measure.
-      variants: what beside the length decides the width of each in a row; its meaning is the
-        objective's own (the denoiser of a mixture, the source's length of a pair).
+      lengths: how long each is, in the objective's own unit: tokens of text; targets for `Causal`
+        and `Prefix`; framed tokens of both texts of a pair for `Translate`.
+      width_args: what `Objective.widths` needs of each beside its length: the index of its variant
+        (for `Spans` that of the denoiser, else 0); for `Translate` the framed length of the source
+        text.
     """
 
     starts: Int[np.ndarray, "ranges"]
     lengths: Int[np.ndarray, "ranges"]
-    variants: Int[np.ndarray, "ranges"]
+    width_args: Int[np.ndarray, "ranges"]
 
     @classmethod
     def joined(cls, parts: Sequence["Ranges"]) -> "Ranges":
-        """Returns the ranges of all parts, one part after the other; no parts have no ranges."""
+        """Returns the ranges of all parts in order; an empty list gives empty Ranges."""
         none = np.zeros(0, np.int64)
         return cls(
             np.concatenate([none, *(part.starts for part in parts)]),
             np.concatenate([none, *(part.lengths for part in parts)]),
-            np.concatenate([none, *(part.variants for part in parts)]),
+            np.concatenate([none, *(part.width_args for part in parts)]),
         )
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: Shaped[np.ndarray, "_"]) -> "Ranges":
-        return Ranges(self.starts[index], self.lengths[index], self.variants[index])
+        return Ranges(self.starts[index], self.lengths[index], self.width_args[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +101,15 @@ class Segments:
 
     Attributes:
       store: the token store.
-      starts, lengths, variants: of each segment, as in `Ranges`.
-      salts: what every draw for a segment is salted with: another in every epoch.
+      starts, lengths, width_args: of each segment, as in `Ranges`.
+      salts: the hash64 salt of every draw for a segment: another in every epoch.
       row_sizes: segments of each of the B rows.
     """
 
     store: Shaped[np.ndarray, "_"]
     starts: Int[np.ndarray, "segments"]
     lengths: Int[np.ndarray, "segments"]
-    variants: Int[np.ndarray, "segments"]
+    width_args: Int[np.ndarray, "segments"]
     salts: UInt[np.ndarray, "segments"]
     row_sizes: Int[np.ndarray, "B"]
 
@@ -128,7 +131,9 @@ class Segments:
 class Objective(abc.ABC):
     """Makes batches of segments.
 
-    The width of a segment in a row is known from its length and variant, before anything is drawn.
+    The width of a segment in a row is known from its length and its `width_args`, before a batch
+    draws anything. A variant is a way to make an example of a segment, as a denoiser of a mixture;
+    most objectives have one. A framed document has the BOS and EOS that `Tokenizer.frame` adds.
 
     Attributes:
       sequence_length: T.
@@ -160,9 +165,9 @@ class Objective(abc.ABC):
         lengths = np.maximum(np.diff(offsets) - bos_length - eos_length, 0)
         return Ranges(starts, lengths, np.zeros_like(lengths))
 
-    def num_targets(self, offsets: Int[np.ndarray, "_"]) -> int:
-        """Returns how much there is to learn from in framed documents, in the objective's own
-        measure of length.
+    def total_length(self, offsets: Int[np.ndarray, "_"]) -> int:
+        """Returns the summed length of the documents, in the units of `Ranges.lengths`; 0: there is
+        nothing to train on.
 
         Args:
           offsets: as of `documents`.
@@ -178,39 +183,42 @@ class Objective(abc.ABC):
         """
         longest = self.longest_segments()
 
-        # As many segments a document as its most wasteful variant needs; some will be empty.
+        # As many segments per document as the variant with the shortest segments needs; some will
+        # be empty.
         # lengths [5, 2], longest [2, 4] -> most segments [3, 1] -> documents [0, 0, 0, 1]
         least = longest.min()
         most_segments = -(-documents.lengths // least)
         document = group_indices(most_segments)
-        number = ragged_arange(most_segments)
+        index_in_document = ragged_arange(most_segments)
         document_starts = documents.starts[document]
-        variants = self._draw_variants(document_starts + number, seed)
+
+        # document start + index is unique per segment, as index < length: the hash key of its draw.
+        variants = self._draw_variants(document_starts + index_in_document, seed)
 
         # A segment is as long as its variant can be, and begins where the one before it ends.
         # variants [0, 1, 0, 0] -> lengths [2, 4, 2, 2] -> offsets [0, 2, 6, 0], left [5, 3, -1, 2]
         lengths = longest[variants]
-        offsets = starts_in_groups(lengths, most_segments)
+        offsets = exclusive_cumsum_in_groups(lengths, most_segments)
         left = documents.lengths[document] - offsets
 
         # The text's end cuts the last one short: lengths [2, 3, 2], of which [T, F, T] fill a row.
         starts = document_starts + offsets
         segments = Ranges(starts, np.minimum(lengths, left), variants)
         segments = segments[left > 0]
-        fills_row = segments.lengths == longest[segments.variants]
+        fills_row = segments.lengths == longest[segments.width_args]
         return segments, fills_row
 
     def _draw_variants(
-        self, values: Int[np.ndarray, "segments"], seed: int
+        self, keys: Int[np.ndarray, "segments"], seed: int
     ) -> Int[np.ndarray, "segments"]:
-        """Draws a variant for each value by `variant_weights`."""
+        """Draws a variant for each key, with probabilities in proportion to `variant_weights`."""
         if len(self.variant_weights) == 1:
-            return np.zeros(len(values), np.int64)
+            return np.zeros(len(keys), np.int64)
 
         # weights [1, 3] -> bounds [0.25]: a draw of 0.1 is variant 0, and one of 0.7 variant 1
         bounds = np.cumsum(self.variant_weights[:-1])
         bounds = bounds / sum(self.variant_weights)
-        draws = fraction(hash64(values, seed, VARIANT))
+        draws = fraction(hash64(keys, seed, VARIANT))
         return np.searchsorted(bounds, draws, side="right")
 
     def longest_segments(self) -> Int[np.ndarray, "variants"]:
@@ -250,12 +258,16 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def widths(
-        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+        self, lengths: Int[np.ndarray, "segments"], width_args: Int[np.ndarray, "segments"]
     ) -> Int[np.ndarray, "2 segments"]:
         """Returns how many positions segments take in the decoder's (or the only) row and in the
         encoder's.
 
         Neither falls as the length grows.
+
+        Args:
+          lengths: of each segment, as in `Ranges`.
+          width_args: of each segment, as in `Ranges`.
         """
 
     @abc.abstractmethod
@@ -287,7 +299,8 @@ class Layout:
         """
         num_rows = len(self.row_sizes)
 
-        # lengths [3, 2, 4], row sizes [2, 1] -> rows of segments [0, 0, 1] -> tokens a row [5, 4]
+        # lengths [3, 2, 4], row sizes [2, 1] -> rows of segments [0, 0, 1]
+        # -> tokens per row [5, 4]
         row = group_indices(self.row_sizes)
         filled = np.bincount(row, weights=self.lengths, minlength=num_rows)
         filled = filled.astype(np.int64)

@@ -20,14 +20,14 @@ from research.data.objectives.base import (
 )
 from research.data.objectives.config import InfillConfig, SpanConfig
 from research.data.ragged import (
+    exclusive_cumsum_in_groups,
     group_indices,
     group_starts,
     ragged_arange,
     range_indices,
-    starts_in_groups,
 )
 
-# What draws are for.
+# Purpose ids: hash64 salts.
 SEGMENTATION = 0
 GAPS = 1
 LENGTHS = 2
@@ -58,24 +58,24 @@ def span_count(
     return np.maximum(spans, 1)
 
 
-def alternating(
+def random_runs(
     kept: Int[np.ndarray, "segments"],
     noise: Int[np.ndarray, "segments"],
     spans: Int[np.ndarray, "segments"],
     draws: UInt[np.ndarray, "_"],
-) -> Int[np.ndarray, "_ 2"]:
-    """Draws the lengths of each span's kept run and of the noise run that follows it, as T5's
-    `random_spans_noise_mask` does.
+) -> Int[np.ndarray, "spans 2"]:
+    """Returns [kept, noise] tokens of each span: a run that is kept, then a run that is left out.
 
-    Kept and noise are each cut into as many runs as there are spans, none of them empty, every way
-    to cut as likely as every other.
+    As T5's `random_spans_noise_mask`: kept and noise are each cut into as many runs as there are
+    spans, none of them empty, every way to cut as likely as every other.
 
     Args:
       kept, noise: tokens of each kind in each segment.
       spans: of each segment; at most its noise, and at most its kept tokens where there are any.
-      draws: one for each token of the segments.
+      draws: independent random numbers, as many as the segments have tokens.
     """
-    # Groups of tokens, two a segment. Noise 2, kept 4, 2 spans -> sizes [2, 4], runs a group [2, 2]
+    # Two groups per segment, noise first. Draws are only independent random numbers: draw i does
+    # not belong to token i of the text. Noise 2, kept 4, 2 spans -> sizes [2, 4], runs [2, 2]
     sizes = np.stack([noise, kept], axis=1)
     sizes = sizes.ravel()
     num_runs = np.repeat(spans, 2)
@@ -86,15 +86,15 @@ def alternating(
     ends = np.cumsum(sizes)
     last = ends[sizes > 0] - 1
     draws = draws.copy()
-    draws[last] = np.iinfo(np.uint64).max
+    draws[last] = np.iinfo(np.uint64).max  # the largest draw: choose never takes it
     num_drawn = np.maximum(num_runs - 1, 0)
     is_cut = choose(draws, sizes, num_drawn)
     is_cut[last] = True
 
-    # The cuts before a token in its group are the number of its run: [0, 1, 0, 0, 1, 1]
-    run = starts_in_groups(is_cut, sizes)
+    # A token's run in its group is the number of cuts before it: [0, 1, 0, 0, 1, 1]
+    run = exclusive_cumsum_in_groups(is_cut, sizes)
 
-    # Of all spans the one that each run belongs to, then the tokens of each span's two runs:
+    # Run r of a group belongs to span r of its segment. Count the tokens of each span by kind:
     # -> [[kept 2, noise 1], [kept 2, noise 1]]
     first_span = np.repeat(group_starts(spans), 2)
     span = np.repeat(first_span, sizes) + run
@@ -127,8 +127,8 @@ class Spans(Objective):
         super().__init__(ids, sequence_length, encoder_length)
         self.variant_weights = tuple(denoiser.weight for denoiser in denoisers)
 
-        # Settings by variant. A span of any length is one that never ends before the noise does,
-        # and -1 is no mode token.
+        # Per variant. mean_span None -> inf: round(noise / inf) = 0, which span_count raises to one
+        # span. mode_id None -> -1.
         densities = [d.density for d in denoisers]
         mean_spans = [np.inf if d.mean_span is None else d.mean_span for d in denoisers]
         modes = [-1 if d.mode_id is None else d.mode_id for d in denoisers]
@@ -137,36 +137,38 @@ class Spans(Objective):
         self._mode = np.array(modes)
 
     def _counts(
-        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+        self, lengths: Int[np.ndarray, "segments"], denoisers: Int[np.ndarray, "segments"]
     ) -> tuple[np.ndarray, ...]:
         """Returns tokens kept, tokens left out, and spans of each segment."""
-        noise = noise_tokens(lengths, self._density[variants])
+        noise = noise_tokens(lengths, self._density[denoisers])
         kept = lengths - noise
         # No run is empty, so there are no more spans than tokens of either kind.
         most_spans = np.minimum(noise, kept)
         most_spans = np.minimum(most_spans, len(self.ids.sentinels))
-        spans = span_count(noise, self._mean_span[variants], most_spans)
+        spans = span_count(noise, self._mean_span[denoisers], most_spans)
         return kept, noise, spans
 
     def widths(
-        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+        self, lengths: Int[np.ndarray, "segments"], width_args: Int[np.ndarray, "segments"]
     ) -> Int[np.ndarray, "2 segments"]:
-        kept, noise, spans = self._counts(lengths, variants)
-        has_mode = self._mode[variants] >= 0
+        denoisers = width_args
+        kept, noise, spans = self._counts(lengths, denoisers)
+        has_mode = self._mode[denoisers] >= 0
         decoder = noise + spans + 1
         encoder = kept + spans + 1 + has_mode
         return np.stack([decoder, encoder])
 
     def batch(self, segments: Segments) -> Batch:
-        kept, noise, spans = self._counts(segments.lengths, segments.variants)
-        runs = alternating(kept, noise, spans, segments.draws(SEGMENTATION))
+        denoisers = segments.width_args
+        kept, noise, spans = self._counts(segments.lengths, denoisers)
+        runs = random_runs(kept, noise, spans, segments.draws(SEGMENTATION))
 
         # runs [[2, 1], [2, 1]] -> is_noise [F, F, T, F, F, T]
         kinds = np.tile([False, True], len(runs))
         is_noise = np.repeat(kinds, runs.ravel())
 
-        decoder_widths, encoder_widths = self.widths(segments.lengths, segments.variants)
-        modes = self._mode[segments.variants]
+        decoder_widths, encoder_widths = self.widths(segments.lengths, denoisers)
+        modes = self._mode[denoisers]
         text = segments.tokens()
         encoder = self._encoder_tokens(text[~is_noise], runs[:, 0], spans, encoder_widths, modes)
         targets = self._targets(text[is_noise], runs[:, 1], spans, decoder_widths)
@@ -255,7 +257,7 @@ class Infill(Objective):
         return kept, noise, spans
 
     def widths(
-        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+        self, lengths: Int[np.ndarray, "segments"], width_args: Int[np.ndarray, "segments"]
     ) -> Int[np.ndarray, "2 segments"]:
         kept, _, spans = self._counts(lengths)
         frame_length = self._bos_length + 1
@@ -275,7 +277,7 @@ class Infill(Objective):
 
         # A mask comes behind BOS, the kept tokens before its gap and the masks before it:
         # gaps [1, 3] -> [1 + 1 + 0, 1 + 3 + 1] = [2, 5] behind the segment's start
-        decoder_widths, encoder_widths = self.widths(segments.lengths, segments.variants)
+        decoder_widths, encoder_widths = self.widths(segments.lengths, segments.width_args)
         segment = group_indices(spans)
         masks = group_starts(encoder_widths)[segment]
         masks += self._bos_length
@@ -368,7 +370,7 @@ def _noise_mask(
     segment = group_indices(spans)
     segment_starts = group_starts(lengths)
     starts = segment_starts[segment] + gaps
-    starts += starts_in_groups(span_lengths, spans)
+    starts += exclusive_cumsum_in_groups(span_lengths, spans)
 
     is_noise = np.zeros(int(lengths.sum()), bool)
     is_noise[range_indices(starts, span_lengths)] = True

@@ -9,12 +9,12 @@ from research.data.ragged import range_indices
 
 
 class Translate(Objective):
-    """The encoder reads the first text of a pair, the decoder predicts the second; each ends with
-    EOS.
+    """Sequence-to-sequence: the encoder reads the first text of a pair (the source), the decoder
+    predicts the second (the target); each ends with EOS.
 
     In the store a pair is two framed documents, one after the other. Its length counts the tokens
-    of both, BOS and EOS included, and its variant is the count of the first. A pair is never cut;
-    one that is too long for a row is dropped.
+    of both, BOS and EOS included; its `width_args` is the length of the source, BOS and EOS
+    included. A pair is never cut; one that is too long for a row is dropped.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.
     """
@@ -36,24 +36,26 @@ class Translate(Objective):
         return Ranges(starts, lengths, source_lengths)
 
     def cut(self, documents: Ranges, seed: int) -> tuple[Ranges, Bool[np.ndarray, "segments"]]:
-        """Returns the pairs that a row has room for; none of them fills it for sure."""
+        """Returns the pairs that fit in a row; none is marked as filling one, so all are packed by
+        best fit.
+        """
         capacities = np.array([[self.sequence_length], [self.encoder_length]])
-        widths = self.widths(documents.lengths, documents.variants)
+        widths = self.widths(documents.lengths, documents.width_args)
         fits = (widths <= capacities).all(axis=0)
         return documents[fits], np.zeros(fits.sum(), bool)
 
     def widths(
-        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+        self, lengths: Int[np.ndarray, "segments"], width_args: Int[np.ndarray, "segments"]
     ) -> Int[np.ndarray, "2 segments"]:
-        source_lengths = variants
+        source_lengths = width_args
         return np.stack([lengths - source_lengths, source_lengths]) - self._bos_length
 
     def batch(self, segments: Segments) -> Batch:
-        target_lengths, source_lengths = self.widths(segments.lengths, segments.variants)
+        target_lengths, source_lengths = self.widths(segments.lengths, segments.width_args)
 
-        # A framed text without its BOS is one that ends with EOS.
+        # Without its BOS a framed text is the text and EOS.
         source_starts = segments.starts + self._bos_length
-        target_starts = source_starts + segments.variants
+        target_starts = source_starts + segments.width_args
         sources = segments.store[range_indices(source_starts, source_lengths)]
         targets = segments.store[range_indices(target_starts, target_lengths)]
 

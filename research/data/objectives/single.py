@@ -1,9 +1,10 @@
 """Objectives of a model without an encoder of its own: causal, prefix, masked.
 
-Causal: a framed document `[bos] t₁ … tₙ [eos]` (`Tokenizer.frame`) gives the pairs (bos → t₁),
-(t₁ → t₂), …, (tₙ → eos). A segment is a run of such pairs, so every token of a document but its
+Causal: a framed document `[bos] t₁ … tₙ [eos]` (`Tokenizer.frame`) gives inputs with targets:
+bos → t₁, t₁ → t₂, …, tₙ → eos. A segment is a run of these, so every token of a document but its
 first is a target exactly once, however the document was cut, and no position is spent on a token
-without a successor. Positions begin at 0 in every segment.
+without a successor. A segment of n targets reads n + 1 tokens. Positions begin at 0 in every
+segment.
 """
 
 from collections.abc import Iterable
@@ -18,26 +19,24 @@ from research.data.objectives.base import Ids, Layout, Objective, Ranges, Segmen
 from research.data.objectives.config import MaskedConfig
 from research.data.ragged import group_starts, ragged_arange, range_indices
 
-# What draws are for.
+# Purpose ids: hash64 salts.
 CHOICE = 0
 TREATMENT = 1
 REPLACEMENT = 2
 
 
 def bytes_per_target(corpora: Iterable[Corpus]) -> float:
-    """Returns the UTF-8 bytes of text for each predicted token: bits per byte = loss / ln 2 /
-    this.
-    """
+    """Returns the UTF-8 bytes of text per predicted token: bits per byte = loss / ln 2 / this."""
     num_bytes = 0
     num_targets = 0
     for corpus in corpora:
         num_bytes += int(corpus.num_bytes.sum())
-        num_targets += int(_pairs(corpus.offsets).sum())
+        num_targets += int(_num_targets(corpus.offsets).sum())
     return num_bytes / max(num_targets, 1)
 
 
-def _pairs(offsets: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
-    """Returns the pairs of each framed document: every token but its first is a target."""
+def _num_targets(offsets: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
+    """Returns how many targets each framed document has: every token but its first is one."""
     return np.maximum(np.diff(offsets) - 1, 0)
 
 
@@ -52,9 +51,9 @@ def causal_batch(
     """Makes a causal batch from segments of a token store.
 
     Args:
-      store: all tokens; a segment of n pairs reads n + 1 of them.
+      store: all tokens; a segment of n targets reads n + 1 tokens.
       starts: index of each segment's first token in the store.
-      lengths: pairs of each segment; the segments of a row fill at most T.
+      lengths: targets of each segment; the segments of a row fill at most T.
       row_sizes: segments of each row; the segments come row by row.
       sequence_length: T, the width of the rows.
       pad_id: the token that fills the rest of a row.
@@ -70,15 +69,15 @@ def causal_batch(
 
 
 class Causal(Objective):
-    """Each token from those before it."""
+    """Causal language modeling: predicts each token from those before it."""
 
     def documents(self, offsets: Int[np.ndarray, "_"]) -> Ranges:
-        """Returns the pairs of each framed document."""
-        lengths = _pairs(offsets)
+        """Returns where each framed document begins, and how many targets it has."""
+        lengths = _num_targets(offsets)
         return Ranges(offsets[:-1], lengths, np.zeros_like(lengths))
 
     def widths(
-        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+        self, lengths: Int[np.ndarray, "segments"], width_args: Int[np.ndarray, "segments"]
     ) -> Int[np.ndarray, "2 segments"]:
         return np.stack([lengths, np.zeros_like(lengths)])
 
@@ -94,10 +93,10 @@ class Causal(Objective):
 
 
 class Prefix(Causal):
-    """The rest of a segment from its first p tokens, which attend to one another in both
-    directions; `prefix` marks them.
+    """Prefix LM: predicts the rest of a segment from its first p tokens, which attend to one
+    another in both directions; `prefix` marks them.
 
-    p is drawn from 1 … n for a segment of n pairs. A pair has weight where its target is not in the
+    p is drawn from 1 … n for a segment of n targets. A target has weight where it is not in the
     prefix.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 3.2.1.
@@ -108,7 +107,7 @@ class Prefix(Causal):
         draws = segments.draws(CHOICE, np.ones_like(lengths))
         prefix_lengths = 1 + below(draws, lengths)
 
-        # The targets of the prefix are its own tokens, but for the last one's.
+        # Targets of prefix tokens are prefix tokens too, except the target of the last one.
         # length 4, prefix length 2 -> prefix [1, 1, 0, 0], weights [0, 1, 1, 1]
         token_index = ragged_arange(lengths)
         prefix_length = np.repeat(prefix_lengths, lengths)
@@ -124,7 +123,8 @@ class Prefix(Causal):
 
 
 class Masked(Objective):
-    """Hidden tokens of a segment from all others. Which are hidden is drawn anew in every epoch.
+    """Masked language modeling (BERT): predicts hidden tokens of a segment from all others. Which
+    tokens are hidden is drawn anew in every epoch.
 
     Every segment is framed as a document is; BOS and EOS are never hidden. Random tokens are any of
     the vocabulary.
@@ -139,7 +139,7 @@ class Masked(Objective):
         self._frame_length = int(ids.bos is not None) + int(ids.eos is not None)
 
     def widths(
-        self, lengths: Int[np.ndarray, "segments"], variants: Int[np.ndarray, "segments"]
+        self, lengths: Int[np.ndarray, "segments"], width_args: Int[np.ndarray, "segments"]
     ) -> Int[np.ndarray, "2 segments"]:
         return np.stack([lengths + self._frame_length, np.zeros_like(lengths)])
 
@@ -156,7 +156,7 @@ class Masked(Objective):
             segments.draws(REPLACEMENT)[is_hidden],
         )
 
-        widths, _ = self.widths(segments.lengths, segments.variants)
+        widths, _ = self.widths(segments.lengths, segments.width_args)
         tokens = self._framed(shown, widths, self.ids.bos, self.ids.eos)
         targets = self._framed(text, widths, self.ids.bos, self.ids.eos)
         weights = self._framed(is_hidden, widths, bos=0, eos=0)
