@@ -49,15 +49,16 @@ def cross_entropy(
         returns a sum over tokens, which has a gradient, and auxiliary values, which have none. It
         must not close over traced arrays, and a token's part must not depend on other tokens.
       hidden: the last hidden states, after the final norm.
-      kernel: the output embedding `[D, V]`, plain or a node, rounded to the type of `hidden`; where
-        it is float32, so is its gradient. A tied table `[V, D]` is passed transposed.
+      kernel: the output embedding `[D, V]`, an array or a `WeightNode`, rounded to the type of
+        `hidden`; where it is float32, so is its gradient. A tied table `[V, D]` is passed
+        transposed.
       targets: the id of the token to predict, in [0, V).
       *per_token: more arrays over tokens, such as weights. They have no gradient.
       softcap: bound of the logits, above 0; None is no bound.
       label_smoothing: ε, the part of the target distribution that is uniform, in [0, 1).
       implementation: `reference` holds all logits; `chunked` and `fused` a tile of them. `fused`
-        needs the whole vocabulary on each device. `auto` is `fused` where that is faster, on CPU
-        but for bfloat16 with more than 65,536 entries, and else `chunked`.
+        needs the whole vocabulary on each device. `auto` is `fused` on CPU where `fused.is_fast`
+        says so, and `chunked` elsewhere.
       token_chunk: tokens of a tile, of each device's shard, at least 1; None chooses.
       vocab_chunk: vocabulary entries of a tile, at least 1; None chooses.
 
@@ -129,7 +130,7 @@ def _config(
         shard_size = vocab_shard_size(vocab_size)
         vocab_chunk = default_vocab_chunk(shard_size)
     if token_chunk is None and implementation == "fused":
-        token_chunk = fused.token_chunk(vocab_size)
+        token_chunk = fused.default_fused_chunk(vocab_size)
     elif token_chunk is None:
         token_chunk = default_token_chunk(vocab_chunk)
     if min(token_chunk, vocab_chunk) < 1:

@@ -1,10 +1,10 @@
-"""Cross-entropy a tile of tokens by vocabulary at a time: logits are computed twice and never kept.
+"""Cross-entropy by tiles of tokens and vocabulary: logits are computed twice and never kept.
 
 The forward pass is an online softmax over chunks of the vocabulary. The backward pass recomputes
-the logits, because their gradient needs the cotangent of each token, which only then is known.
+the logits, because their gradient needs the cotangent of each token, which is known only then.
 
 Under a mesh each device has its shard of the tokens and its columns of the kernel, which never
-leave it. Devices reduce a few numbers a token in the forward pass, and in the backward pass the
+leave it. Devices reduce a few numbers per token in the forward pass, and in the backward pass the
 gradient of the hidden states; the gradient of the kernel is reduced after the last tile.
 """
 
@@ -34,7 +34,7 @@ from research.kernels.cross_entropy.tiles import (
 
 
 class OnlineSoftmax(NamedTuple):
-    """What is known of each token after some columns.
+    """What is known of each token after some columns of the kernel.
 
     Attributes:
       max_logit: the largest logit.
@@ -57,7 +57,7 @@ def token_losses(
     """Returns nll and log_z of each token; the gradient of `kernel` is summed in float32."""
     vocab_size = kernel.shape[1]
     on_shard = functools.partial(_shard_losses, config, vocab_size)
-    return per_device(on_shard, kernel, hidden, targets, sums_kernel=False)
+    return per_device(on_shard, kernel, hidden, targets, has_kernel_output=False)
 
 
 def _shard_losses(
@@ -71,27 +71,28 @@ def _shard_losses(
 ) -> tuple[Float[Array, "tokens"], Float[Array, "tokens"]]:
     """Returns nll and log_z of a device's tokens, reduced over the shards of the vocabulary."""
     tokens = hidden.shape[0]
-    columns = kernel.shape[1]
-    targets = local_targets(targets, tensor_axes, columns)
+    num_columns = kernel.shape[1]
+    targets = local_targets(targets, tensor_axes, num_columns)
     # [tokens, D] -> [chunks, chunk, D]
     token_arrays = tuple(split_tokens(x, config.token_chunk) for x in (hidden, targets))
 
     def add_columns(softmax: OnlineSoftmax, start: Any, size: int) -> OnlineSoftmax:
-        part = take_columns(kernel, start, size, hidden.dtype)
-        tile = functools.partial(_add_tile, config, vocab_size, part, start)
-        unrolled = max_unrolled(columns, config.vocab_chunk)
-        _, softmax = fold_tokens(tile, None, softmax, token_arrays, unrolled)
+        kernel_part = take_columns(kernel, start, size, hidden.dtype)
+        add_tile = functools.partial(_add_tile, config, vocab_size, kernel_part, start)
+        unroll_limit = max_unrolled(num_columns, config.vocab_chunk)
+        _, softmax = fold_tokens(add_tile, None, softmax, token_arrays, unroll_limit)
         return softmax
 
-    # Sums of each token: [chunks, chunk] -> [tokens]
     _, target_chunks = token_arrays
     zeros = jnp.zeros(target_chunks.shape)
-    lowest = zeros - jnp.inf
+    lowest = jnp.full_like(zeros, -jnp.inf)  # the first tile sets the maximum
     softmax = OnlineSoftmax(lowest, zeros, zeros)
-    softmax = fold_vocabulary(add_columns, softmax, columns, config.vocab_chunk)
+    softmax = fold_vocabulary(add_columns, softmax, num_columns, config.vocab_chunk)
+
+    # Sums of each token: [chunks, chunk] -> [tokens]
     max_logit, denominator, label_logit = (join_tokens(x, tokens) for x in softmax)
 
-    # Denominators of shards are relative to the shard's own maximum.
+    # The denominator of each shard is relative to the shard's own maximum.
     if tensor_axes:
         local_max = max_logit
         max_logit = jax.lax.pmax(max_logit, tensor_axes)
@@ -108,7 +109,7 @@ def _shard_losses(
 def _add_tile(
     config: CrossEntropyConfig,
     vocab_size: int,
-    columns: Float[Array, "D columns"],
+    kernel_part: Float[Array, "D columns"],
     start: Any,
     unused_total: None,
     softmax: OnlineSoftmax,
@@ -116,9 +117,10 @@ def _add_tile(
     targets: Int[Array, "chunk"],
 ) -> tuple[None, OnlineSoftmax]:
     """Adds columns of the vocabulary, the first of them `start`, to the softmax of some tokens."""
-    logits = make_logits(hidden, columns, config.softcap)
+    logits = make_logits(hidden, kernel_part, config.softcap)
 
-    # exp(z - old) = exp(z - new) · exp(new - old): the old denominator is rescaled to the new max.
+    # Σ exp(z - new) = exp(old - new) · Σ exp(z - old): the old denominator, rescaled to the new
+    # max.
     tile_max = logits.max(axis=-1)
     max_logit = jnp.maximum(softmax.max_logit, tile_max)
     rescale = jnp.exp(softmax.max_logit - max_logit)
@@ -129,7 +131,7 @@ def _add_tile(
     denominator = rescaled + tile_sum
 
     # Targets in other tiles have no column here: their rows of `one_hot` are zeros.
-    size = columns.shape[1]
+    size = kernel_part.shape[1]
     one_hot = is_target(targets, start, size)
     target_logits = jnp.where(one_hot, logits, 0.0)
     target_logit = target_logits.sum(axis=-1)
@@ -157,7 +159,10 @@ def _backward(
     hidden, kernel, targets, log_z = saved
     vocab_size = kernel.shape[1]
     on_shard = functools.partial(_shard_gradients, config, vocab_size)
-    dhidden, dkernel = per_device(on_shard, kernel, hidden, targets, log_z, *g, sums_kernel=True)
+    g_nll, g_log_z = g
+    dhidden, dkernel = per_device(
+        on_shard, kernel, hidden, targets, log_z, g_nll, g_log_z, has_kernel_output=True
+    )
     dkernel = dkernel.astype(kernel.dtype)
     return dhidden, dkernel, None
 
@@ -170,28 +175,29 @@ def _shard_gradients(
     kernel: Float[Array, "D columns"],
     hidden: Float[Array, "tokens D"],
     targets: Int[Array, "tokens"],
-    *rest: Float[Array, "tokens"],
+    log_z: Float[Array, "tokens"],
+    g_nll: Float[Array, "tokens"],
+    g_log_z: Float[Array, "tokens"],
 ) -> tuple[Float[Array, "tokens D"], Float[Array, "D columns"]]:
-    """Returns the gradients of a device's hidden states and columns; `rest` is log_z, g_nll,
-    g_log_z.
-    """
+    """Returns the gradients of a device's hidden states and of its columns of the kernel."""
     tokens = hidden.shape[0]
-    columns = kernel.shape[1]
-    targets = local_targets(targets, tensor_axes, columns)
+    num_columns = kernel.shape[1]
+    targets = local_targets(targets, tensor_axes, num_columns)
     # [tokens, D] -> [chunks, chunk, D]
-    token_arrays = tuple(split_tokens(x, config.token_chunk) for x in (hidden, targets, *rest))
+    arrays = (hidden, targets, log_z, g_nll, g_log_z)
+    token_arrays = tuple(split_tokens(x, config.token_chunk) for x in arrays)
 
     def add_columns(gradients: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
         dkernel, dhidden = gradients
-        part = take_columns(kernel, start, size, hidden.dtype)
-        tile = functools.partial(_add_tile_gradients, config, vocab_size, part, start)
-        zeros = jnp.zeros(part.shape, jnp.float32)
-        unrolled = max_unrolled(columns, config.vocab_chunk)
-        dpart, dhidden = fold_tokens(tile, zeros, dhidden, token_arrays, unrolled)
+        kernel_part = take_columns(kernel, start, size, hidden.dtype)
+        add_tile = functools.partial(_add_tile_gradients, config, vocab_size, kernel_part, start)
+        zeros = jnp.zeros(kernel_part.shape, jnp.float32)
+        unroll_limit = max_unrolled(num_columns, config.vocab_chunk)
+        dkernel_part, dhidden = fold_tokens(add_tile, zeros, dhidden, token_arrays, unroll_limit)
 
         # [D, columns of the tile] is written into [D, columns].
-        dpart = dpart.astype(dkernel.dtype)
-        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dpart, start, axis=1)
+        dkernel_part = dkernel_part.astype(dkernel.dtype)
+        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dkernel_part, start, axis=1)
         return dkernel, dhidden
 
     # Before the sum over devices the gradient of the kernel is not rounded.
@@ -200,7 +206,7 @@ def _shard_gradients(
     hidden_chunks = token_arrays[0]
     dhidden = jnp.zeros(hidden_chunks.shape, jnp.float32)
     gradients = (dkernel, dhidden)
-    dkernel, dhidden = fold_vocabulary(add_columns, gradients, columns, config.vocab_chunk)
+    dkernel, dhidden = fold_vocabulary(add_columns, gradients, num_columns, config.vocab_chunk)
 
     dhidden = join_tokens(dhidden, tokens)
     if tensor_axes:
@@ -214,9 +220,9 @@ def _shard_gradients(
 def _add_tile_gradients(
     config: CrossEntropyConfig,
     vocab_size: int,
-    columns: Float[Array, "D columns"],
+    kernel_part: Float[Array, "D columns"],
     start: Any,
-    dcolumns: Float[Array, "D columns"],
+    dkernel_part: Float[Array, "D columns"],
     dhidden: Float[Array, "chunk D"],
     hidden: Float[Array, "chunk D"],
     targets: Int[Array, "chunk"],
@@ -224,16 +230,16 @@ def _add_tile_gradients(
     g_nll: Float[Array, "chunk"],
     g_log_z: Float[Array, "chunk"],
 ) -> tuple[Float[Array, "D columns"], Float[Array, "chunk D"]]:
-    """Adds what a tile gives to the gradients of its columns and of its hidden states."""
-    logits = make_logits(hidden, columns, config.softcap)
-    size = columns.shape[1]
+    """Adds a tile to the gradients of its part of the kernel and of its hidden states."""
+    logits = make_logits(hidden, kernel_part, config.softcap)
+    size = kernel_part.shape[1]
     one_hot = is_target(targets, start, size)
     dlogits = logit_gradients(
         config, vocab_size, logits, one_hot, log_z, g_nll, g_log_z, hidden.dtype
     )
-    dhidden += hidden_gradients(dlogits, columns)
-    dcolumns += column_gradients(hidden, dlogits)
-    return dcolumns, dhidden
+    dhidden += hidden_gradients(dlogits, kernel_part)
+    dkernel_part += column_gradients(hidden, dlogits)
+    return dkernel_part, dhidden
 
 
 token_losses.defvjp(_forward, _backward)

@@ -41,29 +41,29 @@ from research.kernels.cross_entropy.tiles import (
 )
 
 # The most float32 logits that exist at once.
-LOGITS = 2**25
+MAX_LOGITS = 2**25
 # The most tokens of a chunk: more of them are no faster.
-TOKENS = 2**11
-# Fewer tokens in a chunk are slower than `chunked` if the kernel must be rounded for each chunk.
-FEW_TOKENS = 2**9
+MAX_TOKEN_CHUNK = 2**11
+# Smaller chunks are slower than `chunked` if the kernel must be rounded for each chunk.
+MIN_FAST_CHUNK = 2**9
 
 # (nll, log_z, *per_token), arrays over tokens, -> (a sum over tokens, auxiliary values).
 TokenLoss = Callable[..., tuple[Float[Array, ""], Any]]
 
 
-def token_chunk(vocab_size: int) -> int:
-    """Returns how many tokens have all of their logits at once."""
-    fitting = LOGITS // vocab_size
-    tokens = min(TOKENS, fitting)
+def default_fused_chunk(vocab_size: int) -> int:
+    """Returns the tokens of a chunk, all of whose logits exist at once."""
+    fitting = MAX_LOGITS // vocab_size
+    tokens = min(MAX_TOKEN_CHUNK, fitting)
     return max(1, tokens)
 
 
 def is_fast(vocab_size: int, dtype: Any) -> bool:
-    """Returns whether this is faster than `chunked` on CPU, for hidden states of a type."""
+    """Returns whether this is faster than `chunked` on CPU, for hidden states in `dtype`."""
     if dtype == jnp.float32:
         return True
-    tokens = token_chunk(vocab_size)
-    return tokens >= FEW_TOKENS
+    tokens = default_fused_chunk(vocab_size)
+    return tokens >= MIN_FAST_CHUNK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
@@ -76,7 +76,7 @@ def summed_loss(
     config: CrossEntropyConfig,
 ) -> tuple[Float[Array, ""], Any]:
     """Returns `token_loss(nll, log_z, *per_token)`; only its first result has a gradient."""
-    # This runs where no gradient is taken; else `_forward` does.
+    # This runs where no gradient is taken; `_forward` runs where one is.
     chunk = default_token_chunk(config.vocab_chunk)
     config = dataclasses.replace(config, token_chunk=chunk)
     nll, log_z = chunked.token_losses(hidden, kernel, targets, config)
@@ -92,9 +92,9 @@ def _forward(
     config: CrossEntropyConfig,
 ) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
     """Returns the loss, and for the backward pass its gradients."""
-    on_shard = functools.partial(_shard_gradients, token_loss, config)
+    on_shard = functools.partial(_shard_losses_and_gradients, token_loss, config)
     (nll, log_z, dhidden), dkernel = per_device(
-        on_shard, kernel, hidden, targets, *per_token, sums_kernel=True
+        on_shard, kernel, hidden, targets, *per_token, has_kernel_output=True
     )
     loss = token_loss(nll, log_z, *per_token)
     dkernel = dkernel.astype(kernel.dtype)
@@ -122,7 +122,7 @@ def _scaled(gradient: Float[Array, "..."], g_loss: Float[Array, ""]) -> Float[Ar
 summed_loss.defvjp(_forward, _backward)
 
 
-def _shard_gradients(
+def _shard_losses_and_gradients(
     token_loss: TokenLoss,
     config: CrossEntropyConfig,
     batch_axes: tuple[str, ...],
@@ -145,17 +145,17 @@ def _shard_gradients(
     hidden_chunks = token_arrays[1]
     chunks, chunk, _ = hidden_chunks.shape
 
-    # The buffer for the logits of a chunk is one for all chunks, as dkernel is.
+    # One logits buffer is carried through the loop, so that every chunk reuses it.
     dkernel = jnp.zeros(kernel.shape, jnp.float32)
     logits = jnp.zeros((chunk, kernel.shape[1]), jnp.float32)
     nll = jnp.zeros((chunks, chunk))
     log_z = jnp.zeros((chunks, chunk))
     dhidden = jnp.zeros_like(hidden_chunks)
 
-    tile = functools.partial(_chunk_gradients, token_loss, config, kernel)
+    on_chunk = functools.partial(_chunk_losses_and_gradients, token_loss, config, kernel)
     buffers = (dkernel, logits)
     by_chunk = (nll, log_z, dhidden)
-    buffers, by_chunk = fold_tokens(tile, buffers, by_chunk, token_arrays, unrolled=1)
+    buffers, by_chunk = fold_tokens(on_chunk, buffers, by_chunk, token_arrays, unroll_limit=1)
     dkernel, _ = buffers
 
     # [chunks, chunk, ...] -> [tokens, ...]
@@ -165,7 +165,7 @@ def _shard_gradients(
     return by_token, dkernel
 
 
-def _chunk_gradients(
+def _chunk_losses_and_gradients(
     token_loss: TokenLoss,
     config: CrossEntropyConfig,
     kernel: Float[Array, "D V"],
@@ -203,17 +203,17 @@ def _chunk_gradients(
     def add_columns(gradients: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
         dkernel, dhidden = gradients
         # Logits [chunk, V] -> [chunk, columns]
-        part = jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1)
+        logits_part = jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1)
         one_hot = is_target(targets, start, size)
         dlogits = logit_gradients(
-            config, vocab_size, part, one_hot, log_z, g_nll, g_log_z, hidden.dtype
+            config, vocab_size, logits_part, one_hot, log_z, g_nll, g_log_z, hidden.dtype
         )
-        columns = take_columns(kernel, start, size, hidden.dtype)
-        dhidden += hidden_gradients(dlogits, columns)
+        kernel_part = take_columns(kernel, start, size, hidden.dtype)
+        dhidden += hidden_gradients(dlogits, kernel_part)
 
-        dcolumns = column_gradients(hidden, dlogits)
-        dcolumns += jax.lax.dynamic_slice_in_dim(dkernel, start, size, axis=1)
-        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
+        dkernel_part = column_gradients(hidden, dlogits)
+        dkernel_part += jax.lax.dynamic_slice_in_dim(dkernel, start, size, axis=1)
+        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dkernel_part, start, axis=1)
         return dkernel, dhidden
 
     dhidden = jnp.zeros(hidden.shape, jnp.float32)
@@ -232,9 +232,9 @@ def _write_logits(
     """Returns all logits of a chunk of tokens, written into the array `logits`."""
 
     def write_columns(logits: Array, start: Any, size: int) -> Array:
-        columns = take_columns(kernel, start, size, hidden.dtype)
-        part = make_logits(hidden, columns, config.softcap)
-        return jax.lax.dynamic_update_slice_in_dim(logits, part, start, axis=1)
+        kernel_part = take_columns(kernel, start, size, hidden.dtype)
+        logits_part = make_logits(hidden, kernel_part, config.softcap)
+        return jax.lax.dynamic_update_slice_in_dim(logits, logits_part, start, axis=1)
 
     vocab_size = kernel.shape[1]
     return fold_vocabulary(write_columns, logits, vocab_size, config.vocab_chunk)

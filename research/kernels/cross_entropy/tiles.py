@@ -25,7 +25,8 @@ CPU_TILE_ELEMENTS = 2**22
 TILE_ELEMENTS = 2**24
 # The most vocabulary entries of a tile.
 TILE_VOCABULARY = 2**12
-# Entries of a row that are contiguous on every backend.
+# Default chunks of a vocabulary that is cut are multiples of this, the minor tile size of a TPU
+# array; default chunks of tokens are at least this.
 LANES = 128
 # Loops of at most this many chunks are unrolled on CPU, where the body of a loop runs slowly.
 MAX_UNROLLED = 8
@@ -51,16 +52,16 @@ def vocab_shard_size(vocab_size: int) -> int:
 
 
 def default_vocab_chunk(vocab_size: int) -> int:
-    """Returns the columns of a tile for a device that has `vocab_size`: even chunks of whole lanes,
-    of about `TILE_VOCABULARY` at most.
+    """Returns the columns of a tile for a device that has `vocab_size`: even chunks in multiples of
+    `LANES`, of about `TILE_VOCABULARY` at most.
     """
     chunks = -(-vocab_size // TILE_VOCABULARY)
     if chunks == 1:
         return vocab_size
 
-    # 10,000 columns -> 3 chunks -> 3,334 columns -> 3,456 columns of whole lanes
-    lanes = -(-vocab_size // (chunks * LANES))
-    return lanes * LANES
+    # 10,000 columns -> 3 chunks -> 3,334 columns -> 27 groups of 128 lanes, 3,456 columns
+    lane_groups = -(-vocab_size // (chunks * LANES))
+    return lane_groups * LANES
 
 
 def default_token_chunk(vocab_chunk: int) -> int:
@@ -96,16 +97,17 @@ def join_tokens(
 
 
 def fold_tokens(
-    tile: Callable[..., Any], total: Any, state: Any, arrays: tuple[Array, ...], unrolled: int
+    body: Callable[..., Any], total: Any, state: Any, arrays: tuple[Array, ...], unroll_limit: int
 ) -> Any:
-    """Folds `total, state[i] = tile(total, state[i], *arrays[i])` over the chunks i of tokens.
+    """Runs `total, state[i] = body(total, state[i], *[x[i] for x in arrays])` for every chunk i of
+    tokens, as a `fori_loop`; returns (total, state).
 
     Args:
-      tile: computes one chunk.
+      body: computes one chunk.
       total: a tree that every chunk adds to.
       state: a tree of arrays with a leading axis of chunks, updated in place.
       arrays: inputs with a leading axis of chunks.
-      unrolled: unroll the loop if it has at most this many chunks.
+      unroll_limit: unroll the loop if it has at most this many chunks.
     """
     chunks = arrays[0].shape[0]
 
@@ -120,28 +122,28 @@ def fold_tokens(
         total, state = carry
         state_i = jax.tree.map(take, state)
         arrays_i = [take(x) for x in arrays]
-        total, state_i = tile(total, state_i, *arrays_i)
+        total, state_i = body(total, state_i, *arrays_i)
         state = jax.tree.map(put, state, state_i)
         return total, state
 
-    unroll = chunks <= unrolled
+    unroll = chunks <= unroll_limit
     return jax.lax.fori_loop(0, chunks, step, (total, state), unroll=unroll)
 
 
 def fold_vocabulary(
-    tile: Callable[[Any, Any, int], Any], carry: Any, columns: int, vocab_chunk: int
+    body: Callable[[Any, Any, int], Any], carry: Any, num_columns: int, vocab_chunk: int
 ) -> Any:
-    """Folds `carry = tile(carry, start, size)` over chunks of columns; the last may be narrower.
+    """Runs `carry = body(carry, start, size)` for every chunk of columns; the last may be narrower.
 
-    It is a loop and never unrolled: unrolled, XLA for CPU computes the logits of many tiles before
-    it uses those of the first.
+    It is a `fori_loop` and never unrolled: unrolled, XLA for CPU computes the logits of many tiles
+    before it uses those of the first.
     """
     # 10 columns in chunks of 4: tiles (start, size) = (0, 4), (4, 4), (8, 2)
-    full, rest = divmod(columns, vocab_chunk)
+    full, rest = divmod(num_columns, vocab_chunk)
 
     def full_tile(i: Any, carry: Any) -> Any:
         start = i * vocab_chunk
-        return tile(carry, start, vocab_chunk)
+        return body(carry, start, vocab_chunk)
 
     if full == 1:
         carry = full_tile(0, carry)
@@ -150,29 +152,34 @@ def fold_vocabulary(
 
     if rest:
         start = full * vocab_chunk
-        carry = tile(carry, start, rest)
+        carry = body(carry, start, rest)
     return carry
 
 
-def max_unrolled(columns: int, vocab_chunk: int) -> int:
+def max_unrolled(num_columns: int, vocab_chunk: int) -> int:
     """Returns the most chunks of tokens whose loop is unrolled."""
-    one_tile_wide = columns <= vocab_chunk
+    one_tile_wide = num_columns <= vocab_chunk
     if platform() == "cpu" and one_tile_wide:
         return MAX_UNROLLED
     return 1
 
 
 def per_device(
-    function: Callable[..., Any], kernel: Float[Array, "D V"], *arrays: Array, sums_kernel: bool
+    function: Callable[..., Any],
+    kernel: Float[Array, "D V"],
+    *arrays: Array,
+    has_kernel_output: bool,
 ) -> Any:
     """Calls a function in a `shard_map` over the tokens and the columns of the kernel.
 
     Args:
       function: takes (batch axes, tensor axes, kernel, *arrays), the mesh axes that shard tokens
-        and columns, and a device's shards; returns arrays over tokens.
+        and columns, and a device's shards; returns arrays over tokens, which it has already
+        reduced over the tensor axes.
       kernel: the output embedding.
       *arrays: arrays over tokens.
-      sums_kernel: whether the function returns (arrays over tokens, an array like the kernel).
+      has_kernel_output: whether `function` returns (arrays over tokens, an array like the
+        kernel), which it has already summed over the batch axes.
     """
     tokens = arrays[0].shape[0]
     vocab_size = kernel.shape[1]
@@ -188,41 +195,41 @@ def per_device(
     token_spec = PartitionSpec(batch_axes or None)
     array_specs = [token_spec] * len(arrays)
     in_specs = (kernel_spec, *array_specs)
-    out_specs = (token_spec, kernel_spec) if sums_kernel else token_spec
+    out_specs = (token_spec, kernel_spec) if has_kernel_output else token_spec
     mapped = shard_map(on_shard, in_specs, out_specs, axes=axes)
     return mapped(kernel, *arrays)
 
 
 def local_targets(
-    targets: Int[Array, "tokens"], tensor_axes: tuple[str, ...], columns: int
+    targets: Int[Array, "tokens"], tensor_axes: tuple[str, ...], num_columns: int
 ) -> Int[Array, "tokens"]:
     """Returns targets as columns of this device's shard of the kernel.
 
-    The targets of other shards are below 0 or at least `columns`, so `is_target` is False for them.
+    Targets of other shards are below 0 or at least `num_columns`: `is_target` is False for them.
     """
     if not tensor_axes:
         return targets
     # 8 columns on each of 2 devices: targets [3, 9] -> [3, 9] on the first, [-5, 1] on the second
     shard = jax.lax.axis_index(tensor_axes)
-    return targets - shard * columns
+    return targets - shard * num_columns
 
 
 def take_columns(
     kernel: Float[Array, "D V"], start: Any, size: int, dtype: Any
 ) -> Float[Array, "D columns"]:
-    """Returns some columns of the kernel, rounded to a type."""
-    columns = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
+    """Returns some columns of the kernel, cast to `dtype`."""
+    kernel_part = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
     # `astype` alone would be hoisted out of the loop, and all of the kernel rounded before it.
     finfo = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(columns, finfo.nexp, finfo.nmant)
+    rounded = jax.lax.reduce_precision(kernel_part, finfo.nexp, finfo.nmant)
     return rounded.astype(dtype)
 
 
 def make_logits(
-    hidden: Float[Array, "chunk D"], columns: Float[Array, "D columns"], softcap: float | None
+    hidden: Float[Array, "chunk D"], kernel_part: Float[Array, "D columns"], softcap: float | None
 ) -> Float[Array, "chunk columns"]:
     """Returns the logits of a tile."""
-    logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32)
+    logits = jnp.dot(hidden, kernel_part, preferred_element_type=jnp.float32)
     if softcap is None:
         return logits
     bounded = jnp.tanh(logits / softcap)
@@ -247,7 +254,7 @@ def logit_gradients(
     g_log_z: Float[Array, "chunk"],
     dtype: Any,
 ) -> Float[Array, "chunk columns"]:
-    """Returns the gradient of a tile of logits before the cap, in a type.
+    """Returns the gradient of a tile of logits before the cap, cast to `dtype`.
 
     dz = softmax(z) (g_nll + g_log_z) - label · g_nll,   times 1 - (z / cap)² of the soft cap
     """
@@ -257,8 +264,9 @@ def logit_gradients(
     of_target = jnp.where(one_hot, 1 - epsilon, 0.0)
     labels = of_target + uniform
     probabilities = jnp.exp(logits - log_z[:, None])
-    g_log_softmax = g_nll + g_log_z
-    from_log_z = probabilities * g_log_softmax[:, None]
+    # nll contains log_z, so log_z receives both cotangents.
+    g_log_z_total = g_nll + g_log_z
+    from_log_z = probabilities * g_log_z_total[:, None]
     from_labels = labels * g_nll[:, None]
     dlogits = from_log_z - from_labels
     if config.softcap is not None:
@@ -271,10 +279,10 @@ def logit_gradients(
 
 
 def hidden_gradients(
-    dlogits: Float[Array, "chunk columns"], columns: Float[Array, "D columns"]
+    dlogits: Float[Array, "chunk columns"], kernel_part: Float[Array, "D columns"]
 ) -> Float[Array, "chunk D"]:
     """Returns what a tile adds to the gradient of the hidden states, in float32."""
-    return jnp.einsum("cv,dv->cd", dlogits, columns, preferred_element_type=jnp.float32)
+    return jnp.einsum("cv,dv->cd", dlogits, kernel_part, preferred_element_type=jnp.float32)
 
 
 def column_gradients(
@@ -283,5 +291,5 @@ def column_gradients(
     """Returns what a tile adds to the gradient of its columns of the kernel, in float32."""
     # Row-major operands keep XLA for CPU on its matmul library: [D, chunk] times [chunk, columns]
     hidden_transposed = swap_last(hidden)
-    dcolumns = jnp.dot(hidden_transposed, dlogits, preferred_element_type=jnp.float32)
-    return row_major(dcolumns)
+    dkernel_part = jnp.dot(hidden_transposed, dlogits, preferred_element_type=jnp.float32)
+    return row_major(dkernel_part)

@@ -103,7 +103,7 @@ def test_a_gradient_made_beside_the_loss_equals_the_reference(
     weights = jnp.asarray(np.random.default_rng(1).integers(0, 3, batch), jnp.float32)
     options = {"softcap": softcap, "label_smoothing": label_smoothing}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "LOGITS", logits)
+        patch.setattr(fused, "MAX_LOGITS", logits)
         patch.setattr(tiles, "CPU_TILE_ELEMENTS", tile[0])
         patch.setattr(tiles, "TILE_VOCABULARY", tile[1])
         found = summed("fused", given, weights, **options)
@@ -133,7 +133,7 @@ def test_padding_of_a_chunk_has_no_gradient_where_a_loss_divides_by_a_count(monk
         return jax.jit(jax.grad(call))(table)
 
     # 7 tokens in chunks of 4: the second chunk has one token of padding.
-    monkeypatch.setattr(fused, "LOGITS", 4 * V)
+    monkeypatch.setattr(fused, "MAX_LOGITS", 4 * V)
     found = kernel_gradient("fused")
     np.testing.assert_allclose(found, kernel_gradient("reference"), atol=1e-5)
 
