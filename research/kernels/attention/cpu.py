@@ -1,18 +1,18 @@
 """Attention for CPU: tiles of queries against the keys that they can reach, with its own gradient.
 
-The way of a call:
+Steps of a call:
 
 1. `cpu_shards` cuts the batch and the heads into a few shards that run on threads of their own.
 2. Each shard is laid out heads first, `[B, T, N, H] -> [BK, G, T, H]`: batched matmuls over `BK`
    that the matmul library takes as they are.
 3. `cpu_tile` cuts the queries into tiles and finds the keys that each can reach; blocks of scores
    above the diagonal are never computed.
-4. `cpu_forward` computes each tile's softmax and keeps only the log of its denominator;
-   `cpu_backward` computes the scores again from it.
+4. `cpu_forward` computes each tile's softmax and keeps its logsumexp and not the weights;
+   `cpu_backward` recomputes the scores.
 
 Memory is linear in the length: a tile has the same size however many there are. The few tiles of a
-short sequence are unrolled, each with its own reach. Those of a long one are grouped into bands; a
-band is a loop (`lax.scan`) whose tiles all take the keys that the band can reach.
+short sequence are unrolled, each with its own range of keys. Those of a long one are grouped into
+bands; a band is a loop (`lax.scan`) whose tiles all take the keys that the band can reach.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class _Residuals:
     """What the forward pass keeps for the backward pass.
 
     Attributes:
-      shards: of each shard.
+      shards: what the forward pass saved, one entry per shard.
       mask, terms: of the whole call.
       grid: how the call was cut.
     """
@@ -49,7 +49,7 @@ class _Residuals:
 def unsupported_reason(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> None:
-    """Takes everything."""
+    """Returns None: every call is supported."""
 
 
 @jax.custom_vjp
@@ -79,7 +79,7 @@ def _attention_fwd(
         q_shard = _queries_heads_first(shard.of_queries(q), grid.group)
         k_shard = _keys_heads_first(shard.of_keys(k))
         v_shard = _keys_heads_first(shard.of_keys(v))
-        out, log_total = forward(
+        out, lse = forward(
             q_shard,
             k_shard,
             v_shard,
@@ -88,7 +88,7 @@ def _attention_fwd(
             terms=shard.of_terms(terms),
         )
         outs.append(_heads_last(out, shard.batch))
-        saved.append(Saved(q_shard, k_shard, v_shard, out, log_total))
+        saved.append(Saved(q_shard, k_shard, v_shard, out, lse))
     return grid.join(outs), _Residuals(saved, mask, terms, grid)
 
 

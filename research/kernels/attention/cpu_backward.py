@@ -1,7 +1,7 @@
 """The backward pass of the CPU attention over one shard.
 
-The scores of a tile are computed again, and the log of the denominator that the forward pass kept
-turns them into softmax weights.
+The scores of a tile are recomputed; with the logsumexp of their row, which the forward pass saved,
+they give the softmax weights.
 
 Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 2, with whole rows of scores.
 """
@@ -28,19 +28,19 @@ from research.kernels.row_major import swap_last
 
 
 class Saved(NamedTuple):
-    """What the forward pass of a shard keeps; heads first, see `cpu_tile`.
+    """What the forward pass of a shard saves; heads first, see `cpu_tile`.
 
     Attributes:
       q, k, v: the operands.
       out: the result.
-      log_total: the log of the softmax's denominator.
+      lse: logsumexp of each row of scores, sink included; +inf where a query attends to no key.
     """
 
     q: Float[Array, "BK G T H"]
     k: Float[Array, "BK S H"]
     v: Float[Array, "BK S H"]
     out: Float[Array, "BK G T H"]
-    log_total: Float[Array, "BK G T 1"]
+    lse: Float[Array, "BK G T 1"]
 
 
 class _Sums(NamedTuple):
@@ -66,19 +66,19 @@ def backward(
       mask: of these sequences.
       terms: of these sequences and heads.
     """
-    queries = saved.q.shape[2]
-    bk, keys, width = saved.k.shape
+    num_queries = saved.q.shape[2]
+    bk, num_keys, width = saved.k.shape
     dtype = saved.k.dtype
 
     def step(sums: _Sums, tile: Tile) -> tuple[_Sums, tuple[Array]]:
         sums, dq = _tile_gradients(sums, saved, g, mask, terms, tile)
         return sums, (dq,)
 
-    dk = jnp.zeros((bk, width, keys), jnp.float32)
-    dv = jnp.zeros((bk, width, keys), jnp.float32)
+    dk = jnp.zeros((bk, width, num_keys), jnp.float32)
+    dv = jnp.zeros((bk, width, num_keys), jnp.float32)
     dterms = zero_gradients(terms)
     dqs = []
-    for band in bands(mask, batch, queries, keys):
+    for band in bands(mask, batch, num_queries, num_keys):
         # Only the keys that the band reaches are carried through its loop.
         start, size = band.keys
         reached = slice(start, start + size)
@@ -122,10 +122,10 @@ def _tile_gradients(
     k_SxH = tile.reached_keys(saved.k)
     v_SxH = tile.reached_keys(saved.v)
 
-    # Softmax weights: exp(score) / total = exp(score - log total).
+    # Softmax weights: exp(score) / Σ exp = exp(score - lse).
     scores_GTxS, cap_derivative = tile_scores(q_GTxH, k_SxH, mask, terms, tile)
-    log_total = tile.query_rows(saved.log_total)
-    weights_GTxS = jnp.exp(scores_GTxS - log_total)
+    lse = tile.query_rows(saved.lse)
+    weights_GTxS = jnp.exp(scores_GTxS - lse)
 
     # Through the softmax: ds = w (dw - delta), with delta = Σ_s w dw = g · out.
     dweights_GTxS = matmul(g_GTxH, v_SxH, transpose_b=True)
@@ -133,7 +133,7 @@ def _tile_gradients(
     g_out_GTxH = g_GTxH.astype(jnp.float32) * out_GTxH.astype(jnp.float32)
     delta = jnp.sum(g_out_GTxH, axis=-1, keepdims=True)
     dscores_GTxS = weights_GTxS * (dweights_GTxS - delta)
-    dterms = _add_term_gradients(sums.terms, terms, dscores_GTxS, delta, log_total, tile)
+    dterms = _add_term_gradients(sums.terms, terms, dscores_GTxS, delta, lse, tile)
 
     # Through the cap and the scale, to q kᵀ.
     if cap_derivative is not None:
@@ -157,7 +157,7 @@ def _add_term_gradients(
     terms: ScoreTerms,
     dscores: Float[Array, "BK GT S"],
     delta: Float[Array, "BK GT 1"],
-    log_total: Float[Array, "BK GT 1"],
+    lse: Float[Array, "BK GT 1"],
     tile: Tile,
 ) -> ScoreTerms:
     """Returns `sums`, the gradients of the terms, with those of a tile added."""
@@ -167,7 +167,7 @@ def _add_term_gradients(
 
     dsinks = sums.sinks
     if dsinks is not None:
-        dsinks = _add_sink_gradient(dsinks, terms, delta, log_total, tile)
+        dsinks = _add_sink_gradient(dsinks, terms, delta, lse, tile)
     return dataclasses.replace(sums, bias=dbias, sinks=dsinks)
 
 
@@ -176,9 +176,9 @@ def _add_bias_gradient(
 ) -> Float[Array, "#B #N #T #S"]:
     start, shape = bias_block(dbias, tile)
     # [BK, GT, S] -> [B, N, T, S]
-    queries = tile.queries.size
-    keys = tile.keys.size
-    block = dscores.reshape(tile.batch, -1, queries, keys)
+    num_queries = tile.queries.size
+    num_keys = tile.keys.size
+    block = dscores.reshape(tile.batch, -1, num_queries, num_keys)
 
     # Summed over the axes that the bias broadcasts: [B, N, T, S] -> [B, N, 1, S]
     broadcast = [axis for axis, size in enumerate(shape) if size == 1]
@@ -192,18 +192,18 @@ def _add_sink_gradient(
     dsinks: Float[Array, "N"],
     terms: ScoreTerms,
     delta: Float[Array, "BK GT 1"],
-    log_total: Float[Array, "BK GT 1"],
+    lse: Float[Array, "BK GT 1"],
     tile: Tile,
 ) -> Float[Array, "N"]:
-    """Adds -Σ delta exp(sink - log total): a sink has a weight, and a value of zero."""
+    """Adds -Σ delta exp(sink - lse): a sink has a weight, and a value of zero."""
     kv_heads = delta.shape[0] // tile.batch
     sinks = sink_rows(terms, kv_heads, tile)
     # [BK, GT, 1] -> [B, K, GT, 1]
-    log_total = log_total.reshape(tile.batch, *sinks.shape[1:])
-    sink_weights = jnp.exp(sinks - log_total)
+    lse = lse.reshape(tile.batch, *sinks.shape[1:])
+    sink_weights = jnp.exp(sinks - lse)
     gradients = delta * sink_weights.reshape(delta.shape)
 
     # [BK, GT, 1] -> [B, N, T] -> [N]
-    queries = tile.queries.size
-    gradients = gradients.reshape(tile.batch, -1, queries)
+    num_queries = tile.queries.size
+    gradients = gradients.reshape(tile.batch, -1, num_queries)
     return dsinks - gradients.sum(axis=(0, 2))

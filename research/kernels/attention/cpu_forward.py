@@ -17,7 +17,9 @@ def forward(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> tuple[Float[Array, "BK G T H"], Float[Array, "BK G T 1"]]:
-    """Returns the result and the log of the denominator, infinite where a query attends to no key.
+    """Returns the result and lse, the logsumexp of each row of scores, sink included.
+
+    lse is +inf where a query attends to no key.
 
     Args:
       q, k, v: heads first; see `cpu_tile`.
@@ -25,8 +27,8 @@ def forward(
       mask: of these sequences.
       terms: of these sequences and heads.
     """
-    queries = q.shape[2]
-    keys = k.shape[1]
+    num_queries = q.shape[2]
+    num_keys = k.shape[1]
 
     def step(carry: None, tile: Tile) -> tuple[None, tuple[Array, Array]]:
         rows = _tile_softmax(
@@ -35,16 +37,16 @@ def forward(
         return carry, tuple(map(tile.unstack_rows, rows))
 
     outs = []
-    log_totals = []
-    for band in bands(mask, batch, queries, keys):
-        _, (out, log_total) = band.fold(step, None)
+    lses = []
+    for band in bands(mask, batch, num_queries, num_keys):
+        _, (out, lse) = band.fold(step, None)
         outs.append(out)
-        log_totals.append(log_total)
+        lses.append(lse)
 
     # [BK, G, T of a band, H] -> [BK, G, T, H]
     out = jnp.concatenate(outs, axis=2)
-    log_total = jnp.concatenate(log_totals, axis=2)
-    return out, log_total
+    lse = jnp.concatenate(lses, axis=2)
+    return out, lse
 
 
 def _tile_softmax(
@@ -55,10 +57,11 @@ def _tile_softmax(
     terms: ScoreTerms,
     tile: Tile,
 ) -> tuple[Float[Array, "BK GT H"], Float[Array, "BK GT 1"]]:
-    """Returns the result of a tile and the log of its denominators."""
+    """Returns the result of a tile and the logsumexp of each of its rows of scores."""
     scores_GTxS, _ = tile_scores(q_GTxH, k_SxH, mask, terms, tile)
 
-    # Half of HIDDEN at least: where all keys of a row are hidden, exp(HIDDEN - top) is 0.
+    # The row maximum, at least HIDDEN / 2: in a row of hidden keys alone exp(HIDDEN - top) is then
+    # 0, not 1.
     top = jnp.max(scores_GTxS, axis=-1, keepdims=True, initial=HIDDEN / 2)
     exp_GTxS = jnp.exp(scores_GTxS - top).astype(v_SxH.dtype)
     # The barrier keeps the sum from computing the exponential a second time.
@@ -68,12 +71,12 @@ def _tile_softmax(
     if terms.sinks is not None:
         total += _exp_of_sinks(top, terms, tile)
 
-    # [GT, S] x [S, H] / [GT, 1]: dividing the product takes H divisions a row and not S.
+    # [GT, S] x [S, H] / [GT, 1]: dividing the product takes H divisions per row and not S.
     divisor = jnp.where(any_visible, total, 1.0)
     out = matmul(exp_GTxS, v_SxH) / divisor
-    log_total = top + jnp.log(total)
-    log_total = jnp.where(any_visible, log_total, jnp.inf)
-    return out.astype(v_SxH.dtype), log_total
+    lse = top + jnp.log(total)
+    lse = jnp.where(any_visible, lse, jnp.inf)
+    return out.astype(v_SxH.dtype), lse
 
 
 def _exp_of_sinks(

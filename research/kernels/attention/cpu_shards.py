@@ -37,7 +37,7 @@ class Shard:
         return sequences.stop - sequences.start
 
     def of_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "_ T _ H"]:
-        """Returns the shard of queries, or of anything a query."""
+        """Returns the shard of queries, or of anything per query."""
         return x[self.sequences, :, self.heads]
 
     def of_keys(self, x: Float[Array, "B S K H"]) -> Float[Array, "_ S _ H"]:
@@ -71,34 +71,35 @@ class ShardGrid:
     Attributes:
       batch: B.
       kv_heads: K.
-      group: query heads a key/value head, G.
-      rows: in how many shards the batch is cut at most.
-      columns: in how many shards the key/value heads are cut at most.
+      group: query heads per key/value head, G.
+      batch_shards: the most shards along the batch.
+      head_shards: the most shards along the key/value heads.
     """
 
     batch: int
     kv_heads: int
     group: int
-    rows: int
-    columns: int
+    batch_shards: int
+    head_shards: int
 
     def shards(self) -> list[Shard]:
-        """Returns the shards, those of the same sequences after each other."""
+        """Returns the shards row by row: all heads of the first sequences, then of the next."""
         shards = []
-        for sequences in even_slices(self.batch, self.rows):
-            for kv_heads in even_slices(self.kv_heads, self.columns):
-                # Key/value heads 1 to 3 of groups of two are read by query heads 2 to 6.
+        for sequences in even_slices(self.batch, self.batch_shards):
+            for kv_heads in even_slices(self.kv_heads, self.head_shards):
+                # kv heads 1:3, G = 2 -> query heads 2:6
                 heads = slice(kv_heads.start * self.group, kv_heads.stop * self.group)
                 shards.append(Shard(sequences, kv_heads, heads))
         return shards
 
     def join(self, parts: Sequence[Float[Array, "_ T _ H"]]) -> Float[Array, "B T _ H"]:
         """Joins an array of each shard along the heads, then along the sequences."""
-        # A 2 x 2 grid: [a, b, c, d] -> [a | b, c | d] -> B sequences of all heads.
-        columns = len(even_slices(self.kv_heads, self.columns))
+        # Shards [a, b, c, d] in a 2 x 2 grid: heads a | b of the first sequences, c | d of the
+        # rest.
+        parts_per_row = len(even_slices(self.kv_heads, self.head_shards))
         rows = []
-        for start in range(0, len(parts), columns):
-            row = parts[start : start + columns]
+        for start in range(0, len(parts), parts_per_row):
+            row = parts[start : start + parts_per_row]
             rows.append(jnp.concatenate(row, axis=2))
         return jnp.concatenate(rows)
 
@@ -114,9 +115,13 @@ def shard_grid(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> ShardG
         # The partitioner of a mesh would gather what is cut here.
         wanted = 1
 
-    rows = len(even_slices(batch, wanted))
+    batch_shards = len(even_slices(batch, wanted))
     return ShardGrid(
-        batch=batch, kv_heads=kv_heads, group=heads // kv_heads, rows=rows, columns=wanted // rows
+        batch=batch,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        batch_shards=batch_shards,
+        head_shards=wanted // batch_shards,
     )
 
 

@@ -18,10 +18,13 @@ from jaxtyping import Array, Float
 from research.kernels.attention.mask import AttentionMask, Span
 from research.kernels.attention.terms import ScoreTerms
 
-# Queries of a tile. A sequence of up to TILE * MAX_BANDS queries has one tile a band.
+# Queries per tile.
 TILE = 128
-MAX_BANDS = 8
-# The score of a hidden key: exp gives 0 for it whatever is subtracted, and sums with it are finite.
+# Longer sequences are cut into at most this many bands; the last may be yielded as two, its whole
+# tiles and a shorter tile.
+TARGET_BANDS = 8
+# The score of a hidden key: finite, so that sums stay finite. exp(HIDDEN - m) is 0 for every row
+# maximum m >= HIDDEN / 2; the forward pass clamps m to that.
 HIDDEN = -1e30
 
 
@@ -104,22 +107,22 @@ def _join_tiles(x: Float[Array, "tiles BK G T _"]) -> Float[Array, "BK G tiles*T
     return x.reshape(bk, group, tiles * size, width)
 
 
-def bands(mask: AttentionMask, batch: int, queries: int, keys: int) -> Iterator[Band]:
+def bands(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> Iterator[Band]:
     """Yields the bands that hold all queries, in order.
 
     Args:
       mask: says which keys a band can reach.
       batch: B.
-      queries: T.
-      keys: S.
+      num_queries: T.
+      num_keys: S.
     """
     # 300 queries -> bands of 128, 128 and 44 queries, one tile each.
     # 2,100 queries -> bands of 384 queries, three tiles each; the last 180 are a band of one tile
     # and one of the 52 queries that fill no tile.
-    band_size = TILE * math.ceil(queries / (TILE * MAX_BANDS))
+    band_size = TILE * math.ceil(num_queries / (TILE * TARGET_BANDS))
 
-    for start in range(0, queries, band_size):
-        stop = min(start + band_size, queries)
+    for start in range(0, num_queries, band_size):
+        stop = min(start + band_size, num_queries)
         tiles = (stop - start) // TILE
         rest_start = start + tiles * TILE
         if tiles:
@@ -128,7 +131,7 @@ def bands(mask: AttentionMask, batch: int, queries: int, keys: int) -> Iterator[
                 start,
                 tile_size=TILE,
                 tiles=tiles,
-                keys=_reach(mask, start, rest_start, keys),
+                keys=_reach(mask, start, rest_start, num_keys),
             )
         if rest_start < stop:
             yield Band(
@@ -136,12 +139,12 @@ def bands(mask: AttentionMask, batch: int, queries: int, keys: int) -> Iterator[
                 rest_start,
                 tile_size=stop - rest_start,
                 tiles=1,
-                keys=_reach(mask, rest_start, stop, keys),
+                keys=_reach(mask, rest_start, stop, num_keys),
             )
 
 
-def _reach(mask: AttentionMask, start: int, stop: int, keys: int) -> Span:
-    reach = mask.reach(start, stop, keys)
+def _reach(mask: AttentionMask, start: int, stop: int, num_keys: int) -> Span:
+    reach = mask.reach(start, stop, num_keys)
     size = reach.stop - reach.start
     return Span(reach.start, size)
 
@@ -205,10 +208,10 @@ def _tile_bias(
     block = lax.dynamic_slice(bias, start, shape)
 
     # [B, N, T, S] -> [B, K, G, T, S]; [B, 1, T, S] -> [B, 1, 1, T, S]
-    batch, heads, queries, keys = shape
+    batch, heads, num_queries, num_keys = shape
     if heads == 1:
         kv_heads = 1
-    return block.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
+    return block.reshape(batch, kv_heads, heads // kv_heads, num_queries, num_keys)
 
 
 def bias_block(
@@ -216,12 +219,12 @@ def bias_block(
 ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Returns where the bias of a tile starts and its shape, for a dynamic slice.
 
-    An axis of size 1 is broadcast, and taken whole: a bias `[B, N, 1, S]` of queries 128 to 255 and
-    keys 0 to 255 starts at `(0, 0, 0, 0)` and has the shape `(B, N, 1, 256)`.
+    An axis of size 1 is broadcast, and taken whole: a bias `[B, N, 1, S]` of queries 128:256 and
+    keys 0:256 starts at `(0, 0, 0, 0)` and has the shape `(B, N, 1, 256)`.
     """
-    batch, heads, queries, keys = bias.shape
-    rows = tile.queries if queries > 1 else Span(0, 1)
-    columns = tile.keys if keys > 1 else Span(0, 1)
+    batch, heads, num_queries, num_keys = bias.shape
+    rows = tile.queries if num_queries > 1 else Span(0, 1)
+    columns = tile.keys if num_keys > 1 else Span(0, 1)
     start = (0, 0, rows.start, columns.start)
     shape = (batch, heads, rows.size, columns.size)
     return start, shape

@@ -2,8 +2,9 @@
 
 The kernels take whole tiles. Tokens and head widths that are not are padded with zeros here, and
 padded keys are hidden. Which blocks of queries meet which blocks of keys is found out beforehand,
-from a few numbers a block; those that the mask hides are never visited. Memory is linear in the
-length but for those lists, which take four bytes a pair of blocks: 1 / 8,192 of an array of scores.
+from a few numbers per block; those that the mask hides are never visited. Memory is linear in the
+length but for those lists, which take four bytes per pair of blocks: 1 / 8,192 of an array of
+scores.
 """
 
 import functools
@@ -45,7 +46,7 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Attention a block at a time; see the API of the package for the equation.
+    """Attention one block at a time; see the API of the package for the equation.
 
     On another platform than a GPU it runs in JAX's interpreter of GPU kernels, for tests.
     """
@@ -82,7 +83,7 @@ def _attention_fwd(
     # 200 tokens, heads of 80 -> 256 tokens, heads of 128
     q_padded = pad_tokens(q)
     keys = keys_per_step(q_padded.shape[-1])
-    out, log_total = forward(
+    out, lse = forward(
         plan,
         q_padded,
         pad_tokens(k),
@@ -91,20 +92,20 @@ def _attention_fwd(
         block_kinds(mask, plan, block_q=TILE, block_kv=keys),
     )
     out = out[:, : plan.queries, :, :width]
-    return out, (q, k, v, mask, terms, out, log_total)
+    return out, (q, k, v, mask, terms, out, lse)
 
 
 def _attention_bwd(
     plan: Plan, residuals: tuple, g: Float[Array, "B T N H"]
 ) -> tuple[Array, Array, Array, None, ScoreTerms]:
-    q, k, v, mask, terms, out, log_total = residuals
+    q, k, v, mask, terms, out, lse = residuals
     width = q.shape[-1]
     operands = Operands(
         q=pad_tokens(q),
         k=pad_tokens(k),
         v=pad_tokens(v),
         g=pad_tokens(g.astype(q.dtype)),
-        log_total=log_total,
+        lse=lse,
         delta=_delta(plan, g, out),
     )
     extras = extra_arrays(mask, terms, plan)
@@ -148,7 +149,7 @@ def _delta(
 def _all_key_gradients(
     plan: Plan, operands: Operands, extras: dict[str, Array], mask: AttentionMask, terms: ScoreTerms
 ) -> dict[str, Array]:
-    """Returns `dk`, `dv` and, for a bias a key, `dbias`."""
+    """Returns `dk`, `dv` and, for a bias per key, `dbias`."""
     if terms.bias is not None:
         # The kernel's tiles are [S, T].
         transposed = jnp.swapaxes(extras["bias"], 2, 3)
@@ -176,12 +177,12 @@ def _is_by_key(bias: Float[Array, "#B #N #T #S"]) -> bool:
 
 
 def _sink_gradients(terms: ScoreTerms, operands: Operands) -> Float[Array, "B N padded_T"]:
-    """Returns minus the gradient of the sink, a query: delta times the weight of the sink."""
+    """Returns minus the gradient of the sink, per query: delta times the weight of the sink."""
     if terms.sinks is None:
         return jnp.zeros_like(operands.delta)
-    # Scores and log_total are in units of log 2.
+    # Scores and lse are to base 2.
     sinks = terms.sinks.astype(jnp.float32)[None, :, None] * LOG2E
-    weights = jnp.exp2(sinks - operands.log_total)
+    weights = jnp.exp2(sinks - operands.lse)
     return operands.delta * weights
 
 

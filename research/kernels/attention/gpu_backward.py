@@ -1,9 +1,9 @@
 """What the backward kernels of attention on Hopper GPUs share.
 
-They compute the scores of a tile again from the log of the denominator. `gpu_query_gradient` holds
-a block of queries and visits keys. `gpu_key_gradients` holds a block of keys and visits the queries
-of all heads of the group, so that no gradient needs an atomic addition. `gpu_bias_gradient` holds a
-tile of a bias and visits the sequences and heads that share it.
+They recompute the scores of a tile, and its softmax weights from the saved logsumexp.
+`gpu_query_gradient` holds a block of queries and visits keys. `gpu_key_gradients` holds a block of
+keys and visits the queries of all heads of the group, so that no gradient needs an atomic addition.
+`gpu_bias_gradient` holds a tile of a bias and visits the sequences and heads that share it.
 
 Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 2.
 """
@@ -18,7 +18,7 @@ from research.kernels.attention.gpu_plan import ROWS, WARPGROUPS, Plan
 from research.kernels.attention.gpu_scores import Tile, scores
 from research.kernels.attention.gpu_tile import along, load, swizzled
 
-# Keys, or queries, a step.
+# Keys, or queries, per step.
 STEP = 64
 
 
@@ -28,7 +28,8 @@ class Operands(NamedTuple):
     Attributes:
       q, k, v: padded by `pad_tokens`.
       g: the gradient of the result, padded too.
-      log_total: the log₂ of the denominator.
+      lse: logsumexp of each row of scores to base 2, sink included; +inf where there is no sink and
+          a query attends to no key.
       delta: Σ_H g · out of each query.
     """
 
@@ -36,7 +37,7 @@ class Operands(NamedTuple):
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
     g: Float[Array, "B T N H"]
-    log_total: Float[Array, "B N T"]
+    lse: Float[Array, "B N T"]
     delta: Float[Array, "B N T"]
 
 
@@ -87,12 +88,12 @@ def scratch(
 
 
 def load_statistics(plan: Plan, operands: Operands, tile: Tile) -> tuple[Array, Array]:
-    """Loads the log of the denominator and delta of a tile's queries."""
+    """Loads the logsumexp and delta of a tile's queries."""
     axis = tile.axis("q")
     index = (tile.batch, tile.head, tile.tokens("q"))
-    log_total = load(plan, operands.log_total, index, axis)
+    lse = load(plan, operands.lse, index, axis)
     delta = load(plan, operands.delta, index, axis)
-    return log_total, delta
+    return lse, delta
 
 
 def score_gradients(
@@ -119,10 +120,10 @@ def score_gradients(
     s, cap_derivative = scores(plan, extras, raw, tile, masked=masked)
     # [T] -> [T, S], or [S, T] of a transposed tile
     axis = tile.axis("q")
-    log_total, delta = (along(x, axis, s.shape) for x in statistics)
+    lse, delta = (along(x, axis, s.shape) for x in statistics)
 
-    # Softmax weights: 2^s / total = 2^(s - log₂ total). Through the softmax: ds = w (dw - delta).
-    weights = jnp.exp2(s - log_total)
+    # Softmax weights: 2^s / Σ 2^s = 2^(s - lse). Through the softmax: ds = w (dw - delta).
+    weights = jnp.exp2(s - lse)
     dscores = weights * (dweights - delta)
     dproduct = dscores
     if cap_derivative is not None:

@@ -1,6 +1,6 @@
 """The kernel of the gradient of a bias for every query and key on Hopper GPUs.
 
-A block holds a tile of 128 queries, 64 a warpgroup, and 64 keys of the bias, and visits the
+A block holds a tile of 128 queries, 64 per warpgroup, and 64 keys of the bias, and visits the
 sequences and heads that share it.
 """
 
@@ -47,7 +47,7 @@ def bias_gradient(
       plan: the static plan.
       operands: padded.
       extras: of `gpu_plan.extra_arrays`.
-      kinds: of `block_kinds`, with `TILE` queries and `ROWS` keys a block.
+      kinds: of `block_kinds`, with `TILE` queries and `ROWS` keys per block.
       shared: the sequences and the heads of the bias, B or 1 and N or 1.
     """
     q = operands.q
@@ -159,7 +159,7 @@ class _Block:
 
     def query(self, warpgroup: Any) -> Array:
         """Returns the first query of a warpgroup."""
-        # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
+        # Tile 3: the first warpgroup has queries 384:448, the second one 448:512.
         return self.tile * TILE + warpgroup * ROWS
 
 

@@ -1,6 +1,6 @@
 """The forward kernel of attention on Hopper GPUs.
 
-A block holds 128 queries of a head, 64 a warpgroup, and visits the blocks of keys that its mask
+A block holds 128 queries of a head, 64 per warpgroup, and visits the blocks of keys that its mask
 does not hide. A third warpgroup copies keys and values into a ring of buffers. The two that compute
 alternate: while one has the tensor cores, the other computes its softmax. The division by the
 denominator comes last.
@@ -61,13 +61,15 @@ def forward(
     extras: dict[str, Array],
     kinds: Int[Array, "sequences q_blocks kv_blocks"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Returns the result and the log₂ of the denominator, infinite where all keys are hidden.
+    """Returns the result and lse, the logsumexp of each row of scores to base 2, sink included.
+
+    lse is +inf where there is no sink and a query attends to no key.
 
     Args:
       plan: the static plan.
       q, k, v: padded by `pad_tokens`.
       extras: of `gpu_plan.extra_arrays`.
-      kinds: of `block_kinds`, with `TILE` queries and `keys_per_step` keys a block.
+      kinds: of `block_kinds`, with `TILE` queries and `keys_per_step` keys per block.
     """
     batch, queries, heads, width = q.shape
     order, counts = visits(kinds)
@@ -84,8 +86,8 @@ def forward(
         tile=queries // TILE,
         batch=batch,
     )
-    out, log_total = kernel(q, k, v, order, counts, *extras.values())
-    return out, log_total
+    out, lse = kernel(q, k, v, order, counts, *extras.values())
+    return out, lse
 
 
 def _scratch(width: int, dtype: Any) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _scratch(width: int, dtype: Any) -> dict[str, Any]:
         "q_smem": swizzled((WARPGROUPS, ROWS, width), dtype),
         "k_smem": swizzled((STAGES, keys, width), dtype),
         "v_smem": swizzled((STAGES, keys, width), dtype),
-        "log_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        "lse_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
         "k_full": full,
         "v_full": full,
@@ -155,7 +157,7 @@ def _forward_block(
     *refs: Any,
     **scratch: Any,
 ) -> None:
-    *extra_refs, out_ref, log_ref = refs
+    *extra_refs, out_ref, lse_ref = refs
     batch = lax.axis_index("batch")
     head = lax.axis_index("head")
     # Late tiles of a causal mask have the most to do: they start first.
@@ -169,7 +171,7 @@ def _forward_block(
         batch=batch,
         head=head,
         warpgroup=warpgroup,
-        # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
+        # Tile 3: the first warpgroup has queries 384:448, the second one 448:512.
         query=tile * TILE + warpgroup * ROWS,
         visits=read_visits(order_ref, counts_ref, batch, tile, keys),
         scratch=scratch,
@@ -181,12 +183,12 @@ def _forward_block(
         q.copy(q_ref.at[batch, rows, head], warpgroup)
         q_TxH = q.wait(warpgroup)
 
-        out, log_total = _attend(block, q_TxH)
+        out, lse = _attend(block, q_TxH)
         # The queries' shared memory is free by now.
         out = out.astype(out_ref.dtype)
         store(out, q_TxH, out_ref.at[batch, rows, head])
-        log_smem = scratch["log_smem"].at[warpgroup]
-        store(log_total, log_smem, log_ref.at[batch, head, rows])
+        lse_smem = scratch["lse_smem"].at[warpgroup]
+        store(lse, lse_smem, lse_ref.at[batch, head, rows])
 
     def copy() -> None:
         _copy_keys(block, k_ref, v_ref)
@@ -209,7 +211,7 @@ def _copy_keys(block: _Block, k_ref: Any, v_ref: Any) -> None:
 
 
 def _attend(block: _Block, q_TxH: Any) -> tuple[Float[Array, "T H"], Float[Array, "T"]]:
-    """Returns the result of a warpgroup's queries, and the log₂ of their denominators."""
+    """Returns the result of a warpgroup's queries, and the logsumexp of their scores."""
     turns = block.scratch["turns"]
     start = _empty_softmax(block, width=q_TxH.shape[-1])
 
@@ -224,10 +226,10 @@ def _attend(block: _Block, q_TxH: Any) -> tuple[Float[Array, "T H"], Float[Array
     out, top, denominator = softmax
     any_visible = denominator > 0
     divisor = jnp.where(any_visible, denominator, 1.0)
-    log_total = top + jnp.log(divisor) * LOG2E
-    log_total = jnp.where(any_visible, log_total, jnp.inf)
+    lse = top + jnp.log(divisor) * LOG2E
+    lse = jnp.where(any_visible, lse, jnp.inf)
     out *= along(1.0 / divisor, 0, out.shape)
-    return out, log_total
+    return out, lse
 
 
 def _empty_softmax(block: _Block, width: int) -> _Softmax:

@@ -1,6 +1,6 @@
-"""The kernel of the gradients of keys and values, and of a bias a key, on Hopper GPUs.
+"""The kernel of the gradients of keys and values, and of a bias per key, on Hopper GPUs.
 
-A block holds 128 keys of a key/value head, 64 a warpgroup, and visits the queries that attend to
+A block holds 128 keys of a key/value head, 64 per warpgroup, and visits the queries that attend to
 them, of all heads of the group. Its tiles of scores are transposed, `[S, T]`: keys are rows.
 """
 
@@ -46,7 +46,7 @@ def key_gradients(
     kinds: Int[Array, "sequences q_blocks kv_blocks"],
     wanted: tuple[str, ...],
 ) -> dict[str, Array]:
-    """Returns gradients by name: `dk` of the keys, `dv` of the values, `dbias` of a bias a key.
+    """Returns gradients by name: `dk` of the keys, `dv` of the values, `dbias` of a bias per key.
 
     The last one is `[B, N, S]` in float32, a sum over the queries. It comes with `dk` only.
 
@@ -54,7 +54,7 @@ def key_gradients(
       plan: the static plan.
       operands: padded.
       extras: of `gpu_plan.extra_arrays`, with the bias transposed to `[B, N, S, T]`.
-      kinds: of `block_kinds`, with `STEP` queries and `TILE` keys a block.
+      kinds: of `block_kinds`, with `STEP` queries and `TILE` keys per block.
       wanted: names. At head widths whose two sums do not fit in the registers, ask for one at a
           time.
     """
@@ -138,7 +138,7 @@ def _key_block(
         batch=batch,
         kv_head=lax.axis_index("head"),
         warpgroup=warpgroup,
-        # Tile 3: the first warpgroup has the keys 384 to 447, the second one 448 to 511.
+        # Tile 3: the first warpgroup has keys 384:448, the second one 448:512.
         key=tile * TILE + warpgroup * ROWS,
         visits=read_visits(order_ref, counts_ref, batch, tile, STEP),
         scratch=scratch,
@@ -157,18 +157,18 @@ def _copy_queries(block: _Block) -> None:
     """Copies the queries of all visits and their result's gradients into their rings."""
     q = ring(block.scratch, "q")
     g = ring(block.scratch, "g")
-    visits_a_head = block.visits.total
+    visits_per_head = block.visits.total
 
     def copy(step: Array, slot: Array) -> None:
-        # Three visits a head: step 4 is the visit 1 of the group's member 1.
-        head = block.head(lax.div(step, visits_a_head))
-        visit = lax.rem(step, visits_a_head)
+        # Three visits per head: step 4 is visit 1 of head 1 of the group.
+        head = block.head(lax.div(step, visits_per_head))
+        visit = lax.rem(step, visits_per_head)
         tokens = pl.ds(block.visits.start(visit), STEP)
         part = (block.batch, tokens, head)
         q.copy(block.operands.q.at[part], slot)
         g.copy(block.operands.g.at[part], slot)
 
-    steps = visits_a_head * block.plan.group
+    steps = visits_per_head * block.plan.group
     feed(steps, block.stages, (q.free, g.free), copy)
 
 

@@ -23,7 +23,7 @@ class Plan:
 
     Attributes:
       queries, keys: T and S, before they are padded to whole tiles.
-      group: query heads a key head.
+      group: query heads per key/value head.
       causal, window: of the mask.
       softcap, scale: of the terms.
       interpret: run on the CPU by JAX's interpreter of GPU kernels.

@@ -1,6 +1,6 @@
 """The kernel of the gradient of the queries on Hopper GPUs.
 
-A block holds 128 queries of a head, 64 a warpgroup, and visits the keys that they attend to.
+A block holds 128 queries of a head, 64 per warpgroup, and visits the keys that they attend to.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def query_gradient(
       plan: the static plan.
       operands: padded.
       extras: of `gpu_plan.extra_arrays`.
-      kinds: of `block_kinds`, with `TILE` queries and `STEP` keys a block.
+      kinds: of `block_kinds`, with `TILE` queries and `STEP` keys per block.
     """
     q = operands.q
     batch, queries, heads, width = q.shape
@@ -112,7 +112,7 @@ def _query_block(plan: Plan, names: tuple[str, ...], *refs: Any, **scratch: Any)
         batch=batch,
         head=lax.axis_index("head"),
         warpgroup=warpgroup,
-        # Tile 3: the first warpgroup has the queries 384 to 447, the second one 448 to 511.
+        # Tile 3: the first warpgroup has queries 384:448, the second one 448:512.
         query=tile * TILE + warpgroup * ROWS,
         visits=read_visits(order_ref, counts_ref, batch, tile, STEP),
         scratch=scratch,
@@ -160,13 +160,13 @@ def _sum_over_keys(block: _Block, dq_ref: Any) -> None:
     own_tile = Tile(
         block.batch, block.head, query=block.query, key=jnp.int32(0), shape=(ROWS, STEP)
     )
-    # One number a query, which stays in registers over all visits.
+    # One number per query, which stays in registers over all visits.
     statistics = load_statistics(plan, operands, own_tile)
 
     def step(index: Array, dq: Array, masked: bool) -> Array:
         return _visit_keys(block, q_TxH, g_TxH, statistics, own_tile, index, dq, masked=masked)
 
-    # q kᵀ is scaled, and so is its gradient: once a query, and not once a step.
+    # q kᵀ is scaled, and so is its gradient: once per query, and not once per step.
     dq = block.visits.fold(step, zeros(plan, ROWS, width))
     dq = (dq * plan.scale).astype(dq_ref.dtype)
     # The queries' shared memory is free by now.

@@ -74,7 +74,7 @@ def scores(
     """
     cap_derivative = None
     if plan.softcap is None and "bias" not in extras and "alibi" not in extras:
-        # One multiplication a score.
+        # One multiplication per score.
         out = raw * (plan.scale * LOG2E)
     else:
         out, cap_derivative = _with_terms(plan, extras, raw, tile)
@@ -164,7 +164,7 @@ def _indices(plan: Plan, tile: Tile, side: Side) -> Array:
 
 
 def _tokens(plan: Plan, ref: Any, tile: Tile, side: Side) -> Array:
-    """Loads a number a token of one side, broadcast over the other side."""
+    """Loads one number per token of one side, broadcast over the other side."""
     axis = tile.axis(side)
     index = (tile.batch, tile.tokens(side))
     # [B, T] -> [T] -> [T, S]

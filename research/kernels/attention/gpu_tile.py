@@ -144,7 +144,7 @@ def load(plan: Interpreted, ref: Any, index: tuple, axis: int | None = None) -> 
     Args:
       plan: the static plan.
       ref: the array.
-      index: integers and `pl.ds`, one a dimension.
+      index: integers and `pl.ds`, one per dimension.
       axis: None for a tile.
     """
     if not plan.interpret:
@@ -230,11 +230,11 @@ def _interpreted_product(a: Array, b: Array, contracted: tuple[int, int]) -> Arr
 
 @dataclasses.dataclass(frozen=True)
 class Buffers:
-    """Shared memory of one operand, with a barrier a slot that says when its copy has arrived.
+    """Shared memory of one operand, with a barrier per slot that says when its copy has arrived.
 
     Attributes:
       smem: the slots, `[slots, tokens, H]`.
-      full: a barrier a slot.
+      full: one barrier per slot.
     """
 
     smem: Any
@@ -252,10 +252,10 @@ class Buffers:
 
 @dataclasses.dataclass(frozen=True)
 class Ring(Buffers):
-    """Buffers that are filled again and again, a step a slot, as soon as they are read.
+    """Buffers that are filled again and again, one step per slot, as soon as they are read.
 
     Attributes:
-      free: a barrier a slot: both warpgroups arrive when they are done with it.
+      free: one barrier per slot: both warpgroups arrive when they are done with it.
     """
 
     free: Any
@@ -289,7 +289,7 @@ def feed(
     Args:
       total: how many steps.
       stages: how many buffers.
-      free: a barrier a buffer, of each of the rings that are filled together.
+      free: one barrier per buffer, of each of the rings that are filled together.
       copy: starts the copies of a step into a buffer.
     """
 

@@ -30,12 +30,12 @@ def block_kinds(
     """Returns `VISIBLE`, `PARTIAL` or `HIDDEN_BLOCK` for each block of queries and of keys.
 
     It goes by the least and the greatest position and segment of a block, so that its work is that
-    of one number a block. `sequences` is B, or 1 where no sequence differs from another.
+    of one number per block. `sequences` is B, or 1 where no sequence differs from another.
 
     Args:
       mask: the description.
       plan: the lengths.
-      block_q, block_kv: tokens a block; they divide the padded lengths.
+      block_q, block_kv: tokens per block; they divide the padded lengths.
     """
     # Whether something is visible, and everything: [sequences, q_blocks, kv_blocks]
     some, every = _shown_by_positions(mask, plan, block_q, block_kv)
@@ -44,12 +44,12 @@ def block_kinds(
         kv = _segment_range(mask.kv_segments, plan.padded_keys, block_kv)
         q = q.of_queries()
         kv = kv.of_keys()
-        # By their ranges: blocks with the segments 1 to 3 and 3 to 5 may have the third in common.
+        # By their ranges: blocks of segments [1, 3] and [3, 5], ends included, may share segment 3.
         some &= (q.least <= kv.greatest) & (kv.least <= q.greatest)
         both_single = q.single & kv.single
         every &= both_single & (q.least == kv.least)
 
-    # Padded keys are hidden: 300 keys end within the block of 256 to 383.
+    # Padded keys are hidden: 300 keys end within the block 256:384.
     kv_starts = jnp.arange(0, plan.padded_keys, block_kv)
     kv_starts = kv_starts[None, None]
     some &= kv_starts < plan.keys
@@ -78,11 +78,11 @@ def _shown_by_positions(
     every = some
 
     if mask.causal:
-        # For the queries 128 to 255 some of the keys 192 to 319 are visible, and all of 0 to 127.
+        # For queries 128:256 some of the keys 192:320 are visible, and all of 0:128.
         some = some & (q.greatest >= kv.least)
         every = every & (q.least >= kv.greatest)
     if mask.window is not None:
-        # Queries 128 to 255, keys 0 to 63: the nearest are 65 apart, the farthest 255.
+        # Queries 128:256, keys 0:64: the nearest are 65 apart, the farthest 255.
         nearest = jnp.maximum(q.least - kv.greatest, kv.least - q.greatest)
         farthest = jnp.maximum(q.greatest - kv.least, kv.greatest - q.least)
         some = some & (nearest < mask.window)

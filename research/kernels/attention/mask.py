@@ -1,4 +1,4 @@
-"""The attention mask as a description: a few integers a token, never a `[T, S]` array."""
+"""The attention mask as a description: a few integers per token, never a `[T, S]` array."""
 
 import dataclasses
 from typing import NamedTuple
@@ -87,20 +87,20 @@ class AttentionMask:
             offset = getattr(self, f"{side}_offset")
             assert positions is None or offset is None, f"{side}: positions and their offset"
 
-    def with_positions(self, batch: int, queries: int, keys: int) -> "AttentionMask":
+    def with_positions(self, batch: int, num_queries: int, num_keys: int) -> "AttentionMask":
         """Returns the same mask with positions instead of offsets, which kernels do not take.
 
         Args:
           batch: B.
-          queries: T.
-          keys: S.
+          num_queries: T.
+          num_keys: S.
         """
         if self.q_offset is None and self.kv_offset is None:
             return self
 
         # A side without an offset keeps its positions: None is the index.
         changes = {}
-        for side, length in (("q", queries), ("kv", keys)):
+        for side, length in (("q", num_queries), ("kv", num_keys)):
             offset = getattr(self, f"{side}_offset")
             if offset is not None:
                 # Offset 4, two sequences of three tokens: [[4, 5, 6], [4, 5, 6]]
@@ -110,24 +110,23 @@ class AttentionMask:
                 changes[f"{side}_offset"] = None
         return dataclasses.replace(self, **changes)
 
-    def dense(self, query_length: int, key_length: int) -> Bool[Array, "B 1 T S"]:
+    def dense(self, num_queries: int, num_keys: int) -> Bool[Array, "B 1 T S"]:
         """Returns the mask as an array, for the reference and for pictures; B is 1 where nothing
         differs by sequence.
 
         Args:
-          query_length: T.
-          key_length: S.
+          num_queries: T.
+          num_keys: S.
         """
-        queries = Span(0, query_length)
-        keys = Span(0, key_length)
+        queries = Span(0, num_queries)
+        keys = Span(0, num_keys)
         return self.block(queries, keys)
 
     def block(self, queries: Span, keys: Span) -> Bool[Array, "B 1 T S"]:
         """Returns the part of the dense mask that a kernel needs at a time.
 
         Args:
-          queries: those of the part, all of them given tokens.
-          keys: those of the part, all of them given tokens.
+          queries, keys: indices into the arrays of the mask, in range.
         """
         # [B, T] -> [B, T, 1] and [B, S] -> [B, 1, S]
         p_t = _positions(self.q_positions, self.q_offset, queries)[:, :, None]
@@ -155,8 +154,7 @@ class AttentionMask:
         indices.
 
         Args:
-          queries: those of the part, all of them given tokens.
-          keys: those of the part, all of them given tokens.
+          queries, keys: indices into the arrays of the mask, in range.
         """
         p_t = _positions(self.q_positions, self.q_offset, queries)
         p_s = _positions(self.kv_positions, self.kv_offset, keys)
@@ -164,31 +162,31 @@ class AttentionMask:
         distance = p_t[:, None, :, None] - p_s[:, None, None, :]
         return jnp.abs(distance).astype(jnp.float32)
 
-    def reach(self, start: int, stop: int, key_length: int) -> slice:
-        """Returns the keys outside which all is hidden from queries `start` to `stop`.
+    def reach(self, start: int, stop: int, num_keys: int) -> slice:
+        """Returns the range of key indices outside which every key is hidden from queries
+        start:stop.
 
-        It goes by the indices alone: where positions, an offset or a prefix are given, it is all
-        keys. Segments are not looked at. It is never empty: queries past the last key that they may
-        attend to still get their zeros.
+        It uses causal and window alone; with positions, an offset or a prefix it is all keys. It is
+        never empty: queries that attend to no key still get their zeros.
 
         Args:
           start: the first query.
           stop: the query after the last one.
-          key_length: S.
+          num_keys: S.
         """
         unknown = (self.prefix, self.q_positions, self.kv_positions, self.q_offset, self.kv_offset)
         if any(x is not None for x in unknown):
-            return slice(0, key_length)
+            return slice(0, num_keys)
 
-        # Queries 5 to 9, causal with a window of 3: the keys 3 to 9.
+        # start 5, stop 9, causal, window 3 -> keys 3:9
         first = 0
-        last = key_length
+        last = num_keys
         if self.window is not None:
             first = max(0, start - self.window + 1)
             last = min(last, stop + self.window - 1)
         if self.causal:
             last = min(last, stop)
-        first = min(first, key_length - 1)
+        first = min(first, num_keys - 1)
         return slice(first, max(last, first + 1))
 
 
@@ -201,7 +199,7 @@ def _positions(
     first = tokens.start
     if offset is not None:
         first = tokens.start + offset
-    # Tokens 128 to 130 -> [[128, 129, 130]]
+    # Span(128, 3) -> [[128, 129, 130]]
     return first + jnp.arange(tokens.size)[None]
 
 

@@ -1,5 +1,5 @@
 """Attention written as its equation: the yardstick of every fast implementation, and the one that
-takes everything.
+supports every call.
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from research.kernels.attention.terms import ScoreTerms
 def unsupported_reason(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> None:
-    """Takes everything."""
+    """Returns None: every call is supported."""
 
 
 def attention(
@@ -65,7 +65,7 @@ def _add_terms(
 
 
 def _by_head(x: Float[Array, "N"], kv_heads: int) -> Float[Array, "1 K G 1 1"]:
-    """Returns a float32 number a head, to be broadcast over scores."""
+    """Returns one float32 number per head, to be broadcast over scores."""
     x = x.astype(jnp.float32)
     return x.reshape(1, kv_heads, -1, 1, 1)
 

@@ -15,9 +15,9 @@ class ScoreTerms:
 
     Attributes:
       bias: added to the scores after the cap; a size of 1 is broadcast. It has a gradient.
-      alibi: a slope a head, times the distance of the mask's positions. Constants: their gradient
-          is zero.
-      sinks: a logit a head that takes part in the denominator only. They have a gradient.
+      alibi: one slope per head, times the distance of the mask's positions. Constants: their
+          gradient is zero.
+      sinks: one logit per head that takes part in the denominator only. They have a gradient.
       softcap: static bound of the scores, above 0; None is no bound.
       scale: static factor on q kᵀ.
 

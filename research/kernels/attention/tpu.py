@@ -93,7 +93,7 @@ def attention(
     mask: AttentionMask,
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
-    """Attention a tile at a time; see the API of the package for the equation."""
+    """Attention one tile at a time; see the API of the package for the equation."""
     _, queries, _, width = q.shape
     keys = k.shape[1]
     has_bias = terms.bias is not None
@@ -140,8 +140,8 @@ def _forward(
     k = _swap_heads_and_tokens(k)
     v = _swap_heads_and_tokens(v)
     forward_blocks, _ = blocks
-    out, logsumexp = forward(q, k, v, mask, terms, forward_blocks, interpret)
-    residuals = (q, k, v, mask, terms, out, logsumexp)
+    out, lse = forward(q, k, v, mask, terms, forward_blocks, interpret)
+    residuals = (q, k, v, mask, terms, out, lse)
     return _swap_heads_and_tokens(out), residuals
 
 
@@ -151,13 +151,13 @@ def _backward(
     residuals: tuple,
     g: Float[Array, "B T N H"],
 ) -> tuple:
-    q, k, v, mask, terms, out, logsumexp = residuals
+    q, k, v, mask, terms, out, lse = residuals
     g = _swap_heads_and_tokens(g)
 
     # [B, N, T, H] -> [B, N, T] -> [B, N, 1, T]
     products = g.astype(jnp.float32) * out.astype(jnp.float32)
     delta = jnp.sum(products, axis=-1)[:, :, None]
-    inputs = BackwardInputs(q, k, v, g.astype(v.dtype), logsumexp, delta)
+    inputs = BackwardInputs(q, k, v, g.astype(v.dtype), lse, delta)
 
     _, backward_blocks = blocks
     gradients = backward(inputs, mask, terms, backward_blocks, interpret)
@@ -170,17 +170,17 @@ def _backward(
     if terms.alibi is not None:
         dterms["alibi"] = jnp.zeros_like(terms.alibi)
     if terms.sinks is not None:
-        dterms["sinks"] = _sink_gradient(terms.sinks, logsumexp, delta)
+        dterms["sinks"] = _sink_gradient(terms.sinks, lse, delta)
     return dq, dk, dv, None, dataclasses.replace(terms, **dterms)
 
 
 def _sink_gradient(
-    sinks: Float[Array, "N"], logsumexp: Float[Array, "B N 1 T"], delta: Float[Array, "B N 1 T"]
+    sinks: Float[Array, "N"], lse: Float[Array, "B N 1 T"], delta: Float[Array, "B N 1 T"]
 ) -> Float[Array, "N"]:
     """Returns −Σ weight · delta: a sink has a weight, and the value 0."""
     # [N] -> [1, N, 1, 1], in units of log 2
     logits = sinks.astype(jnp.float32)[None, :, None, None] * LOG2E
-    weights = jnp.exp2(logits - logsumexp)
+    weights = jnp.exp2(logits - lse)
     gradient = -jnp.sum(weights * delta, axis=(0, 2, 3))
     return gradient.astype(sinks.dtype)
 

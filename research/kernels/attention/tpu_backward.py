@@ -1,5 +1,5 @@
 """The backward pass on TPU: a block of keys against the tiles of resident queries that attend to
-it, in five products a tile.
+it, in five products per tile.
 
 Tiles are [keys, queries], so that what belongs to a query is in a lane.
 """
@@ -46,7 +46,7 @@ class BackwardInputs:
     Attributes:
       q, k, v: of the call.
       g: the gradient of the attention's output.
-      logsumexp: of the forward pass, to base 2.
+      lse: logsumexp of each row of scores to base 2, of the forward pass.
       delta: Σ_h g · out of each query.
     """
 
@@ -54,7 +54,7 @@ class BackwardInputs:
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
     g: Float[Array, "B N T H"]
-    logsumexp: Float[Array, "B N 1 T"]
+    lse: Float[Array, "B N 1 T"]
     delta: Float[Array, "B N 1 T"]
 
     def of_queries(self, chunk: slice) -> "BackwardInputs":
@@ -63,7 +63,7 @@ class BackwardInputs:
             self,
             q=self.q[:, :, chunk],
             g=self.g[:, :, chunk],
-            logsumexp=self.logsumexp[..., chunk],
+            lse=self.lse[..., chunk],
             delta=self.delta[..., chunk],
         )
 
@@ -71,8 +71,8 @@ class BackwardInputs:
 def backward_plans(
     mask: AttentionMask, queries: int, keys: int, blocks: BlockSizes
 ) -> list[TilePlan]:
-    """Returns the tiles of queries that each block of keys visits, one plan a resident chunk of
-    queries.
+    """Returns the tiles of queries that each block of keys visits, one plan per resident chunk
+    of queries.
     """
     visibility = tile_visibility(mask, queries, keys, blocks)
     # [B, blocks of queries, blocks of keys] -> [B, blocks of keys, blocks of queries]
@@ -111,7 +111,7 @@ def backward(
     dv: Any = None
     plans = backward_plans(mask, queries, keys, blocks)
     for index, plan in enumerate(plans):
-        # 40,000 queries, of which 16,384 are resident: chunks 0..16383, 16384..32767, 32768..39999
+        # 40,000 queries, of which 16,384 are resident: chunks 0:16384, 16384:32768, 32768:40000
         start = index * blocks.resident
         stop = min(start + blocks.resident, queries)
         chunk = slice(start, stop)
@@ -143,7 +143,7 @@ def backward(
 def _sum_heads(
     gradient: Float[Array, "B N S H"], operand: Float[Array, "B K S H"]
 ) -> Float[Array, "B K S H"]:
-    """Returns the gradient of k or v: a sum over the query heads of each key head."""
+    """Returns the gradient of k or v: a sum over the query heads of each key/value head."""
     batch, kv_heads, keys, width = operand.shape
     if gradient.shape[1] != kv_heads:
         # [B, N, S, H] -> [B, K, G, S, H] -> [B, K, S, H]
@@ -180,7 +180,7 @@ def _operands(
     _, heads, _, width = inputs.q.shape
     group = heads // inputs.k.shape[1]
 
-    # All resident queries of a head: q and g are [B, N, T, H], logsumexp and delta [B, N, 1, T].
+    # All resident queries of a head: q and g are [B, N, T, H], lse and delta [B, N, 1, T].
     q_block = (1, 1, resident, width)
     row_block = (1, 1, 1, resident)
     kv_block = (1, 1, blocks.keys, width)
@@ -188,14 +188,14 @@ def _operands(
     def head_index_map(b, n, j):
         return b, n, 0, 0
 
-    # With 4 query heads a key head, query heads 4..7 read key head 1.
+    # With 4 query heads per key/value head, query heads 4:8 read key/value head 1.
     def kv_index_map(b, n, j):
         return b, jax.lax.div(n, group), j, 0
 
     operands = Operands.of(mask, terms, grid_axes=range(3))
     operands.add("q", inputs.q, q_block, head_index_map)
     operands.add("g", inputs.g, q_block, head_index_map)
-    operands.add("logsumexp", inputs.logsumexp, row_block, head_index_map)
+    operands.add("lse", inputs.lse, row_block, head_index_map)
     operands.add("delta", inputs.delta, row_block, head_index_map)
     operands.add("k", inputs.k, kv_block, kv_index_map)
     operands.add("v", inputs.v, kv_block, kv_index_map)
@@ -215,7 +215,7 @@ def _chunk_gradients(
     start: int,
     interpret: Any,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N S H"], Float[Array, "B N S H"]]:
-    """Runs the kernel for a chunk of queries; the gradients of k and v are one a query head.
+    """Runs the kernel for a chunk of queries; the gradients of k and v are one per query head.
 
     Args:
       inputs, mask, terms: of the chunk.

@@ -88,7 +88,7 @@ def _operands(
     _, heads, _, width = inputs.q.shape
     group = heads // inputs.k.shape[1]
 
-    # One tile of a head: q and g are [B, N, T, H], logsumexp and delta [B, N, 1, T].
+    # One tile of a head: q and g are [B, N, T, H], lse and delta [B, N, 1, T].
     q_block = (1, 1, blocks.queries, width)
     row_block = (1, 1, 1, blocks.queries)
     kv_block = (1, 1, blocks.keys, width)
@@ -99,14 +99,14 @@ def _operands(
     def row_index_map(b, n, i, j):
         return b, n, 0, i
 
-    # With 4 query heads a key head, query heads 4..7 read key head 1.
+    # With 4 query heads per key/value head, query heads 4:8 read key/value head 1.
     def kv_index_map(b, n, i, j):
         return b, jax.lax.div(n, group), j, 0
 
     operands = Operands.of(mask, terms, grid_axes)
     operands.add("q", inputs.q, q_block, q_index_map)
     operands.add("g", inputs.g, q_block, q_index_map)
-    operands.add("logsumexp", inputs.logsumexp, row_block, row_index_map)
+    operands.add("lse", inputs.lse, row_block, row_index_map)
     operands.add("delta", inputs.delta, row_block, row_index_map)
     operands.add("k", inputs.k, kv_block, kv_index_map)
     operands.add("v", inputs.v, kv_block, kv_index_map)

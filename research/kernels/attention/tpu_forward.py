@@ -67,10 +67,9 @@ def forward(
     blocks: BlockSizes,
     interpret: Any,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N 1 T"]]:
-    """Returns attention and the log-sum-exp of each query's scores.
+    """Returns attention and lse, the logsumexp of each row of scores to base 2, sink included.
 
-    The log-sum-exp is to base 2, with scores in units of log 2, and huge where a query attends to
-    no key.
+    lse is `-HIDDEN`, a huge number, where there is no sink and a query attends to no key.
 
     Source: Dao 2023 (FlashAttention-2), arXiv:2307.08691, algorithm 1, with the tiles that need no
         mask first.
@@ -85,7 +84,7 @@ def forward(
 
     # One head of one row of the batch at a time: [B, N, T, H] and [B, N, 1, T]
     out_block = (1, 1, blocks.queries, width)
-    logsumexp_block = (1, 1, 1, blocks.queries)
+    lse_block = (1, 1, 1, blocks.queries)
     kernel = transposed.kernel if blocks.transposed else _kernel
     scratch = transposed.scratch if blocks.transposed else _scratch
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -94,7 +93,7 @@ def forward(
         in_specs=operands.specs,
         out_specs=(
             operands.spec(out_block, lambda b, n, i, c: (b, n, i, 0)),
-            operands.spec(logsumexp_block, lambda b, n, i, c: (b, n, 0, i)),
+            operands.spec(lse_block, lambda b, n, i, c: (b, n, 0, i)),
         ),
         scratch_shapes=scratch(blocks, width),
     )
@@ -112,8 +111,8 @@ def forward(
         name="tessera_attention_forward",
         interpret=interpret,
     )
-    out, logsumexp = call(plan.counts, plan.order, *operands.arrays)
-    return out, logsumexp
+    out, lse = call(plan.counts, plan.order, *operands.arrays)
+    return out, lse
 
 
 def _operands(
@@ -134,7 +133,7 @@ def _operands(
     def q_index_map(b, n, i, c):
         return b, n, i, 0
 
-    # With 4 query heads a key head, query heads 4..7 read key head 1.
+    # With 4 query heads per key/value head, query heads 4:8 read key/value head 1.
     def kv_index_map(b, n, i, c):
         return b, jax.lax.div(n, group), c, 0
 
@@ -165,7 +164,7 @@ def _kernel(
     *rest: Any,
 ) -> None:
     """Computes a block of queries against a chunk of keys: arguments as of the other layout."""
-    *inputs, out_ref, logsumexp_ref, max_ref, denominator_ref, accumulator_ref = rest
+    *inputs, out_ref, lse_ref, max_ref, denominator_ref, accumulator_ref = rest
     softmax = OnlineSoftmax(max_ref, denominator_ref, accumulator_ref)
     row, head, block, chunk = (pl.program_id(axis) for axis in range(4))
     _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
@@ -199,7 +198,7 @@ def _kernel(
 
     @pl.when(chunk == chunks - 1)
     def _finish() -> None:
-        _store(config, refs, softmax, out_ref, logsumexp_ref)
+        _store(config, refs, softmax, out_ref, lse_ref)
 
 
 def _add_tile(
@@ -241,7 +240,7 @@ def _add_tile(
 
 
 def _store(
-    config: ScoreConfig, refs: Refs, softmax: OnlineSoftmax, out_ref: Any, logsumexp_ref: Any
+    config: ScoreConfig, refs: Refs, softmax: OnlineSoftmax, out_ref: Any, lse_ref: Any
 ) -> None:
     """Writes the results of a block of queries, after its last tile."""
     row_max = softmax.max_ref[...]
@@ -262,6 +261,6 @@ def _store(
     out_ref[0, 0] = out_TxH.astype(out_ref.dtype)
 
     # [T, 128] -> [1, T]
-    logsumexp = row_max + jnp.log2(denominator)
-    logsumexp = jnp.where(attends, logsumexp, -HIDDEN)
-    logsumexp_ref[0, 0] = logsumexp.T[:1]
+    lse = row_max + jnp.log2(denominator)
+    lse = jnp.where(attends, lse, -HIDDEN)
+    lse_ref[0, 0] = lse.T[:1]

@@ -59,7 +59,7 @@ def kernel(
       counts_ref, order_ref: the plan.
       rest: references to operands, results and scratch.
     """
-    *inputs, out_ref, logsumexp_ref, max_ref, denominator_ref, accumulator_ref, products_ref = rest
+    *inputs, out_ref, lse_ref, max_ref, denominator_ref, accumulator_ref, products_ref = rest
     softmax = OnlineSoftmax(max_ref, denominator_ref, accumulator_ref)
     row, head, block, chunk = (pl.program_id(axis) for axis in range(4))
     _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
@@ -97,7 +97,7 @@ def kernel(
 
     @pl.when(chunk == chunks - 1)
     def _finish() -> None:
-        _store(config, refs, softmax, out_ref, logsumexp_ref)
+        _store(config, refs, softmax, out_ref, lse_ref)
 
 
 def _add_tile(
@@ -134,7 +134,7 @@ def _add_tile(
 
 
 def _store(
-    config: ScoreConfig, refs: Refs, softmax: OnlineSoftmax, out_ref: Any, logsumexp_ref: Any
+    config: ScoreConfig, refs: Refs, softmax: OnlineSoftmax, out_ref: Any, lse_ref: Any
 ) -> None:
     """Writes the results of a block of queries, after its last tile."""
     row_max = softmax.max_ref[...]
@@ -153,5 +153,5 @@ def _store(
     out_ref[0, 0] = out_TxH.astype(out_ref.dtype)
 
     # [1, T]
-    logsumexp = row_max + jnp.log2(denominator)
-    logsumexp_ref[0, 0] = jnp.where(attends, logsumexp, -HIDDEN)
+    lse = row_max + jnp.log2(denominator)
+    lse_ref[0, 0] = jnp.where(attends, lse, -HIDDEN)

@@ -141,7 +141,7 @@ def _visible_by_position(
     any_visible = jnp.ones((1, q_blocks, k_blocks), bool)
     all_visible = any_visible
 
-    # Queries 4..7 and keys 6..9: query 7 may attend to key 6, query 4 not to key 9.
+    # Queries 4:8 and keys 6:10: query 7 may attend to key 6, query 4 not to key 9.
     if mask.causal:
         any_visible &= q_last >= k_first
         all_visible &= q_first >= k_last
@@ -170,7 +170,7 @@ def _same_segment(
     q_least, q_greatest = _query_extremes(mask.q_segments, queries, blocks)
     k_least, k_greatest = _key_extremes(mask.kv_segments, keys, blocks)
 
-    # Segments 2..3 and 3..5 overlap; segment 0 is padding.
+    # Segments [2, 3] and [3, 5] overlap, both ends included; segment 0 is padding.
     any_same = q_greatest >= k_least
     any_same &= q_least <= k_greatest
     any_same &= q_greatest > 0
@@ -282,6 +282,6 @@ def visit_tiles(
     def add_masked(visit: Any, _: None) -> None:
         add_tile(visit, True)
 
-    # Of 7 tiles, 5 of which need no mask: visits 0..4, then 5 and 6 with the mask.
+    # Of 7 tiles, 5 of which need no mask: visits 0:5, then 5:7 with the mask.
     jax.lax.fori_loop(first, unmasked, add_unmasked, None)
     jax.lax.fori_loop(unmasked, visited, add_masked, None)

@@ -26,7 +26,7 @@ class TileInputs(NamedTuple):
     g_TxH: Float[Array, "T H"]
     k_SxH: Float[Array, "S H"]
     v_SxH: Float[Array, "S H"]
-    logsumexp_1xT: Float[Array, "1 T"]
+    lse_1xT: Float[Array, "1 T"]
     delta_1xT: Float[Array, "1 T"]
 
 
@@ -62,7 +62,7 @@ def load_tile(
     g_TxH = refs["g"][0, 0, rows, :]
     k_SxH = refs["k"][0, 0]
     v_SxH = refs["v"][0, 0]
-    logsumexp_1xT = refs["logsumexp"][0, 0, :, rows]
+    lse_1xT = refs["lse"][0, 0, :, rows]
     delta_1xT = refs["delta"][0, 0, :, rows]
 
     if masked and config.queries % queries.size:
@@ -71,14 +71,14 @@ def load_tile(
         row = queries.start + jax.lax.broadcasted_iota(jnp.int32, (1, queries.size), 1)
         q_TxH = _zero_unless(column < config.queries, q_TxH)
         g_TxH = _zero_unless(column < config.queries, g_TxH)
-        logsumexp_1xT = _zero_unless(row < config.queries, logsumexp_1xT)
+        lse_1xT = _zero_unless(row < config.queries, lse_1xT)
         delta_1xT = _zero_unless(row < config.queries, delta_1xT)
 
     if masked and config.keys % keys.index.shape[0]:
         is_key = keys.index < config.keys
         k_SxH = _zero_unless(is_key, k_SxH)
         v_SxH = _zero_unless(is_key, v_SxH)
-    return TileInputs(q_TxH, g_TxH, k_SxH, v_SxH, logsumexp_1xT, delta_1xT)
+    return TileInputs(q_TxH, g_TxH, k_SxH, v_SxH, lse_1xT, delta_1xT)
 
 
 def _zero_unless(condition: Array, x: Array) -> Array:
@@ -104,7 +104,7 @@ def tile_gradients(
     scores_SxT = scores(config, refs, capped_SxT, query_tokens, keys, bias, masked)
 
     # Of a softmax: dscores = weights · (dweights − Σ_s weights · dweights), where the sum is delta.
-    weights_SxT = jnp.exp2(scores_SxT - tile.logsumexp_1xT)
+    weights_SxT = jnp.exp2(scores_SxT - tile.lse_1xT)
     dweights_SxT = dot(tile.v_SxH, tile.g_TxH, contract=(1, 1))
     dscores_SxT = weights_SxT * (dweights_SxT - tile.delta_1xT)
 

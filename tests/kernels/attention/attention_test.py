@@ -176,7 +176,7 @@ def test_cpu_equals_reference_in_value_and_gradients(
     with pytest.MonkeyPatch.context() as patch:
         if small:
             patch.setattr(cpu_tile, "TILE", 16)
-            patch.setattr(cpu_tile, "MAX_BANDS", 3)
+            patch.setattr(cpu_tile, "TARGET_BANDS", 3)
             patch.setattr(cpu_shards, "SHARDS", 2)
             patch.setattr(cpu_shards, "SHARD_SCORES", 64)
         found = run("cpu")
@@ -191,7 +191,7 @@ def test_shards_of_heads_take_the_bias_of_their_heads(monkeypatch):
     offsets = np.array([1, 20, 100, 300])
     bias = jnp.asarray(-0.1 * np.abs(distance - offsets[:, None, None])[None], jnp.float32)
     monkeypatch.setattr(cpu_shards, "SHARDS", 2)
-    assert cpu_shards.shard_grid(q, k).columns == 2
+    assert cpu_shards.shard_grid(q, k).head_shards == 2
 
     def run(implementation):
         def call(q, k, v, bias):
