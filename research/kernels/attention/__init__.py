@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: one API, one implementation a backend."""
+"""Scaled dot-product attention: one API, one implementation per backend."""
 
 import math
 
@@ -35,14 +35,14 @@ def attention(
     so do its gradients.
 
     Args:
-      q: queries; N is a multiple of K, and query head n reads key head n // (N / K).
+      q: queries; N is a multiple of K, and query head n reads key/value head n // (N / K).
       k: keys.
       v: values.
       mask: which keys each query attends to.
       bias: added to the scores after the cap; a size of 1 is broadcast. It has a gradient.
       alibi: the slope of each head, a constant: its gradient is zero.
       softcap: bound of the scores, above 0; None is no bound.
-      sinks: a logit a head that takes part in the denominator only.
+      sinks: one logit per head that takes part in the denominator only.
       scale: factor on the scores; None is 1 / √H.
       implementation: the backend; `auto` takes the fastest that supports the call, and never
         `reference`, which holds `[B, N, T, S]` and is taken by name only.

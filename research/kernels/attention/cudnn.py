@@ -20,7 +20,7 @@ def unsupported_reason(
 
     Nothing here knows whether a gradient will be taken, so the rules are those of training. Packed
     documents are unsupported too: cuDNN takes them as offsets and lengths, which say less than a
-    segment a token.
+    segment per token.
     """
     described = ("prefix", "q_segments", "kv_segments", "q_positions", "kv_positions")
     unknown = [name for name in described if getattr(mask, name) is not None]

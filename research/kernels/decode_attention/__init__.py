@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over a paged cache: one API, one implementation a backend."""
+"""Attention of a few new tokens over a paged cache: one API, one implementation per backend."""
 
 import math
 
@@ -77,7 +77,7 @@ def decode_attention(
       lengths: tokens of each sequence, from 0 to pages_per_sequence · page_size.
       window: how many newest keys a query attends to, its own included; None is all.
       softcap: bound of the scores, above 0; None is no bound.
-      sinks: a logit a head that takes part in the denominator only.
+      sinks: one logit per head that takes part in the denominator only.
       alibi: the slope of each head.
       scale: factor on the scores; None is 1 / √H.
       implementation: the backend; `auto` takes the fastest that supports the call, and never

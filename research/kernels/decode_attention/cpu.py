@@ -2,8 +2,8 @@
 cache of a core holds.
 
 What makes it fast: a sequence takes as many chunks as its own length needs, its keys and values are
-read from their pages straight into float32 operands of one matmul a head, and the matmuls read them
-while they are still in the cache.
+read from their pages straight into float32 operands of one matmul per head, and the matmuls read
+them while they are still in the cache.
 """
 
 import jax
@@ -26,7 +26,7 @@ Sums = tuple[Float[Array, "*B K rows H"], Float[Array, "*B K rows 1"], Float[Arr
 def unsupported_reason(
     q: Float[Array, "B T N H"], pages: KVPages, window: int | None, terms: ScoreTerms
 ) -> None:
-    """Takes everything."""
+    """Returns None: every call is supported."""
 
 
 def decode_attention(

@@ -33,7 +33,7 @@ MAX_WIDTH = 256
 # Rows of a key/value head that one block computes, in units of the matmul's columns.
 MAX_ROWS = 64
 COLUMNS = 8
-# Tokens of the smallest page. Scales are 4 bytes a token, and are copied 128 bytes at a time.
+# Tokens of the smallest page. Scales are 4 bytes per token, and are copied 128 bytes at a time.
 LEAST_PAGE = 8
 LEAST_QUANTIZED_PAGE = 32
 # Blocks that run at once on one of an H200's processors, and how many processors it has.

@@ -24,7 +24,7 @@ def combine_kernel(plan: Plan, *refs: Any) -> None:
     head, sequence, band = (lax.axis_index(name) for name in ("head", "sequence", "band"))
     first = ranges[sequence, 0]
     end = ranges[sequence, 1]
-    # Band 1 has rows 64 to 127 of H.
+    # Band 1 has rows 64:128 of H.
     first_row = band * BAND
     band_rows = pl.ds(first_row, BAND)
     rows = pl.ds(0, plan.height)
@@ -40,7 +40,7 @@ def combine_kernel(plan: Plan, *refs: Any) -> None:
         return load(plan, out_of_splits, (split, head, band_rows, rows))
 
     def step(index: Array, sums: tuple) -> tuple:
-        # Splits 3 to 7, two together: step 1 has [5, 6], and step 2 has [7, 8] and reads [7, 7].
+        # Splits 3:8, two together: step 1 has [5, 6], and step 2 has [7, 8] and reads [7, 7].
         first_of_step = first + index * plan.together
         splits = [first_of_step + offset for offset in range(plan.together)]
         factors = [jnp.where(split < end, 1.0, 0.0) for split in splits]

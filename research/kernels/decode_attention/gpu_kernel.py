@@ -131,7 +131,7 @@ class _Split:
 
     def page_ids(self, step: Array | int) -> tuple[Array, ...]:
         """Returns the pages of a step, one of each copy."""
-        # Pages of 16 tokens: the step of tokens 64 to 127 has table entries 4 to 7.
+        # Pages of 16 tokens: the step of tokens 64:128 has table entries 4:8.
         page_size = jnp.int32(self.plan.page_size)
         first_token = self.begin + step * STEP
         first_entry = lax.div(first_token, page_size)

@@ -70,7 +70,7 @@ def empty_pages(
 
     Args:
       pages: how many.
-      page_size: tokens a page.
+      page_size: tokens per page.
       kv_heads: K.
       head_dim: H; that of the model or above, where an implementation needs it.
       dtype: `bfloat16`, `float16`, `float32`, `int8` or `float8_e4m3fn`.
@@ -101,7 +101,7 @@ def quantize(
     number of the type.
 
     Args:
-      x: a token and head a row.
+      x: one token and head per row.
       dtype: of `QUANTIZED`. The error is at most scale / 2 in int8, and in float8_e4m3fn at most
         |x| / 16, or half of the type's smallest step, scale / 1024.
     """
@@ -205,7 +205,7 @@ def page_range(
     Args:
       lengths: tokens of each sequence.
       queries: T, its newest tokens.
-      page_size: tokens a page.
+      page_size: tokens per page.
       window: of the attention, or None.
     """
     # Lengths [5, 0] and pages of 4 -> ends [2, 0]

@@ -69,7 +69,7 @@ def unsupported_reason(
         )
     rows = q.shape[1] * q.shape[2] // kv_heads
     if rows > MAX_ROWS:
-        return f"{rows} query rows a key/value head: it takes at most {MAX_ROWS}"
+        return f"{rows} query rows per key/value head: it takes at most {MAX_ROWS}"
     return None
 
 
@@ -175,7 +175,7 @@ def paged_attention(
     q_rows = fold(q, pages.kv_heads)
     q_rows = jnp.pad(q_rows, row_padding)
 
-    # A number a query head, [N] -> [K, GT] -> [1, K, GT, 1]
+    # One number per query head, [N] -> [K, GT] -> [1, K, GT, 1]
     columns = []
     for name in plan.given:
         by_row = per_row(getattr(terms, name), pages.kv_heads, plan.queries)

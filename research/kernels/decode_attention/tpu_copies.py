@@ -138,10 +138,10 @@ class PageCopies:
     def _of_page(self, page: Array | int, index: Array, slot: Array | int) -> list[Any]:
         """Returns the copies of one page to its index in a block: keys, values, and scales."""
         size = self.plan.page_size
-        # Page 2 of a block of pages of 128 tokens goes to tokens 256 to 383.
+        # Page 2 of a block of pages of 128 tokens goes to tokens 256:384.
         first_token = pl.multiple_of(index * size, size)
         tokens = pl.ds(first_token, size)
-        # With 4 heads a program, program 1 has heads 4 to 7.
+        # With 4 heads per program, program 1 has heads 4:8.
         first_head = self.head_block * self.plan.heads
         heads = pl.ds(first_head, self.plan.heads)
 

@@ -38,7 +38,7 @@ def kernel(plan: Plan, *arguments: Any) -> None:
     length = refs.lengths[sequence]
     first_page = refs.first_pages[sequence]
     end_page = refs.end_pages[sequence]
-    # Pages 3 to 9 in blocks of 4 pages: 2 blocks
+    # Pages 3:9 in blocks of 4 pages: 2 blocks
     pages = end_page - first_page
     blocks = jax.lax.div(pages + plan.block_pages - 1, plan.block_pages)
     copies = PageCopies(plan, refs, head_block)

@@ -1,4 +1,4 @@
-"""The grouped matmul for CPU: each group in blocks of rows of a few sizes, one product a block."""
+"""Grouped matmul for CPU: each group in blocks of rows of a few sizes, one product per block."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ BLOCK_SIZES = (512, 256, 128, 64)
 
 
 def unsupported_reason(x: Float[Array, "rows D"], kernels: Float[Array, "E D F"]) -> None:
-    """Takes everything."""
+    """Returns None: every call is supported."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _chunks(out: Array, column: Array) -> list[tuple[Array, pl.Slice]]:
     """
     rows, columns = out.shape
     chunks = []
-    # 128 columns at 256 of the result -> columns 256..319 and 320..383
+    # 128 columns at 256 of the result -> columns 256:320 and 320:384
     for start in range(0, columns, CHUNK):
         chunk = lax.slice(out, (0, start), (rows, start + CHUNK))
         target = pl.ds(column + start, CHUNK)
@@ -172,7 +172,7 @@ def grouped_rows(
     def copy(step: Array, slot: Array) -> None:
         full = shared["full"].at[slot]
         inner = pl.ds(step * STEP, STEP)
-        # The halves of tile 2 of 128 rows: rows 256..319 and 320..383
+        # The halves of tile 2 of 128 rows: rows 256:320 and 320:384
         for half in range(WARPGROUPS):
             rows = pl.ds(tile * TILE + half * ROWS, ROWS)
             left = shared["left"].at[slot, half]
@@ -184,7 +184,7 @@ def grouped_rows(
         plgpu.copy_gmem_to_smem(kernels_ref.at[block], right, full)
 
     def finish(out: Float[Array, "rows columns"]) -> None:
-        # Of rows 256..319 the group may have 260..299: 4..43 of the warpgroup's rows.
+        # Of rows 256:320 the group may have 260:300: 4:44 of the warpgroup's rows.
         first = tile * TILE + warpgroup * ROWS
         begin = jnp.clip(start - first, 0, ROWS)
         end = jnp.clip(stop - first, 0, ROWS)
@@ -207,7 +207,7 @@ def grouped_rows(
 
 def _column(plan: Plan) -> Array:
     """Returns the first column of a block's tile."""
-    # Tile 2 of band 3, with 4 tiles of 256 columns a band: tile 14, column 3,584
+    # Tile 2 of band 3, with 4 tiles of 256 columns per band: tile 14, column 3,584
     first_tile = lax.axis_index("band") * lax.axis_size("column")
     tile = first_tile + lax.axis_index("column")
     return tile * plan.columns
@@ -317,7 +317,7 @@ def grouped_outer(
 
 def _steps(start: Array, stop: Array) -> tuple[Array, Array]:
     """Returns the first step that has rows of a group, and how many there are."""
-    # Rows 100..299 are in steps 1..4 of 64 rows: first 1, and 4 of them.
+    # Rows 100:300 are in steps 1:5 of 64 rows: first 1, and 4 of them.
     first = lax.div(start, jnp.int32(STEP))
     has_rows = stop > start
     after_last = lax.div(stop + (STEP - 1), jnp.int32(STEP))

@@ -46,7 +46,7 @@ def unsupported_reason(x: Float[Array, "rows D"], kernels: Float[Array, "E D F"]
 
 def _is_member(start: Any, stop: Any, tile: Any, rows: int) -> Bool[Array, "rows 1"]:
     """Returns which rows of a tile belong to the group that has the rows from start to stop."""
-    # Tile 2 of 512 rows: rows 1024..1535, as a column
+    # Tile 2 of 512 rows: rows 1024:1536, as a column
     first = tile * rows
     row = first + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
     return (row >= start) & (row < stop)
