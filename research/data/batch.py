@@ -1,8 +1,8 @@
 """What a batch holds: every array's name, shape and meaning, written once.
 
-All arrays have one entry a token, so a value of a sequence (an advantage, say) is repeated over its
-tokens, and a sum over a sequence is a segment sum inside its row. NumPy arrays
-on the host and JAX arrays on the devices have the same names.
+All arrays have one entry per token, so a value of a sequence (an advantage, say) is repeated over
+its tokens, and a sum over a sequence is a segment sum inside its row. NumPy arrays on the host and
+JAX arrays on the devices have the same names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,8 +18,8 @@ class ModelInputs(TypedDict):
       tokens: ids below the vocabulary's size.
       positions: of each token in its own sequence, from 0.
       segments: which sequence of its row a token belongs to, from 1; 0 is padding. Tokens of
-        different segments never attend to each other. A model may be given none, where every row
-        is one sequence; a batch always has them.
+        different segments never attend to each other. A model needs none where every row is one
+        sequence; a batch always has them.
       types: kind of segment of each token (BERT's sentence A and B), where a model has such
           embeddings.
       prefix: 1 where a token belongs to its sequence's prefix, which has bidirectional attention;
@@ -41,8 +41,8 @@ class ModelInputs(TypedDict):
 
 
 class Batch(ModelInputs):
-    """A training batch: what the model reads, what it should predict, and what alignment knows of
-    each token.
+    """A training batch: what the model reads, what it should predict, and what preference and
+    reinforcement learning need for each token.
 
     Attributes:
       targets: the id that each position should predict.
@@ -52,8 +52,8 @@ class Batch(ModelInputs):
       advantages: of the action that chose each target.
       old_logprobs: log-probability of each target under the policy that drew it, in nats.
       reference_logprobs: log-probability of each target under the reference policy, in nats.
-      values: what the critic expected at each position when the target was drawn.
-      returns: what the critic should have expected.
+      values: the critic's estimate at each position when the target was drawn.
+      returns: the critic's target at each position.
     """
 
     segments: Required[Int[Any, "B T"]]

@@ -2,11 +2,11 @@
 
 A corpus folder holds `tokens.bin` (uint16 or uint32, the framed documents one after the other),
 `offsets.npy`, `bytes.npy`, `checksums.npy` (of the blocks of `tokens.bin`) and `corpus.json`. It is
-written under another name and renamed when complete, so a build that is killed leaves nothing that
-could be read. A pair of texts is two documents: the source, then the text that is made from it.
+written under another name and renamed when complete, so a build that is killed leaves no folder of
+that name. A pair of texts is two documents: the source, then the text that is made from it.
 
-`corpus.json` guards itself and the tables, which are verified when a corpus is opened; a block of
-tokens is verified when it is first read.
+`corpus.json` has the checksums of itself and of the tables, which are verified when a corpus is
+opened; a block of tokens is verified when it is first read.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Corpus:
       num_bytes: UTF-8 bytes of each document's text.
       pad_id: what fills the rest of a row: the tokenizer's PAD, or 0.
       digest: a hash of the tokens and the offsets.
-      report: what reading the source met.
+      report: counts of documents and of bad records in the source.
       verifier: compares blocks of `tokens` with their checksums; None for tokens that come from no
           file.
     """
@@ -80,9 +80,7 @@ class Corpus:
         return len(self.num_bytes)
 
     def document(self, index: int) -> Shaped[np.ndarray, "_"]:
-        """Returns the framed ids of one document; raises a UserError where they are not those that
-        were written.
-        """
+        """Returns the framed ids of one document; raises a UserError where a checksum differs."""
         # Arrays of one range.
         starts = self.offsets[index : index + 1]
         ends = self.offsets[index + 1 : index + 2]
@@ -113,8 +111,8 @@ class Corpus:
 
 
 def open_corpus(folder: str | pathlib.Path) -> Corpus:
-    """Opens a corpus folder; raises a UserError where it is none, was cut short, or its tables were
-    changed.
+    """Opens a corpus folder; raises a UserError where it is no corpus, is truncated, or its tables
+    have changed.
     """
     folder = pathlib.Path(folder)
     advice = f"Delete {folder.parent} to build it again."
@@ -131,7 +129,7 @@ def open_corpus(folder: str | pathlib.Path) -> Corpus:
 
 
 def _first_changed(folder: pathlib.Path, info: Mapping[str, Any]) -> str | None:
-    """Returns the first of `corpus.json` and the tables that its checksum does not fit, or None."""
+    """Returns the first of `corpus.json` and the tables whose checksum differs, or None."""
     changed = []
     if info["check"] != _info_checksum(info):
         changed.append("corpus.json")
@@ -162,7 +160,7 @@ def _read_corpus(folder: pathlib.Path, info: Mapping[str, Any], advice: str) -> 
 
 
 def _info_checksum(info: Mapping[str, Any]) -> int:
-    """Returns the checksum of what `corpus.json` holds beside it."""
+    """Returns the checksum of `corpus.json` without the field that holds it."""
     rest = {name: value for name, value in info.items() if name != "check"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
@@ -176,7 +174,7 @@ def _map(path: pathlib.Path, dtype: np.dtype) -> Shaped[np.ndarray, "_"]:
 def build_corpora(
     source: SourceConfig, tokenizer: Tokenizer, folder: str | pathlib.Path
 ) -> dict[Split, Corpus]:
-    """Tokenizes a source in one pass, or opens what an earlier build with the same inputs left.
+    """Tokenizes a source in one pass, or opens the corpora of an earlier build with equal inputs.
 
     Args:
       source: where the text comes from.
@@ -202,7 +200,7 @@ def build_corpora(
 
 
 def _digest(source: SourceConfig, tokenizer: Tokenizer) -> str:
-    """Hashes what decides the content. The weight does not: only the mixture reads it."""
+    """Returns a hash of all that decides the content. Not of the weight: only mixing reads it."""
     content = plain(dataclasses.replace(source, weight=1.0))
     key = [FORMAT, content, fingerprint(source), tokenizer.digest()]
     text = json.dumps(key, sort_keys=True)
@@ -210,7 +208,7 @@ def _digest(source: SourceConfig, tokenizer: Tokenizer) -> str:
 
 
 def _build(source: SourceConfig, tokenizer: Tokenizer, final: pathlib.Path) -> None:
-    # A process that was first has built the same.
+    # Another process may have built the same folder meanwhile: then that one is kept.
     with files.new_folder(final, keep_existing=True) as partial, contextlib.ExitStack() as opened:
         writers = {split: _Writer(partial / split, tokenizer) for split in SPLITS}
         for writer in writers.values():
@@ -234,7 +232,7 @@ def _tokenize(
     title = f"tokenize {source.kind} {source.path}".strip()
     with Progress(title, size_bytes(source), "bytes") as progress:
         for batch in _batches(split_documents(source, report)):
-            # Of a pair both texts, the source first.
+            # A pair is two texts, the source first.
             splits = []
             texts = []
             for split, document in batch:
@@ -248,13 +246,13 @@ def _tokenize(
                 progress.advance(num_bytes)
 
 
-def _batches(pairs: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
+def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
     """Groups documents into batches that are large enough for parallel encoding."""
     batch: list[tuple[Split, Document]] = []
     size = 0
-    for split, document in pairs:
+    for split, document in documents:
         batch.append((split, document))
-        # Characters: near enough to bytes, and known without encoding.
+        # Characters approximate bytes, and are known without encoding.
         size += sum(map(len, document.texts))
         if size >= ENCODE_BYTES:
             yield batch

@@ -1,5 +1,5 @@
-"""Randomness without a state: a draw is a hash of what it is for, so it does not matter which
-process makes it, or when.
+"""Stateless random numbers: a draw is a hash of an index, the seed and a purpose, so every process
+makes the same draws, in any order.
 """
 
 import numpy as np
@@ -15,8 +15,8 @@ def hash64(
     change.
 
     Args:
-      values: what is drawn for; not negative.
-      salts: the seed and the purpose, one for all values or one each; at least one.
+      values: the indices or keys to hash; not negative.
+      salts: the seed and the purpose, each one for all values or one per value; at least one.
 
     Source: Steele et al. 2014, doi:10.1145/2660193.2660195, figure 17.
     """
@@ -57,8 +57,8 @@ def below(
 def shuffled(
     draws: UInt[np.ndarray, "items"], group: Int[np.ndarray, "items"]
 ) -> Int[np.ndarray, "items"]:
-    """Returns an order that keeps the groups in theirs and sorts each by the draws; equal draws
-    keep their order.
+    """Returns the indices that sort the items of each group by their draws, group after group;
+    equal draws keep their order.
 
     Args:
       draws: of each item.

@@ -1,5 +1,5 @@
-"""Batches of packed rows: the row at global index i, with all that is drawn in it, depends on the
-seed and i alone.
+"""Batches of packed rows: the row at global index i, random draws included, depends on the data,
+the config, the seed and i alone.
 
 Row i of the stream goes to batch i // B. Of that batch, part p of P holds the rows p·B/P to
 (p+1)·B/P, so the number of hosts, of workers and the shape of the mesh change which process makes a
@@ -25,8 +25,7 @@ from research.data.packing import PADDING_ROW, PackedRows
 from research.data.prepare import DataConfig
 from research.data.tokenizers import Tokenizer
 
-# Held-out rows are packed and ordered in one way, whatever the seed of the run: runs are compared
-# on them.
+# Held-out rows are packed and ordered in the same way for every seed, so that runs can be compared.
 HELDOUT_SEED = 0
 # Rows of an endless stream: Grain counts batches in floating point, which the length of its own
 # endless datasets overflows.
@@ -92,7 +91,7 @@ class Loader:
         self._part_index = part_index
         self._part_count = part_count
 
-        # Everything that decides which row has which index, and what is in it.
+        # Everything that decides the order and the content of the rows.
         digests = [(corpus.digest, weight) for corpus, weight in kept]
         order = [seed, sequence_length, config.block_documents, digests]
         order += identity(config.objective, objective)
@@ -123,7 +122,7 @@ class Loader:
         return self.next()
 
     def next(self, state: Any = None) -> Batch:
-        """Returns the next batch, which does not depend on the state of the training."""
+        """Returns the next batch; `state` is that of the training, and is not read."""
         if self._iterator is None:
             self._iterator = self._start()
         batch = next(self._iterator)
@@ -195,10 +194,10 @@ def heldout_batches(
     part_count: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """Yields every held-out row exactly once, in an order that no run changes; the last batch is
-    filled with padding.
+    """Yields every held-out row exactly once, in an order that is the same for all runs; the last
+    batch is filled with padding.
 
-    The order is shuffled, so the first `max_batches` are a fair sample of all.
+    The order is shuffled, so the first `max_batches` are a random sample of all.
 
     Args:
       corpora: the held-out corpora; empty ones are skipped.
@@ -233,9 +232,9 @@ def heldout_batches(
     num_batches = -(-len(triples) // batch_size)
     if max_batches is not None:
         num_batches = min(num_batches, max_batches)
-    for number in track(range(num_batches), "evaluate", unit="batches"):
+    for index in track(range(num_batches), "evaluate", unit="batches"):
         # Batch 1 of 8 rows, part 1 of 2: the rows 12, 13, 14 and 15.
-        first = number * batch_size + part_index * part_size
+        first = index * batch_size + part_index * part_size
         end = min(first + part_size, len(triples))
         part = [stream[i] for i in range(first, end)]
         padding = [(0, PADDING_ROW, 0)] * (part_size - len(part))

@@ -1,7 +1,6 @@
-"""Which row comes when: a global shuffle in every epoch, and sources mixed by weight. An index in,
-a row out.
+"""The order of rows: a global shuffle in every epoch, and sources mixed by weight.
 
-Both are functions of (seed, i) that need no state, so any position can be reached at once and any
+The row at index i is a stateless function of (seed, i), so a run can resume at any index and any
 host can compute it.
 """
 
@@ -13,8 +12,8 @@ from research.data.source_files import stable_hash
 
 
 def row_stream(num_rows: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Returns an endless dataset whose element i is (source, row, epoch): whatever is random in a
-    row differs by epoch.
+    """Returns an endless dataset whose element i is (source, row, epoch); the random draws of
+    a row depend on its epoch.
 
     Every source gives all its rows, newly shuffled, before it repeats one. Sources alternate in
     fixed proportions: after n rows, source k has given n · wₖ / Σ w of them, rounded (Grain keeps

@@ -1,4 +1,4 @@
-"""The data of a run, from its config: a tokenizer, and the tokenized corpora that it reads."""
+"""The data of a run, from its config: a tokenizer and the tokenized corpora."""
 
 import dataclasses
 import hashlib
@@ -93,8 +93,8 @@ class Prepared:
 
 
 def prepare(config: DataConfig, folder: str | pathlib.Path) -> Prepared:
-    """Builds what a run needs inside `folder`, or finds what an earlier run with the same inputs
-    built there.
+    """Builds the tokenizer and the corpora of a run in `folder`, or opens those that an earlier run
+    with the same inputs built there.
 
     Raises:
       UserError: a source or tokenizer that cannot be read, nothing to train on, or a disk that is
@@ -145,12 +145,12 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
 
     files.remove_leftovers(final.parent, older=True)
     if not final.is_dir():
-        # Read first: what goes wrong in a source is not the tokenizer's fault.
+        # Read before `within`: an error of a source is not one of the tokenizer.
         texts = list(training_texts(config))
         with within("tokenizer"):
             tokenizer = tokenizers.build(config.tokenizer, texts)
         try:
-            # A process that was first has saved the same.
+            # Another process may have saved the same folder meanwhile: then that one is kept.
             with files.new_folder(final, keep_existing=True) as partial:
                 tokenizer.save(partial)
         except OSError as error:
@@ -159,8 +159,8 @@ def prepare_tokenizer(config: DataConfig, folder: str | pathlib.Path) -> Tokeniz
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """Yields the training documents that a tokenizer learns from, of each source as many bytes as
-    its weight gives it.
+    """Yields the documents to train a tokenizer on: about `training_bytes` of them, from each
+    source in proportion to its weight.
     """
     sources = [source for source in config.sources if source.heldout_fraction < 1]
     total_weight = sum(source.weight for source in sources)

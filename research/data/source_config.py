@@ -12,25 +12,25 @@ class SourceConfig:
     """One source of text.
 
     Attributes:
-      kind: `stdlib` (text that every Python carries), `text` (a document a file), `jsonl` (plain,
-        .gz or .zst), `lines` (a pair of texts a line, in two files), `parquet`, or `tfds` (a
-        prepared dataset, or text files that are prepared as one).
+      kind: `stdlib` (text that every Python carries), `text` (one document per file), `jsonl`
+        (plain, .gz or .zst), `lines` (one pair of texts per line, in two files), `parquet`, or
+        `tfds` (a prepared dataset, or text files that are prepared as one).
       path: file, folder (searched recursively) or glob pattern; not used by `stdlib`.
       field: the field of a JSON object, the column of a Parquet file or the feature of a TFDS
           example with the text.
       pair_field: the field of a JSON object with the text from which the one in `field` is made: a
         pair of texts for `data.objective.kind = "translate"`; empty: documents are single texts.
-      pair_path: of `lines`, as many files, in the order of names; a line of them is the text from
-        which the same line of `path` is made.
-      separator: where to cut a text file into several documents; empty: one document a file.
+      pair_path: for `lines`: as many files as `path` names, matched in the order of names; line n
+        of one is the text from which line n of its match in `path` is made.
+      separator: where to cut a text file into several documents; empty: one document per file.
       tfds_split: the TFDS split that is read.
       weight: share of this source in the training mixture, relative to the other weights; above 0.
       heldout_fraction: share of the documents kept for evaluation, in [0, 1]. 1 makes the source
           evaluation only.
       max_bad_fraction: share of unreadable records, in [0, 1], above which the source fails.
       max_record_bytes: bytes of a record (a file of text, a part between separators, a line, a
-        value), at least 1; a longer one counts as unreadable and is never held in memory, however
-        well it was compressed.
+        value), at least 1; a longer one counts as unreadable and is never in memory as a whole,
+        even if it is compressed.
       zstd_window_log: the largest window of a Zstandard frame, as a power of 2 in [10, 31]; reading
         takes that much memory. Above 27 it needs the package `zstandard`.
     """

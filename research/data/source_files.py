@@ -1,5 +1,5 @@
-"""Files of text: found by a pattern, opened whatever compresses them, read record by record in
-bounded memory.
+"""Files of text: found by a pattern, opened plain or compressed, read record by record in bounded
+memory.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from research.core.errors import UserError
 from research.storage.paths import is_address
 
-# Bytes that are read at a time where no line ends them.
+# Bytes per read where lines do not matter.
 CHUNK_BYTES = 2**20
 # The largest window that the bundled Zstandard decoder allows, as a power of 2; larger ones need
 # `zstandard`.
@@ -34,7 +34,7 @@ def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
     names' hashes.
 
     Raises:
-      UserError: nothing matches, a name that no file system takes, or an address.
+      UserError: no file matches, the path is invalid, or it is an address.
     """
     if is_address(path):
         raise UserError(
@@ -43,8 +43,8 @@ def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
     try:
         root, named = _match(path)
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
-        said = error.strerror if isinstance(error, OSError) else error
-        raise UserError("path", path, f"cannot be read: {said}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError("path", path, f"cannot be read: {reason}.") from error
     if not named:
         raise UserError("path", path, "matches no file.")
     if named == [root]:
@@ -55,8 +55,8 @@ def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
 
 
 def _match(path: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
-    """Returns the folder that names are relative to, and the files; of a single file, that file
-    twice.
+    """Returns the folder that names are relative to, and the files; for a single file: that file,
+    and a list of it.
     """
     root = pathlib.Path(path)
     if root.is_file():
@@ -96,7 +96,7 @@ def opened(
                 file.read(len(mark))
             yield file
     except (OSError, EOFError, zlib.error) as error:
-        if "requires too much memory" in str(error):  # so libzstd says it
+        if "requires too much memory" in str(error):  # the message of libzstd
             raise UserError(
                 f"{path} has a Zstandard frame whose window is above 2^{zstd_window_log} bytes:"
                 f" zstd_window_log = {zstd_window_log} must be higher, at most 31, to read it."
@@ -113,7 +113,7 @@ def _binary(path: pathlib.Path, zstd_window_log: int) -> io.BufferedReader:
     if zstd_window_log > BUNDLED_WINDOW_LOG:
         stream = _WideZstandard(path, zstd_window_log)
     else:
-        # heavy, and only for such files; unlike `zstandard` it notices a file that was cut short
+        # Slow to import, and only such files need it. Unlike `zstandard` it detects truncation.
         import pyarrow
 
         stream = pyarrow.input_stream(str(path), compression="zstd")
@@ -121,8 +121,8 @@ def _binary(path: pathlib.Path, zstd_window_log: int) -> io.BufferedReader:
 
 
 class _WideZstandard(io.RawIOBase):
-    """Zstandard frames with windows that the bundled decoder refuses; a file that was cut short is
-    an OSError.
+    """Zstandard frames with larger windows than the bundled decoder reads; a truncated file is an
+    OSError.
     """
 
     def __init__(self, path: pathlib.Path, window_log: int):
@@ -139,9 +139,9 @@ class _WideZstandard(io.RawIOBase):
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**window_log)
         self._file = path.open("rb")
         self._frame = self._decompressor.decompressobj()
-        # Whether the frame has had no byte yet.
-        self._fresh = True
-        # What is decoded and not yet read.
+        # Whether no byte of the frame has been read.
+        self._frame_is_empty = True
+        # Decoded bytes that are not yet read.
         self._data = b""
 
     def readable(self) -> bool:
@@ -165,16 +165,16 @@ class _WideZstandard(io.RawIOBase):
             # What the file holds after the end of this frame belongs to the next one.
             chunk = self._frame.unused_data
             self._frame = self._decompressor.decompressobj()
-            self._fresh = True
+            self._frame_is_empty = True
 
         # Small chunks: one may decode to a thousand times its size.
         chunk = chunk or self._file.read(2**12)
         if not chunk:
-            if not self._fresh:
+            if not self._frame_is_empty:
                 raise OSError("Truncated Zstandard stream")
             return False
 
-        self._fresh = False
+        self._frame_is_empty = False
         self._data = self._frame.decompress(chunk)
         return True
 
@@ -212,19 +212,19 @@ def parts(
       limit: bytes of a part.
     """
     line = 1
-    held = bytearray()
+    buffer = bytearray()
     too_long = False
-    # Newlines of this part that are no longer held, and how far `held` has no separator.
+    # Newlines of this part that are no longer in `buffer`, and how far `buffer` has no separator.
     newlines = 0
     searched = 0
     for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
-        held += chunk
+        buffer += chunk
 
-        # `held[start:end]` is the next part: separator "--", held b"a--b--c" -> 0:1, then 3:4
+        # `buffer[start:end]` is the next part: separator "--", buffer b"a--b--c" -> 0:1, then 3:4
         start = 0
-        end = held.find(separator, searched) if separator else -1
+        end = buffer.find(separator, searched) if separator else -1
         while end >= 0:
-            part = bytes(held[start:end])
+            part = bytes(buffer[start:end])
             is_bad = too_long or len(part) > limit
             yield line, None if is_bad else part
 
@@ -232,20 +232,20 @@ def parts(
             line += newlines + part.count(b"\n") + separator.count(b"\n")
             newlines = 0
             too_long = False
-            end = held.find(separator, start)
-        del held[:start]
+            end = buffer.find(separator, start)
+        del buffer[:start]
 
         # Only what may be the beginning of a separator has to be searched again.
-        searched = len(held)
+        searched = len(buffer)
         if separator:
-            searched = max(0, len(held) - len(separator) + 1)
+            searched = max(0, len(buffer) - len(separator) + 1)
 
-        # Of a part that is too long nothing is held but the count of its newlines.
+        # Of a part that is too long only the count of its newlines is kept.
         if searched > limit:
-            newlines += held.count(b"\n", 0, searched)
-            del held[:searched]
+            newlines += buffer.count(b"\n", 0, searched)
+            del buffer[:searched]
             too_long = True
             searched = 0
 
-    is_bad = too_long or len(held) > limit
-    yield line, None if is_bad else bytes(held)
+    is_bad = too_long or len(buffer) > limit
+    yield line, None if is_bad else bytes(buffer)

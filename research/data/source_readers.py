@@ -1,7 +1,7 @@
 """Documents from the files of each kind of source: text, lines of JSON or of pairs, Parquet, TFDS,
 the embedded corpus.
 
-A record that cannot be read is counted in the source's report and passed over.
+A record that cannot be read is counted in the source's report and skipped.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from research.data.source_config import SourceConfig
 from research.data.source_files import find_files, opened
 
 # Below this many records the share of bad ones is checked only at the end of the source.
-EARLY_JUDGEMENT = 1000
+MIN_RECORDS_FOR_EARLY_CHECK = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and the name that messages have for it.
+    """A text, or a pair of texts, and its name in messages.
 
     Attributes:
       name: file, or file and line.
-      text: what it says.
-      source: of a pair, what the text is made from; None: it is no pair.
+      text: the text; of a pair, the second one.
+      source: the first text of a pair, from which `text` is made; None: not a pair.
     """
 
     name: str
@@ -46,7 +46,10 @@ Keyed = tuple[str, Document]
 
 @dataclasses.dataclass
 class SourceReport:
-    """What reading a source met. Bad records belong to no split, so each pass counts them."""
+    """Counts of the documents and the bad records of a source.
+
+    Bad records belong to no split, so each pass counts all of them.
+    """
 
     documents: int = 0
     bad: int = 0
@@ -61,7 +64,7 @@ class SourceReport:
     def check(self, max_bad_fraction: float, at_end: bool) -> None:
         """Raises a UserError where too many of the records so far are bad."""
         seen = self.documents + self.bad
-        if not at_end and seen < EARLY_JUDGEMENT:
+        if not at_end and seen < MIN_RECORDS_FOR_EARLY_CHECK:
             return
         if self.bad > max_bad_fraction * seen:
             raise UserError(
@@ -99,7 +102,7 @@ def _decoded(
     line: int,
     addition: str = "",
 ) -> str | None:
-    """Returns a record as text, or None where it is bad: its line is then counted.
+    """Returns a record as text, or None where it is bad; the report then counts it.
 
     Args:
       data: its bytes, None where they were too many.
@@ -107,7 +110,7 @@ def _decoded(
       report: where bad records are counted.
       path: of the file.
       line: the number of the record's first line.
-      addition: what to say after a fault.
+      addition: appended to the reason why a record is bad.
     """
     if data is None:
         limit = f"max_record_bytes = {config.max_record_bytes}"
@@ -144,7 +147,7 @@ def _json_texts(line: str, fields: list[str], report: SourceReport, where: str) 
     """Returns the texts of one JSON line, or None where the line is bad."""
     try:
         record = json.loads(line)
-    # Broken, a number of too many digits, or nested too deeply.
+    # Not JSON, a number of too many digits, or nested too deeply.
     except (ValueError, RecursionError) as error:
         report.skip(where, f"broken JSON: {error}")
         return None
@@ -184,7 +187,7 @@ def _read_lines(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
             f"matches {len(found_sources)} files, path {len(found)}: not pairs.",
         )
 
-    # Files are pairs in the order of their names, and are read in the order of `found`.
+    # Files are matched in the order of their names, and read in the order of `found`.
     source_of = dict(zip(sorted(found), sorted(found_sources), strict=True))
     for name, path in found:
         _, source_path = source_of[name, path]
@@ -238,7 +241,7 @@ def _line_pairs(
 
 
 def _read_parquet(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
-    import pyarrow  # heavy, and only for this kind
+    import pyarrow  # slow to import, and only this kind needs it
 
     for name, path in find_files(config.path):
         try:
@@ -252,7 +255,7 @@ def _read_parquet(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]
 
 def _parquet_values(config: SourceConfig, path: pathlib.Path) -> Iterator[Any]:
     """Yields the Arrow scalars of the column `field` of a Parquet file."""
-    from pyarrow import parquet  # heavy, and only for this kind
+    from pyarrow import parquet  # slow to import, and only this kind needs it
 
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names

@@ -1,5 +1,5 @@
-"""Where documents come from: the embedded corpus, text files, lines of JSON or of pairs, Parquet,
-TFDS, as one stream.
+"""Streams of documents from a source: the embedded corpus, text files, JSONL, lines of pairs,
+Parquet, TFDS.
 
 Whether a document is held out depends on a hash of its name (a file) or of its text (a record)
 alone: never on the order of reading, the number of documents, the machine or the version of Python.
@@ -37,7 +37,8 @@ def is_heldout(key: str, fraction: float) -> bool:
 def documents(
     config: SourceConfig, split: Split, report: SourceReport | None = None
 ) -> Iterator[Document]:
-    """Yields the documents of one split, always in the same order, which no name or date decides.
+    """Yields the documents of one split, always in the same order: files by the hashes of their
+    names, examples of TFDS by their index.
 
     Args:
       config: the source.
@@ -45,10 +46,11 @@ def documents(
       report: receives the counts of documents (of both splits) and of bad records.
 
     Raises:
-      UserError: nothing there, nothing in it, or too many bad records (the first is named).
+      UserError: no such file, no text, or too many bad records (the first is named).
     """
     report = SourceReport() if report is None else report
-    return (document for side, document in split_documents(config, report) if side == split)
+    in_splits = split_documents(config, report)
+    return (document for its_split, document in in_splits if its_split == split)
 
 
 def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tuple[Split, Document]]:
@@ -69,7 +71,7 @@ def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tupl
 
 
 def fingerprint(config: SourceConfig) -> list[list[str | int]]:
-    """Returns what changes if a source does: name, size and time of every file."""
+    """Returns [name, size, modification time] of every file: a key that changes with the source."""
     found = stdlib.files().items() if config.kind == "stdlib" else find_files(config.path)
     files = sorted(found)
     if config.pair_path:
@@ -83,9 +85,7 @@ def fingerprint(config: SourceConfig) -> list[list[str | int]]:
 
 
 def size_bytes(config: SourceConfig) -> int | None:
-    """Returns about how many bytes of text a source holds, or None where only reading it would
-    tell.
-    """
+    """Returns the approximate bytes of text in a source; None where one would have to read it."""
     if config.kind not in ("stdlib", "text"):
         return None
     # The size of a compressed file does not say how much text it holds.

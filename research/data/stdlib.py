@@ -2,7 +2,7 @@
 
 Three kinds of document: the language reference (`pydoc_data`), the source files of the standard
 library, and the docstrings of each such file as prose. A file and its docstrings share one key, so
-they are in the same split. Nothing is imported: the files are read and parsed.
+they are in the same split. No module is imported: the files are read and parsed.
 """
 
 import ast
@@ -36,7 +36,7 @@ def files() -> dict[str, pathlib.Path]:
             found.append(top)
 
     named = {path.relative_to(root).as_posix(): path for path in found}
-    # Test data is broken on purpose.
+    # Test data may be invalid Python on purpose.
     return {name: path for name, path in sorted(named.items()) if "/tests/data/" not in name}
 
 
@@ -84,8 +84,8 @@ def _topics(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def _docstrings(tree: ast.Module) -> str:
-    """Returns the docstrings of a module, its classes and functions in the order of the text, each
-    under its name.
+    """Returns the docstrings of a module, its classes and functions, in source order, each under
+    its name.
     """
     parts = []
     stack: list[ast.AST] = [tree]
@@ -97,8 +97,8 @@ def _docstrings(tree: ast.Module) -> str:
                 heading = "" if isinstance(node, ast.Module) else f"{node.name}\n\n"
                 parts.append(heading + doc)
 
-        # Expressions, most of the tree, hold no definitions. Reversed, since a stack is read from
-        # its end.
+        # Expressions, most of the tree, hold no definitions. Reversed, since a stack pops its last
+        # item.
         children = list(ast.iter_child_nodes(node))
         for child in reversed(children):
             if isinstance(child, ast.stmt | ast.excepthandler):

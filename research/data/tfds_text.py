@@ -22,7 +22,7 @@ Named = tuple[str, str | bytes]
 
 
 class TesseraText(tfds.core.GeneratorBasedBuilder):
-    """Text files as a TFDS dataset: an example a file, with its `name` and `text`, in one split
+    """Text files as a TFDS dataset: one example per file, with its `name` and `text`, in one split
     `train`.
     """
 
@@ -81,7 +81,7 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
     """Yields (name, text) of the examples of a dataset.
 
     Args:
-      path: what the source names; for messages.
+      path: the `path` of the source, for messages.
       split: the TFDS split; only read where `path` is a prepared dataset.
       field: the feature with the text.
       files: the files that `path` matches: a prepared dataset (with `dataset_info.json`),
@@ -106,9 +106,7 @@ def texts(path: str, split: str, field: str, files: Mapping[str, pathlib.Path]) 
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Turns what TFDS raises for a damaged dataset, which is of many types, into a UserError of one
-    line.
-    """
+    """Raises a UserError of one line for any error of TFDS: a damaged dataset raises many types."""
     try:
         yield
     except UserError:

@@ -28,12 +28,11 @@ def from_word_pieces(
     """Returns the tokenizer.json of a WordPiece vocabulary.
 
     Args:
-      vocab: `vocab.txt`, a token a line.
+      vocab: `vocab.txt`, one token per line.
       specials: the token of each role, a string or the dict of an added token; for other roles
           usual names are tried.
-      settings: a `tokenizer_config.json`; what it does not say is as in BERT-uncased:
-        `do_lower_case`, `strip_accents` (None: as `do_lower_case`),
-        `tokenize_chinese_chars`.
+      settings: a `tokenizer_config.json`, of which `do_lower_case`, `strip_accents` (None: as
+        `do_lower_case`) and `tokenize_chinese_chars` are read; defaults as in BERT-uncased.
 
     Raises:
       UserError: not text, or no token for what is unknown.
@@ -71,13 +70,13 @@ def from_byte_pairs(
 
     Args:
       vocab: `vocab.json`, the id of each token.
-      merges: `merges.txt`, the two parts of a token a line, in order of rank.
+      merges: `merges.txt`, the two parts of one token per line, in order of rank.
       specials: the token of each role, a string or the dict of an added token; for other roles
           usual names are tried.
       settings: a `tokenizer_config.json`, of which `add_prefix_space` is read.
 
     Raises:
-      UserError: another kind of vocabulary, or a merge that is not of it.
+      UserError: another kind of vocabulary, or a merge of tokens that it lacks.
     """
     try:
         ids = json.loads(vocab)
@@ -133,7 +132,7 @@ def _flag(settings: Mapping[str, Any], name: str, default: bool | None) -> bool 
 
 
 def _added(token: str | Mapping[str, Any]) -> tokenizers.AddedToken:
-    """Returns a special token with what its dict says of the spaces beside it."""
+    """Returns a special token, with the flags for adjacent spaces that its dict has."""
     if isinstance(token, str):
         return tokenizers.AddedToken(token, special=True, normalized=False)
     names = ("single_word", "lstrip", "rstrip", "normalized")
