@@ -1,8 +1,7 @@
-"""What a model learns from a segment of a document: an objective makes examples, and examples make
-a `data.batch.Batch`.
+"""Training objectives: causal, prefix and masked language modeling, denoising, translation.
 
-Every objective gives the arrays that a batch must have. The prefix objective adds `prefix`, and
-those of a model with an encoder add the encoder's.
+An objective makes a `data.batch.Batch` of the segments of documents. All make the required arrays
+of a batch; the prefix objective adds `prefix`, and those of a model with an encoder the encoder's.
 """
 
 import dataclasses
@@ -130,7 +129,7 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
         needed("eos_id")
         ids = dataclasses.replace(ids, decoder_start=needed(f"{config.decoder_start}_id"))
     if config.kind == "infill" and config.infill.permute:
-        # SentencePiece may put a space before it, as a token of its own.
+        # SentencePiece may put a space before the full stop, as a token of its own.
         ids = dataclasses.replace(ids, sentence_end=tokenizer.encode(".")[-1])
     return ids
 

@@ -1,7 +1,7 @@
-"""What every objective is, and how its segments are laid out in rows.
+"""The base class of objectives, and the layout of segments in rows.
 
 A segment is a run of one document's tokens that becomes one segment of a row (`Batch.segments`).
-Arrays of segments are flat: tokens of all segments one after the other, with the length of each.
+Arrays of segments are flat: the tokens of all segments one after the other, and the length of each.
 """
 
 import abc
@@ -39,7 +39,7 @@ class Ids:
     Attributes:
       pad: fills the rest of a row.
       vocab_size: V.
-      bos, eos: what begins and ends a document in the store; None: nothing.
+      bos, eos: the first and the last id of a framed document; None: there is none.
       decoder_start: what the decoder's input begins with.
       mask: replaces what is hidden.
       sentinels: replace the spans that are left out, first to last.

@@ -22,7 +22,7 @@ def _check_mean_span(mean_span: float | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MaskedConfig:
-    """Masked tokens of an encoder.
+    """Masked language modeling of an encoder.
 
     Attributes:
       density: share of a segment's tokens that are predicted, in (0, 1).
@@ -74,8 +74,7 @@ class SpanConfig:
             raise UserError("mode_id", self.mode_id, "must not be negative.")
 
 
-# Two R-denoisers, the S-denoiser (its one span, a quarter of the segment, ends it), four
-# X-denoisers.
+# Two R-denoisers, the S-denoiser (one span, the last quarter of the segment), four X-denoisers.
 # Source: Tay et al. 2022, arXiv:2205.05131, table 1.
 UL2 = (
     SpanConfig(density=0.15, mean_span=3.0),

@@ -1,9 +1,10 @@
 """Objectives of an encoder-decoder that restores a damaged text: span corruption, mixtures of it,
 infilling.
 
-How much of a segment is left out, and in how many spans, depends on its length alone. So the
-planner knows the width of a segment on both sides of a row, and only where the spans are is drawn,
-anew in every epoch. What is left out is called noise, what stays kept.
+How many tokens of a segment are left out, and in how many spans, depends on its length and its
+denoiser alone, so the planner knows the width of a segment on both sides of a row. Only the places
+of the spans are drawn, anew in every epoch. Tokens that are left out are called noise, the others
+kept.
 """
 
 import numpy as np
@@ -37,10 +38,10 @@ SENTENCES = 3
 def noise_tokens(
     lengths: Int[np.ndarray, "segments"], density: Shaped[np.ndarray, "segments"]
 ) -> Int[np.ndarray, "segments"]:
-    """Returns how many tokens are left out of each segment: density · n, rounded, but neither none
-    nor all.
+    """Returns how many tokens are left out of each segment: density · n, rounded, at least
+    one and not all.
 
-    A segment of one token loses it.
+    A segment of one token loses that token.
     """
     noise = np.rint(lengths * density)
     most = np.maximum(lengths - 1, 1)
@@ -81,7 +82,7 @@ def random_runs(
     num_runs = np.repeat(spans, 2)
     num_runs = np.minimum(num_runs, sizes)
 
-    # A cut after a token ends its run. The group's last token always does; the others are drawn.
+    # A cut after a token ends its run. The group's last token is always cut; other cuts are drawn.
     # -> is_cut [T, T, F, T, F, T]
     ends = np.cumsum(sizes)
     last = ends[sizes > 0] - 1
@@ -115,7 +116,7 @@ class Spans(Objective):
 
     With several denoisers each segment has one, its variant, which is fixed when the rows are
     planned; its spans change with the epoch. There are never more spans than sentinels: the spans
-    of very long segments are longer. A segment too short for two spans loses its end.
+    of very long segments are longer. A segment too short for two spans has one, at its end.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4; Tay et al. 2022, arXiv:2205.05131,
         section 3.1.2.
@@ -220,7 +221,7 @@ class Spans(Objective):
         return interleave(int(widths.sum()), marks, noise_text)
 
     def _sentinels(self, spans: Int[np.ndarray, "segments"]) -> Int[np.ndarray, "spans"]:
-        """Returns the sentinel of each span: the first ones anew in every segment."""
+        """Returns the sentinel of each span, counted from the first sentinel in every segment."""
         sentinels = np.array(self.ids.sentinels)
         return sentinels[ragged_arange(spans)]
 
@@ -235,7 +236,7 @@ class Infill(Objective):
 
     Spans have Poisson lengths, zero included, under the condition that they add up to the tokens
     left out: given its sum, a vector of equal Poisson variables is multinomial, so each token left
-    out picks its span. No two masks meet. A sentence ends with a full stop.
+    out draws its span. No two masks are adjacent. A sentence ends with a full stop.
 
     Source: Lewis et al. 2019, arXiv:1910.13461, section 2.2. There the number of spans is drawn,
         too.
@@ -252,7 +253,7 @@ class Infill(Objective):
         mean_span = np.full(len(lengths), self._config.mean_span)
         noise = noise_tokens(lengths, density)
         kept = lengths - noise
-        # One span at most in each gap: before, between and behind the kept tokens.
+        # One span at most in each gap: before, between and after the kept tokens.
         spans = span_count(noise, mean_span, kept + 1)
         return kept, noise, spans
 
@@ -275,8 +276,8 @@ class Infill(Objective):
             order = self._sentence_order(segments, text)
             damaged = text[order]
 
-        # A mask comes behind BOS, the kept tokens before its gap and the masks before it:
-        # gaps [1, 3] -> [1 + 1 + 0, 1 + 3 + 1] = [2, 5] behind the segment's start
+        # A mask comes after BOS, the kept tokens before its gap and the masks before it:
+        # gaps [1, 3] -> [1 + 1 + 0, 1 + 3 + 1] = [2, 5] after the segment's start
         decoder_widths, encoder_widths = self.widths(segments.lengths, segments.width_args)
         segment = group_indices(spans)
         masks = group_starts(encoder_widths)[segment]
@@ -295,7 +296,7 @@ class Infill(Objective):
         kept: Int[np.ndarray, "segments"],
         spans: Int[np.ndarray, "segments"],
     ) -> Int[np.ndarray, "spans"]:
-        """Draws the gap of each span: before kept token 0, 1, … of its segment, or behind the
+        """Draws the gap of each span: before kept token 0, 1, … of its segment, or after the
         last.
         """
         # kept [3, 1] -> 4 and 2 gaps, is chosen [F, T, F, T, T, F] -> gaps [1, 3, 4] of all
@@ -314,8 +315,8 @@ class Infill(Objective):
         noise: Int[np.ndarray, "segments"],
         spans: Int[np.ndarray, "segments"],
     ) -> Int[np.ndarray, "spans"]:
-        """Draws the length of each span: every token left out picks one of its segment's spans."""
-        # noise [3], spans [2]: tokens pick spans [1, 0, 1] -> lengths [1, 2]
+        """Draws the length of each span: every token left out draws one of its segment's spans."""
+        # noise [3], spans [2]: tokens draw spans [1, 0, 1] -> lengths [1, 2]
         draws = segments.draws(LENGTHS, noise)
         first_span = np.repeat(group_starts(spans), noise)
         num_spans = np.repeat(spans, noise)
@@ -365,7 +366,7 @@ def _noise_mask(
       gaps: kept tokens of its segment before each span.
       span_lengths: tokens left out by each span.
     """
-    # A span begins behind the kept tokens and the spans before it:
+    # A span begins after the kept tokens and the spans before it:
     # gaps [1, 3], span lengths [2, 0] -> starts [1 + 0, 3 + 2] -> mask [F, T, T, F, F, F]
     segment = group_indices(spans)
     segment_starts = group_starts(lengths)

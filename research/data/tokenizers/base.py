@@ -1,4 +1,4 @@
-"""What every tokenizer is: text to ids and back, with control ids that no text can produce."""
+"""The base class of tokenizers: text to ids and back, with control ids that no text can produce."""
 
 import abc
 import hashlib
@@ -16,7 +16,7 @@ from research.storage import files
 from research.storage.paths import Path, as_path
 
 DESCRIPTOR = "descriptor.json"
-# The parts that Hugging Face's files name tokens for (`bos_token`, …).
+# The roles of special tokens in Hugging Face's files (`bos_token`, …).
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # How the tokens that replace a span are spelt (Raffel et al. 2020, arXiv:1910.10683).
 SENTINEL = "<extra_id_{}>"
@@ -54,8 +54,7 @@ class Tokenizer(abc.ABC):
       named_tokens: more tokens, which chat templates read as variables (`image_token`), by their
         names; kept with the tokenizer's files.
       guarded_tokens: more tokens, which the files beside the tokenizer's own call special. In a
-        chat only the template writes them, as it does control tokens; kept with the tokenizer's
-        files.
+        chat only the template can write them, like control tokens; kept with the tokenizer's files.
       prompt_frame: the ids that the published tokenizer of a model puts before and after a text;
         kept with the tokenizer's files. None: a prompt begins as a document does.
     """
@@ -180,18 +179,18 @@ class Tokenizer(abc.ABC):
         """Returns one document as a model reads it: [start] ids [end]; the end is EOS, or
         nothing.
         """
-        start = np.array(_present(self.document_start_id), np.int32)
-        end = np.array(_present(self.eos_id), np.int32)
+        start = np.array(_ids_of(self.document_start_id), np.int32)
+        end = np.array(_ids_of(self.eos_id), np.int32)
         return np.concatenate([start, ids, end])
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns a text's ids for a decoder to continue: framed by `prompt_frame`, or as a
         document begins.
 
-        A prompt without any id is what a document begins with.
+        An empty prompt gives the ids that a document begins with.
         """
         ids = self.encode(text)
-        start = _present(self.document_start_id)
+        start = _ids_of(self.document_start_id)
         if self.prompt_frame is None:
             return [*start, *ids]
         before, after = self.prompt_frame
@@ -201,8 +200,8 @@ class Tokenizer(abc.ABC):
         """Returns a text's ids as an encoder reads them: framed by `prompt_frame`, or by BOS and
         EOS where there are such tokens.
         """
-        before: Sequence[int] = _present(self.bos_id)
-        after: Sequence[int] = _present(self.eos_id)
+        before: Sequence[int] = _ids_of(self.bos_id)
+        after: Sequence[int] = _ids_of(self.eos_id)
         if self.prompt_frame is not None:
             before, after = self.prompt_frame
         return [*before, *self.encode(text), *after]
@@ -227,7 +226,7 @@ class Tokenizer(abc.ABC):
           variables: further variables of the template.
 
         Raises:
-          UserError: no such template, messages that are no plain JSON, or a template that refuses
+          UserError: no such template, messages that are no plain JSON, or a template that rejects
               them or fails.
         """
         inputs = chat.plain(
@@ -339,8 +338,8 @@ class Tokenizer(abc.ABC):
         files.write_text(folder / DESCRIPTOR, descriptor + "\n")
 
 
-def _present(token_id: int | None) -> list[int]:
-    """Returns the id as a list, which is empty where there is none."""
+def _ids_of(token_id: int | None) -> list[int]:
+    """Returns [token_id], or [] for None."""
     return [] if token_id is None else [token_id]
 
 

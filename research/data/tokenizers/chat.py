@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as the text that a model was taught to read.
+"""Chat templates: a conversation as text in the format that the model was trained on.
 
 A template is Jinja, as Hugging Face keeps it with a model. It comes with a download, so it runs in
 Jinja's sandbox and reads plain JSON values only.
@@ -6,8 +6,8 @@ Jinja's sandbox and reads plain JSON values only.
 What people write must not become a control token. So before the template runs, a private character,
 the guard, breaks every spelling of a control token in the inputs; in the text that comes out, only
 the template's own control tokens are intact, and another private character, the mark, is put before
-each. Then the guards are removed. A template that takes letters out of the middle of a message
-could still join a token; none that is published does.
+each. Then the guards are removed. A template that deletes letters inside a message could still
+form a token; no published one does.
 """
 
 import datetime
@@ -41,7 +41,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace that keeps Python's own attributes out of a template's reach."""
+    """A namespace without access to Python's own attributes, which begin with an underscore."""
 
     def __init__(self, *args: Any, **values: Any):
         for name in dict(*args, **values):
@@ -118,7 +118,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     """Returns the text that a template makes of its variables.
 
     Raises:
-      UserError: the template is no Jinja, refuses its variables (`raise_exception`), or fails.
+      UserError: the template is no Jinja, rejects its variables (`raise_exception`), or fails.
     """
     try:
         return _compiled(source).render(variables)

@@ -23,7 +23,7 @@ class Descriptor:
       options: further arguments of the class.
       files: SHA-256 digests of the tokenizer's files, by their names.
       chat_templates, further_end_ids, named_tokens, guarded_tokens, prompt_frame: as in
-      `Tokenizer`.
+        `Tokenizer`.
     """
 
     kind: str

@@ -1,6 +1,7 @@
 """A `tokenizer.json` for the tokenizers that have none: SentencePiece models and bytes.
 
-It makes the `tokenizers` library do what SentencePiece does, as far as its tests measure.
+With it the `tokenizers` library gives the ids that SentencePiece gives, as far as tests compare
+them.
 """
 
 import re
@@ -42,7 +43,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     if "unk" in specials:  # text that spells it is not unknown
         control = {specials["unk"]: tokenizer.unk_id, **control}
 
-    # Those that the model does not hold get the ids after its own, in this order.
+    # Tokens that the model lacks get the ids after its own, in this order.
     added = []
     for name in sorted(control, key=control.__getitem__):
         added.append(tokenizers.AddedToken(name, normalized=False, special=True))
@@ -118,7 +119,7 @@ def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokeniz
     symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     spellable = {piece.piece for piece in model.pieces if piece.type in (NORMAL, UNUSED)}
 
-    # What becomes ids: the model and the rules by which text is normalized before.
+    # Encoding: the model, and the normalization before it.
     is_unigram = trainer.model_type == UNIGRAM
     if is_unigram:
         pieces = [(piece.piece, piece.score) for piece in model.pieces]
@@ -134,11 +135,11 @@ def _library_of(model: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokeniz
     if symbols or is_unigram:
         known = spellable.union(symbols)
         hidden = [piece.piece for piece in model.pieces if piece.piece not in known]
-    splits = [*_isolated(symbols), *_broken(hidden, spellable)]
+    splits = [*_symbol_splits(symbols), *_spelling_splits(hidden, spellable)]
     if splits:
         library.pre_tokenizer = pre_tokenizers.Sequence(splits)
 
-    # What becomes text again.
+    # Decoding.
     steps = [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
@@ -163,9 +164,9 @@ def _byte_pairs(
     )
 
 
-def _isolated(symbols: list[str]) -> list[pre_tokenizers.PreTokenizer]:
-    """Returns what cuts user-defined symbols out of text, the longest where several fit, as
-    SentencePiece does.
+def _symbol_splits(symbols: list[str]) -> list[pre_tokenizers.PreTokenizer]:
+    """Returns pre-tokenizers that cut user-defined symbols out of text, the longest where several
+    fit, as SentencePiece does.
 
     They are no added tokens: the library would take those out before it normalizes, and then begin
     what follows anew, with a space in front.
@@ -177,8 +178,10 @@ def _isolated(symbols: list[str]) -> list[pre_tokenizers.PreTokenizer]:
     return [pre_tokenizers.Split(tokenizers.Regex(any_symbol), "isolated")]
 
 
-def _broken(names: list[str], spellable: set[str]) -> list[pre_tokenizers.PreTokenizer]:
-    """Returns what cuts the spellings of `names` in two, where no piece of text crosses the cut."""
+def _spelling_splits(names: list[str], spellable: set[str]) -> list[pre_tokenizers.PreTokenizer]:
+    """Returns pre-tokenizers that cut the spellings of `names` in two, where no piece of text
+    crosses the cut.
+    """
     pairs = {piece[i : i + 2] for piece in spellable for i in range(len(piece) - 1)}
 
     gaps: set[str] = set()

@@ -12,14 +12,14 @@ from research.data.tokenizers.huggingface import HuggingFaceTokenizer, known_spe
 from research.data.tokenizers.pieces import SentencePieceTokenizer
 from research.data.tokenizers.settings import Settings, read_bytes, read_settings
 
-# The files from which a tokenizer of each kind is read, and where there are several: the first,
-# which says most.
+# The files from which a tokenizer of each kind is read. Of several in a folder the first of these
+# is read: it has the most information.
 FILES = {
     "huggingface": ("tokenizer.json", "vocab.json", "vocab.txt"),
     "sentencepiece": ("tokenizer.model", "spiece.model", "sentencepiece.model", "tok*.model"),
 }
 ALL_FILES = ("tokenizer.json", *FILES["sentencepiece"], "vocab.json", "vocab.txt")
-# The classes of `transformers` that do with such a file what is done here; others have rules that
+# The classes of `transformers` that read such a file as this module does; others have rules that
 # are in no file.
 CLASSES = {
     ".model": (
@@ -160,7 +160,7 @@ def _from_vocabulary(form: str, data: bytes, merges: bytes, settings: Settings) 
     if form not in CLASSES:
         return HuggingFaceTokenizer(data, names or None)
 
-    # A class gives each role that the files do not name a token of the usual name.
+    # Roles that the files do not name: the class gives each the token of the usual name.
     added = {token["content"] for token in json.loads(data)["added_tokens"]}
     tokenizer = HuggingFaceTokenizer(data, known_specials(added) | names)
     _check_added(tokenizer, settings)

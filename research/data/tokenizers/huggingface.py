@@ -45,7 +45,7 @@ class HuggingFaceTokenizer(Tokenizer):
             specials = known_specials(added)
         sentinels = _sentinels(added)
         for name in (*specials.values(), *sentinels):
-            if name in added:  # some files forget to mark them, and then text could spell them
+            if name in added:  # some files lack the mark, and then text could spell these tokens
                 added[name]["special"] = True
 
         self._data = data
@@ -129,8 +129,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _marking_for(self, tokens: Mapping[str, int], mark: str) -> "_Marking":
         """Returns a copy of the tokenizer that knows each of these tokens as `mark` and its name.
 
-        The copies are not special, because special tokens are text to both. Tokens that are not
-        special have no other name, so that they cannot be found in text.
+        The copied tokens are not special, because the library encodes special tokens in text as
+        plain text. Original tokens that are not special get an unknown name, so that they cannot be
+        found in text.
         """
         content = json.loads(self._encoder.to_str())
         further = [name for name in tokens if name not in self._control]
@@ -197,7 +198,7 @@ def _parsed(data: bytes) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def _library(content: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Returns the library's tokenizer, to which special tokens in text are text."""
+    """Returns the library's tokenizer, set to encode special tokens in text as plain text."""
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception

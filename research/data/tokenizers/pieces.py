@@ -22,8 +22,8 @@ from research.data.tokenizers.base import SENTINEL, Tokenizer, check_sentinels
 # SentencePiece writes a space as this character, and would read this character as a space.
 META_SPACE = "\u2581"
 MAX_LINE_BYTES = 1 << 16
-# Part of the result of unigram training, whose sums are taken thread by thread: a constant, never
-# the machine's count.
+# The result of unigram training depends on it, as sums are taken per thread: a constant, so that it
+# does not depend on the machine.
 TRAINING_THREADS = 4
 MASKS = ("<mask>", "[MASK]")
 

@@ -1,4 +1,4 @@
-"""What a `tokenizer.json` puts around a text, written so that any spelling of a token is one token.
+"""The post-processor of a `tokenizer.json`, written so that any spelling of a token is one token.
 
 The library's own template language splits at spaces and reads `x:1` as the token `x` of the second
 kind.

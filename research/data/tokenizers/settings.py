@@ -12,8 +12,8 @@ from typing import Any
 from research.core.errors import UserError, shown
 from research.data.tokenizers.base import MOST_SENTINELS, ROLES, SENTINEL
 
-# The class where only the model's config.json says it, by its model_type; others say no more than
-# their files.
+# The tokenizer's class by the model_type of config.json, for models whose tokenizer files do not
+# name it.
 MODEL_CLASSES = {"t5": "T5Tokenizer"}
 T5_SENTINELS = 100
 # Special tokens without a role; transformers 5 uses the second name.

@@ -8,11 +8,11 @@ MOST_REPLACEMENTS = 3
 
 
 class StreamDecoder:
-    """Decodes ids as they come: the texts that it returns add up to the text of all ids, and no
-    character is shown half.
+    """Decodes ids one by one: the texts that it returns add up to the text of all ids, and none has
+    part of a character.
 
-    The bytes of an unfinished character decode to up to three U+FFFD at the end, so these are held
-    back until more ids, or the end, decide. Only a window of the last ids is decoded again: it
+    The bytes of an unfinished character decode to up to three U+FFFD at the end, so these are
+    pending until more ids, or the end, decide. Only a window of the last ids is decoded again: it
     begins with the ids of an earlier text, because some tokenizers write the first id of a text
     differently.
     """
@@ -43,6 +43,6 @@ class StreamDecoder:
         return new
 
     def flush(self) -> str:
-        """Returns the text that is still held back; the stream has ended."""
+        """Returns the pending text; call it at the end of the stream."""
         text = self._tokenizer.decode(self._window)
         return text[self._shown :]
