@@ -48,9 +48,8 @@ def attention(
         `reference`, which holds `[B, N, T, S]` and is taken by name only.
 
     Raises:
-      UserError: N is no multiple of K, q, k and v differ in type, or the implementation is not
-        there or does not take what is asked; the message names the rule and the nearest value that
-        it allows.
+      UserError: N is no multiple of K, q, k and v differ in type, or the implementation does not
+        support the call; the message names the rule and the nearest value that it allows.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; groups: Ainslie et al. 2023,
     arXiv:2305.13245; ALiBi: Press et al. 2021, arXiv:2108.12409; cap: Gemma 2, arXiv:2408.00118,

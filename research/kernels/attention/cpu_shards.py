@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 
-# The most shards of a call, and the scores that each holds at least; more of them take longer to
-# compile.
-SHARDS = 4
-SHARD_SCORES = 2**18
+# The most shards of a call: more of them take longer to compile.
+MAX_SHARDS = 4
+# The fewest scores of a shard.
+MIN_SHARD_SCORES = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +105,12 @@ class ShardGrid:
 
 
 def shard_grid(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> ShardGrid:
-    """Returns the grid for a call: the batch is cut first, then the heads if more are wanted."""
+    """Returns the grid for a call: the batch is cut first, then the heads if shards are left."""
     batch, queries, heads, _ = q.shape
     _, keys, kv_heads, _ = k.shape
 
     scores = batch * heads * queries * keys
-    wanted = min(SHARDS, scores // SHARD_SCORES)
+    wanted = min(MAX_SHARDS, scores // MIN_SHARD_SCORES)
     if jax.sharding.get_abstract_mesh().size > 1:
         # The partitioner of a mesh would gather what is cut here.
         wanted = 1

@@ -1,4 +1,4 @@
-"""Tiles of scores of the CPU attention: which queries meet which keys, and their scores.
+"""Tiles of scores of the CPU attention: which queries and keys each has, and their scores.
 
 Arrays of this module have heads first: queries are `[BK, G, T, H]`, keys and values `[BK, S, H]`,
 where BK counts the pairs of a sequence and a key/value head. One tile holds a few consecutive
@@ -74,14 +74,14 @@ class Band:
       batch: the number of sequences, B.
       start: the first query.
       tile_size: queries of each tile.
-      tiles: how many tiles.
+      num_tiles: how many tiles.
       keys: the keys that the band can reach.
     """
 
     batch: int
     start: int
     tile_size: int
-    tiles: int
+    num_tiles: int
     keys: Span
 
     def fold(self, step: Step, carry: Any) -> tuple[Any, tuple[Array, ...]]:
@@ -92,10 +92,10 @@ class Band:
             tile = Tile(self.batch, queries, self.keys)
             return step(carry, tile)
 
-        if self.tiles == 1:
+        if self.num_tiles == 1:
             return visit(carry, self.start)
 
-        starts = self.start + self.tile_size * jnp.arange(self.tiles)
+        starts = self.start + self.tile_size * jnp.arange(self.num_tiles)
         carry, outputs = lax.scan(visit, carry, starts)
         return carry, tuple(map(_join_tiles, outputs))
 
@@ -123,14 +123,14 @@ def bands(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> I
 
     for start in range(0, num_queries, band_size):
         stop = min(start + band_size, num_queries)
-        tiles = (stop - start) // TILE
-        rest_start = start + tiles * TILE
-        if tiles:
+        num_tiles = (stop - start) // TILE
+        rest_start = start + num_tiles * TILE
+        if num_tiles:
             yield Band(
                 batch,
                 start,
                 tile_size=TILE,
-                tiles=tiles,
+                num_tiles=num_tiles,
                 keys=_reach(mask, start, rest_start, num_keys),
             )
         if rest_start < stop:
@@ -138,7 +138,7 @@ def bands(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> I
                 batch,
                 rest_start,
                 tile_size=stop - rest_start,
-                tiles=1,
+                num_tiles=1,
                 keys=_reach(mask, rest_start, stop, num_keys),
             )
 

@@ -1,10 +1,10 @@
 """Attention for Hopper GPUs: Pallas kernels for what cuDNN does not support, forward and backward.
 
 The kernels take whole tiles. Tokens and head widths that are not are padded with zeros here, and
-padded keys are hidden. Which blocks of queries meet which blocks of keys is found out beforehand,
-from a few numbers per block; those that the mask hides are never visited. Memory is linear in the
-length but for those lists, which take four bytes per pair of blocks: 1 / 8,192 of an array of
-scores.
+padded keys are hidden. Which pairs of a block of queries and a block of keys are visible is
+computed beforehand, from a few numbers per block; hidden pairs are never visited. Memory is linear
+in the length but for the lists of pairs, which take four bytes per pair of blocks: 1 / 8,192 of an
+array of scores.
 """
 
 import functools

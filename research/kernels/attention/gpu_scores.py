@@ -114,7 +114,7 @@ def _with_terms(
 
 
 def _visible(plan: Plan, extras: dict[str, Any], tile: Tile) -> Bool[Array, "rows columns"] | None:
-    """Returns where the mask shows a key; None where it hides nothing anywhere."""
+    """Returns which pairs of a tile are visible; None where the mask hides nothing in any tile."""
     conditions = []
     if plan.causal or plan.window is not None:
         p_t = _positions(plan, extras, tile, "q")

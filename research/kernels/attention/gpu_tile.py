@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 from research.kernels.attention.gpu_plan import WARPGROUPS
 
 LOG2E = math.log2(math.e)
-# The score of a hidden key: exp2 gives 0 for it whatever is subtracted, and differences with it are
-# finite.
+# The score of a hidden key: finite, so that differences with it are finite. exp2(HIDDEN - m) is 0
+# for every running maximum m >= HIDDEN / 2; without a sink m starts there.
 HIDDEN = -1e30
 WGMMA = plgpu.Layout.WGMMA
 # Registers of a thread: 2 * 232 + 40 of the 512 that three warpgroups of a block can have.

@@ -29,8 +29,8 @@ def block_kinds(
 ) -> Int[Array, "sequences q_blocks kv_blocks"]:
     """Returns `VISIBLE`, `PARTIAL` or `HIDDEN_BLOCK` for each block of queries and of keys.
 
-    It goes by the least and the greatest position and segment of a block, so that its work is that
-    of one number per block. `sequences` is B, or 1 where no sequence differs from another.
+    It compares the least and the greatest position and segment of each block, and no tokens.
+    `sequences` is B, or 1 where no sequence differs from another.
 
     Args:
       mask: the description.

@@ -1,5 +1,5 @@
-"""Attention written as its equation: the yardstick of every fast implementation, and the one that
-supports every call.
+"""Attention written as its equation: it supports every call, and the fast implementations are
+tested against it.
 """
 
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What goes into the scores beside q kᵀ, as one value that every implementation takes."""
+"""What goes into the scores besides q kᵀ, as one value that every implementation takes."""
 
 import dataclasses
 

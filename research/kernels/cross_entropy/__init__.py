@@ -100,7 +100,7 @@ def _summed(
 def _resolved(implementation: Implementation, vocab_size: int, dtype: Any) -> Implementation:
     """Returns the implementation to call.
 
-    Off the CPU `auto` is `chunked`: the few tokens that `fused` takes at a time would spend their
+    Off the CPU `auto` is `chunked`: `fused` takes few tokens at a time, and would spend most of its
     time on reading the kernel.
     """
     shard_size = vocab_shard_size(vocab_size)

@@ -24,7 +24,7 @@ def token_losses(
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     target_logit = target_logits[:, 0]
 
-    # The logit of the smoothed label: (1 - ε) of the target, ε of all entries alike.
+    # The logit of the smoothed label: (1 - ε) times the target's, plus ε times the mean of all.
     of_target = (1 - label_smoothing) * target_logit
     mean_logit = logits.mean(axis=-1)
     of_all = label_smoothing * mean_logit

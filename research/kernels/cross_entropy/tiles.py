@@ -19,12 +19,12 @@ from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
 from research.parallel.shard_map import shard_map, sharding_axes
 from research.parallel.target import platform
 
-# float32 logits of a tile. On CPU they stay in its caches; elsewhere a tile must outweigh reading
-# the kernel and adding to both gradients.
+# The most float32 logits of a tile. On CPU they stay in its caches; elsewhere computing a tile must
+# take longer than reading the kernel and adding to both gradients.
 CPU_TILE_ELEMENTS = 2**22
 TILE_ELEMENTS = 2**24
-# The most vocabulary entries of a tile.
-TILE_VOCABULARY = 2**12
+# The most vocabulary entries of a tile, by default.
+MAX_VOCAB_CHUNK = 2**12
 # Default chunks of a vocabulary that is cut are multiples of this, the minor tile size of a TPU
 # array; default chunks of tokens are at least this.
 LANES = 128
@@ -53,9 +53,9 @@ def vocab_shard_size(vocab_size: int) -> int:
 
 def default_vocab_chunk(vocab_size: int) -> int:
     """Returns the columns of a tile for a device that has `vocab_size`: even chunks in multiples of
-    `LANES`, of about `TILE_VOCABULARY` at most.
+    `LANES`, of at most `MAX_VOCAB_CHUNK`.
     """
-    chunks = -(-vocab_size // TILE_VOCABULARY)
+    chunks = -(-vocab_size // MAX_VOCAB_CHUNK)
     if chunks == 1:
         return vocab_size
 

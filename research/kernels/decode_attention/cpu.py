@@ -16,7 +16,8 @@ from research.kernels.decode_attention.rows import distance_to_end, fold, per_ro
 
 # Tokens of a chunk: keys and values of 8 heads of 128 fill 2 MB.
 CHUNK = 256
-# The score of a masked key: exp of it is 0 whatever is subtracted, and sums with it stay finite.
+# The score of a masked key: finite, so that sums stay finite. exp(MASKED - m) is 0 for every
+# running maximum m, which starts at MASKED / 2.
 MASKED = -1e30
 
 # Σ exp(score - max) v, the largest score, and Σ exp(score - max), of each row.

@@ -1,5 +1,5 @@
-"""Decode attention as attention over the dense cache: the yardstick of every fast implementation,
-supporting every call.
+"""Decode attention as attention over the dense cache: it supports every call, and the fast
+implementations are tested against it.
 """
 
 import jax.numpy as jnp

@@ -46,17 +46,17 @@ def grouped_matmul(
 
     Args:
       x: rows sorted by expert.
-      kernels: `[E, D, F]`, plain or a node; rounded to the type of `x`; where they are float32, so
-          is their gradient.
+      kernels: `[E, D, F]`, an array or a `WeightNode`; rounded to the type of `x`; where they are
+          float32, so is their gradient.
       group_sizes: rows of each expert, at least 0, together at most those of `x`.
-      implementation: the backend; `auto` takes the fastest that knows what is asked, and never
+      implementation: the backend; `auto` takes the fastest that supports the call, and never
           `reference`.
 
     Returns:
       `[rows, F]` in the type of `x`.
 
     Raises:
-      UserError: the implementation is not there or does not take what is asked.
+      UserError: the implementation does not support the call.
 
     Source: Gale et al. 2022 (MegaBlocks), arXiv:2211.15841, for experts of any load.
     """

@@ -27,8 +27,8 @@ def project(
 
     Args:
       x: activations, `[..., D]`, or `[..., N, H]` with `axes` = 2.
-      kernel: weights, `[D, F...]`, or `[N, H, D]` with `axes` = 2, plain or a node. They are
-        rounded to the type of `x`; where they are float32, so is their gradient.
+      kernel: weights, `[D, F...]`, or `[N, H, D]` with `axes` = 2, an array or a `WeightNode`.
+        They are rounded to the type of `x`; where they are float32, so is their gradient.
       bias: `[F...]`, or None.
       axes: how many axes are contracted, at least 1.
       implementation: `reference` contracts in place; `cpu` makes one matrix product of it, whose

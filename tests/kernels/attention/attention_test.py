@@ -177,8 +177,8 @@ def test_cpu_equals_reference_in_value_and_gradients(
         if small:
             patch.setattr(cpu_tile, "TILE", 16)
             patch.setattr(cpu_tile, "TARGET_BANDS", 3)
-            patch.setattr(cpu_shards, "SHARDS", 2)
-            patch.setattr(cpu_shards, "SHARD_SCORES", 64)
+            patch.setattr(cpu_shards, "MAX_SHARDS", 2)
+            patch.setattr(cpu_shards, "MIN_SHARD_SCORES", 64)
         found = run("cpu")
     for got, want in zip(found, run("reference"), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())))
@@ -190,7 +190,7 @@ def test_shards_of_heads_take_the_bias_of_their_heads(monkeypatch):
     distance = np.arange(512)[:, None] - np.arange(512)
     offsets = np.array([1, 20, 100, 300])
     bias = jnp.asarray(-0.1 * np.abs(distance - offsets[:, None, None])[None], jnp.float32)
-    monkeypatch.setattr(cpu_shards, "SHARDS", 2)
+    monkeypatch.setattr(cpu_shards, "MAX_SHARDS", 2)
     assert cpu_shards.shard_grid(q, k).head_shards == 2
 
     def run(implementation):

@@ -105,7 +105,7 @@ def test_a_gradient_made_beside_the_loss_equals_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "MAX_LOGITS", logits)
         patch.setattr(tiles, "CPU_TILE_ELEMENTS", tile[0])
-        patch.setattr(tiles, "TILE_VOCABULARY", tile[1])
+        patch.setattr(tiles, "MAX_VOCAB_CHUNK", tile[1])
         found = summed("fused", given, weights, **options)
     expected = summed("reference", given, weights, **options)
     tolerance = 1e-5 if dtype == jnp.float32 else 0.02
