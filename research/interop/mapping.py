@@ -24,9 +24,9 @@ from research.core.trees import named_leaves
 from research.interop.architecture import Architecture
 from research.interop.tensor import Shape, TensorMapping, TensorSpec
 from research.interop.tensor_names import TensorNames, leftover_faults
+from research.models.canonical_params import stack_layers, unstack_layers
 from research.models.config import ModelConfig
 from research.models.language_model import abstract_params
-from research.models.layer_stack import stack_layers, unstack_layers
 from research.parallel.target import platform
 from research.storage.background import prefetch
 

@@ -56,15 +56,15 @@ def _init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
         memory = {"memory": hidden, "memory_mask": AttentionMask()}
     context = Context(tokens, AttentionMask(causal=True), lengths=tokens, **memory)
 
-    def init_layer(index: Int[Array, ""] | int, kind: LayerConfig) -> Any:
+    def init_layer(index: Int[Array, ""] | int, layer_config: LayerConfig) -> Any:
         layer_key = jax.random.fold_in(key, index)
-        return Block(config, kind).init(layer_key, hidden, None, context)["params"]
+        return Block(config, layer_config).init(layer_key, hidden, None, context)["params"]
 
-    kinds = config.layers()
+    layer_configs = config.layers()
     num_unrolled = config.num_layers
     if config.layer_loop == "scan":
         num_unrolled = len(config.first_layers)
-    params = {layer_name(config, i): init_layer(i, kinds[i]) for i in range(num_unrolled)}
+    params = {layer_name(config, i): init_layer(i, layer_configs[i]) for i in range(num_unrolled)}
 
     if num_unrolled < config.num_layers:
         # Layers of the pattern have parameters of one shape: vmap over their indices stacks them.

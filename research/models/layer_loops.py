@@ -3,7 +3,7 @@ parameters.
 
 A stack is given one of these strategies. It gets the hidden states of the whole batch, so it may
 also cut the batch into microbatches, as a pipeline does. The parameters on disk are the same for
-all of them (`models.layer_stack`).
+all of them (`models.canonical_params`).
 """
 
 import dataclasses
@@ -27,23 +27,25 @@ LayersOutput = tuple[Hidden, tuple[LayerCache, ...] | None, dict[str, LayerRepor
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class LayerGroup:
     """Consecutive layers of a stack.
 
     Attributes:
-      first: the index in the stack of the first of them.
+      start_index: the index in the stack of the first of them.
       names: of the parameters of each layer, where each has its own.
-      kinds: the config of each layer.
-      period: after how many layers the kinds repeat.
+      layer_configs: one per layer.
+      period: after how many layers the configs repeat.
       blocks: the layers as functions, where each has parameters of its own.
-      apply: a layer of a kind as a function of its parameters.
+      apply: a layer with this config as a function of its parameters.
       params: of all layers, with a leading layer axis; None where each has its own.
-      remat: what `jax.checkpoint` keeps of a layer; None keeps everything.
+      remat: the policy of `jax.checkpoint`; None: no checkpoint. `Scanned` applies it to one round
+          of the pattern (`period` layers) at a time, and to each layer after the scan. `Unrolled`
+          ignores it: its blocks are wrapped in `nn.remat` already.
     """
 
-    first: int
+    start_index: int
     names: tuple[str, ...]
-    kinds: tuple[LayerConfig, ...]
+    layer_configs: tuple[LayerConfig, ...]
     period: int
     blocks: Sequence[Callable[[Hidden, LayerCache | None, Context], LayerOutput]]
     apply: Callable[[LayerConfig, Any, Hidden, LayerCache | None, Context], LayerOutput]
@@ -56,16 +58,16 @@ class LayerLoop(Protocol):
     """A way to run layers."""
 
     def run(
-        self, layers: Layers, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
+        self, group: LayerGroup, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
     ) -> LayersOutput:
         """Returns the hidden states after the layers, their caches in the form given, and their
         reports.
 
         Args:
-          layers: at least one.
+          group: at least one layer.
           x: the hidden states before them.
-          caches: one a layer, or a single one with a leading layer axis where parameters are
-              stacked; None without.
+          caches: one per layer, or a single one with a leading layer axis where parameters are
+              stacked; None without a cache.
           context: of the stack.
         """
         ...
@@ -73,17 +75,17 @@ class LayerLoop(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled:
-    """Each layer is compiled by itself, from parameters of its own."""
+    """A Python loop: every layer is traced into the program, with parameters of its own."""
 
     def run(
-        self, layers: Layers, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
+        self, group: LayerGroup, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
     ) -> LayersOutput:
-        """Returns what `LayerLoop.run` says."""
+        """Implements `LayerLoop.run`."""
         new_caches = []
         reports = {}
-        for i, (name, block) in enumerate(zip(layers.names, layers.blocks, strict=True)):
+        for i, (name, block) in enumerate(zip(group.names, group.blocks, strict=True)):
             cache = None if caches is None else caches[i]
-            layer_context = with_layer_key(context, layers.first + i)
+            layer_context = with_layer_key(context, group.start_index + i)
             x, new_cache, report = block(x, cache, layer_context)
             new_caches.append(new_cache)
             reports[name] = report
@@ -103,22 +105,22 @@ class Scanned:
     """
 
     def run(
-        self, layers: Layers, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
+        self, group: LayerGroup, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
     ) -> LayersOutput:
-        """Returns what `LayerLoop.run` says."""
+        """Implements `LayerLoop.run`."""
         cache = None if caches is None else caches[0]
         # Scanned together: the leaves of both have a leading layer axis.
-        stacked = (layers.params, cache)
+        stacked = (group.params, cache)
 
         # 7 layers of a pattern of 3: layers 0 to 5 are scanned in two rounds, layer 6 is unrolled.
-        num_layers = len(layers.kinds)
-        num_scanned = num_layers - num_layers % layers.period
+        num_layers = len(group.layer_configs)
+        num_scanned = num_layers - num_layers % group.period
         scanned = jax.tree.map(lambda leaf: leaf[:num_scanned], stacked)
-        x, outputs = _scan_rounds(layers, x, scanned, context)
+        x, outputs = _scan_rounds(group, x, scanned, context)
 
         stacked_outputs = [outputs]
         for index in range(num_scanned, num_layers):
-            x, outputs = _run_layer(layers, x, _slice_layer(stacked, index), context, index)
+            x, outputs = _run_layer(group, x, _slice_layer(stacked, index), context, index)
             # A layer axis of length 1, to join the output of the scan.
             stacked_outputs.append(jax.tree.map(lambda leaf: leaf[None], outputs))
 
@@ -134,35 +136,37 @@ def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:
     return dataclasses.replace(context, key=jax.random.fold_in(context.key, index))
 
 
-def _scan_rounds(layers: Layers, x: Hidden, stacked: Any, context: Context) -> tuple[Hidden, Any]:
+def _scan_rounds(
+    group: LayerGroup, x: Hidden, stacked: Any, context: Context
+) -> tuple[Hidden, Any]:
     """Scans over whole rounds of the pattern; returns the hidden states, and (caches, reports) with
     a leading layer axis.
 
     Args:
       stacked: (parameters, caches) with a leading layer axis, a multiple of the pattern's length.
     """
-    period = layers.period
+    period = group.period
     num_layers = len(jax.tree.leaves(stacked)[0])
     num_rounds = num_layers // period
 
     def run_round(x: Hidden, round_input: tuple[Array, Any]) -> tuple[Hidden, Any]:
         round_index, round_stacked = round_input
         outputs = []
-        for i, kind in enumerate(layers.kinds[:period]):
+        for i, layer_config in enumerate(group.layer_configs[:period]):
             params, cache = _slice_layer(round_stacked, i)
-            index = layers.first + round_index * period + i
+            index = group.start_index + round_index * period + i
             layer_context = with_layer_key(context, index)
-            x, new_cache, report = layers.apply(kind, params, x, cache, layer_context)
+            x, new_cache, report = group.apply(layer_config, params, x, cache, layer_context)
             outputs.append((new_cache, report))
 
         # The scan's output of one round has a leading axis of `period` layers.
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-    if layers.remat is not None:
+    if group.remat is not None:
         # Inside a scan, common subexpressions are not merged anyway.
-        run_round = jax.checkpoint(run_round, policy=layers.remat, prevent_cse=False)
+        run_round = jax.checkpoint(run_round, policy=group.remat, prevent_cse=False)
 
-    # [num_layers, ...] -> [num_rounds, period, ...]: scan takes one round a step.
+    # [num_layers, ...] -> [num_rounds, period, ...]: scan takes one round per step.
     def split_rounds(leaf: Array) -> Array:
         return leaf.reshape(num_rounds, period, *leaf.shape[1:])
 
@@ -178,22 +182,22 @@ def _scan_rounds(layers: Layers, x: Hidden, stacked: Any, context: Context) -> t
 
 
 def _run_layer(
-    layers: Layers, x: Hidden, layer_stacked: Any, context: Context, index: int
+    group: LayerGroup, x: Hidden, layer_stacked: Any, context: Context, index: int
 ) -> tuple[Hidden, Any]:
     """Runs one layer after the scan; returns the hidden states, and its (cache, report).
 
     Args:
       layer_stacked: its (parameters, cache).
-      index: of the layer, in `layers`.
+      index: of the layer, in the group.
     """
 
     def run(x: Hidden, layer_stacked: Any) -> LayerOutput:
         params, cache = layer_stacked
-        layer_context = with_layer_key(context, layers.first + index)
-        return layers.apply(layers.kinds[index], params, x, cache, layer_context)
+        layer_context = with_layer_key(context, group.start_index + index)
+        return group.apply(group.layer_configs[index], params, x, cache, layer_context)
 
-    if layers.remat is not None:
-        run = jax.checkpoint(run, policy=layers.remat)
+    if group.remat is not None:
+        run = jax.checkpoint(run, policy=group.remat)
     x, new_cache, report = run(x, layer_stacked)
     return x, (new_cache, report)
 

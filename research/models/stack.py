@@ -17,7 +17,7 @@ from research.models.block import Block
 from research.models.cache import Cache, LayerCache
 from research.models.config import LayerConfig, ModelConfig
 from research.models.context import Context
-from research.models.layer_loops import LayerLoop, Layers, Scanned, Unrolled
+from research.models.layer_loops import LayerGroup, LayerLoop, Scanned, Unrolled
 from research.models.layers import Embedding, Norm
 from research.models.positions import distance_buckets, document_lengths, rounded_alibi, sinusoidal
 from research.models.reports import LayerReport, LayerReports, collect_reports
@@ -84,13 +84,13 @@ class Stack(nn.Module):
         block: Any = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat])
-        kinds = () if self.without_layers else c.layers()
+        layer_configs = () if self.without_layers else c.layers()
         num_first = len(c.first_layers)
-        self.first_layers = [block(c, kind) for kind in kinds[:num_first]]
+        self.first_layers = [block(c, layer_config) for layer_config in layer_configs[:num_first]]
         # With stacked parameters there is nothing to make submodules of.
         stacked = self.has_variable("params", "layers")
-        unrolled_kinds = () if stacked else kinds[num_first:]
-        self.layers = [block(c, kind) for kind in unrolled_kinds]
+        unrolled = () if stacked else layer_configs[num_first:]
+        self.layers = [block(c, layer_config) for layer_config in unrolled]
 
     def _setup_embeddings(self) -> None:
         """Makes the tables of positions and token types, and the norm and dropout of embeddings."""
@@ -136,7 +136,7 @@ class Stack(nn.Module):
         layers_key = None if key is None else jax.random.fold_in(key, 1)
 
         x = self._add_positions(x, positions, types)
-        x = self.drop_embedded(x.astype(c.dtype), embed_key)
+        x = self.embedding_dropout(x.astype(c.dtype), embed_key)
         x = constrain(x, ("batch", "length", "embed"))
 
         context = self.context(positions, mask, cache)
@@ -148,10 +148,10 @@ class Stack(nn.Module):
             x = self.final_norm(x)
         return x, cache, collect_reports(reports)
 
-    def drop_embedded(
+    def embedding_dropout(
         self, x: Float[Array, "B T D"], key: Key[Array, ""] | None
     ) -> Float[Array, "B T D"]:
-        """Applies dropout to embeddings; without a key none."""
+        """Applies dropout to embeddings; without a key, returns x unchanged."""
         return self.embed_dropout(x, deterministic=key is None, rng=key)
 
     def context(
@@ -159,7 +159,7 @@ class Stack(nn.Module):
     ) -> Context:
         """Returns the inputs that all layers share, for `run` and for multi-token prediction."""
         c = self.config
-        scalings = [c.position_of(kind).scaling for kind in c.layers()]
+        scalings = [c.position_of(layer_config).scaling for layer_config in c.layers()]
         by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
         lengths = document_lengths(positions) if by_length else None
         page_table = None if cache is None else cache.page_table
@@ -222,15 +222,15 @@ class Stack(nn.Module):
         """
         new_caches: list[LayerCache] = []
         reports: dict[str, LayerReport] = {}
-        for loop, layers in self._layer_groups():
+        for loop, group in self._layer_groups():
             group_caches = None
             if cache is not None:
-                # Of each group, a cache a layer, or one for all of them where they are stacked.
+                # Caches of this group: one per layer, or a single stacked one.
                 start = len(new_caches)
-                count = 1 if layers.params is not None else len(layers.kinds)
+                count = 1 if group.params is not None else len(group.layer_configs)
                 group_caches = cache.layers[start : start + count]
 
-            x, group_caches, group_reports = loop.run(layers, x, group_caches, context)
+            x, group_caches, group_reports = loop.run(group, x, group_caches, context)
             if group_caches is not None:
                 new_caches.extend(group_caches)
             reports |= group_reports
@@ -239,7 +239,7 @@ class Stack(nn.Module):
             cache = cache.replace(layers=tuple(new_caches))
         return x, cache, reports
 
-    def _layer_groups(self) -> list[tuple[LayerLoop, Layers]]:
+    def _layer_groups(self) -> list[tuple[LayerLoop, LayerGroup]]:
         """Returns the first layers and those of the pattern, each with the way to run them; without
         empty groups.
         """
@@ -257,9 +257,11 @@ class Stack(nn.Module):
         first = self._layer_group(0, num_first, self.first_layers, None)
         rest = self._layer_group(num_first, self.config.num_layers, self.layers, stacked_params)
         groups = [(Unrolled(), first), (loop, rest)]
-        return [(loop, layers) for loop, layers in groups if layers.kinds]
+        return [(loop, group) for loop, group in groups if group.layer_configs]
 
-    def _layer_group(self, start: int, stop: int, blocks: Sequence[Block], params: Any) -> Layers:
+    def _layer_group(
+        self, start: int, stop: int, blocks: Sequence[Block], params: Any
+    ) -> LayerGroup:
         """Returns the layers from index `start` to before `stop`.
 
         Args:
@@ -269,10 +271,10 @@ class Stack(nn.Module):
         """
         c = self.config
         remat = None if c.remat == "none" else _REMAT_POLICIES[c.remat]
-        return Layers(
-            first=start,
+        return LayerGroup(
+            start_index=start,
             names=tuple(layer_name(c, index) for index in range(start, stop)),
-            kinds=c.layers()[start:stop],
+            layer_configs=c.layers()[start:stop],
             period=len(c.pattern),
             blocks=blocks,
             apply=self._apply_block,
@@ -282,14 +284,14 @@ class Stack(nn.Module):
 
     def _apply_block(
         self,
-        kind: LayerConfig,
+        layer_config: LayerConfig,
         params: Any,
         x: Float[Array, "B T D"],
         cache: LayerCache | None,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
         """Applies a layer to parameters sliced out of stacked ones, as a function of them."""
-        block = Block(self.config, kind, parent=None)
+        block = Block(self.config, layer_config, parent=None)
         return block.apply({"params": params}, x, cache, context)
 
 

@@ -251,7 +251,7 @@ class Transformer(nn.Module):
                 depth_key = jax.random.fold_in(key, depth)
                 embed_key, block_key = jax.random.split(depth_key)
             embedded = self.embed(tokens).astype(hidden.dtype)
-            embedded = self.decoder.drop_embedded(embedded, embed_key)
+            embedded = self.decoder.embedding_dropout(embedded, embed_key)
             block_context = dataclasses.replace(context, key=block_key)
             # Each depth continues from the states of the depth before.
             hidden, report = mtp_module(hidden, embedded, block_context)

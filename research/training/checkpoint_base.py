@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
-from research.models.layer_stack import canonical, canonical_names, stack_layers
+from research.models.canonical_params import canonical, canonical_names, stack_layers
 from research.storage.digests import digests
 from research.storage.files import remove_folder
 from research.storage.json_files import read_object

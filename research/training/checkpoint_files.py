@@ -1,6 +1,6 @@
 """One checkpoint on disk: arrays by Orbax, and a manifest that says what they must be.
 
-    <step>/arrays/…                 OCDBT store: a tree of canonical arrays (models/layer_stack.py)
+    <step>/arrays/…                 OCDBT store: canonical arrays (models/canonical_params.py)
     <step>/manifest/manifest.json   format, step, extra; shape, type and digest of each array; the
                                     sha256 of all that
     base-<digest>/arrays/…          frozen parameters, which checkpoints share (checkpoint_base.py)

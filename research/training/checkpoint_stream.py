@@ -28,7 +28,7 @@ import tensorstore as ts
 from jaxtyping import Shaped
 
 from research.core.errors import UserError
-from research.models.layer_stack import canonical_names, stack_layers
+from research.models.canonical_params import canonical_names, stack_layers
 from research.storage.background import BackgroundWorker, prefetch
 from research.storage.digests import RunningDigest
 from research.storage.files import new_folder

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
-from research.models.layer_stack import stack_layers, unstack_layers
+from research.models.canonical_params import stack_layers, unstack_layers
 from research.storage.paths import Path, in_bucket
 from research.training import checkpoint_files as files
 from research.training import manifest_values, quiet_orbax

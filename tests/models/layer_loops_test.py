@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.layer_loops import LayerLoop, Layers, Scanned, Unrolled
+from research.models.layer_loops import LayerGroup, LayerLoop, Scanned, Unrolled
 from research.models.transformer import Transformer
 from tests.models.variants import VARIANTS, rows, unpacked
 from tests.tiny import random_params, stack
@@ -26,7 +26,7 @@ class Halves:
     inner: LayerLoop
     first_context: bool = False
 
-    def run(self, layers: Layers, x: Any, caches: Any, context: Any) -> Any:
+    def run(self, group: LayerGroup, x: Any, caches: Any, context: Any) -> Any:
         assert caches is None
         half = len(x) // 2
 
@@ -37,7 +37,7 @@ class Halves:
         for start in (0, half):
             of = 0 if self.first_context else start
             own = jax.tree.map(lambda leaf, of=of: rows_of(leaf, of), context)
-            parts.append(self.inner.run(layers, x[start : start + half], None, own))
+            parts.append(self.inner.run(group, x[start : start + half], None, own))
         states, _, reports = zip(*parts, strict=True)
         together = jax.tree.map(lambda first, second: (first + second) / 2, *reports)
         return jnp.concatenate(states), None, together

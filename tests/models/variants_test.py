@@ -12,8 +12,8 @@ import pytest
 
 from research.core.trees import named_leaves
 from research.models.cache import Cache, empty_cache
+from research.models.canonical_params import canonical, unstack_layers
 from research.models.config import HeadConfig, LatentConfig, LayerConfig, ModelConfig
-from research.models.layer_stack import canonical, unstack_layers
 from research.models.transformer import Transformer
 from research.training.language_model import LanguageModelLoss
 from tests.models.variants import VARIANTS, pack, rows, unpacked

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from research.core.errors import UserError
+from research.models.canonical_params import canonical
 from research.models.initialization import init_params
-from research.models.layer_stack import canonical
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.optim.schedules import ScheduleConfig
 from research.parallel.parameter import Axes, logical_axes

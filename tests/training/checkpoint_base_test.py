@@ -13,7 +13,7 @@ import pytest
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
-from research.models.layer_stack import canonical
+from research.models.canonical_params import canonical
 from research.training import checkpoint_base
 from research.training import checkpoint_files as files
 from research.training.checkpoint_stream import ParamsReader

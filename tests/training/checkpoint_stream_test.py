@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from research.core.trees import named_leaves
-from research.models.layer_stack import canonical
+from research.models.canonical_params import canonical
 from research.training import checkpoint_stream
 from research.training.checkpoint_files import Damaged, read_manifest
 from research.training.checkpoint_stream import ParamsReader, chunk_shape, write_params

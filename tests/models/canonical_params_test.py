@@ -1,11 +1,11 @@
-"""Layers have one form on disk: claims about `models.layer_stack`."""
+"""Layers have one form on disk: claims about `models.canonical_params`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from research.core.trees import named_leaves
-from research.models.layer_stack import canonical, stack_layers, unstack_layers
+from research.models.canonical_params import canonical, stack_layers, unstack_layers
 from tests.training.states import abstract, assert_same, new_state, on_mesh
 
 

@@ -1,9 +1,10 @@
 """One form of the layers on disk, whether they are scanned or unrolled in memory.
 
-In memory an unrolled model has one subtree a layer (`layers_0`, `layers_1`, …) and a scanned model
-one subtree `layers` whose leaves have a leading axis L. The stacked form is canonical: a scanned
-model, the large kind, is then written and read without a copy, and only an unrolled one pays for
-the stacking.
+In memory an unrolled model has one subtree per layer (`layers_0`, `layers_1`, …), and a scanned
+model has one subtree `layers` whose leaves have a leading axis L. The stacked form is canonical: a
+scanned model, as large ones are, is then written and read without a copy of these layers, and only
+an unrolled one pays for the stacking. `first_layers_i`, which are unrolled in both, are stacked in
+the same way, into `first_layers`.
 
 Trees travel here as flat dicts of slash-separated names (`core.trees.named_leaves`), so that
 parameters and the mirrors of them inside an optimizer state are treated alike.
@@ -20,7 +21,7 @@ from jaxtyping import Array
 
 from research.core.trees import named_leaves
 
-_LAYER = re.compile(r"(?P<before>(?:.*?/)?[^/]*layers)_(?P<index>\d+)/(?P<after>.*)")
+_LAYER = re.compile(r"(?P<subtree>(?:.*?/)?[^/]*layers)_(?P<index>\d+)/(?P<leaf>.*)")
 
 
 def stack_layers(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _stacks(named: Mapping[str, Any]) -> dict[str, list[str]]:
         match = _LAYER.fullmatch(name)
         if match:
             # decoder/layers_1/mlp/up -> stack decoder/layers/mlp/up, index 1
-            stack = f"{match['before']}/{match['after']}"
+            stack = f"{match['subtree']}/{match['leaf']}"
             index = int(match["index"])
             found.setdefault(stack, {})[index] = name
 
