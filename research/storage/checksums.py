@@ -63,16 +63,16 @@ class BlockVerifier:
     Threads may share it: at worst two of them verify the same block.
 
     Args:
-      data: one-dimensional, of 1, 2 or 4 bytes a number; usually a file that is mapped into memory.
+      data: one-dimensional, of 1, 2 or 4 bytes per element; usually a memory-mapped file.
       checksums: of `BlockChecksums`.
     """
 
     def __init__(self, data: Shaped[np.ndarray, "n"], checksums: UInt32[np.ndarray, "blocks"]):
         self._data = data
         self._checksums = checksums
-        self._block = BLOCK_BYTES // data.itemsize
+        self._elements_per_block = BLOCK_BYTES // data.itemsize
         self._good = np.zeros(len(checksums), bool)
-        blocks = math.ceil(len(data) / self._block)
+        blocks = math.ceil(len(data) / self._elements_per_block)
         assert len(checksums) == blocks, "there is a checksum for each block"
 
     def first_damaged(
@@ -81,15 +81,15 @@ class BlockVerifier:
         """Returns the bounds of the first damaged block that these ranges touch, or None.
 
         Args:
-          starts: where each range begins, in numbers of the array.
-          lengths: how many numbers each has; a range of none touches nothing.
+          starts: where each range begins, in elements of the array.
+          lengths: how many elements each has; a range of none touches nothing.
         """
         # Blocks of 10: starts [8, 20], lengths [5, 0] -> first block [0], last block [1]
         touched = lengths > 0
         starts = starts[touched]
         lengths = lengths[touched]
-        first = starts // self._block
-        last = (starts + lengths - 1) // self._block
+        first = starts // self._elements_per_block
+        last = (starts + lengths - 1) // self._elements_per_block
 
         # Nearly always each range is in one block or two that were verified before.
         ends_good = self._good[first].all() and self._good[last].all()
@@ -104,16 +104,16 @@ class BlockVerifier:
         return None
 
     def _bounds(self, block: int) -> tuple[int, int]:
-        """Returns where a block starts and stops, in numbers of the array."""
-        start = block * self._block
+        """Returns where a block starts and stops, in elements of the array."""
+        start = block * self._elements_per_block
         # The last block may be shorter.
-        stop = min(start + self._block, len(self._data))
+        stop = min(start + self._elements_per_block, len(self._data))
         return start, stop
 
     def _verify(self, block: int) -> bool:
         start, stop = self._bounds(block)
-        numbers = np.ascontiguousarray(self._data[start:stop])
-        checksum = zlib.crc32(numbers.view(np.uint8))
+        elements = np.ascontiguousarray(self._data[start:stop])
+        checksum = zlib.crc32(elements.view(np.uint8))
         good = checksum == self._checksums[block]
         self._good[block] = good
         return bool(good)

@@ -46,7 +46,7 @@ _MIXES = (
     _Mix(0x9E3779B1, 0x7F4A7C15, ((16, 0x85EBCA6B), (13, 0xC2B2AE35)), 16),
     _Mix(0xB5297A4D, 0x68E31DA4, ((16, 0x7FEB352D), (15, 0x846CA68B)), 16),
 )
-# Unsigned words by their bytes, as which the bits of elements are taken.
+# Unsigned integer types by size in bytes: the bits of an element are taken as one of them.
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
@@ -108,13 +108,13 @@ class RunningDigest:
         sums = np.array(self._sums, np.uint32)
         return _text(sums)
 
-    def _leading_axes(self, part: tuple[int, ...]) -> tuple[int, ...]:
+    def _leading_axes(self, part_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the sizes of the axes before the last one that a part has only some of."""
         last = 0
-        for axis, size in enumerate(part):
+        for axis, size in enumerate(part_shape):
             if size != self._shape[axis]:
                 last = axis
-        return part[:last]
+        return part_shape[:last]
 
     def _row_starts(
         self, leading: tuple[int, ...], start: tuple[int, ...]

@@ -60,7 +60,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
     finally:
         os.close(lock)
-    _sync_names(path.parent)
+    _fsync_directory(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,7 +144,7 @@ def new_folder(final: Path, keep_existing: bool = False, last: str = "") -> Iter
             # Another process was quicker: its folder has the same content.
             if not (keep_existing and final.is_dir()):
                 raise
-        _sync_names(final.parent)
+        _fsync_directory(final.parent)
     finally:
         # After the renaming there is nothing under this name.
         shutil.rmtree(partial, ignore_errors=True)
@@ -216,7 +216,7 @@ def _check_bucket_writable(folder: Path) -> None:
         raise OSError(errno.EIO, reason(error)) from error
 
 
-def _sync_names(folder: pathlib.Path) -> None:
+def _fsync_directory(folder: pathlib.Path) -> None:
     """Writes the names in a folder to the disk, so that a rename survives a power failure."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -234,8 +234,8 @@ def _sync_names(folder: pathlib.Path) -> None:
 
 def _make_locked(
     final: pathlib.Path,
-    before: str,
-    ending: str,
+    prefix: str,
+    suffix: str,
     make: Callable[[pathlib.Path], None],
     remove: Callable[[pathlib.Path], None],
 ) -> tuple[pathlib.Path, int]:
@@ -243,13 +243,13 @@ def _make_locked(
 
     Args:
       final: the path that it will get.
-      before: prefix of its name, before that of `final`.
-      ending: suffix of its name, after that and eight random digits.
+      prefix: of its name, before that of `final`.
+      suffix: of its name, after that and eight random digits.
       make: makes it empty, with the usual permissions, which `tempfile` does not give.
       remove: removes it while it is empty.
     """
     while True:
-        partial = final.with_name(f"{before}{final.name}.{uuid.uuid4().hex[:8]}{ending}")
+        partial = final.with_name(f"{prefix}{final.name}.{uuid.uuid4().hex[:8]}{suffix}")
         make(partial)
         # Until it is locked, another process may take it for a leftover: it then has removed it, or
         # holds its lock in order to. In each case the next name is tried.

@@ -1,4 +1,4 @@
-"""Flushing of large files while they are written, which also frees their pages in memory."""
+"""Flushing of large files while they are written, and their pages dropped from the page cache."""
 
 import mmap
 import os
@@ -12,7 +12,7 @@ STRIDE = 2**26
 
 
 def flush(descriptor: int) -> None:
-    """Waits until the data of a file is on the disk, and frees its pages for what is written next.
+    """Waits until the data of a file is on the disk, and drops its pages from the page cache.
 
     By default the system keeps as many pages of a file as fit into memory, allocates new ones for
     new data, which may cost more than writing it, and writes them at the end, when the caller

@@ -69,7 +69,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     arrays = {}
     for reads in _prefetched(begun):
         name = reads.name
-        # Whether a read has failed shows here, when its array is next.
+        # A failed read raises here.
         parts = {}
         for bounds, read in reads.by_bounds.items():
             parts[bounds] = _result(name, read)
@@ -94,11 +94,11 @@ def _begin_reads(
         # [8, 8], rows sharded over two devices -> {((0, 4), (0, 8)), ((4, 8), (0, 8))}; replicas
         # have the same bounds and are read once.
         index_of_device = shape.sharding.addressable_devices_indices_map(shape.shape)
-        parts = {_bounds(index, shape.shape) for index in index_of_device.values()}
+        distinct_bounds = {_bounds(index, shape.shape) for index in index_of_device.values()}
 
         reads = {}
         elements = 0
-        for bounds in parts:
+        for bounds in distinct_bounds:
             part = store[_slices(bounds)]
             reads[bounds] = part.read()
             elements += math.prod(part.shape)
@@ -145,8 +145,8 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     (slice(None), slice(0, 4)) of [2, 8] -> ((0, 2), (0, 4))
     """
     bounds = []
-    for part, size in zip(index, shape, strict=True):
-        start, stop, _ = part.indices(size)
+    for axis_slice, size in zip(index, shape, strict=True):
+        start, stop, _ = axis_slice.indices(size)
         bounds.append((start, stop))
     return tuple(bounds)
 

@@ -3,7 +3,7 @@
     <step>/arrays/…                 OCDBT store: canonical arrays (models/canonical_params.py)
     <step>/manifest/manifest.json   format, step, extra; shape, type and digest of each array; the
                                     sha256 of all that
-    base-<digest>/arrays/…          frozen parameters, which checkpoints share (checkpoint_base.py)
+    base-<digest>/arrays/…          frozen parameters that checkpoints share (checkpoint_frozen.py)
 
 Orbax checks neither that the bits it returns are those that it was given, nor that a file is the
 one that it wrote. Both are checked here, against the manifest, whose own sha256 protects it.
@@ -33,7 +33,7 @@ MANIFEST = "manifest"
 # What Orbax writes into a checkpoint when all else is in it.
 COMMIT = "commit_success.txt"
 
-# The key by which a manifest names the shared folder that an array is in.
+# Manifest key of the shared folder that an array is in; "place" is the stored name of format 2.
 SHARED_FOLDER_KEY = "place"
 # The name of a shared folder: `base-` and the first digits of a digest.
 FOLDER_DIGITS = 16
@@ -264,21 +264,21 @@ def read_arrays(
             groups.setdefault((store, field), {})[stored_name] = name
 
     for store, stored_names in stores.items():
-        with _damage_names_shared_folder(folder, store):
+        with _as_damaged(folder, store):
             _check_tree_metadata(store / orbax_tree.FILE, stored_names)
 
     arrays = {}
     for (store, _), names in groups.items():
         shapes = {stored_name: wanted[name] for stored_name, name in names.items()}
-        with _damage_names_shared_folder(folder, store):
+        with _as_damaged(folder, store):
             read = checkpoint_arrays.read_arrays(store, shapes)
         arrays |= {names[stored_name]: array for stored_name, array in read.items()}
     return {name: arrays[name] for name in wanted}
 
 
 @contextlib.contextmanager
-def _damage_names_shared_folder(folder: Path, store: Path) -> Iterator[None]:
-    """Raises damage of a store as Damaged, which names the store's folder where it is shared."""
+def _as_damaged(folder: Path, store: Path) -> Iterator[None]:
+    """Re-raises an unreadable store as Damaged, prefixed with its folder's name if it is shared."""
     try:
         yield
     except (checkpoint_arrays.UnreadableArray, Damaged) as error:

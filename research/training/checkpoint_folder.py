@@ -4,7 +4,7 @@
     <step>.orbax-checkpoint-tmp…    Orbax writes into it, and renames it when all is in it
     <step>.deleted                  an old checkpoint, renamed before its files are removed
     <step>.set-aside                a damaged one that was newer than the one restored
-    base-<digest>                   frozen parameters that checkpoints share (checkpoint_base.py)
+    base-<digest>                   frozen parameters that checkpoints share (checkpoint_frozen.py)
 
 In a bucket, where no folder can be renamed atomically, a folder is a checkpoint when
 `commit_success.txt` is in it: Orbax writes that file last, and it is removed first.
@@ -60,7 +60,9 @@ class CheckpointFolder:
         return sorted(steps)
 
     def remove(self, step: int) -> None:
-        """Removes a checkpoint. One that cannot be removed only takes room, so that ends no run."""
+        """Removes a checkpoint. One that cannot be removed only takes disk space: this is logged,
+        and the run goes on.
+        """
         folder = self.of_step(step)
         try:
             # From here on it is no checkpoint, also where the removal is cut short.

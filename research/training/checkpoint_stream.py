@@ -130,14 +130,14 @@ class ParamsReader:
         self._context = _context(io_mode)
         self._stores: dict[str, ts.TensorStore] = {}
         self._digests = self._layout.running_digests()
-        # (array, start, shape) of the parts that are in the digests already.
+        # (array, start, shape) of the boxes that are in the digests already.
         self._digested: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
         self._digest_worker = BackgroundWorker()
 
     def read(self, name: str, box: Box) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter; raises Damaged where it cannot be read.
 
-        A number that is read again must be read in the same part again.
+        An element may be read again only through the same box: the digest counts every box once.
         """
         target = self._layout.locate(name, box)
         try:
@@ -146,9 +146,9 @@ class ParamsReader:
             message = str(error).splitlines()[0][:300]
             raise Damaged(f"array {target.array} cannot be read ({message})") from error
 
-        part = (target.array, target.start, values.shape)
-        if part not in self._digested:
-            self._digested.add(part)
+        box_on_disk = (target.array, target.start, values.shape)
+        if box_on_disk not in self._digested:
+            self._digested.add(box_on_disk)
             digest = self._digests[target.array]
             self._digest_worker.call(digest.add, values, target.start)
 
@@ -156,7 +156,10 @@ class ParamsReader:
         return values[0] if target.in_stack else values
 
     def check(self) -> None:
-        """Raises Damaged when what was read, each number at least once, is not what was saved."""
+        """Raises Damaged where the digest of the elements read differs from the manifest's.
+
+        Every element must have been read.
+        """
         self._digest_worker.wait()
         for name, digest in self._digests.items():
             if digest.text() != self._manifest["arrays"][name]["digest"]:
@@ -222,7 +225,7 @@ class _Layout:
             box = (slice(layer, layer + 1), *box)
         missing = len(shape) - len(box)
         box = (*box, *[slice(None)] * missing)
-        bounds = [part.indices(size) for part, size in zip(box, shape, strict=True)]
+        bounds = [axis_slice.indices(size) for axis_slice, size in zip(box, shape, strict=True)]
         box = tuple(slice(start, stop) for start, stop, _ in bounds)
         return _Target(array, box, in_stack=layer is not None)
 
@@ -268,14 +271,14 @@ class _ArrayWriter:
         digest = self._digests[target.array]
         self._digest_worker.call(digest.add, values, target.start)
 
-        self._wait_until_pending(MAX_PENDING_BYTES - values.nbytes)
+        self._reduce_pending_to(MAX_PENDING_BYTES - values.nbytes)
         # Nobody changes `values` any more, so TensorStore need not copy them.
         write = store[target.box].write(values, can_reference_source_data_indefinitely=True)
         self._pending.append((values.nbytes, write))
 
     def finish(self) -> dict[str, str]:
         """Waits for all writes, describes the tree for Orbax, and returns the digests."""
-        self._wait_until_pending(0)
+        self._reduce_pending_to(0)
         self._digest_worker.wait()
         metadata = orbax_tree.tree_metadata(self.arrays)
         (self._folder / orbax_tree.FILE).write_text(json.dumps(metadata))
@@ -297,17 +300,17 @@ class _ArrayWriter:
             _, write = self._pending.popleft()
             write.exception()
 
-    def _wait_until_pending(self, most: int) -> None:
+    def _reduce_pending_to(self, max_bytes: int) -> None:
         """Waits until at most this many bytes are pending."""
-        while self._pending and sum(size for size, _ in self._pending) > most:
+        while self._pending and sum(size for size, _ in self._pending) > max_bytes:
             _, write = self._pending.popleft()
             write.result()
 
-    def _create(self, array: str, part: tuple[int, ...]) -> ts.TensorStore:
+    def _create(self, array: str, part_shape: tuple[int, ...]) -> ts.TensorStore:
         """Makes an array, in chunks that suit the shape of its first part."""
         shape = self.arrays[array].shape
         dtype = np.dtype(self.arrays[array].dtype)
-        chunks = chunk_shape(part, dtype.itemsize)
+        chunks = chunk_shape(part_shape, dtype.itemsize)
         metadata = {
             "shape": list(shape),
             "chunks": list(chunks),
@@ -324,17 +327,17 @@ class _ArrayWriter:
         return ts.open(spec, context=self._context).result()
 
 
-def chunk_shape(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Returns chunks of at most `CHUNK_BYTES` whose edges are edges of parts of this shape.
+def chunk_shape(part_shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Returns the shape of chunks of at most `CHUNK_BYTES` that no two parts share.
 
-    A chunk that two parts share would be written with the first, then read, changed and written
-    again with the second. Cut axes have parts of a power of two of rows, so chunks are powers of
-    two as well: parts 0:4, 4:8 and chunks 0:2, 2:4, 4:6, 6:8.
+    A shared chunk would be written with the first part, then read, changed and written again with
+    the second. Callers cut an axis only at multiples of a power of two, so power-of-two chunks
+    never cross a cut: parts 0:4, 4:8 -> chunks 0:2, 2:4, 4:6, 6:8.
 
     The longest axes are halved, so that chunks suit a model that is sharded along any of them:
     float32 (1, 4096, 28672) -> (1, 1024, 1024).
     """
-    chunk = [max(size, 1) for size in part]
+    chunk = [max(size, 1) for size in part_shape]
     while itemsize * math.prod(chunk) > CHUNK_BYTES:
         longest = chunk.index(max(chunk))
         # The largest power of two below: 28672 -> 16384 -> 8192
@@ -373,7 +376,11 @@ def _sync_all(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _full_disk_as_user_error(folder: pathlib.Path) -> Iterator[None]:
-    """Raises a full disk, which TensorStore reports as a ValueError, as a UserError."""
+    """Raises a full disk, which TensorStore reports as a ValueError, as a UserError.
+
+    Only a write finds a full disk. The other faults that `checkpoint_faults.disk_fault` knows may
+    be of the file that the parts are read from, and must not be blamed on this folder.
+    """
     try:
         yield
     except (OSError, ValueError) as error:

@@ -24,15 +24,15 @@ from research.models.canonical_params import stack_layers, unstack_layers
 from research.storage.paths import Path, in_bucket
 from research.training import checkpoint_files as files
 from research.training import manifest_values, quiet_orbax
-from research.training.checkpoint_base import FrozenParams, remove_unused_folders
 from research.training.checkpoint_faults import disk_fault, release_frames
 from research.training.checkpoint_files import Damaged
 from research.training.checkpoint_folder import CheckpointFolder
+from research.training.checkpoint_frozen import FrozenParams, remove_unused_folders
 
 logger = logging.getLogger("tessera")
 
-# From a manifest to the canonical shapes that are wanted of its checkpoint.
-Wanted = Callable[[Mapping[str, Any]], dict[str, jax.ShapeDtypeStruct]]
+# From a manifest to the canonical shapes of the arrays to read from its checkpoint.
+ShapesFor = Callable[[Mapping[str, Any]], dict[str, jax.ShapeDtypeStruct]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Checkpoints:
         self._silence.enter_context(quiet_orbax.silenced())
         self._last_step = step
         try:
-            arrays, shared = self._frozen.split_state(state, self._checkpointer)
+            arrays, shared = self._frozen.save_frozen(state, self._checkpointer)
             content = files.save_args(step, arrays, shared, extra)
             self._checkpointer.save(self._folder.of_step(step), args=content)
         except Exception as error:
@@ -231,24 +231,26 @@ class Checkpoints:
         shapes = _shapes(abstract_params)
         canonical_shapes = stack_layers(shapes)
 
-        def wanted(manifest: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        def shapes_for(manifest: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
             field = files.first_field(manifest, fields)
             return {f"{field}/{name}": shape for name, shape in canonical_shapes.items()}
 
-        step, _, arrays = self._read_newest(wanted, step, exact=False)
+        step, _, arrays = self._read_newest(shapes_for, step, exact=False)
         # params/layers/mlp/kernel -> layers/mlp/kernel
         arrays = {name.partition("/")[2]: array for name, array in arrays.items()}
         return step, _rebuild(abstract_params, unstack_layers(arrays, shapes))
 
     def _read_newest(
-        self, wanted: Wanted, step: int | None, exact: bool
+        self, shapes_for: ShapesFor, step: int | None, exact: bool
     ) -> tuple[int, dict[str, Any], dict[str, jax.Array]]:
         """Returns (step, manifest, canonical arrays) of the newest intact checkpoint.
 
         It is the same one on all processes.
         """
         self.wait()
-        candidates = [each for each in self.steps() if step in (None, each)]
+        candidates = self.steps()
+        if step is not None:
+            candidates = [each for each in candidates if each == step]
         if not candidates:
             of_step = "" if step is None else f" of step {step}"
             raise UserError(f"{self._folder.path} has no checkpoint{of_step}.")
@@ -259,7 +261,7 @@ class Checkpoints:
             candidate = int(multihost_utils.broadcast_one_to_all(newest))
             folder = self._folder.of_step(candidate)
             try:
-                manifest, arrays = self._read(folder, wanted, exact)
+                manifest, arrays = self._read(folder, shapes_for, exact)
                 return candidate, manifest, arrays
             except Damaged as damage:
                 fault = f"{folder}: {damage}"
@@ -269,7 +271,7 @@ class Checkpoints:
         raise UserError(f"no checkpoint is intact, and none was changed: {'; '.join(faults)}.")
 
     def _read(
-        self, folder: Path, wanted: Wanted, exact: bool
+        self, folder: Path, shapes_for: ShapesFor, exact: bool
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Returns (manifest, canonical arrays) of a checkpoint; raises Damaged on all processes."""
         damage = None
@@ -277,7 +279,7 @@ class Checkpoints:
         arrays = {}
         try:
             manifest = files.read_manifest(folder)
-            shapes = wanted(manifest)
+            shapes = shapes_for(manifest)
             files.check_architecture(folder, manifest, shapes, exact)
             arrays = files.read_arrays(folder, manifest, shapes)
         except Damaged as error:
@@ -318,7 +320,7 @@ class Checkpoints:
         self._tidied = True
 
     def _note_failure(self, error: Exception) -> None:
-        """Remembers that a write has failed, and lets go of the tasks that wrote other arrays."""
+        """Remembers that a write has failed, and releases the tasks that wrote other arrays."""
         self._failed = True
         release_frames(error)
 

@@ -1,4 +1,4 @@
-"""What no step changes is written once, and checkpoints name it by place and digest."""
+"""What no step changes is written once, and checkpoints name it by folder and digest."""
 
 import errno
 import json
@@ -14,8 +14,8 @@ import pytest
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.canonical_params import canonical
-from research.training import checkpoint_base
 from research.training import checkpoint_files as files
+from research.training import checkpoint_frozen
 from research.training.checkpoint_stream import ParamsReader
 from research.training.checkpoints import Checkpoints
 from tests.training.states import LAYERS, abstract, assert_same, new_state, write
@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_removed_ends_no_run(tmp_path, opened, monkeypat
         if folder.exists():
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
-    monkeypatch.setattr(checkpoint_base, "remove_folder", refused)
+    monkeypatch.setattr(checkpoint_frozen, "remove_folder", refused)
     write(other, 2, state)
     assert other.steps() == [2]
     assert "is no longer needed, but cannot be removed: [Errno 13] Permission denied" in caplog.text
@@ -304,7 +304,7 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path, opened, monkey
         (tmp_path / "checkpoints" / "base-0123456789abcdef").mkdir()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_base.FrozenParams, "split_state", full)
+    monkeypatch.setattr(checkpoint_frozen.FrozenParams, "save_frozen", full)
     with pytest.raises(
         UserError,
         match=r"No space left on device; it was not written\. There is no earlier checkpoint",

@@ -57,13 +57,14 @@ class FrozenParams:
         """Remembers that a checkpoint is intact: its frozen parameters are not written again."""
         self._intact = files.shared_folders_named(manifest)
 
-    def split_state(
+    def save_frozen(
         self, state: Any, checkpointer: ocp.AsyncCheckpointer
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Returns the canonical arrays of a checkpoint's own store, and the entries of the others.
+        """Writes the frozen parameters if their folder does not have them; returns the other
+        canonical arrays, and the manifest entries of the frozen ones.
 
-        The first call writes the others, unless the checkpoint that the run was restored from has
-        them; so does a call that finds their folder gone.
+        The first call writes them, unless the checkpoint that the run was restored from has them;
+        so does a call that finds their folder gone. It returns when they are on the disk.
         """
         if not self._frozen:
             return canonical(state), {}
@@ -74,7 +75,7 @@ class FrozenParams:
             arrays = stack_layers({name: named[f"params/{name}"] for name in shareable})
             self._entries = self._write(arrays, checkpointer)
 
-        # {params/embed, ema/embed}: those of them that the state has
+        # embed -> params/embed, and ema/embed where the state has an ema
         shared = {f"{field}/{name}" for field in _FIELDS for name in shareable}
         fields = {name.partition("/")[0] for name in named.keys() & shared}
         entries = {
@@ -139,7 +140,7 @@ class FrozenParams:
 def remove_unused_folders(folder: Path) -> None:
     """Removes the shared folders that no checkpoint names, nor one that was set aside.
 
-    A folder that cannot be removed only takes room, so that ends no run.
+    One that cannot be removed only takes disk space: this is logged, and the run goes on.
     """
     shared = files.shared_folders(folder)
     if not shared:
