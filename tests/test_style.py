@@ -18,7 +18,7 @@ ROOT = pathlib.Path(research.__file__).parent
 HOUSE = ROOT.parent
 FILE_LINES, RECIPE_LINES = 400, 150
 FUNCTION_LINES, FUNCTION_STATEMENTS, FUNCTION_NODES = 60, 40, 400
-# Of all functions together: AST nodes a line of code, and the share of lines that are comments.
+# Of all functions together: AST nodes per line of code, and the share of lines that are comments.
 MOST_NODES_A_LINE, LEAST_COMMENTS = 7.0, 0.04
 
 # What is over a budget, and why it may be: "path" or "path:function".
@@ -178,7 +178,7 @@ def test_a_statement_with_two_thoughts_is_a_fault(rule: Callable[[ast.AST], Iter
 
 
 def density(texts: list[str]) -> tuple[float, float]:
-    """Returns AST nodes a line of code, and the share of comment lines, inside functions."""
+    """Returns AST nodes per line of code, and the share of comment lines, inside functions."""
     nodes = code = comments = lines = 0
     for text in texts:
         rows = text.splitlines()

@@ -3,9 +3,9 @@
 Sources: DeepSeek-AI 2024, arXiv:2412.19437, sections 2 and 4.2 (V3; R1 and V3.1 are the same);
 DeepSeek-AI 2024, arXiv:2405.04434, appendix B (V2-Lite); YaRN's numbers from the `config.json`
 released with the weights, where the scores' factor is (0.1 m ln 40 + 1)² / √(H + rope_dim) with
-`mscale_all_dim` for m. The balance loss of V3, which the paper computes a sequence at a
-time, is computed over the batch. Its selection biases move by 0.001 a step; in the paper they stay
-constant for the last 500 of the 14,800 billion tokens. Parameters:
+`mscale_all_dim` for m. The balance loss of V3, which the paper computes for one sequence
+at a time, is computed over the batch. Its selection biases move by 0.001 per step; in the paper
+they stay constant for the last 500 of the 14,800 billion tokens. Parameters:
 
     v3-671b 671,026,419,200    v3-671b-mtp, with one MTP module, 682,636,487,424
     v2-lite-16b 15,706,484,224

@@ -226,7 +226,7 @@ def _with_new_names(
 
 @functools.cache
 def _warn_renamed(former: str, name: str) -> None:
-    """Warns once a process, however often a config is bound."""
+    """Warns once per process, however often a config is bound."""
     logger.warning("%s is called %s now; the former name is still read", former, name)
 
 

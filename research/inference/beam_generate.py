@@ -38,7 +38,7 @@ class CachedBeamModel:
     def step(
         self, params: Any, state: Cache, tokens: Int[Array, " rows"], positions: Int[Array, " rows"]
     ) -> tuple[Float[Array, "rows V"], Cache]:
-        """Returns the logits after one more token a row, and the cache with it."""
+        """Returns the logits after one more token per row, and the cache with it."""
         # [rows] -> [rows, T] with T = 1, whose only token has index 0.
         index = jnp.zeros_like(tokens)
         tokens = tokens[:, None]

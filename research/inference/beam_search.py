@@ -1,4 +1,4 @@
-"""Beam search: the likeliest continuations instead of sampled ones, one compiled step a token."""
+"""Beam search: the likeliest continuations instead of sampled ones, one compiled step per token."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def beam_search(
     Args:
       model: what is searched.
       params: its parameters.
-      state: its state with one row a prompt, which has read all but the last token of each. It may
-        have read the last one too where reading it again changes nothing.
+      state: its state with one row per prompt, which has read all but the last token of each. It
+        may have read the last one too where reading it again changes nothing.
       prompts: ids, at least one each; of an encoder-decoder those that the decoder begins with.
       beams: settings of the search.
       slots: of a sequence: at least the longest prompt and `max_tokens`.
@@ -97,7 +97,7 @@ def _initial_state(
     for row, prompt in enumerate(prompts):
         tokens[row, :, : len(prompt)] = prompt
 
-    # One row of the model's state a prompt -> one a beam: rows [0, 0, 1, 1].
+    # One row of the model's state per prompt -> one per beam: rows [0, 0, 1, 1].
     prompt_rows = jnp.arange(len(prompts))
     beam_rows = jnp.repeat(prompt_rows, beams.num_beams)
 

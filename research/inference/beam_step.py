@@ -27,7 +27,7 @@ class BeamModel(Protocol):
     def step(
         self, params: Any, state: Any, tokens: Int[Array, " rows"], positions: Int[Array, " rows"]
     ) -> tuple[Float[Array, "rows V"], Any]:
-        """Reads one token a row, at its position in the sequence; returns the logits of the next
+        """Reads one token per row, at its position in the sequence; returns the logits of the next
         one, and the state.
         """
 
@@ -69,7 +69,7 @@ class BeamState:
     """What one step of the search hands to the next.
 
     Attributes:
-      model: the state of the `BeamModel`, one row a hypothesis.
+      model: the state of the `BeamModel`, one row per hypothesis.
       num_new: new tokens of every running hypothesis.
       lengths: its tokens, the prompt's included.
       tokens: the running hypotheses, best first.

@@ -1,4 +1,4 @@
-"""Prompts in, text out: one prefill, then one compiled decode step a token."""
+"""Prompts in, text out: one prefill, then one compiled decode step per token."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ def prefill_step(
     Args:
       params: of the model.
       prompts: in rows.
-      keys: one a sequence.
+      keys: one per sequence.
       sampling: how the tokens of each sequence are drawn.
       config: the model.
       slots: tokens that the cache can hold.
@@ -133,9 +133,9 @@ def generate(
       params: its parameters.
       tokenizer: the one it was trained with.
       prompts: texts, or ids that are used unchanged.
-      sampling: how tokens are drawn: for all prompts, or one a prompt. Other values need no new
+      sampling: how tokens are drawn: for all prompts, or one per prompt. Other values need no new
           compilation.
-      seeds: one a prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and
+      seeds: one per prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and
         where that is one for all, `sampling.seed + i` for prompt i.
       cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the
           same result.
@@ -198,7 +198,7 @@ def _per_prompt(
     if len(sampling) != count:
         raise UserError(
             "sampling",
-            constraint=f": {len(sampling)} settings for {count} prompts; give one a prompt, or "
+            constraint=f": {len(sampling)} settings for {count} prompts; give one per prompt, or "
             "one for all.",
         )
     return list(sampling)
@@ -206,14 +206,14 @@ def _per_prompt(
 
 def _checked_seeds(seeds: Sequence[Any] | None, settings: Sequence[SamplingConfig]) -> list[int]:
     """Returns the seeds, where none are given those of the settings; raises UserError where they
-    are not one a prompt, or no 64-bit numbers.
+    are not one per prompt, or no 64-bit numbers.
     """
     if seeds is None:
         seeds = [each.seed for each in settings]
     count = len(settings)
     if len(seeds) != count:
         raise UserError(
-            "seeds", constraint=f": {len(seeds)} of them for {count} prompts; give one a prompt."
+            "seeds", constraint=f": {len(seeds)} of them for {count} prompts; give one per prompt."
         )
     for seed in seeds:
         # A bool is an int to Python.

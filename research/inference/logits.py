@@ -49,7 +49,7 @@ def model_inputs(
     if encoder_rows != rows:
         raise UserError(
             "encoder_tokens",
-            constraint=f": {encoder_rows} rows must be {rows}, one a row of tokens.",
+            constraint=f": {encoder_rows} rows must be {rows}, one per row of tokens.",
         )
     if segments is not None and encoder_segments is None:
         raise UserError(
@@ -93,7 +93,7 @@ def token_inputs(
 
     Raises:
       UserError: not rows of ids, an id out of range, rows longer than the model's positions, or
-        segments that are not one a token.
+        segments that are not one per token.
     """
     ids = _whole_numbers(name, tokens)
     if ids.ndim != 2 or not ids.size:
@@ -130,7 +130,7 @@ def per_token(
     """Returns whole numbers, one for each token.
 
     Raises:
-      UserError: they are not one a token, or out of [0, limit).
+      UserError: they are not one per token, or out of [0, limit).
     """
     numbers = _whole_numbers(name, values)
     if numbers.shape != tokens.shape:

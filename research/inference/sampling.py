@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, truncation, one draw a sequence."""
+"""From logits to the next token: penalties, truncation, one draw per sequence."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -238,7 +238,7 @@ def draw(
     Args:
       logits: float32.
       seen: which ids each sequence has, prompt included.
-      keys: one a sequence.
+      keys: one per sequence.
       positions: of the token that is drawn.
       params: the settings of each sequence.
     """

@@ -33,7 +33,7 @@ LOADS = Part(inert=("output_router_logits", "router_aux_loss_coef"))
 
 
 def experts(block: str, gate: str, up: str, down: str) -> tuple[TensorSpec, ...]:
-    """Returns the tensors of a layer's experts, one an expert."""
+    """Returns the tensors of a layer's experts, one per expert."""
     ours = {gate: "gate", up: "up", down: "down"}
     return tuple(
         TensorSpec(

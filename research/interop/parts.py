@@ -25,8 +25,8 @@ class Part:
     """Some fields of a config.json and what they mean for a model.
 
     Attributes:
-      read: returns values by the dotted names of a `ModelConfig`'s fields, or lists of them, one a
-        layer, by the names of a `LayerConfig`'s behind `layers.`.
+      read: returns values by the dotted names of a `ModelConfig`'s fields, or lists of them, one
+        per layer, by the names of a `LayerConfig`'s behind `layers.`.
       write: returns the fields; raises UserError for a model that they cannot express.
       required, defaults, only, inert: see `Architecture`.
     """

@@ -205,8 +205,8 @@ class Cache:
     """The caches of all layers.
 
     Attributes:
-      layers: one a layer; of a scanned model, one each of its first layers and then one with a
-          leading layer axis.
+      layers: one per layer; of a scanned model, one for each of its first layers, then a single
+          one with a leading layer axis.
       memory_segments: which of the encoder's tokens are real, not 0; None without an encoder.
       page_table: the pages of each row, in all layers; None where the cache is not paged.
     """

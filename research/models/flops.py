@@ -143,7 +143,7 @@ def train_flops_per_token(
 def _attention(
     model: ModelConfig, layers: Sequence[LayerConfig], length: int, visible_only: bool
 ) -> float:
-    """Returns the FLOPs a token of a training step for scores and sums of self-attention."""
+    """Returns the FLOPs per token of a training step for scores and sums of self-attention."""
     c = model.attention
     flops = 0.0
     for layer in layers:

@@ -1,5 +1,5 @@
-"""Multi-head latent attention (MLA): keys and values of all heads come from one narrow latent a
-token.
+"""Multi-head latent attention (MLA): keys and values of all heads are made from one narrow latent
+per token.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from research.parallel.rules import constrain
 
 
 class LatentAttention(nn.Module):
-    """Attention whose cache holds a latent c and one rotary key r a token instead of all heads'
+    """Attention whose cache holds a latent c and one rotary key r per token instead of all heads'
     keys and values.
 
         c = norm(x W_c),  r = rope(x W_r),  k_n = [c W_k,n, r],  v_n = c W_v,n,  q_n = [..,

@@ -113,8 +113,8 @@ class PagedCache:
     ) -> tuple[Float[Array, "B T N H"], "PagedCache"]:
         """As `TokenCache.attend`, with keys and values of all key/value heads.
 
-        One new token a row goes through decode attention, which reads the pages in place. More are
-        a prompt: the pages of their rows are gathered for the attention of training.
+        One new token per row goes through decode attention, which reads the pages in place. More
+        are a prompt: the pages of their rows are gathered for the attention of training.
         """
         assert page_table is not None, "a paged cache needs its table"
         start = positions[:, 0]

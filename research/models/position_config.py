@@ -78,7 +78,7 @@ class RopeScalingConfig:
             raise UserError(
                 "short_factors",
                 constraint=f"and long_factors hold {num_short} and {num_long} numbers; "
-                "kind = 'longrope' needs one a pair of rotary columns in each, other kinds none.",
+                "kind = 'longrope' needs one per pair of rotary columns in each, other kinds none.",
             )
 
     @property

@@ -175,7 +175,7 @@ def rounded_alibi(
 def distance_buckets(
     config: PositionConfig, distances: Int[Array, "..."], bidirectional: bool
 ) -> Int[Array, "..."]:
-    """Returns the bucket of each distance p_s − p_t: one a distance while they are small, then
+    """Returns the bucket of each distance p_s − p_t: one per distance while they are small, then
     growing with its log.
 
     Args:

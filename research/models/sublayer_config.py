@@ -201,7 +201,7 @@ class ExpertsConfig:
                 f"{self.groups_per_token}.",
             )
 
-        # 8 experts in 4 groups, 2 groups a token: a token may choose among 4 experts.
+        # 8 experts in 4 groups, 2 groups per token: a token may choose among 4 experts.
         group_size = self.num_experts // self.num_groups
         num_allowed = group_size * self.groups_per_token
         if self.experts_per_token > num_allowed:
@@ -213,4 +213,6 @@ class ExpertsConfig:
         if self.shared_gate and not self.shared_dim:
             raise UserError("shared_gate", constraint="needs shared_dim above 0.")
         if self.num_groups > 1 and group_size < 2:
-            raise UserError("num_groups", self.num_groups, "leaves fewer than two experts a group.")
+            raise UserError(
+                "num_groups", self.num_groups, "leaves fewer than two experts per group."
+            )

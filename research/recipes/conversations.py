@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="each --prompt is a user's message, answered through the model's chat template; "
         "without one, messages are "
-        "read from standard input, a line each, and are one conversation",
+        "read from standard input, one per line, and are one conversation",
     )
     parser.add_argument(
         "--messages", help="a JSON file with the messages of a conversation to answer"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Prints the first rows of the run, one line a document."""
+    """Prints the first rows of the run, one line per document."""
     config = load_experiment(arguments.config, arguments.overrides)
     prepared = prepare_data(config)
     loader = make_loader(config, prepared)

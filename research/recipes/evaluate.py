@@ -89,7 +89,7 @@ def _texts(config: ExperimentConfig) -> tuple[list[bytes], list[bytes]]:
 def _bytes_read(config: ExperimentConfig, last: dict[str, Any]) -> int:
     """Returns about how many bytes of text the run had trained on at its last evaluation."""
     tokens = last["step"] * config.train.batch_size * config.train.sequence_length
-    # Both are the same loss: nats a token = ln 2 · bits a byte · bytes a token.
+    # Both are the same loss: nats per token = ln 2 · bits per byte · bytes per token.
     nats_a_byte = math.log(2) * last["eval/bits_per_byte"]
     return round(tokens * last["eval/loss"] / nats_a_byte)
 

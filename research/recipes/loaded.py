@@ -100,7 +100,7 @@ class LoadedModel:
           chat: further arguments of `Tokenizer.encode_chat`: `tools`, `template`, and the
               template's own variables.
           sampling: settings for each prompt, instead of `fields`; all run in one batch.
-          seeds: of sampling, one a prompt.
+          seeds: of sampling, one per prompt.
           cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with
               the same result.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
@@ -115,7 +115,7 @@ class LoadedModel:
                 constraint=f": it says all, so {', '.join(sorted(fields))} must be left out.",
             )
 
-        # Sampling, one for all or one a prompt, or beam search.
+        # Sampling, one for all or one per prompt, or beam search.
         how = decoding_config(fields) if sampling is None else sampling
         read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
         if not isinstance(how, BeamConfig):

@@ -65,7 +65,7 @@ def as_path(value: str | Path, name: str = "path") -> Path:
         )
     _keep_no_listings()
     path = epath.Path(value)
-    # Asked once a process: the client itself would try for minutes, and fail with a traceback.
+    # Asked once per process: the client itself would try for minutes, and fail with a traceback.
     bucket = os.fspath(bucket_of(path))
     if bucket not in _reached:
         try:

@@ -18,7 +18,7 @@ def evaluate(
     batches: Iterable[Batch],
     bytes_per_target: float | None,
 ) -> dict[str, float]:
-    """Returns the mean loss in nats a predicted token, and in bits a byte of text.
+    """Returns the mean loss in nats per predicted token, and in bits per byte of text.
 
         bits per byte = loss / (ln 2 · bytes per token)
 
@@ -28,7 +28,7 @@ def evaluate(
       frozen: the other parameters.
       batches: on the devices.
       bytes_per_target: UTF-8 bytes of held-out text for each predicted token; None where not all of
-          the text is predicted, so that bits a byte mean nothing.
+          the text is predicted, so that bits per byte mean nothing.
     """
     # Float64 on the host: float32 would lose digits over many batches.
     loss_sum = np.float64(0)

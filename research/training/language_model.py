@@ -27,7 +27,7 @@ from research.training.step import Metrics, Report
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelLoss:
-    """The weighted cross-entropy of a model, in nats a token, and the losses that training adds.
+    """The weighted cross-entropy of a model, in nats per token, and the losses that training adds.
 
     loss = Σ w (nll + z-loss) + mtp_weight · mean over depths of Σ w (nll + z-loss) at that depth
 

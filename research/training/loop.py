@@ -50,7 +50,7 @@ class Throughput:
 
     Attributes:
       flops_per_token: of forward and backward pass, causal attention counted as half.
-      peak_flops: of all devices together, a second; None where a device is unknown.
+      peak_flops: per second, of all devices together; None where a device is unknown.
       num_devices: of the run.
     """
 
@@ -63,7 +63,7 @@ class Throughput:
         rate = tokens / seconds
         mfu = None
         if self.peak_flops is not None:
-            # 1e6 tokens a second of 6e9 FLOPs each, on devices that can do 1e16 -> 0.6
+            # 1e6 tokens per second of 6e9 FLOPs each, on devices that can do 1e16 -> 0.6
             mfu = rate * self.flops_per_token / self.peak_flops
         return {
             "throughput/tokens_per_second": rate,

@@ -10,7 +10,7 @@ class LossMean:
 
         mean = Σ_s w_s loss_s / Σ_s w_s
 
-    So for a loss in nats a token it is the mean over all tokens of these steps. A skipped step is
+    So for a loss in nats per token it is the mean over all tokens of these steps. A skipped step is
     left out: it changed nothing, and its loss may not be finite.
 
     Attributes:

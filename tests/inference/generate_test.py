@@ -248,7 +248,7 @@ def test_prompts_of_one_batch_take_settings_of_their_own(model):
     same = [together[i].tokens for i, prompt in enumerate(prompts) if prompt == "abc"]
     assert len(set(same)) == len(same)
     with pytest.raises(
-        UserError, match="sampling: 6 settings for 1 prompts; give one a prompt, or one for all"
+        UserError, match="sampling: 6 settings for 1 prompts; give one per prompt, or one for all"
     ):
         generate(*model, BYTES, ["abc"], MIXED)
 

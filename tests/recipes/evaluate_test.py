@@ -53,7 +53,7 @@ def test_bytes_read_are_tokens_times_bytes_a_token(workdir: pathlib.Path):
     config = bind(ExperimentConfig, read_config(workdir))
     assert (config.train.batch_size, config.train.sequence_length) == (8, 32)
 
-    # 12 steps of 8 rows of 32 tokens of 3 bits, at 1.5 bits a byte: 2 bytes a token.
+    # 12 steps of 8 rows of 32 tokens of 3 bits, at 1.5 bits per byte: 2 bytes per token.
     last = {"step": 12, "eval/loss": 3 * math.log(2), "eval/bits_per_byte": 1.5}
     assert _bytes_read(config, last) == 12 * 8 * 32 * 2
 
