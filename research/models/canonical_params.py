@@ -42,18 +42,18 @@ def stack_layers(named: Mapping[str, Any]) -> dict[str, Any]:
     # {"layers/mlp/up": ["layers_0/mlp/up", "layers_1/mlp/up"]}
     stacks = _stacks(named)
     result = dict(named)
-    parts = {}
+    layer_leaves = {}
     for stack, names in stacks.items():
-        parts[stack] = [result.pop(name) for name in names]
+        layer_leaves[stack] = [result.pop(name) for name in names]
 
-    shapes = {stack: _stacked_shape(leaves) for stack, leaves in parts.items()}
+    shapes = {stack: _stacked_shape(leaves) for stack, leaves in layer_leaves.items()}
     are_shapes = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in named.values()]
     if any(are_shapes):
         return result | shapes
-    if not parts:
+    if not layer_leaves:
         return result
     shardings = {stack: shape.sharding for stack, shape in shapes.items()}
-    stacked = jax.jit(_stack, out_shardings=shardings)(parts)
+    stacked = jax.jit(_stack, out_shardings=shardings)(layer_leaves)
     return result | stacked
 
 
@@ -69,12 +69,12 @@ def unstack_layers(
     """
     stacks = _stacks(like)
     result = {name: stacked[name] for name in like if name in stacked}
-    parts = {stack: stacked[stack] for stack in stacks}
-    if parts:
+    stacked_leaves = {stack: stacked[stack] for stack in stacks}
+    if stacked_leaves:
         shardings = {}
         for stack, names in stacks.items():
             shardings[stack] = [_sharding(like[name]) for name in names]
-        layers = jax.jit(_unstack, out_shardings=shardings)(parts)
+        layers = jax.jit(_unstack, out_shardings=shardings)(stacked_leaves)
         for stack, names in stacks.items():
             result.update(zip(names, layers[stack], strict=True))
     return {name: result[name] for name in like}
@@ -100,7 +100,7 @@ def canonical(tree: Any) -> dict[str, Any]:
 
 
 def _stacks(named: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns canonical name -> the names of its layers, in order."""
+    """Returns canonical name -> the names of its layers' leaves, in order."""
     found: dict[str, dict[int, str]] = {}
     for name in named:
         match = _LAYER.fullmatch(name)
@@ -137,13 +137,13 @@ def _sharding(leaf: Any) -> Sharding:
     return leaf.sharding
 
 
-def _stack(parts: dict[str, list[Array]]) -> dict[str, Array]:
-    return {stack: jnp.stack(leaves) for stack, leaves in parts.items()}
+def _stack(layer_leaves: dict[str, list[Array]]) -> dict[str, Array]:
+    return {stack: jnp.stack(leaves) for stack, leaves in layer_leaves.items()}
 
 
-def _unstack(parts: dict[str, Array]) -> dict[str, list[Array]]:
+def _unstack(stacked_leaves: dict[str, Array]) -> dict[str, list[Array]]:
     layers = {}
-    for stack, leaf in parts.items():
+    for stack, leaf in stacked_leaves.items():
         num_layers = leaf.shape[0]
         layers[stack] = [leaf[i] for i in range(num_layers)]
     return layers

@@ -47,7 +47,7 @@ class FrozenParams:
 
     def __init__(self, folder: Path, frozen: Collection[str]):
         self._folder = folder
-        self._frozen = frozenset(frozen)
+        self._frozen_names = frozenset(frozen)
         # The manifest's entry of each array by its canonical name; None before the first save.
         self._entries: dict[str, dict[str, Any]] | None = None
         # Names of shared folders that were read and are intact.
@@ -66,7 +66,7 @@ class FrozenParams:
         The first call writes them, unless the checkpoint that the run was restored from has them;
         so does a call that finds their folder gone. It returns when they are on the disk.
         """
-        if not self._frozen:
+        if not self._frozen_names:
             return canonical(state), {}
 
         named = named_leaves(state)
@@ -98,7 +98,7 @@ class FrozenParams:
         }
         stack_and_layer = canonical_names(params)
         trained = {
-            stack for name, (stack, _) in stack_and_layer.items() if name not in self._frozen
+            stack for name, (stack, _) in stack_and_layer.items() if name not in self._frozen_names
         }
         return [name for name, (stack, _) in stack_and_layer.items() if stack not in trained]
 

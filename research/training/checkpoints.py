@@ -81,7 +81,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: CheckpointConfig, frozen: Collection[str] = ()):
         self._config = config
         self._folder = CheckpointFolder(workdir)
-        self._frozen = FrozenParams(self._folder.path, frozen)
+        self._frozen_params = FrozenParams(self._folder.path, frozen)
         self._checkpointer = files.checkpointer(self._folder.path)
         # Waits for the one write in flight, then removes what need not be kept.
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
@@ -138,7 +138,7 @@ class Checkpoints:
         self._silence.enter_context(quiet_orbax.silenced())
         self._last_step = step
         try:
-            arrays, shared = self._frozen.save_frozen(state, self._checkpointer)
+            arrays, shared = self._frozen_params.save_frozen(state, self._checkpointer)
             content = files.save_args(step, arrays, shared, extra)
             self._checkpointer.save(self._folder.of_step(step), args=content)
         except Exception as error:
@@ -210,7 +210,7 @@ class Checkpoints:
         step, manifest, arrays = self._read_newest(lambda manifest: wanted, step, exact=True)
 
         state = _rebuild(abstract_state, unstack_layers(arrays, shapes))
-        self._frozen.note_restored(manifest)
+        self._frozen_params.note_restored(manifest)
         self._skipped = {later for later in self.steps() if later > step}
         return step, state, manifest_values.decode(manifest["extra"])
 
