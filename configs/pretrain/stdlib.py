@@ -2,7 +2,8 @@
 
     tessera train --config=configs/pretrain/stdlib.py:2m --workdir=runs/stdlib
 
-Hardware: 2 CPU cores. Cost and result: see the README.
+A larger size has more steps: with as few as the smallest it would not be better than that.
+Hardware: 2 CPU cores. Cost and result of each size: docs/getting-started.md.
 """
 
 import ml_collections
@@ -11,8 +12,8 @@ from research.core.errors import UserError, nearest
 
 # layers, width, heads, MLP width, steps, learning rate
 SIZES = {
-    "10m": (5, 384, 6, 1024, 800, 1.5e-3),
-    "5m": (5, 256, 4, 704, 900, 2e-3),
+    "10m": (5, 384, 6, 1024, 1600, 8e-4),
+    "5m": (5, 256, 4, 704, 1300, 2e-3),
     "2m": (4, 192, 3, 512, 1000, 3e-3),
 }
 

@@ -21,8 +21,10 @@ DOCUMENTS = (
         if path.name != "performance-2026-11-21.md"  # of older figures, as they were written
     ),
 )
-# What its command printed, as it stands: the quickstart, and the last lines of the tests.
-PRINTED = ("quickstart.txt", "tests.txt")
+# What commands printed, as it stands: the quickstart, its sizes, and the last lines of the tests.
+PRINTED = ("quickstart.txt", "quickstart_sizes.txt", "tests.txt")
+# Which of them the console block of a page is from.
+CONSOLES = {"README.md": "quickstart.txt", "docs/getting-started.md": "quickstart_sizes.txt"}
 UNMEASURED_TIME = f"an {report.UNMEASURED} time"
 
 NUMBER = r"(?<![\d.,])\d[\d.,]*"
@@ -132,8 +134,9 @@ def test_every_file_of_figures_is_shown():
     assert not not_shown(names, "".join(map(read, DOCUMENTS)))
 
 
-def test_the_quickstart_s_console_is_what_it_printed():
-    assert not console_faults(read("README.md"), printed("quickstart.txt"))
+@pytest.mark.parametrize("name", CONSOLES)
+def test_a_console_block_is_what_its_commands_printed(name):
+    assert not console_faults(read(name), printed(CONSOLES[name]))
 
 
 def test_what_commands_take_is_what_was_measured():
