@@ -1,7 +1,6 @@
 """The command line: `tessera VERB …`, one recipe a verb."""
 
 import argparse
-import contextlib
 import difflib
 import errno
 import importlib
@@ -11,9 +10,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import tqdm
 
@@ -55,24 +53,6 @@ class _LogHandler(logging.Handler):
         sys.stderr.flush()
 
 
-class _Terminated(BaseException):
-    """SIGTERM came. It unwinds the stack as Ctrl-C does, which removes what is half written."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    def terminate(number: int, frame: Any) -> None:
-        # A second signal must not interrupt the removal.
-        signal.signal(number, signal.SIG_IGN)
-        raise _Terminated
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit status.
 
@@ -101,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error.filename or 'workdir or cache'}: {error.strerror}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
-    except _Terminated:
+    except interrupts.Terminated:
         return _fail("terminated", 128 + signal.SIGTERM)
 
 
@@ -145,7 +125,7 @@ def _run(argv: list[str]) -> int:
     parser = _verb_parser(verb, recipe)
     arguments = _parse(parser, verb, flags)
     try:
-        with _terminable():
+        with interrupts.terminable(), interrupts.retry_ignored_signals():
             return recipe.main(arguments) or 0
     except UserError as error:
         # Libraries name the Python argument; here it came from a flag.

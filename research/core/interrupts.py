@@ -1,7 +1,6 @@
-"""Ctrl-C and SIGTERM at the edges of a process: before there is anything to save, and at its end.
+"""Ctrl-C and SIGTERM before and after the steps of a run, where each is an exception or an exit.
 
-In between, a signal is an exception or a flag that the training loop checks (`cli`,
-`training.loop`).
+During the steps it is a flag that the training loop checks (`training.loop`).
 """
 
 import contextlib
@@ -9,8 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+from research.core.errors import Interrupted
+
+# Seconds until a signal whose exception was ignored comes again.
+_RETRY_AFTER = 0.05
 _WORDS = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"terminated"}
 
 
@@ -42,6 +47,60 @@ def restore_default_handlers() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) is _exit_at_once:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Terminated(BaseException):
+    """SIGTERM came. It unwinds the stack as Ctrl-C does, which removes what is half written."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    # A second signal must not interrupt the removal.
+    signal.signal(number, signal.SIG_IGN)
+    raise Terminated
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Makes SIGTERM raise `Terminated` inside of it."""
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def retry_ignored_signals() -> Iterator[None]:
+    """Sends a signal again where Python ignored the exception that its handler raised.
+
+    A handler runs between two lines of whatever code runs. In a callback of the garbage collector,
+    of which JAX has one, or in a `__del__` its exception cannot propagate: Python hands it to
+    `sys.unraisablehook` and goes on, and the signal would be lost.
+    """
+    previous = sys.unraisablehook
+
+    def retry(unraisable: Any) -> None:
+        exception = unraisable.exc_value
+        if isinstance(exception, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif isinstance(exception, Terminated | Interrupted):
+            number = signal.SIGTERM
+        else:
+            previous(unraisable)
+            return
+
+        if isinstance(exception, Terminated):
+            # It ignores SIGTERM from then on.
+            signal.signal(signal.SIGTERM, _terminate)
+        timer = threading.Timer(_RETRY_AFTER, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = retry
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 def exit_without_waiting(status: int) -> None:

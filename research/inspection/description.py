@@ -178,9 +178,16 @@ def _expert_rows(experts: ExpertsConfig | None) -> Table:
     if experts is None:
         return {}
 
-    router = experts.score
+    router = [experts.score]
     if experts.num_groups > 1:
-        router += f", from {experts.groups_per_token} of {experts.num_groups} groups"
+        router.append(f"from {experts.groups_per_token} of {experts.num_groups} groups")
+    if experts.selection_bias:
+        router.append("chosen with a selection bias")
+    if experts.renormalize:
+        router.append("weights of the chosen renormalized")
+    if experts.scale != 1:
+        router.append(f"weights × {experts.scale:.4g}")
+
     shared = ""
     if experts.shared_dim:
         shared = f"width {experts.shared_dim:,}"
@@ -190,7 +197,7 @@ def _expert_rows(experts: ExpertsConfig | None) -> Table:
         "experts": _expert_count(experts),
         "expert width": f"{experts.hidden_dim:,}",
         "shared expert": shared,
-        "router": router,
+        "router": ", ".join(router),
     }
 
 

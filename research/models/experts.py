@@ -84,7 +84,7 @@ class Experts(nn.Module):
             return y
         gate = Projection(
             (1,),
-            ("embed", "types"),
+            ("embed", "single"),
             stddev=model.init_stddev,
             dtype=model.dtype,
             param_dtype=model.param_dtype,

@@ -49,8 +49,9 @@ class LatentAttention(nn.Module):
         # What the cache keeps of a token: [B, T, D] -> [B, T, latent] and [B, T, rope].
         latents = self._projection("latent", (latent.kv_dim,), ("embed", "latent"))(x)
         latents = head_norm(model, ("latent",), "latent_norm", latent.epsilon)(latents)
-        # The name on disk is older than the word for it. Its second axis is one head.
-        k_rope = self._projection("turned_key", (1, latent.rope_dim), ("embed", "types", "head"))(x)
+        # The name on disk is older than the word for it. One head for all query heads.
+        k_rope_axes = ("embed", "single", "head")
+        k_rope = self._projection("turned_key", (1, latent.rope_dim), k_rope_axes)(x)
         k_rope = self._rotate(k_rope, context)[:, :, 0]
 
         to_keys = self._projection("key", (c.num_heads, c.head_dim), ("latent", "heads", "head"))

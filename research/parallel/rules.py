@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("rank", ()),
     ("router", ()),
     ("selection", ()),
+    ("single", ()),
     ("types", ()),
     ("buckets", ()),
     ("classes", ()),

@@ -79,15 +79,18 @@ def test_experts_have_count_widths_and_router():
         shared_dim=12,
         shared_gate=True,
         score="sigmoid",
+        selection_bias=True,
         num_groups=4,
         groups_per_token=2,
+        scale=2.5,
     )
     config = tiny_config(experts=experts, first_layers=(LayerConfig(experts=False),))
     wanted = {
         "experts": "8, 2 per token",
         "expert width": "20",
         "shared expert": "width 12, sigmoid gate",
-        "router": "sigmoid, from 2 of 4 groups",
+        "router": "sigmoid, from 2 of 4 groups, chosen with a selection bias, "
+        "weights of the chosen renormalized, weights × 2.5",
         "MLP width": "24",
     }
     assert wanted.items() <= model_table(config).items()
@@ -100,6 +103,7 @@ def test_a_model_of_experts_alone_has_no_mlp_width():
     experts = ExpertsConfig(num_experts=8, experts_per_token=2, hidden_dim=20)
     table = model_table(tiny_config(experts=experts))
     assert "MLP width" not in table
+    assert table["router"] == "softmax, weights of the chosen renormalized"
     assert (table["expert width"], table["activation"]) == ("20", "SiLU, gated")
 
 
