@@ -21,7 +21,7 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE.py:ARG",
-        help="config to take where --config does not end in time; may be repeated",
+        help="config to take where --config does not end in time; may be repeated, cheapest last",
     )
 
 

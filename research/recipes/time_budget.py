@@ -9,11 +9,16 @@ import psutil
 
 from research.core.errors import UserError
 from research.recipes import workdir as workdirs
+from research.recipes.cost_table import print_costs
 from research.recipes.experiment import ExperimentConfig, load_experiment
 from research.recipes.run_cost import Cost, estimate, measure, with_steps
 from research.storage.paths import Path
 
 logger = logging.getLogger("tessera")
+
+# A config is timed where its FLOPs say that it takes at most so many times what is left: larger
+# models reach more FLOPs a second, so the estimate from a smaller one is too long.
+ESTIMATE_ALLOWANCE = 1.5
 
 
 def elapsed() -> float:
@@ -28,16 +33,19 @@ def choose(
     as many steps as do. A workdir that has a run keeps what was chosen for it.
 
     Args:
-      specs: `FILE.py[:arg]`, the preferred one first.
+      specs: `FILE.py[:arg]`, the preferred one first and the cheapest one last.
       overrides: dotted names and values, of each of them.
       budget: seconds, counted from the start of this process.
       workdir: of the run.
 
     Raises:
-      UserError: the budget is too small for one step, or the run has several processes.
+      UserError: the budget is no finite number of seconds or too small for one step, or the run has
+          several processes.
     """
     if not budget > 0:
         raise UserError("time_budget", budget, "must be above 0 seconds.")
+    if math.isinf(budget):
+        raise UserError("time_budget", budget, "must be finite.")
     preferred, *fallbacks = specs
     candidates = {preferred: load_experiment(preferred, overrides)}
     for spec in fallbacks:
@@ -47,20 +55,44 @@ def choose(
         raise UserError("time_budget", constraint="is for one process, not for several.")
     chosen = _chosen_before(candidates, workdir)
     if chosen is not None:
-        logger.info("time budget: %s keeps its %d steps", workdir, chosen.train.steps)
+        unit = "step" if chosen.train.steps == 1 else "steps"
+        logger.info(
+            "time budget: %s keeps its %d %s; to start anew, delete it, or give another --workdir",
+            workdir,
+            chosen.train.steps,
+            unit,
+        )
         return chosen
 
-    costs: dict[str, Cost] = {}
+    costs = _time_candidates(candidates, budget)
     for spec, config in candidates.items():
-        costs[spec] = measure(config)
-        if elapsed() + costs[spec].seconds(config) <= budget:
+        if spec in costs and elapsed() + costs[spec].seconds(config) <= budget:
             chosen = config
             break
     else:
-        spec, config = list(candidates.items())[-1]
+        # The last one is always timed.
         chosen = with_steps(config, _affordable_steps(config, costs[spec], budget))
-    _print_table(candidates, costs, spec, chosen, budget)
+    logger.info("time budget: %.0f s, of which %.0f s are spent", budget, elapsed())
+    print_costs(candidates, costs, spec, chosen)
     return chosen
+
+
+def _time_candidates(candidates: Mapping[str, ExperimentConfig], budget: float) -> dict[str, Cost]:
+    """Returns the costs of the last config, and of those before it that may end in time by their
+    FLOPs.
+    """
+    *larger, cheapest = candidates
+    costs = {cheapest: measure(candidates[cheapest])}
+
+    # Upwards from the cheapest one: timing a config that is too large can take the whole budget.
+    timed = cheapest
+    for spec in reversed(larger):
+        config = candidates[spec]
+        estimated = estimate(config, candidates[timed], costs[timed])
+        if estimated.seconds(config) <= ESTIMATE_ALLOWANCE * (budget - elapsed()):
+            costs[spec] = measure(config)
+            timed = spec
+    return costs
 
 
 def _load_fallback(spec: str, overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:
@@ -103,30 +135,3 @@ def _affordable_steps(config: ExperimentConfig, cost: Cost, budget: float) -> in
         f"a step and an evaluation take {least - elapsed():.0f} s. "
         f"Give at least {math.ceil(least)}.",
     )
-
-
-def _print_table(
-    candidates: Mapping[str, ExperimentConfig],
-    costs: Mapping[str, Cost],
-    chosen_spec: str,
-    chosen: ExperimentConfig,
-    budget: float,
-) -> None:
-    logger.info("time budget: %.0f s, of which %.0f s are spent", budget, elapsed())
-    width = max(map(len, candidates))
-    logger.info("  %-*s  parameters  steps    s/step  seconds", width, "config")
-    for spec, config in candidates.items():
-        is_chosen = spec == chosen_spec
-        if is_chosen:
-            config = chosen
-        cost = costs.get(spec) or estimate(config, candidates[chosen_spec], costs[chosen_spec])
-        columns = (
-            f"{spec:{width}}",
-            f"{cost.parameters:10,}",
-            f"{config.train.steps:5}",
-            f"{cost.step:8.3f}",
-            f"{cost.seconds(config):7.0f}",
-        )
-        note = "" if cost.timed else "  estimated by FLOPs"
-        mark = "  <- chosen" if is_chosen else note
-        logger.info("  %s%s", "  ".join(columns), mark)

@@ -11,9 +11,11 @@ from research.recipes import run_cost, time_budget
 from research.recipes.experiment import load_experiment
 from research.recipes.run_cost import Cost, with_steps
 from research.recipes.time_budget import choose
-from research.recipes.workdir import read_config
+from research.recipes.workdir import read_config, write_config
 from research.training.metrics import read_metrics
 from tests.recipes import runs
+
+LLAMA = runs.ROOT / "configs" / "model" / "llama.py"
 
 
 @pytest.fixture
@@ -70,26 +72,63 @@ def test_a_run_costs_its_steps_and_evaluations_with_a_margin(config: pathlib.Pat
     )
 
 
+def widths(config: pathlib.Path, *narrower: int) -> list[str]:
+    """Returns the config's file, and files of the same with other widths."""
+    specs = [str(config)]
+    for width in narrower:
+        path = config.with_name(f"w{width}.py")
+        path.write_text(config.read_text().replace('"embed_dim": 16', f'"embed_dim": {width}'))
+        specs.append(str(path))
+    return specs
+
+
 def test_the_first_config_that_ends_in_time_is_taken(
     config: pathlib.Path, clock: None, monkeypatch: pytest.MonkeyPatch, caplog
 ):
-    narrow = config.with_name("narrow.py")
-    narrow.write_text(config.read_text().replace('"embed_dim": 16', '"embed_dim": 8'))
-    third = config.with_name("third.py")
-    third.write_text(config.read_text().replace('"embed_dim": 16', '"embed_dim": 4'))
-    specs = [str(config), str(narrow), str(third)]
-    timed = costs(monkeypatch, w16=10.0, w8=1.0)
+    specs = widths(config, 8, 4)
+    timed = costs(monkeypatch, w16=10.0, w8=1.0, w4=0.5)
     with caplog.at_level("INFO", "tessera"):
         chosen = choose(specs, [], 60.0, config.parent / "run")
     assert (chosen.model.embed_dim, chosen.train.steps) == (8, 12)
-    assert timed == ["w16", "w8"], "no more are timed than are needed"
+    assert timed == ["w4", "w8", "w16"], "from the cheapest one upwards"
     said = [record.getMessage() for record in caplog.records]
     assert said[0] == "time budget: 60 s, of which 10 s are spent"
     assert [("chosen" in line, "estimated" in line) for line in said[2:]] == [
         (False, False),
         (True, False),
-        (False, True),
+        (False, False),
     ]
+
+    timed = costs(monkeypatch, w16=0.3, w8=0.2, w4=0.1)
+    assert choose(specs, [], 60.0, config.parent / "run").model.embed_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken", "wanted"),
+    [
+        # 12 steps and 3 evaluations of 2 s take 48.6 of the 50 s that are left; those of twice the
+        # width take nearly twice as long, above 1.5 · 50.
+        ({"w4": 1.0, "w8": 2.8}, 8, ["w4", "w8"]),
+        ({"w4": 2.8}, 4, ["w4"]),
+        ({"w4": 10.0}, 4, ["w4"]),
+    ],
+)
+def test_a_config_that_cannot_end_in_time_by_its_flops_is_not_timed(
+    config: pathlib.Path,
+    clock: None,
+    seconds: dict[str, float],
+    taken: int,
+    wanted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+):
+    timed = costs(monkeypatch, **seconds)
+    with caplog.at_level("INFO", "tessera"):
+        chosen = choose(widths(config, 8, 4), [], 60.0, config.parent / "run")
+    assert chosen.model.embed_dim == taken
+    assert timed == wanted
+    rows = [record.getMessage() for record in caplog.records][2:]
+    assert sum("estimated by FLOPs" in row for row in rows) == 3 - len(wanted)
 
 
 def test_the_last_config_gets_as_many_steps_as_end_in_time(
@@ -121,10 +160,15 @@ def test_a_budget_too_small_for_one_step_says_so(
     [
         (["--time-budget=0"], "--time-budget = 0.0 must be above 0 seconds."),
         (["--time-budget=nan"], "--time-budget = nan must be above 0 seconds."),
+        (["--time-budget=inf"], "--time-budget = inf must be finite."),
         (["--time-budget=soon"], "--time-budget: invalid float value: 'soon'"),
         (["--time-budget=0.5"], "is too small for one step"),
         (["--fallback=other.py"], "--fallback needs --time-budget"),
         (["--time-budget=9", "--fallback=no.py"], "--fallback = 'no.py' is not a file."),
+        (
+            ["--time-budget=9", f"--fallback={LLAMA}:99b"],
+            f"--fallback = '{LLAMA}:99b': size = '99b' is not a LLaMA. ",
+        ),
         (
             ["--time-budget=9", "--config.distributed.initialize=True"],
             "--time-budget is for one process, not for several.",
@@ -155,3 +199,20 @@ def test_a_run_within_a_budget_trains_and_is_resumed_as_it_was_chosen(
     other.write_text(config.read_text().replace("0.01", "0.02"))
     costs(monkeypatch, w16=0.1)
     assert runs.command("train", other, workdir, "--time-budget=1000") == 2
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, "1 step;"), (2, "2 steps;")])
+def test_a_workdir_that_keeps_its_steps_says_how_to_start_anew(
+    config: pathlib.Path, steps: int, said: str, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    workdir = config.parent / "run"
+    workdir.mkdir()
+    write_config(workdir, with_steps(load_experiment(str(config), []), steps))
+    costs(monkeypatch)  # nothing may be timed
+    with caplog.at_level("INFO", "tessera"):
+        assert choose([str(config)], [], 60.0, workdir).train.steps == steps
+    [line] = caplog.messages
+    assert line == (
+        f"time budget: {workdir} keeps its {said} to start anew, delete it, or give another "
+        "--workdir"
+    )
