@@ -65,7 +65,16 @@ def main(arguments: argparse.Namespace) -> None:
             raise UserError("--only", spec, "is what all others are measured beside.")
         if spec.partition(":")[0].removesuffix(".py") not in known:
             raise UserError("--only", spec, f"is not a preset. {nearest(spec, known)}")
+        _check_size(spec)
     report.publish("families", arguments, ((spec, measure(spec, arguments)) for spec in wanted))
+
+
+def _check_size(spec: str) -> None:
+    """Raises UserError for an unknown size, before anything is measured."""
+    try:
+        load(spec, "float32")
+    except UserError as error:
+        raise UserError("--only", spec, error.constraint) from error
 
 
 def measure(spec: str, arguments: argparse.Namespace) -> report.Figure:

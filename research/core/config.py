@@ -52,8 +52,8 @@ def load_file(spec: str) -> dict[str, Any]:
       spec: `FILE.py`, or `FILE.py:arg` to call `get_config("arg")`.
 
     Raises:
-      UserError: there is no such file, it cannot be run, it has no `get_config`, or that returns no
-          `ConfigDict`.
+      UserError: there is no such file, it cannot be run, it refuses its argument, it has no
+          `get_config`, or that returns no `ConfigDict`.
     """
     # pretrain/gpt2.py:medium -> pretrain/gpt2.py, medium
     path, colon, argument = spec.partition(":")
@@ -92,11 +92,14 @@ def _package_root(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def _naming_line(path: str, spec: str) -> Iterator[None]:
-    """Turns whatever a config file raises into a UserError that names the file's line."""
+    """Turns whatever a config file raises into a UserError that names the file, with its argument,
+    and the line where that is known.
+    """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        # What the file itself refuses, such as an unknown size: size = '99b' is not …
+        raise UserError("config", spec, f": {error}") from error
     except SyntaxError as error:
         raise UserError(
             "config", spec, f"cannot be run: line {error.lineno}: {error.msg}."

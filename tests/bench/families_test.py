@@ -40,6 +40,7 @@ def test_a_row_is_the_flops_a_second_beside_the_decoder_s(tmp_path, monkeypatch)
     [
         ("--only=gema", "--only = 'gema' is not a preset. Did you mean 'gemma'"),
         ("--only=gpt2", "--only = 'gpt2' is what all others are measured beside"),
+        ("--only=llama:99b", "--only = 'llama:99b': size = '99b' is not a LLaMA"),
         ("--steps=0", "--steps = 0 must be at least 1"),
     ],
 )

@@ -5,6 +5,7 @@ import functools
 import importlib
 import itertools
 import pathlib
+import re
 from typing import Any
 from unittest import mock
 
@@ -90,9 +91,10 @@ def test_preset_without_a_size_binds(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_unknown_size_names_the_nearest(file):
+def test_unknown_size_names_the_file_and_the_nearest(file):
     size = sizes(file)[0]
-    with pytest.raises(UserError, match=f"Did you mean '{size}'"):
+    said = f"^config = .*{file}\\.py:{re.escape(size)}\\?': size = .*Did you mean '{size}'"
+    with pytest.raises(UserError, match=said):
         preset(file, size + "?")
 
 

@@ -347,6 +347,18 @@ def test_config_file_that_is_not_there_or_takes_no_argument_is_refused(tmp_path)
         load_file(f"{path}:large")
 
 
+def test_what_a_config_file_refuses_is_named_with_the_file_and_its_argument(tmp_path):
+    path = tmp_path / "car.py"
+    path.write_text(
+        "from research.core.errors import UserError\n"
+        "def get_config(size):\n"
+        "    raise UserError(f'size = {size!r} is not a car.')\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_file(f"{path}:99b")
+    assert str(caught.value) == f"config = '{path}:99b': size = '99b' is not a car."
+
+
 @dataclasses.dataclass(frozen=True)
 class RenamedConfig:
     depth: int = renamed("num_future", default=0)
