@@ -227,6 +227,30 @@ def test_address_of_an_unknown_kind_is_no_workdir(
     assert runs.contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (("train", "--config={tiny}", "--workdir="), "--workdir"),
+        (("train", "--config={tiny}", "--workdir=", "--time-budget=9"), "--workdir"),
+        (("evaluate", "--workdir="), "--workdir"),
+        (("sample", "--workdir="), "--workdir"),
+        (("sample", "--workdir={folder}", "--messages="), "--messages"),
+        (("doctor", "--workdir="), "--workdir"),
+        (("describe", "--workdir="), "--workdir"),
+        (("describe", "--config={tiny}", "--out="), "--out"),
+        (("convert", "--from=", "--to={folder}/new"), "--from"),
+        (("convert", "--from={folder}", "--to="), "--to"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    argv, flag, tiny: pathlib.Path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, *(text.format(tiny=tiny, folder=tmp_path) for text in argv))
+    assert said == f"{flag} = '' must not be empty."
+    assert runs.contents(tmp_path) == {}
+
+
 def test_second_run_in_a_workdir_is_refused_and_names_the_first(
     tiny: pathlib.Path, tmp_path, capsys
 ):

@@ -18,6 +18,7 @@ from research.interop import mapping
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, write_hugging_face
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
+from research.storage.paths import local_path
 
 # Parameters of one layer with the widths below, and of the embeddings.
 LAYER = 60_821_504
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Measures the sides interleaved, each in its own process; prints rates, ratios and memory."""
     report.check_arguments(arguments, "megabytes")
-    if arguments.folder and not pathlib.Path(arguments.folder).is_dir():
+    if arguments.folder is not None and not local_path("--folder", arguments.folder).is_dir():
         raise UserError("--folder", arguments.folder, "is not a folder.")
     # Both types are one bench after the other.
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)

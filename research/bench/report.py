@@ -96,7 +96,7 @@ def check_arguments(arguments: argparse.Namespace, *counts: str) -> None:
             raise UserError(f"--{name}", value, "must be at least 1.")
 
     # The figures of a long bench must not be lost at its end.
-    if arguments.json:
+    if arguments.json is not None:
         path = pathlib.Path(arguments.json).resolve()
         if not path.parent.is_dir():
             raise UserError("--json", arguments.json, "is in a folder that does not exist.")
@@ -120,7 +120,7 @@ def publish(bench: str, arguments: argparse.Namespace, rows: Iterable[tuple[str,
     for name, figure in rows:
         _print(name, figure)
         figures[name] = dataclasses.asdict(figure)
-    if arguments.json:
+    if arguments.json is not None:
         command = shlex.join(["tessera", "bench", bench, *_flags(arguments)])
         write(pathlib.Path(arguments.json), command, figures=figures)
 

@@ -44,11 +44,12 @@ def as_path(value: str | Path, name: str = "path") -> Path:
       name: of the argument, for errors.
 
     Raises:
-      UserError: an address that is not of a bucket, or a bucket whose client is not installed or
-          that does not answer.
+      UserError: an empty text, an address that is not of a bucket, or a bucket whose client is not
+          installed or that does not answer.
     """
     if not isinstance(value, str):
         return value
+    _check_not_empty(name, value)
     if not is_address(value):
         return pathlib.Path(value)
     if not value.startswith("gs://"):
@@ -160,11 +161,18 @@ def local_path(flag: str, value: str) -> pathlib.Path:
     """Returns a folder or file of the command line as a path.
 
     Raises:
-      UserError: it is an address, such as `gs://bucket/run`, which would become a local folder of
-          that name.
+      UserError: it is empty, or an address, such as `gs://bucket/run`, which would become a local
+          folder of that name.
     """
+    _check_not_empty(flag, value)
     if is_address(value):
         raise UserError(
             flag, value, "is an address: here only local or mounted folders can be used."
         )
     return pathlib.Path(value)
+
+
+def _check_not_empty(name: str, value: str) -> None:
+    # "" would be the current folder: mostly a variable of the shell that is not set.
+    if not value:
+        raise UserError(name, value, "must not be empty.")

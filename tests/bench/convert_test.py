@@ -46,6 +46,8 @@ def test_both_ways_are_measured_beside_a_copy(tmp_path, monkeypatch):
     [
         ("--megabytes=0", "--megabytes = 0 must be at least 1"),
         ("--folder=nowhere", "--folder = 'nowhere' is not a folder"),
+        ("--folder=", "--folder = '' must not be empty"),
+        ("--json=", "--json = '' is not a file"),
     ],
 )
 def test_mistakes_are_one_line(flag, said):
