@@ -3,7 +3,7 @@ throughput, trackers.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ from research.core import config as configs
 from research.data.batch import Batch
 from research.data.objectives import bytes_per_target, encoder_length
 from research.data.prepare import Prepared
+from research.data.tokenizers import Tokenizer
 from research.models.flops import train_flops_per_token
 from research.recipes.experiment import ExperimentConfig
 from research.recipes.inputs import heldout_rows
+from research.recipes.workdir import write_config
 from research.scaling.devices import peak_flops
 from research.storage.paths import Path
 from research.training.evaluation import evaluate
@@ -73,8 +75,18 @@ def throughput(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Throughput:
     return Throughput(flops_per_token, peak, mesh.size)
 
 
-def run_trackers(
-    config: ExperimentConfig, workdir: Path
-) -> contextlib.AbstractContextManager[list[Tracker]]:
-    """Returns the context in which the trackers of a run are open."""
-    return open_trackers(config.trackers, workdir, configs.plain(config))
+@contextlib.contextmanager
+def start_trackers(
+    config: ExperimentConfig, workdir: Path, tokenizer: Tokenizer
+) -> Iterator[list[Tracker]]:
+    """Opens the trackers of a run in a locked workdir as long as the context lasts. Once they are
+    open, nothing else can be a user's mistake: the run's config and tokenizer are written there.
+
+    Raises:
+      UserError: a tracker that cannot be started; nothing is written.
+    """
+    with open_trackers(config.trackers, workdir, configs.plain(config)) as trackers:
+        if jax.process_index() == 0:
+            write_config(workdir, config)
+            tokenizer.save(workdir / "tokenizer")
+        yield trackers

@@ -19,7 +19,7 @@ from research.recipes.budget_flags import add_budget_arguments, load_within_budg
 from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.resume import is_done, log_done, restore
-from research.recipes.run_parts import evaluation, first_batch_check, run_trackers, throughput
+from research.recipes.run_parts import evaluation, first_batch_check, start_trackers, throughput
 from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
 from research.training import loop
@@ -100,11 +100,11 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
 
     with contextlib.ExitStack() as stack:  # releases the lock last
         with clock.measure("checkpoint"):
-            stack.enter_context(lock(workdir, config, prepared.tokenizer))
+            stack.enter_context(lock(workdir))
             stack.callback(checkpoints.close)
         stack.callback(loader.close)
         # Before anything is compiled: a missing key costs no time.
-        trackers = stack.enter_context(run_trackers(config, workdir))
+        trackers = stack.enter_context(start_trackers(config, workdir, prepared.tokenizer))
 
         # State, step, evaluation.
         with clock.measure("compile"):

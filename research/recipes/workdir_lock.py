@@ -9,21 +9,18 @@ from collections.abc import Iterator
 import jax
 
 from research.core.errors import UserError
-from research.data.tokenizers import Tokenizer
-from research.recipes.experiment import ExperimentConfig
-from research.recipes.workdir import write_config
 from research.storage import files
 from research.storage.paths import Path, in_bucket
 
 logger = logging.getLogger("tessera")
 
+_NAME = ".lock"
+
 
 @contextlib.contextmanager
-def lock(workdir: Path, config: ExperimentConfig, tokenizer: Tokenizer) -> Iterator[None]:
-    """Locks a checked workdir for this run as long as the context lasts, and writes its config and
-    tokenizer there.
-
-    Enter it once nothing else can be a user's mistake.
+def lock(workdir: Path) -> Iterator[None]:
+    """Locks a checked workdir for this run as long as the context lasts. A workdir that did not
+    exist is removed at the end if nothing was written there: the run did not start.
 
     Raises:
       UserError: another run has the lock.
@@ -31,11 +28,18 @@ def lock(workdir: Path, config: ExperimentConfig, tokenizer: Tokenizer) -> Itera
     if jax.process_index() != 0:
         yield
         return
+    if in_bucket(workdir):
+        logger.warning("%s: a bucket has no locks: nothing keeps a second run out", workdir)
+        yield
+        return
+    is_new = not workdir.exists()
     files.make_folder(workdir)
     with _locked(workdir):
-        write_config(workdir, config)
-        tokenizer.save(workdir / "tokenizer")
-        yield
+        try:
+            yield
+        finally:
+            if is_new:
+                _remove_unused(workdir)
 
 
 @contextlib.contextmanager
@@ -43,11 +47,7 @@ def _locked(workdir: Path) -> Iterator[None]:
     """Holds the lock of the workdir's `.lock`, which the system releases when the process dies. The
     file itself stays.
     """
-    if in_bucket(workdir):
-        logger.warning("%s: a bucket has no locks: nothing keeps a second run out", workdir)
-        yield
-        return
-    with (workdir / ".lock").open("a+") as file:
+    with (workdir / _NAME).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -64,3 +64,13 @@ def _locked(workdir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _remove_unused(workdir: Path) -> None:
+    """Removes a workdir that has the lock alone; one that somebody deleted meanwhile is no
+    error.
+    """
+    with contextlib.suppress(OSError):
+        if [path.name for path in workdir.iterdir()] == [_NAME]:
+            (workdir / _NAME).unlink()
+            workdir.rmdir()

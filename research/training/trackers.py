@@ -34,6 +34,10 @@ ADVICE = {
     "mlflow": "Set MLFLOW_TRACKING_URI to the address of a server, or to file:///… together with "
     "MLFLOW_ALLOW_FILE_STORE=true."
 }
+# Where its package finds the address of its server.
+ADDRESSES = {"mlflow": "MLFLOW_TRACKING_URI"}
+# Characters of a tracker's own error that are shown.
+LONGEST_REASON = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +187,7 @@ class _Safe:
         if self._tracker is None:
             return
         try:
-            with contextlib.redirect_stdout(None):
+            with _quiet():
                 act(self._tracker)
         except Exception as error:
             logger.warning("%s gets no more numbers: %s", self._name, _first_line(error))
@@ -204,12 +208,13 @@ def open_trackers(
 
     Raises:
       UserError: a tracker that is not optional has no package, no credentials, no answer or no
-          readable id in the workdir.
+          readable id in the workdir; nothing is written there.
     """
     wanted = configs.wanted() if jax.process_index() == 0 else {}
     # Where one cannot be started, those before it are closed: they must not show a running run.
     with contextlib.ExitStack() as stack:
         opened: list[Tracker] = []
+        ids: dict[str, str] = {}
         for package_name, config in wanted.items():
             named = dataclasses.replace(config, name=config.name or workdir.name)
             try:
@@ -222,6 +227,8 @@ def open_trackers(
                 continue
             stack.callback(tracker.close)
             opened.append(tracker)
+            ids[package_name] = run_id
+        _keep_ids(workdir, ids)
         yield opened
 
 
@@ -236,31 +243,66 @@ def _open(package_name: str, config: TrackerConfig, run_id: str, values: dict[st
             f"{field}.optional = True.",
         ) from error
     try:
-        # Packages print addresses and thanks there; the run's output stays its own.
-        with contextlib.redirect_stdout(None):
+        with _quiet():
             return TRACKERS[package_name](package, config, run_id, values)
     except Exception as error:
-        constraint = f"cannot be started: {_first_line(error)}."
-        if package_name in ADVICE:
-            constraint = f"{constraint} {ADVICE[package_name]}"
-        raise UserError(field, constraint=constraint) from error
+        raise UserError(field, constraint=_cannot_be_started(package_name, error)) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what packages print: addresses and thanks, and a line for each attempt to reach a
+    server, whose last error is raised as well.
+    """
+    attempts = logging.getLogger("urllib3")
+    level = attempts.level
+    attempts.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        attempts.setLevel(level)
+
+
+def _cannot_be_started(package_name: str, error: Exception) -> str:
+    """Returns what a tracker's own error says, with advice where it has none."""
+    reason = _first_line(error)
+    if package_name not in ADVICE:
+        return f"cannot be started: {reason}."
+    advice = ADVICE[package_name]
+    # Without an address the error is about a default that nobody asked for.
+    if ADDRESSES[package_name] not in os.environ:
+        return f"cannot be started. {advice} It says: {reason}."
+    return f"cannot be started: {reason}. {advice}"
 
 
 def _run_id(workdir: Path, package_name: str) -> str:
-    """Returns the id of the workdir's run at a tracker, made and kept at the first call."""
+    """Returns the id of the workdir's run at a tracker, or a new one."""
     path = workdir / FILE
     # {"wandb": "1f0a99c3", "mlflow": "5be07d12"}
     ids = read_object(path) if path.exists() else {}
-    if package_name not in ids:
-        ids[package_name] = secrets.token_hex(4)
+    if package_name in ids:
+        return ids[package_name]
+    return secrets.token_hex(4)
+
+
+def _keep_ids(workdir: Path, ids: dict[str, str]) -> None:
+    """Adds ids of the workdir's run to those that it keeps."""
+    path = workdir / FILE
+    if not ids:
+        return
+    kept = read_object(path) if path.exists() else {}
+    if kept != kept | ids:
         files.make_folder(workdir)
-        files.write_text(path, json.dumps(ids) + "\n")
-    return ids[package_name]
+        files.write_text(path, json.dumps(kept | ids) + "\n")
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    line = lines[0].rstrip(".")
+    if len(line) <= LONGEST_REASON:
+        return line
+    return f"{line[:LONGEST_REASON]}…"
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:

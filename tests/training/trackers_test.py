@@ -170,6 +170,73 @@ def test_trackers_start_before_anything_is_compiled(
         runs.run(config, tmp_path / "run", trackers__trackio__project="tiles")
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_run_that_its_tracker_refuses_leaves_the_workdir_as_it_was(
+    existed: bool, tmp_path: pathlib.Path, package: Package, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    monkeypatch.setitem(TRACKERS, "mlflow", TRACKERS["trackio"])
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = runs.write_config(tmp_path, runs.write_corpus(tmp_path / "corpus"))
+    workdir = tmp_path / "run"
+    if existed:
+        workdir.mkdir()
+        (workdir / "notes").write_text("mine")
+    both = {"trackers__mlflow__project": "tiles", "trackers__trackio__project": "tiles"}
+    with pytest.raises(UserError, match=r"^trackers\.trackio needs a package"):
+        runs.run(config, workdir, **both)
+    if existed:
+        assert {path.name for path in workdir.iterdir()} == {"notes", ".lock"}
+    else:
+        assert not workdir.exists()
+
+    # The next command may have another config.
+    runs.run(config, workdir, train__steps=3, optim__learning_rate=0.02)
+    assert read_metrics(workdir)[-1]["step"] == 3
+    assert not (workdir / "trackers.json").exists()
+
+
+class Unreachable:
+    """An MLflow without a server: urllib3 says each attempt, and the error has a long line."""
+
+    class entities:
+        Metric = None
+
+    class MlflowClient:
+        def get_experiment_by_name(self, name: str) -> None:
+            logging.getLogger("urllib3.connectionpool").warning("Retrying (Retry(total=1 …")
+            raise ConnectionError(f"HTTPConnectionPool: {1000 * 'x'}\nand a long trace")
+
+
+@pytest.mark.parametrize("uri", [None, "http://127.0.0.1:9"])
+def test_a_server_that_does_not_answer_is_one_short_line(
+    uri: str | None,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "1")  # what the tracker sets is forgotten after the test
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setitem(sys.modules, "mlflow", Unreachable)
+    with pytest.raises(UserError) as caught:
+        start(TrackersConfig(mlflow=TrackerConfig()), tmp_path / "run")
+    reason = f"HTTPConnectionPool: {180 * 'x'}…."
+    # Without an address the advice comes first.
+    if uri is None:
+        wanted = f"cannot be started. {ADVICE['mlflow']} It says: {reason}"
+    else:
+        wanted = f"cannot be started: {reason} {ADVICE['mlflow']}"
+    assert str(caught.value) == f"trackers.mlflow {wanted}"
+    assert caplog.messages == []
+    assert not (tmp_path / "run").exists()
+
+    logging.getLogger("urllib3.connectionpool").warning("said by others")
+    assert caplog.messages == ["said by others"], "the logger is silent for this alone"
+
+
 @pytest.fixture
 def alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """A folder without anybody's credentials and settings."""
@@ -257,6 +324,10 @@ def test_mlflow_that_cannot_start_is_one_line_with_advice(
         start(TrackersConfig(mlflow=TrackerConfig()), alone / "run")
     assert time.monotonic() - began < 60
     (line,) = str(caught.value).splitlines()
+    # Without an address the advice comes first.
+    if uri is None:
+        assert line.startswith(f"trackers.mlflow cannot be started. {ADVICE['mlflow']} It says: ")
+        return
     assert line.startswith("trackers.mlflow cannot be started: ")
     assert line.endswith(ADVICE["mlflow"])
 
