@@ -151,6 +151,19 @@ def test_denoisers_have_their_shares_and_one_span_at_the_end_is_a_prefix():
         assert segment.targets == [SENTINELS[0], *range(first + 30, first + 40), EOS]
 
 
+def test_segments_of_one_document_draw_a_denoiser_each():
+    denoisers = (SpanConfig(mode_id=MODE), SpanConfig(mode_id=MODE + 1, weight=3.0))
+    rows = packed(store([8000]), objective_of("denoise", 16, denoisers=denoisers))
+    modes = [segment.encoder[0] for segment in segments(epoch(rows))]
+    total = len(modes)
+    assert total > 400
+    assert abs(modes.count(MODE) - 0.25 * total) < 4 * (total * 0.25 * 0.75) ** 0.5
+
+    # The plan of a stored position: other draws would give a resumed run other rows.
+    variants = rows.plan.segments.width_args
+    assert variants[:12].tolist() == [1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1]
+
+
 def check_infilled(segment: Segment, config: InfillConfig, sentence_ends: set[int]) -> list[int]:
     """Returns the segment's text: the decoder gives it whole, and the encoder has whole sentences
     less what is hidden.
