@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.models.config import LayerConfig
 from research.models.layer_loops import LayerGroup, LayerLoop, Scanned, Unrolled
 from research.models.transformer import Transformer
 from tests.models.variants import VARIANTS, rows, unpacked
@@ -68,8 +69,15 @@ def test_scanned_layers_may_be_cut_too():
     np.testing.assert_allclose(found, hidden("windows", params, None), atol=1e-5)
 
 
-def test_scanned_layers_drop_the_same_as_unrolled_ones():
-    config = dataclasses.replace(VARIANTS["windows"], dropout=0.5)
+@pytest.mark.parametrize(
+    "first_layers", [(), (LayerConfig(),)], ids=["all scanned", "after a first layer"]
+)
+def test_scanned_layers_drop_the_same_as_unrolled_ones(first_layers: tuple[LayerConfig, ...]):
+    # Two rounds of the pattern and a leftover layer: the index of each in the stack makes its key.
+    num_layers = len(first_layers) + 5
+    config = dataclasses.replace(
+        VARIANTS["windows"], num_layers=num_layers, first_layers=first_layers, dropout=0.5
+    )
     assert len(config.pattern) == 2
     inputs = unpacked(rows(config, LENGTHS))
 
