@@ -184,30 +184,50 @@ def test_cpu_equals_reference_in_value_and_gradients(
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
+def value_and_bias_gradients(implementation, q, k, v, g, mask, bias, **options):
+    """Returns the values, and the gradients of q, k, v and the bias."""
+
+    def call(q, k, v, bias):
+        return attention(q, k, v, mask=mask, implementation=implementation, bias=bias, **options)
+
+    @jax.jit
+    def both(*arrays):
+        out, pull = jax.vjp(call, *arrays)
+        return (out, *pull(g))
+
+    return both(q, k, v, bias)
+
+
 def test_shards_of_heads_take_the_bias_of_their_heads(monkeypatch):
-    q, k, v, g = inputs(1, 512, 512, 4, 2, 8)
+    args = inputs(1, 512, 512, 4, 2, 8)
     # Each head looks at another offset, so the bias of another head gives other values.
     distance = np.arange(512)[:, None] - np.arange(512)
     offsets = np.array([1, 20, 100, 300])
     bias = jnp.asarray(-0.1 * np.abs(distance - offsets[:, None, None])[None], jnp.float32)
     monkeypatch.setattr(cpu_shards, "MAX_SHARDS", 2)
-    assert cpu_shards.shard_grid(q, k).head_shards == 2
+    assert cpu_shards.shard_grid(*args[:2]).head_shards == 2
 
-    def run(implementation):
-        def call(q, k, v, bias):
-            return attention(
-                q, k, v, mask=AttentionMask(), implementation=implementation, bias=bias
-            )
-
-        @jax.jit
-        def both(*arrays):
-            out, pull = jax.vjp(call, *arrays)
-            return (out, *pull(g))
-
-        return both(q, k, v, bias)
-
-    for got, want in zip(run("cpu"), run("reference"), strict=True):
+    found = value_and_bias_gradients("cpu", *args, AttentionMask(), bias)
+    expected = value_and_bias_gradients("reference", *args, AttentionMask(), bias)
+    for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 36), (2, 4, 36, 1)], ids=["over queries", "over keys"])
+def test_a_bias_that_is_broadcast_equals_the_reference(shape, monkeypatch):
+    # Two bands of two tiles and four queries left over; the later ones do not reach the first keys.
+    monkeypatch.setattr(cpu_tile, "TILE", 8)
+    monkeypatch.setattr(cpu_tile, "TARGET_BANDS", 3)
+    args = inputs(2, 36, 36, 4, 2, 8)
+    mask = AttentionMask(causal=True, window=10)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    # Without a sink, a number that is added to the scores of all keys changes nothing.
+    sinks = jnp.arange(4, dtype=jnp.float32)
+
+    found = value_and_bias_gradients("cpu", *args, mask, bias, sinks=sinks)
+    expected = value_and_bias_gradients("reference", *args, mask, bias, sinks=sinks)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_cpu_in_bfloat16_is_as_near_to_float32_as_the_reference():
