@@ -158,6 +158,9 @@ def test_a_gradient_made_beside_the_loss_makes_the_logits_once():
     ("vocab", "dtype", "platform", "expected"),
     [
         (101, "bfloat16", "cpu", True),
+        # The largest vocabulary of which `MIN_FAST_CHUNK` tokens fit, and the next.
+        (2**16, "bfloat16", "cpu", True),
+        (2**16 + 1, "bfloat16", "cpu", False),
         (2**17, "float32", "cpu", True),
         (2**17, "bfloat16", "cpu", False),
         (101, "float32", "tpu", False),

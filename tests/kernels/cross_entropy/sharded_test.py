@@ -52,6 +52,29 @@ def test_chunks_equal_the_reference_on_a_mesh_that_splits(name, batch):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "fused"])
+def test_gradient_of_a_bfloat16_kernel_is_summed_over_devices_in_float32(implementation):
+    hidden, table, targets, cotangents = inputs((4, 16), vocab=64)
+    table = table.astype(jnp.bfloat16)
+
+    # The second four of eight devices take back nearly all that the first four give, so a sum of
+    # rounded gradients would be nothing but their errors.
+    hidden = jnp.concatenate([hidden, hidden])
+    targets = jnp.concatenate([targets, targets])
+    cotangents = tuple(jnp.concatenate([x, (2**-9 - 1) * x]) for x in cotangents)
+    *_, expected = value_and_gradients(
+        hidden, table.astype(jnp.float32), targets, cotangents, implementation="reference"
+    )
+
+    mesh, hidden, table = on_mesh("tokens twice, width", hidden, table)
+    with jax.set_mesh(mesh):
+        *_, found = value_and_gradients(
+            hidden, table, targets, cotangents, implementation=implementation
+        )
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(found), expected, atol=0.01 * np.abs(expected).max())
+
+
 def compiled_gradient(mesh, hidden, table, targets, cotangents, **options):
     """Returns the HLO of the compiled gradient on a mesh."""
     options["implementation"] = "chunked"
