@@ -1,11 +1,15 @@
 """Best-fit packing: which segments of which documents share a row, planned from lengths alone.
 
 The documents are put in an order that the seed fixes, and packed block by block, so the planner
-needs bounded memory. The content of row i depends on the corpus, the objective, the seed and
-`block_documents` alone. Inside a block a document is cut into the longest segments that fill a row,
+needs bounded memory. Inside a block a document is cut into the longest segments that fill a row,
 and the rest is packed by best-fit decreasing: longest first, each into the fullest row that still
 has room. A row of an encoder-decoder has two sides, the decoder's and the encoder's, and a segment
 must fit into both.
+
+The segments of a planned row are the same in every epoch: they depend on the corpus, the objective,
+the seed and `block_documents` alone. What the objective draws for them depends on the epoch, too.
+As the index in a stream of rows fixes the epoch, the row at global index i, random draws included,
+depends on the data, the config, the seed and i alone.
 
 Source: Ding et al. 2024, arXiv:2404.10830, section 3 (there over the whole corpus; here over
     blocks).

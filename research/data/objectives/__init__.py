@@ -136,8 +136,8 @@ def special_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> Ids:
 
 def identity(config: ObjectiveConfig, objective: Objective) -> list[Any]:
     """Returns the JSON values of the objective that go into the data-order digest."""
-    # Causal checkpoints were written before other objectives existed; their digest has nothing of
-    # it.
+    # The digest of causal rows has nothing of the objective, so that checkpoints from before there
+    # were other objectives stay valid.
     if config.kind == "causal":
         return []
     return [plain(config), objective.ids.stored()]

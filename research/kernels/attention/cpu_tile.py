@@ -20,8 +20,8 @@ from research.kernels.attention.terms import ScoreTerms
 
 # Queries per tile.
 TILE = 128
-# Longer sequences are cut into at most this many bands; the last may be yielded as two, its whole
-# tiles and a shorter tile.
+# The queries are cut into ceil(T / band size) bands, which are at most this many (see `bands`). The
+# last may be yielded as two, its whole tiles and a shorter tile, so a call may fold one band more.
 TARGET_BANDS = 8
 # The score of a hidden key: finite, so that sums stay finite. exp(HIDDEN - m) is 0 for every row
 # maximum m >= HIDDEN / 2; the forward pass clamps m to that.
