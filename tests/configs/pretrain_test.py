@@ -1,6 +1,7 @@
 """Training configs bind whole."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -17,7 +18,9 @@ def test_config_binds_and_says_what_it_cost(path: pathlib.Path):
     load_experiment(str(path), [])
     header = path.read_text().partition('"""\n\nimport')[0]
     assert "tessera train --config=configs/pretrain/" in header
-    assert "unmeasured" in header or "README" in header
+    pages = re.findall(r"\bdocs/[\w-]+\.md|\bREADME\b", header)
+    assert "unmeasured" in header or pages
+    assert all((FOLDER.parents[1] / page.replace("README", "README.md")).exists() for page in pages)
 
 
 @pytest.mark.parametrize("size", gpt2.SIZES)
