@@ -90,7 +90,7 @@ def retry_ignored_signals() -> Iterator[None]:
             return
 
         if isinstance(exception, Terminated):
-            # It ignores SIGTERM from then on.
+            # `_terminate` has made the process ignore SIGTERM.
             signal.signal(signal.SIGTERM, _terminate)
         timer = threading.Timer(_RETRY_AFTER, os.kill, (os.getpid(), number))
         timer.daemon = True

@@ -23,15 +23,22 @@ BAD_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD_LINES)
-def test_bad_lines_are_counted_and_named_and_fail_past_the_limit(tmp_path, line, message):
-    path = tmp_path / "a.jsonl"
+def read_around(path, line: bytes) -> str:
+    """Writes a bad line, the third of its file, between two good ones, which are read; returns what
+    is said of it.
+    """
     path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good too"}\n')
     report = SourceReport()
     config = SourceConfig(kind="jsonl", path=str(path), heldout_fraction=0.0, max_bad_fraction=0.5)
     assert [d.text for d in documents(config, "train", report)] == ["good", "good too"]
     assert report.bad == 1
-    assert message in report.first_bad
+    return report.first_bad
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_bad_lines_are_counted_and_named_and_fail_past_the_limit(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    assert message in read_around(path, line)
     strict = SourceConfig(kind="jsonl", path=str(path), max_bad_fraction=0.3)
     with pytest.raises(
         UserError, match=message.replace("[", r"\[") + r".*\(1 of 3 records are bad"
@@ -81,13 +88,7 @@ HARD_LINES = {
 @pytest.mark.parametrize("name", HARD_LINES)
 def test_whatever_a_line_raises_is_one_bad_record(tmp_path, name):
     line, message = HARD_LINES[name]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good too"}\n')
-    report = SourceReport()
-    config = SourceConfig(kind="jsonl", path=str(path), heldout_fraction=0.0, max_bad_fraction=0.5)
-    assert [d.text for d in documents(config, "train", report)] == ["good", "good too"]
-    assert report.bad == 1
-    assert f"a.jsonl:2: {message}" in report.first_bad
+    assert f"a.jsonl:3: {message}" in read_around(tmp_path / "a.jsonl", line)
 
 
 def test_a_pair_that_is_bad_twice_is_one_bad_record(tmp_path):
