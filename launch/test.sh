@@ -12,5 +12,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh "${EXTRA:-test}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# A file of tests stays in one process, which compiles what they share once.
-exec "$PYTHON" -m pytest -m fast -n 2 --dist loadfile --durations=20 "$@"
+# A file of tests stays in one process, which compiles what they share once. A process that dies ends
+# the run: pytest-xdist can wait for ever for the one that takes its place.
+exec "$PYTHON" -m pytest -m fast -n 2 --dist loadfile --max-worker-restart=0 --durations=20 "$@"

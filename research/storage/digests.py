@@ -55,11 +55,12 @@ def digests(named: Mapping[str, Array]) -> dict[str, str]:
 
     All processes that hold a part of an array must call this.
     """
-    # All are started before the first is waited for.
-    on_devices = {name: _digest_on_devices(array) for name, array in named.items()}
-
     texts = {}
-    for name, sums in on_devices.items():
+    for name, array in named.items():
+        # Each is waited for, on all devices, before the next starts: with more than 32 programs
+        # under way, the CPU devices of one process can stand still for ever. A thread that may not
+        # start one yet then holds the place of one whose part of a collective is waited for.
+        sums = jax.block_until_ready(_digest_on_devices(array))
         texts[name] = _text(np.asarray(sums))
     return texts
 

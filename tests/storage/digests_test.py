@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from research.storage import digests as digests_module
 from research.storage.digests import RunningDigest, _column_hashes, digest_sums, digests
 
 SHAPE = (3, 5)
@@ -124,3 +125,24 @@ def test_a_running_digest_that_lacks_a_part_is_refused():
     running.add(np.zeros((3, 4), np.float32), (0, 0))
     with pytest.raises(AssertionError, match="every element"):
         running.text()
+
+
+def test_one_digest_is_under_way_at_a_time(monkeypatch):
+    # Eight CPU devices stand still for ever with more than 32 programs under way.
+    under_way = []
+    digest_on_devices = digests_module._digest_on_devices
+
+    def start(x):
+        assert all(sums.is_ready() for sums in under_way)
+        under_way.append(digest_on_devices(x))
+        return under_way[-1]
+
+    monkeypatch.setattr(digests_module, "_digest_on_devices", start)
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    arrays = {
+        str(index): jax.device_put(np.full((4096, 64), index, np.float32), sharding)
+        for index in range(6)
+    }
+    assert len(set(digests(arrays).values())) == 6
+    assert len(under_way) == 6
