@@ -122,9 +122,18 @@ class Package:
 
     def unread(self) -> set[tuple[str, str]]:
         """Pairs of a config class and a field of it that nothing reads."""
-        return {
-            (owner, name) for owner, names in self.fields.items() for name in names
-        } - self.fields_read()
+        declared = {
+            (owner, name)
+            for owner, names in self.fields.items()
+            for name in names
+            if not self._is_new_default(owner, name)
+        }
+        return declared - self.fields_read()
+
+    def _is_new_default(self, owner: str, name: str) -> bool:
+        """Whether a class gives a field of its base a default: what reads the base reads it."""
+        bases = self._with_bases(frozenset(self._bases[owner]))
+        return any(name in self.fields.get(base, ()) for base in bases)
 
 
 def _is_self(node: ast.expr) -> bool:

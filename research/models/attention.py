@@ -85,7 +85,7 @@ def dot_product(
     """
     scale = 1 / math.sqrt(width) if config.scale is None else config.scale
     terms = ScoreTerms(bias, alibi, sinks, config.softcap, scale)
-    return DotProduct(terms, config.implementation)
+    return DotProduct(terms, config.implementation, config.exchange)
 
 
 class Attention(nn.Module):

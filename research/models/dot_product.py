@@ -5,7 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from research.kernels.attention import AttentionMask, Implementation, ScoreTerms, attention
+from research.kernels.attention import (
+    AttentionMask,
+    Implementation,
+    KeyExchange,
+    ScoreTerms,
+    attention,
+)
 from research.kernels.decode_attention import KVPages, decode_attention
 
 
@@ -16,10 +22,12 @@ class DotProduct:
     Attributes:
       terms: of the scores: scale, soft cap, bias, ALiBi slopes, sinks.
       implementation: which kernel computes it.
+      exchange: how queries meet the keys of other devices.
     """
 
     terms: ScoreTerms
     implementation: Implementation = "auto"
+    exchange: KeyExchange = KeyExchange()
 
     def __call__(
         self,
@@ -41,6 +49,7 @@ class DotProduct:
             sinks=terms.sinks,
             scale=terms.scale,
             implementation=self.implementation,
+            exchange=self.exchange,
         )
 
     def over_pages(

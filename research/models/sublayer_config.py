@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from research.core.errors import UserError
+from research.kernels.attention import KeyExchange
 
 # JAX's limit on the length of an axis.
 _LIMIT = 2**31
@@ -70,6 +71,7 @@ class AttentionConfig:
       latent: multi-head latent attention, or None.
       implementation: which kernel computes it; `auto` picks by backend, but never `reference`,
         which holds all scores of a layer.
+      exchange: how queries meet the keys of other devices, where `mesh.context` shards the tokens.
     """
 
     num_heads: int
@@ -83,6 +85,7 @@ class AttentionConfig:
     qk_norm: Literal["none", "head", "all"] = "none"
     latent: LatentConfig | None = None
     implementation: Literal["auto", "reference", "cpu", "tpu", "gpu", "cudnn"] = "auto"
+    exchange: KeyExchange = KeyExchange()
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "num_kv_heads", "head_dim")

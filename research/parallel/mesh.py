@@ -3,8 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from research.core.errors import UserError
@@ -12,7 +15,43 @@ from research.parallel.mesh_axes import MESH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class SlicesConfig:
+    """How many slices lie along each mesh axis; their product is the number of slices.
+
+    A slice is a set of devices with a fast network among them: a TPU slice, or a node of GPUs. A
+    slower network joins the slices. Each size divides that of the same axis of the mesh: `data` 8
+    over 2 slices has 4 replicas in each.
+
+    Attributes:
+      data, fsdp, pipeline, context, expert, tensor: slices along that axis.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in self.sizes().items():
+            if size < 1:
+                raise UserError(name, size, "must be at least 1.")
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the sizes by name, outermost axis first."""
+        return {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "pipeline": self.pipeline,
+            "context": self.context,
+            "expert": self.expert,
+            "tensor": self.tensor,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(SlicesConfig):
     """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 for
     what is left.
 
@@ -21,16 +60,13 @@ class MeshConfig:
       fsdp: shards of the parameters, which shard the batch too.
       pipeline: stages of layers.
       context: shards of the sequence.
-      expert: shards of the experts.
+      expert: shards of the experts, which shard the batch too.
       tensor: shards of heads, MLP width and vocabulary.
+      slices: how many slices, which a slower network joins, lie along each axis.
     """
 
     data: int = -1
-    fsdp: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    tensor: int = 1
+    slices: SlicesConfig = SlicesConfig()
 
     def __post_init__(self) -> None:
         sizes = self.sizes()
@@ -43,20 +79,6 @@ class MeshConfig:
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise UserError(free[1], -1, f": only one size may be -1, and {free[0]} is.")
-        for name in ("pipeline", "context", "expert"):
-            if sizes[name] != 1:
-                raise UserError(name, sizes[name], "must be 1: nothing is sharded over it yet.")
-
-    def sizes(self) -> dict[str, int]:
-        """Returns the axis sizes by name, outermost axis first."""
-        return {
-            "data": self.data,
-            "fsdp": self.fsdp,
-            "pipeline": self.pipeline,
-            "context": self.context,
-            "expert": self.expert,
-            "tensor": self.tensor,
-        }
 
 
 def resolve_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -103,15 +125,73 @@ def _misfit(sizes: dict[str, int], num_devices: int) -> str:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh over `devices` (all of them by default), laid out along their network.
+    """Returns the mesh over `devices` (all of them by default), laid out along their networks.
 
     Raises:
-      UserError: the sizes do not fit the number of devices.
+      UserError: the sizes do not fit the number of devices, or the slices.
     """
     if devices is None:
         devices = jax.devices()
     sizes = resolve_sizes(config, len(devices))
-    # Sizes in the order of the axes: data 4 and tensor 2 are (4, 1, 1, 1, 1, 2).
-    shape = tuple(sizes[name] for name in MESH_AXES)
+    groups = split_slices(config.slices, devices)
+    across = config.slices.sizes()
+    within = _sizes_within(sizes, across)
+
+    # data 4 and tensor 2 in one slice are (4, 1, 1, 1, 1, 2).
+    shape = tuple(within.values())
+    laid_out = [_lay_out(shape, group) for group in groups]
+    # 2 slices along data: slice i has replicas 4 i to 4 i + 3 of (8, 1, 1, 1, 1, 2).
+    grid = np.empty(len(groups), dtype=object)
+    grid[:] = laid_out
+    blocks = grid.reshape(tuple(across.values()))
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    return Mesh(np.block(blocks.tolist()), MESH_AXES, axis_types=axis_types)
+
+
+def split_slices(slices: SlicesConfig, devices: Sequence[Any]) -> list[list[Any]]:
+    """Returns the devices of each slice.
+
+    TPUs say which slice they are in. Other devices are cut in order: those of a node follow each
+    other.
+
+    Raises:
+      UserError: there are other slices than the config names.
+    """
+    count = math.prod(slices.sizes().values())
+    named = {getattr(device, "slice_index", None) or 0 for device in devices}
+    if len(named) > 1:
+        if len(named) != count:
+            raise UserError(
+                "mesh.slices", count, f"in all, but the devices are in {len(named)} slices."
+            )
+        return [
+            [device for device in devices if (device.slice_index or 0) == index]
+            for index in sorted(named)
+        ]
+
+    if len(devices) % count:
+        raise UserError("mesh.slices", count, f"in all do not divide {len(devices)} devices.")
+    # 8 devices in 2 slices: 0 to 3, 4 to 7
+    size = len(devices) // count
+    return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
+
+
+def _sizes_within(sizes: dict[str, int], across: dict[str, int]) -> dict[str, int]:
+    """Returns the axis sizes of one slice.
+
+    Args:
+      sizes: of the mesh.
+      across: slices along each axis.
+    """
+    for name, size in sizes.items():
+        if size % across[name]:
+            raise UserError(
+                f"mesh.slices.{name}", across[name], f"does not divide mesh.{name} = {size}."
+            )
+    return {name: size // across[name] for name, size in sizes.items()}
+
+
+def _lay_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Returns the devices of one slice as an array, neighbours along an axis near each other."""
+    # An axis of a TPU's torus may be cut in two: tensor 8 on a torus of 4 × 4 × 4.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -1,7 +1,12 @@
 """The names of the mesh axes, for the mesh itself, the rules, and kernels in a `shard_map`."""
 
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
-# Those that shard the batch.
-BATCH_AXES = ("data", "fsdp")
+# Those that shard the batch. Tokens of all of them meet the experts, which `expert` shards.
+BATCH_AXES = ("data", "fsdp", "expert")
+# That which shards the tokens of a row.
+CONTEXT_AXIS = "context"
+# Those that shard the width of parameters, in so far as they shard nothing else of an array: all
+# devices along them see other tokens, and so each can keep a part of the parameters.
+WIDTH_AXES = ("fsdp", "context", "expert")
 # That which shards heads, MLP width and vocabulary.
 TENSOR_AXIS = "tensor"

@@ -1,5 +1,6 @@
 """The one table from logical axis names to mesh axes, and what follows from it."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -10,21 +11,22 @@ from jaxtyping import Array, Shaped
 
 from research.core.errors import UserError
 from research.core.trees import path_name
-from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, WIDTH_AXES
 from research.parallel.parameter import is_box
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used
-# again, so activations, whose batch takes `fsdp`, do not shard their width, while parameters do.
+# again. Activations, whose batch takes `fsdp` and `expert` and whose length takes `context`, do not
+# shard their width, while parameters do; those of experts shard it over what `expert` leaves.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
-    ("length", ("context",)),
+    ("length", (CONTEXT_AXIS,)),
     ("layers", ("pipeline",)),
     ("expert", ("expert",)),
     ("vocab", (TENSOR_AXIS,)),
     ("heads", (TENSOR_AXIS,)),
     ("kv_heads", (TENSOR_AXIS,)),
     ("mlp", (TENSOR_AXIS,)),
-    ("embed", ("fsdp",)),
+    ("embed", WIDTH_AXES),
     ("positions", ()),
     ("head", ()),
     ("latent", ()),
@@ -44,16 +46,17 @@ def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
     unknown = set(names) - known - {None}
     assert not unknown, f"logical axes {unknown} have no rule"
 
-    # ("batch", "length", "embed") -> (("data", "fsdp"), "context", None): the batch took `fsdp`.
+    # ("batch", "length", "embed") -> (("data", "fsdp", "expert"), "context", None)
     spec: list[Any] = [None] * len(names)
     taken: set[str] = set()
     for name, mesh_axes in RULES:
         for i, axis in enumerate(names):
-            if axis != name or not mesh_axes or taken & set(mesh_axes):
+            free = tuple(mesh_axis for mesh_axis in mesh_axes if mesh_axis not in taken)
+            if axis != name or not free:
                 continue
             # A tuple of one axis is written as that axis.
-            spec[i] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
-            taken |= set(mesh_axes)
+            spec[i] = free if len(free) > 1 else free[0]
+            taken |= set(free)
     return PartitionSpec(*spec)
 
 
@@ -74,19 +77,38 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(path: tuple[Any, ...], box: nn.LogicallyPartitioned) -> NamedSharding:
-        # ("embed", "mlp") of [64, 256] -> ("fsdp", "tensor"): fsdp must divide 64, tensor 256.
         spec = partition_spec(box.names)
-        for name, size, mesh_axis in zip(box.names, box.value.shape, spec, strict=True):
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-                raise UserError(
-                    f"mesh.{mesh_axis}",
-                    mesh.shape[mesh_axis],
-                    f"does not divide {name} = {size} of {path_name(path)}. Use "
-                    f"{_divisors(size, mesh.size)}.",
-                )
+        for name, size, mesh_axes in zip(box.names, box.value.shape, spec, strict=True):
+            _check_divides(mesh, mesh_axes, size, f"{name} = {size} of {path_name(path)}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_box)
+
+
+def _check_divides(
+    mesh: Mesh, mesh_axes: str | tuple[str, ...] | None, size: int, what: str
+) -> None:
+    """Raises UserError where mesh axes together do not divide a size.
+
+    Args:
+      mesh: the devices.
+      mesh_axes: of a `PartitionSpec`, for one axis of an array.
+      size: of that axis.
+      what: it is, with its size.
+    """
+    if mesh_axes is None:
+        return
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+    # ("fsdp", "context", "expert") of sizes 4, 1 and 3: the error names fsdp and expert.
+    used = [name for name in names if mesh.shape[name] > 1]
+    shards = math.prod(mesh.shape[name] for name in used)
+    if size % shards == 0:
+        return
+    fields = " × ".join(f"mesh.{name}" for name in used)
+    together = "" if len(used) == 1 else " together"
+    raise UserError(
+        fields, shards, f"does not divide {what}. Use {_divisors(size, mesh.size)}{together}."
+    )
 
 
 def _divisors(size: int, limit: int) -> str:
@@ -188,15 +210,32 @@ def _device_count(sharding: NamedSharding, devices: Collection[jax.Device] | Non
     return len(devices)
 
 
-def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises UserError where the mesh cannot shard the rows of every microbatch evenly."""
+def check_batch(batch_size: int, length: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises UserError where the mesh cannot shard every microbatch evenly.
+
+    Args:
+      batch_size: rows of the batch, B.
+      length: tokens of a row, T.
+      accumulation: microbatches of the batch.
+      mesh: the devices.
+    """
     # data 2, fsdp 2 and 2 microbatches: 8 parts; of 20 rows there should be 16.
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES) * accumulation
     if batch_size % parts:
+        fields = " × ".join(f"mesh.{name}" for name in BATCH_AXES)
         rows_of_part = max(1, batch_size // parts)
         raise UserError(
             "train.batch_size",
             batch_size,
-            f"is not a multiple of mesh.data × mesh.fsdp × train.accumulation = {parts}. Use "
+            f"is not a multiple of {fields} × train.accumulation = {parts}. Use "
             f"{rows_of_part * parts}.",
+        )
+
+    shards = mesh.shape[CONTEXT_AXIS]
+    if length % shards:
+        tokens_of_shard = max(1, length // shards)
+        raise UserError(
+            "train.sequence_length",
+            length,
+            f"is not a multiple of mesh.context = {shards}. Use {tokens_of_shard * shards}.",
         )

@@ -156,7 +156,7 @@ def build_program(
       UserError: sizes that do not fit the devices, or a schedule longer than the run.
     """
     devices_mesh = make_mesh(mesh, devices)
-    check_batch(train.batch_size, train.accumulation, devices_mesh)
+    check_batch(train.batch_size, train.sequence_length, train.accumulation, devices_mesh)
     boxed = jax.eval_shape(init, jax.random.key(0))
     trainable, frozen = jax.eval_shape(partition.split, boxed)
     optimizer, learning_rate = build_optimizer(optim, logical_axes(trainable), train.steps)

@@ -1,13 +1,22 @@
 """A mesh that does not fit says which size to change."""
 
+from typing import Any, NamedTuple
+
 import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.parallel.distributed import DistributedConfig
-from research.parallel.mesh import MeshConfig, make_mesh, resolve_sizes
+from research.parallel.mesh import (
+    MeshConfig,
+    SlicesConfig,
+    make_mesh,
+    resolve_sizes,
+    split_slices,
+)
 from research.parallel.mesh_axes import MESH_AXES
 
 
@@ -81,13 +90,51 @@ def test_advice_is_followed_by_a_mesh_that_fits(devices: int, data: int, fsdp: i
         ({"tensor": 0}, "tensor = 0 must be at least 1, or -1"),
         ({"fsdp": -2}, "fsdp = -2 must be at least 1, or -1"),
         ({"tensor": -1}, "tensor = -1: only one size may be -1, and data is"),
-        ({"pipeline": 2}, "pipeline = 2 must be 1"),
+        ({"context": 0}, "context = 0 must be at least 1, or -1"),
     ],
 )
 def test_impossible_size_is_refused(fields: dict[str, int], message: str):
     with pytest.raises(UserError) as caught:
         MeshConfig(**fields)
     assert str(caught.value).startswith(message)
+
+
+def test_each_slice_has_its_part_of_an_axis():
+    mesh = make_mesh(MeshConfig(data=4, tensor=2, slices=SlicesConfig(data=2)))
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    # Replicas 0 and 1 are in the first slice, the devices 0 to 3.
+    np.testing.assert_array_equal(ids.reshape(4, 2), [[0, 1], [2, 3], [4, 5], [6, 7]])
+    mesh = make_mesh(MeshConfig(data=2, tensor=4, slices=SlicesConfig(tensor=2)))
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(ids.reshape(2, 4), [[0, 1, 4, 5], [2, 3, 6, 7]])
+
+
+def test_slices_of_tpus_are_those_that_the_devices_name():
+    class Device(NamedTuple):
+        id: int
+        slice_index: int
+
+    devices = [Device(index, index % 2) for index in range(4)]
+    found = split_slices(SlicesConfig(fsdp=2), devices)
+    assert [[device.id for device in part] for part in found] == [[0, 2], [1, 3]]
+    with pytest.raises(UserError, match=r"mesh.slices = 1 in all, but the devices are in 2 slices"):
+        split_slices(SlicesConfig(), devices)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"slices": SlicesConfig(data=3)}, "mesh.slices = 3 in all do not divide 8 devices."),
+        (
+            {"data": 1, "fsdp": 8, "slices": SlicesConfig(data=2)},
+            "mesh.slices.data = 2 does not divide mesh.data = 1.",
+        ),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(UserError) as caught:
+        make_mesh(MeshConfig(**fields))
+    assert str(caught.value) == message
 
 
 def test_mesh_has_every_axis_and_each_device_once():

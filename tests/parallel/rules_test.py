@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.config import NormConfig, PositionConfig
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
-from research.parallel.mesh_axes import MESH_AXES
 from research.parallel.parameter import logical_axes
 from research.parallel.rules import (
     batch_sharding,
@@ -37,52 +36,55 @@ FULL = tiny_config(
     position=PositionConfig(kind="learned"),
     layer_loop="scan",
 )
+# The mesh axes of the width of a parameter, where it is not one of experts.
+WIDTH = ("fsdp", "context", "expert")
+BATCH = ("data", "fsdp", "expert")
 SPECS = {
-    "embed/embedding": ("tensor", "fsdp"),
-    "position_embed/embedding": (None, "fsdp"),
-    "unembed": ("fsdp", "tensor"),
-    "final_norm/scale": ("fsdp",),
-    "final_norm/bias": ("fsdp",),
-    "layers/attention/query/kernel": ("pipeline", "fsdp", "tensor", None),
+    "embed/embedding": ("tensor", WIDTH),
+    "position_embed/embedding": (None, WIDTH),
+    "unembed": (WIDTH, "tensor"),
+    "final_norm/scale": (WIDTH,),
+    "final_norm/bias": (WIDTH,),
+    "layers/attention/query/kernel": ("pipeline", WIDTH, "tensor", None),
     "layers/attention/query/bias": ("pipeline", "tensor", None),
-    "layers/attention/key/kernel": ("pipeline", "fsdp", "tensor", None),
+    "layers/attention/key/kernel": ("pipeline", WIDTH, "tensor", None),
     "layers/attention/key/bias": ("pipeline", "tensor", None),
-    "layers/attention/value/kernel": ("pipeline", "fsdp", "tensor", None),
+    "layers/attention/value/kernel": ("pipeline", WIDTH, "tensor", None),
     "layers/attention/value/bias": ("pipeline", "tensor", None),
-    "layers/attention/out/kernel": ("pipeline", "tensor", None, "fsdp"),
-    "layers/attention/out/bias": ("pipeline", "fsdp"),
-    "layers/attention_norm/scale": ("pipeline", "fsdp"),
-    "layers/attention_norm/bias": ("pipeline", "fsdp"),
-    "layers/mlp/gate/kernel": ("pipeline", "fsdp", "tensor"),
+    "layers/attention/out/kernel": ("pipeline", "tensor", None, WIDTH),
+    "layers/attention/out/bias": ("pipeline", WIDTH),
+    "layers/attention_norm/scale": ("pipeline", WIDTH),
+    "layers/attention_norm/bias": ("pipeline", WIDTH),
+    "layers/mlp/gate/kernel": ("pipeline", WIDTH, "tensor"),
     "layers/mlp/gate/bias": ("pipeline", "tensor"),
-    "layers/mlp/up/kernel": ("pipeline", "fsdp", "tensor"),
+    "layers/mlp/up/kernel": ("pipeline", WIDTH, "tensor"),
     "layers/mlp/up/bias": ("pipeline", "tensor"),
-    "layers/mlp/down/kernel": ("pipeline", "tensor", "fsdp"),
-    "layers/mlp/down/bias": ("pipeline", "fsdp"),
-    "layers/mlp_norm/scale": ("pipeline", "fsdp"),
-    "layers/mlp_norm/bias": ("pipeline", "fsdp"),
+    "layers/mlp/down/kernel": ("pipeline", "tensor", WIDTH),
+    "layers/mlp/down/bias": ("pipeline", WIDTH),
+    "layers/mlp_norm/scale": ("pipeline", WIDTH),
+    "layers/mlp_norm/bias": ("pipeline", WIDTH),
 }
 # Parameters of other models, by variant.
 OTHER_SPECS = {
     "shared experts": {
-        "layers_0/mlp/router/kernel": ("fsdp", None),
+        "layers_0/mlp/router/kernel": (WIDTH, None),
         "layers_0/mlp/selection_bias": (None,),
-        "layers_0/mlp/experts/up/kernel": ("expert", "fsdp", "tensor"),
-        "layers_0/mlp/experts/down/kernel": ("expert", "tensor", "fsdp"),
-        "layers_0/mlp/shared/up/kernel": ("fsdp", "tensor"),
-        "layers_0/mlp/shared_gate/kernel": ("fsdp", None),
+        "layers_0/mlp/experts/up/kernel": ("expert", ("fsdp", "context"), "tensor"),
+        "layers_0/mlp/experts/down/kernel": ("expert", "tensor", ("fsdp", "context")),
+        "layers_0/mlp/shared/up/kernel": (WIDTH, "tensor"),
+        "layers_0/mlp/shared_gate/kernel": (WIDTH, None),
     },
     "latent": {
-        "layers_0/attention/query_down/kernel": ("fsdp", None),
+        "layers_0/attention/query_down/kernel": (WIDTH, None),
         "layers_0/attention/query_norm/scale": (None,),
         "layers_0/attention/query/kernel": (None, "tensor", None),
-        "layers_0/attention/latent/kernel": ("fsdp", None),
-        "layers_0/attention/turned_key/kernel": ("fsdp", None, None),
+        "layers_0/attention/latent/kernel": (WIDTH, None),
+        "layers_0/attention/turned_key/kernel": (WIDTH, None, None),
         "layers_0/attention/key/kernel": (None, "tensor", None),
         "layers_0/attention/value/kernel": (None, "tensor", None),
     },
     "buckets": {"position_bias/embedding": (None, "tensor")},
-    "encoder": {"type_embed/embedding": (None, "fsdp"), "pooler/classes/kernel": ("fsdp", None)},
+    "encoder": {"type_embed/embedding": (None, WIDTH), "pooler/classes/kernel": (WIDTH, None)},
 }
 
 
@@ -108,21 +110,17 @@ def test_parameters_of_experts_latents_and_encoders_lie_as_the_table_says(varian
 
 
 def test_a_low_rank_is_whole_on_every_device():
-    assert partition_spec(("embed", "rank")) == PartitionSpec("fsdp", None)
+    assert partition_spec(("embed", "rank")) == PartitionSpec(WIDTH, None)
     assert partition_spec(("layers", "rank", "heads", "head")) == PartitionSpec(
         "pipeline", None, "tensor", None
     )
 
 
 def test_activations_share_out_the_batch_and_keep_their_width():
-    assert partition_spec(("batch", "length", "embed")) == PartitionSpec(
-        ("data", "fsdp"), "context", None
-    )
-    assert partition_spec(("batch", "length", "mlp")) == PartitionSpec(
-        ("data", "fsdp"), "context", "tensor"
-    )
+    assert partition_spec(("batch", "length", "embed")) == PartitionSpec(BATCH, "context", None)
+    assert partition_spec(("batch", "length", "mlp")) == PartitionSpec(BATCH, "context", "tensor")
     assert partition_spec(("batch", "length", "heads", "head")) == PartitionSpec(
-        ("data", "fsdp"), "context", "tensor", None
+        BATCH, "context", "tensor", None
     )
     assert partition_spec((None, "vocab")) == PartitionSpec(None, "tensor")
 
@@ -137,6 +135,7 @@ def test_constraint_acts_under_a_mesh_and_not_without(mesh):
     assert constrain(x, ("batch", "length", "embed")) is x
     with jax.set_mesh(mesh):
         laid = jax.jit(lambda x: constrain(x, ("batch", "length", "embed")))(x)
+    # Of the axes that shard the batch, that of experts has one device.
     assert laid.sharding.spec[0] == ("data", "fsdp")
 
 
@@ -178,16 +177,18 @@ def test_parameter_that_the_mesh_does_not_divide_is_named():
 
 
 def test_batch_that_cannot_be_shared_out_is_refused(mesh):
-    check_batch(8, 2, mesh)
+    check_batch(8, 6, 2, mesh)
     with pytest.raises(UserError) as caught:
-        check_batch(12, 2, mesh)
+        check_batch(12, 6, 2, mesh)
     message = (
-        "train.batch_size = 12 is not a multiple of mesh.data × mesh.fsdp × "
+        "train.batch_size = 12 is not a multiple of mesh.data × mesh.fsdp × mesh.expert × "
         "train.accumulation = 8. Use 8."
     )
     assert str(caught.value) == message
+    with pytest.raises(UserError, match=r"train.sequence_length = 6 .* mesh.context = 4. Use 4\."):
+        check_batch(8, 6, 1, make_mesh(MeshConfig(context=4)))
     with pytest.raises(UserError, match=r"train.batch_size = 2 .* Use 4\."):
-        check_batch(2, 1, mesh)
+        check_batch(2, 6, 1, mesh)
 
 
 def test_rows_of_a_batch_are_shared_out_over_data_and_fsdp(mesh):
@@ -214,12 +215,6 @@ def test_process_holds_the_part_of_the_batch_that_its_devices_hold(sizes, proces
     assert [process_rows(batch_sharding(mesh), 16, mine) for mine in devices] == parts
 
 
-def context_mesh(**sizes: int) -> jax.sharding.Mesh:
-    """A mesh that shards rows along their length, which no run may have yet."""
-    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
 @pytest.mark.parametrize(
     ("sizes", "processes", "parts"),
     [
@@ -229,12 +224,12 @@ def context_mesh(**sizes: int) -> jax.sharding.Mesh:
             4,
             [(0, 2, 0, 12), (0, 2, 12, 24), (1, 2, 0, 12), (1, 2, 12, 24)],
         ),
-        ({"context": 4, "tensor": 2}, 4, [(0, 1, 6 * i, 6 * i + 6) for i in range(4)]),
-        ({"fsdp": 8}, 2, [(0, 2, 0, 24), (1, 2, 0, 24)]),
+        ({"data": 1, "context": 4, "tensor": 2}, 4, [(0, 1, 6 * i, 6 * i + 6) for i in range(4)]),
+        ({"data": 1, "fsdp": 8}, 2, [(0, 2, 0, 24), (1, 2, 0, 24)]),
     ],
 )
 def test_process_holds_the_part_of_each_row_that_its_devices_hold(sizes, processes, parts):
-    mesh, each = context_mesh(**sizes), 8 // processes
+    mesh, each = make_mesh(MeshConfig(**sizes)), 8 // processes
     devices = [mesh.devices.ravel()[i * each : (i + 1) * each].tolist() for i in range(processes)]
     sharding = batch_sharding(mesh)
     found = [
@@ -245,7 +240,7 @@ def test_process_holds_the_part_of_each_row_that_its_devices_hold(sizes, process
 
 
 def test_tokens_of_a_process_that_do_not_follow_each_other_name_the_size_to_change():
-    mesh = context_mesh(context=8)
+    mesh = make_mesh(MeshConfig(data=1, context=8))
     devices = mesh.devices.ravel()
     with pytest.raises(
         UserError, match=r"^mesh\.context = 8: the tokens of a process do not follow each other"
@@ -254,7 +249,7 @@ def test_tokens_of_a_process_that_do_not_follow_each_other_name_the_size_to_chan
 
 
 def test_a_batch_is_cut_along_its_rows_and_its_length():
-    sharding = batch_sharding(context_mesh(data=2, context=4))
+    sharding = batch_sharding(make_mesh(MeshConfig(data=2, context=4)))
     tokens = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
     placed = shard_batch(
         {"tokens": tokens}, {"tokens": jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=sharding)}
@@ -265,7 +260,7 @@ def test_a_batch_is_cut_along_its_rows_and_its_length():
 
 def test_devices_get_the_columns_of_a_row_that_they_hold(monkeypatch):
     """As in the second of two processes, of which each has half of every row."""
-    sharding = batch_sharding(context_mesh(context=8))
+    sharding = batch_sharding(make_mesh(MeshConfig(data=1, context=8)))
     mine = sharding.mesh.devices.ravel()[4:].tolist()
     monkeypatch.setattr(step, "process_columns", functools.partial(process_columns, devices=mine))
     given = []

@@ -6,10 +6,21 @@ from jaxtyping import Array, Float
 
 from research.core.errors import UserError
 from research.kernels.attention.implementations import Implementation, choose, for_wide_heads
+from research.kernels.attention.key_exchange import KeyExchange
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 
-__all__ = ["AttentionMask", "Implementation", "ScoreTerms", "attention", "for_wide_heads"]
+__all__ = [
+    "AttentionMask",
+    "Implementation",
+    "KeyExchange",
+    "ScoreTerms",
+    "attention",
+    "for_wide_heads",
+]
+
+# The exchange that is picked where none is named.
+_RING = KeyExchange()
 
 
 def attention(
@@ -24,6 +35,7 @@ def attention(
     sinks: Float[Array, "N"] | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
+    exchange: KeyExchange = _RING,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention of every query over the keys that `mask` lets it attend to.
 
@@ -64,7 +76,7 @@ def attention(
     terms = ScoreTerms(bias, alibi, sinks, softcap, scale)
     # Implementations take positions, and no offsets.
     mask = mask.with_positions(batch, queries, keys)
-    function = choose(implementation, q, k, mask, terms)
+    function = choose(implementation, q, k, mask, terms, exchange)
     return function(q, k, v, mask, terms)
 
 

@@ -26,6 +26,7 @@ from research.kernels.attention.cpu_backward import Saved, backward, zero_gradie
 from research.kernels.attention.cpu_forward import forward
 from research.kernels.attention.cpu_shards import Shard, ShardGrid, shard_grid
 from research.kernels.attention.mask import AttentionMask
+from research.kernels.attention.passes import ForwardResult
 from research.kernels.attention.terms import ScoreTerms
 
 
@@ -123,6 +124,50 @@ def _attention_bwd(
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def forward_pass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+) -> ForwardResult:
+    """Implements `passes.Passes.forward_pass`."""
+    out, residuals = _attention_fwd(q, k, v, mask, terms)
+    lses = []
+    for shard, saved in zip(residuals.grid.shards(), residuals.shards, strict=True):
+        lses.append(_heads_last(saved.lse, shard.batch))
+    # [B, T, N, 1] -> [B, T, N]
+    lse = residuals.grid.join(lses)
+    return ForwardResult(out, lse[..., 0])
+
+
+def backward_pass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    result: ForwardResult,
+    g: Float[Array, "B T N H"],
+) -> tuple[Array, Array, Array, ScoreTerms]:
+    """Implements `passes.Passes.backward_pass`."""
+    grid = shard_grid(q, k)
+    saved = []
+    for shard in grid.shards():
+        saved.append(
+            Saved(
+                q=_queries_heads_first(shard.of_queries(q), grid.group),
+                k=_keys_heads_first(shard.of_keys(k)),
+                v=_keys_heads_first(shard.of_keys(v)),
+                out=_queries_heads_first(shard.of_queries(result.out), grid.group),
+                lse=_queries_heads_first(shard.of_queries(result.lse[..., None]), grid.group),
+            )
+        )
+    residuals = _Residuals(saved, mask, terms, grid)
+    dq, dk, dv, _, dterms = _attention_bwd(residuals, g)
+    return dq, dk, dv, dterms
 
 
 def _add_shard(dterms: ScoreTerms, dterms_shard: ScoreTerms, shard: Shard) -> ScoreTerms:

@@ -22,6 +22,7 @@ from research.kernels.attention.gpu_query_gradient import query_gradient
 from research.kernels.attention.gpu_tile import LOG2E
 from research.kernels.attention.gpu_visits import block_kinds
 from research.kernels.attention.mask import AttentionMask
+from research.kernels.attention.passes import ForwardResult
 from research.kernels.attention.terms import ScoreTerms
 from research.parallel.target import not_hopper, platform
 
@@ -50,7 +51,14 @@ def attention(
 
     On another platform than a GPU it runs in JAX's interpreter of GPU kernels, for tests.
     """
-    plan = Plan(
+    return _attention(q, k, v, mask, terms, _plan_of(q, k, mask, terms))
+
+
+def _plan_of(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
+) -> Plan:
+    """Returns the static arguments of a call."""
+    return Plan(
         queries=q.shape[1],
         keys=k.shape[1],
         group=q.shape[2] // k.shape[2],
@@ -60,7 +68,6 @@ def attention(
         scale=float(terms.scale),
         interpret=platform() != "gpu",
     )
-    return _attention(q, k, v, mask, terms, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -135,6 +142,42 @@ def _attention_bwd(
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def forward_pass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+) -> ForwardResult:
+    """Implements `passes.Passes.forward_pass`."""
+    plan = _plan_of(q, k, mask, terms)
+    out, residuals = _attention_fwd(q, k, v, mask, terms, plan)
+    *_, lse = residuals
+    # [B, N, padded T] to base 2 -> [B, T, N]
+    lse = jnp.swapaxes(lse[:, :, : plan.queries], 1, 2)
+    return ForwardResult(out, lse / LOG2E)
+
+
+def backward_pass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    result: ForwardResult,
+    g: Float[Array, "B T N H"],
+) -> tuple[Array, Array, Array, ScoreTerms]:
+    """Implements `passes.Passes.backward_pass`."""
+    plan = _plan_of(q, k, mask, terms)
+    lse = jnp.swapaxes(result.lse, 1, 2) * LOG2E
+    # Padded queries have no weights.
+    padding = plan.padded_queries - plan.queries
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, padding)), constant_values=jnp.inf)
+    residuals = (q, k, v, mask, terms, result.out, lse)
+    dq, dk, dv, _, dterms = _attention_bwd(plan, residuals, g)
+    return dq, dk, dv, dterms
 
 
 def _delta(

@@ -8,10 +8,12 @@ from typing import Literal
 
 from jaxtyping import Array, Float
 
+from research.core.errors import UserError
 from research.kernels import choice
 from research.kernels.attention import cpu, cudnn, gpu, reference, tpu
+from research.kernels.attention.key_exchange import KeyExchange
 from research.kernels.attention.mask import AttentionMask
-from research.kernels.attention.sharded import per_device
+from research.kernels.attention.sharded import context_axes, per_device
 from research.kernels.attention.terms import ScoreTerms
 from research.parallel.target import platform
 
@@ -28,6 +30,8 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("cudnn", "gpu")}
 # What XLA's partitioner can cut under a mesh; the others run in a `shard_map`.
 PARTITIONED = ("reference", "cpu")
+# What computes the scores of some of the keys: see `passes`.
+IN_PASSES = ("cpu", "tpu", "gpu")
 
 
 def choose(
@@ -36,6 +40,7 @@ def choose(
     k: Float[Array, "B S K H"],
     mask: AttentionMask,
     terms: ScoreTerms,
+    exchange: KeyExchange,
 ) -> AttentionFn:
     """Returns the function to call.
 
@@ -43,12 +48,41 @@ def choose(
       UserError: the implementation named, or every fast one of this platform, does not support
         the call.
     """
-    name = choice.choose("attention", implementation, IMPLEMENTATIONS, PREFERRED, q, k, mask, terms)
-    function = IMPLEMENTATIONS[name].attention
-    # A Pallas or cuDNN call is opaque to the partitioner of a mesh.
-    if name in PARTITIONED:
-        return function
-    return per_device(function)
+    name = choose_name(implementation, q, k, mask, terms)
+    # A Pallas or cuDNN call is opaque to the partitioner of a mesh, and so is an exchange of keys.
+    by_partitioner = name == "reference" or (name in PARTITIONED and not context_axes(q, k))
+    if by_partitioner:
+        return IMPLEMENTATIONS[name].attention
+    return per_device(IMPLEMENTATIONS[name], exchange)
+
+
+def choose_name(
+    implementation: Implementation,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+) -> str:
+    """Returns the name of the implementation.
+
+    Where the mesh shards the tokens of a row, it is one that works in passes, or the reference,
+    whose keys the partitioner gathers.
+    """
+    preferred = PREFERRED
+    in_context = bool(context_axes(q, k))
+    if in_context:
+        preferred = {
+            platform_name: tuple(name for name in names if name in IN_PASSES)
+            for platform_name, names in PREFERRED.items()
+        }
+    name = choice.choose("attention", implementation, IMPLEMENTATIONS, preferred, q, k, mask, terms)
+    if in_context and name not in (*IN_PASSES, "reference"):
+        raise UserError(
+            "model.attention.implementation",
+            name,
+            "takes no keys of other devices. Use 'auto', or mesh.context = 1.",
+        )
+    return name
 
 
 def for_wide_heads(implementation: Implementation) -> Implementation:

@@ -1,24 +1,36 @@
-"""Attention on each device's shard of the batch and the heads, for implementations that no
-partitioner can cut.
+"""Attention on each device's shard of the batch, the tokens and the heads, for what no partitioner
+can cut.
 """
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from research.kernels.attention.key_exchange import KeyExchange, exchange_and_attend
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS
 from research.parallel.shard_map import shard_map, sharding_axes
 
 
-def per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns `attention` wrapped in a `shard_map` over its rows of the batch and its heads."""
+def context_axes(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> tuple[str, ...]:
+    """Returns the mesh axis over which the tokens of a row are sharded, or none."""
+    return sharding_axes((CONTEXT_AXIS,), q.shape[1], k.shape[1])
 
-    @functools.wraps(attention)
+
+def per_device(implementation: ModuleType, exchange: KeyExchange) -> Callable[..., Array]:
+    """Returns the attention of an implementation wrapped in a `shard_map` over its rows of the
+    batch, its tokens and its heads.
+
+    Args:
+      implementation: a module with `attention`; where tokens are sharded, with its passes too.
+      exchange: how queries meet the keys of other devices.
+    """
+
     def call(
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
@@ -26,12 +38,24 @@ def per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
         mask: AttentionMask,
         terms: ScoreTerms,
     ) -> Float[Array, "B T N H"]:
-        if jax.sharding.get_abstract_mesh().size <= 1:
-            return attention(q, k, v, mask, terms)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size <= 1:
+            return implementation.attention(q, k, v, mask, terms)
 
         # Mesh axes, or None where they do not divide the size.
         batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
         heads = sharding_axes((TENSOR_AXIS,), q.shape[2], k.shape[2]) or None
+        context = context_axes(q, k) or None
+        attention = implementation.attention
+        if context:
+            (axis,) = context
+            attention = functools.partial(
+                exchange_and_attend, exchange, implementation, axis, mesh.shape[axis]
+            )
+
+        def mask_spec(array: Array) -> PartitionSpec:
+            # A prefix [B] is a number per row; the others are [B, T] or [B, S].
+            return PartitionSpec(batch) if array.ndim == 1 else PartitionSpec(batch, context)
 
         def term_spec(term: Array) -> PartitionSpec:
             # A term [N] has heads only; a bias [B, 1, T, S] is not cut where it is broadcast.
@@ -39,10 +63,11 @@ def per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
                 return PartitionSpec(heads)
             term_batch = batch if term.shape[0] > 1 else None
             term_heads = heads if term.shape[1] > 1 else None
-            return PartitionSpec(term_batch, term_heads)
+            term_rows = context if term.shape[2] > 1 else None
+            return PartitionSpec(term_batch, term_heads, term_rows)
 
-        tokens = PartitionSpec(batch, None, heads)
-        mask_specs = jax.tree.map(lambda _: PartitionSpec(batch), mask)
+        tokens = PartitionSpec(batch, context, heads)
+        mask_specs = jax.tree.map(mask_spec, mask)
         term_specs = jax.tree.map(term_spec, terms)
         sharded = shard_map(attention, (tokens, tokens, tokens, mask_specs, term_specs), tokens)
         return sharded(q, k, v, mask, terms)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.kernels.attention.mask import AttentionMask
+from research.kernels.attention.passes import ForwardResult
 from research.kernels.attention.terms import ScoreTerms
 from research.kernels.attention.tpu_backward import BackwardInputs, backward
 from research.kernels.attention.tpu_bias import bias_gradient
 from research.kernels.attention.tpu_forward import forward
 from research.kernels.attention.tpu_plan import BlockSizes
-from research.kernels.attention.tpu_tile import LANES, LOG2E
+from research.kernels.attention.tpu_tile import HIDDEN, LANES, LOG2E
 from research.parallel.target import chip, platform
 
 MAX_WIDTH = 256
@@ -94,11 +95,17 @@ def attention(
     terms: ScoreTerms,
 ) -> Float[Array, "B T N H"]:
     """Attention one tile at a time; see the API of the package for the equation."""
+    return tiled_attention(q, k, v, mask, terms, _blocks_of(q, k, terms), False)
+
+
+def _blocks_of(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], terms: ScoreTerms
+) -> tuple[BlockSizes, BlockSizes]:
+    """Returns the block sizes of a call."""
     _, queries, _, width = q.shape
     keys = k.shape[1]
     has_bias = terms.bias is not None
-    blocks = choose_blocks(width, q.dtype.itemsize, has_bias, queries, keys)
-    return tiled_attention(q, k, v, mask, terms, blocks, False)
+    return choose_blocks(width, q.dtype.itemsize, has_bias, queries, keys)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -186,3 +193,36 @@ def _sink_gradient(
 
 
 tiled_attention.defvjp(_forward, _backward)
+
+
+def forward_pass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+) -> ForwardResult:
+    """Implements `passes.Passes.forward_pass`."""
+    out, residuals = _forward(q, k, v, mask, terms, _blocks_of(q, k, terms), False)
+    *_, lse = residuals
+    # [B, N, 1, T] to base 2 -> [B, T, N]
+    return ForwardResult(out, jnp.swapaxes(lse[:, :, 0], 1, 2) / LOG2E)
+
+
+def backward_pass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    terms: ScoreTerms,
+    result: ForwardResult,
+    g: Float[Array, "B T N H"],
+) -> tuple[Array, Array, Array, ScoreTerms]:
+    """Implements `passes.Passes.backward_pass`."""
+    # [B, T, N] -> [B, N, 1, T]
+    lse = jnp.swapaxes(result.lse, 1, 2)[:, :, None] * LOG2E
+    lse = jnp.minimum(lse, -HIDDEN)
+    q_first, k_first, v_first, out = map(_swap_heads_and_tokens, (q, k, v, result.out))
+    residuals = (q_first, k_first, v_first, mask, terms, out, lse)
+    dq, dk, dv, _, dterms = _backward(_blocks_of(q, k, terms), False, residuals, g)
+    return dq, dk, dv, dterms
