@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from research.core.errors import UserError
 from research.parallel.mesh_axes import MESH_AXES
@@ -148,6 +148,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.block(blocks.tolist()), MESH_AXES, axis_types=axis_types)
 
 
+def abstract_mesh(config: MeshConfig, num_devices: int, num_slices: int) -> AbstractMesh:
+    """Returns the sizes of the mesh of devices that need not be here.
+
+    Args:
+      config: of the mesh.
+      num_devices: in all slices.
+      num_slices: which the devices say that they are in.
+
+    Raises:
+      UserError: as of `make_mesh`.
+    """
+    sizes = resolve_sizes(config, num_devices)
+    _check_slices(config.slices, num_devices, num_slices)
+    _sizes_within(sizes, config.slices.sizes())
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES)
+
+
 def split_slices(slices: SlicesConfig, devices: Sequence[Any]) -> list[list[Any]]:
     """Returns the devices of each slice.
 
@@ -159,21 +176,32 @@ def split_slices(slices: SlicesConfig, devices: Sequence[Any]) -> list[list[Any]
     """
     count = math.prod(slices.sizes().values())
     named = {getattr(device, "slice_index", None) or 0 for device in devices}
+    _check_slices(slices, len(devices), len(named))
     if len(named) > 1:
-        if len(named) != count:
-            raise UserError(
-                "mesh.slices", count, f"in all, but the devices are in {len(named)} slices."
-            )
         return [
             [device for device in devices if (device.slice_index or 0) == index]
             for index in sorted(named)
         ]
 
-    if len(devices) % count:
-        raise UserError("mesh.slices", count, f"in all do not divide {len(devices)} devices.")
     # 8 devices in 2 slices: 0 to 3, 4 to 7
     size = len(devices) // count
     return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
+
+
+def _check_slices(slices: SlicesConfig, num_devices: int, num_slices: int) -> None:
+    """Raises UserError where devices in `num_slices` slices have no such slices; those of a single
+    slice may be cut into several.
+    """
+    count = math.prod(slices.sizes().values())
+    if num_slices > 1 and count != num_slices:
+        raise UserError(
+            "mesh.slices",
+            count,
+            f"in all, but the devices are in {num_slices} slices. Use mesh.slices.data = "
+            f"{num_slices}, or other sizes with this product.",
+        )
+    if num_devices % count:
+        raise UserError("mesh.slices", count, f"in all do not divide {num_devices} devices.")
 
 
 def _sizes_within(sizes: dict[str, int], across: dict[str, int]) -> dict[str, int]:

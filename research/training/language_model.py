@@ -1,13 +1,14 @@
 """Training of a language model: its loss, and its run as programs for a mesh."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research.core.errors import UserError
 from research.data.batch import Batch
 from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
 from research.kernels.cross_entropy import cross_entropy
@@ -113,6 +114,37 @@ def _targets_at(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Float[Arra
     return shift_left(batch["targets"], depth), weights
 
 
+def check_axes(model: ModelConfig, sizes: Mapping[str, int]) -> None:
+    """Raises UserError where a model has nothing that a mesh axis of more than one device shards.
+
+    Args:
+      model: that is trained.
+      sizes: of the mesh axes, by name.
+    """
+    shards = sizes["expert"]
+    has_experts = model.experts is not None and any(layer.experts for layer in model.layers())
+    if shards > 1 and not has_experts:
+        raise UserError(
+            "mesh.expert",
+            shards,
+            ": no layer of the model has experts. Use 1, and mesh.data or mesh.fsdp for these "
+            "devices.",
+        )
+
+    # Each stage of the pipeline has at least one layer.
+    depths = {"num_layers": model.num_layers}
+    if model.structure == "encoder_decoder":
+        depths["encoder_layers"] = model.encoder_layers
+    stages = sizes["pipeline"]
+    for field, depth in depths.items():
+        if stages > depth:
+            raise UserError(
+                "mesh.pipeline",
+                stages,
+                f"is more than model.{field} = {depth}: a stage has at least one layer.",
+            )
+
+
 def language_model_program(
     model: ModelConfig,
     optim: OptimConfig,
@@ -129,10 +161,11 @@ def language_model_program(
       objective: which arrays a batch has.
 
     Raises:
-      UserError: sizes that do not fit the devices, a schedule longer than the run, or nothing to
-          train.
+      UserError: sizes that do not fit the devices, an axis that the model cannot use, a schedule
+          longer than the run, or nothing to train.
     """
     devices_mesh = make_mesh(mesh, devices)
+    check_axes(model, devices_mesh.shape)
     init_for_platform = language_model(model, mesh_platform(devices_mesh)).init
 
     def init(key: jax.Array) -> Any:

@@ -13,6 +13,7 @@ from research.parallel.distributed import DistributedConfig
 from research.parallel.mesh import (
     MeshConfig,
     SlicesConfig,
+    abstract_mesh,
     make_mesh,
     resolve_sizes,
     split_slices,
@@ -135,6 +136,33 @@ def test_slices_that_do_not_fit_are_refused(fields: dict[str, Any], message: str
     with pytest.raises(UserError) as caught:
         make_mesh(MeshConfig(**fields))
     assert str(caught.value) == message
+
+
+def test_a_mesh_of_devices_that_are_not_here_has_the_sizes_of_a_real_one():
+    config = MeshConfig(tensor=2, slices=SlicesConfig(data=2))
+    mesh = abstract_mesh(config, 8, 2)
+    assert mesh.shape == make_mesh(config).shape
+    assert mesh.axis_names == MESH_AXES
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_slices", "message"),
+    [
+        ({"data": 1, "fsdp": 3}, 1, "mesh.fsdp = 3 does not fit 8 devices"),
+        ({}, 2, "mesh.slices = 1 in all, but the devices are in 2 slices. Use mesh.slices.data"),
+        ({"slices": SlicesConfig(data=2)}, 4, "mesh.slices = 2 in all, but the devices are in 4"),
+        ({"slices": SlicesConfig(data=3)}, 1, "mesh.slices = 3 in all do not divide 8 devices."),
+        (
+            {"tensor": 8, "slices": SlicesConfig(data=2)},
+            2,
+            "mesh.slices.data = 2 does not divide mesh.data = 1.",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_devices_that_are_not_here_are_refused(fields, num_slices, message):
+    with pytest.raises(UserError) as caught:
+        abstract_mesh(MeshConfig(**fields), 8, num_slices)
+    assert str(caught.value).startswith(message)
 
 
 def test_mesh_has_every_axis_and_each_device_once():

@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.config import HeadConfig
+from research.core.errors import UserError
+from research.models.config import ExpertsConfig, HeadConfig, LayerConfig
 from research.models.transformer import Transformer
-from research.training.language_model import LanguageModelLoss
+from research.optim.optimizers import OptimConfig
+from research.parallel.mesh import MeshConfig
+from research.training.config import TrainConfig
+from research.training.language_model import (
+    LanguageModelLoss,
+    check_axes,
+    language_model_program,
+)
 from research.training.step import make_eval_step
 from tests.tiny import logits, random_batch, random_params, summed, tiny_config
 
@@ -121,3 +129,45 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
     assert one == same
     assert abs(one - other) > 1e-2
     assert abs(one - float(still)) > 1e-2
+
+
+EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, hidden_dim=8)
+SIZES = dict.fromkeys(("data", "fsdp", "pipeline", "context", "expert", "tensor"), 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "axis", "size", "message"),
+    [
+        ({}, "expert", 2, "mesh.expert = 2: no layer of the model has experts. Use 1"),
+        (
+            {"experts": EXPERTS, "pattern": (LayerConfig(experts=False),)},
+            "expert",
+            2,
+            "mesh.expert = 2: no layer of the model has experts.",
+        ),
+        ({"num_layers": 3}, "pipeline", 4, "mesh.pipeline = 4 is more than model.num_layers = 3:"),
+        (
+            {"num_layers": 4, "structure": "encoder_decoder", "encoder_layers": 2},
+            "pipeline",
+            4,
+            "mesh.pipeline = 4 is more than model.encoder_layers = 2:",
+        ),
+    ],
+)
+def test_an_axis_that_a_model_cannot_use_is_refused(model, axis, size, message):
+    with pytest.raises(UserError) as caught:
+        check_axes(tiny_config(**model), {**SIZES, axis: size})
+    assert str(caught.value).startswith(message)
+
+
+def test_axes_that_a_model_can_use_are_taken():
+    check_axes(tiny_config(experts=EXPERTS), {**SIZES, "expert": 4})
+    check_axes(tiny_config(num_layers=4), {**SIZES, "pipeline": 4})
+    check_axes(tiny_config(), {**SIZES, "data": 4, "fsdp": 2, "context": 2, "tensor": 2})
+
+
+def test_training_refuses_such_an_axis_before_anything_is_compiled():
+    with pytest.raises(UserError, match=r"mesh.expert = 8: no layer of the model has experts"):
+        language_model_program(
+            tiny_config(), OptimConfig(), TrainConfig(steps=1), MeshConfig(expert=8)
+        )
