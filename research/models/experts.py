@@ -1,5 +1,7 @@
-"""The mixture of experts instead of a feed-forward sublayer; no token is dropped."""
+"""The mixture of experts instead of a feed-forward sublayer."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,10 +17,11 @@ from research.models.config import MlpConfig, ModelConfig
 from research.models.layers import Projection, parameter
 from research.models.mlp import Mlp, activate
 from research.models.reports import LayerReport
-from research.models.router import expert_load, route
-from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.models.router import count_experts, keep_within_capacity, route
+from research.parallel.expert_dispatch import Dispatch, run_experts
+from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, EXPERT_AXIS, TENSOR_AXIS
 from research.parallel.parameter import Axes
-from research.parallel.shard_map import shard_map, sharding_axes
+from research.parallel.shard_map import dividing_axes, shard_map
 
 # A kernel [E, inputs, outputs] and its bias [E, outputs] or None.
 KernelAndBias = tuple[Weight, Float[Array, "E outputs"] | None]
@@ -28,7 +31,7 @@ class Experts(nn.Module):
     """A mixture of experts: Σ_e w_e · expert_e(x) over the chosen experts e, plus the shared
     expert.
 
-    Returns the sum, and the layer's router loss and expert load.
+    Returns the sum, and the layer's router loss and counts.
 
     Source: Shazeer et al. 2017, arXiv:1701.06538, equation 1; dropless as in Gale et al. 2022,
     arXiv:2211.15841; shared experts, sigmoid scores and groups: DeepSeek-AI 2024, arXiv:2412.19437,
@@ -58,11 +61,15 @@ class Experts(nn.Module):
         logits = router(x.astype(jnp.float32))
         chosen, weights, router_loss = route(c, logits, self._selection_bias(), real)
 
+        kept = keep_within_capacity(c, chosen, real)
         kernels = ExpertKernels(model, name="experts")()
-        y = _apply_experts(model.mlp, x, chosen, weights.astype(x.dtype), kernels)
+        y, lost = _apply_experts(model, x, kept, weights.astype(x.dtype), kernels)
         if c.shared_dim:
             y = y + self._shared_expert(x)
-        return y, LayerReport(router_loss, expert_load(c.num_experts, chosen, real))
+
+        counts = count_experts(c, logits, chosen, kept, real)
+        counts = dataclasses.replace(counts, dropped=counts.dropped + lost.astype(jnp.float32))
+        return y, LayerReport(router_loss, counts)
 
     def _selection_bias(self) -> Float[Array, "E"] | None:
         """Returns the bias of each expert's score in the choice, if the model has one."""
@@ -154,46 +161,84 @@ class ExpertKernel(nn.Module):
 
 
 def _apply_experts(
-    config: MlpConfig,
+    model: ModelConfig,
     x: Float[Array, "B T D"],
     chosen: Int[Array, "B T choices"],
     weights: Float[Array, "B T choices"],
     kernels: dict[str, KernelAndBias],
-) -> Float[Array, "B T D"]:
-    """Returns the weighted sum of the chosen experts' outputs.
+) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+    """Returns the weighted sum of the chosen experts' outputs, and how many choices were lost.
 
-    On a mesh each device takes its own tokens through all experts. Where the width F is sharded, it
-    has a slice of each expert, and the devices' sums are added.
+    On a mesh each device has some of the tokens and some of the experts (`parallel.expert_dispatch`
+    brings them together). Where the width F is sharded, it has a slice of each of its experts, and
+    the devices' sums are added.
     """
-    batch_axes = sharding_axes(BATCH_AXES, x.shape[0])
     up_kernel, _ = kernels["up"]
-    width_axes = sharding_axes((TENSOR_AXIS,), up_kernel.shape[2])
-    if not batch_axes and not width_axes:
-        return _apply_local_experts(config, x, chosen, weights, kernels)
+    experts = up_kernel.shape[0]
+    batch_axes = dividing_axes(BATCH_AXES, x.shape[0])
+    context_axes = dividing_axes((CONTEXT_AXIS,), x.shape[1])
+    width_axes = dividing_axes((TENSOR_AXIS,), up_kernel.shape[2])
+    expert_axes = dividing_axes((EXPERT_AXIS,), experts)
+    dispatch = Dispatch(experts, buffer_factor=model.experts.buffer_factor)
+    if expert_axes:
+        dispatch = dataclasses.replace(
+            dispatch,
+            axis=EXPERT_AXIS,
+            devices=jax.sharding.get_abstract_mesh().shape[EXPERT_AXIS],
+            tokens_sharded=EXPERT_AXIS in batch_axes,
+        )
+    # What is added up: slices of the width, and experts that all devices' tokens went to.
+    sum_axes = width_axes
+    if expert_axes and not dispatch.tokens_sharded:
+        sum_axes = (*width_axes, EXPERT_AXIS)
 
-    def apply_shard(x: Array, chosen: Array, weights: Array, kernels: dict[str, Any]) -> Array:
-        if not width_axes:
-            return _apply_local_experts(config, x, chosen, weights, kernels)
-        kernel, bias = kernels["down"]
-        if bias is not None:
-            # Added by the first shard of the width only, not once by each.
-            bias = jnp.where(jax.lax.axis_index(width_axes) == 0, bias, 0.0)
-            kernels = kernels | {"down": (kernel, bias)}
-        y = _apply_local_experts(config, x, chosen, weights, kernels)
-        return jax.lax.psum(y, width_axes)
+    def apply_shard(
+        x: Array, chosen: Array, weights: Array, kernels: dict[str, Any]
+    ) -> tuple[Array, Array]:
+        if width_axes:
+            kernels = _bias_on_one_shard(kernels, width_axes)
+        apply = functools.partial(_apply_local_experts, model.mlp, kernels)
+        flat = (array.reshape(-1, array.shape[-1]) for array in (x, chosen, weights))
+        y, lost = run_experts(dispatch, apply, *flat)
+        y = y.reshape(x.shape)
+        if sum_axes:
+            y = jax.lax.psum(y, sum_axes)
+        if batch_axes or context_axes:
+            lost = jax.lax.psum(lost, (*batch_axes, *context_axes))
+        return y, lost
 
-    tokens = PartitionSpec(batch_axes or None)
-    specs = _kernel_specs(kernels, width_axes)
-    apply = shard_map(apply_shard, (tokens, tokens, tokens, specs), tokens)
+    if not (batch_axes or context_axes or width_axes or expert_axes):
+        return apply_shard(x, chosen, weights, kernels)
+    tokens = PartitionSpec(batch_axes or None, context_axes or None)
+    specs = _kernel_specs(kernels, width_axes, expert_axes)
+    apply = shard_map(apply_shard, (tokens, tokens, tokens, specs), (tokens, PartitionSpec()))
     return apply(x, chosen, weights, kernels)
 
 
-def _kernel_specs(kernels: dict[str, KernelAndBias], width_axes: tuple[str, ...]) -> dict[str, Any]:
-    """Returns how kernels and biases are sharded over the mesh axes of the width F."""
+def _bias_on_one_shard(
+    kernels: dict[str, KernelAndBias], width_axes: tuple[str, ...]
+) -> dict[str, KernelAndBias]:
+    """Returns the kernels with a bias of `down` that is added by the first shard of the width only,
+    not once by each.
+    """
+    kernel, bias = kernels["down"]
+    if bias is None:
+        return kernels
+    bias = jnp.where(jax.lax.axis_index(width_axes) == 0, bias, 0.0)
+    return kernels | {"down": (kernel, bias)}
+
+
+def _kernel_specs(
+    kernels: dict[str, KernelAndBias], width_axes: tuple[str, ...], expert_axes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Returns how kernels and biases are sharded over the mesh axes of the width F and of the
+    experts.
+    """
     # `up` and `gate` are [E, D, F] with biases [E, F]; `down` is [E, F, D] with a bias [E, D].
     width = width_axes or None
-    inward = (PartitionSpec(None, None, width), PartitionSpec(None, width))
-    outward = (PartitionSpec(None, width), PartitionSpec())
+    experts = expert_axes or None
+    inward = (PartitionSpec(experts, None, width), PartitionSpec(experts, width))
+    outward = (PartitionSpec(experts, width), PartitionSpec(experts))
     specs = {}
     for name, (kernel, bias) in kernels.items():
         kernel_spec, bias_spec = outward if name == "down" else inward
@@ -204,60 +249,28 @@ def _kernel_specs(kernels: dict[str, KernelAndBias], width_axes: tuple[str, ...]
 
 def _apply_local_experts(
     config: MlpConfig,
-    x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T choices"],
-    weights: Float[Array, "B T choices"],
     kernels: dict[str, KernelAndBias],
-) -> Float[Array, "B T D"]:
-    """Sorts the choices by expert, multiplies each expert's group of rows with its kernels, and
-    puts the rows back in order.
-    """
-    up_kernel, _ = kernels["up"]
-    num_experts = up_kernel.shape[0]
-    num_choices = chosen.shape[-1]
+    rows: Float[Array, "rows D"],
+    group_sizes: Int[Array, "E"],
+    expert_of_row: Int[Array, "rows"],
+) -> Float[Array, "rows D"]:
+    """Returns the outputs of each expert for its group of rows.
 
-    # Two tokens with the experts [[2, 0], [0, 1]] are four rows: expert_of_row [2, 0, 0, 1] ->
-    # order [1, 2, 3, 0], so that rows of expert 0 come first; inverse [3, 0, 1, 2].
-    expert_of_row = chosen.reshape(-1)
-    order = jnp.argsort(expert_of_row, stable=True)
-    inverse = jnp.argsort(order)
-    tokens = x.reshape(-1, x.shape[-1])
-    rows = _permute(jnp.repeat(tokens, num_choices, axis=0), order, inverse)
-    group_sizes = jnp.bincount(expert_of_row, length=num_experts).astype(jnp.int32)
-    sorted_expert = expert_of_row[order]
+    Args:
+      config: of each expert.
+      kernels: of the experts of this device.
+      rows: sorted by expert.
+      group_sizes: rows of each expert.
+      expert_of_row: of each row.
+    """
 
     def project(name: str, rows: Float[Array, "rows inputs"]) -> Float[Array, "rows outputs"]:
         kernel, bias = kernels[name]
         y = grouped_matmul(rows, kernel, group_sizes)
         if bias is None:
             return y
-        return y + bias[sorted_expert].astype(y.dtype)
+        return y + bias[expert_of_row].astype(y.dtype)
 
     up = project("up", rows)
     gate = project("gate", rows) if "gate" in kernels else None
-    y = project("down", activate(config, up, gate))
-
-    # c counts the choices of a token: [rows, D] -> [B, T, c, D] -> [B, T, D]
-    y = _permute(y, inverse, order).reshape(*chosen.shape, -1)
-    return jnp.einsum("btcd,btc->btd", y, weights)
-
-
-@jax.custom_vjp
-def _permute(
-    x: Float[Array, "rows D"], order: Int[Array, "rows"], inverse: Int[Array, "rows"]
-) -> Float[Array, "rows D"]:
-    """Returns x[order]; with the inverse order, the gradient is a gather too instead of a
-    scatter.
-    """
-    return x[order]
-
-
-def _permute_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, Array]:
-    return x[order], inverse
-
-
-def _permute_backward(inverse: Array, g: Array) -> tuple[Array, None, None]:
-    return g[inverse], None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
+    return project("down", activate(config, up, gate))

@@ -1,10 +1,13 @@
 """The router of a mixture of experts: which experts a token goes to, and the router loss."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from research.models.config import ExpertsConfig
+from research.models.reports import ExpertCounts
 
 
 def route(
@@ -22,8 +25,7 @@ def route(
         the expert load (`optim.balancing`).
       real: tokens that count for the loss; None is all of them.
     """
-    score = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
-    scores = score(logits)
+    scores = _scores(config, logits)
 
     ranked = scores
     if selection_bias is not None:
@@ -46,22 +48,84 @@ def route(
     return chosen, weights, router_loss
 
 
-def expert_load(
-    num_experts: int, chosen: Int[Array, "B T choices"], real: Bool[Array, "B T"] | None
-) -> Float[Array, "E"]:
-    """Returns how many real tokens chose each expert.
+def keep_within_capacity(
+    config: ExpertsConfig, chosen: Int[Array, "B T choices"], real: Bool[Array, "B T"] | None
+) -> Int[Array, "B T choices"]:
+    """Returns the chosen experts, with E in the place of choices that are dropped.
+
+    Where nothing bounds the choices, they stay as they are. Else those of padding are dropped, and
+    those that find their expert full; see `ExpertsConfig.capacity_factor`.
 
     Args:
-      num_experts: E.
+      config: the mixture.
+      chosen: the experts of each token, best first.
+      real: tokens that are no padding; None is all of them.
+    """
+    if config.capacity_factor is None and config.buffer_factor is None:
+        return chosen
+    none = config.num_experts
+    if real is not None:
+        chosen = jnp.where(real[..., None], chosen, none)
+    if config.capacity_factor is None:
+        return chosen
+
+    length, choices = chosen.shape[1:]
+    even_share = length * choices / config.num_experts
+    capacity = math.ceil(config.capacity_factor * even_share)
+    taken = jnp.zeros((chosen.shape[0], 1, config.num_experts), jnp.int32)
+    kept = []
+    for rank in range(choices):
+        # [B, T] -> [B, T, E]; E itself is no expert, and picks none.
+        picked = jax.nn.one_hot(chosen[..., rank], config.num_experts, dtype=jnp.int32)
+        # Tokens pick [1, 0, 1]: their places at expert 1 are 0 and 1, at expert 0 it is 0.
+        place = taken + jnp.cumsum(picked, axis=1) - picked
+        own_place = jnp.sum(place * picked, axis=-1)
+        kept.append(jnp.where(own_place < capacity, chosen[..., rank], none))
+        taken = taken + picked.sum(axis=1, keepdims=True)
+    return jnp.stack(kept, axis=-1)
+
+
+def count_experts(
+    config: ExpertsConfig,
+    logits: Float[Array, "B T E"],
+    chosen: Int[Array, "B T choices"],
+    kept: Int[Array, "B T choices"],
+    real: Bool[Array, "B T"] | None,
+) -> ExpertCounts:
+    """Returns what a layer reports of its experts.
+
+    Args:
+      config: the mixture.
+      logits: of the router.
       chosen: the experts of each token.
+      kept: the same with E for those that are dropped.
       real: tokens that count; None is all of them.
     """
+    counts = jnp.ones(chosen.shape[:2]) if real is None else real.astype(jnp.float32)
     # [B, T, choices] -> [B, T, choices, E]: expert 1 of 3 is [0, 1, 0].
-    picked = jax.nn.one_hot(chosen, num_experts)
-    if real is not None:
-        counts = real[..., None, None].astype(picked.dtype)
-        picked = picked * counts
-    return jnp.sum(picked, axis=(0, 1, 2))
+    picked = jax.nn.one_hot(chosen, config.num_experts)
+    load = jnp.einsum("bt,btce->e", counts, picked)
+
+    is_dropped = (kept == config.num_experts).astype(jnp.float32)
+    shares = _shares(_scores(config, logits))
+    entropy = jax.scipy.special.entr(shares).sum(axis=-1)
+    return ExpertCounts(
+        load=load,
+        dropped=jnp.einsum("bt,btc->", counts, is_dropped),
+        entropy=jnp.sum(counts * entropy),
+        tokens=jnp.sum(counts),
+    )
+
+
+def _scores(config: ExpertsConfig, logits: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    """Returns the score of each expert."""
+    score = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
+    return score(logits)
+
+
+def _shares(scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    """Returns scores that add up to 1."""
+    return scores / scores.sum(axis=-1, keepdims=True)
 
 
 def _mask_groups(config: ExpertsConfig, ranked: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -103,7 +167,7 @@ def _router_loss(
         # [B, T, choices] -> [B, T, choices, E] -> [B, T, E]
         picked = jax.nn.one_hot(chosen, config.num_experts)
         picked = picked.mean(axis=-2)
-        shares = scores / scores.sum(axis=-1, keepdims=True)
+        shares = _shares(scores)
 
         # [B, T], [B, T, E] -> [E]
         score_share = jnp.einsum("bt,bte->e", weight, shares)

@@ -143,7 +143,8 @@ class ExpertsConfig:
     """A mixture of experts instead of the feed-forward sublayer, whose `MlpConfig` describes each
     expert.
 
-    Every token goes to `experts_per_token` experts, whatever their load: no token is dropped.
+    Every token goes to `experts_per_token` experts, whatever their load, unless a capacity or a
+    buffer bounds it: then some choices are dropped, and contribute nothing.
 
     Attributes:
       num_experts: E.
@@ -166,6 +167,13 @@ class ExpertsConfig:
       balance_weight: of the loss that keeps the load even (Fedus et al. 2021, arXiv:2101.03961,
           equation 4).
       z_weight: of the router's z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5).
+      capacity_factor: the most choices of a row that an expert takes, as a multiple of an even
+          share, factor · T · experts_per_token / E (Lepikhin et al. 2020, arXiv:2006.16668, section
+          2.2, with a row as a group); first choices come before second ones, and then earlier
+          tokens. None drops nothing.
+      buffer_factor: the most choices that a device takes from the others along the mesh axis
+          `expert`, as a multiple of an even share; None reserves memory for all that may come, and
+          drops nothing.
     """
 
     num_experts: int
@@ -183,6 +191,8 @@ class ExpertsConfig:
     scale: float = 1.0
     balance_weight: float = 0.0
     z_weight: float = 0.0
+    capacity_factor: float | None = None
+    buffer_factor: float | None = None
 
     def __post_init__(self) -> None:
         at_least(
@@ -215,6 +225,10 @@ class ExpertsConfig:
             raise UserError("bias_speed", self.bias_speed, "needs selection_bias = True.")
         if self.shared_gate and not self.shared_dim:
             raise UserError("shared_gate", constraint="needs shared_dim above 0.")
+        for name in ("capacity_factor", "buffer_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(name, value, "must be above 0, or None to drop nothing.")
         if self.num_groups > 1 and group_size < 2:
             raise UserError(
                 "num_groups", self.num_groups, "leaves fewer than two experts per group."

@@ -3,6 +3,8 @@
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
 # Those that shard the batch. Tokens of all of them meet the experts, which `expert` shards.
 BATCH_AXES = ("data", "fsdp", "expert")
+# That which shards experts.
+EXPERT_AXIS = "expert"
 # That which shards the tokens of a row.
 CONTEXT_AXIS = "context"
 # Those that shard the width of parameters, in so far as they shard nothing else of an array: all

@@ -29,6 +29,28 @@ def sharding_axes(names: tuple[str, ...], *sizes: int) -> tuple[str, ...]:
     return ()
 
 
+def dividing_axes(names: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """Returns the first mesh axes of `names` over which an array axis can be sharded: those of the
+    mesh in context that together divide its size, without axes of one device.
+
+    Args:
+      names: mesh axes that may shard the array axis, the most wanted first.
+      size: of the array axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes: list[str] = []
+    shards = 1
+    for name in names:
+        if name not in mesh.axis_names or mesh.shape[name] == 1:
+            continue
+        # Sizes 2, 2 and 4 of the axes, and 4 rows: the first two.
+        shards *= mesh.shape[name]
+        if size % shards:
+            break
+        axes.append(name)
+    return tuple(axes)
+
+
 def shard_map(
     function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Collection[str] | None = None
 ) -> Callable[..., Any]:

@@ -77,9 +77,9 @@ class LanguageModelLoss:
             sums = {**sums, "mtp_loss": mtp_nll / depths}
 
         means = {}
-        if output.reports.expert_load:
+        if output.reports.experts:
             means = {"router_loss": output.reports.router_loss}
-        return total, Report(sums, means, output.reports.expert_load)
+        return total, Report(sums, means, output.reports.experts)
 
     def _cross_entropy(
         self, logits: LogitTerms, targets: Int[Array, "B T"], weights: Float[Array, "B T"]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from research.core.promotion import promoting
 from research.core.random import step_key
 from research.data.batch import Batch
+from research.models.reports import ExpertCounts
 from research.optim.balancing import balance_experts, selection_bias
 from research.parallel.rules import process_columns
 from research.training.partition import EVERYTHING, Partition
@@ -28,12 +29,12 @@ class Report(NamedTuple):
       sums: for the log; divided by the weight of the whole batch, as the loss's own sum is.
       means: losses that are means already (the router loss). They are minimized too; the step takes
         their mean over microbatches.
-      expert_load: how many real tokens chose each expert, by the path of the experts' parameters.
+      experts: counts of each layer's experts, by the path of their parameters.
     """
 
     sums: Metrics
     means: Metrics
-    expert_load: dict[str, Float[Array, "*L E"]]
+    experts: dict[str, ExpertCounts]
 
 
 @runtime_checkable  # so that the tests' checks of types can look at it
@@ -86,7 +87,7 @@ def _mean_gradients(
 ) -> tuple[Float[Array, ""], Report, Any]:
     """Returns what is minimized, the report and the gradients: means over the whole batch.
 
-    The report's expert load is a count, not a mean.
+    The report's experts are counts, no means.
     """
     # A batch of padding alone has weight 0, and a loss of 0 and not of 0 / 0.
     weight = jnp.where(weight > 0, weight, 1.0)
@@ -97,7 +98,7 @@ def _mean_gradients(
         means = _divided(report.means, accumulation)
         sums = _divided(report.sums, weight)
         minimized = sum(means.values(), start=total / weight)
-        report = Report(sums, means, report.expert_load)
+        report = Report(sums, means, report.experts)
         return minimized, report
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
@@ -165,15 +166,15 @@ def _update_ema(ema: Any, params: Any, decay: float) -> Any:
 
 
 def _balance_experts(
-    params: Any, expert_load: Mapping[str, Array], speed: float, partition: Partition
+    params: Any, experts: Mapping[str, ExpertCounts], speed: float, partition: Partition
 ) -> Any:
     """Returns the parameters with selection biases moved by the expert load of their own layers."""
     if not speed:
         return params
     # Where n of L stacked layers are trained, their biases are [n, E]: load [L, E] -> [n, E]
     load = {}
-    for path, of_all_layers in expert_load.items():
-        load[path] = partition.trained_rows(selection_bias(path), of_all_layers)
+    for path, counts in experts.items():
+        load[path] = partition.trained_rows(selection_bias(path), counts.load)
     return balance_experts(params, load, speed)
 
 
@@ -186,9 +187,13 @@ def _step_metrics(
     state: TrainState,
 ) -> Metrics:
     """Returns what a step reports; `state` is the one after it."""
+    of_experts: Metrics = {}
+    for path, counts in report.experts.items():
+        of_experts |= counts.metrics(path)
     return {
         **report.sums,
         **report.means,
+        **of_experts,
         "grad_norm": norm,
         "learning_rate": learning_rate,
         "weight": weight.astype(jnp.float32),
@@ -244,7 +249,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         apply_updates = promoting(optax.apply_updates)
         params = apply_updates(state.params, updates)
-        params = _balance_experts(params, report.expert_load, expert_bias_speed, partition)
+        params = _balance_experts(params, report.experts, expert_bias_speed, partition)
         ema = None
         if state.ema is not None:
             ema = _update_ema(state.ema, params, ema_decay)

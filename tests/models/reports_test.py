@@ -61,12 +61,12 @@ def test_every_selection_bias_finds_the_number_of_real_tokens_of_each_expert(nam
     params = random_params(config)
     biases = [bias for bias in named_leaves(params) if bias.endswith("selection_bias")]
     expert_of = {bias: index % 4 for index, bias in enumerate(biases)}
-    loads = reports_of(config, send_to(params, expert_of)).expert_load
+    loads = reports_of(config, send_to(params, expert_of)).experts
     assert {f"{path}/selection_bias" for path in loads} == set(biases)
     for bias, expert in expert_of.items():
         # The encoder's rows are two tokens longer each.
         real = 12 if bias.startswith("encoder") else 8
-        found = loads[bias.removesuffix("/selection_bias")]
+        found = loads[bias.removesuffix("/selection_bias")].load
         np.testing.assert_array_equal(found, real * np.eye(4)[expert], err_msg=bias)
 
 
@@ -77,11 +77,11 @@ def test_scanned_layers_report_what_unrolled_ones_do():
     params = random_params(config)
     unrolled = reports_of(config, params)
     scanned = reports_of(dataclasses.replace(config, layer_loop="scan"), stack(params, 3))
-    loads = jnp.stack([unrolled.expert_load[f"layers_{i}/mlp"] for i in range(3)])
+    loads = jnp.stack([unrolled.experts[f"layers_{i}/mlp"].load for i in range(3)])
     # Layers differ, so that a wrong order would show.
     assert len({tuple(load) for load in np.asarray(loads)}) > 1
-    np.testing.assert_array_equal(scanned.expert_load["layers/mlp"], loads)
-    assert set(scanned.expert_load) == {"layers/mlp"}
+    np.testing.assert_array_equal(scanned.experts["layers/mlp"].load, loads)
+    assert set(scanned.experts) == {"layers/mlp"}
     np.testing.assert_allclose(scanned.router_loss, unrolled.router_loss, rtol=1e-6)
     assert unrolled.router_loss > 0
 
@@ -89,5 +89,5 @@ def test_scanned_layers_report_what_unrolled_ones_do():
 def test_a_model_without_experts_reports_nothing():
     config = tiny_config()
     found = reports_of(config, random_params(config))
-    assert found.expert_load == {}
+    assert found.experts == {}
     assert found.router_loss == 0

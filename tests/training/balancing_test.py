@@ -170,7 +170,7 @@ def test_biases_of_the_last_layers_of_a_scanned_stack_follow_the_load_of_their_o
     first = program.merge(state, frozen).params
     batch = shard_batch(host_batch(0), program.batch)
     _, report = jax.jit(LanguageModelLoss(model).sums)(first, {}, batch, None)
-    load = np.asarray(report.expert_load["layers/mlp"])
+    load = np.asarray(report.experts["layers/mlp"].load)
 
     state, _ = program.compile_train_step()(state, frozen, batch)
 
