@@ -1,0 +1,237 @@
+"""The collectives of a compiled program: what each moves, along which mesh axes, how often."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from research.parallel.mesh import SlicesConfig
+from research.scaling.hlo import ArrayShape, Computation, Instruction, Module, parse_module
+from research.scaling.loop_trips import trip_count
+from research.scaling.replica_groups import AnyMesh, axes_between, crosses_slices, parse_groups
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# What starts something that runs beside the instructions up to its `-done`.
+_START = "-start"
+# How a TPU program spreads a collective over fusions that compute: the first of them starts it, the
+# others have copies of it.
+_SPREAD = "async_collective_fusion_config"
+_SPREAD_START = '"AsyncCollectiveStart"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange of a compiled program, as one device takes part in it.
+
+    Attributes:
+      kind: of `KINDS`.
+      dtype: of its largest operand, as XLA spells it.
+      operand_bytes: what a device gives.
+      result_bytes: what it gets.
+      shapes: of the results.
+      group_size: devices that exchange with each other; 2 of a permute.
+      axes: the mesh axes along which they lie apart.
+      op_name: where in the traced function it comes from; empty where the compiler does not say.
+      is_async: whether it runs beside other instructions.
+      times: how often a run of the program has it. In a conditional, those of the branch that moves
+        most are counted, and those of the others have 0.
+      trips_known: whether all loops around it have a known number of turns; others count as one.
+      crosses_slices: whether devices of several slices are in a group.
+      instruction: its name.
+      computation: the name of the computation that has it.
+    """
+
+    kind: str
+    dtype: str
+    operand_bytes: int
+    result_bytes: int
+    shapes: tuple[ArrayShape, ...]
+    group_size: int
+    axes: tuple[str, ...]
+    op_name: str
+    is_async: bool
+    times: int
+    trips_known: bool
+    crosses_slices: bool
+    instruction: str
+    computation: str
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a device sends each time, by the formula of a ring of n devices.
+
+        An all-gather sends (n − 1) / n of its result, a reduce-scatter and an all-to-all as much of
+        their operand, an all-reduce twice that, and a permute its operand. Of a ragged all-to-all
+        it is the most that it can send.
+
+        Source: Thakur et al. 2005, doi.org/10.1177/1094342005051521, sections 4.1 to 4.5.
+        """
+        others = (self.group_size - 1) / self.group_size
+        if self.kind == "all-gather":
+            return self.result_bytes * others
+        if self.kind == "all-reduce":
+            return 2 * self.operand_bytes * others
+        if self.kind in ("collective-permute", "collective-broadcast"):
+            return float(self.operand_bytes)
+        return self.operand_bytes * others
+
+    @property
+    def volume(self) -> float:
+        """Bytes that a device sends in a run of the program."""
+        return self.times * self.wire_bytes
+
+
+def collectives(
+    text: str, mesh: AnyMesh, slices: SlicesConfig | None = None
+) -> tuple[Collective, ...]:
+    """Returns the collectives of a compiled program, in the order of its schedule.
+
+    Args:
+      text: of `compiled.as_text()`, of a CPU or TPU program.
+      mesh: that it was compiled for.
+      slices: of the mesh; None is one slice.
+    """
+    module = parse_module(text)
+    reader = _Reader(module, mesh, slices or SlicesConfig())
+    return tuple(reader.of_computation(module.computations[module.entry]))
+
+
+def volume_by_axis(found: Iterable[Collective]) -> dict[tuple[str, ...], float]:
+    """Returns the bytes that a device sends in a run of the program, by the axes that they go
+    along.
+    """
+    volumes: dict[tuple[str, ...], float] = {}
+    for collective in found:
+        volumes[collective.axes] = volumes.get(collective.axes, 0.0) + collective.volume
+    return volumes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Follows the calls of a program from its entry.
+
+    Attributes:
+      module: the program.
+      mesh: the devices.
+      slices: of the mesh.
+    """
+
+    module: Module
+    mesh: AnyMesh
+    slices: SlicesConfig
+
+    def of_computation(self, computation: Computation) -> Iterator[Collective]:
+        """Yields the collectives of one run of a computation."""
+        for instruction in computation.instructions:
+            yield from self._of_instruction(computation, instruction)
+
+    def _of_instruction(
+        self, computation: Computation, instruction: Instruction
+    ) -> Iterator[Collective]:
+        opcode = instruction.opcode
+        is_start = opcode.endswith(_START)
+        if opcode.removesuffix(_START) in KINDS:
+            yield self._collective(computation, instruction, is_async=is_start)
+        elif opcode == "while":
+            yield from self._of_loop(computation, instruction)
+        elif opcode == "conditional":
+            yield from self._of_branches(instruction)
+        elif opcode == "fusion":
+            for called in self.module.called(instruction):
+                for each in self._of_fusion(called):
+                    op_name = each.op_name or instruction.op_name
+                    yield dataclasses.replace(each, op_name=op_name)
+        elif is_start or opcode == "call":
+            # `async-start` and, on a TPU's sparse cores, `call-start`
+            for called in self.module.called(instruction):
+                for each in self.of_computation(called):
+                    yield dataclasses.replace(each, is_async=each.is_async or is_start)
+
+    def _of_loop(self, computation: Computation, loop: Instruction) -> Iterator[Collective]:
+        trips = trip_count(self.module, computation, loop)
+        for called in self.module.called(loop):
+            for each in self.of_computation(called):
+                yield dataclasses.replace(
+                    each,
+                    times=each.times * (1 if trips is None else trips),
+                    trips_known=each.trips_known and trips is not None,
+                )
+
+    def _of_branches(self, conditional: Instruction) -> Iterator[Collective]:
+        branches = []
+        for called in self.module.called(conditional):
+            branches.append(list(self.of_computation(called)))
+
+        volumes = [sum(each.volume for each in branch) for branch in branches]
+        largest = volumes.index(max(volumes))
+        for index, branch in enumerate(branches):
+            for each in branch:
+                times = each.times if index == largest else 0
+                yield dataclasses.replace(each, times=times)
+
+    def _of_fusion(self, fused: Computation) -> Iterator[Collective]:
+        inside = [each for each in fused.instructions if each.opcode in KINDS]
+        starts = any(_SPREAD_START in each.attribute_text for each in fused.instructions)
+        for instruction in inside:
+            is_spread = _SPREAD in instruction.attribute_text
+            if is_spread and not starts:
+                continue
+            found = self._collective(fused, instruction, is_async=is_spread)
+            if found.kind == "all-reduce" and fused.root.opcode == "dynamic-slice":
+                # A TPU's reduce-scatter: an all-reduce of which a device takes its own part.
+                root = fused.root
+                found = dataclasses.replace(
+                    found, kind="reduce-scatter", shapes=root.shapes, result_bytes=root.bytes
+                )
+            yield found
+
+    def _collective(
+        self, computation: Computation, instruction: Instruction, is_async: bool
+    ) -> Collective:
+        operands = computation.operands(instruction)
+        given = [shape for operand in operands for shape in operand.shapes]
+        shapes = _result_shapes(computation, instruction)
+        groups = parse_groups(instruction.attributes, self.mesh.size)
+        largest = max(given, key=lambda shape: shape.bytes)
+        return Collective(
+            kind=instruction.opcode.removesuffix(_START),
+            dtype=largest.dtype,
+            operand_bytes=sum(shape.bytes for shape in given),
+            result_bytes=sum(shape.bytes for shape in shapes),
+            shapes=shapes,
+            group_size=groups.shape[1],
+            axes=axes_between(groups, self.mesh),
+            op_name=_op_name(computation, instruction),
+            is_async=is_async,
+            times=1,
+            trips_known=True,
+            crosses_slices=crosses_slices(groups, self.mesh, self.slices),
+            instruction=instruction.name,
+            computation=computation.name,
+        )
+
+
+def _result_shapes(computation: Computation, instruction: Instruction) -> tuple[ArrayShape, ...]:
+    """Returns what a collective gives; one that only starts gives it at its `-done`."""
+    if not instruction.opcode.endswith(_START):
+        return instruction.shapes
+    done = instruction.opcode.removesuffix(_START) + "-done"
+    for other in computation.instructions:
+        if other.opcode == done and other.operands == (instruction.name,):
+            return other.shapes
+    raise AssertionError(f"{instruction.name} is never done")
+
+
+def _op_name(computation: Computation, instruction: Instruction) -> str:
+    """Returns where an instruction comes from: where it does not say, what its first operand says,
+    and so on.
+    """
+    while not instruction.op_name and instruction.operands:
+        instruction = computation.operands(instruction)[0]
+    return instruction.op_name
