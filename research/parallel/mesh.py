@@ -55,6 +55,8 @@ class MeshConfig(SlicesConfig):
     """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 for
     what is left.
 
+    Source of `zero`: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054, section 5.
+
     Attributes:
       data: replicas, which shard the batch.
       fsdp: shards of the parameters, which shard the batch too.
@@ -62,13 +64,18 @@ class MeshConfig(SlicesConfig):
       context: shards of the sequence.
       expert: shards of the experts, which shard the batch too.
       tensor: shards of heads, MLP width and vocabulary.
+      zero: what the axes that see other tokens (`mesh_axes.WIDTH_AXES`) shard beside the batch. 1:
+        the optimizer's state and the averaged parameters; 2: gradients too; 3: parameters too.
       slices: how many slices, which a slower network joins, lie along each axis.
     """
 
     data: int = -1
+    zero: int = 3
     slices: SlicesConfig = SlicesConfig()
 
     def __post_init__(self) -> None:
+        if self.zero not in (1, 2, 3):
+            raise UserError("zero", self.zero, "must be 1, 2 or 3.")
         sizes = self.sizes()
         for name, size in sizes.items():
             is_free = size == -1

@@ -69,15 +69,25 @@ def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
 
 
-def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+def param_shardings(boxed: Any, mesh: Mesh, *, shard_width: bool = True) -> Any:
     """Returns the sharding of each boxed (abstract) parameter.
+
+    Args:
+      boxed: parameters with their logical axes.
+      mesh: the devices.
+      shard_width: whether the width of the model is sharded as the table says; otherwise each
+        device has all of it, as ZeRO levels below 3 have it.
 
     Raises:
       UserError: a mesh axis does not divide the array axis that it shards.
     """
 
     def sharding(path: tuple[Any, ...], box: nn.LogicallyPartitioned) -> NamedSharding:
-        spec = partition_spec(box.names)
+        # Without its width the kernel ("expert", "embed", "mlp") is ("expert", None, "mlp").
+        names = box.names
+        if not shard_width:
+            names = tuple(None if name == "embed" else name for name in names)
+        spec = partition_spec(names)
         for name, size, mesh_axes in zip(box.names, box.value.shape, spec, strict=True):
             _check_divides(mesh, mesh_axes, size, f"{name} = {size} of {path_name(path)}")
         return NamedSharding(mesh, spec)

@@ -17,6 +17,7 @@ from research.parallel.parameter import logical_axes
 from research.parallel.rules import batch_sharding, check_batch, param_shardings
 from research.parallel.target import mesh_platform
 from research.training.config import TrainConfig
+from research.training.layout import zero_layout
 from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState, abstract_state, create_state
 from research.training.step import (
@@ -149,8 +150,7 @@ def build_program(
       batch_shapes: (shape, dtype) of every array of a batch.
       optim, train, mesh, devices: the optimizer, the steps, the mesh, its devices (None is all).
       eval_loss: what is evaluated; None: the same loss.
-      partition: which parameters are trained.
-      expert_bias_speed: as of `make_train_step`.
+      partition, expert_bias_speed: as of `make_train_step`.
 
     Raises:
       UserError: sizes that do not fit the devices, or a schedule longer than the run.
@@ -161,7 +161,7 @@ def build_program(
     trainable, frozen = jax.eval_shape(partition.split, boxed)
     optimizer, learning_rate = build_optimizer(optim, logical_axes(trainable), train.steps)
     keep_ema = optim.ema_decay is not None
-    state = abstract_state(trainable, optimizer, devices_mesh, keep_ema=keep_ema)
+    state = abstract_state(trainable, optimizer, devices_mesh, keep_ema=keep_ema, zero=mesh.zero)
 
     train_step = make_train_step(
         loss,
@@ -174,6 +174,7 @@ def build_program(
         ema_decay=optim.ema_decay,
         accumulation=train.accumulation,
         unroll=mesh_platform(devices_mesh) == "cpu",
+        layout=zero_layout(trainable, devices_mesh, mesh.zero),
     )
     init_trainable = functools.partial(_init_trainable, init, partition)
     return Program(
@@ -181,8 +182,8 @@ def build_program(
         init=init,
         partition=partition,
         state=state,
-        frozen=_abstract_params(frozen, devices_mesh),
-        saved=_abstract_saved(boxed, state, devices_mesh),
+        frozen=_abstract_params(frozen, devices_mesh, shard_width=mesh.zero == 3),
+        saved=_abstract_saved(boxed, state, devices_mesh, mesh.zero),
         batch=_abstract_batch(batch_shapes, devices_mesh),
         create=functools.partial(create_state, init_trainable, optimizer, state),
         train_step=train_step,
@@ -201,10 +202,12 @@ def _abstract_batch(shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mes
     return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
 
-def _abstract_saved(boxed: Any, state: TrainState, mesh: Mesh) -> TrainState:
+def _abstract_saved(boxed: Any, state: TrainState, mesh: Mesh, zero: int) -> TrainState:
     """Returns shapes, types and shardings of the state with all parameters."""
-    params = _abstract_params(boxed, mesh)
-    ema = None if state.ema is None else params
+    params = _abstract_params(boxed, mesh, shard_width=zero == 3)
+    ema = None
+    if state.ema is not None:
+        ema = _abstract_params(boxed, mesh, shard_width=True)
     return state.replace(params=params, ema=ema)
 
 
@@ -213,12 +216,12 @@ def _as_type(array: Any, dtype: Any) -> Any:
     return array if array.dtype == dtype else array.astype(dtype)
 
 
-def _abstract_params(boxed: Any, mesh: Mesh) -> Any:
+def _abstract_params(boxed: Any, mesh: Mesh, *, shard_width: bool) -> Any:
     """Returns shapes, types and shardings of boxed parameters."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(boxed),
-        param_shardings(boxed, mesh),
+        param_shardings(boxed, mesh, shard_width=shard_width),
     )
 
 

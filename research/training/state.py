@@ -84,17 +84,18 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, keep_ema: bo
     )
 
 
-def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, boxed: Any, mesh: Mesh, zero: int) -> TrainState:
     """Returns the sharding of every array of an abstract state.
 
-    An array of the optimizer or the average that belongs to a parameter (its path ends in the
-    parameter's, its shape is the same) is sharded like it; counters and factored moments are
-    replicated.
+    Whether the width of parameters is sharded depends on the ZeRO level. An array of the optimizer
+    or the average that belongs to a parameter (its path ends in the parameter's, its shape is the
+    same) is sharded as the table says for it; counters and factored moments are replicated.
 
     Args:
       state: shapes, as `jax.eval_shape` gives them.
       boxed: abstract parameters with their logical axes.
       mesh: the devices.
+      zero: the level, as of `MeshConfig`.
 
     Raises:
       UserError: the mesh does not divide a parameter.
@@ -111,11 +112,17 @@ def state_shardings(state: TrainState, boxed: Any, mesh: Mesh) -> TrainState:
                 return shardings[name]
         return replicated
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    by_table = jax.tree_util.tree_map_with_path(sharding, state)
+    return by_table.replace(params=param_shardings(boxed, mesh, shard_width=zero == 3))
 
 
 def abstract_state(
-    boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, keep_ema: bool
+    boxed: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    keep_ema: bool,
+    zero: int = 3,
 ) -> TrainState:
     """Returns the state's shapes, types and shardings, without an array.
 
@@ -124,6 +131,7 @@ def abstract_state(
       optimizer: whose state it holds.
       mesh: the devices.
       keep_ema: whether averaged parameters are kept.
+      zero: the level, as of `MeshConfig`.
 
     Raises:
       UserError: the mesh does not divide a parameter.
@@ -132,7 +140,7 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
-        state_shardings(state, boxed, mesh),
+        state_shardings(state, boxed, mesh, zero),
     )
 
 

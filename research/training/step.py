@@ -1,5 +1,6 @@
 """A loss and an optimizer become `step(state, frozen, batch) -> (state, metrics)`."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from research.data.batch import Batch
 from research.models.reports import ExpertCounts
 from research.optim.balancing import balance_experts, selection_bias
 from research.parallel.rules import process_columns
+from research.training.layout import NO_LAYOUT, Layout, constrain_tree
 from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState
 
@@ -82,12 +84,15 @@ def _mean_gradients(
     batch: Batch,
     weight: Float[Array, ""],
     key: jax.Array,
+    *,
     accumulation: int,
     unroll: bool,
+    shardings: Any,
 ) -> tuple[Float[Array, ""], Report, Any]:
     """Returns what is minimized, the report and the gradients: means over the whole batch.
 
-    The report's experts are counts, no means.
+    The report's experts are counts, no means. Gradients, and their sum over microbatches, are laid
+    out by `shardings`.
     """
     # A batch of padding alone has weight 0, and a loss of 0 and not of 0 / 0.
     weight = jnp.where(weight > 0, weight, 1.0)
@@ -101,7 +106,12 @@ def _mean_gradients(
         report = Report(sums, means, report.experts)
         return minimized, report
 
-    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+
+    def gradient(trainable: Any, micro: Batch, key: jax.Array) -> tuple[Any, Any]:
+        result, grads = value_and_grad(trainable, micro, key)
+        return result, constrain_tree(grads, shardings)
+
     if accumulation == 1:
         (value, report), grads = gradient(trainable, batch, key)
         return value, report, grads
@@ -118,7 +128,8 @@ def _mean_gradients(
     # Traced, not computed: only the shapes of ((value, report), gradients) are needed.
     first = _microbatch(batch, 0, accumulation)
     shapes = jax.eval_shape(gradient, trainable, first, key)
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    result, sums = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    zeros = (result, constrain_tree(sums, shardings))
 
     indices = jnp.arange(accumulation)
     total, _ = jax.lax.scan(add, zeros, indices, unroll=unroll)
@@ -139,8 +150,10 @@ def _global_norm(gradients: Any) -> Float[Array, ""]:
     return optax.global_norm(in_float32)
 
 
-def _clip(gradients: Any, norm: Float[Array, ""], largest: float) -> Any:
-    """Returns the gradients scaled down to a largest global norm."""
+def _clip(gradients: Any, norm: Float[Array, ""], largest: float | None) -> Any:
+    """Returns the gradients scaled down to a largest global norm, where there is one."""
+    if largest is None:
+        return gradients
     # Norm 4, largest 1 -> 1 / 4; norm 0.5 -> 1
     norm = jnp.maximum(norm, 1e-12)
     scale = jnp.minimum(1.0, largest / norm)
@@ -153,8 +166,26 @@ def _clip(gradients: Any, norm: Float[Array, ""], largest: float) -> Any:
     return jax.tree.map(scaled, gradients)
 
 
-def _update_ema(ema: Any, params: Any, decay: float) -> Any:
-    """Returns the averages moved towards new parameters: e + (1 - decay) (p - e)."""
+def _update(
+    optimizer: optax.GradientTransformation, gradients: Any, state: TrainState, shardings: Any
+) -> tuple[Any, Any]:
+    """Returns the parameters and the optimizer's state after an update.
+
+    Each device updates the part that `shardings` give it, even where it has everything.
+    """
+    gradients = constrain_tree(gradients, shardings)
+    params = constrain_tree(state.params, shardings)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+    apply_updates = promoting(optax.apply_updates)
+    return apply_updates(params, updates), opt_state
+
+
+def _update_ema(ema: Any, params: Any, decay: float | None) -> Any:
+    """Returns the averages moved towards new parameters, e + (1 - decay) (p - e), where there are
+    averages.
+    """
+    if ema is None:
+        return None
     rate = 1 - decay
 
     # decay · e + rate · p would not keep an average that equals its parameter bit for bit.
@@ -182,7 +213,7 @@ def _step_metrics(
     report: Report,
     weight: Float[Array, ""],
     norm: Float[Array, ""],
-    learning_rate: Float[Array, ""],
+    learning_rate: float | Float[Array, ""],
     batch: Batch,
     state: TrainState,
 ) -> Metrics:
@@ -195,7 +226,7 @@ def _step_metrics(
         **report.means,
         **of_experts,
         "grad_norm": norm,
-        "learning_rate": learning_rate,
+        "learning_rate": jnp.asarray(learning_rate, jnp.float32),
         "weight": weight.astype(jnp.float32),
         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32),
         "skipped": state.skipped.astype(jnp.float32),
@@ -215,6 +246,7 @@ def make_train_step(
     ema_decay: float | None = None,
     accumulation: int = 1,
     unroll: bool = False,
+    layout: Layout = NO_LAYOUT,
 ) -> Step:
     """Returns the pure training step, which changes the state's parameters and nothing frozen.
 
@@ -232,30 +264,29 @@ def make_train_step(
       ema_decay: of the averaged parameters, where the state has them.
       accumulation: microbatches of a batch.
       unroll: compile microbatches one by one, not as a loop, whose body is slow on XLA for CPU.
+      layout: of gradients, and of what an update takes, on a mesh.
     """
+    mean_gradients = functools.partial(
+        _mean_gradients,
+        loss,
+        accumulation=accumulation,
+        unroll=unroll,
+        shardings=layout.gradients,
+    )
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = step_key(key, state.step)
         weight = loss.weight(batch)
-        value, report, grads = _mean_gradients(
-            loss, state.params, frozen, batch, weight, dropout_key, accumulation, unroll
-        )
+        value, report, grads = mean_gradients(state.params, frozen, batch, weight, dropout_key)
 
         # The norm before clipping is the one that is logged.
         norm = _global_norm(grads)
-        if clip_norm is not None:
-            grads = _clip(grads, norm, clip_norm)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        apply_updates = promoting(optax.apply_updates)
-        params = apply_updates(state.params, updates)
+        grads = _clip(grads, norm, clip_norm)
+        params, opt_state = _update(optimizer, grads, state, layout.update)
         params = _balance_experts(params, report.experts, expert_bias_speed, partition)
-        ema = None
-        if state.ema is not None:
-            ema = _update_ema(state.ema, params, ema_decay)
+        ema = _update_ema(state.ema, params, ema_decay)
 
         rate = learning_rate(state.opt_state)
-        rate = jnp.asarray(rate, jnp.float32)
         # One number that is not finite in any gradient makes their norm not finite.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         state = state.advance(params, opt_state, ema, finite)
