@@ -74,7 +74,7 @@ def report_lines(config: ModelConfig) -> list[str]:
     sizes = model_table(config) | _layer_rows(config)
     costs = model_costs(config, model)
     cost_rows = _cost_rows(config, costs)
-    return [*_aligned(sizes), "", *tree_lines(model), "", *_aligned(cost_rows)]
+    return [*aligned(sizes), "", *tree_lines(model), "", *aligned(cost_rows)]
 
 
 def report_json(config: ModelConfig) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def _cost_rows(config: ModelConfig, costs: Costs) -> Table:
     # The parameters alone: activations, gradients and optimizer states depend on the run.
     memory = []
     for dtype, size in _BYTES.items():
-        memory.append(f"{_short(size * total)}B in {dtype}")
-    flops = f"{_short(costs.forward_flops)}FLOP per token at {config.max_length:,} tokens"
+        memory.append(f"{short(size * total)}B in {dtype}")
+    flops = f"{short(costs.forward_flops)}FLOP per token at {config.max_length:,} tokens"
     if config.structure == "encoder_decoder":
         flops += ", and as many in the encoder"
 
@@ -140,12 +140,12 @@ def _cache_text(costs: Costs) -> str:
     return f"{text}, in bfloat16"
 
 
-def _aligned(rows: Table) -> list[str]:
+def aligned(rows: Table) -> list[str]:
     width = max(map(len, rows))
     return [f"{name:{width}}  {text}" for name, text in rows.items()]
 
 
-def _short(number: int) -> str:
+def short(number: int) -> str:
     """Returns a number with the prefix of its thousands: 16_100_000_000 -> `16.1 G`."""
     if number < 1000:
         return f"{number:,} "

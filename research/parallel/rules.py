@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from research.core.errors import UserError
@@ -69,7 +69,7 @@ def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
 
 
-def param_shardings(boxed: Any, mesh: Mesh, *, shard_width: bool = True) -> Any:
+def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh, *, shard_width: bool = True) -> Any:
     """Returns the sharding of each boxed (abstract) parameter.
 
     Args:
@@ -96,7 +96,7 @@ def param_shardings(boxed: Any, mesh: Mesh, *, shard_width: bool = True) -> Any:
 
 
 def _check_divides(
-    mesh: Mesh, mesh_axes: str | tuple[str, ...] | None, size: int, what: str
+    mesh: Mesh | AbstractMesh, mesh_axes: str | tuple[str, ...] | None, size: int, what: str
 ) -> None:
     """Raises UserError where mesh axes together do not divide a size.
 
@@ -220,7 +220,7 @@ def _device_count(sharding: NamedSharding, devices: Collection[jax.Device] | Non
     return len(devices)
 
 
-def check_batch(batch_size: int, length: int, accumulation: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, length: int, accumulation: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where the mesh cannot shard every microbatch evenly.
 
     Args:

@@ -1,4 +1,6 @@
-"""`tessera describe`: sizes, parameters as a tree, attention masks as a picture; or all as JSON."""
+"""`tessera describe`: sizes, parameters as a tree, attention masks as a picture; or on the
+mesh of devices that need not be here; or all as JSON.
+"""
 
 import argparse
 import json
@@ -14,6 +16,7 @@ from research.inspection.mask_figure import draw_masks
 from research.inspection.mask_pictures import mask_pictures, row_length
 from research.inspection.report import report_json, report_lines
 from research.models.config import ModelConfig
+from research.recipes.describe_devices import print_on_devices
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.recipes.workdir import read_config
 from research.storage import files
@@ -25,6 +28,9 @@ EXAMPLES = """\
   tessera describe --config=configs/model/llama.py:3-8b
   tessera describe --config=configs/model/gpt2.py:xl --config.pattern.0.window=128 --length=64
   tessera describe --config=configs/pretrain/stdlib.py --config.model.num_layers=12 --out=pictures
+  tessera describe --config=configs/pretrain/stdlib.py:2m --devices=cpu:8 --config.mesh.fsdp=2
+  tessera describe --config=configs/model/llama.py:3-70b --devices=v5p:8x8x8 \\
+      --config.mesh.fsdp=64 --config.mesh.tensor=8
   tessera describe --workdir=runs/stdlib --json | jq .costs.parameters"""
 
 
@@ -32,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this verb."""
     add_config_argument(parser, required=False)
     parser.add_argument("--workdir", help="folder of a trained model, instead of --config")
+    parser.add_argument(
+        "--devices",
+        metavar="NAME",
+        help="devices that need not be here: draw the mesh on them, and show the sharding of each "
+        "parameter and activation, with its bytes on one device; v5p:4x4x4, v5p:4x4x4*2 (two "
+        "slices), h200:16 (nodes of eight) or cpu:8",
+    )
     parser.add_argument(
         "--out", help="folder for the picture (default WORKDIR/plots or describe/CONFIG)"
     )
@@ -45,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="print one JSON object instead: config, summary, costs, parameters (as a tree: name, "
-        "count, shape, axes, children), masks (layers, window, text)",
+        "count, shape, axes, children), masks (layers, window, text); with --devices config, "
+        "devices, mesh, parameters, activations, one_device, notes",
     )
 
 
@@ -53,6 +67,10 @@ def main(arguments: argparse.Namespace) -> None:
     """Prints the model and draws its masks."""
     # Nothing here needs a device, and waiting for one that another process uses would block.
     jax.config.update("jax_platforms", "cpu")
+    _check_source(arguments)
+    if arguments.devices is not None:
+        print_on_devices(arguments)
+        return
     name, model, folder = _source(arguments)
     if arguments.out is not None:
         folder = as_path(arguments.out, "out")
@@ -76,8 +94,6 @@ def _draw(model: ModelConfig, length: int | None, name: str, path: Path) -> None
 
 def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path]:
     """Returns the name of the model, the model, and the folder of its picture."""
-    if (arguments.config is None) == (arguments.workdir is None):
-        raise UserError("describe takes either --config or --workdir.")
     if arguments.config is not None:
         # configs/model/llama.py:3-8b -> llama-3-8b
         file = pathlib.Path(arguments.config).name.replace(".py", "")
@@ -85,14 +101,20 @@ def _source(arguments: argparse.Namespace) -> tuple[str, ModelConfig, Path]:
         model = load_model(arguments.config, arguments.overrides)
         return name, model, pathlib.Path("describe") / name
 
-    if arguments.overrides:
+    workdir = as_path(arguments.workdir, "workdir")
+    model = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
+    return absolute(workdir).name, model, workdir / "plots"
+
+
+def _check_source(arguments: argparse.Namespace) -> None:
+    """Raises UserError unless there is either a config or a workdir, which is not changed."""
+    if (arguments.config is None) == (arguments.workdir is None):
+        raise UserError("describe takes either --config or --workdir.")
+    if arguments.workdir is not None and arguments.overrides:
         raise UserError(
             f"--config.{arguments.overrides[0][0]}: it changes a --config, and a --workdir has "
             "its own."
         )
-    workdir = as_path(arguments.workdir, "workdir")
-    model = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
-    return absolute(workdir).name, model, workdir / "plots"
 
 
 def load_model(spec: str, overrides: list[tuple[str, str]]) -> ModelConfig:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from research.parallel.rules import param_shardings
 
@@ -27,7 +27,7 @@ class Layout:
 NO_LAYOUT = Layout()
 
 
-def zero_layout(boxed: Any, mesh: Mesh, zero: int) -> Layout:
+def zero_layout(boxed: Any, mesh: Mesh | AbstractMesh, zero: int) -> Layout:
     """Returns the layout of a ZeRO level.
 
     Args:

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from research.core.trees import named_leaves, path_name
@@ -84,7 +84,9 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, keep_ema: bo
     )
 
 
-def state_shardings(state: TrainState, boxed: Any, mesh: Mesh, zero: int) -> TrainState:
+def state_shardings(
+    state: TrainState, boxed: Any, mesh: Mesh | AbstractMesh, zero: int
+) -> TrainState:
     """Returns the sharding of every array of an abstract state.
 
     Whether the width of parameters is sharded depends on the ZeRO level. An array of the optimizer
@@ -119,7 +121,7 @@ def state_shardings(state: TrainState, boxed: Any, mesh: Mesh, zero: int) -> Tra
 def abstract_state(
     boxed: Any,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     keep_ema: bool,
     zero: int = 3,

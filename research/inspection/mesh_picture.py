@@ -1,0 +1,223 @@
+"""The mesh as a picture of text: each axis with what it carries, the collectives along it, and
+their network.
+"""
+
+import dataclasses
+import textwrap
+from collections.abc import Iterable
+
+from jax.sharding import AbstractMesh
+
+from research.inspection.sharded_arrays import ShardedArray
+from research.kernels.attention import KeyExchange
+from research.parallel.mesh import MeshConfig
+from research.scaling.cluster import Cluster
+
+WIDTH = 100
+# The most parts of an axis that are all drawn: of more, the first ones and the last.
+_MOST_PARTS = 5
+_CARRIES = {
+    "batch": "rows of the batch",
+    "length": "tokens of a row",
+    "layers": "stages of layers",
+    "expert": "experts",
+    "embed": "shards of {}",
+    "heads": "heads",
+    "kv_heads": "KV heads",
+    "mlp": "MLP width",
+    "vocab": "vocabulary",
+}
+_SUM_OF_GRADIENTS = "all-reduce of gradients"
+# ZeRO level -> what the axes of the model's width shard, and the collectives that this takes: at
+# level 3 parameters are gathered for each layer, at the others new ones once a step.
+_SHARDED = {3: "parameters", 2: "gradients and optimizer state", 1: "optimizer state"}
+_OF_WIDTH = {
+    3: ("all-gather of parameters", "reduce-scatter of gradients"),
+    2: ("reduce-scatter of gradients", "all-gather of new parameters"),
+    1: (_SUM_OF_GRADIENTS, "all-gather of new parameters"),
+}
+_HIDDEN_STATES = "all-reduce of hidden states"
+_KEY_EXCHANGES = {
+    "ring": "ring of keys and values",
+    "all_gather": "all-gather of keys and values",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxis:
+    """An axis of the mesh.
+
+    Attributes:
+      name: of the axis.
+      size: devices along it.
+      slices: of devices, along it.
+      carries: what it shards, in words.
+      collectives: which run along it in a training step.
+      networks: over which they run.
+    """
+
+    name: str
+    size: int
+    slices: int
+    carries: tuple[str, ...]
+    collectives: tuple[str, ...]
+    networks: tuple[str, ...]
+
+
+def mesh_axes(
+    mesh: AbstractMesh,
+    config: MeshConfig,
+    cluster: Cluster,
+    arrays: Iterable[ShardedArray],
+    exchange: KeyExchange,
+) -> list[MeshAxis]:
+    """Returns the axes of more than one device, outermost first.
+
+    Args:
+      mesh: sizes of all axes.
+      config: of the mesh: its slices, and its ZeRO level.
+      cluster: which devices.
+      arrays: activations, and parameters as ZeRO level 3 shards them: their logical axes are what
+        an axis carries.
+      exchange: how queries meet the keys of other devices along `context`.
+    """
+    arrays = list(arrays)
+    axes = []
+    for name, size in mesh.shape.items():
+        if size == 1:
+            continue
+        logical = _carried(name, arrays)
+        carries = tuple(_CARRIES[axis].format(_SHARDED[config.zero]) for axis in logical)
+        across = config.slices.sizes()[name]
+        networks = []
+        if size > across:
+            networks.append(cluster.fast_network)
+        if across > 1:
+            networks.append(cluster.slow_network)
+        collectives = _collectives(logical, size, exchange, config.zero)
+        axes.append(MeshAxis(name, size, across, carries, collectives, tuple(networks)))
+    return axes
+
+
+def _carried(name: str, arrays: Iterable[ShardedArray]) -> tuple[str, ...]:
+    """Returns the logical axes that a mesh axis shards, in the order of `_CARRIES`."""
+    sharded = set()
+    for array in arrays:
+        for axis, mesh_axes_of_it in zip(array.axes, array.mesh_axes, strict=True):
+            if name in mesh_axes_of_it:
+                sharded.add(axis)
+    return tuple(axis for axis in _CARRIES if axis in sharded)
+
+
+def _collectives(
+    logical: tuple[str, ...], size: int, exchange: KeyExchange, zero: int
+) -> tuple[str, ...]:
+    """Returns the collectives that follow from the logical axes that a mesh axis shards."""
+    found: list[str] = []
+    if "embed" in logical:
+        found += _OF_WIDTH[zero]
+    elif "batch" in logical or "length" in logical:
+        found.append(_SUM_OF_GRADIENTS)
+    if "length" in logical:
+        found += _key_exchange(size, exchange)
+    if "layers" in logical:
+        found.append("hidden states from stage to stage")
+    if "expert" in logical:
+        found.append("all-to-all of tokens to their experts")
+    if {"heads", "kv_heads", "mlp", "vocab"} & set(logical):
+        found.append(_HIDDEN_STATES)
+    return tuple(found)
+
+
+def _key_exchange(size: int, exchange: KeyExchange) -> list[str]:
+    """Returns how attention meets the keys of other devices."""
+    found = []
+    if exchange.all_to_all > 1:
+        found.append("all-to-all of heads")
+    # Groups of all devices exchange heads alone.
+    if exchange.all_to_all < size:
+        found.append(_KEY_EXCHANGES[exchange.kind])
+    return found
+
+
+def picture(axes: list[MeshAxis], cluster: Cluster, device_text: str) -> list[str]:
+    """Returns the lines of the picture, at most `WIDTH` characters each.
+
+    Every axis is a row of parts; the first part of it is cut further by the next axis. A double
+    line stands between slices.
+
+    Args:
+      axes: of more than one device, outermost first.
+      cluster: which devices.
+      device_text: what one device holds.
+    """
+    drawn = [_parts(axis) for axis in axes]
+    label_width = max((len(f"{axis.name} {axis.size}") for axis in axes), default=0) + 2
+    box_width = max((len(top) for top, _, _ in drawn), default=0) + 2
+    text_width = WIDTH - label_width - box_width
+
+    lines = [_title(cluster)]
+    is_below = False
+    for axis, (top, middle, bottom) in zip(axes, drawn, strict=True):
+        # The first part hangs from that of the axis above.
+        if is_below:
+            top = f"{top[:2]}┴{top[3:]}"
+        bottom = f"{bottom[:2]}┬{bottom[3:]}"
+        is_below = True
+        text = _axis_text(axis, text_width)
+        labels = [f"{axis.name} {axis.size}"]
+        boxes = [top, middle, bottom, *["  │"] * (len(text) - 3)]
+        labels += [""] * (len(boxes) - 1)
+        text += [""] * (len(boxes) - len(text))
+        for label, box, words in zip(labels, boxes, text, strict=True):
+            line = f"{label:{label_width}}{box:{box_width}}{words}"
+            lines.append(line.rstrip())
+    lines.append(f"{'':{label_width}}{device_text}")
+    return lines
+
+
+def _title(cluster: Cluster) -> str:
+    noun = "device" if cluster.num_devices == 1 else "devices"
+    title = f"{cluster.num_devices:,} {noun}, {cluster.name}"
+    if cluster.slices > 1:
+        title += f": {cluster.slices} slices of {cluster.devices_per_slice:,}"
+    return title
+
+
+def _axis_text(axis: MeshAxis, width: int) -> list[str]:
+    """Returns what an axis carries, its collectives and its network, in lines."""
+    carries = ", ".join(axis.carries) or "nothing: copies"
+    collectives = ", ".join(axis.collectives)
+    network = f"over {' and '.join(axis.networks)}"
+    lines = []
+    for text in (carries, collectives, network):
+        # A text that goes on is indented.
+        lines += textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
+
+
+def _parts(axis: MeshAxis) -> tuple[str, str, str]:
+    """Returns the three lines of the row of parts.
+
+    Size 64 in one slice:        │ 0 │ 1 │ 2 │ … │ 63 │
+    Size 8 in 2 slices of 4:     │ 0–3 ║ 4–7 │
+    """
+    within = axis.size // axis.slices
+    count = axis.size
+    labels = [str(index) for index in range(axis.size)]
+    between = ("┬", "│", "┴")
+    if axis.slices > 1:
+        count = axis.slices
+        between = ("╥", "║", "╨")
+        if within > 1:
+            labels = [f"{i * within}–{(i + 1) * within - 1}" for i in range(count)]
+    if count > _MOST_PARTS:
+        labels = [*labels[: _MOST_PARTS - 2], "…", labels[-1]]
+
+    width = max(map(len, labels)) + 2
+    cells = [f"{label:^{width}}" for label in labels]
+    bars = ["─" * width for _ in cells]
+    top = f"┌{between[0].join(bars)}┐"
+    middle = f"│{between[1].join(cells)}│"
+    bottom = f"└{between[2].join(bars)}┘"
+    return top, middle, bottom
