@@ -1,6 +1,7 @@
 """The activations of each kind of layer, as a traced layer has them; no array is ever made."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,12 @@ from research.inspection.sharded_arrays import (
     sharded_array,
 )
 from research.models.block import Block
-from research.models.config import ModelConfig
+from research.models.config import ExpertsConfig, ModelConfig
 from research.models.experts import Experts
 from research.models.language_model import language_model
 from research.models.layers import Norm, Projection
+from research.parallel.expert_dispatch import Dispatch
+from research.parallel.mesh_axes import EXPERT_AXIS
 
 Names = tuple[str | None, ...]
 _TOKENS = ("batch", "length")
@@ -34,11 +37,13 @@ class _Recorder:
     """What the modules of a layer take and give, in the order in which they run.
 
     Attributes:
-      found: name -> (logical axes, shape, dtype).
+      mesh: sizes of the mesh axes.
+      found: the arrays.
       seen: arrays by identity, which are kept so that no other gets the same one -> their axes.
     """
 
-    found: dict[str, tuple[Names, tuple[int, ...], Any]] = dataclasses.field(default_factory=dict)
+    mesh: AbstractMesh
+    found: list[ShardedArray] = dataclasses.field(default_factory=list)
     seen: dict[int, tuple[Any, Names]] = dataclasses.field(default_factory=dict)
 
     def intercept(
@@ -75,20 +80,54 @@ class _Recorder:
         """Keeps an array that is not kept yet."""
         if id(array) not in self.seen:
             self.seen[id(array)] = (array, names)
-            self.found[name] = (names, array.shape, array.dtype)
+            self.found.append(sharded_array(name, names, array.shape, array.dtype, self.mesh))
 
     def _record_experts(self, module: Experts, path: str, x: Any) -> None:
-        """Keeps the rows of the chosen experts: one for each choice of a token."""
+        """Keeps what the experts take and give: a row for each choice of a token that a device has
+        room for.
+        """
         model = module.config
-        choices = (*x.shape[:2], model.experts.experts_per_token)
         hidden = ("mlp", model.experts.hidden_dim)
         widths = {"rows": ("embed", model.embed_dim), "up": hidden}
         if model.mlp.gated:
             widths["gate"] = hidden
         widths["down"] = ("embed", model.embed_dim)
         for name, (axis, width) in widths.items():
-            names = (*_TOKENS, None, axis)
-            self.found[f"{path}/experts/{name}"] = (names, (*choices, width), x.dtype)
+            shape = (*x.shape[:2], width)
+            # Sharded as these arrays of one row for each token are.
+            like = sharded_array(
+                f"{path}/experts/{name}", (*_TOKENS, axis), shape, x.dtype, self.mesh
+            )
+            self.found.append(_expert_rows(model.experts, like, self.mesh.shape[EXPERT_AXIS]))
+
+
+def _expert_rows(config: ExpertsConfig, like: ShardedArray, devices: int) -> ShardedArray:
+    """Returns the rows of experts, whose first axis is that of tokens and of their choices.
+
+    Args:
+      config: of the experts.
+      like: an array of tokens with the width of the rows.
+      devices: along the mesh axis of the experts.
+    """
+    # [B, T, F] of which a device has [1, T, F / 2]: T tokens, so that T · choices rows are its own.
+    tokens = math.prod(like.device_shape[:2])
+    rows = tokens * config.experts_per_token
+    if devices > 1:
+        dispatch = Dispatch(
+            config.num_experts, EXPERT_AXIS, devices, True, buffer_factor=config.buffer_factor
+        )
+        rows = dispatch.buffer_rows(tokens, config.experts_per_token)
+    shards = math.prod(like.shape[:2]) // tokens
+    width = like.shape[2]
+    device_width = like.device_shape[2]
+    rows_axes = like.mesh_axes[0] + like.mesh_axes[1]
+    return dataclasses.replace(
+        like,
+        axes=("choices", like.axes[2]),
+        shape=(rows * shards, width),
+        mesh_axes=(rows_axes, like.mesh_axes[2]),
+        device_shape=(rows, device_width),
+    )
 
 
 def _projected(module: Projection, array: Any, inputs: bool) -> Names:
@@ -105,7 +144,8 @@ def activation_groups(
 ) -> list[ArrayGroup]:
     """Returns what the modules of each kind of layer take and give, in a forward pass.
 
-    The rows of experts are those of an even load: each device has as many.
+    Experts have a row for each choice of a token. Along the mesh axis `expert` a device has room
+    for those of all devices, unless `ExpertsConfig.buffer_factor` bounds them.
 
     Args:
       config: the model.
@@ -119,7 +159,7 @@ def activation_groups(
         name: jax.ShapeDtypeStruct(*shape)
         for name, shape in batch_shapes(objective, rows, length).items()
     }
-    recorder = _Recorder()
+    recorder = _Recorder(mesh)
 
     def trace(batch: Any) -> Any:
         params = nn.unbox(model.init(jax.random.key(0)))
@@ -128,8 +168,8 @@ def activation_groups(
 
     jax.eval_shape(trace, batch)
     arrays = []
-    for name, (names, shape, dtype) in recorder.found.items():
-        arrays += _of_all_layers(config, sharded_array(name, names, shape, dtype, mesh))
+    for array in recorder.found:
+        arrays += _of_all_layers(config, array)
     groups = group_layers(config, arrays)
     return [group for group in groups if group.name]
 

@@ -32,7 +32,7 @@ class ShardedArray:
 
     Attributes:
       name: with slashes.
-      axes: logical names; None for an axis that no rule shards.
+      axes: logical names, and `choices` for the rows of experts; None for an axis without one.
       shape: of the whole array.
       dtype: of its numbers.
       mesh_axes: for each axis, the mesh axes of more than one device that shard it.

@@ -107,6 +107,29 @@ def test_activations_are_those_that_are_counted_by_hand():
     assert query.mesh_axes == (("data", "fsdp"), (), ("tensor",), ())
 
 
+@pytest.mark.parametrize(
+    ("mesh", "buffer_factor", "rows"),
+    [
+        # 8 rows of 16 tokens on 4 shards of the batch: 32 tokens of a device, 2 choices each.
+        ({"data": 4, "tensor": 2}, None, 64),
+        # Room for all choices of the two devices that have these experts.
+        ({"data": 2, "expert": 2, "tensor": 2}, None, 128),
+        ({"data": 2, "expert": 2, "tensor": 2}, 1.25, 80),
+    ],
+)
+def test_rows_of_experts_are_those_that_a_device_has_room_for(mesh, buffer_factor, rows):
+    experts = dataclasses.replace(VARIANTS["experts"].experts, buffer_factor=buffer_factor)
+    report = report_of(tiny_config(experts=experts), MeshConfig(**mesh))
+    (group,) = report.activations
+    arrays = {array.name: array for array in group.arrays}
+    # Its width of 8 is sharded over tensor, that of the model is not.
+    assert arrays["mlp/experts/rows"].device_shape == (rows, 16)
+    assert arrays["mlp/experts/up"].device_shape == (rows, 4)
+    assert arrays["mlp/experts/down"].device_bytes == 4 * rows * 16
+    assert arrays["mlp/experts/gate"].shape == (4 * rows, 8)
+    assert arrays["mlp/router"].device_bytes == 4 * 32 * 4
+
+
 CASES = {
     "dense": (tiny_config(), CUBE, {"optim": OptimConfig(ema_decay=0.9)}),
     "scanned": (
@@ -217,6 +240,9 @@ def test_every_projection_of_every_layer_has_its_activation(name: str):
             module, _, leaf = array.name.rpartition("/")
             # The projection of relative distances takes no tokens.
             if not group.name or leaf != "kernel" or module == "attention/relative/projection":
+                continue
+            assert (group.name, module) in shown, module
+            if module.startswith("mlp/experts/"):
                 continue
             activation = shown[group.name, module]
             assert activation.axes[:2] == ("batch", "length"), module
