@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from research.kernels import gradient_sums
 from research.parallel.rules import constrain
 
 # How an array's axes are described: logical names, or a partition.
@@ -24,7 +25,12 @@ class WeightNode(abc.ABC):
 
     Its shape is that of the plain weight it represents. Leading axes (layers, experts) may be
     indexed in all its leaves at once, as `jax.lax.scan` does.
+
+    Attributes:
+      gradient_dtype: the type in which its gradients are summed over devices.
     """
+
+    gradient_dtype = "float32"
 
     @property
     @abc.abstractmethod
@@ -74,6 +80,10 @@ class WeightNode(abc.ABC):
     ) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
         """Returns plain arrays whose product is x W, without a plain W."""
 
+    def as_shard_map_argument(self) -> "Weight":
+        """Returns what to hand to a `shard_map`, which sums the gradient over devices."""
+        return self
+
     @abc.abstractmethod
     def split_axes(self, axes: Axes, inner: Any) -> "WeightNode":
         """Returns the node with a description of each leaf's axes in its place.
@@ -85,6 +95,11 @@ class WeightNode(abc.ABC):
 
 
 Weight = Float[Array, "..."] | WeightNode
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a tree is a weight of several arrays."""
+    return isinstance(leaf, WeightNode)
 
 
 def as_array(weight: Weight) -> Float[Array, "..."]:
@@ -106,7 +121,9 @@ def take_rows(table: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns the rows of a table `[V, D]` that ids in [0, V) name."""
     if isinstance(table, WeightNode):
         return table.take_rows(ids)
-    return table[ids]
+    if table.dtype == jnp.float32:
+        return table[ids]
+    return gradient_sums.take_rows(table, ids, "float32")
 
 
 def transpose(weight: Weight) -> Weight:
@@ -131,6 +148,22 @@ def as_product(
     if isinstance(weight, WeightNode):
         return weight.as_product(x)
     return x, weight
+
+
+def gradient_dtype(weight: Weight) -> str:
+    """Returns the type in which a weight's gradient is summed over devices."""
+    if isinstance(weight, WeightNode):
+        return weight.gradient_dtype
+    return "float32"
+
+
+def as_shard_map_argument(weight: Weight) -> Weight:
+    """Returns what to hand to a `shard_map`, which sums the gradient of an argument over devices in
+    the argument's type.
+    """
+    if isinstance(weight, WeightNode):
+        return weight.as_shard_map_argument()
+    return gradient_sums.in_float32(weight)
 
 
 def split_axes(weight: Weight, axes: Axes, inner: Any = None) -> Any:

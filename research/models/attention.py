@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.kernels.attention import ScoreTerms
+from research.kernels.gradient_sums import in_float32
 from research.models import positions as positional
 from research.models.cache import LayerCache
 from research.models.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig
@@ -162,7 +163,7 @@ class Attention(nn.Module):
         shape = (model.attention.num_heads,)
         axes = Axes(("heads",), "bias")
         sinks = parameter(self, "sinks", init, shape, axes, model.param_dtype)
-        return sinks.astype(jnp.float32)
+        return in_float32(sinks)
 
 
 class CrossAttention(nn.Module):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from research.kernels.grouped_matmul import grouped_matmul
-from research.kernels.weights import Weight, split_axes
+from research.kernels.weights import Weight, as_shard_map_argument, is_weight, split_axes
 from research.models.attention import residual_stddev
 from research.models.config import MlpConfig, ModelConfig
 from research.models.layers import Projection, parameter
@@ -210,6 +210,7 @@ def _apply_experts(
     if not (batch_axes or context_axes or width_axes or expert_axes):
         return apply_shard(x, chosen, weights, kernels)
     tokens = PartitionSpec(batch_axes or None, context_axes or None)
+    kernels = jax.tree.map(as_shard_map_argument, kernels, is_leaf=is_weight)
     specs = _kernel_specs(kernels, width_axes, expert_axes)
     apply = shard_map(apply_shard, (tokens, tokens, tokens, specs), (tokens, PartitionSpec()))
     return apply(x, chosen, weights, kernels)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research.kernels.gradient_sums import in_float32
 from research.kernels.projection import project
 from research.kernels.weights import Weight, WeightNode, constrain_weight, take_rows
 from research.models.config import NormConfig
@@ -138,7 +139,7 @@ class Norm(nn.Module):
         init = zeros if c.unit_offset else ones
         scale_axes = Axes(self.names, "scale")
         scale = parameter(self, "scale", init, shape, scale_axes, self.param_dtype)
-        scale = scale.astype(jnp.float32)
+        scale = in_float32(scale)
         if c.unit_offset:
             scale = 1 + scale
         y = y * jax.lax.broadcast_to_rank(scale, y.ndim)
@@ -146,7 +147,7 @@ class Norm(nn.Module):
         if c.bias:
             bias_axes = Axes(self.names, "bias")
             bias = parameter(self, "bias", zeros, shape, bias_axes, self.param_dtype)
-            bias = bias.astype(jnp.float32)
+            bias = in_float32(bias)
             y = y + jax.lax.broadcast_to_rank(bias, y.ndim)
         return y.astype(x.dtype)
 

@@ -3,9 +3,11 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research.kernels.gradient_sums import in_float32, round_sum
 from research.kernels.weights import Weight
 from research.models.config import ModelConfig
 from research.models.context import Context
@@ -34,8 +36,8 @@ class RelativeScores(nn.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
         model = self.config
         c = model.attention
-        content_bias = self._query_bias("content").astype(q.dtype)[None, None]
-        distance_bias = self._query_bias("distance").astype(q.dtype)[None, None]
+        content_query = _add_bias(q, self._query_bias("content"))
+        distance_query = _add_bias(q, self._query_bias("distance"))
 
         # All distances that a query can have to a key, the furthest key first:
         # causal, 3 keys -> [2, 1, 0]; both directions -> [2, 1, 0, -1, -2].
@@ -55,11 +57,8 @@ class RelativeScores(nn.Module):
         scale = 1 / math.sqrt(c.head_dim) if c.scale is None else c.scale
         r = r * jnp.asarray(scale, r.dtype)
 
-        # x counts distances: [B, T, N, H], [x, N, H] -> [B, N, T, x]
-        distance_query = q + distance_bias
-        scores = jnp.einsum("btnh,xnh->bntx", distance_query, r, preferred_element_type=jnp.float32)
-        # [B, N, T, x] -> [B, N, T, S]
-        content_query = q + content_bias
+        # [B, N, T, distances] -> [B, N, T, S]
+        scores = _distance_scores(distance_query, r)
         if slots is None:
             return content_query, relative_shift(scores)
         bias = _scores_of_slots(scores, context.positions, num_keys, slots)
@@ -73,6 +72,39 @@ class RelativeScores(nn.Module):
         return parameter(
             self, name, zeros, (c.num_heads, c.head_dim), axes, self.config.param_dtype
         )
+
+
+def _add_bias(q: Float[Array, "B T N H"], bias: Float[Array, "N H"]) -> Float[Array, "B T N H"]:
+    """Returns q + b, added in float32, as is the gradient of b over all queries."""
+    total = q.astype(jnp.float32) + in_float32(bias)[None, None]
+    return total.astype(q.dtype)
+
+
+@jax.custom_vjp
+def _distance_scores(
+    q: Float[Array, "B T N H"], r: Float[Array, "distances N H"]
+) -> Float[Array, "B N T distances"]:
+    """Returns q · r in float32; the gradient of r, which all rows of a batch share, is summed in
+    float32.
+    """
+    # x counts distances.
+    return jnp.einsum("btnh,xnh->bntx", q, r, preferred_element_type=jnp.float32)
+
+
+def _distance_scores_fwd(q: Array, r: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _distance_scores(q, r), (q, r)
+
+
+def _distance_scores_bwd(
+    saved: tuple[Array, Array], g: Float[Array, "B N T distances"]
+) -> tuple[Array, Array]:
+    q, r = saved
+    dq = jnp.einsum("bntx,xnh->btnh", g, r.astype(g.dtype))
+    dr = jnp.einsum("bntx,btnh->xnh", g, q.astype(g.dtype))
+    return dq.astype(q.dtype), round_sum(dr, r.dtype)
+
+
+_distance_scores.defvjp(_distance_scores_fwd, _distance_scores_bwd)
 
 
 def relative_shift(scores: Float[Array, "B N T distances"]) -> Float[Array, "B N T T"]:

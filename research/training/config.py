@@ -1,6 +1,7 @@
 """How a run trains: steps, batches, logging and evaluation."""
 
 import dataclasses
+from typing import Literal
 
 from research.core.errors import UserError
 from research.training.partition import TrainableConfig
@@ -16,6 +17,9 @@ class TrainConfig:
       batch_size: rows of a batch, over all devices.
       sequence_length: tokens of a row.
       accumulation: microbatches of a batch; divides the batch size.
+      reduce_dtype: in which gradients of kernels and tables are summed over devices: `float32` or
+          `bfloat16`, which halves their bytes. Scales and biases, and sums over microbatches, are
+          always in float32.
       z_loss: coefficient of the z-loss; 0 leaves it out.
       label_smoothing: share of the target spread over the vocabulary, in [0, 1); evaluation has
           none.
@@ -33,6 +37,7 @@ class TrainConfig:
     batch_size: int = 16
     sequence_length: int = 256
     accumulation: int = 1
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     log_every: int = 10

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
+from research.core.trees import named_leaves
 from research.data.batch import Batch
 from research.data.objectives import CAUSAL, ObjectiveConfig, batch_shapes
 from research.kernels.cross_entropy import cross_entropy
+from research.kernels.gradient_type import with_gradient_type
 from research.losses.token import weighted_sum, z_loss
 from research.models.config import ModelConfig
 from research.models.heads import shift_left
@@ -19,6 +21,7 @@ from research.models.language_model import LanguageModelConfig, language_model
 from research.models.transformer import LogitTerms
 from research.optim.optimizers import OptimConfig
 from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.parameter import logical_axes
 from research.parallel.target import compiling_for_mesh, mesh_platform
 from research.training.config import TrainConfig
 from research.training.partition import EVERYTHING, Partition, build_partition
@@ -41,12 +44,15 @@ class LanguageModelLoss:
       label_smoothing: in [0, 1), part of the reported loss; 0 leaves it plain, as evaluation needs
           it.
       partition: puts the trainable and the frozen parameters together.
+      bfloat16_gradients: names of the parameters whose gradients are summed over devices in
+          bfloat16; those of others are in float32.
     """
 
     config: LanguageModelConfig
     z_coefficient: float = 0.0
     label_smoothing: float = 0.0
     partition: Partition = EVERYTHING
+    bfloat16_gradients: frozenset[str] = frozenset()
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """Returns the weights of all tokens together."""
@@ -57,6 +63,7 @@ class LanguageModelLoss:
     ) -> tuple[Float[Array, ""], Report]:
         """Returns the loss summed over tokens, and the report."""
         params = self.partition.merge(trainable, frozen)
+        params = with_gradient_type(params, self.bfloat16_gradients, "bfloat16")
         model = language_model(self.config)
         output = model.hidden(params, batch, key=key)
         logits = model.projection(params, output.hidden)
@@ -172,13 +179,17 @@ def language_model_program(
         with compiling_for_mesh(devices_mesh):
             return init_for_platform(key)
 
-    partition = build_partition(train.trainable, jax.eval_shape(init, jax.random.key(0)))
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    partition = build_partition(train.trainable, boxed)
+    bfloat16_gradients = _bfloat16_gradients(train, model, logical_axes(boxed))
     expert_bias_speed = 0.0
     if model.experts is not None:
         expert_bias_speed = model.experts.bias_speed
     return build_program(
         init,
-        LanguageModelLoss(model, train.z_loss, train.label_smoothing, partition),
+        LanguageModelLoss(
+            model, train.z_loss, train.label_smoothing, partition, bfloat16_gradients
+        ),
         batch_shapes(objective, train.batch_size, train.sequence_length),
         optim,
         train,
@@ -188,3 +199,21 @@ def language_model_program(
         partition=partition,
         expert_bias_speed=expert_bias_speed,
     )
+
+
+def _bfloat16_gradients(train: TrainConfig, model: ModelConfig, axes: Any) -> frozenset[str]:
+    """Returns the names of the parameters whose gradients are summed over devices in bfloat16:
+    kernels and tables, where the config asks for it.
+
+    Raises:
+      UserError: activations are in another type, whose gradients bfloat16 would round.
+    """
+    if train.reduce_dtype == "float32":
+        return frozenset()
+    if model.dtype != train.reduce_dtype:
+        raise UserError(
+            "train.reduce_dtype",
+            train.reduce_dtype,
+            f"rounds gradients of model.dtype = {model.dtype!r}. Use 'float32'.",
+        )
+    return frozenset(name for name, axes in named_leaves(axes).items() if axes.is_matrix)

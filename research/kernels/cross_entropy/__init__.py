@@ -2,6 +2,7 @@
 batch.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,7 @@ from research.kernels.cross_entropy.tiles import (
     default_vocab_chunk,
     vocab_shard_size,
 )
-from research.kernels.weights import Weight, as_product
+from research.kernels.weights import Weight, as_product, gradient_dtype
 from research.parallel.target import platform
 
 __all__ = ["Implementation", "TokenLoss", "cross_entropy"]
@@ -72,11 +73,13 @@ def cross_entropy(
     implementation = _resolved(implementation, vocab_size, hidden.dtype)
     # Hidden states [B, T, D] -> [B·T, D], arrays over tokens [B, T] -> [B·T]
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    kernel_gradient_dtype = gradient_dtype(kernel)
     hidden, kernel = as_product(hidden, kernel)
     targets = targets.reshape(-1)
     per_token = tuple(x.reshape(-1) for x in per_token)
 
     config = _config(implementation, vocab_size, softcap, label_smoothing, token_chunk, vocab_chunk)
+    config = dataclasses.replace(config, kernel_gradient_dtype=kernel_gradient_dtype)
     if implementation == "fused":
         return fused.summed_loss(token_loss, hidden, kernel, targets, per_token, config)
     if implementation == "reference":

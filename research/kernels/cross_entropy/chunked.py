@@ -31,6 +31,8 @@ from research.kernels.cross_entropy.tiles import (
     split_tokens,
     take_columns,
 )
+from research.kernels.gradient_sums import round_sum
+from research.parallel.shard_map import sum_over_devices
 
 
 class OnlineSoftmax(NamedTuple):
@@ -163,7 +165,7 @@ def _backward(
     dhidden, dkernel = per_device(
         on_shard, kernel, hidden, targets, log_z, g_nll, g_log_z, has_kernel_output=True
     )
-    dkernel = dkernel.astype(kernel.dtype)
+    dkernel = round_sum(dkernel, kernel.dtype)
     return dhidden, dkernel, None
 
 
@@ -213,7 +215,7 @@ def _shard_gradients(
         dhidden = jax.lax.psum(dhidden, tensor_axes)
     dhidden = dhidden.astype(hidden.dtype)
     if batch_axes:
-        dkernel = jax.lax.psum(dkernel, batch_axes)
+        dkernel = sum_over_devices(dkernel, batch_axes, config.kernel_gradient_dtype)
     return dhidden, dkernel
 
 

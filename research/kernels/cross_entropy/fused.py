@@ -39,6 +39,8 @@ from research.kernels.cross_entropy.tiles import (
     split_tokens,
     take_columns,
 )
+from research.kernels.gradient_sums import round_sum
+from research.parallel.shard_map import sum_over_devices
 
 # The most float32 logits that exist at once.
 MAX_LOGITS = 2**25
@@ -97,7 +99,7 @@ def _forward(
         on_shard, kernel, hidden, targets, *per_token, has_kernel_output=True
     )
     loss = token_loss(nll, log_z, *per_token)
-    dkernel = dkernel.astype(kernel.dtype)
+    dkernel = round_sum(dkernel, kernel.dtype)
     return loss, (dhidden, dkernel)
 
 
@@ -161,7 +163,7 @@ def _shard_losses_and_gradients(
     # [chunks, chunk, ...] -> [tokens, ...]
     by_token = tuple(join_tokens(x, tokens) for x in by_chunk)
     if batch_axes:
-        dkernel = jax.lax.psum(dkernel, batch_axes)
+        dkernel = sum_over_devices(dkernel, batch_axes, config.kernel_gradient_dtype)
     return by_token, dkernel
 
 

@@ -40,6 +40,8 @@ class CrossEntropyConfig:
     label_smoothing: float
     token_chunk: int
     vocab_chunk: int
+    # In which the kernel's gradient is summed over devices.
+    kernel_gradient_dtype: str = "float32"
 
 
 def vocab_shard_size(vocab_size: int) -> int:

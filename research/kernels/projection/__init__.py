@@ -22,6 +22,7 @@ def project(
     *,
     axes: int = 1,
     implementation: Implementation = "auto",
+    gradient_dtype: str = "float32",
 ) -> Float[Array, "..."]:
     """Returns x W + b over the last `axes` axes of `x` and the first `axes` axes of `kernel`.
 
@@ -33,6 +34,8 @@ def project(
       axes: how many axes are contracted, at least 1.
       implementation: `reference` contracts in place; `cpu` makes one matrix product of it, whose
         backward pass is faster there, and twice as fast in bfloat16; `auto` picks by backend.
+      gradient_dtype: of the product that is the gradient of `kernel`, whose sum over the tokens of
+        all devices is taken in it.
 
     Returns:
       `[..., F...]` in the type of `x`.
@@ -51,12 +54,12 @@ def project(
     if implementation == "auto":
         implementation = "cpu" if platform() == "cpu" else "reference"
     if implementation == "reference":
-        return reference.affine(x, kernel, bias, axes)
+        return reference.affine(x, kernel, bias, axes, gradient_dtype)
 
     # [B, T, N, H] [N, H, D] -> [B·T, N·H] [N·H, D] -> [B·T, D] -> [B, T, D]
     width = math.prod(inputs)
     flat_bias = None if bias is None else bias.reshape(-1)
     flat_x = x.reshape(-1, width)
     flat_kernel = kernel.reshape(width, -1)
-    y = cpu.affine(flat_x, flat_kernel, flat_bias)
+    y = cpu.affine(flat_x, flat_kernel, flat_bias, gradient_dtype)
     return y.reshape(*batch, *outputs)

@@ -2,29 +2,38 @@
 from either type.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from research.kernels.gradient_sums import round_sum
 from research.kernels.row_major import row_major, swap_last
 
 
 def _dot(
-    a: Float[Array, "rows columns"], b: Float[Array, "..."], b_axis: int = 0
+    a: Float[Array, "rows columns"],
+    b: Float[Array, "..."],
+    b_axis: int = 0,
+    dtype: str = "float32",
 ) -> Float[Array, "rows out"]:
-    """Returns a b, or a bᵀ with `b_axis` = 1, in float32: a bfloat16 result would widen the
-    operands first.
+    """Returns a b, or a bᵀ with `b_axis` = 1, by default in float32: a bfloat16 result would widen
+    the operands first.
     """
     dimensions = (((1,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(
-    x: Float[Array, "tokens D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    x: Float[Array, "tokens D"],
+    kernel: Float[Array, "D F"],
+    bias: Float[Array, "F"] | None,
+    gradient_dtype: str = "float32",
 ) -> Float[Array, "tokens F"]:
-    """Returns x W + b in the type of `x`; the gradients of W and b are never rounded to that
-    type.
+    """Returns x W + b in the type of `x`; the gradient of W is made in `gradient_dtype`, that of b
+    in float32.
     """
     kernel = kernel.astype(x.dtype)
     y = _dot(x, kernel)
@@ -35,14 +44,14 @@ def affine(
 
 
 def _affine_fwd(
-    x: Array, kernel: Array, bias: Array | None
+    x: Array, kernel: Array, bias: Array | None, gradient_dtype: str
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
     y = affine(x, kernel, bias)
     return y, (x, kernel, bias)
 
 
 def _affine_bwd(
-    saved: tuple[Array, Array, Array | None], g: Float[Array, "tokens F"]
+    gradient_dtype: str, saved: tuple[Array, Array, Array | None], g: Float[Array, "tokens F"]
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias = saved
     # The barrier keeps the sum over tokens from computing again what made g.
@@ -54,13 +63,13 @@ def _affine_bwd(
 
     # [D, tokens] [tokens, F] -> [D, F]
     x_transposed = swap_last(x)
-    dkernel = _dot(x_transposed, g)
+    dkernel = _dot(x_transposed, g, dtype=gradient_dtype)
     dkernel = row_major(dkernel)
-    dkernel = dkernel.astype(kernel.dtype)
+    dkernel = round_sum(dkernel, kernel.dtype)
     if bias is None:
         return dx, dkernel, None
     dbias = g.sum(axis=0, dtype=jnp.float32)
-    dbias = dbias.astype(bias.dtype)
+    dbias = round_sum(dbias, bias.dtype)
     return dx, dkernel, dbias
 
 
