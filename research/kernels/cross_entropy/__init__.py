@@ -2,7 +2,6 @@
 batch.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -71,15 +70,13 @@ def cross_entropy(
     """
     vocab_size = kernel.shape[1]
     implementation = _resolved(implementation, vocab_size, hidden.dtype)
+    config = _config(implementation, kernel, softcap, label_smoothing, token_chunk, vocab_chunk)
     # Hidden states [B, T, D] -> [B·T, D], arrays over tokens [B, T] -> [B·T]
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    kernel_gradient_dtype = gradient_dtype(kernel)
     hidden, kernel = as_product(hidden, kernel)
     targets = targets.reshape(-1)
     per_token = tuple(x.reshape(-1) for x in per_token)
 
-    config = _config(implementation, vocab_size, softcap, label_smoothing, token_chunk, vocab_chunk)
-    config = dataclasses.replace(config, kernel_gradient_dtype=kernel_gradient_dtype)
     if implementation == "fused":
         return fused.summed_loss(token_loss, hidden, kernel, targets, per_token, config)
     if implementation == "reference":
@@ -122,13 +119,14 @@ def _resolved(implementation: Implementation, vocab_size: int, dtype: Any) -> Im
 
 def _config(
     implementation: Implementation,
-    vocab_size: int,
+    kernel: Weight,
     softcap: float | None,
     label_smoothing: float,
     token_chunk: int | None,
     vocab_chunk: int | None,
 ) -> CrossEntropyConfig:
     """Returns the static arguments, with chunk sizes chosen where they are None."""
+    vocab_size = kernel.shape[1]
     if vocab_chunk is None:
         shard_size = vocab_shard_size(vocab_size)
         vocab_chunk = default_vocab_chunk(shard_size)
@@ -142,4 +140,5 @@ def _config(
         )
     if not 0 <= label_smoothing < 1:
         raise UserError("label_smoothing", label_smoothing, "must lie in [0, 1).")
-    return CrossEntropyConfig(softcap, label_smoothing, token_chunk, vocab_chunk)
+    dtype = gradient_dtype(kernel)
+    return CrossEntropyConfig(softcap, label_smoothing, token_chunk, vocab_chunk, dtype)
