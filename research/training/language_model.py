@@ -122,7 +122,8 @@ def _targets_at(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Float[Arra
 
 
 def check_axes(model: ModelConfig, sizes: Mapping[str, int]) -> None:
-    """Raises UserError where a model has nothing that a mesh axis of more than one device shards.
+    """Raises UserError where a model has nothing that a mesh axis of more than one device shards,
+    or exchanges heads in groups that do not fit.
 
     Args:
       model: that is trained.
@@ -137,6 +138,11 @@ def check_axes(model: ModelConfig, sizes: Mapping[str, int]) -> None:
             ": no layer of the model has experts. Use 1, and mesh.data or mesh.fsdp for these "
             "devices.",
         )
+
+    # Where tensor does not divide the heads, the sharding of parameters says so.
+    heads = model.attention.num_heads
+    if sizes["context"] > 1 and heads % sizes["tensor"] == 0:
+        model.attention.exchange.check_groups(sizes["context"], heads // sizes["tensor"])
 
     # Each stage of the pipeline has at least one layer.
     depths = {"num_layers": model.num_layers}

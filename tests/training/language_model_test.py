@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.models.config import ExpertsConfig, HeadConfig, LayerConfig
+from research.kernels.attention import KeyExchange
+from research.models.config import ExpertsConfig, HeadConfig, LayerConfig, ModelConfig
 from research.models.transformer import Transformer
 from research.optim.optimizers import OptimConfig
 from research.parallel.mesh import MeshConfig
@@ -158,6 +159,21 @@ def test_an_axis_that_a_model_cannot_use_is_refused(model, axis, size, message):
     with pytest.raises(UserError) as caught:
         check_axes(tiny_config(**model), {**SIZES, axis: size})
     assert str(caught.value).startswith(message)
+
+
+def test_groups_that_exchange_heads_must_divide_devices_and_heads():
+    def model(all_to_all: int) -> ModelConfig:
+        return tiny_config(attention={"exchange": KeyExchange(all_to_all=all_to_all)})
+
+    # 4 query heads, of which a device has 2
+    sizes = {**SIZES, "context": 4, "tensor": 2}
+    check_axes(model(2), sizes)
+    with pytest.raises(UserError, match=r"all_to_all = 4 does not divide the query heads of a dev"):
+        check_axes(model(4), sizes)
+    with pytest.raises(UserError, match=r"all_to_all = 3 does not divide mesh.context = 4. Use 2"):
+        check_axes(model(3), sizes)
+    # Without a context axis nothing is exchanged.
+    check_axes(model(3), SIZES)
 
 
 def test_axes_that_a_model_can_use_are_taken():

@@ -42,6 +42,21 @@ class KeyExchange:
         if self.all_to_all < 1:
             raise UserError("all_to_all", self.all_to_all, "must be at least 1.")
 
+    def check_groups(self, devices: int, heads: int) -> None:
+        """Raises UserError where groups do not divide the devices, or the heads.
+
+        Args:
+          devices: along the mesh axis `context`.
+          heads: query heads of a device.
+        """
+        for what, number in (("mesh.context", devices), ("the query heads of a device", heads)):
+            if number % self.all_to_all:
+                raise UserError(
+                    "model.attention.exchange.all_to_all",
+                    self.all_to_all,
+                    f"does not divide {what} = {number}. Use {math.gcd(devices, heads)}.",
+                )
+
 
 def exchange_and_attend(
     exchange: KeyExchange,
@@ -67,16 +82,8 @@ def exchange_and_attend(
     Raises:
       UserError: groups do not divide the devices, or the heads.
     """
+    exchange.check_groups(size, heads=q.shape[2])
     group = exchange.all_to_all
-    heads = q.shape[2]
-    for what, number in (("mesh.context", size), ("the query heads of a device", heads)):
-        if number % group:
-            raise UserError(
-                "model.attention.exchange.all_to_all",
-                group,
-                f"does not divide {what} = {number}. Use {math.gcd(size, heads)}.",
-            )
-
     ring = Ring(axis, size // group, group)
     if group == 1:
         return _attend(exchange, implementation, ring, q, k, v, mask, terms)
