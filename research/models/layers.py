@@ -12,6 +12,7 @@ from research.kernels.gradient_sums import in_float32
 from research.kernels.projection import project
 from research.kernels.weights import Weight, WeightNode, constrain_weight, take_rows
 from research.models.config import NormConfig
+from research.parallel import row_gradients
 from research.parallel.parameter import Axes, boxed
 
 # In float32, whatever the type: a bfloat16 chain is rounded at each of its steps, which on CPU
@@ -178,8 +179,9 @@ class Embedding(nn.Module):
         self.embedding = parameter(self, "embedding", init, shape, axes, self.param_dtype)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        # Unshard the width first: a lookup in a table with sharded rows makes the partitioner copy
-        # the table to every device.
-        table = constrain_weight(self.embedding, (self.names[0], None))
-        rows = take_rows(table, ids)
+        names = tuple(self.names)
+        if isinstance(self.embedding, WeightNode) or ids.ndim != 2:
+            rows = take_rows(constrain_weight(self.embedding, (names[0], None)), ids)
+        else:
+            rows = row_gradients.take_rows(self.embedding, ids, names)
         return rows.astype(jnp.float32)

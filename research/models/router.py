@@ -1,5 +1,6 @@
 """The router of a mixture of experts: which experts a token goes to, and the router loss."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from research.models.config import ExpertsConfig
 from research.models.reports import ExpertCounts
+from research.parallel.shard_map import per_token
 
 
 def route(
@@ -33,10 +35,10 @@ def route(
         bias = jax.lax.stop_gradient(selection_bias)[None, None]
         ranked = scores + bias
     if config.num_groups > 1:
-        ranked = _mask_groups(config, ranked)
+        ranked = per_token(functools.partial(_mask_groups, config), ranked)
 
     # The weights are the scores without the selection bias.
-    _, chosen = jax.lax.top_k(ranked, config.experts_per_token)
+    chosen = per_token(lambda ranked: _best(ranked, config.experts_per_token), ranked)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.renormalize:
         total = weights.sum(axis=-1, keepdims=True)
@@ -115,6 +117,12 @@ def count_experts(
         entropy=jnp.sum(counts * entropy),
         tokens=jnp.sum(counts),
     )
+
+
+def _best(scores: Float[Array, "B T E"], count: int) -> Int[Array, "B T choices"]:
+    """Returns the experts with the highest scores, best first."""
+    _, best = jax.lax.top_k(scores, count)
+    return best
 
 
 def _scores(config: ExpertsConfig, logits: Float[Array, "B T E"]) -> Float[Array, "B T E"]:

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Shaped
 
+from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS
 from research.parallel.target import platform
 
 
@@ -53,6 +55,54 @@ def dividing_axes(names: tuple[str, ...], size: int) -> tuple[str, ...]:
             break
         axes.append(name)
     return tuple(axes)
+
+
+def shards_tokens(sizes: tuple[int, ...]) -> bool:
+    """Whether the mesh in context shards the second axis of an array: the tokens of its rows."""
+    return len(sizes) > 1 and bool(sharding_axes((CONTEXT_AXIS,), sizes[1]))
+
+
+def merge_rows(x: Shaped[Array, "*batch"], num_axes: int) -> Shaped[Array, "*rows"]:
+    """Returns an array with its first axes merged, where the mesh shards the first two: each device
+    merges its own part.
+
+    So the order of the rows is that of the devices, [B, T] -> [B T], the same for all arrays of
+    these sizes; no device needs what another has.
+
+    Args:
+      x: rows of a batch, then their tokens.
+      num_axes: how many axes are merged.
+    """
+    width = x.shape[num_axes:]
+    if num_axes != 2 or not shards_tokens(x.shape):
+        return x.reshape(-1, *width)
+    rows = sharding_axes(BATCH_AXES, x.shape[0])
+    tokens = (CONTEXT_AXIS,)
+    mapped = shard_map(
+        lambda part: part.reshape(-1, *width),
+        PartitionSpec(rows or None, tokens),
+        PartitionSpec((*rows, *tokens)),
+        axes=(*rows, *tokens),
+    )
+    return mapped(x)
+
+
+def per_token(function: Callable[..., Any], x: Shaped[Array, "B T *rest"]) -> Any:
+    """Returns a function of the tokens of a batch, which each device computes for its own.
+
+    It is for what the partitioner gathers all tokens for, a choice of the best scores among it.
+
+    Args:
+      function: takes and gives arrays whose first axes are [B, T]; no token's result depends on
+        another token.
+      x: of all devices.
+    """
+    rows = dividing_axes(BATCH_AXES, x.shape[0])
+    tokens = dividing_axes((CONTEXT_AXIS,), x.shape[1])
+    if not (rows or tokens):
+        return function(x)
+    spec = PartitionSpec(rows or None, tokens or None)
+    return shard_map(function, spec, spec, axes=(*rows, *tokens))(x)
 
 
 def shard_map(

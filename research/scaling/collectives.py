@@ -3,10 +3,19 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+from jaxtyping import Int
+
 from research.parallel.mesh import SlicesConfig
 from research.scaling.hlo import ArrayShape, Computation, Instruction, Module, parse_module
 from research.scaling.loop_trips import trip_count
-from research.scaling.replica_groups import AnyMesh, axes_between, crosses_slices, parse_groups
+from research.scaling.replica_groups import (
+    AnyMesh,
+    axes_between,
+    crosses_slices,
+    parse_groups,
+    slice_of_each,
+)
 
 KINDS = (
     "all-gather",
@@ -68,10 +77,12 @@ class Collective:
 
         An all-gather sends (n − 1) / n of its result, a reduce-scatter and an all-to-all as much of
         their operand, an all-reduce twice that, and a permute its operand. Of a ragged all-to-all
-        it is the most that it can send.
+        it is the most that it can send. What a device keeps is not sent.
 
         Source: Thakur et al. 2005, doi.org/10.1177/1094342005051521, sections 4.1 to 4.5.
         """
+        if not self.axes:
+            return 0.0
         others = (self.group_size - 1) / self.group_size
         if self.kind == "all-gather":
             return self.result_bytes * others
@@ -97,8 +108,14 @@ def collectives(
       mesh: that it was compiled for.
       slices: of the mesh; None is one slice.
     """
-    module = parse_module(text)
-    reader = _Reader(module, mesh, slices or SlicesConfig())
+    return read_collectives(parse_module(text), mesh, slices)
+
+
+def read_collectives(
+    module: Module, mesh: AnyMesh, slices: SlicesConfig | None = None
+) -> tuple[Collective, ...]:
+    """Returns the collectives of a program that is read already; as `collectives`."""
+    reader = _Reader(module, mesh, slice_of_each(mesh, slices or SlicesConfig()))
     return tuple(reader.of_computation(module.computations[module.entry]))
 
 
@@ -119,12 +136,12 @@ class _Reader:
     Attributes:
       module: the program.
       mesh: the devices.
-      slices: of the mesh.
+      slice_index: the slice of each device.
     """
 
     module: Module
     mesh: AnyMesh
-    slices: SlicesConfig
+    slice_index: Int[np.ndarray, " devices"]
 
     def of_computation(self, computation: Computation) -> Iterator[Collective]:
         """Yields the collectives of one run of a computation."""
@@ -207,11 +224,11 @@ class _Reader:
             shapes=shapes,
             group_size=groups.shape[1],
             axes=axes_between(groups, self.mesh),
-            op_name=_op_name(computation, instruction),
+            op_name=computation.op_name(instruction),
             is_async=is_async,
             times=1,
             trips_known=True,
-            crosses_slices=crosses_slices(groups, self.mesh, self.slices),
+            crosses_slices=crosses_slices(groups, self.slice_index),
             instruction=instruction.name,
             computation=computation.name,
         )
@@ -226,12 +243,3 @@ def _result_shapes(computation: Computation, instruction: Instruction) -> tuple[
         if other.opcode == done and other.operands == (instruction.name,):
             return other.shapes
     raise AssertionError(f"{instruction.name} is never done")
-
-
-def _op_name(computation: Computation, instruction: Instruction) -> str:
-    """Returns where an instruction comes from: where it does not say, what its first operand says,
-    and so on.
-    """
-    while not instruction.op_name and instruction.operands:
-        instruction = computation.operands(instruction)[0]
-    return instruction.op_name

@@ -139,6 +139,14 @@ class Computation:
         """Returns the instructions that one of them reads."""
         return tuple(self.by_name[name] for name in instruction.operands)
 
+    def op_name(self, instruction: Instruction) -> str:
+        """Returns where an instruction comes from: where it does not say, what its first operand
+        says, and so on.
+        """
+        while not instruction.op_name and instruction.operands:
+            instruction = self.operands(instruction)[0]
+        return instruction.op_name
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:

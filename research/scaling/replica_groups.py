@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
-from research.parallel.mesh import SlicesConfig
+from research.parallel.mesh import SlicesConfig, split_slices
 from research.scaling.hlo import split
 
 AnyMesh = Mesh | AbstractMesh
@@ -122,11 +122,27 @@ def axes_between(groups: Groups, mesh: AnyMesh) -> tuple[str, ...]:
     return tuple(name for name, is_apart in zip(mesh.shape, apart, strict=True) if is_apart)
 
 
-def crosses_slices(groups: Groups, mesh: AnyMesh, slices: SlicesConfig) -> bool:
+def slice_of_each(mesh: AnyMesh, slices: SlicesConfig) -> Int[np.ndarray, " devices"]:
+    """Returns the slice that each device of a mesh is in, in the order of `mesh.devices.flat`.
+
+    It is where the devices are, whatever the mesh makes of them; those of an abstract mesh are
+    where `make_mesh` puts them.
+    """
+    if isinstance(mesh, AbstractMesh):
+        # data 4 over 2 slices: coordinates 0 and 1 are in slice 0, 2 and 3 in slice 1.
+        within = [size // slices.sizes()[name] for name, size in mesh.shape.items()]
+        coordinates = np.indices(tuple(mesh.shape.values())).reshape(len(within), -1)
+        places = coordinates // np.array(within)[:, None]
+        return np.ravel_multi_index(tuple(places), tuple(slices.sizes().values()))
+
+    devices = sorted(mesh.devices.flat, key=lambda device: device.id)
+    index_of = {}
+    for index, members in enumerate(split_slices(slices, devices)):
+        index_of |= dict.fromkeys((device.id for device in members), index)
+    return np.array([index_of[device.id] for device in mesh.devices.flat])
+
+
+def crosses_slices(groups: Groups, slice_index: Int[np.ndarray, " devices"]) -> bool:
     """Whether a group has devices of several slices, which the slower network joins."""
-    # data 4 over 2 slices: coordinates 0 and 1 are in slice 0, 2 and 3 in slice 1.
-    across = slices.sizes()
-    within = [size // across[name] for name, size in mesh.shape.items()]
-    coordinates = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())))
-    slice_index = coordinates // np.array(within)[:, None, None]
-    return bool((slice_index != slice_index[:, :, :1]).any())
+    members = slice_index[groups]
+    return bool((members != members[:, :1]).any())

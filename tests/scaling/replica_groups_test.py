@@ -1,11 +1,18 @@
 """The devices of a collective in all of XLA's spellings, and where they lie on the mesh."""
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from research.parallel.mesh import MeshConfig, SlicesConfig, make_mesh
-from research.scaling.replica_groups import axes_between, crosses_slices, parse_groups
+from research.parallel.mesh_axes import MESH_AXES
+from research.scaling.replica_groups import (
+    axes_between,
+    crosses_slices,
+    parse_groups,
+    slice_of_each,
+)
 
 FSDP = [[0, 2], [1, 3], [4, 6], [5, 7]]
 
@@ -83,10 +90,28 @@ def test_part_of_an_axis_is_that_axis():
 
 def test_group_crosses_slices_where_its_devices_are_in_several():
     # data 4 over 2 slices: devices 0 to 3 and 4 to 7.
-    four_by_two = mesh(data=4, tensor=2)
     slices = SlicesConfig(data=2)
-    assert not crosses_slices(np.array([[0, 1], [2, 3]]), four_by_two, slices)
-    assert not crosses_slices(np.array([[0, 2], [4, 6]]), four_by_two, slices)
-    assert crosses_slices(np.array([[2, 4], [0, 6]]), four_by_two, slices)
+    index = slice_of_each(mesh(data=4, tensor=2), slices)
+    assert index.tolist() == [0] * 4 + [1] * 4
+    assert not crosses_slices(np.array([[0, 1], [2, 3]]), index)
+    assert not crosses_slices(np.array([[0, 2], [4, 6]]), index)
+    assert crosses_slices(np.array([[2, 4], [0, 6]]), index)
     # One slice has no other.
-    assert not crosses_slices(np.array([[2, 4], [0, 6]]), four_by_two, SlicesConfig())
+    one = slice_of_each(mesh(data=4, tensor=2), SlicesConfig())
+    assert not crosses_slices(np.array([[2, 4], [0, 6]]), one)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"tensor": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_devices_are_in_the_slices_that_the_mesh_puts_them_in(sizes: dict[str, int]):
+    config = MeshConfig(data=4, tensor=2, slices=SlicesConfig(**sizes))
+    real = make_mesh(config)
+    assert np.array_equal(
+        slice_of_each(real, config.slices), slice_of_each(real.abstract_mesh, config.slices)
+    )
+
+
+def test_slices_are_where_the_devices_are_whatever_the_mesh_makes_of_them():
+    # The mesh takes them in another order: devices 0 and 4 are neighbours along tensor.
+    devices = np.array(jax.devices()).reshape(2, 4).T.reshape(4, 1, 1, 1, 1, 2)
+    index = slice_of_each(Mesh(devices, MESH_AXES), SlicesConfig(data=2))
+    assert index.tolist() == [0, 1] * 4

@@ -28,8 +28,6 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "cudnn": cudnn,
 }
 PREFERRED = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("cudnn", "gpu")}
-# What XLA's partitioner can cut under a mesh; the others run in a `shard_map`.
-PARTITIONED = ("reference", "cpu")
 # What computes the scores of some of the keys: see `passes`.
 IN_PASSES = ("cpu", "tpu", "gpu")
 
@@ -50,8 +48,8 @@ def choose(
     """
     name = choose_name(implementation, q, k, mask, terms)
     # A Pallas or cuDNN call is opaque to the partitioner of a mesh, and so is an exchange of keys.
-    by_partitioner = name == "reference" or (name in PARTITIONED and not context_axes(q, k))
-    if by_partitioner:
+    # The one for CPU merges rows and heads, which the partitioner can only do on gathered heads.
+    if name == "reference":
         return IMPLEMENTATIONS[name].attention
     return per_device(IMPLEMENTATIONS[name], exchange)
 

@@ -17,6 +17,7 @@ from research.kernels.cross_entropy.tiles import (
     vocab_shard_size,
 )
 from research.kernels.weights import Weight, as_product, gradient_dtype
+from research.parallel.shard_map import merge_rows
 from research.parallel.target import platform
 
 __all__ = ["Implementation", "TokenLoss", "cross_entropy"]
@@ -72,10 +73,10 @@ def cross_entropy(
     implementation = _resolved(implementation, vocab_size, hidden.dtype)
     config = _config(implementation, kernel, softcap, label_smoothing, token_chunk, vocab_chunk)
     # Hidden states [B, T, D] -> [B·T, D], arrays over tokens [B, T] -> [B·T]
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = merge_rows(hidden, targets.ndim)
     hidden, kernel = as_product(hidden, kernel)
-    targets = targets.reshape(-1)
-    per_token = tuple(x.reshape(-1) for x in per_token)
+    per_token = tuple(merge_rows(x, targets.ndim) for x in per_token)
+    targets = merge_rows(targets, targets.ndim)
 
     if implementation == "fused":
         return fused.summed_loss(token_loss, hidden, kernel, targets, per_token, config)

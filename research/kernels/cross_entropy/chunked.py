@@ -32,7 +32,7 @@ from research.kernels.cross_entropy.tiles import (
     take_columns,
 )
 from research.kernels.gradient_sums import round_sum
-from research.parallel.shard_map import sum_over_devices
+from research.parallel.row_gradients import sum_over_tokens
 
 
 class OnlineSoftmax(NamedTuple):
@@ -180,8 +180,8 @@ def _shard_gradients(
     log_z: Float[Array, "tokens"],
     g_nll: Float[Array, "tokens"],
     g_log_z: Float[Array, "tokens"],
-) -> tuple[Float[Array, "tokens D"], Float[Array, "D columns"]]:
-    """Returns the gradients of a device's hidden states and of its columns of the kernel."""
+) -> tuple[Float[Array, "tokens D"], Float[Array, "part columns"]]:
+    """Returns the gradients of a device's hidden states and of its part of the kernel."""
     tokens = hidden.shape[0]
     num_columns = kernel.shape[1]
     targets = local_targets(targets, tensor_axes, num_columns)
@@ -214,8 +214,7 @@ def _shard_gradients(
     if tensor_axes:
         dhidden = jax.lax.psum(dhidden, tensor_axes)
     dhidden = dhidden.astype(hidden.dtype)
-    if batch_axes:
-        dkernel = sum_over_devices(dkernel, batch_axes, config.kernel_gradient_dtype)
+    dkernel = sum_over_tokens(dkernel, batch_axes, 0, config.kernel_gradient_dtype)
     return dhidden, dkernel
 
 

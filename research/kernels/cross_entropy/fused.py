@@ -40,7 +40,7 @@ from research.kernels.cross_entropy.tiles import (
     take_columns,
 )
 from research.kernels.gradient_sums import round_sum
-from research.parallel.shard_map import sum_over_devices
+from research.parallel.row_gradients import sum_over_tokens
 
 # The most float32 logits that exist at once.
 MAX_LOGITS = 2**25
@@ -133,9 +133,9 @@ def _shard_losses_and_gradients(
     hidden: Float[Array, "tokens D"],
     targets: Int[Array, "tokens"],
     *per_token: Float[Array, "tokens"],
-) -> tuple[tuple[Array, Array, Array], Float[Array, "D V"]]:
-    """Returns ((nll, log_z, dhidden), dkernel) of a device's tokens; dkernel is that of all
-    devices.
+) -> tuple[tuple[Array, Array, Array], Float[Array, "part V"]]:
+    """Returns ((nll, log_z, dhidden), dkernel) of a device's tokens; dkernel is of all tokens, and
+    of the device's part of the width.
     """
     tokens = hidden.shape[0]
     # [tokens, D] -> [chunks, chunk, D]. `is_token` is 0 for the padding: 10 tokens in chunks of 4
@@ -162,8 +162,7 @@ def _shard_losses_and_gradients(
 
     # [chunks, chunk, ...] -> [tokens, ...]
     by_token = tuple(join_tokens(x, tokens) for x in by_chunk)
-    if batch_axes:
-        dkernel = sum_over_devices(dkernel, batch_axes, config.kernel_gradient_dtype)
+    dkernel = sum_over_tokens(dkernel, batch_axes, 0, config.kernel_gradient_dtype)
     return by_token, dkernel
 
 

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from research.kernels.row_major import row_major, swap_last
-from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
+from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS
+from research.parallel.row_gradients import width_axes_of
 from research.parallel.shard_map import shard_map, sharding_axes
 from research.parallel.target import platform
 
@@ -181,11 +182,11 @@ def per_device(
       kernel: the output embedding.
       *arrays: arrays over tokens.
       has_kernel_output: whether `function` returns (arrays over tokens, an array like the
-        kernel), which it has already summed over the batch axes.
+        kernel), which `row_gradients.sum_over_tokens` has summed.
     """
     tokens = arrays[0].shape[0]
     vocab_size = kernel.shape[1]
-    batch_axes = sharding_axes(BATCH_AXES, tokens)
+    batch_axes = sharding_axes((*BATCH_AXES, CONTEXT_AXIS), tokens)
     tensor_axes = sharding_axes((TENSOR_AXIS,), vocab_size)
     on_shard = functools.partial(function, batch_axes, tensor_axes)
     axes = (*batch_axes, *tensor_axes)
@@ -197,7 +198,10 @@ def per_device(
     token_spec = PartitionSpec(batch_axes or None)
     array_specs = [token_spec] * len(arrays)
     in_specs = (kernel_spec, *array_specs)
-    out_specs = (token_spec, kernel_spec) if has_kernel_output else token_spec
+    out_specs: Any = token_spec
+    if has_kernel_output:
+        width_axes = width_axes_of(batch_axes, kernel.shape[0])
+        out_specs = (token_spec, PartitionSpec(width_axes or None, tensor_axes or None))
     mapped = shard_map(on_shard, in_specs, out_specs, axes=axes)
     return mapped(kernel, *arrays)
 

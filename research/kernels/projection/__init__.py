@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from research.kernels.projection import cpu, reference
 from research.kernels.weights import Weight, WeightNode
+from research.parallel.shard_map import shards_tokens
 from research.parallel.target import platform
 
 __all__ = ["Implementation", "project"]
@@ -52,7 +53,9 @@ def project(
         bias = bias.astype(y.dtype)
         return y + jax.lax.broadcast_to_rank(bias, y.ndim)
     if implementation == "auto":
-        implementation = "cpu" if platform() == "cpu" else "reference"
+        # A mesh that shards both rows and their tokens cannot merge them without a gather.
+        is_merged = platform() == "cpu" and not shards_tokens(x.shape)
+        implementation = "cpu" if is_merged else "reference"
     if implementation == "reference":
         return reference.affine(x, kernel, bias, axes, gradient_dtype)
 
