@@ -1,0 +1,139 @@
+"""Our own training step has no accidents on any kind of mesh; steps with seeded ones do."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from research.models import layer_loops, layers
+from research.models.config import AttentionConfig, ExpertsConfig, MlpConfig, ModelConfig
+from research.optim.optimizers import OptimConfig
+from research.optim.schedules import ScheduleConfig
+from research.parallel.mesh import MeshConfig, SlicesConfig
+from research.training.config import TrainConfig
+from research.training.language_model import language_model_program
+from research.training.program import Program
+from tests.parallel.accidents import assert_no_accidents, find_accidents
+from tests.tiny import tiny_config
+
+# Sizes that no product of eight devices makes equal to each other.
+MODEL = dataclasses.replace(
+    tiny_config(num_layers=3),
+    vocab_size=176,
+    embed_dim=48,
+    attention=AttentionConfig(8, 8, 6),
+    mlp=MlpConfig(hidden_dim=112),
+    layer_loop="scan",
+)
+EXPERTS = dataclasses.replace(MODEL, experts=ExpertsConfig(8, 3, hidden_dim=80), remat="full")
+ROWS, LENGTH = 16, 40
+
+
+def program(mesh: MeshConfig, model: ModelConfig = MODEL, accumulation: int = 1) -> Program:
+    optim = OptimConfig(learning_rate=1e-3, schedule=ScheduleConfig(name="constant"))
+    train = TrainConfig(steps=5, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation)
+    return language_model_program(model, optim, train, mesh)
+
+
+def sizes(**axes: int) -> MeshConfig:
+    return MeshConfig(**({"data": 1} | axes))
+
+
+CLEAN = {
+    "data": (sizes(data=8), MODEL),
+    "fsdp": (sizes(fsdp=8), MODEL),
+    "tensor": (sizes(tensor=8), MODEL),
+    "context": (sizes(context=8), MODEL),
+    "data-fsdp-tensor": (sizes(data=2, fsdp=2, tensor=2), MODEL),
+    "fsdp-context-tensor": (sizes(fsdp=2, context=2, tensor=2), MODEL),
+    "zero-1": (sizes(fsdp=4, tensor=2, zero=1), MODEL),
+    "zero-2": (sizes(fsdp=4, tensor=2, zero=2), MODEL),
+    "expert": (sizes(fsdp=2, expert=4), EXPERTS),
+    "expert-tensor-context": (sizes(expert=2, tensor=2, context=2), EXPERTS),
+    "unrolled": (sizes(fsdp=4, tensor=2), dataclasses.replace(MODEL, layer_loop="unroll")),
+}
+
+
+@pytest.mark.fast_cases("fsdp-context-tensor")
+@pytest.mark.parametrize(("mesh", "model"), CLEAN.values(), ids=CLEAN)
+def test_training_step_has_no_accidents(mesh: MeshConfig, model: ModelConfig):
+    built = program(mesh, model)
+    assert_no_accidents(built.compile_train_step(), built, model)
+
+
+def found(changed: Program, model: ModelConfig = MODEL, **options: Any) -> set[str]:
+    """What is found in a step, by the start of what it says."""
+    findings = find_accidents(changed.compile_train_step(), changed, model, **options)
+    return {finding.what for finding in findings}
+
+
+def lay_out(tree: Any, spec: P) -> Any:
+    """A constraint that should not be there; parameters are also made without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+
+FSDP_TENSOR = sizes(data=2, fsdp=2, tensor=2)
+
+
+def test_replicated_activation_is_found(monkeypatch: pytest.MonkeyPatch):
+    project = layers.project
+    monkeypatch.setattr(
+        layers, "project", lambda x, *args, **options: project(lay_out(x, P()), *args, **options)
+    )
+    what = found(program(FSDP_TENSOR))
+    assert any("_norm" in each and "f32[640,48] on each device" in each for each in what), what
+
+
+def test_stack_that_is_gathered_before_its_loop_is_found(monkeypatch: pytest.MonkeyPatch):
+    run = layer_loops.Scanned.run
+
+    def gather(self: Any, group: Any, *args: Any) -> Any:
+        return run(self, dataclasses.replace(group, params=lay_out(group.params, P())), *args)
+
+    monkeypatch.setattr(layer_loops.Scanned, "run", gather)
+    what = found(program(FSDP_TENSOR))
+    assert any(each.startswith("all layers of layers/mlp/down/kernel") for each in what), what
+
+
+def test_gathered_kernels_that_are_kept_of_all_layers_are_found():
+    # Without remat the experts' own gradient keeps each layer's gathered kernels: true of our step.
+    kept = dataclasses.replace(EXPERTS, remat="none")
+    what = found(program(sizes(fsdp=2, expert=4), kept), kept)
+    assert any(each.startswith("layers/mlp/experts/down/kernel") for each in what), what
+
+
+def test_activation_that_moves_to_another_axis_is_found(monkeypatch: pytest.MonkeyPatch):
+    run = layer_loops.Scanned.run
+
+    def move(self: Any, group: Any, x: Any, *args: Any) -> Any:
+        return run(self, group, lay_out(x, P(None, ("data", "fsdp"))), *args)
+
+    monkeypatch.setattr(layer_loops.Scanned, "run", move)
+    what = found(program(FSDP_TENSOR))
+    assert any("is moved between devices" in each for each in what), what
+
+
+def test_tensor_parallelism_over_the_slow_network_is_found():
+    built = program(FSDP_TENSOR)
+    assert not found(built, slices=SlicesConfig(data=2))
+    # The same program on a mesh whose neighbours along tensor are in different slices.
+    devices = np.array(jax.devices()).reshape(2, 4).T.reshape(built.mesh.devices.shape)
+    crossed = dataclasses.replace(built, mesh=Mesh(devices, built.mesh.axis_names))
+    compiled = built.compile_train_step()
+    what = {
+        finding.what
+        for finding in find_accidents(compiled, crossed, MODEL, slices=SlicesConfig(data=2))
+    }
+    assert "tensor runs over the network between slices" in what
+
+
+def test_collective_that_is_not_expected_is_found():
+    built = program(sizes(tensor=8))
+    assert not found(built, expected={("all-reduce", ("tensor",))})
+    assert found(built, expected=set()) == {"it is not among the expected collectives"}
