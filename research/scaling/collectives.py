@@ -9,6 +9,7 @@ from jaxtyping import Int
 from research.parallel.mesh import SlicesConfig
 from research.scaling.hlo import ArrayShape, Computation, Instruction, Module, parse_module
 from research.scaling.loop_trips import trip_count
+from research.scaling.overlap import SPREAD_START, computed_meanwhile
 from research.scaling.replica_groups import (
     AnyMesh,
     axes_between,
@@ -31,7 +32,6 @@ _START = "-start"
 # How a TPU program spreads a collective over fusions that compute: the first of them starts it, the
 # others have copies of it.
 _SPREAD = "async_collective_fusion_config"
-_SPREAD_START = '"AsyncCollectiveStart"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Collective:
       group_size: devices that exchange with each other; 2 of a permute.
       axes: the mesh axes along which they lie apart.
       op_name: where in the traced function it comes from; empty where the compiler does not say.
-      is_async: whether it runs beside other instructions.
+      is_async: whether other instructions may run beside it.
+      meanwhile: the names of those that compute while it runs.
       times: how often a run of the program has it. In a conditional, those of the branch that moves
         most are counted, and those of the others have 0.
       trips_known: whether all loops around it have a known number of turns; others count as one.
@@ -65,6 +66,7 @@ class Collective:
     axes: tuple[str, ...]
     op_name: str
     is_async: bool
+    meanwhile: tuple[str, ...]
     times: int
     trips_known: bool
     crosses_slices: bool
@@ -129,6 +131,22 @@ def volume_by_axis(found: Iterable[Collective]) -> dict[tuple[str, ...], float]:
     return volumes
 
 
+def exposed_share(found: Iterable[Collective]) -> float:
+    """Returns the share of all bytes that go while nothing is computed: those of collectives that
+    are not asynchronous, or that end before anything else runs.
+
+    Any computation counts as if it hid all of a collective: what is exposed by this measure is so,
+    what is not may still be in part.
+    """
+    exposed = 0.0
+    total = 0.0
+    for collective in found:
+        total += collective.volume
+        if not collective.meanwhile:
+            exposed += collective.volume
+    return exposed / total if total else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reader:
     """Follows the calls of a program from its entry.
@@ -154,7 +172,8 @@ class _Reader:
         opcode = instruction.opcode
         is_start = opcode.endswith(_START)
         if opcode.removesuffix(_START) in KINDS:
-            yield self._collective(computation, instruction, is_async=is_start)
+            found = self._collective(computation, instruction)
+            yield self._asynchronous(computation, instruction, found) if is_start else found
         elif opcode == "while":
             yield from self._of_loop(computation, instruction)
         elif opcode == "conditional":
@@ -163,12 +182,24 @@ class _Reader:
             for called in self.module.called(instruction):
                 for each in self._of_fusion(called):
                     op_name = each.op_name or instruction.op_name
-                    yield dataclasses.replace(each, op_name=op_name)
+                    found = dataclasses.replace(each, op_name=op_name)
+                    if each.is_async:
+                        found = self._asynchronous(computation, instruction, found)
+                    yield found
         elif is_start or opcode == "call":
             # `async-start` and, on a TPU's sparse cores, `call-start`
             for called in self.module.called(instruction):
                 for each in self.of_computation(called):
-                    yield dataclasses.replace(each, is_async=each.is_async or is_start)
+                    yield self._asynchronous(computation, instruction, each) if is_start else each
+
+    def _asynchronous(
+        self, computation: Computation, start: Instruction, found: Collective
+    ) -> Collective:
+        """Returns a collective with what computes between an instruction that starts it and its
+        end.
+        """
+        meanwhile = computed_meanwhile(self.module, computation, start)
+        return dataclasses.replace(found, is_async=True, meanwhile=meanwhile)
 
     def _of_loop(self, computation: Computation, loop: Instruction) -> Iterator[Collective]:
         trips = trip_count(self.module, computation, loop)
@@ -194,12 +225,13 @@ class _Reader:
 
     def _of_fusion(self, fused: Computation) -> Iterator[Collective]:
         inside = [each for each in fused.instructions if each.opcode in KINDS]
-        starts = any(_SPREAD_START in each.attribute_text for each in fused.instructions)
+        starts = any(SPREAD_START in each.attribute_text for each in fused.instructions)
         for instruction in inside:
             is_spread = _SPREAD in instruction.attribute_text
             if is_spread and not starts:
                 continue
-            found = self._collective(fused, instruction, is_async=is_spread)
+            found = self._collective(fused, instruction)
+            found = dataclasses.replace(found, is_async=is_spread)
             if found.kind == "all-reduce" and fused.root.opcode == "dynamic-slice":
                 # A TPU's reduce-scatter: an all-reduce of which a device takes its own part.
                 root = fused.root
@@ -208,9 +240,7 @@ class _Reader:
                 )
             yield found
 
-    def _collective(
-        self, computation: Computation, instruction: Instruction, is_async: bool
-    ) -> Collective:
+    def _collective(self, computation: Computation, instruction: Instruction) -> Collective:
         operands = computation.operands(instruction)
         given = [shape for operand in operands for shape in operand.shapes]
         shapes = _result_shapes(computation, instruction)
@@ -225,7 +255,8 @@ class _Reader:
             group_size=groups.shape[1],
             axes=axes_between(groups, self.mesh),
             op_name=computation.op_name(instruction),
-            is_async=is_async,
+            is_async=False,
+            meanwhile=(),
             times=1,
             trips_known=True,
             crosses_slices=crosses_slices(groups, self.slice_index),

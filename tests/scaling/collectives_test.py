@@ -5,7 +5,12 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh
 
 from research.parallel.mesh import MeshConfig, SlicesConfig, make_mesh, resolve_sizes
-from research.scaling.collectives import Collective, collectives, volume_by_axis
+from research.scaling.collectives import (
+    Collective,
+    collectives,
+    exposed_share,
+    volume_by_axis,
+)
 from research.scaling.topology import tpu_devices
 from tests.scaling.make_programs import EXCHANGES, LAYERS, LAYERS_OF_16, PROGRAMS, exchanges, layers
 
@@ -115,6 +120,36 @@ def test_slow_network_is_crossed_along_the_axis_that_the_slices_lie_along():
     found = recorded("layers_v5p", SlicesConfig(tensor=2))
     assert {each.axes for each in found if each.crosses_slices} == {("tensor",)}
     assert not any(each.crosses_slices for each in recorded("layers_v5p"))
+
+
+def test_collective_is_exposed_where_nothing_is_computed_up_to_its_end():
+    found = recorded("layers_v5p")
+    meanwhile = {each.instruction: each.meanwhile for each in found}
+    overlapped = [each for each in found if each.meanwhile]
+    # Three of the four gathers run beside a matmul, as does a small permute; what is summed waits.
+    assert [each.kind for each in overlapped] == ["all-gather"] * 3 + ["collective-permute"]
+    assert meanwhile[overlapped[0].instruction] == ("fusion.66",)
+    hidden = 3 * 4 * 32 * MB + 4 * 40 * 8192 * 2
+    total = sum(each.volume for each in found)
+    assert exposed_share(found) == pytest.approx(1 - hidden / total)
+
+
+def test_start_that_is_done_at_once_hides_nothing():
+    found = recorded("exchanges_v5p")
+    assert [each.is_async for each in found].count(True) == 1
+    assert exposed_share(found) == 1
+
+
+def test_arrays_that_are_only_moved_hide_no_exchange():
+    found = recorded("layers_tpu7x")
+    # Between the first gather and its end a slice of a matrix is copied, and nothing else.
+    assert [bool(each.meanwhile) for each in found] == [False, *[True] * 6]
+    matrix = 4 * 32 * MB / 2
+    assert exposed_share(found) == matrix / sum(each.volume for each in found)
+
+
+def test_no_collective_exposes_nothing():
+    assert exposed_share([]) == 0
 
 
 def compiled(traced: jax.stages.Traced, mesh: Mesh, platform: str) -> list[Collective]:
