@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
-from optax import contrib
 
 from research.core.errors import UserError
 from research.core.promotion import promoting
+from research.optim.muon import muon
 from research.optim.schedules import ScheduleConfig, build_schedule
-from research.parallel.parameter import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +123,8 @@ def _build(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.Gradie
         factored = optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False)
         direction = _layer_by_layer(factored, axes)
     else:
-        muon_axes = jax.tree.map(_muon_axes, axes)
-        direction = contrib.muon(
-            1.0,
-            beta=config.beta1,
-            eps=config.epsilon,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            muon_weight_dimension_numbers=muon_axes,
-            consistent_rms=0.2,
+        direction = muon(
+            axes, beta=config.beta1, adam_beta2=config.beta2, epsilon=config.epsilon, rms=0.2
         )
 
     # These directions are negated already, at rate 1 and without weight decay.
@@ -187,15 +179,3 @@ def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.Gra
         return by_layer(updates, state, params)
 
     return optax.GradientTransformation(init, update)
-
-
-def _muon_axes(axes: Axes) -> contrib.MuonDimensionNumbers | None:
-    """Returns which axes of a kernel are inputs and which outputs; each layer and each expert is a
-    separate matrix.
-
-    Tables are left to AdamW: a row belongs to one id, and rows of rare ids seldom have a gradient.
-    """
-    if axes.kind != "kernel":
-        return None
-    inputs, outputs = axes.inputs_and_outputs()
-    return contrib.MuonDimensionNumbers(inputs, outputs)
