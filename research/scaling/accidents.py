@@ -159,7 +159,8 @@ def reshardings(found: Iterable[Collective], arrays: ProgramArrays) -> Iterator[
     parameters = gathered_forms(arrays.parameters, arrays.mesh)
     for collective in found:
         is_written = collective.op_name.rpartition("/")[2] in _WRITTEN
-        if collective.kind not in _MOVES or is_written:
+        is_meant = is_written or collective.aligns_scatter
+        if collective.kind not in _MOVES or is_meant:
             continue
         others = [shape for shape in collective.shapes if forms_of(shape) not in parameters]
         if others:

@@ -53,6 +53,8 @@ class Collective:
         most are counted, and those of the others have 0.
       trips_known: whether all loops around it have a known number of turns; others count as one.
       crosses_slices: whether devices of several slices are in a group.
+      aligns_scatter: whether it only brings rows to where they belong after a reduce-scatter that
+        the TPU compiler padded.
       instruction: its name.
       computation: the name of the computation that has it.
     """
@@ -70,6 +72,7 @@ class Collective:
     times: int
     trips_known: bool
     crosses_slices: bool
+    aligns_scatter: bool
     instruction: str
     computation: str
 
@@ -232,8 +235,7 @@ class _Reader:
                 continue
             found = self._collective(fused, instruction)
             found = dataclasses.replace(found, is_async=is_spread)
-            if found.kind == "all-reduce" and fused.root.opcode == "dynamic-slice":
-                # A TPU's reduce-scatter: an all-reduce of which a device takes its own part.
+            if _is_scatter(fused):
                 root = fused.root
                 found = dataclasses.replace(
                     found, kind="reduce-scatter", shapes=root.shapes, result_bytes=root.bytes
@@ -260,9 +262,27 @@ class _Reader:
             times=1,
             trips_known=True,
             crosses_slices=crosses_slices(groups, self.slice_index),
+            aligns_scatter=self._aligns_scatter(computation, instruction),
             instruction=instruction.name,
             computation=computation.name,
         )
+
+    def _aligns_scatter(self, computation: Computation, instruction: Instruction) -> bool:
+        """Whether a permute sends a few rows of a reduce-scatter to the next device."""
+        if not instruction.opcode.startswith("collective-permute"):
+            return False
+        operand = computation.operands(instruction)[0]
+        while operand.opcode in ("slice", "copy", "bitcast"):
+            operand = computation.operands(operand)[0]
+        return any(map(_is_scatter, self.module.called(operand)))
+
+
+def _is_scatter(fused: Computation) -> bool:
+    """Whether a fusion is a TPU's reduce-scatter: an all-reduce of which a device takes its own
+    part.
+    """
+    opcodes = [each.opcode for each in fused.instructions]
+    return "all-reduce" in opcodes and fused.root.opcode == "dynamic-slice"
 
 
 def _result_shapes(computation: Computation, instruction: Instruction) -> tuple[ArrayShape, ...]:

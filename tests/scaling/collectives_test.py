@@ -81,6 +81,15 @@ def test_reduce_scatter_that_a_tpu_makes_of_an_all_reduce_is_one():
     assert all("dot_general" in each.op_name for each in scatters)
 
 
+def test_permute_that_aligns_a_padded_scatter_is_known_as_one():
+    permutes = [each for each in recorded("layers_v5p") if each.kind == "collective-permute"]
+    assert [(each.operand_bytes, each.aligns_scatter) for each in permutes] == [
+        (40 * 8192 * 2, True)
+    ]
+    permutes = [each for each in recorded("exchanges_v5p") if each.kind == "collective-permute"]
+    assert [each.aligns_scatter for each in permutes] == [False]
+
+
 def test_collectives_of_sparse_cores_are_asynchronous():
     found = recorded("layers_tpu7x")
     assert {each.is_async for each in found} == {True}
