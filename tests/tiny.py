@@ -15,7 +15,7 @@ from research.core.trees import path_name
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 from research.models.initialization import init_params
 from research.models.transformer import Transformer
-from research.training.step import Loss
+from research.training.gradients import Loss
 
 VOCAB = 48
 

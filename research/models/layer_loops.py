@@ -43,7 +43,7 @@ class LayerGroup:
           ignores it: its blocks are wrapped in `nn.remat` already.
     """
 
-    start_index: int
+    start_index: int | Int[Array, ""]
     names: tuple[str, ...]
     layer_configs: tuple[LayerConfig, ...]
     period: int

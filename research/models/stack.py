@@ -3,6 +3,7 @@ encoder-decoder has two.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -277,22 +278,23 @@ class Stack(nn.Module):
             layer_configs=c.layers()[start:stop],
             period=len(c.pattern),
             blocks=blocks,
-            apply=self._apply_block,
+            apply=functools.partial(apply_block, c),
             params=params,
             remat=remat,
         )
 
-    def _apply_block(
-        self,
-        layer_config: LayerConfig,
-        params: Any,
-        x: Float[Array, "B T D"],
-        cache: LayerCache | None,
-        context: Context,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
-        """Applies a layer to parameters sliced out of stacked ones, as a function of them."""
-        block = Block(self.config, layer_config, parent=None)
-        return block.apply({"params": params}, x, cache, context)
+
+def apply_block(
+    config: ModelConfig,
+    layer_config: LayerConfig,
+    params: Any,
+    x: Float[Array, "B T D"],
+    cache: LayerCache | None,
+    context: Context,
+) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
+    """Applies a layer to parameters sliced out of stacked ones, as a function of them."""
+    block = Block(config, layer_config, parent=None)
+    return block.apply({"params": params}, x, cache, context)
 
 
 def _query_and_key_positions(

@@ -3,6 +3,8 @@
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
 # Those that shard the batch. Tokens of all of them meet the experts, which `expert` shards.
 BATCH_AXES = ("data", "fsdp", "expert")
+# That which shards layers.
+PIPELINE_AXIS = "pipeline"
 # That which shards experts.
 EXPERT_AXIS = "expert"
 # That which shards the tokens of a row.

@@ -114,12 +114,14 @@ def shard_map(
       function: what no partitioner can shard; it takes a device's shards of the arguments.
       in_specs, out_specs: trees of `PartitionSpec`, as `jax.shard_map` takes them.
       axes: mesh axes that are manual in `function`; the others stay with the partitioner. None is
-        all of them.
+        all that are not manual already.
     """
-    options: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": False}
-    if axes is not None:
-        options["axis_names"] = set(axes)
-    mapped = jax.shard_map(function, **options)
+    if axes is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    mapped = jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
+    )
     # Axes that shard nothing here stay with the partitioner, which only compiled code has.
     return jax.jit(mapped)
 

@@ -4,7 +4,26 @@ import dataclasses
 from typing import Literal
 
 from research.core.errors import UserError
+from research.parallel.pipeline_schedule import Name
 from research.training.partition import TrainableConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """How the stages of `mesh.pipeline` take the microbatches of a batch, `train.accumulation` of
+    them.
+
+    Attributes:
+      schedule: see `parallel.pipeline_schedule`.
+      chunks: of layers on each device, which `interleaved` takes in turns.
+    """
+
+    schedule: Name = "1f1b"
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.chunks < 1:
+            raise UserError("chunks", self.chunks, "must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +39,7 @@ class TrainConfig:
       reduce_dtype: in which gradients of kernels and tables are summed over devices: `float32` or
           `bfloat16`, which halves their bytes. Scales and biases, and sums over microbatches, are
           always in float32.
+      pipeline: how stages take the microbatches, where the mesh has several.
       z_loss: coefficient of the z-loss; 0 leaves it out.
       label_smoothing: share of the target spread over the vocabulary, in [0, 1); evaluation has
           none.
@@ -38,6 +58,7 @@ class TrainConfig:
     sequence_length: int = 256
     accumulation: int = 1
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    pipeline: PipelineConfig = PipelineConfig()
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     log_every: int = 10

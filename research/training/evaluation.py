@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from research.data.batch import Batch
-from research.training.step import Metrics
+from research.training.gradients import Metrics
 
 
 def evaluate(

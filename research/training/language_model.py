@@ -17,16 +17,18 @@ from research.kernels.gradient_type import with_gradient_type
 from research.losses.token import weighted_sum, z_loss
 from research.models.config import ModelConfig
 from research.models.heads import shift_left
-from research.models.language_model import LanguageModelConfig, language_model
-from research.models.transformer import LogitTerms
+from research.models.language_model import LanguageModel, LanguageModelConfig, language_model
+from research.models.layer_loops import LayerLoop
+from research.models.transformer import LogitTerms, Output
 from research.optim.optimizers import OptimConfig
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.parameter import logical_axes
+from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.target import compiling_for_mesh, mesh_platform
 from research.training.config import TrainConfig
+from research.training.gradients import Metrics, Report
 from research.training.partition import EVERYTHING, Partition, build_partition
 from research.training.program import Program, build_program
-from research.training.step import Metrics, Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class LanguageModelLoss:
       partition: puts the trainable and the frozen parameters together.
       bfloat16_gradients: names of the parameters whose gradients are summed over devices in
           bfloat16; those of others are in float32.
+      loop: how the model's layers are run; None follows the form of their parameters.
     """
 
     config: LanguageModelConfig
@@ -53,6 +56,27 @@ class LanguageModelLoss:
     label_smoothing: float = 0.0
     partition: Partition = EVERYTHING
     bfloat16_gradients: frozenset[str] = frozenset()
+    loop: LayerLoop | None = None
+
+    def with_loop(self, loop: LayerLoop) -> "LanguageModelLoss":
+        """Implements `LayeredLoss.with_loop`."""
+        return dataclasses.replace(self, loop=loop)
+
+    def hidden(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Output:
+        """Implements `LayeredLoss.hidden`."""
+        params = self._params(trainable, frozen)
+        return self._model().hidden(params, batch, key=key)
+
+    def _params(self, trainable: Any, frozen: Any) -> Any:
+        """Returns all parameters, with the type that each one's gradient is summed in."""
+        params = self.partition.merge(trainable, frozen)
+        return with_gradient_type(params, self.bfloat16_gradients, "bfloat16")
+
+    def _model(self) -> LanguageModel:
+        model = language_model(self.config)
+        if self.loop is None:
+            return model
+        return dataclasses.replace(model, loop=self.loop)
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """Returns the weights of all tokens together."""
@@ -62,9 +86,8 @@ class LanguageModelLoss:
         self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
     ) -> tuple[Float[Array, ""], Report]:
         """Returns the loss summed over tokens, and the report."""
-        params = self.partition.merge(trainable, frozen)
-        params = with_gradient_type(params, self.bfloat16_gradients, "bfloat16")
-        model = language_model(self.config)
+        model = self._model()
+        params = self._params(trainable, frozen)
         output = model.hidden(params, batch, key=key)
         logits = model.projection(params, output.hidden)
         total, sums = self._cross_entropy(logits, batch["targets"], batch["weights"])
@@ -179,6 +202,9 @@ def language_model_program(
     """
     devices_mesh = make_mesh(mesh, devices)
     check_axes(model, devices_mesh.shape)
+    if devices_mesh.shape[PIPELINE_AXIS] > 1 and model.layer_loop == "auto":
+        # Stages are parts of stacked layers.
+        model = dataclasses.replace(model, layer_loop="scan")
     init_for_platform = language_model(model, mesh_platform(devices_mesh)).init
 
     def init(key: jax.Array) -> Any:

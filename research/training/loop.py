@@ -19,10 +19,11 @@ from research.data.batch import Batch
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
 from research.training.config import TrainConfig
+from research.training.gradients import Metrics
 from research.training.loss_mean import LossMean
 from research.training.metrics import MetricsWriter, format_evaluation, format_line
 from research.training.state import TrainState
-from research.training.step import Metrics, Step
+from research.training.step import Step
 
 logger = logging.getLogger("tessera")
 

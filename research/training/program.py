@@ -13,16 +13,20 @@ from research.core.random import key_for
 from research.data.batch import Batch
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.parameter import logical_axes
 from research.parallel.rules import batch_sharding, check_batch, param_shardings
 from research.parallel.target import mesh_platform
 from research.training.config import TrainConfig
-from research.training.layout import zero_layout
+from research.training.gradients import mean_gradients
+from research.training.layout import Layout, zero_layout
 from research.training.partition import EVERYTHING, Partition
+from research.training.pipelined import build_pipelined
 from research.training.state import TrainState, abstract_state, create_state
 from research.training.step import (
     AbstractBatch,
     Loss,
+    MeanGradients,
     Metrics,
     Step,
     make_eval_step,
@@ -163,8 +167,10 @@ def build_program(
     keep_ema = optim.ema_decay is not None
     state = abstract_state(trainable, optimizer, devices_mesh, keep_ema=keep_ema, zero=mesh.zero)
 
+    layout = zero_layout(trainable, devices_mesh, mesh.zero)
     train_step = make_train_step(
         loss,
+        _gradients_of(loss, train, devices_mesh, trainable, partition, layout),
         optimizer,
         learning_rate,
         key_for(train.seed, "dropout"),
@@ -172,9 +178,7 @@ def build_program(
         expert_bias_speed=expert_bias_speed,
         clip_norm=optim.clip_norm,
         ema_decay=optim.ema_decay,
-        accumulation=train.accumulation,
-        unroll=mesh_platform(devices_mesh) == "cpu",
-        layout=zero_layout(trainable, devices_mesh, mesh.zero),
+        layout=layout,
     )
     init_trainable = functools.partial(_init_trainable, init, partition)
     return Program(
@@ -188,6 +192,30 @@ def build_program(
         create=functools.partial(create_state, init_trainable, optimizer, state),
         train_step=train_step,
         eval_step=make_eval_step(eval_loss or loss),
+    )
+
+
+def _gradients_of(
+    loss: Loss,
+    train: TrainConfig,
+    mesh: Mesh,
+    trainable: Any,
+    partition: Partition,
+    layout: Layout,
+) -> MeanGradients:
+    """Returns what takes the gradients of a batch: through a pipeline where the mesh has one, else
+    of one microbatch after the other.
+    """
+    if mesh.shape[PIPELINE_AXIS] > 1:
+        return build_pipelined(loss, train, mesh, trainable, partition, layout)
+    # The body of a loop is slow on XLA for CPU.
+    unroll = mesh_platform(mesh) == "cpu"
+    return functools.partial(
+        mean_gradients,
+        loss,
+        accumulation=train.accumulation,
+        unroll=unroll,
+        shardings=layout.gradients,
     )
 
 

@@ -1,13 +1,12 @@
 """A loss and an optimizer become `step(state, frozen, batch) -> (state, metrics)`."""
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from research.core.promotion import promoting
 from research.core.random import step_key
@@ -15,130 +14,28 @@ from research.data.batch import Batch
 from research.models.reports import ExpertCounts
 from research.optim.balancing import balance_experts, selection_bias
 from research.parallel.rules import process_columns
+from research.training.gradients import Loss, Metrics, Report
 from research.training.layout import NO_LAYOUT, Layout, constrain_tree
 from research.training.partition import EVERYTHING, Partition
 from research.training.state import TrainState
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
-Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
-class Report(NamedTuple):
-    """What a loss returns beside its sum. A step adds it up over microbatches.
-
-    Attributes:
-      sums: for the log; divided by the weight of the whole batch, as the loss's own sum is.
-      means: losses that are means already (the router loss). They are minimized too; the step takes
-        their mean over microbatches.
-      experts: counts of each layer's experts, by the path of their parameters.
-    """
-
-    sums: Metrics
-    means: Metrics
-    experts: dict[str, ExpertCounts]
-
-
 @runtime_checkable  # so that the tests' checks of types can look at it
-class Loss(Protocol):
-    """What a run minimizes: a sum over a batch, divided by a weight that the loss defines."""
+class MeanGradients(Protocol):
+    """How a step gets gradients: by `gradients.mean_gradients`, or through a pipeline."""
 
-    def weight(self, batch: Batch) -> Float[Array, ""]:
-        """Returns the denominator: how many tokens, sequences, pairs or prompts the batch holds, or
-        a constant.
-
-        A step asks for it once, over the whole batch, before microbatches and devices see their
-        parts.
-        """
-
-    def sums(
-        self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
-    ) -> tuple[Float[Array, ""], Report]:
-        """Returns the sum over a batch, or over a part of it, and the report.
-
-        Args:
-          trainable: the parameters that the step differentiates.
-          frozen: what else is read: parameters that stay as they are, a teacher.
-          batch: of arrays on the devices.
-          key: of dropout; None is deterministic.
-        """
-
-
-def _microbatch(batch: Batch, index: int | Int[Array, ""], count: int) -> Batch:
-    """Returns every `count`-th row of a batch, from row `index` on.
-
-    A device's rows are consecutive, so each microbatch has equally many of them from each device.
-    """
-    rows = {}
-    for name, array in batch.items():
-        # [B, T] -> [B / count, count, T] -> [B / count, T]
-        groups = array.reshape(-1, count, *array.shape[1:])
-        rows[name] = groups[:, index]
-    return rows
-
-
-def _mean_gradients(
-    loss: Loss,
-    trainable: Any,
-    frozen: Any,
-    batch: Batch,
-    weight: Float[Array, ""],
-    key: jax.Array,
-    *,
-    accumulation: int,
-    unroll: bool,
-    shardings: Any,
-) -> tuple[Float[Array, ""], Report, Any]:
-    """Returns what is minimized, the report and the gradients: means over the whole batch.
-
-    The report's experts are counts, no means. Gradients, and their sum over microbatches, are laid
-    out by `shardings`.
-    """
-    # A batch of padding alone has weight 0, and a loss of 0 and not of 0 / 0.
-    weight = jnp.where(weight > 0, weight, 1.0)
-
-    # Its values, for the microbatches of a batch, add up to the mean over the batch.
-    def mean_loss(trainable: Any, micro: Batch, key: jax.Array) -> tuple[Float[Array, ""], Report]:
-        total, report = loss.sums(trainable, frozen, micro, key)
-        means = _divided(report.means, accumulation)
-        sums = _divided(report.sums, weight)
-        minimized = sum(means.values(), start=total / weight)
-        report = Report(sums, means, report.experts)
-        return minimized, report
-
-    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
-
-    def gradient(trainable: Any, micro: Batch, key: jax.Array) -> tuple[Any, Any]:
-        result, grads = value_and_grad(trainable, micro, key)
-        return result, constrain_tree(grads, shardings)
-
-    if accumulation == 1:
-        (value, report), grads = gradient(trainable, batch, key)
-        return value, report, grads
-
-    # One microbatch of the scan: all that it returns is summed, the gradients too.
-    def add(total: Any, index: Array) -> tuple[Any, None]:
-        micro = _microbatch(batch, index, accumulation)
-        # Each microbatch has its own dropout.
-        micro_key = jax.random.fold_in(key, index)
-        result = gradient(trainable, micro, micro_key)
-        total = jax.tree.map(jnp.add, total, result)
-        return total, None
-
-    # Traced, not computed: only the shapes of ((value, report), gradients) are needed.
-    first = _microbatch(batch, 0, accumulation)
-    shapes = jax.eval_shape(gradient, trainable, first, key)
-    result, sums = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    zeros = (result, constrain_tree(sums, shardings))
-
-    indices = jnp.arange(accumulation)
-    total, _ = jax.lax.scan(add, zeros, indices, unroll=unroll)
-    (value, report), grads = total
-    return value, report, grads
-
-
-def _divided(values: Metrics, divisor: int | Float[Array, ""]) -> Metrics:
-    return {name: value / divisor for name, value in values.items()}
+    def __call__(
+        self,
+        trainable: Any,
+        frozen: Any,
+        batch: Batch,
+        weight: Float[Array, ""],
+        key: jax.Array,
+    ) -> tuple[Float[Array, ""], Report, Any]:
+        """Returns what is minimized, the report and the gradients: means over the whole batch."""
 
 
 def _global_norm(gradients: Any) -> Float[Array, ""]:
@@ -236,6 +133,7 @@ def _step_metrics(
 
 def make_train_step(
     loss: Loss,
+    gradients_of: MeanGradients,
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[Any], Float[Array, ""]],
     key: jax.Array,
@@ -244,8 +142,6 @@ def make_train_step(
     expert_bias_speed: float = 0.0,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
-    accumulation: int = 1,
-    unroll: bool = False,
     layout: Layout = NO_LAYOUT,
 ) -> Step:
     """Returns the pure training step, which changes the state's parameters and nothing frozen.
@@ -254,7 +150,8 @@ def make_train_step(
     counted, and its batch is not used again.
 
     Args:
-      loss: what is minimized; its sums are divided by the weight of the whole batch.
+      loss: what is minimized, as it says what a batch weighs.
+      gradients_of: takes the gradients of the loss.
       optimizer: applied to the gradient.
       learning_rate: of the optimizer's next update, from the optimizer's state; for the log.
       key: root of the run's dropout; each step's key is a function of it and the step.
@@ -262,22 +159,13 @@ def make_train_step(
       expert_bias_speed: how far a step moves experts' selection biases towards an even load.
       clip_norm: largest global norm of the gradient, or None.
       ema_decay: of the averaged parameters, where the state has them.
-      accumulation: microbatches of a batch.
-      unroll: compile microbatches one by one, not as a loop, whose body is slow on XLA for CPU.
       layout: of gradients, and of what an update takes, on a mesh.
     """
-    mean_gradients = functools.partial(
-        _mean_gradients,
-        loss,
-        accumulation=accumulation,
-        unroll=unroll,
-        shardings=layout.gradients,
-    )
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = step_key(key, state.step)
         weight = loss.weight(batch)
-        value, report, grads = mean_gradients(state.params, frozen, batch, weight, dropout_key)
+        value, report, grads = gradients_of(state.params, frozen, batch, weight, dropout_key)
 
         # The norm before clipping is the one that is logged.
         norm = _global_norm(grads)

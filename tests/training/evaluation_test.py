@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from research.training.evaluation import evaluate
-from research.training.step import Report, make_eval_step
+from research.training.gradients import Report
+from research.training.step import make_eval_step
 
 
 class ValueLoss:

@@ -13,8 +13,9 @@ from research.core.random import key_for
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.optim.schedules import ScheduleConfig
 from research.parallel.parameter import Axes
+from research.training.gradients import Report, mean_gradients
 from research.training.state import TrainState, new_state
-from research.training.step import Report, make_train_step
+from research.training.step import make_train_step
 
 ROWS, LENGTH = 8, 4
 AXES = {"w": Axes((), "scale"), "b": Axes((), "bias")}
@@ -125,7 +126,11 @@ def stepper(name: str = "line", rate: float = 0.1, momentum: bool = False, **opt
         name="adamw" if momentum else "sgd", learning_rate=rate, schedule=FALLING, **PLAIN
     )
     optimizer, learning_rate = build_optimizer(config, AXES, 10)
-    step = make_train_step(LOSSES[name], optimizer, learning_rate, key_for(0, "dropout"), **options)
+    accumulation = options.pop("accumulation", 1)
+    gradients = functools.partial(mean_gradients, LOSSES[name], accumulation=accumulation)
+    step = make_train_step(
+        LOSSES[name], gradients, optimizer, learning_rate, key_for(0, "dropout"), **options
+    )
     return jax.jit(lambda state, batch: step(state, {"scale": jnp.float32(3)}, batch)), optimizer
 
 
@@ -345,9 +350,8 @@ def test_a_loss_has_its_own_denominator_and_means_beside_its_sum(count: int):
 def test_microbatches_are_a_loop_unless_they_are_to_be_unrolled():
     def loops(**options: bool) -> int:
         optimizer, rate = optax.sgd(0.1), optax.constant_schedule(0.1)
-        step = make_train_step(
-            LineLoss(), optimizer, rate, key_for(0, "dropout"), accumulation=2, **options
-        )
+        gradients = functools.partial(mean_gradients, LineLoss(), accumulation=2, **options)
+        step = make_train_step(LineLoss(), gradients, optimizer, rate, key_for(0, "dropout"))
         return (
             jax.jit(step).lower(start(optimizer), {}, numbers()).as_text().count("stablehlo.while")
         )
@@ -366,8 +370,10 @@ def test_randomness_is_a_function_of_seed_and_step():
         step(state.replace(step=jnp.int32(7)), batch)[1]["loss"],
     )
     assert abs(float(first - later)) > 1e-3
+    loss = NoisyLoss()
+    gradients = functools.partial(mean_gradients, loss)
     other = jax.jit(
-        make_train_step(NoisyLoss(), optimizer, lambda step: 0.1, key_for(1, "dropout"))
+        make_train_step(loss, gradients, optimizer, lambda step: 0.1, key_for(1, "dropout"))
     )
     assert abs(float(other(state, {}, batch)[1]["loss"] - first)) > 1e-3
 

@@ -1,0 +1,184 @@
+"""A pipeline gives the value and every gradient of the model without one."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.pipeline import StagedModel, run_pipeline
+from research.parallel.pipeline_schedule import make_schedule
+from research.training.config import PipelineConfig
+from tests.models.variants import VARIANTS
+from tests.parallel.products import assert_equal_runs, build, train
+
+WIDTH, LAYERS, ROWS, LENGTH = 4, 8, 2, 3
+# What the loss makes of each layer's report.
+REPORT_WEIGHT = 0.25
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def enter(outer: Any, micro: Any) -> jax.Array:
+    return micro["x"] @ outer["table"]
+
+
+def run_stage(outer: Any, layers: Any, first: Any, x: jax.Array, micro: Any) -> Any:
+    """Layers that differ by their index, and read what is no stage."""
+
+    def layer(x: jax.Array, own: Any) -> tuple[jax.Array, jax.Array]:
+        kernel, index = own
+        y = x + jnp.tanh(x @ kernel * outer["scale"] + 0.1 * index)
+        return y, jnp.mean(y**2)
+
+    index = (first + jnp.arange(layers.shape[0])).astype(jnp.float32)
+    return jax.lax.scan(layer, x, (layers, index))
+
+
+def leave(outer: Any, x: jax.Array, micro: Any) -> tuple[jax.Array, Any]:
+    # The output projection is the table of `enter`.
+    error = jnp.sum((x @ outer["table"].T - micro["y"]) ** 2)
+    return error, {"error": error, "rows": jnp.float32(ROWS)}
+
+
+MODEL = StagedModel(
+    microbatch=lambda inputs, index: {name: x[index] for name, x in inputs.items()},
+    enter=enter,
+    run_stage=run_stage,
+    leave=leave,
+)
+OUTER = {"table": normal(0, WIDTH, WIDTH), "scale": jnp.float32(0.7)}
+STACKED = 0.4 * normal(1, LAYERS, WIDTH, WIDTH)
+
+
+def inputs(microbatches: int) -> dict[str, jax.Array]:
+    return {
+        "x": normal(2, microbatches, ROWS, LENGTH, WIDTH),
+        "y": normal(3, microbatches, ROWS, LENGTH, WIDTH),
+    }
+
+
+def plain(microbatches: int) -> tuple[Any, Any, Any]:
+    """The value with what reports add, the sums and reports, and gradients, without stages."""
+
+    def total(outer: Any, layers: Any) -> tuple[jax.Array, Any]:
+        value = jnp.zeros(())
+        reports = jnp.zeros(LAYERS)
+        for index in range(microbatches):
+            micro = MODEL.microbatch(inputs(microbatches), index)
+            x, report = run_stage(outer, layers, jnp.int32(0), enter(outer, micro), micro)
+            value += leave(outer, x, micro)[0]
+            reports += report
+        return value + REPORT_WEIGHT * reports.sum(), (value, reports)
+
+    gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    (_, (value, reports)), gradients = jax.jit(gradient)(OUTER, STACKED)
+    return value, reports, gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "microbatches", "chunks"),
+    [
+        ("gpipe", 4, 3, 1),
+        ("1f1b", 4, 6, 1),
+        ("1f1b", 8, 4, 1),
+        ("1f1b", 2, 1, 1),
+        ("interleaved", 2, 4, 2),
+        ("interleaved", 4, 4, 2),
+        ("gpipe", 2, 4, 4),
+        ("zero_bubble", 4, 8, 1),
+        ("zero_bubble", 8, 3, 1),
+    ],
+    ids=str,
+)
+def test_each_schedule_gives_the_gradients_of_the_plain_step(
+    name: str, devices: int, microbatches: int, chunks: int
+):
+    mesh = make_mesh(MeshConfig(pipeline=devices))
+    schedule = make_schedule(name, devices, microbatches, chunks)
+    weights = jnp.full(LAYERS // schedule.virtual_stages, REPORT_WEIGHT)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda *trees: run_pipeline(schedule, MODEL, *trees))(
+            OUTER, STACKED, inputs(microbatches), weights
+        )
+    value, reports, (outer, layers) = plain(microbatches)
+    np.testing.assert_allclose(found.value, value, rtol=1e-5)
+    np.testing.assert_allclose(found.sums["error"], value, rtol=1e-5)
+    assert found.sums["rows"] == ROWS * microbatches
+    np.testing.assert_allclose(found.report, reports, rtol=1e-5)
+    for part, expected in outer.items():
+        np.testing.assert_allclose(found.outer[part], expected, rtol=1e-4, err_msg=part)
+    np.testing.assert_allclose(found.layers, layers, rtol=1e-4, atol=1e-5)
+
+
+MESHES = {
+    "1f1b": (PipelineConfig(), {"pipeline": 2, "tensor": 2, "context": 2}),
+    "1f1b of experts": (PipelineConfig(), {"pipeline": 2, "expert": 2, "tensor": 2}),
+    "gpipe": (PipelineConfig("gpipe"), {"pipeline": 4, "fsdp": 2}),
+    "interleaved": (PipelineConfig("interleaved", 2), {"pipeline": 2, "fsdp": 2, "tensor": 2}),
+    "zero bubble": (PipelineConfig("zero_bubble"), {"pipeline": 4, "fsdp": 2}),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MESHES)
+def test_a_model_on_stages_gives_the_run_of_one_device(name: str):
+    pipeline, sizes = MESHES[name]
+    variant = VARIANTS["experts" if "experts" in name else "windows"]
+    model = dataclasses.replace(
+        variant, dropout=0.1, layer_loop="scan", num_layers=4 * len(variant.pattern)
+    )
+    mesh = MeshConfig(**({"data": 1} | sizes))
+    found = train(model, mesh, accumulation=4, pipeline=pipeline)
+    assert_equal_runs(found, train(model, MeshConfig(), jax.devices()[:1], accumulation=4), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "sizes", "pipeline", "message"),
+    [
+        (
+            {"num_layers": 3},
+            {"pipeline": 2},
+            PipelineConfig(),
+            "mesh.pipeline = 2 does not divide layers = 3",
+        ),
+        (
+            {"num_layers": 4, "pattern": VARIANTS["windows"].pattern},
+            {"pipeline": 4},
+            PipelineConfig(),
+            "mesh.pipeline × train.pipeline.chunks = 4 gives each stage 1 layers",
+        ),
+        (
+            {"num_layers": 4},
+            {"pipeline": 2},
+            PipelineConfig("interleaved", 4),
+            "mesh.pipeline × train.pipeline.chunks = 8 does not divide the 4 layers",
+        ),
+        (
+            {"num_layers": 4},
+            {"pipeline": 2, "context": 2},
+            PipelineConfig("zero_bubble"),
+            "mesh.context = 2 must be 1 with train.pipeline.schedule = 'zero_bubble'",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_the_stages_are_refused(change, sizes, pipeline, message: str):
+    model = dataclasses.replace(VARIANTS["sinks"], layer_loop="scan", **change)
+
+    def trace() -> None:
+        devices = jax.devices()[: math.prod(sizes.values())]
+        mesh = MeshConfig(**({"data": 1} | sizes))
+        program = build(model, mesh, devices, accumulation=4, pipeline=pipeline)
+        with jax.set_mesh(program.mesh):
+            jax.eval_shape(program.train_step, program.state, {}, program.batch)
+
+    with pytest.raises(UserError) as caught:
+        trace()
+    assert str(caught.value).startswith(message)
