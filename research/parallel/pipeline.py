@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from research.parallel.mesh_axes import PIPELINE_AXIS
-from research.parallel.pipeline_device import PipelineDevice, PipelineResult, StagedModel
+from research.parallel.pipeline_device import PipelineDevice
+from research.parallel.pipeline_operations import PipelineResult, StagedModel, StageOperations
 from research.parallel.pipeline_schedule import PipelineSchedule
 from research.parallel.shard_map import shard_map
 
@@ -51,8 +52,8 @@ def run_pipeline(
     def on_device(outer: Any, staged: Any, inputs: Any, report_gradient: Any) -> PipelineResult:
         # [chunks, 1, layers of a chunk, …] -> [chunks, layers of a chunk, …]
         own = jax.tree.map(lambda x: x[:, 0], staged)
-        device = PipelineDevice(schedule, model, outer, own, inputs, report_gradient)
-        result = device.run()
+        stage = StageOperations(schedule, model, outer, own, inputs, report_gradient)
+        result = PipelineDevice(schedule, stage).run()
         report, gradients = jax.tree.map(lambda x: x[:, None], (result.report, result.layers))
         return result._replace(report=report, layers=gradients)
 

@@ -74,6 +74,24 @@ class PipelineSchedule:
         """The number of chunks of all devices."""
         return self.devices * self.chunks
 
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of operations that it has, IDLE first."""
+        found = {Kind.IDLE}
+        for tick in self.ticks:
+            for operation in tick:
+                found.add(operation.kind)
+        return sorted(found)
+
+    @property
+    def has_mixed_ticks(self) -> bool:
+        """Whether there are ticks in which devices do operations of different kinds."""
+        for tick in self.ticks:
+            kinds = {operation.kind for operation in tick}
+            if len(kinds - {Kind.IDLE}) > 1:
+                return True
+        return False
+
     def virtual_stage(self, device: int, operation: Operation) -> int:
         """Returns the index of a chunk among those of all devices, in the order of the layers."""
         return operation.chunk * self.devices + device

@@ -22,8 +22,8 @@ from research.models.layer_loops import LayerLoop
 from research.models.transformer import LogitTerms, Output
 from research.optim.optimizers import OptimConfig
 from research.parallel.mesh import MeshConfig, make_mesh
-from research.parallel.parameter import logical_axes
 from research.parallel.mesh_axes import PIPELINE_AXIS
+from research.parallel.parameter import logical_axes
 from research.parallel.target import compiling_for_mesh, mesh_platform
 from research.training.config import TrainConfig
 from research.training.gradients import Metrics, Report
