@@ -45,11 +45,14 @@ class Ring:
         if targets == list(range(self.size)):
             # Each device keeps what it has: XLA would copy it.
             return tree
+        # Groups of 2: member 1 of place 3 is device 7.
         pairs = []
         for source, target in enumerate(targets):
+            first_source = source * self.group_size
+            first_target = target * self.group_size
             for member in range(self.group_size):
-                # Groups of 2: member 1 of place 3 is device 7.
-                pairs.append((source * self.group_size + member, target * self.group_size + member))
+                pair = (first_source + member, first_target + member)
+                pairs.append(pair)
 
         def exchange(x: Array) -> Array:
             return jax.lax.ppermute(x, self.axis, pairs)
@@ -58,8 +61,13 @@ class Ring:
 
     def groups(self) -> list[list[int]]:
         """Returns the devices of each group."""
-        starts = range(0, self.size * self.group_size, self.group_size)
-        return [list(range(start, start + self.group_size)) for start in starts]
+        groups = []
+        for place in range(self.size):
+            # Groups of 2: place 3 is devices 6 and 7.
+            start = place * self.group_size
+            stop = start + self.group_size
+            groups.append(list(range(start, stop)))
+        return groups
 
 
 def to_zigzag(ring: Ring, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
@@ -90,8 +98,12 @@ def from_zigzag(ring: Ring, x: Shaped[Array, "..."], axis: int) -> Shaped[Array,
     is_even = ring.index() % 2 == 0
     even = jnp.where(is_even, low, high)
     odd = jnp.where(is_even, high, low)
-    first = ring.send(even, _inverse(_targets(ring.size, 0)))
-    second = ring.send(odd, _inverse(_targets(ring.size, 1)))
+
+    # Back to where each half came from.
+    even_sources = _inverse(_targets(ring.size, 0))
+    odd_sources = _inverse(_targets(ring.size, 1))
+    first = ring.send(even, even_sources)
+    second = ring.send(odd, odd_sources)
     return jnp.concatenate([first, second], axis=axis)
 
 

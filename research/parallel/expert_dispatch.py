@@ -112,8 +112,10 @@ def _apply_sorted(
     # Rows of no expert come last, and are in no group.
     group_sizes = jnp.bincount(expert_of_row, length=num_experts).astype(jnp.int32)
     sorted_expert = jnp.minimum(expert_of_row[order], num_experts - 1)
-    y = apply(_permute(rows, order, inverse), group_sizes, sorted_expert)
-    return _permute(_without_other_rows(y, group_sizes), inverse, order)
+    sorted_rows = _permute(rows, order, inverse)
+    y = apply(sorted_rows, group_sizes, sorted_expert)
+    y = _without_other_rows(y, group_sizes)
+    return _permute(y, inverse, order)
 
 
 def _without_other_rows(
@@ -134,9 +136,11 @@ def _apply_own(
     """Returns the outputs of this device's experts, and 0 for rows of others."""
     count = dispatch.local_experts
     # Device 1 with experts 4 to 7: rows of the experts [2, 5, 8] -> [4, 1, 4], where 4 is none.
-    local = expert_of_row - jax.lax.axis_index(dispatch.axis) * count
+    first = jax.lax.axis_index(dispatch.axis) * count
+    local = expert_of_row - first
     is_here = (local >= 0) & (local < count)
-    return _apply_sorted(apply, rows, jnp.where(is_here, local, count), count)
+    local = jnp.where(is_here, local, count)
+    return _apply_sorted(apply, rows, local, count)
 
 
 def _apply_exchanged(
@@ -161,13 +165,18 @@ def _apply_exchanged(
     route = plan_route(by_target.sum(axis=2), capacity)
 
     here = jax.lax.axis_index(dispatch.axis)
-    arrived = send_rows(_permute(rows, order, inverse), route, dispatch.axis, capacity)
+    sorted_rows = _permute(rows, order, inverse)
+    arrived = send_rows(sorted_rows, route, dispatch.axis, capacity)
     expert_of_arrived = _arrived_experts(route, by_target[:, here], here, capacity)
     y = _apply_sorted(apply, arrived, expert_of_arrived, dispatch.local_experts)
-    returned = send_rows(y, route.reversed(), dispatch.axis, num_rows)
 
-    lost = jnp.sum(sizes) - jnp.sum(route.counts[here])
-    return _permute(returned, inverse, order), lost
+    back = route.reversed()
+    returned = send_rows(y, back, dispatch.axis, num_rows)
+    in_order = _permute(returned, inverse, order)
+
+    sent = jnp.sum(route.counts[here])
+    lost = jnp.sum(sizes) - sent
+    return in_order, lost
 
 
 def _arrived_experts(

@@ -104,13 +104,18 @@ def _send_padded(
 
     # [targets, most, D]: the rows for each target, from its offset on
     sent = place < route.counts[here][:, None]
-    source = jnp.where(sent, route.source_offsets[here][:, None] + place, 0)
+    offsets = route.source_offsets[here][:, None]
+    source = jnp.where(sent, offsets + place, 0)
     packed = jnp.where(sent[..., None], rows[source], 0)
     arrived = jax.lax.all_to_all(packed, axis, split_axis=0, concat_axis=0, tiled=True)
 
     # [sources, most, D] -> [size, D]; places without a row go to one past the end.
     filled = place < route.counts[:, here][:, None]
-    target = jnp.where(filled, route.target_offsets[:, here][:, None] + place, size)
-    out = jnp.zeros((size + 1, rows.shape[1]), rows.dtype)
-    out = out.at[target.reshape(-1)].set(arrived.reshape(-1, rows.shape[1]))
+    offsets = route.target_offsets[:, here][:, None]
+    target = jnp.where(filled, offsets + place, size)
+    target = target.reshape(-1)
+    width = rows.shape[1]
+    arrived = arrived.reshape(-1, width)
+    out = jnp.zeros((size + 1, width), rows.dtype)
+    out = out.at[target].set(arrived)
     return out[:size]

@@ -71,37 +71,49 @@ def merge(a: ForwardResult, b: ForwardResult) -> ForwardResult:
     a_lse = _as_empty_sum(a.lse)
     b_lse = _as_empty_sum(b.lse)
     lse = jnp.logaddexp(a_lse, b_lse)
+    both_empty = jnp.isneginf(lse)
+
     # Where both are empty, -inf − -inf would not be a number.
-    finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    finite = jnp.where(both_empty, 0.0, lse)
+    # [B, T, N] -> [B, T, N, 1]
     a_weight = jnp.exp(a_lse - finite)[..., None]
     b_weight = jnp.exp(b_lse - finite)[..., None]
-    out = a.out.astype(jnp.float32) * a_weight + b.out.astype(jnp.float32) * b_weight
-    return ForwardResult(out, jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+    a_part = a.out.astype(jnp.float32) * a_weight
+    b_part = b.out.astype(jnp.float32) * b_weight
+
+    lse = jnp.where(both_empty, jnp.inf, lse)
+    return ForwardResult(a_part + b_part, lse)
 
 
 def _as_empty_sum(lse: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
     """Returns −inf, the logarithm of an empty sum, where a query attends to no key."""
-    return jnp.where(lse >= EMPTY, -jnp.inf, lse)
+    is_empty = lse >= EMPTY
+    return jnp.where(is_empty, -jnp.inf, lse)
 
 
 def empty_result(q: Float[Array, "B T N H"]) -> ForwardResult:
     """Returns the result of queries that attend to no key."""
+    out = jnp.zeros(q.shape, jnp.float32)
     lse = jnp.full(q.shape[:3], jnp.inf, jnp.float32)
-    return ForwardResult(jnp.zeros(q.shape, jnp.float32), lse)
+    return ForwardResult(out, lse)
 
 
 def with_sinks(result: ForwardResult, sinks: Float[Array, "N"]) -> ForwardResult:
     """Returns the result of scores without sinks, with sinks in the denominator."""
     # [N] -> [B, T, N]; a sink has the value 0, so its own result is 0.
-    lse = jnp.broadcast_to(sinks.astype(jnp.float32), result.lse.shape)
-    return merge(result, ForwardResult(jnp.zeros_like(result.out), lse))
+    logits = sinks.astype(jnp.float32)
+    lse = jnp.broadcast_to(logits, result.lse.shape)
+    no_value = jnp.zeros_like(result.out)
+    of_sinks = ForwardResult(no_value, lse)
+    return merge(result, of_sinks)
 
 
 def sink_gradient(
     sinks: Float[Array, "N"], result: ForwardResult, g: Float[Array, "B T N H"]
 ) -> Float[Array, "N"]:
     """Returns −Σ exp(sink − lse) (g · out): a sink has a weight, and the value 0."""
-    delta = jnp.sum(g.astype(jnp.float32) * result.out.astype(jnp.float32), axis=-1)
+    products = g.astype(jnp.float32) * result.out.astype(jnp.float32)
+    delta = jnp.sum(products, axis=-1)
     # [N] -> [1, 1, N]
     logits = sinks.astype(jnp.float32)[None, None]
     weights = jnp.exp(logits - result.lse)
