@@ -82,8 +82,13 @@ def keep_within_capacity(
         # Tokens pick [1, 0, 1]: their places at expert 1 are 0 and 1, at expert 0 it is 0.
         place = taken + jnp.cumsum(picked, axis=1) - picked
         own_place = jnp.sum(place * picked, axis=-1)
-        kept.append(jnp.where(own_place < capacity, chosen[..., rank], none))
-        taken = taken + picked.sum(axis=1, keepdims=True)
+        has_place = own_place < capacity
+        of_rank = jnp.where(has_place, chosen[..., rank], none)
+        kept.append(of_rank)
+
+        # Later ranks come after all tokens of this one.
+        picked_by_row = picked.sum(axis=1, keepdims=True)
+        taken = taken + picked_by_row
     return jnp.stack(kept, axis=-1)
 
 
@@ -108,9 +113,12 @@ def count_experts(
     picked = jax.nn.one_hot(chosen, config.num_experts)
     load = jnp.einsum("bt,btce->e", counts, picked)
 
-    is_dropped = (kept == config.num_experts).astype(jnp.float32)
-    shares = _shares(_scores(config, logits))
-    entropy = jax.scipy.special.entr(shares).sum(axis=-1)
+    is_dropped = kept == config.num_experts
+    is_dropped = is_dropped.astype(jnp.float32)
+    scores = _scores(config, logits)
+    shares = _shares(scores)
+    entropy = jax.scipy.special.entr(shares)
+    entropy = entropy.sum(axis=-1)
     return ExpertCounts(
         load=load,
         dropped=jnp.einsum("bt,btc->", counts, is_dropped),

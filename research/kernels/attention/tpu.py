@@ -206,7 +206,9 @@ def forward_pass(
     out, residuals = _forward(q, k, v, mask, terms, _blocks_of(q, k, terms), False)
     *_, lse = residuals
     # [B, N, 1, T] to base 2 -> [B, T, N]
-    return ForwardResult(out, jnp.swapaxes(lse[:, :, 0], 1, 2) / LOG2E)
+    lse = lse[:, :, 0]
+    lse = jnp.swapaxes(lse, 1, 2) / LOG2E
+    return ForwardResult(out, lse)
 
 
 def backward_pass(
@@ -220,7 +222,8 @@ def backward_pass(
 ) -> tuple[Array, Array, Array, ScoreTerms]:
     """Implements `passes.Passes.backward_pass`."""
     # [B, T, N] -> [B, N, 1, T]
-    lse = jnp.swapaxes(result.lse, 1, 2)[:, :, None] * LOG2E
+    lse = jnp.swapaxes(result.lse, 1, 2)
+    lse = lse[:, :, None] * LOG2E
     lse = jnp.minimum(lse, -HIDDEN)
     q_first, k_first, v_first, out = map(_swap_heads_and_tokens, (q, k, v, result.out))
     residuals = (q_first, k_first, v_first, mask, terms, out, lse)
