@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.core.trees import node, path_name
-from research.kernels.gradient_sums import take_rows
 from research.kernels.grouped_matmul import grouped_matmul
 from research.kernels.projection import project
 from research.kernels.weights import Axes, Weight, WeightNode, einsum
@@ -70,7 +69,8 @@ class GradientType(WeightNode):
 
     def take_rows(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Returns rows of a table."""
-        return take_rows(self.array, ids, self.gradient_dtype)
+        # Those of a batch are taken by `parallel.row_gradients`, which sums over devices.
+        return self.array[ids]
 
     def transpose(self) -> "GradientType":
         """Returns the transposed matrix."""
@@ -91,6 +91,10 @@ class GradientType(WeightNode):
         """Returns the node of the axes of the plain weight."""
         structure = jax.tree.structure(self)
         return jax.tree.unflatten(structure, (axes,))
+
+    def plain_array(self) -> Float[Array, "..."]:
+        """Returns the plain weight."""
+        return self.array
 
     def as_shard_map_argument(self) -> Float[Array, "..."]:
         """Returns the weight in the type of its gradient: a `shard_map` sums the gradient of an

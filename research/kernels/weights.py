@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from research.kernels import gradient_sums
+from research.parallel.gradient_sums import in_float32
 from research.parallel.rules import constrain
 
 # How an array's axes are described: logical names, or a partition.
@@ -80,6 +80,10 @@ class WeightNode(abc.ABC):
     ) -> tuple[Float[Array, "*batch E"], Float[Array, "E F"]]:
         """Returns plain arrays whose product is x W, without a plain W."""
 
+    def plain_array(self) -> Array | None:
+        """Returns the only array of a node that has but one, the plain weight."""
+        return None
+
     def as_shard_map_argument(self) -> "Weight":
         """Returns what to hand to a `shard_map`, which sums the gradient over devices."""
         return self
@@ -109,6 +113,13 @@ def as_array(weight: Weight) -> Float[Array, "..."]:
     return weight
 
 
+def plain_array(weight: Weight) -> Array | None:
+    """Returns the plain weight where it is an array already; None where it had to be computed."""
+    if isinstance(weight, WeightNode):
+        return weight.plain_array()
+    return weight
+
+
 def einsum(equation: str, x: Float[Array, "..."], weight: Weight) -> Float[Array, "..."]:
     """Returns `jnp.einsum(equation, x, W)`, with W rounded to the type of `x`."""
     if isinstance(weight, WeightNode):
@@ -121,9 +132,7 @@ def take_rows(table: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns the rows of a table `[V, D]` that ids in [0, V) name."""
     if isinstance(table, WeightNode):
         return table.take_rows(ids)
-    if table.dtype == jnp.float32:
-        return table[ids]
-    return gradient_sums.take_rows(table, ids, "float32")
+    return table[ids]
 
 
 def transpose(weight: Weight) -> Weight:
@@ -163,7 +172,7 @@ def as_shard_map_argument(weight: Weight) -> Weight:
     """
     if isinstance(weight, WeightNode):
         return weight.as_shard_map_argument()
-    return gradient_sums.in_float32(weight)
+    return in_float32(weight)
 
 
 def split_axes(weight: Weight, axes: Axes, inner: Any = None) -> Any:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.kernels.attention import ScoreTerms
-from research.kernels.gradient_sums import in_float32
 from research.models import positions as positional
 from research.models.cache import LayerCache
 from research.models.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig
@@ -16,6 +15,7 @@ from research.models.context import Context
 from research.models.dot_product import DotProduct
 from research.models.layers import Norm, Projection, parameter
 from research.models.relative import RelativeScores
+from research.parallel.gradient_sums import in_float32
 from research.parallel.parameter import Axes
 from research.parallel.rules import constrain
 

@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from research.kernels.gradient_sums import in_float32
 from research.kernels.projection import project
-from research.kernels.weights import Weight, WeightNode, constrain_weight, take_rows
+from research.kernels.weights import (
+    Weight,
+    WeightNode,
+    constrain_weight,
+    gradient_dtype,
+    plain_array,
+    take_rows,
+)
 from research.models.config import NormConfig
 from research.parallel import row_gradients
+from research.parallel.gradient_sums import in_float32
 from research.parallel.parameter import Axes, boxed
 
 # In float32, whatever the type: a bfloat16 chain is rounded at each of its steps, which on CPU
@@ -180,8 +187,10 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         names = tuple(self.names)
-        if isinstance(self.embedding, WeightNode) or ids.ndim != 2:
+        array = plain_array(self.embedding)
+        if array is None or ids.ndim != 2:
             rows = take_rows(constrain_weight(self.embedding, (names[0], None)), ids)
         else:
-            rows = row_gradients.take_rows(self.embedding, ids, names)
+            dtype = gradient_dtype(self.embedding)
+            rows = row_gradients.take_rows(array, ids, names, dtype)
         return rows.astype(jnp.float32)

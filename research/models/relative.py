@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from research.kernels.gradient_sums import in_float32, round_sum
 from research.kernels.weights import Weight
 from research.models.config import ModelConfig
 from research.models.context import Context
 from research.models.layers import Projection, parameter
 from research.models.positions import sinusoidal
+from research.parallel.gradient_sums import in_float32, round_sum
 from research.parallel.parameter import Axes
 
 

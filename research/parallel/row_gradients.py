@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from research.parallel.gradient_sums import round_sum
 from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, WIDTH_AXES
 from research.parallel.rules import constrain, partition_spec
 from research.parallel.shard_map import dividing_axes, shard_map
@@ -33,7 +34,7 @@ def sum_over_tokens(
     """
     if not token_axes:
         return gradient
-    # As in `sum_over_devices`, XLA for CPU adds in float32.
+    # XLA for CPU adds in float32 in any case, and cannot compile sums in bfloat16 over some axes.
     added_in = "float32" if platform() == "cpu" else dtype
     gradient = gradient.astype(dtype).astype(added_in)
     # D = 64 over fsdp 4 and data 2: [64, V] -> [16, V], of which the sum over data is taken.
@@ -54,9 +55,12 @@ def width_axes_of(token_axes: tuple[str, ...], width: int) -> tuple[str, ...]:
     return dividing_axes(both, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def take_rows(
-    table: Float[Array, "V D"], ids: Int[Array, "B T"], names: tuple[str, str]
+    table: Float[Array, "V D"],
+    ids: Int[Array, "B T"],
+    names: tuple[str, str],
+    gradient_dtype: str = "float32",
 ) -> Float[Array, "B T D"]:
     """Returns the rows of a table that ids name.
 
@@ -64,6 +68,7 @@ def take_rows(
       table: of rows.
       ids: in [0, V), sharded as a batch is.
       names: logical axes of the table.
+      gradient_dtype: in which devices add up their gradients.
     """
     # Unshard the width first: a lookup in a table with sharded rows makes the partitioner copy the
     # table to every device.
@@ -71,15 +76,18 @@ def take_rows(
 
 
 def _take_fwd(
-    table: Array, ids: Array, names: tuple[str, str]
+    table: Array, ids: Array, names: tuple[str, str], gradient_dtype: str
 ) -> tuple[Array, tuple[Array, Int[Array, "B T"]]]:
     # Of the table only shape and type are needed.
     like = jnp.empty((0, *table.shape), table.dtype)
-    return take_rows(table, ids, names), (like, ids)
+    return take_rows(table, ids, names, gradient_dtype), (like, ids)
 
 
 def _take_bwd(
-    names: tuple[str, str], saved: tuple[Array, Array], g: Float[Array, "B T D"]
+    names: tuple[str, str],
+    gradient_dtype: str,
+    saved: tuple[Array, Array],
+    g: Float[Array, "B T D"],
 ) -> tuple[Array, None]:
     like, ids = saved
     _, num_rows, width = like.shape
@@ -102,17 +110,17 @@ def _take_bwd(
         index = jnp.where(index < 0, local_rows, index)
         gradient = jnp.zeros((local_rows, width), jnp.float32)
         gradient = gradient.at[index].add(g.astype(jnp.float32), mode="drop")
-        return sum_over_tokens(gradient, token_axes, 1, "float32")
+        return sum_over_tokens(gradient, token_axes, 1, gradient_dtype)
 
     if not (token_axes or row_axes):
-        return add_rows(ids, g).astype(like.dtype), None
+        return round_sum(add_rows(ids, g), like.dtype), None
     batch = tuple(axis for axis in token_axes if axis != CONTEXT_AXIS)
     length = CONTEXT_AXIS if CONTEXT_AXIS in token_axes else None
     tokens = PartitionSpec(batch or None, length)
     width_axes = width_axes_of(token_axes, width)
     gradient = PartitionSpec(row_axes or None, width_axes or None)
     total = shard_map(add_rows, (tokens, tokens), gradient)(ids, g)
-    return total.astype(like.dtype), None
+    return round_sum(total, like.dtype), None
 
 
 take_rows.defvjp(_take_fwd, _take_bwd)

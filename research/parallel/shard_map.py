@@ -5,12 +5,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS
-from research.parallel.target import platform
 
 
 def sharding_axes(names: tuple[str, ...], *sizes: int) -> tuple[str, ...]:
@@ -124,20 +122,3 @@ def shard_map(
     )
     # Axes that shard nothing here stay with the partitioner, which only compiled code has.
     return jax.jit(mapped)
-
-
-def sum_over_devices(
-    x: Float[Array, "..."], axes: tuple[str, ...], dtype: str
-) -> Float[Array, "..."]:
-    """Returns the sum of what the devices along mesh axes have, for code inside a `shard_map`.
-
-    Args:
-      x: this device's part.
-      axes: of the mesh.
-      dtype: in which the parts are exchanged and added; also the type of the sum.
-    """
-    x = x.astype(dtype)
-    # XLA for CPU adds in float32 in any case, and cannot compile sums in bfloat16 over some axes.
-    if platform() == "cpu":
-        return jax.lax.psum(x.astype(jnp.float32), axes).astype(dtype)
-    return jax.lax.psum(x, axes)

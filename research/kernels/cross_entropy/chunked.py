@@ -31,7 +31,7 @@ from research.kernels.cross_entropy.tiles import (
     split_tokens,
     take_columns,
 )
-from research.kernels.gradient_sums import round_sum
+from research.parallel.gradient_sums import round_sum
 from research.parallel.row_gradients import sum_over_tokens
 
 

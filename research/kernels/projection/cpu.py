@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from research.kernels.gradient_sums import round_sum
 from research.kernels.row_major import row_major, swap_last
+from research.parallel.gradient_sums import round_sum
 
 
 def _dot(

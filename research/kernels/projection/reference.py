@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from research.kernels.gradient_sums import round_sum
+from research.parallel.gradient_sums import round_sum
 
 
 def _affine(x: Array, kernel: Array, bias: Array | None, axes: int) -> Array:
