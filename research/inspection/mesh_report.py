@@ -26,8 +26,8 @@ from research.parallel.rules import check_batch, param_shardings
 from research.parallel.target import compiling_for
 from research.scaling.cluster import Cluster
 from research.training.config import TrainConfig
-from research.training.language_model import check_axes
 from research.training.layout import zero_layout
+from research.training.mesh_checks import check_axes
 from research.training.partition import build_partition
 from research.training.state import abstract_state
 

@@ -13,7 +13,7 @@ from research.core.errors import Interrupted
 from research.core.random import key_for
 from research.core.trees import count
 from research.parallel import distributed
-from research.parallel.rules import process_rows
+from research.parallel.process_parts import process_rows
 from research.recipes import workdir as workdirs
 from research.recipes.budget_flags import add_budget_arguments, load_within_budget
 from research.recipes.experiment import ExperimentConfig, add_config_argument

@@ -13,7 +13,7 @@ from research.core.random import step_key
 from research.data.batch import Batch
 from research.models.reports import ExpertCounts
 from research.optim.balancing import balance_experts, selection_bias
-from research.parallel.rules import process_columns
+from research.parallel.process_parts import process_columns
 from research.training.gradients import Loss, Metrics, Report
 from research.training.layout import NO_LAYOUT, Layout, constrain_tree
 from research.training.partition import EVERYTHING, Partition

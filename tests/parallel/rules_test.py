@@ -14,14 +14,13 @@ from research.models.config import NormConfig, PositionConfig
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.parameter import logical_axes
+from research.parallel.process_parts import process_columns, process_rows
 from research.parallel.rules import (
     batch_sharding,
     check_batch,
     constrain,
     param_shardings,
     partition_spec,
-    process_columns,
-    process_rows,
 )
 from research.training import step
 from research.training.state import abstract_state

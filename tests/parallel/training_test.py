@@ -19,7 +19,7 @@ from research.models.config import AttentionConfig, ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh import MeshConfig
-from research.parallel.rules import process_rows
+from research.parallel.process_parts import process_rows
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
 from research.training.state import TrainState

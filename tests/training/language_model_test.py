@@ -17,9 +17,9 @@ from research.parallel.mesh import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import (
     LanguageModelLoss,
-    check_axes,
     language_model_program,
 )
+from research.training.mesh_checks import check_axes
 from research.training.step import make_eval_step
 from tests.tiny import logits, random_batch, random_params, summed, tiny_config
 
