@@ -17,7 +17,7 @@ def main(spec: str, dtype: str) -> None:
     from research.data.objectives import ObjectiveConfig, batch_shapes
     from research.optim.optimizers import OptimConfig
     from research.optim.schedules import ScheduleConfig
-    from research.parallel.mesh import MeshConfig
+    from research.parallel.mesh_config import MeshConfig
     from research.training.config import TrainConfig
     from research.training.language_model import language_model_program
     from research.training.step import shard_batch

@@ -20,7 +20,7 @@ def tessera_step(dtype: str) -> Callable[[], float]:
 
     from research.optim.optimizers import OptimConfig
     from research.optim.schedules import ScheduleConfig
-    from research.parallel.mesh import MeshConfig
+    from research.parallel.mesh_config import MeshConfig
     from research.training.config import TrainConfig
     from research.training.language_model import language_model_program
     from research.training.step import shard_batch

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from research.inspection.sharded_arrays import ShardedArray
 from research.kernels.attention import KeyExchange
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.scaling.cluster import Cluster
 
 WIDTH = 100

@@ -12,8 +12,9 @@ from research.core import config as configs
 from research.core.errors import UserError, within
 from research.inspection.mesh_report import mesh_report, mesh_report_json, mesh_report_lines
 from research.models.config import ModelConfig
-from research.parallel.mesh import MeshConfig, abstract_mesh
+from research.parallel.mesh import abstract_mesh
 from research.parallel.mesh_axes import BATCH_AXES
+from research.parallel.mesh_config import MeshConfig
 from research.recipes.experiment import STRUCTURES, ExperimentConfig
 from research.recipes.workdir import read_config
 from research.scaling.cluster import Cluster, parse_cluster

@@ -12,7 +12,7 @@ from research.data.prepare import DataConfig
 from research.models.config import ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.parallel.distributed import DistributedConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.training.checkpoints import CheckpointConfig
 from research.training.config import TrainConfig
 from research.training.trackers import TrackersConfig

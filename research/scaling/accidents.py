@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from research.parallel.mesh import SlicesConfig
+from research.parallel.mesh_config import SlicesConfig
 from research.scaling.array_forms import (
     Form,
     TableArray,

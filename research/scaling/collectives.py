@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jaxtyping import Int
 
-from research.parallel.mesh import SlicesConfig
+from research.parallel.mesh_config import SlicesConfig
 from research.scaling.hlo import ArrayShape, Computation, Instruction, Module, parse_module
 from research.scaling.loop_trips import trip_count
 from research.scaling.overlap import SPREAD_START, computed_meanwhile

@@ -21,8 +21,9 @@ from research.models.language_model import LanguageModel, LanguageModelConfig, l
 from research.models.layer_loops import LayerLoop
 from research.models.transformer import LogitTerms, Output
 from research.optim.optimizers import OptimConfig
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
 from research.parallel.mesh_axes import PIPELINE_AXIS
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
 from research.parallel.target import compiling_for_mesh, mesh_platform
 from research.training.config import TrainConfig

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from research.inspection.mesh_picture import WIDTH, MeshAxis, mesh_axes, picture
 from research.inspection.sharded_arrays import sharded_array
 from research.kernels.attention import KeyExchange
-from research.parallel.mesh import MeshConfig, SlicesConfig, abstract_mesh
+from research.parallel.mesh import abstract_mesh
 from research.parallel.mesh_axes import MESH_AXES
+from research.parallel.mesh_config import MeshConfig, SlicesConfig
 from research.scaling.cluster import parse_cluster
 
 WEIGHTS = ("layers", "expert", "embed", "mlp")

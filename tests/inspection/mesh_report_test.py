@@ -18,7 +18,8 @@ from research.inspection.sharded_arrays import ShardedArray
 from research.models.config import ModelConfig
 from research.models.language_model import language_model
 from research.optim.optimizers import OptimConfig
-from research.parallel.mesh import MeshConfig, SlicesConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig, SlicesConfig
 from research.parallel.rules import batch_sharding, param_shardings, partition_spec
 from research.scaling.cluster import parse_cluster
 from research.training.config import TrainConfig

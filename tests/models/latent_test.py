@@ -17,7 +17,8 @@ from research.inference.sampling import SamplingConfig
 from research.models import latent
 from research.models.cache import Cache, empty_cache
 from research.models.config import AttentionConfig, LatentConfig, LayerConfig, ModelConfig
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.rules import param_shardings
 from tests.models.cache_test import LENGTHS, TOTAL, read, read_by_token
 from tests.models.variants_test import scanned

@@ -16,7 +16,8 @@ from research.models.cache import empty_cache
 from research.models.config import HeadConfig, ModelConfig
 from research.models.language_model import language_model
 from research.models.transformer import compute_logits
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.rules import is_box, param_shardings
 from research.training.language_model import LanguageModelLoss
 from tests.models.variants import VARIANTS, pack, rows

@@ -14,7 +14,7 @@ from research.models.config import ModelConfig
 from research.models.initialization import init_params
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
 from research.training.step import shard_batch

@@ -11,7 +11,8 @@ from research.core.promotion import promoting
 from research.core.trees import named_leaves
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import Parameter, logical_axes
 from research.scaling.collectives import collectives
 from research.training.state import abstract_state

@@ -14,7 +14,8 @@ from research.core.trees import named_leaves
 from research.optim.muon import muon
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import Axes, Parameter, logical_axes
 from research.scaling.collectives import collectives
 from research.training.state import abstract_state

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from research.data.objectives import CAUSAL
 from research.inspection.activations import activation_groups
 from research.models.config import ModelConfig
-from research.parallel.mesh import SlicesConfig
+from research.parallel.mesh_config import SlicesConfig
 from research.scaling.accidents import Finding, ProgramArrays, accidents
 from research.scaling.array_forms import TableArray, parameters
 from research.training.program import Program

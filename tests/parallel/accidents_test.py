@@ -13,7 +13,7 @@ from research.models import layer_loops, layers
 from research.models.config import AttentionConfig, ExpertsConfig, MlpConfig, ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig, SlicesConfig
+from research.parallel.mesh_config import MeshConfig, SlicesConfig
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
 from research.training.program import Program

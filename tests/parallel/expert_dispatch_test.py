@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from research.parallel.expert_dispatch import Dispatch, run_experts
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.row_exchange import plan_route, send_rows
 from research.parallel.shard_map import shard_map
 

@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.parallel.distributed import DistributedConfig
-from research.parallel.mesh import (
-    MeshConfig,
-    SlicesConfig,
-    abstract_mesh,
-    make_mesh,
-    resolve_sizes,
-    split_slices,
-)
+from research.parallel.mesh import abstract_mesh, make_mesh, split_slices
 from research.parallel.mesh_axes import MESH_AXES
+from research.parallel.mesh_config import MeshConfig, SlicesConfig, resolve_sizes
 
 
 def sizes(devices: int, **fields: int) -> tuple[int, ...]:

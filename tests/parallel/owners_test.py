@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.owners import Slices
 from research.parallel.shard_map import shard_map
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.pipeline import StagedModel, run_pipeline
 from research.parallel.pipeline_schedule import make_schedule
 from research.training.config import PipelineConfig

@@ -12,7 +12,7 @@ from research.data.objectives import ObjectiveConfig
 from research.models.config import ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.training.config import PipelineConfig, TrainConfig
 from research.training.language_model import language_model_program
 from research.training.program import Program

@@ -21,7 +21,7 @@ from research.models.config import (
     PositionConfig,
 )
 from research.optim.optimizers import OptimConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.scaling.collectives import Collective, collectives
 from research.scaling.topology import tpu_devices
 from research.training.config import TrainConfig

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.row_gradients import take_rows
 from research.parallel.rules import constrain, partition_spec
 from research.parallel.shard_map import merge_rows, per_token

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import pytest
 
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from tests.models.variants import VARIANTS
 from tests.parallel.products import assert_equal_runs, train
 

@@ -6,7 +6,8 @@ import pytest
 from research.core.trees import named_leaves
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.target import chip, compiling_for, mesh_platform, platform
 from research.scaling.topology import tpu_devices
 from research.training.config import TrainConfig

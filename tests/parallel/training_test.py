@@ -18,7 +18,7 @@ from research.core.trees import named_leaves
 from research.models.config import AttentionConfig, ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.process_parts import process_rows
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
@@ -130,7 +130,7 @@ PROGRAM = """
 import json, sys
 import jax
 from research.parallel.distributed import DistributedConfig, initialize
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 initialize(DistributedConfig(True, f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1])))
 assert (jax.process_count(), jax.device_count()) == (2, 4)

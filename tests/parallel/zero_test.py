@@ -13,7 +13,7 @@ from research.core.trees import named_leaves
 from research.models.config import AttentionConfig, ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig, SlicesConfig
+from research.parallel.mesh_config import MeshConfig, SlicesConfig
 from research.scaling.collectives import Collective, collectives
 from research.scaling.topology import tpu_devices
 from research.training.checkpoints import CheckpointConfig, Checkpoints

@@ -4,7 +4,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, Mesh
 
-from research.parallel.mesh import MeshConfig, SlicesConfig, make_mesh, resolve_sizes
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig, SlicesConfig, resolve_sizes
 from research.scaling.collectives import (
     Collective,
     collectives,

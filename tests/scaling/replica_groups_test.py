@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from research.parallel.mesh import MeshConfig, SlicesConfig, make_mesh
+from research.parallel.mesh import make_mesh
 from research.parallel.mesh_axes import MESH_AXES
+from research.parallel.mesh_config import MeshConfig, SlicesConfig
 from research.scaling.replica_groups import (
     axes_between,
     crosses_slices,

@@ -17,7 +17,7 @@ from research.models.config import ExpertsConfig, ModelConfig
 from research.models.transformer import Transformer
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import LanguageModelLoss, language_model_program
 from research.training.partition import TrainableConfig

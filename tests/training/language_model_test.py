@@ -13,7 +13,7 @@ from research.kernels.attention import KeyExchange
 from research.models.config import ExpertsConfig, HeadConfig, LayerConfig, ModelConfig
 from research.models.transformer import Transformer
 from research.optim.optimizers import OptimConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import (
     LanguageModelLoss,

@@ -14,7 +14,7 @@ from research.core.trees import named_leaves
 from research.models.config import HeadConfig, LayerConfig, ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program

@@ -5,7 +5,7 @@ import pytest
 
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
-from research.parallel.mesh import MeshConfig
+from research.parallel.mesh_config import MeshConfig
 from research.training.config import TrainConfig
 from research.training.language_model import LanguageModelLoss, language_model_program
 from tests.tiny import random_batch, random_params, summed, tiny_config

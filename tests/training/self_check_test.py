@@ -10,7 +10,8 @@ import pytest
 from research.core.errors import UserError
 from research.kernels.attention import cpu
 from research.models.config import ExpertsConfig, LayerConfig
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.rules import batch_sharding
 from research.training.self_check import check_attention
 from tests.models.variants import VARIANTS, pack, rows

@@ -10,7 +10,8 @@ import pytest
 
 from research.core.trees import named_leaves
 from research.models.initialization import init_params
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.training.state import TrainState, abstract_state, create_state, new_state
 from tests.tiny import tiny_config
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from research.kernels.attention import AttentionMask, KeyExchange, attention
-from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
 from research.parallel.rules import constrain
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 32, 8, 2, 4
