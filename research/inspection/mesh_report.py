@@ -16,6 +16,7 @@ from research.data.objectives import ObjectiveConfig
 from research.inspection.activations import activation_groups
 from research.inspection.mesh_picture import MeshAxis, mesh_axes, picture
 from research.inspection.report import aligned, short
+from research.inspection.schedule_picture import schedule_picture
 from research.inspection.sharded_arrays import ArrayGroup, ShardedArray, parameter_groups
 from research.models.config import ModelConfig
 from research.models.language_model import language_model
@@ -23,6 +24,7 @@ from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.mesh import abstract_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
+from research.parallel.pipeline_schedule import make_schedule
 from research.parallel.rules import check_batch, param_shardings
 from research.parallel.target import compiling_for
 from research.scaling.cluster import Cluster
@@ -174,6 +176,7 @@ def mesh_report_lines(report: MeshReport) -> list[str]:
         *notes,
         *picture(report.axes, report.cluster, device),
         "",
+        *_schedule_lines(report),
         "An axis of an array is written with its size; after / are the mesh axes that shard it.",
         "",
         *_table("parameters", report.parameters, each=False),
@@ -182,6 +185,17 @@ def mesh_report_lines(report: MeshReport) -> list[str]:
         "",
         *_totals(report),
     ]
+
+
+def _schedule_lines(report: MeshReport) -> list[str]:
+    """Returns the schedule of the pipeline, if the mesh has one."""
+    stages = report.mesh.pipeline
+    if stages == 1:
+        return []
+    train = report.train
+    config = train.pipeline
+    schedule = make_schedule(config.schedule, stages, train.accumulation, config.chunks)
+    return [*schedule_picture(schedule), ""]
 
 
 def _table(title: str, groups: Sequence[ArrayGroup], each: bool) -> list[str]:
