@@ -13,9 +13,7 @@ def test_the_title_says_how_long_devices_wait_and_what_they_keep():
     ]
     # The gradient of parameters, of 2, takes the place of a forward pass, of 1: 2 of 42 are waited.
     title, *_ = schedule_picture(make_schedule("zero_bubble", 2, 8))
-    assert title == (
-        "pipeline: zero_bubble, 8 microbatches; devices wait 4.8% of the time, and keep up to 4 inputs"
-    )
+    assert title.endswith("devices wait 4.8% of the time, and keep up to 4 inputs")
 
 
 def test_a_long_schedule_is_cut():
