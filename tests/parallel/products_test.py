@@ -45,8 +45,10 @@ def products(draw: Any) -> tuple[str, dict[str, int], int]:
     sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(3):
         axis = draw(st.sampled_from(usable))
-        # The models have two key/value heads.
+        # The models have two key/value heads and four layers.
         if axis == "tensor" and sizes["tensor"] == 2:
+            axis = "fsdp"
+        if axis == "pipeline" and sizes["pipeline"] == 4:
             axis = "fsdp"
         sizes[axis] *= 2
     # Eight rows in two microbatches.
