@@ -21,11 +21,12 @@ from research.inspection.sharded_arrays import ArrayGroup, ShardedArray, paramet
 from research.models.config import ModelConfig
 from research.models.language_model import language_model
 from research.optim.optimizers import OptimConfig, build_optimizer
+from research.parallel.divisibility import check_batch
 from research.parallel.mesh import abstract_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
 from research.parallel.pipeline_schedule import make_schedule
-from research.parallel.rules import check_batch, param_shardings
+from research.parallel.rules import param_shardings
 from research.parallel.target import compiling_for
 from research.scaling.cluster import Cluster
 from research.training.config import TrainConfig

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
-from research.parallel.mesh import split_slices
 from research.parallel.mesh_config import SlicesConfig
+from research.parallel.slices import split_slices
 from research.scaling.hlo import split
 
 AnyMesh = Mesh | AbstractMesh

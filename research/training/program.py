@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from research.core.random import key_for
 from research.data.batch import Batch
 from research.optim.optimizers import OptimConfig, build_optimizer
+from research.parallel.divisibility import check_batch
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
-from research.parallel.rules import batch_sharding, check_batch, param_shardings
+from research.parallel.rules import batch_sharding, param_shardings
 from research.parallel.target import mesh_platform
 from research.training.config import TrainConfig
 from research.training.gradients import mean_gradients

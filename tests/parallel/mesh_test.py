@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.parallel.distributed import DistributedConfig
-from research.parallel.mesh import abstract_mesh, make_mesh, split_slices
+from research.parallel.mesh import abstract_mesh, make_mesh
 from research.parallel.mesh_axes import MESH_AXES
 from research.parallel.mesh_config import MeshConfig, SlicesConfig, resolve_sizes
+from research.parallel.slices import split_slices
 
 
 def sizes(devices: int, **fields: int) -> tuple[int, ...]:

@@ -12,13 +12,13 @@ from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.models.config import NormConfig, PositionConfig
 from research.optim.optimizers import OptimConfig, build_optimizer
+from research.parallel.divisibility import check_batch
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
 from research.parallel.process_parts import process_columns, process_rows
 from research.parallel.rules import (
     batch_sharding,
-    check_batch,
     constrain,
     param_shardings,
     partition_spec,
