@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
 from research.core.promotion import promoting
+from research.optim.layer_by_layer import layer_by_layer
 from research.optim.muon import muon
 from research.optim.schedules import ScheduleConfig, build_schedule
 
@@ -121,7 +122,7 @@ def _build(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.Gradie
         direction = optax.chain(optax.trace(config.beta1), optax.scale(-1.0))
     elif config.name == "adafactor":
         factored = optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False)
-        direction = _layer_by_layer(factored, axes)
+        direction = layer_by_layer(factored, axes)
     else:
         direction = muon(
             axes, beta=config.beta1, adam_beta2=config.beta2, epsilon=config.epsilon, rms=0.2
@@ -133,49 +134,3 @@ def _build(config: OptimConfig, axes: Any, rate: optax.Schedule) -> optax.Gradie
         optax.add_decayed_weights(-config.weight_decay, matrices),
         optax.scale_by_learning_rate(rate, flip_sign=False),
     )
-
-
-def _layer_by_layer(inner: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """Maps a transformation that uses statistics of whole arrays over the layers of stacked arrays.
-
-    So a scanned model takes the steps of an unrolled one, and their states are the same on disk.
-    """
-
-    def is_none(x: Any) -> bool:
-        return x is None
-
-    # The kernel ("layers", "embed", "mlp") is mapped over its axis 0; None is not mapped.
-    batched = jax.tree.map(lambda axes: 0 if "layers" in axes.names else None, axes)
-    axes_by_path = jax.tree_util.tree_leaves_with_path(batched, is_leaf=is_none)
-    stacked = [path for path, axis in axes_by_path if axis == 0]
-    if not stacked:
-        return inner
-
-    def state_axes(params: Any) -> Any:
-        """Returns 0 for each array of the state of a stacked parameter, None for the others."""
-
-        def first_layer(axis: int | None, p: Any) -> Any:
-            return p if axis is None else p[0]
-
-        def axis_of(path: tuple[Any, ...], _: Any) -> int | None:
-            # The path of an array of the state ends in that of its parameter: v/decoder/kernel.
-            of_stacked = any(path[-len(end) :] == end for end in stacked)
-            return 0 if of_stacked else None
-
-        one_layer = jax.tree.map(first_layer, batched, params, is_leaf=is_none)
-        state = jax.eval_shape(inner.init, one_layer)
-        return jax.tree_util.tree_map_with_path(axis_of, state)
-
-    def init(params: Any) -> Any:
-        axes_of_state = state_axes(params)
-        by_layer = jax.vmap(inner.init, in_axes=(batched,), out_axes=axes_of_state)
-        return by_layer(params)
-
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        axes_of_state = state_axes(params)
-        in_axes = (batched, axes_of_state, batched)
-        out_axes = (batched, axes_of_state)
-        by_layer = jax.vmap(inner.update, in_axes=in_axes, out_axes=out_axes)
-        return by_layer(updates, state, params)
-
-    return optax.GradientTransformation(init, update)

@@ -184,13 +184,21 @@ def test_muon_moves_tables_and_vectors_as_adam_does():
 @pytest.mark.fast_cases("muon", "adafactor")
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_layers_take_the_steps_of_single_ones_and_have_their_state_on_disk(name: str):
-    wide = {
-        "embed_dim": 128,
-        "mlp": {"hidden_dim": 160},
-    }  # large enough for Adafactor to keep rows and columns alone
+    assert_same_steps_scanned_and_unrolled(name, {"num_layers": 2})
+
+
+@pytest.mark.thorough
+def test_adafactor_takes_stacks_that_differ_in_depth_layer_by_layer():
+    structure = {"structure": "encoder_decoder", "num_layers": 2, "encoder_layers": 3}
+    assert_same_steps_scanned_and_unrolled("adafactor", structure)
+
+
+def assert_same_steps_scanned_and_unrolled(name: str, fields: dict[str, Any]) -> None:
+    # Large enough for Adafactor to keep rows and columns alone.
+    wide = {"embed_dim": 128, "mlp": {"hidden_dim": 160}}
 
     def stepped(layer_loop: str) -> dict[str, Any]:
-        config = tiny_config(layer_loop=layer_loop, **wide)
+        config = tiny_config(layer_loop=layer_loop, **wide, **fields)
         optimizer, _ = build_optimizer(
             OptimConfig(name=name, learning_rate=0.01), logical_axes(abstract_params(config)), 10
         )
