@@ -1,19 +1,30 @@
-"""Any product of mesh axes gives the run of one device, whatever the model."""
+"""Any product of mesh axes gives the run of one device, whatever the model and the optimizer.
+
+Products are drawn, and compared in float64: TESSERA_TEST_PRODUCTS=60 draws 60 of them anew.
+"""
 
 import dataclasses
 import functools
-from typing import Any
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from research.core.trees import named_leaves
 from research.models.config import HeadConfig, ModelConfig
 from research.parallel.mesh_axes import MESH_AXES
 from research.parallel.mesh_config import MeshConfig
 from tests.models.variants import VARIANTS
-from tests.parallel.products import assert_equal_runs, train
+from tests.parallel.plain_step import assert_plain_step
+from tests.parallel.products import RATES, STEPS, Run, assert_equal_runs, train
+from tests.tiny import random_params, tiny_config
 
 MODELS: dict[str, ModelConfig] = {
     "tied": dataclasses.replace(VARIANTS["sinks"], tied_embeddings=True),
@@ -22,20 +33,27 @@ MODELS: dict[str, ModelConfig] = {
     "MTP": dataclasses.replace(VARIANTS["sinks"], head=HeadConfig(mtp_depth=2)),
     "encoder-decoder": VARIANTS["encoder-decoder"],
 }
-MICROBATCHES = 2
+DRAWN = os.environ.get("TESSERA_TEST_PRODUCTS")
+
+
+class Product(NamedTuple):
+    """What is trained, by which optimizer, and on which mesh."""
+
+    model: str
+    sizes: dict[str, int]
+    zero: int
+    optimizer: str
+    microbatches: int
 
 
 def model_of(name: str) -> ModelConfig:
-    """Four scanned layers with dropout, for up to four stages."""
-    changes: dict[str, Any] = {"num_layers": 4}
-    if MODELS[name].structure == "encoder_decoder":
-        changes["encoder_layers"] = 4
-    return dataclasses.replace(MODELS[name], dropout=0.1, layer_loop="scan", **changes)
+    """Four scanned layers with dropout, for up to four stages; an encoder of another depth."""
+    return dataclasses.replace(MODELS[name], num_layers=4, dropout=0.1, layer_loop="scan")
 
 
 @st.composite
-def products(draw: Any) -> tuple[str, dict[str, int], int]:
-    """A model, sizes of axes that it can use, and a ZeRO level."""
+def products(draw: Any) -> Product:
+    """A model, an optimizer, and sizes of axes that the model can use."""
     name = draw(st.sampled_from(sorted(MODELS)))
     usable = list(MESH_AXES)
     if name != "experts":
@@ -56,25 +74,97 @@ def products(draw: Any) -> tuple[str, dict[str, int], int]:
         axis = "fsdp" if sizes["fsdp"] > 1 else "data"
         sizes[axis] //= 2
         sizes["context"] *= 2
-    return name, sizes, draw(st.sampled_from([1, 2, 3]))
+    microbatches = 2 if sizes["pipeline"] > 1 else draw(st.sampled_from([1, 2]))
+    zero = draw(st.sampled_from([1, 2, 3]))
+    optimizer = draw(st.sampled_from(sorted(RATES)))
+    return Product(name, sizes, zero, optimizer, microbatches)
 
 
 @functools.lru_cache
-def alone(name: str) -> Any:
+def alone(name: str, optimizer: str, microbatches: int) -> Run:
     """The run on one device."""
-    return train(model_of(name), MeshConfig(), jax.devices()[:1], accumulation=MICROBATCHES)
+    options = {"accumulation": microbatches, "optimizer": optimizer}
+    return train(model_of(name), MeshConfig(), jax.devices()[:1], **options)
 
 
-@pytest.mark.thorough
 @settings(
-    max_examples=8,
+    max_examples=int(DRAWN or 3),
     deadline=None,
-    derandomize=True,
+    derandomize=DRAWN is None,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(products())
-def test_any_product_of_axes_gives_the_run_of_one_device(product):
-    name, sizes, zero = product
-    found = train(model_of(name), MeshConfig(**sizes, zero=zero), accumulation=MICROBATCHES)
-    metrics, params = alone(name)
-    assert_equal_runs(found, ([dict(row) for row in metrics], params), model_of(name))
+@example(Product("encoder-decoder", {"data": 2, "context": 2, "tensor": 2}, 2, "adafactor", 1))
+def check_products(product: Product) -> None:
+    """Fails where a product of axes does not give the run of one device."""
+    print(product, flush=True)
+    model = model_of(product.model)
+    options = {"accumulation": product.microbatches, "optimizer": product.optimizer}
+    found = train(model, MeshConfig(**product.sizes, zero=product.zero), **options)
+    assert next(iter(found.last.values())).dtype != np.float32
+    expected = alone(product.model, product.optimizer, product.microbatches)
+    assert_equal_runs(found, expected, model)
+
+
+def check_plain_encoder_decoder() -> None:
+    """Fails where the first step of an encoder-decoder on a mesh is not the plain one."""
+    assert_plain_step(model_of("encoder-decoder"), MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def run_in_float64(name: str) -> subprocess.CompletedProcess:
+    """Calls a function of this file, without arguments, in a process that computes in float64."""
+    program = (
+        "from tests.float64 import use_float64; use_float64(); "
+        f"from tests.parallel.products_test import {name} as check; check()"
+    )
+    # Integers have 64 bits there too, which the code mixes with those of batches.
+    environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("check", [check_products, check_plain_encoder_decoder])
+def test_a_mesh_gives_one_device_in_float64(check: Callable[[], None]):
+    found = run_in_float64(check.__name__)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def run_of(model: ModelConfig) -> Run:
+    """What a run could return, whose state is the parameters and gradients."""
+    initial = named_leaves(random_params(model))
+    state = {f"params/{name}": np.asarray(leaf) + 0.1 for name, leaf in initial.items()}
+    state |= {f"trace/{name}": np.asarray(leaf) * 0.1 for name, leaf in initial.items()}
+    metrics = [{"loss": 3.0, "grad_norm": 2.0} for _ in range(STEPS)]
+    return Run(metrics, state, dict(state))
+
+
+def change_loss(run: Run) -> None:
+    run.metrics[4]["loss"] += 1e-4
+
+
+def change_first_norm(run: Run) -> None:
+    run.metrics[0]["grad_norm"] += 5e-5
+
+
+def change_gradient(run: Run) -> None:
+    run.first["trace/embed/embedding"] = run.first["trace/embed/embedding"].copy()
+    run.first["trace/embed/embedding"][3, 5] += 3e-5
+
+
+def lose_parameter(run: Run) -> None:
+    del run.last["params/embed/embedding"]
+
+
+@pytest.mark.parametrize(
+    "change", [change_loss, change_first_norm, change_gradient, lose_parameter]
+)
+def test_runs_that_differ_in_one_place_are_told_apart(change: Callable[[Run], None]):
+    model = tiny_config()
+    assert_equal_runs(run_of(model), run_of(model), model)
+    changed = run_of(model)
+    change(changed)
+    with pytest.raises(AssertionError):
+        assert_equal_runs(changed, run_of(model), model)
