@@ -5,6 +5,7 @@ prints the bytes of the compiled temporaries.
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,8 @@ Side = tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]
 
 
 def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    key = jax.random.key(seed)
+    return jax.random.normal(key, shape, dtype)
 
 
 def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabulary: int) -> Side:
@@ -44,22 +46,27 @@ def cross_entropy_side(side: str, dtype: str, tokens: int, width: int, vocabular
         return nll.sum() / tokens, None
 
     def ours(hidden: Any, kernel: Any, targets: Any) -> Any:
-        return cross_entropy(mean, hidden, kernel, targets)[0]
+        loss, _ = cross_entropy(mean, hidden, kernel, targets)
+        return loss
 
     def plain(hidden: Any, kernel: Any, targets: Any) -> Any:
         # [tokens, V] at once, in float32.
         kernel = kernel.astype(hidden.dtype)
         logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return nll.mean()
 
     def arguments() -> tuple[Any, ...]:
         hidden = _normal(0, (tokens, width), dtype)
-        kernel = _normal(1, (width, vocabulary), "float32") * width**-0.5
-        targets = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
+        kernel = _normal(1, (width, vocabulary), "float32")
+        kernel = kernel * width**-0.5
+        key = jax.random.key(2)
+        targets = jax.random.randint(key, (tokens,), 0, vocabulary)
         return hidden, kernel, targets
 
     loss = ours if side == "tessera" else plain
-    return jax.value_and_grad(loss, argnums=(0, 1)), arguments
+    step = jax.value_and_grad(loss, argnums=(0, 1))
+    return step, arguments
 
 
 def group_sizes(rows: int, experts: int) -> list[int]:
@@ -89,7 +96,8 @@ def grouped_matmul_side(
     def arguments() -> tuple[Any, ...]:
         x = _normal(0, (rows, width), dtype)
         kernels = _normal(1, (experts, width, features), dtype)
-        sizes = jnp.asarray(group_sizes(rows, experts), jnp.int32)
+        sizes = group_sizes(rows, experts)
+        sizes = jnp.asarray(sizes, jnp.int32)
         g = _normal(2, (rows, features), dtype)
         return x, kernels, sizes, g
 
@@ -105,10 +113,13 @@ def sequence_lengths(batch: int, length: int) -> list[int]:
 
 def page_bytes(dtype: str, batch: int, length: int, kv_heads: int, head_width: int) -> int:
     """Returns the bytes of keys and values in all pages that the sequences fill or begin."""
-    lengths = sequence_lengths(batch, length)
-    pages = sum(-(-tokens // PAGE) for tokens in lengths)
+    pages = 0
+    for tokens in sequence_lengths(batch, length):
+        # 100 tokens begin the second page of 64.
+        pages += math.ceil(tokens / PAGE)
     values_a_token = 2 * kv_heads * head_width
-    return pages * PAGE * values_a_token * jnp.dtype(dtype).itemsize
+    values = pages * PAGE * values_a_token
+    return values * jnp.dtype(dtype).itemsize
 
 
 def decode_attention_side(
@@ -117,40 +128,53 @@ def decode_attention_side(
     """One new token a sequence: `tessera` over scattered pages, `jax.nn` over a dense cache, or a
     `copy` of the same size.
     """
-    lengths = jnp.asarray(sequence_lengths(batch, length), jnp.int32)
-    pages_a_row = -(-length // PAGE)
+    lengths = sequence_lengths(batch, length)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    pages_a_row = math.ceil(length / PAGE)
 
     def paged() -> tuple[Any, ...]:
         q = _normal(0, (batch, 1, heads, head_width), dtype)
-        shape = (batch * pages_a_row, kv_heads, PAGE, head_width)
+        num_pages = batch * pages_a_row
+        shape = (num_pages, kv_heads, PAGE, head_width)
         k = _normal(1, shape, dtype)
         v = _normal(2, shape, dtype)
+        pages = KVPages(k, v)
         # The pages of a sequence lie anywhere in the pool: [pages] -> [B, pages of a row].
-        order = jax.random.permutation(jax.random.key(3), shape[0])
+        key = jax.random.key(3)
+        order = jax.random.permutation(key, num_pages)
         table = order.reshape(batch, pages_a_row)
-        return q, KVPages(k, v), table, lengths
+        return q, pages, table, lengths
 
     def dense() -> tuple[Any, ...]:
         # The same keys and values, each sequence in one row: [B, S, K, H].
         q, pages, table, _ = paged()
         k, v = gather(pages, table)
-        return q, k[:, :length], v[:, :length], lengths
+        # Whole pages may have more tokens than a row.
+        k = k[:, :length]
+        v = v[:, :length]
+        return q, k, v, lengths
 
     def plain(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         # cuDNN has no float32 attention.
-        has_cudnn = platform() == "gpu" and dtype == "bfloat16"
-        implementation = "cudnn" if has_cudnn else "xla"
+        implementation = "xla"
+        if platform() == "gpu" and dtype == "bfloat16":
+            implementation = "cudnn"
         attention = promoting(jax.nn.dot_product_attention)
         return attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
 
     def cache() -> tuple[Any, ...]:
         size = page_bytes(dtype, batch, length, kv_heads, head_width)
-        return (jnp.zeros(size // 4, jnp.float32),)
+        values = jnp.zeros(size // 4, jnp.float32)
+        return (values,)
+
+    def copy(x: Any) -> Any:
+        # Reads and writes every value; a plain copy would be left out.
+        return x + 1
 
     sides = {
         "tessera": (decode_attention, paged),
         "jax.nn": (plain, dense),
-        "copy": (lambda x: x + 1, cache),
+        "copy": (copy, cache),
     }
     return sides[side]
 
@@ -164,14 +188,24 @@ BUILDERS = {
 
 def main(action: str, kernel: str, side: str, dtype: str, *sizes: str) -> None:
     """Serves rounds of a side until its input ends, or prints its temporaries."""
-    function, arguments = BUILDERS[kernel](side, dtype, *map(int, sizes))
+    build = BUILDERS[kernel]
+    function, arguments = build(side, dtype, *map(int, sizes))
     step = jax.jit(function)
     if action == "temporaries":
-        compiled = step.lower(*jax.eval_shape(arguments)).compile()
-        print(compiled.memory_analysis().temp_size_in_bytes)
+        shapes = jax.eval_shape(arguments)
+        compiled = step.lower(*shapes).compile()
+        memory = compiled.memory_analysis()
+        print(memory.temp_size_in_bytes)
         return
-    operands = jax.jit(arguments)()
-    serve(lambda: jax.block_until_ready(step(*operands)))
+
+    make_operands = jax.jit(arguments)
+    operands = make_operands()
+
+    def one_round() -> None:
+        result = step(*operands)
+        jax.block_until_ready(result)
+
+    serve(one_round)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,12 @@ class Dispatch:
           choices: of each token.
         """
         # A token chooses an expert once: at most as many of its choices as there are experts here.
-        most = self.devices * tokens * min(choices, self.local_experts)
+        most_of_token = min(choices, self.local_experts)
+        most = self.devices * tokens * most_of_token
         if self.buffer_factor is None:
             return most
-        return min(most, math.ceil(self.buffer_factor * tokens * choices))
+        rows = math.ceil(self.buffer_factor * tokens * choices)
+        return min(most, rows)
 
 
 def run_experts(
@@ -95,7 +97,8 @@ def run_experts(
 
     # [rows, D] -> [tokens, choices, D] -> [tokens, D]
     y = y.reshape(tokens, choices, -1)
-    return jnp.einsum("tcd,tc->td", y, weights), lost
+    outputs = jnp.einsum("tcd,tc->td", y, weights)
+    return outputs, lost
 
 
 def _apply_sorted(
@@ -157,17 +160,20 @@ def _apply_exchanged(
     # Sorted by expert, so that the rows for each device follow each other.
     order = jnp.argsort(expert_of_row, stable=True)
     inverse = jnp.argsort(order)
-    sizes = jnp.bincount(expert_of_row, length=dispatch.num_experts).astype(jnp.int32)
+    sizes = jnp.bincount(expert_of_row, length=dispatch.num_experts)
+    sizes = sizes.astype(jnp.int32)
 
     # [sources, E] -> [sources, targets, experts of a target]
     all_sizes = jax.lax.all_gather(sizes, dispatch.axis)
     by_target = all_sizes.reshape(dispatch.devices, dispatch.devices, -1)
-    route = plan_route(by_target.sum(axis=2), capacity)
+    rows_by_target = by_target.sum(axis=2)
+    route = plan_route(rows_by_target, capacity)
 
     here = jax.lax.axis_index(dispatch.axis)
     sorted_rows = _permute(rows, order, inverse)
     arrived = send_rows(sorted_rows, route, dispatch.axis, capacity)
-    expert_of_arrived = _arrived_experts(route, by_target[:, here], here, capacity)
+    sizes_here = by_target[:, here]
+    expert_of_arrived = _arrived_experts(route, sizes_here, here, capacity)
     y = _apply_sorted(apply, arrived, expert_of_arrived, dispatch.local_experts)
 
     back = route.reversed()
@@ -196,14 +202,21 @@ def _arrived_experts(
     # Sources send 2 and 3 rows: places 0 to 6 have the sources [0 0 1 1 1 - -].
     source = jnp.searchsorted(ends, place, side="right")
     is_row = place < ends[-1]
-    source = jnp.minimum(source, counts.shape[0] - 1)
+    last_source = counts.shape[0] - 1
+    source = jnp.minimum(source, last_source)
 
     # A source's rows are sorted by expert: 2 of expert 0 and 1 of expert 1 end at [2, 3]; its row
     # with index 2 is of expert 1.
-    index = place - route.target_offsets[source, here]
-    expert_ends = jnp.cumsum(sizes, axis=1)[source]
-    expert = jnp.sum(index[:, None] >= expert_ends, axis=1)
-    return jnp.where(is_row, expert, sizes.shape[1]).astype(jnp.int32)
+    first_place = route.target_offsets[source, here]
+    index = place - first_place
+    ends_of_sources = jnp.cumsum(sizes, axis=1)
+    expert_ends = ends_of_sources[source]
+    # [capacity, 1] against [capacity, E]
+    is_past_expert = index[:, None] >= expert_ends
+    expert = jnp.sum(is_past_expert, axis=1)
+    no_expert = sizes.shape[1]
+    expert = jnp.where(is_row, expert, no_expert)
+    return expert.astype(jnp.int32)
 
 
 @jax.custom_vjp

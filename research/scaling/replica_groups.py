@@ -26,22 +26,28 @@ def parse_groups(attributes: Mapping[str, str], num_devices: int) -> Groups:
       num_devices: of the mesh, all of which are one group where the program names none.
     """
     if "source_target_pairs" in attributes:
-        return _listed(attributes["source_target_pairs"])
+        pairs = attributes["source_target_pairs"]
+        return _listed(pairs)
     text = attributes["replica_groups"]
     if text == "{}":
-        return np.arange(num_devices)[None]
+        devices = np.arange(num_devices)
+        return devices[None]
     if text.startswith("{"):
         return _listed(text)
     if text.startswith("mesh"):
         return _of_mesh(text, attributes)
     # `[4,2]<=[2,2,2]T(2,1,0)`: numbers 0 to 7 in order, as [2, 2, 2], transposed, as [4, 2]
-    shape, _, source = text.partition("<=")
-    return _iota(source).reshape(_numbers(shape))
+    shape_text, _, source = text.partition("<=")
+    devices = _iota(source)
+    shape = _numbers(shape_text)
+    return devices.reshape(shape)
 
 
 def _listed(text: str) -> Groups:
-    # `{{0,1},{2,3}}` -> [[0, 1], [2, 3]]
-    return np.array([_numbers(group) for group in split(text[1:-1])])
+    # `{{0,1},{2,3}}` -> `{0,1}`, `{2,3}` -> [[0, 1], [2, 3]]
+    group_texts = split(text[1:-1])
+    groups = [_numbers(group_text) for group_text in group_texts]
+    return np.array(groups)
 
 
 def _of_mesh(text: str, attributes: Mapping[str, str]) -> Groups:
@@ -55,30 +61,44 @@ def _of_mesh(text: str, attributes: Mapping[str, str]) -> Groups:
     if device_text:
         device_text, _, joined_text = device_text.partition(" ")
 
-    names = []
-    sizes = []
-    for axis in split(mesh_text.removeprefix("mesh[").removesuffix("]")):
-        name, _, size = axis.partition("=")
-        names.append(name.strip())
-        sizes.append(int(size))
-    devices = np.arange(math.prod(sizes))
+    # `mesh['a'=2,'b'=4]` -> {'a': 2, 'b': 4}
+    sizes = {}
+    axes_text = mesh_text.removeprefix("mesh[").removesuffix("]")
+    for axis in split(axes_text):
+        name, _, size_text = axis.partition("=")
+        name = name.strip()
+        sizes[name] = int(size_text)
+
     if device_text:
-        devices = _iota(device_text[1:-1]).reshape(-1)
+        devices = _iota(device_text[1:-1])
+        devices = devices.reshape(-1)
+    else:
+        num_devices = math.prod(sizes.values())
+        devices = np.arange(num_devices)
+
+    # `{'a','b':(2)2}` -> the parts of `a` and `b` that the groups take
+    parts = {}
+    joined_text = joined_text.strip()
+    for part in split(joined_text[1:-1]):
+        name, before_and_width = _joined_axis(part)
+        parts[name] = before_and_width
 
     # An axis of 8 of which the groups take a part, `'a':(2)2`, is three: 2 × 2 × 2.
     shape = []
     joined = []
-    parts = dict(_joined_axis(part) for part in split(joined_text.strip()[1:-1]))
-    for name, size in zip(names, sizes, strict=True):
+    for name, size in sizes.items():
         before, width = parts.get(name, (1, 1))
         if name in parts and width == 0:
             width = size
+        after = size // (before * width)
         joined.append(len(shape) + 1)
-        shape += [before, width, size // (before * width)]
+        shape += [before, width, after]
 
     # [2, 4] joined along the first: [4, 2], one row a group.
     members = math.prod(shape[axis] for axis in joined)
-    devices = np.moveaxis(devices.reshape(shape), joined, range(-len(joined), 0))
+    last_axes = range(-len(joined), 0)
+    devices = devices.reshape(shape)
+    devices = np.moveaxis(devices, joined, last_axes)
     return devices.reshape(-1, members)
 
 
@@ -90,8 +110,11 @@ def _joined_axis(text: str) -> tuple[str, tuple[int, int]]:
     name, _, part = text.strip().partition(":")
     if not part:
         return name, (1, 0)
-    before, _, width = part.removeprefix("(").partition(")")
-    return name, (int(before), int(width))
+    part = part.removeprefix("(")
+    before_text, _, width_text = part.partition(")")
+    before = int(before_text)
+    width = int(width_text)
+    return name, (before, width)
 
 
 def _iota(text: str) -> Int[np.ndarray, "..."]:
@@ -102,15 +125,20 @@ def _iota(text: str) -> Int[np.ndarray, "..."]:
         return np.array(_numbers(text))
     shape_text, _, permutation = text.partition("T")
     shape = _numbers(shape_text)
-    devices = np.arange(math.prod(shape)).reshape(shape)
+    num_devices = math.prod(shape)
+    devices = np.arange(num_devices)
+    devices = devices.reshape(shape)
     if permutation:
-        devices = devices.transpose(_numbers(permutation))
+        axes = _numbers(permutation)
+        devices = devices.transpose(axes)
     return devices
 
 
 def _numbers(text: str) -> list[int]:
     # `{0,1}`, `[4,2]`, `(1,0)` and `0,2` are lists of numbers.
-    return [int(number) for number in text.strip().strip("{}[]()").split(",") if number]
+    text = text.strip()
+    text = text.strip("{}[]()")
+    return [int(number) for number in text.split(",") if number]
 
 
 def axes_between(groups: Groups, mesh: AnyMesh) -> tuple[str, ...]:
@@ -118,9 +146,16 @@ def axes_between(groups: Groups, mesh: AnyMesh) -> tuple[str, ...]:
     them.
     """
     # Devices 0 and 2 of data 2 × fsdp 2 × tensor 2 are (0, 0, 0) and (0, 1, 0): fsdp.
-    coordinates = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())))
-    apart = (coordinates != coordinates[:, :, :1]).any(axis=(1, 2))
-    return tuple(name for name, is_apart in zip(mesh.shape, apart, strict=True) if is_apart)
+    sizes = tuple(mesh.shape.values())
+    coordinates = np.unravel_index(groups, sizes)
+
+    # Of each axis: [groups, members], members compared with the first one of their group
+    names = []
+    for name, index in zip(mesh.shape, coordinates, strict=True):
+        first_index = index[:, :1]
+        if (index != first_index).any():
+            names.append(name)
+    return tuple(names)
 
 
 def slice_of_each(mesh: AnyMesh, slices: SlicesConfig) -> Int[np.ndarray, " devices"]:
@@ -131,19 +166,29 @@ def slice_of_each(mesh: AnyMesh, slices: SlicesConfig) -> Int[np.ndarray, " devi
     """
     if isinstance(mesh, AbstractMesh):
         # data 4 over 2 slices: coordinates 0 and 1 are in slice 0, 2 and 3 in slice 1.
-        within = [size // slices.sizes()[name] for name, size in mesh.shape.items()]
-        coordinates = np.indices(tuple(mesh.shape.values())).reshape(len(within), -1)
-        places = coordinates // np.array(within)[:, None]
-        return np.ravel_multi_index(tuple(places), tuple(slices.sizes().values()))
+        slices_along = slices.sizes()
+        coordinates = np.indices(tuple(mesh.shape.values()))
+        slice_coordinates = []
+        for axis, (name, size) in enumerate(mesh.shape.items()):
+            within = size // slices_along[name]
+            slice_coordinate = coordinates[axis] // within
+            slice_coordinates.append(slice_coordinate.ravel())
+        slice_shape = tuple(slices_along.values())
+        return np.ravel_multi_index(tuple(slice_coordinates), slice_shape)
 
     devices = sorted(mesh.devices.flat, key=lambda device: device.id)
     index_of = {}
     for index, members in enumerate(split_slices(slices, devices)):
-        index_of |= dict.fromkeys((device.id for device in members), index)
-    return np.array([index_of[device.id] for device in mesh.devices.flat])
+        for device in members:
+            index_of[device.id] = index
+    indices = [index_of[device.id] for device in mesh.devices.flat]
+    return np.array(indices)
 
 
 def crosses_slices(groups: Groups, slice_index: Int[np.ndarray, " devices"]) -> bool:
     """Whether a group has devices of several slices, which the slower network joins."""
-    members = slice_index[groups]
-    return bool((members != members[:, :1]).any())
+    # [groups, members], and that of the first member
+    indices = slice_index[groups]
+    first_index = indices[:, :1]
+    is_other = indices != first_index
+    return bool(is_other.any())

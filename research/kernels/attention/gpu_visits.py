@@ -45,15 +45,19 @@ def block_kinds(
         q = q.of_queries()
         kv = kv.of_keys()
         # By their ranges: blocks of segments [1, 3] and [3, 5], ends included, may share segment 3.
-        some &= (q.least <= kv.greatest) & (kv.least <= q.greatest)
+        q_begins_before = q.least <= kv.greatest
+        kv_begins_before = kv.least <= q.greatest
+        some &= q_begins_before & kv_begins_before
         both_single = q.single & kv.single
-        every &= both_single & (q.least == kv.least)
+        same_segment = q.least == kv.least
+        every &= both_single & same_segment
 
     # Padded keys are hidden: 300 keys end within the block 256:384.
     kv_starts = jnp.arange(0, plan.padded_keys, block_kv)
     kv_starts = kv_starts[None, None]
     some &= kv_starts < plan.keys
-    every &= kv_starts + block_kv <= plan.keys
+    kv_ends = kv_starts + block_kv
+    every &= kv_ends <= plan.keys
 
     # The last block of queries may be past the end altogether: its rows are cut off, and nothing is
     # computed for them.
@@ -70,8 +74,10 @@ def _shown_by_positions(
     mask: AttentionMask, plan: Plan, block_q: int, block_kv: int
 ) -> tuple[Array, Array]:
     """Returns whether something, and everything, is visible by causality, window and prefix."""
-    q = _position_range(mask.q_positions, plan.queries, plan.padded_queries, block_q).of_queries()
-    kv = _position_range(mask.kv_positions, plan.keys, plan.padded_keys, block_kv).of_keys()
+    q = _position_range(mask.q_positions, plan.queries, plan.padded_queries, block_q)
+    q = q.of_queries()
+    kv = _position_range(mask.kv_positions, plan.keys, plan.padded_keys, block_kv)
+    kv = kv.of_keys()
     q_blocks = plan.padded_queries // block_q
     kv_blocks = plan.padded_keys // block_kv
     some = jnp.ones((1, q_blocks, kv_blocks), bool)
@@ -79,18 +85,27 @@ def _shown_by_positions(
 
     if mask.causal:
         # For queries 128:256 some of the keys 192:320 are visible, and all of 0:128.
-        some = some & (q.greatest >= kv.least)
-        every = every & (q.least >= kv.greatest)
+        last_sees_first = q.greatest >= kv.least
+        some = some & last_sees_first
+        first_sees_last = q.least >= kv.greatest
+        every = every & first_sees_last
     if mask.window is not None:
         # Queries 128:256, keys 0:64: the nearest are 65 apart, the farthest 255.
-        nearest = jnp.maximum(q.least - kv.greatest, kv.least - q.greatest)
-        farthest = jnp.maximum(q.greatest - kv.least, kv.greatest - q.least)
+        gap_after_keys = q.least - kv.greatest
+        gap_after_queries = kv.least - q.greatest
+        nearest = jnp.maximum(gap_after_keys, gap_after_queries)
+        reach_back = q.greatest - kv.least
+        reach_ahead = kv.greatest - q.least
+        farthest = jnp.maximum(reach_back, reach_ahead)
         some = some & (nearest < mask.window)
         every = every & (farthest < mask.window)
     if mask.prefix is not None:
+        # [B] -> [B, 1, 1]
         prefix = mask.prefix[:, None, None]
-        some = some | (kv.least < prefix)
-        every = every | (kv.greatest < prefix)
+        begins_in_prefix = kv.least < prefix
+        some = some | begins_in_prefix
+        ends_in_prefix = kv.greatest < prefix
+        every = every | ends_in_prefix
     return some, every
 
 
@@ -108,11 +123,19 @@ class _Range(NamedTuple):
 
     def of_queries(self) -> "_Range":
         """Returns it as `[sequences, q_blocks, 1]`."""
-        return jax.tree.map(lambda x: x[:, :, None], self)
+
+        def with_keys_axis(x: Array) -> Array:
+            return x[:, :, None]
+
+        return jax.tree.map(with_keys_axis, self)
 
     def of_keys(self) -> "_Range":
         """Returns it as `[sequences, 1, kv_blocks]`."""
-        return jax.tree.map(lambda x: x[:, None], self)
+
+        def with_queries_axis(x: Array) -> Array:
+            return x[:, None]
+
+        return jax.tree.map(with_queries_axis, self)
 
 
 def _position_range(
@@ -121,7 +144,7 @@ def _position_range(
     """Returns the range of positions of each block, over the tokens that are there."""
     if positions is None:
         positions = jnp.arange(length)[None]
-    # Padded tokens repeat the last position, which changes no range.
+    # Padded tokens repeat the last position, which changes no range: [B, 200] -> [B, 256]
     padding = padded_length - length
     positions = jnp.pad(positions, ((0, 0), (0, padding)), mode="edge")
 
@@ -190,7 +213,8 @@ class Visits:
 
     def start(self, step: Array) -> Array:
         """Returns the first token of the block that a step visits."""
-        block = self.order_ref[(*self.row, step)]
+        place = (*self.row, step)
+        block = self.order_ref[place]
         return block * self.tokens
 
     def fold(self, step: Callable[..., Any], carry: Any) -> Any:
@@ -211,7 +235,8 @@ def read_visits(order_ref: Any, counts_ref: Any, batch: Array, block: Array, tok
       tokens: tokens of a visited block.
     """
     # The arrays have one sequence where no sequence differs from another.
-    sequence = batch if order_ref.shape[0] > 1 else 0
+    sequences = order_ref.shape[0]
+    sequence = batch if sequences > 1 else 0
     row = (sequence, block)
     unmasked = counts_ref[(*row, 0)]
     total = counts_ref[(*row, 1)]

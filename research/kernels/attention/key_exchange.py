@@ -49,12 +49,17 @@ class KeyExchange:
           devices: along the mesh axis `context`.
           heads: query heads of a device.
         """
-        for what, number in (("mesh.context", devices), ("the query heads of a device", heads)):
+        numbers = {
+            "mesh.context": devices,
+            "the query heads of a device": heads,
+        }
+        for what, number in numbers.items():
             if number % self.all_to_all:
+                nearest = math.gcd(devices, heads)
                 raise UserError(
                     "model.attention.exchange.all_to_all",
                     self.all_to_all,
-                    f"does not divide {what} = {number}. Use {math.gcd(devices, heads)}.",
+                    f"does not divide {what} = {number}. Use {nearest}.",
                 )
 
 
@@ -84,15 +89,26 @@ def exchange_and_attend(
     """
     exchange.check_groups(size, heads=q.shape[2])
     group = exchange.all_to_all
-    ring = Ring(axis, size // group, group)
+    groups = size // group
+    ring = Ring(axis, groups, group)
     if group == 1:
         return _attend(exchange, implementation, ring, q, k, v, mask, terms)
-    kv_heads = math.lcm(k.shape[2], group)
-    k = jnp.repeat(k, kv_heads // k.shape[2], axis=2)
-    v = jnp.repeat(v, kv_heads // v.shape[2], axis=2)
-    q, k, v = (_heads_for_tokens(ring, x) for x in (q, k, v))
-    mask = _mask_of_tokens(mask, lambda x: _gather_group(ring, x, axis=1))
-    out = _attend(exchange, implementation, ring, q, k, v, mask, _terms_of_heads(ring, terms))
+
+    # 2 key/value heads in groups of 4: each head twice, so that every device gets one.
+    kv_heads = k.shape[2]
+    copies = math.lcm(kv_heads, group) // kv_heads
+    k = jnp.repeat(k, copies, axis=2)
+    v = jnp.repeat(v, copies, axis=2)
+    q = _heads_for_tokens(ring, q)
+    k = _heads_for_tokens(ring, k)
+    v = _heads_for_tokens(ring, v)
+
+    def gather(x: Array) -> Array:
+        return _gather_group(ring, x, axis=1)
+
+    mask = _mask_of_tokens(mask, gather)
+    terms = _terms_of_heads(ring, terms)
+    out = _attend(exchange, implementation, ring, q, k, v, mask, terms)
     return _tokens_for_heads(ring, out)
 
 
@@ -115,7 +131,9 @@ def _attend(
     # Which queries see which keys follows from their positions in the row.
     batch, queries, _, _ = q.shape
     if mask.q_positions is None:
-        positions = ring.index() * queries + jnp.arange(queries, dtype=jnp.int32)
+        # Device 1 of 4 queries each: positions 4, 5, 6 and 7 of every row
+        first = ring.index() * queries
+        positions = first + jnp.arange(queries, dtype=jnp.int32)
         positions = jnp.broadcast_to(positions, (batch, queries))
         mask = dataclasses.replace(mask, q_positions=positions)
 
@@ -123,15 +141,19 @@ def _attend(
         return _gather_ring(ring, x, axis=1)
 
     of_keys = {"kv_segments": mask.kv_segments, "kv_positions": mask.kv_positions}
-    mask = dataclasses.replace(mask, **jax.tree.map(gather, of_keys))
-    return implementation.attention(q, gather(k), gather(v), mask, terms)
+    of_all_keys = jax.tree.map(gather, of_keys)
+    mask = dataclasses.replace(mask, **of_all_keys)
+    k = gather(k)
+    v = gather(v)
+    return implementation.attention(q, k, v, mask, terms)
 
 
 def _mask_of_tokens(mask: AttentionMask, change: Callable[[Array], Array]) -> AttentionMask:
     """Returns the mask with its arrays over tokens changed; a prefix is a number per row."""
     names = ("q_segments", "kv_segments", "q_positions", "kv_positions")
     arrays = {name: getattr(mask, name) for name in names}
-    return dataclasses.replace(mask, **jax.tree.map(change, arrays))
+    changed = jax.tree.map(change, arrays)
+    return dataclasses.replace(mask, **changed)
 
 
 def _heads_for_tokens(ring: Ring, x: Float[Array, "B T heads H"]) -> Float[Array, "B more fewer H"]:
@@ -168,13 +190,14 @@ def _terms_of_heads(ring: Ring, terms: ScoreTerms) -> ScoreTerms:
     def own(x: Array, axis: int) -> Array:
         # 8 heads in groups of 4: member 2 takes heads 4 and 5.
         size = x.shape[axis] // ring.group_size
-        return jax.lax.dynamic_slice_in_dim(x, member * size, size, axis)
+        start = member * size
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
-    changes = {
-        name: own(term, 0)
-        for name, term in (("alibi", terms.alibi), ("sinks", terms.sinks))
-        if term is not None
-    }
+    changes = {}
+    if terms.alibi is not None:
+        changes["alibi"] = own(terms.alibi, 0)
+    if terms.sinks is not None:
+        changes["sinks"] = own(terms.sinks, 0)
     if terms.bias is not None:
         bias = terms.bias
         if bias.shape[2] > 1:

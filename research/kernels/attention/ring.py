@@ -59,13 +59,17 @@ def ring_attention(
       passes: the implementation that computes a block of scores.
       ring: the devices.
     """
-    plan = RingPlan(passes, ring, _is_balanced_by_zigzag(q, k, mask, terms))
-    if not plan.zigzag:
+    zigzag = _is_balanced_by_zigzag(q, k, mask, terms)
+    plan = RingPlan(passes, ring, zigzag)
+    if not zigzag:
         return _ring_attention(q, k, v, mask, terms, plan)
 
     exchange = functools.partial(to_zigzag, ring, axis=1)
     mask = jax.tree.map(exchange, mask)
-    out = _ring_attention(exchange(q), exchange(k), exchange(v), mask, terms, plan)
+    q = exchange(q)
+    k = exchange(k)
+    v = exchange(v)
+    out = _ring_attention(q, k, v, mask, terms, plan)
     return from_zigzag(ring, out, axis=1)
 
 
@@ -73,10 +77,17 @@ def _is_balanced_by_zigzag(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask, terms: ScoreTerms
 ) -> bool:
     """Whether the devices' scores are visible by causal order alone, and so in need of balance."""
-    by_position = mask.prefix is not None or mask.q_positions is not None
-    needs_places = by_position or mask.window is not None or terms.bias is not None
-    even = q.shape[1] % 2 == 0 and q.shape[1] == k.shape[1]
-    return mask.causal and even and not needs_places
+    # What depends on the place of a token, and not only on the order of tokens.
+    needs_places = (
+        mask.prefix is not None
+        or mask.q_positions is not None
+        or mask.window is not None
+        or terms.bias is not None
+    )
+    queries = q.shape[1]
+    keys = k.shape[1]
+    has_halves = queries == keys and queries % 2 == 0
+    return mask.causal and has_halves and not needs_places
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -95,63 +106,89 @@ def _forward(
     terms: ScoreTerms,
     plan: RingPlan,
 ) -> tuple[Float[Array, "B T N H"], tuple]:
-    call = RingCall(q, mask, dataclasses.replace(terms, sinks=None), plan)
+    ring = plan.ring
+    call = _call(q, mask, terms, plan)
     here = RingKeys(k, v, mask.kv_segments, mask.kv_positions)
     visit = functools.partial(_attend, call)
 
+    def nothing() -> ForwardResult:
+        return empty_result(q)
+
     def attend(step: int | Array, keys: RingKeys) -> ForwardResult:
-        return visit_keys(call, step, keys, visit, lambda: empty_result(q))
+        return visit_keys(call, step, keys, visit, nothing)
 
     def move_and_attend(carry: tuple[RingKeys, ForwardResult], step: Array) -> tuple[Any, None]:
         keys, result = carry
         # The next device's keys travel while these are attended to.
-        following = plan.ring.rotate(keys)
-        return (following, merge(result, attend(step, keys))), None
+        following = ring.rotate(keys)
+        found = attend(step, keys)
+        result = merge(result, found)
+        return (following, result), None
 
     # The keys of this device, those of all but one other, and the last ones, which go no further.
-    keys = plan.ring.rotate(here)
+    # Of 4 devices: step 0, steps 1 and 2 in the loop, and step 3.
+    keys = ring.rotate(here)
     result = attend(0, here)
-    steps = jnp.arange(1, plan.ring.size - 1)
+    last_step = ring.size - 1
+    steps = jnp.arange(1, last_step)
     (keys, result), _ = jax.lax.scan(move_and_attend, (keys, result), steps)
-    result = merge(result, attend(plan.ring.size - 1, keys))
+    found = attend(last_step, keys)
+    result = merge(result, found)
 
     # Once, after all keys.
     if terms.sinks is not None:
         result = with_sinks(result, terms.sinks)
     out = result.out.astype(v.dtype)
-    return out, (q, k, v, mask, terms, ForwardResult(out, result.lse))
+    saved = ForwardResult(out, result.lse)
+    residuals = (q, k, v, mask, terms, saved)
+    return out, residuals
+
+
+def _call(
+    q: Float[Array, "B T N H"], mask: AttentionMask, terms: ScoreTerms, plan: RingPlan
+) -> RingCall:
+    """Returns the call of each visit: without sinks, which count once and not for each device."""
+    terms = dataclasses.replace(terms, sinks=None)
+    return RingCall(q, mask, terms, plan)
 
 
 def _backward(plan: RingPlan, residuals: tuple, g: Float[Array, "B T N H"]) -> tuple:
     q, k, v, mask, terms, result = residuals
     g = g.astype(q.dtype)
-    call = RingCall(q, mask, dataclasses.replace(terms, sinks=None), plan)
+    ring = plan.ring
+    call = _call(q, mask, terms, plan)
     here = RingKeys(k, v, mask.kv_segments, mask.kv_positions)
     visit = functools.partial(_gradients, call, result, g)
 
     def gradients(step: int | Array, keys: RingKeys) -> _Gradients:
-        return visit_keys(call, step, keys, visit, lambda: _zero_gradients(call, keys))
+        nothing = functools.partial(_zero_gradients, call, keys)
+        return visit_keys(call, step, keys, visit, nothing)
 
     def move_and_add(carry: tuple[RingKeys, _Gradients], step: Array) -> tuple[Any, None]:
         keys, total = carry
-        following = plan.ring.rotate(keys)
-        arrived = total.rotated(plan.ring)
-        return (following, _added(arrived, gradients(step, keys))), None
+        following = ring.rotate(keys)
+        arrived = total.rotated(ring)
+        found = gradients(step, keys)
+        total = _added(arrived, found)
+        return (following, total), None
 
     # As in the forward pass; the gradients of keys follow them, and go on to the device that has
     # the keys: the one after the last device that they came to.
-    keys = plan.ring.rotate(here)
+    keys = ring.rotate(here)
     total = gradients(0, here)
-    steps = jnp.arange(1, plan.ring.size - 1)
+    last_step = ring.size - 1
+    steps = jnp.arange(1, last_step)
     (keys, total), _ = jax.lax.scan(move_and_add, (keys, total), steps)
-    last = gradients(plan.ring.size - 1, keys)
-    total = _added(total.rotated(plan.ring), last)
-    total = total.rotated(plan.ring)
+    found = gradients(last_step, keys)
+    arrived = total.rotated(ring)
+    total = _added(arrived, found)
+    total = total.rotated(ring)
 
     dq = total.q.astype(q.dtype)
     dk = total.k.astype(k.dtype)
     dv = total.v.astype(v.dtype)
-    return dq, dk, dv, None, _term_gradients(terms, total, result, g)
+    dterms = _term_gradients(terms, total, result, g)
+    return dq, dk, dv, None, dterms
 
 
 _ring_attention.defvjp(_forward, _backward)
@@ -177,8 +214,11 @@ class _Gradients(NamedTuple):
 
 
 def _zero_gradients(call: RingCall, keys: RingKeys) -> _Gradients:
+    def zeros(x: Array) -> Array:
+        return jnp.zeros(x.shape, jnp.float32)
+
     arrays = _Gradients(call.q, call.terms.bias, keys.k, keys.v)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), arrays)
+    return jax.tree.map(zeros, arrays)
 
 
 def _added(a: _Gradients, b: _Gradients) -> _Gradients:
@@ -203,14 +243,16 @@ def _attend(call: RingCall, visit: Visit, source: Array, keys: RingKeys) -> Forw
     """Returns the result of all queries over some keys of one device."""
     mask, terms = visit_terms(call, visit, source, keys)
     part = keys.part(visit.keys)
-    q = call.q[:, visit.queries]
-    found = call.plan.passes.forward_pass(q, part.k, part.v, mask, terms)
+    queries = visit.queries
+    q = call.q[:, queries]
+    passes = call.plan.passes
+    found = passes.forward_pass(q, part.k, part.v, mask, terms)
 
     # Queries that take no part attend to nothing.
     empty = empty_result(call.q)
     found_out = found.out.astype(jnp.float32)
-    out = empty.out.at[:, visit.queries].set(found_out)
-    lse = empty.lse.at[:, visit.queries].set(found.lse)
+    out = empty.out.at[:, queries].set(found_out)
+    lse = empty.lse.at[:, queries].set(found.lse)
     return ForwardResult(out, lse)
 
 
@@ -235,16 +277,24 @@ def _gradients(
     mask, terms = visit_terms(call, visit, source, keys)
     part = keys.part(visit.keys)
     queries = visit.queries
-    part_result = ForwardResult(result.out[:, queries], result.lse[:, queries])
-    dq, dk, dv, dterms = call.plan.passes.backward_pass(
-        call.q[:, queries], part.k, part.v, mask, terms, part_result, g[:, queries]
+    part_out = result.out[:, queries]
+    part_lse = result.lse[:, queries]
+    part_result = ForwardResult(part_out, part_lse)
+    part_q = call.q[:, queries]
+    part_g = g[:, queries]
+    passes = call.plan.passes
+    dq, dk, dv, dterms = passes.backward_pass(
+        part_q, part.k, part.v, mask, terms, part_result, part_g
     )
 
     # In float32, and in the places of the part: queries 4 to 7 and keys 0 to 3 of 8.
     zero = _zero_gradients(call, keys)
-    q = zero.q.at[:, queries].set(dq.astype(jnp.float32))
-    k = zero.k.at[:, visit.keys].set(dk.astype(jnp.float32))
-    v = zero.v.at[:, visit.keys].set(dv.astype(jnp.float32))
+    dq = dq.astype(jnp.float32)
+    q = zero.q.at[:, queries].set(dq)
+    dk = dk.astype(jnp.float32)
+    k = zero.k.at[:, visit.keys].set(dk)
+    dv = dv.astype(jnp.float32)
+    v = zero.v.at[:, visit.keys].set(dv)
     bias = None
     if call.terms.bias is not None:
         bias = _put_columns(call.terms.bias, dterms.bias, source, keys)
@@ -259,5 +309,7 @@ def _put_columns(
     if bias.shape[3] == 1:
         return found
     zeros = jnp.zeros(bias.shape, jnp.float32)
-    start = source * keys.k.shape[1]
+    # Device 2 has the keys 16 to 23 of 8 a device.
+    keys_a_device = keys.k.shape[1]
+    start = source * keys_a_device
     return jax.lax.dynamic_update_slice_in_dim(zeros, found, start, axis=3)
