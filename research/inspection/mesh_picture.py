@@ -3,6 +3,7 @@ their network.
 """
 
 import dataclasses
+import itertools
 import textwrap
 from collections.abc import Iterable
 
@@ -87,16 +88,37 @@ def mesh_axes(
         if size == 1:
             continue
         logical = _carried(name, arrays)
-        carries = tuple(_CARRIES[axis].format(_SHARDED[config.zero]) for axis in logical)
-        across = config.slices.sizes()[name]
-        networks = []
-        if size > across:
-            networks.append(cluster.fast_network)
-        if across > 1:
-            networks.append(cluster.slow_network)
-        collectives = _collectives(logical, size, exchange, config.zero)
-        axes.append(MeshAxis(name, size, across, carries, collectives, tuple(networks)))
+        slices = config.slices.sizes()[name]
+        axis = MeshAxis(
+            name=name,
+            size=size,
+            slices=slices,
+            carries=_carries(logical, config.zero),
+            collectives=_collectives(logical, size, exchange, config.zero),
+            networks=_networks(size, slices, cluster),
+        )
+        axes.append(axis)
     return axes
+
+
+def _carries(logical: tuple[str, ...], zero: int) -> tuple[str, ...]:
+    """Returns in words what a mesh axis shards, from its logical axes."""
+    sharded = _SHARDED[zero]
+    words = []
+    for axis in logical:
+        text = _CARRIES[axis]
+        words.append(text.format(sharded))
+    return tuple(words)
+
+
+def _networks(size: int, slices: int, cluster: Cluster) -> tuple[str, ...]:
+    """Returns the networks that join the devices along an axis, in so many slices."""
+    networks = []
+    if size > slices:
+        networks.append(cluster.fast_network)
+    if slices > 1:
+        networks.append(cluster.slow_network)
+    return tuple(networks)
 
 
 def _carried(name: str, arrays: Iterable[ShardedArray]) -> tuple[str, ...]:
@@ -124,7 +146,8 @@ def _collectives(
         found.append("hidden states from stage to stage")
     if "expert" in logical:
         found.append("all-to-all of tokens to their experts")
-    if {"heads", "kv_heads", "mlp", "vocab"} & set(logical):
+    tensor_axes = {"heads", "kv_heads", "mlp", "vocab"}
+    if tensor_axes.intersection(logical):
         found.append(_HIDDEN_STATES)
     return tuple(found)
 
@@ -151,25 +174,31 @@ def picture(axes: list[MeshAxis], cluster: Cluster, device_text: str) -> list[st
       cluster: which devices.
       device_text: what one device holds.
     """
-    drawn = [_parts(axis) for axis in axes]
-    label_width = max((len(f"{axis.name} {axis.size}") for axis in axes), default=0) + 2
-    box_width = max((len(top) for top, _, _ in drawn), default=0) + 2
+    labels = [f"{axis.name} {axis.size}" for axis in axes]
+    boxes = [_box(axis) for axis in axes]
+    tops = [top for top, _, _ in boxes]
+    label_width = max(map(len, labels), default=0) + 2
+    box_width = max(map(len, tops), default=0) + 2
     text_width = WIDTH - label_width - box_width
 
     lines = [_title(cluster)]
-    is_below = False
-    for axis, (top, middle, bottom) in zip(axes, drawn, strict=True):
+    for index, axis in enumerate(axes):
+        top, middle, bottom = boxes[index]
         # The first part hangs from that of the axis above.
-        if is_below:
+        if index > 0:
             top = f"{top[:2]}┴{top[3:]}"
         bottom = f"{bottom[:2]}┬{bottom[3:]}"
-        is_below = True
+
+        # Three columns: the label beside the first line of the box, a line down where the box has
+        # ended, and the text.
+        left = [labels[index]]
+        boxed = [top, middle, bottom]
         text = _axis_text(axis, text_width)
-        labels = [f"{axis.name} {axis.size}"]
-        boxes = [top, middle, bottom, *["  │"] * (len(text) - 3)]
-        labels += [""] * (len(boxes) - 1)
-        text += [""] * (len(boxes) - len(text))
-        for label, box, words in zip(labels, boxes, text, strict=True):
+        rows = itertools.zip_longest(left, boxed, text)
+        for label, box, words in rows:
+            label = label or ""
+            box = box or "  │"
+            words = words or ""
             line = f"{label:{label_width}}{box:{box_width}}{words}"
             lines.append(line.rstrip())
     lines.append(f"{'':{label_width}}{device_text}")
@@ -196,7 +225,7 @@ def _axis_text(axis: MeshAxis, width: int) -> list[str]:
     return lines
 
 
-def _parts(axis: MeshAxis) -> tuple[str, str, str]:
+def _box(axis: MeshAxis) -> tuple[str, str, str]:
     """Returns the three lines of the row of parts.
 
     Size 64 in one slice:        │ 0 │ 1 │ 2 │ … │ 63 │
@@ -210,14 +239,21 @@ def _parts(axis: MeshAxis) -> tuple[str, str, str]:
         count = axis.slices
         between = ("╥", "║", "╨")
         if within > 1:
-            labels = [f"{i * within}–{(i + 1) * within - 1}" for i in range(count)]
+            labels = []
+            for first in range(0, axis.size, within):
+                last = first + within - 1
+                labels.append(f"{first}–{last}")
     if count > _MOST_PARTS:
-        labels = [*labels[: _MOST_PARTS - 2], "…", labels[-1]]
+        first_labels = labels[: _MOST_PARTS - 2]
+        last_label = labels[-1]
+        labels = [*first_labels, "…", last_label]
 
     width = max(map(len, labels)) + 2
     cells = [f"{label:^{width}}" for label in labels]
-    bars = ["─" * width for _ in cells]
-    top = f"┌{between[0].join(bars)}┐"
-    middle = f"│{between[1].join(cells)}│"
-    bottom = f"└{between[2].join(bars)}┘"
+    bar = "─" * width
+    bars = [bar] * len(cells)
+    top_bar, middle_bar, bottom_bar = between
+    top = f"┌{top_bar.join(bars)}┐"
+    middle = f"│{middle_bar.join(cells)}│"
+    bottom = f"└{bottom_bar.join(bars)}┘"
     return top, middle, bottom

@@ -22,15 +22,22 @@ def one_window(default: int | None = None, switch: bool = False) -> Part:
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         window = _window(fields, switch)
         # A window of the longest sequence hides nothing.
-        if window is not None and window >= fields["max_position_embeddings"]:
+        longest = fields["max_position_embeddings"]
+        if window is not None and window >= longest:
             window = None
-        return {"layers.window": [window] * fields["num_hidden_layers"]}
+        num_layers = fields["num_hidden_layers"]
+        windows = [window] * num_layers
+        return {"layers.window": windows}
 
     def write(config: ModelConfig) -> dict[str, Any]:
-        window = config.layers()[0].window
-        return {"sliding_window": window} | _switched(switch, window is not None)
+        first_layer, *_ = config.layers()
+        window = first_layer.window
+        fields = {"sliding_window": window}
+        is_on = window is not None
+        return fields | _switched(switch, is_on)
 
-    defaults = {"sliding_window": default} | _switched(switch, False)
+    defaults = {"sliding_window": default}
+    defaults |= _switched(switch, False)
     return Part(read=read, write=write, defaults=defaults)
 
 
@@ -43,7 +50,9 @@ def _window(fields: Mapping[str, Any], switch: bool) -> int | None:
 
 def _switched(switch: bool, on: bool) -> dict[str, Any]:
     """Returns the field of the switch, where an architecture has one."""
-    return {"use_sliding_window": on} if switch else {}
+    if not switch:
+        return {}
+    return {"use_sliding_window": on}
 
 
 def layer_windows(
@@ -63,20 +72,29 @@ def layer_windows(
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         # Without a window local layers see all tokens, as global ones do.
-        windows = {GLOBAL: None, LOCAL: _window(fields, switch)}
+        window_of = {
+            GLOBAL: None,
+            LOCAL: _window(fields, switch),
+        }
         kinds = layer_types(fields, local)
-        return {"layers.window": [windows[kind] for kind in kinds]}
+        windows = [window_of[kind] for kind in kinds]
+        return {"layers.window": windows}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         windows = [layer.window for layer in config.layers()]
         kinds = [GLOBAL if window is None else LOCAL for window in windows]
         # All local layers have the same window, or else reading it back shows the difference.
-        window = next((each for each in windows if each is not None), None)
-        fields = {"sliding_window": default if window is None else window, "layer_types": kinds}
-        return fields | _switched(switch, window is not None)
+        local_windows = [window for window in windows if window is not None]
+        window = default
+        if local_windows:
+            window = local_windows[0]
+        fields = {"sliding_window": window, "layer_types": kinds}
+        is_on = bool(local_windows)
+        return fields | _switched(switch, is_on)
 
     defaults |= {"sliding_window": default, "layer_types": None}
-    return Part(read=read, write=write, defaults=defaults | _switched(switch, False))
+    defaults |= _switched(switch, False)
+    return Part(read=read, write=write, defaults=defaults)
 
 
 def layer_types(

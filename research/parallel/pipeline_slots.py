@@ -72,26 +72,28 @@ def make_tables(schedule: PipelineSchedule) -> PipelineTables:
     """Returns the arrays of a schedule, with as few slots as it allows."""
     times = _operation_times(schedule)
     last_stage = schedule.virtual_stages - 1
-    inputs = []
-    gradients = []
-    for device in range(schedule.devices):
-        stays: list[_Stay] = []
-        gradient_stays: list[_Stay] = []
-        for (stage, microbatch), own in times.items():
-            if stage % schedule.devices != device:
-                continue
-            key = (stage // schedule.devices, microbatch)
-            if stage > 0:
-                arrival = times[stage - 1, microbatch].forward
-                stays.append(_Stay(arrival, own.last, key))
-            if stage < last_stage:
-                arrival = times[stage + 1, microbatch].backward
-                gradient_stays.append(_Stay(arrival, own.last, key))
-            elif own.last > own.backward:
-                # The last chunk makes it, and needs it again.
-                gradient_stays.append(_Stay(own.backward, own.last, key))
-        inputs.append(_assign(stays))
-        gradients.append(_assign(gradient_stays))
+    devices = range(schedule.devices)
+    stays: list[list[_Stay]] = [[] for _ in devices]
+    gradient_stays: list[list[_Stay]] = [[] for _ in devices]
+    for (stage, microbatch), own in times.items():
+        # Stage 5 of 2 devices is chunk 2 of device 1.
+        chunk, device = divmod(stage, schedule.devices)
+        key = (chunk, microbatch)
+        if stage > 0:
+            sender = times[stage - 1, microbatch]
+            stay = _Stay(sender.forward, own.last, key)
+            stays[device].append(stay)
+        if stage < last_stage:
+            sender = times[stage + 1, microbatch]
+            stay = _Stay(sender.backward, own.last, key)
+            gradient_stays[device].append(stay)
+        elif own.last > own.backward:
+            # The last chunk makes it, and needs it again.
+            stay = _Stay(own.backward, own.last, key)
+            gradient_stays[device].append(stay)
+
+    inputs = [_assign(of_device) for of_device in stays]
+    gradients = [_assign(of_device) for of_device in gradient_stays]
     return _fill(schedule, times, inputs, gradients)
 
 
@@ -137,41 +139,87 @@ def _fill(
 ) -> PipelineTables:
     """Returns the arrays, from the slots of each device."""
     shape = (len(schedule.ticks), schedule.devices)
-    names = ("kind", "microbatch", "chunk")
-    slot_names = ("input_slot", "gradient_slot", "received_input", "received_gradient")
-    arrays = {name: np.zeros(shape, np.int32) for name in names}
-    arrays |= {name: np.full(shape, NO_SLOT, np.int32) for name in slot_names}
+    kind = np.zeros(shape, np.int32)
+    microbatches = np.zeros(shape, np.int32)
+    chunks = np.zeros(shape, np.int32)
+    input_slot = np.full(shape, NO_SLOT, np.int32)
+    gradient_slot = np.full(shape, NO_SLOT, np.int32)
     for tick, row in enumerate(schedule.ticks):
         for device, operation in enumerate(row):
             at = (tick, device)
+            kind[at] = operation.kind
+            microbatches[at] = operation.microbatch
+            chunks[at] = operation.chunk
             key = (operation.chunk, operation.microbatch)
-            arrays["kind"][at] = operation.kind
-            arrays["microbatch"][at] = operation.microbatch
-            arrays["chunk"][at] = operation.chunk
-            arrays["input_slot"][at] = inputs[device].get(key, NO_SLOT)
-            arrays["gradient_slot"][at] = gradients[device].get(key, NO_SLOT)
+            input_slot[at] = inputs[device].get(key, NO_SLOT)
+            gradient_slot[at] = gradients[device].get(key, NO_SLOT)
 
     last_stage = schedule.virtual_stages - 1
+    received_input = np.full(shape, NO_SLOT, np.int32)
+    received_gradient = np.full(shape, NO_SLOT, np.int32)
     for (stage, microbatch), own in times.items():
         if stage < last_stage:
             # Stage 3 of 2 devices is chunk 1 of device 1; the next is chunk 2 of device 0.
             chunk, device = divmod(stage + 1, schedule.devices)
-            arrays["received_input"][own.forward, device] = inputs[device][chunk, microbatch]
+            slot = inputs[device][chunk, microbatch]
+            received_input[own.forward, device] = slot
         if stage > 0:
             chunk, device = divmod(stage - 1, schedule.devices)
             slot = gradients[device][chunk, microbatch]
-            arrays["received_gradient"][own.backward, device] = slot
-    # Idle devices have chunk 0, which is no stage that they run.
-    stage = arrays["chunk"] * schedule.devices + np.arange(schedule.devices)
-    runs = arrays["kind"] != Kind.IDLE
-    kinds = [set(row) - {Kind.IDLE} for row in arrays["kind"].tolist()]
+            received_gradient[own.backward, device] = slot
+
     return PipelineTables(
-        **arrays,
-        has_first=(runs & (stage == 0)).any(axis=1),
-        has_last=(runs & (stage == last_stage)).any(axis=1),
-        common_kind=np.array([min(row) if len(row) == 1 else Kind.IDLE for row in kinds], np.int32),
-        sends_forward=(arrays["received_input"] != NO_SLOT).any(axis=1),
-        sends_backward=(arrays["received_gradient"] != NO_SLOT).any(axis=1),
-        input_slots=max(len(set(slots.values())) for slots in inputs),
-        gradient_slots=max(len(set(slots.values())) for slots in gradients),
+        kind=kind,
+        microbatch=microbatches,
+        chunk=chunks,
+        input_slot=input_slot,
+        gradient_slot=gradient_slot,
+        received_input=received_input,
+        received_gradient=received_gradient,
+        sends_forward=_any_slot(received_input),
+        sends_backward=_any_slot(received_gradient),
+        has_first=_runs_stage(kind, chunks, 0),
+        has_last=_runs_stage(kind, chunks, last_stage),
+        common_kind=_common_kind(kind),
+        input_slots=_most_slots(inputs),
+        gradient_slots=_most_slots(gradients),
     )
+
+
+def _any_slot(slots: Int[np.ndarray, "ticks devices"]) -> Bool[np.ndarray, "ticks"]:
+    """Returns whether any device has a slot, by tick."""
+    is_slot = slots != NO_SLOT
+    return is_slot.any(axis=1)
+
+
+def _runs_stage(
+    kind: Int[np.ndarray, "ticks devices"], chunks: Int[np.ndarray, "ticks devices"], stage: int
+) -> Bool[np.ndarray, "ticks"]:
+    """Returns whether a device runs a virtual stage, by tick."""
+    # Chunk 1 of devices 0 and 1 of 2: stages 2 and 3
+    devices = kind.shape[1]
+    stages = chunks * devices + np.arange(devices)
+    # Idle devices have chunk 0, which is no stage that they run.
+    is_run = (stages == stage) & (kind != Kind.IDLE)
+    return is_run.any(axis=1)
+
+
+def _common_kind(kind: Int[np.ndarray, "ticks devices"]) -> Int[np.ndarray, "ticks"]:
+    """Returns the kind of all devices that are not idle; IDLE where they differ."""
+    common = []
+    for row in kind.tolist():
+        kinds = set(row) - {Kind.IDLE}
+        if len(kinds) == 1:
+            common += kinds
+        else:
+            common.append(Kind.IDLE)
+    return np.array(common, np.int32)
+
+
+def _most_slots(slots: list[dict[tuple[int, int], int]]) -> int:
+    """Returns how many slots the device with the most of them has."""
+    counts = []
+    for of_device in slots:
+        distinct = set(of_device.values())
+        counts.append(len(distinct))
+    return max(counts)
