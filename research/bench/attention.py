@@ -73,25 +73,30 @@ def _chips(text: str) -> list[str]:
 
 
 def _lengths(text: str) -> list[int]:
-    lengths = [int(part) for part in text.split(",") if part.isdigit()]
-    all_numbers = len(lengths) == len(text.split(","))
-    if not all_numbers or not all(length and length % 2048 == 0 for length in lengths):
-        raise UserError(
-            "--lengths",
-            text,
-            "must be multiples of 2048, which all block sizes of the peer divide.",
-        )
+    # "4096,16384" -> [4096, 16384]
+    lengths = []
+    for part in text.split(","):
+        length = int(part) if part.isdigit() else 0
+        if length == 0 or length % 2048:
+            raise UserError(
+                "--lengths",
+                text,
+                "must be multiples of 2048, which all block sizes of the peer divide.",
+            )
+        lengths.append(length)
     return lengths
 
 
 def measurements(target: str, rounds: int) -> Iterator[tuple[str, report.Figure]]:
     """Times forward plus backward of each side, causal; yields rows of milliseconds."""
-    if target == "gpu" and jax.default_backend() != "gpu":
-        raise UserError(
-            "--target", target, f"needs a GPU: the backend is {jax.default_backend()!r}."
-        )
-    shapes = GPU_SHAPES if target == "gpu" else CPU_SHAPES
-    dtypes = ("bfloat16",) if target == "gpu" else ("float32", "bfloat16")
+    backend = jax.default_backend()
+    if target == "gpu" and backend != "gpu":
+        raise UserError("--target", target, f"needs a GPU: the backend is {backend!r}.")
+    shapes = CPU_SHAPES
+    dtypes = ("float32", "bfloat16")
+    if target == "gpu":
+        shapes = GPU_SHAPES
+        dtypes = ("bfloat16",)
 
     # A row for each shape and type.
     for shape, dtype in itertools.product(shapes, dtypes):
@@ -104,20 +109,27 @@ def _measurement(
     batch, length, heads, width = shape
     peers, skipped = _peers(target, dtype)
     sizes = [str(size) for size in shape]
-    commands = {side: [SIDES, side, dtype, *sizes] for side in ("tessera", *peers)}
+    commands = {}
+    for side in ("tessera", *peers):
+        commands[side] = [SIDES, side, dtype, *sizes]
 
     # Short sequences are called several times a round.
-    calls = max(1, 2**23 // (batch * length**2))
+    pairs_of_head = batch * length**2
+    calls = max(1, 2**23 // pairs_of_head)
     seconds = interleave_workers(commands, rounds, calls)
-    times = {side: report.milliseconds(values, calls) for side, values in seconds.items()}
+    times = {}
+    for side, values in seconds.items():
+        times[side] = report.milliseconds(values, calls)
 
     # A causal mask leaves half of the pairs; 2 products forward and 4 backward, of 2 operations.
-    pairs = batch * heads * length**2
+    pairs = heads * pairs_of_head
     operations = 12 * width * pairs / 2
-    best = operations / min(times["tessera"]) / 1e9
+    best_milliseconds = min(times["tessera"])
+    best = operations / best_milliseconds / 1e9
     name = f"{dtype}, {batch} × {length:,} tokens, {heads} heads of {width}"
     note = f"{best:,.3f} useful TFLOP/s at best"
-    return name, report.Figure("ms", False, times, skipped, note)
+    figure = report.Figure("ms", False, times, skipped, note)
+    return name, figure
 
 
 def _peers(target: str, dtype: str) -> tuple[list[str], dict[str, str]]:
@@ -137,11 +149,14 @@ def schedules(chips: list[str], lengths: list[int]) -> Iterator[tuple[str, repor
         tpu_devices(chip)  # raises where it is not known, before anything is compiled
         for length in lengths:
             ours = _count("tessera", chip, length)
-            candidates = itertools.product(SPLASH_BLOCKS, (1, 0))
-            peers = [_count("splash", chip, length, *blocks, fused) for blocks, fused in candidates]
+            peers = []
+            for blocks, fused in itertools.product(SPLASH_BLOCKS, (1, 0)):
+                peer = _count("splash", chip, length, *blocks, fused)
+                peers.append(peer)
             for direction in ("forward", "backward"):
                 name = f"{chip}, {length:,} tokens, {direction}"
-                yield name, _schedule_figure(direction, ours, peers)
+                figure = _schedule_figure(direction, ours, peers)
+                yield name, figure
 
 
 def _schedule_figure(
@@ -150,14 +165,21 @@ def _schedule_figure(
     # The block sizes that compiled for this chip, of which the fastest counts.
     compiled = [peer for peer in peers if direction in peer]
     best = min(compiled, key=lambda peer: peer[direction]["cycles"])
-    cycles = {"tessera": [ours[direction]["cycles"]], "splash": [best[direction]["cycles"]]}
-    used = f"{_fullness(ours[direction])}; splash {_fullness(best[direction])}"
-    return report.Figure("cycles", False, cycles, note=f"{used}, blocks {best['blocks']}")
+    own = ours[direction]
+    peer = best[direction]
+    cycles = {"tessera": [own["cycles"]], "splash": [peer["cycles"]]}
+    own_fullness = _fullness(own)
+    peer_fullness = _fullness(peer)
+    note = f"{own_fullness}; splash {peer_fullness}, blocks {best['blocks']}"
+    return report.Figure("cycles", False, cycles, note=note)
 
 
 def _fullness(count: dict[str, Any]) -> str:
-    full = f"matrix units {count['busy']:.0%} full, in the steady loop {count['steady']:.0%}"
-    return f"{full}, {1000 * count['cycles_per_mac']:.4f} cycles a thousand useful multiply-adds"
+    busy = count["busy"]
+    steady = count["steady"]
+    cycles = 1000 * count["cycles_per_mac"]
+    full = f"matrix units {busy:.0%} full, in the steady loop {steady:.0%}"
+    return f"{full}, {cycles:.4f} cycles a thousand useful multiply-adds"
 
 
 def _count(side: str, chip: str, length: int, *blocks: int) -> dict[str, Any]:
@@ -170,10 +192,14 @@ def _count(side: str, chip: str, length: int, *blocks: int) -> dict[str, Any]:
         sizes = [str(size) for size in (length, *blocks)]
         command = [sys.executable, "-m", COUNT, folder, side, chip, *sizes]
         found = subprocess.run(command, env=environment, capture_output=True, text=True)
+
     if found.returncode < 0:
         raise process_error(command[2:], found.returncode)
     if found.returncode and side == "splash":
         # Blocks too large for a chip's memory: this one does not compile.
         return {"blocks": blocks}
     assert found.returncode == 0, found.stderr[-2000:]
-    return {"blocks": blocks, **json.loads(found.stdout.splitlines()[-1])}
+    # The program prints its counts last.
+    *_, last_line = found.stdout.splitlines()
+    counts = json.loads(last_line)
+    return {"blocks": blocks, **counts}

@@ -68,7 +68,8 @@ class InstructionSchedule:
 
     def utilization(self, unit: str) -> float:
         """Returns the fraction of a unit's slots that are used, over the whole run."""
-        used = (self.counts * self.used[unit]).sum()
+        used_by_bundle = self.counts * self.used[unit]
+        used = used_by_bundle.sum()
         available = self.cycles * self.slots[unit]
         return float(used / available)
 
@@ -82,7 +83,9 @@ class InstructionSchedule:
             return length * times
 
         first, length, _ = max(self.regions(), key=cycles)
-        used = self.used[unit][first : first + length].sum()
+        end = first + length
+        used_by_bundle = self.used[unit][first:end]
+        used = used_by_bundle.sum()
         available = length * self.slots[unit]
         return float(used / available)
 
@@ -91,11 +94,14 @@ class InstructionSchedule:
         often, in program order.
         """
         # counts [1, 1, 5, 5, 5, 1] -> edges [0, 2, 5, 6] -> (0, 2, 1), (2, 3, 5), (5, 1, 1)
-        changes = np.flatnonzero(np.diff(self.counts)) + 1
+        differences = np.diff(self.counts)
+        changes = np.flatnonzero(differences) + 1
         edges = [0, *changes.tolist(), len(self.counts)]
         regions = []
         for first, end in itertools.pairwise(edges):
-            regions.append((first, end - first, int(self.counts[first])))
+            length = end - first
+            times = int(self.counts[first])
+            regions.append((first, length, times))
         return regions
 
 
@@ -113,7 +119,8 @@ def kernel_programs(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _kernel_name(program: pathlib.Path) -> str:
     """Returns `toy.1` of `17-toy.1-71-final_bundles.txt`."""
-    return re.sub(r"^\d+-|-\d+$", "", program.name.removesuffix(_PROGRAM))
+    name = program.name.removesuffix(_PROGRAM)
+    return re.sub(r"^\d+-|-\d+$", "", name)
 
 
 def run_program(
@@ -130,12 +137,15 @@ def run_program(
       ValueError: the control flow depends on something unknown: an operand that is not given, or a
           vector.
     """
-    bundles, region_starts, region_ends = _parse(program.read_text())
+    text = program.read_text()
+    bundles, region_starts, region_ends = _parse(text)
     branches = _branches(bundles, region_starts)
     delay = _branch_delay(branches, region_ends)
-    counts = _issue_counts(bundles, branches, delay, Machine(operands))
+    machine = Machine(operands)
+    counts = _issue_counts(bundles, branches, delay, machine)
     used, slots = _utilization(program, len(bundles))
-    return InstructionSchedule(_kernel_name(program), counts, used, slots)
+    name = _kernel_name(program)
+    return InstructionSchedule(name, counts, used, slots)
 
 
 def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:
@@ -145,10 +155,12 @@ def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:
 
     def mark(comment: re.Match[str]) -> str:
         # "/* Start region 3 */" -> "@S3@": a comment inside braces would end the bundle.
-        kinds = {"Start": "S", "End": "E", "Start/End empty": "S"}
+        letters = {"Start": "S", "End": "E", "Start/End empty": "S"}
+        comment_text = comment.group(0)
         marks = ""
-        for kind, region in _REGION.findall(comment.group(0)):
-            marks += f"@{kinds[kind]}{region}@"
+        for kind, region in _REGION.findall(comment_text):
+            letter = letters[kind]
+            marks += f"@{letter}{region}@"
         return marks
 
     # The braces of operand shapes would end a bundle, too.
@@ -173,8 +185,12 @@ def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:
 
         # "%s1_s0 = … ;; %s2_s1 = smov 3" -> two instructions
         content = _MARK.sub("", content)
-        instructions = [each.strip() for each in content.split(";;")]
-        bundles.append([each for each in instructions if each])
+        instructions = []
+        for instruction in content.split(";;"):
+            instruction = instruction.strip()
+            if instruction:
+                instructions.append(instruction)
+        bundles.append(instructions)
     return bundles, starts, ends
 
 
@@ -200,9 +216,13 @@ def _branches(bundles: list[list[str]], region_starts: dict[str, int]) -> dict[i
     """Returns the branch of each bundle that has one."""
     branches = {}
     for i, bundle in enumerate(bundles):
-        for match in filter(None, map(_BRANCH.search, bundle)):
+        for instruction in bundle:
+            match = _BRANCH.search(instruction)
+            if match is None:
+                continue
             negated, register, region = match.groups()
-            branches[i] = (negated, register, region_starts.get(region, _NOWHERE))
+            target = region_starts.get(region, _NOWHERE)
+            branches[i] = (negated, register, target)
     return branches
 
 
@@ -246,22 +266,32 @@ def _translate_blocks(
         for i in range(start, stop):
             if i in branches:
                 inside[i - start] = branches[i]
-        blocks[start] = (stop, translate(bundles[start:stop], inside))
+        function = translate(bundles[start:stop], inside)
+        blocks[start] = (stop, function)
     return blocks
 
 
 def _utilization(program: pathlib.Path, bundles: int) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns the instructions of each bundle on each unit, and each unit's slots."""
-    name = re.sub(r"-\d+$", "", program.name.removesuffix(_PROGRAM))
-    (path,) = program.parent.glob(f"{glob.escape(name)}-*{_UTILIZATION}")
+    # `17-toy.1-71-final_bundles.txt` -> `17-toy.1`
+    name = program.name.removesuffix(_PROGRAM)
+    name = re.sub(r"-\d+$", "", name)
+    name = glob.escape(name)
+    (path,) = program.parent.glob(f"{name}-*{_UTILIZATION}")
 
     # A title, the units, their slots, a ruler, and the instructions of each bundle.
     _, units_line, slots_line, _, *rows = path.read_text().splitlines()
     units = [unit.strip() for unit in units_line.split(",")]
     slots = [int(count) for count in slots_line.split()]
-    counts = [[int(count) for count in row.split()] for row in rows if row.strip()]
+    counts = []
+    for row in rows:
+        if row.strip():
+            row_counts = [int(count) for count in row.split()]
+            counts.append(row_counts)
     assert len(counts) == bundles, f"{path.name} has {len(counts)} bundles, not {bundles}"
 
     # [bundles, units] -> the column of each unit
-    used = dict(zip(units, np.array(counts).T, strict=True))
-    return used, dict(zip(units, slots, strict=True))
+    columns = np.array(counts).T
+    used = dict(zip(units, columns, strict=True))
+    slots_by_unit = dict(zip(units, slots, strict=True))
+    return used, slots_by_unit

@@ -41,8 +41,11 @@ class RelativeScores(nn.Module):
 
         # All distances that a query can have to a key, the furthest key first:
         # causal, 3 keys -> [2, 1, 0]; both directions -> [2, 1, 0, -1, -2].
-        num_keys = q.shape[1] if slots is None else max(slots, q.shape[1])
-        causal = slots is None and context.mask.causal and context.mask.prefix is None
+        num_keys = q.shape[1]
+        if slots is not None:
+            num_keys = max(slots, num_keys)
+        mask = context.mask
+        causal = slots is None and mask.causal and mask.prefix is None
         last = 0 if causal else 1 - num_keys
         distances = jnp.arange(num_keys - 1, last - 1, -1)
         project = Projection(
@@ -53,8 +56,11 @@ class RelativeScores(nn.Module):
             param_dtype=model.param_dtype,
             name="projection",
         )
-        r = project(sinusoidal(distances, model.embed_dim))
-        scale = 1 / math.sqrt(c.head_dim) if c.scale is None else c.scale
+        waves = sinusoidal(distances, model.embed_dim)
+        r = project(waves)
+        scale = c.scale
+        if scale is None:
+            scale = 1 / math.sqrt(c.head_dim)
         r = r * jnp.asarray(scale, r.dtype)
 
         # [B, N, T, distances] -> [B, N, T, S]
@@ -68,15 +74,17 @@ class RelativeScores(nn.Module):
         """Returns a learned bias of the queries, [N, H]."""
         c = self.config.attention
         zeros = nn.initializers.zeros
+        shape = (c.num_heads, c.head_dim)
         axes = Axes(("heads", "head"), "bias")
-        return parameter(
-            self, name, zeros, (c.num_heads, c.head_dim), axes, self.config.param_dtype
-        )
+        return parameter(self, name, zeros, shape, axes, self.config.param_dtype)
 
 
 def _add_bias(q: Float[Array, "B T N H"], bias: Float[Array, "N H"]) -> Float[Array, "B T N H"]:
     """Returns q + b, added in float32, as is the gradient of b over all queries."""
-    total = q.astype(jnp.float32) + in_float32(bias)[None, None]
+    wide_q = q.astype(jnp.float32)
+    # [N, H] -> [1, 1, N, H]
+    bias = in_float32(bias)
+    total = wide_q + bias[None, None]
     return total.astype(q.dtype)
 
 
@@ -99,9 +107,13 @@ def _distance_scores_bwd(
     saved: tuple[Array, Array], g: Float[Array, "B N T distances"]
 ) -> tuple[Array, Array]:
     q, r = saved
-    dq = jnp.einsum("bntx,xnh->btnh", g, r.astype(g.dtype))
-    dr = jnp.einsum("bntx,btnh->xnh", g, q.astype(g.dtype))
-    return dq.astype(q.dtype), round_sum(dr, r.dtype)
+    wide_r = r.astype(g.dtype)
+    dq = jnp.einsum("bntx,xnh->btnh", g, wide_r)
+    wide_q = q.astype(g.dtype)
+    dr = jnp.einsum("bntx,btnh->xnh", g, wide_q)
+    dq = dq.astype(q.dtype)
+    dr = round_sum(dr, r.dtype)
+    return dq, dr
 
 
 _distance_scores.defvjp(_distance_scores_fwd, _distance_scores_bwd)
@@ -117,10 +129,12 @@ def relative_shift(scores: Float[Array, "B N T distances"]) -> Float[Array, "B N
     # A column more in front, and rows cut anew to the old width after the first T numbers: each row
     # starts one later than the row before. For T = 2, scores of the distances 1 and 0:
     # [[a, b], [c, d]] -> [0, a, b, 0, c, d] -> [[b, 0], [c, d]]
-    padding = [(0, 0)] * len(lead) + [(0, 0), (1, 0)]
+    no_padding = (0, 0)
+    padding = [no_padding] * len(lead) + [no_padding, (1, 0)]
     padded = jnp.pad(scores, padding)
     flat = padded.reshape(*lead, length * (width + 1))
-    shifted = flat[..., length:].reshape(*lead, length, width)
+    flat = flat[..., length:]
+    shifted = flat.reshape(*lead, length, width)
     return shifted[..., :length]
 
 
@@ -130,10 +144,14 @@ def _scores_of_slots(
     """Returns the score of each cache slot, whose distance is position − slot."""
     # Distance d is in column num_keys - 1 - d. Of 4 slots, a query at position 1 has the distances
     # [1, 0, -1, -2] -> columns [2, 3, 4, 5].
-    slot_index = jnp.arange(slots)[None, None]
+    slot_index = jnp.arange(slots)
+    slot_index = slot_index[None, None]
     columns = num_keys - 1 - positions[:, :, None] + slot_index
     # Padding may have any position: what it reads must exist.
-    columns = jnp.clip(columns, 0, 2 * num_keys - 2)
+    last_column = 2 * num_keys - 2
+    columns = jnp.clip(columns, 0, last_column)
     # [B, T, S] -> [B, N, T, S]
-    columns = jnp.broadcast_to(columns[:, None], (*scores.shape[:3], slots))
+    *lead, _ = scores.shape
+    columns = columns[:, None]
+    columns = jnp.broadcast_to(columns, (*lead, slots))
     return jnp.take_along_axis(scores, columns, axis=-1)

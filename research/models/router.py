@@ -35,10 +35,12 @@ def route(
         bias = jax.lax.stop_gradient(selection_bias)[None, None]
         ranked = scores + bias
     if config.num_groups > 1:
-        ranked = per_token(functools.partial(_mask_groups, config), ranked)
+        mask_groups = functools.partial(_mask_groups, config)
+        ranked = per_token(mask_groups, ranked)
 
     # The weights are the scores without the selection bias.
-    chosen = per_token(lambda ranked: _best(ranked, config.experts_per_token), ranked)
+    best = functools.partial(_best, count=config.experts_per_token)
+    chosen = per_token(best, ranked)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.renormalize:
         total = weights.sum(axis=-1, keepdims=True)
@@ -65,25 +67,28 @@ def keep_within_capacity(
     """
     if config.capacity_factor is None and config.buffer_factor is None:
         return chosen
-    none = config.num_experts
+    num_experts = config.num_experts
     if real is not None:
-        chosen = jnp.where(real[..., None], chosen, none)
+        # [B, T] -> [B, T, 1]
+        real = real[..., None]
+        chosen = jnp.where(real, chosen, num_experts)
     if config.capacity_factor is None:
         return chosen
 
-    length, choices = chosen.shape[1:]
-    even_share = length * choices / config.num_experts
+    batch, length, choices = chosen.shape
+    even_share = length * choices / num_experts
     capacity = math.ceil(config.capacity_factor * even_share)
-    taken = jnp.zeros((chosen.shape[0], 1, config.num_experts), jnp.int32)
+    taken = jnp.zeros((batch, 1, num_experts), jnp.int32)
     kept = []
     for rank in range(choices):
+        expert = chosen[..., rank]
         # [B, T] -> [B, T, E]; E itself is no expert, and picks none.
-        picked = jax.nn.one_hot(chosen[..., rank], config.num_experts, dtype=jnp.int32)
+        picked = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
         # Tokens pick [1, 0, 1]: their places at expert 1 are 0 and 1, at expert 0 it is 0.
         place = taken + jnp.cumsum(picked, axis=1) - picked
         own_place = jnp.sum(place * picked, axis=-1)
         has_place = own_place < capacity
-        of_rank = jnp.where(has_place, chosen[..., rank], none)
+        of_rank = jnp.where(has_place, expert, num_experts)
         kept.append(of_rank)
 
         # Later ranks come after all tokens of this one.
@@ -108,7 +113,7 @@ def count_experts(
       kept: the same with E for those that are dropped.
       real: tokens that count; None is all of them.
     """
-    counts = jnp.ones(chosen.shape[:2]) if real is None else real.astype(jnp.float32)
+    counts = _counts(real, chosen.shape[:2])
     # [B, T, choices] -> [B, T, choices, E]: expert 1 of 3 is [0, 1, 0].
     picked = jax.nn.one_hot(chosen, config.num_experts)
     load = jnp.einsum("bt,btce->e", counts, picked)
@@ -127,6 +132,13 @@ def count_experts(
     )
 
 
+def _counts(real: Bool[Array, "B T"] | None, shape: tuple[int, int]) -> Float[Array, "B T"]:
+    """Returns 1 for each token that counts, and 0 for the others; without `real` all count."""
+    if real is None:
+        return jnp.ones(shape)
+    return real.astype(jnp.float32)
+
+
 def _best(scores: Float[Array, "B T E"], count: int) -> Int[Array, "B T choices"]:
     """Returns the experts with the highest scores, best first."""
     _, best = jax.lax.top_k(scores, count)
@@ -141,7 +153,8 @@ def _scores(config: ExpertsConfig, logits: Float[Array, "B T E"]) -> Float[Array
 
 def _shares(scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     """Returns scores that add up to 1."""
-    return scores / scores.sum(axis=-1, keepdims=True)
+    total = scores.sum(axis=-1, keepdims=True)
+    return scores / total
 
 
 def _mask_groups(config: ExpertsConfig, ranked: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -151,7 +164,8 @@ def _mask_groups(config: ExpertsConfig, ranked: Float[Array, "B T E"]) -> Float[
     as released: a group counts by the sum of its two best scores.
     """
     # [B, T, E] -> [B, T, groups, experts of a group]
-    grouped = ranked.reshape(*ranked.shape[:-1], config.num_groups, -1)
+    *lead, _ = ranked.shape
+    grouped = ranked.reshape(*lead, config.num_groups, -1)
     best_two, _ = jax.lax.top_k(grouped, 2)
     group_scores = best_two.sum(axis=-1)
     _, groups = jax.lax.top_k(group_scores, config.groups_per_token)
@@ -159,7 +173,9 @@ def _mask_groups(config: ExpertsConfig, ranked: Float[Array, "B T E"]) -> Float[
     # Groups [0, 2] of 4 -> [True, False, True, False].
     one_hot = jax.nn.one_hot(groups, config.num_groups, dtype=bool)
     allowed = one_hot.any(axis=-2)
-    masked = jnp.where(allowed[..., None], grouped, -jnp.inf)
+    # [B, T, groups] -> [B, T, groups, 1]
+    allowed = allowed[..., None]
+    masked = jnp.where(allowed, grouped, -jnp.inf)
     return masked.reshape(ranked.shape)
 
 
@@ -174,9 +190,9 @@ def _router_loss(
     P of scores.
     """
     # Every real token has the weight 1 / their number: real [T, T, F] -> [1/2, 1/2, 0].
-    weight = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)
-    num_real = jnp.maximum(weight.sum(), 1.0)
-    weight = weight / num_real
+    counts = _counts(real, logits.shape[:2])
+    num_real = jnp.maximum(counts.sum(), 1.0)
+    weight = counts / num_real
 
     loss = jnp.zeros(())
     if config.balance_weight:
