@@ -49,7 +49,7 @@ class CachedBeamModel:
         """Returns the cache of `rows`."""
         return state.take(rows)
 
-    def reorder(self, state: Cache, rows: Int[Array, " rows"]) -> Cache:
+    def reorder(self, state: Cache, rows: Int[Array, "B beams"]) -> Cache:
         """Returns the cache of `rows`; the keys and values of their encoder are not copied."""
         return state.reorder(rows)
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from research.core.errors import UserError
 from research.core.progress import track
 from research.inference.beam_config import BeamConfig
-from research.inference.beam_step import BeamModel, BeamRules, BeamState, beam_step
+from research.inference.beam_step import BeamModel, BeamRules, BeamState, beam_step, lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _initial_state(
     # At first all beams of a prompt are the same, and only the first counts: [0, -∞].
     empty = jnp.full(shape, -jnp.inf, jnp.float32)
     scores = empty.at[:, 0].set(0.0)
-    return BeamState(
+    begun = BeamState(
         model=model.take(state, beam_rows),
         num_new=jnp.int32(0),
         lengths=jnp.asarray(lengths),
@@ -115,6 +115,7 @@ def _initial_state(
         finished_num_new=jnp.zeros(shape, jnp.int32),
         active=jnp.ones(len(prompts), bool),
     )
+    return lay_out(begun)
 
 
 def _rules(beams: BeamConfig, slots: int, end_ids: Sequence[int]) -> BeamRules:

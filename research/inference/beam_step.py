@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from research.parallel.rules import constrain
+
 
 @runtime_checkable
 class BeamModel(Protocol):
@@ -34,7 +36,7 @@ class BeamModel(Protocol):
     def take(self, state: Any, rows: Int[Array, " rows"]) -> Any:
         """Returns the state whose rows are those of `state` at `rows`, in this order."""
 
-    def reorder(self, state: Any, rows: Int[Array, " rows"]) -> Any:
+    def reorder(self, state: Any, rows: Int[Array, "B beams"]) -> Any:
         """As `take`, where each row is replaced by one of the same prompt."""
 
 
@@ -128,8 +130,23 @@ def beam_step(
     prompt = jnp.arange(batch)
     first_row = prompt[:, None] * beams
     rows = first_row + parents
-    model_state = model.reorder(model_state, rows.reshape(-1))
-    return state.replace(model=model_state)
+    model_state = model.reorder(model_state, rows)
+    return lay_out(state.replace(model=model_state))
+
+
+def lay_out(state: BeamState) -> BeamState:
+    """Returns the state with its arrays by prompt where the mesh in context has the prompts: a step
+    takes it as the one before gives it. The model lays out its own state.
+    """
+
+    def by_prompt(leaf: Array) -> Array:
+        # [B, beams] is ("batch", None); what all prompts share has no axes.
+        names = ["batch", None, None]
+        own = names[: leaf.ndim]
+        return constrain(leaf, tuple(own))
+
+    laid_out = jax.tree.map(by_prompt, state.replace(model=None))
+    return laid_out.replace(model=state.model)
 
 
 def _constrain(

@@ -23,6 +23,7 @@ from research.inference.sampling import SamplingConfig, SamplingParams, draw
 from research.models.cache import Cache
 from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import PageTable
+from research.parallel.rules import constrain
 
 
 @flax.struct.dataclass
@@ -105,14 +106,33 @@ def decode_step(
 
 def _draw_next(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) -> DecodeState:
     position = state.position + 1
-    batch, num_ids = logits.shape
+    num_ids = logits.shape[1]
     seen_ids = state.seen[:, :num_ids]
     token = draw(logits, seen_ids, state.keys, position, state.sampling)
 
-    # Row i has now seen token i.
-    row = jnp.arange(batch)
-    seen = state.seen.at[row, token].set(True)
-    return state.replace(cache=cache, token=token, position=position, seen=seen)
+    # Row i has now seen token i. A scatter would make the devices of a mesh exchange indices.
+    is_new = jax.nn.one_hot(token, state.seen.shape[1], dtype=bool)
+    seen = state.seen | is_new
+    state = state.replace(cache=cache, token=token, position=position, seen=seen)
+    return _lay_out_rows(state)
+
+
+def _lay_out_rows(state: DecodeState) -> DecodeState:
+    """Returns the state with its arrays by row where the rows are: the next step takes it as this
+    one gives it.
+    """
+
+    def by_row(leaf: Array) -> Array:
+        names = ("batch", *[None] * (leaf.ndim - 1))
+        return constrain(leaf, names)
+
+    return state.replace(
+        token=by_row(state.token),
+        position=by_row(state.position),
+        keys=by_row(state.keys),
+        sampling=jax.tree.map(by_row, state.sampling),
+        seen=by_row(state.seen),
+    )
 
 
 def generate(

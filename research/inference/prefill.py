@@ -12,6 +12,7 @@ from research.models.cache import Cache
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable
 from research.models.transformer import compute_logits
+from research.parallel.rules import constrain
 
 
 def next_logits(
@@ -40,7 +41,8 @@ def next_logits(
     hidden = jnp.take_along_axis(output.hidden, index[:, None, None], axis=1)
     projected = model.projection(params, hidden)
     logits = compute_logits(projected)
-    return logits[:, 0], output.cache
+    # Each device draws the tokens of its rows from all of their logits.
+    return constrain(logits[:, 0], ("batch", None)), output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
+from research.models.cache_rows import HEADS, lay_out_rows, write_tokens
 from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
+from research.models.latent_cache import LatentCache
+from research.models.memory_cache import MemoryCache
 from research.models.paged_cache import PagedCache, PageTable, empty_paged_cache
+from research.parallel.shard_map import take_rows
 
 # Attention over arrays of all slots: a layer passes it to the cache, which has these arrays.
 AttentionFn = Callable[..., Float[Array, "B T N value"]]
@@ -46,24 +49,14 @@ class TokenCache(Protocol):
           attention: of queries over the arrays of all slots, called with (q, keys, values, mask).
         """
 
-    def take(self, rows: Int[Array, "rows"]) -> "TokenCache":
-        """Returns the cache of `rows`, in this order; those of a paged cache are its pages."""
+    def take(self, rows: Int[Array, "rows"], groups: int = 1) -> "TokenCache":
+        """Returns the cache of `rows`, in this order; those of a paged cache are its pages.
 
+        With more `groups` than one, each row takes the place of one of its own group.
+        """
 
-def _write(
-    slots: Float[Array, "B S *rest"], new: Float[Array, "B T *rest"], start: Int[Array, "B"]
-) -> Array:
-    """Returns the slots with T tokens written from slot `start` of each row on."""
-
-    def write_row(row: Array, tokens: Array, first: Array) -> Array:
-        # [S, ...] with [T, ...] written at slot `first`.
-        return jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0)
-
-    return jax.vmap(write_row)(slots, new.astype(slots.dtype), start)
-
-
-def _take_rows(leaf: Array, rows: Int[Array, "rows"], axis: int) -> Array:
-    return jnp.take(leaf, rows, axis=axis, mode="clip")
+    def lay_out(self) -> "TokenCache":
+        """Returns the cache with its arrays where the mesh in context has their rows and heads."""
 
 
 @flax.struct.dataclass
@@ -83,6 +76,10 @@ class DenseCache:
         """Tokens of a row that it can hold, S."""
         return self.key.shape[-3]
 
+    def lay_out(self) -> "DenseCache":
+        """As `TokenCache.lay_out`."""
+        return DenseCache(lay_out_rows(self.key, HEADS), lay_out_rows(self.value, HEADS))
+
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -96,71 +93,18 @@ class DenseCache:
     ) -> tuple[Float[Array, "B T N H"], "DenseCache"]:
         """As `TokenCache.attend`, with keys and values of all key/value heads."""
         start = positions[:, 0]
-        key = _write(self.key, k, start)
-        value = _write(self.value, v, start)
+        key = write_tokens(self.key, k, start, HEADS)
+        value = write_tokens(self.value, v, start, HEADS)
         slots_mask = cache_mask(mask, positions, self.slots)
         return attention(q, key, value, slots_mask), DenseCache(key, value)
 
-    def take(self, rows: Int[Array, "rows"]) -> "DenseCache":
-        """Returns the cache of `rows`, in this order."""
+    def take(self, rows: Int[Array, "rows"], groups: int = 1) -> "DenseCache":
+        """As `TokenCache.take`."""
         # The layer axis comes first where layers are stacked.
         axis = self.key.ndim - 4
-        return DenseCache(_take_rows(self.key, rows, axis), _take_rows(self.value, rows, axis))
-
-
-@flax.struct.dataclass
-class LatentCache:
-    """Latents and rotary keys of one layer with latent attention, in rows as in `DenseCache`.
-
-    Attributes:
-      latent: the normalized latent of keys and values, `kv_dim` wide.
-      k_rope: the rotary part of the keys, `rope_dim` wide, which all heads share.
-    """
-
-    latent: Float[Array, "*L B S latent"]
-    k_rope: Float[Array, "*L B S rope"]
-
-    @property
-    def slots(self) -> int:
-        """Tokens of a row that it can hold, S."""
-        return self.latent.shape[-2]
-
-    def attend(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T latent"],
-        v: Float[Array, "B T rope"],
-        *,
-        mask: AttentionMask,
-        positions: Int[Array, "B T"],
-        page_table: PageTable | None,
-        attention: AttentionFn,
-    ) -> tuple[Float[Array, "B T N value"], "LatentCache"]:
-        """As `TokenCache.attend`, with latents as `k` and the rotary part of the keys as `v`."""
-        start = positions[:, 0]
-        latent = _write(self.latent, k, start)
-        k_rope = _write(self.k_rope, v, start)
-        slots_mask = cache_mask(mask, positions, self.slots)
-        return attention(q, latent, k_rope, slots_mask), LatentCache(latent, k_rope)
-
-    def take(self, rows: Int[Array, "rows"]) -> "LatentCache":
-        """Returns the cache of `rows`, in this order."""
-        axis = self.latent.ndim - 3
-        return LatentCache(_take_rows(self.latent, rows, axis), _take_rows(self.k_rope, rows, axis))
-
-
-@flax.struct.dataclass
-class MemoryCache:
-    """Keys and values of one layer's cross-attention, from the encoder; written once."""
-
-    key: Float[Array, "*L B M K H"]
-    value: Float[Array, "*L B M K H"]
-
-    def take(self, rows: Int[Array, "rows"]) -> "MemoryCache":
-        """Returns the memory of `rows`, in this order."""
-        # The layer axis comes first where layers are stacked.
-        axis = self.key.ndim - 4
-        return MemoryCache(_take_rows(self.key, rows, axis), _take_rows(self.value, rows, axis))
+        key = take_rows(self.key, rows, axis, groups)
+        value = take_rows(self.value, rows, axis, groups)
+        return DenseCache(key, value)
 
 
 @flax.struct.dataclass
@@ -188,9 +132,14 @@ class LayerCache:
         out, tokens = self.tokens.attend(q, k, v, **how)
         return out, self.replace(tokens=tokens)
 
+    def lay_out(self) -> "LayerCache":
+        """As `TokenCache.lay_out`."""
+        memory = None if self.memory is None else self.memory.lay_out()
+        return LayerCache(self.tokens.lay_out(), memory)
+
     def write_memory(self, k: Float[Array, "B M K H"], v: Float[Array, "B M K H"]) -> "LayerCache":
         """Returns the cache with the encoder's keys and values in it."""
-        return self.replace(memory=MemoryCache(k, v))
+        return self.replace(memory=MemoryCache(k, v).lay_out())
 
     def attend_memory(
         self, q: Float[Array, "B T N H"], *, mask: AttentionMask, attention: AttentionFn
@@ -222,32 +171,39 @@ class Cache:
             return self.page_table.slots
         return self.layers[0].slots
 
+    def lay_out(self) -> "Cache":
+        """As `TokenCache.lay_out`."""
+        return self.replace(layers=tuple(layer.lay_out() for layer in self.layers))
+
     def take(self, rows: Int[Array, "rows"]) -> "Cache":
         """Returns the cache of `rows`, in this order."""
-        cache = self.reorder(rows)
+        # One group of all rows.
+        cache = self.reorder(rows[None])
         if self.memory_segments is None:
             return cache
 
         layers = []
         for layer in cache.layers:
             layers.append(layer.replace(memory=layer.memory.take(rows)))
-        memory_segments = _take_rows(self.memory_segments, rows, 0)
-        return cache.replace(layers=tuple(layers), memory_segments=memory_segments)
+        memory_segments = take_rows(self.memory_segments, rows, 0)
+        taken = cache.replace(layers=tuple(layers), memory_segments=memory_segments)
+        return taken.lay_out()
 
-    def reorder(self, rows: Int[Array, "rows"]) -> "Cache":
-        """Returns the cache of `rows`, where each row has the same encoder tokens as the one that
-        it replaces, as in beam search.
+    def reorder(self, rows: Int[Array, "groups rows_of_group"]) -> "Cache":
+        """Returns the cache of `rows`, in this order, where each row replaces one of its own group,
+        as in beam search: all rows of a group have the same encoder tokens.
         """
+        groups = len(rows)
+        taken = rows.reshape(-1)
         page_table = None
-        # A paged cache takes pages, and the table then says which rows they belong to.
-        taken = rows
         if self.page_table is not None:
-            page_table, taken = self.page_table.copy_rows(rows)
+            # A paged cache takes pages, and the table then says which rows they belong to.
+            page_table, taken = self.page_table.copy_rows(taken)
 
         layers = []
         for layer in self.layers:
-            layers.append(layer.replace(tokens=layer.tokens.take(taken)))
-        return self.replace(layers=tuple(layers), page_table=page_table)
+            layers.append(layer.replace(tokens=layer.tokens.take(taken, groups)))
+        return self.replace(layers=tuple(layers), page_table=page_table).lay_out()
 
 
 def empty_cache(
@@ -300,7 +256,7 @@ def empty_cache(
     layers = [empty_layer() for _ in range(num_unrolled)]
     if num_stacked:
         layers.append(empty_layer(num_stacked))
-    return Cache(tuple(layers), memory_segments, page_table)
+    return Cache(tuple(layers), memory_segments, page_table).lay_out()
 
 
 def _empty_tokens(config: ModelConfig, rows: tuple[int, ...]) -> DenseCache | LatentCache:

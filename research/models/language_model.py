@@ -126,5 +126,10 @@ def abstract_params(config: LanguageModelConfig, platform: str) -> Any:
     """Returns the shapes and types of a model's parameters, as a tree, in the form that suits a
     platform.
     """
+    return nn.unbox(abstract_boxed_params(config, platform))
+
+
+def abstract_boxed_params(config: LanguageModelConfig, platform: str) -> Any:
+    """Returns `abstract_params`, each boxed with its logical axis names."""
     model = language_model(config, platform)
-    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0))))
+    return jax.eval_shape(model.init, jax.random.key(0))

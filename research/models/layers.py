@@ -189,7 +189,9 @@ class Embedding(nn.Module):
         names = tuple(self.names)
         array = plain_array(self.embedding)
         if array is None or ids.ndim != 2:
-            rows = take_rows(constrain_weight(self.embedding, (names[0], None)), ids)
+            # Biases of heads stay where their heads are.
+            kept = tuple(None if name == "embed" else name for name in names)
+            rows = take_rows(constrain_weight(self.embedding, kept), ids)
         else:
             dtype = gradient_dtype(self.embedding)
             rows = row_gradients.take_rows(array, ids, names, dtype)

@@ -17,6 +17,7 @@ from research.kernels.decode_attention import PAGE_SIZE, KVPages, gather, pages_
 from research.kernels.rounding import round_up
 from research.models.config import ModelConfig
 from research.models.dot_product import DotProduct, cache_mask
+from research.parallel.rules import constrain
 
 
 @flax.struct.dataclass
@@ -100,6 +101,20 @@ class PagedCache:
 
     pages: KVPages
 
+    def lay_out(self) -> "PagedCache":
+        """As `TokenCache.lay_out`: page ids mean the same on every device, so only heads are
+        sharded.
+        """
+
+        def by_head(leaf: Array) -> Array:
+            # Pages [pages, K, slots, H] and scales [pages, K, slots], both maybe stacked.
+            is_scale = leaf.ndim < self.pages.key.ndim
+            stack = [None] * (self.pages.key.ndim - 4)
+            slots = [None] if is_scale else [None, None]
+            return constrain(leaf, (*stack, None, "kv_heads", *slots))
+
+        return PagedCache(jax.tree.map(by_head, self.pages))
+
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -118,6 +133,8 @@ class PagedCache:
         """
         assert page_table is not None, "a paged cache needs its table"
         start = positions[:, 0]
+        # All devices write the tokens of all rows, each of its own heads.
+        k, v = (constrain(x, (None, None, "kv_heads", "head")) for x in (k, v))
         pages = write(self.pages, page_table.ids, start, k, v)
         if q.shape[1] == 1 and mask.prefix is None:
             # The positions of a finished row may pass its last slot. What it reads is not used, but
@@ -130,8 +147,8 @@ class PagedCache:
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, keys, values, slots_mask), PagedCache(pages)
 
-    def take(self, pages: Int[Array, "pages"]) -> "PagedCache":
-        """Returns the cache of `pages`, in this order."""
+    def take(self, pages: Int[Array, "pages"], groups: int = 1) -> "PagedCache":
+        """Returns the cache of `pages`, in this order; every device has pages of all rows."""
         # 1 where layers are stacked, else 0.
         axis = self.pages.key.ndim - 4
 

@@ -237,7 +237,7 @@ class Stack(nn.Module):
             reports |= group_reports
 
         if cache is not None:
-            cache = cache.replace(layers=tuple(new_caches))
+            cache = cache.replace(layers=tuple(new_caches)).lay_out()
         return x, cache, reports
 
     def _layer_groups(self) -> list[tuple[LayerLoop, LayerGroup]]:

@@ -11,6 +11,7 @@ from research.core.trees import path_name
 from research.parallel.divisibility import check_divides
 from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, WIDTH_AXES
 from research.parallel.parameter import is_box
+from research.parallel.shard_map import dividing_axes
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used
 # again. Activations, whose batch takes `fsdp` and `expert` and whose length takes `context`, do not
@@ -25,6 +26,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kv_heads", (TENSOR_AXIS,)),
     ("mlp", (TENSOR_AXIS,)),
     ("embed", WIDTH_AXES),
+    # The width of parameters in generation: what is gathered is gathered for every new token.
+    ("embed_in_generation", ("fsdp",)),
     ("positions", ()),
     ("head", ()),
     ("latent", ()),
@@ -61,13 +64,26 @@ def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
 def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[Array, "..."]:
     """Lays an activation out by its logical axes; without a mesh in context (`jax.set_mesh`) it
     does nothing.
+
+    Of the mesh axes that shard an axis of the array, those count that divide its size together:
+    three prompts on `data` 4 are on each device.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(names))
+    spec = []
+    for mesh_axes, size in zip(partition_spec(names), x.shape, strict=True):
+        wanted = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        spec.append(dividing_axes(wanted, size) or None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh, *, shard_width: bool = True) -> Any:
+def param_shardings(
+    boxed: Any,
+    mesh: Mesh | AbstractMesh,
+    *,
+    shard_width: bool = True,
+    width: str = "embed",
+) -> Any:
     """Returns the sharding of each boxed (abstract) parameter.
 
     Args:
@@ -75,6 +91,7 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh, *, shard_width: bool 
       mesh: the devices.
       shard_width: whether the width of the model is sharded as the table says; otherwise each
         device has all of it, as ZeRO levels below 3 have it.
+      width: the row of the table that shards it.
 
     Raises:
       UserError: a mesh axis does not divide the array axis that it shards.
@@ -82,9 +99,8 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh, *, shard_width: bool 
 
     def sharding(path: tuple[Any, ...], box: nn.LogicallyPartitioned) -> NamedSharding:
         # Without its width the kernel ("expert", "embed", "mlp") is ("expert", None, "mlp").
-        names = box.names
-        if not shard_width:
-            names = tuple(None if name == "embed" else name for name in names)
+        row = width if shard_width else None
+        names = tuple(row if name == "embed" else name for name in box.names)
         spec = partition_spec(names)
         for name, size, mesh_axes in zip(box.names, box.value.shape, spec, strict=True):
             check_divides(mesh, mesh_axes, size, f"{name} = {size} of {path_name(path)}")

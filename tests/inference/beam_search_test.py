@@ -34,7 +34,7 @@ class Toy:
         return state[rows]
 
     def reorder(self, state: Any, rows: Any) -> Any:
-        return self.take(state, rows)
+        return self.take(state, rows.reshape(-1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,6 +139,17 @@ def test_constraint_acts_under_a_mesh_and_not_without(mesh):
     assert laid.sharding.spec[0] == ("data", "fsdp")
 
 
+def test_constraint_leaves_out_axes_that_do_not_divide(mesh):
+    def spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
+        with jax.set_mesh(mesh):
+            return jax.jit(lambda x: constrain(x, names))(jnp.ones(shape)).sharding.spec
+
+    names = ("batch", None, "kv_heads", "head")
+    assert spec((4, 3, 2, 4), names) == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert spec((2, 3, 1, 4), names) == PartitionSpec("data")
+    assert spec((3, 3, 1, 4), names) == PartitionSpec()
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd", "muon"])
 def test_moments_lie_as_their_parameters_do(name: str, mesh):
     boxed = abstract_params(FULL)

@@ -14,12 +14,25 @@ from research.kernels.attention.key_exchange import KeyExchange, exchange_and_at
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
 from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS
-from research.parallel.shard_map import shard_map, sharding_axes
+from research.parallel.shard_map import dividing_axes, shard_map, sharding_axes
 
 
 def context_axes(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> tuple[str, ...]:
     """Returns the mesh axis over which the tokens of a row are sharded, or none."""
     return sharding_axes((CONTEXT_AXIS,), q.shape[1], k.shape[1])
+
+
+def head_axes(heads: int, kv_heads: int) -> tuple[str | None, str | None]:
+    """Returns the mesh axis over which query heads are sharded, and that of key/value heads.
+
+    All devices have a single key/value head, as weight absorption makes of all heads.
+    """
+    keys = sharding_axes((TENSOR_AXIS,), heads, kv_heads)
+    if keys:
+        return TENSOR_AXIS, TENSOR_AXIS
+    if kv_heads == 1 and sharding_axes((TENSOR_AXIS,), heads):
+        return TENSOR_AXIS, None
+    return None, None
 
 
 def per_device(implementation: ModuleType, exchange: KeyExchange) -> Callable[..., Array]:
@@ -43,8 +56,8 @@ def per_device(implementation: ModuleType, exchange: KeyExchange) -> Callable[..
             return implementation.attention(q, k, v, mask, terms)
 
         # Mesh axes, or None where they do not divide the size.
-        batch = sharding_axes(BATCH_AXES, q.shape[0]) or None
-        heads = sharding_axes((TENSOR_AXIS,), q.shape[2], k.shape[2]) or None
+        batch = dividing_axes(BATCH_AXES, q.shape[0]) or None
+        heads, kv_heads = head_axes(q.shape[2], k.shape[2])
         context = context_axes(q, k) or None
         attention = implementation.attention
         if context:
@@ -66,10 +79,11 @@ def per_device(implementation: ModuleType, exchange: KeyExchange) -> Callable[..
             term_rows = context if term.shape[2] > 1 else None
             return PartitionSpec(term_batch, term_heads, term_rows)
 
-        tokens = PartitionSpec(batch, context, heads)
+        queries = PartitionSpec(batch, context, heads)
+        keys = PartitionSpec(batch, context, kv_heads)
         mask_specs = jax.tree.map(mask_spec, mask)
         term_specs = jax.tree.map(term_spec, terms)
-        sharded = shard_map(attention, (tokens, tokens, tokens, mask_specs, term_specs), tokens)
+        sharded = shard_map(attention, (queries, keys, keys, mask_specs, term_specs), queries)
         return sharded(q, k, v, mask, terms)
 
     return call

@@ -1,0 +1,33 @@
+"""Arrays of caches by row: where they lie on a mesh, and how tokens are written into them."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from research.parallel.rules import constrain
+
+# The logical axes of a layer's keys and values: all slots of a row are on the devices of its heads.
+HEADS = ("batch", None, "kv_heads", "head")
+
+
+def write_tokens(
+    slots: Float[Array, "B S *rest"],
+    new: Float[Array, "B T *rest"],
+    start: Int[Array, "B"],
+    names: tuple[str | None, ...],
+) -> Array:
+    """Returns the slots with T tokens written from slot `start` of each row on, laid out by the
+    names of their axes.
+    """
+
+    def write_row(row: Array, tokens: Array, first: Array) -> Array:
+        # [S, ...] with [T, ...] written at slot `first`.
+        return jax.lax.dynamic_update_slice_in_dim(row, tokens, first, axis=0)
+
+    written = jax.vmap(write_row)(slots, new.astype(slots.dtype), start)
+    return constrain(written, names)
+
+
+def lay_out_rows(leaf: Array, names: tuple[str | None, ...]) -> Array:
+    """Lays out an array of one layer, or of stacked ones: [L, B, S, K, H] as [B, S, K, H]."""
+    stack = [None] * (leaf.ndim - len(names))
+    return constrain(leaf, (*stack, *names))
