@@ -19,17 +19,19 @@ from research.storage.paths import Path, as_path
 __all__ = ["convert", "describe", "load", "train"]
 
 
-def load(workdir: str | Path) -> LoadedModel:
+def load(workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> LoadedModel:
     """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`,
     `generate(prompts)`.
 
     Args:
       workdir: of a training run or a conversion; its newest whole checkpoint is read.
+      mesh: shards the model over devices: `{"tensor": 2}`, whatever mesh it was trained on. None is
+        one device.
 
     Raises:
-      UserError: no workdir, no checkpoint, or none that is whole.
+      UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit.
     """
-    return load_model(workdir)
+    return load_model(workdir, mesh)
 
 
 def train(

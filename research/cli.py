@@ -158,8 +158,7 @@ def _parse(parser: _Parser, verb: str, argv: list[str]) -> argparse.Namespace:
     # `--config.a.b=VALUE` is not a flag of the parser: every dotted name would be one.
     argv, overrides = split_overrides(argv)
     known = [flag for action in parser._actions for flag in action.option_strings]
-    if overrides and "--config" not in known:
-        raise UserError(f"--config.{overrides[0][0]}: {verb} reads no config.")
+    _check_overrides(overrides, known, verb)
 
     # argparse lists all unknown flags; the first one, with the flag that it may stand for, helps
     # more.
@@ -171,6 +170,20 @@ def _parse(parser: _Parser, verb: str, argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{unknown[0]!r} is not known. {advice}")
     arguments.overrides = overrides
     return arguments
+
+
+def _check_overrides(overrides: Sequence[tuple[str, str]], known: Sequence[str], verb: str) -> None:
+    """Raises UserError where a verb reads no config, or another group of it alone: `--config.mesh`
+    among its flags is for `--config.mesh.tensor=2`.
+    """
+    if "--config" in known:
+        return
+    groups = [flag.removeprefix("--config.") for flag in known if flag.startswith("--config.")]
+    for name, _ in overrides:
+        group, _, field = name.partition(".")
+        if group not in groups or not field:
+            advice = "".join(f", but for --config.{group}.FIELD" for group in groups)
+            raise UserError(f"--config.{name}: {verb} reads no config{advice}.")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

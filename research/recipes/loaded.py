@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -18,6 +19,7 @@ from research.inference.logits import logits, model_inputs
 from research.inference.requests import collect_prompts, decoding_config
 from research.inference.sampling import SamplingConfig
 from research.models.config import ModelConfig
+from research.recipes.generation_mesh import on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +31,14 @@ class LoadedModel:
       params: its parameters.
       tokenizer: the one it was trained with.
       step: of the checkpoint.
+      mesh: the devices that it is sharded over; None is one device.
     """
 
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer
     step: int
+    mesh: Mesh | None = None
 
     def logits(
         self,
@@ -63,16 +67,10 @@ class LoadedModel:
           UserError: no rows of ids, a number out of range, rows too long, or what the model does
               not read, or misses.
         """
-        inputs = model_inputs(
-            self.config,
-            tokens,
-            segments,
-            encoder_tokens,
-            encoder_segments,
-            types=types,
-            prefix=prefix,
-        )
-        return logits(self.config, self.params, inputs)
+        arrays = (tokens, segments, encoder_tokens, encoder_segments)
+        inputs = model_inputs(self.config, *arrays, types=types, prefix=prefix)
+        with on_mesh(self.mesh):
+            return logits(self.config, self.params, inputs)
 
     def generate(
         self,
@@ -110,23 +108,23 @@ class LoadedModel:
               do not fit.
         """
         if sampling is not None and fields:
-            raise UserError(
-                "sampling",
-                constraint=f": it says all, so {', '.join(sorted(fields))} must be left out.",
-            )
+            names = ", ".join(sorted(fields))
+            raise UserError("sampling", constraint=f": it says all, so {names} must be left out.")
 
         # Sampling, one for all or one per prompt, or beam search.
         how = decoding_config(fields) if sampling is None else sampling
         read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
-        if not isinstance(how, BeamConfig):
-            return generate(self.config, self.params, self.tokenizer, read, how, seeds, cache=cache)
-
-        # Beam search draws nothing, and its best hypothesis is the completion.
-        if seeds is not None:
+        searches = isinstance(how, BeamConfig)
+        if searches and seeds is not None:
             why = f"num_beams = {how.num_beams} searches and draws nothing"
             raise UserError("seeds", constraint=f": {why}; leave them out.")
-        found = beam_generate(self.config, self.params, self.tokenizer, read, how, cache=cache)
-        return [best for best, *_ in found]
+
+        model = (self.config, self.params, self.tokenizer)
+        with on_mesh(self.mesh):
+            if not searches:
+                return generate(*model, read, how, seeds, cache=cache)
+            # The best hypothesis is the completion.
+            return [best for best, *_ in beam_generate(*model, read, how, cache=cache)]
 
     def beams(
         self,
@@ -145,4 +143,5 @@ class LoadedModel:
         """
         read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
         beams = configs.bind(BeamConfig, fields)
-        return beam_generate(self.config, self.params, self.tokenizer, read, beams, cache=cache)
+        with on_mesh(self.mesh):
+            return beam_generate(self.config, self.params, self.tokenizer, read, beams, cache=cache)

@@ -25,6 +25,7 @@ EXAMPLES = """\
   tessera sample --workdir=runs/stdlib --prompt="class " --prompt="import " --top_p=0.9
   tessera sample --workdir=runs/stdlib --prompt="The " --temperature=0 --stop="."
   tessera sample --workdir=runs/stdlib --prompt="def " --num_beams=4 --no_repeat_ngram=3
+  tessera sample --workdir=runs/stdlib --prompt="def " --config.mesh.tensor=2
   tessera sample --workdir=runs/llama-instruct --chat --prompt="Why is the sky blue?"
   tessera sample --workdir=runs/llama-instruct --chat
   tessera sample --workdir=runs/llama-instruct --messages=conversation.json --max_tokens=512"""
@@ -46,7 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
     messages = conversations.from_flags(arguments)
 
     workdir = as_path(arguments.workdir, "workdir")
-    model = load(workdir)
+    model = load(workdir, sample_flags.mesh_sizes(arguments))
     if messages is not None and not model.tokenizer.chat_templates:
         flag = "--chat" if arguments.messages is None else "--messages"
         raise UserError(

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
+from research.core import config as configs
 from research.inference.beam_config import BeamConfig
 from research.inference.prompts import CACHES
 from research.inference.sampling import SamplingConfig
@@ -48,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--forced_prefix", help="text that every continuation found by beam search begins with"
     )
+    # `cli` takes these as overrides; the flag shows that there are such.
+    parser.add_argument(
+        "--config.mesh",
+        dest="mesh",
+        metavar=".AXIS=SIZE",
+        help="shards the model over devices: --config.mesh.tensor=2",
+    )
 
 
 def _attribute_docs(config: type) -> dict[str, str]:
@@ -73,3 +81,9 @@ def config_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             fields[name] = tuple(value) if name == "stop" else value
     return fields
+
+
+def mesh_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of `MeshConfig` that `--config.mesh.…` gives."""
+    given = configs.override({"mesh": {}}, arguments.overrides)
+    return given["mesh"]

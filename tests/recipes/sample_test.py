@@ -2,9 +2,12 @@
 
 import shutil
 
+import jax
 import pytest
 
+import research
 from research import cli
+from research.parallel.mesh_axes import MESH_AXES
 from tests.recipes.fixtures import Unbroken
 
 
@@ -102,4 +105,86 @@ def test_beams_are_searched_where_there_is_more_than_one(unbroken: Unbroken, tmp
 )
 def test_flags_that_do_not_go_together_are_refused_in_a_line(flags: list[str], said: str, capsys):
     assert cli.main(["sample", "--workdir=nowhere", *flags]) == 2
+    assert capsys.readouterr().err == f"tessera: error: {said}\n"
+
+
+def test_samples_on_a_mesh_are_those_of_one_device(unbroken: Unbroken, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken.workdir, workdir)
+    argv = ["sample", f"--workdir={workdir}", "--prompt=the cat", "--prompt=12", "--max_tokens=8"]
+    texts = []
+    for sizes in ([], ["--config.mesh.data=2", "--config.mesh.tensor=2"]):
+        assert cli.main([*argv, *sizes]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_model_is_loaded_onto_the_first_devices_of_a_mesh(unbroken: Unbroken):
+    params = research.load(unbroken.workdir, mesh={"tensor": 2, "fsdp": 2}).params
+    kernel = params["layers_0"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.device_set == set(jax.devices()[:4])
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 16)}
+    everywhere = research.load(unbroken.workdir, mesh={"data": -1, "tensor": 2})
+    assert dict(everywhere.mesh.shape) == dict.fromkeys(MESH_AXES, 1) | {"data": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (
+            {"tensor": 4},
+            "mesh.tensor = 4 does not divide kv_heads = 2 of layers_0/attention/key/kernel. Use "
+            "1 or 2.",
+        ),
+        (
+            {"tensor": 16},
+            "mesh.tensor = 16 makes a mesh of 16 devices, and there are 8. Use at most 8.",
+        ),
+        (
+            {"data": 8, "tensor": 2},
+            "mesh.data = 8 makes a mesh of 16 devices, and there are 8. Use at most 4.",
+        ),
+        (
+            {"data": 16, "tensor": 16},
+            "mesh.data = 16 makes a mesh of 256 devices, and there are 8. Lower mesh.tensor too.",
+        ),
+        (
+            {"pipeline": 2},
+            "mesh.pipeline = 2 shards layers in training alone. Use 1, and mesh.tensor or "
+            "mesh.data for these devices.",
+        ),
+        (
+            {"context": 2},
+            "mesh.context = 2 shards the tokens of a row in training alone. Use 1, and "
+            "mesh.tensor or mesh.data for these devices.",
+        ),
+        (
+            {"expert": 2},
+            "mesh.expert = 2: no layer of the model has experts. Use 1, and mesh.data or "
+            "mesh.fsdp for these devices.",
+        ),
+        (
+            {"data": -1, "tensor": 3},
+            "mesh.tensor = 3 does not fit 8 devices (data -1 × tensor 3). Set mesh.tensor = 8.",
+        ),
+        ({"tensors": 2}, "mesh.tensors is not a config field. Did you mean 'tensor'?"),
+        ({"tensor": "two"}, "mesh.tensor = 'two' must be a whole number."),
+    ],
+    ids=str,
+)
+def test_mesh_that_cannot_be_used_is_refused_in_a_line(
+    sizes: dict[str, int], said: str, unbroken: Unbroken, capsys
+):
+    flags = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
+    assert cli.main(["sample", f"--workdir={unbroken.workdir}", "--prompt=a", *flags]) == 2
+    assert capsys.readouterr().err == f"tessera: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "flag", ["--config.train.steps=1", "--config.mesh=2", "--config.meshes.data=1"]
+)
+def test_sample_reads_sizes_of_mesh_axes_and_no_other_config(flag: str, capsys):
+    assert cli.main(["sample", "--workdir=nowhere", flag]) == 2
+    name, _, _ = flag.partition("=")
+    said = f"{name}: sample reads no config, but for --config.mesh.FIELD."
     assert capsys.readouterr().err == f"tessera: error: {said}\n"
