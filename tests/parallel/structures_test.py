@@ -16,11 +16,11 @@ from tests.parallel.products import assert_equal_runs, train
 @pytest.mark.parametrize(
     "name",
     [
-        "experts",
         "clamped experts",
         "shared experts",
         "latent",
         "buckets",
+        "multi-token prediction",
         "encoder",
         "encoder-decoder",
     ],
