@@ -141,16 +141,27 @@ def _operands(
     operands.add("q", q, q_block, q_index_map)
     operands.add("k", k, kv_block, kv_index_map)
     operands.add("v", v, kv_block, kv_index_map)
-    operands.add_tokens("q", blocks.queries, lambda b, n, i, c: i)
-    operands.add_tokens("kv", resident, lambda b, n, i, c: c)
-    operands.add_bias(blocks.queries, resident, lambda b, n, i, c: (b, n, i, c))
+
+    def q_block_index(b, n, i, c):
+        return i
+
+    def kv_block_index(b, n, i, c):
+        return c
+
+    def bias_index_map(b, n, i, c):
+        return b, n, i, c
+
+    operands.add_tokens("q", blocks.queries, q_block_index)
+    operands.add_tokens("kv", resident, kv_block_index)
+    operands.add_bias(blocks.queries, resident, bias_index_map)
     return operands
 
 
 def _scratch(blocks: BlockSizes, width: int) -> list[Any]:
     """Returns the memory of `OnlineSoftmax`; a maximum is the same in all lanes of its row."""
-    columns = (LANES, LANES, width)
-    return [pltpu.VMEM((blocks.queries, size), jnp.float32) for size in columns]
+    row_value = pltpu.VMEM((blocks.queries, LANES), jnp.float32)
+    accumulator = pltpu.VMEM((blocks.queries, width), jnp.float32)
+    return [row_value, row_value, accumulator]
 
 
 def _kernel(
@@ -166,17 +177,21 @@ def _kernel(
     """Computes a block of queries against a chunk of keys: arguments as of the other layout."""
     *inputs, out_ref, lse_ref, max_ref, denominator_ref, accumulator_ref = rest
     softmax = OnlineSoftmax(max_ref, denominator_ref, accumulator_ref)
-    row, head, block, chunk = (pl.program_id(axis) for axis in range(4))
-    _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
+    row, head, block, chunk = map(pl.program_id, range(4))
+    _, _, blocks_of_queries, chunks = map(pl.num_programs, range(4))
     refs = refs_by_name(names, inputs, row, head)
 
-    entry = flat_index((row, block, chunk), (plan_rows, blocks_of_queries, chunks))
+    # The plan has an entry for each row, block of queries and chunk of keys.
+    place = (row, block, chunk)
+    plan_shape = (plan_rows, blocks_of_queries, chunks)
+    entry = flat_index(place, plan_shape)
     visits = Visits(counts_ref, order_ref, entry, tiles_per_chunk, blocks.keys)
 
     resident = tiles_per_chunk * blocks.keys
 
     pl.when(chunk == 0)(softmax.reset)
-    block_range = TileRange(block * blocks.queries, 0, blocks.queries)
+    first_query = block * blocks.queries
+    block_range = TileRange(first_query, 0, blocks.queries)
     queries = tile_tokens(refs, "q", block_range, axis=0)
 
     def add_tile(visit: Any, masked: bool) -> None:
@@ -187,14 +202,16 @@ def _kernel(
 
     def add_two(pair: Any, _: None) -> None:
         for second in range(2):
-            add_tile(2 * pair + second, False)
+            visit = 2 * pair + second
+            add_tile(visit, False)
 
     # In pairs, so that the matrix units take up the second tile while the vector units finish the
     # first. With 5 tiles without mask of 7: pairs (0, 1) and (2, 3), then 4, then 5 and 6 masked.
     unmasked, visited = visits.counts()
     pairs = jax.lax.shift_right_logical(unmasked, 1)
     jax.lax.fori_loop(0, pairs, add_two, None)
-    visit_tiles(unmasked & -2, unmasked, visited, add_tile)
+    even = unmasked & -2
+    visit_tiles(even, unmasked, visited, add_tile)
 
     @pl.when(chunk == chunks - 1)
     def _finish() -> None:
@@ -221,22 +238,29 @@ def _add_tile(
     old_max = softmax.max_ref[...]
     tile_max = scores_TxS.max(axis=1, keepdims=True)
     new_max = jnp.maximum(old_max, tile_max * factor)
-    weights_TxS = jnp.exp2(scores_TxS * factor - repeat_lanes(new_max, keys.size))
+    scaled_TxS = scores_TxS * factor
+    new_max_TxS = repeat_lanes(new_max, keys.size)
+    weights_TxS = jnp.exp2(scaled_TxS - new_max_TxS)
     rescale = jnp.exp2(old_max - new_max)
 
     # The lanes of a denominator are added up at the end: [T, 512] -> [T, 128]
-    starts = range(0, keys.size, LANES)
-    lane_sums = sum(weights_TxS[:, start : start + LANES] for start in starts)
+    lane_sums = 0
+    for start in range(0, keys.size, LANES):
+        end = start + LANES
+        lane_sums = lane_sums + weights_TxS[:, start:end]
     denominator = softmax.denominator_ref[...]
-    softmax.denominator_ref[...] = denominator * rescale + lane_sums
+    rescaled = denominator * rescale
+    softmax.denominator_ref[...] = rescaled + lane_sums
     softmax.max_ref[...] = new_max
 
     # [T, S] and [S, H] -> [T, H]
     weights_TxS = weights_TxS.astype(values_SxH.dtype)
     product_TxH = dot(weights_TxS, values_SxH, contract=(1, 0))
     accumulator_TxH = softmax.accumulator_ref[...]
-    rescale_TxH = repeat_lanes(rescale, product_TxH.shape[1])
-    softmax.accumulator_ref[...] = accumulator_TxH * rescale_TxH + product_TxH
+    width = product_TxH.shape[1]
+    rescale_TxH = repeat_lanes(rescale, width)
+    rescaled_TxH = accumulator_TxH * rescale_TxH
+    softmax.accumulator_ref[...] = rescaled_TxH + product_TxH
 
 
 def _store(
@@ -248,19 +272,24 @@ def _store(
     width = accumulator_TxH.shape[1]
 
     # [T, 128] -> [T, 1] -> [T, 128]
-    denominator = softmax.denominator_ref[...].sum(axis=1, keepdims=True)
+    lane_sums = softmax.denominator_ref[...]
+    denominator = lane_sums.sum(axis=1, keepdims=True)
     denominator = jnp.broadcast_to(denominator, row_max.shape)
     if "sinks" in config.given:
-        row_max, denominator, rescale = add_sink(refs["sinks"], row_max, denominator)
-        accumulator_TxH = accumulator_TxH * repeat_lanes(rescale, width)
+        sinks_ref = refs["sinks"]
+        row_max, denominator, rescale = add_sink(sinks_ref, row_max, denominator)
+        rescale_TxH = repeat_lanes(rescale, width)
+        accumulator_TxH = accumulator_TxH * rescale_TxH
 
     # A query that attends to no key has the denominator 0 and gets zeros.
     attends = denominator > 0
     divisor = jnp.where(attends, denominator, 1.0)
-    out_TxH = accumulator_TxH / repeat_lanes(divisor, width)
+    divisor_TxH = repeat_lanes(divisor, width)
+    out_TxH = accumulator_TxH / divisor_TxH
     out_ref[0, 0] = out_TxH.astype(out_ref.dtype)
 
     # [T, 128] -> [1, T]
     lse = row_max + jnp.log2(denominator)
     lse = jnp.where(attends, lse, -HIDDEN)
-    lse_ref[0, 0] = lse.T[:1]
+    lse_128xT = lse.T
+    lse_ref[0, 0] = lse_128xT[:1]

@@ -33,9 +33,10 @@ from research.kernels.attention.tpu_tile import (
 
 def scratch(blocks: BlockSizes, width: int) -> list[Any]:
     """Returns the memory of `OnlineSoftmax`, and a tile of products q kᵀ."""
-    row = pltpu.VMEM((1, blocks.queries), jnp.float32)
-    accumulator = pltpu.VMEM((width, blocks.queries), jnp.float32)
-    products = pltpu.VMEM((blocks.keys, blocks.queries), jnp.float32)
+    queries = blocks.queries
+    row = pltpu.VMEM((1, queries), jnp.float32)
+    accumulator = pltpu.VMEM((width, queries), jnp.float32)
+    products = pltpu.VMEM((blocks.keys, queries), jnp.float32)
     return [row, row, accumulator, products]
 
 
@@ -61,8 +62,8 @@ def kernel(
     """
     *inputs, out_ref, lse_ref, max_ref, denominator_ref, accumulator_ref, products_ref = rest
     softmax = OnlineSoftmax(max_ref, denominator_ref, accumulator_ref)
-    row, head, block, chunk = (pl.program_id(axis) for axis in range(4))
-    _, _, blocks_of_queries, chunks = (pl.num_programs(axis) for axis in range(4))
+    row, head, block, chunk = map(pl.program_id, range(4))
+    _, _, blocks_of_queries, chunks = map(pl.num_programs, range(4))
     refs = refs_by_name(names, inputs, row, head)
 
     entry = flat_index((row, block, chunk), (plan_rows, blocks_of_queries, chunks))
@@ -87,7 +88,8 @@ def kernel(
         offset = visits.offset(visit)
         # The last products are made twice: a branch would keep the compiler from interleaving the
         # products of the next tile with the exponentials of this one.
-        multiply(jnp.minimum(visit + 1, visited - 1))
+        next_visit = jnp.minimum(visit + 1, visited - 1)
+        multiply(next_visit)
         start = chunk * resident + offset
         keys = TileRange(start, offset, blocks.keys)
         _add_tile(config, refs, queries, keys, products_SxT, masked, softmax)
@@ -118,19 +120,22 @@ def _add_tile(
     old_max = softmax.max_ref[...]
     tile_max = scores_SxT.max(axis=0, keepdims=True)
     new_max = jnp.maximum(old_max, tile_max * factor)
-    weights_SxT = jnp.exp2(scores_SxT * factor - new_max)
+    scaled_SxT = scores_SxT * factor
+    weights_SxT = jnp.exp2(scaled_SxT - new_max)
     rescale = jnp.exp2(old_max - new_max)
 
-    denominator = softmax.denominator_ref[...] * rescale
+    denominator = softmax.denominator_ref[...]
+    rescaled = denominator * rescale
     weight_sums = weights_SxT.sum(axis=0, keepdims=True)
-    softmax.denominator_ref[...] = denominator + weight_sums
+    softmax.denominator_ref[...] = rescaled + weight_sums
     softmax.max_ref[...] = new_max
 
     # [S, H] and [S, T] -> [H, T]
     weights_SxT = weights_SxT.astype(values_SxH.dtype)
     product_HxT = dot(values_SxH, weights_SxT, contract=(0, 0))
     accumulator_HxT = softmax.accumulator_ref[...]
-    softmax.accumulator_ref[...] = accumulator_HxT * rescale + product_HxT
+    rescaled_HxT = accumulator_HxT * rescale
+    softmax.accumulator_ref[...] = rescaled_HxT + product_HxT
 
 
 def _store(
@@ -141,17 +146,20 @@ def _store(
     denominator = softmax.denominator_ref[...]
     rescale: Any = 1.0
     if "sinks" in config.given:
-        row_max, denominator, rescale = add_sink(refs["sinks"], row_max, denominator)
+        sinks_ref = refs["sinks"]
+        row_max, denominator, rescale = add_sink(sinks_ref, row_max, denominator)
 
     # A query that attends to no key has the denominator 0 and gets zeros.
     attends = denominator > 0
     accumulator_HxT = softmax.accumulator_ref[...]
     divisor = jnp.where(attends, denominator, 1.0)
-    out_HxT = accumulator_HxT * (rescale / divisor)
+    factor = rescale / divisor
+    out_HxT = accumulator_HxT * factor
     # [H, T] -> [T, H]
     out_TxH = out_HxT.T
     out_ref[0, 0] = out_TxH.astype(out_ref.dtype)
 
     # [1, T]
     lse = row_max + jnp.log2(denominator)
-    lse_ref[0, 0] = jnp.where(attends, lse, -HIDDEN)
+    lse = jnp.where(attends, lse, -HIDDEN)
+    lse_ref[0, 0] = lse

@@ -21,14 +21,15 @@ BAND = 64
 def combine_kernel(plan: Plan, *refs: Any) -> None:
     """Combines the splits of one sequence for one tile of rows and `BAND` rows of H."""
     ranges, out_of_splits, sums_of_splits, *sinks, out_ref = refs
-    head, sequence, band = (lax.axis_index(name) for name in ("head", "sequence", "band"))
+    head = lax.axis_index("head")
+    sequence = lax.axis_index("sequence")
+    band = lax.axis_index("band")
     first = ranges[sequence, 0]
     end = ranges[sequence, 1]
     # Band 1 has rows 64:128 of H.
     first_row = band * BAND
     band_rows = pl.ds(first_row, BAND)
     rows = pl.ds(0, plan.height)
-    tile = (BAND, plan.height)
 
     def load_max(split: Array) -> Array:
         return load(plan, sums_of_splits, (split, head, 0, rows), 1)
@@ -51,21 +52,29 @@ def combine_kernel(plan: Plan, *refs: Any) -> None:
         outs_HxGT = [load_out(split) for split in splits]
         return _add_splits(sums, factors, maxima_GT, denominators_GT, outs_HxGT)
 
-    initial_max = jnp.full((plan.height,), HIDDEN / 2, jnp.float32)
-    initial_max_GT = spread(plan, initial_max, axis=1)
-    initial_denominator_GT = zeros(plan, plan.height, axis=1)
-    sums = (zeros(plan, *tile), initial_max_GT, initial_denominator_GT)
+    sums = _initial_sums(plan)
     # 5 splits, two together: 3 steps
     num_splits = end - first
     together = jnp.int32(plan.together)
-    steps = lax.div(num_splits + (plan.together - 1), together)
+    rounded_up = num_splits + (plan.together - 1)
+    steps = lax.div(rounded_up, together)
     sums = lax.fori_loop(0, steps, step, sums)
 
     sink_GT = None
     if sinks:
-        sink_GT = load(plan, sinks[0], (head, rows), 1)
+        (sink_ref,) = sinks
+        sink_GT = load(plan, sink_ref, (head, rows), 1)
     result_HxGT = _divided(plan, sums, sink_GT)
     out_ref[sequence, head, band_rows] = result_HxGT.astype(out_ref.dtype)
+
+
+def _initial_sums(plan: Plan) -> tuple[Array, Array, Array]:
+    """Returns (out, max, denominator) of no split."""
+    initial_max = jnp.full((plan.height,), HIDDEN / 2, jnp.float32)
+    max_GT = spread(plan, initial_max, axis=1)
+    denominator_GT = zeros(plan, plan.height, axis=1)
+    out_HxGT = zeros(plan, BAND, plan.height)
+    return out_HxGT, max_GT, denominator_GT
 
 
 def _divided(plan: Plan, sums: tuple[Array, Array, Array], sink_GT: Array | None) -> Array:
@@ -85,8 +94,9 @@ def _divided(plan: Plan, sums: tuple[Array, Array, Array], sink_GT: Array | None
         out_HxGT *= rescale_HxGT
 
     # Values of quantized pages come times the largest number of their type.
+    largest = plan.largest or 1.0
     divisor_GT = jnp.where(any_visible_GT, denominator_GT, 1.0)
-    divisor_GT = divisor_GT * (plan.largest or 1.0)
+    divisor_GT = divisor_GT * largest
     factor_GT = 1.0 / divisor_GT
     factor_HxGT = along(factor_GT, 1, tile)
     return out_HxGT * factor_HxGT

@@ -59,7 +59,9 @@ def scratch(plan: Plan, dtype: Any, out_dtype: Any) -> dict[str, Any]:
       out_dtype: of the result.
     """
     # Each warpgroup has its own rows on the left, and all have the same columns on the right.
-    right = (plan.columns, STEP) if plan.transposed else (STEP, plan.columns)
+    right = (STEP, plan.columns)
+    if plan.transposed:
+        right = (plan.columns, STEP)
     return {
         "left": swizzled((STAGES, WARPGROUPS, ROWS, STEP), dtype),
         "right": swizzled((STAGES, *right), dtype),
@@ -110,18 +112,21 @@ def _work(
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers((REGISTERS - copying_registers) // WARPGROUPS, action="increase")
+        computing_registers = (REGISTERS - copying_registers) // WARPGROUPS
+        plgpu.set_max_registers(computing_registers, action="increase")
 
         def add_step(index: Array, out: Array) -> Array:
             # Step 5 is in slot 1 of a ring of 4.
             slot = lax.rem(index, jnp.int32(STAGES))
             left = shared["left"].at[slot, warpgroup]
             right = shared["right"].at[slot]
-            plgpu.barrier_wait(shared["full"].at[slot])
+            full = shared["full"].at[slot]
+            free = shared["free"].at[slot]
+            plgpu.barrier_wait(full)
             out = product(
                 plan, left, right, out, transpose_a=transpose_a, transpose_b=plan.transposed
             )
-            plgpu.barrier_arrive(shared["free"].at[slot])
+            plgpu.barrier_arrive(free)
             return out
 
         out = zeros(plan, ROWS, plan.columns)
@@ -146,7 +151,8 @@ def _chunks(out: Array, column: Array) -> list[tuple[Array, pl.Slice]]:
     chunks = []
     # 128 columns at 256 of the result -> columns 256:320 and 320:384
     for start in range(0, columns, CHUNK):
-        chunk = lax.slice(out, (0, start), (rows, start + CHUNK))
+        end = start + CHUNK
+        chunk = lax.slice(out, (0, start), (rows, end))
         target = pl.ds(column + start, CHUNK)
         chunks.append((chunk, target))
     return chunks
@@ -166,7 +172,11 @@ def grouped_rows(
     """
     visit = lax.axis_index("visit")
     warpgroup = lax.axis_index("warpgroup")
-    group, tile, start, stop, steps = (visits_ref[visit, field] for field in range(5))
+    group = visits_ref[visit, 0]
+    tile = visits_ref[visit, 1]
+    start = visits_ref[visit, 2]
+    stop = visits_ref[visit, 3]
+    steps = visits_ref[visit, 4]
     column = _column(plan)
 
     def copy(step: Array, slot: Array) -> None:
@@ -174,35 +184,65 @@ def grouped_rows(
         inner = pl.ds(step * STEP, STEP)
         # The halves of tile 2 of 128 rows: rows 256:320 and 320:384
         for half in range(WARPGROUPS):
-            rows = pl.ds(tile * TILE + half * ROWS, ROWS)
+            first_row = tile * TILE + half * ROWS
+            rows = pl.ds(first_row, ROWS)
+            source = x_ref.at[rows, inner]
             left = shared["left"].at[slot, half]
-            plgpu.copy_gmem_to_smem(x_ref.at[rows, inner], left, full)
+            plgpu.copy_gmem_to_smem(source, left, full)
 
         outer = pl.ds(column, plan.columns)
-        block = (group, outer, inner) if plan.transposed else (group, inner, outer)
+        block = (group, inner, outer)
+        if plan.transposed:
+            block = (group, outer, inner)
+        source = kernels_ref.at[block]
         right = shared["right"].at[slot]
-        plgpu.copy_gmem_to_smem(kernels_ref.at[block], right, full)
+        plgpu.copy_gmem_to_smem(source, right, full)
 
     def finish(out: Float[Array, "rows columns"]) -> None:
         # Of rows 256:320 the group may have 260:300: 4:44 of the warpgroup's rows.
         first = tile * TILE + warpgroup * ROWS
         begin = jnp.clip(start - first, 0, ROWS)
         end = jnp.clip(stop - first, 0, ROWS)
-        chunks = _chunks(out.astype(y_ref.dtype), column)
-
-        @pl.when(end - begin == ROWS)
-        def _store_all() -> None:
-            buffer = shared["out"].at[warpgroup]
-            for chunk, columns in chunks:
-                store(chunk, buffer, y_ref.at[pl.ds(first, ROWS), columns])
-
-        @pl.when((begin < end) & (end - begin < ROWS))
-        def _store_some() -> None:
-            buffer = shared["rows"].at[warpgroup]
-            for chunk, columns in chunks:
-                _store_rows(chunk, buffer, y_ref, (first, columns), begin, end)
+        out = out.astype(y_ref.dtype)
+        chunks = _chunks(out, column)
+        _store_members(shared, warpgroup, chunks, y_ref, first, begin, end)
 
     _work(plan, shared, steps, copy, finish)
+
+
+def _store_members(
+    shared: dict[str, Any],
+    warpgroup: Array,
+    chunks: list[tuple[Array, pl.Slice]],
+    y_ref: Any,
+    first: Array,
+    begin: Array,
+    end: Array,
+) -> None:
+    """Stores the rows that belong to the group, those from `begin` to `end`.
+
+    Args:
+      shared: of `rows_scratch`.
+      warpgroup: index of the one that has the rows.
+      chunks: of `_chunks`.
+      y_ref: the result.
+      first: row of the result, of the warpgroup's first row.
+      begin, end: of the warpgroup's rows.
+    """
+
+    @pl.when(end - begin == ROWS)
+    def _store_all() -> None:
+        buffer = shared["out"].at[warpgroup]
+        rows = pl.ds(first, ROWS)
+        for chunk, columns in chunks:
+            target = y_ref.at[rows, columns]
+            store(chunk, buffer, target)
+
+    @pl.when((begin < end) & (end - begin < ROWS))
+    def _store_some() -> None:
+        buffer = shared["rows"].at[warpgroup]
+        for chunk, columns in chunks:
+            _store_rows(chunk, buffer, y_ref, (first, columns), begin, end)
 
 
 def _column(plan: Plan) -> Array:
@@ -246,7 +286,8 @@ def _store_rows(
         def _copy(size: int = size, begin: Array = begin) -> None:
             rows = buffer.at[pl.ds(begin, size)]
             target_rows = pl.ds(first + begin, size)
-            plgpu.copy_smem_to_gmem(rows, target.at[target_rows, columns])
+            place = target.at[target_rows, columns]
+            plgpu.copy_smem_to_gmem(rows, place)
 
         begin = begin + copied
         size = size // 2
@@ -299,9 +340,8 @@ def grouped_outer(
         def _copy_and_clear() -> None:
             copy_to(shared["edge"])
             plgpu.barrier_wait(shared["edge"])
-            chunks = range(0, plan.columns, CHUNK)
-            right_chunks = [right.at[:, pl.ds(chunk, CHUNK)] for chunk in chunks]
-            _clear_outside(plan, left + right_chunks, start - begin, stop - begin)
+            buffers = left + _column_chunks(plan, right)
+            _clear_outside(plan, buffers, start - begin, stop - begin)
             # In the place of the copies, which arrived at the other barrier.
             for _ in range(COPIES):
                 plgpu.barrier_arrive(full)
@@ -310,7 +350,8 @@ def grouped_outer(
         rows = pl.ds(row + warpgroup * ROWS, ROWS)
         buffer = shared["out"].at[warpgroup]
         for chunk, columns in _chunks(out, column):
-            store(chunk, buffer, out_ref.at[group, rows, columns])
+            target = out_ref.at[group, rows, columns]
+            store(chunk, buffer, target)
 
     _work(plan, shared, steps, copy, finish, transpose_a=True, copying_registers=72)
 
@@ -318,11 +359,24 @@ def grouped_outer(
 def _steps(start: Array, stop: Array) -> tuple[Array, Array]:
     """Returns the first step that has rows of a group, and how many there are."""
     # Rows 100:300 are in steps 1:5 of 64 rows: first 1, and 4 of them.
-    first = lax.div(start, jnp.int32(STEP))
+    step = jnp.int32(STEP)
+    first = lax.div(start, step)
     has_rows = stop > start
-    after_last = lax.div(stop + (STEP - 1), jnp.int32(STEP))
+    rounded_up = stop + (STEP - 1)
+    after_last = lax.div(rounded_up, step)
     steps = jnp.where(has_rows, after_last - first, 0)
     return first, steps
+
+
+def _column_chunks(plan: Plan, right: Any) -> list[Any]:
+    """Returns chunks of the columns of a slot, each a reference."""
+    # 128 columns -> 0:64 and 64:128
+    chunks = []
+    for start in range(0, plan.columns, CHUNK):
+        columns = pl.ds(start, CHUNK)
+        chunk = right.at[:, columns]
+        chunks.append(chunk)
+    return chunks
 
 
 def _clear_outside(plan: Plan, buffers: list[Any], start: Array, stop: Array) -> None:
@@ -330,9 +384,11 @@ def _clear_outside(plan: Plan, buffers: list[Any], start: Array, stop: Array) ->
     for buffer in buffers:
         whole = tuple(pl.ds(0, size) for size in buffer.shape)
         x = load(plan, buffer, whole)
-        row = spread(plan, lax.broadcasted_iota(jnp.int32, buffer.shape, 0))
+        row = lax.broadcasted_iota(jnp.int32, buffer.shape, 0)
+        row = spread(plan, row)
         is_member = (row >= start) & (row < stop)
         # Selected and not multiplied: a row of another group may hold NaN.
-        cleared = jnp.where(is_member, x.astype(jnp.float32), 0.0)
+        wide = x.astype(jnp.float32)
+        cleared = jnp.where(is_member, wide, 0.0)
         buffer[...] = cleared.astype(x.dtype)
     plgpu.commit_smem()
