@@ -35,6 +35,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from research.core import backend
+
+backend.add_threads()
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests")
 )

@@ -7,6 +7,7 @@ import glob
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 
 import psutil
@@ -24,6 +25,8 @@ VENDORS = "/sys/bus/pci/devices/*/vendor"
 GOOGLE = "0x1ae0"
 # Free bytes from which on memory is spent for speed.
 AMPLE_MEMORY = 12e9
+# Threads of each CPU device, where there are several.
+THREADS_OF_DEVICE = 4
 # Chunks that are allocated and freed in advance, for small allocations.
 NUM_SMALL_CHUNKS = 16
 SMALL_CHUNK_BYTES = 2**25
@@ -53,6 +56,7 @@ def configure() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # Warnings of the runtime that no user can act on; errors stay.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    add_threads()
     if any(os.path.exists(device) for device in ACCELERATORS):
         return
 
@@ -62,6 +66,22 @@ def configure() -> None:
         # libtpu is installed to compile for TPUs. Without a TPU, JAX would try to start it and log
         # six lines of errors.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def add_threads() -> None:
+    """Gives XLA for CPU enough threads where it acts as several devices.
+
+    A device waits for the others in a thread of a common pool, which has one for each device. But
+    the order of collectives that do not depend on each other, one of them in a loop or a branch, is
+    not fixed: where one device begins with the one and another with the other, the collectives that
+    are begun need more threads than there are devices, and without them the process stands still.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    counts = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    if counts and int(counts[-1]) > 1:
+        # XLA takes the last of equal flags.
+        threads = THREADS_OF_DEVICE * int(counts[-1])
+        os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
 def tpu_on_bus() -> bool:

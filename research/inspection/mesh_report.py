@@ -31,7 +31,7 @@ from research.parallel.target import compiling_for
 from research.scaling.cluster import Cluster
 from research.training.config import TrainConfig
 from research.training.layout import zero_layout
-from research.training.mesh_checks import check_axes
+from research.training.mesh_checks import check_axes, stage_splits
 from research.training.partition import build_partition
 from research.training.state import abstract_state
 
@@ -104,7 +104,7 @@ def mesh_report(
       UserError: sizes that do not fit the devices or the model, or an axis that it cannot use.
     """
     sizes = abstract_mesh(mesh, cluster.num_devices, cluster.slices)
-    check_axes(model, sizes.shape)
+    check_axes(model, sizes.shape, train.pipeline.chunks)
     check_batch(train.batch_size, train.sequence_length, train.accumulation, sizes)
     boxed = _abstract_parameters(model, cluster)
     parameters = parameter_groups(model, boxed, sizes, shard_width=mesh.zero == 3)
@@ -196,7 +196,14 @@ def _schedule_lines(report: MeshReport) -> list[str]:
     train = report.train
     config = train.pipeline
     schedule = make_schedule(config.schedule, stages, train.accumulation, config.chunks)
-    return [*schedule_picture(schedule), ""]
+    sizes = []
+    for split in stage_splits(report.model, stages, config.chunks):
+        counts = split.counts
+        layers = ", ".join(str(count) for count in counts)
+        if len(set(counts)) == 1:
+            layers = f"{counts[0]} each"
+        sizes.append(f"layers of the stages of {split.stack}: {layers}")
+    return [*schedule_picture(schedule), *sizes, ""]
 
 
 def _table(title: str, groups: Sequence[ArrayGroup], each: bool) -> list[str]:

@@ -18,6 +18,7 @@ from research.models.cache import LayerCache
 from research.models.config import LayerConfig
 from research.models.context import Context
 from research.models.reports import LayerReport
+from research.parallel.stages import LayerRange
 
 Hidden = Float[Array, "B T D"]
 # The hidden states, the layer's cache and its report.
@@ -127,6 +128,40 @@ class Scanned:
         new_cache, report = _concatenate(stacked_outputs)
         new_caches = None if caches is None else (new_cache,)
         return x, new_caches, {"layers": report}
+
+
+def layers_in_places(group: LayerGroup, params: Any, own: LayerRange) -> LayerGroup:
+    """Returns consecutive layers of a group, whose parameters are at hand.
+
+    Args:
+      group: all layers.
+      params: of the places of these layers, with a leading axis. Behind the last layer there may be
+        places without one: they are run, and nothing is kept of them.
+      own: which layers they are; the first of them begins a round of the pattern.
+    """
+    places = len(jax.tree.leaves(params)[0])
+    configs = [group.layer_configs[place % group.period] for place in range(places)]
+    part = dataclasses.replace(
+        group,
+        start_index=group.start_index + own.first,
+        names=("layers",) * places,
+        layer_configs=tuple(configs),
+        params=params,
+    )
+    if own.count is None:
+        return part
+
+    def apply(
+        config: LayerConfig, params: Any, x: Hidden, cache: LayerCache | None, context: Context
+    ) -> LayerOutput:
+        params, is_layer = params
+        y, cache, report = group.apply(config, params, x, cache, context)
+        y = jnp.where(is_layer, y, x)
+        report = jax.tree.map(lambda leaf: jnp.where(is_layer, leaf, 0), report)
+        return y, cache, report
+
+    is_layer = jnp.arange(places) < own.count
+    return dataclasses.replace(part, apply=apply, params=(params, is_layer))
 
 
 def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:

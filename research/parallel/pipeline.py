@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
 
 from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.pipeline_device import PipelineDevice
 from research.parallel.pipeline_operations import PipelineResult, StagedModel, StageOperations
 from research.parallel.pipeline_schedule import PipelineSchedule
 from research.parallel.shard_map import shard_map
+from research.parallel.stages import StageSplit
 
 __all__ = ["PipelineResult", "StagedModel", "run_pipeline"]
 
@@ -27,6 +27,8 @@ def run_pipeline(
     layers: Any,
     inputs: Any,
     report_gradient: Any,
+    split: StageSplit,
+    free: Any = None,
 ) -> PipelineResult:
     """Returns the value and the gradients, summed over the microbatches of a batch.
 
@@ -34,25 +36,18 @@ def run_pipeline(
       schedule: for as many devices as `pipeline` has.
       model: the parts.
       outer: parameters of what is no stage.
-      layers: parameters of the layers, `[L, …]`; L is a multiple of the virtual stages.
+      layers: parameters of the layers, `[L, …]`.
       inputs: of a batch.
-      report_gradient: the gradient of what is minimized with respect to a layer's report, a
-          constant.
+      report_gradient: the gradient of what is minimized with respect to the reports of the layers
+          of a stage, a constant.
+      split: of the layers, for the schedule's devices and chunks.
+      free: the shardings of `layers` that leave them together; see `StageSplit.by_stage`.
     """
-    devices = schedule.devices
-    chunks = schedule.chunks
-
-    # [L, …] -> [chunks, devices, layers of a chunk, …]: chunk v of device d is stage v P + d.
-    def by_stage(x: Array) -> Array:
-        return x.reshape(chunks, devices, -1, *x.shape[1:])
-
-    def by_layer(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[3:])
 
     def on_device(outer: Any, staged: Any, inputs: Any, report_gradient: Any) -> PipelineResult:
         # [chunks, 1, layers of a chunk, …] -> [chunks, layers of a chunk, …]
         own = jax.tree.map(lambda x: x[:, 0], staged)
-        stage = StageOperations(schedule, model, outer, own, inputs, report_gradient)
+        stage = StageOperations(schedule, model, split, outer, own, inputs, report_gradient)
         result = PipelineDevice(schedule, stage).run()
         report, gradients = jax.tree.map(lambda x: x[:, None], (result.report, result.layers))
         return result._replace(report=report, layers=gradients)
@@ -65,9 +60,9 @@ def run_pipeline(
         PipelineResult(everywhere, everywhere, by_device, everywhere, by_device),
         axes=(PIPELINE_AXIS,),
     )
-    staged = jax.tree.map(by_stage, layers)
+    staged = split.by_stage(layers, free)
     result = run(outer, staged, inputs, report_gradient)
     return result._replace(
-        report=jax.tree.map(by_layer, result.report),
-        layers=jax.tree.map(by_layer, result.layers),
+        report=split.by_layer(result.report),
+        layers=split.by_layer(result.layers, free),
     )

@@ -70,7 +70,8 @@ class PipelineDevice:
         first = stage.model.microbatch(stage.inputs, index)
         chunk = jax.tree.map(lambda x: x[0], stage.layers)
         hidden = jax.eval_shape(stage.model.enter, stage.outer, first)
-        arguments = (stage.outer, chunk, index, hidden, first)
+        own = stage.split.layers_of(index)
+        arguments = (stage.outer, chunk, own, hidden, first)
         _, report = jax.eval_shape(stage.model.run_stage, *arguments)
         value, sums = jax.eval_shape(stage.model.leave, stage.outer, hidden, first)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.pipeline_schedule import Kind, PipelineSchedule
 from research.parallel.rules import constrain
+from research.parallel.stages import LayerRange, StageSplit
 
 Hidden = Float[Array, "B T D"]
 # The logical axes of hidden states, and of buffers of them.
@@ -30,14 +31,15 @@ class StagedModel:
     Attributes:
       microbatch: (inputs of a batch, index) -> those of a microbatch.
       enter: (outer, microbatch) -> the hidden states before the first stage.
-      run_stage: (outer, layers of a stage, index of the first of them, hidden states, microbatch)
-          -> (hidden states, report). A report is a tree of arrays [layers of the stage, …].
+      run_stage: (outer, layers of a stage, which they are, hidden states, microbatch) -> (hidden
+          states, report). A report is a tree of arrays [places of the stage, …], with zeros where
+          there is no layer.
       leave: (outer, hidden states, microbatch) -> (what is minimized, a tree of sums).
     """
 
     microbatch: Callable[[Any, Int[Array, ""]], Any]
     enter: Callable[[Any, Any], Hidden]
-    run_stage: Callable[[Any, Any, Int[Array, ""], Hidden, Any], tuple[Hidden, Any]]
+    run_stage: Callable[[Any, Any, LayerRange, Hidden, Any], tuple[Hidden, Any]]
     leave: Callable[[Any, Hidden, Any], tuple[Float[Array, ""], Any]]
 
 
@@ -98,12 +100,13 @@ class StageOperations:
     """The operations of one stage.
 
     Attributes:
-      schedule, model, outer, inputs, report_gradient: as of `pipeline.run_pipeline`.
-      layers: of this device, `[chunks, layers of a chunk, …]`.
+      schedule, model, split, outer, inputs, report_gradient: as of `pipeline.run_pipeline`.
+      layers: of this device, `[chunks, places of a chunk, …]`.
     """
 
     schedule: PipelineSchedule
     model: StagedModel
+    split: StageSplit
     outer: Any
     layers: Any
     inputs: Any
@@ -159,12 +162,10 @@ class StageOperations:
 
     def _forward(self, tick: Tick, outer: Any, chunk: Any, x: Hidden) -> tuple[Hidden, Any]:
         """Runs an operation's layers."""
-        # [chunks, layers of a chunk, …]
-        any_leaf = jax.tree.leaves(self.layers)[0]
-        layers_of_chunk = any_leaf.shape[1]
-        first_layer = self._stage(tick) * layers_of_chunk
+        stage = self._stage(tick)
+        own = self.split.layers_of(stage)
         micro = self._micro(tick)
-        return self.model.run_stage(outer, chunk, first_layer, x, micro)
+        return self.model.run_stage(outer, chunk, own, x, micro)
 
     def _leave(self, carry: Carry, tick: Tick, y: Hidden) -> tuple[Carry, Hidden]:
         """Returns the gradient of an operation's output; behind the last layers it is made here."""

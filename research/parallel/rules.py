@@ -9,9 +9,16 @@ from jaxtyping import Array, Shaped
 
 from research.core.trees import path_name
 from research.parallel.divisibility import check_divides
-from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, WIDTH_AXES
+from research.parallel.mesh_axes import (
+    BATCH_AXES,
+    CONTEXT_AXIS,
+    PIPELINE_AXIS,
+    TENSOR_AXIS,
+    WIDTH_AXES,
+)
 from research.parallel.parameter import is_box
 from research.parallel.shard_map import dividing_axes
+from research.parallel.stages import without_stages
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used
 # again. Activations, whose batch takes `fsdp` and `expert` and whose length takes `context`, do not
@@ -19,7 +26,7 @@ from research.parallel.shard_map import dividing_axes
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
     ("length", (CONTEXT_AXIS,)),
-    ("layers", ("pipeline",)),
+    ("layers", (PIPELINE_AXIS,)),
     ("expert", ("expert",)),
     ("vocab", (TENSOR_AXIS,)),
     ("heads", (TENSOR_AXIS,)),
@@ -102,7 +109,11 @@ def param_shardings(
         row = width if shard_width else None
         names = tuple(row if name == "embed" else name for name in box.names)
         spec = partition_spec(names)
-        for name, size, mesh_axes in zip(box.names, box.value.shape, spec, strict=True):
+        shape = box.value.shape
+        if names[0] == "layers" and shape[0] % mesh.shape[PIPELINE_AXIS]:
+            # Stages of different sizes get their layers in each step.
+            spec = without_stages(NamedSharding(mesh, spec), shape).spec
+        for name, size, mesh_axes in zip(box.names, shape, spec, strict=True):
             check_divides(mesh, mesh_axes, size, f"{name} = {size} of {path_name(path)}")
         return NamedSharding(mesh, spec)
 

@@ -4,15 +4,17 @@ from collections.abc import Mapping
 
 from research.core.errors import UserError
 from research.models.config import ModelConfig
+from research.parallel.stages import StageSplit
 
 
-def check_axes(model: ModelConfig, sizes: Mapping[str, int]) -> None:
+def check_axes(model: ModelConfig, sizes: Mapping[str, int], chunks: int = 1) -> None:
     """Raises UserError where a model has nothing that a mesh axis of more than one device shards,
-    or exchanges heads in groups that do not fit.
+    exchanges heads in groups that do not fit, or has too few layers for its stages.
 
     Args:
       model: that is trained.
       sizes: of the mesh axes, by name.
+      chunks: of a stage's layers, `train.pipeline.chunks`.
     """
     shards = sizes["expert"]
     has_experts = model.experts is not None and any(layer.experts for layer in model.layers())
@@ -29,15 +31,32 @@ def check_axes(model: ModelConfig, sizes: Mapping[str, int]) -> None:
     if sizes["context"] > 1 and heads % sizes["tensor"] == 0:
         model.attention.exchange.check_groups(sizes["context"], heads // sizes["tensor"])
 
-    # Each stage of the pipeline has at least one layer.
-    depths = {"num_layers": model.num_layers}
-    if model.structure == "encoder_decoder":
-        depths["encoder_layers"] = model.encoder_layers
     stages = sizes["pipeline"]
-    for field, depth in depths.items():
-        if stages > depth:
-            raise UserError(
-                "mesh.pipeline",
-                stages,
-                f"is more than model.{field} = {depth}: a stage has at least one layer.",
-            )
+    if stages > 1 and model.layer_loop == "unroll":
+        raise UserError(
+            "mesh.pipeline", stages, "needs stacked layers. Use model.layer_loop = 'scan'."
+        )
+    if stages > 1:
+        stage_splits(model, stages, chunks)
+
+
+def stage_splits(model: ModelConfig, stages: int, chunks: int) -> list[StageSplit]:
+    """Returns how the layers of the decoder, and of the encoder where there are both, are cut.
+
+    Args:
+      model: that is trained.
+      stages: devices along `pipeline`.
+      chunks: of each of them.
+
+    Raises:
+      UserError: a stage has no layer.
+    """
+    stacks = {"the model": model}
+    if model.structure == "encoder_decoder":
+        stacks = {"the decoder": model, "the encoder": model.encoder()}
+    splits = []
+    for name, stack in stacks.items():
+        # The first layers are no part of a stage.
+        depth = stack.num_layers - len(stack.first_layers)
+        splits.append(StageSplit(depth, len(stack.pattern), stages, chunks, name))
+    return splits

@@ -6,10 +6,12 @@ its layers, in heads and in losses, is computed here too. What a part does not n
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -17,15 +19,25 @@ from research.core.errors import UserError
 from research.data.batch import Batch
 from research.models.cache import LayerCache
 from research.models.context import Context
-from research.models.layer_loops import Hidden, LayerGroup, LayersOutput, Scanned
+from research.models.layer_loops import Hidden, LayerGroup, LayersOutput, Scanned, layers_in_places
 from research.models.reports import LayerReport
 from research.parallel.mesh_axes import CONTEXT_AXIS, EXPERT_AXIS, PIPELINE_AXIS
 from research.parallel.pipeline import StagedModel, run_pipeline
 from research.parallel.pipeline_schedule import PipelineSchedule, make_schedule
+from research.parallel.stages import LayerRange, StageSplit, without_stages
 from research.training.config import TrainConfig
-from research.training.gradients import LayeredLoss, Loss, Report, microbatch_of, minimized_mean
+from research.training.gradients import (
+    LayeredLoss,
+    Loss,
+    Report,
+    mean_gradients,
+    microbatch_of,
+    minimized_mean,
+)
 from research.training.layout import Layout, constrain_tree
 from research.training.partition import EVERYTHING, Partition
+from research.training.staged_loop import StagedLoop
+from research.training.step import MeanGradients
 
 # The name of stacked layers among parameters and reports.
 LAYERS = "layers"
@@ -91,11 +103,13 @@ class PipelinedLoss:
       loss: of a model with stacked layers.
       schedule: of its microbatches.
       shardings: of the gradients.
+      free: those of the layers' that leave them together.
     """
 
     loss: LayeredLoss
     schedule: PipelineSchedule
     shardings: Any
+    free: Any
 
     def __call__(
         self,
@@ -110,6 +124,7 @@ class PipelinedLoss:
         layers = trainable[LAYERS]
         inputs = _Micro(batch, weight, key, frozen)
         stages = _Stages(self.loss, self.schedule, _report_shape(self, outer, layers, inputs))
+        split = stages.split(outer, layers, inputs)
         zero = stages.zero_report()
 
         # What the loss makes of the layers' reports is linear in them. So their gradient is the
@@ -120,15 +135,15 @@ class PipelinedLoss:
             return stages.leave_with(report, outer, jnp.zeros(hidden.shape, hidden.dtype), micro)
 
         report_gradient = jax.grad(reported, has_aux=True)(zero)[0]
-        num_layers = len(jax.tree.leaves(layers)[0])
-        layers_of_chunk = num_layers // self.schedule.virtual_stages
         result = run_pipeline(
             self.schedule,
             StagedModel(stages.microbatch, stages.enter, stages.run_stage, stages.leave),
             outer,
             layers,
             inputs,
-            jax.tree.map(lambda x: x[:layers_of_chunk], report_gradient),
+            jax.tree.map(lambda x: x[: split.places], report_gradient),
+            split,
+            self.free,
         )
         _, (value, report) = jax.jvp(reported, (zero,), (result.report,))
         report = jax.tree.map(jnp.add, result.sums, report)
@@ -143,8 +158,11 @@ def build_pipelined(
     trainable: Any,
     partition: Partition,
     layout: Layout,
-) -> PipelinedLoss:
+) -> MeanGradients:
     """Returns the gradients through the pipeline that a mesh and a config name.
+
+    A model of two stacks, and one that is trained in part, are not cut into parts; JAX
+    differentiates through their stages.
 
     Args:
       loss: what is minimized.
@@ -155,21 +173,23 @@ def build_pipelined(
       layout: of the gradients.
 
     Raises:
-      UserError: the layers do not fit the stages, or not everything is trained.
+      UserError: the schedule does not fit the model or the mesh.
     """
     devices = mesh.shape[PIPELINE_AXIS]
     config = train.pipeline
     schedule = make_schedule(config.schedule, devices, train.accumulation, config.chunks)
-    if partition is not EVERYTHING:
-        raise UserError(
-            "mesh.pipeline", devices, ": stages need all parameters trained. Use 1, and mesh.fsdp."
-        )
-    if not isinstance(loss, LayeredLoss) or LAYERS not in trainable:
-        raise UserError(
-            "mesh.pipeline",
-            devices,
-            "needs stacked layers. Use model.layer_loop = 'scan', or mesh.pipeline = 1.",
-        )
+    if not isinstance(loss, LayeredLoss):
+        raise UserError("mesh.pipeline", devices, ": this loss has no layers to cut. Use 1.")
+    if partition is not EVERYTHING or "encoder" in trainable:
+        if config.schedule != "gpipe" or config.chunks > 1:
+            raise UserError(
+                "train.pipeline.schedule",
+                config.schedule,
+                "needs one stack of layers and all parameters trained. Use 'gpipe' without chunks.",
+            )
+        staged = on_stages(loss, train, mesh)
+        return functools.partial(mean_gradients, staged, shardings=layout.gradients)
+
     for axis in (CONTEXT_AXIS, EXPERT_AXIS):
         if config.schedule == "zero_bubble" and mesh.shape[axis] > 1:
             # In a tick of different kinds, a permutation among all devices would wait for ever.
@@ -178,14 +198,19 @@ def build_pipelined(
                 mesh.shape[axis],
                 "must be 1 with train.pipeline.schedule = 'zero_bubble'. Use '1f1b'.",
             )
-    num_layers = len(jax.tree.leaves(trainable[LAYERS])[0])
-    if num_layers % schedule.virtual_stages:
-        raise UserError(
-            "mesh.pipeline × train.pipeline.chunks",
-            schedule.virtual_stages,
-            f"does not divide the {num_layers} layers of model.pattern.",
-        )
-    return PipelinedLoss(loss, schedule, layout.gradients)
+    layers = nn.unbox(trainable[LAYERS])
+    free = jax.tree.map(
+        lambda x, sharding: without_stages(sharding, x.shape), layers, layout.gradients[LAYERS]
+    )
+    return PipelinedLoss(loss, schedule, layout.gradients, free)
+
+
+def on_stages(loss: Loss, train: TrainConfig, mesh: Mesh) -> Loss:
+    """Returns a loss whose layers are run on the stages of a mesh, if it has some."""
+    devices = mesh.shape[PIPELINE_AXIS]
+    if devices == 1 or not isinstance(loss, LayeredLoss):
+        return loss
+    return loss.with_loop(StagedLoop(devices, train.accumulation))
 
 
 def _report_shape(loss: PipelinedLoss, outer: Any, layers: Any, inputs: _Micro) -> LayerReport:
@@ -194,7 +219,8 @@ def _report_shape(loss: PipelinedLoss, outer: Any, layers: Any, inputs: _Micro) 
     index = jnp.zeros((), jnp.int32)
     micro = stages.microbatch(inputs, index)
     hidden = jax.eval_shape(stages.enter, outer, micro)
-    _, report = jax.eval_shape(stages.run_stage, outer, layers, index, hidden, micro)
+    every_layer = LayerRange(index, None)
+    _, report = jax.eval_shape(stages.run_stage, outer, layers, every_layer, hidden, micro)
     return report
 
 
@@ -223,31 +249,30 @@ class _Stages:
         key = inputs.key if count == 1 else jax.random.fold_in(inputs.key, index)
         return inputs._replace(batch=rows, key=key)
 
+    def split(self, outer: Any, layers: Any, inputs: _Micro) -> StageSplit:
+        """Returns which layers each stage has."""
+        periods = []
+
+        def note(outer: Any, inputs: _Micro) -> Hidden:
+            entered = self._entered(outer, self.microbatch(inputs, jnp.zeros((), jnp.int32)))
+            periods.append(entered.group.period)
+            return entered.x
+
+        # Traced alone: the period is a constant of the model.
+        jax.eval_shape(note, outer, inputs)
+        num_layers = len(jax.tree.leaves(layers)[0])
+        return StageSplit(num_layers, periods[0], self.schedule.devices, self.schedule.chunks)
+
     def enter(self, outer: Any, micro: _Micro) -> Hidden:
         """Returns the hidden states before the first layer."""
         return self._entered(outer, micro).x
 
     def run_stage(
-        self, outer: Any, layers: Any, first: Int[Array, ""], x: Hidden, micro: _Micro
+        self, outer: Any, layers: Any, own: LayerRange, x: Hidden, micro: _Micro
     ) -> tuple[Hidden, LayerReport]:
-        """Runs consecutive layers, from the index `first` on."""
+        """Runs consecutive layers: those of a stage, in its places."""
         entered = self._entered(outer, micro)
-        group = entered.group
-        num_layers = len(jax.tree.leaves(layers)[0])
-        if num_layers % group.period:
-            raise UserError(
-                "mesh.pipeline × train.pipeline.chunks",
-                self.schedule.virtual_stages,
-                f"gives each stage {num_layers} layers, and model.pattern repeats after "
-                f"{group.period}: a stage holds whole rounds of it.",
-            )
-        stage = dataclasses.replace(
-            group,
-            start_index=group.start_index + first,
-            names=group.names[:num_layers],
-            layer_configs=group.layer_configs[:num_layers],
-            params=layers,
-        )
+        stage = layers_in_places(entered.group, layers, own)
         x, _, reports = Scanned().run(stage, x, None, entered.context)
         return x, reports[LAYERS]
 
@@ -269,10 +294,5 @@ class _Stages:
         """Returns what goes into the layers."""
         note = _NoteInput([])
         self.loss.with_loop(note).hidden(outer, micro.frozen, micro.batch, micro.key)
-        if len(note.found) != 1:
-            raise UserError(
-                "mesh.pipeline",
-                self.schedule.devices,
-                ": the model has two stacks of layers, an encoder and a decoder. Use 1.",
-            )
-        return note.found[0]
+        (entered,) = note.found
+        return entered

@@ -23,7 +23,7 @@ from research.training.config import TrainConfig
 from research.training.gradients import mean_gradients
 from research.training.layout import Layout, zero_layout
 from research.training.partition import EVERYTHING, Partition
-from research.training.pipelined import build_pipelined
+from research.training.pipelined import build_pipelined, on_stages
 from research.training.state import TrainState, abstract_state, create_state
 from research.training.step import (
     AbstractBatch,
@@ -193,7 +193,7 @@ def build_program(
         batch=_abstract_batch(batch_shapes, devices_mesh),
         create=functools.partial(create_state, init_trainable, optimizer, state),
         train_step=train_step,
-        eval_step=make_eval_step(eval_loss or loss),
+        eval_step=make_eval_step(on_stages(eval_loss or loss, train, devices_mesh)),
     )
 
 

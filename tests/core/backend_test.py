@@ -1,5 +1,6 @@
 """Settings before JAX starts: freed memory stays mapped."""
 
+import os
 import subprocess
 import sys
 
@@ -64,3 +65,45 @@ def test_the_tpu_compiler_alone_is_no_tpu(
     monkeypatch.setattr(backend.os, "environ", environment)
     backend.configure()
     assert environment.get("JAX_PLATFORMS") == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "expected"),
+    [
+        ("--xla_force_host_platform_device_count=8", None, "32"),
+        ("--xla_force_host_platform_device_count=8", "9", "9"),
+        (
+            "--xla_force_host_platform_device_count=8 --xla_force_host_platform_device_count=2",
+            None,
+            "8",
+        ),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+)
+def test_several_cpu_devices_have_threads_to_wait_in(flags, given, expected, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    if given:
+        monkeypatch.setenv("PJRT_NPROC", given)
+    backend.add_threads()
+    assert os.environ.get("PJRT_NPROC") == expected
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+
+
+THREADS = """
+import glob
+import jax
+jax.devices()
+names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
+print(names.count("tf_XLAEigen"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed by Linux")
+def test_xla_has_as_many_threads_as_the_variable_says():
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PJRT_NPROC": "37"}
+    command = [sys.executable, "-c", THREADS]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == 37

@@ -329,8 +329,7 @@ def test_an_axis_of_experts_carries_them():
         ({}, {"tensor": 3}, {}, "mesh.tensor = 3 does not fit 8 devices"),
         ({}, {"tensor": 8}, {}, "mesh.tensor = 8 does not divide kv_heads = 2"),
         ({"vocab_size": 47}, {"tensor": 2}, {}, "mesh.tensor = 2 does not divide vocab = 47"),
-        ({"layer_loop": "scan", "num_layers": 3}, {"pipeline": 2}, {}, "mesh.pipeline = 2 does"),
-        ({}, {"pipeline": 4}, {}, "mesh.pipeline = 4 is more than model.num_layers = 2"),
+        ({}, {"pipeline": 4}, {}, "mesh.pipeline × train.pipeline.chunks = 4 is more than"),
         ({}, {"expert": 2}, {}, "mesh.expert = 2: no layer of the model has experts."),
         (
             {"experts": dataclasses.replace(VARIANTS["experts"].experts, num_experts=6)},

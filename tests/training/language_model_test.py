@@ -146,12 +146,17 @@ SIZES = dict.fromkeys(("data", "fsdp", "pipeline", "context", "expert", "tensor"
             2,
             "mesh.expert = 2: no layer of the model has experts.",
         ),
-        ({"num_layers": 3}, "pipeline", 4, "mesh.pipeline = 4 is more than model.num_layers = 3:"),
+        (
+            {"num_layers": 3},
+            "pipeline",
+            4,
+            "mesh.pipeline × train.pipeline.chunks = 4 is more than the 3 layers of the model:",
+        ),
         (
             {"num_layers": 4, "structure": "encoder_decoder", "encoder_layers": 2},
             "pipeline",
             4,
-            "mesh.pipeline = 4 is more than model.encoder_layers = 2:",
+            "mesh.pipeline × train.pipeline.chunks = 4 is more than the 2 layers of the encoder:",
         ),
     ],
 )
@@ -179,6 +184,7 @@ def test_groups_that_exchange_heads_must_divide_devices_and_heads():
 def test_axes_that_a_model_can_use_are_taken():
     check_axes(tiny_config(experts=EXPERTS), {**SIZES, "expert": 4})
     check_axes(tiny_config(num_layers=4), {**SIZES, "pipeline": 4})
+    check_axes(tiny_config(num_layers=5), {**SIZES, "pipeline": 4})
     check_axes(tiny_config(), {**SIZES, "data": 4, "fsdp": 2, "context": 2, "tensor": 2})
 
 
