@@ -17,7 +17,7 @@ from research.core.trees import path_name
 from research.inspection.parameter_summary import layers_name
 from research.models.config import ModelConfig
 from research.parallel.parameter import is_box
-from research.parallel.rules import param_shardings, partition_spec
+from research.parallel.rules import param_shardings, parameter_spec
 
 # encoder/layers_3/mlp/up/kernel -> encoder/, layers, 3, mlp/up/kernel
 _LAYER = re.compile(
@@ -101,7 +101,7 @@ def sharded_array(
     names = axes
     if not shard_width:
         names = tuple(None if name == "embed" else name for name in axes)
-    spec = partition_spec(names)
+    spec = parameter_spec(names, shape, mesh)
     mesh_axes = []
     for entry in spec:
         sharding = (entry,) if isinstance(entry, str) else entry or ()

@@ -7,6 +7,7 @@ all of them (`models.canonical_params`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -135,12 +136,17 @@ def layers_in_places(group: LayerGroup, params: Any, own: LayerRange) -> LayerGr
 
     Args:
       group: all layers.
-      params: of the places of these layers, with a leading axis. Behind the last layer there may be
+      params: of the places of these layers, with a leading axis. After the last layer there may be
         places without one: they are run, and nothing is kept of them.
       own: which layers they are; the first of them begins a round of the pattern.
     """
-    places = len(jax.tree.leaves(params)[0])
-    configs = [group.layer_configs[place % group.period] for place in range(places)]
+    any_leaf = jax.tree.leaves(params)[0]
+    places = any_leaf.shape[0]
+    # 3 places of a pattern of 2: its configs 0, 1 and 0
+    configs = []
+    for place in range(places):
+        in_round = place % group.period
+        configs.append(group.layer_configs[in_round])
     part = dataclasses.replace(
         group,
         start_index=group.start_index + own.first,
@@ -157,7 +163,8 @@ def layers_in_places(group: LayerGroup, params: Any, own: LayerRange) -> LayerGr
         params, is_layer = params
         y, cache, report = group.apply(config, params, x, cache, context)
         y = jnp.where(is_layer, y, x)
-        report = jax.tree.map(lambda leaf: jnp.where(is_layer, leaf, 0), report)
+        no_report = jax.tree.map(jnp.zeros_like, report)
+        report = jax.tree.map(functools.partial(jnp.where, is_layer), report, no_report)
         return y, cache, report
 
     is_layer = jnp.arange(places) < own.count

@@ -21,7 +21,7 @@ from optax import contrib
 from research.core.trees import named_leaves, path_name
 from research.parallel.owners import Slices
 from research.parallel.parameter import Axes
-from research.parallel.rules import partition_spec
+from research.parallel.rules import parameter_spec
 from research.parallel.shard_map import shard_map
 
 
@@ -141,7 +141,7 @@ def _orthogonalized(tree: Any, axes_by_name: dict[str, Axes], epsilon: float) ->
         specs = []
         group = []
         for index in members:
-            mesh_axes = _mesh_axes(axes[index])
+            mesh_axes = _mesh_axes(axes[index], kernels[index].shape)
             specs.append(PartitionSpec(*mesh_axes))
             group.append(kernels[index])
         found = _by_owners(layout, specs, group, epsilon)
@@ -159,7 +159,7 @@ def _layout(axes: Axes, kernel: Float[Array, "..."], index: int) -> Layout:
 
     # ("layers", "embed", "mlp") of 4 × 2 devices: (), ("fsdp",), ("tensor",) and 1, 4, 2
     mesh = jax.sharding.get_abstract_mesh()
-    mesh_axes = _mesh_axes(axes)
+    mesh_axes = _mesh_axes(axes, kernel.shape)
     shards = []
     for names in mesh_axes:
         sizes = [mesh.shape[name] for name in names]
@@ -183,11 +183,13 @@ def _layout(axes: Axes, kernel: Float[Array, "..."], index: int) -> Layout:
     )
 
 
-def _mesh_axes(axes: Axes) -> tuple[tuple[str, ...], ...]:
+def _mesh_axes(axes: Axes, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
     """Returns for each axis of a kernel the mesh axes that shard it over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ((),) * len(shape)
     mesh_axes = []
-    for entry in partition_spec(axes.names):
+    for entry in parameter_spec(axes.names, shape, mesh):
         # None, "tensor" or ("fsdp", "context") -> a tuple
         names = entry or ()
         if isinstance(names, str):

@@ -68,6 +68,24 @@ def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+def parameter_spec(
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Returns how a parameter, or what has its shape, is sharded: as `partition_spec` says, but
+    that `pipeline` shards another axis of stacked layers whose number it does not divide.
+
+    Args:
+      names: logical axes.
+      shape: of the array.
+      mesh: the devices.
+    """
+    spec = partition_spec(names)
+    if names[:1] != ("layers",) or shape[0] % mesh.shape[PIPELINE_AXIS] == 0:
+        return spec
+    # Stages of different sizes get their layers in each step.
+    return without_stages(NamedSharding(mesh, spec), shape).spec
+
+
 def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[Array, "..."]:
     """Lays an activation out by its logical axes; without a mesh in context (`jax.set_mesh`) it
     does nothing.
@@ -108,11 +126,8 @@ def param_shardings(
         # Without its width the kernel ("expert", "embed", "mlp") is ("expert", None, "mlp").
         row = width if shard_width else None
         names = tuple(row if name == "embed" else name for name in box.names)
-        spec = partition_spec(names)
         shape = box.value.shape
-        if names[0] == "layers" and shape[0] % mesh.shape[PIPELINE_AXIS]:
-            # Stages of different sizes get their layers in each step.
-            spec = without_stages(NamedSharding(mesh, spec), shape).spec
+        spec = parameter_spec(names, shape, mesh)
         for name, size, mesh_axes in zip(box.names, shape, spec, strict=True):
             check_divides(mesh, mesh_axes, size, f"{name} = {size} of {path_name(path)}")
         return NamedSharding(mesh, spec)

@@ -33,7 +33,6 @@ def run_stages(
     layers: Any,
     x: Float[Array, "M B T D"],
     shared: Any,
-    free: Any = None,
 ) -> tuple[Float[Array, "M B T D"], Any]:
     """Returns the hidden states behind all layers, and the reports `[L, …]`, summed over the
     microbatches.
@@ -44,47 +43,29 @@ def run_stages(
       layers: parameters, `[L, …]`.
       x: hidden states before them, by microbatch.
       shared: what else is read: arrays of all microbatches.
-      free: as of `StageSplit.by_stage`.
     """
-    microbatches = x.shape[0]
-    devices = split.devices
-    last = devices - 1
 
     def on_device(staged: Any, x: Array, shared: Any) -> tuple[Array, Any]:
         place = jax.lax.axis_index(PIPELINE_AXIS)
+        layer_range = split.layers_of(place)
         # [1, 1, S, …] -> [S, …]
         own = jax.tree.map(lambda leaf: leaf[0, 0], staged)
-        layer_range = split.layers_of(place)
 
         # Only the input of a stage is kept, for each microbatch.
         @jax.checkpoint
         def run(own: Any, x: Hidden, shared: Any, index: Array) -> tuple[Hidden, Any]:
             return run_stage(own, layer_range, x, shared, index)
 
-        def tick(arrived: Hidden, time: Array) -> tuple[Hidden, tuple[Hidden, Any]]:
-            # Stage s has microbatch t - s in tick t, and before and after nothing that is needed.
-            index = time - place
-            is_active = (index >= 0) & (index < microbatches)
-            index = jnp.clip(index, 0, microbatches - 1)
-            entered = constrain(x, _MICROBATCH_AXES)[index]
-            own_input = jnp.where(place == 0, entered, arrived)
-            y, report = run(own, own_input, shared, index)
-            report = jax.tree.map(lambda leaf: jnp.where(is_active, leaf, 0), report)
+        def run_own(x: Hidden, index: Array) -> tuple[Hidden, Any]:
+            return run(own, x, shared, index)
 
-            pairs = [(stage, stage + 1) for stage in range(last)]
-            sent = jax.lax.ppermute(y, PIPELINE_AXIS, pairs)
-            return sent, (y, report)
-
-        nothing = jnp.zeros_like(x[0])
-        times = jnp.arange(microbatches + last)
-        _, (outputs, reports) = jax.lax.scan(tick, nothing, times)
-
-        # The last stage has microbatch m in tick m + P - 1; all devices get it.
-        outputs = outputs[last:]
-        outputs = jnp.where(place == last, outputs, 0)
+        outputs, report = _run_ticks(run_own, x, split.devices)
+        # The last stage's outputs go to all devices.
+        is_last = place == split.devices - 1
+        outputs = jnp.where(is_last, outputs, 0)
         outputs = jax.lax.psum(outputs, PIPELINE_AXIS)
-        # [ticks, S, …] -> [1, 1, S, …]
-        report = jax.tree.map(lambda leaf: leaf.sum(axis=0)[None, None], reports)
+        # [S, …] -> [1, 1, S, …]
+        report = jax.tree.map(lambda leaf: leaf[None, None], report)
         return outputs, report
 
     by_device = PartitionSpec(None, PIPELINE_AXIS)
@@ -95,6 +76,48 @@ def run_stages(
         (everywhere, by_device),
         axes=(PIPELINE_AXIS,),
     )
-    staged = split.by_stage(layers, free)
+    staged = split.by_stage(layers)
     outputs, report = run_all(staged, x, shared)
     return outputs, split.by_layer(report)
+
+
+def _run_ticks(
+    run: Callable[[Hidden, Int[Array, ""]], tuple[Hidden, Any]],
+    x: Float[Array, "M B T D"],
+    devices: int,
+) -> tuple[Float[Array, "M B T D"], Any]:
+    """Returns what a device's stage gives for each microbatch, if it is the last one, and the sum
+    of its reports.
+
+    Args:
+      run: the stage, of hidden states and the index of their microbatch.
+      x: hidden states before the first stage, by microbatch.
+      devices: stages, P.
+    """
+    microbatches = x.shape[0]
+    last = devices - 1
+    place = jax.lax.axis_index(PIPELINE_AXIS)
+    pairs = [(stage, stage + 1) for stage in range(last)]
+
+    def tick(arrived: Hidden, time: Array) -> tuple[Hidden, tuple[Hidden, Any]]:
+        # Stage s has microbatch t - s in tick t; before and after those, nothing that is needed.
+        index = time - place
+        has_begun = index >= 0
+        is_active = has_begun & (index < microbatches)
+        index = jnp.clip(index, 0, microbatches - 1)
+        own_x = constrain(x, _MICROBATCH_AXES)
+        entered = own_x[index]
+        own_input = jnp.where(place == 0, entered, arrived)
+
+        y, report = run(own_input, index)
+        report = jax.tree.map(lambda leaf: jnp.where(is_active, leaf, 0), report)
+        sent = jax.lax.ppermute(y, PIPELINE_AXIS, pairs)
+        return sent, (y, report)
+
+    nothing = jnp.zeros_like(x[0])
+    times = jnp.arange(microbatches + last)
+    _, (outputs, reports) = jax.lax.scan(tick, nothing, times)
+    # The last stage has microbatch m in tick m + P - 1.
+    own_outputs = outputs[last:]
+    report = jax.tree.map(lambda leaf: leaf.sum(axis=0), reports)
+    return own_outputs, report

@@ -75,7 +75,8 @@ class StageSplit:
         # 7 rounds over 3 stages: 3, 2 and 2
         rounds = np.full(stages, least)
         rounds[:rest] += 1
-        return (np.cumsum(rounds) - rounds) * self.period
+        ends = np.cumsum(rounds)
+        return (ends - rounds) * self.period
 
     @property
     def counts(self) -> Int[np.ndarray, "VP"]:
@@ -85,13 +86,16 @@ class StageSplit:
     @property
     def places(self) -> int:
         """Layers for which each stage has a place: whole rounds, S."""
-        most = self.counts.max()
-        return int(-(-most // self.period) * self.period)
+        # 7 layers in rounds of 3: places for 9
+        most = int(self.counts.max())
+        rounds = -(-most // self.period)
+        return rounds * self.period
 
     @property
     def is_even(self) -> bool:
         """Whether every place has a layer."""
-        return bool((self.counts == self.places).all())
+        is_full = self.counts == self.places
+        return bool(is_full.all())
 
     def layers_of(self, stage: Int[Array, ""]) -> LayerRange:
         """Returns the layers of a stage."""
@@ -111,27 +115,44 @@ class StageSplit:
             to other places; None is what the partitioner chooses.
         """
         shape = (self.chunks, self.devices, self.places)
-        if self._in_order:
-            return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), layers)
 
-        # [V P, S] of layer indices
-        index = self.firsts[:, None] + np.arange(self.places)
-        is_layer = np.arange(self.places) < self.counts[:, None]
-        index = np.where(is_layer, index, 0).reshape(shape)
+        def cut(x: Shaped[Array, "L ..."]) -> Shaped[Array, "V P S ..."]:
+            rest = x.shape[1:]
+            return x.reshape(*shape, *rest)
+
+        if self._in_order:
+            return jax.tree.map(cut, layers)
+
+        # [V P, S]: the layer of each place, or 0
+        place = np.arange(self.places)
+        index = self.firsts[:, None] + place
+        is_layer = place < self.counts[:, None]
+        index = np.where(is_layer, index, 0)
+        index = index.reshape(shape)
+
         layers = _moved(layers, free, leading=0)
         staged = jax.tree.map(lambda x: x[index], layers)
         return _moved(staged, free, leading=2)
 
     def by_layer(self, staged: Any, free: Any = None) -> Any:
         """Returns the arrays of all layers in their order, `[V, P, S, …] -> [L, …]`."""
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), staged)
+
+        def join(x: Shaped[Array, "V P S ..."]) -> Shaped[Array, "VPS ..."]:
+            rest = x.shape[3:]
+            return x.reshape(-1, *rest)
+
         if self._in_order:
-            return flat
-        stage = np.repeat(np.arange(self.counts.size), self.counts)
-        within = np.arange(self.num_layers) - self.firsts[stage]
+            return jax.tree.map(join, staged)
+
+        # Layer 5 of stages of 4 and 3 is the second of stage 1, in place 4 + 1.
+        stages = np.arange(self.counts.size)
+        stage = np.repeat(stages, self.counts)
+        layer = np.arange(self.num_layers)
+        within = layer - self.firsts[stage]
         index = stage * self.places + within
+
         staged = _moved(staged, free, leading=2)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), staged)
+        flat = jax.tree.map(join, staged)
         return jax.tree.map(lambda x: x[index], flat)
 
     @property
@@ -146,7 +167,8 @@ def _moved(tree: Any, free: Any, leading: int) -> Any:
         return tree
 
     def move(x: Shaped[Array, "..."], sharding: NamedSharding) -> Shaped[Array, "..."]:
-        spec = PartitionSpec(*[None] * leading, *sharding.spec)
+        free_axes = [None] * leading
+        spec = PartitionSpec(*free_axes, *sharding.spec)
         return jax.lax.with_sharding_constraint(x, spec)
 
     return jax.tree.map(move, tree, free)
@@ -163,15 +185,20 @@ def without_stages(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedShar
     mesh = sharding.mesh
     stages = mesh.shape[PIPELINE_AXIS]
     spec = [None, *sharding.spec[1:]]
-    shards = NamedSharding(mesh, PartitionSpec(*spec)).shard_shape(shape)
+    unstaged = NamedSharding(mesh, PartitionSpec(*spec))
+    shards = unstaged.shard_shape(shape)
 
     # [7, 64, 512 / tensor 4] on 2 stages: [7, 64, 512 / tensor 4 and pipeline 2]
-    candidates = [i for i in range(1, len(shape)) if shards[i] % stages == 0]
-    if any(PIPELINE_AXIS in _axes_of(entry) for entry in spec):
-        return sharding
+    candidates = []
+    for axis, size in enumerate(shards):
+        if PIPELINE_AXIS in _axes_of(spec[axis]):
+            return sharding
+        if axis > 0 and size % stages == 0:
+            candidates.append(axis)
     if stages > 1 and candidates:
-        axis = max(candidates, key=lambda i: shards[i])
-        spec[axis] = (*_axes_of(spec[axis]), PIPELINE_AXIS)
+        axis = max(candidates, key=lambda axis: shards[axis])
+        others = _axes_of(spec[axis])
+        spec[axis] = (*others, PIPELINE_AXIS)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 

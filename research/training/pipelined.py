@@ -254,13 +254,16 @@ class _Stages:
         periods = []
 
         def note(outer: Any, inputs: _Micro) -> Hidden:
-            entered = self._entered(outer, self.microbatch(inputs, jnp.zeros((), jnp.int32)))
+            index = jnp.zeros((), jnp.int32)
+            micro = self.microbatch(inputs, index)
+            entered = self._entered(outer, micro)
             periods.append(entered.group.period)
             return entered.x
 
         # Traced alone: the period is a constant of the model.
         jax.eval_shape(note, outer, inputs)
-        num_layers = len(jax.tree.leaves(layers)[0])
+        any_leaf = jax.tree.leaves(layers)[0]
+        num_layers = any_leaf.shape[0]
         return StageSplit(num_layers, periods[0], self.schedule.devices, self.schedule.chunks)
 
     def enter(self, outer: Any, micro: _Micro) -> Hidden:

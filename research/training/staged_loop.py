@@ -40,7 +40,8 @@ class StagedLoop:
     ) -> LayersOutput:
         """Implements `LayerLoop.run`."""
         assert caches is None, "a pipeline keeps no keys and values"
-        split = StageSplit(len(group.layer_configs), group.period, self.devices)
+        num_layers = len(group.layer_configs)
+        split = StageSplit(num_layers, group.period, self.devices)
         rows = x.shape[0]
 
         def run_stage(
@@ -53,9 +54,11 @@ class StagedLoop:
 
         # [B, T, D] -> [B / M, M, T, D] -> [M, B / M, T, D]: rows of a microbatch are those that
         # it has without stages.
-        by_microbatch = jnp.swapaxes(self._grouped(x), 0, 1)
+        grouped = self._grouped(x)
+        by_microbatch = jnp.swapaxes(grouped, 0, 1)
         y, report = run_stages(split, run_stage, group.params, by_microbatch, context)
-        y = jnp.swapaxes(y, 0, 1).reshape(x.shape)
+        y = jnp.swapaxes(y, 0, 1)
+        y = y.reshape(x.shape)
 
         # Counts add up over microbatches; the router loss is a mean over each.
         mean_loss = report.router_loss / self.microbatches
@@ -72,10 +75,12 @@ class StagedLoop:
         def of_microbatch(leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
             if leaf.ndim == 0 or leaf.shape[0] != rows:
                 return leaf
-            return self._grouped(leaf)[:, index]
+            grouped = self._grouped(leaf)
+            return grouped[:, index]
 
         key = context.key
-        context = jax.tree.map(of_microbatch, dataclasses.replace(context, key=None))
+        context = dataclasses.replace(context, key=None)
+        context = jax.tree.map(of_microbatch, context)
         if key is not None:
             key = jax.random.fold_in(key, index)
         return dataclasses.replace(context, key=key)

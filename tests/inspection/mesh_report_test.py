@@ -290,6 +290,15 @@ def test_an_axis_carries_what_arrays_have_on_it():
     )
 
 
+def test_layers_that_do_not_divide_are_said_stage_by_stage():
+    model = tiny_config(num_layers=7, layer_loop="scan")
+    lines = mesh_report_lines(report_of(model, MeshConfig(pipeline=2)))
+    assert "layers of the stages of the model: 4, 3" in lines
+    even = dataclasses.replace(model, num_layers=6)
+    lines = mesh_report_lines(report_of(even, MeshConfig(pipeline=2)))
+    assert "layers of the stages of the model: 3 each" in lines
+
+
 @pytest.mark.parametrize(
     ("zero", "carried", "collectives"),
     [
