@@ -27,7 +27,6 @@ from research.parallel.mesh_axes import EXPERT_AXIS
 
 Names = tuple[str | None, ...]
 _TOKENS = ("batch", "length")
-_HIDDEN = (*_TOKENS, "embed")
 # encoder/layers_0/mlp/up -> encoder/, layers, mlp/up
 _LAYER = re.compile(r"(?P<stack>(?:.*?/)?)layers_0/(?P<leaf>.*)")
 
@@ -38,11 +37,13 @@ class _Recorder:
 
     Attributes:
       mesh: sizes of the mesh axes.
+      hidden_axes: logical axes of the hidden states between sublayers.
       found: the arrays.
       seen: arrays by identity, which are kept so that no other gets the same one -> their axes.
     """
 
     mesh: AbstractMesh
+    hidden_axes: Names
     found: list[ShardedArray] = dataclasses.field(default_factory=list)
     seen: dict[int, tuple[Any, Names]] = dataclasses.field(default_factory=dict)
 
@@ -66,14 +67,17 @@ class _Recorder:
         result = call(*args, **kwargs)
 
         if isinstance(module, Projection):
-            self._record(path, result, _projected(module, result, inputs=False))
+            names = _projected(module, result, inputs=False)
+            if names == (*_TOKENS, "embed"):
+                names = self.hidden_axes
+            self._record(path, result, names)
         elif isinstance(module, Norm):
-            _, names = self.seen.get(id(args[0]), (None, _HIDDEN))
+            _, names = self.seen.get(id(args[0]), (None, self.hidden_axes))
             self._record(path, result, names)
         elif isinstance(module, Experts):
             self._record_experts(module, path, args[0])
         elif isinstance(module, Block):
-            self._record(f"{path}/output", result[0], _HIDDEN)
+            self._record(f"{path}/output", result[0], self.hidden_axes)
         return result
 
     def _record(self, name: str, array: Any, names: Names) -> None:
@@ -159,7 +163,7 @@ def activation_groups(
         name: jax.ShapeDtypeStruct(*shape)
         for name, shape in batch_shapes(objective, rows, length).items()
     }
-    recorder = _Recorder(mesh)
+    recorder = _Recorder(mesh, config.hidden_axes)
 
     def trace(batch: Any) -> Any:
         params = nn.unbox(model.init(jax.random.key(0)))

@@ -104,7 +104,7 @@ def mesh_report(
       UserError: sizes that do not fit the devices or the model, or an axis that it cannot use.
     """
     sizes = abstract_mesh(mesh, cluster.num_devices, cluster.slices)
-    check_axes(model, sizes.shape, train.pipeline.chunks)
+    check_axes(model, sizes.shape, train.pipeline.chunks, train.sequence_length)
     check_batch(train.batch_size, train.sequence_length, train.accumulation, sizes)
     boxed = _abstract_parameters(model, cluster)
     parameters = parameter_groups(model, boxed, sizes, shard_width=mesh.zero == 3)

@@ -18,6 +18,8 @@ from research.models.reports import LayerReport, empty_report
 from research.parallel.rules import constrain
 
 Hidden = Float[Array, "B T D"]
+# What a sublayer reads: tensor shards its width inside, and not its tokens.
+_ALL_TOKENS = ("batch", "length", "embed")
 
 
 class Block(nn.Module):
@@ -68,7 +70,7 @@ class Block(nn.Module):
             if c.structure == "encoder_decoder":
                 x = self._residual("cross_attention", x, cross_attention, context, 1)
             x = self._residual("mlp", x, feed_forward, context, 2)
-        return constrain(x, ("batch", "length", "embed")), cache, report
+        return constrain(x, c.hidden_axes), cache, report
 
     def _parallel(
         self,
@@ -84,7 +86,10 @@ class Block(nn.Module):
         else:
             mlp_input = self._norm("mlp_norm", x)
 
+        attention_input = constrain(attention_input, _ALL_TOKENS)
+        mlp_input = constrain(mlp_input, _ALL_TOKENS)
         y = attention(attention_input) + feed_forward(mlp_input)
+        y = constrain(y, self.config.hidden_axes)
         return x + self._dropout(y, context, 0)
 
     def _residual(
@@ -103,7 +108,9 @@ class Block(nn.Module):
         y = x
         if norm.reads_normalized and (name != "attention" or self.layer.attention_norm):
             y = self._norm(f"{name}_norm", y)
-        y = f(y)
+        y = constrain(y, _ALL_TOKENS)
+        # Where tensor shards tokens too, its devices' sums of this are scattered over them.
+        y = constrain(f(y), self.config.hidden_axes)
         if norm.writes_normalized:
             y = self._norm(f"{name}_out_norm", y)
 

@@ -184,6 +184,10 @@ class ModelConfig:
         CPU, where loops are slow. The parameters on disk are the same.
       remat: what the backward pass recomputes: `none`, all of a block (`full`), or all but its
         matrix products (`dots`) or those without batch dimensions (`dots_no_batch`).
+      sequence_parallel: whether `mesh.tensor` shards the tokens of the hidden states between
+        sublayers, which a device has all of otherwise: norms, dropout and what the backward pass
+        keeps are then shared by the devices, and as many bytes are exchanged. Source: Korthikanti
+        et al. 2022, arXiv:2205.05198, section 4.2.2.
     """
 
     vocab_size: int
@@ -210,6 +214,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "num_layers", "embed_dim", "max_length")
@@ -309,6 +314,12 @@ class ModelConfig:
                 "alibi_bfloat16",
                 f"needs structure = 'decoder', not {self.structure!r}.",
             )
+
+    @property
+    def hidden_axes(self) -> tuple[str, str, str]:
+        """The logical axes of the hidden states between sublayers."""
+        tokens = "residual" if self.sequence_parallel else "length"
+        return ("batch", tokens, "embed")
 
     def layers(self) -> tuple[LayerConfig, ...]:
         """Returns what each layer of the decoder (or the only stack) does, L of them."""

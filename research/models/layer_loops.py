@@ -43,6 +43,7 @@ class LayerGroup:
       remat: the policy of `jax.checkpoint`; None: no checkpoint. `Scanned` applies it to one round
           of the pattern (`period` layers) at a time, and to each layer after the scan. `Unrolled`
           ignores it: its blocks are wrapped in `nn.remat` already.
+      hidden_axes: the logical axes of the hidden states between layers.
     """
 
     start_index: int | Int[Array, ""]
@@ -53,6 +54,7 @@ class LayerGroup:
     apply: Callable[[LayerConfig, Any, Hidden, LayerCache | None, Context], LayerOutput]
     params: Any
     remat: Callable[..., bool] | None
+    hidden_axes: tuple[str, str, str] = ("batch", "length", "embed")
 
 
 @runtime_checkable

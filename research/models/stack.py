@@ -138,7 +138,7 @@ class Stack(nn.Module):
 
         x = self._add_positions(x, positions, types)
         x = self.embedding_dropout(x.astype(c.dtype), embed_key)
-        x = constrain(x, ("batch", "length", "embed"))
+        x = constrain(x, c.hidden_axes)
 
         context = self.context(positions, mask, cache)
         context = dataclasses.replace(
@@ -281,6 +281,7 @@ class Stack(nn.Module):
             apply=functools.partial(apply_block, c),
             params=params,
             remat=remat,
+            hidden_axes=c.hidden_axes,
         )
 
 

@@ -9,17 +9,14 @@ from jaxtyping import Array
 
 from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.pipeline_operations import (
-    BUFFER_AXES,
     Carry,
     Hidden,
     PipelineResult,
     StageOperations,
     Tick,
-    laid_out,
 )
 from research.parallel.pipeline_schedule import Kind, PipelineSchedule
 from research.parallel.pipeline_slots import PipelineTables, make_tables
-from research.parallel.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +82,16 @@ class PipelineDevice:
         # One slot more than are used, for what nobody needs.
         inputs = zeros(hidden, tables.input_slots + 1)
         gradients = zeros(hidden, tables.gradient_slots + 1)
-        return Carry(
-            inputs=constrain(inputs, BUFFER_AXES),
-            gradients=constrain(gradients, BUFFER_AXES),
+        carry = Carry(
+            inputs=inputs,
+            gradients=gradients,
             value=zeros(value),
             sums=zeros(sums),
             report=zeros(report, self.schedule.chunks),
             outer=zeros(stage.outer),
             layers=zeros(stage.layers),
         )
+        return stage.laid_out_carry(carry)
 
     def _tick(self, carry: Carry, tick: Tick) -> tuple[Carry, None]:
         """Does what this device has to do, and exchanges results with its neighbours.
@@ -134,11 +132,11 @@ class PipelineDevice:
 
         def rotate(x: Hidden) -> Hidden:
             arrived = jax.lax.ppermute(x, PIPELINE_AXIS, pairs)
-            return laid_out(arrived)
+            return self.stage.laid_out(arrived)
 
         def nothing(x: Hidden) -> Hidden:
             zeros = jnp.zeros_like(x)
-            return laid_out(zeros)
+            return self.stage.laid_out(zeros)
 
         # All devices agree on it.
         return jax.lax.cond(is_needed, rotate, nothing, sent)

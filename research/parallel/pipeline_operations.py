@@ -19,9 +19,6 @@ from research.parallel.rules import constrain
 from research.parallel.stages import LayerRange, StageSplit
 
 Hidden = Float[Array, "B T D"]
-# The logical axes of hidden states, and of buffers of them.
-HIDDEN_AXES = ("batch", "length", "embed")
-BUFFER_AXES = (None, *HIDDEN_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +32,14 @@ class StagedModel:
           states, report). A report is a tree of arrays [places of the stage, …], with zeros where
           there is no layer.
       leave: (outer, hidden states, microbatch) -> (what is minimized, a tree of sums).
+      hidden_axes: the logical axes of hidden states.
     """
 
     microbatch: Callable[[Any, Int[Array, ""]], Any]
     enter: Callable[[Any, Any], Hidden]
     run_stage: Callable[[Any, Any, LayerRange, Hidden, Any], tuple[Hidden, Any]]
     leave: Callable[[Any, Hidden, Any], tuple[Float[Array, ""], Any]]
+    hidden_axes: tuple[str, ...] = ("batch", "length", "embed")
 
 
 class PipelineResult(NamedTuple):
@@ -117,9 +116,20 @@ class StageOperations:
 
         def operate(carry: Carry) -> tuple[Carry, Hidden]:
             after, sent = _OPERATIONS[kind](self, carry, tick)
-            return laid_out_carry(after), laid_out(sent)
+            return self.laid_out_carry(after), self.laid_out(sent)
 
         return operate
+
+    def laid_out(self, x: Hidden) -> Hidden:
+        """Returns hidden states as all branches have them; none may shard them otherwise."""
+        return constrain(x, self.model.hidden_axes)
+
+    def laid_out_carry(self, carry: Carry) -> Carry:
+        """Returns what a device keeps, with its buffers as all branches have them."""
+        axes = (None, *self.model.hidden_axes)
+        inputs = constrain(carry.inputs, axes)
+        gradients = constrain(carry.gradients, axes)
+        return carry._replace(inputs=inputs, gradients=gradients)
 
     def _stage(self, tick: Tick) -> Int[Array, ""]:
         """Returns the virtual stage of an operation."""
@@ -148,14 +158,14 @@ class StageOperations:
     def _input(self, carry: Carry, tick: Tick) -> Hidden:
         """Returns the hidden states before an operation's layers."""
         kept = carry.inputs[tick.input_slot]
-        kept = laid_out(kept)
+        kept = self.laid_out(kept)
 
         def entered(kept: Hidden) -> Hidden:
             micro = self._micro(tick)
-            x = laid_out(self.model.enter(self.outer, micro))
+            x = self.laid_out(self.model.enter(self.outer, micro))
             is_first = self._is_first(tick)
             x = jnp.where(is_first, x, kept)
-            return laid_out(x)
+            return self.laid_out(x)
 
         # Made where some device runs the first layers, and kept from the device before elsewhere.
         return jax.lax.cond(tick.has_first, entered, lambda kept: kept, kept)
@@ -194,11 +204,11 @@ class StageOperations:
                 outer=_added(carry.outer, d_outer),
                 gradients=gradients,
             )
-            return laid_out_carry(carry), laid_out(dy)
+            return self.laid_out_carry(carry), self.laid_out(dy)
 
         def from_next_stage(carry: Carry) -> tuple[Carry, Hidden]:
             arrived = carry.gradients[tick.gradient_slot]
-            return laid_out_carry(carry), laid_out(arrived)
+            return self.laid_out_carry(carry), self.laid_out(arrived)
 
         return jax.lax.cond(tick.has_last, from_loss, from_next_stage, carry)
 
@@ -216,9 +226,9 @@ class StageOperations:
             own = jnp.where(is_first, dx, 0)
             (d_outer,) = vjp(own)
             outer = _added(carry.outer, d_outer)
-            return laid_out_carry(carry._replace(outer=outer))
+            return self.laid_out_carry(carry._replace(outer=outer))
 
-        return jax.lax.cond(tick.has_first, add, laid_out_carry, carry)
+        return jax.lax.cond(tick.has_first, add, self.laid_out_carry, carry)
 
     def _add_layers(self, carry: Carry, tick: Tick, d_outer: Any, d_chunk: Any) -> Carry:
         """Adds the gradients of an operation's layers, and of what else they read."""
@@ -246,18 +256,6 @@ def _where(condition: Bool[Array, ""], tree: Any) -> Any:
         return jnp.where(condition, x, zeros)
 
     return jax.tree.map(choose, tree)
-
-
-def laid_out(x: Hidden) -> Hidden:
-    """Returns hidden states as all branches have them: a branch may not shard them otherwise."""
-    return constrain(x, HIDDEN_AXES)
-
-
-def laid_out_carry(carry: Carry) -> Carry:
-    """Returns what a device keeps, with its buffers as all branches have them."""
-    inputs = constrain(carry.inputs, BUFFER_AXES)
-    gradients = constrain(carry.gradients, BUFFER_AXES)
-    return carry._replace(inputs=inputs, gradients=gradients)
 
 
 def _added(a: Any, b: Any) -> Any:

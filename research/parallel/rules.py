@@ -26,6 +26,8 @@ from research.parallel.stages import without_stages
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
     ("length", (CONTEXT_AXIS,)),
+    # The tokens of hidden states between sublayers that `tensor` shards.
+    ("residual", (CONTEXT_AXIS, TENSOR_AXIS)),
     ("layers", (PIPELINE_AXIS,)),
     ("expert", ("expert",)),
     ("vocab", (TENSOR_AXIS,)),

@@ -24,7 +24,6 @@ Hidden = Float[Array, "B T D"]
 # (layers of a stage, which they are, hidden states, inputs that all microbatches share, index of
 # the microbatch) -> (hidden states, report)
 RunStage = Callable[[Any, LayerRange, Hidden, Any, Int[Array, ""]], tuple[Hidden, Any]]
-_MICROBATCH_AXES = (None, "batch", "length", "embed")
 
 
 def run_stages(
@@ -33,6 +32,7 @@ def run_stages(
     layers: Any,
     x: Float[Array, "M B T D"],
     shared: Any,
+    hidden_axes: tuple[str, ...],
 ) -> tuple[Float[Array, "M B T D"], Any]:
     """Returns the hidden states behind all layers, and the reports `[L, …]`, summed over the
     microbatches.
@@ -43,6 +43,7 @@ def run_stages(
       layers: parameters, `[L, …]`.
       x: hidden states before them, by microbatch.
       shared: what else is read: arrays of all microbatches.
+      hidden_axes: the logical axes of hidden states.
     """
 
     def on_device(staged: Any, x: Array, shared: Any) -> tuple[Array, Any]:
@@ -59,7 +60,7 @@ def run_stages(
         def run_own(x: Hidden, index: Array) -> tuple[Hidden, Any]:
             return run(own, x, shared, index)
 
-        outputs, report = _run_ticks(run_own, x, split.devices)
+        outputs, report = _run_ticks(run_own, x, split.devices, hidden_axes)
         # The last stage's outputs go to all devices.
         is_last = place == split.devices - 1
         outputs = jnp.where(is_last, outputs, 0)
@@ -85,6 +86,7 @@ def _run_ticks(
     run: Callable[[Hidden, Int[Array, ""]], tuple[Hidden, Any]],
     x: Float[Array, "M B T D"],
     devices: int,
+    hidden_axes: tuple[str, ...],
 ) -> tuple[Float[Array, "M B T D"], Any]:
     """Returns what a device's stage gives for each microbatch, if it is the last one, and the sum
     of its reports.
@@ -93,6 +95,7 @@ def _run_ticks(
       run: the stage, of hidden states and the index of their microbatch.
       x: hidden states before the first stage, by microbatch.
       devices: stages, P.
+      hidden_axes: the logical axes of hidden states.
     """
     microbatches = x.shape[0]
     last = devices - 1
@@ -105,7 +108,7 @@ def _run_ticks(
         has_begun = index >= 0
         is_active = has_begun & (index < microbatches)
         index = jnp.clip(index, 0, microbatches - 1)
-        own_x = constrain(x, _MICROBATCH_AXES)
+        own_x = constrain(x, (None, *hidden_axes))
         entered = own_x[index]
         own_input = jnp.where(place == 0, entered, arrived)
 

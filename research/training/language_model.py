@@ -166,7 +166,7 @@ def language_model_program(
           longer than the run, or nothing to train.
     """
     devices_mesh = make_mesh(mesh, devices)
-    check_axes(model, devices_mesh.shape, train.pipeline.chunks)
+    check_axes(model, devices_mesh.shape, train.pipeline.chunks, train.sequence_length)
     if devices_mesh.shape[PIPELINE_AXIS] > 1 and model.layer_loop == "auto":
         # Stages are parts of stacked layers.
         model = dataclasses.replace(model, layer_loop="scan")

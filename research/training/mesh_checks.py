@@ -7,7 +7,9 @@ from research.models.config import ModelConfig
 from research.parallel.stages import StageSplit
 
 
-def check_axes(model: ModelConfig, sizes: Mapping[str, int], chunks: int = 1) -> None:
+def check_axes(
+    model: ModelConfig, sizes: Mapping[str, int], chunks: int = 1, length: int | None = None
+) -> None:
     """Raises UserError where a model has nothing that a mesh axis of more than one device shards,
     exchanges heads in groups that do not fit, or has too few layers for its stages.
 
@@ -15,6 +17,7 @@ def check_axes(model: ModelConfig, sizes: Mapping[str, int], chunks: int = 1) ->
       model: that is trained.
       sizes: of the mesh axes, by name.
       chunks: of a stage's layers, `train.pipeline.chunks`.
+      length: tokens of a row; None is any that fits.
     """
     shards = sizes["expert"]
     has_experts = model.experts is not None and any(layer.experts for layer in model.layers())
@@ -30,6 +33,16 @@ def check_axes(model: ModelConfig, sizes: Mapping[str, int], chunks: int = 1) ->
     heads = model.attention.num_heads
     if sizes["context"] > 1 and heads % sizes["tensor"] == 0:
         model.attention.exchange.check_groups(sizes["context"], heads // sizes["tensor"])
+
+    shards = sizes["context"] * sizes["tensor"]
+    if model.sequence_parallel and length is not None and length % shards:
+        fits = max(1, length // shards) * shards
+        raise UserError(
+            "train.sequence_length",
+            length,
+            f"is not a multiple of mesh.context × mesh.tensor = {shards}, as "
+            f"model.sequence_parallel needs. Use {fits}.",
+        )
 
     stages = sizes["pipeline"]
     if stages > 1 and model.layer_loop == "unroll":

@@ -124,7 +124,7 @@ class PipelinedLoss:
         layers = trainable[LAYERS]
         inputs = _Micro(batch, weight, key, frozen)
         stages = _Stages(self.loss, self.schedule, _report_shape(self, outer, layers, inputs))
-        split = stages.split(outer, layers, inputs)
+        split, hidden_axes = stages.split(outer, layers, inputs)
         zero = stages.zero_report()
 
         # What the loss makes of the layers' reports is linear in them. So their gradient is the
@@ -137,7 +137,9 @@ class PipelinedLoss:
         report_gradient = jax.grad(reported, has_aux=True)(zero)[0]
         result = run_pipeline(
             self.schedule,
-            StagedModel(stages.microbatch, stages.enter, stages.run_stage, stages.leave),
+            StagedModel(
+                stages.microbatch, stages.enter, stages.run_stage, stages.leave, hidden_axes
+            ),
             outer,
             layers,
             inputs,
@@ -249,22 +251,27 @@ class _Stages:
         key = inputs.key if count == 1 else jax.random.fold_in(inputs.key, index)
         return inputs._replace(batch=rows, key=key)
 
-    def split(self, outer: Any, layers: Any, inputs: _Micro) -> StageSplit:
-        """Returns which layers each stage has."""
-        periods = []
+    def split(
+        self, outer: Any, layers: Any, inputs: _Micro
+    ) -> tuple[StageSplit, tuple[str, str, str]]:
+        """Returns which layers each stage has, and the logical axes of hidden states."""
+        groups = []
 
         def note(outer: Any, inputs: _Micro) -> Hidden:
             index = jnp.zeros((), jnp.int32)
             micro = self.microbatch(inputs, index)
             entered = self._entered(outer, micro)
-            periods.append(entered.group.period)
+            groups.append(entered.group)
             return entered.x
 
-        # Traced alone: the period is a constant of the model.
+        # Traced alone: these are constants of the model.
         jax.eval_shape(note, outer, inputs)
         any_leaf = jax.tree.leaves(layers)[0]
         num_layers = any_leaf.shape[0]
-        return StageSplit(num_layers, periods[0], self.schedule.devices, self.schedule.chunks)
+        (group,) = groups
+        schedule = self.schedule
+        split = StageSplit(num_layers, group.period, schedule.devices, schedule.chunks)
+        return split, group.hidden_axes
 
     def enter(self, outer: Any, micro: _Micro) -> Hidden:
         """Returns the hidden states before the first layer."""

@@ -56,7 +56,9 @@ class StagedLoop:
         # it has without stages.
         grouped = self._grouped(x)
         by_microbatch = jnp.swapaxes(grouped, 0, 1)
-        y, report = run_stages(split, run_stage, group.params, by_microbatch, context)
+        y, report = run_stages(
+            split, run_stage, group.params, by_microbatch, context, group.hidden_axes
+        )
         y = jnp.swapaxes(y, 0, 1)
         y = y.reshape(x.shape)
 
