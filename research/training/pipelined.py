@@ -19,7 +19,8 @@ from research.core.errors import UserError
 from research.data.batch import Batch
 from research.models.cache import LayerCache
 from research.models.context import Context
-from research.models.layer_loops import Hidden, LayerGroup, LayersOutput, Scanned, layers_in_places
+from research.models.layer_loops import Hidden, LayerGroup, LayersOutput, Scanned
+from research.models.layer_places import layers_in_places
 from research.models.reports import LayerReport
 from research.parallel.mesh_axes import CONTEXT_AXIS, EXPERT_AXIS, PIPELINE_AXIS
 from research.parallel.pipeline import StagedModel, run_pipeline

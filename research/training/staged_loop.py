@@ -14,8 +14,8 @@ from research.models.layer_loops import (
     LayerGroup,
     LayersOutput,
     Scanned,
-    layers_in_places,
 )
+from research.models.layer_places import layers_in_places
 from research.models.reports import LayerReport
 from research.parallel.stage_loop import run_stages
 from research.parallel.stages import LayerRange, StageSplit
