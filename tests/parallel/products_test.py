@@ -22,6 +22,7 @@ from research.core.trees import named_leaves
 from research.models.config import HeadConfig, ModelConfig
 from research.parallel.mesh_axes import MESH_AXES
 from research.parallel.mesh_config import MeshConfig
+from research.training.config import PipelineConfig
 from tests.models.variants import VARIANTS
 from tests.parallel.plain_step import assert_plain_step
 from tests.parallel.products import RATES, STEPS, Run, assert_equal_runs, train
@@ -45,11 +46,23 @@ class Product(NamedTuple):
     zero: int
     optimizer: str
     microbatches: int
+    sequence_parallel: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the layers are cut into the parts of a pipeline."""
+        return self.model != "encoder-decoder" and self.sizes.get("pipeline", 1) > 1
+
+    @property
+    def dropout(self) -> float:
+        """Stages that are not such parts draw their dropout otherwise."""
+        staged = self.sizes.get("pipeline", 1) > 1
+        return 0.0 if staged and not self.is_cut else 0.1
 
 
-def model_of(name: str) -> ModelConfig:
+def model_of(name: str, dropout: float = 0.1) -> ModelConfig:
     """Four scanned layers with dropout, for up to four stages; an encoder of another depth."""
-    return dataclasses.replace(MODELS[name], num_layers=4, dropout=0.1, layer_loop="scan")
+    return dataclasses.replace(MODELS[name], num_layers=4, dropout=dropout, layer_loop="scan")
 
 
 @st.composite
@@ -59,15 +72,15 @@ def products(draw: Any) -> Product:
     usable = list(MESH_AXES)
     if name != "experts":
         usable.remove("expert")
-    if name == "encoder-decoder":
-        usable.remove("pipeline")
+    # The models have four layers, and the encoder has three.
+    most_stages = 2 if name == "encoder-decoder" else 4
     sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(3):
         axis = draw(st.sampled_from(usable))
-        # The models have two key/value heads and four layers.
+        # The models have two key/value heads.
         if axis == "tensor" and sizes["tensor"] == 2:
             axis = "fsdp"
-        if axis == "pipeline" and sizes["pipeline"] == 4:
+        if axis == "pipeline" and sizes["pipeline"] == most_stages:
             axis = "fsdp"
         sizes[axis] *= 2
     # Eight rows in two microbatches.
@@ -78,14 +91,14 @@ def products(draw: Any) -> Product:
     microbatches = 2 if sizes["pipeline"] > 1 else draw(st.sampled_from([1, 2]))
     zero = draw(st.sampled_from([1, 2, 3]))
     optimizer = draw(st.sampled_from(sorted(RATES)))
-    return Product(name, sizes, zero, optimizer, microbatches)
+    return Product(name, sizes, zero, optimizer, microbatches, draw(st.booleans()))
 
 
 @functools.lru_cache
-def alone(name: str, optimizer: str, microbatches: int) -> Run:
+def alone(name: str, optimizer: str, microbatches: int, dropout: float) -> Run:
     """The run on one device."""
     options = {"accumulation": microbatches, "optimizer": optimizer}
-    return train(model_of(name), MeshConfig(), jax.devices()[:1], **options)
+    return train(model_of(name, dropout), MeshConfig(), jax.devices()[:1], **options)
 
 
 @settings(
@@ -98,17 +111,20 @@ def alone(name: str, optimizer: str, microbatches: int) -> Run:
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(products())
-@example(Product("encoder-decoder", {"data": 2, "context": 2, "tensor": 2}, 2, "adafactor", 1))
-@example(Product("MTP", {"fsdp": 2, "context": 2, "tensor": 2}, 1, "muon", 1))
+@example(Product("encoder-decoder", {"pipeline": 2, "context": 2, "tensor": 2}, 2, "adafactor", 2))
+@example(Product("MTP", {"fsdp": 2, "context": 2, "tensor": 2}, 1, "muon", 1, True))
 @example(Product("experts", {"pipeline": 2, "expert": 2, "tensor": 2}, 3, "lion", 2))
 def check_products(product: Product) -> None:
     """Fails where a product of axes does not give the run of one device."""
     print(product, flush=True)
-    model = model_of(product.model)
+    model = model_of(product.model, product.dropout)
+    model = dataclasses.replace(model, sequence_parallel=product.sequence_parallel)
     options = {"accumulation": product.microbatches, "optimizer": product.optimizer}
+    if not product.is_cut:
+        options["pipeline"] = PipelineConfig("gpipe")
     found = train(model, MeshConfig(**product.sizes, zero=product.zero), **options)
     assert found.last["params/embed/embedding"].itemsize == 8
-    expected = alone(product.model, product.optimizer, product.microbatches)
+    expected = alone(product.model, product.optimizer, product.microbatches, product.dropout)
     assert_equal_runs(found, expected, model)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import pytest
@@ -14,7 +13,7 @@ from research.models.config import ModelConfig
 from research.parallel.mesh_config import MeshConfig
 from research.training.mesh_checks import check_axes
 from tests.models.variants import VARIANTS
-from tests.parallel.products import assert_equal_runs, build, train
+from tests.parallel.products import Run, assert_equal_runs, build, train
 from tests.tiny import tiny_config
 
 SIZES = dict.fromkeys(("data", "fsdp", "pipeline", "context", "expert", "tensor"), 1)
@@ -25,7 +24,7 @@ def variant(name: str) -> ModelConfig:
 
 
 @functools.lru_cache
-def alone(name: str) -> Any:
+def alone(name: str) -> Run:
     return train(variant(name), MeshConfig(), jax.devices()[:1], accumulation=2)
 
 
@@ -42,9 +41,7 @@ def alone(name: str) -> Any:
 def test_tokens_sharded_between_sublayers_give_the_run_of_one_device(name: str, sizes):
     model = dataclasses.replace(variant(name), sequence_parallel=True)
     mesh = MeshConfig(**({"data": 1} | sizes))
-    found = train(model, mesh, accumulation=2)
-    metrics, params = alone(name)
-    assert_equal_runs(found, ([dict(row) for row in metrics], params), model)
+    assert_equal_runs(train(model, mesh, accumulation=2), alone(name), model)
 
 
 def test_norms_and_outputs_of_a_layer_have_a_share_of_the_tokens():
