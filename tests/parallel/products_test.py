@@ -35,6 +35,8 @@ MODELS: dict[str, ModelConfig] = {
     "MTP": dataclasses.replace(VARIANTS["sinks"], head=HeadConfig(mtp_depth=1)),
     "encoder-decoder": VARIANTS["encoder-decoder"],
 }
+# The models have four layers, four experts and two key/value heads.
+LARGEST = {"pipeline": 4, "expert": 4, "tensor": 2}
 DRAWN = os.environ.get("TESSERA_TEST_PRODUCTS")
 
 
@@ -72,15 +74,14 @@ def products(draw: Any) -> Product:
     usable = list(MESH_AXES)
     if name != "experts":
         usable.remove("expert")
-    # The models have four layers, and the encoder has three.
-    most_stages = 2 if name == "encoder-decoder" else 4
+    largest = LARGEST
+    if name == "encoder-decoder":
+        # The encoder has three layers.
+        largest = LARGEST | {"pipeline": 2}
     sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(3):
         axis = draw(st.sampled_from(usable))
-        # The models have two key/value heads.
-        if axis == "tensor" and sizes["tensor"] == 2:
-            axis = "fsdp"
-        if axis == "pipeline" and sizes["pipeline"] == most_stages:
+        if sizes[axis] == largest.get(axis, 8):
             axis = "fsdp"
         sizes[axis] *= 2
     # Eight rows in two microbatches.
