@@ -45,6 +45,10 @@ class Case(NamedTuple):
 
 CASES = {
     "dense": Case(DENSE, {"data": 2, "context": 2, "tensor": 2}),
+    # Tensor ranks have different tokens between sublayers, and the same ones in "dense".
+    "sequence-parallel": Case(
+        dataclasses.replace(DENSE, sequence_parallel=True), {"data": 2, "tensor": 2}
+    ),
     "microbatches": Case(DENSE, {"data": 2}, 2),
     "pipeline": Case(dataclasses.replace(DENSE, num_layers=2), {"pipeline": 2}, 2),
     "experts": Case(EXPERTS, {"expert": 2}),
@@ -155,18 +159,22 @@ def drop_gradient_of_first_stage(patch: Patch) -> None:
     )
 
 
-def drop_out_the_same_on_shards(patch: Patch) -> None:
+def drop_out_the_same_on_shards_of(axis: str) -> Callable[[Patch], None]:
     """The shards of a row take the random numbers of its first shard."""
-    dropout = block.Block._dropout
 
-    def of_first_shard(self: Any, y: jax.Array, context: Any, index: int) -> jax.Array:
-        shards = mesh_size("context")
-        factors = dropout(self, jnp.ones_like(y), context, index)
-        # [B, T, D] -> [B, T / shards, D]
-        of_first = factors[:, : y.shape[1] // shards]
-        return y * jnp.tile(of_first, (1, shards, 1))
+    def seed(patch: Patch) -> None:
+        dropout = block.Block._dropout
 
-    patch.setattr(block.Block, "_dropout", of_first_shard)
+        def of_first_shard(self: Any, y: jax.Array, context: Any, index: int) -> jax.Array:
+            shards = mesh_size(axis)
+            factors = dropout(self, jnp.ones_like(y), context, index)
+            # [B, T, D] -> [B, T / shards, D]
+            of_first = factors[:, : y.shape[1] // shards]
+            return y * jnp.tile(of_first, (1, shards, 1))
+
+        patch.setattr(block.Block, "_dropout", of_first_shard)
+
+    return seed
 
 
 def drop_out_differently_on_replicas(patch: Patch) -> None:
@@ -232,7 +240,12 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], str, str]] = {
     "router loss lost inside a scan": (lose_reports_of_scan, "experts", "router_loss"),
     "means of microbatches averaged": (average_means_of_microbatches, "microbatches", "loss"),
     "tied gradient of one stage only": (drop_gradient_of_first_stage, "pipeline", "grad_norm"),
-    "dropout equal on shards": (drop_out_the_same_on_shards, "dense", "loss"),
+    "dropout equal on context shards": (drop_out_the_same_on_shards_of("context"), "dense", "loss"),
+    "dropout equal on tensor ranks": (
+        drop_out_the_same_on_shards_of("tensor"),
+        "sequence-parallel",
+        "loss",
+    ),
     "dropout different on replicas": (drop_out_differently_on_replicas, "dense", "loss"),
     "positions local to a context shard": (count_positions_from_shard_start, "dense", "loss"),
     "padding in the balance loss": (count_padding_in_balance_loss, "experts", "router_loss"),
