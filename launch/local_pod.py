@@ -9,6 +9,7 @@ same step.
 """
 
 import argparse
+import os
 import signal
 import socket
 import subprocess
@@ -17,6 +18,9 @@ import tempfile
 import time
 
 GRACE_SECONDS = 60
+# Threads of XLA for CPU in each process. A collective between processes blocks one; with as few as
+# this machine has cores, the collectives that it waits for might find none.
+NUM_THREADS = 16
 
 
 def free_port() -> int:
@@ -31,6 +35,7 @@ def start(
 ) -> list[tuple[subprocess.Popen, "tempfile._TemporaryFileWrapper | None"]]:
     """Starts the processes, and a file for the output of each but the first."""
     coordinator = f"localhost:{free_port()}"
+    environment = {"NPROC": str(NUM_THREADS), **os.environ}
     processes = []
     for index in range(count):
         flags = {
@@ -45,6 +50,7 @@ def start(
             [sys.executable, "-m", "research", *command, *overrides],
             stdout=output,
             stderr=output and subprocess.STDOUT,
+            env=environment,
         )
         processes.append((process, output))
     return processes

@@ -12,9 +12,9 @@ import jax
 from research.core.errors import Interrupted
 from research.core.random import key_for
 from research.core.trees import count
-from research.parallel import distributed
 from research.parallel.process_parts import process_rows
 from research.recipes import workdir as workdirs
+from research.recipes.agreement import join_processes
 from research.recipes.budget_flags import add_budget_arguments, load_within_budget
 from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
@@ -78,7 +78,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     """
     clock = Clock()
     with clock.measure("compile"):
-        program = _program(config)
+        program = _program(config, workdir)
         workdirs.check(workdir, config)
 
     # Data: this process reads the part of each batch that its devices hold.
@@ -131,9 +131,9 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
     return run.saved(state)
 
 
-def _program(config: ExperimentConfig) -> Program:
-    """Returns model, loss and optimizer as the program of a step; nothing is compiled yet."""
-    distributed.initialize(config.distributed)
+def _program(config: ExperimentConfig, workdir: Path) -> Program:
+    """Returns the programs of a run on the devices of all processes; nothing is compiled yet."""
+    join_processes(config, workdir)
     return language_model_program(
         config.model, config.optim, config.train, config.mesh, objective=config.data.objective
     )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from research.core.trees import named_leaves
 from research.data.objectives import ObjectiveConfig
@@ -13,6 +14,7 @@ from research.models.config import ModelConfig
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh_config import MeshConfig
+from research.parallel.process_parts import process_rows
 from research.training.config import PipelineConfig, TrainConfig
 from research.training.language_model import language_model_program
 from research.training.program import Program
@@ -128,12 +130,19 @@ def first_step(
 
 
 def device_batch(program: Program, model: ModelConfig, index: int) -> Any:
+    """A batch, of which each process places the rows of its own devices."""
     batch = host_batch(model, index)
-    return shard_batch({name: batch[name] for name in program.batch}, program.batch)
+    part, parts = process_rows(program.batch["tokens"].sharding, ROWS)
+    mine = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
+    return shard_batch({name: batch[name][mine] for name in program.batch}, program.batch)
 
 
 def on_host(tree: Any) -> dict[str, np.ndarray]:
-    """The arrays of a tree by name."""
+    """The arrays of a tree by name, gathered where other processes hold parts of them."""
+    leaves = jax.tree.leaves(tree)
+    if not all(leaf.is_fully_addressable for leaf in leaves):
+        whole = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+        tree = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
     return {name: np.array(leaf) for name, leaf in named_leaves(tree).items()}
 
 
