@@ -1,5 +1,6 @@
 """Whether a model has something for each axis of a mesh to shard."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from research.core.errors import UserError
@@ -51,6 +52,15 @@ def check_axes(
         )
     if stages > 1:
         stage_splits(model, stages, chunks)
+
+
+def stacked_for_stages(model: ModelConfig, stages: int) -> ModelConfig:
+    """Returns the model with its layers stacked where there are several stages, which are parts of
+    stacked layers, and the config leaves it open.
+    """
+    if stages == 1 or model.layer_loop != "auto":
+        return model
+    return dataclasses.replace(model, layer_loop="scan")
 
 
 def stage_splits(model: ModelConfig, stages: int, chunks: int) -> list[StageSplit]:
