@@ -13,10 +13,21 @@ EXAMPLES = """\
   tessera bench convert --megabytes=3000 --dtype=bfloat16
   tessera bench families --only=gemma,mixtral,t5
   tessera bench latent --batch=8
+  tessera bench parallel --only=volume,bubble
   tessera bench commits --before=HEAD~10 --only=train,attention"""
 
 # Each is a module of `research.bench` with `add_arguments` and `main`.
-BENCHES = ("train", "loader", "attention", "kernels", "convert", "families", "latent", "commits")
+BENCHES = (
+    "train",
+    "loader",
+    "attention",
+    "kernels",
+    "convert",
+    "families",
+    "latent",
+    "parallel",
+    "commits",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

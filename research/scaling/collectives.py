@@ -244,6 +244,9 @@ class _Reader:
 
     def _collective(self, computation: Computation, instruction: Instruction) -> Collective:
         operands = computation.operands(instruction)
+        if instruction.opcode.startswith("ragged-all-to-all"):
+            # The others are the buffer of the result, and which rows go where.
+            operands = operands[:1]
         given = [shape for operand in operands for shape in operand.shapes]
         shapes = _result_shapes(computation, instruction)
         groups = parse_groups(instruction.attributes, self.mesh.size)
