@@ -71,9 +71,8 @@ def pipeline_step(name: Name, devices: int, microbatches: int) -> Callable[[], N
     """Returns a step of a pipeline whose stages sleep; a call waits for its end."""
     chunks = CHUNKS[name]
     schedule = make_schedule(name, devices, microbatches, chunks)
-    # A layer a stage: all chunks of a device together sleep as long as one stage without chunks.
+    # A layer a stage, of as long a tick in every schedule.
     stages = devices * chunks
-    seconds = SLEEP / chunks
 
     def microbatch(inputs: Array, index: Int[Array, ""]) -> Array:
         return inputs[index]
@@ -84,7 +83,7 @@ def pipeline_step(name: Name, devices: int, microbatches: int) -> Callable[[], N
     def run_stage(
         outer: Array, layers: Array, own: LayerRange, x: Array, micro: Array
     ) -> tuple[Array, Array]:
-        return _layer(layers[0], x, seconds), jnp.zeros(layers.shape)
+        return _layer(layers[0], x, SLEEP), jnp.zeros(layers.shape)
 
     def leave(outer: Array, x: Array, micro: Array) -> tuple[Array, Any]:
         return jnp.sum(x), {}
