@@ -7,6 +7,7 @@ joins, go as many times fewer bytes as the width has shards.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,12 @@ def width_axes_of(token_axes: tuple[str, ...], width: int) -> tuple[str, ...]:
     """Returns the mesh axes of tokens over which the width of a parameter is sharded too."""
     both = tuple(axis for axis in WIDTH_AXES if axis in token_axes)
     return dividing_axes(both, width)
+
+
+def local_width(token_axes: tuple[str, ...], width: int) -> int:
+    """Returns the width of a device's part of a gradient, as `sum_over_tokens` gives it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return width // math.prod(mesh.shape[axis] for axis in width_axes_of(token_axes, width))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

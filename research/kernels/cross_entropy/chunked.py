@@ -5,7 +5,7 @@ the logits, because their gradient needs the cotangent of each token, which is k
 
 Under a mesh each device has its shard of the tokens and its columns of the kernel, which never
 leave it. Devices reduce a few numbers per token in the forward pass, and in the backward pass the
-gradient of the hidden states; the gradient of the kernel is reduced after the last tile.
+gradient of the hidden states, and that of the kernel after each tile of the vocabulary.
 """
 
 import functools
@@ -32,7 +32,7 @@ from research.kernels.cross_entropy.tiles import (
     take_columns,
 )
 from research.parallel.gradient_sums import round_sum
-from research.parallel.row_gradients import sum_over_tokens
+from research.parallel.row_gradients import local_width, sum_over_tokens
 
 
 class OnlineSoftmax(NamedTuple):
@@ -189,6 +189,9 @@ def _shard_gradients(
     arrays = (hidden, targets, log_z, g_nll, g_log_z)
     token_arrays = tuple(split_tokens(x, config.token_chunk) for x in arrays)
 
+    # What is summed over devices is not rounded before that.
+    own_dtype = jnp.float32 if batch_axes else kernel.dtype
+
     def add_columns(gradients: tuple[Array, Array], start: Any, size: int) -> tuple[Array, Array]:
         dkernel, dhidden = gradients
         kernel_part = take_columns(kernel, start, size, hidden.dtype)
@@ -197,14 +200,16 @@ def _shard_gradients(
         unroll_limit = max_unrolled(num_columns, config.vocab_chunk)
         dkernel_part, dhidden = fold_tokens(add_tile, zeros, dhidden, token_arrays, unroll_limit)
 
-        # [D, columns of the tile] is written into [D, columns].
-        dkernel_part = dkernel_part.astype(dkernel.dtype)
+        # Devices sum a tile at a time, so that none has a gradient of the whole width:
+        # [D, columns of the tile] -> [part, columns of the tile], written into [part, columns]
+        dkernel_part = dkernel_part.astype(own_dtype)
+        dkernel_part = sum_over_tokens(dkernel_part, batch_axes, 0, config.kernel_gradient_dtype)
         dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dkernel_part, start, axis=1)
         return dkernel, dhidden
 
-    # Before the sum over devices the gradient of the kernel is not rounded.
-    kernel_sum_dtype = jnp.float32 if batch_axes else kernel.dtype
-    dkernel = jnp.zeros(kernel.shape, kernel_sum_dtype)
+    width = local_width(batch_axes, kernel.shape[0])
+    sum_dtype = config.kernel_gradient_dtype if batch_axes else own_dtype
+    dkernel = jnp.zeros((width, num_columns), sum_dtype)
     hidden_chunks = token_arrays[0]
     dhidden = jnp.zeros(hidden_chunks.shape, jnp.float32)
     gradients = (dkernel, dhidden)
@@ -214,7 +219,6 @@ def _shard_gradients(
     if tensor_axes:
         dhidden = jax.lax.psum(dhidden, tensor_axes)
     dhidden = dhidden.astype(hidden.dtype)
-    dkernel = sum_over_tokens(dkernel, batch_axes, 0, config.kernel_gradient_dtype)
     return dhidden, dkernel
 
 

@@ -180,7 +180,7 @@ def per_device(
         and columns, and a device's shards; returns arrays over tokens, which it has already
         reduced over the tensor axes.
       kernel: the output embedding.
-      *arrays: arrays over tokens.
+      *arrays: arrays over tokens, the hidden states first.
       has_kernel_output: whether `function` returns (arrays over tokens, an array like the
         kernel), which `row_gradients.sum_over_tokens` has summed.
     """
@@ -192,6 +192,9 @@ def per_device(
     axes = (*batch_axes, *tensor_axes)
     if not axes:
         return on_shard(kernel, *arrays)
+    if batch_axes:
+        # Where devices have parts of its width, they gather what the products take.
+        kernel = kernel.astype(arrays[0].dtype)
 
     # A kernel [D, V] by columns, arrays [tokens, ...] by tokens.
     kernel_spec = PartitionSpec(None, tensor_axes or None)

@@ -100,11 +100,18 @@ def collectives(text):
     return found
 
 
+TILE = 8
+
+
 def loops_and_all(name):
-    """Returns the collectives in the loops over chunks, and all that there are."""
+    """Returns the collectives in the loops over tokens, those in the loops over the vocabulary, and
+    all that there are.
+    """
     hidden, table, targets, cotangents = inputs((16, 32), vocab=64)
     mesh, hidden, table = on_mesh(name, hidden, table)
-    text = compiled_gradient(mesh, hidden, table, targets, cotangents, token_chunk=4, vocab_chunk=8)
+    text = compiled_gradient(
+        mesh, hidden, table, targets, cotangents, token_chunk=4, vocab_chunk=TILE
+    )
     loop_bodies = set(re.findall(r"body=%?([\w.-]+)", text))
     assert len(loop_bodies) == 4, (
         "forward and backward, a loop over the vocabulary and in it one over tokens"
@@ -112,14 +119,21 @@ def loops_and_all(name):
     loops = [
         part for part in text.split("\n\n") if part.strip().split(" ")[0].lstrip("%") in loop_bodies
     ]
-    return collectives("\n".join(loops)), collectives(text)
+    outer = [part for part in loops if " while(" in part]
+    inner = [part for part in loops if " while(" not in part]
+    return collectives("\n".join(inner)), collectives("\n".join(outer)), collectives(text)
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_loops_over_chunks_send_nothing(name):
-    inside, everywhere = loops_and_all(name)
-    assert inside == []
-    assert any(operation == "all-reduce" for operation, _ in everywhere)
+def test_loops_over_tokens_send_nothing_and_those_over_the_vocabulary_a_tile_s_gradient(name):
+    over_tokens, over_vocabulary, everywhere = loops_and_all(name)
+    assert over_tokens == []
+    # Of the width that a device keeps of the tile: a scatter where it keeps a part, and a sum.
+    width = D // 2 if "width" in name else D
+    kinds = ["reduce-scatter", "all-reduce"] if "width" in name else ["all-reduce"]
+    assert over_vocabulary == [(kind, width * TILE) for kind in kinds]
+    # The control: outside of loops is more than that.
+    assert len(everywhere) > len(over_vocabulary)
 
 
 SHARDED = {
