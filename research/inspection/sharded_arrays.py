@@ -17,7 +17,7 @@ from research.core.trees import path_name
 from research.inspection.parameter_summary import layers_name
 from research.models.config import ModelConfig
 from research.parallel.parameter import is_box
-from research.parallel.rules import param_shardings, parameter_spec
+from research.parallel.rules import param_shardings, parameter_spec, without_width
 
 # encoder/layers_3/mlp/up/kernel -> encoder/, layers, 3, mlp/up/kernel
 _LAYER = re.compile(
@@ -100,7 +100,7 @@ def sharded_array(
     """
     names = axes
     if not shard_width:
-        names = tuple(None if name == "embed" else name for name in axes)
+        names = without_width(axes)
     spec = parameter_spec(names, shape, mesh)
     mesh_axes = []
     for entry in spec:

@@ -23,6 +23,7 @@ from research.parallel.stages import without_stages
 # First come, first served: a mesh axis that an earlier row took for the same array is not used
 # again. Activations, whose batch takes `fsdp` and `expert` and whose length takes `context`, do not
 # shard their width, while parameters do; those of experts shard it over what `expert` leaves.
+# Projections from a latent have no width: they shard the latent, over fewer axes, as it is narrow.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
     ("length", (CONTEXT_AXIS,)),
@@ -35,11 +36,11 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kv_heads", (TENSOR_AXIS,)),
     ("mlp", (TENSOR_AXIS,)),
     ("embed", WIDTH_AXES),
+    ("latent", ("fsdp",)),
     # The width of parameters in generation: what is gathered is gathered for every new token.
     ("embed_in_generation", ("fsdp",)),
     ("positions", ()),
     ("head", ()),
-    ("latent", ()),
     ("rank", ()),
     ("router", ()),
     ("selection", ()),
@@ -48,6 +49,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("buckets", ()),
     ("classes", ()),
 )
+# What is whole on each device where the width of the model is, as ZeRO levels below 3 have it.
+WIDTH_NAMES = ("embed", "latent")
 
 
 def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
@@ -88,6 +91,11 @@ def parameter_spec(
     return without_stages(NamedSharding(mesh, spec), shape).spec
 
 
+def without_width(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """Returns logical axes of a parameter without those that only ZeRO level 3 shards."""
+    return tuple(None if name in WIDTH_NAMES else name for name in names)
+
+
 def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[Array, "..."]:
     """Lays an activation out by its logical axes; without a mesh in context (`jax.set_mesh`) it
     does nothing.
@@ -126,8 +134,10 @@ def param_shardings(
 
     def sharding(path: tuple[Any, ...], box: nn.LogicallyPartitioned) -> NamedSharding:
         # Without its width the kernel ("expert", "embed", "mlp") is ("expert", None, "mlp").
-        row = width if shard_width else None
-        names = tuple(row if name == "embed" else name for name in box.names)
+        names = box.names
+        if not shard_width:
+            names = without_width(names)
+        names = tuple(width if name == "embed" else name for name in names)
         shape = box.value.shape
         spec = parameter_spec(names, shape, mesh)
         for name, size, mesh_axes in zip(box.names, shape, spec, strict=True):

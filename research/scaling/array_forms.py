@@ -15,12 +15,11 @@ from jax.sharding import PartitionSpec
 
 from research.core.trees import named_leaves
 from research.parallel.parameter import Axes, logical_axes
+from research.parallel.rules import WIDTH_NAMES
 from research.scaling.hlo import ArrayShape
 from research.scaling.replica_groups import AnyMesh
 from research.training.program import Program
 
-# The axis of a parameter that may be whole inside of the layer that needs it.
-_GATHERED = "embed"
 _STACK = "layers"
 
 # Sizes in order, without those of 1: axes are moved and merged freely by compilers.
@@ -60,7 +59,7 @@ def parameters(program: Program) -> list[TableArray]:
     arrays = []
     for name, leaf in named_leaves(program.state.params).items():
         names = axes[name].names
-        arrays.append(TableArray(name, names, leaf.shape, leaf.sharding.spec, (_GATHERED,)))
+        arrays.append(TableArray(name, names, leaf.shape, leaf.sharding.spec, WIDTH_NAMES))
     return arrays
 
 
