@@ -1,5 +1,6 @@
 """The initial parameters of a transformer."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
     scanned or not. Layers are stacked where `layer_loop` is `scan`; `auto` has to be resolved
     before (`stack.resolve_layer_loop`), and counts as `unroll`.
     """
+    # Attention has no parameters. cuDNN's can neither be mapped over layers, as stacked ones are
+    # made, nor traced where there is no GPU.
+    attention = dataclasses.replace(config.attention, implementation="reference")
+    config = dataclasses.replace(config, attention=attention)
     tokens = jnp.zeros((1, 1), jnp.int32)
     inputs = {"tokens": tokens, "positions": tokens, "targets": tokens}
     if config.structure == "encoder_decoder":

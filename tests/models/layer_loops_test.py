@@ -11,8 +11,9 @@ import pytest
 from research.models.config import LayerConfig
 from research.models.layer_loops import LayerGroup, LayerLoop, Scanned, Unrolled
 from research.models.transformer import Transformer
+from research.parallel.target import compiling_for
 from tests.models.variants import VARIANTS, rows, unpacked
-from tests.tiny import random_params, stack
+from tests.tiny import abstract_params, random_params, stack, tiny_config
 
 LENGTHS = [9, 5, 7, 8]
 
@@ -92,3 +93,12 @@ def test_scanned_layers_drop_the_same_as_unrolled_ones(first_layers: tuple[Layer
     params = random_params(config)
     unrolled = dropped(params, Unrolled())
     np.testing.assert_allclose(dropped(stack(params, 5), Scanned()), unrolled, atol=1e-5)
+
+
+def test_stacked_layers_are_made_for_a_gpu_that_is_not_here():
+    # Types and widths that cuDNN takes, which can neither be mapped over layers nor traced here.
+    sizes = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 64}
+    config = tiny_config(sizes, embed_dim=128, dtype="bfloat16", layer_loop="scan")
+    with compiling_for("gpu", "NVIDIA H200"):
+        params = abstract_params(config)
+    assert params["layers"]["attention"]["query"]["kernel"].value.shape == (2, 128, 2, 64)
