@@ -57,6 +57,24 @@ def load_file(spec: str) -> dict[str, Any]:
     """
     # pretrain/gpt2.py:medium -> pretrain/gpt2.py, medium
     path, colon, argument = spec.partition(":")
+    module = _run_file(path, spec)
+    if not hasattr(module, "get_config"):
+        raise UserError("config", path, "has no get_config().")
+    arguments = [argument] if colon else []
+    with _naming_line(path, spec):
+        values = module.get_config(*arguments)
+    if not isinstance(values, ml_collections.ConfigDict):
+        raise UserError("config", spec, ": get_config() must return an ml_collections.ConfigDict.")
+    return plain(values)
+
+
+def preset_names(path: str) -> list[str]:
+    """Returns the arguments of a config file that its `PRESETS` name, none where it has none."""
+    return list(vars(_run_file(path, path)).get("PRESETS", ()))
+
+
+def _run_file(path: str, spec: str) -> Any:
+    """Returns the module that a config file is."""
     if not pathlib.Path(path).is_file():
         raise UserError("config", path, "is not a file.")
     module_spec = importlib.util.spec_from_file_location("tessera_config", path)
@@ -70,15 +88,7 @@ def load_file(spec: str) -> dict[str, Any]:
         sys.path.append(root)
     with _naming_line(path, spec):
         module_spec.loader.exec_module(module)
-
-    if not hasattr(module, "get_config"):
-        raise UserError("config", path, "has no get_config().")
-    arguments = [argument] if colon else []
-    with _naming_line(path, spec):
-        values = module.get_config(*arguments)
-    if not isinstance(values, ml_collections.ConfigDict):
-        raise UserError("config", spec, ": get_config() must return an ml_collections.ConfigDict.")
-    return plain(values)
+    return module
 
 
 def _package_root(path: pathlib.Path) -> str:

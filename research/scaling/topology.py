@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from research.core.errors import UserError, nearest
 from research.parallel.target import compiling_for
+from research.scaling.cluster import Cluster
 
 # The smallest topology of each TPU generation.
 TPU_TOPOLOGIES = {
@@ -25,15 +26,40 @@ TPU_TOPOLOGIES = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
-H200 = pathlib.Path(__file__).with_name("h200.txtpb")
+# JAX runs both cores of these chips as one device; the compiler has to be told.
+_MEGACORE = ("v4",)
+# What the compiler needs to know of each kind of GPU, by its name in a cluster's.
+GPU_TARGETS = {
+    "h100": pathlib.Path(__file__).with_name("h100.txtpb"),
+    "h200": pathlib.Path(__file__).with_name("h200.txtpb"),
+}
 
 
-def tpu_devices(topology: str) -> list[Any]:
+def cluster_devices(cluster: Cluster) -> list[Any]:
+    """Returns the devices of a cluster, to compile for.
+
+    Raises:
+      UserError: no compiler for them is installed, it does not know them, or they are more CPU
+        devices than this process has.
+    """
+    kind, _, shape = cluster.name.partition("*")[0].partition(":")
+    if cluster.platform == "tpu":
+        return tpu_devices(f"{kind}:{shape}", cluster.slices)
+    if cluster.platform == "gpu":
+        return gpu_devices(kind, cluster.slices, cluster.devices_per_slice)
+    here = jax.devices("cpu")
+    if len(here) < cluster.num_devices:
+        raise UserError("devices", cluster.name, f"are more than the {len(here)} of this process.")
+    return here[: cluster.num_devices]
+
+
+def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     """Returns the devices of a TPU topology, to compile for.
 
     Args:
       topology: a generation of `TPU_TOPOLOGIES`, or a generation with its shape as the compiler
           spells it, `v5e:4x4`.
+      slices: how many of it.
 
     Raises:
       UserError: the compiler is not installed, or does not know the topology.
@@ -45,24 +71,37 @@ def tpu_devices(topology: str) -> list[Any]:
         raise UserError(
             "topology", topology, f"is no TPU generation. {nearest(generation, TPU_TOPOLOGIES)}"
         )
-    return _devices("tpu", TPU_TOPOLOGIES.get(topology, topology))
+    options: dict[str, Any] = {}
+    if generation in _MEGACORE:
+        options["chip_config_name"] = "megacore"
+    if slices > 1:
+        options["num_slices"] = slices
+    return _devices("tpu", TPU_TOPOLOGIES.get(topology, topology), **options)
 
 
-def gpu_devices() -> list[Any]:
-    """Returns eight H200 GPUs to compile for.
+def gpu_devices(kind: str = "h200", nodes: int = 1, per_node: int = 8) -> list[Any]:
+    """Returns GPUs to compile for.
+
+    Args:
+      kind: of `GPU_TARGETS`.
+      nodes: how many.
+      per_node: GPUs of each.
 
     Raises:
-      UserError: the compiler is not installed.
+      UserError: the compiler is not installed, or its target of such GPUs is not known here.
     """
+    if kind not in GPU_TARGETS:
+        raise UserError("devices", kind, f"is compiled for by none. {nearest(kind, GPU_TARGETS)}")
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise UserError(
             "no GPU compiler is installed: pip install -c constraints.txt -e '.[cuda]'."
         )
-    return _devices("cuda", "h200", target_config=H200.read_text(), topology="1x1x8")
+    target = GPU_TARGETS[kind].read_text()
+    return _devices("cuda", kind, target_config=target, topology=f"1x{nodes}x{per_node}")
 
 
 @functools.cache
-def _devices(platform: str, topology_name: str, **options: str) -> list[Any]:
+def _devices(platform: str, topology_name: str, **options: Any) -> list[Any]:
     # Compiling needs no chip: any number of processes may load the compiler, and none asks the
     # cloud's metadata server about its host.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
