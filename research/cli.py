@@ -26,6 +26,7 @@ VERBS = {
     "sample": "continue prompts with a trained model",
     "data": "build the tokenizer and corpora of a config, and show them",
     "describe": "show a model: sizes, parameters as a tree, attention masks as a picture",
+    "compile": "compile a run for devices that are not here: memory, collectives, accidents",
     "convert": "bring a model in from another format, or out to it",
     "bench": "measure this project beside its peers",
     "doctor": "check what would make a run fail later",

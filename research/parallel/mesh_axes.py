@@ -1,6 +1,8 @@
 """The names of the mesh axes, for the mesh itself, the rules, and kernels in a `shard_map`."""
 
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
+# That of replicas.
+DATA_AXIS = "data"
 # Those that shard the batch. Tokens of all of them meet the experts, which `expert` shards.
 BATCH_AXES = ("data", "fsdp", "expert")
 # That which shards layers.

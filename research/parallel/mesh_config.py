@@ -59,13 +59,21 @@ class MeshConfig(SlicesConfig):
       zero: what the axes that see other tokens (`mesh_axes.WIDTH_AXES`) shard beside the batch. 1:
         the optimizer's state and the averaged parameters; 2: gradients too; 3: parameters too.
       slices: how many slices, which a slower network joins, lie along each axis.
+      devices: that the sizes are for, by a name such as `v5p:4x8x8`; `compile` takes them, while a
+        run takes those that are there. Empty where the config is for any.
+      compiler_options: of XLA for the training step on TPUs and GPUs, each as `name=value`.
     """
 
     data: int = -1
     zero: int = 3
     slices: SlicesConfig = SlicesConfig()
+    devices: str = ""
+    compiler_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for option in self.compiler_options:
+            if "=" not in option:
+                raise UserError("compiler_options", option, "must be name=value.")
         if self.zero not in (1, 2, 3):
             raise UserError("zero", self.zero, "must be 1, 2 or 3.")
         sizes = self.sizes()

@@ -42,7 +42,7 @@ def print_on_devices(arguments: argparse.Namespace) -> None:
         origin = arguments.workdir
         values = read_config(as_path(origin, "workdir"))
 
-    run, notes = _run(cluster, values, arguments.overrides, origin)
+    run, notes = load_run(cluster, values, arguments.overrides, origin)
     objective = run.data.objective
     report = mesh_report(run.model, run.train, run.optim, run.mesh, objective, cluster, notes)
     if arguments.json:
@@ -51,7 +51,7 @@ def print_on_devices(arguments: argparse.Namespace) -> None:
         print("\n".join(mesh_report_lines(report)), flush=True)
 
 
-def _run(
+def load_run(
     cluster: Cluster, values: dict[str, Any], overrides: Overrides, origin: str
 ) -> tuple[ExperimentConfig, tuple[str, ...]]:
     """Returns a run, and in words what was chosen where the config says nothing.

@@ -54,6 +54,7 @@ class Program:
       create: makes the state of step 0 from a key.
       train_step: one step.
       eval_step: sums over a held-out batch, from trainable and frozen parameters.
+      compiler_options: of the training step, by name.
     """
 
     mesh: Mesh
@@ -66,15 +67,20 @@ class Program:
     create: Callable[[jax.Array], TrainState]
     train_step: Step
     eval_step: Callable[[Any, Any, Batch], Metrics]
+    compiler_options: Mapping[str, str | bool]
 
-    def compile_train_step(self) -> Step:
-        """Returns the step compiled; the new state takes the buffers of the old one."""
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """Returns the step as a program for XLA; the new state takes the buffers of the old one."""
         # The new state is sharded as the old one, so that it can be the next step's argument; for
         # the metrics, which are single numbers, XLA chooses.
         out_shardings = (_shardings(self.state), None)
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=out_shardings)
         with jax.set_mesh(self.mesh):
-            return step.lower(self.state, self.frozen, self.batch).compile()
+            return step.lower(self.state, self.frozen, self.batch)
+
+    def compile_train_step(self) -> Step:
+        """Returns the step compiled."""
+        return self.lower_train_step().compile(self.compiler_options)
 
     def compile_eval_step(self) -> Callable[[Any, Any, Batch], Metrics]:
         """Returns the evaluation compiled."""
@@ -151,8 +157,7 @@ def build_program(
     """Returns the functions of a run; nothing is compiled, and no array is created.
 
     Args:
-      init: makes boxed parameters from a key.
-      loss: what is minimized.
+      init, loss: makes boxed parameters from a key; what is minimized.
       batch_shapes: (shape, dtype) of every array of a batch.
       optim, train, mesh, devices: the optimizer, the steps, the mesh, its devices (None is all).
       eval_loss: what is evaluated; None: the same loss.
@@ -194,7 +199,20 @@ def build_program(
         create=functools.partial(create_state, init_trainable, optimizer, state),
         train_step=train_step,
         eval_step=make_eval_step(on_stages(eval_loss or loss, train, devices_mesh)),
+        compiler_options=_compiler_options(mesh, devices_mesh),
     )
+
+
+def _compiler_options(config: MeshConfig, mesh: Mesh) -> dict[str, str | bool]:
+    """Returns the options by name; those of TPUs and GPUs mean nothing to XLA for CPU."""
+    if mesh_platform(mesh) == "cpu":
+        return {}
+    options = {}
+    for option in config.compiler_options:
+        name, _, value = option.partition("=")
+        # XLA for GPU takes no other form of a bool.
+        options[name] = {"true": True, "false": False}.get(value, value)
+    return options
 
 
 def _gradients_of(

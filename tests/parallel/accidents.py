@@ -3,32 +3,12 @@
 from collections.abc import Collection
 from typing import Any
 
-from jax.sharding import PartitionSpec
-
 from research.data.objectives import CAUSAL
-from research.inspection.activations import activation_groups
+from research.inspection.program_arrays import program_arrays
 from research.models.config import ModelConfig
 from research.parallel.mesh_config import SlicesConfig
-from research.scaling.accidents import Finding, ProgramArrays, accidents
-from research.scaling.array_forms import TableArray, parameters
+from research.scaling.accidents import Finding, accidents
 from research.training.program import Program
-
-# Keys, values and their latents meet the queries of other devices: they may have all tokens of a
-# row.
-KEYS = ("kv_heads", "latent")
-
-
-def activations(program: Program, model: ModelConfig) -> list[TableArray]:
-    """Returns what the modules of a model take and give, as the table shards it."""
-    rows, length = program.batch["tokens"].shape
-    groups = activation_groups(model, CAUSAL, rows, length, program.mesh.abstract_mesh)
-    arrays = []
-    for group in groups:
-        for array in group.arrays:
-            gathered = ("length",) if set(KEYS) & set(array.axes) else ()
-            spec = PartitionSpec(*(axes or None for axes in array.mesh_axes))
-            arrays.append(TableArray(array.name, array.axes, array.shape, spec, gathered))
-    return arrays
 
 
 def find_accidents(
@@ -50,17 +30,7 @@ def find_accidents(
       expected: kinds and axes of the collectives that it may have; None is any.
       large: bytes from which an array or a collective counts.
     """
-    num_layers = ()
-    if model.layer_loop == "scan":
-        num_layers = (model.num_layers - len(model.first_layers),)
-    arrays = ProgramArrays(
-        program.mesh,
-        tuple(parameters(program)),
-        tuple(activations(program, model)),
-        num_layers,
-        slices or SlicesConfig(),
-        large,
-    )
+    arrays = program_arrays(program, model, CAUSAL, slices=slices, large=large)
     return accidents(compiled.as_text(), arrays, expected)
 
 

@@ -1,0 +1,145 @@
+"""The presets of `configs/pods`, and their figures: compiled once, kept by a digest of what they
+follow from, and shown as a table.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import research
+from research.bench.report import write
+from research.core import config as configs
+from research.core.errors import UserError
+from research.inspection.report import short
+from research.scaling.cluster import parse_cluster
+from research.storage.json_files import read_object
+
+logger = logging.getLogger("tessera")
+
+FIGURES = pathlib.Path(research.__file__).parent.parent / "docs" / "figures" / "pods.json"
+COLUMNS = (
+    "preset",
+    "devices",
+    "mesh",
+    "memory",
+    "left",
+    "sent a step",
+    "exposed",
+    "compiled in",
+    "host memory",
+    "accidents",
+)
+
+
+def pod_specs(folder: str) -> list[str]:
+    """Returns `FILE.py:PRESET` of each preset in the files of a folder, as their `PRESETS` name
+    them.
+
+    Raises:
+      UserError: the folder has no such file.
+    """
+    specs = []
+    for path in sorted(pathlib.Path(folder).glob("*.py")):
+        specs += [f"{path}:{name}" for name in configs.preset_names(str(path))]
+    if not specs:
+        raise UserError("all", folder, "has no file with PRESETS.")
+    return specs
+
+
+def versions_here(spec: str) -> dict[str, str]:
+    """Returns the versions of the packages that compile a preset."""
+    devices = configs.load_file(spec)["mesh"]["devices"]
+    compiler = "libtpu" if parse_cluster(devices).platform == "tpu" else "jaxlib"
+    found = {}
+    for package in ("jax", compiler):
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def digest(spec: str, versions: Mapping[str, str]) -> str:
+    """Returns the digest of a preset's values and of the versions of what compiles it."""
+    text = json.dumps([configs.load_file(spec), versions], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_figures() -> dict[str, Any]:
+    """Returns the figures of presets by name, none where there is no file."""
+    return read_object(FIGURES)["pods"] if FIGURES.exists() else {}
+
+
+def name_of(spec: str) -> str:
+    """Returns the name of a preset in the file: `llama3.py:70b-v5p-512`."""
+    return pathlib.Path(spec).name
+
+
+def compile_pods(specs: Sequence[str], chosen: Iterable[str], *, again: bool) -> list[str]:
+    """Compiles presets, one after the other, and writes the figures of each as soon as they are
+    there.
+
+    Args:
+      specs: of all presets; figures of others are removed.
+      chosen: those to compile.
+      again: whether those are compiled too whose figures are of their values and this compiler.
+
+    Returns:
+      The names of those that cannot be compiled.
+    """
+    failed = []
+    for spec in chosen:
+        name = name_of(spec)
+        versions = versions_here(spec)
+        key = digest(spec, versions)
+        if not again and read_figures().get(name, {}).get("digest") == key:
+            logger.info("%s: its figures are there", name)
+            continue
+
+        # A process of its own, whose memory is that of one preset.
+        command = [sys.executable, "-m", "research", "compile", f"--config={spec}", "--json"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        if not found.stdout:
+            lines = found.stderr.splitlines() or [f"status {found.returncode}"]
+            logger.warning("%s: %s", name, lines[-1])
+            failed.append(name)
+            continue
+        entry = {"digest": key, "versions": versions, "report": json.loads(found.stdout)}
+        _write(specs, read_figures() | {name: entry})
+        logger.info("%s: %s", name, ", ".join(_row(name, entry)[3:]))
+    return failed
+
+
+def _write(specs: Iterable[str], pods: Mapping[str, Any]) -> None:
+    """Writes the figures of these presets, in this order, with their table."""
+    known = {}
+    for name in map(name_of, specs):
+        if name in pods:
+            known[name] = pods[name]
+    rows = [_row(name, entry) for name, entry in known.items()]
+    command = "tessera compile --all=configs/pods"
+    write(FIGURES, command, columns=COLUMNS, rows=rows, pods=known)
+
+
+def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Returns the cells of a preset in the table."""
+    found = entry["report"]
+    memory = found["memory"]
+    cost = found["cost"]
+    sent = sum(group["sent_bytes"] for group in found["traffic"])
+    at_least = "≥ " if any(group["is_least"] for group in found["traffic"]) else ""
+    return [
+        f"`{name}`",
+        found["devices"],
+        " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items()),
+        f"{short(memory['total'])}B of {short(memory['limit'])}B",
+        f"{memory['margin']:.0%}",
+        f"{at_least}{short(sent)}B",
+        f"{found['exposed']:.0%}",
+        f"{cost['compile_seconds']:.0f} s, {cost['cpu_seconds']:.0f} s of processors",
+        f"{short(cost['host_bytes'])}B",
+        str(len(found["accidents"])),
+    ]
