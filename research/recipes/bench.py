@@ -14,6 +14,7 @@ EXAMPLES = """\
   tessera bench families --only=gemma,mixtral,t5
   tessera bench latent --batch=8
   tessera bench parallel --only=volume,bubble
+  tessera bench compile --json=docs/figures/compile.json
   tessera bench commits --before=HEAD~10 --only=train,attention"""
 
 # Each is a module of `research.bench` with `add_arguments` and `main`.
@@ -26,6 +27,7 @@ BENCHES = (
     "families",
     "latent",
     "parallel",
+    "compile",
     "commits",
 )
 
