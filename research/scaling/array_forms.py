@@ -110,8 +110,10 @@ def accidental_forms(
     for array in arrays:
         sizes = _sizes(array, mesh)
         forms = _forms(sizes)
-        for layers in num_layers:
-            forms |= _forms([[layers], *sizes])
+        # A stack has all layers already.
+        if not array.is_stack:
+            for layers in num_layers:
+                forms |= _forms([[layers], *sizes])
         for form in forms:
             found.setdefault(form, array)
 

@@ -184,6 +184,8 @@ def test_figures_that_do_not_hold_are_found():
 @pytest.mark.thorough
 def test_the_figures_are_what_the_compiler_says(capsys):
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    if pods.name_of(SMALL) in WITHOUT_FIGURES:
+        pytest.skip("nobody has compiled it yet")
     status, out, _ = compiled(capsys, f"--config={SMALL}", "--json")
     found = json.loads(out)
     kept = pods.read_figures()[pods.name_of(SMALL)]["report"]
