@@ -87,6 +87,19 @@ class MeshConfig(SlicesConfig):
         if len(free) > 1:
             raise UserError(free[1], -1, f": only one size may be -1, and {free[0]} is.")
 
+    def xla_options(self, platform: str) -> dict[str, str | bool]:
+        """Returns the options of the compiler of a platform by name; those of TPUs and GPUs mean
+        nothing to XLA for CPU.
+        """
+        if platform == "cpu":
+            return {}
+        options = {}
+        for option in self.compiler_options:
+            name, _, value = option.partition("=")
+            # XLA for GPU takes no other form of a bool.
+            options[name] = {"true": True, "false": False}.get(value, value)
+        return options
+
 
 def resolve_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """Returns the axis sizes with -1 filled in.

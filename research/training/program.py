@@ -17,8 +17,13 @@ from research.parallel.mesh import make_mesh
 from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
-from research.parallel.rules import batch_sharding, param_shardings
 from research.parallel.target import mesh_platform
+from research.training.abstract import (
+    abstract_batch,
+    abstract_params,
+    abstract_saved,
+    shardings_of,
+)
 from research.training.config import TrainConfig
 from research.training.gradients import mean_gradients
 from research.training.layout import Layout, zero_layout
@@ -73,7 +78,7 @@ class Program:
         """Returns the step as a program for XLA; the new state takes the buffers of the old one."""
         # The new state is sharded as the old one, so that it can be the next step's argument; for
         # the metrics, which are single numbers, XLA chooses.
-        out_shardings = (_shardings(self.state), None)
+        out_shardings = (shardings_of(self.state), None)
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=out_shardings)
         with jax.set_mesh(self.mesh):
             return step.lower(self.state, self.frozen, self.batch)
@@ -104,7 +109,7 @@ class Program:
             _, frozen = self.partition.split(self.init(key))
             return nn.unbox(frozen)
 
-        return jax.jit(make, out_shardings=_shardings(self.frozen))(key)
+        return jax.jit(make, out_shardings=shardings_of(self.frozen))(key)
 
     def merge(self, state: TrainState, frozen: Any) -> TrainState:
         """Returns the state with all parameters in their own types, as a checkpoint has it.
@@ -138,7 +143,7 @@ class Program:
         if saved.ema is not None:
             ema, _ = self.partition.split(saved.ema)
         state = saved.replace(params=trainable, ema=ema)
-        return jax.device_put((state, frozen), _shardings((self.state, self.frozen)))
+        return jax.device_put((state, frozen), shardings_of((self.state, self.frozen)))
 
 
 def build_program(
@@ -193,26 +198,14 @@ def build_program(
         init=init,
         partition=partition,
         state=state,
-        frozen=_abstract_params(frozen, devices_mesh, shard_width=mesh.zero == 3),
-        saved=_abstract_saved(boxed, state, devices_mesh, mesh.zero),
-        batch=_abstract_batch(batch_shapes, devices_mesh),
+        frozen=abstract_params(frozen, devices_mesh, shard_width=mesh.zero == 3),
+        saved=abstract_saved(boxed, state, devices_mesh, mesh.zero),
+        batch=abstract_batch(batch_shapes, devices_mesh),
         create=functools.partial(create_state, init_trainable, optimizer, state),
         train_step=train_step,
         eval_step=make_eval_step(on_stages(eval_loss or loss, train, devices_mesh)),
-        compiler_options=_compiler_options(mesh, devices_mesh),
+        compiler_options=mesh.xla_options(mesh_platform(devices_mesh)),
     )
-
-
-def _compiler_options(config: MeshConfig, mesh: Mesh) -> dict[str, str | bool]:
-    """Returns the options by name; those of TPUs and GPUs mean nothing to XLA for CPU."""
-    if mesh_platform(mesh) == "cpu":
-        return {}
-    options = {}
-    for option in config.compiler_options:
-        name, _, value = option.partition("=")
-        # XLA for GPU takes no other form of a bool.
-        options[name] = {"true": True, "false": False}.get(value, value)
-    return options
 
 
 def _gradients_of(
@@ -244,34 +237,6 @@ def _init_trainable(init: Init, partition: Partition, key: jax.Array) -> Any:
     return trainable
 
 
-def _abstract_batch(shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mesh) -> AbstractBatch:
-    """Returns shapes, types and sharding of a batch."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
-
-
-def _abstract_saved(boxed: Any, state: TrainState, mesh: Mesh, zero: int) -> TrainState:
-    """Returns shapes, types and shardings of the state with all parameters."""
-    params = _abstract_params(boxed, mesh, shard_width=zero == 3)
-    ema = None
-    if state.ema is not None:
-        ema = _abstract_params(boxed, mesh, shard_width=True)
-    return state.replace(params=params, ema=ema)
-
-
 def _as_type(array: Any, dtype: Any) -> Any:
     """Returns an array in a type; it is not copied where it has that type."""
     return array if array.dtype == dtype else array.astype(dtype)
-
-
-def _abstract_params(boxed: Any, mesh: Mesh, *, shard_width: bool) -> Any:
-    """Returns shapes, types and shardings of boxed parameters."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        param_shardings(boxed, mesh, shard_width=shard_width),
-    )
-
-
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
