@@ -4,7 +4,11 @@ import dataclasses
 from typing import Literal
 
 from research.core.errors import UserError
+from research.data.needle import OVERHEAD
 from research.data.source_files import BUNDLED_WINDOW_LOG
+
+# The kinds that are made of the embedded corpus.
+EMBEDDED = ("stdlib", "needle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,10 +16,12 @@ class SourceConfig:
     """One source of text.
 
     Attributes:
-      kind: `stdlib` (text that every Python carries), `text` (one document per file), `jsonl`
+      kind: `stdlib` (text that every Python carries), `needle` (the same with needles hidden in
+        it, `data.needle`), `text` (one document per file), `jsonl`
         (plain, .gz or .zst), `lines` (one pair of texts per line, in two files), `parquet`, or
         `tfds` (a prepared dataset, or text files that are prepared as one).
-      path: file, folder (searched recursively) or glob pattern; not used by `stdlib`.
+      path: file, folder (searched recursively) or glob pattern; not used by `stdlib` and
+        `needle`.
       field: the field of a JSON object, the column of a Parquet file or the feature of a TFDS
           example with the text.
       pair_field: the field of a JSON object with the text from which the one in `field` is made: a
@@ -24,6 +30,7 @@ class SourceConfig:
         of one is the text from which line n of its match in `path` is made.
       separator: where to cut a text file into several documents; empty: one document per file.
       tfds_split: the TFDS split that is read.
+      length: for `needle`: most bytes of a document.
       weight: share of this source in the training mixture, relative to the other weights; above 0.
       heldout_fraction: share of the documents kept for evaluation, in [0, 1]. 1 makes the source
           evaluation only.
@@ -35,13 +42,14 @@ class SourceConfig:
         takes that much memory. Above 27 it needs the package `zstandard`.
     """
 
-    kind: Literal["stdlib", "text", "jsonl", "lines", "parquet", "tfds"] = "stdlib"
+    kind: Literal["stdlib", "needle", "text", "jsonl", "lines", "parquet", "tfds"] = "stdlib"
     path: str = ""
     field: str = "text"
     pair_field: str = ""
     pair_path: str = ""
     separator: str = ""
     tfds_split: str = "train"
+    length: int = 0
     weight: float = 1.0
     heldout_fraction: float = 0.05
     max_bad_fraction: float = 0.01
@@ -49,9 +57,14 @@ class SourceConfig:
     zstd_window_log: int = BUNDLED_WINDOW_LOG
 
     def __post_init__(self):
-        if (self.kind == "stdlib") != (self.path == ""):
-            need = "must be empty" if self.kind == "stdlib" else "must name a file, folder or glob"
+        embedded = self.kind in EMBEDDED
+        if embedded != (self.path == ""):
+            need = "must be empty" if embedded else "must name a file, folder or glob"
             raise UserError("path", self.path, f"{need} for kind = {self.kind!r}.")
+        least = OVERHEAD + 1 if self.kind == "needle" else 0
+        if self.length < least or (self.length > 0 and self.kind != "needle"):
+            need = f"at least {least}" if self.kind == "needle" else "0"
+            raise UserError("length", self.length, f"must be {need} for kind = {self.kind!r}.")
         if not self.field:
             raise UserError("field", "", "must name the field that holds the text.")
         if self.pair_field and self.kind != "jsonl":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from research.core.errors import UserError
-from research.data import source_files, stdlib
+from research.data import needle, source_files, stdlib
 from research.data.source_config import SourceConfig
 from research.data.source_files import find_files, opened
 
@@ -76,6 +76,13 @@ class SourceReport:
 def _read_stdlib(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
     for name, key, text in stdlib.texts(report.skip):
         yield key, Document(name, text)
+
+
+def _read_needle(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
+    for name, key, text in stdlib.texts(report.skip):
+        # The split is that of the text, as of `stdlib`: held-out documents hide in held-out text.
+        for index, hidden in enumerate(needle.documents(name, text, config.length)):
+            yield key, Document(f"{name}:{index}", hidden)
 
 
 def _read_text(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
@@ -309,6 +316,7 @@ def _read_tfds(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 
 READERS: dict[str, Callable[[SourceConfig, SourceReport], Iterator[Keyed]]] = {
     "stdlib": _read_stdlib,
+    "needle": _read_needle,
     "text": _read_text,
     "jsonl": _read_jsonl,
     "lines": _read_lines,

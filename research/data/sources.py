@@ -10,7 +10,7 @@ from typing import Literal
 
 from research.core.errors import UserError
 from research.data import stdlib
-from research.data.source_config import SourceConfig
+from research.data.source_config import EMBEDDED, SourceConfig
 from research.data.source_files import find_files, stable_hash
 from research.data.source_readers import READERS, Document, SourceReport
 
@@ -72,7 +72,8 @@ def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tupl
 
 def fingerprint(config: SourceConfig) -> list[list[str | int]]:
     """Returns [name, size, modification time] of every file: a key that changes with the source."""
-    found = stdlib.files().items() if config.kind == "stdlib" else find_files(config.path)
+    embedded = config.kind in EMBEDDED
+    found = stdlib.files().items() if embedded else find_files(config.path)
     files = sorted(found)
     if config.pair_path:
         files += sorted(find_files(config.pair_path))

@@ -1,5 +1,5 @@
 """`tessera evaluate`: bits per byte of held-out text, beside gzip and byte n-grams on the same
-bytes.
+bytes; with `--needle`, how often a model finds a needle in long texts.
 """
 
 import argparse
@@ -12,13 +12,15 @@ from research.core.errors import UserError, within
 from research.data.sources import SourceReport, split_documents
 from research.evaluation.baselines import ByteNgram, bits_per_byte, gzip_bits
 from research.recipes.experiment import ExperimentConfig
+from research.recipes.needles import add_needle_arguments, print_needles
 from research.recipes.workdir import read_config
 from research.storage.paths import Path, as_path
 from research.training import metrics
 
 EXAMPLES = """\
   tessera evaluate --workdir=runs/stdlib
-  tessera evaluate --workdir=runs/stdlib --order=6 --json"""
+  tessera evaluate --workdir=runs/stdlib --order=6 --json
+  tessera evaluate --workdir=runs/long --needle=128,1024"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of a training run")
     parser.add_argument("--order", type=int, default=5, help="bytes of an n-gram (default 5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_needle_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Prints the table."""
     if not 1 <= arguments.order <= 8:
         raise UserError("order", arguments.order, "must lie in [1, 8].")
-    result = evaluate(as_path(arguments.workdir, "workdir"), arguments.order)
+    workdir = as_path(arguments.workdir, "workdir")
+    if arguments.needle is not None:
+        print_needles(arguments, workdir)
+        return
+    result = evaluate(workdir, arguments.order)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

@@ -32,7 +32,13 @@ STRUCTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything that a training run depends on; each group belongs to the module that reads it."""
+    """Everything that a training run depends on; each group belongs to the module that reads it.
+
+    Attributes:
+      start_from: a workdir whose newest parameters, averaged ones where it has them, the run begins
+        with; empty: with random ones. Shapes and tokenizer must be the same; positions, the length
+        of rows, data and optimizer may differ.
+    """
 
     model: ModelConfig
     train: TrainConfig
@@ -42,6 +48,7 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     trackers: TrackersConfig = TrackersConfig()
+    start_from: str = ""
 
     def __post_init__(self) -> None:
         # The objective makes batches for the model's structure.

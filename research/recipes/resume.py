@@ -1,17 +1,28 @@
-"""Resuming a run: its newest checkpoint, and the position in its data."""
+"""The beginning of a run: its newest checkpoint and the position in its data, the parameters of
+another run, or random ones.
+"""
 
+import contextlib
 import dataclasses
 import logging
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from research.core.errors import UserError
+from research.core.random import key_for
+from research.data import tokenizers
 from research.data.loader import Loader
+from research.data.tokenizers import Tokenizer
 from research.recipes.experiment import ExperimentConfig
-from research.storage.paths import Path
+from research.storage.paths import Path, as_path
 from research.training import metrics
-from research.training.checkpoints import Checkpoints
+from research.training.checkpoints import CheckpointConfig, Checkpoints
 from research.training.loop import Unfinished
+from research.training.program import Program
 from research.training.state import TrainState
 
 logger = logging.getLogger("tessera")
@@ -43,6 +54,51 @@ def restore(
     if evaluated:
         unfinished = dataclasses.replace(unfinished, evaluation=False)
     return state, unfinished
+
+
+def begin(
+    program: Program, saved: TrainState | None, config: ExperimentConfig, tokenizer: Tokenizer
+) -> tuple[TrainState, Any]:
+    """Returns the state and the frozen parameters: of the checkpoint where there is one, else of
+    step 0.
+
+    Raises:
+      UserError: the workdir of `start_from` has no whole checkpoint, or another architecture or
+          tokenizer.
+    """
+    key = key_for(config.train.seed, "init")
+    if saved is not None or not config.start_from:
+        return program.resume_or_create(saved, key)
+
+    source = as_path(config.start_from, "start_from")
+    try:
+        _check_tokenizer(source, tokenizer)
+        with contextlib.closing(Checkpoints(source, CheckpointConfig())) as checkpoints:
+            # The first of the two fields that the checkpoint has.
+            step, params = checkpoints.restore_params(
+                program.saved.params, fields=("ema", "params")
+            )
+    except UserError as error:
+        raise error.about("start_from", config.start_from) from error
+    logger.info("starting from the parameters of %s at step %d", source, step)
+    # What an optimizer starts with depends on the shapes of parameters alone.
+    state = program.create(key)
+    ema = None
+    if state.ema is not None:
+        ema = jax.tree.map(_copied_to, params, program.saved.ema)
+    return program.split(state.replace(params=params, ema=ema))
+
+
+def _copied_to(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns a copy in a sharding: a step takes the buffers of what it is given."""
+    return jnp.copy(jax.device_put(array, like.sharding))
+
+
+def _check_tokenizer(source: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError where a workdir's ids mean other text."""
+    theirs = tokenizers.load(source / "tokenizer")
+    if theirs.digest() != tokenizer.digest():
+        raise UserError("it has another tokenizer than data.tokenizer.")
 
 
 def is_done(saved: TrainState | None, config: ExperimentConfig) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from research.core.errors import Interrupted
-from research.core.random import key_for
 from research.core.trees import count
 from research.parallel.process_parts import process_rows
 from research.recipes import workdir as workdirs
@@ -18,7 +17,7 @@ from research.recipes.agreement import join_processes
 from research.recipes.budget_flags import add_budget_arguments, load_within_budget
 from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
-from research.recipes.resume import is_done, log_done, restore
+from research.recipes.resume import begin, is_done, log_done, restore
 from research.recipes.run_parts import evaluation, first_batch_check, start_trackers, throughput
 from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
@@ -108,7 +107,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
 
         # State, step, evaluation.
         with clock.measure("compile"):
-            state, frozen = program.resume_or_create(saved, key_for(config.train.seed, "init"))
+            state, frozen = begin(program, saved, config, prepared.tokenizer)
             del saved  # its arrays are the state's now, or were copied into it
             step = program.compile_train_step()
             evaluate = evaluation(config, program, frozen, prepared, part)
