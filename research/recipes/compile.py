@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all",
         metavar="FOLDER",
-        help="compile each preset of these configs whose figures in docs/figures/pods.json are not "
-        "those of its values and of this compiler",
+        help="compile each preset of these configs whose figures are not those of its values and "
+        "of this compiler; they are kept in docs/figures/pods.json, or FOLDER/figures.json",
     )
     parser.add_argument("--only", metavar="TEXT", help="of --all, presets whose name has this text")
     parser.add_argument(
@@ -57,6 +57,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.all is not None:
         return _compile_all(arguments)
 
+    for name in ("only", "again"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} is for --all.")
     cluster = parse_cluster(_devices(arguments))
     if cluster.platform == "cpu":
         _make_cpu_devices(cluster.num_devices)
@@ -84,7 +87,7 @@ def _compile_all(arguments: argparse.Namespace) -> int:
     chosen = [spec for spec in specs if part in spec]
     if not chosen:
         raise UserError("only", part, f"is in no name of {', '.join(specs)}.")
-    return 1 if compile_pods(specs, chosen, again=arguments.again) else 0
+    return 1 if compile_pods(arguments.all, specs, chosen, again=arguments.again) else 0
 
 
 def _devices(arguments: argparse.Namespace) -> str:

@@ -22,7 +22,9 @@ from research.storage.json_files import read_object
 
 logger = logging.getLogger("tessera")
 
-FIGURES = pathlib.Path(research.__file__).parent.parent / "docs" / "figures" / "pods.json"
+_HOUSE = pathlib.Path(research.__file__).parent.parent
+PODS = _HOUSE / "configs" / "pods"
+FIGURES = _HOUSE / "docs" / "figures" / "pods.json"
 COLUMNS = (
     "preset",
     "devices",
@@ -54,7 +56,10 @@ def pod_specs(folder: str) -> list[str]:
 
 def versions_here(spec: str) -> dict[str, str]:
     """Returns the versions of the packages that compile a preset."""
-    devices = configs.load_file(spec)["mesh"]["devices"]
+    mesh = configs.load_file(spec).get("mesh") or {}
+    devices = mesh.get("devices")
+    if not devices:
+        raise UserError("mesh.devices", constraint=f"is not set in {spec}: it names the cluster.")
     compiler = "libtpu" if parse_cluster(devices).platform == "tpu" else "jaxlib"
     found = {}
     for package in ("jax", compiler):
@@ -68,9 +73,22 @@ def digest(spec: str, versions: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_figures() -> dict[str, Any]:
-    """Returns the figures of presets by name, none where there is no file."""
-    return read_object(FIGURES)["pods"] if FIGURES.exists() else {}
+def figures_of(folder: str) -> pathlib.Path:
+    """Returns the file of the figures of a folder's presets: this project's are in its docs, those
+    of others in the folder.
+    """
+    path = pathlib.Path(folder)
+    if path.resolve() == PODS.resolve():
+        return FIGURES
+    return path / "figures.json"
+
+
+def read_figures(path: pathlib.Path | None = None) -> dict[str, Any]:
+    """Returns the figures of presets by name, none where there is no file; those of this project
+    where no file is given.
+    """
+    path = path or FIGURES
+    return read_object(path)["pods"] if path.exists() else {}
 
 
 def name_of(spec: str) -> str:
@@ -78,12 +96,15 @@ def name_of(spec: str) -> str:
     return pathlib.Path(spec).name
 
 
-def compile_pods(specs: Sequence[str], chosen: Iterable[str], *, again: bool) -> list[str]:
+def compile_pods(
+    folder: str, specs: Sequence[str], chosen: Iterable[str], *, again: bool
+) -> list[str]:
     """Compiles presets, one after the other, and writes the figures of each as soon as they are
     there.
 
     Args:
-      specs: of all presets; figures of others are removed.
+      folder: of the presets.
+      specs: of all of them; figures of presets that it has no more are removed.
       chosen: those to compile.
       again: whether those are compiled too whose figures are of their values and this compiler.
 
@@ -91,11 +112,12 @@ def compile_pods(specs: Sequence[str], chosen: Iterable[str], *, again: bool) ->
       The names of those that cannot be compiled.
     """
     failed = []
+    path = figures_of(folder)
     for spec in chosen:
         name = name_of(spec)
         versions = versions_here(spec)
         key = digest(spec, versions)
-        if not again and read_figures().get(name, {}).get("digest") == key:
+        if not again and read_figures(path).get(name, {}).get("digest") == key:
             logger.info("%s: its figures are there", name)
             continue
 
@@ -108,20 +130,19 @@ def compile_pods(specs: Sequence[str], chosen: Iterable[str], *, again: bool) ->
             failed.append(name)
             continue
         entry = {"digest": key, "versions": versions, "report": json.loads(found.stdout)}
-        _write(specs, read_figures() | {name: entry})
+        _write(path, f"tessera compile --all={folder}", specs, read_figures(path) | {name: entry})
         logger.info("%s: %s", name, ", ".join(_row(name, entry)[3:]))
     return failed
 
 
-def _write(specs: Iterable[str], pods: Mapping[str, Any]) -> None:
+def _write(path: pathlib.Path, command: str, specs: Iterable[str], pods: Mapping[str, Any]) -> None:
     """Writes the figures of these presets, in this order, with their table."""
     known = {}
     for name in map(name_of, specs):
         if name in pods:
             known[name] = pods[name]
     rows = [_row(name, entry) for name, entry in known.items()]
-    command = "tessera compile --all=configs/pods"
-    write(FIGURES, command, columns=COLUMNS, rows=rows, pods=known)
+    write(path, command, columns=COLUMNS, rows=rows, pods=known)
 
 
 def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
@@ -131,12 +152,17 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
     cost = found["cost"]
     sent = sum(group["sent_bytes"] for group in found["traffic"])
     at_least = "≥ " if any(group["is_least"] for group in found["traffic"]) else ""
+    used = f"{short(memory['total'])}B"
+    left = "–"
+    if memory["limit"] is not None:
+        used += f" of {short(memory['limit'])}B"
+        left = f"{memory['margin']:.0%}"
     return [
         f"`{name}`",
         found["devices"],
         " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items()),
-        f"{short(memory['total'])}B of {short(memory['limit'])}B",
-        f"{memory['margin']:.0%}",
+        used,
+        left,
         f"{at_least}{short(sent)}B",
         f"{found['exposed']:.0%}",
         f"{cost['compile_seconds']:.0f} s, {cost['cpu_seconds']:.0f} s of processors",

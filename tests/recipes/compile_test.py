@@ -43,6 +43,8 @@ def test_a_run_is_compiled_for_cpu_devices(tiny: pathlib.Path, capsys):
     [
         ((), "compile takes either --config or --all."),
         (("--all=configs/pods", "--json"), "--json is not for --all."),
+        (("--config=a.py", "--only=b"), "--only is for --all."),
+        (("--config=a.py", "--again"), "--again is for --all."),
         (
             (f"--all={FOLDER}", "--config.train.steps=3"),
             "--config.train.steps is not for --all.",
@@ -89,7 +91,7 @@ def test_presets_are_compiled_once(figures, monkeypatch):
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", compiler(commands, json.dumps(REPORT)))
     specs = [SMALL, f"{FOLDER / 'gpt3.py'}:175b-v4-2048"]
-    assert pods.compile_pods(specs, specs, again=False) == []
+    assert pods.compile_pods(str(FOLDER), specs, specs, again=False) == []
     assert len(commands) == 2
     found = json.loads(figures.read_text())
     assert list(found["pods"]) == ["llama2.py:7b-v4-128", "gpt3.py:175b-v4-2048"]
@@ -102,13 +104,52 @@ def test_presets_are_compiled_once(figures, monkeypatch):
     ]
 
     # Nothing changed, so nothing is compiled; --again compiles all the same.
-    pods.compile_pods(specs, specs, again=False)
+    pods.compile_pods(str(FOLDER), specs, specs, again=False)
     assert len(commands) == 2
-    pods.compile_pods(specs, specs[:1], again=True)
+    pods.compile_pods(str(FOLDER), specs, specs[:1], again=True)
     assert len(commands) == 3
     # A preset that is gone has no figures.
-    pods.compile_pods(specs[1:], specs[1:], again=True)
+    pods.compile_pods(str(FOLDER), specs[1:], specs[1:], again=True)
     assert list(json.loads(figures.read_text())["pods"]) == ["gpt3.py:175b-v4-2048"]
+
+
+PRESETS = """
+from configs.pods import llama2
+
+PRESETS = ("mine",)
+
+
+def get_config(preset):
+    values = llama2.get_config("7b-v4-128")
+    {change}
+    return values
+"""
+
+
+def test_figures_of_another_folder_are_kept_there(figures, monkeypatch, tmp_path):
+    pytest.importorskip("libtpu", reason="its version is part of the digest")
+    figures.write_text('{"pods": {"ours": 1}}')
+    no_limit = {"total": 10**10, "limit": None, "margin": None}
+    report = json.dumps(REPORT | {"memory": no_limit})
+    monkeypatch.setattr(subprocess, "run", compiler([], report))
+    folder = tmp_path / "others"
+    folder.mkdir()
+    (folder / "mine.py").write_text(PRESETS.format(change=""))
+    specs = pods.pod_specs(str(folder))
+    assert pods.compile_pods(str(folder), specs, specs, again=False) == []
+    found = json.loads((folder / "figures.json").read_text())
+    assert found["command"] == f"tessera compile --all={folder}"
+    # Devices without a limit, such as a CPU's.
+    assert found["rows"][0][3:5] == ["10.0 GB", "–"]
+    assert json.loads(figures.read_text()) == {"pods": {"ours": 1}}
+
+
+def test_a_preset_that_names_no_devices_is_refused(tmp_path, capsys):
+    change = "del values.mesh['devices']"
+    (tmp_path / "mine.py").write_text(PRESETS.format(change=change))
+    status, out, err = compiled(capsys, f"--all={tmp_path}")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "mesh.devices is not set in " in err
 
 
 def test_a_preset_that_cannot_be_compiled_is_named_and_has_no_figures(figures, monkeypatch, capsys):
