@@ -56,20 +56,16 @@ def restore(
     return state, unfinished
 
 
-def begin(
+def starting_params(
     program: Program, saved: TrainState | None, config: ExperimentConfig, tokenizer: Tokenizer
-) -> tuple[TrainState, Any]:
-    """Returns the state and the frozen parameters: of the checkpoint where there is one, else of
-    step 0.
+) -> Any:
+    """Returns the parameters of `start_from` where a run begins with them, else None.
 
     Raises:
-      UserError: the workdir of `start_from` has no whole checkpoint, or another architecture or
-          tokenizer.
+      UserError: its workdir has no whole checkpoint, or another architecture or tokenizer.
     """
-    key = key_for(config.train.seed, "init")
     if saved is not None or not config.start_from:
-        return program.resume_or_create(saved, key)
-
+        return None
     source = as_path(config.start_from, "start_from")
     try:
         _check_tokenizer(source, tokenizer)
@@ -81,6 +77,25 @@ def begin(
     except UserError as error:
         raise error.about("start_from", config.start_from) from error
     logger.info("starting from the parameters of %s at step %d", source, step)
+    return params
+
+
+def begin(
+    program: Program, saved: TrainState | None, params: Any, config: ExperimentConfig
+) -> tuple[TrainState, Any]:
+    """Returns the state and the frozen parameters: of the checkpoint where there is one, else of
+    step 0.
+
+    Args:
+      program: of the run.
+      saved: the state of the checkpoint, or None.
+      params: of `starting_params`.
+      config: of the run.
+    """
+    key = key_for(config.train.seed, "init")
+    if params is None:
+        return program.resume_or_create(saved, key)
+
     # What an optimizer starts with depends on the shapes of parameters alone.
     state = program.create(key)
     ema = None

@@ -17,7 +17,7 @@ from research.recipes.agreement import join_processes
 from research.recipes.budget_flags import add_budget_arguments, load_within_budget
 from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
-from research.recipes.resume import begin, is_done, log_done, restore
+from research.recipes.resume import begin, is_done, log_done, restore, starting_params
 from research.recipes.run_parts import evaluation, first_batch_check, start_trackers, throughput
 from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
@@ -102,13 +102,15 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
             stack.enter_context(lock(workdir))
             stack.callback(checkpoints.close)
         stack.callback(loader.close)
+        with clock.measure("checkpoint"):
+            params = starting_params(program, saved, config, prepared.tokenizer)
         # Before anything is compiled: a missing key costs no time.
         trackers = stack.enter_context(start_trackers(config, workdir, prepared.tokenizer))
 
         # State, step, evaluation.
         with clock.measure("compile"):
-            state, frozen = begin(program, saved, config, prepared.tokenizer)
-            del saved  # its arrays are the state's now, or were copied into it
+            state, frozen = begin(program, saved, params, config)
+            del saved, params  # its arrays are the state's now, or were copied into it
             step = program.compile_train_step()
             evaluate = evaluation(config, program, frozen, prepared, part)
             writer = stack.enter_context(MetricsWriter(workdir, int(state.step), trackers))

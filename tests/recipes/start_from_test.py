@@ -78,3 +78,5 @@ def test_a_folder_without_a_run_is_refused(tiny: pathlib.Path, tmp_path):
     with pytest.raises(UserError, match=r"^start_from = '.*nothing'"):
         runs.run(tiny, tmp_path / "b", start_from=tmp_path / "nothing", **STILL)
     assert not (tmp_path / "nothing").exists()
+    # Nothing is left that the corrected command would be refused for.
+    assert not (tmp_path / "b" / "config.json").exists()
