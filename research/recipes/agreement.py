@@ -46,6 +46,8 @@ def started_with(config: ExperimentConfig, workdir: Path) -> dict[str, Any]:
     code = hashlib.sha256()
     root = pathlib.Path(research.__file__).parent
     for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        code.update(name.encode())
         code.update(path.read_bytes())
 
     values = configs.plain(config)

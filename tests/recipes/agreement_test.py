@@ -95,3 +95,22 @@ def test_both_processes_say_in_one_line_which_value_differs(tiny: pathlib.Path, 
         (found,) = errors.splitlines()
         assert found.endswith(line)
     assert not workdir.exists()
+
+
+def test_the_digest_of_the_package_follows_from_its_files(
+    tiny: pathlib.Path, tmp_path, monkeypatch
+):
+    config = load_experiment(str(tiny), [])
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr(agreement.research, "__file__", str(tmp_path / "__init__.py"))
+
+    def digest() -> str:
+        return agreement.started_with(config, tmp_path)["digest of the package"]
+
+    empty = digest()
+    (tmp_path / "a.py").write_text("x = 1")
+    one = digest()
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    renamed = digest()
+    (tmp_path / "b.py").write_text("x = 2")
+    assert len({empty, one, renamed, digest()}) == 4
