@@ -31,7 +31,12 @@ from research.parallel.target import compiling_for
 from research.scaling.cluster import Cluster
 from research.training.config import TrainConfig
 from research.training.layout import zero_layout
-from research.training.mesh_checks import check_axes, stacked_for_stages, stage_splits
+from research.training.mesh_checks import (
+    check_axes,
+    check_schedule,
+    stacked_for_stages,
+    stage_splits,
+)
 from research.training.partition import build_partition
 from research.training.state import abstract_state
 
@@ -106,6 +111,7 @@ def mesh_report(
     sizes = abstract_mesh(mesh, cluster.num_devices, cluster.slices)
     check_axes(model, sizes.shape, train.pipeline.chunks, train.sequence_length)
     check_batch(train.batch_size, train.sequence_length, train.accumulation, sizes)
+    check_schedule(model, train, sizes.shape)
     model = stacked_for_stages(model, mesh.pipeline)
     boxed = _abstract_parameters(model, cluster)
     parameters = parameter_groups(model, boxed, sizes, shard_width=mesh.zero == 3)

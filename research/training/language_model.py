@@ -28,7 +28,7 @@ from research.parallel.parameter import logical_axes
 from research.parallel.target import compiling_for_mesh, mesh_platform
 from research.training.config import TrainConfig
 from research.training.gradients import Metrics, Report
-from research.training.mesh_checks import check_axes, stacked_for_stages
+from research.training.mesh_checks import check_axes, check_schedule, stacked_for_stages
 from research.training.partition import EVERYTHING, Partition, build_partition
 from research.training.program import Program, build_program
 
@@ -167,6 +167,7 @@ def language_model_program(
     """
     devices_mesh = make_mesh(mesh, devices)
     check_axes(model, devices_mesh.shape, train.pipeline.chunks, train.sequence_length)
+    check_schedule(model, train, devices_mesh.shape)
     model = stacked_for_stages(model, devices_mesh.shape[PIPELINE_AXIS])
     init_for_platform = language_model(model, mesh_platform(devices_mesh)).init
 

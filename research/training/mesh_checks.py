@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 from research.core.errors import UserError
 from research.models.config import ModelConfig
+from research.parallel.pipeline_schedule import make_schedule
 from research.parallel.stages import StageSplit
+from research.training.config import TrainConfig
 
 
 def check_axes(
@@ -52,6 +54,38 @@ def check_axes(
         )
     if stages > 1:
         stage_splits(model, stages, chunks)
+
+
+def check_schedule(model: ModelConfig, train: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raises UserError where a pipeline's schedule does not fit the model or the mesh.
+
+    Args:
+      model: that is trained.
+      train: how.
+      sizes: of the mesh axes, by name.
+    """
+    stages = sizes["pipeline"]
+    if stages == 1:
+        return
+    config = train.pipeline
+    make_schedule(config.schedule, stages, train.accumulation, config.chunks)
+
+    is_whole = model.structure != "encoder_decoder" and train.trainable.select == "all"
+    is_gpipe = config.schedule == "gpipe" and config.chunks == 1
+    if not (is_whole or is_gpipe):
+        raise UserError(
+            "train.pipeline.schedule",
+            config.schedule,
+            "needs one stack of layers and all parameters trained. Use 'gpipe' without chunks.",
+        )
+    for axis in ("context", "expert"):
+        if config.schedule == "zero_bubble" and sizes[axis] > 1:
+            # In a tick of different kinds, a permutation among all devices would wait for ever.
+            raise UserError(
+                f"mesh.{axis}",
+                sizes[axis],
+                "must be 1 with train.pipeline.schedule = 'zero_bubble'. Use '1f1b'.",
+            )
 
 
 def stacked_for_stages(model: ModelConfig, stages: int) -> ModelConfig:

@@ -22,7 +22,7 @@ from research.models.context import Context
 from research.models.layer_loops import Hidden, LayerGroup, LayersOutput, Scanned
 from research.models.layer_places import layers_in_places
 from research.models.reports import LayerReport
-from research.parallel.mesh_axes import CONTEXT_AXIS, EXPERT_AXIS, PIPELINE_AXIS
+from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.pipeline import StagedModel, run_pipeline
 from research.parallel.pipeline_schedule import PipelineSchedule, make_schedule
 from research.parallel.stages import LayerRange, StageSplit, without_stages
@@ -176,7 +176,7 @@ def build_pipelined(
       layout: of the gradients.
 
     Raises:
-      UserError: the schedule does not fit the model or the mesh.
+      UserError: the loss has no layers; `mesh_checks.check_schedule` says more.
     """
     devices = mesh.shape[PIPELINE_AXIS]
     config = train.pipeline
@@ -184,23 +184,9 @@ def build_pipelined(
     if not isinstance(loss, LayeredLoss):
         raise UserError("mesh.pipeline", devices, ": this loss has no layers to cut. Use 1.")
     if partition is not EVERYTHING or "encoder" in trainable:
-        if config.schedule != "gpipe" or config.chunks > 1:
-            raise UserError(
-                "train.pipeline.schedule",
-                config.schedule,
-                "needs one stack of layers and all parameters trained. Use 'gpipe' without chunks.",
-            )
         staged = on_stages(loss, train, mesh)
         return functools.partial(mean_gradients, staged, shardings=layout.gradients)
 
-    for axis in (CONTEXT_AXIS, EXPERT_AXIS):
-        if config.schedule == "zero_bubble" and mesh.shape[axis] > 1:
-            # In a tick of different kinds, a permutation among all devices would wait for ever.
-            raise UserError(
-                f"mesh.{axis}",
-                mesh.shape[axis],
-                "must be 1 with train.pipeline.schedule = 'zero_bubble'. Use '1f1b'.",
-            )
     layers = nn.unbox(trainable[LAYERS])
     free = jax.tree.map(
         lambda x, sharding: without_stages(sharding, x.shape), layers, layout.gradients[LAYERS]

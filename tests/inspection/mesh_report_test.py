@@ -22,7 +22,7 @@ from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig, SlicesConfig
 from research.parallel.rules import batch_sharding, param_shardings, partition_spec
 from research.scaling.cluster import parse_cluster
-from research.training.config import TrainConfig
+from research.training.config import PipelineConfig, TrainConfig
 from research.training.language_model import language_model_program
 from research.training.partition import TrainableConfig
 from tests.models.variants import VARIANTS
@@ -342,6 +342,18 @@ def test_an_axis_of_experts_carries_them():
         ({"vocab_size": 47}, {"tensor": 2}, {}, "mesh.tensor = 2 does not divide vocab = 47"),
         ({}, {"pipeline": 4}, {}, "mesh.pipeline × train.pipeline.chunks = 4 is more than"),
         ({}, {"expert": 2}, {}, "mesh.expert = 2: no layer of the model has experts."),
+        (
+            {},
+            {"pipeline": 2, "context": 2},
+            {"train": TrainConfig(1, pipeline=PipelineConfig("zero_bubble"))},
+            "mesh.context = 2 must be 1 with train.pipeline.schedule = 'zero_bubble'",
+        ),
+        (
+            {"structure": "encoder_decoder", "encoder_layers": 2},
+            {"pipeline": 2},
+            {},
+            "train.pipeline.schedule = '1f1b' needs one stack of layers",
+        ),
         (
             {"experts": dataclasses.replace(VARIANTS["experts"].experts, num_experts=6)},
             {"expert": 4},
