@@ -32,6 +32,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import jax
+import psutil
 import pytest
 from jaxtyping import install_import_hook
 
@@ -61,6 +62,8 @@ SLOWER_TIERS = ("thorough", "compilers", "live", "processes")
 gc.set_threshold(200_000, 50, 100)
 # Linux grants a process 65,530 mappings of memory, and each compiled program takes some.
 MAPPINGS = 30_000
+# Bytes of a worker, of which there are two.
+MOST_MEMORY = 5e9
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -112,12 +115,13 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
-    """Drops compiled programs after a file of tests when the process holds many; until then files
-    share them.
+    """Drops compiled programs after a file of tests when the process holds many, or has much
+    memory; until then files share them.
     """
     yield
     mappings = pathlib.Path("/proc/self/maps")
-    if not mappings.exists() or mappings.read_bytes().count(b"\n") > MAPPINGS:
+    is_full = psutil.Process().memory_info().rss > MOST_MEMORY
+    if is_full or not mappings.exists() or mappings.read_bytes().count(b"\n") > MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

@@ -192,7 +192,8 @@ class StageOperations:
             value, vjp, sums = jax.vjp(minimized, self.outer, own, has_aux=True)
             cotangent = is_last.astype(value.dtype)
             d_outer, dy = vjp(cotangent)
-            value, sums = _where(is_last, (value, sums))
+            # 0 times a derivative at 0 is no number where that is infinite.
+            value, sums, d_outer = _where(is_last, (value, sums, d_outer))
 
             # Kept, for the gradients of the parameters may be taken later.
             arrived = carry.gradients[tick.gradient_slot]

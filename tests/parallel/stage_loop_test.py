@@ -5,13 +5,16 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.data.objectives import ObjectiveConfig
+from research.kernels.attention import AttentionMask
 from research.models.config import ModelConfig
+from research.models.context import Context
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh_config import MeshConfig
@@ -20,6 +23,7 @@ from research.training.config import PipelineConfig, TrainConfig
 from research.training.language_model import language_model_program
 from research.training.partition import TrainableConfig
 from research.training.program import Program
+from research.training.staged_loop import StagedLoop
 from research.training.step import shard_batch
 from tests.models.variants import VARIANTS
 from tests.parallel.products import LENGTH, OBJECTIVES, ROWS, host_batch
@@ -114,3 +118,15 @@ def test_a_schedule_that_needs_one_stack_of_layers_is_refused_for_two():
         "train.pipeline.schedule = '1f1b' needs one stack of layers and all parameters trained. "
         "Use 'gpipe' without chunks."
     )
+
+
+def test_a_microbatch_has_its_rows_of_the_context_and_its_own_dropout():
+    positions = jnp.arange(12).reshape(4, 3)
+    context = Context(positions, AttentionMask(causal=True), key=jax.random.key(3))
+    loop = StagedLoop(devices=2, microbatches=2)
+    found = [loop._context_of(context, 4, jnp.int32(index)) for index in range(2)]
+    np.testing.assert_array_equal(found[0].positions, positions[0::2])
+    np.testing.assert_array_equal(found[1].positions, positions[1::2])
+    keys = [jax.random.key_data(each.key).tolist() for each in found]
+    assert keys[0] != keys[1]
+    assert loop._context_of(dataclasses.replace(context, key=None), 4, jnp.int32(0)).key is None
