@@ -16,7 +16,7 @@ import research
 from research.bench.report import write
 from research.core import config as configs
 from research.core.errors import UserError
-from research.inspection.report import short
+from research.inspection.compile_row import COLUMNS, report_row
 from research.scaling.cluster import parse_cluster
 from research.storage.json_files import read_object
 
@@ -25,18 +25,6 @@ logger = logging.getLogger("tessera")
 _HOUSE = pathlib.Path(research.__file__).parent.parent
 PODS = _HOUSE / "configs" / "pods"
 FIGURES = _HOUSE / "docs" / "figures" / "pods.json"
-COLUMNS = (
-    "preset",
-    "devices",
-    "mesh",
-    "memory",
-    "left",
-    "sent a step",
-    "exposed",
-    "compiled in",
-    "host memory",
-    "accidents",
-)
 
 
 def pod_specs(folder: str) -> list[str]:
@@ -131,7 +119,7 @@ def compile_pods(
             continue
         entry = {"digest": key, "versions": versions, "report": json.loads(found.stdout)}
         _write(path, f"tessera compile --all={folder}", specs, read_figures(path) | {name: entry})
-        logger.info("%s: %s", name, ", ".join(_row(name, entry)[3:]))
+        logger.info("%s: %s", name, ", ".join(report_row(name, entry)[3:]))
     return failed
 
 
@@ -141,31 +129,5 @@ def _write(path: pathlib.Path, command: str, specs: Iterable[str], pods: Mapping
     for name in map(name_of, specs):
         if name in pods:
             known[name] = pods[name]
-    rows = [_row(name, entry) for name, entry in known.items()]
+    rows = [report_row(name, entry) for name, entry in known.items()]
     write(path, command, columns=COLUMNS, rows=rows, pods=known)
-
-
-def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
-    """Returns the cells of a preset in the table."""
-    found = entry["report"]
-    memory = found["memory"]
-    cost = found["cost"]
-    sent = sum(group["sent_bytes"] for group in found["traffic"])
-    at_least = "≥ " if any(group["is_least"] for group in found["traffic"]) else ""
-    used = f"{short(memory['total'])}B"
-    left = "–"
-    if memory["limit"] is not None:
-        used += f" of {short(memory['limit'])}B"
-        left = f"{memory['margin']:.0%}"
-    return [
-        f"`{name}`",
-        found["devices"],
-        " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items()),
-        used,
-        left,
-        f"{at_least}{short(sent)}B",
-        f"{found['exposed']:.0%}",
-        f"{cost['compile_seconds']:.0f} s, {cost['cpu_seconds']:.0f} s of processors",
-        f"{short(cost['host_bytes'])}B",
-        str(len(found["accidents"])),
-    ]

@@ -101,13 +101,11 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
         with clock.measure("checkpoint"):
             stack.enter_context(lock(workdir))
             stack.callback(checkpoints.close)
-        stack.callback(loader.close)
-        with clock.measure("checkpoint"):
+            stack.callback(loader.close)
             params = starting_params(program, saved, config, prepared.tokenizer)
         # Before anything is compiled: a missing key costs no time.
         trackers = stack.enter_context(start_trackers(config, workdir, prepared.tokenizer))
 
-        # State, step, evaluation.
         with clock.measure("compile"):
             state, frozen = begin(program, saved, params, config)
             del saved, params  # its arrays are the state's now, or were copied into it
