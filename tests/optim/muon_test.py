@@ -32,7 +32,7 @@ KERNELS: dict[str, tuple[Axes, tuple[int, ...]]] = {
     "one matrix": (Axes(("embed", "mlp"), "kernel", 1), (D, F)),
     "one of two matrices": (Axes(("mlp", "embed"), "kernel", 1), (F, D)),
     "the other": (Axes(("mlp", "embed"), "kernel", 1), (F, D)),
-    "not sharded": (Axes(("latent", "rank"), "kernel", 1), (5, 7)),
+    "not sharded": (Axes(("rank", "router"), "kernel", 1), (5, 7)),
     "table": (Axes(("vocab", "embed"), "table"), (8, D)),
     "scale": (Axes(("layers", "embed"), "scale"), (8, D)),
 }
