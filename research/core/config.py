@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import ml_collections
 
-from research.core.errors import UserError, join, nearest, within
+from research.core.errors import UserError, join, nearest, similar, within
 
 C = TypeVar("C")
 
@@ -308,8 +308,9 @@ def _convert_literal(choices: tuple[Any, ...], value: Any, name: str) -> Any:
         return converted
 
     listed = ", ".join(repr(choice) for choice in choices)
-    advice = nearest(str(value), map(str, choices))
-    raise UserError(name, value, f"is not one of {listed}. {advice}")
+    match = similar(str(value), map(str, choices))
+    advice = "" if match is None else f" Did you mean {match!r}?"
+    raise UserError(name, value, f"is not one of {listed}.{advice}")
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:

@@ -148,10 +148,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     is similar.
     """
     known = sorted(known)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if matches:
-        return f"Did you mean {matches[0]!r}?"
+    match = similar(name, known)
+    if match is not None:
+        return f"Did you mean {match!r}?"
     return f"Known: {listed(known, limit=KNOWN_SHOWN)}."
+
+
+def similar(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name that is most similar, or None where none is similar."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
 def listed(items: Iterable[str], separator: str = ", ", limit: int = 10) -> str:

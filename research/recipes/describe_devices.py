@@ -57,7 +57,7 @@ def load_run(
     """Returns a run, and in words what was chosen where the config says nothing.
 
     A model alone gets AdamW, a mesh with `data` = -1 and the slices along `data`, and batches of
-    one row of `max_length` tokens for each shard of the batch; overrides of `mesh`, `train` and
+    one row of `max_length` tokens for each shard of a microbatch; overrides of `mesh`, `train` and
     `optim` change them.
 
     Args:
@@ -105,10 +105,18 @@ def _around(
         train["sequence_length"] = model.max_length
         notes.append(f"  train.sequence_length = {model.max_length:,}, the model's max_length")
     if "train.batch_size" not in given:
-        rows = math.prod(sizes[axis] for axis in BATCH_AXES)
+        shards = dict(sizes)
+        accumulation = str(train.get("accumulation", 1))
+        # What is no number of microbatches is refused where the config is bound.
+        if accumulation.isdecimal():
+            shards["train.accumulation"] = max(int(accumulation), 1)
+        axes = BATCH_AXES
+        if shards.get("train.accumulation", 1) > 1:
+            axes = (*BATCH_AXES, "train.accumulation")
+        rows = math.prod(shards[axis] for axis in axes)
         train["batch_size"] = rows
-        axes = " × ".join(BATCH_AXES)
-        notes.append(f"  train.batch_size = {rows:,}, a row for each shard ({axes})")
+        listed = " × ".join(axes)
+        notes.append(f"  train.batch_size = {rows:,}, a row for each shard ({listed})")
     if "optim.name" not in given:
         notes.append("  optim.name = adamw")
 

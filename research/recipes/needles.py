@@ -32,6 +32,8 @@ def print_needles(arguments: argparse.Namespace, workdir: Path) -> None:
         lengths = tuple(int(text) for text in arguments.needle.split(","))
     except ValueError as error:
         raise UserError("needle", arguments.needle, "must be lengths such as 128,1024.") from error
+    if min(lengths) < 1:
+        raise UserError("needle", arguments.needle, "must name lengths of at least 1 token.")
     asked = NeedleConfig(lengths, prompts=arguments.prompts)
     model = load(workdir)
     if model.config.structure != "decoder":

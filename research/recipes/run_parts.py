@@ -3,20 +3,25 @@ throughput, trackers.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from research.core import config as configs
+from research.core.trees import count
 from research.data.batch import Batch
 from research.data.objectives import bytes_per_target, encoder_length
 from research.data.prepare import Prepared
 from research.data.tokenizers import Tokenizer
 from research.models.flops import train_flops_per_token
+from research.parallel.mesh_config import MeshConfig
+from research.parallel.target import mesh_platform
 from research.recipes.experiment import ExperimentConfig
 from research.recipes.inputs import heldout_rows
 from research.recipes.workdir import write_config
+from research.scaling.cluster import parse_cluster
 from research.scaling.devices import peak_flops
 from research.storage.paths import Path
 from research.training.evaluation import evaluate
@@ -26,6 +31,26 @@ from research.training.self_check import check_attention
 from research.training.state import TrainState
 from research.training.step import shard_batch
 from research.training.trackers import Tracker, open_trackers
+
+logger = logging.getLogger("tessera")
+
+
+def log_model(program: Program, mesh: MeshConfig) -> None:
+    """Logs how large the model is and where it runs, and a warning where the mesh is for others."""
+    parameters = count(program.saved.params)
+    size = program.mesh.size
+    platform = mesh_platform(program.mesh)
+    logger.info("model: %s parameters on %d device(s)", f"{parameters:,}", size)
+    if not mesh.devices:
+        return
+    cluster = parse_cluster(mesh.devices)
+    if (cluster.num_devices, cluster.platform) != (size, platform):
+        logger.warning(
+            "mesh.devices = %r names others than the %d of this run, on %s.",
+            mesh.devices,
+            size,
+            platform,
+        )
 
 
 def evaluation(

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from research.core.errors import Interrupted
-from research.core.trees import count
 from research.parallel.process_parts import process_rows
 from research.recipes import workdir as workdirs
 from research.recipes.agreement import join_processes
@@ -18,7 +17,13 @@ from research.recipes.budget_flags import add_budget_arguments, load_within_budg
 from research.recipes.experiment import ExperimentConfig, add_config_argument
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.resume import begin, is_done, log_done, restore, starting_params
-from research.recipes.run_parts import evaluation, first_batch_check, start_trackers, throughput
+from research.recipes.run_parts import (
+    evaluation,
+    first_batch_check,
+    log_model,
+    start_trackers,
+    throughput,
+)
 from research.recipes.workdir_lock import lock
 from research.storage.paths import Path, as_path
 from research.training import loop
@@ -85,7 +90,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
         prepared = prepare_data(config)
         part = process_rows(program.batch["tokens"].sharding, config.train.batch_size)
         loader = make_loader(config, prepared, part)
-    _log_model(program)
+    log_model(program, config.mesh)
 
     # The newest checkpoint, where there is one.
     with clock.measure("checkpoint"):
@@ -136,11 +141,6 @@ def _program(config: ExperimentConfig, workdir: Path) -> Program:
     return language_model_program(
         config.model, config.optim, config.train, config.mesh, objective=config.data.objective
     )
-
-
-def _log_model(program: Program) -> None:
-    parameters = count(program.saved.params)
-    logger.info("model: %s parameters on %d device(s)", f"{parameters:,}", program.mesh.size)
 
 
 def _report(clock: Clock, workdir: Path) -> None:

@@ -10,16 +10,26 @@ from research.storage import files
 from research.storage.paths import Path, reason
 
 # What may change when a run is resumed: where and how long it runs, what is kept and shown. Nothing
-# that it computes. None is a whole group.
-MAY_CHANGE = {
-    "mesh": None,
-    "distributed": None,
-    "checkpoint": None,
-    "trackers": None,
-    "train": {"steps", "log_every", "eval_every", "eval_batches", "max_skipped"},
-    "data": {"workers", "prefetch"},
-    "model": {"layer_loop", "remat"},
-}
+# that it computes.
+MAY_CHANGE = (
+    "mesh",
+    "distributed",
+    "checkpoint",
+    "trackers",
+    "train.steps",
+    "train.pipeline",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.max_skipped",
+    "data.workers",
+    "data.prefetch",
+    "model.layer_loop",
+    "model.remat",
+    "model.sequence_parallel",
+    "model.attention.exchange",
+    "model.attention.implementation",
+)
 # Parts of a config whose fields are read one by one.
 _GROUPS = ("model", "source", "train", "data")
 
@@ -67,16 +77,15 @@ def _shown(values: Any, name: str) -> str:
     return repr(values)
 
 
-def _fixed(values: dict[str, Any]) -> dict[str, Any]:
+def _fixed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the values that must not change in a workdir."""
     # {"train": {"steps": 1, "seed": 2}, "mesh": …} -> {"train": {"seed": 2}}
     fixed = {}
-    for name, group in values.items():
-        if name not in MAY_CHANGE:
-            fixed[name] = group
-        elif MAY_CHANGE[name] is not None:
-            changing = MAY_CHANGE[name]
-            fixed[name] = {key: value for key, value in group.items() if key not in changing}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in MAY_CHANGE:
+            continue
+        fixed[key] = _fixed(value, f"{name}.") if isinstance(value, dict) else value
     return fixed
 
 

@@ -117,6 +117,13 @@ def test_value_of_another_type_is_refused(field: str, value: Any, constraint: st
     assert constraint in message
 
 
+def test_choices_are_listed_once_and_the_nearest_is_named():
+    wanted = "colour = 'xyz' is not one of 'red', 'blue'."
+    assert fails({"name": "Ada", "colour": "xyz"}) == wanted
+    wanted = "colour = 'bleu' is not one of 'red', 'blue'. Did you mean 'blue'?"
+    assert fails({"name": "Ada", "colour": "bleu"}) == wanted
+
+
 def test_near_literal_is_advised():
     assert "Did you mean 'blue'?" in fails({"name": "Ada", "colour": "bleu"})
 

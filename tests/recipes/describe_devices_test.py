@@ -104,6 +104,10 @@ def test_a_model_alone_gets_a_run_and_says_which(capsys):
     assert "optimizer, lion" in out
     assert "train.batch_size =" not in out
 
+    _, out, _ = described(capsys, preset, "--devices=v5e:4x4", "--config.train.accumulation=3")
+    axes = "data × fsdp × expert × train.accumulation"
+    assert f"  train.batch_size = 48, a row for each shard ({axes})\n" in out
+
 
 @pytest.mark.fast_cases("bert.py")
 @pytest.mark.parametrize("name", ["bert.py", "prefix.py", "t5.py", "mixtral.py"])

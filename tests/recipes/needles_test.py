@@ -40,3 +40,5 @@ def test_json_has_what_was_asked_and_found(unbroken, capsys):
 def test_lengths_that_are_none_are_refused_in_one_line(unbroken, capsys):
     assert evaluate(unbroken, "--needle=long") == 2
     assert "must be lengths such as 128,1024." in capsys.readouterr().err
+    assert evaluate(unbroken, "--needle=0") == 2
+    assert "--needle = '0' must name lengths of at least 1" in capsys.readouterr().err

@@ -91,12 +91,32 @@ def test_killed_run_repeats_from_the_last_checkpoint_to_the_same_end(tmp_path, u
 
 
 @pytest.mark.thorough
-def test_run_goes_on_on_another_mesh(tmp_path, unbroken: Unbroken):
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        # vocab over tensor, embed over fsdp
+        ({"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, (384 // 2, 16 // 2)),
+        (
+            {
+                "mesh__pipeline": 2,
+                "mesh__context": 2,
+                "mesh__tensor": 2,
+                "train__pipeline__schedule": "gpipe",
+                "model__sequence_parallel": True,
+                "model__attention__exchange__kind": "all_gather",
+                "model__attention__implementation": "reference",
+            },
+            # The tokens' axes shard embed too.
+            (384 // 2, 16 // 2),
+        ),
+    ],
+)
+def test_run_goes_on_on_another_mesh(tmp_path, unbroken: Unbroken, layout: dict, shape: tuple):
     workdir = tmp_path / "run"
     runs.run_until(5, unbroken.config, workdir)
-    state = runs.run(unbroken.config, workdir, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
-    table = state.params["embed"]["embedding"]  # vocab over tensor, embed over fsdp
-    assert table.addressable_shards[0].data.shape == (384 // 2, 16 // 2)
+    state = runs.run(unbroken.config, workdir, **layout)
+    table = state.params["embed"]["embedding"]
+    assert table.addressable_shards[0].data.shape == shape
     for name in ("train/loss", "eval/loss"):
         ours, theirs = (
             curve(read_metrics(workdir), name),
@@ -104,6 +124,14 @@ def test_run_goes_on_on_another_mesh(tmp_path, unbroken: Unbroken):
         )
         assert ours[0] == theirs[0]
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5)
+
+
+@pytest.mark.thorough
+def test_a_run_says_that_its_config_names_other_devices(tmp_path, tiny, caplog):
+    for devices, count in (("v5p:2x2x4", 1), ("cpu:8", 0)):
+        caplog.clear()
+        runs.run(tiny, tmp_path / devices[:3], train__steps=2, mesh__devices=devices)
+        assert len([line for line in caplog.messages if "mesh.devices = " in line]) == count
 
 
 def test_finished_run_stays_as_it_is(tmp_path, unbroken: Unbroken, caplog):
