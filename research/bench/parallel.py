@@ -34,6 +34,8 @@ CASES = (
     "fsdp, zero 1",
     "fsdp, zero 2",
     "fsdp, zero 3",
+    "fsdp, zero 2, wide",
+    "fsdp, zero 3, wide",
     "tensor",
     "tensor, sequence_parallel",
     "context, ring",
@@ -46,11 +48,15 @@ CASES = (
 TIMED = ("data", "fsdp, zero 3")
 ALONE = "one device"
 # Why a program sends more than the formula.
+SCATTERS = "all-reduces gradients of layers where a reduce-scatter would do"
+PAIRS = "sums attention's gradients, of 4 MB, in pairs, and so without a reduce-scatter"
 REASONS = {
-    ("fsdp, zero 2", "cpu"): "all-reduces gradients of layers where a reduce-scatter would do",
-    ("fsdp, zero 3", "cpu"): "all-reduces gradients of layers where a reduce-scatter would do",
-    ("fsdp, zero 2", "tpu"): "all-reduces gradients of attention's kernels, [D, heads, head]",
-    ("fsdp, zero 3", "tpu"): "all-reduces gradients of attention's kernels, [D, heads, head]",
+    ("fsdp, zero 2", "cpu"): SCATTERS,
+    ("fsdp, zero 3", "cpu"): SCATTERS,
+    ("fsdp, zero 2, wide", "cpu"): SCATTERS,
+    ("fsdp, zero 3, wide", "cpu"): SCATTERS,
+    ("fsdp, zero 2", "tpu"): PAIRS,
+    ("fsdp, zero 3", "tpu"): PAIRS,
     ("tensor", "cpu"): "sums the gradients of a sublayer's input once for each kernel",
     ("tensor, sequence_parallel", "cpu"): "the same, and all-reduces where a reduce-scatter would "
     "do",

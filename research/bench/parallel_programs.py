@@ -129,6 +129,13 @@ def _with_tokens_sharded(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, sequence_parallel=True)
 
 
+def _wide(model: ModelConfig) -> ModelConfig:
+    """Returns a model whose gradients are too large for the TPU compiler to sum several at once."""
+    return dataclasses.replace(
+        model, embed_dim=2048, attention=AttentionConfig(16, 16, 128), mlp=MlpConfig(4096)
+    )
+
+
 def _with_experts(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, experts=EXPERTS)
 
@@ -161,6 +168,12 @@ CASES = {
         _mesh("fsdp", 2), lambda s: formulas.zero_2(DEVICES, s.parameters, s.parameters)
     ),
     "fsdp, zero 3": Case(_mesh("fsdp"), _zero_3),
+    "fsdp, zero 2, wide": Case(
+        _mesh("fsdp", 2),
+        lambda s: formulas.zero_2(DEVICES, s.parameters, s.parameters),
+        change=_wide,
+    ),
+    "fsdp, zero 3, wide": Case(_mesh("fsdp"), _zero_3, change=_wide),
     "tensor": Case(_mesh("tensor"), _tensor),
     "tensor, sequence_parallel": Case(_mesh("tensor"), _tensor, change=_with_tokens_sharded),
     "context, ring": Case(
