@@ -6,6 +6,7 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.objectives import CAUSAL
+from research.inspection import compile_report as module
 from research.inspection.compile_lines import compile_report_lines
 from research.inspection.compile_report import (
     CompileReport,
@@ -115,3 +116,16 @@ def test_what_the_compiler_for_a_tpu_refuses_is_one_line():
     wide = tiny_config(embed_dim=8192, vocab_size=2**19, dtype="bfloat16")
     with pytest.raises(UserError, match=r"'v5e:2x2' is too small: a device needs .*G of its .*G"):
         report_of(wide, MeshConfig(), "v5e:2x2")
+
+
+@pytest.mark.compilers
+def test_a_collective_that_no_axis_explains_is_an_accident(monkeypatch):
+    pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    mesh = MeshConfig(fsdp=4, data=1)
+    # Each device has 128 columns of a table of 32 MB: narrower ones would be padded, and smaller
+    # gradients summed together.
+    wide = tiny_config(vocab_size=2**14, embed_dim=512)
+    assert report_of(wide, mesh, "v5e:2x2").accidents == ()
+    # The control: nothing is expected.
+    monkeypatch.setattr(module, "expected_collectives", lambda sizes, zero: frozenset())
+    assert report_of(wide, mesh, "v5e:2x2").accidents
