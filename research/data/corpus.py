@@ -25,13 +25,12 @@ from jaxtyping import Int, Shaped, UInt
 from research.core.config import plain
 from research.core.errors import UserError
 from research.core.progress import Progress
+from research.data.source_stats import fingerprint, size_bytes
 from research.data.sources import (
     Document,
     SourceConfig,
     SourceReport,
     Split,
-    fingerprint,
-    size_bytes,
     split_documents,
 )
 from research.data.tokenizers import Tokenizer

@@ -1,12 +1,13 @@
-"""Needles in a haystack: lines that are hidden in text, and that questions at its end ask for.
+"""Needles in a haystack: lines that are hidden in a long text, and that its end asks for.
 
-A needle is `[KEYVAL]` on a line of its own: three letters or digits that name it, and three that
-nothing else tells. A document of the source `needle` hides several in
-a window of the embedded corpus, and then repeats each of them, in another order: to predict a
-value there, a model must find its needle.
+A needle is a line such as `[KQXB]`: a letter, its key, and three more, its value. A document of
+the source `needle` hides three in sentences that repeat, and names one to three of them again at
+its end, in another order: nothing but the needle tells its value there. No letter occurs twice in a
+document's needles, so that a small model learns to find them: to copy what followed the same letter
+before is enough.
 
-Source: the passkeys of Mohtashami & Jaggi 2023, arXiv:2305.16300, section 4.2, with several keys
-as in RULER (Hsieh et al. 2024, arXiv:2404.06654, section 3).
+Source: the passkeys of Mohtashami & Jaggi 2023, arXiv:2305.16300, section 4.2, whose sentences
+these are, with several keys as in RULER (Hsieh et al. 2024, arXiv:2404.06654, section 3.1).
 """
 
 import random
@@ -14,12 +15,11 @@ import string
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# The text has few of them, so that a needle is told from it.
-LETTERS = string.ascii_uppercase + string.digits
-KEY_LETTERS = 3
+# Without capitals, which are for the needles.
+NOISE = "the grass is green. the sky is blue. the sun is yellow. here we go. there and back again. "
 VALUE_LETTERS = 3
 # Needles of a document: the others distract from the one that a question asks for.
-NUM_NEEDLES = 4
+NUM_NEEDLES = 3
 
 
 class Needle(NamedTuple):
@@ -44,24 +44,27 @@ class Needle(NamedTuple):
         return f"\n[{self.key}"
 
 
-# Bytes of one needle.
-LINE_BYTES = len(Needle("K" * KEY_LETTERS, "V" * VALUE_LETTERS).line)
-# Bytes of a document beside its text.
-OVERHEAD = 2 * NUM_NEEDLES * LINE_BYTES
+# Characters of one needle, and those of a document beside its text.
+LINE_LENGTH = len(Needle("K", "V" * VALUE_LETTERS).line)
+OVERHEAD = 2 * NUM_NEEDLES * LINE_LENGTH
 
 
 def draw_needles(draws: random.Random, count: int = NUM_NEEDLES) -> list[Needle]:
-    """Returns needles with different keys."""
-    values: dict[str, str] = {}
-    while len(values) < count:
-        key = _word(draws, KEY_LETTERS)
-        values[key] = _word(draws, VALUE_LETTERS)
-    return [Needle(key, value) for key, value in values.items()]
-
-
-def _word(draws: random.Random, length: int) -> str:
+    """Returns needles in which no letter occurs twice."""
     # `random()` alone gives the same numbers in every version of Python.
-    return "".join(LETTERS[int(draws.random() * len(LETTERS))] for _ in range(length))
+    letters = "".join(sorted(string.ascii_uppercase, key=lambda letter: draws.random()))
+    needles = []
+    size = 1 + VALUE_LETTERS
+    for start in range(0, count * size, size):
+        needles.append(Needle(letters[start], letters[start + 1 : start + size]))
+    return needles
+
+
+def noise(draws: random.Random, size: int) -> str:
+    """Returns so many characters of the sentences, which begin anywhere."""
+    start = int(draws.random() * len(NOISE))
+    repeated = NOISE * (2 + size // len(NOISE))
+    return repeated[start : start + size]
 
 
 def hide(text: str, needles: Sequence[Needle], depths: Sequence[float]) -> str:
@@ -76,28 +79,22 @@ def hide(text: str, needles: Sequence[Needle], depths: Sequence[float]) -> str:
     return "".join([*parts, text[start:]])
 
 
-def windows(text: str, length: int) -> Iterator[str]:
-    """Yields the parts of a text, of `length` bytes each; what is left at its end is dropped."""
-    data = text.encode("utf-8")
-    for start in range(0, len(data) - length + 1, length):
-        # A character that a window cuts in two is left out.
-        yield data[start : start + length].decode("utf-8", "ignore")
-
-
-def documents(name: str, text: str, length: int) -> Iterator[str]:
-    """Yields documents of at most `length` bytes, each a window of the text with needles in it and
-    all of them once more at its end.
+def documents(count: int, length: int) -> Iterator[str]:
+    """Yields documents of `length` bytes, each with needles in it and one to all of them once more,
+    in another order, at its end.
 
     Args:
-      name: of the text; what is hidden depends on it.
-      text: where the needles are hidden.
-      length: of a document, above `OVERHEAD`.
+      count: of the documents.
+      length: of each, above `OVERHEAD`.
     """
-    for index, window in enumerate(windows(text, length - OVERHEAD)):
-        draws = random.Random(f"{name}:{index}")
+    for index in range(count):
+        draws = random.Random(f"{length}:{index}")
         needles = draw_needles(draws)
-        depths = [draws.random() for _ in needles]
-        hidden = hide(window, needles, depths)
-
         order = sorted(needles, key=lambda needle: draws.random())
-        yield hidden + "".join(needle.line for needle in order)
+        # Where the first question stands, tells nothing.
+        asked = order[: 1 + int(draws.random() * len(order))]
+        num_lines = len(needles) + len(asked)
+        text = noise(draws, length - num_lines * LINE_LENGTH)
+        # One in eight lies at the very end, where few others do.
+        depths = [min(1.0, draws.random() * 8 / 7) for _ in needles]
+        yield hide(text, needles, depths) + "".join(needle.line for needle in asked)

@@ -11,7 +11,8 @@ from research.core.errors import UserError, within
 from research.data import tokenizers
 from research.data.corpus import Corpus, build_corpora
 from research.data.objectives import ObjectiveConfig
-from research.data.sources import SourceConfig, documents, fingerprint
+from research.data.source_stats import fingerprint
+from research.data.sources import SourceConfig, documents
 from research.data.tokenizers import Tokenizer, TokenizerConfig
 from research.storage import files
 

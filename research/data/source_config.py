@@ -7,7 +7,7 @@ from research.core.errors import UserError
 from research.data.needle import OVERHEAD
 from research.data.source_files import BUNDLED_WINDOW_LOG
 
-# The kinds that are made of the embedded corpus.
+# The kinds that read no path.
 EMBEDDED = ("stdlib", "needle")
 
 
@@ -16,8 +16,8 @@ class SourceConfig:
     """One source of text.
 
     Attributes:
-      kind: `stdlib` (text that every Python carries), `needle` (the same with needles hidden in
-        it, `data.needle`), `text` (one document per file), `jsonl`
+      kind: `stdlib` (text that every Python carries), `needle` (needles in a haystack,
+        `data.needle`), `text` (one document per file), `jsonl`
         (plain, .gz or .zst), `lines` (one pair of texts per line, in two files), `parquet`, or
         `tfds` (a prepared dataset, or text files that are prepared as one).
       path: file, folder (searched recursively) or glob pattern; not used by `stdlib` and
@@ -30,7 +30,8 @@ class SourceConfig:
         of one is the text from which line n of its match in `path` is made.
       separator: where to cut a text file into several documents; empty: one document per file.
       tfds_split: the TFDS split that is read.
-      length: for `needle`: most bytes of a document.
+      length: for `needle`: bytes of a document.
+      documents: for `needle`: how many there are.
       weight: share of this source in the training mixture, relative to the other weights; above 0.
       heldout_fraction: share of the documents kept for evaluation, in [0, 1]. 1 makes the source
           evaluation only.
@@ -50,6 +51,7 @@ class SourceConfig:
     separator: str = ""
     tfds_split: str = "train"
     length: int = 0
+    documents: int = 0
     weight: float = 1.0
     heldout_fraction: float = 0.05
     max_bad_fraction: float = 0.01
@@ -61,10 +63,12 @@ class SourceConfig:
         if embedded != (self.path == ""):
             need = "must be empty" if embedded else "must name a file, folder or glob"
             raise UserError("path", self.path, f"{need} for kind = {self.kind!r}.")
-        least = OVERHEAD + 1 if self.kind == "needle" else 0
-        if self.length < least or (self.length > 0 and self.kind != "needle"):
-            need = f"at least {least}" if self.kind == "needle" else "0"
-            raise UserError("length", self.length, f"must be {need} for kind = {self.kind!r}.")
+        for name, least in (("length", OVERHEAD + 1), ("documents", 1)):
+            value = getattr(self, name)
+            if self.kind == "needle" and value < least:
+                raise UserError(name, value, f"must be at least {least} for kind = 'needle'.")
+            if self.kind != "needle" and value != 0:
+                raise UserError(name, value, f"must be 0 for kind = {self.kind!r}.")
         if not self.field:
             raise UserError("field", "", "must name the field that holds the text.")
         if self.pair_field and self.kind != "jsonl":

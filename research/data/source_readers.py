@@ -79,10 +79,9 @@ def _read_stdlib(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
 
 
 def _read_needle(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:
-    for name, key, text in stdlib.texts(report.skip):
-        # The split is that of the text, as of `stdlib`: held-out documents hide in held-out text.
-        for index, hidden in enumerate(needle.documents(name, text, config.length)):
-            yield key, Document(f"{name}:{index}", hidden)
+    texts = needle.documents(config.documents, config.length)
+    for index, text in enumerate(texts):
+        yield text, Document(f"needle:{index}", text)
 
 
 def _read_text(config: SourceConfig, report: SourceReport) -> Iterator[Keyed]:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from research.core.errors import UserError
-from research.data import stdlib
-from research.data.source_config import EMBEDDED, SourceConfig
-from research.data.source_files import find_files, stable_hash
+from research.data.source_config import SourceConfig
+from research.data.source_files import stable_hash
 from research.data.source_readers import READERS, Document, SourceReport
 
 __all__ = [
@@ -20,9 +19,7 @@ __all__ = [
     "SourceReport",
     "Split",
     "documents",
-    "fingerprint",
     "is_heldout",
-    "size_bytes",
     "split_documents",
 ]
 
@@ -68,31 +65,3 @@ def split_documents(config: SourceConfig, report: SourceReport) -> Iterator[tupl
     report.check(config.max_bad_fraction, at_end=True)
     if report.documents == 0:
         raise UserError("path", config.path, "holds no text.")
-
-
-def fingerprint(config: SourceConfig) -> list[list[str | int]]:
-    """Returns [name, size, modification time] of every file: a key that changes with the source."""
-    embedded = config.kind in EMBEDDED
-    found = stdlib.files().items() if embedded else find_files(config.path)
-    files = sorted(found)
-    if config.pair_path:
-        files += sorted(find_files(config.pair_path))
-
-    stats = []
-    for name, path in files:
-        stat = path.stat()
-        stats.append([name, stat.st_size, stat.st_mtime_ns])
-    return stats
-
-
-def size_bytes(config: SourceConfig) -> int | None:
-    """Returns the approximate bytes of text in a source; None where one would have to read it."""
-    if config.kind not in ("stdlib", "text"):
-        return None
-    # The size of a compressed file does not say how much text it holds.
-    size = 0
-    for name, file_size, _ in fingerprint(config):
-        if str(name).endswith((".gz", ".zst")):
-            return None
-        size += int(file_size)
-    return size

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from research.core.errors import UserError
-from research.data import needle, stdlib
-from research.data.source_config import SourceConfig
-from research.data.sources import is_heldout
+from research.data import needle
 from research.data.tokenizers import Tokenizer
 from research.inference.generate import generate
 from research.inference.sampling import SamplingConfig
@@ -20,7 +18,7 @@ class NeedleConfig:
     """What a model is asked.
 
     Attributes:
-      lengths: of the prompts, in tokens.
+      lengths: of the prompts with their answers, in tokens.
       depths: where the needle lies in the text: 0 is its beginning, 1 its end.
       prompts: for each length and depth, at least 1.
       batch_size: prompts that are answered together, at least 1.
@@ -47,7 +45,7 @@ class Row(NamedTuple):
     """What a model finds in prompts of one length.
 
     Attributes:
-      length: tokens of a prompt, at most.
+      length: tokens of a prompt with its answer, at most.
       found: share of the needles whose value the model writes, for each depth.
       guessed: the same where the needle is left out: what the model has without it.
     """
@@ -79,21 +77,18 @@ def find_needles(
     Raises:
       UserError: a length that the positions do not reach, or that has no room for text.
     """
-    # A prompt, and the tokens of its value.
-    longest = max(asked.lengths) + needle.VALUE_LETTERS + 1
+    longest = max(asked.lengths)
     if longest > config.max_length:
         if config.position.kind == "learned":
             raise UserError(
                 "lengths",
-                max(asked.lengths),
+                longest,
                 f"is beyond the learned positions: model.max_length = {config.max_length}.",
             )
         config = dataclasses.replace(config, max_length=longest)
 
-    text = heldout_text()
-
     def share(length: int, depth: float | None) -> float:
-        questions = make_questions(tokenizer, text, length, depth, asked)
+        questions = make_questions(tokenizer, length, depth, asked)
         found = 0
         for start in range(0, len(questions), asked.batch_size):
             batch = questions[start : start + asked.batch_size]
@@ -105,18 +100,11 @@ def find_needles(
         yield Row(length, found, share(length, None))
 
 
-def heldout_text() -> str:
-    """Returns the text in which needles are hidden: what the embedded corpus holds out."""
-    fraction = SourceConfig().heldout_fraction
-    texts = stdlib.texts(lambda file, reason: None)
-    return "\n".join(text for _, key, text in texts if is_heldout(key, fraction))
-
-
 def make_questions(
-    tokenizer: Tokenizer, text: str, length: int, depth: float | None, asked: NeedleConfig
+    tokenizer: Tokenizer, length: int, depth: float | None, asked: NeedleConfig
 ) -> list[Question]:
-    """Returns prompts of at most `length` tokens: parts of the text with needles in them, and the
-    key of one.
+    """Returns prompts that have at most `length` tokens with their answers: texts with needles in
+    them, and the key of one.
 
     That one lies at the depth, or is left out where it is None. The others distract, and lie
     anywhere.
@@ -125,28 +113,27 @@ def make_questions(
       UserError: the length leaves no room for text.
     """
     questions = []
+    # A token has one character of the answer, or more.
+    limit = length - needle.LINE_LENGTH
     for index in range(asked.prompts):
-        size = length
-        question = _make_question(text, size, (length, depth, index), asked.seed)
+        size = limit
+        question = _make_question(size, (length, depth, index), asked.seed)
         num_tokens = len(tokenizer.encode_prompt(question.prompt))
         # 1,000 characters are 1,100 tokens of at most 1,000: 909 characters
-        while num_tokens > length:
-            size = size * length // num_tokens
-            if size == 0:
+        while num_tokens > limit:
+            size = size * limit // num_tokens
+            if size <= 0:
                 raise UserError("lengths", length, "leaves no room for text between the needles.")
-            question = _make_question(text, size, (length, depth, index), asked.seed)
+            question = _make_question(size, (length, depth, index), asked.seed)
             num_tokens = len(tokenizer.encode_prompt(question.prompt))
         questions.append(question)
     return questions
 
 
-def _make_question(
-    text: str, size: int, place: tuple[int, float | None, int], seed: int
-) -> Question:
-    """Returns a question about `size` characters of the text; the same place draws the same."""
+def _make_question(size: int, place: tuple[int, float | None, int], seed: int) -> Question:
+    """Returns a question about a text of `size` characters; the same place draws the same."""
     length, depth, index = place
     draws = random.Random(f"{seed}:{length}:{depth}:{index}")
-    start = int(draws.random() * max(len(text) - length, 0))
     wanted, *others = needle.draw_needles(draws)
     depths = [draws.random() for _ in others]
 
@@ -154,8 +141,8 @@ def _make_question(
     if depth is not None:
         hidden.append(wanted)
         depths.append(depth)
-    window = text[start : start + size]
-    prompt = needle.hide(window, hidden, depths) + wanted.question
+    text = needle.noise(draws, size)
+    prompt = needle.hide(text, hidden, depths) + wanted.question
     return Question(prompt, wanted.value)
 
 

@@ -5,44 +5,62 @@ import re
 import pytest
 
 from research.core.errors import UserError
-from research.data import needle, stdlib
+from research.data import needle
+from research.data.corpus import SPLITS
 from research.data.source_config import SourceConfig
+from research.data.source_stats import fingerprint
 from research.data.sources import documents
 
 LENGTH = 300
-# Three bytes a sign, so that bytes are not characters.
-TEXT = "The cat sat on the mat — and slept. " * 60
-TEXTS = [(f"{index}.py", f"{index}.py", f"# {index}\n{TEXT}") for index in range(40)]
-LINE = re.compile(r"\n\[([A-Z0-9]{3})([A-Z0-9]{3})\]\n")
-
-
-@pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdlib, "texts", lambda skip: iter(TEXTS))
+LINE = re.compile(r"\n\[([A-Z])([A-Z]{3})\]\n")
 
 
 def needles_of(document: str) -> list[tuple[str, str]]:
     return LINE.findall(document)
 
 
-def test_every_needle_is_hidden_once_and_asked_for_once_at_the_end():
-    found = list(needle.documents("a", TEXT, LENGTH))
-    assert len(found) == len(TEXT.encode()) // (LENGTH - needle.OVERHEAD)
+def test_every_needle_is_hidden_once_and_some_are_asked_for_once_at_the_end():
+    count = needle.NUM_NEEDLES
+    values = []
     orders = []
-    for document in found:
-        assert len(document.encode()) <= LENGTH
+    counts = []
+    for document in needle.documents(40, LENGTH):
+        assert len(document.encode()) == LENGTH
         needles = needles_of(document)
-        hidden, asked = needles[: needle.NUM_NEEDLES], needles[needle.NUM_NEEDLES :]
-        assert sorted(hidden) == sorted(asked)
-        assert len({key for key, _ in hidden}) == needle.NUM_NEEDLES
-        # All questions are behind the text.
-        questions = "".join(needle.Needle(*each).line for each in asked)
-        assert document.endswith(questions)
-        orders.append(hidden == asked)
-    # The order of the questions does not tell which needle is meant.
-    assert not all(orders)
-    values = [value for document in found for _, value in needles_of(document)]
-    assert len(set(values)) > 0.45 * len(values)
+        hidden, asked = needles[:count], needles[count:]
+        assert len(set(asked)) == len(asked)
+        assert set(asked) <= set(hidden)
+        counts.append(len(asked))
+        # No letter occurs twice, and so what follows one tells what follows it again.
+        letters = "".join(key + value for key, value in hidden)
+        assert len(set(letters)) == len(letters) == count * 4
+        # All questions are after the text.
+        assert document.endswith("".join(needle.Needle(*each).line for each in asked))
+        values += [value for _, value in hidden]
+        orders.append(hidden[: len(asked)] == asked)
+    assert set(counts) == {1, 2, 3}
+    # Neither the order nor another document tells a value: of 15,600 values 120 are drawn.
+    assert 0 < sum(orders) < 25
+    assert len(set(values)) > 0.95 * len(values)
+
+
+def test_one_needle_in_eight_lies_at_the_end_of_the_text():
+    count = needle.NUM_NEEDLES
+    at_end = 0
+    for document in needle.documents(400, LENGTH):
+        asked = len(needles_of(document)) - count
+        text = document[: -asked * needle.LINE_LENGTH]
+        at_end += len(re.findall(r"(?:\n\[[A-Z]{4}\]\n)+$", text))
+    # Of three needles, one at least: 1 - (7/8)³ = 0.33
+    assert 0.25 < at_end / 400 < 0.42
+
+
+def test_prepared_needles_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch):
+    config = SourceConfig(kind="needle", length=LENGTH, documents=5)
+    before = fingerprint(config)
+    assert fingerprint(config) == before
+    monkeypatch.setattr(needle, "NOISE", needle.NOISE.upper())
+    assert fingerprint(config) != before
 
 
 def test_needles_lie_at_their_depths():
@@ -53,26 +71,21 @@ def test_needles_lie_at_their_depths():
     assert needle.hide("xy", needles[:1], [1.0]) == "xy" + needles[0].line
 
 
-def test_held_out_documents_hide_needles_in_held_out_text(texts: None):
-    config = SourceConfig(kind="needle", length=LENGTH, heldout_fraction=0.3)
-    plain = SourceConfig(heldout_fraction=0.3)
-    for split in ("train", "heldout"):
-        names = {document.name.partition(":")[0] for document in documents(config, split)}
-        assert names == {document.name for document in documents(plain, split)}
-        assert names
-
-
-def test_documents_are_the_same_in_every_pass(texts: None):
-    config = SourceConfig(kind="needle", length=LENGTH)
-    assert list(documents(config, "train")) == list(documents(config, "train"))
-    first = next(needle.documents("a", TEXT, LENGTH))
-    assert first != next(needle.documents("b", TEXT, LENGTH))
+def test_no_document_is_trained_on_and_held_out():
+    config = SourceConfig(kind="needle", length=LENGTH, documents=200, heldout_fraction=0.3)
+    train, heldout = ([each.text for each in documents(config, split)] for split in SPLITS)
+    assert len(train) + len(heldout) == 200
+    assert 30 < len(heldout) < 90
+    assert not set(train) & set(heldout)
+    # Every pass has the same ones.
+    assert train == [each.text for each in documents(config, "train")]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"kind": "needle"}, f"length = 0 must be at least {needle.OVERHEAD + 1} for kind"),
+        ({"kind": "needle", "length": 300}, "documents = 0 must be at least 1 for kind"),
         ({"kind": "stdlib", "length": 300}, "length = 300 must be 0 for kind = 'stdlib'."),
         ({"kind": "needle", "length": 300, "path": "a"}, "path = 'a' must be empty for kind"),
     ],

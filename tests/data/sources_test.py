@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from research.core.errors import UserError
-from research.data import sources, tfds_text
+from research.data import source_stats, sources, tfds_text
 from research.data.sources import SourceConfig, SourceReport, documents
 from tests.data.source_cases import TEXTS, read, write, write_lines, write_records, zstd
 
@@ -83,12 +83,12 @@ def test_no_part_of_a_text_file_begins_with_a_byte_order_mark(tmp_path):
 def test_size_is_that_of_plain_text_and_unknown_of_other_files(tmp_path):
     (tmp_path / "a.txt").write_text("four")
     (tmp_path / "b.txt").write_text("fünf")
-    assert sources.size_bytes(SourceConfig(kind="text", path=str(tmp_path))) == 9
-    assert sources.size_bytes(SourceConfig(kind="jsonl", path=str(tmp_path))) is None
+    assert source_stats.size_bytes(SourceConfig(kind="text", path=str(tmp_path))) == 9
+    assert source_stats.size_bytes(SourceConfig(kind="jsonl", path=str(tmp_path))) is None
     with gzip.open(tmp_path / "c.txt.gz", "wb") as file:
         file.write(b"packed")
-    assert sources.size_bytes(SourceConfig(kind="text", path=str(tmp_path))) is None
-    assert sources.size_bytes(SourceConfig()) > 1_000_000
+    assert source_stats.size_bytes(SourceConfig(kind="text", path=str(tmp_path))) is None
+    assert source_stats.size_bytes(SourceConfig()) > 1_000_000
 
 
 def test_hidden_files_are_not_text(tmp_path):
@@ -120,9 +120,9 @@ def test_lines_of_two_files_are_pairs(tmp_path):
         ("b.de.gz:2", "two", "zwei\u2028!"),
         ("b.de.gz:4", "four", "vier"),
     ]
-    before = sources.fingerprint(config)
+    before = source_stats.fingerprint(config)
     write_lines(tmp_path, b_en=b"one\ntwo\nthree\nfour")
-    assert sources.fingerprint(config) != before
+    assert source_stats.fingerprint(config) != before
 
 
 def test_files_whose_lines_are_no_pairs_are_named(tmp_path):

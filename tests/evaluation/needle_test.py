@@ -15,13 +15,7 @@ from research.models.config import PositionConfig
 from tests.tiny import tiny_config
 
 TOKENIZER = ByteTokenizer()
-TEXT = "The cat sat on the mat, and slept. " * 300
 ASKED = NeedleConfig((150, 600), depths=(0.0, 0.5, 1.0), prompts=20, batch_size=8)
-
-
-@pytest.fixture(autouse=True)
-def text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needle, "heldout_text", lambda: TEXT)
 
 
 def answer_by(monkeypatch: pytest.MonkeyPatch, answer) -> list[int]:
@@ -38,8 +32,8 @@ def answer_by(monkeypatch: pytest.MonkeyPatch, answer) -> list[int]:
 
 
 def lookup(prompt: str) -> str:
-    """The value behind the earlier occurrence of the key that the prompt ends with."""
-    question = prompt[-1 - needles.KEY_LETTERS :]
+    """The value after the earlier occurrence of the key that the prompt ends with."""
+    question = prompt[-2:]
     before = prompt[: -len(question)]
     start = before.find(question)
     return before[start + len(question) :][: needles.VALUE_LETTERS] + "]" if start >= 0 else "???"
@@ -54,8 +48,8 @@ def test_a_model_that_looks_up_the_key_finds_every_needle_and_none_that_is_left_
 
 def test_a_model_that_copies_any_needle_finds_few(monkeypatch):
     def last_line(prompt: str) -> str:
-        lines = re.findall(r"\n\[([A-Z0-9]{6})\]\n", prompt)
-        return lines[-1][needles.KEY_LETTERS :]
+        lines = re.findall(r"\n\[([A-Z]{4})\]\n", prompt)
+        return lines[-1][1:]
 
     answer_by(monkeypatch, last_line)
     (row, _) = find_needles(tiny_config(), None, TOKENIZER, ASKED)
@@ -75,13 +69,14 @@ def test_a_model_with_a_window_finds_what_lies_in_it(monkeypatch):
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("length", [100, 1000])
 def test_prompts_have_their_length_and_the_needle_at_its_depth(length: int, depth: float):
-    size = needles.LINE_BYTES
-    for question in make_questions(TOKENIZER, TEXT, length, depth, ASKED):
+    size = needles.LINE_LENGTH
+    for question in make_questions(TOKENIZER, length, depth, ASKED):
         num_tokens = len(TOKENIZER.encode_prompt(question.prompt))
-        assert length - 8 <= num_tokens <= length
-        key = question.prompt[-needles.KEY_LETTERS :]
+        # There is room for the answer.
+        assert length - 16 <= num_tokens <= length - 8
+        key = question.prompt[-1:]
         place = question.prompt.index(needles.Needle(key, question.value).line)
-        # Beside the text there are the needles that distract, before it or behind it.
+        # Beside the text there are the needles that distract, before it or after it.
         text_size = len(question.prompt) - needles.NUM_NEEDLES * size - len(key) - 2
         before = place - sum(question.prompt[:place].count(sign) for sign in "[") * size
         assert before == pytest.approx(depth * text_size, abs=1)
@@ -89,7 +84,7 @@ def test_prompts_have_their_length_and_the_needle_at_its_depth(length: int, dept
 
 
 def test_the_control_has_the_question_without_its_needle():
-    for question in make_questions(TOKENIZER, TEXT, 300, None, ASKED):
+    for question in make_questions(TOKENIZER, 300, None, ASKED):
         assert question.value not in question.prompt
         assert question.prompt.count("[") == needles.NUM_NEEDLES
 

@@ -2,16 +2,8 @@
 
 import json
 
-import pytest
-
 from research import cli
-from research.evaluation import needle
 from tests.recipes.fixtures import Unbroken
-
-
-@pytest.fixture(autouse=True)
-def text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needle, "heldout_text", lambda: "the cat sat on the mat. " * 50)
 
 
 def evaluate(unbroken: Unbroken, *flags: str) -> int:
