@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from research.core.errors import UserError
-from research.data import source_stats, sources, tfds_text
+from research.data import source_files, source_stats, sources, tfds_text
 from research.data.sources import SourceConfig, SourceReport, documents
 from tests.data.source_cases import TEXTS, read, write, write_lines, write_records, zstd
 
@@ -200,7 +200,7 @@ def test_a_config_that_cannot_be_is_refused(values, message):
 
 def test_a_prepared_tfds_dataset_is_read_in_place(tmp_path):
     write(tmp_path, "tfds")
-    tfds_text.prepare(dict(sources.find_files(str(tmp_path))), tmp_path.parent / "prepared")
+    tfds_text.prepare(dict(source_files.find_files(str(tmp_path))), tmp_path.parent / "prepared")
     shutil.rmtree(tmp_path / "part")
     config = SourceConfig(kind="tfds", path=str(tmp_path.parent / "prepared"), heldout_fraction=0.0)
     assert sorted(read(config)["train"]) == sorted(TEXTS)
