@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from research.core.errors import UserError
-from research.data import sources, tfds_text
+from research.data import source_files, tfds_text
 from research.data.sources import SourceConfig, SourceReport, documents
 from tests.data.source_cases import TEXTS, read, write, write_lines
 
@@ -127,7 +127,7 @@ def test_whatever_a_damaged_dataset_raises_is_one_line(tmp_path):
     rng, caught = random.Random(0), 0
     for index in range(3):
         (tmp_path / f"{index}.txt").write_text(f"document {index}")
-    tfds_text.prepare(dict(sources.find_files(str(tmp_path))), tmp_path / "prepared")
+    tfds_text.prepare(dict(source_files.find_files(str(tmp_path))), tmp_path / "prepared")
     files = [path for path in (tmp_path / "prepared").rglob("*") if path.is_file()]
     config = SourceConfig(
         kind="tfds", path=str(tmp_path / "prepared"), heldout_fraction=0.0, max_bad_fraction=1.0
