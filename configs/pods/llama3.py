@@ -27,7 +27,7 @@ LONG = {"max_length": MILLION, "position": {"theta": 5e7}}
 PRESETS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], float, float, dict]] = {
     "8b-v6e-64": (
         "3-8b",
-        {"devices": "v6e:8x8", "fsdp": 64},
+        {"devices": "v6e:8x8", "data": 2, "fsdp": 32},
         (512, 8192, 8),
         3e-4,
         15.6e12,

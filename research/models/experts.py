@@ -21,6 +21,8 @@ from research.models.router import count_experts, keep_within_capacity, route
 from research.parallel.expert_dispatch import Dispatch, run_experts
 from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, EXPERT_AXIS, TENSOR_AXIS
 from research.parallel.parameter import Axes
+from research.parallel.row_gradients import width_axes_of
+from research.parallel.scattered_gradient import scatter_gradient
 from research.parallel.shard_map import dividing_axes, shard_map
 
 # A kernel [E, inputs, outputs] and its bias [E, outputs] or None.
@@ -187,14 +189,21 @@ def _apply_experts(
             devices=jax.sharding.get_abstract_mesh().shape[EXPERT_AXIS],
             tokens_sharded=EXPERT_AXIS in batch_axes,
         )
+    # The mesh axes of tokens that shard the width D of kernels too.
+    summing_axes = tuple(axis for axis in (*batch_axes, *context_axes) if axis not in expert_axes)
+    part_axes = width_axes_of(summing_axes, x.shape[2])
     # What is added up: slices of the width, and experts that all devices' tokens went to.
     sum_axes = width_axes
     if expert_axes and not dispatch.tokens_sharded:
         sum_axes = (*width_axes, EXPERT_AXIS)
 
     def apply_shard(
-        x: Array, chosen: Array, weights: Array, kernels: dict[str, Any]
+        x: Array, chosen: Array, weights: Array, kernels: dict[str, Any], parts: dict[str, Array]
     ) -> tuple[Array, Array]:
+        for name, part in parts.items():
+            kernel, bias = kernels[name]
+            kernel = scatter_gradient(kernel, part, part_axes, _embed_axis(name))
+            kernels = kernels | {name: (kernel, bias)}
         if width_axes:
             kernels = _bias_on_one_shard(kernels, width_axes)
         apply = functools.partial(_apply_local_experts, model.mlp, kernels)
@@ -208,12 +217,46 @@ def _apply_experts(
         return y, lost
 
     if not (batch_axes or context_axes or width_axes or expert_axes):
-        return apply_shard(x, chosen, weights, kernels)
+        return apply_shard(x, chosen, weights, kernels, {})
     tokens = PartitionSpec(batch_axes or None, context_axes or None)
     kernels = jax.tree.map(as_shard_map_argument, kernels, is_leaf=is_weight)
     specs = _kernel_specs(kernels, width_axes, expert_axes)
-    apply = shard_map(apply_shard, (tokens, tokens, tokens, specs), (tokens, PartitionSpec()))
-    return apply(x, chosen, weights, kernels)
+    kernels, parts = _split_gradients(kernels, part_axes)
+    part_specs = {name: _part_spec(name, specs[name][0], part_axes) for name in parts}
+    in_specs = (tokens, tokens, tokens, specs, part_specs)
+    apply = shard_map(apply_shard, in_specs, (tokens, PartitionSpec()))
+    return apply(x, chosen, weights, kernels, parts)
+
+
+def _split_gradients(
+    kernels: dict[str, KernelAndBias], part_axes: tuple[str, ...]
+) -> tuple[dict[str, KernelAndBias], dict[str, Array]]:
+    """Returns kernels without a gradient, and by name those that get it in parts."""
+    if not part_axes:
+        return kernels, {}
+    without = {}
+    parts = {}
+    for name, (kernel, bias) in kernels.items():
+        if is_weight(kernel):
+            # Of several arrays, which are not trained
+            without[name] = (kernel, bias)
+            continue
+        without[name] = (jax.lax.stop_gradient(kernel), bias)
+        parts[name] = kernel
+    return without, parts
+
+
+def _embed_axis(name: str) -> int:
+    """Returns which axis of a kernel is D: `up` and `gate` are [E, D, F], `down` is [E, F, D]."""
+    return 2 if name == "down" else 1
+
+
+def _part_spec(name: str, whole: PartitionSpec, part_axes: tuple[str, ...]) -> PartitionSpec:
+    """Returns how the part of a kernel is sharded: as the kernel, and D over `part_axes`."""
+    padding = (None,) * (3 - len(whole))
+    axes = [*whole, *padding]
+    axes[_embed_axis(name)] = part_axes
+    return PartitionSpec(*axes)
 
 
 def _bias_on_one_shard(

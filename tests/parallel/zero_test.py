@@ -205,6 +205,25 @@ def test_parameters_sharded_over_slices_are_gathered_between_them():  # the cont
     assert "all-gather" in {one.kind for one in found if one.crosses_slices}
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_replicas_sum_a_device_s_part_of_experts_gradients(zero: int):
+    mesh = MeshConfig(**MESHES["data fsdp expert"], zero=zero)
+    model = MODELS["experts"]
+    found = found_collectives(program("adamw", mesh, model, 1), mesh.slices)
+    experts = model.experts.num_experts // 2
+    sums: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+    for one in found:
+        if one.kind in ("all-reduce", "reduce-scatter"):
+            dims = {shape.dims for shape in one.shapes if len(shape.dims) == 3}
+            sums.setdefault((one.kind, *one.axes), set()).update(dims)
+    # Of two devices along fsdp each has half of the width, and data sums that half.
+    hidden, half = model.experts.hidden_dim, model.embed_dim // 2
+    parts = {(experts, half, hidden), (experts, hidden, half)}
+    assert parts <= sums["all-reduce", "data"]
+    assert parts <= sums["reduce-scatter", "fsdp"]
+    assert not sums.get(("all-reduce", "data", "fsdp"), set())
+
+
 @pytest.mark.compilers
 def test_gradients_are_reduced_as_the_level_says():
     model = dataclasses.replace(
