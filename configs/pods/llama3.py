@@ -51,7 +51,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], float, float
     ),
     "70b-tpu7x-128": (
         "3-70b",
-        {"devices": "tpu7x:4x4x4", "data": 4, "fsdp": 16, "tensor": 2},
+        {"devices": "tpu7x:4x4x4", "fsdp": 64, "tensor": 2},
         (512, 8192, 8),
         1.5e-4,
         15.6e12,

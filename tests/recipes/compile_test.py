@@ -173,14 +173,8 @@ def test_a_digest_follows_from_values_and_versions():
 WITHOUT_FIGURES = (
     "chinchilla.py:70b-v4-1024",
     "gpt3.py:175b-v4-2048",
-    "llama2.py:7b-v4-128",
     "llama2.py:70b-v4-1024",
-    "llama2.py:70b-v6e-256",
-    "llama3.py:8b-v6e-64",
-    "llama3.py:70b-tpu7x-128",
     "llama3.py:405b-tpu7x-1024",
-    "mixtures.py:mixtral-8x7b-v6e-256",
-    "mixtures.py:mixtral-8x7b-v5p-128",
     "mixtures.py:deepseek-v3-671b-v5p-2048",
     "mixtures.py:1t-tpu7x-1024",
 )
