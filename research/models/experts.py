@@ -200,10 +200,7 @@ def _apply_experts(
     def apply_shard(
         x: Array, chosen: Array, weights: Array, kernels: dict[str, Any], parts: dict[str, Array]
     ) -> tuple[Array, Array]:
-        for name, part in parts.items():
-            kernel, bias = kernels[name]
-            kernel = scatter_gradient(kernel, part, part_axes, _embed_axis(name))
-            kernels = kernels | {name: (kernel, bias)}
+        kernels = _join_gradients(kernels, parts, part_axes)
         if width_axes:
             kernels = _bias_on_one_shard(kernels, width_axes)
         apply = functools.partial(_apply_local_experts, model.mlp, kernels)
@@ -222,8 +219,7 @@ def _apply_experts(
     kernels = jax.tree.map(as_shard_map_argument, kernels, is_leaf=is_weight)
     specs = _kernel_specs(kernels, width_axes, expert_axes)
     kernels, parts = _split_gradients(kernels, part_axes)
-    part_specs = {name: _part_spec(name, specs[name][0], part_axes) for name in parts}
-    in_specs = (tokens, tokens, tokens, specs, part_specs)
+    in_specs = (tokens, tokens, tokens, specs, _part_specs(parts, specs, part_axes))
     apply = shard_map(apply_shard, in_specs, (tokens, PartitionSpec()))
     return apply(x, chosen, weights, kernels, parts)
 
@@ -246,17 +242,34 @@ def _split_gradients(
     return without, parts
 
 
+def _join_gradients(
+    kernels: dict[str, KernelAndBias], parts: dict[str, Array], part_axes: tuple[str, ...]
+) -> dict[str, KernelAndBias]:
+    """Returns the kernels, whose gradients are those of the parts; inside a `shard_map`."""
+    joined = dict(kernels)
+    for name, part in parts.items():
+        kernel, bias = kernels[name]
+        joined[name] = (scatter_gradient(kernel, part, part_axes, _embed_axis(name)), bias)
+    return joined
+
+
 def _embed_axis(name: str) -> int:
     """Returns which axis of a kernel is D: `up` and `gate` are [E, D, F], `down` is [E, F, D]."""
     return 2 if name == "down" else 1
 
 
-def _part_spec(name: str, whole: PartitionSpec, part_axes: tuple[str, ...]) -> PartitionSpec:
-    """Returns how the part of a kernel is sharded: as the kernel, and D over `part_axes`."""
-    padding = (None,) * (3 - len(whole))
-    axes = [*whole, *padding]
-    axes[_embed_axis(name)] = part_axes
-    return PartitionSpec(*axes)
+def _part_specs(
+    parts: dict[str, Array], wholes: dict[str, Any], part_axes: tuple[str, ...]
+) -> dict[str, PartitionSpec]:
+    """Returns how the parts of kernels are sharded: as the kernels, and D over `part_axes`."""
+    specs = {}
+    for name in parts:
+        whole, _ = wholes[name]
+        padding = (None,) * (3 - len(whole))
+        axes = [*whole, *padding]
+        axes[_embed_axis(name)] = part_axes
+        specs[name] = PartitionSpec(*axes)
+    return specs
 
 
 def _bias_on_one_shard(
