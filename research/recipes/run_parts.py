@@ -16,7 +16,6 @@ from research.data.objectives import bytes_per_target, encoder_length
 from research.data.prepare import Prepared
 from research.data.tokenizers import Tokenizer
 from research.models.flops import train_flops_per_token
-from research.parallel.mesh_config import MeshConfig
 from research.parallel.target import mesh_platform
 from research.recipes.experiment import ExperimentConfig
 from research.recipes.inputs import heldout_rows
@@ -24,6 +23,7 @@ from research.recipes.workdir import write_config
 from research.scaling.cluster import parse_cluster
 from research.scaling.devices import peak_flops
 from research.storage.paths import Path
+from research.training.config import PipelineConfig
 from research.training.evaluation import evaluate
 from research.training.loop import Throughput
 from research.training.program import Program
@@ -35,12 +35,22 @@ from research.training.trackers import Tracker, open_trackers
 logger = logging.getLogger("tessera")
 
 
-def log_model(program: Program, mesh: MeshConfig) -> None:
-    """Logs how large the model is and where it runs, and a warning where the mesh is for others."""
+def log_model(program: Program, config: ExperimentConfig) -> None:
+    """Logs how large the model is and where it runs, and a warning for each part of the config that
+    is for another mesh than this one, as a pod's is on a laptop.
+    """
+    mesh = config.mesh
     parameters = count(program.saved.params)
     size = program.mesh.size
     platform = mesh_platform(program.mesh)
     logger.info("model: %s parameters on %d device(s)", f"{parameters:,}", size)
+    pipeline = config.train.pipeline
+    if program.mesh.shape["pipeline"] == 1 and pipeline != PipelineConfig():
+        logger.warning(
+            "train.pipeline = %r with %d chunk(s) does nothing: mesh.pipeline = 1 has no stages.",
+            pipeline.schedule,
+            pipeline.chunks,
+        )
     if not mesh.devices:
         return
     cluster = parse_cluster(mesh.devices)

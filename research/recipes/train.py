@@ -90,7 +90,7 @@ def train(config: ExperimentConfig, workdir: Path) -> TrainState:
         prepared = prepare_data(config)
         part = process_rows(program.batch["tokens"].sharding, config.train.batch_size)
         loader = make_loader(config, prepared, part)
-    log_model(program, config.mesh)
+    log_model(program, config)
 
     # The newest checkpoint, where there is one.
     with clock.measure("checkpoint"):

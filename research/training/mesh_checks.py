@@ -7,7 +7,7 @@ from research.core.errors import UserError
 from research.models.config import ModelConfig
 from research.parallel.pipeline_schedule import make_schedule
 from research.parallel.stages import StageSplit
-from research.training.config import PipelineConfig, TrainConfig
+from research.training.config import TrainConfig
 
 
 def check_axes(
@@ -66,13 +66,6 @@ def check_schedule(model: ModelConfig, train: TrainConfig, sizes: Mapping[str, i
     """
     stages = sizes["pipeline"]
     config = train.pipeline
-    if stages == 1 and config != PipelineConfig():
-        raise UserError(
-            "mesh.pipeline",
-            1,
-            f"has no stages for train.pipeline = {config.schedule!r} with "
-            f"{config.chunks} chunk(s). Use 2 or more, or leave train.pipeline out.",
-        )
     if stages == 1:
         return
     make_schedule(config.schedule, stages, train.accumulation, config.chunks)

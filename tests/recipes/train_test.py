@@ -57,6 +57,16 @@ def test_a_run_stopped_between_rows_has_the_rows_of_an_unbroken_one(tmp_path, ti
     assert found == wanted
 
 
+def test_parts_of_a_pod_s_config_that_do_nothing_here_are_said(tmp_path, tiny, caplog):
+    pod = {"train__pipeline__schedule": "gpipe", "mesh__devices": "v5p:2x2x1"}
+    with caplog.at_level("WARNING", "tessera"):
+        runs.run(tiny, tmp_path / "run", train__steps=2, **pod)
+    assert [record.getMessage() for record in caplog.records] == [
+        "train.pipeline = 'gpipe' with 1 chunk(s) does nothing: mesh.pipeline = 1 has no stages.",
+        "mesh.devices = 'v5p:2x2x1' names others than the 8 of this run, on cpu.",
+    ]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_with_status_75(tmp_path, tiny, number, monkeypatch, capsys):
     runs.at_step(monkeypatch, 6, lambda: signal.raise_signal(number))
