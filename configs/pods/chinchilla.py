@@ -1,6 +1,6 @@
-"""Chinchilla 70B on a TPU pod: `configs/pods/chinchilla.py:70b-v4-1024`, 512 chips.
+"""Chinchilla 70B on a TPU pod: `configs/pods/chinchilla.py:70b-v5p-512`, 256 chips.
 
-    tessera compile --config=configs/pods/chinchilla.py:70b-v4-1024
+    tessera compile --config=configs/pods/chinchilla.py:70b-v5p-512
 
 Source: Hoffmann et al. 2022, arXiv:2203.15556, table 4: a learning rate of 10^-4, batches of 1.5
 and then 3 million tokens, of which these are the second, and 1.4 trillion in all. What the compiler
@@ -15,11 +15,11 @@ from research.core.errors import UserError, nearest
 
 # model, mesh, (rows, tokens of each, microbatches)
 PRESETS = {
-    "70b-v4-1024": ("70b", {"devices": "v4:8x8x8", "fsdp": 64, "tensor": 8}, (1536, 2048, 12)),
+    "70b-v5p-512": ("70b", {"devices": "v5p:4x8x8", "data": 4, "fsdp": 64}, (1536, 2048, 2)),
 }
 
 
-def get_config(preset: str = "70b-v4-1024") -> ml_collections.ConfigDict:
+def get_config(preset: str = "70b-v5p-512") -> ml_collections.ConfigDict:
     """Returns the values of a preset."""
     if preset not in PRESETS:
         raise UserError(f"preset = {preset!r} is not here. {nearest(preset, PRESETS)}")

@@ -1,6 +1,6 @@
-"""GPT-3 175B on a TPU pod: `configs/pods/gpt3.py:175b-v4-2048`, 1,024 chips.
+"""GPT-3 175B on a TPU pod: `configs/pods/gpt3.py:175b-v5p-1024`, 512 chips.
 
-    tessera compile --config=configs/pods/gpt3.py:175b-v4-2048
+    tessera compile --config=configs/pods/gpt3.py:175b-v5p-1024
 
 Source: Brown et al. 2020, arXiv:2005.14165, table 2.1 and appendix B: batches of 3.2 million
 tokens, 300 billion in all, a learning rate of 0.6 · 10^-4. The vocabulary of 50,257 has rows that
@@ -16,17 +16,17 @@ from research.core.errors import UserError, nearest
 
 # model, mesh, (rows, tokens of each, microbatches)
 PRESETS = {
-    "175b-v4-2048": (
+    "175b-v5p-1024": (
         "175b",
-        {"devices": "v4:8x8x16", "fsdp": 128, "tensor": 8},
-        (1536, 2048, 6),
+        {"devices": "v5p:8x8x8", "data": 8, "fsdp": 64},
+        (1536, 2048, 3),
     ),
 }
 # A multiple of 8 · 128.
 VOCABULARY = 51_200
 
 
-def get_config(preset: str = "175b-v4-2048") -> ml_collections.ConfigDict:
+def get_config(preset: str = "175b-v5p-1024") -> ml_collections.ConfigDict:
     """Returns the values of a preset."""
     if preset not in PRESETS:
         raise UserError(f"preset = {preset!r} is not here. {nearest(preset, PRESETS)}")

@@ -14,8 +14,8 @@ from research.bench.sides import process_error
 from research.core.errors import UserError
 
 PRESET = "configs/pods/llama3.py:70b-v5p-512"
-# What two sides are: overrides of the preset, and its devices. Each device has two rows, and an
-# axis of the mesh is along two sides of the torus at most.
+# What two sides are: overrides of the preset, and its devices. An axis of the mesh is along two
+# sides of the torus at most; 64 chips have room for one row each.
 LAYERS = {
     "8 layers": ("v5p:4x8x8", {"model.num_layers": 8}),
     "80 layers": ("v5p:4x8x8", {"model.num_layers": 80}),
@@ -23,11 +23,11 @@ LAYERS = {
 CHIPS = {
     "64 chips": (
         "v5p:4x4x4",
-        {"mesh.data": 4, "mesh.fsdp": 16, "train.batch_size": 128},
+        {"mesh.data": 4, "mesh.fsdp": 16, "train.batch_size": 64},
     ),
     "4,096 chips": (
         "v5p:16x16x16",
-        {"mesh.data": 16, "mesh.fsdp": 256, "train.batch_size": 8192},
+        {"mesh.data": 16, "mesh.fsdp": 256, "train.batch_size": 4096},
     ),
 }
 # name -> sides, and how many times the first one's seconds the second may take
