@@ -18,7 +18,7 @@ from research.core.errors import UserError, nearest
 PRESETS = {
     "175b-v5p-1024": (
         "175b",
-        {"devices": "v5p:8x8x8", "data": 8, "fsdp": 64},
+        {"devices": "v5p:8x8x8", "data": 8, "fsdp": 32, "tensor": 2},
         (1536, 2048, 3),
     ),
 }

@@ -19,7 +19,7 @@ PRESETS = {
     "7b-v4-128": ("2-7b", {"devices": "v4:4x4x4", "data": 4, "fsdp": 16}, (1024, 4096, 4), 3e-4),
     "70b-v4-1024": (
         "2-70b",
-        {"devices": "v4:8x8x8", "fsdp": 64, "tensor": 8},
+        {"devices": "v4:8x8x8", "data": 2, "fsdp": 32, "tensor": 8},
         (1024, 4096, 16),
         1.5e-4,
     ),

@@ -36,6 +36,8 @@ def program_arrays(
     scanned = ()
     if model.layer_loop == "scan":
         scanned = (model.num_layers - len(model.first_layers),)
+    # Distances are projected once for all rows.
+    summed = ("relative",) if model.position.kind == "relative" else ()
     return ProgramArrays(
         program.mesh,
         tuple(parameters(program)),
@@ -43,6 +45,7 @@ def program_arrays(
         scanned,
         slices or SlicesConfig(),
         large,
+        summed,
     )
 
 

@@ -14,6 +14,9 @@ from research.models.config import AttentionConfig, ExpertsConfig, MlpConfig, Mo
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh_config import MeshConfig, SlicesConfig
+from research.scaling.accidents import unexpected
+from research.scaling.collectives import read_collectives
+from research.scaling.hlo import parse_module
 from research.training.config import TrainConfig
 from research.training.language_model import language_model_program
 from research.training.program import Program
@@ -137,3 +140,14 @@ def test_collective_that_is_not_expected_is_found():
     built = program(sizes(tensor=8))
     assert not found(built, expected={("all-reduce", ("tensor",))})
     assert found(built, expected=set()) == {"it is not among the expected collectives"}
+
+
+def test_only_sums_of_the_named_modules_are_expected_everywhere():
+    built = program(sizes(tensor=8))
+    text = built.compile_train_step().as_text()
+    moved = read_collectives(parse_module(text), built.mesh, SlicesConfig())
+    where = [finding.where for finding in unexpected(moved, set())]
+    others = [finding.where for finding in unexpected(moved, set(), ("mlp",))]
+    assert any("/mlp/" in each for each in where)
+    assert any("/attention/" in each for each in others)
+    assert others == [each for each in where if "/mlp/" not in each or "all-reduce" not in each]

@@ -90,11 +90,11 @@ def test_presets_are_compiled_once(figures, monkeypatch):
     pytest.importorskip("libtpu", reason="its version is part of the digest")
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", compiler(commands, json.dumps(REPORT)))
-    specs = [SMALL, f"{FOLDER / 'gpt3.py'}:175b-v4-2048"]
+    specs = [SMALL, f"{FOLDER / 'gpt3.py'}:175b-v5p-1024"]
     assert pods.compile_pods(str(FOLDER), specs, specs, again=False) == []
     assert len(commands) == 2
     found = json.loads(figures.read_text())
-    assert list(found["pods"]) == ["llama2.py:7b-v4-128", "gpt3.py:175b-v4-2048"]
+    assert list(found["pods"]) == ["llama2.py:7b-v4-128", "gpt3.py:175b-v5p-1024"]
     assert found["rows"][0][:5] == [
         "`llama2.py:7b-v4-128`",
         "v4:4x4x4",
@@ -110,7 +110,7 @@ def test_presets_are_compiled_once(figures, monkeypatch):
     assert len(commands) == 3
     # A preset that is gone has no figures.
     pods.compile_pods(str(FOLDER), specs[1:], specs[1:], again=True)
-    assert list(json.loads(figures.read_text())["pods"]) == ["gpt3.py:175b-v4-2048"]
+    assert list(json.loads(figures.read_text())["pods"]) == ["gpt3.py:175b-v5p-1024"]
 
 
 PRESETS = """
@@ -171,10 +171,6 @@ def test_a_digest_follows_from_values_and_versions():
 
 # Presets that nobody has compiled yet.
 WITHOUT_FIGURES = (
-    "chinchilla.py:70b-v4-1024",
-    "gpt3.py:175b-v4-2048",
-    "llama2.py:70b-v4-1024",
-    "llama3.py:405b-tpu7x-1024",
     "mixtures.py:deepseek-v3-671b-v5p-2048",
     "mixtures.py:1t-tpu7x-1024",
 )
