@@ -62,6 +62,8 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=2, help="number of processes")
     parser.add_argument("command", nargs="+", help="a verb of tessera and its flags")
     arguments = parser.parse_args()
+    if arguments.n < 1:
+        parser.error(f"-n {arguments.n}: at least 1 process is needed")
     processes = start(arguments.n, arguments.command)
 
     def hand_on(number: int, frame: object) -> None:

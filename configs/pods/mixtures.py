@@ -48,7 +48,7 @@ PRESETS: dict[str, tuple[ml_collections.ConfigDict, dict, dict[str, Any], tuple,
     "deepseek-v3-671b-v5p-2048": (
         deepseek.get_config("v3-671b"),
         {},
-        {"devices": "v5p:8x8x16", "fsdp": 16, "expert": 64},
+        {"devices": "v5p:8x8x16", "fsdp": 8, "expert": 32, "tensor": 4},
         (15_360, 4096, 15),
         2.2e-4,
         14.8e12,

@@ -42,7 +42,7 @@ def expected_collectives(sizes: Mapping[str, int], zero: int) -> Expected:
     for axes in _groups([axis for axis in used if axis in WIDTH_AXES]):
         found |= {("all-gather", axes), ("reduce-scatter", axes), ("collective-permute", axes)}
     # Sums of gradients over replicas; at level 1 all that see other tokens are.
-    replicas = [DATA_AXIS]
+    replicas = [DATA_AXIS, EXPERT_AXIS]
     if zero == 1:
         replicas += WIDTH_AXES
     for axes in _groups([axis for axis in used if axis in replicas]):

@@ -65,6 +65,20 @@ def check_divides(
     )
 
 
+def nearest_divisors(near: int, size: int) -> str:
+    """Returns the divisors of a size that are next to a number, in words.
+
+    Args:
+      near: which; it is at least 1.
+      size: that is divided.
+    """
+    # 3 of 8 -> "2 or 4", 16 of 8 -> "8"
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    below = [n for n in divisors if n <= near]
+    above = [n for n in divisors if n > near]
+    return " or ".join(str(n) for n in below[-1:] + above[:1])
+
+
 def _divisors(size: int, limit: int) -> str:
     # 12 up to 8 -> "1, 2, 3, 4 or 6"
     *others, largest = [str(n) for n in range(1, limit + 1) if size % n == 0]

@@ -11,8 +11,9 @@ PIPELINE_AXIS = "pipeline"
 EXPERT_AXIS = "expert"
 # That which shards the tokens of a row.
 CONTEXT_AXIS = "context"
-# Those that shard the width of parameters, in so far as they shard nothing else of an array: all
-# devices along them see other tokens, and so each can keep a part of the parameters.
-WIDTH_AXES = ("fsdp", "context", "expert")
+# Those that shard the width of parameters: all devices along them see other tokens, and so each can
+# keep a part of the parameters. `expert` does too, but a mixture of experts needs many devices
+# along it, and the width of its model has not that many multiples of 128 columns.
+WIDTH_AXES = ("fsdp", "context")
 # That which shards heads, MLP width and vocabulary.
 TENSOR_AXIS = "tensor"

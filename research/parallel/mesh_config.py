@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from research.core.errors import UserError
+from research.parallel.divisibility import nearest_divisors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +125,20 @@ def _misfit(sizes: dict[str, int], num_devices: int) -> str:
     one.
     """
     used = {name: size for name, size in sizes.items() if size != 1}
+    is_open = -1 in used.values()
     shape = " × ".join(f"{name} {size}" for name, size in used.items())
     shape = shape or "all sizes 1"
 
-    # data 4, tensor 3 on 8 devices: tensor does not divide 8, so tensor = 2 is the advice.
+    # data 4, tensor 3 on 8 devices: tensor does not divide 8, so tensor = 2 is the advice. With
+    # data -1, tensor may be any divisor: 2 or 4.
     candidates = used | {"data": sizes["data"]}
     by_size = sorted(candidates.items(), key=lambda item: -item[1])
     for name, size in by_size:
         others = math.prod(abs(other) for key, other in used.items() if key != name)
         if size != -1 and num_devices % others == 0:
-            right = num_devices // others
+            right = str(num_devices // others)
+            if is_open:
+                right = nearest_divisors(size, num_devices // others)
             return (
                 f"mesh.{name} = {size} does not fit {num_devices} devices ({shape}). Set "
                 f"mesh.{name} = {right}."

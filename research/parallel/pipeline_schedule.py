@@ -148,7 +148,8 @@ def make_schedule(name: Name, devices: int, microbatches: int, chunks: int = 1) 
         raise UserError(
             "train.accumulation",
             microbatches,
-            f"is not a multiple of mesh.pipeline = {devices}, as chunks need.",
+            f"is not a multiple of mesh.pipeline = {devices}, as chunks need. Use "
+            f"{-(-microbatches // devices) * devices}.",
         )
 
     # GPipe goes back when the last forward pass is done; the others as soon as they can.

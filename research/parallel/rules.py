@@ -22,7 +22,7 @@ from research.parallel.stages import without_stages
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used
 # again. Activations, whose batch takes `fsdp` and `expert` and whose length takes `context`, do not
-# shard their width, while parameters do; those of experts shard it over what `expert` leaves.
+# shard their width, while parameters do. Along `expert` only the experts are sharded.
 # Projections from a latent have no width: they shard the latent, over fewer axes, as it is narrow.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),

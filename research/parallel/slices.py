@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from research.core.errors import UserError
+from research.parallel.divisibility import nearest_divisors
 from research.parallel.mesh_config import SlicesConfig
 
 
@@ -44,7 +45,10 @@ def check_slices(slices: SlicesConfig, num_devices: int, num_slices: int) -> Non
             f"{num_slices}, or other sizes with this product.",
         )
     if num_devices % count:
-        raise UserError("mesh.slices", count, f"in all do not divide {num_devices} devices.")
+        advice = nearest_divisors(count, num_devices)
+        raise UserError(
+            "mesh.slices", count, f"in all do not divide {num_devices} devices. Use {advice}."
+        )
 
 
 def sizes_within(sizes: dict[str, int], across: dict[str, int]) -> dict[str, int]:
@@ -59,7 +63,10 @@ def sizes_within(sizes: dict[str, int], across: dict[str, int]) -> dict[str, int
     """
     for name, size in sizes.items():
         if size % across[name]:
+            advice = nearest_divisors(across[name], size)
             raise UserError(
-                f"mesh.slices.{name}", across[name], f"does not divide mesh.{name} = {size}."
+                f"mesh.slices.{name}",
+                across[name],
+                f"does not divide mesh.{name} = {size}. Use {advice}.",
             )
     return {name: size // across[name] for name, size in sizes.items()}

@@ -18,6 +18,7 @@ from research.core import config as configs
 from research.core.errors import UserError
 from research.inspection.compile_row import COLUMNS, report_row
 from research.scaling.cluster import parse_cluster
+from research.scaling.topology import check_tpu_compiler
 from research.storage.json_files import read_object
 
 logger = logging.getLogger("tessera")
@@ -43,12 +44,19 @@ def pod_specs(folder: str) -> list[str]:
 
 
 def versions_here(spec: str) -> dict[str, str]:
-    """Returns the versions of the packages that compile a preset."""
+    """Returns the versions of the packages that compile a preset.
+
+    Raises:
+      UserError: it names no devices, or their compiler is not installed.
+    """
     mesh = configs.load_file(spec).get("mesh") or {}
     devices = mesh.get("devices")
     if not devices:
         raise UserError("mesh.devices", constraint=f"is not set in {spec}: it names the cluster.")
-    compiler = "libtpu" if parse_cluster(devices).platform == "tpu" else "jaxlib"
+    compiler = "jaxlib"
+    if parse_cluster(devices).platform == "tpu":
+        check_tpu_compiler()
+        compiler = "libtpu"
     found = {}
     for package in ("jax", compiler):
         found[package] = importlib.metadata.version(package)

@@ -18,7 +18,7 @@ from research.training.program import Program
 # for HLO temporaries (144.03G) exceeds available HBM (15.75G)`
 _TOO_LARGE = re.compile(
     r"(?:Used |temporaries \()(?P<used>[\d.]+\w)(?: of |\) exceeds available HBM \()"
-    r"(?P<limit>[\d.]+\w)"
+    r"(?P<limit>[\d.]+\w)(?P<space> vmem)?"
 )
 # `No such compile option: 'xla_x'`, `While setting option xla_x, 'no' is not a valid bool value.`
 _NO_OPTION = re.compile(r"No such compile option: '[^']*'|While setting option .*?value")
@@ -104,6 +104,11 @@ def _mistake(error: Exception, cluster: Cluster) -> UserError | None:
     """Returns what a user can mend of what the compiler raised, if it is that."""
     found = _TOO_LARGE.search(str(error))
     if found is not None:
+        if found["space"]:
+            # More devices do not help: it is the compiler's choice of tiles for these shapes.
+            fault = f"the compiler needs {found['used']} of {found['limit']} of vector memory"
+            advice = "Use other sizes of mesh axes, or another generation"
+            return UserError("mesh", constraint=f": {fault}. {advice}.")
         needed = f"a device needs {found['used']} of its {found['limit']}"
         return UserError("devices", cluster.name, f"is too small: {needed}.")
     found = _NO_OPTION.search(str(error))

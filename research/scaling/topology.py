@@ -53,6 +53,12 @@ def cluster_devices(cluster: Cluster) -> list[Any]:
     return here[: cluster.num_devices]
 
 
+def check_tpu_compiler() -> None:
+    """Raises UserError where the compiler for TPUs is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("no TPU compiler is installed: pip install -c constraints.txt -e '.[tpu]'.")
+
+
 def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     """Returns the devices of a TPU topology, to compile for.
 
@@ -64,8 +70,7 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     Raises:
       UserError: the compiler is not installed, or does not know the topology.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("no TPU compiler is installed: pip install -c constraints.txt -e '.[tpu]'.")
+    check_tpu_compiler()
     generation = topology.partition(":")[0]
     if generation not in TPU_TOPOLOGIES:
         raise UserError(

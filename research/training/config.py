@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from research.core.errors import UserError
+from research.parallel.divisibility import nearest_divisors
 from research.parallel.pipeline_schedule import Name
 from research.training.partition import TrainableConfig
 
@@ -88,8 +89,9 @@ class TrainConfig:
         if not 0 <= self.seed < 2**31:
             raise UserError("seed", self.seed, "must lie in [0, 2147483648).")
         if self.batch_size % self.accumulation:
+            advice = nearest_divisors(self.accumulation, self.batch_size)
             raise UserError(
                 "accumulation",
                 self.accumulation,
-                f"does not divide batch_size = {self.batch_size}.",
+                f"does not divide batch_size = {self.batch_size}. Use {advice}.",
             )

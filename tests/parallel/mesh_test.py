@@ -32,7 +32,17 @@ def test_free_size_takes_what_is_left():
 @pytest.mark.parametrize(
     ("devices", "fields", "message"),
     [
-        (8, {"tensor": 3}, "mesh.tensor = 3 does not fit 8 devices"),
+        (
+            8,
+            {"tensor": 3},
+            "mesh.tensor = 3 does not fit 8 devices (data -1 × tensor 3). Set mesh.tensor = 2 "
+            "or 4.",
+        ),
+        (
+            8,
+            {"tensor": 16},
+            "mesh.tensor = 16 does not fit 8 devices (data -1 × tensor 16). Set mesh.tensor = 8.",
+        ),
         (
             8,
             {"data": 4, "tensor": 4},
@@ -69,14 +79,18 @@ def test_advice_is_followed_by_a_mesh_that_fits(devices: int, data: int, fsdp: i
         found = resolve_sizes(MeshConfig(**config), devices)
     except UserError as error:
         name, _, value = str(error).partition("Set mesh.")[2].rstrip(".").partition(" = ")
-        if not value.isdigit():
+        if not value[0].isdigit():
             # No size alone can mend it.
             assert value.startswith("-1 and let the others divide them")
             assert all(
                 devices % (abs(data) * fsdp * tensor // config[axis]) for axis in ("fsdp", "tensor")
             )
             return
-        found = resolve_sizes(MeshConfig(**{**config, name: int(value)}), devices)
+        # "2 or 4": both fit.
+        for size in map(int, value.split(" or ")):
+            found = resolve_sizes(MeshConfig(**{**config, name: size}), devices)
+            assert found["data"] * found["fsdp"] * found["tensor"] == devices
+        return
     assert found["data"] * found["fsdp"] * found["tensor"] == devices
 
 
@@ -120,10 +134,13 @@ def test_slices_of_tpus_are_those_that_the_devices_name():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"slices": SlicesConfig(data=3)}, "mesh.slices = 3 in all do not divide 8 devices."),
+        (
+            {"slices": SlicesConfig(data=3)},
+            "mesh.slices = 3 in all do not divide 8 devices. Use 2 or 4.",
+        ),
         (
             {"data": 1, "fsdp": 8, "slices": SlicesConfig(data=2)},
-            "mesh.slices.data = 2 does not divide mesh.data = 1.",
+            "mesh.slices.data = 2 does not divide mesh.data = 1. Use 1.",
         ),
     ],
 )
@@ -146,11 +163,15 @@ def test_a_mesh_of_devices_that_are_not_here_has_the_sizes_of_a_real_one():
         ({"data": 1, "fsdp": 3}, 1, "mesh.fsdp = 3 does not fit 8 devices"),
         ({}, 2, "mesh.slices = 1 in all, but the devices are in 2 slices. Use mesh.slices.data"),
         ({"slices": SlicesConfig(data=2)}, 4, "mesh.slices = 2 in all, but the devices are in 4"),
-        ({"slices": SlicesConfig(data=3)}, 1, "mesh.slices = 3 in all do not divide 8 devices."),
+        (
+            {"slices": SlicesConfig(data=3)},
+            1,
+            "mesh.slices = 3 in all do not divide 8 devices. Use 2 or 4.",
+        ),
         (
             {"tensor": 8, "slices": SlicesConfig(data=2)},
             2,
-            "mesh.slices.data = 2 does not divide mesh.data = 1.",
+            "mesh.slices.data = 2 does not divide mesh.data = 1. Use 1.",
         ),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_schedule_is_drawn_as_a_table():
         (("1f1b", 2, 3, 2), "chunks = 2 must be 1 with schedule = '1f1b'."),
         (
             ("interleaved", 2, 3, 2),
-            "train.accumulation = 3 is not a multiple of mesh.pipeline = 2, as chunks need.",
+            "train.accumulation = 3 is not a multiple of mesh.pipeline = 2, as chunks need. Use 4.",
         ),
     ],
 )

@@ -37,7 +37,7 @@ FULL = tiny_config(
     layer_loop="scan",
 )
 # The mesh axes of the width of a parameter, where it is not one of experts.
-WIDTH = ("fsdp", "context", "expert")
+WIDTH = ("fsdp", "context")
 BATCH = ("data", "fsdp", "expert")
 SPECS = {
     "embed/embedding": ("tensor", WIDTH),

@@ -165,7 +165,8 @@ def test_a_model_is_loaded_onto_the_first_devices_of_a_mesh(unbroken: Unbroken):
         ),
         (
             {"data": -1, "tensor": 3},
-            "mesh.tensor = 3 does not fit 8 devices (data -1 × tensor 3). Set mesh.tensor = 8.",
+            "mesh.tensor = 3 does not fit 8 devices (data -1 × tensor 3). Set mesh.tensor = 2 "
+            "or 4.",
         ),
         ({"tensors": 2}, "mesh.tensors is not a config field. Did you mean 'tensor'?"),
         ({"tensor": "two"}, "mesh.tensor = 'two' must be a whole number."),

@@ -11,7 +11,7 @@ from research.training.config import TrainConfig
     [
         ("steps", 0, "must be at least 1."),
         ("batch_size", 0, "must be at least 1."),
-        ("accumulation", 3, "does not divide batch_size = 16."),
+        ("accumulation", 3, "does not divide batch_size = 16. Use 2 or 4."),
         ("z_loss", -0.1, "must not be below 0."),
         ("label_smoothing", 1.0, "must lie in [0, 1)."),
         ("eval_every", -1, "must not be below 0."),
