@@ -86,6 +86,8 @@ def find_needles(
                 f"is beyond the learned positions: model.max_length = {config.max_length}.",
             )
         config = dataclasses.replace(config, max_length=longest)
+    # The shortest one has the least room, whatever the depth: it is found before any work.
+    make_questions(tokenizer, min(asked.lengths), None, asked)
 
     def share(length: int, depth: float | None) -> float:
         questions = make_questions(tokenizer, length, depth, asked)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 
 from research.inspection.sharded_arrays import ShardedArray
 from research.kernels.attention import KeyExchange
+from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.mesh_config import MeshConfig
 from research.scaling.cluster import Cluster
 
@@ -123,6 +124,10 @@ def _networks(size: int, slices: int, cluster: Cluster) -> tuple[str, ...]:
 
 def _carried(name: str, arrays: Iterable[ShardedArray]) -> tuple[str, ...]:
     """Returns the logical axes that a mesh axis shards, in the order of `_CARRIES`."""
+    if name == PIPELINE_AXIS:
+        # Where stages differ in layers, the state is sharded along other axes, which each step
+        # gathers: that is its layout, and not what stages do.
+        return ("layers",)
     sharded = set()
     for array in arrays:
         for axis, mesh_axes_of_it in zip(array.axes, array.mesh_axes, strict=True):

@@ -23,6 +23,7 @@ from research.models.language_model import language_model
 from research.optim.optimizers import OptimConfig, build_optimizer
 from research.parallel.divisibility import check_batch
 from research.parallel.mesh import abstract_mesh
+from research.parallel.mesh_axes import PIPELINE_AXIS
 from research.parallel.mesh_config import MeshConfig
 from research.parallel.parameter import logical_axes
 from research.parallel.pipeline_schedule import make_schedule
@@ -36,6 +37,7 @@ from research.training.mesh_checks import (
     check_schedule,
     stacked_for_stages,
     stage_splits,
+    unused_schedule,
 )
 from research.training.partition import build_partition
 from research.training.state import abstract_state
@@ -74,7 +76,7 @@ class MeshReport:
       parameters: in groups.
       activations: of a microbatch, for each kind of layer.
       device: bytes on one device.
-      notes: what was chosen because the config says nothing of it.
+      notes: what was chosen because the config says nothing of it, and what does nothing.
     """
 
     model: ModelConfig
@@ -87,6 +89,12 @@ class MeshReport:
     activations: list[ArrayGroup]
     device: DeviceBytes
     notes: tuple[str, ...]
+
+    @property
+    def stages(self) -> int:
+        """Stages of layers."""
+        sizes = {axis.name: axis.size for axis in self.axes}
+        return sizes.get(PIPELINE_AXIS, 1)
 
 
 def mesh_report(
@@ -112,7 +120,11 @@ def mesh_report(
     check_axes(model, sizes.shape, train.pipeline.chunks, train.sequence_length)
     check_batch(train.batch_size, train.sequence_length, train.accumulation, sizes)
     check_schedule(model, train, sizes.shape)
-    model = stacked_for_stages(model, mesh.pipeline)
+    stages = sizes.shape["pipeline"]
+    unused = unused_schedule(train, stages)
+    if unused is not None:
+        notes = (*notes, unused)
+    model = stacked_for_stages(model, stages)
     boxed = _abstract_parameters(model, cluster)
     parameters = parameter_groups(model, boxed, sizes, shard_width=mesh.zero == 3)
 
@@ -197,7 +209,7 @@ def mesh_report_lines(report: MeshReport) -> list[str]:
 
 def _schedule_lines(report: MeshReport) -> list[str]:
     """Returns the schedule of the pipeline, if the mesh has one."""
-    stages = report.mesh.pipeline
+    stages = report.stages
     if stages == 1:
         return []
     train = report.train

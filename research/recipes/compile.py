@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 
 import jax
 
@@ -14,6 +15,9 @@ from research.recipes.describe_devices import load_run
 from research.recipes.experiment import add_config_argument
 from research.recipes.pods import compile_pods, pod_specs
 from research.scaling.cluster import parse_cluster
+from research.training.mesh_checks import unused_schedule
+
+logger = logging.getLogger("tessera")
 
 EXAMPLES = """\
   tessera compile --config=configs/pods/llama3.py:70b-v5p-512
@@ -66,6 +70,9 @@ def main(arguments: argparse.Namespace) -> int:
     run, notes = load_run(
         cluster, configs.load_file(arguments.config), arguments.overrides, arguments.config
     )
+    unused = unused_schedule(run.train, run.mesh.pipeline)
+    if unused is not None:
+        logger.warning("%s", unused)
     objective = run.data.objective
     report = compile_report(run.model, run.train, run.optim, run.mesh, objective, cluster)
     if arguments.json:

@@ -39,6 +39,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.needle is not None:
         print_needles(arguments, workdir)
         return
+    if arguments.prompts is not None:
+        raise UserError("prompts", arguments.prompts, "is for --needle.")
     result = evaluate(workdir, arguments.order)
     if arguments.json:
         print(json.dumps(result, indent=2))

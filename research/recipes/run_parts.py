@@ -23,9 +23,9 @@ from research.recipes.workdir import write_config
 from research.scaling.cluster import parse_cluster
 from research.scaling.devices import peak_flops
 from research.storage.paths import Path
-from research.training.config import PipelineConfig
 from research.training.evaluation import evaluate
 from research.training.loop import Throughput
+from research.training.mesh_checks import unused_schedule
 from research.training.program import Program
 from research.training.self_check import check_attention
 from research.training.state import TrainState
@@ -44,13 +44,9 @@ def log_model(program: Program, config: ExperimentConfig) -> None:
     size = program.mesh.size
     platform = mesh_platform(program.mesh)
     logger.info("model: %s parameters on %d device(s)", f"{parameters:,}", size)
-    pipeline = config.train.pipeline
-    if program.mesh.shape["pipeline"] == 1 and pipeline != PipelineConfig():
-        logger.warning(
-            "train.pipeline = %r with %d chunk(s) does nothing: mesh.pipeline = 1 has no stages.",
-            pipeline.schedule,
-            pipeline.chunks,
-        )
+    unused = unused_schedule(config.train, program.mesh.shape["pipeline"])
+    if unused is not None:
+        logger.warning("%s", unused)
     if not mesh.devices:
         return
     cluster = parse_cluster(mesh.devices)

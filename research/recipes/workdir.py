@@ -9,8 +9,9 @@ from research.recipes.experiment import ExperimentConfig, with_defaults
 from research.storage import files
 from research.storage.paths import Path, reason
 
-# What may change when a run is resumed: where and how long it runs, what is kept and shown. Nothing
-# that it computes.
+# What may change when a run is resumed: where and how long it runs, what is kept and shown. What it
+# computes is the same but for rounding, and for two things that follow the layout: which choices of
+# tokens a full buffer of experts drops, and the dropout of models that are not cut into stages.
 MAY_CHANGE = (
     "mesh",
     "distributed",

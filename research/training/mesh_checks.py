@@ -7,7 +7,7 @@ from research.core.errors import UserError
 from research.models.config import ModelConfig
 from research.parallel.pipeline_schedule import make_schedule
 from research.parallel.stages import StageSplit
-from research.training.config import TrainConfig
+from research.training.config import PipelineConfig, TrainConfig
 
 
 def check_axes(
@@ -66,9 +66,10 @@ def check_schedule(model: ModelConfig, train: TrainConfig, sizes: Mapping[str, i
     """
     stages = sizes["pipeline"]
     config = train.pipeline
+    # With one stage too: what no pod takes is refused on a laptop already.
+    make_schedule(config.schedule, stages, train.accumulation, config.chunks)
     if stages == 1:
         return
-    make_schedule(config.schedule, stages, train.accumulation, config.chunks)
 
     is_whole = model.structure != "encoder_decoder" and train.trainable.select == "all"
     is_gpipe = config.schedule == "gpipe" and config.chunks == 1
@@ -86,6 +87,17 @@ def check_schedule(model: ModelConfig, train: TrainConfig, sizes: Mapping[str, i
                 sizes[axis],
                 "must be 1 with train.pipeline.schedule = 'zero_bubble'. Use '1f1b'.",
             )
+
+
+def unused_schedule(train: TrainConfig, stages: int) -> str | None:
+    """Returns that the pipeline's settings do nothing, where there are some and one stage."""
+    config = train.pipeline
+    if stages > 1 or config == PipelineConfig():
+        return None
+    return (
+        f"train.pipeline = {config.schedule!r} with {config.chunks} chunk(s) does nothing: "
+        "mesh.pipeline = 1 has no stages."
+    )
 
 
 def stacked_for_stages(model: ModelConfig, stages: int) -> ModelConfig:

@@ -294,11 +294,30 @@ def test_layers_that_do_not_divide_are_said_stage_by_stage():
     model = tiny_config(num_layers=7, layer_loop="scan")
     lines = mesh_report_lines(report_of(model, MeshConfig(pipeline=2)))
     assert "layers of the stages of the model: 4, 3" in lines
+    # Of 8 devices, what is left after data are stages.
+    open_mesh = MeshConfig(data=4, pipeline=-1)
+    assert "layers of the stages of the model: 4, 3" in mesh_report_lines(
+        report_of(model, open_mesh)
+    )
+    # Their state is sharded elsewhere, but the axis has stages all the same.
+    (_, axis) = report_of(model, MeshConfig(pipeline=2)).axes
+    assert (axis.name, axis.carries) == ("pipeline", ("stages of layers",))
     # A config that leaves it open has stacked layers there, on CPU too.
     even = dataclasses.replace(model, num_layers=6, layer_loop="auto")
     lines = mesh_report_lines(report_of(even, MeshConfig(pipeline=2)))
     assert any(line.startswith("layers 0–5, stacked") for line in lines)
     assert "layers of the stages of the model: 3 each" in lines
+
+
+def test_a_schedule_without_stages_is_said():
+    train = dataclasses.replace(TRAIN, accumulation=2, pipeline=PipelineConfig("gpipe", 2))
+    lines = mesh_report_lines(report_of(tiny_config(), train=train))
+    said = "train.pipeline = 'gpipe' with 2 chunk(s) does nothing: mesh.pipeline = 1 has no stages."
+    assert said in lines
+    # What no mesh has is refused here too.
+    train = dataclasses.replace(TRAIN, pipeline=PipelineConfig("interleaved", 1))
+    with pytest.raises(UserError, match=r"chunks = 1 must be at least 2 with schedule"):
+        report_of(tiny_config(), train=train)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +347,7 @@ def test_an_axis_of_the_width_carries_what_the_zero_level_shards(zero, carried, 
 def test_an_axis_of_experts_carries_them():
     model, mesh, _ = CASES["experts"]
     _, expert, tensor = report_of(model, mesh).axes
-    assert expert.carries == ("rows of the batch", "experts", "shards of parameters")
+    assert expert.carries == ("rows of the batch", "experts")
     assert "all-to-all of tokens to their experts" in expert.collectives
     assert tensor.carries == ("heads", "KV heads", "MLP width", "vocabulary")
     assert tensor.collectives == ("all-reduce of hidden states",)

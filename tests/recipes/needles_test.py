@@ -34,3 +34,10 @@ def test_lengths_that_are_none_are_refused_in_one_line(unbroken, capsys):
     assert "must be lengths such as 128,1024." in capsys.readouterr().err
     assert evaluate(unbroken, "--needle=0") == 2
     assert "--needle = '0' must name lengths of at least 1" in capsys.readouterr().err
+    # The shortest length is refused before the longest is tried.
+    assert evaluate(unbroken, "--needle=64,20") == 2
+    out, err = capsys.readouterr()
+    assert "lengths = 20 leaves no room" in err
+    assert not out
+    assert evaluate(unbroken) == 2
+    assert "--prompts = 3 is for --needle." in capsys.readouterr().err

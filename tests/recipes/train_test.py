@@ -15,7 +15,11 @@ import pytest
 import research
 from research.core.errors import UserError
 from research.data.sources import SourceConfig, documents
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
+from research.recipes import run_parts
 from research.recipes import train as train_recipe
+from research.recipes.experiment import load_experiment
 from research.training.metrics import curve, read_metrics
 from tests.recipes import runs
 from tests.recipes.fixtures import Unbroken
@@ -65,6 +69,14 @@ def test_parts_of_a_pod_s_config_that_do_nothing_here_are_said(tmp_path, tiny, c
         "train.pipeline = 'gpipe' with 1 chunk(s) does nothing: mesh.pipeline = 1 has no stages.",
         "mesh.devices = 'v5p:2x2x1' names others than the 8 of this run, on cpu.",
     ]
+
+
+def test_utilization_is_of_all_devices_of_the_mesh(tiny, monkeypatch):
+    monkeypatch.setattr(run_parts, "peak_flops", lambda kind, dtype: 1e12)
+    config = load_experiment(str(tiny), [])
+    found = run_parts.throughput(config, make_mesh(MeshConfig(data=4, tensor=2)))
+    assert found.peak_flops == 8e12
+    assert found.num_devices == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

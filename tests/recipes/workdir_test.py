@@ -46,5 +46,11 @@ def test_where_and_how_long_it_runs_is_not(folder, tiny):
         "model.attention.exchange.kind": "all_gather",
         "model.attention.implementation": "reference",
         "checkpoint.every": "9",
+        "distributed.initialize": "True",
+        "trackers.wandb.project": "other",
+        "train.log_every": "7",
+        "train.eval_batches": "3",
+        "train.max_skipped": "2",
+        "data.prefetch": "1",
     }
     assert workdir.difference(folder, load_experiment(str(tiny), list(changes.items()))) is None
