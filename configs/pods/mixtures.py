@@ -1,5 +1,5 @@
 """Mixtures of experts on TPU pods: `configs/pods/mixtures.py:mixtral-8x7b-v6e-256`,
-`mixtral-8x7b-v5p-128`, `deepseek-v3-671b-v5p-2048`, `1t-tpu7x-1024`.
+`mixtral-8x7b-v5p-128`, `deepseek-v3-671b-v5p-2048`, `1t-v5p-4096`.
 
     tessera compile --config=configs/pods/mixtures.py:mixtral-8x7b-v6e-256
 
@@ -20,6 +20,8 @@ from configs.model import deepseek, mixtral
 from configs.pods import run
 from research.core.errors import UserError, nearest
 
+# 129,280 ids, and rows that no token uses, so that a device has a multiple of 128 of them.
+PADDED = {"vocab_size": 129_536}
 TRILLION = {
     "vocab_size": 163_840,
     "attention": {"num_heads": 64, "num_kv_heads": 64},
@@ -40,23 +42,23 @@ PRESETS: dict[str, tuple[ml_collections.ConfigDict, dict, dict[str, Any], tuple,
     "mixtral-8x7b-v5p-128": (
         mixtral.get_config("8x7b"),
         {},
-        {"devices": "v5p:4x4x4", "data": 4, "fsdp": 4, "expert": 4},
+        {"devices": "v5p:4x4x4", "data": 2, "fsdp": 8, "expert": 4},
         (1024, 4096, 8),
         3e-4,
         2e12,
     ),
     "deepseek-v3-671b-v5p-2048": (
         deepseek.get_config("v3-671b"),
-        {},
+        PADDED,
         {"devices": "v5p:8x8x16", "fsdp": 8, "expert": 32, "tensor": 4},
         (15_360, 4096, 15),
         2.2e-4,
         14.8e12,
     ),
-    "1t-tpu7x-1024": (
+    "1t-v5p-4096": (
         deepseek.get_config("v3-671b"),
         TRILLION,
-        {"devices": "tpu7x:8x8x8", "fsdp": 16, "expert": 64},
+        {"devices": "v5p:8x16x16", "fsdp": 8, "expert": 64, "tensor": 4},
         (15_360, 4096, 15),
         2e-4,
         15.5e12,

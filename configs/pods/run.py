@@ -5,8 +5,8 @@ from typing import Any
 import ml_collections
 
 # What makes collectives run beside matrix products, by generation: the sparse cores of v5p and v6e
-# do them; a v4 spreads gathers over what computes, and cuts scatters into steps; a tpu7x needs no
-# option. The names are libtpu's own, which documents none.
+# do them; a v4 spreads gathers over what computes, and cuts scatters into steps; a tpu7x needs none
+# for that. The names are libtpu's own, which documents none.
 _SPARSE_CORES = (
     "xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true",
@@ -24,6 +24,9 @@ _SPREAD = (
     "xla_enable_async_all_gather=true",
     "xla_tpu_decompose_einsum_reduce_scatter=true",
 )
+# Gradients of a few megabytes are summed each alone: of several together, which it prefers, the
+# compiler does not scatter the sums.
+_NOT_COMBINED = ("xla_tpu_ars_combiner_threshold_in_bytes=0",)
 # GPUs schedule around collectives, and start those of the next layer before it.
 _PIPELINED = (
     "xla_gpu_enable_latency_hiding_scheduler=true",
@@ -32,9 +35,10 @@ _PIPELINED = (
     "xla_gpu_enable_pipelined_all_reduce=true",
 )
 COMPILER_OPTIONS = {
-    "v4": _SPREAD,
-    "v5p": _SPARSE_CORES,
-    "v6e": _SPARSE_CORES,
+    "v4": (*_SPREAD, *_NOT_COMBINED),
+    "v5p": (*_SPARSE_CORES, *_NOT_COMBINED),
+    "v6e": (*_SPARSE_CORES, *_NOT_COMBINED),
+    "tpu7x": _NOT_COMBINED,
     "h100": _PIPELINED,
     "h200": _PIPELINED,
 }

@@ -6,12 +6,14 @@ import pytest
 
 from research.core import config as configs
 from research.core.errors import UserError
+from research.core.trees import count
 from research.inspection.mesh_report import mesh_report
 from research.parallel.mesh_config import MeshConfig
 from research.recipes.experiment import ExperimentConfig, load_experiment
 from research.recipes.pods import pod_specs
 from research.scaling.cluster import Cluster, parse_cluster
 from research.scaling.topology import cluster_devices
+from tests.tiny import abstract_params
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "pods"
 SPECS = pod_specs(str(FOLDER))
@@ -52,10 +54,13 @@ def test_a_preset_leaves_half_of_the_memory_to_activations(spec: str):
 
 @pytest.mark.thorough
 def test_a_trillion_parameters_are_that_many():
-    run, cluster = run_of(f"{FOLDER}/mixtures.py:1t-tpu7x-1024")
+    run, cluster = run_of(f"{FOLDER}/mixtures.py:1t-v5p-4096")
+    parameters = count(abstract_params(run.model))
+    assert parameters == pytest.approx(1.03e12, rel=0.01)
+    # In float32, and the experts, which are nearly all, are sharded over all devices.
     report = mesh_report(run.model, run.train, run.optim, run.mesh, run.data.objective, cluster)
-    # In float32, and nearly all of them are sharded over all devices.
-    assert report.device.parameters * cluster.num_devices / 4 == pytest.approx(1.04e12, rel=0.1)
+    others = parameters * 0.02
+    assert report.device.parameters / 4 < parameters / cluster.num_devices + others / 32
 
 
 @pytest.mark.thorough

@@ -14,7 +14,8 @@ from research.models.config import AttentionConfig, ExpertsConfig, MlpConfig, Mo
 from research.optim.optimizers import OptimConfig
 from research.optim.schedules import ScheduleConfig
 from research.parallel.mesh_config import MeshConfig, SlicesConfig
-from research.scaling.accidents import unexpected
+from research.scaling.accidents import ProgramArrays, replications, unexpected
+from research.scaling.array_forms import TableArray
 from research.scaling.collectives import read_collectives
 from research.scaling.hlo import parse_module
 from research.training.config import TrainConfig
@@ -151,3 +152,24 @@ def test_only_sums_of_the_named_modules_are_expected_everywhere():
     assert any("/mlp/" in each for each in where)
     assert any("/attention/" in each for each in others)
     assert others == [each for each in where if "/mlp/" not in each or "all-reduce" not in each]
+
+
+def test_only_the_partitioner_replicates_an_activation():
+    mesh = program(sizes(fsdp=8)).mesh
+    hidden = TableArray("hidden", ("batch", "embed"), (512, 1024), P("fsdp", None))
+    arrays = ProgramArrays(mesh, activations=(hidden,))
+    text = """HloModule step
+
+ENTRY main {
+  x = f32[512,1024]{1,0} parameter(0)
+  ROOT y = f32[512,1024]{1,0} add(x, x), metadata={op_name="jit(step)/NAME/add"}
+}
+"""
+    (finding,) = replications(parse_module(text.replace("NAME", "mlp")), arrays)
+    assert finding.what.startswith("hidden, sharded as ")
+    assert not list(replications(parse_module(text.replace("NAME", "shard_map")), arrays))
+    # Bytes of half a million numbers that are copied.
+    copied = text.replace("NAME", "mlp").replace("f32[512,1024]", "s8[524288]")
+    copied = copied.replace("{1,0}", "{0}").replace("add(x, x)", "copy(x)")
+    as_bytes = dataclasses.replace(arrays, large=2**10)
+    assert not list(replications(parse_module(copied), as_bytes))

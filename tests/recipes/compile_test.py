@@ -169,30 +169,30 @@ def test_a_digest_follows_from_values_and_versions():
     assert found != pods.digest(f"{FOLDER / 'llama2.py'}:70b-v4-1024", versions)
 
 
-# Presets that nobody has compiled yet.
-WITHOUT_FIGURES = (
-    "mixtures.py:deepseek-v3-671b-v5p-2048",
-    "mixtures.py:1t-tpu7x-1024",
-)
+# Whole sums of what projects to the latent, less than a hundredth of what these send:
+# docs/parallelism.md, "What the compilers taught".
+KNOWN_ACCIDENTS = {
+    "mixtures.py:deepseek-v3-671b-v5p-2048": 3,
+    "mixtures.py:1t-v5p-4096": 3,
+}
 
 
 def figure_faults(figures: dict, specs: list[str]) -> list[str]:
     """Returns the presets whose figures are missing or are of other values, and those with less
-    than 5 % of the memory left or with an accident.
+    than 5 % of the memory left or with an accident that is not known.
     """
     faults = []
     for spec in specs:
         name = pods.name_of(spec)
         if name not in figures:
-            if name not in WITHOUT_FIGURES:
-                faults.append(f"{name}: no figures")
+            faults.append(f"{name}: no figures")
             continue
         entry = figures[name]
         if entry["digest"] != pods.digest(spec, entry["versions"]):
             faults.append(f"{name}: figures of other values")
         if entry["report"]["memory"]["margin"] < 0.05:
             faults.append(f"{name}: too little memory is left")
-        if entry["report"]["accidents"]:
+        if len(entry["report"]["accidents"]) > KNOWN_ACCIDENTS.get(name, 0):
             faults.append(f"{name}: accidents")
     return faults
 
@@ -215,8 +215,6 @@ def test_figures_that_do_not_hold_are_found():
 @pytest.mark.thorough
 def test_the_figures_are_what_the_compiler_says(capsys):
     pytest.importorskip("libtpu", reason="needs the extra `tpu`")
-    if pods.name_of(SMALL) in WITHOUT_FIGURES:
-        pytest.skip("nobody has compiled it yet")
     status, out, _ = compiled(capsys, f"--config={SMALL}", "--json")
     found = json.loads(out)
     kept = pods.read_figures()[pods.name_of(SMALL)]["report"]
