@@ -105,6 +105,23 @@ def test_every_gradient_is_summed_in_float32_unless_the_config_says_otherwise(mo
 
 
 @pytest.mark.compilers
+def test_gradients_of_sharded_parameters_are_summed_in_float32():
+    model = dataclasses.replace(EVERYTHING, param_dtype="bfloat16", head=HeadConfig())
+    parts = program(model, "float32", MeshConfig(data=2, fsdp=2), tpu_devices("v5p"))
+    text = parts.compile_train_step().as_text()
+    sums = [
+        (shape.dtype, one.kind, shape.bytes)
+        for one in collectives(text, parts.mesh)
+        if one.kind in ("all-reduce", "reduce-scatter")
+        for shape in one.shapes
+    ]
+    # Scales and biases, of 128 numbers, are joined by sums of a part and zeros.
+    assert not [one for one in sums if one[0] == "bf16" and one[2] > 2 * 128]
+    # Four experts of 128 × 128, half of the width of each on a device.
+    assert ("f32", "reduce-scatter", 4 * 4 * 64 * 128) in sums
+
+
+@pytest.mark.compilers
 def test_gradients_of_matrices_are_summed_in_bfloat16_where_the_config_asks():
     model = dataclasses.replace(EVERYTHING, num_layers=1, first_layers=(), head=HeadConfig())
     parts, text = compiled_for_tpu(model, "bfloat16")
