@@ -93,8 +93,10 @@ class MeshReport:
     @property
     def stages(self) -> int:
         """Stages of layers."""
-        sizes = {axis.name: axis.size for axis in self.axes}
-        return sizes.get(PIPELINE_AXIS, 1)
+        for axis in self.axes:
+            if axis.name == PIPELINE_AXIS:
+                return axis.size
+        return 1
 
 
 def mesh_report(

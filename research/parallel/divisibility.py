@@ -53,7 +53,7 @@ def check_divides(
     if mesh_axes is None:
         return
     names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-    # ("fsdp", "context", "expert") of sizes 4, 1 and 3: the error names fsdp and expert.
+    # ("data", "fsdp", "expert") of sizes 4, 1 and 3: the error names data and expert.
     used = [name for name in names if mesh.shape[name] > 1]
     shards = math.prod(mesh.shape[name] for name in used)
     if size % shards == 0:

@@ -70,11 +70,13 @@ def main(arguments: argparse.Namespace) -> int:
     run, notes = load_run(
         cluster, configs.load_file(arguments.config), arguments.overrides, arguments.config
     )
-    unused = unused_schedule(run.train, run.mesh.pipeline)
-    if unused is not None:
-        logger.warning("%s", unused)
     objective = run.data.objective
     report = compile_report(run.model, run.train, run.optim, run.mesh, objective, cluster)
+    # Axes of one device are left out of the report's mesh.
+    stages = report.mesh.get("pipeline", 1)
+    unused = unused_schedule(run.train, stages)
+    if unused is not None:
+        logger.warning("%s", unused)
     if arguments.json:
         print(json.dumps(compile_report_json(report), indent=2), flush=True)
     else:
