@@ -9,8 +9,6 @@ from research.evaluation.needle import NeedleConfig, Row, find_needles
 from research.recipes.load import load
 from research.storage.paths import Path
 
-PROMPTS = 32
-
 
 def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the needle test."""
@@ -20,7 +18,9 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths of prompts in which the model must find a needle",
     )
     parser.add_argument(
-        "--prompts", type=int, help=f"prompts of each length and depth (default {PROMPTS})"
+        "--prompts",
+        type=int,
+        help=f"prompts of each length and depth (default {NeedleConfig.prompts})",
     )
 
 
@@ -36,7 +36,7 @@ def print_needles(arguments: argparse.Namespace, workdir: Path) -> None:
         raise UserError("needle", arguments.needle, "must be lengths such as 128,1024.") from error
     if min(lengths) < 1:
         raise UserError("needle", arguments.needle, "must name lengths of at least 1 token.")
-    prompts = PROMPTS if arguments.prompts is None else arguments.prompts
+    prompts = NeedleConfig.prompts if arguments.prompts is None else arguments.prompts
     asked = NeedleConfig(lengths, prompts=prompts)
     model = load(workdir)
     if model.config.structure != "decoder":
