@@ -116,8 +116,7 @@ class Attention(nn.Module):
 
         bias = context.bias
         if position.kind == "relative":
-            slots = None if cache is None else cache.slots
-            q, bias = RelativeScores(model, name="relative")(q, context, slots)
+            q, bias = RelativeScores(model, name="relative")(q, context)
         alibi = None
         if position.kind == "alibi":
             alibi = jnp.asarray(positional.alibi_slopes(c.num_heads))

@@ -14,7 +14,7 @@ from research.kernels.attention import AttentionMask
 from research.models.cache_rows import HEADS, lay_out_rows, write_tokens
 from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
-from research.models.latent_cache import LatentCache
+from research.models.latent_cache import LatentCache, PagedLatentCache, empty_latent_pages
 from research.models.memory_cache import MemoryCache
 from research.models.paged_cache import PagedCache, PageTable, empty_paged_cache
 from research.parallel.shard_map import take_rows
@@ -116,14 +116,8 @@ class LayerCache:
       memory: of cross-attention, None without an encoder.
     """
 
-    tokens: DenseCache | LatentCache | PagedCache
+    tokens: DenseCache | LatentCache | PagedCache | PagedLatentCache
     memory: MemoryCache | None = None
-
-    @property
-    def slots(self) -> int:
-        """Tokens of a row that it can hold, S; those of a paged cache are its page table's."""
-        assert not isinstance(self.tokens, PagedCache), "the slots of a paged cache are its table's"
-        return self.tokens.slots
 
     def attend(
         self, q: Array, k: Array, v: Array, **how: Any
@@ -169,7 +163,7 @@ class Cache:
         """Tokens of a row that it can hold, S."""
         if self.page_table is not None:
             return self.page_table.slots
-        return self.layers[0].slots
+        return self.layers[0].tokens.slots
 
     def lay_out(self) -> "Cache":
         """As `TokenCache.lay_out`."""
@@ -225,9 +219,6 @@ def empty_cache(
       memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models
           that have one.
       page_table: makes it a paged cache, whose table has the slots.
-
-    Raises:
-      UserError: there is a page table, and the model has no paged form.
     """
     assert (memory_segments is not None) == (config.structure == "encoder_decoder"), (
         "an encoder needs its segments"
@@ -238,8 +229,10 @@ def empty_cache(
     def empty_layer(*layer_axis: int) -> LayerCache:
         if page_table is None:
             tokens = _empty_tokens(config, (*layer_axis, batch, slots))
-        else:
+        elif c.latent is None:
             tokens = empty_paged_cache(config, page_table, layer_axis)
+        else:
+            tokens = empty_latent_pages(config, page_table, layer_axis)
         memory = None
         if memory_segments is not None:
             encoder_length = memory_segments.shape[1]

@@ -9,7 +9,7 @@ from research.kernels.attention import AttentionMask
 from research.models.paged_cache import PageTable
 
 
-@node(static=())
+@node(static=("slots",))
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What each layer of a stack gets beside the hidden states and its cache.
@@ -23,6 +23,7 @@ class Context:
           their keys and values.
       memory_mask: the mask of cross-attention.
       page_table: the pages of each row, for a paged cache.
+      slots: tokens that a row of the cache can hold, S; None without a cache.
       key: of the layers' dropout; None drops nothing.
     """
 
@@ -33,6 +34,7 @@ class Context:
     memory: Float[Array, "B M D"] | None = None
     memory_mask: AttentionMask | None = None
     page_table: PageTable | None = None
+    slots: int | None = None
     key: Key[Array, ""] | None = None
 
     def real(self) -> Shaped[Array, "B T"] | None:

@@ -62,7 +62,7 @@ class LatentAttention(nn.Module):
         if cache is None:
             out = _decompressed(c, to_keys, to_values, q, latents, k_rope, mask)
         else:
-            if uses_weight_absorption(c, x.shape[1], cache.slots):
+            if uses_weight_absorption(c, x.shape[1], context.slots):
                 form = _weight_absorption
             else:
                 form = _decompressed

@@ -1,14 +1,19 @@
-"""The cache of a layer with latent attention."""
+"""The cache of a layer with latent attention, in rows and in pages."""
 
 from collections.abc import Callable
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
+from research.kernels.decode_attention import KVPages, gather, write
 from research.models.cache_rows import lay_out_rows, write_tokens
+from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
-from research.models.paged_cache import PageTable
+from research.models.paged_cache import PageTable, stack_pages, take_pages
+from research.parallel.rules import constrain
 from research.parallel.shard_map import take_rows
 
 # The logical axes of a layer's latents, which belong to all heads.
@@ -63,3 +68,58 @@ class LatentCache:
         latent = take_rows(self.latent, rows, axis, groups)
         k_rope = take_rows(self.k_rope, rows, axis, groups)
         return LatentCache(latent, k_rope)
+
+
+@flax.struct.dataclass
+class PagedLatentCache:
+    """Latents and rotary keys of one layer in pages, as keys and values of a single head.
+
+    They are gathered for each call: kernels over pages take heads of one width.
+    """
+
+    pages: KVPages
+
+    def lay_out(self) -> "PagedLatentCache":
+        """As `TokenCache.lay_out`: they belong to all heads, and pages to all rows."""
+        return PagedLatentCache(jax.tree.map(_replicate, self.pages))
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T latent"],
+        v: Float[Array, "B T rope"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B T"],
+        page_table: PageTable | None,
+        attention: Callable[..., Float[Array, "B T N value"]],
+    ) -> tuple[Float[Array, "B T N value"], "PagedLatentCache"]:
+        """As `LatentCache.attend`."""
+        assert page_table is not None, "a paged cache needs its table"
+        start = positions[:, 0]
+        # [B, T, latent] -> [B, T, 1, latent]: one head.
+        k, v = (_replicate(x[:, :, None]) for x in (k, v))
+        pages = write(self.pages, page_table.ids, start, k, v)
+        latent, k_rope = (x[:, :, 0] for x in gather(pages, page_table.ids))
+        slots_mask = cache_mask(mask, positions, page_table.slots)
+        return attention(q, latent, k_rope, slots_mask), PagedLatentCache(pages)
+
+    def take(self, pages: Int[Array, "pages"], groups: int = 1) -> "PagedLatentCache":
+        """As `TokenCache.take`; every device has pages of all rows."""
+        return PagedLatentCache(take_pages(self.pages, pages))
+
+
+def _replicate(leaf: Array) -> Array:
+    return constrain(leaf, (None,) * leaf.ndim)
+
+
+def empty_latent_pages(
+    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...]
+) -> PagedLatentCache:
+    """Returns a layer's pages of zeros, or those of a stack of layers."""
+    latent = config.attention.latent
+    assert latent is not None
+    shape = (page_table.num_pages, 1, page_table.page_size)
+    key = jnp.zeros((*shape, latent.kv_dim), config.dtype)
+    value = jnp.zeros((*shape, latent.rope_dim), config.dtype)
+    return PagedLatentCache(stack_pages(KVPages(key, value), stack))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from research.core.errors import UserError
 from research.kernels.attention import AttentionMask
 from research.kernels.decode_attention import PAGE_SIZE, KVPages, gather, pages_for, write
 from research.kernels.rounding import round_up
@@ -81,18 +80,6 @@ def contiguous_table(tokens: Sequence[int], slots: int) -> PageTable:
     return PageTable(jnp.asarray(ids), 1 + pool_pages, PAGE_SIZE)
 
 
-def paged_unsupported_reason(config: ModelConfig) -> str | None:
-    """Returns what keeps a model from a paged cache, or None."""
-    if config.attention.latent is not None:
-        return "attention.latent caches latents, and pages hold keys and values of heads"
-    if config.position.kind in ("buckets", "relative", "alibi_bfloat16"):
-        return (
-            f"position.kind = {config.position.kind!r} adds a bias to the scores, which "
-            "attention over pages lacks"
-        )
-    return None
-
-
 @flax.struct.dataclass
 class PagedCache:
     """Keys and values of one layer in pages; the table, which all layers share, comes with each
@@ -129,14 +116,15 @@ class PagedCache:
         """As `TokenCache.attend`, with keys and values of all key/value heads.
 
         One new token per row goes through decode attention, which reads the pages in place. More
-        are a prompt: the pages of their rows are gathered for the attention of training.
+        are a prompt: the pages of their rows are gathered for the attention of training, as they
+        are where scores have a bias.
         """
         assert page_table is not None, "a paged cache needs its table"
         start = positions[:, 0]
         # All devices write the tokens of all rows, each of its own heads.
         k, v = (constrain(x, (None, None, "kv_heads", "head")) for x in (k, v))
         pages = write(self.pages, page_table.ids, start, k, v)
-        if q.shape[1] == 1 and mask.prefix is None:
+        if q.shape[1] == 1 and mask.prefix is None and attention.terms.bias is None:
             # The positions of a finished row may pass its last slot. What it reads is not used, but
             # must exist.
             lengths = jnp.minimum(start + 1, page_table.slots)
@@ -149,32 +137,33 @@ class PagedCache:
 
     def take(self, pages: Int[Array, "pages"], groups: int = 1) -> "PagedCache":
         """Returns the cache of `pages`, in this order; every device has pages of all rows."""
-        # 1 where layers are stacked, else 0.
-        axis = self.pages.key.ndim - 4
+        return PagedCache(take_pages(self.pages, pages))
 
-        def take_pages(leaf: Array) -> Array:
-            return jnp.take(leaf, pages, axis=axis, mode="clip")
 
-        return PagedCache(jax.tree.map(take_pages, self.pages))
+def take_pages(pages: KVPages, ids: Int[Array, "pages"]) -> KVPages:
+    """Returns the pages of these ids, in this order."""
+    # 1 where layers are stacked, else 0.
+    axis = pages.key.ndim - 4
+
+    def take(leaf: Array) -> Array:
+        return jnp.take(leaf, ids, axis=axis, mode="clip")
+
+    return jax.tree.map(take, pages)
 
 
 def empty_paged_cache(
     config: ModelConfig, page_table: PageTable, stack: tuple[int, ...]
 ) -> PagedCache:
-    """Returns a layer's pages of zeros, or those of a stack of layers.
-
-    Raises:
-      UserError: the model has no paged form.
-    """
-    reason = paged_unsupported_reason(config)
-    if reason is not None:
-        raise UserError(
-            "cache", "paged", f"is not possible for this model: {reason}. Use cache = 'dense'."
-        )
+    """Returns a layer's pages of zeros, or those of a stack of layers."""
     c = config.attention
     pages = pages_for(page_table.num_pages, c.num_kv_heads, c.head_dim, config.dtype)
+    return PagedCache(stack_pages(pages, stack))
+
+
+def stack_pages(pages: KVPages, stack: tuple[int, ...]) -> KVPages:
+    """Returns pages of zeros like these, for a stack of layers."""
 
     def zeros(leaf: Array) -> Array:
         return jnp.zeros((*stack, *leaf.shape), leaf.dtype)
 
-    return PagedCache(jax.tree.map(zeros, pages))
+    return jax.tree.map(zeros, pages)

@@ -32,7 +32,7 @@ class RelativeScores(nn.Module):
 
     @nn.compact
     def __call__(
-        self, q: Float[Array, "B T N H"], context: Context, slots: int | None
+        self, q: Float[Array, "B T N H"], context: Context
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
         model = self.config
         c = model.attention
@@ -42,6 +42,7 @@ class RelativeScores(nn.Module):
         # All distances that a query can have to a key, the furthest key first:
         # causal, 3 keys -> [2, 1, 0]; both directions -> [2, 1, 0, -1, -2].
         num_keys = q.shape[1]
+        slots = context.slots
         if slots is not None:
             num_keys = max(slots, num_keys)
         mask = context.mask

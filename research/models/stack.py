@@ -166,8 +166,8 @@ class Stack(nn.Module):
         page_table = None if cache is None else cache.page_table
         slots = None if cache is None else cache.slots
 
-        context = Context(positions, mask, lengths=lengths, page_table=page_table)
-        return dataclasses.replace(context, bias=self._score_bias(context, slots))
+        context = Context(positions, mask, lengths=lengths, page_table=page_table, slots=slots)
+        return dataclasses.replace(context, bias=self._score_bias(context))
 
     def _add_positions(
         self,
@@ -192,15 +192,12 @@ class Stack(nn.Module):
             x = self.embed_norm(x)
         return x
 
-    def _score_bias(self, context: Context, slots: int | None) -> Float[Array, "#B N #T S"] | None:
+    def _score_bias(self, context: Context) -> Float[Array, "#B N #T S"] | None:
         """Returns what is added to the scores of all layers, or None: a bias by distance (T5) or by
         key (Falcon-RW).
-
-        Args:
-          context: with positions and mask.
-          slots: of the cache, S; None without one.
         """
         c = self.config
+        slots = context.slots
         if c.position.kind == "alibi_bfloat16":
             keys = context.positions if slots is None else jnp.arange(slots)[None]
             return rounded_alibi(keys, c.attention.num_heads, c.attention.head_dim)
@@ -208,7 +205,7 @@ class Stack(nn.Module):
             return None
 
         # Raffel et al. 2020, arXiv:1910.10683, section 2.1: learned, and shared by all layers.
-        query_positions, key_positions = _query_and_key_positions(context, slots)
+        query_positions, key_positions = _query_and_key_positions(context)
         # [1, S], [B, T] -> [B, T, S], or [1, T, T] without a cache.
         distances = key_positions[:, None, :] - query_positions[:, :, None]
         buckets = distance_buckets(c.position, distances, bidirectional=not context.mask.causal)
@@ -299,12 +296,12 @@ def apply_block(
 
 
 def _query_and_key_positions(
-    context: Context, slots: int | None
+    context: Context,
 ) -> tuple[Int[Array, "#B T"], Int[Array, "1 S"]]:
     """Returns positions of queries and keys, as far as distances go: their indices in the row, or
     with a cache positions and slots.
     """
-    if slots is None:
+    if context.slots is None:
         index = jnp.arange(context.positions.shape[1])[None]
         return index, index
-    return context.positions, jnp.arange(slots)[None]
+    return context.positions, jnp.arange(context.slots)[None]

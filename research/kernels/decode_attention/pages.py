@@ -33,7 +33,7 @@ class KVPages:
     """
 
     key: Shaped[Array, "pages K slots H"]
-    value: Shaped[Array, "pages K slots H"]
+    value: Shaped[Array, "pages K slots value"]
     key_scale: Float[Array, "pages K slots"] | None = None
     value_scale: Float[Array, "pages K slots"] | None = None
 
@@ -121,7 +121,7 @@ def write(
     table: Int[Array, "B pages_per_sequence"],
     lengths: Int[Array, "B"],
     key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    value: Float[Array, "B T K value"],
 ) -> KVPages:
     """Returns the pages with T new tokens appended to each sequence, quantized where the pages are.
 
@@ -132,12 +132,11 @@ def write(
       lengths: tokens that each sequence holds so far.
       key, value: the new tokens; zeros are added where the pages are wider.
     """
-    count, _, page_size, width = pages.key.shape
-    _, num_new, _, head_dim = key.shape
+    count, _, page_size, _ = pages.key.shape
+    num_new = key.shape[1]
     table_pages = table.shape[1]
-    padding = ((0, 0), (0, 0), (0, 0), (0, width - head_dim))
-    key = jnp.pad(key, padding)
-    value = jnp.pad(value, padding)
+    key = _widen(key, pages.key.shape[3])
+    value = _widen(value, pages.value.shape[3])
 
     # Length 5 and pages of 4: new tokens at positions [5, 6, 7, 8], entries [1, 1, 1, 2] of the
     # table, slots [1, 2, 3, 0].
@@ -171,9 +170,14 @@ def write(
     )
 
 
+def _widen(x: Float[Array, "B T K H"], width: int) -> Float[Array, "B T K width"]:
+    """Returns heads that end in zeros up to a width."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3])))
+
+
 def gather(
     pages: KVPages, table: Int[Array, "B pages_per_sequence"]
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K value"]]:
     """Returns the dense keys and values of each sequence, in float32 where they are quantized.
 
     Args:
