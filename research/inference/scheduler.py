@@ -1,0 +1,237 @@
+"""Which tokens the next step of the engine takes: continuous batching over slots and pages. Plain
+Python, which never asks what a token is.
+
+A prompt and an answer are the same here: a sequence whose tokens must be written to the cache, one
+after the other. The row of its newest token draws the next one. So prompts may be cut anywhere,
+and a sequence that lost its pages is written again like a prompt.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from research.inference.pages import PagePool, chain
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """An answer under way.
+
+    Attributes:
+      order: of service: the least is served first, and loses its pages last.
+      tokens: those that the host knows, the prompt first.
+      limit: tokens at most, the prompt's included.
+      chain_start: digest that its pages' digests begin with; None where its pages are not shared.
+      length: tokens that exist, with those that the device draws and the host has not read.
+      written: tokens whose keys and values are in the pages, or are written by steps under way.
+      slot: its row of the device's state; None while it waits.
+      pages: of its tokens.
+    """
+
+    order: tuple[int, ...]
+    tokens: list[int]
+    limit: int
+    chain_start: bytes | None = None
+    length: int = 0
+    written: int = 0
+    slot: int | None = None
+    pages: list[int] = dataclasses.field(default_factory=list)
+    _digests: list[bytes] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.length = len(self.tokens)
+
+    @property
+    def missing(self) -> int:
+        """Tokens that exist and are not written; the last one allowed never is."""
+        return min(self.length, self.limit - 1) - self.written
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the host knows all of its tokens."""
+        return self.length == len(self.tokens)
+
+    def digests(self, page_size: int) -> list[bytes]:
+        """Returns the digests of the full pages of its known tokens."""
+        assert self.chain_start is not None
+        # Those of earlier calls, and of pages that were filled since.
+        done = len(self._digests)
+        parent = self._digests[-1] if done else self.chain_start
+        self._digests += chain(parent, self.tokens[done * page_size :], page_size)
+        return self._digests
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A token that a step writes.
+
+    Attributes:
+      sequence: whose.
+      slot: of the sequence in this step.
+      position: of the token.
+      token: its id; None where only the device knows it, as it was drawn by the step before.
+      draws: whether the next token is drawn from it.
+    """
+
+    sequence: Sequence
+    slot: int
+    position: int
+    token: int | None
+    draws: bool
+
+
+class Scheduler:
+    """Sequences that wait, and sequences that have a slot.
+
+    Args:
+      slots: sequences that run at a time, at most.
+      pool: the pages.
+      page_size: tokens of a page.
+      rows: tokens that a step takes, at least `slots`.
+    """
+
+    def __init__(self, slots: int, pool: PagePool, page_size: int, rows: int):
+        assert rows >= slots
+        self.pool = pool
+        self.page_size = page_size
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._rows = rows
+        # The first slot is taken first.
+        self._free_slots = list(range(slots - 1, -1, -1))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence, which the pool must be able to hold alone."""
+        assert self.pages_of(sequence.limit) < self.pool.num_pages
+        self.waiting.append(sequence)
+
+    def pages_of(self, tokens: int) -> int:
+        """Returns how many pages so many tokens take."""
+        return -(-tokens // self.page_size)
+
+    def end(self, sequence: Sequence) -> None:
+        """Frees what a sequence has, in whatever state it is."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self._stop(sequence)
+
+    def plan(self) -> list[Row]:
+        """Returns the rows of the next step: newest tokens of answers, and parts of prompts."""
+        self._admit()
+        rows = []
+        # In order: who loses its pages to another has no rows yet.
+        for sequence, count in self._counts().items():
+            rows += self._take(sequence, count)
+        self._name_pages(self.running)
+        return rows
+
+    def _counts(self) -> dict[Sequence, int]:
+        """Returns how many rows each running sequence gets, in order."""
+        ordered = self._in_order()
+        counts = {each: min(each.missing, 1) for each in ordered}
+        left = self._rows - sum(counts.values())
+        # Shares of what is left, the shortest first: what it does not need is the others'.
+        long = sorted((each for each in ordered if each.missing > 1), key=lambda each: each.missing)
+        for index, sequence in enumerate(long):
+            share = left // (len(long) - index)
+            more = min(share, sequence.missing - 1)
+            counts[sequence] += more
+            left -= more
+        return counts
+
+    def _in_order(self) -> list[Sequence]:
+        return sorted(self.running, key=lambda each: each.order)
+
+    def _admit(self) -> None:
+        """Gives slots to waiting sequences while there are pages for their tokens, in order: none
+        overtakes another.
+        """
+        for sequence in sorted(self.waiting, key=lambda each: each.order):
+            if not self._free_slots or not sequence.is_known:
+                return
+            shared = self._find_prefix(sequence)
+            idle = sum(1 for page in shared if not self.pool.owners(page))
+            # Room for one more token, so that it is not preempted for its first one.
+            needed = self.pages_of(sequence.length + 1) - len(shared)
+            if needed > self.pool.available - idle:
+                return
+            for page in shared:
+                self.pool.share(page)
+            sequence.pages = shared
+            sequence.written = len(shared) * self.page_size
+            sequence.slot = self._free_slots.pop()
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Returns the pages of its first tokens that are there already. Its last token is always
+        written again: the next one is drawn from it.
+        """
+        if sequence.chain_start is None:
+            return []
+        full = (sequence.length - 1) // self.page_size
+        pages = []
+        for digest in sequence.digests(self.page_size)[:full]:
+            page = self.pool.find(digest)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _take(self, sequence: Sequence, count: int) -> list[Row]:
+        """Returns the rows of a sequence's next tokens, with pages for them; none where it has lost
+        its slot.
+        """
+        if sequence.slot is None or not count:
+            return []
+        end = sequence.written + count
+        while len(sequence.pages) < self.pages_of(end):
+            if not self._make_room(sequence):
+                return []
+            sequence.pages.append(self.pool.take())
+
+        rows = []
+        for position in range(sequence.written, end):
+            token = sequence.tokens[position] if position < len(sequence.tokens) else None
+            is_newest = position == sequence.length - 1
+            rows.append(Row(sequence, sequence.slot, position, token, is_newest))
+        sequence.written = end
+        if rows[-1].draws:
+            sequence.length += 1
+        return rows
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Makes sure of an available page, by the pages of the last sequences in order; returns
+        whether the sequence itself kept its own.
+        """
+        while not self.pool.available:
+            last = self._in_order()[-1]
+            self._stop(last)
+            self.waiting.append(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes slot and pages from a running sequence."""
+        self.running.remove(sequence)
+        assert sequence.slot is not None
+        self._free_slots.append(sequence.slot)
+        # The last page first: of idle pages, those that fewer sequences begin with go first.
+        for page in reversed(sequence.pages):
+            self.pool.release(page)
+        sequence.slot = None
+        sequence.pages = []
+        sequence.written = 0
+
+    def _name_pages(self, sequences: Iterable[Sequence]) -> None:
+        """Tells the pool what full pages hold, for sequences that are admitted later: their rows
+        come after those that write these pages.
+        """
+        for sequence in sequences:
+            if sequence.chain_start is None:
+                continue
+            known = min(sequence.written, len(sequence.tokens)) // self.page_size
+            digests = sequence.digests(self.page_size)[:known]
+            for page, digest in zip(sequence.pages, digests, strict=False):
+                self.pool.name(page, digest)
