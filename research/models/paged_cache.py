@@ -126,8 +126,9 @@ class PagedCache:
         pages = write(self.pages, page_table.ids, start, k, v)
         if q.shape[1] == 1 and mask.prefix is None and attention.terms.bias is None:
             # The positions of a finished row may pass its last slot. What it reads is not used, but
-            # must exist.
+            # must exist. A row without pages reads nothing.
             lengths = jnp.minimum(start + 1, page_table.slots)
+            lengths = jnp.where(page_table.ids[:, 0] == 0, 0, lengths)
             out = attention.over_pages(q, pages, page_table.ids, lengths, mask.window)
             return out, PagedCache(pages)
         # Pages may be wider than the heads, which then end in zeros.

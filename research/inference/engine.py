@@ -1,0 +1,226 @@
+"""The engine: many requests at a time over the pages of one cache, each answered as if it were
+alone.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.errors import UserError
+from research.core.random import keys_of
+from research.data.tokenizers import Tokenizer
+from research.inference.detokenizer import Completion, Detokenizer
+from research.inference.pages import PagePool, chain_start
+from research.inference.programs import DeviceState, StepRows, admit, empty_slots, step
+from research.inference.prompts import check_room
+from research.inference.sampling import SamplingConfig, SamplingParams
+from research.inference.scheduler import Row, Scheduler, Sequence
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import ModelConfig
+from research.models.language_model import language_model
+from research.models.paged_cache import PageTable
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """How an engine runs.
+
+    Attributes:
+      slots: sequences that run at a time, at most.
+      tokens: of all sequences that the cache holds, at most.
+      rows: tokens of a step, at most: those of prompts beside one of each running sequence.
+      tiles: rows that a compiled step takes at a time, in rising order. With fewer rows than the
+        largest tile, a step takes the smallest tile that they fit in.
+    """
+
+    slots: int = 16
+    tokens: int = 16_384
+    rows: int = 64
+    tiles: tuple[int, ...] = (2, 8, 16)
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "tokens", "rows"):
+            if getattr(self, name) < 1:
+                raise UserError(name, getattr(self, name), "must be at least 1.")
+        if not self.tiles or list(self.tiles) != sorted(set(self.tiles)) or self.tiles[0] < 1:
+            raise UserError("tiles", self.tiles, "must be numbers from 1 in rising order.")
+        if self.rows < self.slots:
+            raise UserError("rows", self.rows, f"must be at least slots = {self.slots}.")
+
+
+class Answer:
+    """An answer under way."""
+
+    def __init__(self, sequence: Sequence, text: Detokenizer, sampling: SamplingConfig):
+        self.sequence = sequence
+        self.sampling = sampling
+        self._text = text
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self._text.finished
+
+    def push(self, token: int) -> None:
+        """Adds a token."""
+        self.sequence.tokens.append(token)
+        self._text.push(token)
+
+    def completion(self) -> Completion:
+        """Returns the text so far."""
+        return self._text.completion()
+
+
+class Engine:
+    """Answers requests by steps, each over all running sequences.
+
+    The host plans a step while the device runs the one before: it reads the tokens of a step when
+    the next one is under way, and drops what was drawn after an end.
+
+    Args:
+      config: of the model.
+      params: its parameters.
+      tokenizer: the one it was trained with.
+      serve: how it runs.
+    """
+
+    def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, serve: ServeConfig):
+        self._config = config
+        self._params = params
+        self._tokenizer = tokenizer
+        self._serve = serve
+        self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
+
+        # Page 0 is nobody's.
+        num_pages = 1 + -(-serve.tokens // PAGE_SIZE)
+        self._scheduler = Scheduler(serve.slots, PagePool(num_pages), PAGE_SIZE, serve.rows)
+        pages_per_sequence = -(-config.max_length // PAGE_SIZE)
+        self._table = np.zeros((serve.slots, pages_per_sequence), np.int32)
+        self._num_pages = num_pages
+        cache = language_model(config).empty_cache(
+            params, serve.slots, config.max_length, page_table=self._page_table()
+        )
+        self._state = DeviceState(cache.layers, empty_slots(serve.slots, config.vocab_size))
+
+        self._chain = chain_start({"version": b"0"})
+        self._arrivals = itertools.count()
+        self._answers: dict[Sequence, Answer] = {}
+        self._in_slot: dict[int, Sequence] = {}
+        # The rows of the step under way, and what is drawn from them.
+        self._under_way: tuple[list[Row], jax.Array] | None = None
+
+    def submit(self, ids: Rows[int], sampling: SamplingConfig, *, priority: int = 0) -> Answer:
+        """Queues a request.
+
+        Args:
+          ids: of the prompt.
+          sampling: how the answer is drawn.
+          priority: those of a higher one are served first.
+
+        Raises:
+          UserError: the prompt and its answer do not fit the model, or the pages.
+        """
+        check_room([ids], [sampling.max_tokens], self._config)
+        limit = len(ids) + sampling.max_tokens
+        if limit > self._serve.tokens:
+            raise UserError(
+                "max_tokens",
+                sampling.max_tokens,
+                f"after a prompt of {len(ids)} tokens is more than the engine's tokens = "
+                f"{self._serve.tokens}.",
+            )
+        order = (-priority, next(self._arrivals))
+        sequence = Sequence(order, list(ids), limit, self._chain)
+        text = Detokenizer(self._tokenizer, ids, stop=sampling.stop, max_tokens=sampling.max_tokens)
+        answer = Answer(sequence, text, sampling)
+        self._answers[sequence] = answer
+        self._scheduler.add(sequence)
+        return answer
+
+    def abort(self, answer: Answer) -> None:
+        """Ends a request, in whatever state it is: its pages are free for the next step."""
+        self._scheduler.end(answer.sequence)
+        self._answers.pop(answer.sequence, None)
+
+    def run_step(self) -> bool:
+        """Starts a step and reads the one before; returns whether there is more to do."""
+        rows = self._scheduler.plan()
+        started = self._start(rows) if rows else None
+        if self._under_way is not None:
+            self._read(*self._under_way)
+        self._under_way = started
+        return bool(self._answers)
+
+    def _start(self, rows: list[Row]) -> tuple[list[Row], jax.Array]:
+        for sequence in {row.sequence for row in rows}:
+            self._place(sequence)
+        tile, width = self._shape(len(rows))
+        slot = np.full(width, self._serve.slots, np.int32)
+        position = np.zeros(width, np.int32)
+        token = np.zeros(width, np.int32)
+        draws = np.zeros(width, bool)
+        for index, row in enumerate(rows):
+            slot[index] = row.slot
+            position[index] = row.position
+            token[index] = -1 if row.token is None else row.token
+            draws[index] = row.draws
+
+        self._state, drawn = step(
+            self._params,
+            self._state,
+            self._page_table(),
+            StepRows(*map(jnp.asarray, (slot, position, token, draws))),
+            jnp.int32(-(-len(rows) // tile)),
+            config=self._config,
+            tile=tile,
+            num_ids=self._num_ids,
+        )
+        return rows, drawn
+
+    def _shape(self, count: int) -> tuple[int, int]:
+        """Returns the rows of a tile, and of the arrays of a step."""
+        *smaller, largest = self._serve.tiles
+        for tile in smaller:
+            if count <= tile:
+                return tile, tile
+        return largest, -(-self._serve.rows // largest) * largest
+
+    def _place(self, sequence: Sequence) -> None:
+        """Writes the pages of a sequence into the table, and a new one into its slot."""
+        slot = sequence.slot
+        assert slot is not None
+        self._table[slot] = 0
+        self._table[slot, : len(sequence.pages)] = sequence.pages
+        if self._in_slot.get(slot) is sequence:
+            return
+        self._in_slot[slot] = sequence
+        sampling = self._answers[sequence].sampling
+        seen = np.zeros(self._config.vocab_size, bool)
+        seen[sequence.tokens] = True
+        self._state = admit(
+            self._state,
+            jnp.int32(slot),
+            keys_of([sampling.seed]),
+            SamplingParams.of([sampling]),
+            jnp.asarray(seen),
+        )
+
+    def _page_table(self) -> PageTable:
+        # A copy: the host changes its own while the device reads.
+        return PageTable(jnp.array(self._table), self._num_pages, PAGE_SIZE)
+
+    def _read(self, rows: list[Row], drawn: jax.Array) -> None:
+        """Reads what a step drew, and ends the answers that are finished."""
+        tokens = np.asarray(drawn).tolist()
+        for index, row in enumerate(rows):
+            answer = self._answers.get(row.sequence)
+            if not row.draws or answer is None:
+                continue
+            answer.push(tokens[index])
+            if answer.finished:
+                self.abort(answer)
