@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Sequence as Rows
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +15,7 @@ from research.core.random import keys_of
 from research.data.tokenizers import Tokenizer
 from research.inference.detokenizer import Completion, Detokenizer
 from research.inference.pages import PagePool, chain_start
-from research.inference.programs import DeviceState, StepRows, admit, empty_slots, step
+from research.inference.programs import DeviceState, Drawn, StepRows, admit, empty_slots, step
 from research.inference.prompts import check_room
 from research.inference.sampling import SamplingConfig, SamplingParams
 from research.inference.scheduler import Row, Scheduler, Sequence
@@ -54,11 +53,18 @@ class ServeConfig:
 
 
 class Answer:
-    """An answer under way."""
+    """An answer under way.
+
+    Attributes:
+      sequence: its tokens.
+      sampling: how they are drawn.
+      logprobs: of each of them, as of `programs.Drawn`.
+    """
 
     def __init__(self, sequence: Sequence, text: Detokenizer, sampling: SamplingConfig):
         self.sequence = sequence
         self.sampling = sampling
+        self.logprobs: list[float] = []
         self._text = text
 
     @property
@@ -66,9 +72,10 @@ class Answer:
         """Whether it has ended."""
         return self._text.finished
 
-    def push(self, token: int) -> None:
+    def push(self, token: int, logprob: float) -> None:
         """Adds a token."""
         self.sequence.tokens.append(token)
+        self.logprobs.append(logprob)
         self._text.push(token)
 
     def completion(self) -> Completion:
@@ -112,7 +119,7 @@ class Engine:
         self._answers: dict[Sequence, Answer] = {}
         self._in_slot: dict[int, Sequence] = {}
         # The rows of the step under way, and what is drawn from them.
-        self._under_way: tuple[list[Row], jax.Array] | None = None
+        self._under_way: tuple[list[Row], Drawn] | None = None
 
     def submit(self, ids: Rows[int], sampling: SamplingConfig, *, priority: int = 0) -> Answer:
         """Queues a request.
@@ -156,7 +163,7 @@ class Engine:
         self._under_way = started
         return bool(self._answers)
 
-    def _start(self, rows: list[Row]) -> tuple[list[Row], jax.Array]:
+    def _start(self, rows: list[Row]) -> tuple[list[Row], Drawn]:
         for sequence in {row.sequence for row in rows}:
             self._place(sequence)
         tile, width = self._shape(len(rows))
@@ -214,13 +221,14 @@ class Engine:
         # A copy: the host changes its own while the device reads.
         return PageTable(jnp.array(self._table), self._num_pages, PAGE_SIZE)
 
-    def _read(self, rows: list[Row], drawn: jax.Array) -> None:
+    def _read(self, rows: list[Row], drawn: Drawn) -> None:
         """Reads what a step drew, and ends the answers that are finished."""
-        tokens = np.asarray(drawn).tolist()
+        tokens = np.asarray(drawn.token).tolist()
+        logprobs = np.asarray(drawn.logprob).tolist()
         for index, row in enumerate(rows):
             answer = self._answers.get(row.sequence)
             if not row.draws or answer is None:
                 continue
-            answer.push(tokens[index])
+            answer.push(tokens[index], logprobs[index])
             if answer.finished:
                 self.abort(answer)

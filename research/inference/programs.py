@@ -12,7 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from research.inference.prefill import next_logits
 from research.inference.sampling import SamplingConfig, SamplingParams, draw
@@ -53,6 +53,20 @@ class StepRows:
     position: Int[Array, "rows"]
     token: Int[Array, "rows"]
     draws: Bool[Array, "rows"]
+
+
+@flax.struct.dataclass
+class Drawn:
+    """What a step drew, by row; of rows that draw nothing any numbers.
+
+    Attributes:
+      token: the ids.
+      logprob: the logarithm of each one's probability, by the model alone: a log-softmax over all
+        V of its float32 logits, before penalties, temperature and truncation.
+    """
+
+    token: Int[Array, "rows"]
+    logprob: Float[Array, "rows"]
 
 
 @flax.struct.dataclass
@@ -114,9 +128,8 @@ def step(
     config: LanguageModelConfig,
     tile: int,
     num_ids: int,
-) -> tuple[DeviceState, Int[Array, "rows"]]:
-    """Writes the tokens of the rows, and returns what is drawn from each; of rows that draw nothing
-    any number.
+) -> tuple[DeviceState, Drawn]:
+    """Writes the tokens of the rows, and returns what is drawn from each.
 
     Args:
       params: of the model.
@@ -129,17 +142,21 @@ def step(
       num_ids: only ids below it are drawn.
     """
 
-    def run_tile(index: Array, carry: tuple[DeviceState, Array]) -> tuple[DeviceState, Array]:
+    def run_tile(index: Array, carry: tuple[DeviceState, Drawn]) -> tuple[DeviceState, Drawn]:
         state, drawn = carry
         first = index * tile
 
         def take(leaf: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(leaf, first, tile)
 
-        state, tokens = _tile_step(params, state, table, jax.tree.map(take, rows), config, num_ids)
-        return state, jax.lax.dynamic_update_slice_in_dim(drawn, tokens, first, axis=0)
+        def put(all_rows: Array, of_tile: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(all_rows, of_tile, first, axis=0)
 
-    drawn = jnp.zeros_like(rows.token)
+        state, new = _tile_step(params, state, table, jax.tree.map(take, rows), config, num_ids)
+        return state, jax.tree.map(put, drawn, new)
+
+    tokens = jnp.zeros_like(rows.token)
+    drawn = Drawn(tokens, tokens.astype(jnp.float32))
     return jax.lax.fori_loop(0, num_tiles, run_tile, (state, drawn))
 
 
@@ -150,7 +167,7 @@ def _tile_step(
     rows: StepRows,
     config: LanguageModelConfig,
     num_ids: int,
-) -> tuple[DeviceState, Int[Array, "tile"]]:
+) -> tuple[DeviceState, Drawn]:
     slots = state.slots
     newest = slots.newest.at[rows.slot].get(mode="clip")
     tokens = jnp.where(rows.token < 0, newest, rows.token)
@@ -170,6 +187,8 @@ def _tile_step(
     sampling = jax.tree.map(of_row, slots.sampling)
     seen = of_row(slots.seen)[:, :num_ids]
     drawn = draw(logits[:, :num_ids], seen, of_row(slots.keys), rows.position + 1, sampling)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprob = jnp.take_along_axis(logprobs, drawn[:, None], axis=1)[:, 0]
 
     # Rows that draw nothing are put nowhere.
     count = slots.newest.shape[0]
@@ -178,4 +197,4 @@ def _tile_step(
         newest=slots.newest.at[drawing].set(drawn, mode="drop"),
         seen=slots.seen.at[drawing, drawn].set(True, mode="drop"),
     )
-    return DeviceState(cache.layers, slots), drawn
+    return DeviceState(cache.layers, slots), Drawn(drawn, logprob)

@@ -1,5 +1,7 @@
 """An answer of the engine is a function of the request alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -31,12 +33,12 @@ def requests(count: int, seed: int = 0) -> list[tuple[list[int], SamplingConfig]
     return found
 
 
-def answers(params, asked, serve=SERVE) -> list[tuple[int, ...]]:
+def answers(params, asked, serve=SERVE) -> list[tuple[tuple[int, ...], list[float]]]:
     engine = Engine(CONFIG, params, ByteTokenizer(), serve)
     found = [engine.submit(ids, sampling) for ids, sampling in asked]
     while engine.run_step():
         pass
-    return [answer.completion().tokens for answer in found]
+    return [(answer.completion().tokens, answer.logprobs) for answer in found]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,30 @@ def params():
     return random_params(CONFIG)
 
 
-def test_answers_are_those_of_a_batch(params):
+@pytest.fixture(scope="module")
+def alone(params):
+    return [answers(params, [request])[0] for request in requests(12)]
+
+
+def test_answers_are_those_of_a_batch(params, alone):
     asked = requests(12)
-    expected = generate(
-        CONFIG, params, ByteTokenizer(), [ids for ids, _ in asked], [how for _, how in asked]
-    )
-    assert answers(params, asked) == [each.tokens for each in expected]
+    prompts = [ids for ids, _ in asked]
+    expected = generate(CONFIG, params, ByteTokenizer(), prompts, [how for _, how in asked])
+    assert [tokens for tokens, _ in alone] == [each.tokens for each in expected]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rows": 4},
+        {"rows": 40, "slots": 9, "tokens": 2048},
+        {"tokens": 80},
+        {"tiles": (8,)},
+        {"tiles": (2,)},
+    ],
+    ids=["mixed", "small chunks", "large chunks", "preempted", "large tiles", "small tiles"],
+)
+def test_an_answer_is_bit_for_bit_that_of_the_request_alone(params, alone, changes):
+    found = answers(params, requests(12), dataclasses.replace(SERVE, **changes))
+    assert found == alone
