@@ -20,6 +20,8 @@ class ModelInputs(TypedDict):
       segments: which sequence of its row a token belongs to, from 1; 0 is padding. Tokens of
         different segments never attend to each other. A model needs none where every row is one
         sequence; a batch always has them.
+      lengths: of each token's own sequence, for RoPE rules that depend on it; else the positions
+        say it, which do not tell how long an answer becomes.
       types: kind of segment of each token (BERT's sentence A and B), where a model has such
           embeddings.
       prefix: 1 where a token belongs to its sequence's prefix, which has bidirectional attention;
@@ -33,6 +35,7 @@ class ModelInputs(TypedDict):
     tokens: Int[Any, "B T"]
     positions: Int[Any, "B T"]
     segments: NotRequired[Int[Any, "B T"]]
+    lengths: NotRequired[Int[Any, "B T"]]
     types: NotRequired[Int[Any, "B T"]]
     prefix: NotRequired[Int[Any, "B T"]]
     encoder_tokens: NotRequired[Int[Any, "B M"]]

@@ -16,7 +16,16 @@ from research.core.random import keys_of
 from research.data.tokenizers import Tokenizer
 from research.inference.detokenizer import Completion, Detokenizer
 from research.inference.pages import PagePool, chain_start
-from research.inference.programs import DeviceState, Drawn, StepRows, admit, empty_slots, step
+from research.inference.programs import (
+    DeviceState,
+    Drawn,
+    StepRows,
+    admit,
+    empty_slots,
+    read_prefix,
+    read_source,
+    step,
+)
 from research.inference.prompts import check_room
 from research.inference.sampling import SamplingConfig, SamplingParams
 from research.inference.scheduler import Row, Scheduler, Sequence
@@ -58,12 +67,16 @@ class Answer:
 
     Attributes:
       sequence: its tokens.
+      ids: of the prompt, which an encoder reads where there is one.
       sampling: how they are drawn.
       logprobs: of each of them, as of `programs.Drawn`.
     """
 
-    def __init__(self, sequence: Sequence, text: Detokenizer, sampling: SamplingConfig):
+    def __init__(
+        self, sequence: Sequence, ids: list[int], text: Detokenizer, sampling: SamplingConfig
+    ):
         self.sequence = sequence
+        self.ids = ids
         self.sampling = sampling
         self.logprobs: list[float] = []
         self._text = text
@@ -82,6 +95,14 @@ class Answer:
     def completion(self) -> Completion:
         """Returns the text so far."""
         return self._text.completion()
+
+
+def _power_of_two(count: int, most: int) -> int:
+    """Returns a count rounded up to a power of two, 64 or more, so that few widths are compiled."""
+    width = 64
+    while width < count:
+        width *= 2
+    return min(width, most)
 
 
 class Engine:
@@ -113,7 +134,8 @@ class Engine:
         self._state = self._empty_state()
         self._tiles = self._warm_up()
 
-        self._chain = chain_start({"version": b"0"})
+        scalings = [config.position_of(layer).scaling for layer in config.layers()]
+        self._by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
         self._arrivals = itertools.count()
         self._answers: dict[Sequence, Answer] = {}
         self._in_slot: dict[int, Sequence] = {}
@@ -131,22 +153,39 @@ class Engine:
         Raises:
           UserError: the prompt and its answer do not fit the model, or the pages.
         """
-        check_room([ids], [sampling.max_tokens], self._config)
-        limit = len(ids) + sampling.max_tokens
+        tokens = list(ids)
+        if self._config.structure == "encoder_decoder":
+            check_room([ids], [0], self._config)
+            tokens = [self._config.decoder_start_id]
+        check_room([tokens], [sampling.max_tokens], self._config)
+        limit = len(tokens) + sampling.max_tokens
         if limit > self._serve.tokens:
             raise UserError(
                 "max_tokens",
                 sampling.max_tokens,
-                f"after a prompt of {len(ids)} tokens is more than the engine's tokens = "
+                f"after a prompt of {len(tokens)} tokens is more than the engine's tokens = "
                 f"{self._serve.tokens}.",
             )
         order = (-priority, next(self._arrivals))
-        sequence = Sequence(order, list(ids), limit, self._chain)
+        sequence = Sequence(order, tokens, limit, self._chain_start(limit))
+        if self._config.structure == "prefix":
+            sequence.in_one_piece = len(tokens)
         text = Detokenizer(self._tokenizer, ids, stop=sampling.stop, max_tokens=sampling.max_tokens)
-        answer = Answer(sequence, text, sampling)
+        answer = Answer(sequence, list(ids), text, sampling)
         self._answers[sequence] = answer
         self._scheduler.add(sequence)
         return answer
+
+    def _chain_start(self, limit: int) -> bytes | None:
+        """Returns what the digests of a sequence's pages begin with; None where its keys are not
+        those of its tokens alone, and so nobody else's.
+        """
+        if self._config.structure != "decoder":
+            return None
+        fields = {"version": b"0"}
+        if self._by_length:
+            fields["limit"] = str(limit).encode()
+        return chain_start(fields)
 
     def abort(self, answer: Answer) -> None:
         """Ends a request, in whatever state it is: its pages are free for the next step."""
@@ -186,8 +225,7 @@ class Engine:
         self._state, drawn = step(
             self._params,
             self._state,
-            # A copy: the host changes its own while the device reads.
-            PageTable(jnp.array(table), self._num_pages, PAGE_SIZE),
+            self._device_table(table),
             StepRows(*map(jnp.asarray, (slot, position, token, draws))),
             jnp.int32(-(-len(rows) // tile)),
             config=self._config,
@@ -240,6 +278,7 @@ class Engine:
         if self._in_slot.get(slot) is sequence:
             return
         self._in_slot[slot] = sequence
+        self._read_first(sequence, slot)
         sampling = self._answers[sequence].sampling
         seen = np.zeros(self._config.vocab_size, bool)
         seen[sequence.tokens] = True
@@ -247,17 +286,41 @@ class Engine:
             self._state,
             jnp.int32(slot),
             keys_of([sampling.seed]),
+            jnp.array([sequence.limit], jnp.int32),
             SamplingParams.of([sampling]),
             jnp.asarray(seen),
         )
 
+    def _read_first(self, sequence: Sequence, slot: int) -> None:
+        """Has read what is read in one piece: an encoder's tokens, or a prefix decoder's prompt."""
+        structure = self._config.structure
+        if structure == "decoder":
+            return
+        ids = self._answers[sequence].ids
+        tokens = np.zeros((1, _power_of_two(len(ids), self._config.max_length)), np.int32)
+        tokens[0, : len(ids)] = ids
+        read = (jnp.asarray(tokens), jnp.array([len(ids)], jnp.int32))
+        model = {"config": self._config}
+        if structure == "prefix":
+            table = self._device_table(self._table[slot : slot + 1])
+            self._state = read_prefix(self._params, self._state, table, *read, **model)
+            return
+        self._state = read_source(self._params, self._state, jnp.int32(slot), *read, **model)
+
+    def _device_table(self, ids: np.ndarray) -> PageTable:
+        # A copy: the host changes its own while the device reads.
+        return PageTable(jnp.array(ids), self._num_pages, PAGE_SIZE)
+
     def _empty_state(self) -> DeviceState:
-        table = PageTable(jnp.array(self._table), self._num_pages, PAGE_SIZE)
-        slots = empty_slots(self._serve.slots, self._config.vocab_size)
-        model = language_model(self._config)
+        count = self._serve.slots
         length = self._config.max_length
-        cache = model.empty_cache(self._params, self._serve.slots, length, page_table=table)
-        return DeviceState(cache.layers, slots)
+        segments = None
+        if self._config.structure == "encoder_decoder":
+            segments = jnp.zeros((count, length), jnp.int32)
+        model = language_model(self._config)
+        table = self._device_table(self._table)
+        cache = model.empty_cache(self._params, count, length, segments, page_table=table)
+        return DeviceState(cache.layers, empty_slots(count, self._config.vocab_size), segments)
 
     def _read(self, rows: list[Row], drawn: Drawn) -> None:
         """Reads what a step drew, and ends the answers that are finished."""

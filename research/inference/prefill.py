@@ -63,14 +63,14 @@ def prefill(
       slots: tokens that the cache can hold.
       page_table: makes it a paged cache.
     """
-    is_real, positions = _real_positions(prompts.tokens, prompts.lengths)
+    is_real, positions = real_positions(prompts.tokens, prompts.lengths)
     inputs = {}
     encoder_segments = None
     if config.structure == "prefix":
         # All of a prompt attends to all of it.
         inputs = {"prefix": is_real.astype(jnp.int32)}
     if prompts.encoder_tokens is not None:
-        encoder_is_real, encoder_positions = _real_positions(
+        encoder_is_real, encoder_positions = real_positions(
             prompts.encoder_tokens, prompts.encoder_lengths
         )
         encoder_segments = encoder_is_real.astype(jnp.int32)
@@ -87,7 +87,7 @@ def prefill(
     return next_logits(config, params, prompts.tokens, positions, cache, last, **inputs)
 
 
-def _real_positions(
+def real_positions(
     tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
 ) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:
     """Returns which tokens are no padding, and the positions of all.

@@ -21,6 +21,8 @@ class Sequence:
       tokens: those that the host knows, the prompt first.
       limit: tokens at most, the prompt's included.
       chain_start: digest that its pages' digests begin with; None where its pages are not shared.
+      in_one_piece: tokens of a prompt that is read before its first step, all of it at once; 0 for
+        none.
       length: tokens that exist, with those that the device draws and the host has not read.
       written: tokens whose keys and values are in the pages, or are written by steps under way.
       slot: its row of the device's state; None while it waits.
@@ -31,6 +33,7 @@ class Sequence:
     tokens: list[int]
     limit: int
     chain_start: bytes | None = None
+    in_one_piece: int = 0
     length: int = 0
     written: int = 0
     slot: int | None = None
@@ -159,6 +162,12 @@ class Scheduler:
                 self.pool.share(page)
             sequence.pages = shared
             sequence.written = len(shared) * self.page_size
+            if sequence.in_one_piece:
+                assert not shared
+                count = self.pages_of(sequence.in_one_piece)
+                sequence.pages = [self.pool.take() for _ in range(count)]
+                # The next token is drawn from the row of the last one.
+                sequence.written = sequence.in_one_piece - 1
             sequence.slot = self._free_slots.pop()
             self.waiting.remove(sequence)
             self.running.append(sequence)

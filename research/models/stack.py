@@ -124,6 +124,7 @@ class Stack(nn.Module):
         positions: Int[Array, "B T"],
         cache: Cache | None,
         *,
+        lengths: Int[Array, "B T"] | None,
         types: Int[Array, "B T"] | None,
         memory: Float[Array, "B M D"] | None,
         memory_mask: AttentionMask | None,
@@ -140,7 +141,7 @@ class Stack(nn.Module):
         x = self.embedding_dropout(x.astype(c.dtype), embed_key)
         x = constrain(x, c.hidden_axes)
 
-        context = self.context(positions, mask, cache)
+        context = self.context(positions, mask, cache, lengths)
         context = dataclasses.replace(
             context, memory=memory, memory_mask=memory_mask, key=layers_key
         )
@@ -156,13 +157,18 @@ class Stack(nn.Module):
         return self.embed_dropout(x, deterministic=key is None, rng=key)
 
     def context(
-        self, positions: Int[Array, "B T"], mask: AttentionMask, cache: Cache | None
+        self,
+        positions: Int[Array, "B T"],
+        mask: AttentionMask,
+        cache: Cache | None,
+        lengths: Int[Array, "B T"] | None,
     ) -> Context:
         """Returns the inputs that all layers share, for `run` and for multi-token prediction."""
         c = self.config
         scalings = [c.position_of(layer_config).scaling for layer_config in c.layers()]
         by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
-        lengths = document_lengths(positions) if by_length else None
+        if by_length and lengths is None:
+            lengths = document_lengths(positions)
         page_table = None if cache is None else cache.page_table
         slots = None if cache is None else cache.slots
 

@@ -146,6 +146,7 @@ class Transformer(nn.Module):
             sequence_mask(self.config, positions, segments, prefix, cached=cache is not None),
             positions,
             cache,
+            lengths=_optional(inputs, "lengths"),
             types=_optional(inputs, "types"),
             memory=memory,
             memory_mask=memory_mask(positions, segments, encoder_segments),
@@ -205,6 +206,7 @@ class Transformer(nn.Module):
             mask,
             positions,
             None,
+            lengths=None,
             types=None,
             memory=None,
             memory_mask=None,
@@ -239,7 +241,7 @@ class Transformer(nn.Module):
           deterministic: as of `__call__`.
         """
         mask = AttentionMask(causal=True, q_segments=segments, kv_segments=segments)
-        context = self.decoder.context(positions, mask, None)
+        context = self.decoder.context(positions, mask, None, None)
         key = self._dropout_key(deterministic)
 
         states = []

@@ -2,16 +2,26 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.data.tokenizers import ByteTokenizer
 from research.inference.engine import Engine, ServeConfig
 from research.inference.generate import generate
+from research.inference.logits import logits
 from research.inference.sampling import SamplingConfig
+from research.models.config import ModelConfig
+from tests.models.variants import VARIANTS as ALL_VARIANTS
 from tests.tiny import random_params, tiny_config
 
 CONFIG = tiny_config(vocab_size=260, max_length=96)
+VARIANTS = {
+    name: dataclasses.replace(config, vocab_size=260, max_length=96)
+    for name, config in ALL_VARIANTS.items()
+    if config.structure != "encoder"
+}
 SERVE = ServeConfig(slots=4, tokens=256, rows=16, tiles=(2, 8))
 
 
@@ -33,8 +43,11 @@ def requests(count: int, seed: int = 0) -> list[tuple[list[int], SamplingConfig]
     return found
 
 
-def answers(params, asked, serve=SERVE) -> list[tuple[tuple[int, ...], list[float]]]:
-    engine = Engine(CONFIG, params, ByteTokenizer(), serve)
+Found = list[tuple[tuple[int, ...], list[float]]]
+
+
+def answers(params, asked, serve=SERVE, config=CONFIG) -> Found:
+    engine = Engine(config, params, ByteTokenizer(), serve)
     found = [engine.submit(ids, sampling) for ids, sampling in asked]
     while engine.run_step():
         pass
@@ -73,3 +86,37 @@ def test_answers_are_those_of_a_batch(params, alone):
 def test_an_answer_is_bit_for_bit_that_of_the_request_alone(params, alone, changes):
     found = answers(params, requests(12), dataclasses.replace(SERVE, **changes))
     assert found == alone
+
+
+def whole_logprobs(config: ModelConfig, params, ids: list[int], tokens: list[int]) -> np.ndarray:
+    """Log-probabilities of an answer, of one run of the model over prompt and answer."""
+    inputs = {}
+    start = list(ids)
+    if config.structure == "encoder_decoder":
+        start = [config.decoder_start_id]
+        inputs["encoder_tokens"] = jnp.array([ids])
+    whole = jnp.array([[*start, *tokens]])
+    inputs |= {"tokens": whole, "positions": jnp.arange(whole.shape[1])[None]}
+    if config.structure == "prefix":
+        inputs["prefix"] = (inputs["positions"] < len(ids)).astype(jnp.int32)
+    found = logits(config, params, inputs)
+    logprobs = jax.nn.log_softmax(found, axis=-1)[0]
+    before = np.arange(len(start), whole.shape[1])
+    return np.asarray(logprobs)[before - 1, tokens]
+
+
+@pytest.mark.fast_cases("windows", "buckets", "latent", "dynamic")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_model_answers_as_it_reads_whole_texts(name: str):
+    config = VARIANTS[name]
+    params = random_params(config)
+    asked = requests(5, seed=3)
+    # As long as their limit: the rules of RoPE that go by length then read the same length.
+    asked = [(ids, dataclasses.replace(how, max_tokens=9)) for ids, how in asked]
+    found = answers(params, asked, dataclasses.replace(SERVE, tokens=96), config)
+    assert found == [answers(params, [request], SERVE, config)[0] for request in asked]
+    for (ids, _), (tokens, logprobs) in zip(asked, found, strict=True):
+        if len(tokens) == 9:
+            expected = whole_logprobs(config, params, ids, list(tokens))
+            # The norm of heads of four numbers amplifies rounding: all others are within 1e-5.
+            np.testing.assert_allclose(logprobs, expected, atol=2e-5)
