@@ -136,8 +136,8 @@ class Norm(nn.Module):
         axes = tuple(range(-len(self.names), 0))
         y = x.astype(jnp.float32)
         if c.kind == "layernorm":
-            y = y - y.mean(axis=axes, keepdims=True)
-        variance = jnp.square(y).mean(axis=axes, keepdims=True)
+            y = y - _mean(y, axes)
+        variance = _mean(jnp.square(y), axes)
         y = y * jax.lax.rsqrt(variance + c.epsilon)
 
         # [D] -> [1, 1, D]
@@ -158,6 +158,30 @@ class Norm(nn.Module):
             bias = in_float32(bias)
             y = y + jax.lax.broadcast_to_rank(bias, y.ndim)
         return y.astype(x.dtype)
+
+
+def _mean(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns the mean over the trailing axes, which stay with size 1.
+
+    With one token a row, as in decoding, it adds in pairs: a compiler's own sums of a few rows may
+    have another order than those of many, and then an answer would depend on its neighbours.
+    """
+    is_decoding = x.ndim > 2 and x.shape[1] == 1
+    if not is_decoding:
+        return x.mean(axis=axes, keepdims=True)
+
+    # [B, 1, N, H] over two axes -> [B, 1, N · H]
+    lead = x.shape[: axes[0]]
+    sums = x.reshape(*lead, -1)
+    count = sums.shape[-1]
+    # 12 numbers -> 6 -> 3, which are then added one after the other.
+    while sums.shape[-1] % 2 == 0:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    total = sums[..., 0]
+    for index in range(1, sums.shape[-1]):
+        total = total + sums[..., index]
+    return (total / count).reshape(*lead, *[1] * len(axes))
 
 
 class Embedding(nn.Module):

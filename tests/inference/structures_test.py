@@ -129,18 +129,6 @@ def test_pages_give_the_tokens_of_rows(name: str):
     assert texts[0][0].tokens != texts[0][1].tokens[:5]  # the control
 
 
-def test_a_model_without_a_paged_form_makes_no_text_with_pages():
-    config, params = model("encoder-decoder")  # with learned biases by distance
-    for ask in (
-        lambda: generate(config, params, BYTES, PROMPTS, GREEDY, cache="paged"),
-        lambda: beam_generate(
-            config, params, BYTES, PROMPTS, BeamConfig(max_tokens=5), cache="paged"
-        ),
-    ):
-        with pytest.raises(UserError, match="cache = 'paged' is not possible for this model"):
-            ask()
-
-
 def test_an_encoder_asked_for_text_says_what_it_is():
     config, params = model("encoder")
     for ask in (
