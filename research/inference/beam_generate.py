@@ -11,9 +11,9 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_search import Hypothesis, beam_search
-from research.inference.detokenizer import Completion, Detokenizer
 from research.inference.prefill import next_logits, prefill
 from research.inference.prompts import Prompt, encode, page_table_for, prompt_ids
+from research.inference.text import Completion, Detokenizer
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 
@@ -111,4 +111,10 @@ def _beam(tokenizer: Tokenizer, prompt: Sequence[int], found: Hypothesis, max_to
     for token in found.tokens:
         text.push(token)
     completion = text.completion()
-    return Beam(completion.text, completion.tokens, completion.finish, found.score)
+    return Beam(
+        completion.text,
+        completion.tokens,
+        completion.finish,
+        found.score,
+        stop_match=completion.stop_match,
+    )

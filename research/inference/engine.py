@@ -14,7 +14,6 @@ import numpy as np
 from research.core.errors import UserError
 from research.core.random import keys_of
 from research.data.tokenizers import Tokenizer
-from research.inference.detokenizer import Completion, Detokenizer
 from research.inference.pages import PagePool, chain_start
 from research.inference.programs import (
     DeviceState,
@@ -29,6 +28,7 @@ from research.inference.programs import (
 from research.inference.prompts import check_room
 from research.inference.sampling import SamplingConfig, SamplingParams
 from research.inference.scheduler import Row, Scheduler, Sequence
+from research.inference.text import Completion, Detokenizer
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
 from research.models.language_model import language_model

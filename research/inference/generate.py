@@ -16,10 +16,10 @@ from research.core.errors import UserError
 from research.core.progress import track
 from research.core.random import SEEDS, keys_of
 from research.data.tokenizers import Tokenizer
-from research.inference.detokenizer import Completion, Detokenizer
 from research.inference.prefill import next_logits, prefill
 from research.inference.prompts import Prompt, Prompts, encode, page_table_for, prompt_ids
 from research.inference.sampling import SamplingConfig, SamplingParams, draw
+from research.inference.text import Completion, Detokenizer
 from research.models.cache import Cache
 from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import PageTable

@@ -13,11 +13,11 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import Beam, beam_generate
-from research.inference.detokenizer import Completion
 from research.inference.generate import generate
 from research.inference.logits import logits, model_inputs
 from research.inference.requests import collect_prompts, decoding_config
 from research.inference.sampling import SamplingConfig
+from research.inference.text import Completion
 from research.models.config import ModelConfig
 from research.recipes.generation_mesh import on_mesh
 

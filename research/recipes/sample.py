@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError
-from research.inference.detokenizer import Completion
 from research.inference.prompts import check_cache
 from research.inference.requests import decoding_config
+from research.inference.text import Completion
 from research.recipes import conversations, sample_flags
 from research.recipes.conversations import Conversation
 from research.recipes.load import load

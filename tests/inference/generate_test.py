@@ -11,10 +11,10 @@ import pytest
 from research.core.errors import UserError
 from research.core.random import keys_of
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.detokenizer import Completion
 from research.inference.generate import decode_step, generate, prefill_step
 from research.inference.prompts import Prompts, encode
 from research.inference.sampling import SamplingConfig, SamplingParams
+from research.inference.text import Completion
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig
 from tests.tiny import logits, random_params, tiny_config
 

@@ -14,7 +14,7 @@ from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.data import tokenizers
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.detokenizer import Completion
+from research.inference.text import Completion
 from research.recipes.experiment import load_experiment
 from research.recipes.inputs import make_loader, prepare_data
 from research.recipes.loaded import LoadedModel
