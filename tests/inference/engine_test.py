@@ -118,6 +118,6 @@ def test_every_model_answers_as_it_reads_whole_texts(name: str):
     for (ids, _), (tokens, logprobs) in zip(asked, found, strict=True):
         if len(tokens) == 9:
             expected = whole_logprobs(config, params, ids, list(tokens))
-            # Logits of these models, with a deviation of 0.3 of their parameters, are around 10: ten
-            # times those of trained ones.
+            # Logits of these models, with a deviation of 0.3 of their parameters, are around 10:
+            # ten times those of trained ones.
             np.testing.assert_allclose(logprobs, expected, atol=4e-5)
