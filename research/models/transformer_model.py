@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.data.batch import Batch, ModelInputs
@@ -55,6 +56,18 @@ class TransformerModel:
         return model.apply(
             {"params": params}, inputs, cache, deterministic=deterministic, rngs=rngs
         )
+
+    def encode(self, params: Any, inputs: ModelInputs | Batch) -> Float[Array, "B M D"]:
+        """Returns the hidden states of an encoder-decoder's encoder."""
+        model = Transformer(self.config, loop=self.loop)
+        hidden, _ = model.apply({"params": params}, inputs, method=Transformer.encode)
+        return hidden
+
+    def class_logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B classes"]:
+        """Returns the float32 logits of each row's class, of a model with `head.num_classes`."""
+        model = Transformer(self.config)
+        _, logits = model.apply({"params": params}, hidden, method=Transformer.pooled)
+        return logits.astype(jnp.float32)
 
     def projection(self, params: Any, hidden: Float[Array, "*batch D"]) -> LogitTerms:
         """Returns the terms of the logits: their product is not computed yet."""

@@ -20,10 +20,11 @@ from research.inference.sampling import SamplingConfig
 from research.inference.text import Completion
 from research.models.config import ModelConfig
 from research.recipes.generation_mesh import on_mesh
+from research.recipes.loaded_texts import WholeTextMethods
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(WholeTextMethods):
     """A trained model, for notebooks and scripts.
 
     Attributes:

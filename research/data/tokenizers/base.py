@@ -200,11 +200,34 @@ class Tokenizer(abc.ABC):
         """Returns a text's ids as an encoder reads them: framed by `prompt_frame`, or by BOS and
         EOS where there are such tokens.
         """
-        before: Sequence[int] = _ids_of(self.bos_id)
-        after: Sequence[int] = _ids_of(self.eos_id)
-        if self.prompt_frame is not None:
-            before, after = self.prompt_frame
+        before, after = self._source_frame()
         return [*before, *self.encode(text), *after]
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Returns two texts' ids as an encoder reads a pair, and the type of each: [CLS] first
+        [SEP] of type 0, and second [SEP] of type 1.
+
+        Source: Devlin et al. 2019 (BERT), arXiv:1810.04805, figure 2.
+        """
+        before, after = self._source_frame()
+        left = [*before, *self.encode(first), *after]
+        right = [*self.encode(second), *after]
+        return left + right, [0] * len(left) + [1] * len(right)
+
+    def encode_masked(self, text: str) -> list[int]:
+        """Returns `encode_source` of a text in which the spelling of MASK, which there must be, is
+        the token.
+        """
+        name = self.specials["mask"]
+        _, mark = chat.unused_characters(name, {"text": text})
+        marked = text.replace(name, mark + name)
+        before, after = self._source_frame()
+        return [*before, *self._encode_marked(marked, mark), *after]
+
+    def _source_frame(self) -> tuple[Sequence[int], Sequence[int]]:
+        if self.prompt_frame is not None:
+            return self.prompt_frame
+        return _ids_of(self.bos_id), _ids_of(self.eos_id)
 
     def render_chat(
         self,
