@@ -21,7 +21,8 @@ __all__ = ["convert", "describe", "load", "train"]
 
 def load(workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> LoadedModel:
     """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`,
-    `generate(prompts)`.
+    `generate(prompts)`; `embed(texts)`, `score(texts)`, `classify(texts)`, `score_pairs(pairs)` and
+    `fill_masks(texts)` of given texts.
 
     Args:
       workdir: of a training run or a conversion; its newest whole checkpoint is read.

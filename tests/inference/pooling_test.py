@@ -1,12 +1,16 @@
 """What is said of a text is what is said of it alone, and what the whole model computes of it."""
 
 import dataclasses
+import pathlib
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import research
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
 from research.inference.text_batches import Text, TextBatches, TextRows, pooled_states, read
@@ -333,3 +337,14 @@ def test_a_tokenizer_without_a_mask_fills_none():
     model = LoadedModel(VARIANTS["encoder"], {}, ByteTokenizer(), 0)
     with pytest.raises(UserError, match=r"tokenizer\.mask_id = None: the tokenizer has no mask"):
         model.fill_masks(["<mask>"])
+
+
+def test_python_of_the_page_runs_as_it_is_printed(monkeypatch: pytest.MonkeyPatch):
+    page = pathlib.Path(__file__).parents[2] / "docs" / "embeddings.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    models = {"runs/adamw": loaded("windows"), "runs/encoder": loaded("encoder")}
+    monkeypatch.setattr(research, "load", models.__getitem__)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["vectors"].shape == (2, 16)
+    assert names["score"].ids == tuple(b"return x")

@@ -12,6 +12,7 @@ from jaxtyping import Int, Integer
 
 from research.core.errors import UserError
 from research.data.tokenizers import chat
+from research.data.tokenizers.source_texts import SourceTexts, ids_of
 from research.storage import files
 from research.storage.paths import Path, as_path
 
@@ -31,7 +32,7 @@ def check_sentinels(count: int) -> int:
     return count
 
 
-class Tokenizer(abc.ABC):
+class Tokenizer(SourceTexts):
     """Text to ids and back.
 
     Control tokens are inserted by code only: text that spells `<s>`, `[MASK]` or `<|endoftext|>` is
@@ -179,8 +180,8 @@ class Tokenizer(abc.ABC):
         """Returns one document as a model reads it: [start] ids [end]; the end is EOS, or
         nothing.
         """
-        start = np.array(_ids_of(self.document_start_id), np.int32)
-        end = np.array(_ids_of(self.eos_id), np.int32)
+        start = np.array(ids_of(self.document_start_id), np.int32)
+        end = np.array(ids_of(self.eos_id), np.int32)
         return np.concatenate([start, ids, end])
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -190,44 +191,11 @@ class Tokenizer(abc.ABC):
         An empty prompt gives the ids that a document begins with.
         """
         ids = self.encode(text)
-        start = _ids_of(self.document_start_id)
+        start = ids_of(self.document_start_id)
         if self.prompt_frame is None:
             return [*start, *ids]
         before, after = self.prompt_frame
         return [*before, *ids, *after] or start
-
-    def encode_source(self, text: str) -> list[int]:
-        """Returns a text's ids as an encoder reads them: framed by `prompt_frame`, or by BOS and
-        EOS where there are such tokens.
-        """
-        before, after = self._source_frame()
-        return [*before, *self.encode(text), *after]
-
-    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Returns two texts' ids as an encoder reads a pair, and the type of each: [CLS] first
-        [SEP] of type 0, and second [SEP] of type 1.
-
-        Source: Devlin et al. 2019 (BERT), arXiv:1810.04805, figure 2.
-        """
-        before, after = self._source_frame()
-        left = [*before, *self.encode(first), *after]
-        right = [*self.encode(second), *after]
-        return left + right, [0] * len(left) + [1] * len(right)
-
-    def encode_masked(self, text: str) -> list[int]:
-        """Returns `encode_source` of a text in which the spelling of MASK, which there must be, is
-        the token.
-        """
-        name = self.specials["mask"]
-        _, mark = chat.unused_characters(name, {"text": text})
-        marked = text.replace(name, mark + name)
-        before, after = self._source_frame()
-        return [*before, *self._encode_marked(marked, mark), *after]
-
-    def _source_frame(self) -> tuple[Sequence[int], Sequence[int]]:
-        if self.prompt_frame is not None:
-            return self.prompt_frame
-        return _ids_of(self.bos_id), _ids_of(self.eos_id)
 
     def render_chat(
         self,
@@ -359,11 +327,6 @@ class Tokenizer(abc.ABC):
             files.write_bytes(folder / name, data)
         descriptor = json.dumps(self.descriptor(), indent=2)
         files.write_text(folder / DESCRIPTOR, descriptor + "\n")
-
-
-def _ids_of(token_id: int | None) -> list[int]:
-    """Returns [token_id], or [] for None."""
-    return [] if token_id is None else [token_id]
 
 
 def _check_unicode(text: str) -> None:
