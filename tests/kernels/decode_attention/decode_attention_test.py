@@ -61,6 +61,50 @@ def test_a_mean_of_the_pages_is_told_from_attention():
     assert np.abs(np.asarray(v[:, :9].mean(axis=1)) - out[:, 0]).max() > 0.01
 
 
+@functools.cache
+def _alone(kv_heads, dtype, window, chunk=cpu.CHUNK):
+    """Sequences of many lengths in pages, and what each attends to where it is the only one."""
+    rng = np.random.default_rng(0)
+    lengths = [1, 15, 16, 33, 40, 64, 70, 100, 128, 150, 163, 0]
+    pages, table, _ = cache(rng, lengths, 11, 16, kv_heads, 32, dtype)
+    q = jnp.asarray(rng.normal(size=(len(lengths), 1, 4, 32)), jnp.float32)
+    if dtype == "bfloat16":
+        q = q.astype(dtype)
+    terms = ScoreTerms(scale=0.3)
+
+    @jax.jit
+    def attend(q, table, lengths):
+        return cpu.decode_attention(q, pages, table, lengths, window, terms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "CHUNK", chunk)
+        rows = [slice(row, row + 1) for row in range(len(lengths))]
+        lengths = jnp.array(lengths)
+        alone = [np.asarray(attend(q[row], table[row], lengths[row])) for row in rows]
+    return attend, (q, table, lengths), np.concatenate(alone)
+
+
+@pytest.mark.parametrize("batch", [2, 8, 16])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_cpu_computes_a_sequence_alike_bit_for_bit_among_any_others(kv_heads, dtype, window, batch):
+    attend, arrays, alone = _alone(kv_heads, dtype, window)
+    rng = np.random.default_rng(batch)
+    for _ in range(3):
+        rows = rng.integers(0, len(alone), batch)
+        mixed = np.asarray(attend(*(array[rows] for array in arrays)))
+        assert mixed.tobytes() == alone[rows].tobytes()
+
+
+def test_another_chunk_gives_other_bits():
+    """The control: the comparison of bits sees in which order the keys of a sequence are added."""
+    _, _, alone = _alone(4, "float32", None)
+    _, _, other = _alone(4, "float32", None, chunk=32)
+    np.testing.assert_allclose(other, alone, atol=1e-5)
+    assert other.tobytes() != alone.tobytes()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
 def test_slots_that_no_sequence_filled_do_not_matter(implementation, dtype):
