@@ -14,7 +14,7 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     import jax.numpy as jnp
 
     from research.inference.generate import DecodeState, decode_step
-    from research.inference.sampling import SamplingConfig, SamplingParams
+    from research.inference.sampling_config import SamplingConfig, SamplingParams
     from research.models import latent
     from research.models.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig
     from research.models.language_model import language_model

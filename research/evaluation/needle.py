@@ -9,7 +9,7 @@ from research.core.errors import UserError
 from research.data import needle
 from research.data.tokenizers import Tokenizer
 from research.inference.generate import generate
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.models.config import ModelConfig
 
 

@@ -1,149 +1,39 @@
-"""Prompts in, text out: one prefill, then one compiled decode step per token."""
+"""Prompts in, text out: a batch of requests to an engine."""
 
 import dataclasses
-import functools
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.sharding import Mesh
 
 from research.core.errors import UserError
-from research.core.progress import track
-from research.core.random import SEEDS, keys_of
+from research.core.progress import Progress
+from research.core.random import SEEDS
 from research.data.tokenizers import Tokenizer
-from research.inference.prefill import next_logits, prefill
-from research.inference.prompts import Prompt, Prompts, encode, page_table_for, prompt_ids
-from research.inference.sampling import SamplingConfig, SamplingParams, draw
-from research.inference.text import Completion, Detokenizer
-from research.models.cache import Cache
-from research.models.language_model import LanguageModelConfig
-from research.models.paged_cache import PageTable
-from research.parallel.rules import constrain
+from research.inference.answers import Answer
+from research.inference.engine import Engine
+from research.inference.prompts import Prompt, encode_ids
+from research.inference.requests import Request
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
+from research.inference.text import Completion
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import ModelConfig
 
-
-@flax.struct.dataclass
-class DecodeState:
-    """What one decode step hands to the next.
-
-    Attributes:
-      cache: keys and values so far.
-      token: the newest token of each sequence, not in the cache yet.
-      position: of that token.
-      keys: the random key of each sequence.
-      sampling: how the tokens of each sequence are drawn.
-      seen: which ids each sequence has, prompt included.
-    """
-
-    cache: Cache
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    keys: Key[Array, "B"]
-    sampling: SamplingParams
-    seen: Bool[Array, "B V"]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "slots", "num_ids"))
-def prefill_step(
-    params: Any,
-    prompts: Prompts,
-    keys: Key[Array, "B"],
-    sampling: SamplingParams,
-    *,
-    config: LanguageModelConfig,
-    slots: int,
-    num_ids: int | None = None,
-    page_table: PageTable | None = None,
-) -> DecodeState:
-    """Runs the prefill and draws the first new token of each prompt.
-
-    Args:
-      params: of the model.
-      prompts: in rows.
-      keys: one per sequence.
-      sampling: how the tokens of each sequence are drawn.
-      config: the model.
-      slots: tokens that the cache can hold.
-      num_ids: ids that may be drawn, where the tokenizer has fewer than the model; None is all.
-      page_table: makes it a paged cache.
-    """
-    logits, cache = prefill(params, prompts, config=config, slots=slots, page_table=page_table)
-
-    # Ids [B, T] -> [B, V]: which ids each prompt has, padding left out.
-    batch, width = prompts.tokens.shape
-    index = jnp.arange(width)
-    is_real = index[None, :] < prompts.lengths[:, None]
-    row = jnp.arange(batch)
-    row = row[:, None]
-    none_seen = jnp.zeros((batch, config.vocab_size), bool)
-    seen = none_seen.at[row, prompts.tokens].max(is_real)
-
-    # The draw replaces the token and moves to the position behind the prompt.
-    any_token = prompts.tokens[:, 0]
-    last = prompts.lengths - 1
-    state = DecodeState(cache, any_token, last, keys, sampling, seen)
-    logits = logits[:, :num_ids]
-    return _draw_next(state, logits, cache)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "num_ids"), donate_argnames=("state",))
-def decode_step(
-    params: Any, state: DecodeState, *, config: LanguageModelConfig, num_ids: int | None = None
-) -> DecodeState:
-    """Feeds the newest token of each sequence and draws the next one, below `num_ids`."""
-    # [B] -> [B, T] with T = 1, whose only token has index 0.
-    tokens = state.token[:, None]
-    positions = state.position[:, None]
-    index = jnp.zeros_like(state.position)
-    logits, cache = next_logits(config, params, tokens, positions, state.cache, index)
-    logits = logits[:, :num_ids]
-    return _draw_next(state, logits, cache)
-
-
-def _draw_next(state: DecodeState, logits: Float[Array, "B V"], cache: Cache) -> DecodeState:
-    position = state.position + 1
-    num_ids = logits.shape[1]
-    seen_ids = state.seen[:, :num_ids]
-    token = draw(logits, seen_ids, state.keys, position, state.sampling)
-
-    # Row i has now seen token i. A scatter would make the devices of a mesh exchange indices.
-    is_new = jax.nn.one_hot(token, state.seen.shape[1], dtype=bool)
-    seen = state.seen | is_new
-    state = state.replace(cache=cache, token=token, position=position, seen=seen)
-    return _lay_out_rows(state)
-
-
-def _lay_out_rows(state: DecodeState) -> DecodeState:
-    """Returns the state with its arrays by row where the rows are: the next step takes it as this
-    one gives it.
-    """
-
-    def by_row(leaf: Array) -> Array:
-        names = ("batch", *[None] * (leaf.ndim - 1))
-        return constrain(leaf, names)
-
-    return state.replace(
-        token=by_row(state.token),
-        position=by_row(state.position),
-        keys=by_row(state.keys),
-        sampling=jax.tree.map(by_row, state.sampling),
-        seen=by_row(state.seen),
-    )
+# Sequences of a batch that run at a time, at most.
+SLOTS = 16
 
 
 def generate(
-    config: LanguageModelConfig,
+    config: ModelConfig,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig | Sequence[SamplingConfig],
     seeds: Sequence[Any] | None = None,
     *,
-    cache: str = "dense",
+    mesh: Mesh | None = None,
 ) -> list[Completion]:
     """Continues each prompt; a prompt's text depends on its own seed and settings, not on the
     others in the batch.
@@ -157,55 +47,72 @@ def generate(
           compilation.
       seeds: one per prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and
         where that is one for all, `sampling.seed + i` for prompt i.
-      cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with the
-          same result.
+      mesh: that the parameters are sharded over; None is one device.
 
     Raises:
-      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, another
-        number of seeds or settings than of prompts, or a cache that the model does not have.
+      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, or
+        another number of seeds or settings than of prompts.
     """
     settings = _per_prompt(sampling, len(prompts))
-    new_tokens = [each.max_tokens for each in settings]
-    prompt_rows, slots = encode(config, tokenizer, prompts, new_tokens)
-    seeds = _checked_seeds(seeds, settings)
-    keys = keys_of(seeds)
+    rows = encode_ids(config, tokenizer, prompts)
+    requests = []
+    for ids, each, seed in zip(rows, settings, _checked_seeds(seeds, settings), strict=True):
+        requests.append(Request(tuple(ids), dataclasses.replace(each, seed=seed)))
 
-    page_table = page_table_for(cache, prompt_rows, new_tokens, slots)
-    num_ids = min(tokenizer.vocab_size, config.vocab_size)
-    state = prefill_step(
-        params,
-        prompt_rows,
-        keys,
-        SamplingParams.of(settings),
-        config=config,
-        slots=slots,
-        num_ids=num_ids,
-        page_table=page_table,
+    serve = serve_config(config, requests, len(tokenizer.end_ids))
+    answers = run_all(Engine(config, params, tokenizer, serve, mesh), requests, "sample")
+    return [answer.samples[0].completion() for answer in answers]
+
+
+def run_all(engine: Engine, requests: Sequence[Request], label: str) -> list[Answer]:
+    """Answers requests, and shows progress under a label."""
+    answers = engine.submit_all(requests)
+    left = len(answers)
+    with Progress(label, left, unit="texts") as progress:
+        while left:
+            engine.run_step()
+            running = sum(not answer.finished for answer in answers)
+            progress.advance(left - running)
+            left = running
+    return answers
+
+
+def serve_config(config: ModelConfig, requests: Sequence[Request], num_ends: int) -> ServeConfig:
+    """Returns how an engine runs for a batch of requests: with room for all that run at a time.
+
+    Args:
+      config: of the model.
+      requests: at least one.
+      num_ends: ids that end a text.
+    """
+    slots = SLOTS
+    running = 0
+    longest = 1
+    num_top = 1
+    for request in requests:
+        prompt = 1 if config.structure == "encoder_decoder" else len(request.ids)
+        longest = max(longest, min(prompt + request.max_tokens, config.max_length))
+        beams = 1 if request.beams is None else request.beams.num_beams
+        running += beams
+        slots = max(slots, beams)
+        num_top = max(num_top, (1 + num_ends) * beams)
+    pages = min(running, slots) * -(-longest // PAGE_SIZE)
+    # Powers of two, and few tiles, so that few programs are compiled.
+    tiles = (8, 16) if 2 < running <= 8 else (2, 16)
+    if running > 8:
+        tiles = (16,)
+    return ServeConfig(
+        slots=_power_of_two(slots),
+        tokens=_power_of_two(pages) * PAGE_SIZE,
+        rows=max(64, _power_of_two(slots)),
+        tiles=tiles,
+        top_logprobs=_power_of_two(num_top),
     )
 
-    ids = prompt_ids(config, prompt_rows)
-    texts = _detokenizers(tokenizer, ids, settings)
 
-    # All sequences decode until the last one has ended; the tokens after an end are not used.
-    for _ in track(range(max(new_tokens)), "sample", unit="tokens"):
-        tokens = np.asarray(state.token).tolist()
-        for text, token in zip(texts, tokens, strict=True):
-            text.push(token)
-        if all(text.finished for text in texts):
-            break
-        state = decode_step(params, state, config=config, num_ids=num_ids)
-    return [text.completion() for text in texts]
-
-
-def _detokenizers(
-    tokenizer: Tokenizer, prompts: Sequence[list[int]], settings: Sequence[SamplingConfig]
-) -> list[Detokenizer]:
-    """Returns a detokenizer for each prompt, which ends at that prompt's own stop strings."""
-    texts = []
-    for ids, each in zip(prompts, settings, strict=True):
-        text = Detokenizer(tokenizer, ids, stop=each.stop, max_tokens=each.max_tokens)
-        texts.append(text)
-    return texts
+def _power_of_two(count: int) -> int:
+    """Returns a count rounded up to a power of two."""
+    return 1 << (count - 1).bit_length()
 
 
 def _per_prompt(

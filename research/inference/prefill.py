@@ -1,6 +1,7 @@
 """The prefill: all prompts read at once, before the first new token."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +12,32 @@ from research.inference.prompts import Prompts
 from research.models.cache import Cache
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable
-from research.models.transformer import compute_logits
+from research.models.transformer import Output, compute_logits
 from research.parallel.rules import constrain
+
+
+def read_tokens(
+    config: LanguageModelConfig, params: Any, inputs: Mapping[str, Array], cache: Cache
+) -> Output:
+    """Returns the hidden states of tokens, and the cache with these tokens in it.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      inputs: consecutive `tokens` of each sequence, their `positions`, and what else it reads.
+      cache: of the tokens before.
+    """
+    return language_model(config).hidden(params, inputs, cache=cache)
+
+
+def logits_of(
+    config: LanguageModelConfig, params: Any, hidden: Float[Array, "B D"]
+) -> Float[Array, "B V"]:
+    """Returns the logits after one token of each sequence."""
+    projected = language_model(config).projection(params, hidden[:, None])
+    logits = compute_logits(projected)
+    # Each device draws the tokens of its rows from all of their logits.
+    return constrain(logits[:, 0], ("batch", None))
 
 
 def next_logits(
@@ -35,14 +60,11 @@ def next_logits(
       index: of the token whose logits are returned, in [0, T).
       **inputs: what else the model reads in the prefill.
     """
-    model = language_model(config)
-    output = model.hidden(params, {"tokens": tokens, "positions": positions, **inputs}, cache=cache)
-    # [B, T, D] -> [B, 1, D] -> [B, V]: the vocabulary's product is made for one token only.
-    hidden = jnp.take_along_axis(output.hidden, index[:, None, None], axis=1)
-    projected = model.projection(params, hidden)
-    logits = compute_logits(projected)
-    # Each device draws the tokens of its rows from all of their logits.
-    return constrain(logits[:, 0], ("batch", None)), output.cache
+    read = {"tokens": tokens, "positions": positions, **inputs}
+    output = read_tokens(config, params, read, cache)
+    # [B, T, D] -> [B, D]: the vocabulary's product is made for one token only.
+    hidden = jnp.take_along_axis(output.hidden, index[:, None, None], axis=1)[:, 0]
+    return logits_of(config, params, hidden), output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))

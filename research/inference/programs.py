@@ -9,246 +9,153 @@ same, operation by operation.
 import functools
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from research.inference.prefill import next_logits, prefill, real_positions
+from research.inference.prefill import logits_of, prefill, read_tokens, real_positions
 from research.inference.prompts import Prompts
-from research.inference.sampling import SamplingConfig, SamplingParams, draw
+from research.inference.slots import DeviceState, Slots, StepRows, put_rows, slice_rows
 from research.models.cache import Cache, LayerCache
 from research.models.config import ModelConfig
-from research.models.language_model import LanguageModelConfig
+from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable
 
-
-@flax.struct.dataclass
-class Slots:
-    """What the device keeps of the sequence in each slot.
-
-    Attributes:
-      newest: its newest token.
-      keys: its random key.
-      limit: tokens that it may have, prompt included: the length that RoPE rules by length go by.
-      sampling: how its tokens are drawn.
-      seen: which ids it has, prompt included.
-    """
-
-    newest: Int[Array, "slots"]
-    keys: Key[Array, "slots"]
-    limit: Int[Array, "slots"]
-    sampling: SamplingParams
-    seen: Bool[Array, "slots V"]
+Layers = tuple[LayerCache, ...]
 
 
-@flax.struct.dataclass
-class StepRows:
-    """The rows of a step.
-
-    Attributes:
-      slot: of each row's sequence; the number of slots where the row is padding.
-      position: of its token.
-      token: its id; -1 where it is the slot's newest.
-      draws: whether the next token is drawn from it.
-    """
-
-    slot: Int[Array, "rows"]
-    position: Int[Array, "rows"]
-    token: Int[Array, "rows"]
-    draws: Bool[Array, "rows"]
-
-
-@flax.struct.dataclass
-class Drawn:
-    """What a step drew, by row; of rows that draw nothing any numbers.
-
-    Attributes:
-      token: the ids.
-      logprob: the logarithm of each one's probability, by the model alone: a log-softmax over all
-        V of its float32 logits, before penalties, temperature and truncation.
-    """
-
-    token: Int[Array, "rows"]
-    logprob: Float[Array, "rows"]
-
-
-@flax.struct.dataclass
-class DeviceState:
-    """What a step hands to the next one.
-
-    Attributes:
-      layers: the pages of all layers, and what an encoder read for each slot.
-      slots: the sequences.
-      memory_segments: 1 where an encoder's token of a slot is real; None without an encoder.
-    """
-
-    layers: tuple[LayerCache, ...]
-    slots: Slots
-    memory_segments: Int[Array, "slots M"] | None = None
-
-
-def empty_slots(count: int, vocab_size: int) -> Slots:
-    """Returns slots without sequences."""
-    sampling = SamplingParams.of([SamplingConfig()] * count)
-    keys = jax.random.split(jax.random.key(0), count)
-    seen = jnp.zeros((count, vocab_size), bool)
-    newest = jnp.zeros(count, jnp.int32)
-    limit = jnp.ones(count, jnp.int32)
-    return Slots(newest, keys, limit, sampling, seen)
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def admit(
-    state: DeviceState,
-    slot: Int[Array, ""],
-    key: Key[Array, "1"],
-    limit: Int[Array, "1"],
-    sampling: SamplingParams,
-    seen: Bool[Array, "V"],
-) -> DeviceState:
-    """Returns the state with another sequence in a slot.
+@functools.partial(jax.jit, static_argnames=("config", "rows"))
+def empty_state(params: Any, table: PageTable, *, config: ModelConfig, rows: int) -> DeviceState:
+    """Returns pages of zeros.
 
     Args:
-      state: before.
-      slot: which.
-      key, limit, sampling: of the sequence, in arrays of one row.
-      seen: which ids it has.
+      params: of the model.
+      table: one row for each slot, all without pages.
+      config: the model.
+      rows: of a step.
     """
-    old = state.slots
-
-    def put(rows: Array, row: Array) -> Array:
-        return rows.at[slot].set(row[0])
-
-    slots = old.replace(
-        keys=put(old.keys, key),
-        limit=put(old.limit, limit),
-        sampling=jax.tree.map(put, old.sampling, sampling),
-        seen=old.seen.at[slot].set(seen),
-    )
-    return state.replace(slots=slots)
+    slots = table.ids.shape[0]
+    length = config.max_length
+    segments = None
+    if config.structure == "encoder_decoder":
+        segments = jnp.zeros((slots, length), jnp.int32)
+    model = language_model(config)
+    cache = model.empty_cache(params, slots, length, segments, page_table=table)
+    logits = jnp.zeros((rows, config.vocab_size), jnp.float32)
+    return DeviceState(cache.layers, logits, segments)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "tile", "num_ids"), donate_argnames=("state",)
-)
-def step(
+@functools.partial(jax.jit, static_argnames=("config", "tile"), donate_argnames=("state",))
+def read(
     params: Any,
     state: DeviceState,
+    slots: Slots,
     table: PageTable,
     rows: StepRows,
     num_tiles: Int[Array, ""],
     *,
     config: LanguageModelConfig,
     tile: int,
-    num_ids: int,
-) -> tuple[DeviceState, Drawn]:
-    """Writes the tokens of the rows, and returns what is drawn from each.
+) -> DeviceState:
+    """Returns the state with the tokens of the rows in the pages, and the logits after each of them
+    that needs them.
 
     Args:
       params: of the model.
       state: before.
+      slots: of the sequences.
       table: the pages of each slot.
       rows: of which a sequence's come in order; as many as tiles and more.
       num_tiles: how many tiles have rows that are no padding.
       config: the model.
       tile: rows of a tile.
-      num_ids: only ids below it are drawn.
     """
 
-    def run_tile(index: Array, carry: tuple[DeviceState, Drawn]) -> tuple[DeviceState, Drawn]:
-        state, drawn = carry
+    def run_tile(index: Array, carry: DeviceState) -> DeviceState:
         first = index * tile
+        of_tile = slice_rows(rows, first, tile)
+        layers, logits = _read_tile(params, carry, slots, table, of_tile, config)
+        return carry.replace(layers=layers, logits=put_rows(carry.logits, logits, first))
 
-        def take(leaf: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(leaf, first, tile)
-
-        def put(all_rows: Array, of_tile: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(all_rows, of_tile, first, axis=0)
-
-        state, new = _tile_step(params, state, table, jax.tree.map(take, rows), config, num_ids)
-        return state, jax.tree.map(put, drawn, new)
-
-    tokens = jnp.zeros_like(rows.token)
-    drawn = Drawn(tokens, tokens.astype(jnp.float32))
-    return jax.lax.fori_loop(0, num_tiles, run_tile, (state, drawn))
+    return jax.lax.fori_loop(0, num_tiles, run_tile, state)
 
 
-def _tile_step(
+def _read_tile(
     params: Any,
     state: DeviceState,
+    slots: Slots,
     table: PageTable,
     rows: StepRows,
     config: LanguageModelConfig,
-    num_ids: int,
-) -> tuple[DeviceState, Drawn]:
-    slots = state.slots
-    newest = slots.newest.at[rows.slot].get(mode="clip")
-    tokens = jnp.where(rows.token < 0, newest, rows.token)
+) -> tuple[Layers, Float[Array, "tile V"]]:
+    """Returns the layers with the tokens of a tile in them, and the logits after each token; zeros
+    where no row of the tile needs them.
+    """
+    # Given, the newest of a slot, or a draft: drafts [[7, 8]] of a slot whose newest is 6 are
+    # [[6, 7, 8]], so that draft i has index i.
+    known = jnp.concatenate([slots.newest[:, None], slots.drafts], axis=1)
+    found = known.at[rows.slot, rows.draft].get(mode="clip")
+    tokens = jnp.where(rows.token < 0, found, rows.token)
     # Padding has no pages: it writes to page 0, which nobody reads.
     ids = table.ids.at[rows.slot].get(mode="fill", fill_value=0)
-    page_table = PageTable(ids, table.num_pages, table.page_size)
-
-    def of_row(leaf: Array) -> Array:
-        return leaf.at[rows.slot].get(mode="clip")
-
-    cache = Cache(state.layers, page_table=page_table)
+    cache = Cache(state.layers, page_table=PageTable(ids, table.num_pages, table.page_size))
     if state.memory_segments is not None:
-        # What the encoder read for the slot of each row.
-        last = slots.newest.shape[0] - 1
-        memory_slots = jnp.minimum(rows.slot, last)
-        taken = [each.replace(memory=each.memory.take(memory_slots)) for each in state.layers]
-        cache = Cache(tuple(taken), of_row(state.memory_segments), page_table)
+        # What the encoder read for the sequence of each row.
+        memory = slots.memory.at[rows.slot].get(mode="clip")
+        taken = [each.replace(memory=each.memory.take(memory)) for each in state.layers]
+        segments = state.memory_segments[memory]
+        cache = cache.replace(layers=tuple(taken), memory_segments=segments)
 
-    # [tile] -> [tile, T] with T = 1, whose only token has index 0.
-    index = jnp.zeros_like(tokens)
-    position = rows.position[:, None]
-    lengths = of_row(slots.limit)[:, None]
-    logits, cache = next_logits(
-        config, params, tokens[:, None], position, cache, index, lengths=lengths
-    )
+    # [tile] -> [tile, T] with T = 1.
+    inputs = {
+        "tokens": tokens[:, None],
+        "positions": rows.position[:, None],
+        "lengths": slots.limit.at[rows.slot].get(mode="clip")[:, None],
+    }
+    output = read_tokens(config, params, inputs, cache)
 
-    sampling = jax.tree.map(of_row, slots.sampling)
-    seen = of_row(slots.seen)[:, :num_ids]
-    drawn = draw(logits[:, :num_ids], seen, of_row(slots.keys), rows.position + 1, sampling)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    logprob = jnp.take_along_axis(logprobs, drawn[:, None], axis=1)[:, 0]
+    def project(hidden: Float[Array, "tile D"]) -> Float[Array, "tile V"]:
+        return logits_of(config, params, hidden)
 
-    # Rows that draw nothing are put nowhere.
-    count = slots.newest.shape[0]
-    drawing = jnp.where(rows.draws, rows.slot, count)
-    slots = slots.replace(
-        newest=slots.newest.at[drawing].set(drawn, mode="drop"),
-        seen=slots.seen.at[drawing, drawn].set(True, mode="drop"),
-    )
-    layers = _with_memory(cache.layers, state.layers)
-    return state.replace(layers=layers, slots=slots), Drawn(drawn, logprob)
+    def nothing(hidden: Float[Array, "tile D"]) -> Float[Array, "tile V"]:
+        return jnp.zeros((hidden.shape[0], config.vocab_size), jnp.float32)
+
+    is_needed = jnp.any(rows.draws | (rows.target >= 0))
+    logits = jax.lax.cond(is_needed, project, nothing, output.hidden[:, 0])
+    return _with_memory(output.cache.layers, state.layers), logits
 
 
-def _with_memory(
-    layers: tuple[LayerCache, ...], others: tuple[LayerCache, ...]
-) -> tuple[LayerCache, ...]:
+def _with_memory(layers: Layers, others: Layers) -> Layers:
     """Returns layers with the memory of others."""
     pairs = zip(layers, others, strict=True)
     return tuple(layer.replace(memory=other.memory) for layer, other in pairs)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def copy_pages(
+    state: DeviceState, sources: Int[Array, "pages"], targets: Int[Array, "pages"]
+) -> DeviceState:
+    """Returns the state with pages copied to others, in all layers."""
+    layers = [layer.replace(tokens=layer.tokens.copy(sources, targets)) for layer in state.layers]
+    return state.replace(layers=tuple(layers))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def read_source(
     params: Any,
     state: DeviceState,
-    slot: Int[Array, ""],
+    row: Int[Array, ""],
     tokens: Int[Array, "1 M"],
     length: Int[Array, "1"],
     *,
     config: ModelConfig,
 ) -> DeviceState:
-    """Returns the state with what the encoder reads for the sequence in a slot.
+    """Returns the state with what the encoder reads in a row of the memory.
 
     Args:
       params: of the model.
       state: before.
-      slot: which.
+      row: which.
       tokens: of the encoder, padded.
       length: how many are real.
       config: the model.
@@ -258,19 +165,19 @@ def read_source(
     # The decoder's first token is read too, in a cache that is not kept.
     _, cache = prefill(params, prompt, config=config, slots=1)
 
-    def put(rows: Array, row: Array) -> Array:
+    def put(rows: Array, read: Array) -> Array:
         # [L, slots, M, K, H] where layers are stacked, and a row with the tokens that were read.
         axis = rows.ndim - 4
-        missing = rows.shape[axis + 1] - row.shape[axis + 1]
-        widths = [(0, 0)] * row.ndim
+        missing = rows.shape[axis + 1] - read.shape[axis + 1]
+        widths = [(0, 0)] * read.ndim
         widths[axis + 1] = (0, missing)
-        return jax.lax.dynamic_update_slice_in_dim(rows, jnp.pad(row, widths), slot, axis)
+        return jax.lax.dynamic_update_slice_in_dim(rows, jnp.pad(read, widths), row, axis)
 
     layers = []
     for old, new in zip(state.layers, cache.layers, strict=True):
         layers.append(old.replace(memory=jax.tree.map(put, old.memory, new.memory)))
     is_real = jnp.arange(state.memory_segments.shape[1]) < length[0]
-    segments = state.memory_segments.at[slot].set(is_real.astype(jnp.int32))
+    segments = state.memory_segments.at[row].set(is_real.astype(jnp.int32))
     return state.replace(layers=tuple(layers), memory_segments=segments)
 
 
@@ -295,7 +202,7 @@ def read_prefix(
       config: the model.
     """
     is_real, positions = real_positions(tokens, length)
-    cache = Cache(state.layers, page_table=table)
     prefix = is_real.astype(jnp.int32)
-    _, cache = next_logits(config, params, tokens, positions, cache, length - 1, prefix=prefix)
-    return state.replace(layers=cache.layers)
+    inputs = {"tokens": tokens, "positions": positions, "prefix": prefix}
+    output = read_tokens(config, params, inputs, Cache(state.layers, page_table=table))
+    return state.replace(layers=output.cache.layers)

@@ -48,6 +48,28 @@ class Prompts:
         return [row[:length].tolist() for row, length in rows]
 
 
+def encode_ids(
+    config: LanguageModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+) -> list[list[int]]:
+    """Returns the ids of each prompt, which an encoder reads where there is one.
+
+    Raises:
+      UserError: no prompts, one that does not fit the model's ids, or a model that has no decoder.
+    """
+    if config.structure == "encoder":
+        raise UserError(
+            "model.structure",
+            "encoder",
+            "makes no text: it has no decoder. It gives logits and states.",
+        )
+    if not prompts:
+        raise UserError("prompts", constraint=": at least one prompt is needed.")
+    encode_text = tokenizer.encode_prompt
+    if config.structure == "encoder_decoder":
+        encode_text = tokenizer.encode_source
+    return [_ids(config, tokenizer, prompt, encode_text) for prompt in prompts]
+
+
 def encode(
     config: LanguageModelConfig,
     tokenizer: Tokenizer,
@@ -58,30 +80,17 @@ def encode(
     `max_tokens` new tokens.
 
     Raises:
-      UserError: no prompts, one that does not fit the model's positions or ids, or a model that
-          has no decoder.
+      UserError: as of `encode_ids`, or a prompt that does not fit the model's positions.
     """
-    if config.structure == "encoder":
-        raise UserError(
-            "model.structure",
-            "encoder",
-            "makes no text: it has no decoder. It gives logits and states.",
-        )
-    if not prompts:
-        raise UserError("prompts", constraint=": at least one prompt is needed.")
-
+    encoded = encode_ids(config, tokenizer, prompts)
     if config.structure == "encoder_decoder":
         # The encoder reads the prompts; the decoder of each begins with one id.
-        sources = [_ids(config, tokenizer, prompt, tokenizer.encode_source) for prompt in prompts]
-        check_room(sources, [0] * len(sources), config)
+        check_room(encoded, [0] * len(encoded), config)
         starts = [[config.decoder_start_id]] * len(prompts)
         needed = check_room(starts, max_tokens, config)
-        start_lengths = [1] * len(prompts)
-        rows = Prompts(
-            jnp.asarray(starts), jnp.asarray(start_lengths), *_pad(sources, config.max_length)
-        )
+        sources = _pad(encoded, config.max_length)
+        rows = Prompts(jnp.asarray(starts), jnp.ones(len(prompts), jnp.int32), *sources)
     else:
-        encoded = [_ids(config, tokenizer, prompt, tokenizer.encode_prompt) for prompt in prompts]
         needed = check_room(encoded, max_tokens, config)
         rows = Prompts(*_pad(encoded, config.max_length))
     return rows, min(bucket(needed), config.max_length)

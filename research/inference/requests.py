@@ -11,8 +11,124 @@ from research.core import config as configs
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beam_config import BeamConfig
-from research.inference.prompts import Prompt
-from research.inference.sampling import SamplingConfig
+from research.inference.prompts import Prompt, check_room
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
+from research.inference.slots import LogprobKind
+from research.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of an engine.
+
+    Attributes:
+      ids: of the prompt, which an encoder reads where there is one.
+      sampling: how answers are drawn.
+      beams: makes it a search for the likeliest answers, which `sampling` says nothing of; None for
+        none.
+      count: answers that are returned; answer i is drawn with the seed `sampling.seed` + i.
+      best_of: answers that are drawn, of which the `count` likeliest by token are returned; 0 is
+        `count`.
+      logprobs: likeliest ids whose log-probabilities are returned beside those of each drawn token.
+      prompt_logprobs: the same of each token of the prompt but the first; None for none.
+      logprob_kind: of which distribution they are.
+      kept: whether the ids that truncation kept are returned for each token.
+      priority: those of a higher one are served first.
+      deadline: seconds after which it ends as it is; None for none.
+      salt: only requests with the same one share pages of their prompts.
+    """
+
+    ids: tuple[int, ...]
+    sampling: SamplingConfig = SamplingConfig()
+    beams: BeamConfig | None = None
+    count: int = 1
+    best_of: int = 0
+    logprobs: int = 0
+    prompt_logprobs: int | None = None
+    logprob_kind: LogprobKind = LogprobKind.RAW
+    kept: bool = False
+    priority: int = 0
+    deadline: float | None = None
+    salt: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Answers that are drawn."""
+        return self.best_of or self.count
+
+    @property
+    def max_tokens(self) -> int:
+        """New tokens at most."""
+        return self.sampling.max_tokens if self.beams is None else self.beams.max_tokens
+
+    def check(self, config: ModelConfig, num_ids: int, serve: ServeConfig) -> None:
+        """Raises UserError where an engine cannot answer it.
+
+        Args:
+          config: of the model.
+          num_ids: ids that may be drawn.
+          serve: how the engine runs.
+        """
+        most_top = min(serve.top_logprobs, config.vocab_size)
+        if self.beams is not None:
+            self._check_beams(self.beams, num_ids, serve)
+        for i in self.ids:
+            if not 0 <= i < config.vocab_size:
+                rule = f": id {i} is out of range: it must lie in [0, {config.vocab_size})."
+                raise UserError("ids", constraint=rule)
+        self.sampling.check_ids(num_ids)
+        # Likeliest ids of the prompt are those of a text that is read token by token.
+        is_read_in_rows = config.structure == "decoder"
+        deadline = 1.0 if self.deadline is None else self.deadline
+        for name, holds, constraint in (
+            ("count", self.count >= 1, "be at least 1"),
+            ("best_of", not self.best_of or self.best_of >= self.count, "not be below count"),
+            ("logprobs", 0 <= self.logprobs <= most_top, f"lie in [0, {most_top}]"),
+            (
+                "prompt_logprobs",
+                0 <= (self.prompt_logprobs or 0) <= most_top,
+                f"lie in [0, {most_top}]",
+            ),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or is_read_in_rows,
+                f"be None for model.structure = {config.structure!r}",
+            ),
+            ("deadline", deadline > 0, "be above 0"),
+        ):
+            if not holds:
+                raise UserError(name, getattr(self, name), f"must {constraint}.")
+
+        start = self.ids
+        if config.structure == "encoder_decoder":
+            check_room([self.ids], [0], config)
+            start = (config.decoder_start_id,)
+        check_room([start], [self.max_tokens], config)
+        limit = len(start) + self.max_tokens
+        if limit > serve.tokens:
+            raise UserError(
+                "max_tokens",
+                self.max_tokens,
+                f"after a prompt of {len(start)} tokens is more than the engine's tokens = "
+                f"{serve.tokens}.",
+            )
+
+    def _check_beams(self, beams: BeamConfig, num_ids: int, serve: ServeConfig) -> None:
+        most = min(num_ids, serve.slots)
+        what = "the ids of the vocabulary" if most == num_ids else "the engine's slots"
+        for name, holds, constraint in (
+            ("num_beams", beams.num_beams <= most, f"be at most {most}, {what}"),
+        ):
+            if not holds:
+                raise UserError(name, getattr(beams, name), f"must {constraint}.")
+        others = (self.count, self.best_of, self.logprobs, self.prompt_logprobs, self.kept)
+        if others != (1, 0, 0, None, False):
+            raise UserError(
+                "beams",
+                constraint=": count, best_of, logprobs, prompt_logprobs and kept are of answers "
+                "that are drawn.",
+            )
 
 
 def collect_prompts(

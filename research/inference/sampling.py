@@ -1,107 +1,68 @@
 """From logits to the next token: penalties, truncation, one draw per sequence."""
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from research.core.errors import UserError
-from research.core.random import SEEDS
+from research.inference.sampling_config import SamplingParams
 
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """Settings of sampling from a model.
-
-    Attributes:
-      max_tokens: new tokens at most.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: keeps the k likeliest tokens, and those as likely as the last of them; 0 keeps all.
-      top_p: keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
-      min_p: keeps tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
-      repetition_penalty: above 1 makes tokens that the text already has less likely; in
-          [1e-30, 1e30].
-      seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers, and 0 after the
-          last.
-      stop: strings that end a text; they are not part of it.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        # Within its bounds a repetition penalty leaves logits finite in float32.
-        for name, holds, constraint in (
-            ("max_tokens", self.max_tokens >= 1, "be at least 1"),
-            ("temperature", self.temperature >= 0, "not be below 0"),
-            ("top_k", self.top_k >= 0, "not be below 0"),
-            ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "lie in [0, 1]"),
-            (
-                "repetition_penalty",
-                1e-30 <= self.repetition_penalty <= 1e30,
-                "lie in [1e-30, 1e30]",
-            ),
-            ("seed", 0 <= self.seed < SEEDS, f"lie in [0, {SEEDS})"),
-            ("stop", all(self.stop), "hold no empty string"),
-        ):
-            if not holds:
-                raise UserError(name, getattr(self, name), f"must {constraint}.")
+# Bits of a word of a mask.
+WORD = 32
 
 
 @flax.struct.dataclass
-class SamplingParams:
-    """The settings of each row of a batch, as arrays: rows may differ, and other values need no new
-    compilation.
+class IdRules:
+    """What holds for each id in each row.
 
     Attributes:
-      temperature, top_k, top_p, min_p, repetition_penalty: as of `SamplingConfig`.
+      in_prompt: whether the prompt has it.
+      counts: how often the answer has it.
+      bias: what is added to its logit.
+      is_end: whether it ends the text.
+      first_end: the first position that an end of text may have.
+      allowed: whether it may be drawn at all, a bit for each id: that of id i is bit i % 32 of word
+        i // 32.
     """
 
-    temperature: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    top_p: Float[Array, "B"]
-    min_p: Float[Array, "B"]
-    repetition_penalty: Float[Array, "B"]
+    in_prompt: Bool[Array, "B V"]
+    counts: Int[Array, "B V"]
+    bias: Float[Array, "B V"]
+    is_end: Bool[Array, "B V"]
+    first_end: Int[Array, "B"]
+    allowed: UInt32[Array, "B *drafts words"]
 
     @classmethod
-    def of(cls, configs: Sequence[SamplingConfig]) -> "SamplingParams":
-        """Returns the settings of rows with these configs."""
-        smallest = float(np.finfo(np.float32).tiny)
-        largest = float(np.finfo(np.float32).max)
-        temperatures = []
-        for config in configs:
-            temperature = config.temperature
-            if temperature > 0:
-                # One that float32 rounds to 0 is low, but not greedy; one that it rounds to
-                # infinity is high.
-                temperature = min(max(temperature, smallest), largest)
-            temperatures.append(temperature)
-
-        # No vocabulary has more ids than an int32 can count.
-        top_k = [min(config.top_k, np.iinfo(np.int32).max) for config in configs]
-        # With top_p = 0 no token would stay, not even the likeliest.
-        top_p = [max(config.top_p, smallest) for config in configs]
-        min_p = [config.min_p for config in configs]
-        penalties = [config.repetition_penalty for config in configs]
+    def none(cls, rows: int, vocab: int) -> "IdRules":
+        """Returns rules that allow all ids and change no logit."""
+        shape = (rows, vocab)
+        words = -(-vocab // WORD)
         return cls(
-            temperature=jnp.asarray(temperatures, jnp.float32),
-            top_k=jnp.asarray(top_k, jnp.int32),
-            top_p=jnp.asarray(top_p, jnp.float32),
-            min_p=jnp.asarray(min_p, jnp.float32),
-            repetition_penalty=jnp.asarray(penalties, jnp.float32),
+            in_prompt=jnp.zeros(shape, bool),
+            counts=jnp.zeros(shape, jnp.int32),
+            bias=jnp.zeros(shape, jnp.float32),
+            is_end=jnp.zeros(shape, bool),
+            first_end=jnp.zeros(rows, jnp.int32),
+            allowed=jnp.full((rows, words), 2**WORD - 1, jnp.uint32),
         )
+
+
+def unpack_bits(words: UInt32[Array, "B words"], count: int) -> Bool[Array, "B V"]:
+    """Returns the first `count` bits of each row."""
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None, :]
+    bits = (words[:, :, None] >> shifts) & jnp.uint32(1)
+    return bits.reshape(len(words), -1)[:, :count].astype(bool)
+
+
+def pack_bits(bits: Bool[Array, "B V"]) -> UInt32[Array, "B words"]:
+    """Returns rows of bits as words; those that fill up the last word are 0."""
+    rows, count = bits.shape
+    padded = jnp.pad(bits, ((0, 0), (0, -count % WORD)))
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None, :]
+    by_word = padded.reshape(rows, -1, WORD).astype(jnp.uint32) << shifts
+    return jnp.sum(by_word, axis=-1, dtype=jnp.uint32)
 
 
 def penalize(
@@ -122,14 +83,14 @@ def penalize(
 
 
 def truncate(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
-    """Sets the logits of tokens that a row's top-k, top-p or min-p leave out to −∞; the likeliest
-    token always stays.
+    """Sets the logits of tokens that a row's top-k, top-p, min-p or typical leave out to −∞. The
+    likeliest token always stays, but for typical.
 
     Tokens as likely as the last one that is kept stay too, so ties may keep more than `top_k`. A
     rule that no row of the batch uses is not computed.
 
     Source: top-p: Holtzman et al. 2019, arXiv:1904.09751, section 3.1; min-p: Nguyen et al. 2024,
-        arXiv:2407.01082.
+        arXiv:2407.01082; typical: Meister et al. 2022, arXiv:2202.00666, section 4.
     """
     vocab = logits.shape[-1]
     is_limited = params.top_k > 0
@@ -158,7 +119,18 @@ def truncate(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array
     likeliest = jnp.max(logits, axis=-1)
     least = likeliest + jnp.log(params.min_p)
     is_below = logits < least[:, None]
-    return jnp.where(is_below, -jnp.inf, logits)
+    logits = jnp.where(is_below, -jnp.inf, logits)
+
+    uses_typical = params.typical_p < 1
+
+    def keep_typical(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        distance, farthest = least_typical(logits, params.typical_p)
+        is_far = distance > farthest[:, None]
+        left_out = uses_typical[:, None] & is_far
+        return jnp.where(left_out, -jnp.inf, logits)
+
+    any_typical = jnp.any(uses_typical)
+    return jax.lax.cond(any_typical, keep_typical, keep_all, logits)
 
 
 def _leave_out(
@@ -223,36 +195,75 @@ def least_in_nucleus(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> F
     return jnp.min(kept, axis=-1)
 
 
-def draw(
+def least_typical(
+    logits: Float[Array, "B V"], typical_p: Float[Array, "B"]
+) -> tuple[Float[Array, "B V"], Float[Array, "B"]]:
+    """Returns how far the surprise of each token is from the entropy, and the largest such distance
+    among the fewest tokens, nearest first, that together reach the row's `typical_p`.
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    probabilities = jnp.exp(logprobs)
+    # A token that is left out already has p = 0, and adds 0 · ∞ = 0 to the entropy.
+    terms = jnp.where(probabilities > 0, probabilities * logprobs, 0.0)
+    entropy = -jnp.sum(terms, axis=-1, keepdims=True)
+    distance = jnp.abs(-logprobs - entropy)
+
+    ordered, mass = jax.lax.sort((distance, probabilities), num_keys=1)
+    before = jnp.cumsum(mass, axis=-1) - mass
+    is_typical = before < typical_p[:, None]
+    farthest = jnp.max(jnp.where(is_typical, ordered, 0.0), axis=-1)
+    return distance, farthest
+
+
+def apply_rules(
     logits: Float[Array, "B V"],
-    seen: Bool[Array, "B V"],
+    rules: IdRules,
+    positions: Int[Array, "B"],
+    params: SamplingParams,
+) -> Float[Array, "B V"]:
+    """Returns logits with penalties and bias, and −∞ for ids that may not be drawn.
+
+    Args:
+      logits: float32.
+      rules: of each row.
+      positions: of the token that is drawn.
+      params: the settings of each row.
+    """
+    seen = rules.in_prompt | (rules.counts > 0)
+    logits = penalize(logits, seen, params.repetition_penalty)
+    counts = rules.counts.astype(jnp.float32)
+    logits -= params.frequency_penalty[:, None] * counts
+    logits -= params.presence_penalty[:, None] * jnp.minimum(counts, 1.0)
+    logits += rules.bias
+    too_early = rules.is_end & (positions < rules.first_end)[:, None]
+    allowed = unpack_bits(rules.allowed, logits.shape[1]) & ~too_early
+    return jnp.where(allowed, logits, -jnp.inf)
+
+
+def process(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
+    """Returns logits whose softmax a token is drawn from: by temperature, then cut by top-k, top-p,
+    min-p and typical. The likeliest of them is 0.
+    """
+    # The likeliest token has the logit 0, which stays 0 at temperatures near 0.
+    likeliest = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = logits - likeliest
+    temperature = jnp.where(params.temperature == 0, 1.0, params.temperature)
+    return truncate(shifted / temperature[:, None], params)
+
+
+def choose(
+    processed: Float[Array, "B V"],
     keys: Key[Array, "B"],
     positions: Int[Array, "B"],
     params: SamplingParams,
 ) -> Int[Array, "B"]:
-    """Returns the next token of each sequence.
-
-    The draw of a sequence depends on its own key, position and settings alone, not on the rest of
-    the batch.
-
-    Args:
-      logits: float32.
-      seen: which ids each sequence has, prompt included.
-      keys: one per sequence.
-      positions: of the token that is drawn.
-      params: the settings of each sequence.
+    """Returns the next token of each sequence: the likeliest of its processed logits where its
+    temperature is 0, else a draw from their softmax with the noise of its key and position.
     """
-    logits = penalize(logits, seen, params.repetition_penalty)
     greedy = params.temperature == 0
 
-    # The likeliest token has the logit 0, which stays 0 at temperatures near 0.
-    likeliest = jnp.max(logits, axis=-1, keepdims=True)
-    shifted = logits - likeliest
-    temperature = jnp.where(greedy, 1.0, params.temperature)
-    scaled = shifted / temperature[:, None]
-
     def gumbel_row(key: Key[Array, ""]) -> Float[Array, "V"]:
-        shape = logits.shape[1:]
+        shape = processed.shape[1:]
         return jax.random.gumbel(key, shape, jnp.float32)
 
     def gumbel(_: None) -> Float[Array, "B V"]:
@@ -262,13 +273,36 @@ def draw(
         return jnp.where(greedy[:, None], 0.0, noise)
 
     def zeros(_: None) -> Float[Array, "B V"]:
-        return jnp.zeros_like(scaled)
+        return jnp.zeros_like(processed)
 
     # The largest of logits with Gumbel noise is a draw from their softmax, as in
     # `jax.random.categorical`; without noise it is the likeliest token. One argmax serves both: a
     # second one would take three times as long.
     all_greedy = jnp.all(greedy)
     noise = jax.lax.cond(all_greedy, zeros, gumbel, None)
-    truncated = truncate(scaled, params)
-    token = jnp.argmax(truncated + noise, axis=-1)
+    token = jnp.argmax(processed + noise, axis=-1)
     return token.astype(jnp.int32)
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    rules: IdRules,
+    keys: Key[Array, "B"],
+    positions: Int[Array, "B"],
+    params: SamplingParams,
+) -> Int[Array, "B"]:
+    """Returns the next token of each sequence.
+
+    In this order: penalties of repetition, frequency and presence; bias; ids that may not be drawn;
+    temperature; top-k; top-p; min-p; typical. The draw of a sequence depends on its own key,
+    position and settings alone, not on the rest of the batch.
+
+    Args:
+      logits: float32.
+      rules: what holds for each id in each sequence.
+      keys: one per sequence.
+      positions: of the token that is drawn.
+      params: the settings of each sequence.
+    """
+    edited = apply_rules(logits, rules, positions, params)
+    return choose(process(edited, params), keys, positions, params)

@@ -23,10 +23,20 @@ class Sequence:
       chain_start: digest that its pages' digests begin with; None where its pages are not shared.
       in_one_piece: tokens of a prompt that is read before its first step, all of it at once; 0 for
         none.
+      leader: another answer to the same prompt, whose pages of it are shared: it is admitted after
+        those are written.
+      reads_all: whether its prompt is read even where there are pages of it.
+      needs_host: whether what is drawn next depends on what the host makes of the newest token: a
+        grammar's mask, or drafts.
+      is_urgent: whether it takes the slot of one that is served later: others of its request wait
+        for it in theirs.
+      num_drafts: guesses of the tokens after the newest one, which the next step takes too.
       length: tokens that exist, with those that the device draws and the host has not read.
       written: tokens whose keys and values are in the pages, or are written by steps under way.
       slot: its row of the device's state; None while it waits.
       pages: of its tokens.
+      paused: whether it takes no step until tokens are added.
+      ended: whether nothing more is wanted of it.
     """
 
     order: tuple[int, ...]
@@ -34,10 +44,17 @@ class Sequence:
     limit: int
     chain_start: bytes | None = None
     in_one_piece: int = 0
+    leader: "Sequence | None" = None
+    reads_all: bool = False
+    needs_host: bool = False
+    is_urgent: bool = False
+    num_drafts: int = 0
     length: int = 0
     written: int = 0
     slot: int | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
+    paused: bool = False
+    ended: bool = False
     _digests: list[bytes] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -45,13 +62,41 @@ class Sequence:
 
     @property
     def missing(self) -> int:
-        """Tokens that exist and are not written; the last one allowed never is."""
-        return min(self.length, self.limit - 1) - self.written
+        """Tokens that exist and can be written; the last one allowed never is."""
+        if self.paused:
+            return 0
+        length = len(self.tokens) if self.needs_host else self.length
+        return min(length, self.limit - 1) - self.written
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether only its newest token, which the host knows, is not written."""
+        return self.is_known and self.written == self.length - 1
 
     @property
     def is_known(self) -> bool:
         """Whether the host knows all of its tokens."""
         return self.length == len(self.tokens)
+
+    def pause(self) -> None:
+        """Takes no step until tokens are added: others must be known first."""
+        self.paused = True
+        self.length = len(self.tokens)
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Adds what was drawn by the newest step."""
+        self.paused = False
+        self.tokens += tokens
+        if self.needs_host:
+            # No other step is under way. Drafts that were wrong are written, and do not count.
+            self.length = len(self.tokens)
+            self.written = min(self.written, self.length - 1)
+            self.num_drafts = 0
+
+    def rename(self, chain_start: bytes | None) -> None:
+        """Begins the digests of its pages anew: what decides its keys has changed."""
+        self.chain_start = chain_start
+        self._digests = []
 
     def digests(self, page_size: int) -> list[bytes]:
         """Returns the digests of the full pages of its known tokens."""
@@ -73,6 +118,7 @@ class Row:
       position: of the token.
       token: its id; None where only the device knows it, as it was drawn by the step before.
       draws: whether the next token is drawn from it.
+      draft: which of the sequence's drafts it is, from 1; 0 for none.
     """
 
     sequence: Sequence
@@ -80,6 +126,7 @@ class Row:
     position: int
     token: int | None
     draws: bool
+    draft: int = 0
 
 
 class Scheduler:
@@ -98,6 +145,8 @@ class Scheduler:
         self.page_size = page_size
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        # Those that got their slots and were not asked for yet.
+        self.admitted: list[Sequence] = []
         self._rows = rows
         # The first slot is taken first.
         self._free_slots = list(range(slots - 1, -1, -1))
@@ -111,8 +160,49 @@ class Scheduler:
         """Returns how many pages so many tokens take."""
         return -(-tokens // self.page_size)
 
+    def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]]:
+        """Gives a sequence that begins as another one does a slot, the other's full pages, and a page
+        for the rest; or queues it.
+
+        Args:
+          parent: all of whose tokens are written, if it runs.
+          child: with these tokens and one more.
+
+        Returns:
+          the page to copy, and where to; none where there is nothing to copy.
+        """
+        full, rest = divmod(parent.written, self.page_size)
+        has_page = not rest or self.pool.available
+        if parent.slot is None or not self._free_slots or not has_page:
+            self.add(child)
+            return []
+        child.pages = parent.pages[:full]
+        for page in child.pages:
+            self.pool.share(page)
+        copies = []
+        if rest:
+            page = self.pool.take()
+            copies = [(parent.pages[full], page)]
+            child.pages.append(page)
+        child.written = parent.written
+        self._run(child)
+        return copies
+
+    def _run(self, sequence: Sequence) -> None:
+        """Gives a sequence a slot."""
+        sequence.slot = self._free_slots.pop()
+        self.running.append(sequence)
+        self.admitted.append(sequence)
+
+    def take_admitted(self) -> list[Sequence]:
+        """Returns the running sequences that got their slots since the last call."""
+        admitted = [each for each in self.admitted if each.slot is not None]
+        self.admitted = []
+        return admitted
+
     def end(self, sequence: Sequence) -> None:
         """Frees what a sequence has, in whatever state it is."""
+        sequence.ended = True
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence in self.running:
@@ -121,7 +211,7 @@ class Scheduler:
     def plan(self) -> list[Row]:
         """Returns the rows of the next step: newest tokens of answers, and parts of prompts."""
         self._admit()
-        rows = []
+        rows: list[Row] = []
         # In order: who loses its pages to another has no rows yet.
         for sequence, count in self._counts().items():
             rows += self._take(sequence, count)
@@ -131,7 +221,10 @@ class Scheduler:
     def _counts(self) -> dict[Sequence, int]:
         """Returns how many rows each running sequence gets, in order."""
         ordered = self._in_order()
-        counts = {each: min(each.missing, 1) for each in ordered}
+        counts = {}
+        for each in ordered:
+            count = min(each.missing, 1)
+            counts[each] = count + each.num_drafts * count
         left = self._rows - sum(counts.values())
         # Shares of what is left, the shortest first: what it does not need is the others'.
         long = sorted((each for each in ordered if each.missing > 1), key=lambda each: each.missing)
@@ -150,7 +243,9 @@ class Scheduler:
         overtakes another.
         """
         for sequence in sorted(self.waiting, key=lambda each: each.order):
-            if not self._free_slots or not sequence.is_known:
+            if sequence.paused or self._follows(sequence):
+                continue
+            if not sequence.is_known or not self._has_slot(sequence):
                 return
             shared = self._find_prefix(sequence)
             idle = sum(1 for page in shared if not self.pool.owners(page))
@@ -168,15 +263,33 @@ class Scheduler:
                 sequence.pages = [self.pool.take() for _ in range(count)]
                 # The next token is drawn from the row of the last one.
                 sequence.written = sequence.in_one_piece - 1
-            sequence.slot = self._free_slots.pop()
             self.waiting.remove(sequence)
-            self.running.append(sequence)
+            self._run(sequence)
+
+    def _has_slot(self, sequence: Sequence) -> bool:
+        """Returns whether there is a slot, which an urgent sequence takes from the last one."""
+        if self._free_slots:
+            return True
+        last = self._in_order()[-1]
+        if not sequence.is_urgent or last.order < sequence.order:
+            return False
+        self._stop(last)
+        self.waiting.append(last)
+        return True
+
+    def _follows(self, sequence: Sequence) -> bool:
+        """Returns whether a sequence waits for another to write the pages that both begin with."""
+        leader = sequence.leader
+        if leader is None or leader.ended or sequence.chain_start is None:
+            return False
+        shared = (sequence.length - 1) // self.page_size * self.page_size
+        return leader.written < shared
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Returns the pages of its first tokens that are there already. Its last token is always
         written again: the next one is drawn from it.
         """
-        if sequence.chain_start is None:
+        if sequence.chain_start is None or sequence.reads_all:
             return []
         full = (sequence.length - 1) // self.page_size
         pages = []
@@ -202,8 +315,10 @@ class Scheduler:
         rows = []
         for position in range(sequence.written, end):
             token = sequence.tokens[position] if position < len(sequence.tokens) else None
-            is_newest = position == sequence.length - 1
-            rows.append(Row(sequence, sequence.slot, position, token, is_newest))
+            # The newest token has index 0, the drafts after it 1, 2, …
+            draft = max(position - sequence.length + 1, 0)
+            draws = position >= sequence.length - 1
+            rows.append(Row(sequence, sequence.slot, position, token, draws, draft))
         sequence.written = end
         if rows[-1].draws:
             sequence.length += 1
@@ -221,6 +336,15 @@ class Scheduler:
                 return False
         return True
 
+    def restart(self) -> None:
+        """Takes the pages of all running sequences, and ends the validity of those that are kept:
+        they are written anew.
+        """
+        for sequence in list(self.running):
+            self._stop(sequence)
+            self.waiting.append(sequence)
+        self.pool.forget()
+
     def _stop(self, sequence: Sequence) -> None:
         """Takes slot and pages from a running sequence."""
         self.running.remove(sequence)
@@ -232,6 +356,7 @@ class Scheduler:
         sequence.slot = None
         sequence.pages = []
         sequence.written = 0
+        sequence.num_drafts = 0
 
     def _name_pages(self, sequences: Iterable[Sequence]) -> None:
         """Tells the pool what full pages hold, for sequences that are admitted later: their rows

@@ -17,7 +17,6 @@ from research.models.dot_product import cache_mask
 from research.models.latent_cache import LatentCache, PagedLatentCache, empty_latent_pages
 from research.models.memory_cache import MemoryCache
 from research.models.paged_cache import PagedCache, PageTable, empty_paged_cache
-from research.parallel.shard_map import take_rows
 
 # Attention over arrays of all slots: a layer passes it to the cache, which has these arrays.
 AttentionFn = Callable[..., Float[Array, "B T N value"]]
@@ -47,12 +46,6 @@ class TokenCache(Protocol):
           positions: consecutive in each row, then padding of any position.
           page_table: the pages of each row, for a paged cache; else None.
           attention: of queries over the arrays of all slots, called with (q, keys, values, mask).
-        """
-
-    def take(self, rows: Int[Array, "rows"], groups: int = 1) -> "TokenCache":
-        """Returns the cache of `rows`, in this order; those of a paged cache are its pages.
-
-        With more `groups` than one, each row takes the place of one of its own group.
         """
 
     def lay_out(self) -> "TokenCache":
@@ -97,14 +90,6 @@ class DenseCache:
         value = write_tokens(self.value, v, start, HEADS)
         slots_mask = cache_mask(mask, positions, self.slots)
         return attention(q, key, value, slots_mask), DenseCache(key, value)
-
-    def take(self, rows: Int[Array, "rows"], groups: int = 1) -> "DenseCache":
-        """As `TokenCache.take`."""
-        # The layer axis comes first where layers are stacked.
-        axis = self.key.ndim - 4
-        key = take_rows(self.key, rows, axis, groups)
-        value = take_rows(self.value, rows, axis, groups)
-        return DenseCache(key, value)
 
 
 @flax.struct.dataclass
@@ -168,36 +153,6 @@ class Cache:
     def lay_out(self) -> "Cache":
         """As `TokenCache.lay_out`."""
         return self.replace(layers=tuple(layer.lay_out() for layer in self.layers))
-
-    def take(self, rows: Int[Array, "rows"]) -> "Cache":
-        """Returns the cache of `rows`, in this order."""
-        # One group of all rows.
-        cache = self.reorder(rows[None])
-        if self.memory_segments is None:
-            return cache
-
-        layers = []
-        for layer in cache.layers:
-            layers.append(layer.replace(memory=layer.memory.take(rows)))
-        memory_segments = take_rows(self.memory_segments, rows, 0)
-        taken = cache.replace(layers=tuple(layers), memory_segments=memory_segments)
-        return taken.lay_out()
-
-    def reorder(self, rows: Int[Array, "groups rows_of_group"]) -> "Cache":
-        """Returns the cache of `rows`, in this order, where each row replaces one of its own group,
-        as in beam search: all rows of a group have the same encoder tokens.
-        """
-        groups = len(rows)
-        taken = rows.reshape(-1)
-        page_table = None
-        if self.page_table is not None:
-            # A paged cache takes pages, and the table then says which rows they belong to.
-            page_table, taken = self.page_table.copy_rows(taken)
-
-        layers = []
-        for layer in self.layers:
-            layers.append(layer.replace(tokens=layer.tokens.take(taken, groups)))
-        return self.replace(layers=tuple(layers), page_table=page_table).lay_out()
 
 
 def empty_cache(

@@ -12,9 +12,8 @@ from research.kernels.decode_attention import KVPages, gather, write
 from research.models.cache_rows import lay_out_rows, write_tokens
 from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
-from research.models.paged_cache import PageTable, stack_pages, take_pages
+from research.models.paged_cache import PageTable, copy_pages, stack_pages
 from research.parallel.rules import constrain
-from research.parallel.shard_map import take_rows
 
 # The logical axes of a layer's latents, which belong to all heads.
 LATENTS = ("batch", None, "latent")
@@ -61,14 +60,6 @@ class LatentCache:
         slots_mask = cache_mask(mask, positions, self.slots)
         return attention(q, latent, k_rope, slots_mask), LatentCache(latent, k_rope)
 
-    def take(self, rows: Int[Array, "rows"], groups: int = 1) -> "LatentCache":
-        """As `TokenCache.take`."""
-        # The layer axis comes first where layers are stacked.
-        axis = self.latent.ndim - 3
-        latent = take_rows(self.latent, rows, axis, groups)
-        k_rope = take_rows(self.k_rope, rows, axis, groups)
-        return LatentCache(latent, k_rope)
-
 
 @flax.struct.dataclass
 class PagedLatentCache:
@@ -104,9 +95,11 @@ class PagedLatentCache:
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, latent, k_rope, slots_mask), PagedLatentCache(pages)
 
-    def take(self, pages: Int[Array, "pages"], groups: int = 1) -> "PagedLatentCache":
-        """As `TokenCache.take`; every device has pages of all rows."""
-        return PagedLatentCache(take_pages(self.pages, pages))
+    def copy(
+        self, sources: Int[Array, "pages"], targets: Int[Array, "pages"]
+    ) -> "PagedLatentCache":
+        """As `PagedCache.copy`; every device has pages of all rows."""
+        return PagedLatentCache(copy_pages(self.pages, sources, targets))
 
 
 def _replicate(leaf: Array) -> Array:

@@ -4,7 +4,6 @@ import flax.struct
 from jaxtyping import Array, Float, Int
 
 from research.models.cache_rows import HEADS, lay_out_rows
-from research.parallel.shard_map import take_rows
 
 
 @flax.struct.dataclass
@@ -24,6 +23,6 @@ class MemoryCache:
         """Returns the memory of `rows`, in this order."""
         # The layer axis comes first where layers are stacked.
         axis = self.key.ndim - 4
-        key = take_rows(self.key, rows, axis)
-        value = take_rows(self.value, rows, axis)
+        key = jnp.take(self.key, rows, axis=axis, mode="clip")
+        value = jnp.take(self.value, rows, axis=axis, mode="clip")
         return MemoryCache(key, value)

@@ -42,23 +42,6 @@ class PageTable:
         """Tokens of a row that the table has entries for, S."""
         return self.ids.shape[1] * self.page_size
 
-    def copy_rows(self, rows: Int[Array, "rows"]) -> tuple["PageTable", Int[Array, "pages"]]:
-        """Returns a table in which each of `rows` has pages of its own, and the old page that each
-        new one copies.
-        """
-        num_rows = rows.shape[0]
-        pages_per_row = self.ids.shape[1]
-        num_copies = num_rows * pages_per_row
-        # Two rows of two pages -> ids [[1, 2], [3, 4]].
-        ids = jnp.arange(num_copies, dtype=jnp.int32).reshape(num_rows, pages_per_row)
-        ids = 1 + ids
-
-        # The old page of each new one: old ids [[5, 6], [7, 8]] and rows [1, 1] ->
-        # [0, 7, 8, 7, 8], with page 0 for itself.
-        sources = self.ids.at[rows].get(mode="clip").reshape(-1)
-        sources = jnp.pad(sources, (1, 0))
-        return PageTable(ids, 1 + num_copies, self.page_size), sources
-
 
 def contiguous_table(tokens: Sequence[int], slots: int) -> PageTable:
     """Returns a table in which the pages of a row are consecutive.
@@ -136,20 +119,24 @@ class PagedCache:
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, keys, values, slots_mask), PagedCache(pages)
 
-    def take(self, pages: Int[Array, "pages"], groups: int = 1) -> "PagedCache":
-        """Returns the cache of `pages`, in this order; every device has pages of all rows."""
-        return PagedCache(take_pages(self.pages, pages))
+    def copy(self, sources: Int[Array, "pages"], targets: Int[Array, "pages"]) -> "PagedCache":
+        """Returns the cache with pages copied to others."""
+        return PagedCache(copy_pages(self.pages, sources, targets))
 
 
-def take_pages(pages: KVPages, ids: Int[Array, "pages"]) -> KVPages:
-    """Returns the pages of these ids, in this order."""
+def copy_pages(
+    pages: KVPages, sources: Int[Array, "copies"], targets: Int[Array, "copies"]
+) -> KVPages:
+    """Returns pages, some of which are copied to others."""
     # 1 where layers are stacked, else 0.
     axis = pages.key.ndim - 4
+    stack = (slice(None),) * axis
 
-    def take(leaf: Array) -> Array:
-        return jnp.take(leaf, ids, axis=axis, mode="clip")
+    def copy(leaf: Array) -> Array:
+        copied = jnp.take(leaf, sources, axis=axis, mode="clip")
+        return leaf.at[(*stack, targets)].set(copied)
 
-    return jax.tree.map(take, pages)
+    return jax.tree.map(copy, pages)
 
 
 def empty_paged_cache(

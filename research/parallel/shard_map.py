@@ -5,9 +5,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS
 
@@ -102,37 +101,6 @@ def per_token(function: Callable[..., Any], x: Shaped[Array, "B T *rest"]) -> An
         return function(x)
     spec = PartitionSpec(rows or None, tokens or None)
     return shard_map(function, spec, spec, axes=(*rows, *tokens))(x)
-
-
-def take_rows(
-    leaf: Shaped[Array, "..."], rows: Int[Array, "rows"], axis: int, groups: int = 1
-) -> Shaped[Array, "..."]:
-    """Returns rows along an axis, in this order.
-
-    Args:
-      leaf: has them.
-      rows: their indices.
-      axis: of the rows.
-      groups: of as many rows each; above 1 a row takes the place of one of its own group, so that a
-        device with whole groups needs no row of another.
-    """
-    axes = dividing_axes(BATCH_AXES, groups)
-    if not axes or axes != dividing_axes(BATCH_AXES, rows.shape[0]):
-        return jnp.take(leaf, rows, axis=axis, mode="clip")
-
-    def take_own(leaf: Array, rows: Int[Array, "rows"]) -> Array:
-        # Of 4 rows on each of 2 devices the second takes rows [4, 4, 6, 5], its own [0, 0, 2, 1].
-        device = jax.lax.axis_index(axes)
-        first = device * rows.shape[0]
-        own = rows - first
-        return jnp.take(leaf, own, axis=axis, mode="clip")
-
-    # Rows along axis 1: [L, rows, ...] is sharded as (None, axes).
-    before = [None] * axis
-    by_row = PartitionSpec(*before, axes)
-    indices = PartitionSpec(axes)
-    mapped = shard_map(take_own, (by_row, indices), by_row, axes=axes)
-    return mapped(leaf, rows)
 
 
 def shard_map(

@@ -11,12 +11,13 @@ from numpy.typing import ArrayLike
 from research.core import config as configs
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
+from research.inference.answers import Beam
 from research.inference.beam_config import BeamConfig
-from research.inference.beam_generate import Beam, beam_generate
+from research.inference.beam_generate import beam_generate
 from research.inference.generate import generate
 from research.inference.logits import logits, model_inputs
 from research.inference.requests import collect_prompts, decoding_config
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.inference.text import Completion
 from research.models.config import ModelConfig
 from research.recipes.generation_mesh import on_mesh
@@ -82,7 +83,6 @@ class LoadedModel(WholeTextMethods):
         chat: Mapping[str, Any] | None = None,
         sampling: Sequence[SamplingConfig] | None = None,
         seeds: Sequence[Any] | None = None,
-        cache: str = "dense",
         **fields: Any,
     ) -> list[Completion]:
         """Continues prompts: by sampling, or by beam search where `num_beams` is above 1.
@@ -100,13 +100,11 @@ class LoadedModel(WholeTextMethods):
               template's own variables.
           sampling: settings for each prompt, instead of `fields`; all run in one batch.
           seeds: of sampling, one per prompt.
-          cache: `dense` keeps a row of slots for each prompt, `paged` the pages that it needs, with
-              the same result.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
 
         Raises:
-          UserError: a field that is not known or out of range, or prompts, messages or a cache that
-              do not fit.
+          UserError: a field that is not known or out of range, or prompts or messages that do not
+              fit.
         """
         if sampling is not None and fields:
             names = ", ".join(sorted(fields))
@@ -121,11 +119,10 @@ class LoadedModel(WholeTextMethods):
             raise UserError("seeds", constraint=f": {why}; leave them out.")
 
         model = (self.config, self.params, self.tokenizer)
-        with on_mesh(self.mesh):
-            if not searches:
-                return generate(*model, read, how, seeds, cache=cache)
-            # The best hypothesis is the completion.
-            return [best for best, *_ in beam_generate(*model, read, how, cache=cache)]
+        if not searches:
+            return generate(*model, read, how, seeds, mesh=self.mesh)
+        # The best hypothesis is the completion.
+        return [best for best, *_ in beam_generate(*model, read, how, mesh=self.mesh)]
 
     def beams(
         self,
@@ -134,7 +131,6 @@ class LoadedModel(WholeTextMethods):
         ids: Sequence[Any] | None = None,
         messages: Sequence[Any] | None = None,
         chat: Mapping[str, Any] | None = None,
-        cache: str = "dense",
         **fields: Any,
     ) -> list[list[Beam]]:
         """Returns the `num_return` best continuations of each prompt; `fields` are those of
@@ -144,5 +140,5 @@ class LoadedModel(WholeTextMethods):
         """
         read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
         beams = configs.bind(BeamConfig, fields)
-        with on_mesh(self.mesh):
-            return beam_generate(self.config, self.params, self.tokenizer, read, beams, cache=cache)
+        model = (self.config, self.params, self.tokenizer)
+        return beam_generate(*model, read, beams, mesh=self.mesh)

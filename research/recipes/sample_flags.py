@@ -10,7 +10,7 @@ from typing import Any
 from research.core import config as configs
 from research.inference.beam_config import BeamConfig
 from research.inference.prompts import CACHES
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.recipes import conversations
 
 # Fields of `BeamConfig` that are flags. Texts are searched where `--num_beams` is above 1, else

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from research.inference.beam_step import beam_step
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import Beam, CachedBeamModel, beam_generate
 from research.inference.beam_search import Hypothesis, beam_search
-from research.inference.beam_step import beam_step
 from research.inference.generate import generate
 from research.inference.prefill import prefill
 from research.inference.prompts import Prompts
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.interop.huggingface import from_hugging_face
 from research.interop.mapping import params_from
 from research.models.config import ModelConfig

@@ -1,11 +1,9 @@
 """The search itself, beside plain loops, brute force and searches that are broken on purpose."""
 
-import dataclasses
 import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,40 +11,16 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.inference.beam_config import BeamConfig
-from research.inference.beam_search import Hypothesis, beam_search
-from research.inference.beam_step import beam_step, completes_ngram
+from research.inference.beam_search import BeamSearch, Hypothesis, completions
 
-STATES, SLOTS, EOS = 97, 16, 1
+STATES, EOS = 97, 1
 PROMPTS = ([3], [2, 5, 2, 5, 0], [4, 4, 0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Toy:
-    """A model whose logits depend on all tokens before: its state is a number of them, and a row of
-    a table follows.
-    """
-
-    def step(self, params: Any, state: Any, tokens: Any, positions: Any) -> tuple[Any, Any]:
-        state = (7 * state + 31 * tokens + 13 * positions + 1) % STATES
-        return params[state], state
-
-    def take(self, state: Any, rows: Any) -> Any:
-        return state[rows]
-
-    def reorder(self, state: Any, rows: Any) -> Any:
-        return self.take(state, rows.reshape(-1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Forgetful(Toy):
-    """Leaves the state of each row where it is, whichever beam goes on there."""
-
-    def take(self, state: Any, rows: Any) -> Any:
-        return jnp.resize(state, rows.shape)
-
-
 def number(ids: Any) -> int:
-    """The state of `Toy` after these tokens."""
+    """The state of a model after these tokens: its logits, a row of a table, depend on all of
+    them.
+    """
     state = 0
     for position, token in enumerate(ids):
         state = (7 * state + 31 * int(token) + 13 * position + 1) % STATES
@@ -58,25 +32,41 @@ def table(ids: int, seed: int = 0) -> np.ndarray:
     return 2 * np.random.default_rng(seed).standard_normal((STATES, ids)).astype(np.float32)
 
 
-def search(
-    params: np.ndarray,
+def search_one(
+    log_p: np.ndarray,
+    prompt: list[int],
     beams: BeamConfig,
-    prompts: Any = PROMPTS,
-    model: Toy | None = None,
     ends: Any = (EOS,),
-) -> Any:
-    """Runs the search; the states have read all but the last token of each prompt."""
-    state = jnp.asarray([number(prompt[:-1]) for prompt in prompts])
-    return beam_search(
-        Toy() if model is None else model,
-        jnp.asarray(params),
-        state,
-        prompts,
-        beams,
-        slots=SLOTS,
-        num_ids=params.shape[1],
-        end_ids=ends,
-    )
+    num_ids: int | None = None,
+    *,
+    forgets: bool = False,
+) -> list[Hypothesis]:
+    """Runs the search of one prompt. One that forgets leaves the state of each hypothesis where it
+    is, whichever goes on there.
+    """
+    found = BeamSearch(prompt, beams, num_ids or log_p.shape[1], ends)
+    states = [number(prompt)]
+    while found.active:
+        rows = np.where(found.allowed(), log_p[states][:, : num_ids or None], -np.inf)
+        order = np.argsort(-rows, axis=1, kind="stable")[:, : found.num_candidates]
+        found.advance(order, np.take_along_axis(rows, order, axis=1))
+        parents = [each.parent for each in found.running]
+        if forgets:
+            parents = [min(row, len(states) - 1) for row in range(len(parents))]
+        places = [len(prompt) + len(each.tokens) - 1 for each in found.running]
+        states = [
+            (7 * states[parent] + 31 * each.tokens[-1] + 13 * place + 1) % STATES
+            for parent, each, place in zip(parents, found.running, places, strict=True)
+        ]
+    return found.hypotheses()
+
+
+def search(
+    params: np.ndarray, beams: BeamConfig, prompts: Any = PROMPTS, ends: Any = (EOS,), **how: Any
+) -> list[list[Hypothesis]]:
+    """Runs the search of each prompt."""
+    log_p = np.asarray(jax.nn.log_softmax(params))
+    return [search_one(log_p, prompt, beams, ends, **how) for prompt in prompts]
 
 
 def allowed(ids: list[int], made: int, token: int, beams: BeamConfig, ends: Any = (EOS,)) -> bool:
@@ -247,19 +237,9 @@ def test_one_beam_misses_the_best_of_all_texts():  # the control
     assert any(missed)
 
 
-def test_text_of_a_prompt_does_not_depend_on_the_batch():
+def test_states_that_stay_where_they_are_give_other_texts():  # the control
     beams = BeamConfig(num_beams=3, max_tokens=7, num_return=3, no_repeat_ngram=2)
-    together = search(table(12), beams)
-    for found, prompt in zip(together, PROMPTS, strict=True):
-        assert search(table(12), beams, (prompt,)) == [found]
-    assert search(table(12), beams, PROMPTS[::-1]) == together[::-1]
-
-
-def test_rows_that_stay_where_they_are_give_other_texts():  # the control
-    beams = BeamConfig(num_beams=3, max_tokens=7, num_return=3, no_repeat_ngram=2)
-    together = search(table(12), beams, model=Forgetful())
-    assert together != search(table(12), beams)
-    assert [search(table(12), beams, (prompt,), Forgetful())[0] for prompt in PROMPTS] != together
+    assert search(table(12), beams, forgets=True) != search(table(12), beams)
 
 
 def test_no_ngram_stands_twice_with_those_of_the_prompt():
@@ -276,15 +256,13 @@ def test_no_ngram_stands_twice_with_those_of_the_prompt():
             assert not [gram for gram in late if grams.count(gram) > 1]
 
 
-def test_repeats_are_those_that_stand_before_the_end():
-    tokens = jnp.array([[1, 2, 3, 1, 2, 4, 4, 4], [5, 5, 0, 0, 0, 0, 0, 0]])
-    lengths = jnp.array([5, 2])
-    wanted = {1: ({1, 2, 3}, {5}), 3: ({3}, set()), 9: (set(), set())}
-    for size, rows in wanted.items():
-        found = np.asarray(
-            jax.jit(completes_ngram, static_argnums=(2, 3))(tokens, lengths, size, 6)
-        )
-        assert tuple(set(np.flatnonzero(row).tolist()) for row in found) == rows
+def test_repeats_are_those_that_complete_an_ngram():
+    for tokens, wanted in (
+        ([1, 2, 3, 1, 2], {0: set(), 1: {1, 2, 3}, 3: {3}, 9: set()}),
+        ([5, 5], {1: {5}, 2: {5}, 3: set()}),
+    ):
+        for size, ids in wanted.items():
+            assert set(completions(tokens, size)) == ids
 
 
 def test_equal_continuations_go_by_beam_and_then_by_id():
@@ -293,29 +271,10 @@ def test_equal_continuations_go_by_beam_and_then_by_id():
     assert [one.tokens for one in found] == [(0, 0), (0, 2), (0, 3)]
 
 
-def test_one_compilation_serves_all_searches_of_a_shape():
-    beam_step.clear_cache()
-    search(table(12), BeamConfig(num_beams=3, max_tokens=7))
-    assert beam_step._cache_size() == 1
-    changes = {
-        "length_penalty": 2.0,
-        "early_stopping": True,
-        "min_tokens": 2,
-        "forced_prefix": (4,),
-        "forced_eos": True,
-    }
-    search(table(12, 1), BeamConfig(num_beams=3, max_tokens=5, num_return=3, **changes))
-    assert beam_step._cache_size() == 1
-    search(table(12), BeamConfig(num_beams=2, max_tokens=7))
-    assert beam_step._cache_size() == 2
-
-
 def test_ids_past_the_last_are_not_chosen_and_weigh_all_the_same():
     params = table(12)
-    state = jnp.asarray([number([])])
-    kept = {"slots": SLOTS, "end_ids": [EOS]}
     beams = BeamConfig(num_beams=2, max_tokens=5, length_penalty=0.0)
-    [[few]] = beam_search(Toy(), jnp.asarray(params), state, ([3],), beams, num_ids=4, **kept)
+    [[few]] = search(params, beams, ([3],), num_ids=4)
     assert max(few.tokens) < 4
     log_p = jax.nn.log_softmax(params)
     terms = [log_p[number([3, *few.tokens[:i]]), token] for i, token in enumerate(few.tokens)]
@@ -368,14 +327,11 @@ def test_forced_ids_that_cannot_be_are_refused(fields, said):
 
 
 def test_forced_end_needs_an_end():
-    state = jnp.asarray([number([])])
     beams = BeamConfig(max_tokens=4, forced_eos=True)
     with pytest.raises(
         UserError, match="forced_eos = True needs a tokenizer that has an end-of-text id"
     ):
-        beam_search(
-            Toy(), jnp.asarray(table(12)), state, ([3],), beams, slots=SLOTS, num_ids=12, end_ids=()
-        )
+        BeamSearch([3], beams, 12, ())
 
 
 def test_rules_that_leave_no_text_are_named():
@@ -383,5 +339,5 @@ def test_rules_that_leave_no_text_are_named():
     with pytest.raises(UserError) as caught:
         search(table(4), beams, ([3],))
     assert str(caught.value) == (
-        "no_repeat_ngram = 1 with min_tokens = 7 leaves prompt 0 no continuation of max_tokens = 7."
+        "no_repeat_ngram = 1 with min_tokens = 7 leaves no continuation of max_tokens = 7."
     )

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from research.data.tokenizers import ByteTokenizer
-from research.inference.engine import Engine, ServeConfig
+from research.inference.engine import Engine
 from research.inference.generate import generate
 from research.inference.logits import logits
-from research.inference.sampling import SamplingConfig
+from research.inference.requests import Request
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
 from research.models.config import ModelConfig
 from tests.models.variants import VARIANTS as ALL_VARIANTS
 from tests.tiny import random_params, tiny_config
@@ -48,10 +50,12 @@ Found = list[tuple[tuple[int, ...], list[float]]]
 
 def answers(params, asked, serve=SERVE, config=CONFIG) -> Found:
     engine = Engine(config, params, ByteTokenizer(), serve)
-    found = [engine.submit(ids, sampling) for ids, sampling in asked]
-    while engine.run_step():
-        pass
-    return [(answer.completion().tokens, answer.logprobs) for answer in found]
+    found = engine.run([Request(tuple(ids), sampling) for ids, sampling in asked])
+    samples = [answer.samples[0] for answer in found]
+    return [
+        (sample.completion().tokens, [each.logprob for each in sample.logprobs])
+        for sample in samples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,6 @@ def test_every_model_answers_as_it_reads_whole_texts(name: str):
     for (ids, _), (tokens, logprobs) in zip(asked, found, strict=True):
         if len(tokens) == 9:
             expected = whole_logprobs(config, params, ids, list(tokens))
-            # Logits of these models, with a deviation of 0.3 of their parameters, are around 10:
-            # ten times those of trained ones.
+            # Logits of these models, whose parameters have a deviation of 0.3, are around 10: ten
+            # times those of trained ones.
             np.testing.assert_allclose(logprobs, expected, atol=4e-5)

@@ -4,16 +4,19 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.core.random import keys_of
 from research.data.tokenizers.byte import ByteTokenizer
-from research.inference.generate import decode_step, generate, prefill_step
-from research.inference.prompts import Prompts, encode
-from research.inference.sampling import SamplingConfig, SamplingParams
+from research.inference.drawing import draw_step
+from research.inference.generate import generate
+from research.inference.placement import id_rules
+from research.inference.programs import read
+from research.inference.prompts import encode
+from research.inference.sampling_config import SamplingConfig
+from research.inference.scheduler import Sequence
+from research.inference.slots import admit
 from research.inference.text import Completion
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig
 from tests.tiny import logits, random_params, tiny_config
@@ -188,24 +191,20 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     config, params = chain(b"ab", vocab_size=BYTES.vocab_size + 5)
     params["unembed"][:, BYTES.vocab_size :] = 2.0
     assert run((config, params), ["a"])[0].text == "b"
-    prompts, rules = Prompts(jnp.array([[ord("a")]]), jnp.array([1])), SamplingParams.of([GREEDY])
-    free = prefill_step(params, prompts, keys_of([0]), rules, config=config, slots=8)
-    assert int(free.token[0]) >= BYTES.vocab_size
+    # The control: the model alone takes one of those.
+    found = logits(config, params, np.array([[ord("a")]], np.int32))
+    assert int(np.argmax(found[0, -1])) >= BYTES.vocab_size
 
 
-def test_tokens_of_prompt_and_text_are_seen_and_padding_is_not(model):
-    config, params = model
-    tokens, lengths, rules = (
-        jnp.array([[5, 6, 7], [8, 0, 0]]),
-        jnp.array([3, 1]),
-        SamplingParams.of([GREEDY] * 2),
-    )
-    state = prefill_step(
-        params, Prompts(tokens, lengths), keys_of([0, 1]), rules, config=config, slots=8
-    )
-    for row, prompt in enumerate(([5, 6, 7], [8])):
-        assert set(np.flatnonzero(state.seen[row]).tolist()) == {*prompt, int(state.token[row])}
-    np.testing.assert_array_equal(state.position, lengths)
+def test_tokens_of_prompt_and_text_are_seen_and_those_of_the_answer_are_counted():
+    sampling = SamplingConfig(max_tokens=9, min_tokens=2, logit_bias=((3, 1.5),), stop_ids=(4,))
+    sequence = Sequence((0,), [5, 6, 5], 3 + 9)
+    sequence.tokens += [7, 6, 7]
+    rules = id_rules(sequence, sampling, [1, 99], 10)
+    assert np.flatnonzero(rules.in_prompt[0]).tolist() == [5, 6]
+    assert np.asarray(rules.counts[0]).tolist() == [0, 0, 0, 0, 0, 0, 1, 2, 0, 0]
+    assert np.flatnonzero(rules.is_end[0]).tolist() == [1, 4]
+    assert (int(rules.first_end[0]), float(rules.bias[0, 3])) == (5, 1.5)
 
 
 # Settings that differ in every field that is drawn by, greedy ones among them.
@@ -220,10 +219,11 @@ MIXED = (
 
 
 def test_one_compilation_serves_all_settings(model):
-    prefill_step.clear_cache()
-    decode_step.clear_cache()
+    def compiled() -> list[int]:
+        return [program._cache_size() for program in (read, draw_step, admit)]
+
     run(model, ["abc"] * len(MIXED), temperature=1.0)
-    assert (prefill_step._cache_size(), decode_step._cache_size()) == (1, 1)
+    before = compiled()
     # Neither another prompt, seed, stop string, limit nor rule of drawing compiles anything, for
     # all rows or for some.
     others = [f"another prompt {i}" for i in range(len(MIXED))]
@@ -231,9 +231,10 @@ def test_one_compilation_serves_all_settings(model):
     for changed in MIXED:
         generate(*model, BYTES, others, changed)
     generate(*model, BYTES, others, MIXED)
-    assert (prefill_step._cache_size(), decode_step._cache_size()) == (1, 1)
-    run(model, ["abc"])  # the control: another number of rows
-    assert (prefill_step._cache_size(), decode_step._cache_size()) == (2, 2)
+    assert compiled() == before
+    read.clear_cache()
+    run(model, ["abc"])  # the control: as many tiles as there are
+    assert compiled()[0] == 2
 
 
 def test_prompts_of_one_batch_take_settings_of_their_own(model):

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from research.inference.beam_step import beam_step
 
 from research.core.random import keys_of
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import beam_generate
-from research.inference.beam_step import beam_step
 from research.inference.generate import DecodeState, decode_step, generate, prefill_step
 from research.inference.prefill import prefill
 from research.inference.prompts import encode
-from research.inference.sampling import SamplingConfig, SamplingParams
+from research.inference.sampling_config import SamplingConfig, SamplingParams
 from research.models import cache as caches
 from research.models.config import (
     ExpertsConfig,

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.inference.generate import DecodeState, decode_step
-from research.inference.sampling import SamplingConfig, SamplingParams
+from research.inference.sampling_config import SamplingConfig, SamplingParams
 from research.models.config import AttentionConfig, ExpertsConfig, MlpConfig, ModelConfig
 from research.models.language_model import abstract_boxed_params, language_model
 from research.parallel.mesh import make_mesh

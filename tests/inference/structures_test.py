@@ -14,7 +14,7 @@ from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import beam_generate
 from research.inference.generate import generate
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.models.config import ModelConfig
 from research.models.transformer import Transformer
 from tests.models.variants import VARIANTS

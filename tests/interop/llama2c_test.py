@@ -12,7 +12,7 @@ from research.core.trees import count, named_leaves
 from research.data import tokenizers
 from research.data.tokenizers import TokenizerConfig
 from research.inference.generate import generate
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.interop.huggingface import from_hugging_face, to_hugging_face
 from research.interop.llama2c import from_llama2c
 from tests.interop import cases

@@ -14,7 +14,7 @@ import pytest
 from research.core.trees import named_leaves
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.generate import generate
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.models.cache import Cache
 from research.models.language_model import LanguageModel, language_model, register_model
 from research.models.reports import no_reports

@@ -13,7 +13,7 @@ import pytest
 
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.generate import generate
-from research.inference.sampling import SamplingConfig
+from research.inference.sampling_config import SamplingConfig
 from research.models import latent
 from research.models.cache import Cache, empty_cache
 from research.models.config import AttentionConfig, LatentConfig, LayerConfig, ModelConfig

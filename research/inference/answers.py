@@ -1,0 +1,128 @@
+"""Answers under way, and what they are when they end."""
+
+import dataclasses
+import time
+
+import numpy as np
+from jaxtyping import UInt32
+
+from research.core.random import SEEDS
+from research.inference.requests import Request
+from research.inference.scheduler import Sequence
+from research.inference.text import Completion, Detokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one place of a text.
+
+    Attributes:
+      token: the id there.
+      logprob: of it.
+      top: the likeliest ids with theirs, the likeliest first.
+      kept: ids that could be drawn, a bit for each, as of `IdRules.allowed`; None where they were
+        not asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    kept: UInt32[np.ndarray, "words"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam(Completion):
+    """A completion found by beam search.
+
+    Attributes:
+      score: Σ log p of its tokens / number of tokens^length_penalty.
+    """
+
+    score: float
+
+
+class Sample:
+    """One of the answers to a request.
+
+    Attributes:
+      answer: all of them.
+      seed: that it is drawn with.
+      sequence: its tokens.
+      logprobs: of each of them.
+      error: why it ended without an end, or None.
+      memory: the row of what an encoder read for it, while it has one.
+    """
+
+    def __init__(self, answer: "Answer", index: int, sequence: Sequence, text: Detokenizer):
+        self.answer = answer
+        self.seed = (answer.request.sampling.seed + index) % SEEDS
+        self.sequence = sequence
+        self.logprobs: list[TokenLogprobs] = []
+        self.error: str | None = None
+        self.memory: int | None = None
+        self._text = text
+        self._new_text = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self._text.finished or self.error is not None
+
+    def push(self, found: TokenLogprobs) -> None:
+        """Adds a token."""
+        self.logprobs.append(found)
+        self._new_text += self._text.push(found.token)
+
+    def take_text(self) -> str:
+        """Returns the text that has become certain since the last call."""
+        text = self._new_text
+        self._new_text = ""
+        return text
+
+    def completion(self) -> Completion:
+        """Returns the text so far."""
+        return self._text.completion()
+
+    def mean_logprob(self) -> float:
+        """Returns the mean log-probability of its tokens, −∞ without any."""
+        if not self.logprobs:
+            return -np.inf
+        return float(np.mean([each.logprob for each in self.logprobs]))
+
+
+class Answer:
+    """The answers to a request.
+
+    Attributes:
+      request: what was asked.
+      samples: each that is drawn.
+      beams: the likeliest answers, best first, where a search was asked for and has ended.
+      error: why a search ended without them, or None.
+      prompt_logprobs: of each token of the prompt but the first, where they were asked for.
+      ends_at: when it must end, by the monotonic clock; None for never.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.samples: list[Sample] = []
+        self.beams: list[Beam] | None = None
+        self.error: str | None = None
+        self.prompt_logprobs: dict[int, TokenLogprobs] = {}
+        self.ends_at: float | None = None
+        if request.deadline is not None:
+            self.ends_at = time.monotonic() + request.deadline
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples, or the search, have ended."""
+        if self.request.beams is not None:
+            return self.beams is not None or self.error is not None
+        return all(sample.finished for sample in self.samples)
+
+    def best(self) -> list[Sample]:
+        """Returns the samples that were asked for: the likeliest by token where more are drawn."""
+        count = self.request.count
+        if len(self.samples) == count:
+            return self.samples
+        ordered = sorted(self.samples, key=Sample.mean_logprob, reverse=True)
+        return ordered[:count]

@@ -1,0 +1,97 @@
+"""What the device is told of a sequence that gets a slot."""
+
+from collections.abc import Collection
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, UInt32
+
+from research.core.random import key_words
+from research.inference.sampling import WORD, IdRules
+from research.inference.sampling_config import SamplingConfig, SamplingParams
+from research.inference.scheduler import Sequence
+from research.inference.slots import LogprobKind, Slots
+
+
+def pack_words(allowed: Bool[np.ndarray, "ids"]) -> UInt32[np.ndarray, "words"]:
+    """Returns bits of ids as words, as of `IdRules.allowed`."""
+    padded = np.pad(allowed, (0, -len(allowed) % WORD))
+    return np.packbits(padded, bitorder="little").view(np.uint32)
+
+
+def id_rules(
+    sequence: Sequence,
+    num_prompt: int,
+    sampling: SamplingConfig,
+    end_ids: Collection[int],
+    num_ids: int,
+) -> IdRules:
+    """Returns what holds for each id in a sequence, in one row.
+
+    Args:
+      sequence: whose.
+      num_prompt: how many of its tokens are the prompt's.
+      sampling: how its tokens are drawn.
+      end_ids: of the tokenizer.
+      num_ids: ids that may be drawn.
+    """
+    in_prompt = np.zeros((1, num_ids), bool)
+    counts = np.zeros((1, num_ids), np.int32)
+    # Prompts may have ids that are never drawn.
+    prompt = [i for i in sequence.tokens[:num_prompt] if i < num_ids]
+    in_prompt[0, prompt] = True
+    np.add.at(counts[0], np.array(sequence.tokens[num_prompt:], np.int32), 1)
+    bias = np.zeros((1, num_ids), np.float32)
+    for i, value in sampling.logit_bias:
+        bias[0, i] += value
+    is_end = np.zeros((1, num_ids), bool)
+    is_end[0, [i for i in end_ids if i < num_ids]] = True
+    is_end[0, list(sampling.stop_ids)] = True
+    words = -(-num_ids // WORD)
+    return IdRules(
+        in_prompt=jnp.asarray(in_prompt),
+        counts=jnp.asarray(counts),
+        bias=jnp.asarray(bias),
+        is_end=jnp.asarray(is_end),
+        first_end=jnp.array([num_prompt + sampling.min_tokens], jnp.int32),
+        allowed=jnp.asarray(np.full((1, words), 2**WORD - 1, np.uint32)),
+    )
+
+
+def one_slot(
+    sequence: Sequence,
+    sampling: SamplingConfig,
+    seed: int,
+    memory: int,
+    kind: LogprobKind,
+    rules: IdRules,
+    drafts: int,
+) -> Slots:
+    """Returns what the device keeps of a sequence, in one row.
+
+    Args:
+      sequence: which.
+      sampling: how its tokens are drawn.
+      seed: that they are drawn with.
+      memory: the row of what an encoder read for it.
+      kind: of its log-probabilities.
+      rules: of its ids.
+      drafts: that a sequence may have.
+    """
+    plain = SamplingConfig()
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    names = (*names, "min_tokens")
+    edits = any(getattr(sampling, name) != getattr(plain, name) for name in names)
+    # [1, words] -> [1, 1 + drafts, words]
+    allowed = np.repeat(np.asarray(rules.allowed)[:, None], 1 + drafts, axis=1)
+    return Slots(
+        newest=jnp.array(sequence.tokens[-1:], jnp.int32),
+        drafts=jnp.asarray(np.full((1, drafts), -1, np.int32)),
+        keys=jnp.asarray(key_words([seed])),
+        limit=jnp.array([sequence.limit], jnp.int32),
+        memory=jnp.array([memory], jnp.int32),
+        sampling=SamplingParams.of([sampling]),
+        edits=jnp.array([edits or sequence.needs_host]),
+        rules=rules.replace(allowed=jnp.asarray(allowed)),
+        kind=jnp.array([int(kind)], jnp.int32),
+    )

@@ -1,0 +1,282 @@
+"""The device side of an engine: parameters, pages and slots, and the programs that change them."""
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, UInt32
+
+from research.inference.drawing import Allowed, draw_step
+from research.inference.placement import id_rules, one_slot
+from research.inference.programs import copy_pages, empty_state, read, read_prefix, read_source
+from research.inference.sampling_config import SamplingConfig
+from research.inference.scheduler import Row
+from research.inference.scheduler import Sequence as Answered
+from research.inference.serve_config import ServeConfig
+from research.inference.slots import (
+    Drawn,
+    LogprobKind,
+    Slots,
+    StepRows,
+    admit,
+    empty_slots,
+)
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import ModelConfig
+from research.models.paged_cache import PageTable
+from research.parallel.target import platform
+
+logger = logging.getLogger("tessera")
+
+# Widths of what is read in one piece, at most: each is compiled.
+WIDTHS = 3
+
+
+def piece_widths(max_length: int) -> tuple[int, ...]:
+    """Returns the widths that an encoder's tokens and prefix decoders' prompts are padded to."""
+    # 1024 -> 64, 256, 1024
+    widths = [max_length]
+    while len(widths) < WIDTHS and widths[0] > 64:
+        widths.insert(0, max(64, widths[0] // 4))
+    return tuple(widths)
+
+
+class Runner:
+    """What an engine keeps on its devices.
+
+    Args:
+      config: of the model.
+      params: its parameters.
+      serve: how it runs.
+      num_ids: only ids below it are drawn.
+      mesh: that the parameters are sharded over; None is one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        serve: ServeConfig,
+        num_ids: int,
+        mesh: Mesh | None,
+    ):
+        self.params = params
+        # Page 0 is nobody's.
+        self.num_pages = 1 + -(-serve.tokens // PAGE_SIZE)
+        self.pages_per_sequence = -(-config.max_length // PAGE_SIZE)
+        self.table = np.zeros((serve.slots, self.pages_per_sequence), np.int32)
+        self._config = config
+        self._serve = serve
+        self._num_ids = num_ids
+        self._mesh = mesh
+        self._widths = piece_widths(config.max_length)
+        self._tiles = serve.row_tiles()
+        # Whole tiles of the largest size.
+        self._width = -(-serve.rows // self._tiles[-1]) * self._tiles[-1]
+        with self._on_mesh():
+            self._state = empty_state(
+                params,
+                self._device_table(self.table),
+                config=config,
+                rows=self._width,
+            )
+            self._slots = empty_slots(serve.slots, num_ids, serve.drafts)
+            shape = self._slots.rules.allowed.shape
+            nothing = jnp.full(shape[0], shape[0], jnp.int32)
+            self._nothing_new = Allowed(nothing, jnp.zeros(shape, jnp.uint32))
+        self._tiles = self._warm_up()
+
+    def place(self, slot: int, sequence: Slots) -> None:
+        """Puts a sequence into a slot."""
+        with self._on_mesh():
+            self._slots = admit(self._slots, jnp.int32(slot), sequence)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies pages: pairs of one and where to."""
+        if not copies:
+            return
+        # Page 0, which nobody reads, is copied to itself where there are fewer than slots.
+        pairs = np.zeros((self._serve.slots, 2), np.int32)
+        pairs[: len(copies)] = copies
+        with self._on_mesh():
+            self._state = copy_pages(
+                self._state, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1])
+            )
+
+    def read_source(self, row: int, ids: Sequence[int]) -> None:
+        """Has the encoder read tokens into a row of the memory."""
+        with self._on_mesh():
+            self._state = read_source(
+                self.params, self._state, jnp.int32(row), *self._piece(ids), config=self._config
+            )
+
+    def read_prefix(self, slot: int, ids: Sequence[int]) -> None:
+        """Reads a prompt whose tokens attend to all of it into the pages of a slot."""
+        table = self._device_table(self.table[slot : slot + 1])
+        with self._on_mesh():
+            self._state = read_prefix(
+                self.params, self._state, table, *self._piece(ids), config=self._config
+            )
+
+    def _piece(self, ids: Sequence[int]) -> tuple[Int[jax.Array, "1 T"], Int[jax.Array, "1"]]:
+        width = next(width for width in self._widths if len(ids) <= width)
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : len(ids)] = ids
+        return jnp.asarray(tokens), jnp.array([len(ids)], jnp.int32)
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        targets: Mapping[int, int],
+        wants: set[int],
+        masks: Mapping[int, UInt32[np.ndarray, "drafts words"]],
+    ) -> tuple[Drawn, Int[jax.Array, "slots"]]:
+        """Starts a step.
+
+        Args:
+          rows: of it.
+          targets: the token whose log-probability is wanted, by index of the row.
+          wants: indices of rows whose likeliest and kept ids are wanted.
+          masks: which ids may be drawn next, after the newest token and after each draft, of slots
+            where that has changed.
+        """
+        tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
+        arrays = self._rows(rows, targets, wants)
+        self._read(arrays, len(rows), tile, self.table)
+        return self._draw(arrays, self._allowed(masks))
+
+    def _read(
+        self, rows: StepRows, count: int, tile: int, table: Int[np.ndarray, "slots pages"]
+    ) -> None:
+        with self._on_mesh():
+            self._state = read(
+                self.params,
+                self._state,
+                self._slots,
+                self._device_table(table),
+                rows,
+                jnp.int32(-(-count // tile)),
+                config=self._config,
+                tile=tile,
+            )
+
+    def _draw(self, rows: StepRows, allowed: Allowed) -> tuple[Drawn, Int[jax.Array, "slots"]]:
+        needed = np.flatnonzero(np.asarray(rows.draws) | (np.asarray(rows.target) >= 0))
+        width = self._width
+        order = np.full(width, width, np.int32)
+        order[: len(needed)] = needed
+        with self._on_mesh():
+            self._slots, drawn, accepted = draw_step(
+                self._slots,
+                rows,
+                self._state.logits,
+                jnp.asarray(order),
+                jnp.int32(len(needed)),
+                allowed,
+                # On CPU few rows draw, and those that do not cost nothing.
+                draw_rows=1 if platform() == "cpu" else width,
+                num_top=min(self._serve.top_logprobs, self._config.vocab_size),
+            )
+        return drawn, accepted
+
+    def _rows(self, rows: Sequence[Row], targets: Mapping[int, int], wants: set[int]) -> StepRows:
+        width = self._width
+        arrays = {
+            "slot": np.full(width, self._serve.slots, np.int32),
+            "position": np.zeros(width, np.int32),
+            "token": np.zeros(width, np.int32),
+            "draft": np.zeros(width, np.int32),
+            "draws": np.zeros(width, bool),
+            "target": np.full(width, -1, np.int32),
+            "wants": np.zeros(width, bool),
+        }
+        for index, row in enumerate(rows):
+            arrays["slot"][index] = row.slot
+            arrays["position"][index] = row.position
+            arrays["token"][index] = -1 if row.token is None else row.token
+            arrays["draft"][index] = row.draft
+            arrays["draws"][index] = row.draws
+            arrays["target"][index] = targets.get(index, -1)
+            arrays["wants"][index] = index in wants
+        return StepRows(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+    def _allowed(self, masks: Mapping[int, UInt32[np.ndarray, "drafts words"]]) -> Allowed:
+        if not masks:
+            return self._nothing_new
+        shape = self._slots.rules.allowed.shape
+        slots = np.full(shape[0], shape[0], np.int32)
+        words = np.zeros(shape, np.uint32)
+        for index, (slot, mask) in enumerate(masks.items()):
+            slots[index] = slot
+            words[index, : len(mask)] = mask
+        return Allowed(jnp.asarray(slots), jnp.asarray(words))
+
+    def _warm_up(self) -> tuple[int, ...]:
+        """Compiles all programs, and returns the tiles that compute a row alike.
+
+        Each tile writes the same tokens, and draws after each of them. How a machine multiplies a
+        tile depends on its rows; only those tiles may take turns whose keys, values and log-
+        probabilities are, bit for bit, those of the largest one.
+        """
+        for width in self._widths:
+            if self._config.structure == "encoder_decoder":
+                self.read_source(0, [0] * width)
+            if self._config.structure == "prefix":
+                self.read_prefix(0, [0] * width)
+
+        self.copy_pages([(0, 0)])
+        largest = self._tiles[-1]
+        count = min(largest, self._serve.tokens, self._config.max_length)
+        ids = [(1 + 7919 * index) % self._num_ids for index in range(count)]
+        sequence = Answered((0,), ids, count + 1)
+        sampling = SamplingConfig(temperature=0.0, max_tokens=1)
+        rules = id_rules(sequence, count, sampling, (), self._num_ids)
+        drafts = self._serve.drafts
+        self.place(0, one_slot(sequence, sampling, 0, 0, LogprobKind.RAW, rules, drafts))
+        rows = [Row(sequence, 0, index, token, True) for index, token in enumerate(ids)]
+        found = {tile: self._probe(rows, tile) for tile in self._tiles}
+        if not self._serve.invariant:
+            return self._tiles
+
+        alike = []
+        for tile, arrays in found.items():
+            pairs = zip(arrays, found[largest], strict=True)
+            if all(left.tobytes() == right.tobytes() for left, right in pairs):
+                alike.append(tile)
+        left_out = [tile for tile in self._tiles if tile not in alike]
+        if left_out:
+            logger.info("tiles %s compute otherwise here than %d; left out", left_out, largest)
+        return tuple(alike)
+
+    def _probe(self, rows: Sequence[Row], tile: int) -> list[np.ndarray]:
+        """Returns all that steps of one tile compute from rows: log-probabilities, and pages."""
+        table = np.zeros_like(self.table)
+        pages = -(-len(rows) // PAGE_SIZE)
+        table[0, :pages] = np.arange(1, 1 + pages)
+        logprobs = []
+        for start in range(0, len(rows), tile):
+            part = self._rows(rows[start : start + tile], {}, set())
+            self._read(part, tile, tile, table)
+            drawn, _ = self._draw(part, self._nothing_new)
+            logprobs.append(np.asarray(drawn.logprob)[:tile])
+        written = []
+        for layer in self._state.layers:
+            for leaf in jax.tree.leaves(layer.tokens):
+                # Page 0, where padding is written, is not compared: [*L, pages, …].
+                axis = leaf.shape.index(self.num_pages)
+                written.append(np.take(np.asarray(leaf), range(1, 1 + pages), axis))
+        return [np.concatenate(logprobs)[: len(rows)], *written]
+
+    def _device_table(self, ids: Int[np.ndarray, "rows pages"]) -> PageTable:
+        # A copy: the host changes its own while the device reads.
+        return PageTable(jnp.array(ids), self.num_pages, PAGE_SIZE)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        if self._mesh is None:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self._mesh)

@@ -1,0 +1,50 @@
+"""How an engine runs."""
+
+import dataclasses
+
+from research.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """How an engine runs.
+
+    Attributes:
+      slots: sequences that run at a time, at most.
+      tokens: of all sequences that the cache holds, at most.
+      rows: tokens of a step, at most: those of prompts beside one of each running sequence.
+      tiles: rows that a compiled step takes at a time, in rising order. With fewer rows than the
+        largest tile, a step takes the smallest tile that they fit in.
+      invariant: whether an answer is, bit for bit, a function of its request alone. Else a step
+        takes all its rows at once.
+      prefix_cache: whether prompts share the pages of what they begin with.
+      drafts: guessed tokens that a sequence may have in a step, at most; 0 for none.
+      top_logprobs: of a token, at most.
+    """
+
+    slots: int = 16
+    tokens: int = 16_384
+    rows: int = 64
+    tiles: tuple[int, ...] = (2, 8, 16)
+    invariant: bool = True
+    prefix_cache: bool = True
+    drafts: int = 0
+    top_logprobs: int = 20
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("tokens", 1), ("rows", 1), ("drafts", 0)):
+            if getattr(self, name) < least:
+                raise UserError(name, getattr(self, name), f"must be at least {least}.")
+        if not self.tiles or list(self.tiles) != sorted(set(self.tiles)) or self.tiles[0] < 1:
+            raise UserError("tiles", self.tiles, "must be numbers from 1 in rising order.")
+        least = self.slots * (1 + self.drafts)
+        if self.rows < least:
+            raise UserError("rows", self.rows, f"must be at least slots · (1 + drafts) = {least}.")
+
+    def row_tiles(self) -> tuple[int, ...]:
+        """Returns the tiles that steps are compiled for."""
+        if self.invariant:
+            return self.tiles
+        # The last one takes all rows at once.
+        smaller = [tile for tile in self.tiles if tile < self.rows]
+        return (*smaller, self.rows)
