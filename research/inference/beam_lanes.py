@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from research.inference.beam_search import BeamSearch
 from research.inference.scheduler import Scheduler, Sequence
@@ -57,16 +57,21 @@ class BeamLanes:
         self.search = search
         self.lanes = [first]
         self._found: dict[Lane, tuple[np.ndarray, np.ndarray]] = {}
+        self._allowed = search.allowed() if search.has_rules else None
         self._num_lanes = 1
 
     def collect(
         self, lane: Lane, ids: Int[np.ndarray, "top"], log_p: Float[np.ndarray, "top"]
     ) -> bool:
-        """Takes the likeliest continuations of a lane; returns whether those of all lanes are here."""
+        """Takes the likeliest continuations of a lane; returns whether all lanes have theirs."""
         count = self.search.num_candidates
         self._found[lane] = (ids[:count], log_p[:count])
         lane.sequence.pause()
         return all(lane in self._found for lane in self.lanes)
+
+    def allowed(self, lane: Lane) -> Bool[np.ndarray, "ids"] | None:
+        """Returns which ids may continue a lane; None for all."""
+        return None if self._allowed is None else self._allowed[self.lanes.index(lane)]
 
     def advance(self, scheduler: Scheduler) -> Changes:
         """Extends all hypotheses by one token.
@@ -103,6 +108,8 @@ class BeamLanes:
             if lane not in begun:
                 lane.sequence.add([hypothesis.tokens[-1]])
         self.lanes = lanes
+        if self._allowed is not None:
+            self._allowed = self.search.allowed()
         return Changes(begun, ended, copies)
 
     def _fork(self, parent: Lane, token: int) -> Lane:

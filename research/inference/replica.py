@@ -210,7 +210,11 @@ class Replica:
                 self.abort(answer, "deadline")
 
     def _start(self, rows: list[Row]) -> UnderWay:
-        for sequence in self._scheduler.take_admitted():
+        admitted = self._scheduler.take_admitted()
+        for sequence in admitted:
+            # What it had in an earlier stay may be another's now.
+            self._members[sequence].memory = None
+        for sequence in admitted:
             self._place(sequence)
         for sequence in {row.sequence for row in rows}:
             table = self._runner.table[sequence.slot]
@@ -239,10 +243,9 @@ class Replica:
 
     def _search_masks(self, lane: Lane, row: Row) -> dict[int, np.ndarray]:
         """Returns which ids may continue a lane, by slot, where not all may."""
-        lanes = self._searches[lane.answer]
-        if not row.draws or not lanes.search.has_rules:
+        allowed = self._searches[lane.answer].allowed(lane)
+        if allowed is None or not row.draws:
             return {}
-        allowed = lanes.search.allowed()[lanes.lanes.index(lane)]
         return {row.slot: pack_words(allowed)[None]}
 
     def _is_of_prompt(self, sample: Sample, row: Row) -> bool:

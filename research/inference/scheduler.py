@@ -161,8 +161,8 @@ class Scheduler:
         return -(-tokens // self.page_size)
 
     def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]]:
-        """Gives a sequence that begins as another one does a slot, the other's full pages, and a page
-        for the rest; or queues it.
+        """Gives a sequence that begins as another one a slot, the other's full pages, and a copy of
+        the page that is filled in part; or queues it.
 
         Args:
           parent: all of whose tokens are written, if it runs.

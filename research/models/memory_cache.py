@@ -1,6 +1,7 @@
 """The cache of a layer's cross-attention."""
 
 import flax.struct
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.models.cache_rows import HEADS, lay_out_rows

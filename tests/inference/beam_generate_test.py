@@ -1,22 +1,22 @@
 """Beams of a decoder: those of transformers, of each prompt by itself, as text."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from research.inference.beam_step import beam_step
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
+from research.inference.answers import Beam
 from research.inference.beam_config import BeamConfig
-from research.inference.beam_generate import Beam, CachedBeamModel, beam_generate
-from research.inference.beam_search import Hypothesis, beam_search
-from research.inference.generate import generate
-from research.inference.prefill import prefill
-from research.inference.prompts import Prompts
+from research.inference.beam_generate import beam_generate
+from research.inference.beam_search import Hypothesis
+from research.inference.engine import Engine
+from research.inference.generate import generate, serve_config
+from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.interop.huggingface import from_hugging_face
 from research.interop.mapping import params_from
@@ -43,25 +43,38 @@ def run(model: tuple[ModelConfig, Any], prompts: list[str], **fields) -> list[li
     return beam_generate(*model, BYTES, prompts, dataclasses.replace(BEAMS, **fields))
 
 
-def golden_search(
-    name: str, model: tuple[ModelConfig, Any], beams: BeamConfig
-) -> list[list[Hypothesis]]:
-    """Searches all golden prompts at once, however long they are."""
-    config, params = model
-    padded = np.zeros((len(beam_cases.PROMPTS), 8), np.int32)
-    for row, ids in enumerate(beam_cases.PROMPTS):
-        padded[row, : len(ids)] = ids
-    prompts = Prompts(jnp.asarray(padded), jnp.asarray([len(ids) for ids in beam_cases.PROMPTS]))
-    return beam_search(
-        CachedBeamModel(config),
-        params,
-        prefill(params, prompts, config=config, slots=20)[1],
-        beam_cases.PROMPTS,
-        beams,
-        slots=20,
-        num_ids=cases.VOCAB,
-        end_ids=[beam_cases.MODELS[name][1]],
-    )
+class Ids(ByteTokenizer):
+    """A tokenizer of the golden models' ids, which are no text."""
+
+    def __init__(self, eos_id: int):
+        super().__init__()
+        self.vocab_size = cases.VOCAB
+        self.eos_id = eos_id
+
+
+def searched(
+    model: tuple[ModelConfig, Any],
+    prompts: Sequence[Sequence[int]],
+    eos_id: int,
+    grid: Sequence[BeamConfig],
+) -> list[list[list[Beam]]]:
+    """The beams of each prompt, by settings, all in one engine."""
+    requests = [Request(tuple(ids), beams=beams) for beams in grid for ids in prompts]
+    tokenizer = Ids(eos_id)
+    serve = serve_config(model[0], requests, len(tokenizer.end_ids))
+    answers = Engine(*model, tokenizer, serve).run(requests)
+    found = iter(answer.beams for answer in answers)
+    return [[next(found) for _ in prompts] for _ in grid]
+
+
+def assert_equal(
+    found: list[list[Beam]], wanted: list[list[Hypothesis]], beams: BeamConfig
+) -> None:
+    assert [[one.tokens for one in best] for best in found] == [
+        [one.tokens for one in best] for best in wanted
+    ]
+    scores = [np.array([one.score for best in texts for one in best]) for texts in (found, wanted)]
+    np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
 
 
 def golden_model(name: str, parent: Any) -> tuple[ModelConfig, Any]:
@@ -74,15 +87,9 @@ def golden_model(name: str, parent: Any) -> tuple[ModelConfig, Any]:
 @pytest.mark.parametrize("name", beam_cases.MODELS)
 def test_beams_equal_transformers(name, tmp_path):
     model = golden_model(name, tmp_path)
-    for beams, wanted in zip(beam_cases.GRID, beam_cases.stored(name), strict=True):
-        found = golden_search(name, model, beams)[: len(wanted)]
-        assert [[one.tokens for one in best] for best in found] == [
-            [one.tokens for one in best] for best in wanted
-        ]
-        scores = [
-            np.array([one.score for best in texts for one in best]) for texts in (found, wanted)
-        ]
-        np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
+    found = searched(model, beam_cases.PROMPTS, beam_cases.MODELS[name][1], beam_cases.GRID)
+    for texts, beams, wanted in zip(found, beam_cases.GRID, beam_cases.stored(name), strict=True):
+        assert_equal(texts[: len(wanted)], wanted, beams)
 
 
 @pytest.mark.fast_cases("marian")
@@ -90,28 +97,12 @@ def test_beams_equal_transformers(name, tmp_path):
 def test_beams_of_encoder_decoders_equal_transformers(name):
     config = registry.model(name).config
     params = params_from(registry.model(name).architecture, config, beam_cases.tensors(name))
-    sources, lengths = np.zeros((len(beam_cases.SOURCES), 16), np.int32), []
-    for row, ids in enumerate(beam_cases.SOURCES):
-        sources[row, : len(ids)] = ids
-        lengths.append(len(ids))
-    starts = [[beam_cases.START]] * len(lengths)
-    prompts = Prompts(
-        jnp.asarray(starts), jnp.ones(len(lengths), int), jnp.asarray(sources), jnp.asarray(lengths)
-    )
-    cache = prefill(params, prompts, config=config, slots=16)[1]
-    told_apart = set()
-    for beams, wanted in zip(beam_cases.grid(name), beam_cases.stored(name), strict=True):
-        options = {"slots": 16, "num_ids": cases.VOCAB, "end_ids": [beam_cases.eos_id(name)]}
-        found = beam_search(CachedBeamModel(config), params, cache, starts, beams, **options)
-        assert [[one.tokens for one in best] for best in found] == [
-            [one.tokens for one in best] for best in wanted
-        ]
-        scores = [
-            np.array([one.score for best in texts for one in best]) for texts in (found, wanted)
-        ]
-        np.testing.assert_allclose(*scores, atol=1e-4, rtol=1e-6, err_msg=str(beams))
-        told_apart.add(str([best[0].tokens for best in found]))
-    assert len(told_apart) > 6
+    grid = beam_cases.grid(name)
+    config = dataclasses.replace(config, decoder_start_id=beam_cases.START)
+    found = searched((config, params), beam_cases.SOURCES, beam_cases.eos_id(name), grid)
+    for texts, beams, wanted in zip(found, grid, beam_cases.stored(name), strict=True):
+        assert_equal(texts, wanted, beams)
+    assert len({str([best[0].tokens for best in texts]) for texts in found}) > 6
 
 
 @pytest.mark.parametrize("name", beam_cases.MODELS)
@@ -140,10 +131,13 @@ def test_goldens_tell_the_settings_apart(name):  # the control
 def test_scanned_layers_give_the_same_beams(tmp_path):
     config, params = golden_model("llama-3.2-1b", tmp_path)
     scanned = (dataclasses.replace(config, layer_loop="scan"), stack(params, config.num_layers))
-    beams = beam_cases.GRID[13]
-    unrolled = golden_search("llama-3.2-1b", (config, params), beams)
-    for found, wanted in zip(golden_search("llama-3.2-1b", scanned, beams), unrolled, strict=True):
-        assert [one.tokens for one in found] == [one.tokens for one in wanted]
+    grid = [beam_cases.GRID[13]]
+    eos_id = beam_cases.MODELS["llama-3.2-1b"][1]
+    [unrolled] = searched((config, params), beam_cases.PROMPTS, eos_id, grid)
+    [found] = searched(scanned, beam_cases.PROMPTS, eos_id, grid)
+    assert [[one.tokens for one in best] for best in found] == [
+        [one.tokens for one in best] for best in unrolled
+    ]
 
 
 def test_one_beam_is_the_greedy_text_and_more_are_likelier(model):
@@ -202,22 +196,6 @@ def test_any_end_id_ends_a_beam_whose_score_is_that_of_its_tokens(model, monkeyp
     log_p = jax.nn.log_softmax(logits(config, params, np.asarray([ids], np.int32))[0])
     wanted = sum(float(log_p[place - 1, ids[place]]) for place in range(4, 7))
     assert found.score == pytest.approx(wanted, abs=1e-4)
-
-
-def test_one_compilation_serves_a_whole_generation_and_its_like(model):
-    beam_step.clear_cache()
-    prefill.clear_cache()
-    run(model, ["abc", "de"])
-    assert (prefill._cache_size(), beam_step._cache_size()) == (1, 1)
-    run(
-        model,
-        ["something else", "?"],
-        length_penalty=2.0,
-        max_tokens=5,
-        early_stopping=True,
-        forced_prefix=(65,),
-    )
-    assert (prefill._cache_size(), beam_step._cache_size()) == (1, 1)
 
 
 def test_what_cannot_be_searched_is_refused(model):

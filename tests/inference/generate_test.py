@@ -200,7 +200,7 @@ def test_tokens_of_prompt_and_text_are_seen_and_those_of_the_answer_are_counted(
     sampling = SamplingConfig(max_tokens=9, min_tokens=2, logit_bias=((3, 1.5),), stop_ids=(4,))
     sequence = Sequence((0,), [5, 6, 5], 3 + 9)
     sequence.tokens += [7, 6, 7]
-    rules = id_rules(sequence, sampling, [1, 99], 10)
+    rules = id_rules(sequence, 3, sampling, [1, 99], 10)
     assert np.flatnonzero(rules.in_prompt[0]).tolist() == [5, 6]
     assert np.asarray(rules.counts[0]).tolist() == [0, 0, 0, 0, 0, 0, 1, 2, 0, 0]
     assert np.flatnonzero(rules.is_end[0]).tolist() == [1, 4]
