@@ -1,6 +1,8 @@
 """One side of `tessera bench latent`, a process: decode steps in one of the two forms."""
 
+import functools
 import sys
+from typing import Any
 
 from research.bench.sides import serve
 from research.core import backend
@@ -13,8 +15,7 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from research.inference.generate import DecodeState, decode_step
-    from research.inference.sampling_config import SamplingConfig, SamplingParams
+    from research.inference.prefill import next_logits
     from research.models import latent
     from research.models.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig
     from research.models.language_model import language_model
@@ -35,19 +36,20 @@ def main(form: str, batch: int, slots: int, dtype: str) -> None:
     model = language_model(config, platform())
     params = nn.unbox(model.init(jax.random.key(0)))
     # As after a prompt that fills half of the cache.
-    state = DecodeState(
-        cache=model.empty_cache(params, batch, slots),
-        token=jnp.zeros(batch, jnp.int32),
-        position=jnp.full(batch, slots // 2, jnp.int32),
-        keys=jax.random.split(jax.random.key(0), batch),
-        sampling=SamplingParams.of([SamplingConfig(temperature=0.0)] * batch),
-        seen=jnp.zeros((batch, config.vocab_size), bool),
-    )
+    cache = model.empty_cache(params, batch, slots)
+    token = jnp.zeros(batch, jnp.int32)
+    position = jnp.full((batch, 1), slots // 2, jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(params: Any, cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+        index = jnp.zeros_like(token)
+        logits, cache = next_logits(config, params, token[:, None], position, cache, index)
+        return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def take() -> None:
-        nonlocal state
-        state = decode_step(params, state, config=config)
-        state.token.block_until_ready()
+        nonlocal cache, token
+        cache, token = step(params, cache, token)
+        token.block_until_ready()
 
     serve(take)
 

@@ -1,5 +1,5 @@
 """Beam search: the likeliest continuations of one prompt instead of sampled ones. Plain NumPy: it
-knows no model, and says which hypothesis goes on from which.
+knows no model, and says which hypothesis continues which.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Prompts as a model reads them: text to ids, ids to padded rows, rows to pages of a cache."""
+"""Prompts as a model reads them: text to ids, ids to padded rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,12 +10,9 @@ from jaxtyping import Array, Int
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.models.language_model import LanguageModelConfig
-from research.models.paged_cache import PageTable, contiguous_table
 
 # Prompts and caches are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
-# Forms of the KV cache: rows of slots, or pages of one pool.
-CACHES = ("dense", "paged")
 
 # A prompt: text, or ids that are used unchanged.
 Prompt = str | Sequence[int]
@@ -37,15 +34,6 @@ class Prompts:
     lengths: Int[Array, "B"]
     encoder_tokens: Int[Array, "B M"] | None = None
     encoder_lengths: Int[Array, "B"] | None = None
-
-    def rows(self) -> list[list[int]]:
-        """Returns the ids of each row of the decoder, without padding."""
-        tokens = np.asarray(self.tokens)
-        lengths = np.asarray(self.lengths)
-
-        # Tokens [5, 6, 0, 0] of length 2 -> [5, 6]
-        rows = zip(tokens, lengths, strict=True)
-        return [row[:length].tolist() for row, length in rows]
 
 
 def encode_ids(
@@ -96,15 +84,6 @@ def encode(
     return rows, min(bucket(needed), config.max_length)
 
 
-def prompt_ids(config: LanguageModelConfig, prompts: Prompts) -> list[list[int]]:
-    """Returns the ids before the new ones in each text, none where they begin with
-    `decoder_start_id`, which is not text.
-    """
-    if config.structure == "encoder_decoder":
-        return [[] for _ in prompts.rows()]
-    return prompts.rows()
-
-
 def check_room(
     encoded: Sequence[Sequence[int]], max_tokens: Sequence[int], config: LanguageModelConfig
 ) -> int:
@@ -132,31 +111,6 @@ def check_room(
                 f"Use at most {room - length}.",
             )
     return max(length + new for length, new in pairs)
-
-
-def check_cache(cache: str) -> None:
-    """Raises UserError where there is no such form of the cache."""
-    if cache not in CACHES:
-        raise UserError("cache", cache, f"is not one of {', '.join(CACHES)}.")
-
-
-def page_table_for(
-    cache: str, prompts: Prompts, new_tokens: Sequence[int], slots: int
-) -> PageTable | None:
-    """Returns the pages of a batch of prompts, each with room for its new tokens; None for the
-    dense cache.
-
-    Raises:
-      UserError: there is no such form of the cache.
-    """
-    check_cache(cache)
-    if cache == "dense":
-        return None
-
-    # A prompt of 5 tokens and 3 new ones has pages for 8.
-    prompt_lengths = np.asarray(prompts.lengths).tolist()
-    lengths = [old + new for old, new in zip(prompt_lengths, new_tokens, strict=True)]
-    return contiguous_table(lengths, slots)
 
 
 def bucket(length: int) -> int:

@@ -268,7 +268,7 @@ class Replica:
         memory = slot
         if self._config.structure == "encoder_decoder":
             memory = self._memory_row(member)
-        if sequence.in_one_piece and sequence.written == sequence.in_one_piece - 1:
+        if sequence.reads_piece:
             self._runner.table[slot] = 0
             self._runner.table[slot, : len(sequence.pages)] = sequence.pages
             self._runner.read_prefix(slot, request.ids)

@@ -148,7 +148,8 @@ class Runner:
         tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
         arrays = self._rows(rows, targets, wants)
         self._read(arrays, len(rows), tile, self.table)
-        return self._draw(arrays, self._allowed(masks))
+        needed = [index for index, row in enumerate(rows) if row.draws or index in targets]
+        return self._draw(arrays, needed, self._allowed(masks))
 
     def _read(
         self, rows: StepRows, count: int, tile: int, table: Int[np.ndarray, "slots pages"]
@@ -165,11 +166,14 @@ class Runner:
                 tile=tile,
             )
 
-    def _draw(self, rows: StepRows, allowed: Allowed) -> tuple[Drawn, Int[jax.Array, "slots"]]:
-        needed = np.flatnonzero(np.asarray(rows.draws) | (np.asarray(rows.target) >= 0))
+    def _draw(
+        self, rows: StepRows, needed: Sequence[int], allowed: Allowed
+    ) -> tuple[Drawn, Int[jax.Array, "slots"]]:
         width = self._width
         order = np.full(width, width, np.int32)
         order[: len(needed)] = needed
+        # On CPU few rows draw, and those that do not cost nothing.
+        draw_rows = 1 if platform() == "cpu" else width
         with self._on_mesh():
             self._slots, drawn, accepted = draw_step(
                 self._slots,
@@ -178,8 +182,7 @@ class Runner:
                 jnp.asarray(order),
                 jnp.int32(len(needed)),
                 allowed,
-                # On CPU few rows draw, and those that do not cost nothing.
-                draw_rows=1 if platform() == "cpu" else width,
+                draw_rows=draw_rows,
                 num_top=min(self._serve.top_logprobs, self._config.vocab_size),
             )
         return drawn, accepted
@@ -262,7 +265,7 @@ class Runner:
         for start in range(0, len(rows), tile):
             part = self._rows(rows[start : start + tile], {}, set())
             self._read(part, tile, tile, table)
-            drawn, _ = self._draw(part, self._nothing_new)
+            drawn, _ = self._draw(part, range(min(tile, len(rows) - start)), self._nothing_new)
             logprobs.append(np.asarray(drawn.logprob)[:tile])
         written = []
         for layer in self._state.layers:

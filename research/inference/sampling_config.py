@@ -135,17 +135,18 @@ class SamplingParams:
         # With top_p = 0 no token would stay, not even the likeliest.
         top_p = [max(config.top_p, smallest) for config in configs]
         typical_p = [max(config.typical_p, smallest) for config in configs]
-
-        def numbers(name: str) -> Float[Array, "B"]:
-            return jnp.asarray([getattr(config, name) for config in configs], jnp.float32)
+        min_p = [config.min_p for config in configs]
+        repetition = [config.repetition_penalty for config in configs]
+        presence = [config.presence_penalty for config in configs]
+        frequency = [config.frequency_penalty for config in configs]
 
         return cls(
             temperature=jnp.asarray(temperatures, jnp.float32),
             top_k=jnp.asarray(top_k, jnp.int32),
             top_p=jnp.asarray(top_p, jnp.float32),
-            min_p=numbers("min_p"),
+            min_p=jnp.asarray(min_p, jnp.float32),
             typical_p=jnp.asarray(typical_p, jnp.float32),
-            repetition_penalty=numbers("repetition_penalty"),
-            presence_penalty=numbers("presence_penalty"),
-            frequency_penalty=numbers("frequency_penalty"),
+            repetition_penalty=jnp.asarray(repetition, jnp.float32),
+            presence_penalty=jnp.asarray(presence, jnp.float32),
+            frequency_penalty=jnp.asarray(frequency, jnp.float32),
         )

@@ -30,6 +30,7 @@ class Sequence:
         grammar's mask, or drafts.
       is_urgent: whether it takes the slot of one that is served later: others of its request wait
         for it in theirs.
+      reads_piece: whether it was admitted with that prompt to be read.
       num_drafts: guesses of the tokens after the newest one, which the next step takes too.
       length: tokens that exist, with those that the device draws and the host has not read.
       written: tokens whose keys and values are in the pages, or are written by steps under way.
@@ -49,6 +50,7 @@ class Sequence:
     needs_host: bool = False
     is_urgent: bool = False
     num_drafts: int = 0
+    reads_piece: bool = False
     length: int = 0
     written: int = 0
     slot: int | None = None
@@ -185,6 +187,7 @@ class Scheduler:
             copies = [(parent.pages[full], page)]
             child.pages.append(page)
         child.written = parent.written
+        child.reads_piece = False
         self._run(child)
         return copies
 
@@ -257,7 +260,8 @@ class Scheduler:
                 self.pool.share(page)
             sequence.pages = shared
             sequence.written = len(shared) * self.page_size
-            if sequence.in_one_piece:
+            sequence.reads_piece = sequence.in_one_piece > 0
+            if sequence.reads_piece:
                 assert not shared
                 count = self.pages_of(sequence.in_one_piece)
                 sequence.pages = [self.pool.take() for _ in range(count)]

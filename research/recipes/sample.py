@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError
-from research.inference.prompts import check_cache
 from research.inference.requests import decoding_config
 from research.inference.text import Completion
 from research.recipes import conversations, sample_flags
@@ -43,7 +42,6 @@ def main(arguments: argparse.Namespace) -> None:
     fields = sample_flags.config_fields(arguments)
     # Mistakes in flags are found before a model is loaded.
     decoding_config(fields)
-    check_cache(arguments.cache)
     messages = conversations.from_flags(arguments)
 
     workdir = as_path(arguments.workdir, "workdir")
@@ -56,7 +54,6 @@ def main(arguments: argparse.Namespace) -> None:
         )
     if arguments.forced_prefix is not None:
         fields["forced_prefix"] = tuple(model.tokenizer.encode(arguments.forced_prefix))
-    fields["cache"] = arguments.cache
 
     # Prompts to continue, conversations to answer, or one that comes line by line.
     if messages is None:
@@ -126,7 +123,7 @@ def _append_samples(
 ) -> None:
     """Appends what was printed to `samples.txt`, with the settings that it was made with."""
     path = workdir / "samples.txt"
-    settings = decoding_config({name: fields[name] for name in fields if name != "cache"})
+    settings = decoding_config(fields)
     try:
         files.append_text(path, f"step {model.step}, {settings}\n{shown}\n\n")
     except OSError as error:

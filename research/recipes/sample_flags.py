@@ -9,7 +9,6 @@ from typing import Any
 
 from research.core import config as configs
 from research.inference.beam_config import BeamConfig
-from research.inference.prompts import CACHES
 from research.inference.sampling_config import SamplingConfig
 from research.recipes import conversations
 
@@ -43,9 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text = f"{docs[field.name]} (default {default})"
             parser.add_argument(f"--{field.name}", type=field.type, help=text, metavar="X")
 
-    parser.add_argument(
-        "--cache", default="dense", help=f"form of the KV cache: {' or '.join(CACHES)}", metavar="X"
-    )
     parser.add_argument(
         "--forced_prefix", help="text that every continuation found by beam search begins with"
     )

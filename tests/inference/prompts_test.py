@@ -9,8 +9,7 @@ import pytest
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.prefill import prefill
-from research.inference.prompts import Prompts, encode, page_table_for
-from research.kernels.decode_attention import PAGE_SIZE
+from research.inference.prompts import Prompts, encode
 from tests.models.variants import VARIANTS
 from tests.tiny import random_params, random_tokens, stack, tiny_config
 
@@ -52,15 +51,6 @@ def test_an_encoder_reads_a_prompt_beside_a_longer_one_as_alone(rule: str):
     assert (
         np.abs(first_logits(2, 9, [8, 9])[:1] - first_logits(1, 5, [5])).max() > 1e-2
     )  # the control
-
-
-def test_every_token_of_a_prompt_and_after_it_has_a_page_of_its_own():
-    prompts = Prompts(jnp.zeros((3, 64), jnp.int32), jnp.asarray([1, PAGE_SIZE, PAGE_SIZE + 1]))
-    table = page_table_for("paged", prompts, [2 * PAGE_SIZE, 1, 0], 4 * PAGE_SIZE)
-    pages = [row[row > 0].tolist() for row in np.asarray(table.ids)]
-    assert [len(row) for row in pages] == [3, 2, 2]
-    assert len({page for row in pages for page in row}) == 7
-    assert page_table_for("dense", prompts, [1, 1, 1], 64) is None
 
 
 @pytest.mark.parametrize("loop", ["auto", "scan", "unroll"])

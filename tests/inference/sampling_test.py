@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.core.random import keys_of
+from research.inference.placement import pack_words
 from research.inference.sampling import (
-    SamplingConfig,
-    SamplingParams,
+    IdRules,
+    apply_rules,
     draw,
     kth_largest,
+    pack_bits,
     penalize,
     truncate,
+    unpack_bits,
 )
+from research.inference.sampling_config import SamplingConfig, SamplingParams
 
 VOCAB = 12
 ROWS = st.integers(0, 10_000).map(
@@ -96,6 +100,45 @@ def test_top_p_that_is_reached_exactly_takes_no_further_token():
     assert kept(logits, top_p=float(np.nextafter(np.float32(0.5), np.float32(1)))) == {0, 1, 2}
 
 
+def typical(probabilities: np.ndarray, mass: float) -> set[int]:
+    """The fewest ids that reach a mass, nearest to the entropy first, one by one."""
+    surprise = -np.log(probabilities)
+    distance = np.abs(surprise - (probabilities * surprise).sum())
+    chosen, total = set(), 0.0
+    for i in np.argsort(distance):
+        chosen.add(int(i))
+        total += probabilities[i]
+        assume(abs(total - mass) > 1e-5)
+        if total >= mass:
+            break
+    return chosen
+
+
+@settings(deadline=None, max_examples=30)
+@given(ROWS, st.floats(0.01, 0.999))
+def test_typical_keeps_the_fewest_of_usual_surprise(logits: np.ndarray, mass: float):
+    wanted = typical(softmax(logits), mass)
+    assert kept(logits, typical_p=mass) == wanted
+
+
+def test_typical_may_leave_out_the_likeliest():
+    logits = np.log(np.array([0.4] + [0.06] * 10, np.float32))
+    assert kept(logits, typical_p=0.5) == set(range(1, 11))
+    assert kept(logits, top_p=0.3) == {0}  # the control
+
+
+@settings(deadline=None, max_examples=30)
+@given(ROWS, st.integers(2, VOCAB), st.floats(0.05, 0.9), st.floats(0.05, 0.999))
+def test_typical_is_taken_of_what_the_others_leave(
+    logits: np.ndarray, k: int, min_p: float, mass: float
+):
+    ratio = softmax(logits) / softmax(logits).max()
+    assume((np.abs(ratio - min_p) > 1e-5)[ratio < 1].all())
+    left = np.flatnonzero((logits >= np.sort(logits)[-k]) & (ratio >= min_p))
+    wanted = {int(left[i]) for i in typical(softmax(logits[left]), mass)}
+    assert kept(logits, top_k=k, min_p=min_p, typical_p=mass) == wanted
+
+
 def test_ties_at_the_cut_stay():
     logits = np.array([1.0, 2.0, 1.0, 0.0, 1.0], np.float32)
     assert kept(logits, top_k=2) == kept(logits, top_p=0.5) == {0, 1, 2, 4}
@@ -157,14 +200,70 @@ def test_penalty_lowers_seen_tokens_of_either_sign():
     np.testing.assert_allclose(penalize(logits, seen, jnp.array([1.25])), [[1.6, -2.5, 2.0, 0.0]])
 
 
+def rules_of(rows: int, vocab: int, **changes) -> IdRules:
+    """Rules of all rows alike."""
+    same = {
+        name: jnp.broadcast_to(jnp.asarray(x), (rows, *np.shape(x))) for name, x in changes.items()
+    }
+    return IdRules.none(rows, vocab).replace(**same)
+
+
+def edited(config: SamplingConfig, position: int = 0, **changes) -> np.ndarray:
+    """The logits 1, 2, 3, 4 after the rules."""
+    logits, params = jnp.array([[1.0, 2.0, 3.0, 4.0]]), SamplingParams.of([config])
+    found = jax.jit(apply_rules)(logits, rules_of(1, 4, **changes), jnp.array([position]), params)
+    return np.asarray(found)[0]
+
+
+def test_presence_and_frequency_are_of_the_answer_alone():
+    had = {"in_prompt": np.array([True] * 4), "counts": np.array([0, 1, 3, 0], np.int32)}
+    found = edited(SamplingConfig(presence_penalty=0.5), **had)
+    np.testing.assert_allclose(found, [1, 1.5, 2.5, 4])
+    found = edited(SamplingConfig(frequency_penalty=0.5), **had)
+    np.testing.assert_allclose(found, [1, 1.5, 1.5, 4])
+    found = edited(SamplingConfig(repetition_penalty=2.0), **had)
+    np.testing.assert_allclose(found, [0.5, 1, 1.5, 2])
+
+
+def test_repetition_comes_before_frequency_and_bias():
+    had = {"counts": np.array([0, 2, 0, 0], np.int32), "bias": np.array([0, 1, 0, -3], np.float32)}
+    config = SamplingConfig(repetition_penalty=2.0, frequency_penalty=0.25, presence_penalty=0.125)
+    np.testing.assert_allclose(edited(config, **had), [1, 2 / 2 - 2 * 0.25 - 0.125 + 1, 3, 1])
+
+
+def test_no_text_ends_before_its_first_end():
+    ends = {"is_end": np.array([False, True, False, True]), "first_end": np.int32(7)}
+    early, late = (edited(SamplingConfig(), position, **ends) for position in (6, 7))
+    np.testing.assert_array_equal(early, [1, -np.inf, 3, -np.inf])
+    np.testing.assert_array_equal(late, [1, 2, 3, 4])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 100), st.integers(0, 10_000))
+def test_masks_are_packed_as_they_are_unpacked(count: int, seed: int):
+    bits = np.random.default_rng(seed).random((2, count)) < 0.5
+    words = pack_bits(jnp.asarray(bits))
+    np.testing.assert_array_equal(unpack_bits(words, count), bits)
+    np.testing.assert_array_equal(np.stack([pack_words(row) for row in bits]), words)
+
+
+def test_an_id_that_is_not_allowed_is_not_drawn():
+    allowed = pack_words(np.array([True, True, False, False, True]))
+    found = draws(LOGITS, NONE_SEEN, SamplingConfig(), 200, allowed=allowed)
+    assert set(np.asarray(found)) == {0, 1, 4}
+
+
 draw_rows = jax.jit(draw)
 
 
-def draws(logits: np.ndarray, seen: np.ndarray, config: SamplingConfig, count: int) -> jax.Array:
+def draws(
+    logits: np.ndarray, seen: np.ndarray, config: SamplingConfig, count: int, **changes
+) -> jax.Array:
     """Many draws of one sequence, at one position after the other."""
-    rows, seen = (np.broadcast_to(x, (count, *x.shape)) for x in (logits, seen))
+    rules = rules_of(count, len(logits), in_prompt=seen, **changes)
+    rows = np.broadcast_to(logits, (count, *logits.shape))
     return draw_rows(
-        rows, seen, keys_of([0] * count), jnp.arange(count), SamplingParams.of([config] * count)
+        rows, rules, keys_of([0] * count), jnp.arange(count), SamplingParams.of([config] * count)
     )
 
 
@@ -230,13 +329,14 @@ def test_draw_of_a_sequence_depends_on_its_key_and_position_alone():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(3, 50)), jnp.float32)
     keys, positions = jax.vmap(jax.random.key)(jnp.arange(3)), jnp.array([4, 9, 2])
-    seen = jnp.zeros((3, 50), bool)
+    seen = IdRules.none(3, 50)
     plain = SamplingParams.of([SamplingConfig()])
     three = SamplingParams.of([SamplingConfig()] * 3)
     together = draw(logits, seen, keys, positions, three)
     for i in range(3):
         one = slice(i, i + 1)
-        assert draw(logits[one], seen[one], keys[one], positions[one], plain)[0] == together[i]
+        alone = draw(logits[one], IdRules.none(1, 50), keys[one], positions[one], plain)
+        assert alone[0] == together[i]
     same = jnp.broadcast_to(logits[:1], (3, 50))
     elsewhere = [draw(same, seen, keys, positions + shift, three).tolist() for shift in range(4)]
     assert len({tuple(row) for row in elsewhere}) > 1
@@ -257,6 +357,11 @@ def test_draw_of_a_sequence_depends_on_its_key_and_position_alone():
         ("seed", -1),
         ("seed", 2**64),
         ("stop", ("a", "")),
+        ("min_tokens", 129),
+        ("typical_p", 0.0),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((3, float("nan")),)),
     ],
 )
 def test_impossible_value_is_refused(field: str, value):

@@ -109,26 +109,6 @@ def test_beams_of_an_encoder_decoder_do_not_depend_on_the_batch(name: str):
     assert together[0][0].tokens != together[1][0].tokens
 
 
-@pytest.mark.fast_cases("sinks")
-@pytest.mark.parametrize("name", ["prefix", "post-norm encoder-decoder", "windows", "sinks"])
-def test_pages_give_the_tokens_of_rows(name: str):
-    config, params = model(name)
-    drawn = [
-        SamplingConfig(temperature=0.0, max_tokens=5),
-        SamplingConfig(temperature=1.0, max_tokens=30, seed=1),
-    ]
-    beams = BeamConfig(num_beams=3, max_tokens=5, num_return=2)
-    texts, searched = [], []
-    for cache in ("dense", "paged"):
-        texts.append(generate(config, params, BYTES, PROMPTS, drawn, cache=cache))
-        searched.append(beam_generate(config, params, BYTES, PROMPTS, beams, cache=cache))
-    assert texts[0] == texts[1]
-    assert [[one.tokens for one in best] for best in searched[0]] == [
-        [one.tokens for one in best] for best in searched[1]
-    ]
-    assert texts[0][0].tokens != texts[0][1].tokens[:5]  # the control
-
-
 def test_an_encoder_asked_for_text_says_what_it_is():
     config, params = model("encoder")
     for ask in (

@@ -13,7 +13,6 @@ from research.kernels.attention import AttentionMask
 from research.models.cache import Cache, DenseCache, empty_cache
 from research.models.config import ModelConfig, PositionConfig
 from research.models.transformer import Transformer
-from tests.models.variants import VARIANTS
 from tests.tiny import logits, random_params, random_tokens, stack, tiny_config
 
 LENGTHS, WIDTH, TOTAL, SLOTS = np.array([5, 9, 1]), 10, 14, 16
@@ -95,20 +94,3 @@ def test_cache_holds_a_token_in_the_slot_of_its_position():
     np.testing.assert_array_equal(seen[0].kv_positions, [[0, 1, 2, 3]] * 2)
     expected = [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
     np.testing.assert_array_equal(seen[0].dense(2, 4)[:, 0], expected)
-
-
-def test_rows_of_one_prompt_change_places_without_a_copy_of_what_its_encoder_read():
-    config = VARIANTS["encoder-decoder"]
-    cache = empty_cache(config, 4, 3, stacked=False, memory_segments=jnp.ones((4, 5), jnp.int32))
-
-    def number_rows(leaf):
-        return leaf + jnp.arange(4, dtype=leaf.dtype).reshape(4, *[1] * (leaf.ndim - 1))
-
-    numbered = jax.tree.map(number_rows, cache.layers)
-    cache, rows = cache.replace(layers=numbered), jnp.asarray([1, 1, 3, 2])
-    moved, taken = cache.reorder(rows.reshape(2, 2)), cache.take(rows)
-    assert moved.memory_segments is cache.memory_segments
-    for before, after, wanted in zip(cache.layers, moved.layers, taken.layers, strict=True):
-        assert after.memory.key is before.memory.key
-        np.testing.assert_array_equal(after.tokens.key, wanted.tokens.key)
-        np.testing.assert_array_equal(after.tokens.value[:, 0, 0, 0], rows)

@@ -115,22 +115,26 @@ def test_rows_take_the_pages_that_they_need():
     assert (table.num_pages, table.slots) == (7, 3 * PAGE_SIZE)
 
 
-def test_rows_that_are_taken_have_pages_of_their_own():
-    config = tiny_config()
-    params, prompts, table = random_params(config), prompts_for(config), table_of(config)
-    logits, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=table)
-    expected, _ = continued(config, params, prompts, logits, cache)
-    rows = jnp.array([2, 0, 2])
-    moved = cache.take(rows)
-    ids = np.asarray(moved.page_table.ids)
-    assert len(np.unique(ids)) == ids.size
-    assert ids.min() == 1
-    taken = dataclasses.replace(prompts, lengths=prompts.lengths[rows])
-    more, _ = continued(config, params, taken, logits[rows], moved)
-    # Rows continue with the tokens of their row index, so the logits are known only of row 2, which
-    # keeps its index.
-    np.testing.assert_allclose(more[:, 2], expected[:, 2], atol=1e-5)
-    assert np.abs(more[1:, 0] - expected[1:, 0]).max() > 0.1
+@pytest.mark.parametrize("name", ["windows", "latent"])
+def test_a_row_with_copied_pages_goes_on_as_the_other(name: str):
+    config = dataclasses.replace(VARIANTS[name], max_length=SLOTS)
+    params, prompts = random_params(config), prompts_for(config)
+    table = contiguous_table([SLOTS] * 3, SLOTS)
+    _, cache = prefill(params, prompts, config=config, slots=SLOTS, page_table=table)
+    # Row 0 gets copies of the pages of row 2.
+    sources, targets = table.ids[2], table.ids[0]
+    layers = [each.replace(tokens=each.tokens.copy(sources, targets)) for each in cache.layers]
+    before = jnp.array([2, 1, 2])
+    lengths = prompts.lengths[before]
+    tokens = random_tokens(1, 1)
+    read_next = jax.jit(next_logits, static_argnums=0)
+    inputs = (jnp.tile(tokens, (3, 1)), lengths[:, None])
+    index = jnp.zeros(3, jnp.int32)
+    copied, _ = read_next(config, params, *inputs, cache.replace(layers=tuple(layers)), index)
+    np.testing.assert_array_equal(copied[0], copied[2])
+    plain, _ = read_next(config, params, *inputs, cache, index)  # the control
+    assert np.abs(plain[0] - plain[2]).max() > 0.01
+    np.testing.assert_array_equal(plain[1], copied[1])
 
 
 def test_a_row_that_has_ended_counts_on_without_reading_what_is_not_there():

@@ -28,23 +28,6 @@ def test_samples_are_printed_and_kept(unbroken: Unbroken, tmp_path, capsys):
     assert kept.count(first) == 2
 
 
-@pytest.mark.fast_cases("flags0")
-@pytest.mark.parametrize("flags", [["--temperature=0.8"], ["--num_beams=3"]])
-def test_pages_give_the_samples_of_the_dense_cache(
-    flags: list[str], unbroken: Unbroken, tmp_path, capsys
-):
-    workdir = tmp_path / "run"
-    shutil.copytree(unbroken.workdir, workdir)
-    prompts = ["--prompt=the cat", "--prompt=12 12 12 12 12 12 12 12 12", "--max_tokens=12"]
-    texts = []
-    for cache in ("dense", "paged"):
-        assert (
-            cli.main(["sample", f"--workdir={workdir}", *prompts, *flags, f"--cache={cache}"]) == 0
-        )
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
-
-
 def test_empty_prompt_begins_a_document(unbroken: Unbroken, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken.workdir, workdir)
@@ -100,7 +83,6 @@ def test_beams_are_searched_where_there_is_more_than_one(unbroken: Unbroken, tmp
         (["--num_beams=3", "--stop=x"], "--stop = ('x',) draws, and num_beams = 3 searches."),
         (["--length_penalty=2"], "--length_penalty = 2.0 needs num_beams above 1."),
         (["--num_beams=0"], "--num_beams = 0 must be at least 1."),
-        (["--cache=pages"], "--cache = 'pages' is not one of dense, paged."),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_in_a_line(flags: list[str], said: str, capsys):
