@@ -148,7 +148,8 @@ class Runner:
         tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
         arrays = self._rows(rows, targets, wants)
         self._read(arrays, len(rows), tile, self.table)
-        needed = [index for index, row in enumerate(rows) if row.draws or index in targets]
+        drawing = {index for index, row in enumerate(rows) if row.draws}
+        needed = sorted(drawing | set(targets))
         return self._draw(arrays, needed, self._allowed(masks))
 
     def _read(
