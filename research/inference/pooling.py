@@ -178,9 +178,7 @@ class WholeTexts:
         """Implements `LoadedModel.fill_masks`."""
         structure = self._config.structure
         if structure != "encoder":
-            raise UserError(
-                "model.structure", structure, "fills no masks: it reads what comes before alone."
-            )
+            raise UserError("model.structure", structure, "fills no masks: an encoder does.")
         mask = self._tokenizer.mask_id
         if mask is None:
             raise UserError("tokenizer.mask_id", None, ": the tokenizer has no mask token.")

@@ -15,14 +15,15 @@ from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
 from research.inference.text_batches import Text, TextBatches, TextRows, pooled_states, read
 from research.models.transformer_model import TransformerModel
+from research.recipes.generation_mesh import mesh_for_generation, shardings_for_generation
 from research.recipes.loaded import LoadedModel
 from tests.models.variants import VARIANTS as ALL_VARIANTS
-from tests.tiny import random_params
+from tests.tiny import abstract_params, random_params
 
-# Bytes and their control tokens, and one id that the tokenizer does not have.
+# Bytes and their control tokens, and ids that the tokenizer does not have.
 TOKENIZER = ByteTokenizer(mask=True)
 MASK = TOKENIZER.mask_id
-VOCAB = TOKENIZER.vocab_size + 1
+VOCAB = TOKENIZER.vocab_size + 4
 VARIANTS = {
     name: dataclasses.replace(config, vocab_size=VOCAB, max_length=96)
     for name, config in ALL_VARIANTS.items()
@@ -37,7 +38,6 @@ SCORED = (
     "multi-token prediction",
     "prefix",
     "encoder-decoder",
-    "post-norm encoder-decoder",
 )
 # Two widths: 32 and 64.
 LENGTHS = (2, 31, 32, 33, 5, 64, 17, 3, 40)
@@ -99,6 +99,31 @@ def test_an_answer_is_bit_for_bit_that_of_the_text_alone(name: str, dtype: str):
         order = np.random.default_rng(1).permutation(len(ids))
         others = KINDS[kind](model, [ids[index] for index in order])
         assert [answers[index] for index in order] == [bits(each) for each in others], kind
+
+
+@pytest.mark.default_passes
+def test_embeddings_alone_and_mixed_have_the_same_bits_with_all_passes_of_the_compiler():
+    model = loaded("encoder")
+    mixed = model.embed(ids=rows())
+    alone = [model.embed(ids=[row])[0] for row in rows()]
+    assert [bits(each) for each in mixed] == [bits(each) for each in alone]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"data": 2}], ids=["tensor", "data"])
+@pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
+def test_on_a_mesh_answers_are_those_of_one_device_and_of_the_text_alone(name: str, sizes):
+    model = loaded(name)
+    mesh, zero = mesh_for_generation(model.config, sizes)
+    shardings = shardings_for_generation(abstract_params(model.config), mesh, zero)
+    params = jax.device_put(model.params, shardings)
+    sharded = dataclasses.replace(model, params=params, mesh=mesh)
+    ids = rows((5, 31, 40))
+    np.testing.assert_allclose(sharded.embed(ids=ids), model.embed(ids=ids), atol=1e-5)
+    answers = scores(sharded, ids)
+    for found, expected in zip(answers, scores(model, ids), strict=True):
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    assert answers == [scores(sharded, [row])[0] for row in ids]
 
 
 def test_several_texts_are_computed_at_a_time():
@@ -216,7 +241,7 @@ def test_scores_are_those_of_the_logits_of_the_whole(name: str):
         each = expected[np.arange(len(row)), row]
         np.testing.assert_allclose(score.logprobs, each, atol=1e-5)
         assert score.total == pytest.approx(each.sum(), abs=1e-4)
-        # The id that the tokenizer does not have is not named.
+        # Ids that the tokenizer does not have are not named.
         best = np.sort(expected[:, : TOKENIZER.vocab_size], axis=1)[:, :-4:-1]
         named = [[logprob for _, logprob in top] for top in score.top]
         np.testing.assert_allclose(named, best, atol=1e-5)
@@ -339,6 +364,7 @@ def test_a_tokenizer_without_a_mask_fills_none():
         model.fill_masks(["<mask>"])
 
 
+@pytest.mark.thorough
 def test_python_of_the_page_runs_as_it_is_printed(monkeypatch: pytest.MonkeyPatch):
     page = pathlib.Path(__file__).parents[2] / "docs" / "embeddings.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
