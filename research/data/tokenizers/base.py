@@ -105,6 +105,14 @@ class Tokenizer(SourceTexts):
         """Returns the id of the token with this spelling, or None where there is none."""
 
     @abc.abstractmethod
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """Returns the bytes that the token with an id in [0, V) adds to a text that has begun.
+
+        They are not always whole characters. None where the token is no text: a control token,
+        what is unknown, or an id without a token.
+        """
+
+    @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
         """Returns the files that hold this tokenizer, by name."""
 

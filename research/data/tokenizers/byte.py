@@ -54,6 +54,9 @@ class ByteTokenizer(Tokenizer):
     def id_of(self, token: str) -> int | None:
         return self._control.get(token)
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        return bytes([token_id]) if token_id < NUM_BYTES else None
+
     def _encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, "_"]]:
         encoded = []
         for text in texts:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Collection, Container, Mapping
 from typing import Any, ClassVar
@@ -24,6 +25,8 @@ KNOWN = {
     "cls": ("[CLS]",),
     "mask": ("<mask>", "[MASK]"),
 }
+# How vocabularies with byte fallback spell a byte.
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -56,6 +59,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if content["model"].get("type") == "Unigram":
             self._encoder = _library(_hide(content, self._control))
         self._marking: _Marking | None = None
+        self._decoders = _decoder_types(content.get("decoder"))
+        self._bytes = _byte_letters()
 
         # Ids may have gaps, so the number of tokens does not bound them.
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -95,6 +100,21 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token in self._control or token_id == self.unk_id:
+            return None
+        if "ByteLevel" in self._decoders and self._bytes.keys() >= set(token):
+            return bytes(self._bytes[letter] for letter in token)
+        if "ByteFallback" in self._decoders and BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+
+        # Other decoders are known by what they do: as a later token, "cat" may be " cat", and
+        # "##s" is "s".
+        before = self._tokenizer.decode([token_id])
+        text = self._tokenizer.decode([token_id, token_id])
+        return text[len(before) :].encode("utf-8")
 
     def frame_of_file(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the ids that the file's post-processor puts before and after a text."""
@@ -232,6 +252,31 @@ def _hide(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
         name = token["content"]
         renamed.append(token | {"content": hidden.get(name, name)})
     return content | {"model": model | changed, "added_tokens": renamed}
+
+
+def _decoder_types(decoder: Mapping[str, Any] | None) -> set[str]:
+    """Returns the types of a decoder and of those that it is a sequence of."""
+    if decoder is None:
+        return set()
+    types = {decoder["type"]}
+    if "decoders" in decoder:
+        for part in decoder["decoders"]:
+            types |= _decoder_types(part)
+    return types
+
+
+def _byte_letters() -> dict[str, int]:
+    """Returns the byte that each letter of a byte-level vocabulary stands for.
+
+    Source: Radford et al. 2019 (GPT-2), `bytes_to_unicode`: bytes that can be seen stand for
+    themselves, the others are the letters from 256 on.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {chr(byte): byte for byte in shown}
+    for index, byte in enumerate(hidden):
+        letters[chr(256 + index)] = byte
+    return letters
 
 
 def _tokens_of(merge: str | list[str]) -> tuple[str, str, str]:

@@ -139,6 +139,16 @@ class SentencePieceTokenizer(Tokenizer):
         found = self._processor.piece_to_id(token)  # UNK where there is no such piece
         return found if self._processor.id_to_piece(found) == token else None
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        processor = self._processor
+        if token_id in self._spelling or processor.is_unknown(token_id):
+            return None
+        piece = processor.id_to_piece(token_id)
+        if processor.is_byte(token_id):
+            # <0x0A>
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(META_SPACE, " ").encode("utf-8")
+
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """Lets SentencePiece find the pieces that are no control tokens, since text after them is
         not the beginning of a text.
