@@ -11,6 +11,8 @@ gcs = ["gcsfs>=2025.3"]
 wandb = ["wandb>=0.20"]
 mlflow = ["mlflow-skinny>=3"]
 trackio = ["trackio>=0.20"]
+# Answers that keep to a grammar.
+grammar = ["llguidance>=1.9"]
 # The site, and the notebook that the tests run.
 docs = ["mkdocs-material>=9.6"]
 notebook = ["ipykernel>=6", "nbclient>=0.10"]
@@ -70,6 +72,7 @@ setuptools.setup(
             *wandb,
             *mlflow,
             *trackio,
+            *grammar,
             *docs,
             *notebook,
             "jax[tpu]",
@@ -81,6 +84,7 @@ setuptools.setup(
         "wandb": wandb,
         "mlflow": mlflow,
         "trackio": trackio,
+        "grammar": grammar,
         "docs": docs,
         "notebook": notebook,
         "completion": completion,

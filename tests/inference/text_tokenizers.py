@@ -16,6 +16,7 @@ TEXTS = [
     '{"name": "Ann", "age": 31, "tags": ["a", "bc"], "ok": true}',
     "  two  spaces\n\tand a tab, 😀😀 é ▁ end",
 ] * 30
+# Those that can spell any text; of `no_bytes` some characters are unknown.
 KINDS = ("bytes", "bpe", "unigram", "llama", "huggingface")
 
 
@@ -24,14 +25,18 @@ def tokenizer(kind: str) -> Tokenizer:
     """Returns a tokenizer; one for all tests."""
     if kind == "bytes":
         return ByteTokenizer(mask=True, sentinels=2)
+    if kind == "plain":
+        return ByteTokenizer()
     if kind == "llama":
-        return SentencePieceTokenizer(_llama_model())
+        return SentencePieceTokenizer(_llama_model(byte_fallback=True))
+    if kind == "no_bytes":
+        return SentencePieceTokenizer(_llama_model(byte_fallback=False))
     if kind == "huggingface":
         return HuggingFaceTokenizer(_byte_level_json())
     return build(TokenizerConfig(kind=kind, vocab_size=400), TEXTS)
 
 
-def _llama_model() -> bytes:
+def _llama_model(byte_fallback: bool) -> bytes:
     """A model that puts a space before a text and leaves out further ones, as SentencePiece's own
     settings have it.
     """
@@ -42,7 +47,7 @@ def _llama_model() -> bytes:
         model_type="bpe",
         vocab_size=400,
         hard_vocab_limit=False,
-        byte_fallback=True,
+        byte_fallback=byte_fallback,
         minloglevel=2,
     )
     return model.getvalue()
