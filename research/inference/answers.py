@@ -9,6 +9,8 @@ from jaxtyping import UInt32
 from research.core.random import SEEDS
 from research.inference.requests import Request
 from research.inference.scheduler import Sequence
+from research.inference.speculation.gate import Gate
+from research.inference.speculation.lookup import Lookup
 from research.inference.text import Completion, Detokenizer
 
 
@@ -51,6 +53,8 @@ class Sample:
       logprobs: of each of them.
       error: why it ended without an end, or None.
       memory: the row of what an encoder read for it, while it has one.
+      gate: whether guesses of its tokens pay.
+      lookup: guesses by its text.
     """
 
     def __init__(self, answer: "Answer", index: int, sequence: Sequence, text: Detokenizer):
@@ -60,6 +64,8 @@ class Sample:
         self.logprobs: list[TokenLogprobs] = []
         self.error: str | None = None
         self.memory: int | None = None
+        self.gate = Gate()
+        self.lookup = Lookup()
         self._text = text
         self._new_text = ""
 

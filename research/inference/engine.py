@@ -32,6 +32,9 @@ class Engine:
       mesh: that the parameters are sharded over; None is one device. Along `data` there is a
         replica for each index.
 
+    Attributes:
+      replicas: what takes the steps.
+
     Raises:
       UserError: a model that makes no text, or whose answers depend on each other.
     """
@@ -50,10 +53,10 @@ class Engine:
         self._serve = serve
         self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
         self._meshes = [None] if mesh is None else replica_meshes(mesh)
-        self._replicas = []
+        self.replicas: list[Replica] = []
         for own in self._meshes:
             part = params if len(self._meshes) == 1 else _on_mesh(params, own)
-            self._replicas.append(Replica(config, part, tokenizer, serve, own))
+            self.replicas.append(Replica(config, part, tokenizer, serve, own))
         self._replica_of: dict[Answer, Replica] = {}
 
     def submit(self, request: Request) -> Answer:
@@ -64,7 +67,7 @@ class Engine:
         """
         request.check(self._config, self._num_ids, self._serve)
         answer = Answer(request)
-        replica = min(self._replicas, key=lambda each: each.load)
+        replica = min(self.replicas, key=lambda each: each.load)
         replica.submit(answer)
         self._replica_of[answer] = replica
         return answer
@@ -77,7 +80,7 @@ class Engine:
         """Starts a step of each replica and reads the one before; returns whether there is more to
         do.
         """
-        under_way = [replica.run_step() for replica in self._replicas]
+        under_way = [replica.run_step() for replica in self.replicas]
         for answer in [each for each in self._replica_of if each.finished]:
             del self._replica_of[answer]
         return any(under_way)
@@ -114,8 +117,8 @@ class Engine:
         """Goes on with other parameters of the same shapes, in running answers too, whose tokens so
         far are read again.
         """
-        for replica, own in zip(self._replicas, self._meshes, strict=True):
-            part = params if len(self._replicas) == 1 else _on_mesh(params, own)
+        for replica, own in zip(self.replicas, self._meshes, strict=True):
+            part = params if len(self.replicas) == 1 else _on_mesh(params, own)
             replica.update_params(part)
 
 

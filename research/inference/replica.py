@@ -79,6 +79,11 @@ class Replica:
       tokenizer: the one it was trained with.
       serve: how it runs.
       mesh: that the parameters are sharded over; None is one device.
+
+    Attributes:
+      num_rows: tokens that steps have read so far.
+      guessed: tokens that were guessed so far.
+      guessed_right: how many of these counted.
     """
 
     def __init__(
@@ -105,6 +110,19 @@ class Replica:
         self._members: dict[Sequence, Sample | Lane] = {}
         self._searches: dict[Answer, BeamLanes] = {}
         self._under_way: UnderWay | None = None
+        self.num_rows = 0
+        self.guessed = 0
+        self.guessed_right = 0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step is not read yet."""
+        return self._under_way is not None
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that no request has."""
+        return self._scheduler.pool.available
 
     @property
     def load(self) -> int:
@@ -194,14 +212,44 @@ class Replica:
 
     def run_step(self) -> bool:
         """Starts a step and reads the one before; returns whether there is more to do."""
+        self._end_late_ones()
+        count = self._drafts_of_each()
+        for sequence in self._scheduler.running:
+            member = self._members[sequence]
+            sequence.needs_host = isinstance(member, Lane) or self._guesses(member, count)
         if any(sequence.needs_host for sequence in self._scheduler.running):
             self._read_under_way()
-        self._end_late_ones()
+        for sequence in self._scheduler.running:
+            self._guess(sequence, count)
         rows = self._scheduler.plan()
+        self.num_rows += len(rows)
         started = self._start(rows) if rows else None
         self._read_under_way()
         self._under_way = started
         return bool(self._members)
+
+    def _drafts_of_each(self) -> int:
+        """Returns how many guesses each answer may have: as many as fit in a tile with all newest
+        tokens, where they cost little.
+        """
+        running = len(self._scheduler.running)
+        if self._serve.speculate == "none" or not running:
+            return 0
+        return min(self._serve.drafts, (self._serve.tiles[-1] - running) // running)
+
+    def _guesses(self, sample: Sample, count: int) -> bool:
+        return count > 0 and sample.answer.request.speculate and sample.gate.allows()
+
+    def _guess(self, sequence: Sequence, count: int) -> None:
+        """Gives an answer guesses of its next tokens."""
+        member = self._members.get(sequence)
+        if not isinstance(member, Sample) or not sequence.needs_host or not sequence.is_answering:
+            return
+        # The last token allowed is never read.
+        room = sequence.limit - 1 - sequence.length
+        count = min(count, room)
+        if count > 0:
+            sequence.drafts = tuple(member.lookup.propose(sequence.tokens, count))
 
     def _end_late_ones(self) -> None:
         now = time.monotonic()
@@ -328,6 +376,10 @@ class Replica:
             self._advance(answer)
 
     def _push(self, sample: Sample, found: list[TokenLogprobs]) -> None:
+        guessed = len(sample.sequence.drafts)
+        sample.gate.observe(guessed, len(found) - 1)
+        self.guessed += guessed
+        self.guessed_right += len(found) - 1 if guessed else 0
         sample.sequence.add([each.token for each in found])
         for each in found:
             if math.isnan(each.logprob):

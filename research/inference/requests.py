@@ -34,6 +34,7 @@ class Request:
       prompt_logprobs: the same of each token of the prompt but the first; None for none.
       logprob_kind: of which distribution they are.
       kept: whether the ids that truncation kept are returned for each token.
+      speculate: whether guesses of its next tokens may be read, which change no answer.
       priority: those of a higher one are served first.
       deadline: seconds after which it ends as it is; None for none.
       salt: only requests with the same one share pages of their prompts.
@@ -48,6 +49,7 @@ class Request:
     prompt_logprobs: int | None = None
     logprob_kind: LogprobKind = LogprobKind.RAW
     kept: bool = False
+    speculate: bool = True
     priority: int = 0
     deadline: float | None = None
     salt: str = ""
@@ -73,6 +75,8 @@ class Request:
         most_top = min(serve.top_logprobs, config.vocab_size)
         if self.beams is not None:
             self._check_beams(self.beams, num_ids, serve)
+        if not self.ids:
+            raise UserError("ids", constraint=": a prompt has one id at least.")
         for i in self.ids:
             if not 0 <= i < config.vocab_size:
                 rule = f": id {i} is out of range: it must lie in [0, {config.vocab_size})."

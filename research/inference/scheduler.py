@@ -31,7 +31,8 @@ class Sequence:
       is_urgent: whether it takes the slot of one that is served later: others of its request wait
         for it in theirs.
       reads_piece: whether it was admitted with that prompt to be read.
-      num_drafts: guesses of the tokens after the newest one, which the next step takes too.
+      drafts: guesses of the tokens after the newest one, which the next step reads too; None for
+        one that only the device knows.
       length: tokens that exist, with those that the device draws and the host has not read.
       written: tokens whose keys and values are in the pages, or are written by steps under way.
       slot: its row of the device's state; None while it waits.
@@ -49,7 +50,7 @@ class Sequence:
     reads_all: bool = False
     needs_host: bool = False
     is_urgent: bool = False
-    num_drafts: int = 0
+    drafts: tuple[int | None, ...] = ()
     reads_piece: bool = False
     length: int = 0
     written: int = 0
@@ -80,6 +81,13 @@ class Sequence:
         """Whether the host knows all of its tokens."""
         return self.length == len(self.tokens)
 
+    def token_at(self, position: int) -> int | None:
+        """Returns a token or a draft; None where only the device knows it."""
+        known = len(self.tokens)
+        if position < known:
+            return self.tokens[position]
+        return self.drafts[position - known] if self.drafts else None
+
     def pause(self) -> None:
         """Takes no step until tokens are added: others must be known first."""
         self.paused = True
@@ -93,7 +101,7 @@ class Sequence:
             # No other step is under way. Drafts that were wrong are written, and do not count.
             self.length = len(self.tokens)
             self.written = min(self.written, self.length - 1)
-            self.num_drafts = 0
+            self.drafts = ()
 
     def rename(self, chain_start: bytes | None) -> None:
         """Begins the digests of its pages anew: what decides its keys has changed."""
@@ -227,7 +235,7 @@ class Scheduler:
         counts = {}
         for each in ordered:
             count = min(each.missing, 1)
-            counts[each] = count + each.num_drafts * count
+            counts[each] = count + len(each.drafts) * count
         left = self._rows - sum(counts.values())
         # Shares of what is left, the shortest first: what it does not need is the others'.
         long = sorted((each for each in ordered if each.missing > 1), key=lambda each: each.missing)
@@ -318,10 +326,10 @@ class Scheduler:
 
         rows = []
         for position in range(sequence.written, end):
-            token = sequence.tokens[position] if position < len(sequence.tokens) else None
             # The newest token has index 0, the drafts after it 1, 2, …
             draft = max(position - sequence.length + 1, 0)
             draws = position >= sequence.length - 1
+            token = sequence.token_at(position)
             rows.append(Row(sequence, sequence.slot, position, token, draws, draft))
         sequence.written = end
         if rows[-1].draws:
@@ -360,7 +368,7 @@ class Scheduler:
         sequence.slot = None
         sequence.pages = []
         sequence.written = 0
-        sequence.num_drafts = 0
+        sequence.drafts = ()
 
     def _name_pages(self, sequences: Iterable[Sequence]) -> None:
         """Tells the pool what full pages hold, for sequences that are admitted later: their rows

@@ -1,6 +1,7 @@
 """How an engine runs."""
 
 import dataclasses
+from typing import Literal
 
 from research.core.errors import UserError
 
@@ -18,7 +19,8 @@ class ServeConfig:
       invariant: whether an answer is, bit for bit, a function of its request alone. Else a step
         takes all its rows at once.
       prefix_cache: whether prompts share the pages of what they begin with.
-      drafts: guessed tokens that a sequence may have in a step, at most; 0 for none.
+      drafts: guessed tokens that an answer may have in a step, at most; 0 for none.
+      speculate: who guesses: `none`, or `lookup`, which takes what followed in the text before.
       top_logprobs: of a token, at most.
     """
 
@@ -29,6 +31,7 @@ class ServeConfig:
     invariant: bool = True
     prefix_cache: bool = True
     drafts: int = 0
+    speculate: Literal["none", "lookup"] = "none"
     top_logprobs: int = 20
 
     def __post_init__(self) -> None:
@@ -37,6 +40,8 @@ class ServeConfig:
                 raise UserError(name, getattr(self, name), f"must be at least {least}.")
         if not self.tiles or list(self.tiles) != sorted(set(self.tiles)) or self.tiles[0] < 1:
             raise UserError("tiles", self.tiles, "must be numbers from 1 in rising order.")
+        if self.speculate != "none" and not self.drafts:
+            raise UserError("speculate", self.speculate, "needs drafts above 0.")
         least = self.slots * (1 + self.drafts)
         if self.rows < least:
             raise UserError("rows", self.rows, f"must be at least slots · (1 + drafts) = {least}.")

@@ -84,8 +84,19 @@ def test_answers_are_those_of_a_batch(params, alone):
         {"tokens": 80},
         {"tiles": (8,)},
         {"tiles": (2,)},
+        {"rows": 40, "drafts": 5, "speculate": "lookup"},
+        {"rows": 40, "drafts": 3, "speculate": "lookup", "slots": 2, "tokens": 80},
     ],
-    ids=["mixed", "small chunks", "large chunks", "preempted", "large tiles", "small tiles"],
+    ids=[
+        "mixed",
+        "small chunks",
+        "large chunks",
+        "preempted",
+        "large tiles",
+        "small tiles",
+        "look-up",
+        "look-up in pairs",
+    ],
 )
 def test_an_answer_is_bit_for_bit_that_of_the_request_alone(params, alone, changes):
     found = answers(params, requests(12), dataclasses.replace(SERVE, **changes))
