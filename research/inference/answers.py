@@ -1,17 +1,22 @@
 """Answers under way, and what they are when they end."""
 
 import dataclasses
+import math
 import time
 
 import numpy as np
 from jaxtyping import UInt32
 
 from research.core.random import SEEDS
+from research.inference.grammar import Matcher
+from research.inference.guided import allowed_drafts
 from research.inference.requests import Request
 from research.inference.scheduler import Sequence
 from research.inference.speculation.gate import Gate
 from research.inference.speculation.lookup import Lookup
 from research.inference.text import Completion, Detokenizer
+
+NOT_NUMBERS = "its logits are not numbers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Sample:
       memory: the row of what an encoder read for it, while it has one.
       gate: whether guesses of its tokens pay.
       lookup: guesses by its text.
+      matcher: how far its text has come in a grammar; None without one.
     """
 
     def __init__(self, answer: "Answer", index: int, sequence: Sequence, text: Detokenizer):
@@ -66,6 +72,7 @@ class Sample:
         self.memory: int | None = None
         self.gate = Gate()
         self.lookup = Lookup()
+        self.matcher: Matcher | None = None
         self._text = text
         self._new_text = ""
 
@@ -75,9 +82,29 @@ class Sample:
         return self._text.finished or self.error is not None
 
     def push(self, found: TokenLogprobs) -> None:
-        """Adds a token."""
+        """Adds a token, unless it has ended."""
+        if self.finished:
+            return
+        if math.isnan(found.logprob):
+            # Of this request alone: the others' rows do not see it.
+            self.error = NOT_NUMBERS
+            return
+        if self.matcher is not None and not self.matcher.accept(found.token):
+            self.error = "the grammar does not allow what was drawn"
+            return
         self.logprobs.append(found)
         self._new_text += self._text.push(found.token)
+
+    def guess(self, count: int) -> list[int]:
+        """Returns guesses of its next tokens: those that a grammar forces, or what its text says
+        elsewhere.
+        """
+        if self.matcher is None:
+            return self.lookup.propose(self.sequence.tokens, count)
+        forced = self.matcher.forced(count)
+        if forced:
+            return forced
+        return allowed_drafts(self.matcher, self.lookup.propose(self.sequence.tokens, count))
 
     def take_text(self) -> str:
         """Returns the text that has become certain since the last call."""

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from research.inference.sampling import IdRules, apply_rules, choose, pack_bits, process
+from research.inference.id_masks import pack_bits
+from research.inference.sampling import IdRules, apply_rules, choose, process
 from research.inference.slots import Drawn, LogprobKind, Slots, StepRows, slice_rows
 
 

@@ -12,17 +12,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import UInt32
 
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.grammar_config import GrammarConfig, GrammarError, GrammarLimits
 from research.inference.grammar_tokens import native_tokenizer, spells_every_byte
+from research.inference.id_masks import WORD, mask_of, num_words
 
-# Ids whose bits are in one word of a mask.
-WORD_BITS = 32
 # How llguidance says that no token goes on.
 NO_TOKEN = ("", "NoExtension", "NoExtensionBias")
 
@@ -40,9 +38,7 @@ class _Compiled:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and makes the masks of many requests at a time.
 
-    Masks are bits, id i being bit i % 32 of word i // 32. That is how llguidance writes them, and
-    an eighth of the bytes that bools would send to the device at each step: 16 kB a row for 128,000
-    ids. `allowed_ids` unpacks them there.
+    Masks are those of `id_masks`: so llguidance writes them, and 128,000 ids are 16 kB.
 
     Args:
       tokenizer: of the model.
@@ -88,8 +84,8 @@ class GrammarCompiler:
         self._tokenizer = native_tokenizer(self._library, tokenizer, self.num_ids, self.end_ids)
         self._executor = self._library.LLExecutor(threads)
 
-        self.num_words = -(-self._tokenizer.vocab_size // WORD_BITS)
-        self._end_mask = packed(self.end_ids, self.num_words)
+        self.num_words = num_words(self._tokenizer.vocab_size)
+        self._end_mask = mask_of(self.end_ids, self.num_words)
         self._cached = cached
         self._compiled: collections.OrderedDict[GrammarConfig, _Compiled] = (
             collections.OrderedDict()
@@ -191,7 +187,7 @@ class GrammarCompiler:
         )
         if not self.end_ids:
             # The id that stands for the end is none of the tokenizer's.
-            masks &= packed(range(self.num_ids), self.num_words)
+            masks &= mask_of(range(self.num_ids), self.num_words)
         return masks, [matcher.error() for matcher in matchers]
 
     @property
@@ -261,8 +257,8 @@ class Matcher:
         masks, errors = self._compiler.native_masks([self])
         if errors[0] is not None:
             raise errors[0]
-        bit = np.uint32(1) << np.uint32(token % WORD_BITS)
-        self._ended = is_end and bool(masks[0, token // WORD_BITS] & bit)
+        bit = np.uint32(1) << np.uint32(token % WORD)
+        self._ended = is_end and bool(masks[0, token // WORD] & bit)
         return self._ended
 
     def rollback(self, count: int) -> None:
@@ -341,22 +337,6 @@ def _one_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     said = lines[:1] + [line for line in lines[1:] if line.startswith("error:")]
     return ", ".join(line.rstrip(".:") for line in said if line)
-
-
-def packed(ids: Sequence[int], num_words: int) -> UInt32[np.ndarray, "words"]:
-    """Returns the mask that allows these ids."""
-    allowed = np.zeros(num_words * WORD_BITS, bool)
-    allowed[list(ids)] = True
-    # Bit 0 of byte 0 is id 0.
-    return np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)
-
-
-def allowed_ids(masks: UInt32[Array, "rows words"], num_ids: int) -> Bool[Array, "rows num_ids"]:
-    """Returns masks unpacked, on the device: whether each of the first `num_ids` ids may come."""
-    # [rows, words] -> [rows, words, 32] -> [rows, words * 32]
-    bits = jnp.arange(WORD_BITS, dtype=jnp.uint32)
-    allowed = (masks[:, :, None] >> bits[None, None, :]) & jnp.uint32(1)
-    return allowed.reshape(masks.shape[0], -1)[:, :num_ids].astype(bool)
 
 
 def _llguidance() -> Any:

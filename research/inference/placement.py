@@ -4,19 +4,13 @@ from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, UInt32
 
 from research.core.random import key_words
-from research.inference.sampling import WORD, IdRules
+from research.inference.id_masks import num_words
+from research.inference.sampling import IdRules
 from research.inference.sampling_config import SamplingConfig, SamplingParams
 from research.inference.scheduler import Sequence
 from research.inference.slots import LogprobKind, Slots
-
-
-def pack_words(allowed: Bool[np.ndarray, "ids"]) -> UInt32[np.ndarray, "words"]:
-    """Returns bits of ids as words, as of `IdRules.allowed`."""
-    padded = np.pad(allowed, (0, -len(allowed) % WORD))
-    return np.packbits(padded, bitorder="little").view(np.uint32)
 
 
 def id_rules(
@@ -47,14 +41,14 @@ def id_rules(
     is_end = np.zeros((1, num_ids), bool)
     is_end[0, [i for i in end_ids if i < num_ids]] = True
     is_end[0, list(sampling.stop_ids)] = True
-    words = -(-num_ids // WORD)
+    words = num_words(num_ids)
     return IdRules(
         in_prompt=jnp.asarray(in_prompt),
         counts=jnp.asarray(counts),
         bias=jnp.asarray(bias),
         is_end=jnp.asarray(is_end),
         first_end=jnp.array([num_prompt + sampling.min_tokens], jnp.int32),
-        allowed=jnp.asarray(np.full((1, words), 2**WORD - 1, np.uint32)),
+        allowed=jnp.asarray(np.full((1, words), 2**32 - 1, np.uint32)),
     )
 
 

@@ -2,69 +2,37 @@
 if it were alone.
 """
 
-import dataclasses
 import itertools
-import math
 import os
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
-from research.inference.answers import Answer, Beam, Sample, TokenLogprobs
-from research.inference.beam_lanes import BeamLanes, Lane
-from research.inference.beam_search import BeamSearch, Hypothesis
+from research.inference.answers import NOT_NUMBERS, Answer, Sample, TokenLogprobs
+from research.inference.beam_lanes import Lane
+from research.inference.grammar import GrammarCompiler
+from research.inference.grammar_config import GrammarError
+from research.inference.guided import masks_after
+from research.inference.id_masks import num_words
 from research.inference.pages import PagePool, chain_start
-from research.inference.placement import id_rules, one_slot, pack_words
+from research.inference.placement import id_rules, one_slot
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
 from research.inference.scheduler import Row, Scheduler, Sequence
+from research.inference.searches import Searches
 from research.inference.serve_config import ServeConfig
-from research.inference.slots import Drawn, LogprobKind
+from research.inference.slots import LogprobKind
 from research.inference.text import Detokenizer
+from research.inference.under_way import UnderWay
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
 
-NOT_NUMBERS = "its logits are not numbers"
 # A search draws nothing.
 SEARCHED = SamplingConfig(temperature=0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnderWay:
-    """A step under way.
-
-    Attributes:
-      rows: of it.
-      drawn: from the rows.
-      accepted: how many drafts of each slot were right.
-      targets: the token whose log-probability is wanted, by row.
-      wanted: how many of the likeliest ids are wanted, and whether those that were kept, by row.
-    """
-
-    rows: list[Row]
-    drawn: Drawn
-    accepted: jax.Array
-    targets: dict[int, int]
-    wanted: dict[int, tuple[int, bool]]
-
-    def extras(self, index: int) -> tuple[tuple[tuple[int, float], ...], np.ndarray | None]:
-        """Returns the likeliest ids after a row, and those that were kept, where wanted."""
-        count, wants_kept = self.wanted.get(index, (0, False))
-        top: tuple[tuple[int, float], ...] = ()
-        kept = None
-        if count:
-            ids = np.asarray(self.drawn.top)[index, :count].tolist()
-            logprobs = np.asarray(self.drawn.top_logprobs)[index, :count].tolist()
-            top = tuple(zip(ids, logprobs, strict=True))
-        if wants_kept:
-            kept = np.asarray(self.drawn.kept)[index]
-        return top, kept
 
 
 class Replica:
@@ -81,6 +49,7 @@ class Replica:
       mesh: that the parameters are sharded over; None is one device.
 
     Attributes:
+      num_steps: taken so far.
       num_rows: tokens that steps have read so far.
       guessed: tokens that were guessed so far.
       guessed_right: how many of these counted.
@@ -108,8 +77,11 @@ class Replica:
         self._params_name = os.urandom(16)
         self._arrivals = itertools.count()
         self._members: dict[Sequence, Sample | Lane] = {}
-        self._searches: dict[Answer, BeamLanes] = {}
+        has_encoder = config.structure == "encoder_decoder"
+        self._searches = Searches(tokenizer, self._num_ids, has_encoder=has_encoder)
+        self._grammars: GrammarCompiler | None = None
         self._under_way: UnderWay | None = None
+        self.num_steps = 0
         self.num_rows = 0
         self.guessed = 0
         self.guessed_right = 0
@@ -139,12 +111,7 @@ class Replica:
         arrival = next(self._arrivals)
         if request.beams is not None:
             sequence = self._sequence(request, (-request.priority, arrival, 0))
-            sequence.needs_host = True
-            end_ids = [i for i in self._tokenizer.end_ids if i < self._num_ids]
-            search = BeamSearch(sequence.tokens, request.beams, self._num_ids, end_ids)
-            lane = Lane(answer, sequence)
-            self._searches[answer] = BeamLanes(search, lane)
-            self._add(lane)
+            self._add(self._searches.begin(answer, sequence))
             return
         for index in range(request.num_samples):
             sequence = self._sequence(request, (-request.priority, arrival, index))
@@ -161,8 +128,17 @@ class Replica:
                 stop_ids=request.sampling.stop_ids,
             )
             sample = Sample(answer, index, sequence, text)
+            if request.grammar is not None:
+                sample.matcher = self._compiler().matcher(request.grammar)
+                sequence.needs_host = True
             answer.samples.append(sample)
+        for sample in answer.samples:
             self._add(sample)
+
+    def _compiler(self) -> GrammarCompiler:
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._tokenizer, num_ids=self._num_ids)
+        return self._grammars
 
     def _add(self, member: Sample | Lane) -> None:
         self._members[member.sequence] = member
@@ -195,9 +171,10 @@ class Replica:
             if not sample.finished:
                 sample.error = error
             self._end(sample)
-        if answer in self._searches:
+        if answer.request.beams is not None and not answer.finished:
             answer.error = error
-            self._end_search(answer)
+        for lane in self._searches.end(answer):
+            self._end(lane)
 
     def update_params(self, params: Any) -> None:
         """Goes on with other parameters of the same shapes, in running answers too, whose tokens so
@@ -216,13 +193,14 @@ class Replica:
         count = self._drafts_of_each()
         for sequence in self._scheduler.running:
             member = self._members[sequence]
-            sequence.needs_host = isinstance(member, Lane) or self._guesses(member, count)
+            sequence.needs_host = self._needs_host(member, count)
         if any(sequence.needs_host for sequence in self._scheduler.running):
             self._read_under_way()
         for sequence in self._scheduler.running:
             self._guess(sequence, count)
         rows = self._scheduler.plan()
         self.num_rows += len(rows)
+        self.num_steps += bool(rows)
         started = self._start(rows) if rows else None
         self._read_under_way()
         self._under_way = started
@@ -237,19 +215,23 @@ class Replica:
             return 0
         return min(self._serve.drafts, (self._serve.tiles[-1] - running) // running)
 
-    def _guesses(self, sample: Sample, count: int) -> bool:
-        return count > 0 and sample.answer.request.speculate and sample.gate.allows()
+    def _needs_host(self, member: Sample | Lane, count: int) -> bool:
+        """Returns whether the next token of a member waits for what the host makes of the newest
+        one.
+        """
+        if isinstance(member, Lane) or member.matcher is not None:
+            return True
+        return count > 0 and member.answer.request.speculate and member.gate.allows()
 
     def _guess(self, sequence: Sequence, count: int) -> None:
         """Gives an answer guesses of its next tokens."""
-        member = self._members.get(sequence)
-        if not isinstance(member, Sample) or not sequence.needs_host or not sequence.is_answering:
+        sample = self._members.get(sequence)
+        if not isinstance(sample, Sample) or not sequence.needs_host or not sequence.is_answering:
             return
         # The last token allowed is never read.
-        room = sequence.limit - 1 - sequence.length
-        count = min(count, room)
-        if count > 0:
-            sequence.drafts = tuple(member.lookup.propose(sequence.tokens, count))
+        count = min(count, sequence.limit - 1 - sequence.length)
+        if count > 0 and sample.answer.request.speculate:
+            sequence.drafts = tuple(sample.guess(count))
 
     def _end_late_ones(self) -> None:
         now = time.monotonic()
@@ -271,13 +253,11 @@ class Replica:
 
         targets = {}
         extras = {}
-        masks = {}
         for index, row in enumerate(rows):
             member = self._members[row.sequence]
             request = member.answer.request
             if isinstance(member, Lane):
                 extras[index] = (self._serve.top_logprobs * row.draws, False)
-                masks |= self._search_masks(member, row)
                 continue
             wanted = request.logprobs
             if self._is_of_prompt(member, row):
@@ -286,15 +266,36 @@ class Replica:
             if row.draws or index in targets:
                 extras[index] = (wanted, request.kept)
         wants = {index for index, wanted in extras.items() if any(wanted)}
-        drawn, accepted = self._runner.run(rows, targets, wants, masks)
+        step = self._runner.read(rows, targets, wants)
+        # The device reads the tokens while the host makes the masks.
+        drawn, accepted = self._runner.draw(step, self._masks(rows))
         return UnderWay(rows, drawn, accepted, targets, extras)
 
-    def _search_masks(self, lane: Lane, row: Row) -> dict[int, np.ndarray]:
-        """Returns which ids may continue a lane, by slot, where not all may."""
-        allowed = self._searches[lane.answer].allowed(lane)
-        if allowed is None or not row.draws:
-            return {}
-        return {row.slot: pack_words(allowed)[None]}
+    def _masks(self, rows: list[Row]) -> dict[int, np.ndarray]:
+        """Returns which ids may come next, by slot, where that has changed."""
+        masks = {}
+        guided = {}
+        for row in rows:
+            member = self._members[row.sequence]
+            if not row.draws or row.draft:
+                continue
+            if isinstance(member, Lane):
+                mask = self._searches.mask(member)
+                if mask is not None:
+                    masks[row.slot] = mask
+            elif member.matcher is not None:
+                guided[member.matcher] = (member, row)
+        if not guided:
+            return masks
+        drafts = {matcher: row.sequence.drafts for matcher, (_, row) in guided.items()}
+        for matcher, found in masks_after(self._compiler(), drafts).items():
+            sample, row = guided[matcher]
+            if isinstance(found, GrammarError):
+                # What is drawn from the row is not read.
+                sample.error = str(found)
+            else:
+                masks[row.slot] = found[:, : num_words(self._num_ids)]
+        return masks
 
     def _is_of_prompt(self, sample: Sample, row: Row) -> bool:
         """Returns whether a row tells the log-probability of a token of the prompt, which is not
@@ -350,84 +351,48 @@ class Replica:
             return
         step = self._under_way
         self._under_way = None
-        host = jax.tree.map(np.asarray, (step.drawn.token, step.drawn.logprob, step.accepted))
-        tokens, logprobs, right = (array.tolist() for array in host)
         drawn: dict[Sample, list[TokenLogprobs]] = {}
         full = []
-        for index, row in enumerate(step.rows):
+        for index, (row, found) in enumerate(zip(step.rows, step.read(), strict=True)):
             member = self._members.get(row.sequence)
-            # Ended since, or after a draft that was wrong.
-            if member is None or row.draft > right[row.slot]:
+            # Ended since.
+            if member is None or found is None:
                 continue
             if isinstance(member, Lane):
-                if row.draws and self._collect(member, step, index):
+                if self._collect(member, *step.top(index)):
                     full.append(member.answer)
-                continue
-            extras = step.extras(index)
-            if row.draws:
-                found = TokenLogprobs(tokens[index], logprobs[index], *extras)
+            elif row.draws:
                 drawn.setdefault(member, []).append(found)
-            elif index in step.targets:
-                found = TokenLogprobs(step.targets[index], logprobs[index], *extras)
+            else:
                 member.answer.prompt_logprobs[row.position + 1] = found
         for sample, found in drawn.items():
             self._push(sample, found)
         for answer in full:
-            self._advance(answer)
+            changes = self._searches.advance(answer, self._scheduler)
+            self._runner.copy_pages(changes.copies)
+            for lane in changes.begun:
+                self._members[lane.sequence] = lane
+            for lane in changes.ended:
+                self._end(lane)
 
     def _push(self, sample: Sample, found: list[TokenLogprobs]) -> None:
         guessed = len(sample.sequence.drafts)
-        sample.gate.observe(guessed, len(found) - 1)
-        self.guessed += guessed
-        self.guessed_right += len(found) - 1 if guessed else 0
+        if guessed:
+            sample.gate.observe(guessed, len(found) - 1)
+            self.guessed += guessed
+            self.guessed_right += len(found) - 1
         sample.sequence.add([each.token for each in found])
         for each in found:
-            if math.isnan(each.logprob):
-                # Of this request alone: the others' rows do not see it.
-                sample.error = NOT_NUMBERS
-            if not sample.finished:
-                sample.push(each)
+            sample.push(each)
         if sample.finished:
             self._end(sample)
 
-    def _collect(self, lane: Lane, step: UnderWay, index: int) -> bool:
+    def _collect(self, lane: Lane, ids: np.ndarray, log_p: np.ndarray) -> bool:
         """Takes the likeliest continuations of a lane; returns whether its search has all."""
-        ids = np.asarray(step.drawn.top)[index]
-        log_p = np.asarray(step.drawn.top_logprobs)[index]
         if np.isnan(log_p).any():
             self.abort(lane.answer, NOT_NUMBERS)
             return False
-        return self._searches[lane.answer].collect(lane, ids, log_p)
-
-    def _advance(self, answer: Answer) -> None:
-        """Extends the hypotheses of a search, and ends it where none goes on."""
-        lanes = self._searches[answer]
-        changes = lanes.advance(self._scheduler)
-        self._runner.copy_pages(changes.copies)
-        for lane in changes.begun:
-            self._members[lane.sequence] = lane
-        for lane in changes.ended:
-            self._end(lane)
-        if lanes.search.active:
-            return
-        try:
-            found = lanes.search.hypotheses()
-            answer.beams = [self._beam(answer.request, each) for each in found]
-        except UserError as error:
-            answer.error = str(error)
-        self._end_search(answer)
-
-    def _beam(self, request: Request, found: Hypothesis) -> Beam:
-        prompt = [] if self._config.structure == "encoder_decoder" else request.ids
-        text = Detokenizer(self._tokenizer, prompt, stop=(), max_tokens=request.max_tokens)
-        for token in found.tokens:
-            text.push(token)
-        completion = text.completion()
-        return Beam(**vars(completion), score=found.score)
-
-    def _end_search(self, answer: Answer) -> None:
-        for lane in self._searches.pop(answer).lanes:
-            self._end(lane)
+        return self._searches.collect(lane, ids, log_p)
 
     def _end(self, member: Sample | Lane) -> None:
         self._scheduler.end(member.sequence)

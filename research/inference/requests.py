@@ -11,6 +11,7 @@ from research.core import config as configs
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.beam_config import BeamConfig
+from research.inference.grammar_config import GrammarConfig
 from research.inference.prompts import Prompt, check_room
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
@@ -27,6 +28,7 @@ class Request:
       sampling: how answers are drawn.
       beams: makes it a search for the likeliest answers, which `sampling` says nothing of; None for
         none.
+      grammar: that the answers keep to; None for none.
       count: answers that are returned; answer i is drawn with the seed `sampling.seed` + i.
       best_of: answers that are drawn, of which the `count` likeliest by token are returned; 0 is
         `count`.
@@ -43,6 +45,7 @@ class Request:
     ids: tuple[int, ...]
     sampling: SamplingConfig = SamplingConfig()
     beams: BeamConfig | None = None
+    grammar: GrammarConfig | None = None
     count: int = 1
     best_of: int = 0
     logprobs: int = 0
@@ -126,13 +129,11 @@ class Request:
         ):
             if not holds:
                 raise UserError(name, getattr(beams, name), f"must {constraint}.")
-        others = (self.count, self.best_of, self.logprobs, self.prompt_logprobs, self.kept)
-        if others != (1, 0, 0, None, False):
-            raise UserError(
-                "beams",
-                constraint=": count, best_of, logprobs, prompt_logprobs and kept are of answers "
-                "that are drawn.",
-            )
+        plain = Request(self.ids)
+        for name in ("grammar", "count", "best_of", "logprobs", "prompt_logprobs", "kept"):
+            if getattr(self, name) != getattr(plain, name):
+                value = getattr(self, name)
+                raise UserError(name, value, "is of answers that are drawn, and beams searches.")
 
 
 def collect_prompts(

@@ -129,28 +129,39 @@ class Runner:
         tokens[0, : len(ids)] = ids
         return jnp.asarray(tokens), jnp.array([len(ids)], jnp.int32)
 
-    def run(
-        self,
-        rows: Sequence[Row],
-        targets: Mapping[int, int],
-        wants: set[int],
-        masks: Mapping[int, UInt32[np.ndarray, "drafts words"]],
-    ) -> tuple[Drawn, Int[jax.Array, "slots"]]:
-        """Starts a step.
+    def read(
+        self, rows: Sequence[Row], targets: Mapping[int, int], wants: set[int]
+    ) -> tuple[StepRows, list[int]]:
+        """Starts to read the tokens of a step.
 
         Args:
           rows: of it.
           targets: the token whose log-probability is wanted, by index of the row.
           wants: indices of rows whose likeliest and kept ids are wanted.
-          masks: which ids may be drawn next, after the newest token and after each draft, of slots
-            where that has changed.
+
+        Returns:
+          the rows, and the indices of those that draw or have a target.
         """
         tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
         arrays = self._rows(rows, targets, wants)
         self._read(arrays, len(rows), tile, self.table)
         drawing = {index for index, row in enumerate(rows) if row.draws}
         needed = sorted(drawing | set(targets))
-        return self._draw(arrays, needed, self._allowed(masks))
+        return arrays, needed
+
+    def draw(
+        self,
+        step: tuple[StepRows, list[int]],
+        masks: Mapping[int, UInt32[np.ndarray, "drafts words"]],
+    ) -> tuple[Drawn, Int[jax.Array, "slots"]]:
+        """Starts to draw from a step that is being read.
+
+        Args:
+          step: from `read`.
+          masks: which ids may be drawn next, after the newest token and after each draft, of slots
+            where that has changed.
+        """
+        return self._draw(*step, self._allowed(masks))
 
     def _read(
         self, rows: StepRows, count: int, tile: int, table: Int[np.ndarray, "slots pages"]

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from research.inference.id_masks import num_words, unpack_bits
 from research.inference.sampling_config import SamplingParams
-
-# Bits of a word of a mask.
-WORD = 32
 
 
 @flax.struct.dataclass
@@ -23,8 +21,7 @@ class IdRules:
       bias: what is added to its logit.
       is_end: whether it ends the text.
       first_end: the first position that an end of text may have.
-      allowed: whether it may be drawn at all, a bit for each id: that of id i is bit i % 32 of word
-        i // 32.
+      allowed: whether it may be drawn at all, a mask as of `id_masks`.
     """
 
     in_prompt: Bool[Array, "B V"]
@@ -38,31 +35,15 @@ class IdRules:
     def none(cls, rows: int, vocab: int) -> "IdRules":
         """Returns rules that allow all ids and change no logit."""
         shape = (rows, vocab)
-        words = -(-vocab // WORD)
+        words = num_words(vocab)
         return cls(
             in_prompt=jnp.zeros(shape, bool),
             counts=jnp.zeros(shape, jnp.int32),
             bias=jnp.zeros(shape, jnp.float32),
             is_end=jnp.zeros(shape, bool),
             first_end=jnp.zeros(rows, jnp.int32),
-            allowed=jnp.full((rows, words), 2**WORD - 1, jnp.uint32),
+            allowed=jnp.full((rows, words), 2**32 - 1, jnp.uint32),
         )
-
-
-def unpack_bits(words: UInt32[Array, "B words"], count: int) -> Bool[Array, "B V"]:
-    """Returns the first `count` bits of each row."""
-    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None, :]
-    bits = (words[:, :, None] >> shifts) & jnp.uint32(1)
-    return bits.reshape(len(words), -1)[:, :count].astype(bool)
-
-
-def pack_bits(bits: Bool[Array, "B V"]) -> UInt32[Array, "B words"]:
-    """Returns rows of bits as words; those that fill up the last word are 0."""
-    rows, count = bits.shape
-    padded = jnp.pad(bits, ((0, 0), (0, -count % WORD)))
-    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None, :]
-    by_word = padded.reshape(rows, -1, WORD).astype(jnp.uint32) << shifts
-    return jnp.sum(by_word, axis=-1, dtype=jnp.uint32)
 
 
 def penalize(

@@ -245,8 +245,7 @@ def test_a_shared_prompt_is_read_once(engine):
         ),
         (
             {"beams": BeamConfig(num_beams=2, max_tokens=8), "count": 2},
-            "beams: count, best_of, logprobs, prompt_logprobs and kept are of answers that are "
-            "drawn.",
+            "count = 2 is of answers that are drawn, and beams searches.",
         ),
     ],
 )

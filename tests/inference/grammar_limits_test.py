@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.inference.grammar import GrammarCompiler, Matcher, packed
+from research.inference.grammar import GrammarCompiler, Matcher
 from research.inference.grammar_config import GrammarConfig, GrammarError, GrammarLimits
+from research.inference.id_masks import mask_of
 from tests.inference.grammar_cases import ORACLES, compiler, ids_of
 from tests.inference.text_tokenizers import tokenizer
 
@@ -60,7 +61,7 @@ def test_a_rejected_draft_takes_its_error_along():
     of = GrammarCompiler(tokenizer("bytes"), limits=SMALL)
     matcher = of.matcher(LARGE)
     count = until_error(matcher, 1)
-    mask = packed([ord("a"), ord("b")], of.num_words)
+    mask = mask_of([ord("a"), ord("b")], of.num_words)
     matcher.rollback(count - 5)
     np.testing.assert_array_equal(matcher.mask() & mask, mask)
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.inference.grammar import GrammarCompiler, Matcher, allowed_ids, packed
+from research.inference.grammar import GrammarCompiler, Matcher
 from research.inference.grammar_config import GrammarConfig, GrammarError
+from research.inference.id_masks import mask_of, unpack_bits
 from research.inference.text import Detokenizer
 from tests.inference.grammar_cases import (
     CHOICES,
@@ -62,7 +63,7 @@ def test_texts_drawn_under_the_masks_meet_the_grammar(kind, grammar):
 def test_texts_drawn_under_a_mask_of_all_ids_do_not(monkeypatch):
     """The control."""
     of = compiler("bytes")
-    everything = packed(range(of.num_ids), of.num_words)
+    everything = mask_of(range(of.num_ids), of.num_words)
     monkeypatch.setattr(Matcher, "mask", lambda self: everything)
     monkeypatch.setattr(Matcher, "accept", lambda self, token: True)
     monkeypatch.setattr(Matcher, "finished", True)
@@ -346,7 +347,7 @@ def test_masks_are_unpacked_on_the_device():
     of = compiler("bpe")
     matcher = of.matcher(ORACLES["json_schema"][0])
     mask = matcher.mask()
-    allowed = np.asarray(allowed_ids(jnp.asarray(mask)[None], of.num_ids))
+    allowed = np.asarray(unpack_bits(jnp.asarray(mask)[None], of.num_ids))
     assert allowed.shape == (1, of.num_ids)
     assert np.flatnonzero(allowed[0]).tolist() == ids_of(of, mask)
 

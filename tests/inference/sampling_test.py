@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from research.core.errors import UserError
 from research.core.random import keys_of
-from research.inference.placement import pack_words
+from research.inference.id_masks import pack_bits, pack_words, unpack_bits
 from research.inference.sampling import (
     IdRules,
     apply_rules,
     draw,
     kth_largest,
-    pack_bits,
     penalize,
     truncate,
-    unpack_bits,
 )
 from research.inference.sampling_config import SamplingConfig, SamplingParams
 

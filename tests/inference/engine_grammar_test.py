@@ -1,0 +1,119 @@
+"""Answers that keep to a grammar, alone and beside others, with guesses and without."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from research.core.errors import UserError
+from research.data.tokenizers import ByteTokenizer
+from research.inference.engine import Engine
+from research.inference.grammar_config import GrammarConfig
+from research.inference.requests import Request
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
+from tests.tiny import random_params, tiny_config
+
+BYTES = ByteTokenizer()
+CONFIG = tiny_config(vocab_size=260, max_length=256)
+PLAIN = ServeConfig(slots=4, tokens=512, rows=32, tiles=(2, 8))
+GUESSING = dataclasses.replace(PLAIN, drafts=6, speculate="lookup")
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ada", "bob"]}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+GRAMMARS = {
+    "schema": GrammarConfig(json_schema=SCHEMA),
+    "regex": GrammarConfig(regex=r"[ab]{3,9}-\d{2}"),
+    "choices": GrammarConfig(choices=("yes, of course", "no", "né")),
+    "lark": GrammarConfig(lark='start: "(" start? ")"'),
+}
+
+
+def drawn(grammar: GrammarConfig | None, seed: int) -> Request:
+    sampling = SamplingConfig(max_tokens=60, temperature=0.8, seed=seed)
+    return Request((5, 6, 7 + seed), sampling, grammar=grammar)
+
+
+REQUESTS = [drawn(grammar, seed) for seed in range(4) for grammar in (*GRAMMARS.values(), None)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[tuple[str, tuple, list[float]]]:
+    found = []
+    for answer in engine.run(requests):
+        [sample] = answer.samples
+        assert sample.error is None
+        completion = sample.completion()
+        logprobs = [each.logprob for each in sample.logprobs]
+        found.append((completion.text, completion.tokens, logprobs))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(params):
+    engine = Engine(CONFIG, params, BYTES, PLAIN)
+    return [answers(engine, [request])[0] for request in REQUESTS]
+
+
+def fits(text: str, grammar: GrammarConfig) -> bool:
+    if grammar is GRAMMARS["schema"]:
+        found = json.loads(text)
+        is_age = isinstance(found["age"], int) and found["age"] >= 0
+        return set(found) == {"name", "age"} and found["name"] in ("ada", "bob") and is_age
+    if grammar is GRAMMARS["regex"]:
+        return re.fullmatch(r"[ab]{3,9}-\d{2}", text) is not None
+    if grammar is GRAMMARS["choices"]:
+        return text in grammar.choices
+    depth = len(text) // 2
+    return depth > 0 and text == "(" * depth + ")" * depth
+
+
+def test_answers_keep_to_their_grammars(alone):
+    ended = 0
+    for request, (text, tokens, _) in zip(REQUESTS, alone, strict=True):
+        if request.grammar is None or tokens[-1] != BYTES.eos_id:
+            continue
+        ended += 1
+        assert fits(text, request.grammar), text
+    assert ended > 8
+    free = [
+        text for request, (text, _, _) in zip(REQUESTS, alone, strict=True) if not request.grammar
+    ]
+    assert not any(fits(text, GRAMMARS["choices"]) for text in free)  # the control
+
+
+@pytest.mark.parametrize("serve", [PLAIN, GUESSING], ids=["plain", "guessing"])
+def test_answers_under_a_grammar_are_bit_for_bit_those_of_the_request_alone(params, alone, serve):
+    engine = Engine(CONFIG, params, BYTES, serve)
+    assert answers(engine, REQUESTS) == alone
+    [replica] = engine.replicas
+    # What a grammar forces is guessed, and never wrong.
+    assert (replica.guessed_right > 0) == (serve is GUESSING)
+
+
+def test_forced_text_takes_few_steps(params):
+    engine = Engine(CONFIG, params, BYTES, GUESSING)
+    grammar = GrammarConfig(choices=("a very long text that has no other",))
+    [answer] = engine.run([Request((5, 6), SamplingConfig(max_tokens=60), grammar=grammar)])
+    completion = answer.samples[0].completion()
+    assert completion.text == "a very long text that has no other"
+    [replica] = engine.replicas
+    assert replica.num_steps < len(completion.tokens) // 3
+    assert replica.guessed_right == replica.guessed
+
+
+def test_a_grammar_that_cannot_be_met_ends_its_request_alone(params):
+    engine = Engine(CONFIG, params, BYTES, PLAIN)
+    lark = GrammarConfig(lark='start: /a(?=b)/ "c"')
+    with pytest.raises(UserError):
+        engine.run([Request((5,), grammar=lark)])
+    assert not engine.run_step()
+    assert answers(engine, [REQUESTS[0]])
