@@ -10,7 +10,7 @@ from research.inference.grammar_config import GrammarError
 
 
 def allowed_drafts(matcher: Matcher, drafts: Sequence[int]) -> list[int]:
-    """Returns the drafts up to the first that the grammar forbids; the matcher stays where it is."""
+    """Returns the drafts before the first that the grammar forbids; the matcher does not move."""
     taken: list[int] = []
     for draft in drafts:
         if not matcher.accept(draft):
