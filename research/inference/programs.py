@@ -4,6 +4,9 @@ A step takes rows, each one token of a sequence in a slot, and runs the model ov
 a fixed number of rows. Each row is a sequence of one new token: what it attends to, prompt or
 answer, is in the pages. So whatever the rows of a step are, what is computed of one of them is the
 same, operation by operation.
+
+On a mesh all devices have pages of all sequences, each of its own heads. So each computes all rows
+of a step, by its own heads, columns and experts.
 """
 
 import functools
@@ -20,11 +23,13 @@ from research.models.cache import Cache, LayerCache
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable
+from research.parallel.shard_map import whole_batch
 
 Layers = tuple[LayerCache, ...]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows"))
+@whole_batch()
 def empty_state(params: Any, table: PageTable, *, config: ModelConfig, rows: int) -> DeviceState:
     """Returns pages of zeros.
 
@@ -46,6 +51,7 @@ def empty_state(params: Any, table: PageTable, *, config: ModelConfig, rows: int
 
 
 @functools.partial(jax.jit, static_argnames=("config", "tile"), donate_argnames=("state",))
+@whole_batch()
 def read(
     params: Any,
     state: DeviceState,
@@ -102,7 +108,7 @@ def _read_tile(
     if state.memory_segments is not None:
         # What the encoder read for the sequence of each row.
         memory = slots.memory.at[rows.slot].get(mode="clip")
-        taken = [each.replace(memory=each.memory.take(memory)) for each in state.layers]
+        taken = [each.replace(memory=each.memory.replace(rows=memory)) for each in state.layers]
         segments = state.memory_segments[memory]
         cache = cache.replace(layers=tuple(taken), memory_segments=segments)
 
@@ -132,6 +138,7 @@ def _with_memory(layers: Layers, others: Layers) -> Layers:
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
+@whole_batch()
 def copy_pages(
     state: DeviceState, sources: Int[Array, "pages"], targets: Int[Array, "pages"]
 ) -> DeviceState:
@@ -141,6 +148,7 @@ def copy_pages(
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+@whole_batch()
 def read_source(
     params: Any,
     state: DeviceState,
@@ -182,6 +190,7 @@ def read_source(
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+@whole_batch()
 def read_prefix(
     params: Any,
     state: DeviceState,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
-from research.models.cache_rows import HEADS, lay_out_rows, write_tokens
+from research.models.cache_rows import HEADS, lay_out_rows, put_layer, slice_layer, write_tokens
 from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
 from research.models.latent_cache import LatentCache, PagedLatentCache, empty_latent_pages
@@ -51,6 +51,12 @@ class TokenCache(Protocol):
     def lay_out(self) -> "TokenCache":
         """Returns the cache with its arrays where the mesh in context has their rows and heads."""
 
+    def layer(self, index: int | Int[Array, ""]) -> "TokenCache":
+        """Returns the cache of one layer, of a cache of stacked ones."""
+
+    def put(self, index: int | Int[Array, ""], layer: "TokenCache") -> "TokenCache":
+        """Returns a cache of stacked layers with what one layer has made of `layer(index)`."""
+
 
 @flax.struct.dataclass
 class DenseCache:
@@ -72,6 +78,14 @@ class DenseCache:
     def lay_out(self) -> "DenseCache":
         """As `TokenCache.lay_out`."""
         return DenseCache(lay_out_rows(self.key, HEADS), lay_out_rows(self.value, HEADS))
+
+    def layer(self, index: int | Int[Array, ""]) -> "DenseCache":
+        """As `TokenCache.layer`."""
+        return slice_layer(self, index)
+
+    def put(self, index: int | Int[Array, ""], layer: "DenseCache") -> "DenseCache":
+        """As `TokenCache.put`."""
+        return put_layer(self, index, layer)
 
     def attend(
         self,
@@ -116,6 +130,16 @@ class LayerCache:
         memory = None if self.memory is None else self.memory.lay_out()
         return LayerCache(self.tokens.lay_out(), memory)
 
+    def layer(self, index: int | Int[Array, ""]) -> "LayerCache":
+        """As `TokenCache.layer`."""
+        memory = None if self.memory is None else self.memory.layer(index)
+        return LayerCache(self.tokens.layer(index), memory)
+
+    def put(self, index: int | Int[Array, ""], layer: "LayerCache") -> "LayerCache":
+        """As `TokenCache.put`."""
+        memory = None if self.memory is None else self.memory.put(index, layer.memory)
+        return LayerCache(self.tokens.put(index, layer.tokens), memory)
+
     def write_memory(self, k: Float[Array, "B M K H"], v: Float[Array, "B M K H"]) -> "LayerCache":
         """Returns the cache with the encoder's keys and values in it."""
         return self.replace(memory=MemoryCache(k, v).lay_out())
@@ -125,7 +149,7 @@ class LayerCache:
     ) -> Float[Array, "B T N H"]:
         """Attends from new tokens to what `write_memory` put there."""
         assert self.memory is not None, "neither the encoder's hidden states nor a cache of them"
-        return attention(q, self.memory.key, self.memory.value, mask)
+        return attention(q, *self.memory.of_batch(), mask)
 
 
 @flax.struct.dataclass

@@ -1,5 +1,7 @@
 """Arrays of caches by row: where they lie on a mesh, and how tokens are written into them."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +27,20 @@ def write_tokens(
 
     written = jax.vmap(write_row)(slots, new.astype(slots.dtype), start)
     return constrain(written, names)
+
+
+def slice_layer(stacked: Any, index: int | Int[Array, ""]) -> Any:
+    """Returns the arrays of one layer: [L, ...] -> [...]."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, False), stacked)
+
+
+def put_layer(stacked: Any, index: int | Int[Array, ""], layer: Any) -> Any:
+    """Returns stacked arrays with those of one layer put into them."""
+
+    def put(leaf: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), index, 0)
+
+    return jax.tree.map(put, stacked, layer)
 
 
 def lay_out_rows(leaf: Array, names: tuple[str | None, ...]) -> Array:

@@ -19,11 +19,11 @@ from research.models.mlp import Mlp, activate
 from research.models.reports import LayerReport
 from research.models.router import count_experts, keep_within_capacity, route
 from research.parallel.expert_dispatch import Dispatch, run_experts
-from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, EXPERT_AXIS, TENSOR_AXIS
+from research.parallel.mesh_axes import CONTEXT_AXIS, EXPERT_AXIS, TENSOR_AXIS
 from research.parallel.parameter import Axes
 from research.parallel.row_gradients import width_axes_of
 from research.parallel.scattered_gradient import scatter_gradient
-from research.parallel.shard_map import dividing_axes, shard_map
+from research.parallel.shard_map import batch_axes, dividing_axes, shard_map
 
 # A kernel [E, inputs, outputs] and its bias [E, outputs] or None.
 KernelAndBias = tuple[Weight, Float[Array, "E outputs"] | None]
@@ -177,7 +177,7 @@ def _apply_experts(
     """
     up_kernel, _ = kernels["up"]
     experts = up_kernel.shape[0]
-    batch_axes = dividing_axes(BATCH_AXES, x.shape[0])
+    row_axes = batch_axes(x.shape[0])
     context_axes = dividing_axes((CONTEXT_AXIS,), x.shape[1])
     width_axes = dividing_axes((TENSOR_AXIS,), up_kernel.shape[2])
     expert_axes = dividing_axes((EXPERT_AXIS,), experts)
@@ -187,10 +187,10 @@ def _apply_experts(
             dispatch,
             axis=EXPERT_AXIS,
             devices=jax.sharding.get_abstract_mesh().shape[EXPERT_AXIS],
-            tokens_sharded=EXPERT_AXIS in batch_axes,
+            tokens_sharded=EXPERT_AXIS in row_axes,
         )
     # The mesh axes of tokens that shard the width D of kernels too.
-    summing_axes = tuple(axis for axis in (*batch_axes, *context_axes) if axis not in expert_axes)
+    summing_axes = tuple(axis for axis in (*row_axes, *context_axes) if axis not in expert_axes)
     part_axes = width_axes_of(summing_axes, x.shape[2])
     # What is added up: slices of the width, and experts that all devices' tokens went to.
     sum_axes = width_axes
@@ -209,13 +209,13 @@ def _apply_experts(
         y = y.reshape(x.shape)
         if sum_axes:
             y = jax.lax.psum(y, sum_axes)
-        if batch_axes or context_axes:
-            lost = jax.lax.psum(lost, (*batch_axes, *context_axes))
+        if row_axes or context_axes:
+            lost = jax.lax.psum(lost, (*row_axes, *context_axes))
         return y, lost
 
-    if not (batch_axes or context_axes or width_axes or expert_axes):
+    if not (row_axes or context_axes or width_axes or expert_axes):
         return apply_shard(x, chosen, weights, kernels, {})
-    tokens = PartitionSpec(batch_axes or None, context_axes or None)
+    tokens = PartitionSpec(row_axes or None, context_axes or None)
     kernels = jax.tree.map(as_shard_map_argument, kernels, is_leaf=is_weight)
     specs = _kernel_specs(kernels, width_axes, expert_axes)
     kernels, parts = _split_gradients(kernels, part_axes)

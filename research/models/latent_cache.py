@@ -9,10 +9,17 @@ from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
 from research.kernels.decode_attention import KVPages, gather, write
-from research.models.cache_rows import lay_out_rows, write_tokens
+from research.models.cache_rows import lay_out_rows, put_layer, slice_layer, write_tokens
 from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
-from research.models.paged_cache import PageTable, copy_pages, stack_pages
+from research.models.paged_cache import (
+    PageTable,
+    by_layer,
+    copy_pages,
+    ids_in_pool,
+    one_pool,
+    stack_pages,
+)
 from research.parallel.rules import constrain
 
 # The logical axes of a layer's latents, which belong to all heads.
@@ -42,6 +49,14 @@ class LatentCache:
         k_rope = lay_out_rows(self.k_rope, LATENTS)
         return LatentCache(latent, k_rope)
 
+    def layer(self, index: int | Int[Array, ""]) -> "LatentCache":
+        """As `TokenCache.layer`."""
+        return slice_layer(self, index)
+
+    def put(self, index: int | Int[Array, ""], layer: "LatentCache") -> "LatentCache":
+        """As `TokenCache.put`."""
+        return put_layer(self, index, layer)
+
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -69,10 +84,19 @@ class PagedLatentCache:
     """
 
     pages: KVPages
+    first_page: Int[Array, ""] | None = None
 
     def lay_out(self) -> "PagedLatentCache":
         """As `TokenCache.lay_out`: they belong to all heads, and pages to all rows."""
         return PagedLatentCache(jax.tree.map(_replicate, self.pages))
+
+    def layer(self, index: int | Int[Array, ""]) -> "PagedLatentCache":
+        """As `PagedCache.layer`."""
+        return PagedLatentCache(*one_pool(self.pages, index))
+
+    def put(self, index: int | Int[Array, ""], layer: "PagedLatentCache") -> "PagedLatentCache":
+        """As `PagedCache.put`."""
+        return PagedLatentCache(by_layer(layer.pages, self.pages))
 
     def attend(
         self,
@@ -90,8 +114,9 @@ class PagedLatentCache:
         start = positions[:, 0]
         # [B, T, latent] -> [B, T, 1, latent]: one head.
         k, v = (_replicate(x[:, :, None]) for x in (k, v))
-        pages = write(self.pages, page_table.ids, start, k, v)
-        latent, k_rope = (x[:, :, 0] for x in gather(pages, page_table.ids))
+        ids = ids_in_pool(page_table, self.first_page)
+        pages = write(self.pages, ids, start, k, v)
+        latent, k_rope = (x[:, :, 0] for x in gather(pages, ids))
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, latent, k_rope, slots_mask), PagedLatentCache(pages)
 

@@ -22,6 +22,8 @@ from research.models.reports import LayerReport
 Hidden = Float[Array, "B T D"]
 # The hidden states, the layer's cache and its report.
 LayerOutput = tuple[Hidden, LayerCache | None, LayerReport]
+# What rounds of the pattern hand on.
+Carry = tuple[Hidden, LayerCache | None]
 # The same of several layers; reports are named as their parameters are.
 LayersOutput = tuple[Hidden, tuple[LayerCache, ...] | None, dict[str, LayerReport]]
 
@@ -101,7 +103,9 @@ class Unrolled:
 class Scanned:
     """`jax.lax.scan` over the rounds of the pattern: one round is compiled, whatever the depth.
 
-    Parameters, caches and reports have a leading layer axis. Where the number of layers is no
+    Parameters, caches and reports have a leading layer axis. The caches of all layers are carried
+    from round to round, and each layer changes its own in place; scanned over, they would be
+    copied. Where the number of layers is no
     multiple of the pattern's length, the last layers are unrolled; only their parameters are sliced
     out of the stacked arrays, which copies them.
     """
@@ -111,24 +115,22 @@ class Scanned:
     ) -> LayersOutput:
         """Implements `LayerLoop.run`."""
         cache = None if caches is None else caches[0]
-        # Scanned together: the leaves of both have a leading layer axis.
-        stacked = (group.params, cache)
 
         # 7 layers of a pattern of 3: layers 0 to 5 are scanned in two rounds, layer 6 is unrolled.
         num_layers = len(group.layer_configs)
         num_scanned = num_layers - num_layers % group.period
-        scanned = jax.tree.map(lambda leaf: leaf[:num_scanned], stacked)
-        x, outputs = _scan_rounds(group, x, scanned, context)
+        scanned = jax.tree.map(lambda leaf: leaf[:num_scanned], group.params)
+        x, cache, report = _scan_rounds(group, x, scanned, cache, context)
 
-        stacked_outputs = [outputs]
+        reports = [report]
         for index in range(num_scanned, num_layers):
-            x, outputs = _run_layer(group, x, _slice_layer(stacked, index), context, index)
+            params = _slice_layer(group.params, index)
+            x, cache, report = _run_layer(group, x, params, cache, context, index)
             # A layer axis of length 1, to join the output of the scan.
-            stacked_outputs.append(jax.tree.map(lambda leaf: leaf[None], outputs))
+            reports.append(jax.tree.map(lambda leaf: leaf[None], report))
 
-        new_cache, report = _concatenate(stacked_outputs)
-        new_caches = None if caches is None else (new_cache,)
-        return x, new_caches, {"layers": report}
+        new_caches = None if cache is None else (cache,)
+        return x, new_caches, {"layers": _concatenate(reports)}
 
 
 def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:
@@ -139,30 +141,34 @@ def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:
 
 
 def _scan_rounds(
-    group: LayerGroup, x: Hidden, stacked: Any, context: Context
-) -> tuple[Hidden, Any]:
-    """Scans over whole rounds of the pattern; returns the hidden states, and (caches, reports) with
-    a leading layer axis.
+    group: LayerGroup, x: Hidden, params: Any, cache: LayerCache | None, context: Context
+) -> LayerOutput:
+    """Scans over whole rounds of the pattern; returns the hidden states, the cache, and reports
+    with a leading layer axis.
 
     Args:
-      stacked: (parameters, caches) with a leading layer axis, a multiple of the pattern's length.
+      params: with a leading layer axis, a multiple of the pattern's length.
+      cache: of all layers of the group, with a leading layer axis.
     """
     period = group.period
-    num_layers = len(jax.tree.leaves(stacked)[0])
+    num_layers = len(jax.tree.leaves(params)[0])
     num_rounds = num_layers // period
 
-    def run_round(x: Hidden, round_input: tuple[Array, Any]) -> tuple[Hidden, Any]:
-        round_index, round_stacked = round_input
-        outputs = []
+    def run_round(carry: Carry, round_input: tuple[Array, Any]) -> tuple[Carry, LayerReport]:
+        x, cache = carry
+        round_index, round_params = round_input
+        reports = []
         for i, layer_config in enumerate(group.layer_configs[:period]):
-            params, cache = _slice_layer(round_stacked, i)
-            index = group.start_index + round_index * period + i
-            layer_context = with_layer_key(context, index)
-            x, new_cache, report = group.apply(layer_config, params, x, cache, layer_context)
-            outputs.append((new_cache, report))
+            params = _slice_layer(round_params, i)
+            index = round_index * period + i
+            layer_context = with_layer_key(context, group.start_index + index)
+            own = None if cache is None else cache.layer(index)
+            x, own, report = group.apply(layer_config, params, x, own, layer_context)
+            cache = None if cache is None else cache.put(index, own)
+            reports.append(report)
 
         # The scan's output of one round has a leading axis of `period` layers.
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        return (x, cache), jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
 
     if group.remat is not None:
         # Inside a scan, common subexpressions are not merged anyway.
@@ -172,36 +178,44 @@ def _scan_rounds(
     def split_rounds(leaf: Array) -> Array:
         return leaf.reshape(num_rounds, period, *leaf.shape[1:])
 
-    by_round = jax.tree.map(split_rounds, stacked)
+    by_round = jax.tree.map(split_rounds, params)
     round_indices = jnp.arange(num_rounds)
-    x, outputs = jax.lax.scan(run_round, x, (round_indices, by_round))
+    (x, cache), reports = jax.lax.scan(run_round, (x, cache), (round_indices, by_round))
 
     # [num_rounds, period, ...] -> [num_layers, ...]
     def join_rounds(leaf: Array) -> Array:
         return leaf.reshape(num_layers, *leaf.shape[2:])
 
-    return x, jax.tree.map(join_rounds, outputs)
+    return x, cache, jax.tree.map(join_rounds, reports)
 
 
 def _run_layer(
-    group: LayerGroup, x: Hidden, layer_stacked: Any, context: Context, index: int
-) -> tuple[Hidden, Any]:
-    """Runs one layer after the scan; returns the hidden states, and its (cache, report).
+    group: LayerGroup,
+    x: Hidden,
+    params: Any,
+    cache: LayerCache | None,
+    context: Context,
+    index: int,
+) -> LayerOutput:
+    """Runs one layer after the scan; returns the hidden states, the cache of all layers and its
+    report.
 
     Args:
-      layer_stacked: its (parameters, cache).
+      params: of the layer.
+      cache: of all layers of the group, with a leading layer axis.
       index: of the layer, in the group.
     """
 
-    def run(x: Hidden, layer_stacked: Any) -> LayerOutput:
-        params, cache = layer_stacked
+    def run(x: Hidden, params: Any, cache: LayerCache | None) -> LayerOutput:
         layer_context = with_layer_key(context, group.start_index + index)
         return group.apply(group.layer_configs[index], params, x, cache, layer_context)
 
     if group.remat is not None:
         run = jax.checkpoint(run, policy=group.remat)
-    x, new_cache, report = run(x, layer_stacked)
-    return x, (new_cache, report)
+    if cache is None:
+        return run(x, params, None)
+    x, own, report = run(x, params, cache.layer(index))
+    return x, cache.put(index, own), report
 
 
 def _slice_layer(stacked: Any, index: int) -> Any:

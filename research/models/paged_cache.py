@@ -67,9 +67,14 @@ def contiguous_table(tokens: Sequence[int], slots: int) -> PageTable:
 class PagedCache:
     """Keys and values of one layer in pages; the table, which all layers share, comes with each
     call.
+
+    Attributes:
+      pages: of the layer.
+      first_page: where the pages are those of several layers, the index of this layer's page 0.
     """
 
     pages: KVPages
+    first_page: Int[Array, ""] | None = None
 
     def lay_out(self) -> "PagedCache":
         """As `TokenCache.lay_out`: page ids mean the same on every device, so only heads are
@@ -84,6 +89,14 @@ class PagedCache:
             return constrain(leaf, (*stack, None, "kv_heads", *slots))
 
         return PagedCache(jax.tree.map(by_head, self.pages))
+
+    def layer(self, index: int | Int[Array, ""]) -> "PagedCache":
+        """As `TokenCache.layer`: no page is copied."""
+        return PagedCache(*one_pool(self.pages, index))
+
+    def put(self, index: int | Int[Array, ""], layer: "PagedCache") -> "PagedCache":
+        """As `TokenCache.put`; the other layers' pages are in the layer's pool too."""
+        return PagedCache(by_layer(layer.pages, self.pages))
 
     def attend(
         self,
@@ -106,22 +119,52 @@ class PagedCache:
         start = positions[:, 0]
         # All devices write the tokens of all rows, each of its own heads.
         k, v = (constrain(x, (None, None, "kv_heads", "head")) for x in (k, v))
-        pages = write(self.pages, page_table.ids, start, k, v)
+        ids = ids_in_pool(page_table, self.first_page)
+        pages = write(self.pages, ids, start, k, v)
         if q.shape[1] == 1 and mask.prefix is None and attention.terms.bias is None:
             # The positions of a finished row may pass its last slot. What it reads is not used, but
             # must exist. A row without pages reads nothing.
             lengths = jnp.minimum(start + 1, page_table.slots)
             lengths = jnp.where(page_table.ids[:, 0] == 0, 0, lengths)
-            out = attention.over_pages(q, pages, page_table.ids, lengths, mask.window)
+            out = attention.over_pages(q, pages, ids, lengths, mask.window)
             return out, PagedCache(pages)
         # Pages may be wider than the heads, which then end in zeros.
-        keys, values = (x[..., : k.shape[3]] for x in gather(pages, page_table.ids))
+        keys, values = (x[..., : k.shape[3]] for x in gather(pages, ids))
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, keys, values, slots_mask), PagedCache(pages)
 
     def copy(self, sources: Int[Array, "pages"], targets: Int[Array, "pages"]) -> "PagedCache":
         """Returns the cache with pages copied to others."""
         return PagedCache(copy_pages(self.pages, sources, targets))
+
+
+def one_pool(pages: KVPages, index: int | Int[Array, ""]) -> tuple[KVPages, Int[Array, ""]]:
+    """Returns the pages of stacked layers as those of one layer, and the index of page 0 of layer
+    `index` among them.
+
+    So a layer is read and written in place: a slice of its pages would be a copy.
+    """
+    num_pages = pages.key.shape[1]
+
+    def merge(leaf: Array) -> Array:
+        # [L, pages, K, slots, H] -> [L · pages, K, slots, H]
+        return leaf.reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(merge, pages), jnp.asarray(index * num_pages, jnp.int32)
+
+
+def by_layer(pool: KVPages, stacked: KVPages) -> KVPages:
+    """Returns pages from `one_pool` in the shapes of stacked layers."""
+    return jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), pool, stacked)
+
+
+def ids_in_pool(
+    page_table: PageTable, first_page: Int[Array, ""] | None
+) -> Int[Array, "B pages_per_row"]:
+    """Returns the table's ids, counted from a layer's page 0 in the pages of all layers."""
+    if first_page is None:
+        return page_table.ids
+    return page_table.ids + first_page
 
 
 def copy_pages(

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from research.parallel.gradient_sums import round_sum
-from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, WIDTH_AXES
+from research.parallel.mesh_axes import CONTEXT_AXIS, TENSOR_AXIS, WIDTH_AXES
 from research.parallel.rules import constrain, partition_spec
-from research.parallel.shard_map import dividing_axes, shard_map
+from research.parallel.shard_map import batch_axes, dividing_axes, is_batch_whole, shard_map
 from research.parallel.target import platform
 
 
@@ -78,8 +78,9 @@ def take_rows(
       gradient_dtype: in which devices add up their gradients.
     """
     # Unshard the width first: a lookup in a table with sharded rows makes the partitioner copy the
-    # table to every device.
-    return constrain(table, (names[0], None))[ids]
+    # table to every device. Where all devices have all ids, each looks up its own columns.
+    width = "embed_in_generation" if is_batch_whole() else None
+    return constrain(table, (names[0], width))[ids]
 
 
 def _take_fwd(
@@ -99,7 +100,7 @@ def _take_bwd(
     like, ids = saved
     _, num_rows, width = like.shape
     token_axes = (
-        *dividing_axes(BATCH_AXES, ids.shape[0]),
+        *batch_axes(ids.shape[0]),
         *dividing_axes((CONTEXT_AXIS,), ids.shape[1]),
     )
     row_axes = ()

@@ -17,7 +17,7 @@ from research.parallel.mesh_axes import (
     WIDTH_AXES,
 )
 from research.parallel.parameter import is_box
-from research.parallel.shard_map import dividing_axes
+from research.parallel.shard_map import batch_axes, dividing_axes
 from research.parallel.stages import without_stages
 
 # First come, first served: a mesh axis that an earlier row took for the same array is not used
@@ -106,9 +106,10 @@ def constrain(x: Shaped[Array, "..."], names: tuple[str | None, ...]) -> Shaped[
     if jax.sharding.get_abstract_mesh().empty:
         return x
     spec = []
-    for mesh_axes, size in zip(partition_spec(names), x.shape, strict=True):
+    for name, mesh_axes, size in zip(names, partition_spec(names), x.shape, strict=True):
         wanted = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-        spec.append(dividing_axes(wanted, size) or None)
+        found = batch_axes(size) if name == "batch" else dividing_axes(wanted, size)
+        spec.append(found or None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

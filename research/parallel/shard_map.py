@@ -1,7 +1,9 @@
 """`shard_map` over the mesh in context, for code that no partitioner can shard."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -9,6 +11,38 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS
+
+_IS_BATCH_WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "is_batch_whole", default=False
+)
+
+
+@contextlib.contextmanager
+def whole_batch() -> Iterator[None]:
+    """Shards no batch in what is traced inside: every device computes all of its rows.
+
+    It is for a few new tokens whose keys all devices need: to compute a row costs less than to send
+    it.
+    """
+    token = _IS_BATCH_WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _IS_BATCH_WHOLE.reset(token)
+
+
+def is_batch_whole() -> bool:
+    """Whether `whole_batch` holds here."""
+    return _IS_BATCH_WHOLE.get()
+
+
+def batch_axes(rows: int) -> tuple[str, ...]:
+    """Returns the mesh axes over which the rows of a batch are sharded: as `dividing_axes`, and
+    none inside `whole_batch`.
+    """
+    if is_batch_whole():
+        return ()
+    return dividing_axes(BATCH_AXES, rows)
 
 
 def sharding_axes(names: tuple[str, ...], *sizes: int) -> tuple[str, ...]:
@@ -95,7 +129,7 @@ def per_token(function: Callable[..., Any], x: Shaped[Array, "B T *rest"]) -> An
         another token.
       x: of all devices.
     """
-    rows = dividing_axes(BATCH_AXES, x.shape[0])
+    rows = batch_axes(x.shape[0])
     tokens = dividing_axes((CONTEXT_AXIS,), x.shape[1])
     if not (rows or tokens):
         return function(x)

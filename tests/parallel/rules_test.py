@@ -23,6 +23,7 @@ from research.parallel.rules import (
     param_shardings,
     partition_spec,
 )
+from research.parallel.shard_map import whole_batch
 from research.training import step
 from research.training.state import abstract_state
 from research.training.step import shard_batch
@@ -137,6 +138,20 @@ def test_constraint_acts_under_a_mesh_and_not_without(mesh):
         laid = jax.jit(lambda x: constrain(x, ("batch", "length", "embed")))(x)
     # Of the axes that shard the batch, that of experts has one device.
     assert laid.sharding.spec[0] == ("data", "fsdp")
+
+
+def test_constraint_of_a_whole_batch_leaves_its_rows_on_all_devices(mesh):
+    def laid_out(x):
+        return constrain(x, ("batch", None, "heads", None))
+
+    def whole(x):
+        with whole_batch():
+            return laid_out(x)
+
+    x = jnp.zeros((8, 3, 4, 2))
+    with jax.set_mesh(mesh):
+        assert jax.jit(laid_out)(x).sharding.spec[0] is not None
+        assert jax.jit(whole)(x).sharding.spec == PartitionSpec(None, None, "tensor")
 
 
 def test_constraint_leaves_out_axes_that_do_not_divide(mesh):

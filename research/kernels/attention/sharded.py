@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from research.kernels.attention.key_exchange import KeyExchange, exchange_and_attend
 from research.kernels.attention.mask import AttentionMask
 from research.kernels.attention.terms import ScoreTerms
-from research.parallel.mesh_axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS
-from research.parallel.shard_map import dividing_axes, shard_map, sharding_axes
+from research.parallel.mesh_axes import CONTEXT_AXIS, TENSOR_AXIS
+from research.parallel.shard_map import batch_axes, shard_map, sharding_axes
 
 
 def context_axes(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def per_device(implementation: ModuleType, exchange: KeyExchange) -> Callable[..
             return implementation.attention(q, k, v, mask, terms)
 
         # Mesh axes, or None where they do not divide the size.
-        batch = dividing_axes(BATCH_AXES, q.shape[0]) or None
+        batch = batch_axes(q.shape[0]) or None
         heads, kv_heads = head_axes(q.shape[2], k.shape[2])
         context = context_axes(q, k) or None
         attention = implementation.attention

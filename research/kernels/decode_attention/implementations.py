@@ -13,8 +13,8 @@ from research.kernels import choice
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import cpu, gpu, reference, tpu
 from research.kernels.decode_attention.pages import KVPages
-from research.parallel.mesh_axes import BATCH_AXES, TENSOR_AXIS
-from research.parallel.shard_map import dividing_axes, shard_map, sharding_axes
+from research.parallel.mesh_axes import TENSOR_AXIS
+from research.parallel.shard_map import batch_axes, shard_map, sharding_axes
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu"]
 DecodeAttentionFn = Callable[..., Float[Array, "B T N H"]]
@@ -65,7 +65,7 @@ def per_device(decode_attention: DecodeAttentionFn) -> DecodeAttentionFn:
     ) -> Float[Array, "B T N H"]:
         if jax.sharding.get_abstract_mesh().size <= 1:
             return decode_attention(q, pages, table, lengths, window, terms)
-        batch = dividing_axes(BATCH_AXES, q.shape[0]) or None
+        batch = batch_axes(q.shape[0]) or None
         heads = sharding_axes((TENSOR_AXIS,), q.shape[2], pages.kv_heads) or None
 
         # q [B, T, N, H]; table and lengths [B, ...]; pages [pages, K, slots, H]; terms [N]
