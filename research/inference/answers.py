@@ -60,6 +60,7 @@ class Sample:
       memory: the row of what an encoder read for it, while it has one.
       gate: whether guesses of its tokens pay.
       lookup: guesses by its text.
+      drawn_at: the step that its newest token was drawn in, and the row there.
       matcher: how far its text has come in a grammar; None without one.
     """
 
@@ -72,6 +73,7 @@ class Sample:
         self.memory: int | None = None
         self.gate = Gate()
         self.lookup = Lookup()
+        self.drawn_at = (0, 0)
         self.matcher: Matcher | None = None
         self._text = text
         self._new_text = ""

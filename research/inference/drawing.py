@@ -33,7 +33,7 @@ def allow(rules: IdRules, allowed: Allowed) -> IdRules:
     return rules.replace(allowed=words)
 
 
-@functools.partial(jax.jit, static_argnames=("draw_rows", "num_top"), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("group", "num_top"), donate_argnames=("slots",))
 def draw_step(
     slots: Slots,
     rows: StepRows,
@@ -42,7 +42,7 @@ def draw_step(
     count: Int[Array, ""],
     allowed: Allowed,
     *,
-    draw_rows: int,
+    group: int,
     num_top: int,
 ) -> tuple[Slots, Drawn, Int[Array, "slots"]]:
     """Draws from the logits of a step.
@@ -54,7 +54,7 @@ def draw_step(
       order: the rows that need it first; then the number of rows.
       count: how many need it.
       allowed: which ids may be drawn, where that has changed.
-      draw_rows: rows that are computed at a time. On CPU it is 1, so that sums over the vocabulary
+      group: rows that are computed at a time. On CPU it is 1, so that sums over the vocabulary
         add up in one order in all.
       num_top: how many of the likeliest ids are returned.
 
@@ -66,17 +66,17 @@ def draw_step(
     slots = slots.replace(rules=rules, drafts=_given_drafts(slots, rows))
 
     def draw_group(index: Array, drawn: Drawn) -> Drawn:
-        group = slice_rows(order, index * draw_rows, draw_rows)
-        of_group = jax.tree.map(lambda leaf: leaf.at[group].get(mode="clip"), rows)
-        found = _draw_rows(logits.at[group].get(mode="clip"), of_group, slots, num_top)
+        chosen = slice_rows(order, index * group, group)
+        of_group = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), rows)
+        found = draw_rows(logits.at[chosen].get(mode="clip"), of_group, slots, num_top)
 
         def put(leaf: Array, part: Array) -> Array:
-            return leaf.at[group].set(part, mode="drop")
+            return leaf.at[chosen].set(part, mode="drop")
 
         return jax.tree.map(put, drawn, found)
 
     nothing = empty_drawn(len(logits), num_top, slots.rules.allowed.shape[-1])
-    num_groups = (count + draw_rows - 1) // draw_rows
+    num_groups = (count + group - 1) // group
     drawn = jax.lax.fori_loop(0, num_groups, draw_group, nothing)
     slots, accepted = accept(slots, rows, drawn.token)
     return slots, drawn, accepted
@@ -102,12 +102,15 @@ def empty_drawn(rows: int, num_top: int, words: int) -> Drawn:
     )
 
 
-def _draw_rows(
-    logits: Float[Array, "B V"],
-    rows: StepRows,
-    slots: Slots,
-    num_top: int,
-) -> Drawn:
+def draw_rows(logits: Float[Array, "B V"], rows: StepRows, slots: Slots, num_top: int) -> Drawn:
+    """Returns what is drawn from rows.
+
+    Args:
+      logits: after each row's token, float32.
+      rows: of a step.
+      slots: of the sequences.
+      num_top: how many of the likeliest ids are returned.
+    """
     # Padding takes the last slot's.
     own: Slots = jax.tree.map(lambda leaf: leaf.at[rows.slot].get(mode="clip"), slots)
     rules = _with_drafts(own, rows)

@@ -31,6 +31,7 @@ class Engine:
       serve: how it runs.
       mesh: that the parameters are sharded over; None is one device. Along `data` there is a
         replica for each index.
+      draft: config and parameters of a smaller model that guesses, or None.
 
     Attributes:
       replicas: what takes the steps.
@@ -46,6 +47,7 @@ class Engine:
         tokenizer: Tokenizer,
         serve: ServeConfig,
         mesh: Mesh | None = None,
+        draft: tuple[ModelConfig, Any] | None = None,
     ):
         if config.structure == "encoder":
             raise UserError("model.structure", "encoder", "makes no text: it has no decoder.")
@@ -56,7 +58,7 @@ class Engine:
         self.replicas: list[Replica] = []
         for own in self._meshes:
             part = params if len(self._meshes) == 1 else _on_mesh(params, own)
-            self.replicas.append(Replica(config, part, tokenizer, serve, own))
+            self.replicas.append(Replica(config, part, tokenizer, serve, own, draft))
         self._replica_of: dict[Answer, Replica] = {}
 
     def submit(self, request: Request) -> Answer:

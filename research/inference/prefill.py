@@ -10,9 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from research.inference.prompts import Prompts
 from research.models.cache import Cache
+from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable
 from research.models.transformer import Output, compute_logits
+from research.models.transformer_model import TransformerModel
 from research.parallel.rules import constrain
 
 
@@ -28,6 +30,21 @@ def read_tokens(
       cache: of the tokens before.
     """
     return language_model(config).hidden(params, inputs, cache=cache)
+
+
+def read_following(
+    config: ModelConfig,
+    params: Any,
+    hidden: Float[Array, "B T D"],
+    following: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Returns the states of multi-token prediction, and its cache with these tokens in it: as
+    `Transformer.mtp_step`.
+    """
+    model = TransformerModel(config)
+    return model.mtp_step(params, hidden, following, positions, cache)
 
 
 def logits_of(

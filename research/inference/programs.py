@@ -19,25 +19,37 @@ from jaxtyping import Array, Float, Int
 from research.inference.prefill import logits_of, prefill, read_tokens, real_positions
 from research.inference.prompts import Prompts
 from research.inference.slots import DeviceState, Slots, StepRows, put_rows, slice_rows
+from research.inference.speculation.drafter import Drafter, Pages, Tokens
 from research.models.cache import Cache, LayerCache
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable
+from research.models.transformer import Output
 from research.parallel.shard_map import whole_batch
 
 Layers = tuple[LayerCache, ...]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows"))
+@functools.partial(jax.jit, static_argnames=("config", "rows", "drafter"))
 @whole_batch()
-def empty_state(params: Any, table: PageTable, *, config: ModelConfig, rows: int) -> DeviceState:
+def empty_state(
+    params: Any,
+    draft_params: Any,
+    table: PageTable,
+    *,
+    config: ModelConfig,
+    rows: int,
+    drafter: Drafter | None,
+) -> DeviceState:
     """Returns pages of zeros.
 
     Args:
       params: of the model.
+      draft_params: the drafter's own.
       table: one row for each slot, all without pages.
       config: the model.
       rows: of a step.
+      drafter: who guesses on the device; None for nobody.
     """
     slots = table.ids.shape[0]
     length = config.max_length
@@ -47,13 +59,20 @@ def empty_state(params: Any, table: PageTable, *, config: ModelConfig, rows: int
     model = language_model(config)
     cache = model.empty_cache(params, slots, length, segments, page_table=table)
     logits = jnp.zeros((rows, config.vocab_size), jnp.float32)
-    return DeviceState(cache.layers, logits, segments)
+    state = DeviceState(cache.layers, logits, segments)
+    if drafter is None:
+        return state
+    hidden = jnp.zeros((rows, config.embed_dim), config.dtype)
+    return state.replace(draft_layers=drafter.empty_layers(draft_params, table), hidden=hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tile"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "tile", "drafter"), donate_argnames=("state",)
+)
 @whole_batch()
 def read(
     params: Any,
+    draft_params: Any,
     state: DeviceState,
     slots: Slots,
     table: PageTable,
@@ -62,12 +81,14 @@ def read(
     *,
     config: LanguageModelConfig,
     tile: int,
+    drafter: Drafter | None,
 ) -> DeviceState:
     """Returns the state with the tokens of the rows in the pages, and the logits after each of them
     that needs them.
 
     Args:
       params: of the model.
+      draft_params: the drafter's own.
       state: before.
       slots: of the sequences.
       table: the pages of each slot.
@@ -75,13 +96,26 @@ def read(
       num_tiles: how many tiles have rows that are no padding.
       config: the model.
       tile: rows of a tile.
+      drafter: who guesses on the device, whose pages get the tokens too; None for nobody.
     """
 
     def run_tile(index: Array, carry: DeviceState) -> DeviceState:
         first = index * tile
         of_tile = slice_rows(rows, first, tile)
-        layers, logits = _read_tile(params, carry, slots, table, of_tile, config)
-        return carry.replace(layers=layers, logits=put_rows(carry.logits, logits, first))
+        output, cache, tokens = _read_tile(params, carry, slots, table, of_tile, config)
+        hidden = output.hidden[:, 0]
+        logits = _needed_logits(params, hidden, of_tile, config)
+        layers = _with_memory(output.cache.layers, carry.layers)
+        after = carry.replace(layers=layers, logits=put_rows(carry.logits, logits, first))
+        if drafter is None:
+            return after
+
+        limits = slots.limit.at[of_tile.slot].get(mode="clip")
+        pages = Pages(layers, carry.draft_layers, cache.page_table)
+        of_draft = Tokens(tokens, of_tile.position, limits, hidden)
+        following = _following(slots, of_tile)
+        own = drafter.fill(params, draft_params, pages, of_draft, following)
+        return after.replace(draft_layers=own, hidden=put_rows(carry.hidden, hidden, first))
 
     return jax.lax.fori_loop(0, num_tiles, run_tile, state)
 
@@ -93,10 +127,8 @@ def _read_tile(
     table: PageTable,
     rows: StepRows,
     config: LanguageModelConfig,
-) -> tuple[Layers, Float[Array, "tile V"]]:
-    """Returns the layers with the tokens of a tile in them, and the logits after each token; zeros
-    where no row of the tile needs them.
-    """
+) -> tuple[Output, Cache, Int[Array, "tile"]]:
+    """Returns what the model makes of the tokens of a tile, the cache before, and the tokens."""
     # Given, the newest of a slot, or a draft: drafts [[7, 8]] of a slot whose newest is 6 are
     # [[6, 7, 8]], so that draft i has index i.
     known = jnp.concatenate([slots.newest[:, None], slots.drafts], axis=1)
@@ -118,7 +150,13 @@ def _read_tile(
         "positions": rows.position[:, None],
         "lengths": slots.limit.at[rows.slot].get(mode="clip")[:, None],
     }
-    output = read_tokens(config, params, inputs, cache)
+    return read_tokens(config, params, inputs, cache), cache, tokens
+
+
+def _needed_logits(
+    params: Any, hidden: Float[Array, "tile D"], rows: StepRows, config: LanguageModelConfig
+) -> Float[Array, "tile V"]:
+    """Returns the logits after each row; zeros where no row of the tile needs them."""
 
     def project(hidden: Float[Array, "tile D"]) -> Float[Array, "tile V"]:
         return logits_of(config, params, hidden)
@@ -127,8 +165,14 @@ def _read_tile(
         return jnp.zeros((hidden.shape[0], config.vocab_size), jnp.float32)
 
     is_needed = jnp.any(rows.draws | (rows.target >= 0))
-    logits = jax.lax.cond(is_needed, project, nothing, output.hidden[:, 0])
-    return _with_memory(output.cache.layers, state.layers), logits
+    return jax.lax.cond(is_needed, project, nothing, hidden)
+
+
+def _following(slots: Slots, rows: StepRows) -> Int[Array, "tile"]:
+    """Returns the token after each row's, -1 where it is not known."""
+    # After draft 1, drafts [[7, 8]] go on with index 1.
+    draft = slots.drafts.at[rows.slot, rows.draft].get(mode="fill", fill_value=-1)
+    return jnp.where(rows.following == -2, draft, rows.following)
 
 
 def _with_memory(layers: Layers, others: Layers) -> Layers:

@@ -26,6 +26,8 @@ from research.inference.scheduler import Row, Scheduler, Sequence
 from research.inference.searches import Searches
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
+from research.inference.speculation.guesses import Guesses
+from research.inference.speculation.kinds import drafter_of
 from research.inference.text import Detokenizer
 from research.inference.under_way import UnderWay
 from research.kernels.decode_attention import PAGE_SIZE
@@ -47,12 +49,12 @@ class Replica:
       tokenizer: the one it was trained with.
       serve: how it runs.
       mesh: that the parameters are sharded over; None is one device.
+      draft: config and parameters of a smaller model that guesses, or None.
 
     Attributes:
       num_steps: taken so far.
       num_rows: tokens that steps have read so far.
-      guessed: tokens that were guessed so far.
-      guessed_right: how many of these counted.
+      guesses: of its answers.
     """
 
     def __init__(
@@ -62,12 +64,16 @@ class Replica:
         tokenizer: Tokenizer,
         serve: ServeConfig,
         mesh: Mesh | None,
+        draft: tuple[ModelConfig, Any] | None,
     ):
         self._config = config
         self._tokenizer = tokenizer
         self._serve = serve
         self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
-        self._runner = Runner(config, params, serve, self._num_ids, mesh)
+        drafter = drafter_of(serve, config, params, draft)
+        self.guesses = Guesses(serve, on_device=drafter is not None)
+        draft_params = None if draft is None else draft[1]
+        self._runner = Runner(config, params, serve, self._num_ids, mesh, drafter, draft_params)
         pool = PagePool(self._runner.num_pages)
         self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows)
 
@@ -83,8 +89,6 @@ class Replica:
         self._under_way: UnderWay | None = None
         self.num_steps = 0
         self.num_rows = 0
-        self.guessed = 0
-        self.guessed_right = 0
 
     @property
     def under_way(self) -> bool:
@@ -190,14 +194,7 @@ class Replica:
     def run_step(self) -> bool:
         """Starts a step and reads the one before; returns whether there is more to do."""
         self._end_late_ones()
-        count = self._drafts_of_each()
-        for sequence in self._scheduler.running:
-            member = self._members[sequence]
-            sequence.needs_host = self._needs_host(member, count)
-        if any(sequence.needs_host for sequence in self._scheduler.running):
-            self._read_under_way()
-        for sequence in self._scheduler.running:
-            self._guess(sequence, count)
+        self._prepare()
         rows = self._scheduler.plan()
         self.num_rows += len(rows)
         self.num_steps += bool(rows)
@@ -206,32 +203,24 @@ class Replica:
         self._under_way = started
         return bool(self._members)
 
-    def _drafts_of_each(self) -> int:
-        """Returns how many guesses each answer may have: as many as fit in a tile with all newest
-        tokens, where they cost little.
-        """
-        running = len(self._scheduler.running)
-        if self._serve.speculate == "none" or not running:
-            return 0
-        return min(self._serve.drafts, (self._serve.tiles[-1] - running) // running)
-
-    def _needs_host(self, member: Sample | Lane, count: int) -> bool:
-        """Returns whether the next token of a member waits for what the host makes of the newest
-        one.
-        """
-        if isinstance(member, Lane) or member.matcher is not None:
-            return True
-        return count > 0 and member.answer.request.speculate and member.gate.allows()
-
-    def _guess(self, sequence: Sequence, count: int) -> None:
-        """Gives an answer guesses of its next tokens."""
-        sample = self._members.get(sequence)
-        if not isinstance(sample, Sample) or not sequence.needs_host or not sequence.is_answering:
-            return
-        # The last token allowed is never read.
-        count = min(count, sequence.limit - 1 - sequence.length)
-        if count > 0 and sample.answer.request.speculate:
-            sequence.drafts = tuple(sample.guess(count))
+    def _prepare(self) -> None:
+        """Reads the step under way where the next one depends on it, and has guesses made."""
+        running = self._scheduler.running
+        most = self.guesses.most(len(running))
+        for sequence in running:
+            member = self._members[sequence]
+            is_searched = isinstance(member, Lane)
+            # Where the newest token is, is not known until its drafts are read.
+            is_guided = is_searched or member.matcher is not None or len(sequence.drafts) > 0
+            sequence.needs_host = is_guided or self.guesses.wanted(member, most)
+        if any(sequence.needs_host for sequence in running):
+            self._read_under_way()
+        members = [self._members[sequence] for sequence in running]
+        samples = [member for member in members if isinstance(member, Sample)]
+        on_device = self.guesses.make(samples, most, self.num_steps)
+        if on_device:
+            self._write_tables()
+            self._runner.propose(on_device)
 
     def _end_late_ones(self) -> None:
         now = time.monotonic()
@@ -246,11 +235,7 @@ class Replica:
             self._members[sequence].memory = None
         for sequence in admitted:
             self._place(sequence)
-        for sequence in {row.sequence for row in rows}:
-            table = self._runner.table[sequence.slot]
-            table[:] = 0
-            table[: len(sequence.pages)] = sequence.pages
-
+        self._write_tables()
         targets = {}
         extras = {}
         for index, row in enumerate(rows):
@@ -270,6 +255,13 @@ class Replica:
         # The device reads the tokens while the host makes the masks.
         drawn, accepted = self._runner.draw(step, self._masks(rows))
         return UnderWay(rows, drawn, accepted, targets, extras)
+
+    def _write_tables(self) -> None:
+        """Writes the pages of all running sequences into the table."""
+        for sequence in self._scheduler.running:
+            table = self._runner.table[sequence.slot]
+            table[:] = 0
+            table[: len(sequence.pages)] = sequence.pages
 
     def _masks(self, rows: list[Row]) -> dict[int, np.ndarray]:
         """Returns which ids may come next, by slot, where that has changed."""
@@ -363,6 +355,7 @@ class Replica:
                     full.append(member.answer)
             elif row.draws:
                 drawn.setdefault(member, []).append(found)
+                member.drawn_at = (self.num_steps, index)
             else:
                 member.answer.prompt_logprobs[row.position + 1] = found
         for sample, found in drawn.items():
@@ -376,11 +369,7 @@ class Replica:
                 self._end(lane)
 
     def _push(self, sample: Sample, found: list[TokenLogprobs]) -> None:
-        guessed = len(sample.sequence.drafts)
-        if guessed:
-            sample.gate.observe(guessed, len(found) - 1)
-            self.guessed += guessed
-            self.guessed_right += len(found) - 1
+        self.guesses.observe(sample, len(found))
         sample.sequence.add([each.token for each in found])
         for each in found:
             sample.push(each)

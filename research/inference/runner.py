@@ -26,6 +26,8 @@ from research.inference.slots import (
     admit,
     empty_slots,
 )
+from research.inference.speculation.drafter import Drafter
+from research.inference.speculation.propose import DraftRows, propose
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
 from research.models.paged_cache import PageTable
@@ -55,6 +57,8 @@ class Runner:
       serve: how it runs.
       num_ids: only ids below it are drawn.
       mesh: that the parameters are sharded over; None is one device.
+      drafter: who guesses on the device; None for nobody.
+      draft_params: the drafter's own.
     """
 
     def __init__(
@@ -64,8 +68,12 @@ class Runner:
         serve: ServeConfig,
         num_ids: int,
         mesh: Mesh | None,
+        drafter: Drafter | None,
+        draft_params: Any,
     ):
         self.params = params
+        self._drafter = drafter
+        self._draft_params = draft_params
         # Page 0 is nobody's.
         self.num_pages = 1 + -(-serve.tokens // PAGE_SIZE)
         self.pages_per_sequence = -(-config.max_length // PAGE_SIZE)
@@ -81,9 +89,11 @@ class Runner:
         with self._on_mesh():
             self._state = empty_state(
                 params,
+                draft_params,
                 self._device_table(self.table),
                 config=config,
                 rows=self._width,
+                drafter=drafter,
             )
             self._slots = empty_slots(serve.slots, num_ids, serve.drafts)
             shape = self._slots.rules.allowed.shape
@@ -149,6 +159,31 @@ class Runner:
         needed = sorted(drawing | set(targets))
         return arrays, needed
 
+    def propose(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """Has guesses made on the device.
+
+        Args:
+          rows: the slot of each answer, the position of its newest token, and the row of the newest
+            step that this was drawn from.
+        """
+        tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
+        arrays = np.zeros((3, self._width), np.int32)
+        arrays[0] = self._serve.slots
+        arrays[:, : len(rows)] = np.transpose(rows)
+        count = jnp.int32(-(-len(rows) // tile))
+        with self._on_mesh():
+            self._state, self._slots = propose(
+                self.params,
+                self._draft_params,
+                self._state,
+                self._slots,
+                self._device_table(self.table),
+                DraftRows(*map(jnp.asarray, arrays)),
+                count,
+                drafter=self._drafter,
+                tile=tile,
+            )
+
     def draw(
         self,
         step: tuple[StepRows, list[int]],
@@ -169,6 +204,7 @@ class Runner:
         with self._on_mesh():
             self._state = read(
                 self.params,
+                self._draft_params,
                 self._state,
                 self._slots,
                 self._device_table(table),
@@ -176,6 +212,7 @@ class Runner:
                 jnp.int32(-(-count // tile)),
                 config=self._config,
                 tile=tile,
+                drafter=self._drafter,
             )
 
     def _draw(
@@ -185,7 +222,7 @@ class Runner:
         order = np.full(width, width, np.int32)
         order[: len(needed)] = needed
         # On CPU few rows draw, and those that do not cost nothing.
-        draw_rows = 1 if platform() == "cpu" else width
+        group = 1 if platform() == "cpu" else width
         with self._on_mesh():
             self._slots, drawn, accepted = draw_step(
                 self._slots,
@@ -194,7 +231,7 @@ class Runner:
                 jnp.asarray(order),
                 jnp.int32(len(needed)),
                 allowed,
-                draw_rows=draw_rows,
+                group=group,
                 num_top=min(self._serve.top_logprobs, self._config.vocab_size),
             )
         return drawn, accepted
@@ -208,6 +245,7 @@ class Runner:
             "draft": np.zeros(width, np.int32),
             "draws": np.zeros(width, bool),
             "target": np.full(width, -1, np.int32),
+            "following": np.full(width, -1, np.int32),
             "wants": np.zeros(width, bool),
         }
         for index, row in enumerate(rows):
@@ -217,6 +255,7 @@ class Runner:
             arrays["draft"][index] = row.draft
             arrays["draws"][index] = row.draws
             arrays["target"][index] = targets.get(index, -1)
+            arrays["following"][index] = _following(row)
             arrays["wants"][index] = index in wants
         return StepRows(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
@@ -245,6 +284,9 @@ class Runner:
                 self.read_prefix(0, [0] * width)
 
         self.copy_pages([(0, 0)])
+        if self._drafter is not None:
+            for tile in self._tiles:
+                self.propose([(self._serve.slots, 1, 0)] * tile)
         largest = self._tiles[-1]
         count = min(largest, self._serve.tokens, self._config.max_length)
         ids = [(1 + 7919 * index) % self._num_ids for index in range(count)]
@@ -295,3 +337,11 @@ class Runner:
         if self._mesh is None:
             return contextlib.nullcontext()
         return jax.set_mesh(self._mesh)
+
+
+def _following(row: Row) -> int:
+    """Returns the token after a row's, -2 for a draft that the device made, else -1."""
+    token = row.sequence.token_at(row.position + 1)
+    if token is not None:
+        return token
+    return -2 if row.draft < len(row.sequence.drafts) and row.draws else -1

@@ -86,7 +86,8 @@ class Sequence:
         known = len(self.tokens)
         if position < known:
             return self.tokens[position]
-        return self.drafts[position - known] if self.drafts else None
+        draft = position - known
+        return self.drafts[draft] if draft < len(self.drafts) else None
 
     def pause(self) -> None:
         """Takes no step until tokens are added: others must be known first."""

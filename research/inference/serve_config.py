@@ -20,7 +20,9 @@ class ServeConfig:
         takes all its rows at once.
       prefix_cache: whether prompts share the pages of what they begin with.
       drafts: guessed tokens that an answer may have in a step, at most; 0 for none.
-      speculate: who guesses: `none`, or `lookup`, which takes what followed in the text before.
+      speculate: who guesses: `none`; `lookup` takes what followed in the text before;
+        `first_layers` of the model; a `draft` model; `mtp` is its own multi-token prediction.
+      draft_layers: how many first layers guess.
       top_logprobs: of a token, at most.
     """
 
@@ -31,7 +33,8 @@ class ServeConfig:
     invariant: bool = True
     prefix_cache: bool = True
     drafts: int = 0
-    speculate: Literal["none", "lookup"] = "none"
+    speculate: Literal["none", "lookup", "first_layers", "draft", "mtp"] = "none"
+    draft_layers: int = 0
     top_logprobs: int = 20
 
     def __post_init__(self) -> None:

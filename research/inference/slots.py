@@ -66,6 +66,7 @@ class StepRows:
       draft: which of the slot's drafts it is, from 1; 0 for none.
       draws: whether the next token is drawn from it.
       target: the token whose log-probability is wanted where nothing is drawn; -1 for none.
+      following: the token after it; -1 where it is not known, -2 for the slot's next draft.
       wants: whether the likeliest ids, and those that truncation kept, are wanted.
     """
 
@@ -75,6 +76,7 @@ class StepRows:
     draft: Int[Array, "rows"]
     draws: Bool[Array, "rows"]
     target: Int[Array, "rows"]
+    following: Int[Array, "rows"]
     wants: Bool[Array, "rows"]
 
 
@@ -105,11 +107,15 @@ class DeviceState:
       layers: the pages of all layers, and what an encoder read.
       logits: after the rows of the newest step, where they are needed.
       memory_segments: 1 where an encoder's token is real; None without an encoder.
+      draft_layers: pages of what guesses.
+      hidden: states after the rows of the newest step; None where nothing guesses by them.
     """
 
     layers: tuple[LayerCache, ...]
     logits: Float[Array, "rows V"]
     memory_segments: Int[Array, "slots M"] | None = None
+    draft_layers: tuple[LayerCache, ...] = ()
+    hidden: Float[Array, "rows D"] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

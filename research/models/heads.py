@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from research.models.block import Block
+from research.models.cache import LayerCache
 from research.models.config import ModelConfig
 from research.models.context import Context
 from research.models.layers import ACTIVATIONS, Norm, Projection
@@ -75,9 +76,15 @@ class MTPModule(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], LayerReport]:
-        """Returns the states, and the block's router loss and expert load."""
+        self,
+        hidden: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        context: Context,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, LayerReport]:
+        """Returns the states, the cache with these tokens in it, and the block's router loss and
+        expert load.
+        """
         c = self.config
         embedded = Norm(c.norm, param_dtype=c.param_dtype, name="embed_norm")(embedded)
         hidden = Norm(c.norm, param_dtype=c.param_dtype, name="hidden_norm")(hidden)
@@ -92,8 +99,8 @@ class MTPModule(nn.Module):
             name="projection",
         )
         x = projection(both)
-        x, _, report = Block(c, c.layers()[-1], name="block")(x, None, context)
-        return Norm(c.norm, param_dtype=c.param_dtype, name="final_norm")(x), report
+        x, cache, report = Block(c, c.layers()[-1], name="block")(x, cache, context)
+        return Norm(c.norm, param_dtype=c.param_dtype, name="final_norm")(x), cache, report
 
 
 def shift_left(x: Shaped[Array, "B T"], by: int) -> Shaped[Array, "B T"]:

@@ -256,10 +256,32 @@ class Transformer(nn.Module):
             embedded = self.decoder.embedding_dropout(embedded, embed_key)
             block_context = dataclasses.replace(context, key=block_key)
             # Each depth continues from the states of the depth before.
-            hidden, report = mtp_module(hidden, embedded, block_context)
+            hidden, _, report = mtp_module(hidden, embedded, block_context)
             states.append(hidden)
             reports[f"future_{depth}/block"] = report
         return tuple(states), collect_reports(reports)
+
+    def mtp_step(
+        self,
+        hidden: Float[Array, "B T D"],
+        following: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Returns the states of the first depth of multi-token prediction, and the cache with these
+        tokens in it.
+
+        Args:
+          hidden: the last hidden states, or those of this depth: it may be applied again.
+          following: the token after each.
+          positions: of the tokens.
+          cache: of its one layer.
+        """
+        mask = sequence_mask(self.config, positions, None, None, cached=True)
+        context = self.decoder.context(positions, mask, cache, None)
+        embedded = self.embed(following).astype(hidden.dtype)
+        hidden, layer, _ = self.future[0](hidden, embedded, context, cache.layers[0])
+        return hidden, cache.replace(layers=(layer,))
 
     def projection(self, hidden: Float[Array, "*batch D"]) -> LogitTerms:
         """Returns the two factors of the logits, for `compute_logits` or a loss that takes them in

@@ -69,6 +69,19 @@ class TransformerModel:
         _, logits = model.apply({"params": params}, hidden, method=Transformer.pooled)
         return logits.astype(jnp.float32)
 
+    def mtp_step(
+        self,
+        params: Any,
+        hidden: Float[Array, "B T D"],
+        following: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """As `Transformer.mtp_step`."""
+        model = Transformer(self.config)
+        inputs = (hidden, following, positions, cache)
+        return model.apply({"params": params}, *inputs, method=Transformer.mtp_step)
+
     def projection(self, params: Any, hidden: Float[Array, "*batch D"]) -> LogitTerms:
         """Returns the terms of the logits: their product is not computed yet."""
         return Transformer(self.config).apply(

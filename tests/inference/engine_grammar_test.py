@@ -96,7 +96,7 @@ def test_answers_under_a_grammar_are_bit_for_bit_those_of_the_request_alone(para
     assert answers(engine, REQUESTS) == alone
     [replica] = engine.replicas
     # What a grammar forces is guessed, and never wrong.
-    assert (replica.guessed_right > 0) == (serve is GUESSING)
+    assert (replica.guesses.right > 0) == (serve is GUESSING)
 
 
 def test_forced_text_takes_few_steps(params):
@@ -107,7 +107,7 @@ def test_forced_text_takes_few_steps(params):
     assert completion.text == "a very long text that has no other"
     [replica] = engine.replicas
     assert replica.num_steps < len(completion.tokens) // 3
-    assert replica.guessed_right == replica.guessed
+    assert replica.guesses.right == replica.guesses.made
 
 
 def test_a_grammar_that_cannot_be_met_ends_its_request_alone(params):
