@@ -15,7 +15,8 @@ EXAMPLES = """\
   tessera bench latent --batch=8
   tessera bench parallel --only=volume,bubble
   tessera bench compile --json=docs/figures/compile.json
-  tessera bench commits --before=HEAD~10 --only=train,attention"""
+  tessera bench commits --before=HEAD~10 --only=train,attention
+  tessera bench exactness --only=LLaMA --dtype=bfloat16"""
 
 # Each is a module of `research.bench` with `add_arguments` and `main`.
 BENCHES = (
@@ -29,6 +30,7 @@ BENCHES = (
     "parallel",
     "compile",
     "commits",
+    "exactness",
 )
 
 

@@ -1,0 +1,376 @@
+"""Requests answered under each condition that must not change an answer, and their comparison bit
+for bit.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from research.bench.drawn_requests import other_seed
+from research.data.tokenizers import ByteTokenizer
+from research.inference.answers import Answer, Sample, TokenLogprobs
+from research.inference.engine import Engine
+from research.inference.logits import logits, model_inputs
+from research.inference.requests import Request
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
+from research.inference.slots import LogprobKind
+from research.models.config import ModelConfig
+
+# A draft reads as many rows as this and one more.
+DRAFTS = 3
+SLOTS = 4
+# Rows of a step: one, some or all of a prompt of 128 tokens.
+CHUNKS = (16, 40, 160)
+ROOMY = 2048
+TILES = (2, 8, 16)
+# Steps after which others are ended, at most.
+OTHERS_STEPS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """How requests come to an engine.
+
+    Attributes:
+      mixed: all at once rather than one after the other.
+      warm: whether the engine has read their prompts before.
+      streamed: whether their text is taken as it comes.
+      cancelled: whether others beside them are ended before their time.
+    """
+
+    mixed: bool = False
+    warm: bool = False
+    streamed: bool = False
+    cancelled: bool = False
+
+
+CONDITIONS = [Condition(*values) for values in itertools.product((False, True), repeat=4)]
+
+
+def engines(length: int) -> list[ServeConfig]:
+    """Returns the ways in which an engine may run: sizes of chunks × room for all sequences or one
+    of `length` × without guesses and with them.
+    """
+    tokens = (ROOMY, length)
+    kinds = ({}, {"drafts": DRAFTS, "speculate": "lookup"})
+    found = []
+    for rows, room, speculation in itertools.product(CHUNKS, tokens, kinds):
+        serve = ServeConfig(slots=SLOTS, tokens=room, rows=rows, tiles=TILES)
+        found.append(dataclasses.replace(serve, **speculation))
+    return found
+
+
+def few_engines(length: int) -> list[ServeConfig]:
+    """Returns four of them, among which each size of chunks, and each room with and without
+    guesses.
+    """
+    ordered = engines(length)
+    # [rows][room][guesses]: 0 to 3 have the first rows.
+    return [ordered[index] for index in (0, 7, 9, 2)]
+
+
+@dataclasses.dataclass
+class Count:
+    """What has been compared, and that the conditions were met.
+
+    Attributes:
+      answers: compared.
+      differing: answers that are others, in any part.
+      numbers: log-probabilities compared.
+      bits: of these that differ.
+      preempted: times that a sample lost its pages.
+      guessed_right: guesses that counted.
+      first: the first difference.
+    """
+
+    answers: int = 0
+    differing: int = 0
+    numbers: int = 0
+    bits: int = 0
+    preempted: int = 0
+    guessed_right: int = 0
+    first: str = ""
+
+    def add(self, other: "Count") -> None:
+        """Adds what was compared elsewhere."""
+        for field in dataclasses.fields(self):
+            if field.name != "first":
+                total = getattr(self, field.name) + getattr(other, field.name)
+                setattr(self, field.name, total)
+        self.first = self.first or other.first
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An answer, as it is compared.
+
+    Attributes:
+      told: all but numbers: ids, texts, why they ended, which ids were likeliest and were kept.
+      numbers: log-probabilities and scores, float32.
+    """
+
+    told: Any
+    numbers: Float[np.ndarray, "numbers"]
+
+    @classmethod
+    def of(cls, answer: Answer) -> "Found":
+        """Returns what an answer is."""
+        told: list[Any] = [answer.error]
+        numbers: list[float] = []
+
+        def add(each: TokenLogprobs) -> None:
+            kept = None if each.kept is None else each.kept.tobytes()
+            told.append((each.token, [i for i, _ in each.top], kept))
+            numbers.append(each.logprob)
+            numbers.extend(logprob for _, logprob in each.top)
+
+        for sample in answer.samples:
+            told += [sample.completion(), sample.error]
+            for each in sample.logprobs:
+                add(each)
+        for place in sorted(answer.prompt_logprobs):
+            told.append(place)
+            add(answer.prompt_logprobs[place])
+        told.append([answer.samples.index(sample) for sample in answer.best()])
+        for beam in answer.beams or ():
+            told.append((beam.tokens, beam.text, beam.finish))
+            numbers.append(beam.score)
+        return cls(told, np.array(numbers, np.float32))
+
+    def compare(self, other: "Found") -> Count:
+        """Returns how this differs from what it should be."""
+        count = Count(answers=1, numbers=len(other.numbers))
+        # Of answers with other tokens as many numbers as both have.
+        shared = min(len(self.numbers), len(other.numbers))
+        own = self.numbers[:shared].view(np.uint32)
+        wanted = other.numbers[:shared].view(np.uint32)
+        count.bits = int(np.bitwise_count(own ^ wanted).sum())
+        is_same = self.told == other.told and len(self.numbers) == len(other.numbers)
+        count.differing = int(not is_same or count.bits > 0)
+        return count
+
+
+def answer_alone(
+    config: ModelConfig, params: Any, requests: Sequence[Request], serve: ServeConfig
+) -> list[Answer]:
+    """Returns the answers that all others are compared with: of each request alone, on an engine
+    that neither guesses, nor shares pages, nor lacks room.
+    """
+    serve = dataclasses.replace(serve, tokens=ROOMY, prefix_cache=False, drafts=0, speculate="none")
+    engine = Engine(config, params, ByteTokenizer(), serve)
+    found = []
+    for request in requests:
+        found += engine.run([request])
+    return found
+
+
+class Trial:
+    """Requests under conditions, on one engine.
+
+    Args:
+      engine: which.
+      seed: of when they come, and which of them others are beside.
+    """
+
+    def __init__(self, engine: Engine, seed: int = 0):
+        self._engine = engine
+        self._random = np.random.default_rng(seed)
+        self._salts = itertools.count()
+        self._lost: set[tuple[Sample, int]] = set()
+
+    def answer(self, requests: Sequence[Request], condition: Condition) -> list[Found]:
+        """Returns the answers to requests under a condition."""
+        groups = [requests] if condition.mixed else [[request] for request in requests]
+        found: list[Found] = []
+        for group in groups:
+            found += self._answer_group(group, condition)
+        return found
+
+    def count(self) -> Count:
+        """Returns what of its conditions has come to pass."""
+        right = sum(replica.guessed_right for replica in self._engine.replicas)
+        return Count(preempted=len(self._lost), guessed_right=right)
+
+    def _answer_group(self, group: Sequence[Request], condition: Condition) -> list[Found]:
+        asked = self._with_salts(group, condition)
+        queue: list[tuple[int | None, Request]] = list(enumerate(asked))
+        if condition.cancelled:
+            # One beside a single request, and as many as half of several.
+            queue += [(None, other_seed(each)) for each in asked[::2]]
+        self._random.shuffle(queue)
+
+        # They come in any order, some while the first ones run.
+        answers: dict[int, Answer] = {}
+        others: dict[Answer, int] = {}
+        texts: dict[Sample, str] = {}
+        step = 0
+        while queue or not all(answer.finished for answer in answers.values()):
+            arriving = int(self._random.integers(1, 4))
+            for index, request in queue[:arriving]:
+                answer = self._engine.submit(request)
+                if index is None:
+                    others[answer] = step + int(self._random.integers(0, OTHERS_STEPS))
+                else:
+                    answers[index] = answer
+            queue = queue[arriving:]
+            self._abort(answer for answer, end in others.items() if step >= end)
+            self._engine.run_step()
+            self._watch(answers.values(), texts, streamed=condition.streamed)
+            step += 1
+        self._abort(others)
+        return [self._found(answers[index], texts) for index in range(len(asked))]
+
+    def _with_salts(self, group: Sequence[Request], condition: Condition) -> list[Request]:
+        """Returns requests that share pages with each other where the engine is to have read their
+        prompts, and else with nobody.
+        """
+        salt = f"trial {next(self._salts)}"
+        asked = []
+        for index, request in enumerate(group):
+            own = salt if condition.warm else f"{salt}, {index}"
+            asked.append(dataclasses.replace(request, salt=own))
+        if condition.warm:
+            for request in asked:
+                # Of the same limit, on which pages may depend.
+                sampling = SamplingConfig(max_tokens=request.max_tokens)
+                answer = self._engine.submit(Request(request.ids, sampling, salt=salt))
+                while not answer.finished and not answer.samples[0].logprobs:
+                    self._engine.run_step()
+                self._abort([answer])
+        return asked
+
+    def _abort(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            if not answer.finished:
+                self._engine.abort(answer)
+
+    def _watch(
+        self, answers: Iterable[Answer], texts: dict[Sample, str], *, streamed: bool
+    ) -> None:
+        """Takes new text, and notes who has lost its slot after its first token."""
+        for answer in answers:
+            for sample in answer.samples:
+                if streamed:
+                    texts[sample] = texts.get(sample, "") + sample.take_text()
+                if sample.logprobs and sample.sequence.slot is None and not sample.finished:
+                    self._lost.add((sample, len(sample.logprobs)))
+
+    def _found(self, answer: Answer, texts: dict[Sample, str]) -> Found:
+        found = Found.of(answer)
+        for sample in answer.samples:
+            streamed = texts.get(sample)
+            if streamed is not None and streamed != sample.completion().text:
+                found.told.append(f"streamed as {streamed!r}")
+        return found
+
+
+def compare_conditions(
+    engine: Engine,
+    requests: Sequence[Request],
+    wanted: Sequence[Found],
+    conditions: Sequence[Condition],
+    shift: int = 0,
+) -> Iterator[tuple[Condition, Count]]:
+    """Yields how the answers under each condition differ from what they should be. Every request is
+    answered under one of the conditions.
+
+    Args:
+      engine: which answers.
+      requests: all.
+      wanted: their answers alone.
+      conditions: which.
+      shift: request i has condition (i + shift) mod their number: with as many shifts as conditions
+        each request meets all.
+    """
+    trial = Trial(engine, seed=shift)
+    for place, condition in enumerate(conditions):
+        indices = range((place - shift) % len(conditions), len(requests), len(conditions))
+        found = trial.answer([requests[i] for i in indices], condition)
+        total = Count()
+        for i, each in zip(indices, found, strict=True):
+            count = each.compare(wanted[i])
+            if count.differing:
+                count.first = f"request {i}, {condition}"
+            total.add(count)
+        yield condition, total
+    yield Condition(), trial.count()
+
+
+def compare_engines(
+    config: ModelConfig,
+    params: Any,
+    requests: Sequence[Request],
+    wanted: Sequence[Found],
+    settings: Sequence[ServeConfig],
+) -> Count:
+    """Returns how answers of engines differ from what they should be. Each engine answers every
+    request, under another condition than the others do.
+
+    Args:
+      config: of the model.
+      params: its parameters.
+      requests: all.
+      wanted: their answers alone.
+      settings: of each engine.
+    """
+    total = Count()
+    for index, serve in enumerate(settings):
+        engine = Engine(config, params, ByteTokenizer(), serve)
+        # 5 and the number of conditions, 16, share no divisor.
+        for _, count in compare_conditions(engine, requests, wanted, CONDITIONS, 5 * index):
+            if count.first:
+                count.first += f", {serve}"
+            total.add(count)
+    return total
+
+
+def largest_error(
+    config: ModelConfig, params: Any, requests: Sequence[Request], answers: Sequence[Answer]
+) -> tuple[int, float]:
+    """Returns how many log-probabilities of answers are compared with those of the model that reads
+    prompt and answer at once, and the largest difference.
+    """
+    scalings = [config.position_of(layer).scaling for layer in config.layers()]
+    by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
+    errors = []
+    for request, answer in zip(requests, answers, strict=True):
+        for sample in answer.samples:
+            tokens = sample.completion().tokens
+            is_raw = request.logprob_kind is LogprobKind.RAW
+            # A text that ended before its limit was read as one of the limit.
+            is_whole = len(tokens) == request.max_tokens
+            if not is_raw or not tokens or sample.error or (by_length and not is_whole):
+                continue
+            logprobs = [each.logprob for each in sample.logprobs]
+            expected = _whole_logprobs(config, params, request.ids, tokens)
+            errors += np.abs(np.array(logprobs) - expected).tolist()
+    return len(errors), max(errors, default=0.0)
+
+
+def _whole_logprobs(
+    config: ModelConfig, params: Any, ids: Sequence[int], tokens: Sequence[int]
+) -> Float[np.ndarray, "tokens"]:
+    """Returns the log-probabilities of an answer after a prompt, of one run over both."""
+
+    # All texts are padded to one length: [7, 8] -> ids [7, 8, 0, …], segments [1, 1, 0, …]
+    def padded(row: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        missing = config.max_length - len(row)
+        real = np.ones(len(row), np.int32)
+        return np.pad(row, (0, missing))[None], np.pad(real, (0, missing))[None]
+
+    start = ids
+    encoder = {"encoder_tokens": None, "encoder_segments": None}
+    if config.structure == "encoder_decoder":
+        start = (config.decoder_start_id,)
+        encoder = dict(zip(encoder, padded(ids), strict=True))
+    whole, segments = padded([*start, *tokens])
+    inputs = model_inputs(config, whole, segments, **encoder, types=None, prefix=None)
+    logprobs = jax.nn.log_softmax(logits(config, params, inputs), axis=-1)[0]
+    places = np.arange(len(start), len(start) + len(tokens))
+    return np.asarray(logprobs)[places - 1, list(tokens)]
