@@ -10,6 +10,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research.core.errors import UserError
 from research.kernels.attention import AttentionMask
 from research.models.cache_rows import HEADS, lay_out_rows, put_layer, slice_layer, write_tokens
 from research.models.config import ModelConfig
@@ -18,6 +19,8 @@ from research.models.latent_cache import LatentCache, PagedLatentCache, empty_la
 from research.models.memory_cache import MemoryCache
 from research.models.paged_cache import PagedCache, PageTable, empty_paged_cache
 
+# The types that pages may have whatever the model's.
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 # Attention over arrays of all slots: a layer passes it to the cache, which has these arrays.
 AttentionFn = Callable[..., Float[Array, "B T N value"]]
 
@@ -187,6 +190,7 @@ def empty_cache(
     memory_segments: Int[Array, "B M"] | None = None,
     *,
     page_table: PageTable | None = None,
+    cache_dtype: str | None = None,
 ) -> Cache:
     """Returns a cache of zeros.
 
@@ -198,7 +202,14 @@ def empty_cache(
       memory_segments: of the tokens that the encoder reads, not 0 where they are real, for models
           that have one.
       page_table: makes it a paged cache, whose table has the slots.
+      cache_dtype: of the pages, one of `CACHE_DTYPES`; None is the model's own type. Numbers of
+          int8 and float8_e4m3fn have a float32 scale for each token and head, and for each token's
+          latent. What cross-attention reads has the model's type.
+
+    Raises:
+      UserError: another type, or one for a cache that is not paged.
     """
+    pages_dtype = _pages_dtype(config, page_table, cache_dtype)
     assert (memory_segments is not None) == (config.structure == "encoder_decoder"), (
         "an encoder needs its segments"
     )
@@ -209,9 +220,9 @@ def empty_cache(
         if page_table is None:
             tokens = _empty_tokens(config, (*layer_axis, batch, slots))
         elif c.latent is None:
-            tokens = empty_paged_cache(config, page_table, layer_axis)
+            tokens = empty_paged_cache(config, page_table, layer_axis, pages_dtype)
         else:
-            tokens = empty_latent_pages(config, page_table, layer_axis)
+            tokens = empty_latent_pages(config, page_table, layer_axis, pages_dtype)
         memory = None
         if memory_segments is not None:
             encoder_length = memory_segments.shape[1]
@@ -229,6 +240,19 @@ def empty_cache(
     if num_stacked:
         layers.append(empty_layer(num_stacked))
     return Cache(tuple(layers), memory_segments, page_table).lay_out()
+
+
+def _pages_dtype(config: ModelConfig, page_table: PageTable | None, cache_dtype: str | None) -> str:
+    """Returns the type of pages."""
+    if cache_dtype is None:
+        return config.dtype
+    if cache_dtype not in CACHE_DTYPES:
+        raise UserError("cache_dtype", cache_dtype, f"is not one of {', '.join(CACHE_DTYPES)}.")
+    if page_table is None:
+        raise UserError(
+            "cache_dtype", cache_dtype, "is a type of pages: a cache in rows has the model's."
+        )
+    return cache_dtype
 
 
 def _empty_tokens(config: ModelConfig, rows: tuple[int, ...]) -> DenseCache | LatentCache:

@@ -12,7 +12,7 @@ from research.kernels.attention import (
     ScoreTerms,
     attention,
 )
-from research.kernels.decode_attention import KVPages, decode_attention
+from research.kernels.decode_attention import KVPages, decode_attention, takes_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,12 @@ class DotProduct:
             implementation=self.implementation,
             exchange=self.exchange,
         )
+
+    def takes_pages(self, q: Float[Array, "B T N H"], pages: KVPages, window: int | None) -> bool:
+        """Whether `over_pages` takes a call. Where it does not, pages are gathered into rows."""
+        if self.terms.bias is not None:
+            return False
+        return self.implementation == "reference" or takes_pages(q, pages, window)
 
     def over_pages(
         self,

@@ -73,6 +73,7 @@ class LanguageModel(Protocol):
         slots: int,
         memory_segments: Int[Array, "B M"] | None = None,
         page_table: Any = None,
+        cache_dtype: str | None = None,
     ) -> Any:
         """Returns what generation hands from token to token, before the first one.
 
@@ -83,6 +84,10 @@ class LanguageModel(Protocol):
           memory_segments: of the tokens that an encoder reads, not 0 where they are real; None
               without an encoder.
           page_table: makes it a paged cache.
+          cache_dtype: of the pages; None is the model's own type.
+
+        Raises:
+          UserError: the model has no cache of this type.
         """
         ...
 

@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
-from research.kernels.decode_attention import KVPages, gather, write
+from research.kernels.decode_attention import KVPages, empty_pages, gather, stored, write
 from research.models.cache_rows import lay_out_rows, put_layer, slice_layer, write_tokens
 from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
@@ -116,7 +115,9 @@ class PagedLatentCache:
         k, v = (_replicate(x[:, :, None]) for x in (k, v))
         ids = ids_in_pool(page_table, self.first_page)
         pages = write(self.pages, ids, start, k, v)
-        latent, k_rope = (x[:, :, 0] for x in gather(pages, ids))
+        gathered = gather(pages, ids)
+        # [B, S, 1, latent] -> [B, S, latent], in the model's type
+        latent, k_rope = (x[:, :, 0].astype(k.dtype) for x in gathered)
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, latent, k_rope, slots_mask), PagedLatentCache(pages)
 
@@ -132,12 +133,18 @@ def _replicate(leaf: Array) -> Array:
 
 
 def empty_latent_pages(
-    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...]
+    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...], dtype: str
 ) -> PagedLatentCache:
-    """Returns a layer's pages of zeros, or those of a stack of layers."""
+    """Returns a layer's pages of zeros, or those of a stack of layers, in a type of pages."""
     latent = config.attention.latent
     assert latent is not None
-    shape = (page_table.num_pages, 1, page_table.page_size)
-    key = jnp.zeros((*shape, latent.kv_dim), config.dtype)
-    value = jnp.zeros((*shape, latent.rope_dim), config.dtype)
-    return PagedLatentCache(stack_pages(KVPages(key, value), stack))
+    # Latents and rotary keys have a scale each.
+    pages = empty_pages(
+        page_table.num_pages,
+        page_table.page_size,
+        1,
+        latent.kv_dim,
+        dtype,
+        value_dim=latent.rope_dim,
+    )
+    return PagedLatentCache(stack_pages(stored(pages), stack))

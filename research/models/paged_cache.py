@@ -113,7 +113,8 @@ class PagedCache:
 
         One new token per row goes through decode attention, which reads the pages in place. More
         are a prompt: the pages of their rows are gathered for the attention of training, as they
-        are where scores have a bias.
+        are where scores have a bias, or where the platform's decode attention does not take pages
+        of this type.
         """
         assert page_table is not None, "a paged cache needs its table"
         start = positions[:, 0]
@@ -121,15 +122,17 @@ class PagedCache:
         k, v = (constrain(x, (None, None, "kv_heads", "head")) for x in (k, v))
         ids = ids_in_pool(page_table, self.first_page)
         pages = write(self.pages, ids, start, k, v)
-        if q.shape[1] == 1 and mask.prefix is None and attention.terms.bias is None:
+        is_step = q.shape[1] == 1 and mask.prefix is None
+        if is_step and attention.takes_pages(q, pages, mask.window):
             # The positions of a finished row may pass its last slot. What it reads is not used, but
             # must exist. A row without pages reads nothing.
             lengths = jnp.minimum(start + 1, page_table.slots)
             lengths = jnp.where(page_table.ids[:, 0] == 0, 0, lengths)
             out = attention.over_pages(q, pages, ids, lengths, mask.window)
             return out, PagedCache(pages)
-        # Pages may be wider than the heads, which then end in zeros.
-        keys, values = (x[..., : k.shape[3]] for x in gather(pages, ids))
+        # Pages may be wider than the heads, which then end in zeros, and of another type.
+        gathered = gather(pages, ids)
+        keys, values = (x[..., : k.shape[3]].astype(k.dtype) for x in gathered)
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, keys, values, slots_mask), PagedCache(pages)
 
@@ -183,11 +186,11 @@ def copy_pages(
 
 
 def empty_paged_cache(
-    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...]
+    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...], dtype: str
 ) -> PagedCache:
-    """Returns a layer's pages of zeros, or those of a stack of layers."""
+    """Returns a layer's pages of zeros, or those of a stack of layers, in a type of pages."""
     c = config.attention
-    pages = pages_for(page_table.num_pages, c.num_kv_heads, c.head_dim, config.dtype)
+    pages = pages_for(page_table.num_pages, c.num_kv_heads, c.head_dim, dtype)
     return PagedCache(stack_pages(pages, stack))
 
 

@@ -95,11 +95,18 @@ class TransformerModel:
         slots: int,
         memory_segments: Int[Array, "B M"] | None = None,
         page_table: PageTable | None = None,
+        cache_dtype: str | None = None,
     ) -> Cache:
         """Returns a cache of zeros, that of stacked layers stacked as they are."""
         stacked = "layers" in params
         return empty_cache(
-            self.config, batch, slots, stacked, memory_segments, page_table=page_table
+            self.config,
+            batch,
+            slots,
+            stacked,
+            memory_segments,
+            page_table=page_table,
+            cache_dtype=cache_dtype,
         )
 
     def flops_per_token(self, sequence_length: int, encoder_length: int = 0) -> float:

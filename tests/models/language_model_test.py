@@ -54,6 +54,7 @@ class Bigram:
         slots: int,
         memory_segments: Any = None,
         page_table: Any = None,
+        cache_dtype: str | None = None,
     ) -> Cache:
         return Cache(())
 

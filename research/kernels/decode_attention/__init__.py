@@ -8,8 +8,15 @@ from jaxtyping import Array, Float, Int
 from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import gpu, tpu_kernel
-from research.kernels.decode_attention.implementations import Implementation, choose
-from research.kernels.decode_attention.pages import KVPages, empty_pages, gather, quantize, write
+from research.kernels.decode_attention.implementations import Implementation, choose, is_supported
+from research.kernels.decode_attention.pages import (
+    KVPages,
+    empty_pages,
+    gather,
+    in_bits,
+    quantize,
+    write,
+)
 from research.kernels.rounding import round_up
 from research.parallel.target import platform
 
@@ -22,6 +29,8 @@ __all__ = [
     "gather",
     "pages_for",
     "quantize",
+    "stored",
+    "takes_pages",
     "write",
 ]
 
@@ -43,7 +52,21 @@ def pages_for(pages: int, kv_heads: int, head_dim: int, dtype: str) -> KVPages:
     units = {"cpu": 1, "tpu": tpu_kernel.LANES, "gpu": gpu.WIDTH}
     unit = units[platform()]
     width = round_up(head_dim, unit)
-    return empty_pages(pages, PAGE_SIZE, kv_heads, width, dtype)
+    return stored(empty_pages(pages, PAGE_SIZE, kv_heads, width, dtype))
+
+
+def stored(pages: KVPages) -> KVPages:
+    """Returns pages as this platform writes them in place: on CPU some types are kept as bits."""
+    return in_bits(pages) if platform() == "cpu" else pages
+
+
+def takes_pages(q: Float[Array, "B T N H"], pages: KVPages, window: int | None) -> bool:
+    """Whether this platform's implementation takes a call; arguments as of `decode_attention`.
+
+    CPU takes every type of pages. TPU takes int8 and float8 in pages of 128 tokens and more, Hopper
+    in pages of 32 and more, in the wider types only that of the queries; other GPUs take none.
+    """
+    return is_supported(q, pages, window)
 
 
 def decode_attention(

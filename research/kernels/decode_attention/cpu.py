@@ -182,12 +182,12 @@ def _add_pages(
     count = ids.shape[0]
 
     # [pages, K, slots, H] [pages, K, rows, H] -> [pages, K, slots, rows]
-    keys = _take_pages(pages.key, ids)
+    keys = _take_pages(pages, pages.key, ids)
     by_page = jnp.broadcast_to(q, (count, *q.shape))
     products = _matmul(jax.lax.optimization_barrier(keys), by_page, 2)
     scores = jnp.swapaxes(products, 2, 3)
     if pages.quantized:
-        key_scale = _take_pages(pages.key_scale, ids)
+        key_scale = _take(pages.key_scale, ids)
         scores *= key_scale[:, :, None]
     scores = _with_terms(scores, distance, terms)
     scores = jnp.where(visible_keys, scores, MASKED)
@@ -202,13 +202,13 @@ def _add_pages(
     chunk_sum = jnp.sum(weights, axis=(0, 3))
     denominator = denominator * rescale + chunk_sum[..., None]
     if pages.quantized:
-        value_scale = _take_pages(pages.value_scale, ids)
+        value_scale = _take(pages.value_scale, ids)
         scaled = weights * value_scale[:, :, None]
         weights = jnp.where(visible_keys, scaled, 0.0)
 
     # Slots that nobody wrote may hold NaN, and a weight of zero times NaN is NaN.
     # [pages, K, rows, slots] [pages, K, slots, H] -> [pages, K, rows, H]
-    values = _take_pages(pages.value, ids)
+    values = _take_pages(pages, pages.value, ids)
     values = jnp.where(written[:, None, :, None], values, 0.0)
     by_page = _matmul(weights, jax.lax.optimization_barrier(values), 1)
     added = jnp.sum(by_page, axis=0)
@@ -216,15 +216,20 @@ def _add_pages(
 
 
 def _take_pages(
-    x: Shaped[Array, "all_pages K slots *H"], ids: Int[Array, "pages"]
-) -> Float[Array, "pages K slots *H"]:
-    """Returns some pages in float32."""
+    pages: KVPages, x: Shaped[Array, "all_pages K slots H"], ids: Int[Array, "pages"]
+) -> Float[Array, "pages K slots H"]:
+    """Returns the keys or the values of some pages in float32."""
+    return pages.numbers(_take(x, ids)).astype(jnp.float32)
+
+
+def _take(
+    x: Shaped[Array, "all_pages *page"], ids: Int[Array, "pages"]
+) -> Shaped[Array, "pages *page"]:
+    """Returns some pages of an array."""
     if ids.shape[0] == 1:
         # A slice is a plain copy.
-        found = jax.lax.dynamic_index_in_dim(x, ids[0], 0)
-    else:
-        found = x.at[ids].get(mode="clip")
-    return found.astype(jnp.float32)
+        return jax.lax.dynamic_index_in_dim(x, ids[0], 0)
+    return x.at[ids].get(mode="clip")
 
 
 def _matmul(

@@ -15,6 +15,7 @@ from research.kernels.decode_attention import cpu, gpu, reference, tpu
 from research.kernels.decode_attention.pages import KVPages
 from research.parallel.mesh_axes import TENSOR_AXIS
 from research.parallel.shard_map import batch_axes, shard_map, sharding_axes
+from research.parallel.target import platform
 
 Implementation = Literal["auto", "reference", "cpu", "tpu", "gpu"]
 DecodeAttentionFn = Callable[..., Float[Array, "B T N H"]]
@@ -46,6 +47,13 @@ def choose(
     )
     function = IMPLEMENTATIONS[name].decode_attention
     return function if name == "reference" else per_device(function)
+
+
+def is_supported(q: Float[Array, "B T N H"], pages: KVPages, window: int | None) -> bool:
+    """Whether a fast implementation of this platform supports a call with plain scores."""
+    modules = [IMPLEMENTATIONS[name] for name in PREFERRED[platform()]]
+    terms = ScoreTerms()
+    return any(module.unsupported_reason(q, pages, window, terms) is None for module in modules)
 
 
 def per_device(decode_attention: DecodeAttentionFn) -> DecodeAttentionFn:
