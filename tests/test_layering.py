@@ -134,3 +134,28 @@ class OuterConfig:
     assert ("InnerConfig", "size") not in Package([ast.parse(classes + written)]).unread()
     elsewhere = written.replace("OuterConfig", "Other").replace("InnerConfig", "Other")
     assert ("InnerConfig", "size") in Package([ast.parse(classes + elsewhere)]).unread()
+
+
+def decoders(tree: ast.AST) -> list[str]:
+    """Calls that run a model with a cache."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    methods = [call for call in calls if isinstance(call.func, ast.Attribute)]
+    return [
+        call.func.attr
+        for call in methods
+        if call.func.attr == "mtp_step"
+        or call.func.attr in ("hidden", "apply")
+        and "cache" in {word.arg for word in call.keywords}
+    ]
+
+
+def test_one_module_runs_models_with_a_cache():
+    rooms = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources()}
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path, tree in rooms.items()
+        if room(path) != "models" and decoders(tree)
+    }
+    assert found == {"inference/prefill.py"}
+    assert decoders(ast.parse("model.hidden(params, inputs, cache=cache)"))  # the control
+    assert not decoders(ast.parse("model.hidden(params, inputs)"))

@@ -236,7 +236,9 @@ class Runner:
             )
         return drawn, accepted
 
-    def _rows(self, rows: Sequence[Row], targets: Mapping[int, int], wants: set[int]) -> StepRows:
+    def _rows(
+        self, rows: Sequence[Row | None], targets: Mapping[int, int], wants: set[int]
+    ) -> StepRows:
         width = self._width
         arrays = {
             "slot": np.full(width, self._serve.slots, np.int32),
@@ -249,6 +251,8 @@ class Runner:
             "wants": np.zeros(width, bool),
         }
         for index, row in enumerate(rows):
+            if row is None:
+                continue
             arrays["slot"][index] = row.slot
             arrays["position"][index] = row.position
             arrays["token"][index] = -1 if row.token is None else row.token
@@ -296,38 +300,50 @@ class Runner:
         drafts = self._serve.drafts
         self.place(0, one_slot(sequence, sampling, 0, 0, LogprobKind.RAW, rules, drafts))
         rows = [Row(sequence, 0, index, token, True) for index, token in enumerate(ids)]
-        found = {tile: self._probe(rows, tile) for tile in self._tiles}
+        # Nor may it matter in which row of a tile a token is.
+        found = {}
+        for tile in self._tiles:
+            found[tile] = [self._probe(rows, tile, skipped) for skipped in (0, tile // 2)]
         if not self._serve.invariant:
             return self._tiles
 
+        expected, _ = found[largest]
         alike = []
-        for tile, arrays in found.items():
-            pairs = zip(arrays, found[largest], strict=True)
-            if all(left.tobytes() == right.tobytes() for left, right in pairs):
+        for tile, both in found.items():
+            if both == [expected, expected]:
                 alike.append(tile)
         left_out = [tile for tile in self._tiles if tile not in alike]
         if left_out:
             logger.info("tiles %s compute otherwise here than %d; left out", left_out, largest)
         return tuple(alike)
 
-    def _probe(self, rows: Sequence[Row], tile: int) -> list[np.ndarray]:
-        """Returns all that steps of one tile compute from rows: log-probabilities, and pages."""
+    def _probe(self, rows: Sequence[Row], tile: int, skipped: int) -> list[bytes]:
+        """Returns all that steps of one tile compute from rows: log-probabilities, and pages.
+
+        Args:
+          rows: of one sequence.
+          tile: rows of a tile.
+          skipped: rows of the first tile that are padding.
+        """
         table = np.zeros_like(self.table)
         pages = -(-len(rows) // PAGE_SIZE)
         table[0, :pages] = np.arange(1, 1 + pages)
+        padded = [*[None] * skipped, *rows]
         logprobs = []
-        for start in range(0, len(rows), tile):
-            part = self._rows(rows[start : start + tile], {}, set())
-            self._read(part, tile, tile, table)
-            drawn, _ = self._draw(part, range(min(tile, len(rows) - start)), self._nothing_new)
-            logprobs.append(np.asarray(drawn.logprob)[:tile])
+        for start in range(0, len(padded), tile):
+            part = padded[start : start + tile]
+            needed = [index for index, row in enumerate(part) if row is not None]
+            arrays = self._rows(part, {}, set())
+            self._read(arrays, tile, tile, table)
+            drawn, _ = self._draw(arrays, needed, self._nothing_new)
+            logprobs.append(np.asarray(drawn.logprob)[needed])
         written = []
         for layer in self._state.layers:
             for leaf in jax.tree.leaves(layer.tokens):
                 # Page 0, where padding is written, is not compared: [*L, pages, …].
                 axis = leaf.shape.index(self.num_pages)
                 written.append(np.take(np.asarray(leaf), range(1, 1 + pages), axis))
-        return [np.concatenate(logprobs)[: len(rows)], *written]
+        return [array.tobytes() for array in (np.concatenate(logprobs), *written)]
 
     def _device_table(self, ids: Int[np.ndarray, "rows pages"]) -> PageTable:
         # A copy: the host changes its own while the device reads.
