@@ -144,8 +144,10 @@ def decoders(tree: ast.AST) -> list[str]:
         call.func.attr
         for call in methods
         if call.func.attr == "mtp_step"
-        or call.func.attr in ("hidden", "apply")
-        and "cache" in {word.arg for word in call.keywords}
+        or (
+            call.func.attr in ("hidden", "apply")
+            and "cache" in {word.arg for word in call.keywords}
+        )
     ]
 
 

@@ -75,7 +75,10 @@ class Replica:
         draft_params = None if draft is None else draft[1]
         self._runner = Runner(config, params, serve, self._num_ids, mesh, drafter, draft_params)
         pool = PagePool(self._runner.num_pages)
-        self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows)
+        windows = [layer.window for layer in config.layers()]
+        # A drafter may attend to more than the model.
+        window = max(windows) if all(windows) and drafter is None else 0
+        self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows, window)
 
         scalings = [config.position_of(layer).scaling for layer in config.layers()]
         self._by_length = any(scaling is not None and scaling.by_length for scaling in scalings)

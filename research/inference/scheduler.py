@@ -9,7 +9,7 @@ and a sequence that lost its pages is written again like a prompt.
 import dataclasses
 from collections.abc import Iterable
 
-from research.inference.pages import PagePool, chain
+from research.inference.pages import NO_PAGE, PagePool, chain
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,10 +148,12 @@ class Scheduler:
       pool: the pages.
       page_size: tokens of a page.
       rows: tokens that a step takes, at least `slots`.
+      window: tokens that each token attends to, where no layer attends to more; 0 for all.
     """
 
-    def __init__(self, slots: int, pool: PagePool, page_size: int, rows: int):
+    def __init__(self, slots: int, pool: PagePool, page_size: int, rows: int, window: int = 0):
         assert rows >= slots
+        self._window = window
         self.pool = pool
         self.page_size = page_size
         self.waiting: list[Sequence] = []
@@ -164,7 +166,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence, which the pool must be able to hold alone."""
-        assert self.pages_of(sequence.limit) < self.pool.num_pages
+        assert self._pages_at_once(sequence.limit) < self.pool.num_pages
         self.waiting.append(sequence)
 
     def pages_of(self, tokens: int) -> int:
@@ -189,7 +191,8 @@ class Scheduler:
             return []
         child.pages = parent.pages[:full]
         for page in child.pages:
-            self.pool.share(page)
+            if page != NO_PAGE:
+                self.pool.share(page)
         copies = []
         if rest:
             page = self.pool.take()
@@ -212,6 +215,14 @@ class Scheduler:
         self.admitted = []
         return admitted
 
+    def _pages_at_once(self, tokens: int) -> int:
+        """Returns how many pages so many tokens of a sequence take at a time, at most."""
+        pages = self.pages_of(tokens)
+        if self._window:
+            # Those of the window and of a step's tokens, and the page that each begins in.
+            pages = min(pages, self.pages_of(self._window + self._rows) + 1)
+        return pages
+
     def end(self, sequence: Sequence) -> None:
         """Frees what a sequence has, in whatever state it is."""
         sequence.ended = True
@@ -222,6 +233,8 @@ class Scheduler:
 
     def plan(self) -> list[Row]:
         """Returns the rows of the next step: newest tokens of answers, and parts of prompts."""
+        for sequence in self.running:
+            self._release_passed(sequence)
         self._admit()
         rows: list[Row] = []
         # In order: who loses its pages to another has no rows yet.
@@ -229,6 +242,18 @@ class Scheduler:
             rows += self._take(sequence, count)
         self._name_pages(self.running)
         return rows
+
+    def _release_passed(self, sequence: Sequence) -> None:
+        """Releases the pages that lie before the window of all tokens to come."""
+        # Drafts may turn out wrong: the newest known token is the next one read at the earliest.
+        first = min(sequence.written, len(sequence.tokens) - 1) - self._window + 1
+        if not self._window or first <= 0:
+            return
+        for index in range(first // self.page_size):
+            page = sequence.pages[index]
+            if page != NO_PAGE:
+                self.pool.release(page)
+                sequence.pages[index] = NO_PAGE
 
     def _counts(self) -> dict[Sequence, int]:
         """Returns how many rows each running sequence gets, in order."""
@@ -262,7 +287,7 @@ class Scheduler:
             shared = self._find_prefix(sequence)
             idle = sum(1 for page in shared if not self.pool.owners(page))
             # Room for one more token, so that it is not preempted for its first one.
-            needed = self.pages_of(sequence.length + 1) - len(shared)
+            needed = self._pages_at_once(sequence.length + 1) - len(shared)
             if needed > self.pool.available - idle:
                 return
             for page in shared:
@@ -365,7 +390,8 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         # The last page first: of idle pages, those that fewer sequences begin with go first.
         for page in reversed(sequence.pages):
-            self.pool.release(page)
+            if page != NO_PAGE:
+                self.pool.release(page)
         sequence.slot = None
         sequence.pages = []
         sequence.written = 0
@@ -381,4 +407,5 @@ class Scheduler:
             known = min(sequence.written, len(sequence.tokens)) // self.page_size
             digests = sequence.digests(self.page_size)[:known]
             for page, digest in zip(sequence.pages, digests, strict=False):
-                self.pool.name(page, digest)
+                if page != NO_PAGE:
+                    self.pool.name(page, digest)

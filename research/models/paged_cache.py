@@ -127,7 +127,7 @@ class PagedCache:
             # The positions of a finished row may pass its last slot. What it reads is not used, but
             # must exist. A row without pages reads nothing.
             lengths = jnp.minimum(start + 1, page_table.slots)
-            lengths = jnp.where(page_table.ids[:, 0] == 0, 0, lengths)
+            lengths = jnp.where(jnp.max(page_table.ids, axis=1) == 0, 0, lengths)
             out = attention.over_pages(q, pages, ids, lengths, mask.window)
             return out, PagedCache(pages)
         # Pages may be wider than the heads, which then end in zeros, and of another type.

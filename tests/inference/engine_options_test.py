@@ -19,6 +19,7 @@ from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
 from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import LayerConfig
 from tests.inference.generate_test import chain
 from tests.tiny import logits, random_params, tiny_config
 
@@ -287,3 +288,27 @@ def test_nothing_is_compiled_after_the_start(params, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jax.jit(lambda x: x + 1)(jnp.zeros(3))  # the control
     assert "Compiling" in caplog.text
+
+
+def test_layers_with_windows_keep_no_pages_before_them():
+    window = 20
+    config = dataclasses.replace(CONFIG, pattern=(LayerConfig(window=window),))
+    params = random_params(config)
+    prompt = tuple(np.random.default_rng(4).integers(0, 200, 150).tolist())
+    requests = [Request(prompt, dataclasses.replace(DRAWN, max_tokens=200, seed=i)) for i in (1, 2)]
+    engine = Engine(config, params, BYTES, SERVE)
+    answers = [engine.submit(request) for request in requests]
+    before = free_pages(engine)
+    most = 0
+    while engine.run_step():
+        most = max(most, before - engine.replicas[0].available_pages)
+    # The window and a step's tokens for each of the two, of 350 tokens.
+    assert most <= 2 * ((window + SERVE.rows) // PAGE_SIZE + 2) < 350 // PAGE_SIZE
+    for request, answer in zip(requests, answers, strict=True):
+        sample = answer.samples[0]
+        inputs = np.array([(*prompt, *tokens(sample))], np.int32)
+        expected = jax.nn.log_softmax(logits(config, params, inputs)[0], axis=-1)
+        places = np.arange(len(prompt), inputs.shape[1])
+        wanted = np.asarray(expected)[places - 1, inputs[0, places]]
+        np.testing.assert_allclose([each.logprob for each in sample.logprobs], wanted, atol=1e-5)
+        assert one(Engine(config, params, BYTES, SERVE), request).logprobs == sample.logprobs
