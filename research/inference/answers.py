@@ -11,7 +11,7 @@ from research.core.random import SEEDS
 from research.inference.grammar import Matcher
 from research.inference.guided import allowed_drafts
 from research.inference.requests import Request
-from research.inference.scheduler import Sequence
+from research.inference.sequence import Sequence
 from research.inference.speculation.gate import Gate
 from research.inference.speculation.lookup import Lookup
 from research.inference.text import Completion, Detokenizer

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from research.inference.beam_search import BeamSearch
-from research.inference.scheduler import Scheduler, Sequence
+from research.inference.scheduler import Scheduler
+from research.inference.sequence import Sequence
 
 if TYPE_CHECKING:
     from research.inference.answers import Answer

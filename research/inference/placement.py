@@ -9,7 +9,7 @@ from research.core.random import key_words
 from research.inference.id_masks import num_words
 from research.inference.sampling import IdRules
 from research.inference.sampling_config import SamplingConfig, SamplingParams
-from research.inference.scheduler import Sequence
+from research.inference.sequence import Sequence
 from research.inference.slots import LogprobKind, Slots
 
 

@@ -22,8 +22,9 @@ from research.inference.placement import id_rules, one_slot
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
-from research.inference.scheduler import Row, Scheduler, Sequence
+from research.inference.scheduler import Scheduler
 from research.inference.searches import Searches
+from research.inference.sequence import Row, Sequence
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
 from research.inference.speculation.guesses import Guesses

@@ -15,8 +15,8 @@ from research.inference.drawing import Allowed, draw_step
 from research.inference.placement import id_rules, one_slot
 from research.inference.programs import copy_pages, empty_state, read, read_prefix, read_source
 from research.inference.sampling_config import SamplingConfig
-from research.inference.scheduler import Row
-from research.inference.scheduler import Sequence as Answered
+from research.inference.sequence import Row
+from research.inference.sequence import Sequence as Answered
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import (
     Drawn,

@@ -11,7 +11,8 @@ from research.inference.answers import Answer, Beam
 from research.inference.beam_lanes import BeamLanes, Changes, Lane
 from research.inference.beam_search import BeamSearch, Hypothesis
 from research.inference.id_masks import pack_words
-from research.inference.scheduler import Scheduler, Sequence
+from research.inference.scheduler import Scheduler
+from research.inference.sequence import Sequence
 from research.inference.text import Detokenizer
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from research.inference.answers import TokenLogprobs
-from research.inference.scheduler import Row
+from research.inference.sequence import Row
 from research.inference.slots import Drawn
 
 

@@ -15,7 +15,7 @@ from research.inference.placement import id_rules
 from research.inference.programs import read
 from research.inference.prompts import encode
 from research.inference.sampling_config import SamplingConfig
-from research.inference.scheduler import Sequence
+from research.inference.sequence import Sequence
 from research.inference.slots import admit
 from research.inference.text import Completion
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig, PositionConfig

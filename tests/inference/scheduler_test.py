@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.inference.pages import PagePool, chain_start
-from research.inference.scheduler import Row, Scheduler, Sequence
+from research.inference.scheduler import Scheduler
+from research.inference.sequence import Row, Sequence
 
 PAGE = 4
 START = chain_start({})
