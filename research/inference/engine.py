@@ -15,6 +15,7 @@ from research.inference.replica import Replica
 from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
 from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 from research.parallel.mesh_axes import DATA_AXIS
 
 logger = logging.getLogger("tessera")
@@ -42,7 +43,7 @@ class Engine:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: LanguageModelConfig,
         params: Any,
         tokenizer: Tokenizer,
         serve: ServeConfig,

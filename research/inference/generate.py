@@ -19,14 +19,14 @@ from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.text import Completion
 from research.kernels.decode_attention import PAGE_SIZE
-from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 
 # Sequences of a batch that run at a time, at most.
 SLOTS = 16
 
 
 def generate(
-    config: ModelConfig,
+    config: LanguageModelConfig,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -77,7 +77,9 @@ def run_all(engine: Engine, requests: Sequence[Request], label: str) -> list[Ans
     return answers
 
 
-def serve_config(config: ModelConfig, requests: Sequence[Request], num_ends: int) -> ServeConfig:
+def serve_config(
+    config: LanguageModelConfig, requests: Sequence[Request], num_ends: int
+) -> ServeConfig:
     """Returns how an engine runs for a batch of requests: with room for all that run at a time.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the device is told of a sequence that gets a slot."""
+"""What the device is told of a sequence that gets a slot, and what of a model the pages go by."""
 
 from collections.abc import Collection
 
@@ -11,6 +11,8 @@ from research.inference.sampling import IdRules
 from research.inference.sampling_config import SamplingConfig, SamplingParams
 from research.inference.sequence import Sequence
 from research.inference.slots import LogprobKind, Slots
+from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 
 
 def id_rules(
@@ -89,3 +91,19 @@ def one_slot(
         rules=rules.replace(allowed=jnp.asarray(allowed)),
         kind=jnp.array([int(kind)], jnp.int32),
     )
+
+
+def goes_by_length(config: LanguageModelConfig) -> bool:
+    """Returns whether keys depend on the length that a text may have."""
+    if not isinstance(config, ModelConfig):
+        return False
+    scalings = [config.position_of(layer).scaling for layer in config.layers()]
+    return any(scaling is not None and scaling.by_length for scaling in scalings)
+
+
+def window_of(config: LanguageModelConfig) -> int:
+    """Returns how many tokens each token attends to in any layer, at most; 0 for all."""
+    if not isinstance(config, ModelConfig):
+        return 0
+    windows = [layer.window for layer in config.layers()]
+    return max(windows) if all(windows) else 0

@@ -21,7 +21,6 @@ from research.inference.prompts import Prompts
 from research.inference.slots import DeviceState, Slots, StepRows, put_rows, slice_rows
 from research.inference.speculation.drafter import Drafter, Pages, Tokens
 from research.models.cache import Cache, LayerCache
-from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.paged_cache import PageTable
 from research.models.transformer import Output
@@ -30,16 +29,17 @@ from research.parallel.shard_map import whole_batch
 Layers = tuple[LayerCache, ...]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "drafter"))
+@functools.partial(jax.jit, static_argnames=("config", "rows", "drafter", "cache_dtype"))
 @whole_batch()
 def empty_state(
     params: Any,
     draft_params: Any,
     table: PageTable,
     *,
-    config: ModelConfig,
+    config: LanguageModelConfig,
     rows: int,
     drafter: Drafter | None,
+    cache_dtype: str | None,
 ) -> DeviceState:
     """Returns pages of zeros.
 
@@ -50,6 +50,7 @@ def empty_state(
       config: the model.
       rows: of a step.
       drafter: who guesses on the device; None for nobody.
+      cache_dtype: as of `LanguageModel.empty_cache`.
     """
     slots = table.ids.shape[0]
     length = config.max_length
@@ -57,7 +58,9 @@ def empty_state(
     if config.structure == "encoder_decoder":
         segments = jnp.zeros((slots, length), jnp.int32)
     model = language_model(config)
-    cache = model.empty_cache(params, slots, length, segments, page_table=table)
+    cache = model.empty_cache(
+        params, slots, length, segments, page_table=table, cache_dtype=cache_dtype
+    )
     logits = jnp.zeros((rows, config.vocab_size), jnp.float32)
     state = DeviceState(cache.layers, logits, segments)
     if drafter is None:
@@ -200,7 +203,7 @@ def read_source(
     tokens: Int[Array, "1 M"],
     length: Int[Array, "1"],
     *,
-    config: ModelConfig,
+    config: LanguageModelConfig,
 ) -> DeviceState:
     """Returns the state with what the encoder reads in a row of the memory.
 
@@ -242,7 +245,7 @@ def read_prefix(
     tokens: Int[Array, "1 T"],
     length: Int[Array, "1"],
     *,
-    config: ModelConfig,
+    config: LanguageModelConfig,
 ) -> DeviceState:
     """Returns the state with a prompt in its pages, all of whose tokens attend to all of it.
 

@@ -18,7 +18,7 @@ from research.inference.grammar_config import GrammarError
 from research.inference.guided import masks_after
 from research.inference.id_masks import num_words
 from research.inference.pages import PagePool, chain_start
-from research.inference.placement import id_rules, one_slot
+from research.inference.placement import goes_by_length, id_rules, one_slot, window_of
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
@@ -33,6 +33,7 @@ from research.inference.text import Detokenizer
 from research.inference.under_way import UnderWay
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 
 # A search draws nothing.
 SEARCHED = SamplingConfig(temperature=0.0)
@@ -60,7 +61,7 @@ class Replica:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: LanguageModelConfig,
         params: Any,
         tokenizer: Tokenizer,
         serve: ServeConfig,
@@ -76,13 +77,11 @@ class Replica:
         draft_params = None if draft is None else draft[1]
         self._runner = Runner(config, params, serve, self._num_ids, mesh, drafter, draft_params)
         pool = PagePool(self._runner.num_pages)
-        windows = [layer.window for layer in config.layers()]
         # A drafter may attend to more than the model.
-        window = max(windows) if all(windows) and drafter is None else 0
+        window = window_of(config) if drafter is None else 0
         self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows, window)
 
-        scalings = [config.position_of(layer).scaling for layer in config.layers()]
-        self._by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
+        self._by_length = goes_by_length(config)
         # Pages of other parameters are other pages.
         self._params_name = os.urandom(16)
         self._arrivals = itertools.count()
@@ -168,7 +167,11 @@ class Replica:
         """
         if self._config.structure != "decoder" or not self._serve.prefix_cache:
             return None
-        fields = {"params": self._params_name, "salt": request.salt.encode()}
+        fields = {
+            "params": self._params_name,
+            "cache": self._serve.cache_dtype.encode(),
+            "salt": request.salt.encode(),
+        }
         if self._by_length:
             fields["limit"] = str(limit).encode()
         return chain_start(fields)

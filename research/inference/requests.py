@@ -16,7 +16,7 @@ from research.inference.prompts import Prompt, check_room
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
-from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Request:
         """New tokens at most."""
         return self.sampling.max_tokens if self.beams is None else self.beams.max_tokens
 
-    def check(self, config: ModelConfig, num_ids: int, serve: ServeConfig) -> None:
+    def check(self, config: LanguageModelConfig, num_ids: int, serve: ServeConfig) -> None:
         """Raises UserError where an engine cannot answer it.
 
         Args:

@@ -29,7 +29,7 @@ from research.inference.slots import (
 from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.propose import DraftRows, propose
 from research.kernels.decode_attention import PAGE_SIZE
-from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import PageTable
 from research.parallel.target import platform
 
@@ -63,7 +63,7 @@ class Runner:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: LanguageModelConfig,
         params: Any,
         serve: ServeConfig,
         num_ids: int,
@@ -86,6 +86,7 @@ class Runner:
         self._tiles = serve.row_tiles()
         # Whole tiles of the largest size.
         self._width = -(-serve.rows // self._tiles[-1]) * self._tiles[-1]
+        cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
         with self._on_mesh():
             self._state = empty_state(
                 params,
@@ -94,6 +95,7 @@ class Runner:
                 config=config,
                 rows=self._width,
                 drafter=drafter,
+                cache_dtype=cache_dtype,
             )
             self._slots = empty_slots(serve.slots, num_ids, serve.drafts)
             shape = self._slots.rules.allowed.shape

@@ -18,6 +18,8 @@ class ServeConfig:
         largest tile, a step takes the smallest tile that they fit in.
       invariant: whether an answer is, bit for bit, a function of its request alone. Else a step
         takes all its rows at once.
+      cache_dtype: of keys and values in pages: `auto` is the type of the model's activations;
+        `int8` and `float8_e4m3fn` have a scale for each token and head.
       prefix_cache: whether prompts share the pages of what they begin with.
       drafts: guessed tokens that an answer may have in a step, at most; 0 for none.
       speculate: who guesses: `none`; `lookup` takes what followed in the text before;
@@ -31,6 +33,7 @@ class ServeConfig:
     rows: int = 64
     tiles: tuple[int, ...] = (2, 8, 16)
     invariant: bool = True
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "auto"
     prefix_cache: bool = True
     drafts: int = 0
     speculate: Literal["none", "lookup", "first_layers", "draft", "mtp"] = "none"

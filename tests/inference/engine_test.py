@@ -48,9 +48,13 @@ def requests(count: int, seed: int = 0) -> list[tuple[list[int], SamplingConfig]
 Found = list[tuple[tuple[int, ...], list[float]]]
 
 
-def answers(params, asked, serve=SERVE, config=CONFIG) -> Found:
+def answers(params, asked, serve=SERVE, config=CONFIG, *, alone: bool = False) -> Found:
+    """Answers all requests at once, or one after the other."""
     engine = Engine(config, params, ByteTokenizer(), serve)
-    found = engine.run([Request(tuple(ids), sampling) for ids, sampling in asked])
+    batch = [Request(tuple(ids), sampling) for ids, sampling in asked]
+    found = []
+    for part in [[request] for request in batch] if alone else [batch]:
+        found += engine.run(part)
     samples = [answer.samples[0] for answer in found]
     return [
         (sample.completion().tokens, [each.logprob for each in sample.logprobs])
@@ -65,7 +69,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def alone(params):
-    return [answers(params, [request])[0] for request in requests(12)]
+    return answers(params, requests(12), alone=True)
 
 
 def test_answers_are_those_of_a_batch(params, alone):
@@ -120,6 +124,30 @@ def whole_logprobs(config: ModelConfig, params, ids: list[int], tokens: list[int
     return np.asarray(logprobs)[before - 1, tokens]
 
 
+@pytest.mark.fast_cases("int8-latent")
+@pytest.mark.parametrize(
+    ("cache_dtype", "name"),
+    [
+        ("bfloat16", "latent"),
+        ("int8", "latent"),
+        ("int8", "windows"),
+        ("float8_e4m3fn", "encoder-decoder"),
+    ],
+)
+def test_answers_from_narrow_pages_are_bit_for_bit_those_of_the_request_alone(
+    cache_dtype: str, name: str
+):
+    config = VARIANTS[name]
+    params = random_params(config)
+    serve = dataclasses.replace(SERVE, cache_dtype=cache_dtype)
+    asked = requests(6, seed=5)
+    alone = answers(params, asked, serve, config, alone=True)
+    mixed = dataclasses.replace(serve, rows=6, tokens=96)
+    assert answers(params, asked, mixed, config) == alone
+    # The control: pages of the model's own type give other log-probabilities.
+    assert answers(params, asked, SERVE, config) != alone
+
+
 @pytest.mark.fast_cases("windows", "buckets", "latent", "dynamic")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_model_answers_as_it_reads_whole_texts(name: str):
@@ -129,7 +157,7 @@ def test_every_model_answers_as_it_reads_whole_texts(name: str):
     # As long as their limit: the rules of RoPE that go by length then read the same length.
     asked = [(ids, dataclasses.replace(how, max_tokens=9)) for ids, how in asked]
     found = answers(params, asked, dataclasses.replace(SERVE, tokens=96), config)
-    assert found == [answers(params, [request], SERVE, config)[0] for request in asked]
+    assert found == answers(params, asked, SERVE, config, alone=True)
     for (ids, _), (tokens, logprobs) in zip(asked, found, strict=True):
         if len(tokens) == 9:
             expected = whole_logprobs(config, params, ids, list(tokens))

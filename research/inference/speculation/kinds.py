@@ -9,10 +9,14 @@ from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.first_layers import FirstLayers
 from research.inference.speculation.mtp import MultiTokenPrediction
 from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 
 
 def drafter_of(
-    serve: ServeConfig, config: ModelConfig, params: Any, draft: tuple[ModelConfig, Any] | None
+    serve: ServeConfig,
+    config: LanguageModelConfig,
+    params: Any,
+    draft: tuple[ModelConfig, Any] | None,
 ) -> Drafter | None:
     """Returns what guesses on the device; None where nothing does.
 
