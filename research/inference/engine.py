@@ -14,6 +14,7 @@ from research.inference.answers import Answer
 from research.inference.replica import Replica
 from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
+from research.inference.sizing import sized
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig
 from research.parallel.mesh_axes import DATA_AXIS
@@ -35,10 +36,12 @@ class Engine:
       draft: config and parameters of a smaller model that guesses, or None.
 
     Attributes:
+      serve: how it runs, with the tokens of its cache where they followed from the memory.
       replicas: what takes the steps.
 
     Raises:
-      UserError: a model that makes no text, or whose answers depend on each other.
+      UserError: a model that makes no text, or whose answers depend on each other, or memory too
+        small.
     """
 
     def __init__(
@@ -53,13 +56,13 @@ class Engine:
         if config.structure == "encoder":
             raise UserError("model.structure", "encoder", "makes no text: it has no decoder.")
         self._config = config
-        self._serve = serve
         self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
         self._meshes = [None] if mesh is None else replica_meshes(mesh)
+        parts = self._parts(params)
+        self.serve = sized(config, parts[0], serve, self._num_ids, self._meshes[0])
         self.replicas: list[Replica] = []
-        for own in self._meshes:
-            part = params if len(self._meshes) == 1 else _on_mesh(params, own)
-            self.replicas.append(Replica(config, part, tokenizer, serve, own, draft))
+        for part, own in zip(parts, self._meshes, strict=True):
+            self.replicas.append(Replica(config, part, tokenizer, self.serve, own, draft))
         self._replica_of: dict[Answer, Replica] = {}
 
     def submit(self, request: Request) -> Answer:
@@ -68,7 +71,7 @@ class Engine:
         Raises:
           UserError: it does not fit the model or the engine.
         """
-        request.check(self._config, self._num_ids, self._serve)
+        request.check(self._config, self._num_ids, self.serve)
         answer = Answer(request)
         replica = min(self.replicas, key=lambda each: each.load)
         replica.submit(answer)
@@ -95,7 +98,7 @@ class Engine:
           UserError: as of `submit`; then none is queued.
         """
         for request in requests:
-            request.check(self._config, self._num_ids, self._serve)
+            request.check(self._config, self._num_ids, self.serve)
         return [self.submit(request) for request in requests]
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
@@ -120,9 +123,14 @@ class Engine:
         """Goes on with other parameters of the same shapes, in running answers too, whose tokens so
         far are read again.
         """
-        for replica, own in zip(self.replicas, self._meshes, strict=True):
-            part = params if len(self.replicas) == 1 else _on_mesh(params, own)
+        for replica, part in zip(self.replicas, self._parts(params), strict=True):
             replica.update_params(part)
+
+    def _parts(self, params: Any) -> list[Any]:
+        """Returns the parameters of each replica."""
+        if len(self._meshes) == 1:
+            return [params]
+        return [_on_mesh(params, own) for own in self._meshes]
 
 
 def replica_meshes(mesh: Mesh) -> list[Mesh]:

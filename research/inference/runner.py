@@ -13,6 +13,7 @@ from jaxtyping import Int, UInt32
 
 from research.inference.drawing import Allowed, draw_step
 from research.inference.placement import id_rules, one_slot
+from research.inference.program_names import piece_widths
 from research.inference.programs import copy_pages, empty_state, read, read_prefix, read_source
 from research.inference.sampling_config import SamplingConfig
 from research.inference.sequence import Row
@@ -34,18 +35,6 @@ from research.models.paged_cache import PageTable
 from research.parallel.target import platform
 
 logger = logging.getLogger("tessera")
-
-# Widths of what is read in one piece, at most: each is compiled.
-WIDTHS = 3
-
-
-def piece_widths(max_length: int) -> tuple[int, ...]:
-    """Returns the widths that an encoder's tokens and prefix decoders' prompts are padded to."""
-    # 1024 -> 64, 256, 1024
-    widths = [max_length]
-    while len(widths) < WIDTHS and widths[0] > 64:
-        widths.insert(0, max(64, widths[0] // 4))
-    return tuple(widths)
 
 
 class Runner:
@@ -82,10 +71,9 @@ class Runner:
         self._serve = serve
         self._num_ids = num_ids
         self._mesh = mesh
-        self._widths = piece_widths(config.max_length)
         self._tiles = serve.row_tiles()
-        # Whole tiles of the largest size.
-        self._width = -(-serve.rows // self._tiles[-1]) * self._tiles[-1]
+        self._widths = piece_widths(config.max_length, len(self._tiles))
+        self._width = serve.padded_rows()
         cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
         with self._on_mesh():
             self._state = empty_state(
@@ -344,7 +332,8 @@ class Runner:
             for leaf in jax.tree.leaves(layer.tokens):
                 # Page 0, where padding is written, is not compared: [*L, pages, …].
                 axis = leaf.shape.index(self.num_pages)
-                written.append(np.take(np.asarray(leaf), range(1, 1 + pages), axis))
+                own = jax.lax.slice_in_dim(leaf, 1, 1 + pages, axis=axis)
+                written.append(np.asarray(own))
         return [array.tobytes() for array in (np.concatenate(logprobs), *written)]
 
     def _device_table(self, ids: Int[np.ndarray, "rows pages"]) -> PageTable:

@@ -1,9 +1,16 @@
 """How an engine runs."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from research.core import config as configs
 from research.core.errors import UserError
+
+# Tiles that steps are compiled for, at most.
+MOST_TILES = 4
+# Where guesses are made and nothing is said of their number.
+USUAL_DRAFTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +19,9 @@ class ServeConfig:
 
     Attributes:
       slots: sequences that run at a time, at most.
-      tokens: of all sequences that the cache holds, at most.
+      tokens: of all sequences that the cache holds, at most; 0 for those that fit in `memory`.
+      memory: the share of what a device has beside the parameters that the engine may take, where
+        `tokens` is 0.
       rows: tokens of a step, at most: those of prompts beside one of each running sequence.
       tiles: rows that a compiled step takes at a time, in rising order. With fewer rows than the
         largest tile, a step takes the smallest tile that they fit in.
@@ -29,7 +38,8 @@ class ServeConfig:
     """
 
     slots: int = 16
-    tokens: int = 16_384
+    tokens: int = 0
+    memory: float = 0.8
     rows: int = 64
     tiles: tuple[int, ...] = (2, 8, 16)
     invariant: bool = True
@@ -41,11 +51,17 @@ class ServeConfig:
     top_logprobs: int = 20
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("tokens", 1), ("rows", 1), ("drafts", 0)):
+        for name, least in (("slots", 1), ("tokens", 0), ("rows", 1), ("drafts", 0)):
             if getattr(self, name) < least:
                 raise UserError(name, getattr(self, name), f"must be at least {least}.")
         if not self.tiles or list(self.tiles) != sorted(set(self.tiles)) or self.tiles[0] < 1:
             raise UserError("tiles", self.tiles, "must be numbers from 1 in rising order.")
+        if len(self.row_tiles()) > MOST_TILES:
+            raise UserError(
+                "tiles", self.tiles, f"are more than {MOST_TILES}: each is a program to compile."
+            )
+        if not 0 < self.memory <= 1:
+            raise UserError("memory", self.memory, "must lie in (0, 1].")
         if self.speculate != "none" and not self.drafts:
             raise UserError("speculate", self.speculate, "needs drafts above 0.")
         least = self.slots * (1 + self.drafts)
@@ -59,3 +75,28 @@ class ServeConfig:
         # The last one takes all rows at once.
         smaller = [tile for tile in self.tiles if tile < self.rows]
         return (*smaller, self.rows)
+
+    def padded_rows(self) -> int:
+        """Returns the rows of a step's arrays: whole tiles of the largest size."""
+        tile = self.row_tiles()[-1]
+        return -(-self.rows // tile) * tile
+
+
+def bind_serve(fields: Mapping[str, Any]) -> ServeConfig:
+    """Returns how an engine runs by some of its fields: where they say nothing of it, there are
+    drafts if guesses are made, and rows for all slots.
+
+    Raises:
+      UserError: a field that is not known or out of range.
+    """
+    values = dict(fields)
+    usual = ServeConfig()
+    guesses = values.get("speculate", usual.speculate) != "none"
+    if "drafts" not in values and guesses:
+        values["drafts"] = USUAL_DRAFTS
+    slots = values.get("slots", usual.slots)
+    drafts = values.get("drafts", usual.drafts)
+    # What is no number is refused where it is bound.
+    if "rows" not in values and isinstance(slots, int) and isinstance(drafts, int):
+        values["rows"] = max(usual.rows, slots * (1 + drafts))
+    return configs.bind(ServeConfig, values)

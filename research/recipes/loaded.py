@@ -21,11 +21,12 @@ from research.inference.sampling_config import SamplingConfig
 from research.inference.text import Completion
 from research.models.config import ModelConfig
 from research.recipes.generation_mesh import on_mesh
+from research.recipes.loaded_engine import EngineMethods
 from research.recipes.loaded_texts import WholeTextMethods
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel(WholeTextMethods):
+class LoadedModel(EngineMethods, WholeTextMethods):
     """A trained model, for notebooks and scripts.
 
     Attributes:

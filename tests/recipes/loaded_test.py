@@ -14,6 +14,8 @@ from research.core.errors import UserError
 from research.core.trees import named_leaves
 from research.data import tokenizers
 from research.data.tokenizers.byte import ByteTokenizer
+from research.inference.requests import Request
+from research.inference.sampling_config import SamplingConfig
 from research.inference.text import Completion
 from research.recipes.experiment import load_experiment
 from research.recipes.inputs import make_loader, prepare_data
@@ -216,3 +218,15 @@ def test_what_a_structure_cannot_read_is_refused(name: str, inputs: dict[str, An
     with pytest.raises(UserError) as caught:
         LoadedModel(config, {}, ByteTokenizer(), 0).logits(**inputs)
     assert str(caught.value).startswith(said)
+
+
+def test_an_engine_has_the_tokens_that_fit_and_answers_as_generate_does(model):
+    engine = model.engine(slots=2, tiles=(2,))
+    assert engine.serve.tokens == 2 * 2 * 64  # all slots, and as much for shared prompts
+    ids = tuple(model.tokenizer.encode_prompt("the cat"))
+    sampling = SamplingConfig(max_tokens=5, seed=3)
+    *_, answer = engine.stream(Request(ids, sampling))
+    [expected] = model.generate(["the cat"], max_tokens=5, seed=3)
+    assert answer.samples[0].completion() == expected
+    with pytest.raises(UserError, match="memory = 1e-09 is too little: beside the weights"):
+        model.engine(memory=1e-9)

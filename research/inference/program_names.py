@@ -1,0 +1,48 @@
+"""The programs that an engine compiles at start: their names, and how many there are."""
+
+from research.inference.serve_config import ServeConfig
+from research.models.config import ModelConfig
+
+# Programs of an engine, at most.
+MOST_PROGRAMS = 8
+# Those that every engine has, beside one to read for each tile.
+COMMON = ("draw_step", "admit", "copy_pages")
+# Widths of what is read in one piece, at most.
+MOST_WIDTHS = 3
+NARROWEST = 64
+
+# What is read in one piece, by the structure that does so.
+PIECES = {"encoder_decoder": "read_source", "prefix": "read_prefix"}
+
+
+def piece_widths(max_length: int, num_tiles: int) -> tuple[int, ...]:
+    """Returns the widths that an encoder's tokens and prefix decoders' prompts are padded to: each
+    is a program.
+
+    Args:
+      max_length: of the model.
+      num_tiles: that steps are compiled for.
+    """
+    most = min(MOST_WIDTHS, MOST_PROGRAMS - len(COMMON) - num_tiles)
+    # 1024, at most 3 -> 64, 256, 1024
+    widths = [max_length]
+    while len(widths) < most and widths[0] > NARROWEST:
+        widths.insert(0, max(NARROWEST, widths[0] // 4))
+    return tuple(widths)
+
+
+def program_names(config: ModelConfig, serve: ServeConfig) -> list[str]:
+    """Returns the programs of an engine, at most `MOST_PROGRAMS`.
+
+    Args:
+      config: of the model.
+      serve: how the engine runs.
+    """
+    tiles = serve.row_tiles()
+    names = [f"read, {tile} rows" for tile in tiles]
+    names += COMMON
+    if config.structure in PIECES:
+        piece = PIECES[config.structure]
+        widths = piece_widths(config.max_length, len(tiles))
+        names += [f"{piece}, {width:,} tokens" for width in widths]
+    return names

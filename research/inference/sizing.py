@@ -1,0 +1,297 @@
+"""How many tokens the cache of an engine may hold: what its arrays take, and what a device has."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+from jax.sharding import Mesh
+
+from research.core.errors import UserError
+from research.inference.programs import empty_state
+from research.inference.serve_config import ServeConfig
+from research.inference.slots import empty_slots
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import ModelConfig
+from research.models.paged_cache import PageTable
+from research.parallel.mesh_axes import TENSOR_AXIS
+from research.parallel.target import platform
+
+# Numbers of pages keep so many leading binary digits: a little more free memory is not another
+# program.
+KEPT_DIGITS = 5
+# Arrays of a tile's rows that are in use at a time, at most: in the width of the model, of its
+# heads, of its MLP and of its vocabulary; and those of a draw's.
+_WIDTHS_IN_USE = 8
+_LOGITS_IN_USE = 2
+_DRAW_IN_USE = 12
+# Copies of what is gathered for a call of attention: as it lies in pages, in rows, in float32.
+_GATHERED_IN_USE = 4
+_FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineBytes:
+    """What an engine takes on one device.
+
+    Attributes:
+      weights: of the model.
+      page: of all layers: `PAGE_SIZE` tokens.
+      fixed: what stays there beside weights and pages: the logits of a step, what slots are told of
+        each id, what an encoder read.
+      temporaries: of a step, estimated from above.
+    """
+
+    weights: int
+    page: int
+    fixed: int
+    temporaries: int
+
+    def of_pages(self, count: int) -> int:
+        """Bytes of so many pages, and of page 0, which is nobody's."""
+        return (1 + count) * self.page
+
+
+def pages_of(tokens: int) -> int:
+    """Returns how many pages hold tokens."""
+    return -(-tokens // PAGE_SIZE)
+
+
+def engine_bytes(
+    config: ModelConfig,
+    params: Any,
+    serve: ServeConfig,
+    num_ids: int,
+    mesh_sizes: Mapping[str, int] | None = None,
+) -> EngineBytes:
+    """Returns what an engine takes on one device; no array is made.
+
+    Args:
+      config: of the model.
+      params: its parameters, or their shapes.
+      serve: how it runs.
+      num_ids: ids that may be drawn.
+      mesh_sizes: of the axes of a mesh, over which `params` say how they are sharded; None is one
+        device.
+    """
+    tensor = 1 if mesh_sizes is None else mesh_sizes[TENSOR_AXIS]
+    stacked = "layers" in params
+    # What the rest depends on: pages alone follow from `tokens`, and are counted one by one.
+    alike = dataclasses.replace(serve, tokens=0, memory=1.0)
+    state = _state_bytes(config, alike, num_ids, stacked, tensor, platform())
+    weights = 0
+    elements = 0
+    cast = 0
+    for leaf in jax.tree.leaves(params):
+        shape = leaf.shape
+        if getattr(leaf, "sharding", None) is not None:
+            shape = leaf.sharding.shard_shape(leaf.shape)
+        size = math.prod(shape)
+        weights += size * leaf.dtype.itemsize
+        elements += size
+        cast += size * (leaf.dtype != jnp.dtype(config.dtype))
+    # A step casts weights to the type that it computes in. On CPU it also has them in float32 where
+    # that is another type, and once more where layers are scanned.
+    itemsize = jnp.dtype(config.dtype).itemsize
+    temporaries = state.temporaries + cast * itemsize
+    if platform() == "cpu":
+        copies = (itemsize < _FLOAT32) + stacked
+        temporaries += copies * elements * _FLOAT32
+    return dataclasses.replace(state, weights=weights, temporaries=temporaries)
+
+
+@functools.lru_cache(maxsize=16)
+def _state_bytes(
+    config: ModelConfig,
+    serve: ServeConfig,
+    num_ids: int,
+    stacked: bool,
+    tensor: int,
+    platform_name: str,
+) -> EngineBytes:
+    """Returns all but what the weights take."""
+    width = serve.padded_rows()
+    page, memory, rest = _state_parts(config, serve.slots, width, stacked, 1)
+    slots = jax.eval_shape(lambda: jax.tree.leaves(empty_slots(serve.slots, num_ids, serve.drafts)))
+    fixed = memory + rest + _bytes(slots)
+
+    # Keys and values are sharded by head where `tensor` divides the heads; latents never are.
+    if config.attention.latent is None and config.attention.num_kv_heads % tensor == 0:
+        page //= tensor
+    draw_rows = 1 if platform_name == "cpu" else width
+    temporaries = _tile_bytes(config, serve.row_tiles()[-1], memory // serve.slots)
+    temporaries += _DRAW_IN_USE * draw_rows * config.vocab_size * _FLOAT32
+    temporaries += _piece_bytes(config)
+    return EngineBytes(0, page, fixed, temporaries)
+
+
+def _state_parts(
+    config: ModelConfig, slots: int, rows: int, stacked: bool, pages: int
+) -> tuple[int, int, int]:
+    """Returns the bytes of pages, of what an encoder read for all slots, and of the rest."""
+    # Of the parameters it counts only whether layers are stacked.
+    params = {"layers": ()} if stacked else {}
+
+    def make() -> tuple[list[Any], list[Any], list[Any]]:
+        ids = jnp.zeros((slots, pages_of(config.max_length)), jnp.int32)
+        table = PageTable(ids, pages, PAGE_SIZE)
+        state = empty_state(params, table, config=config, rows=rows)
+        tokens = jax.tree.leaves([layer.tokens for layer in state.layers])
+        memory = jax.tree.leaves([layer.memory for layer in state.layers])
+        return tokens, memory, jax.tree.leaves((state.logits, state.memory_segments))
+
+    return tuple(_bytes(leaves) for leaves in jax.eval_shape(make))
+
+
+def _tile_bytes(config: ModelConfig, tile: int, memory: int) -> int:
+    """Returns what reading a tile takes beside its pages; `memory` is what an encoder read for a
+    row.
+    """
+    c = config.attention
+    hidden = config.mlp.hidden_dim
+    if config.experts is not None:
+        # Each row has the experts that it chose, and goes into each of them.
+        chosen = config.experts.experts_per_token
+        hidden += chosen * (config.experts.hidden_dim + config.embed_dim)
+        hidden += config.experts.shared_dim
+    width = config.embed_dim + c.num_heads * c.head_dim + hidden
+    row = (_WIDTHS_IN_USE * width + _LOGITS_IN_USE * config.vocab_size) * _FLOAT32
+    kinds = {config.position_of(layer).kind for layer in config.layers()}
+    gathers = c.latent is not None or config.structure == "prefix"
+    if gathers or kinds & {"buckets", "relative", "alibi_bfloat16"}:
+        per_token = c.num_heads + 2 * c.num_kv_heads * c.head_dim
+        if c.latent is not None:
+            per_token = c.num_heads + c.latent.kv_dim + c.latent.rope_dim
+        if "relative" in kinds:
+            per_token += c.num_heads * c.head_dim
+        row += _GATHERED_IN_USE * per_token * config.max_length * _FLOAT32
+    return tile * (row + 2 * memory)
+
+
+def _piece_bytes(config: ModelConfig) -> int:
+    """Returns what is taken by what is read in one piece of the model's length."""
+    if config.structure not in ("encoder_decoder", "prefix"):
+        return 0
+    c = config.attention
+    width = config.embed_dim + c.num_heads * c.head_dim + config.mlp.hidden_dim
+    scores = c.num_heads * config.max_length
+    return _WIDTHS_IN_USE * (width + scores) * config.max_length * _FLOAT32
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def fit_tokens(serve: ServeConfig, sizes: EngineBytes, room: int, max_length: int) -> int:
+    """Returns the tokens of the cache: those that fit, but no more than are of use.
+
+    Args:
+      serve: how the engine runs: `tokens`, or 0 and the share `memory` of the room.
+      sizes: what it takes.
+      room: bytes of a device beside the weights.
+      max_length: of the model.
+
+    Raises:
+      UserError: `tokens` do not fit, or where they are 0 not even a sequence of `max_length`.
+    """
+    share = 1.0 if serve.tokens else serve.memory
+    left = int(share * room) - sizes.fixed - sizes.temporaries
+    pages = max(left // sizes.page - 1, 0)
+    needed = pages_of(serve.tokens or max_length)
+    if pages < needed:
+        raise _too_small(serve, sizes, room, pages, needed, max_length)
+    if serve.tokens:
+        return serve.tokens
+
+    # What all slots can fill, and as much again for prompts that have ended, where they are shared.
+    most = serve.slots * pages_of(max_length) * (1 + serve.prefix_cache)
+    pages = min(_rounded(pages), most)
+    return max(pages, needed) * PAGE_SIZE
+
+
+def _rounded(count: int) -> int:
+    """Returns a count with its leading binary digits alone."""
+    # 0b1011_0111 -> 0b1011_0000
+    low = max(count.bit_length() - KEPT_DIGITS, 0)
+    return count >> low << low
+
+
+def _too_small(
+    serve: ServeConfig,
+    sizes: EngineBytes,
+    room: int,
+    pages: int,
+    needed: int,
+    max_length: int,
+) -> UserError:
+    field = "tokens"
+    value: float = serve.tokens
+    fault = "is too much"
+    wanted = "their pages"
+    if not serve.tokens:
+        field = "memory"
+        value = serve.memory
+        fault = "is too little"
+        wanted = f"the pages of one sequence of max_length = {max_length:,}"
+    advice = "Take fewer slots or rows, weights in 16 bits, or more devices."
+    if pages:
+        fits = pages * PAGE_SIZE
+        advice = f"What would fit: tokens = {fits:,}, prompt and answer of a request together."
+    takes = (
+        f"slots take {gigabytes(sizes.fixed)}, temporaries {gigabytes(sizes.temporaries)} and "
+        f"{wanted} {gigabytes(sizes.of_pages(needed))}"
+    )
+    return UserError(
+        field,
+        value,
+        f"{fault}: beside the weights, {gigabytes(sizes.weights)}, a device has {gigabytes(room)}; "
+        f"{takes}. {advice}",
+    )
+
+
+def gigabytes(count: int) -> str:
+    """Returns bytes as text: `1.25 GB`, `3.1 MB`."""
+    if count < 1e8:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB"
+
+
+def sized(
+    config: ModelConfig, params: Any, serve: ServeConfig, num_ids: int, mesh: Mesh | None
+) -> ServeConfig:
+    """Returns how an engine runs, with the tokens that fit beside the parameters.
+
+    Args:
+      config: of the model.
+      params: its parameters, which are on their devices already.
+      serve: how it runs.
+      num_ids: ids that may be drawn.
+      mesh: of one replica; None is one device.
+
+    Raises:
+      UserError: as of `fit_tokens`.
+    """
+    mesh_sizes = None if mesh is None else mesh.shape
+    sizes = engine_bytes(config, params, serve, num_ids, mesh_sizes)
+    tokens = fit_tokens(serve, sizes, free_bytes(params), config.max_length)
+    return dataclasses.replace(serve, tokens=tokens)
+
+
+def free_bytes(params: Any) -> int:
+    """Returns the free bytes of a device that parameters are on; CPU devices share the host's."""
+    leaf = jax.tree.leaves(params)[0]
+    devices = jax.local_devices()[:1]
+    if isinstance(leaf, jax.Array):
+        devices = leaf.sharding.addressable_devices
+    free = []
+    for device in devices:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            free.append(stats["bytes_limit"] - stats["bytes_in_use"])
+        else:
+            free.append(psutil.virtual_memory().available // len(devices))
+    return min(free)

@@ -1,0 +1,228 @@
+"""What an engine takes is counted before an array is made, and is what its arrays then take."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.data.tokenizers import ByteTokenizer
+from research.inference import programs
+from research.inference.drawing import Allowed, draw_step
+from research.inference.engine import Engine
+from research.inference.program_names import MOST_PROGRAMS, program_names
+from research.inference.serve_config import ServeConfig, bind_serve
+from research.inference.sizing import EngineBytes, engine_bytes, fit_tokens, free_bytes, pages_of
+from research.inference.slots import StepRows, admit, empty_slots
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import ModelConfig
+from research.models.language_model import abstract_params
+from research.models.paged_cache import PageTable
+from tests.models.variants import VARIANTS
+from tests.tiny import random_params, tiny_config
+
+BYTES = ByteTokenizer()
+SERVE = ServeConfig(slots=2, tokens=128, rows=8, tiles=(2, 8))
+WIDE = tiny_config(
+    vocab_size=2000,
+    max_length=256,
+    embed_dim=128,
+    attention={"num_heads": 4, "num_kv_heads": 2, "head_dim": 32},
+    mlp={"hidden_dim": 512},
+)
+TEXTUAL = [name for name, config in VARIANTS.items() if config.structure != "encoder"]
+
+
+def total(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.fast_cases("latent")
+@pytest.mark.parametrize("name", ["soft caps", "latent", "encoder-decoder"])
+def test_counted_bytes_are_those_of_the_arrays(name: str):
+    dtype = "bfloat16" if name == "soft caps" else "float32"
+    config = dataclasses.replace(VARIANTS[name], dtype=dtype)
+    if config.vocab_size < BYTES.vocab_size:
+        config = dataclasses.replace(config, vocab_size=BYTES.vocab_size)
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    engine = Engine(config, params, BYTES, SERVE)
+    runner = engine.replicas[0]._runner
+    sizes = engine_bytes(config, params, engine.serve, BYTES.vocab_size)
+    assert sizes.weights == total(params)
+    pages = sum(total(layer.tokens) for layer in runner._state.layers)
+    assert sizes.of_pages(pages_of(SERVE.tokens)) == pages
+    assert sizes.page == pages // runner.num_pages
+    assert sizes.fixed == total(runner._state) - pages + total(runner._slots)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_device_of_a_mesh_has_its_own_heads(tensor: int):
+    params = abstract_params(WIDE, "cpu")
+    alone = engine_bytes(WIDE, params, SERVE, 260)
+    sharded = engine_bytes(WIDE, params, SERVE, 260, {"tensor": tensor})
+    assert sharded.page == alone.page // tensor
+    latent = VARIANTS["latent"]
+    params = abstract_params(latent, "cpu")
+    whole = engine_bytes(latent, params, SERVE, latent.vocab_size)
+    on_mesh = engine_bytes(latent, params, SERVE, latent.vocab_size, {"tensor": tensor})
+    assert on_mesh.page == whole.page
+
+
+def compiled_temporaries(config: ModelConfig, serve: ServeConfig) -> int:
+    """Returns the temporaries of a step's two programs, as the compiler has them."""
+    params = jax.tree.map(jnp.zeros_like, abstract_params(config, "cpu"))
+    width = serve.padded_rows()
+    ids = jnp.zeros((serve.slots, pages_of(config.max_length)), jnp.int32)
+    table = PageTable(ids, 1 + pages_of(serve.tokens), PAGE_SIZE)
+    state = programs.empty_state(params, table, config=config, rows=width)
+    slots = empty_slots(serve.slots, config.vocab_size, serve.drafts)
+    numbers = jnp.zeros(width, jnp.int32)
+    flags = jnp.zeros(width, bool)
+    rows = StepRows(numbers, numbers, numbers, numbers, flags, numbers, flags)
+    allowed = Allowed(numbers[: serve.slots], jnp.zeros(slots.rules.allowed.shape, jnp.uint32))
+    one = jnp.int32(1)
+    tile = serve.tiles[-1]
+
+    def read(state, params):
+        return programs.read(params, state, slots, table, rows, one, config=config, tile=tile)
+
+    def draw(slots, logits):
+        order = numbers
+        return draw_step(slots, rows, logits, order, one, allowed, draw_rows=1, num_top=20)
+
+    return temporaries(read, state, params) + temporaries(draw, slots, state.logits)
+
+
+def temporaries(function, donated, other) -> int:
+    # Shapes of a donated tree are no arrays, which annotated trees refuse: its leaves go in.
+    leaves, tree = jax.tree.flatten(donated)
+
+    def of_leaves(leaves, other):
+        return jax.tree.leaves(function(jax.tree.unflatten(tree, leaves), other))
+
+    lowered = jax.jit(of_leaves, donate_argnums=0).lower(leaves, other)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"layer_loop": "scan", "num_layers": 4},
+        *[{"variant": name} for name in ("relative", "latent", "shared experts")],
+    ],
+    ids=str,
+)
+def test_temporaries_are_estimated_from_above(changes):
+    variant = changes.get("variant")
+    config = VARIANTS[variant] if variant else dataclasses.replace(WIDE, **changes)
+    serve = dataclasses.replace(SERVE, tokens=1024)
+    found = compiled_temporaries(config, serve)
+    params = abstract_params(config, "cpu")
+    estimated = engine_bytes(config, params, serve, config.vocab_size).temporaries
+    assert found <= estimated <= 8 * found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", TEXTUAL)
+def test_every_structure_is_counted(name: str):
+    config = VARIANTS[name]
+    sizes = engine_bytes(config, abstract_params(config, "cpu"), SERVE, config.vocab_size)
+    assert min(dataclasses.astuple(sizes)) > 0
+
+
+SIZES = EngineBytes(weights=1_000_000, page=1_000, fixed=10_000, temporaries=40_000)
+
+
+def test_tokens_are_what_is_left_of_the_share():
+    serve = ServeConfig(slots=1_000, memory=0.5, rows=1_000)
+    # 500,000 - 50,000 are 450 pages, of which one is nobody's; 449 = 0b111000001 -> 0b111000000.
+    assert fit_tokens(serve, SIZES, 1_000_000, 256) == 448 * PAGE_SIZE
+    more = dataclasses.replace(serve, memory=1.0)
+    assert fit_tokens(more, SIZES, 1_000_000, 256) == 928 * PAGE_SIZE
+
+
+def test_no_more_tokens_are_taken_than_are_of_use():
+    serve = ServeConfig(slots=2, prefix_cache=False)
+    assert fit_tokens(serve, SIZES, 10**9, 256) == 2 * 256
+    assert fit_tokens(dataclasses.replace(serve, prefix_cache=True), SIZES, 10**9, 256) == 4 * 256
+
+
+def test_a_little_more_memory_is_not_another_program():
+    serve = ServeConfig(slots=1_000, rows=1_000)
+    rooms = range(1_000_000, 1_020_000, 1_000)
+    assert len({fit_tokens(serve, SIZES, room, 256) for room in rooms}) == 1
+    assert fit_tokens(serve, SIZES, 1_100_000, 256) > fit_tokens(serve, SIZES, 1_000_000, 256)
+
+
+def test_memory_too_small_says_what_takes_it_and_what_would_fit():
+    with pytest.raises(UserError) as caught:
+        fit_tokens(ServeConfig(memory=0.5), SIZES, 200_000, 1024)
+    assert str(caught.value) == (
+        "memory = 0.5 is too little: beside the weights, 1.0 MB, a device has 0.2 MB; slots take "
+        "0.0 MB, temporaries 0.0 MB and the pages of one sequence of max_length = 1,024 0.1 MB. "
+        "What would fit: tokens = 784, prompt and answer of a request together."
+    )
+    assert fit_tokens(ServeConfig(tokens=784), SIZES, 200_000, 1024) == 784
+
+
+def test_tokens_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"tokens = 16000 is too much: .* fit: tokens = 2,384"):
+        fit_tokens(ServeConfig(tokens=16_000), SIZES, 200_000, 1024)
+    with pytest.raises(UserError, match="Take fewer slots or rows"):
+        fit_tokens(ServeConfig(), SIZES, 50_000, 1024)
+
+
+def test_cpu_devices_share_the_memory_of_the_host():
+    [first, *_] = devices = jax.local_devices()
+    alone = free_bytes({"a": jax.device_put(np.zeros(8), first)})
+    mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(np.zeros(8), jax.NamedSharding(mesh, jax.P("x")))
+    assert free_bytes({"a": spread}) == pytest.approx(alone / len(devices), rel=0.2)
+
+
+def compiled_programs() -> int:
+    jitted = (
+        programs.read,
+        draw_step,
+        admit,
+        programs.copy_pages,
+        programs.read_source,
+        programs.read_prefix,
+    )
+    return sum(each._cache_size() for each in jitted)
+
+
+@pytest.mark.fast_cases("encoder-decoder-6")
+@pytest.mark.parametrize(("name", "slots"), [("soft caps", 3), ("encoder-decoder", 6)])
+def test_the_list_of_programs_is_what_is_compiled(name: str, slots: int):
+    # Sizes that no other test has, so that nothing is compiled yet.
+    config = dataclasses.replace(VARIANTS[name], max_length=272, vocab_size=300)
+    serve = dataclasses.replace(SERVE, slots=slots, tokens=288)
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    before = compiled_programs()
+    Engine(config, params, BYTES, serve)
+    assert compiled_programs() - before == len(program_names(config, serve))
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+@pytest.mark.parametrize("name", ["windows", "prefix", "encoder-decoder"])
+def test_there_are_at_most_eight_programs(name: str, invariant: bool):
+    config = dataclasses.replace(VARIANTS[name], max_length=32_768)
+    for tiles in ((1, 2, 4), (8,), (2, 8, 16)):
+        serve = ServeConfig(tiles=tiles, invariant=invariant)
+        assert len(program_names(config, serve)) <= MOST_PROGRAMS
+    with pytest.raises(UserError, match="tiles"):
+        ServeConfig(tiles=(1, 2, 4, 8, 16))
+
+
+def test_an_engine_has_drafts_and_rows_for_what_is_asked():
+    serve = bind_serve({"slots": 32, "speculate": "lookup"})
+    assert (serve.drafts, serve.rows) == (4, 160)
+    assert bind_serve({}) == ServeConfig()
+    with pytest.raises(UserError, match="slot is not a config field"):
+        bind_serve({"slot": 1})
