@@ -59,7 +59,7 @@ class Engine:
         self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
         self._meshes = [None] if mesh is None else replica_meshes(mesh)
         parts = self._parts(params)
-        self.serve = sized(config, parts[0], serve, self._num_ids, self._meshes[0])
+        self.serve = sized(config, parts[0], serve, self._num_ids, self._meshes[0], draft)
         self.replicas: list[Replica] = []
         for part, own in zip(parts, self._meshes, strict=True):
             self.replicas.append(Replica(config, part, tokenizer, self.serve, own, draft))

@@ -31,6 +31,14 @@ def piece_widths(max_length: int, num_tiles: int) -> tuple[int, ...]:
     return tuple(widths)
 
 
+def draft_tiles(tiles: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the rows that guesses are made for at a time, where a model makes them: the smallest
+    of the tiles that steps are compiled for, and the largest.
+    """
+    most = MOST_PROGRAMS - len(COMMON) - len(tiles)
+    return tuple(sorted({tiles[0], tiles[-1]}))[-most:]
+
+
 def program_names(config: ModelConfig, serve: ServeConfig) -> list[str]:
     """Returns the programs of an engine, at most `MOST_PROGRAMS`.
 
@@ -41,6 +49,8 @@ def program_names(config: ModelConfig, serve: ServeConfig) -> list[str]:
     tiles = serve.row_tiles()
     names = [f"read, {tile} rows" for tile in tiles]
     names += COMMON
+    if serve.speculate not in ("none", "lookup"):
+        names += [f"propose, {tile} rows" for tile in draft_tiles(tiles)]
     if config.structure in PIECES:
         piece = PIECES[config.structure]
         widths = piece_widths(config.max_length, len(tiles))

@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt32
 
 from research.inference.drawing import Allowed, draw_step
 from research.inference.placement import id_rules, one_slot
-from research.inference.program_names import piece_widths
+from research.inference.program_names import draft_tiles, piece_widths
 from research.inference.programs import copy_pages, empty_state, read, read_prefix, read_source
 from research.inference.sampling_config import SamplingConfig
 from research.inference.sequence import Row
@@ -72,6 +72,7 @@ class Runner:
         self._num_ids = num_ids
         self._mesh = mesh
         self._tiles = serve.row_tiles()
+        self._draft_tiles = draft_tiles(self._tiles)
         self._widths = piece_widths(config.max_length, len(self._tiles))
         self._width = serve.padded_rows()
         cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
@@ -156,7 +157,8 @@ class Runner:
           rows: the slot of each answer, the position of its newest token, and the row of the newest
             step that this was drawn from.
         """
-        tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
+        tiles = self._draft_tiles
+        tile = next((tile for tile in tiles if len(rows) <= tile), tiles[-1])
         arrays = np.zeros((3, self._width), np.int32)
         arrays[0] = self._serve.slots
         arrays[:, : len(rows)] = np.transpose(rows)
@@ -279,7 +281,7 @@ class Runner:
 
         self.copy_pages([(0, 0)])
         if self._drafter is not None:
-            for tile in self._tiles:
+            for tile in self._draft_tiles:
                 self.propose([(self._serve.slots, 1, 0)] * tile)
         largest = self._tiles[-1]
         count = min(largest, self._serve.tokens, self._config.max_length)

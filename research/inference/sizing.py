@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 from jax.sharding import Mesh
 
@@ -15,6 +16,8 @@ from research.core.errors import UserError
 from research.inference.programs import empty_state
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import empty_slots
+from research.inference.speculation.drafter import Drafter
+from research.inference.speculation.kinds import drafter_of
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
 from research.models.paged_cache import PageTable
@@ -67,6 +70,7 @@ def engine_bytes(
     serve: ServeConfig,
     num_ids: int,
     mesh_sizes: Mapping[str, int] | None = None,
+    draft: tuple[ModelConfig, Any] | None = None,
 ) -> EngineBytes:
     """Returns what an engine takes on one device; no array is made.
 
@@ -77,31 +81,62 @@ def engine_bytes(
       num_ids: ids that may be drawn.
       mesh_sizes: of the axes of a mesh, over which `params` say how they are sharded; None is one
         device.
+      draft: config and parameters of a smaller model that guesses, or None.
+
+    Raises:
+      UserError: guesses of a kind that the model does not have.
     """
     tensor = 1 if mesh_sizes is None else mesh_sizes[TENSOR_AXIS]
-    stacked = "layers" in params
+    drafter = drafter_of(serve, config, params, draft)
     # What the rest depends on: pages alone follow from `tokens`, and are counted one by one.
     alike = dataclasses.replace(serve, tokens=0, memory=1.0)
-    state = _state_bytes(config, alike, num_ids, stacked, tensor, platform())
+    draft_params = None if draft is None else draft[1]
+    forms = Forms(drafter, "layers" in params, draft is not None and "layers" in draft_params)
+    state = _state_bytes(config, alike, num_ids, forms, tensor, platform())
+    weights, casts = _weight_bytes(config, params)
+    if draft is not None:
+        of_draft = _weight_bytes(*draft)
+        weights += of_draft[0]
+        casts += of_draft[1]
+    return dataclasses.replace(state, weights=weights, temporaries=state.temporaries + casts)
+
+
+def _weight_bytes(config: ModelConfig, params: Any) -> tuple[int, int]:
+    """Returns the bytes of weights on one device, and of the copies that a step makes of them."""
+    itemsize = jnp.dtype(config.dtype).itemsize
     weights = 0
     elements = 0
-    cast = 0
+    casts = 0
     for leaf in jax.tree.leaves(params):
         shape = leaf.shape
-        if getattr(leaf, "sharding", None) is not None:
+        # NumPy's arrays are on no device, and shapes alone may say nothing of devices.
+        if not isinstance(leaf, np.ndarray) and leaf.sharding is not None:
             shape = leaf.sharding.shard_shape(leaf.shape)
         size = math.prod(shape)
         weights += size * leaf.dtype.itemsize
         elements += size
-        cast += size * (leaf.dtype != jnp.dtype(config.dtype))
-    # A step casts weights to the type that it computes in. On CPU it also has them in float32 where
-    # that is another type, and once more where layers are scanned.
-    itemsize = jnp.dtype(config.dtype).itemsize
-    temporaries = state.temporaries + cast * itemsize
+        if leaf.dtype != jnp.dtype(config.dtype):
+            casts += size * itemsize
+    # On CPU a step also has them in float32 where it computes in another type, and once more where
+    # layers are scanned.
     if platform() == "cpu":
-        copies = (itemsize < _FLOAT32) + stacked
-        temporaries += copies * elements * _FLOAT32
-    return dataclasses.replace(state, weights=weights, temporaries=temporaries)
+        copies = (itemsize < _FLOAT32) + ("layers" in params)
+        casts += copies * elements * _FLOAT32
+    return weights, casts
+
+
+class Forms(NamedTuple):
+    """What decides which pages there are.
+
+    Attributes:
+      drafter: who guesses on the device; None for nobody.
+      stacked: whether the layers of the model are.
+      draft_stacked: whether those of a smaller model that guesses are.
+    """
+
+    drafter: Drafter | None
+    stacked: bool
+    draft_stacked: bool
 
 
 @functools.lru_cache(maxsize=16)
@@ -109,13 +144,13 @@ def _state_bytes(
     config: ModelConfig,
     serve: ServeConfig,
     num_ids: int,
-    stacked: bool,
+    forms: Forms,
     tensor: int,
     platform_name: str,
 ) -> EngineBytes:
     """Returns all but what the weights take."""
     width = serve.padded_rows()
-    page, memory, rest = _state_parts(config, serve.slots, width, stacked, 1)
+    page, memory, rest = _state_parts(config, serve.slots, width, forms)
     slots = jax.eval_shape(lambda: jax.tree.leaves(empty_slots(serve.slots, num_ids, serve.drafts)))
     fixed = memory + rest + _bytes(slots)
 
@@ -129,20 +164,23 @@ def _state_bytes(
     return EngineBytes(0, page, fixed, temporaries)
 
 
-def _state_parts(
-    config: ModelConfig, slots: int, rows: int, stacked: bool, pages: int
-) -> tuple[int, int, int]:
-    """Returns the bytes of pages, of what an encoder read for all slots, and of the rest."""
+def _state_parts(config: ModelConfig, slots: int, rows: int, forms: Forms) -> tuple[int, int, int]:
+    """Returns the bytes of a page, of what an encoder read for all slots, and of the rest."""
     # Of the parameters it counts only whether layers are stacked.
-    params = {"layers": ()} if stacked else {}
+    params = {"layers": ()} if forms.stacked else {}
+    draft_params = {"layers": ()} if forms.draft_stacked else {}
 
     def make() -> tuple[list[Any], list[Any], list[Any]]:
         ids = jnp.zeros((slots, pages_of(config.max_length)), jnp.int32)
-        table = PageTable(ids, pages, PAGE_SIZE)
-        state = empty_state(params, table, config=config, rows=rows)
-        tokens = jax.tree.leaves([layer.tokens for layer in state.layers])
-        memory = jax.tree.leaves([layer.memory for layer in state.layers])
-        return tokens, memory, jax.tree.leaves((state.logits, state.memory_segments))
+        table = PageTable(ids, 1, PAGE_SIZE)
+        state = empty_state(
+            params, draft_params, table, config=config, rows=rows, drafter=forms.drafter
+        )
+        layers = (*state.layers, *state.draft_layers)
+        tokens = jax.tree.leaves([layer.tokens for layer in layers])
+        memory = jax.tree.leaves([layer.memory for layer in layers])
+        rest = (state.logits, state.memory_segments, state.hidden)
+        return tokens, memory, jax.tree.leaves(rest)
 
     return tuple(_bytes(leaves) for leaves in jax.eval_shape(make))
 
@@ -261,7 +299,12 @@ def gigabytes(count: int) -> str:
 
 
 def sized(
-    config: ModelConfig, params: Any, serve: ServeConfig, num_ids: int, mesh: Mesh | None
+    config: ModelConfig,
+    params: Any,
+    serve: ServeConfig,
+    num_ids: int,
+    mesh: Mesh | None,
+    draft: tuple[ModelConfig, Any] | None,
 ) -> ServeConfig:
     """Returns how an engine runs, with the tokens that fit beside the parameters.
 
@@ -271,12 +314,13 @@ def sized(
       serve: how it runs.
       num_ids: ids that may be drawn.
       mesh: of one replica; None is one device.
+      draft: as of `engine_bytes`.
 
     Raises:
-      UserError: as of `fit_tokens`.
+      UserError: as of `engine_bytes` and `fit_tokens`.
     """
     mesh_sizes = None if mesh is None else mesh.shape
-    sizes = engine_bytes(config, params, serve, num_ids, mesh_sizes)
+    sizes = engine_bytes(config, params, serve, num_ids, mesh_sizes, draft)
     tokens = fit_tokens(serve, sizes, free_bytes(params), config.max_length)
     return dataclasses.replace(serve, tokens=tokens)
 

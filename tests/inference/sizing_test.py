@@ -16,8 +16,9 @@ from research.inference.program_names import MOST_PROGRAMS, program_names
 from research.inference.serve_config import ServeConfig, bind_serve
 from research.inference.sizing import EngineBytes, engine_bytes, fit_tokens, free_bytes, pages_of
 from research.inference.slots import StepRows, admit, empty_slots
+from research.inference.speculation.propose import propose
 from research.kernels.decode_attention import PAGE_SIZE
-from research.models.config import ModelConfig
+from research.models.config import HeadConfig, ModelConfig
 from research.models.language_model import abstract_params
 from research.models.paged_cache import PageTable
 from tests.models.variants import VARIANTS
@@ -39,20 +40,35 @@ def total(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.fast_cases("latent")
-@pytest.mark.parametrize("name", ["soft caps", "latent", "encoder-decoder"])
-def test_counted_bytes_are_those_of_the_arrays(name: str):
-    dtype = "bfloat16" if name == "soft caps" else "float32"
-    config = dataclasses.replace(VARIANTS[name], dtype=dtype)
-    if config.vocab_size < BYTES.vocab_size:
-        config = dataclasses.replace(config, vocab_size=BYTES.vocab_size)
+SMALL = tiny_config(vocab_size=300, num_layers=1)
+
+
+@pytest.mark.fast_cases("latent-mtp")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("soft caps", "draft"), ("latent", "mtp"), ("encoder-decoder", "none")],
+)
+def test_counted_bytes_are_those_of_the_arrays(name: str, kind: str):
+    config = dataclasses.replace(VARIANTS[name], vocab_size=300)
+    serve = SERVE
+    draft = None
+    if kind != "none":
+        serve = dataclasses.replace(SERVE, drafts=2, speculate=kind)
+    if kind == "draft":
+        config = dataclasses.replace(config, dtype="bfloat16")
+        draft = (SMALL, jax.tree.map(jnp.asarray, random_params(SMALL)))
+    if kind == "mtp":
+        config = dataclasses.replace(config, head=HeadConfig(mtp_depth=1))
+
     params = jax.tree.map(jnp.asarray, random_params(config))
-    engine = Engine(config, params, BYTES, SERVE)
+    engine = Engine(config, params, BYTES, serve, draft=draft)
     runner = engine.replicas[0]._runner
-    sizes = engine_bytes(config, params, engine.serve, BYTES.vocab_size)
-    assert sizes.weights == total(params)
-    pages = sum(total(layer.tokens) for layer in runner._state.layers)
-    assert sizes.of_pages(pages_of(SERVE.tokens)) == pages
+    sizes = engine_bytes(config, params, engine.serve, BYTES.vocab_size, draft=draft)
+    assert sizes.weights == total((params, draft and draft[1]))
+    layers = (*runner._state.layers, *runner._state.draft_layers)
+    assert len(layers) == config.num_layers + (kind != "none")
+    pages = sum(total(layer.tokens) for layer in layers)
+    assert sizes.of_pages(pages_of(serve.tokens)) == pages
     assert sizes.page == pages // runner.num_pages
     assert sizes.fixed == total(runner._state) - pages + total(runner._slots)
 
@@ -76,21 +92,23 @@ def compiled_temporaries(config: ModelConfig, serve: ServeConfig) -> int:
     width = serve.padded_rows()
     ids = jnp.zeros((serve.slots, pages_of(config.max_length)), jnp.int32)
     table = PageTable(ids, 1 + pages_of(serve.tokens), PAGE_SIZE)
-    state = programs.empty_state(params, table, config=config, rows=width)
+    state = programs.empty_state(params, None, table, config=config, rows=width, drafter=None)
     slots = empty_slots(serve.slots, config.vocab_size, serve.drafts)
     numbers = jnp.zeros(width, jnp.int32)
     flags = jnp.zeros(width, bool)
-    rows = StepRows(numbers, numbers, numbers, numbers, flags, numbers, flags)
+    rows = StepRows(numbers, numbers, numbers, numbers, flags, numbers, numbers, flags)
     allowed = Allowed(numbers[: serve.slots], jnp.zeros(slots.rules.allowed.shape, jnp.uint32))
     one = jnp.int32(1)
     tile = serve.tiles[-1]
 
     def read(state, params):
-        return programs.read(params, state, slots, table, rows, one, config=config, tile=tile)
+        return programs.read(
+            params, None, state, slots, table, rows, one, config=config, tile=tile, drafter=None
+        )
 
     def draw(slots, logits):
         order = numbers
-        return draw_step(slots, rows, logits, order, one, allowed, draw_rows=1, num_top=20)
+        return draw_step(slots, rows, logits, order, one, allowed, group=1, num_top=20)
 
     return temporaries(read, state, params) + temporaries(draw, slots, state.logits)
 
@@ -193,6 +211,7 @@ def compiled_programs() -> int:
         programs.copy_pages,
         programs.read_source,
         programs.read_prefix,
+        propose,
     )
     return sum(each._cache_size() for each in jitted)
 
@@ -203,6 +222,9 @@ def test_the_list_of_programs_is_what_is_compiled(name: str, slots: int):
     # Sizes that no other test has, so that nothing is compiled yet.
     config = dataclasses.replace(VARIANTS[name], max_length=272, vocab_size=300)
     serve = dataclasses.replace(SERVE, slots=slots, tokens=288)
+    if name == "soft caps":
+        guesses = {"drafts": 1, "speculate": "first_layers", "draft_layers": 1}
+        serve = dataclasses.replace(serve, **guesses)
     params = jax.tree.map(jnp.asarray, random_params(config))
     before = compiled_programs()
     Engine(config, params, BYTES, serve)
@@ -214,7 +236,8 @@ def test_the_list_of_programs_is_what_is_compiled(name: str, slots: int):
 def test_there_are_at_most_eight_programs(name: str, invariant: bool):
     config = dataclasses.replace(VARIANTS[name], max_length=32_768)
     for tiles in ((1, 2, 4), (8,), (2, 8, 16)):
-        serve = ServeConfig(tiles=tiles, invariant=invariant)
+        guesses = {"drafts": 1, "speculate": "mtp"} if name == "windows" else {}
+        serve = ServeConfig(tiles=tiles, invariant=invariant, **guesses)
         assert len(program_names(config, serve)) <= MOST_PROGRAMS
     with pytest.raises(UserError, match="tiles"):
         ServeConfig(tiles=(1, 2, 4, 8, 16))
