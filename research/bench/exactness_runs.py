@@ -194,7 +194,7 @@ class Trial:
 
     def count(self) -> Count:
         """Returns what of its conditions has come to pass."""
-        right = sum(replica.guessed_right for replica in self._engine.replicas)
+        right = sum(replica.guesses.right for replica in self._engine.replicas)
         return Count(preempted=len(self._lost), guessed_right=right)
 
     def _answer_group(self, group: Sequence[Request], condition: Condition) -> list[Found]:
