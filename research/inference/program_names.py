@@ -1,7 +1,7 @@
 """The programs that an engine compiles at start: their names, and how many there are."""
 
 from research.inference.serve_config import ServeConfig
-from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 
 # Programs of an engine, at most.
 MOST_PROGRAMS = 8
@@ -39,7 +39,7 @@ def draft_tiles(tiles: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({tiles[0], tiles[-1]}))[-most:]
 
 
-def program_names(config: ModelConfig, serve: ServeConfig) -> list[str]:
+def program_names(config: LanguageModelConfig, serve: ServeConfig) -> list[str]:
     """Returns the programs of an engine, at most `MOST_PROGRAMS`.
 
     Args:

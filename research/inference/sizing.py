@@ -20,6 +20,7 @@ from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.kinds import drafter_of
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import PageTable
 from research.parallel.mesh_axes import TENSOR_AXIS
 from research.parallel.target import platform
@@ -65,7 +66,7 @@ def pages_of(tokens: int) -> int:
 
 
 def engine_bytes(
-    config: ModelConfig,
+    config: LanguageModelConfig,
     params: Any,
     serve: ServeConfig,
     num_ids: int,
@@ -91,7 +92,9 @@ def engine_bytes(
     # What the rest depends on: pages alone follow from `tokens`, and are counted one by one.
     alike = dataclasses.replace(serve, tokens=0, memory=1.0)
     draft_params = None if draft is None else draft[1]
-    forms = Forms(drafter, "layers" in params, draft is not None and "layers" in draft_params)
+    draft_stacked = draft is not None and "layers" in draft_params
+    cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
+    forms = Forms(drafter, "layers" in params, draft_stacked, cache_dtype)
     state = _state_bytes(config, alike, num_ids, forms, tensor, platform())
     weights, casts = _weight_bytes(config, params)
     if draft is not None:
@@ -101,9 +104,11 @@ def engine_bytes(
     return dataclasses.replace(state, weights=weights, temporaries=state.temporaries + casts)
 
 
-def _weight_bytes(config: ModelConfig, params: Any) -> tuple[int, int]:
+def _weight_bytes(config: LanguageModelConfig, params: Any) -> tuple[int, int]:
     """Returns the bytes of weights on one device, and of the copies that a step makes of them."""
-    itemsize = jnp.dtype(config.dtype).itemsize
+    compute = jnp.dtype("float32")
+    if isinstance(config, ModelConfig):
+        compute = jnp.dtype(config.dtype)
     weights = 0
     elements = 0
     casts = 0
@@ -115,12 +120,12 @@ def _weight_bytes(config: ModelConfig, params: Any) -> tuple[int, int]:
         size = math.prod(shape)
         weights += size * leaf.dtype.itemsize
         elements += size
-        if leaf.dtype != jnp.dtype(config.dtype):
-            casts += size * itemsize
+        if leaf.dtype != compute:
+            casts += size * compute.itemsize
     # On CPU a step also has them in float32 where it computes in another type, and once more where
     # layers are scanned.
     if platform() == "cpu":
-        copies = (itemsize < _FLOAT32) + ("layers" in params)
+        copies = (compute.itemsize < _FLOAT32) + ("layers" in params)
         casts += copies * elements * _FLOAT32
     return weights, casts
 
@@ -132,16 +137,18 @@ class Forms(NamedTuple):
       drafter: who guesses on the device; None for nobody.
       stacked: whether the layers of the model are.
       draft_stacked: whether those of a smaller model that guesses are.
+      cache_dtype: as of `LanguageModel.empty_cache`.
     """
 
     drafter: Drafter | None
     stacked: bool
     draft_stacked: bool
+    cache_dtype: str | None
 
 
 @functools.lru_cache(maxsize=16)
 def _state_bytes(
-    config: ModelConfig,
+    config: LanguageModelConfig,
     serve: ServeConfig,
     num_ids: int,
     forms: Forms,
@@ -155,16 +162,21 @@ def _state_bytes(
     fixed = memory + rest + _bytes(slots)
 
     # Keys and values are sharded by head where `tensor` divides the heads; latents never are.
-    if config.attention.latent is None and config.attention.num_kv_heads % tensor == 0:
-        page //= tensor
+    if isinstance(config, ModelConfig):
+        has_latents = config.attention.latent is not None
+        if not has_latents and config.attention.num_kv_heads % tensor == 0:
+            page //= tensor
     draw_rows = 1 if platform_name == "cpu" else width
-    temporaries = _tile_bytes(config, serve.row_tiles()[-1], memory // serve.slots)
-    temporaries += _DRAW_IN_USE * draw_rows * config.vocab_size * _FLOAT32
-    temporaries += _piece_bytes(config)
+    temporaries = _DRAW_IN_USE * draw_rows * config.vocab_size * _FLOAT32
+    if isinstance(config, ModelConfig):
+        temporaries += _tile_bytes(config, serve.row_tiles()[-1], memory // serve.slots)
+        temporaries += _piece_bytes(config)
     return EngineBytes(0, page, fixed, temporaries)
 
 
-def _state_parts(config: ModelConfig, slots: int, rows: int, forms: Forms) -> tuple[int, int, int]:
+def _state_parts(
+    config: LanguageModelConfig, slots: int, rows: int, forms: Forms
+) -> tuple[int, int, int]:
     """Returns the bytes of a page, of what an encoder read for all slots, and of the rest."""
     # Of the parameters it counts only whether layers are stacked.
     params = {"layers": ()} if forms.stacked else {}
@@ -174,7 +186,13 @@ def _state_parts(config: ModelConfig, slots: int, rows: int, forms: Forms) -> tu
         ids = jnp.zeros((slots, pages_of(config.max_length)), jnp.int32)
         table = PageTable(ids, 1, PAGE_SIZE)
         state = empty_state(
-            params, draft_params, table, config=config, rows=rows, drafter=forms.drafter
+            params,
+            draft_params,
+            table,
+            config=config,
+            rows=rows,
+            drafter=forms.drafter,
+            cache_dtype=forms.cache_dtype,
         )
         layers = (*state.layers, *state.draft_layers)
         tokens = jax.tree.leaves([layer.tokens for layer in layers])
@@ -238,7 +256,8 @@ def fit_tokens(serve: ServeConfig, sizes: EngineBytes, room: int, max_length: in
     """
     share = 1.0 if serve.tokens else serve.memory
     left = int(share * room) - sizes.fixed - sizes.temporaries
-    pages = max(left // sizes.page - 1, 0)
+    # Recurrent models have states of slots and no pages.
+    pages = max(left // max(sizes.page, 1) - 1, 0)
     needed = pages_of(serve.tokens or max_length)
     if pages < needed:
         raise _too_small(serve, sizes, room, pages, needed, max_length)
@@ -299,7 +318,7 @@ def gigabytes(count: int) -> str:
 
 
 def sized(
-    config: ModelConfig,
+    config: LanguageModelConfig,
     params: Any,
     serve: ServeConfig,
     num_ids: int,

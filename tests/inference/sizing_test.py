@@ -56,6 +56,7 @@ def test_counted_bytes_are_those_of_the_arrays(name: str, kind: str):
         serve = dataclasses.replace(SERVE, drafts=2, speculate=kind)
     if kind == "draft":
         config = dataclasses.replace(config, dtype="bfloat16")
+        serve = dataclasses.replace(serve, cache_dtype="int8")
         draft = (SMALL, jax.tree.map(jnp.asarray, random_params(SMALL)))
     if kind == "mtp":
         config = dataclasses.replace(config, head=HeadConfig(mtp_depth=1))
@@ -92,7 +93,9 @@ def compiled_temporaries(config: ModelConfig, serve: ServeConfig) -> int:
     width = serve.padded_rows()
     ids = jnp.zeros((serve.slots, pages_of(config.max_length)), jnp.int32)
     table = PageTable(ids, 1 + pages_of(serve.tokens), PAGE_SIZE)
-    state = programs.empty_state(params, None, table, config=config, rows=width, drafter=None)
+    state = programs.empty_state(
+        params, None, table, config=config, rows=width, drafter=None, cache_dtype=None
+    )
     slots = empty_slots(serve.slots, config.vocab_size, serve.drafts)
     numbers = jnp.zeros(width, jnp.int32)
     flags = jnp.zeros(width, bool)
