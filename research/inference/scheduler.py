@@ -117,8 +117,7 @@ class Scheduler:
 
     def _release_passed(self, sequence: Sequence) -> None:
         """Releases the pages that lie before the window of all tokens to come."""
-        # Drafts may turn out wrong: the newest known token is the next one read at the earliest.
-        first = min(sequence.written, len(sequence.tokens) - 1) - self._window + 1
+        first = sequence.written - self._window + 1
         if not self._window or first <= 0:
             return
         for index in range(first // self.page_size):
