@@ -77,7 +77,7 @@ class Runner:
         self._width = serve.padded_rows()
         cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
         with self._on_mesh():
-            self._state = empty_state(
+            self.state = empty_state(
                 params,
                 draft_params,
                 self._device_table(self.table),
@@ -105,23 +105,23 @@ class Runner:
         pairs = np.zeros((self._serve.slots, 2), np.int32)
         pairs[: len(copies)] = copies
         with self._on_mesh():
-            self._state = copy_pages(
-                self._state, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1])
+            self.state = copy_pages(
+                self.state, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1])
             )
 
     def read_source(self, row: int, ids: Sequence[int]) -> None:
         """Has the encoder read tokens into a row of the memory."""
         with self._on_mesh():
-            self._state = read_source(
-                self.params, self._state, jnp.int32(row), *self._piece(ids), config=self._config
+            self.state = read_source(
+                self.params, self.state, jnp.int32(row), *self._piece(ids), config=self._config
             )
 
     def read_prefix(self, slot: int, ids: Sequence[int]) -> None:
         """Reads a prompt whose tokens attend to all of it into the pages of a slot."""
         table = self._device_table(self.table[slot : slot + 1])
         with self._on_mesh():
-            self._state = read_prefix(
-                self.params, self._state, table, *self._piece(ids), config=self._config
+            self.state = read_prefix(
+                self.params, self.state, table, *self._piece(ids), config=self._config
             )
 
     def _piece(self, ids: Sequence[int]) -> tuple[Int[jax.Array, "1 T"], Int[jax.Array, "1"]]:
@@ -164,10 +164,10 @@ class Runner:
         arrays[:, : len(rows)] = np.transpose(rows)
         count = jnp.int32(-(-len(rows) // tile))
         with self._on_mesh():
-            self._state, self._slots = propose(
+            self.state, self._slots = propose(
                 self.params,
                 self._draft_params,
-                self._state,
+                self.state,
                 self._slots,
                 self._device_table(self.table),
                 DraftRows(*map(jnp.asarray, arrays)),
@@ -194,10 +194,10 @@ class Runner:
         self, rows: StepRows, count: int, tile: int, table: Int[np.ndarray, "slots pages"]
     ) -> None:
         with self._on_mesh():
-            self._state = read(
+            self.state = read(
                 self.params,
                 self._draft_params,
-                self._state,
+                self.state,
                 self._slots,
                 self._device_table(table),
                 rows,
@@ -219,7 +219,7 @@ class Runner:
             self._slots, drawn, accepted = draw_step(
                 self._slots,
                 rows,
-                self._state.logits,
+                self.state.logits,
                 jnp.asarray(order),
                 jnp.int32(len(needed)),
                 allowed,
@@ -330,7 +330,7 @@ class Runner:
             drawn, _ = self._draw(arrays, needed, self._nothing_new)
             logprobs.append(np.asarray(drawn.logprob)[needed])
         written = []
-        for layer in self._state.layers:
+        for layer in self.state.layers:
             for leaf in jax.tree.leaves(layer.tokens):
                 # Page 0, where padding is written, is not compared: [*L, pages, …].
                 axis = leaf.shape.index(self.num_pages)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -16,19 +18,23 @@ from research.inference.beam_config import BeamConfig
 from research.inference.engine import Engine
 from research.inference.prompts import encode_ids
 from research.inference.requests import Request
+from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
+from research.models.cache_rows import put_layer, slice_layer
 from research.models.config import (
     ExpertsConfig,
     LatentConfig,
     LayerConfig,
     ModelConfig,
 )
+from research.models.paged_cache import PagedCache
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.recipes.generation_mesh import shardings_for_generation
+from tests.inference.compiled_read import CompiledRead, compile_read, on_device
 from tests.models.variants import VARIANTS
-from tests.tiny import abstract_params, random_params, tiny_config
+from tests.tiny import abstract_params, random_params, stack, tiny_config
 
 BYTES = ByteTokenizer()
 VOCAB = 264
@@ -154,3 +160,139 @@ def test_answers_are_those_of_one_device(name: str, sizes: dict[str, int]):
     for found, expected in zip(answers(name, sizes), alone(name), strict=True):
         assert tokens(found) == tokens(expected)
         np.testing.assert_allclose(logprobs(found), logprobs(expected), atol=1e-5)
+
+
+def test_tokens_tell_draws_and_prompts_apart():  # the control
+    config, params = model("dense")
+    greedy, *others, _ = requests(config)
+    others = [
+        dataclasses.replace(each, sampling=dataclasses.replace(each.sampling, seed=99 + index))
+        for index, each in enumerate(others)
+    ]
+    found = Engine(config, params, BYTES, SERVE).run([greedy, *others])
+    assert tokens(found[0]) == tokens(alone("dense")[0])
+    for ours, theirs in zip(found[1:], alone("dense")[1:], strict=False):
+        assert tokens(ours) != tokens(theirs)
+    assert len({tokens(answer)[0][:6] for answer in alone("dense")[:4]}) == 4
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def bytes_of_all(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("name", "part"), [("dense", 4), ("experts", 1)])
+def test_a_device_of_tensor_4_has_a_quarter_of_keys_and_values_and_all_latents(
+    name: str, part: int
+):
+    state = runners(engine_of(name, {"tensor": 4}))[0].state
+    pages = [layer.tokens for layer in state.layers]
+    assert bytes_on_a_device(pages) * part == bytes_of_all(pages)
+
+
+def test_what_an_encoder_read_is_sharded_over_its_heads():
+    state = runners(engine_of("encoder-decoder", {"tensor": 2}))[0].state
+    memory = [layer.memory for layer in state.layers]
+    assert bytes_on_a_device(memory) * 2 == bytes_of_all(memory)
+
+
+def test_replicas_share_requests_and_no_device():
+    engine = engine_of("dense", {"data": 2, "tensor": 2})
+    first, second = runners(engine)
+    answered = engine.submit_all(requests(DENSE))
+    engine.run_step()
+    engine.run_step()
+    # Both have written pages beside page 0, which is nobody's.
+    for runner in (first, second):
+        assert np.asarray(runner.state.layers[0].tokens.pages.key)[1:].any()
+    assert not devices(first.state) & devices(second.state)
+    assert not any(answer.finished for answer in answered)
+
+
+def runners(engine: Engine) -> list[Runner]:
+    return [replica._runner for replica in engine.replicas]
+
+
+def devices(tree: Any) -> set[jax.Device]:
+    return {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
+
+
+TILE = 8
+# Of these every layer has pages above whatever else a step needs.
+SIZES = {"slots": 4, "tokens": 2048, "tile": TILE}
+
+
+def compiled(name: str, sizes: dict[str, int], *, is_scanned: bool) -> CompiledRead:
+    """A step of a model, as on TPU and GPU with scanned layers, or as on CPU."""
+    config, params = model(name)
+    if is_scanned:
+        params = stack(params, config.num_layers - len(config.first_layers))
+        config = dataclasses.replace(config, layer_loop="scan")
+    mesh = mesh_of(**sizes)
+    return compile_read(config, on_mesh(config, params, mesh), mesh, **SIZES)
+
+
+@pytest.mark.fast_cases("scanned")
+@pytest.mark.parametrize("is_scanned", [True, False], ids=["scanned", "unrolled"])
+def test_a_step_gathers_no_page_and_no_weight(is_scanned: bool):
+    found = compiled("dense", {"tensor": 2}, is_scanned=is_scanned)
+    parts = [math.prod(on_device(leaf)) for leaf in found.pages]
+    assert parts == [leaf.size // 2 for leaf in found.pages]
+    assert found.largest_array_of_pages() == max(parts)
+    # Logits; hidden states of each sublayer and of the embedding.
+    assert found.moved() == {("all-gather", ("tensor",), TILE * VOCAB)}
+    assert found.summed() == {(("tensor",), TILE * DENSE.embed_dim)}
+    assert found.temporaries < found.page_bytes / DENSE.num_layers
+
+
+def test_pages_that_every_device_has_are_found(monkeypatch):  # the control
+    monkeypatch.setattr(PagedCache, "lay_out", lambda cache: cache)
+    found = compiled("dense", {"tensor": 2}, is_scanned=True)
+    assert found.largest_array_of_pages() == max(leaf.size for leaf in found.pages)
+
+
+def test_pages_that_are_scanned_over_are_found(monkeypatch):  # the control
+    def copied(cache: PagedCache, index: jax.Array) -> PagedCache:
+        # As a scan hands a layer to its body, and takes it back.
+        return PagedCache(slice_layer(cache.pages, index))
+
+    def put(cache: PagedCache, index: jax.Array, layer: PagedCache) -> PagedCache:
+        return PagedCache(put_layer(cache.pages, index, layer.pages))
+
+    monkeypatch.setattr(PagedCache, "layer", copied)
+    monkeypatch.setattr(PagedCache, "put", put)
+    found = compiled("dense", {"tensor": 2}, is_scanned=True)
+    assert found.temporaries > found.page_bytes / DENSE.num_layers
+
+
+@pytest.mark.thorough
+def test_experts_are_sent_no_rows_and_latents_stay():
+    found = compiled("experts", {"expert": 4, "tensor": 2}, is_scanned=False)
+    assert found.largest_array_of_pages() == max(leaf.size for leaf in found.pages)
+    assert found.moved() == {("all-gather", ("tensor",), TILE * VOCAB)}
+    # All devices have all rows: the experts' outputs are added up over both axes.
+    hidden = TILE * EXPERTS.embed_dim
+    assert found.summed() == {(("tensor",), hidden), (("expert", "tensor"), hidden)}
+    assert found.temporaries < found.page_bytes / EXPERTS.num_layers
+
+
+@pytest.mark.thorough
+def test_fsdp_sends_hidden_states_and_no_weight():
+    found = compiled("dense", {"fsdp": 4}, is_scanned=False)
+    assert found.moved() == {("all-gather", ("fsdp",), TILE * DENSE.embed_dim)}
+    c = DENSE.attention
+    widths = {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, DENSE.mlp.hidden_dim, VOCAB}
+    assert found.summed() == {(("fsdp",), TILE * width) for width in widths}
+
+
+def test_nothing_is_compiled_after_the_start(caplog):
+    engine = engine_of("dense", {"data": 2, "tensor": 2})
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        jax.jit(lambda x: x + 1)(jnp.zeros(3))
+        before = caplog.text.count("Compiling jit")
+        assert before  # the control
+        engine.run(requests(DENSE))
+    assert caplog.text.count("Compiling jit") == before

@@ -187,9 +187,14 @@ def write(
     is_page = (entries < table_pages) & (ids >= 0)
     ids = jnp.where(is_page, ids, count)
     slots = positions % page_size
+    # [B, T] -> [B, T, K]: an index for each head too. Of a token's heads at a time, XLA for TPU
+    # scatters in another layout of the pages, and copies all of them to it and back.
+    heads = jnp.arange(pages.kv_heads)[None, None]
+    ids = ids[:, :, None]
+    slots = slots[:, :, None]
 
     def put(old: Array, new: Array) -> Array:
-        return old.at[ids, :, slots].set(new, mode="drop")
+        return old.at[ids, heads, slots].set(new, mode="drop")
 
     def put_numbers(old: Array, new: Array) -> Array:
         new = new.astype(pages.dtype)
