@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
+from research.inference.page_transfer import ExportedPages
 from research.inference.replica import Replica
 from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
@@ -34,6 +35,8 @@ class Engine:
       mesh: that the parameters are sharded over; None is one device. Along `data` there is a
         replica for each index.
       draft: config and parameters of a smaller model that guesses, or None.
+      params_digest: of the parameters, from `digest_params` or a checkpoint's own: engines with the
+        same one may have each other's pages. None where pages stay here.
 
     Attributes:
       serve: how it runs, with the tokens of its cache where they followed from the memory.
@@ -52,6 +55,7 @@ class Engine:
         serve: ServeConfig,
         mesh: Mesh | None = None,
         draft: tuple[ModelConfig, Any] | None = None,
+        params_digest: bytes | None = None,
     ):
         if config.structure == "encoder":
             raise UserError("model.structure", "encoder", "makes no text: it has no decoder.")
@@ -62,7 +66,8 @@ class Engine:
         self.serve = sized(config, parts[0], serve, self._num_ids, self._meshes[0], draft)
         self.replicas: list[Replica] = []
         for part, own in zip(parts, self._meshes, strict=True):
-            self.replicas.append(Replica(config, part, tokenizer, self.serve, own, draft))
+            replica = Replica(config, part, tokenizer, self.serve, own, draft, params_digest)
+            self.replicas.append(replica)
         self._replica_of: dict[Answer, Replica] = {}
 
     def submit(self, request: Request) -> Answer:
@@ -119,12 +124,50 @@ class Engine:
             if not answer.finished:
                 self.abort(answer)
 
-    def update_params(self, params: Any) -> None:
+    def export_pages(self, request: Request) -> ExportedPages:
+        """Returns the full pages of a prompt that are here, for an engine with the same model on
+        the same kind of device; its mesh may be another.
+
+        Args:
+          request: answered or under way; those that may have its pages begin with its tokens and
+            have its salt and, where RoPE goes by length, its number of tokens.
+
+        Raises:
+          UserError: no page of it is here, none is shared, or the engine has no `params_digest`.
+        """
+        self._check(request)
+        found = [replica.find_pages(request) for replica in self.replicas]
+        return self.replicas[found.index(max(found))].export_pages(request)
+
+    def import_pages(self, request: Request, pages: ExportedPages) -> None:
+        """Takes pages of a prompt from another engine: requests that begin as this one read only
+        the rest, as if the pages had been written here.
+
+        Args:
+          request: whose prompt they are of.
+          pages: from `export_pages`.
+
+        Raises:
+          UserError: they are damaged, of other tokens, parameters or page types, or above what is
+            free; none is shared, or the engine has no `params_digest`.
+        """
+        self._check(request)
+        for replica in self.replicas:
+            replica.import_pages(request, pages)
+
+    def _check(self, request: Request) -> None:
+        request.check(self._config, self._num_ids, self.serve)
+
+    def update_params(self, params: Any, params_digest: bytes | None = None) -> None:
         """Goes on with other parameters of the same shapes, in running answers too, whose tokens so
         far are read again.
+
+        Args:
+          params: the new ones.
+          params_digest: of them, as of the engine.
         """
         for replica, part in zip(self.replicas, self._parts(params), strict=True):
-            replica.update_params(part)
+            replica.update_params(part, params_digest)
 
     def _parts(self, params: Any) -> list[Any]:
         """Returns the parameters of each replica."""

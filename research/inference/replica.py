@@ -3,7 +3,6 @@ if it were alone.
 """
 
 import itertools
-import os
 import time
 from typing import Any
 
@@ -17,8 +16,10 @@ from research.inference.grammar import GrammarCompiler
 from research.inference.grammar_config import GrammarError
 from research.inference.guided import masks_after
 from research.inference.id_masks import num_words
-from research.inference.pages import PagePool, chain_start
-from research.inference.placement import goes_by_length, id_rules, one_slot, window_of
+from research.inference.page_names import PageNames
+from research.inference.page_transfer import ExportedPages, export_pages, find_pages, import_pages
+from research.inference.pages import PagePool
+from research.inference.placement import id_rules, one_slot, window_of
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
@@ -52,6 +53,7 @@ class Replica:
       serve: how it runs.
       mesh: that the parameters are sharded over; None is one device.
       draft: config and parameters of a smaller model that guesses, or None.
+      params_digest: as of `Engine`.
 
     Attributes:
       num_steps: taken so far.
@@ -67,6 +69,7 @@ class Replica:
         serve: ServeConfig,
         mesh: Mesh | None,
         draft: tuple[ModelConfig, Any] | None,
+        params_digest: bytes | None,
     ):
         self._config = config
         self._tokenizer = tokenizer
@@ -80,10 +83,7 @@ class Replica:
         # A drafter may attend to more than the model.
         window = window_of(config) if drafter is None else 0
         self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows, window)
-
-        self._by_length = goes_by_length(config)
-        # Pages of other parameters are other pages.
-        self._params_name = os.urandom(16)
+        self._names = PageNames(config, serve, params_digest)
         self._arrivals = itertools.count()
         self._members: dict[Sequence, Sample | Lane] = {}
         has_encoder = config.structure == "encoder_decoder"
@@ -107,6 +107,19 @@ class Replica:
     def load(self) -> int:
         """Tokens that its answers under way may yet have."""
         return sum(sequence.limit - sequence.written for sequence in self._members)
+
+    def find_pages(self, request: Request) -> int:
+        """Returns how many full pages of a prompt are here."""
+        return len(find_pages(self._scheduler.pool, self._names.of_prompt(request)))
+
+    def export_pages(self, request: Request) -> ExportedPages:
+        """As `Engine.export_pages`."""
+        return export_pages(self._runner, self._scheduler.pool, self._names.of_prompt(request))
+
+    def import_pages(self, request: Request, pages: ExportedPages) -> None:
+        """As `Engine.import_pages`."""
+        digests = self._names.of_prompt(request)
+        import_pages(self._runner, self._scheduler.pool, digests, pages)
 
     def submit(self, answer: Answer) -> None:
         """Queues a request that was checked, by its answer without samples.
@@ -156,25 +169,10 @@ class Replica:
         if self._config.structure == "encoder_decoder":
             tokens = [self._config.decoder_start_id]
         limit = len(tokens) + request.max_tokens
-        sequence = Sequence(order, tokens, limit, self._chain_start(request, limit))
+        sequence = Sequence(order, tokens, limit, self._names.start(request, limit))
         if self._config.structure == "prefix":
             sequence.in_one_piece = len(tokens)
         return sequence
-
-    def _chain_start(self, request: Request, limit: int) -> bytes | None:
-        """Returns what the digests of a sequence's pages begin with; None where its keys are not
-        those of its tokens alone, and so nobody else's.
-        """
-        if self._config.structure != "decoder" or not self._serve.prefix_cache:
-            return None
-        fields = {
-            "params": self._params_name,
-            "cache": self._serve.cache_dtype.encode(),
-            "salt": request.salt.encode(),
-        }
-        if self._by_length:
-            fields["limit"] = str(limit).encode()
-        return chain_start(fields)
 
     def abort(self, answer: Answer, error: str) -> None:
         """Ends a request, in whatever state it is: its pages are free for the next step."""
@@ -187,15 +185,15 @@ class Replica:
         for lane in self._searches.end(answer):
             self._end(lane)
 
-    def update_params(self, params: Any) -> None:
+    def update_params(self, params: Any, params_digest: bytes | None) -> None:
         """Goes on with other parameters of the same shapes, in running answers too, whose tokens so
         far are read again.
         """
         self._read_under_way()
         self._scheduler.restart()
-        self._params_name = os.urandom(16)
+        self._names.rename_params(params_digest)
         for sequence, member in self._members.items():
-            sequence.rename(self._chain_start(member.answer.request, sequence.limit))
+            sequence.rename(self._names.start(member.answer.request, sequence.limit))
         self._runner.params = params
 
     def run_step(self) -> bool:

@@ -76,7 +76,7 @@ class Runner:
         self._widths = piece_widths(config.max_length, len(self._tiles))
         self._width = serve.padded_rows()
         cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
-        with self._on_mesh():
+        with self.on_mesh():
             self.state = empty_state(
                 params,
                 draft_params,
@@ -94,7 +94,7 @@ class Runner:
 
     def place(self, slot: int, sequence: Slots) -> None:
         """Puts a sequence into a slot."""
-        with self._on_mesh():
+        with self.on_mesh():
             self._slots = admit(self._slots, jnp.int32(slot), sequence)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -104,14 +104,12 @@ class Runner:
         # Page 0, which nobody reads, is copied to itself where there are fewer than slots.
         pairs = np.zeros((self._serve.slots, 2), np.int32)
         pairs[: len(copies)] = copies
-        with self._on_mesh():
-            self.state = copy_pages(
-                self.state, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1])
-            )
+        with self.on_mesh():
+            self.state = copy_pages(self.state, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1]))
 
     def read_source(self, row: int, ids: Sequence[int]) -> None:
         """Has the encoder read tokens into a row of the memory."""
-        with self._on_mesh():
+        with self.on_mesh():
             self.state = read_source(
                 self.params, self.state, jnp.int32(row), *self._piece(ids), config=self._config
             )
@@ -119,7 +117,7 @@ class Runner:
     def read_prefix(self, slot: int, ids: Sequence[int]) -> None:
         """Reads a prompt whose tokens attend to all of it into the pages of a slot."""
         table = self._device_table(self.table[slot : slot + 1])
-        with self._on_mesh():
+        with self.on_mesh():
             self.state = read_prefix(
                 self.params, self.state, table, *self._piece(ids), config=self._config
             )
@@ -163,7 +161,7 @@ class Runner:
         arrays[0] = self._serve.slots
         arrays[:, : len(rows)] = np.transpose(rows)
         count = jnp.int32(-(-len(rows) // tile))
-        with self._on_mesh():
+        with self.on_mesh():
             self.state, self._slots = propose(
                 self.params,
                 self._draft_params,
@@ -193,7 +191,7 @@ class Runner:
     def _read(
         self, rows: StepRows, count: int, tile: int, table: Int[np.ndarray, "slots pages"]
     ) -> None:
-        with self._on_mesh():
+        with self.on_mesh():
             self.state = read(
                 self.params,
                 self._draft_params,
@@ -215,7 +213,7 @@ class Runner:
         order[: len(needed)] = needed
         # On CPU few rows draw, and those that do not cost nothing.
         group = 1 if platform() == "cpu" else width
-        with self._on_mesh():
+        with self.on_mesh():
             self._slots, drawn, accepted = draw_step(
                 self._slots,
                 rows,
@@ -342,7 +340,8 @@ class Runner:
         # A copy: the host changes its own while the device reads.
         return PageTable(jnp.array(ids), self.num_pages, PAGE_SIZE)
 
-    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context that its programs run in."""
         if self._mesh is None:
             return contextlib.nullcontext()
         return jax.set_mesh(self._mesh)

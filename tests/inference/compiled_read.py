@@ -101,15 +101,17 @@ def compile_read(
 
     # As leaves, for `lower` makes trees of what is no array, which checked shapes refuse.
     def begin(params: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        state = empty_state.__wrapped__(params, table, config=config, rows=tile)
+        state = empty_state.__wrapped__(
+            params, None, table, config=config, rows=tile, drafter=None, cache_dtype=None
+        )
         leaves, tree = jax.tree.flatten(state)
         state_trees.append(tree)
         return leaves, jax.tree.leaves([layer.tokens for layer in state.layers])
 
     def step(params: Any, leaves: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
         state = state_trees[-1].unflatten(leaves)
-        taken = (params, state, *other_tree.unflatten(others))
-        return jax.tree.leaves(read.__wrapped__(*taken, config=config, tile=tile))
+        taken = (params, None, state, *other_tree.unflatten(others))
+        return jax.tree.leaves(read.__wrapped__(*taken, config=config, tile=tile, drafter=None))
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

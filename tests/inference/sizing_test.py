@@ -66,12 +66,12 @@ def test_counted_bytes_are_those_of_the_arrays(name: str, kind: str):
     runner = engine.replicas[0]._runner
     sizes = engine_bytes(config, params, engine.serve, BYTES.vocab_size, draft=draft)
     assert sizes.weights == total((params, draft and draft[1]))
-    layers = (*runner._state.layers, *runner._state.draft_layers)
+    layers = (*runner.state.layers, *runner.state.draft_layers)
     assert len(layers) == config.num_layers + (kind != "none")
     pages = sum(total(layer.tokens) for layer in layers)
     assert sizes.of_pages(pages_of(serve.tokens)) == pages
     assert sizes.page == pages // runner.num_pages
-    assert sizes.fixed == total(runner._state) - pages + total(runner._slots)
+    assert sizes.fixed == total(runner.state) - pages + total(runner._slots)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

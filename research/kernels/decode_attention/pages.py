@@ -8,10 +8,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from research.core.errors import UserError
 from research.core.trees import node
+from research.parallel.mesh_axes import TENSOR_AXIS
+from research.parallel.shard_map import shard_map, sharding_axes
 
 # The largest magnitude of the types that are kept with scales.
 QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -170,6 +173,26 @@ def write(
       lengths: tokens that each sequence holds so far.
       key, value: the new tokens; zeros are added where the pages are wider.
     """
+    heads = sharding_axes((TENSOR_AXIS,), pages.kv_heads)
+    if not heads:
+        return _write(pages, table, lengths, key, value)
+    # Each device writes the tokens of all sequences, of its own heads. A partitioner would send it
+    # those of the others.
+    page_specs = jax.tree.map(lambda _: PartitionSpec(None, heads), pages)
+    by_head = PartitionSpec(None, None, heads)
+    everywhere = PartitionSpec()
+    in_specs = (page_specs, everywhere, everywhere, by_head, by_head)
+    return shard_map(_write, in_specs, page_specs)(pages, table, lengths, key, value)
+
+
+def _write(
+    pages: KVPages,
+    table: Int[Array, "B pages_per_sequence"],
+    lengths: Int[Array, "B"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K value"],
+) -> KVPages:
+    """As `write`, on a device."""
     count, _, page_size, _ = pages.key.shape
     num_new = key.shape[1]
     table_pages = table.shape[1]

@@ -1,0 +1,90 @@
+"""The digests that name the pages of prompts: of their tokens, and of all else that decides their
+keys and values.
+"""
+
+import hashlib
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.core.errors import UserError
+from research.core.trees import named_leaves
+from research.inference.pages import chain, chain_start
+from research.inference.placement import goes_by_length
+from research.inference.requests import Request
+from research.inference.serve_config import ServeConfig
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import ModelConfig
+
+
+class PageNames:
+    """What the digests of an engine's pages begin with.
+
+    Args:
+      config: of the model.
+      serve: how the engine runs.
+      params_digest: of the parameters; None gives them a name that no other engine knows.
+    """
+
+    def __init__(self, config: ModelConfig, serve: ServeConfig, params_digest: bytes | None):
+        self._is_shared = config.structure == "decoder" and serve.prefix_cache
+        self._model = repr(config).encode()
+        self._cache = serve.cache_dtype.encode()
+        self._by_length = goes_by_length(config)
+        self.rename_params(params_digest)
+
+    def rename_params(self, params_digest: bytes | None) -> None:
+        """Begins the digests anew: pages of other parameters are other pages."""
+        self._has_digest = params_digest is not None
+        self._params_name = params_digest or os.urandom(16)
+
+    def start(self, request: Request, limit: int) -> bytes | None:
+        """Returns what the digests of a sequence's pages begin with; None where its keys are not
+        those of its tokens alone, and so nobody else's.
+
+        Args:
+          request: of the sequence.
+          limit: tokens that it may have.
+        """
+        if not self._is_shared:
+            return None
+        fields = {
+            "model": self._model,
+            "params": self._params_name,
+            "cache": self._cache,
+            "salt": request.salt.encode(),
+        }
+        if self._by_length:
+            fields["limit"] = str(limit).encode()
+        return chain_start(fields)
+
+    def of_prompt(self, request: Request) -> list[bytes]:
+        """Returns the digests of a prompt's full pages, which mean the same in other engines.
+
+        Raises:
+          UserError: the engine's pages mean nothing to others.
+        """
+        if not self._has_digest:
+            raise UserError(
+                "params_digest", None, "is needed where pages leave an engine or come to it."
+            )
+        start = self.start(request, len(request.ids) + request.max_tokens)
+        if start is None:
+            raise UserError(
+                "ids", constraint="of this model or engine have pages that no other request shares."
+            )
+        return chain(start, request.ids, PAGE_SIZE)
+
+
+def digest_params(params: Any) -> bytes:
+    """Returns a digest of parameters: of their names, types, shapes and bytes, all of which it
+    reads.
+    """
+    digest = hashlib.sha256(b"tessera params")
+    for name, leaf in named_leaves(params).items():
+        array = np.asarray(jax.device_get(leaf))
+        digest.update(f"{name} {array.dtype.name} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()

@@ -1,0 +1,123 @@
+"""Pages that come from another engine are as good as those that were written here."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from research.core.errors import UserError
+from research.data.tokenizers import ByteTokenizer
+from research.inference.engine import Engine
+from research.inference.page_names import digest_params
+from research.inference.page_transfer import ExportedPages
+from research.inference.requests import Request
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
+from research.kernels.decode_attention import PAGE_SIZE
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
+from research.recipes.generation_mesh import shardings_for_generation
+from tests.tiny import abstract_params, random_params, tiny_config
+
+CONFIG = tiny_config(vocab_size=260, max_length=96)
+SERVE = ServeConfig(slots=2, tokens=128, rows=16, tiles=(8,))
+# Two full pages, and a part of a third.
+IDS = tuple(np.random.default_rng(0).integers(0, 256, 2 * PAGE_SIZE + 5).tolist())
+REQUEST = Request(IDS, SamplingConfig(max_tokens=6, seed=3))
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return random_params(CONFIG)
+
+
+def engine_of(params: Any, **changes: Any) -> Engine:
+    fields = {"params_digest": digest_params(params), **changes}
+    return Engine(CONFIG, params, ByteTokenizer(), fields.pop("serve", SERVE), **fields)
+
+
+def answer(engine: Engine, request: Request = REQUEST) -> tuple[Any, int]:
+    """Tokens with their log-probabilities, and how many rows were read for them."""
+    before = engine.replicas[0].num_rows
+    [found] = engine.run([request])
+    return found.samples[0].logprobs, engine.replicas[0].num_rows - before
+
+
+@pytest.fixture(scope="module")
+def pages(params) -> ExportedPages:
+    engine = engine_of(params)
+    answer(engine)
+    return engine.export_pages(REQUEST)
+
+
+def test_a_request_reads_only_the_rest_and_has_the_same_bits(params, pages):
+    alone, rows = answer(engine_of(params))
+    engine = engine_of(params)
+    engine.import_pages(REQUEST, pages)
+    # Those that are here already are not kept twice.
+    engine.import_pages(REQUEST, pages)
+    assert engine.replicas[0].available_pages == SERVE.tokens // PAGE_SIZE
+    found, rest = answer(engine)
+    assert pages.count == 2
+    assert rest == rows - 2 * PAGE_SIZE
+    assert found == alone
+
+
+def test_a_request_depends_on_the_pages_that_it_is_given(params, pages):  # the control
+    numbers = np.frombuffer(pages.data, np.float32) + 1
+    data = numbers.astype(np.float32).tobytes()
+    wrong = dataclasses.replace(pages, data=data, sha256=hashlib.sha256(data).digest())
+    engine = engine_of(params)
+    engine.import_pages(REQUEST, wrong)
+    assert answer(engine)[0] != answer(engine_of(params))[0]
+
+
+def test_pages_may_go_to_another_mesh(params, pages):
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    shardings = shardings_for_generation(abstract_params(CONFIG), mesh, 3)
+    digest = digest_params(params)
+    engine = engine_of(jax.device_put(params, shardings), mesh=mesh, params_digest=digest)
+    engine.import_pages(REQUEST, pages)
+    found, rows = answer(engine)
+    expected, all_rows = answer(engine_of(params))
+    assert [each.token for each in found] == [each.token for each in expected]
+    assert rows == all_rows - 2 * PAGE_SIZE
+    assert digest_params(engine.replicas[0]._runner.params) == digest
+    # And back, by heads that two devices have.
+    assert engine.export_pages(REQUEST) == pages
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("pages.sha256", {"data": b"another"}),
+        ("pages.page_size", {"page_size": 32}),
+        ("pages.digest", {"count": 1}),
+        ("pages.arrays", {"arrays": (("float32", (2, 2)),)}),
+    ],
+)
+def test_pages_that_are_not_as_exported_are_refused(params, pages, field: str, changes: Any):
+    with pytest.raises(UserError, match=field):
+        engine_of(params).import_pages(REQUEST, dataclasses.replace(pages, **changes))
+
+
+def test_pages_of_others_are_refused(params, pages):
+    others = {
+        "pages.digest": (engine_of(random_params(CONFIG, seed=1)), REQUEST),
+        "params_digest": (engine_of(params, params_digest=None), REQUEST),
+        "pages.count": (engine_of(params, serve=dataclasses.replace(SERVE, tokens=48)), REQUEST),
+    }
+    busy, _ = others["pages.count"]
+    busy.submit(REQUEST)
+    busy.run_step()
+    busy.run_step()
+    for field, (engine, request) in others.items():
+        with pytest.raises(UserError, match=field):
+            engine.import_pages(request, pages)
+    with pytest.raises(UserError, match=r"pages.digest"):
+        engine_of(params).import_pages(dataclasses.replace(REQUEST, salt="another"), pages)
+    with pytest.raises(UserError, match="no full page"):
+        engine_of(params).export_pages(REQUEST)
