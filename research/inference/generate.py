@@ -13,10 +13,11 @@ from research.core.random import SEEDS
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
 from research.inference.engine import Engine
+from research.inference.grammar_config import GrammarConfig
 from research.inference.prompts import Prompt, encode_ids
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
-from research.inference.serve_config import ServeConfig
+from research.inference.serve_config import ServeConfig, bind_serve
 from research.inference.text import Completion
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.language_model import LanguageModelConfig
@@ -33,6 +34,8 @@ def generate(
     sampling: SamplingConfig | Sequence[SamplingConfig],
     seeds: Sequence[Any] | None = None,
     *,
+    grammar: GrammarConfig | None = None,
+    speculate: str = "none",
     mesh: Mesh | None = None,
 ) -> list[Completion]:
     """Continues each prompt; a prompt's text depends on its own seed and settings, not on the
@@ -47,21 +50,28 @@ def generate(
           compilation.
       seeds: one per prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and
         where that is one for all, `sampling.seed + i` for prompt i.
+      grammar: that all texts keep to; None for none.
+      speculate: who guesses, as of `ServeConfig`; it changes no text.
       mesh: that the parameters are sharded over; None is one device.
 
     Raises:
-      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, or
-        another number of seeds or settings than of prompts.
+      UserError: a prompt and its new tokens do not fit the model's positions, no prompts, another
+        number of seeds or settings than of prompts, or a grammar that no text keeps to.
     """
     settings = _per_prompt(sampling, len(prompts))
     rows = encode_ids(config, tokenizer, prompts)
     requests = []
     for ids, each, seed in zip(rows, settings, _checked_seeds(seeds, settings), strict=True):
-        requests.append(Request(tuple(ids), dataclasses.replace(each, seed=seed)))
+        own = dataclasses.replace(each, seed=seed)
+        requests.append(Request(tuple(ids), own, grammar=grammar))
 
-    serve = serve_config(config, requests, len(tokenizer.end_ids))
+    serve = serve_config(config, requests, len(tokenizer.end_ids), speculate)
     answers = run_all(Engine(config, params, tokenizer, serve, mesh), requests, "sample")
-    return [answer.samples[0].completion() for answer in answers]
+    samples = [answer.samples[0] for answer in answers]
+    for index, sample in enumerate(samples):
+        if sample.error is not None:
+            raise UserError("prompts", constraint=f": number {index}: {sample.error}")
+    return [sample.completion() for sample in samples]
 
 
 def run_all(engine: Engine, requests: Sequence[Request], label: str) -> list[Answer]:
@@ -78,7 +88,10 @@ def run_all(engine: Engine, requests: Sequence[Request], label: str) -> list[Ans
 
 
 def serve_config(
-    config: LanguageModelConfig, requests: Sequence[Request], num_ends: int
+    config: LanguageModelConfig,
+    requests: Sequence[Request],
+    num_ends: int,
+    speculate: str = "none",
 ) -> ServeConfig:
     """Returns how an engine runs for a batch of requests: with room for all that run at a time.
 
@@ -86,6 +99,10 @@ def serve_config(
       config: of the model.
       requests: at least one.
       num_ends: ids that end a text.
+      speculate: who guesses.
+
+    Raises:
+      UserError: nobody of this name guesses.
     """
     slots = SLOTS
     running = 0
@@ -103,12 +120,14 @@ def serve_config(
     tiles = (8, 16) if 2 < running <= 8 else (2, 16)
     if running > 8:
         tiles = (16,)
-    return ServeConfig(
-        slots=_power_of_two(slots),
-        tokens=_power_of_two(pages) * PAGE_SIZE,
-        rows=max(64, _power_of_two(slots)),
-        tiles=tiles,
-        top_logprobs=_power_of_two(num_top),
+    return bind_serve(
+        {
+            "slots": _power_of_two(slots),
+            "tokens": _power_of_two(pages) * PAGE_SIZE,
+            "tiles": tiles,
+            "top_logprobs": _power_of_two(num_top),
+            "speculate": speculate,
+        }
     )
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.core.errors import UserError
+from research.core.errors import UserError, nearest
 
 KINDS = ("json_schema", "regex", "choices", "lark")
 
@@ -62,6 +62,20 @@ class GrammarConfig:
         """Returns an error of the field that is given."""
         ((name, value),) = self.given().items()
         return GrammarError(name, value, constraint)
+
+
+def bind_grammar(fields: Mapping[str, Any]) -> GrammarConfig | None:
+    """Returns the grammar of some fields of `GrammarConfig`; None where there are none.
+
+    Raises:
+      UserError: a field that is not known, more than one, or a value that is none.
+    """
+    for name in fields:
+        if name not in KINDS:
+            raise UserError(
+                f"grammar.{name}", constraint=f"is not a kind of grammar. {nearest(name, KINDS)}"
+            )
+    return GrammarConfig(**fields) if fields else None
 
 
 def _schema_text(schema: Any) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.inference.requests import decoding_config
+from research.inference.serve_config import bind_serve
 from research.inference.text import Completion
-from research.recipes import conversations, sample_flags
+from research.recipes import conversations, grammar_flags, sample_flags
 from research.recipes.conversations import Conversation
 from research.recipes.load import load
 from research.recipes.loaded import LoadedModel
@@ -19,11 +20,15 @@ from research.storage.paths import Path, as_path, reason
 
 logger = logging.getLogger("tessera")
 
+Fields = Mapping[str, Any]
+
 EXAMPLES = """\
   tessera sample --workdir=runs/stdlib --prompt="def main(" --temperature=0.8
   tessera sample --workdir=runs/stdlib --prompt="class " --prompt="import " --top_p=0.9
   tessera sample --workdir=runs/stdlib --prompt="The " --temperature=0 --stop="."
   tessera sample --workdir=runs/stdlib --prompt="def " --num_beams=4 --no_repeat_ngram=3
+  tessera sample --workdir=runs/stdlib --prompt="def main(" --speculate=lookup
+  tessera sample --workdir=runs/stdlib --prompt="x = " --regex="[0-9]+"
   tessera sample --workdir=runs/stdlib --prompt="def " --config.mesh.tensor=2
   tessera sample --workdir=runs/llama-instruct --chat --prompt="Why is the sky blue?"
   tessera sample --workdir=runs/llama-instruct --chat
@@ -42,6 +47,10 @@ def main(arguments: argparse.Namespace) -> None:
     fields = sample_flags.config_fields(arguments)
     # Mistakes in flags are found before a model is loaded.
     decoding_config(fields)
+    options = {"grammar": grammar_flags.from_flags(arguments)}
+    if arguments.speculate is not None:
+        bind_serve({"speculate": arguments.speculate})
+        options["speculate"] = arguments.speculate
     messages = conversations.from_flags(arguments)
 
     workdir = as_path(arguments.workdir, "workdir")
@@ -57,18 +66,18 @@ def main(arguments: argparse.Namespace) -> None:
 
     # Prompts to continue, conversations to answer, or one that comes line by line.
     if messages is None:
-        _continue(model, workdir, arguments.prompts or [""], fields)
+        _continue(model, workdir, arguments.prompts or [""], fields, options)
     elif messages:
-        _answer(model, workdir, messages, fields)
+        _answer(model, workdir, messages, fields, options)
     else:
-        _chat(model, workdir, conversations.system_message(arguments), fields)
+        _chat(model, workdir, conversations.system_message(arguments), fields, options)
 
 
 def _continue(
-    model: LoadedModel, workdir: Path, prompts: list[str], fields: Mapping[str, Any]
+    model: LoadedModel, workdir: Path, prompts: list[str], fields: Fields, options: Fields
 ) -> None:
     start = time.monotonic()
-    completions = model.generate(prompts, **fields)
+    completions = model.generate(prompts, **fields, **options)
 
     # An encoder's prompt is answered rather than continued.
     between = "\n" if model.config.structure == "encoder_decoder" else ""
@@ -81,13 +90,13 @@ def _continue(
 
 
 def _answer(
-    model: LoadedModel, workdir: Path, asked: list[Conversation], fields: Mapping[str, Any]
+    model: LoadedModel, workdir: Path, asked: list[Conversation], fields: Fields, options: Fields
 ) -> list[str]:
     """Prints and returns the answer to each conversation; `samples.txt` has the conversations,
     too.
     """
     start = time.monotonic()
-    completions = model.generate(messages=asked, **fields)
+    completions = model.generate(messages=asked, **fields, **options)
     answers = [completion.text for completion in completions]
     print("\n\n".join(answers), flush=True)
     _log_speed(model, completions, start)
@@ -102,13 +111,13 @@ def _answer(
 
 
 def _chat(
-    model: LoadedModel, workdir: Path, system: Conversation, fields: Mapping[str, Any]
+    model: LoadedModel, workdir: Path, system: Conversation, fields: Fields, options: Fields
 ) -> None:
     """Answers each line of standard input as the next message of one conversation."""
     conversation = list(system)
     for line in conversations.stdin_lines():
         conversation.append({"role": "user", "content": line})
-        [answer] = _answer(model, workdir, [conversation], fields)
+        [answer] = _answer(model, workdir, [conversation], fields, options)
         conversation.append({"role": "assistant", "content": answer})
 
 
@@ -118,9 +127,7 @@ def _log_speed(model: LoadedModel, completions: Sequence[Completion], start: flo
     logger.info("%d tokens in %.1f s, compilation included; step %d", count, seconds, model.step)
 
 
-def _append_samples(
-    model: LoadedModel, workdir: Path, shown: str, fields: Mapping[str, Any]
-) -> None:
+def _append_samples(model: LoadedModel, workdir: Path, shown: str, fields: Fields) -> None:
     """Appends what was printed to `samples.txt`, with the settings that it was made with."""
     path = workdir / "samples.txt"
     settings = decoding_config(fields)

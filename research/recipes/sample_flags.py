@@ -10,7 +10,7 @@ from typing import Any
 from research.core import config as configs
 from research.inference.beam_config import BeamConfig
 from research.inference.sampling_config import SamplingConfig
-from research.recipes import conversations
+from research.recipes import conversations, grammar_flags
 
 # Fields of `BeamConfig` that are flags. Texts are searched where `--num_beams` is above 1, else
 # sampled.
@@ -28,22 +28,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text to continue; may be given several times",
     )
     conversations.add_arguments(parser)
+    add_decoding_arguments(parser)
+    parser.add_argument(
+        "--forced_prefix", help="text that every continuation found by beam search begins with"
+    )
+    add_engine_arguments(parser)
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the fields of `SamplingConfig`, some of `BeamConfig`, and grammars."""
     parser.add_argument(
         "--stop", action="append", help="a string that ends the text; may be repeated"
     )
-
     # `--seed`, `--num_beams`, …: a flag is None where it is not given.
     sampled = [field for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
     searched = [field for field in dataclasses.fields(BeamConfig) if field.name in BEAM_FLAGS]
+    kinds = {"stop_ids": _ids, "logit_bias": _biases}
     for config, fields in ((SamplingConfig, sampled), (BeamConfig, searched)):
         docs = _attribute_docs(config)
         for field in fields:
             default = 1 if field.name == "num_beams" else field.default
             text = f"{docs[field.name]} (default {default})"
-            parser.add_argument(f"--{field.name}", type=field.type, help=text, metavar="X")
+            kind = kinds.get(field.name, field.type)
+            parser.add_argument(f"--{field.name}", type=kind, help=text, metavar="X")
+    grammar_flags.add_arguments(parser)
 
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what decides how texts are computed, and changes none."""
     parser.add_argument(
-        "--forced_prefix", help="text that every continuation found by beam search begins with"
+        "--speculate",
+        metavar="KIND",
+        help="who guesses tokens ahead, which changes no text: lookup (what followed in the text "
+        "before), mtp (the model's multi-token prediction)",
     )
     # `cli` takes these as overrides; the flag shows that there are such.
     parser.add_argument(
@@ -52,6 +69,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=".AXIS=SIZE",
         help="shards the model over devices: --config.mesh.tensor=2",
     )
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    """Returns `5,7` as ids."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be ids, as in 5,7") from error
+
+
+def _biases(text: str) -> tuple[tuple[int, float], ...]:
+    """Returns `5:-1.5,7:2` as pairs of an id and a bias."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((int(i), float(bias)) for i, bias in pairs)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be ids with their biases, as in 5:-1.5,7:2"
+        ) from error
 
 
 def _attribute_docs(config: type) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Samples are printed, kept, and the same for the same seed."""
 
+import re
 import shutil
 
 import jax
@@ -83,11 +84,56 @@ def test_beams_are_searched_where_there_is_more_than_one(unbroken: Unbroken, tmp
         (["--num_beams=3", "--stop=x"], "--stop = ('x',) draws, and num_beams = 3 searches."),
         (["--length_penalty=2"], "--length_penalty = 2.0 needs num_beams above 1."),
         (["--num_beams=0"], "--num_beams = 0 must be at least 1."),
+        (["--stop_ids=a"], "argument --stop_ids: 'a' must be ids, as in 5,7"),
+        (
+            ["--logit_bias=5"],
+            "argument --logit_bias: '5' must be ids with their biases, as in 5:-1.5,7:2",
+        ),
+        (
+            ["--regex=a", "--choices=b"],
+            "grammar: exactly one of json_schema, regex, choices, lark must be given, not 2.",
+        ),
+        (["--json_schema={"], "--json_schema = '{' is no JSON: "),
+        (["--speculate=luck"], "--speculate = 'luck' is not one of 'none', 'lookup', "),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_in_a_line(flags: list[str], said: str, capsys):
     assert cli.main(["sample", "--workdir=nowhere", *flags]) == 2
-    assert capsys.readouterr().err == f"tessera: error: {said}\n"
+    err = capsys.readouterr().err
+    assert err.startswith(f"tessera: error: {said}")
+    assert err.count("\n") == 1
+
+
+def sampled(capsys, workdir, *flags: str) -> str:
+    capsys.readouterr()
+    assert cli.main(["sample", f"--workdir={workdir}", "--max_tokens=12", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_guesses_change_no_sample(unbroken: Unbroken, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken.workdir, workdir)
+    prompt = "--prompt=the cat sat on the cat sat"
+    assert sampled(capsys, workdir, prompt, "--speculate=lookup") == sampled(
+        capsys, workdir, prompt
+    )
+
+
+def test_samples_keep_to_grammars_biases_and_stop_ids(unbroken: Unbroken, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken.workdir, workdir)
+    assert re.fullmatch(
+        r"x=[0-9]{3}\n", sampled(capsys, workdir, "--prompt=x=", "--regex=[0-9]{3}")
+    )
+    choices = ("--choices=yes", "--choices=no")
+    assert sampled(capsys, workdir, "--prompt=", *choices).strip() in ("yes", "no")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["a", 7]}')
+    found = sampled(capsys, workdir, "--prompt=", f"--json_schema={schema}")
+    assert found.strip() in ('"a"', "7")
+    assert sampled(capsys, workdir, "--prompt=a", "--logit_bias=98:1e4,99:0") == f"a{12 * 'b'}\n"
+    ends = ("--logit_bias=98:1e4", "--stop_ids=98,99")
+    assert sampled(capsys, workdir, "--prompt=a", *ends) == "a\n"
 
 
 def test_samples_on_a_mesh_are_those_of_one_device(unbroken: Unbroken, tmp_path, capsys):

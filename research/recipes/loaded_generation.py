@@ -1,0 +1,132 @@
+"""How a loaded model makes text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from research.core import config as configs
+from research.core.errors import UserError
+from research.data.tokenizers import Tokenizer
+from research.inference.answers import Beam
+from research.inference.beam_config import BeamConfig
+from research.inference.beam_generate import beam_generate
+from research.inference.engine import Engine
+from research.inference.generate import generate
+from research.inference.grammar_config import GrammarConfig, bind_grammar
+from research.inference.requests import collect_prompts, decoding_config
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig, bind_serve
+from research.inference.text import Completion
+from research.models.config import ModelConfig
+
+
+class GenerationMethods:
+    """The methods of `LoadedModel` that make text, and engines, which do."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    mesh: Mesh | None
+
+    def engine(self, slots: int = 16, memory: float = 0.8, **fields: Any) -> Engine:
+        """Returns an engine, whose programs are compiled now.
+
+        Args:
+          slots: sequences that run at a time, at most.
+          memory: the share of what a device has beside the parameters that it may take; its cache
+            has as many tokens as fit, and `tokens=` says it otherwise.
+          fields: the others of `ServeConfig`.
+
+        Raises:
+          UserError: a field that is not known or out of range, a model that makes no text, or
+            memory too small.
+        """
+        return self.engine_for(bind_serve({"slots": slots, "memory": memory, **fields}))
+
+    def engine_for(self, serve: ServeConfig) -> Engine:
+        """Returns an engine that runs as `serve` says.
+
+        Raises:
+          UserError: as of `engine`.
+        """
+        return Engine(self.config, self.params, self.tokenizer, serve, self.mesh)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | None = None,
+        *,
+        ids: Sequence[Any] | None = None,
+        messages: Sequence[Any] | None = None,
+        chat: Mapping[str, Any] | None = None,
+        sampling: Sequence[SamplingConfig] | None = None,
+        seeds: Sequence[Any] | None = None,
+        grammar: GrammarConfig | Mapping[str, Any] | None = None,
+        speculate: str = "none",
+        **fields: Any,
+    ) -> list[Completion]:
+        """Continues prompts: by sampling, or by beam search where `num_beams` is above 1.
+
+        Exactly one of `prompts`, `ids` and `messages` is given. A text ends at any of the
+        tokenizer's `end_ids`.
+
+        Args:
+          prompts: texts; the tokenizer adds its own ids before and after each.
+          ids: rows of ids, which are used unchanged.
+          messages: a conversation, dicts of `role` and `content`, or a list of conversations, for
+            the model's chat template; what is generated is the assistant's answer. Special tokens
+            in messages stay text.
+          chat: further arguments of `Tokenizer.encode_chat`: `tools`, `template`, and the
+              template's own variables.
+          sampling: settings for each prompt, instead of `fields`; all run in one batch.
+          seeds: of sampling, one per prompt.
+          grammar: that all texts keep to, or its fields, `{"regex": "[0-9]+"}`; None for none.
+          speculate: who guesses, `lookup` or another of `ServeConfig`; it changes no text.
+          fields: those of `SamplingConfig`, or of `BeamConfig`.
+
+        Raises:
+          UserError: a field that is not known or out of range, or prompts or messages that do not
+              fit, or a grammar that no text keeps to.
+        """
+        if sampling is not None and fields:
+            names = ", ".join(sorted(fields))
+            raise UserError("sampling", constraint=f": it says all, so {names} must be left out.")
+
+        # Sampling, one for all or one per prompt, or beam search.
+        how = decoding_config(fields) if sampling is None else sampling
+        read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
+        model = (self.config, self.params, self.tokenizer)
+        if isinstance(grammar, Mapping):
+            grammar = bind_grammar(grammar)
+        if not isinstance(how, BeamConfig):
+            drawn = {"grammar": grammar, "speculate": speculate, "mesh": self.mesh}
+            return generate(*model, read, how, seeds, **drawn)
+
+        why = f"num_beams = {how.num_beams} searches and draws nothing"
+        given = {"seeds": seeds, "grammar": grammar}
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(name, constraint=f": {why}; leave them out.")
+        if speculate != "none":
+            raise UserError("speculate", speculate, f", and {why}.")
+        # The best hypothesis is the completion.
+        return [best for best, *_ in beam_generate(*model, read, how, mesh=self.mesh)]
+
+    def beams(
+        self,
+        prompts: Sequence[str] | None = None,
+        *,
+        ids: Sequence[Any] | None = None,
+        messages: Sequence[Any] | None = None,
+        chat: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> list[list[Beam]]:
+        """Returns the `num_return` best continuations of each prompt; `fields` are those of
+        `BeamConfig`.
+
+        Args, Raises: as `generate`.
+        """
+        read = collect_prompts(self.tokenizer, prompts, ids, messages, chat)
+        beams = configs.bind(BeamConfig, fields)
+        model = (self.config, self.params, self.tokenizer)
+        return beam_generate(*model, read, beams, mesh=self.mesh)
