@@ -85,7 +85,9 @@ class Engine:
 
     def abort(self, answer: Answer) -> None:
         """Ends a request, in whatever state it is: its pages are free for the next step."""
-        self._replica_of[answer].abort(answer, "aborted")
+        replica = self._replica_of.get(answer)
+        if replica is not None:
+            replica.abort(answer, "aborted")
 
     def run_step(self) -> bool:
         """Starts a step of each replica and reads the one before; returns whether there is more to
@@ -104,7 +106,15 @@ class Engine:
         """
         for request in requests:
             request.check(self._config, self._num_ids, self.serve)
-        return [self.submit(request) for request in requests]
+        answers: list[Answer] = []
+        try:
+            for request in requests:
+                answers.append(self.submit(request))
+        except UserError:
+            for answer in answers:
+                self.abort(answer)
+            raise
+        return answers
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers requests, and returns the answers in their order."""

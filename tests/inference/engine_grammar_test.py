@@ -114,6 +114,6 @@ def test_a_grammar_that_cannot_be_met_ends_its_request_alone(params):
     engine = Engine(CONFIG, params, BYTES, PLAIN)
     lark = GrammarConfig(lark='start: /a(?=b)/ "c"')
     with pytest.raises(UserError):
-        engine.run([Request((5,), grammar=lark)])
+        engine.run([REQUESTS[0], Request((5,), grammar=lark)])
     assert not engine.run_step()
     assert answers(engine, [REQUESTS[0]])

@@ -176,6 +176,14 @@ def test_an_aborted_request_leaves_no_page(engine, after: int, kind: str):
     assert tokens(other.samples[0]) == tokens(one(engine, Request(PROMPT, DRAWN)))
 
 
+def test_an_answer_that_has_ended_may_be_aborted(engine):
+    [answer] = engine.run([Request(PROMPT, DRAWN)])
+    before = tokens(answer.samples[0])
+    engine.abort(answer)
+    assert answer.samples[0].error is None
+    assert tokens(answer.samples[0]) == before
+
+
 def test_a_request_ends_at_its_deadline(engine):
     answer = engine.submit(Request(PROMPT, DRAWN, deadline=1e-3))
     time.sleep(2e-3)
