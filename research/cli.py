@@ -24,6 +24,7 @@ VERBS = {
     "train": "train a model",
     "evaluate": "show held-out bits per byte beside gzip and byte n-grams",
     "sample": "continue prompts with a trained model",
+    "generate": "answer the lines of a file, of any size, with a trained model",
     "data": "build the tokenizer and corpora of a config, and show them",
     "describe": "show a model: sizes, parameters as a tree, attention masks as a picture",
     "compile": "compile a run for devices that are not here: memory, collectives, accidents",

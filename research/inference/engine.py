@@ -61,6 +61,7 @@ class Engine:
             raise UserError("model.structure", "encoder", "makes no text: it has no decoder.")
         self._config = config
         self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
+        self._num_ends = len(tokenizer.end_ids)
         self._meshes = [None] if mesh is None else replica_meshes(mesh)
         parts = self._parts(params)
         self.serve = sized(config, parts[0], serve, self._num_ids, self._meshes[0], draft)
@@ -76,12 +77,27 @@ class Engine:
         Raises:
           UserError: it does not fit the model or the engine.
         """
-        request.check(self._config, self._num_ids, self.serve)
+        self._check(request)
         answer = Answer(request)
         replica = min(self.replicas, key=lambda each: each.load)
         replica.submit(answer)
         self._replica_of[answer] = replica
         return answer
+
+    def _check(self, request: Request) -> None:
+        request.check(self._config, self._num_ids, self.serve)
+        if request.beams is None:
+            return
+        # Of each hypothesis as many continuations as there are beams, beside those that end it.
+        beams = request.beams.num_beams
+        top = self.serve.top_logprobs
+        if min(beams * (1 + self._num_ends), self._config.vocab_size) > top:
+            raise UserError(
+                "num_beams",
+                beams,
+                f"must be at most {top // (1 + self._num_ends)}, for the engine's top_logprobs = "
+                f"{top}.",
+            )
 
     def abort(self, answer: Answer) -> None:
         """Ends a request, in whatever state it is: its pages are free for the next step."""
@@ -105,7 +121,7 @@ class Engine:
           UserError: as of `submit`; then none is queued.
         """
         for request in requests:
-            request.check(self._config, self._num_ids, self.serve)
+            self._check(request)
         answers: list[Answer] = []
         try:
             for request in requests:
