@@ -9,7 +9,7 @@ import shlex
 
 from research.bench import report
 from research.bench.drawn_requests import draw_requests
-from research.bench.exactness_models import LENGTH, MODELS, random_params
+from research.bench.exactness_models import MODELS, random_params
 from research.bench.exactness_runs import (
     Found,
     answer_alone,
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help=f"{FULL_REQUESTS} requests of each model, on all twelve engines: hours",
+        help=f"{FULL_REQUESTS} requests of each model, on all engines: hours",
     )
     parser.add_argument(
         "--requests", type=int, help=f"of each model (default {REQUESTS}, or {FULL_REQUESTS})"
@@ -102,7 +102,7 @@ def measure(name: str, dtype: str, requests: int, *, full: bool) -> tuple[list[s
     config = dataclasses.replace(MODELS[name], dtype=dtype, param_dtype=dtype)
     params = random_params(config)
     asked = draw_requests(config, requests)
-    settings = engines(LENGTH) if full else few_engines(LENGTH)
+    settings = engines(config) if full else few_engines(config)
     alone = answer_alone(config, params, asked, settings[0])
     wanted = [Found.of(answer) for answer in alone]
     total = compare_engines(config, params, asked, wanted, settings)

@@ -70,6 +70,8 @@ MODELS: dict[str, ModelConfig] = {
         tied_embeddings=True,
         scale_embeddings=True,
     ),
+    # Windows in all layers: pages before them are released.
+    "Mistral": dataclasses.replace(_PLAIN, pattern=(LayerConfig(window=20),)),
     "experts": dataclasses.replace(_PLAIN, experts=_EXPERTS),
     "DeepSeek-V3": dataclasses.replace(
         _PLAIN,
@@ -89,6 +91,7 @@ MODELS: dict[str, ModelConfig] = {
             groups_per_token=2,
             scale=2.5,
         ),
+        head=HeadConfig(mtp_depth=1),
     ),
     "T5": dataclasses.replace(
         _PLAIN,

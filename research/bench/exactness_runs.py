@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from research.bench.drawn_requests import other_seed
+from research.bench.exactness_models import random_params
 from research.data.tokenizers import ByteTokenizer
 from research.inference.answers import Answer, Sample, TokenLogprobs
 from research.inference.engine import Engine
@@ -20,14 +21,13 @@ from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
-from research.models.config import ModelConfig
+from research.models.config import HeadConfig, ModelConfig
 
 # A draft reads as many rows as this and one more.
 DRAFTS = 3
 SLOTS = 4
 # Rows of a step: one, some or all of a prompt of 128 tokens.
 CHUNKS = (16, 40, 160)
-ROOMY = 2048
 TILES = (2, 8, 16)
 # Steps after which others are ended, at most.
 OTHERS_STEPS = 30
@@ -53,26 +53,62 @@ class Condition:
 CONDITIONS = [Condition(*values) for values in itertools.product((False, True), repeat=4)]
 
 
-def engines(length: int) -> list[ServeConfig]:
-    """Returns the ways in which an engine may run: sizes of chunks × room for all sequences or one
-    of `length` × without guesses and with them.
+def kinds(config: ModelConfig) -> list[dict[str, Any]]:
+    """Returns the kinds of guesses that a model may have, as fields of `ServeConfig`; none is the
+    first, and look-up the second.
     """
-    tokens = (ROOMY, length)
-    kinds = ({}, {"drafts": DRAFTS, "speculate": "lookup"})
+    names = ["none", "lookup"]
+    if config.structure == "decoder":
+        names += ["first_layers", "draft"]
+    if config.head.mtp_depth:
+        names.append("mtp")
     found = []
-    for rows, room, speculation in itertools.product(CHUNKS, tokens, kinds):
-        serve = ServeConfig(slots=SLOTS, tokens=room, rows=rows, tiles=TILES)
-        found.append(dataclasses.replace(serve, **speculation))
+    for name in names:
+        fields: dict[str, Any] = {"speculate": name, "drafts": DRAFTS * (name != "none")}
+        fields["draft_layers"] = int(name == "first_layers")
+        found.append(fields)
     return found
 
 
-def few_engines(length: int) -> list[ServeConfig]:
-    """Returns four of them, among which each size of chunks, and each room with and without
-    guesses.
+def engines(config: ModelConfig) -> list[ServeConfig]:
+    """Returns the ways in which an engine may run: sizes of chunks × room for all sequences or for
+    one × kinds of guesses.
     """
-    ordered = engines(length)
-    # [rows][room][guesses]: 0 to 3 have the first rows.
-    return [ordered[index] for index in (0, 7, 9, 2)]
+    found = []
+    for rows, tokens, kind in itertools.product(CHUNKS, rooms(config), kinds(config)):
+        serve = ServeConfig(slots=SLOTS, tokens=tokens, rows=rows, tiles=TILES)
+        found.append(dataclasses.replace(serve, **kind))
+    return found
+
+
+def rooms(config: ModelConfig) -> tuple[int, int]:
+    """Returns the tokens that an engine has room for: those of all sequences, or of one."""
+    return (4 * SLOTS * config.max_length, config.max_length)
+
+
+def few_engines(config: ModelConfig) -> list[ServeConfig]:
+    """Returns some of them: each size of chunks, each room without guesses and with look-up, and
+    each other kind of guesses once.
+    """
+    roomy, narrow = rooms(config)
+    none, lookup, *others = kinds(config)
+    small, medium, large = CHUNKS
+    chosen = [(small, roomy, none), (medium, narrow, lookup), (large, roomy, lookup)]
+    chosen += [(small, narrow, none), *((medium, narrow, kind) for kind in others)]
+    found = []
+    for rows, tokens, kind in chosen:
+        serve = ServeConfig(slots=SLOTS, tokens=tokens, rows=rows, tiles=TILES)
+        found.append(dataclasses.replace(serve, **kind))
+    return found
+
+
+def start_engine(config: ModelConfig, params: Any, serve: ServeConfig) -> Engine:
+    """Returns an engine, with a smaller model that guesses where it needs one."""
+    draft = None
+    if serve.speculate == "draft":
+        smaller = dataclasses.replace(config, num_layers=1, first_layers=(), head=HeadConfig())
+        draft = (smaller, random_params(smaller))
+    return Engine(config, params, ByteTokenizer(), serve, draft=draft)
 
 
 @dataclasses.dataclass
@@ -162,8 +198,9 @@ def answer_alone(
     """Returns the answers that all others are compared with: of each request alone, on an engine
     that neither guesses, nor shares pages, nor lacks room.
     """
-    serve = dataclasses.replace(serve, tokens=ROOMY, prefix_cache=False, drafts=0, speculate="none")
-    engine = Engine(config, params, ByteTokenizer(), serve)
+    tokens, _ = rooms(config)
+    serve = dataclasses.replace(serve, **kinds(config)[0], tokens=tokens, prefix_cache=False)
+    engine = start_engine(config, params, serve)
     found = []
     for request in requests:
         found += engine.run([request])
@@ -321,7 +358,7 @@ def compare_engines(
     """
     total = Count()
     for index, serve in enumerate(settings):
-        engine = Engine(config, params, ByteTokenizer(), serve)
+        engine = start_engine(config, params, serve)
         # 5 and the number of conditions, 16, share no divisor.
         for _, count in compare_conditions(engine, requests, wanted, CONDITIONS, 5 * index):
             if count.first:

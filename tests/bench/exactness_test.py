@@ -88,7 +88,7 @@ def test_a_model_in_16_bits_answers_alike_under_every_condition(name):
     config = dataclasses.replace(MODELS[name], dtype="bfloat16", param_dtype="bfloat16")
     params = random_params(config)
     requests = draw_requests(config, 32)
-    settings = few_engines(LENGTH)[1:2]
+    settings = few_engines(config)[1:2]
     wanted = [Found.of(each) for each in answer_alone(config, params, requests, settings[0])]
     found = compare_engines(config, params, requests, wanted, settings)
     assert (found.differing, found.bits) == (0, 0), found.first
