@@ -4,14 +4,17 @@ the request alone.
 
 import argparse
 import dataclasses
+import gc
 import pathlib
 import shlex
 
+import jax
+
 from research.bench import report
 from research.bench.drawn_requests import draw_requests
+from research.bench.exactness_answers import Found
 from research.bench.exactness_models import MODELS, random_params
 from research.bench.exactness_runs import (
-    Found,
     answer_alone,
     compare_engines,
     engines,
@@ -79,6 +82,9 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"{row[0]}: {'; '.join(f'{cell} {what}' for what, cell in cells)}", flush=True)
             rows.append(row)
             faults += found
+            # Each compiled program takes some of the mappings of memory that a process may have.
+            jax.clear_caches()
+            gc.collect()
     if arguments.json is not None:
         flags = ["--full"] if arguments.full else []
         flags += [f"--dtype={arguments.dtype}", f"--requests={requests}"]

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Float
 
 from research.bench.drawn_requests import other_seed
+from research.bench.exactness_answers import Count, Found
 from research.bench.exactness_models import random_params
 from research.data.tokenizers import ByteTokenizer
-from research.inference.answers import Answer, Sample, TokenLogprobs
+from research.inference.answers import Answer, Sample
 from research.inference.engine import Engine
 from research.inference.logits import logits, model_inputs
 from research.inference.requests import Request
@@ -29,6 +30,8 @@ SLOTS = 4
 # Rows of a step: one, some or all of a prompt of 128 tokens.
 CHUNKS = (16, 40, 160)
 TILES = (2, 8, 16)
+# Steps of a group of requests: far more than all its tokens.
+MOST_STEPS = 100_000
 # Steps after which others are ended, at most.
 OTHERS_STEPS = 30
 
@@ -111,87 +114,6 @@ def start_engine(config: ModelConfig, params: Any, serve: ServeConfig) -> Engine
     return Engine(config, params, ByteTokenizer(), serve, draft=draft)
 
 
-@dataclasses.dataclass
-class Count:
-    """What has been compared, and that the conditions were met.
-
-    Attributes:
-      answers: compared.
-      differing: answers that are others, in any part.
-      numbers: log-probabilities compared.
-      bits: of these that differ.
-      preempted: times that a sample lost its pages.
-      guessed_right: guesses that counted.
-      first: the first difference.
-    """
-
-    answers: int = 0
-    differing: int = 0
-    numbers: int = 0
-    bits: int = 0
-    preempted: int = 0
-    guessed_right: int = 0
-    first: str = ""
-
-    def add(self, other: "Count") -> None:
-        """Adds what was compared elsewhere."""
-        for field in dataclasses.fields(self):
-            if field.name != "first":
-                total = getattr(self, field.name) + getattr(other, field.name)
-                setattr(self, field.name, total)
-        self.first = self.first or other.first
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """An answer, as it is compared.
-
-    Attributes:
-      told: all but numbers: ids, texts, why they ended, which ids were likeliest and were kept.
-      numbers: log-probabilities and scores, float32.
-    """
-
-    told: Any
-    numbers: Float[np.ndarray, "numbers"]
-
-    @classmethod
-    def of(cls, answer: Answer) -> "Found":
-        """Returns what an answer is."""
-        told: list[Any] = [answer.error]
-        numbers: list[float] = []
-
-        def add(each: TokenLogprobs) -> None:
-            kept = None if each.kept is None else each.kept.tobytes()
-            told.append((each.token, [i for i, _ in each.top], kept))
-            numbers.append(each.logprob)
-            numbers.extend(logprob for _, logprob in each.top)
-
-        for sample in answer.samples:
-            told += [sample.completion(), sample.error]
-            for each in sample.logprobs:
-                add(each)
-        for place in sorted(answer.prompt_logprobs):
-            told.append(place)
-            add(answer.prompt_logprobs[place])
-        told.append([answer.samples.index(sample) for sample in answer.best()])
-        for beam in answer.beams or ():
-            told.append((beam.tokens, beam.text, beam.finish))
-            numbers.append(beam.score)
-        return cls(told, np.array(numbers, np.float32))
-
-    def compare(self, other: "Found") -> Count:
-        """Returns how this differs from what it should be."""
-        count = Count(answers=1, numbers=len(other.numbers))
-        # Of answers with other tokens as many numbers as both have.
-        shared = min(len(self.numbers), len(other.numbers))
-        own = self.numbers[:shared].view(np.uint32)
-        wanted = other.numbers[:shared].view(np.uint32)
-        count.bits = int(np.bitwise_count(own ^ wanted).sum())
-        is_same = self.told == other.told and len(self.numbers) == len(other.numbers)
-        count.differing = int(not is_same or count.bits > 0)
-        return count
-
-
 def answer_alone(
     config: ModelConfig, params: Any, requests: Sequence[Request], serve: ServeConfig
 ) -> list[Answer]:
@@ -258,6 +180,7 @@ class Trial:
             queue = queue[arriving:]
             self._abort(answer for answer, end in others.items() if step >= end)
             self._engine.run_step()
+            assert step < MOST_STEPS, "the engine takes steps, and no answer ends"
             self._watch(answers.values(), texts, streamed=condition.streamed)
             step += 1
         self._abort(others)

@@ -337,8 +337,9 @@ class Runner:
         return [array.tobytes() for array in (np.concatenate(logprobs), *written)]
 
     def _device_table(self, ids: Int[np.ndarray, "rows pages"]) -> PageTable:
-        # A copy: the host changes its own while the device reads.
-        return PageTable(jnp.array(ids), self.num_pages, PAGE_SIZE)
+        # The host changes its own while the device reads. JAX copies no NumPy array, not even with
+        # `jnp.array`: it reads the memory when the program runs.
+        return PageTable(jnp.asarray(np.array(ids)), self.num_pages, PAGE_SIZE)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context that its programs run in."""

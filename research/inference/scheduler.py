@@ -156,11 +156,9 @@ class Scheduler:
             if not sequence.is_known or not self._has_slot(sequence):
                 return
             shared = self._find_prefix(sequence)
-            idle = sum(1 for page in shared if not self.pool.owners(page))
-            # Room for one more token, so that it is not preempted for its first one.
-            needed = self._pages_at_once(sequence.length + 1) - len(shared)
-            if needed > self.pool.available - idle:
-                return
+            while not self._has_room(sequence, shared):
+                if not self._stop_paused(sequence):
+                    return
             for page in shared:
                 self.pool.share(page)
             sequence.pages = shared
@@ -174,6 +172,25 @@ class Scheduler:
                 sequence.written = sequence.in_one_piece - 1
             self.waiting.remove(sequence)
             self._run(sequence)
+
+    def _has_room(self, sequence: Sequence, shared: list[int]) -> bool:
+        """Returns whether there are pages for a sequence, some of which it shares."""
+        idle = sum(1 for page in shared if not self.pool.owners(page))
+        # Room for one more token, so that it is not preempted for its first one.
+        needed = self._pages_at_once(sequence.length + 1) - len(shared)
+        return needed <= self.pool.available - idle
+
+    def _stop_paused(self, sequence: Sequence) -> bool:
+        """Takes slot and pages from one that waits for others to be read, this sequence perhaps
+        among them; returns whether there is one of the same request or a later one.
+        """
+        for other in reversed(self._in_order()):
+            is_same_request = other.order[:-1] == sequence.order[:-1]
+            if other.paused and (is_same_request or other.order > sequence.order):
+                self._stop(other)
+                self.waiting.append(other)
+                return True
+        return False
 
     def _has_slot(self, sequence: Sequence) -> bool:
         """Returns whether there is a slot, which an urgent sequence takes from the last one."""

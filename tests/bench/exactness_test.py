@@ -9,12 +9,11 @@ import pytest
 
 from research.bench import exactness
 from research.bench.drawn_requests import draw_requests
+from research.bench.exactness_answers import Count, Found
 from research.bench.exactness_models import LENGTH, MODELS, random_params
 from research.bench.exactness_runs import (
     CONDITIONS,
     Condition,
-    Count,
-    Found,
     answer_alone,
     compare_conditions,
     compare_engines,
@@ -91,6 +90,18 @@ def test_a_model_in_16_bits_answers_alike_under_every_condition(name):
     settings = few_engines(config)[1:2]
     wanted = [Found.of(each) for each in answer_alone(config, params, requests, settings[0])]
     found = compare_engines(config, params, requests, wanted, settings)
+    assert (found.differing, found.bits) == (0, 0), found.first
+
+
+@pytest.mark.thorough
+def test_pages_that_are_released_behind_windows_change_no_answer():
+    # The host changes its table of pages while the device reads.
+    config = MODELS["Mistral"]
+    params = random_params(config)
+    requests = draw_requests(config, 48)
+    serve = few_engines(config)[3]
+    wanted = [Found.of(each) for each in answer_alone(config, params, requests, serve)]
+    found = compare_engines(config, params, requests, wanted, [serve] * 4)
     assert (found.differing, found.bits) == (0, 0), found.first
 
 

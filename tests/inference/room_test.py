@@ -1,0 +1,47 @@
+"""What a step reads is of when it was begun, and a search has room where its longest answer has."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from research.data.tokenizers import ByteTokenizer
+from research.inference.beam_config import BeamConfig
+from research.inference.engine import Engine
+from research.inference.requests import Request
+from research.inference.serve_config import ServeConfig
+from tests.tiny import random_params, tiny_config
+
+CONFIG = tiny_config(vocab_size=260, max_length=128)
+SERVE = ServeConfig(slots=4, tokens=512, rows=16, tiles=(2, 8), top_logprobs=8)
+
+
+def searched(params, serve: ServeConfig, most_steps: int) -> list[tuple[tuple[int, ...], float]]:
+    engine = Engine(CONFIG, params, ByteTokenizer(), serve)
+    beams = BeamConfig(num_beams=4, max_tokens=60, num_return=4)
+    answer = engine.submit(Request(tuple(range(40)), beams=beams))
+    for _ in range(most_steps):
+        engine.run_step()
+    assert answer.finished
+    return [(beam.tokens, beam.score) for beam in answer.beams]
+
+
+def test_a_search_ends_where_its_hypotheses_have_room_one_after_the_other():
+    params = random_params(CONFIG)
+    # Four hypotheses of up to seven pages, of which two are the prompt's: 22 pages, or 7.
+    roomy = searched(params, SERVE, 400)
+    narrow = ServeConfig(slots=4, tokens=112, rows=16, tiles=(2, 8), top_logprobs=8)
+    assert searched(params, narrow, 4000) == roomy
+
+
+def test_a_step_reads_the_pages_of_when_it_was_begun():
+    [replica] = Engine(CONFIG, random_params(CONFIG), ByteTokenizer(), SERVE).replicas
+    runner = replica._runner
+    # JAX takes the memory of an array as it is where its address is a multiple of 64.
+    memory = np.zeros(16 * 1024, np.int32)
+    start = -(memory.ctypes.data // 4) % 16
+    ids = memory[start : start + 4 * 8].reshape(4, 8)
+    ids[:] = 1
+    table = runner._device_table(ids)
+    shared = jnp.array(ids)
+    ids[:] = 2
+    assert np.all(np.asarray(table.ids) == 1)
+    assert np.all(np.asarray(shared) == 2)  # the control
