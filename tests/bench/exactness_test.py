@@ -22,7 +22,7 @@ from research.bench.exactness_runs import (
 )
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
-from research.inference import replica
+from research.inference import page_names, replica
 from research.inference.engine import Engine
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
@@ -124,8 +124,8 @@ def test_a_digest_without_the_length_that_keys_go_by_is_found(params, monkeypatc
     wanted = [Found.of(each) for each in answer_alone(LLAMA, params, asked, SERVE)]
     warm = [Condition(mixed=True, warm=True)]
     assert not compare(params, asked, wanted, warm).differing
-    chain_start = replica.chain_start
-    monkeypatch.setattr(replica, "chain_start", without_limit)
+    chain_start = page_names.chain_start
+    monkeypatch.setattr(page_names, "chain_start", without_limit)
     assert compare(params, asked, wanted, warm).differing
 
 
