@@ -1,5 +1,5 @@
 """`tessera describe`: sizes, parameters as a tree, attention masks as a picture; or on the
-mesh of devices that need not be here; or all as JSON.
+mesh of devices that need not be here; or what an engine takes; or all as JSON.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from research.inspection.mask_pictures import mask_pictures, row_length
 from research.inspection.report import report_json, report_lines
 from research.models.config import ModelConfig
 from research.recipes.describe_devices import print_on_devices
+from research.recipes.describe_serve import add_serve_argument, print_serving, take_mesh
 from research.recipes.experiment import add_config_argument, load_experiment
 from research.recipes.workdir import read_config
 from research.storage import files
@@ -31,6 +32,7 @@ EXAMPLES = """\
   tessera describe --config=configs/pretrain/stdlib.py:2m --devices=cpu:8 --config.mesh.fsdp=2
   tessera describe --config=configs/model/llama.py:3-70b --devices=v5p:8x8x8 \\
       --config.mesh.fsdp=64 --config.mesh.tensor=8
+  tessera describe --serve=configs/serve/default.py --workdir=runs/stdlib
   tessera describe --workdir=runs/stdlib --json | jq .costs.parameters"""
 
 
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "parameter and activation, with its bytes on one device; v5p:4x4x4, v5p:4x4x4*2 (two "
         "slices), h200:16 (nodes of eight) or cpu:8",
     )
+    add_serve_argument(parser)
     parser.add_argument(
         "--out", help="folder for the picture (default WORKDIR/plots or describe/CONFIG)"
     )
@@ -67,7 +70,12 @@ def main(arguments: argparse.Namespace) -> None:
     """Prints the model and draws its masks."""
     # Nothing here needs a device, and waiting for one that another process uses would block.
     jax.config.update("jax_platforms", "cpu")
+    of_mesh = take_mesh(arguments)
     _check_source(arguments)
+    if arguments.serve is not None:
+        _, model, _ = _source(arguments)
+        print_serving(arguments, model, of_mesh)
+        return
     if arguments.devices is not None:
         print_on_devices(arguments)
         return

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from research.core import config as configs
 from research.core.errors import UserError
@@ -31,16 +31,7 @@ def mesh_for_generation(model: ModelConfig, sizes: Mapping[str, Any]) -> tuple[M
       UserError: an axis that generation or the model cannot use, or more devices than there are.
     """
     config = configs.bind(MeshConfig, {"data": 1, **sizes}, "mesh")
-    for axis, what in ((PIPELINE_AXIS, "layers"), (CONTEXT_AXIS, "the tokens of a row")):
-        size = config.sizes()[axis]
-        if size != 1:
-            raise UserError(
-                f"mesh.{axis}",
-                size,
-                f"shards {what} in training alone. Use 1, and mesh.tensor or mesh.data for these "
-                "devices.",
-            )
-
+    check_generation_axes(config)
     devices = jax.local_devices()
     axis_sizes = config.sizes()
     if -1 not in axis_sizes.values():
@@ -53,7 +44,20 @@ def mesh_for_generation(model: ModelConfig, sizes: Mapping[str, Any]) -> tuple[M
     return mesh, config.zero
 
 
-def shardings_for_generation(boxed: Any, mesh: Mesh, zero: int) -> Any:
+def check_generation_axes(config: MeshConfig) -> None:
+    """Raises UserError where a mesh has an axis that shards what generation has too little of."""
+    for axis, what in ((PIPELINE_AXIS, "layers"), (CONTEXT_AXIS, "the tokens of a row")):
+        size = config.sizes()[axis]
+        if size != 1:
+            raise UserError(
+                f"mesh.{axis}",
+                size,
+                f"shards {what} in training alone. Use 1, and mesh.tensor or mesh.data for these "
+                "devices.",
+            )
+
+
+def shardings_for_generation(boxed: Any, mesh: Mesh | AbstractMesh, zero: int) -> Any:
     """Returns the sharding of each boxed parameter.
 
     Raises:

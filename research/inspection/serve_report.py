@@ -1,0 +1,94 @@
+"""What an engine takes of a device, and what fits: `describe --serve`."""
+
+import dataclasses
+from typing import Any
+
+from research.core.config import plain
+from research.inference.program_names import program_names
+from research.inference.serve_config import ServeConfig
+from research.inference.sizing import EngineBytes, fit_tokens, gigabytes, pages_of
+from research.inspection.report import aligned
+from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeReport:
+    """An engine on a device.
+
+    Attributes:
+      serve: how it runs, with the tokens that fit.
+      device: in words.
+      memory: bytes of the device.
+      sizes: what the engine takes of them.
+      replicas: engines that the devices run.
+      max_length: of the model.
+      programs: that are compiled at start.
+    """
+
+    serve: ServeConfig
+    device: str
+    memory: int
+    sizes: EngineBytes
+    replicas: int
+    max_length: int
+    programs: list[str]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of `max_length` that the cache holds."""
+        return pages_of(self.serve.tokens) // pages_of(self.max_length)
+
+
+def serve_report(
+    model: ModelConfig,
+    serve: ServeConfig,
+    sizes: EngineBytes,
+    memory: int,
+    device: str,
+    replicas: int,
+) -> ServeReport:
+    """Returns what fits.
+
+    Args:
+      model: that answers.
+      serve: how the engine runs.
+      sizes: what it takes of one device.
+      memory: bytes of that device.
+      device: in words.
+      replicas: engines that the devices run.
+
+    Raises:
+      UserError: it does not fit.
+    """
+    tokens = fit_tokens(serve, sizes, memory - sizes.weights, model.max_length)
+    serve = dataclasses.replace(serve, tokens=tokens)
+    names = program_names(model, serve)
+    return ServeReport(serve, device, memory, sizes, replicas, model.max_length, names)
+
+
+def serve_report_lines(report: ServeReport) -> list[str]:
+    """Returns the report for people."""
+    sizes = report.sizes
+    pages = pages_of(report.serve.tokens)
+    sequences = f"{report.sequences:,} of max_length = {report.max_length:,} at a time"
+    if report.sequences > report.serve.slots:
+        sequences += f"; {report.serve.slots:,} slots run, the rest is for shared prompts"
+    rows = {
+        "device": f"{report.device}, {gigabytes(report.memory)}",
+        "replicas": f"{report.replicas:,}",
+        "weights": gigabytes(sizes.weights),
+        "slots": f"{report.serve.slots:,}, {gigabytes(sizes.fixed)}",
+        "temporaries": f"{gigabytes(sizes.temporaries)}, estimated from above",
+        "pages": f"{pages:,} of {PAGE_SIZE} tokens and {sizes.page:,} bytes, "
+        f"{gigabytes(sizes.of_pages(pages))}",
+        "tokens": f"{report.serve.tokens:,}",
+        "sequences": sequences,
+        "programs": f"{len(report.programs)}: {'; '.join(report.programs)}",
+    }
+    return aligned(rows)
+
+
+def serve_report_json(report: ServeReport) -> dict[str, Any]:
+    """Returns the same for programs."""
+    return {**plain(report), "sequences": report.sequences}
