@@ -101,7 +101,7 @@ def test_tokens_that_the_model_cannot_read_are_refused(model, tokens, said):
     assert str(caught.value) == said
 
 
-@pytest.mark.parametrize("page", ["getting-started", "generation"])
+@pytest.mark.parametrize("page", ["getting-started", "generation", "inference"])
 def test_python_of_a_page_runs_as_it_is_printed(
     unbroken: Unbroken, tmp_path, monkeypatch, page: str
 ):
