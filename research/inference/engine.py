@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
+from research.inference.compilations import serving
 from research.inference.page_transfer import ExportedPages
 from research.inference.replica import Replica
 from research.inference.requests import Request
@@ -109,7 +110,8 @@ class Engine:
         """Starts a step of each replica and reads the one before; returns whether there is more to
         do.
         """
-        under_way = [replica.run_step() for replica in self.replicas]
+        with serving():
+            under_way = [replica.run_step() for replica in self.replicas]
         for answer in [each for each in self._replica_of if each.finished]:
             del self._replica_of[answer]
         return any(under_way)

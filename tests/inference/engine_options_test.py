@@ -293,9 +293,26 @@ def test_nothing_is_compiled_after_the_start(params, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         engine.run(requests)
     assert "Compiling" not in caplog.text
+    assert "compiled while serving" not in caplog.text
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jax.jit(lambda x: x + 1)(jnp.zeros(3))  # the control
     assert "Compiling" in caplog.text
+
+
+def test_a_compilation_while_serving_is_logged_as_an_error(engine, caplog, monkeypatch):
+    [replica] = engine.replicas
+    run_step = replica.run_step
+
+    def compile_too() -> bool:
+        jax.jit(lambda x: x - 17)(jnp.zeros(3)).block_until_ready()
+        return run_step()
+
+    jax.jit(lambda x: x - 18)(jnp.zeros(3))  # the control: between steps it is nobody's
+    monkeypatch.setattr(replica, "run_step", compile_too)
+    engine.run_step()
+    found = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(found) == 1
+    assert "compiled while serving" in found[0].getMessage()
 
 
 def test_layers_with_windows_keep_no_pages_before_them():
