@@ -17,7 +17,7 @@ from research.models.config import ModelConfig
 from research.models.language_model import language_model
 from research.models.paged_cache import PageTable, contiguous_table
 from research.parallel.target import compiling_for
-from tests.models.paged_cache_test import MODELS, PAGED
+from tests.models.paged_cache_test import MODELS
 from tests.models.variants_test import scanned
 from tests.tiny import random_params, random_tokens, tiny_config
 
@@ -73,9 +73,25 @@ def rounding(dtype: str) -> Any:
     return put
 
 
+# How keys are read: in place, by window, with sinks and few heads; gathered with each kind of bias,
+# as latents, for a prefix and beside an encoder.
+KINDS = (
+    "windows",
+    "sinks",
+    "multi-query",
+    "alibi",
+    "rounded alibi",
+    "buckets",
+    "relative",
+    "latent",
+    "prefix",
+    "encoder-decoder",
+)
+
+
 @pytest.mark.fast_cases("windows", "latent")
-@pytest.mark.parametrize("name", PAGED)
-def test_every_model_decodes_in_quantized_pages_near_its_float32_logits(name: str):
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_decodes_in_quantized_pages_near_its_float32_logits(name: str):
     config = MODELS[name]
     params = random_params(config)
     exact = read(config, params, "float32")
