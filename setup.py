@@ -13,6 +13,8 @@ mlflow = ["mlflow-skinny>=3"]
 trackio = ["trackio>=0.20"]
 # Answers that keep to a grammar.
 grammar = ["llguidance>=1.9"]
+# What `tessera bench decode` and `bench engine` are beside; llama.cpp is built from source.
+peers = ["llama-cpp-python>=0.3.30"]
 # The site, and the notebook that the tests run.
 docs = ["mkdocs-material>=9.6"]
 notebook = ["ipykernel>=6", "nbclient>=0.10"]
@@ -85,6 +87,7 @@ setuptools.setup(
         "mlflow": mlflow,
         "trackio": trackio,
         "grammar": grammar,
+        "peers": peers,
         "docs": docs,
         "notebook": notebook,
         "completion": completion,

@@ -16,7 +16,8 @@ EXAMPLES = """\
   tessera bench parallel --only=volume,bubble
   tessera bench compile --json=docs/figures/compile.json
   tessera bench commits --before=HEAD~10 --only=train,attention
-  tessera bench exactness --only=LLaMA --dtype=bfloat16"""
+  tessera bench exactness --only=LLaMA --dtype=bfloat16
+  tessera bench decode --dtype=float32 --json=docs/figures/decode.json"""
 
 # Each is a module of `research.bench` with `add_arguments` and `main`.
 BENCHES = (
@@ -31,6 +32,7 @@ BENCHES = (
     "compile",
     "commits",
     "exactness",
+    "decode",
 )
 
 
