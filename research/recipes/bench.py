@@ -17,7 +17,8 @@ EXAMPLES = """\
   tessera bench compile --json=docs/figures/compile.json
   tessera bench commits --before=HEAD~10 --only=train,attention
   tessera bench exactness --only=LLaMA --dtype=bfloat16
-  tessera bench decode --dtype=float32 --json=docs/figures/decode.json"""
+  tessera bench decode --dtype=float32 --json=docs/figures/decode.json
+  tessera bench engine --only=arrivals,prefix --rate=2"""
 
 # Each is a module of `research.bench` with `add_arguments` and `main`.
 BENCHES = (
@@ -33,6 +34,7 @@ BENCHES = (
     "commits",
     "exactness",
     "decode",
+    "engine",
 )
 
 
