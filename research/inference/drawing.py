@@ -178,7 +178,11 @@ def _with_drafts(own: Slots, rows: StepRows) -> IdRules:
       rows: which drafts they are.
     """
     row = jnp.arange(len(rows.slot))
-    rules = own.rules.replace(allowed=own.rules.allowed[row, rows.draft])
+    # What a grammar allows is known when the last token of the prompt is read, and says nothing of
+    # those before it.
+    every_id = jnp.uint32(2**32 - 1)
+    allowed = jnp.where(rows.draws[:, None], own.rules.allowed[row, rows.draft], every_id)
+    rules = own.rules.replace(allowed=allowed)
     count = own.drafts.shape[1]
     if not count:
         return rules

@@ -24,9 +24,11 @@ from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
 from research.inference import page_names, replica
 from research.inference.engine import Engine
+from research.inference.grammar_config import GrammarConfig
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
+from research.inference.slots import LogprobKind
 
 LLAMA = MODELS["LLaMA"]
 # Few tokens for four sequences, with guesses.
@@ -103,6 +105,28 @@ def test_pages_that_are_released_behind_windows_change_no_answer():
     wanted = [Found.of(each) for each in answer_alone(config, params, requests, serve)]
     found = compare_engines(config, params, requests, wanted, [serve] * 4)
     assert (found.differing, found.bits) == (0, 0), found.first
+
+
+def test_what_a_grammar_allows_says_nothing_of_the_prompt(params):
+    pytest.importorskip("llguidance")
+    sampling = SamplingConfig(max_tokens=8, top_k=5)
+    asked = Request(
+        tuple(range(40)),
+        sampling,
+        grammar=GrammarConfig(choices=("yes", "no")),
+        prompt_logprobs=2,
+        logprob_kind=LogprobKind.PROCESSED,
+        kept=True,
+    )
+    # In chunks of 16 tokens, and in one.
+    found = []
+    for rows in (16, 64):
+        engine = Engine(LLAMA, params, ByteTokenizer(), dataclasses.replace(SERVE, rows=rows))
+        found += engine.run([asked])
+    small, large = map(Found.of, found)
+    assert not small.compare(large).differing
+    kept = [each.kept for each in found[0].prompt_logprobs.values()]
+    assert all(np.bitwise_count(each).sum() >= 5 for each in kept)
 
 
 def test_tiles_that_compute_otherwise_are_found(params, requests, wanted):
