@@ -79,7 +79,10 @@ class ServeConfig:
     def padded_rows(self) -> int:
         """Returns the rows of a step's arrays: whole tiles of the largest size."""
         tile = self.row_tiles()[-1]
-        return -(-self.rows // tile) * tile
+        # Two at least: of an array of one tile the compiler takes no slice, fuses what is left with
+        # what reads it, and so computes a row otherwise than where there are more.
+        least = 2 if self.invariant else 1
+        return max(least, -(-self.rows // tile)) * tile
 
 
 def bind_serve(fields: Mapping[str, Any]) -> ServeConfig:

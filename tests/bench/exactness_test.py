@@ -84,7 +84,7 @@ def test_log_probabilities_are_those_of_the_whole_text(params, requests, alone):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["Gemma", "DeepSeek-V3", "T5"])
 def test_a_model_in_16_bits_answers_alike_under_every_condition(name):
     config = dataclasses.replace(MODELS[name], dtype="bfloat16", param_dtype="bfloat16")
     params = random_params(config)
@@ -100,11 +100,30 @@ def test_pages_that_are_released_behind_windows_change_no_answer():
     # The host changes its table of pages while the device reads.
     config = MODELS["Mistral"]
     params = random_params(config)
-    requests = draw_requests(config, 48)
+    requests = draw_requests(config, 32)
     serve = few_engines(config)[3]
     wanted = [Found.of(each) for each in answer_alone(config, params, requests, serve)]
-    found = compare_engines(config, params, requests, wanted, [serve] * 4)
+    found = compare_engines(config, params, requests, wanted, [serve] * 2)
     assert (found.differing, found.bits) == (0, 0), found.first
+
+
+@pytest.mark.thorough
+def test_steps_of_one_tile_and_of_several_compute_a_row_alike():
+    # With the passes of XLA that users get, Gemma's norms are where a single tile is found.
+    config = MODELS["Gemma"]
+    params = random_params(config)
+    requests = draw_requests(config, 16)
+    one, _, several, *_ = few_engines(config)
+    assert one.rows == one.tiles[-1] < several.rows
+    wanted = [Found.of(each) for each in answer_alone(config, params, requests, one)]
+    found = compare_engines(config, params, requests, wanted, [several])
+    assert (found.differing, found.bits) == (0, 0), found.first
+
+
+def test_a_step_has_the_arrays_of_two_tiles_at_least():
+    assert dataclasses.replace(SERVE, slots=2, rows=8).padded_rows() == 16
+    assert dataclasses.replace(SERVE, rows=20).padded_rows() == 24
+    assert dataclasses.replace(SERVE, rows=20, invariant=False).padded_rows() == 20
 
 
 def test_what_a_grammar_allows_says_nothing_of_the_prompt(params):
