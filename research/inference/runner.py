@@ -88,8 +88,9 @@ class Runner:
             )
             self._slots = empty_slots(serve.slots, num_ids, serve.drafts)
             shape = self._slots.rules.allowed.shape
-            nothing = jnp.full(shape[0], shape[0], jnp.int32)
-            self._nothing_new = Allowed(nothing, jnp.zeros(shape, jnp.uint32))
+            # By way of NumPy, as later ones: that is a program too.
+            nothing = jnp.asarray(np.full(shape[0], shape[0], np.int32))
+            self._nothing_new = Allowed(nothing, jnp.asarray(np.zeros(shape, np.uint32)))
         self._tiles = self._warm_up()
 
     def place(self, slot: int, sequence: Slots) -> None:

@@ -274,7 +274,9 @@ def test_nothing_is_compiled_after_the_start(params, caplog):
     for index in range(60):
         prompt = tuple(draws.integers(0, 200, int(draws.integers(1, 300))).tolist())
         if index % 10 == 0:
-            requests.append(Request(prompt, beams=BeamConfig(num_beams=3, max_tokens=5)))
+            requests.append(
+                Request(prompt, beams=BeamConfig(num_beams=3, max_tokens=5, min_tokens=2))
+            )
             continue
         sampling = SamplingConfig(
             max_tokens=int(draws.integers(1, 12)),
