@@ -16,7 +16,7 @@ from research.inference.placement import goes_by_length
 from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
 from research.kernels.decode_attention import PAGE_SIZE
-from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
 
 
 class PageNames:
@@ -28,7 +28,9 @@ class PageNames:
       params_digest: of the parameters; None gives them a name that no other engine knows.
     """
 
-    def __init__(self, config: ModelConfig, serve: ServeConfig, params_digest: bytes | None):
+    def __init__(
+        self, config: LanguageModelConfig, serve: ServeConfig, params_digest: bytes | None
+    ):
         self._is_shared = config.structure == "decoder" and serve.prefix_cache
         self._model = repr(config).encode()
         self._cache = serve.cache_dtype.encode()

@@ -124,9 +124,9 @@ def lose_reports_of_scan(patch: Patch) -> None:
     scan = layer_loops._scan_rounds
 
     def without_loss(*args: Any) -> Any:
-        x, (cache, report) = scan(*args)
+        x, cache, report = scan(*args)
         lost = jnp.zeros_like(report.router_loss)
-        return x, (cache, dataclasses.replace(report, router_loss=lost))
+        return x, cache, dataclasses.replace(report, router_loss=lost)
 
     patch.setattr(layer_loops, "_scan_rounds", without_loss)
 
