@@ -1,7 +1,8 @@
 """The engine: requests in, answers out, over one or several replicas of a model."""
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
 from research.inference.compilations import serving
 from research.inference.page_transfer import ExportedPages
+from research.inference.pooling import WholeTexts
 from research.inference.replica import Replica
 from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
 from research.inference.sizing import sized
+from research.inference.text_reader import TextReader
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig
 from research.parallel.mesh_axes import DATA_AXIS
@@ -24,7 +27,7 @@ from research.parallel.mesh_axes import DATA_AXIS
 logger = logging.getLogger("tessera")
 
 
-class Engine:
+class Engine(WholeTexts):
     """Answers requests. An answer is a function of its request alone: not of the others, of caches,
     of how its prompt is cut, or of the replica that takes it.
 
@@ -38,14 +41,16 @@ class Engine:
       draft: config and parameters of a smaller model that guesses, or None.
       params_digest: of the parameters, from `digest_params` or a checkpoint's own: engines with the
         same one may have each other's pages. None where pages stay here.
+      adapters: digest of each adapter that the model has, by the name that requests give it. The
+        rows of a request that names the first one have 1 in the model's input `adapters`, and so
+        on; rows of others have 0.
 
     Attributes:
       serve: how it runs, with the tokens of its cache where they followed from the memory.
-      replicas: what takes the steps.
+      replicas: what takes the steps; none for an encoder, which reads whole texts alone.
 
     Raises:
-      UserError: a model that makes no text, or whose answers depend on each other, or memory too
-        small.
+      UserError: a model whose answers depend on each other, or memory too small.
     """
 
     def __init__(
@@ -57,20 +62,33 @@ class Engine:
         mesh: Mesh | None = None,
         draft: tuple[ModelConfig, Any] | None = None,
         params_digest: bytes | None = None,
+        adapters: Mapping[str, bytes] | None = None,
     ):
-        if config.structure == "encoder":
-            raise UserError("model.structure", "encoder", "makes no text: it has no decoder.")
         self._config = config
+        self._tokenizer = tokenizer
+        self._mesh = mesh
         self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
         self._num_ends = len(tokenizer.end_ids)
         self._meshes = [None] if mesh is None else replica_meshes(mesh)
+        self._params = params
+        self._adapters = adapters or {}
+        self.replicas: list[Replica] = []
+        self._replica_of: dict[Answer, Replica] = {}
+        self.serve = serve
+        if config.structure == "encoder":
+            return
+
         parts = self._parts(params)
         self.serve = sized(config, parts[0], serve, self._num_ids, self._meshes[0], draft)
-        self.replicas: list[Replica] = []
         for part, own in zip(parts, self._meshes, strict=True):
-            replica = Replica(config, part, tokenizer, self.serve, own, draft, params_digest)
+            replica = Replica(
+                config, part, tokenizer, self.serve, own, draft, params_digest, self._adapters
+            )
             self.replicas.append(replica)
-        self._replica_of: dict[Answer, Replica] = {}
+
+    @functools.cached_property
+    def _reader(self) -> TextReader:
+        return TextReader(self._config, self._params, self._tokenizer, self._mesh)
 
     def submit(self, request: Request) -> Answer:
         """Queues a request.
@@ -86,7 +104,10 @@ class Engine:
         return answer
 
     def _check(self, request: Request) -> None:
+        if not self.replicas:
+            raise UserError("model.structure", "encoder", "makes no text: it has no decoder.")
         request.check(self._config, self._num_ids, self.serve)
+        self._check_adapter(request.adapter)
         if request.beams is None:
             return
         # Of each hypothesis as many continuations as there are beams, beside those that end it.
@@ -99,6 +120,16 @@ class Engine:
                 f"must be at most {top // (1 + self._num_ends)}, for the engine's top_logprobs = "
                 f"{top}.",
             )
+
+    def _check_adapter(self, name: str) -> None:
+        if not name:
+            return
+        if name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise UserError("adapter", name, f"is not one of the engine's: {known}.")
+        structure = self._config.structure
+        if structure != "decoder":
+            raise UserError("adapter", name, f"is for decoders, not for a model of {structure!r}.")
 
     def abort(self, answer: Answer) -> None:
         """Ends a request, in whatever state it is: its pages are free for the next step."""
@@ -183,9 +214,6 @@ class Engine:
         for replica in self.replicas:
             replica.import_pages(request, pages)
 
-    def _check(self, request: Request) -> None:
-        request.check(self._config, self._num_ids, self.serve)
-
     def update_params(self, params: Any, params_digest: bytes | None = None) -> None:
         """Goes on with other parameters of the same shapes, in running answers too, whose tokens so
         far are read again.
@@ -194,7 +222,10 @@ class Engine:
           params: the new ones.
           params_digest: of them, as of the engine.
         """
-        for replica, part in zip(self.replicas, self._parts(params), strict=True):
+        self._params = params
+        self.__dict__.pop("_reader", None)
+        parts = self._parts(params) if self.replicas else []
+        for replica, part in zip(self.replicas, parts, strict=True):
             replica.update_params(part, params_digest)
 
     def _parts(self, params: Any) -> list[Any]:

@@ -4,6 +4,7 @@ keys and values.
 
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,21 +27,31 @@ class PageNames:
       config: of the model.
       serve: how the engine runs.
       params_digest: of the parameters; None gives them a name that no other engine knows.
+      adapters: as of `Engine`.
     """
 
     def __init__(
-        self, config: LanguageModelConfig, serve: ServeConfig, params_digest: bytes | None
+        self,
+        config: LanguageModelConfig,
+        serve: ServeConfig,
+        params_digest: bytes | None,
+        adapters: Mapping[str, bytes],
     ):
         self._is_shared = config.structure == "decoder" and serve.prefix_cache
         self._model = repr(config).encode()
         self._cache = serve.cache_dtype.encode()
         self._by_length = goes_by_length(config)
+        self._adapters = {"": b"", **adapters}
         self.rename_params(params_digest)
 
     def rename_params(self, params_digest: bytes | None) -> None:
         """Begins the digests anew: pages of other parameters are other pages."""
         self._has_digest = params_digest is not None
         self._params_name = params_digest or os.urandom(16)
+
+    def adapter_index(self, name: str) -> int:
+        """Returns which adapter has a name, from 1; 0 for the empty one."""
+        return list(self._adapters).index(name)
 
     def start(self, request: Request, limit: int) -> bytes | None:
         """Returns what the digests of a sequence's pages begin with; None where its keys are not
@@ -57,6 +68,7 @@ class PageNames:
             "params": self._params_name,
             "cache": self._cache,
             "salt": request.salt.encode(),
+            "adapter": self._adapters[request.adapter],
         }
         if self._by_length:
             fields["limit"] = str(limit).encode()

@@ -19,6 +19,7 @@ from research.inference.runner import Runner
 from research.inference.slots import DeviceState
 from research.kernels.decode_attention import PAGE_SIZE, KVPages
 from research.models.cache import LayerCache
+from research.parallel.mesh import on_mesh
 from research.parallel.shard_map import whole_batch
 
 # Type and shape of an array.
@@ -75,7 +76,7 @@ def export_pages(runner: Runner, pool: PagePool, digests: Sequence[bytes]) -> Ex
         raise UserError("ids", constraint=": no full page of them is here.")
     ids = np.zeros(runner.pages_per_sequence, np.int32)
     ids[: len(pages)] = pages
-    with runner.on_mesh():
+    with on_mesh(runner.mesh):
         found = _take(runner.state, jnp.asarray(ids))
     arrays = [np.asarray(array)[: len(pages)] for array in found]
     data = b"".join(array.tobytes() for array in arrays)
@@ -126,7 +127,7 @@ def import_pages(
     ids = np.full(width, runner.num_pages, np.int32)
     ids[:count] = pages
     arrays = [jnp.asarray(array) for array in _padded(exported, width)]
-    with runner.on_mesh():
+    with on_mesh(runner.mesh):
         runner.state = _put(runner.state, jnp.asarray(ids), arrays)
     # The last one first: of idle pages, those that fewer sequences begin with go first.
     for page, digest in reversed(list(zip(pages, digests, strict=False))):
@@ -150,7 +151,7 @@ def _padded(exported: ExportedPages, width: int) -> Iterator[Shaped[np.ndarray, 
 def _types(runner: Runner, count: int) -> tuple[ArrayType, ...]:
     """Returns types and shapes of the arrays of so many pages."""
     ids = jnp.zeros(count, jnp.int32)
-    with runner.on_mesh():
+    with on_mesh(runner.mesh):
         arrays = jax.eval_shape(_take, runner.state, ids)
     return tuple((array.dtype.name, array.shape) for array in arrays)
 

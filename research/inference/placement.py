@@ -62,6 +62,7 @@ def one_slot(
     kind: LogprobKind,
     rules: IdRules,
     drafts: int,
+    adapter: int = 0,
 ) -> Slots:
     """Returns what the device keeps of a sequence, in one row.
 
@@ -73,6 +74,7 @@ def one_slot(
       kind: of its log-probabilities.
       rules: of its ids.
       drafts: that a sequence may have.
+      adapter: which of the model's adapters reads it, from 1; 0 for none.
     """
     plain = SamplingConfig()
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
@@ -86,6 +88,7 @@ def one_slot(
         keys=jnp.asarray(key_words([seed])),
         limit=jnp.array([sequence.limit], jnp.int32),
         memory=jnp.array([memory], jnp.int32),
+        adapter=jnp.array([adapter], jnp.int32),
         sampling=SamplingParams.of([sampling]),
         edits=jnp.array([edits or sequence.needs_host]),
         rules=rules.replace(allowed=jnp.asarray(allowed)),

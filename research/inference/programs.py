@@ -152,6 +152,7 @@ def _read_tile(
         "tokens": tokens[:, None],
         "positions": rows.position[:, None],
         "lengths": slots.limit.at[rows.slot].get(mode="clip")[:, None],
+        "adapters": slots.adapter.at[rows.slot].get(mode="clip")[:, None],
     }
     return read_tokens(config, params, inputs, cache), cache, tokens
 

@@ -4,6 +4,7 @@ if it were alone.
 
 import itertools
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class Replica:
       mesh: that the parameters are sharded over; None is one device.
       draft: config and parameters of a smaller model that guesses, or None.
       params_digest: as of `Engine`.
+      adapters: as of `Engine`.
 
     Attributes:
       num_steps: taken so far.
@@ -70,6 +72,7 @@ class Replica:
         mesh: Mesh | None,
         draft: tuple[ModelConfig, Any] | None,
         params_digest: bytes | None,
+        adapters: Mapping[str, bytes],
     ):
         self._config = config
         self._tokenizer = tokenizer
@@ -83,7 +86,7 @@ class Replica:
         # A drafter may attend to more than the model.
         window = window_of(config) if drafter is None else 0
         self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows, window)
-        self._names = PageNames(config, serve, params_digest)
+        self._names = PageNames(config, serve, params_digest, adapters)
         self._arrivals = itertools.count()
         self._members: dict[Sequence, Sample | Lane] = {}
         has_encoder = config.structure == "encoder_decoder"
@@ -323,7 +326,9 @@ class Replica:
         rules = id_rules(sequence, num_prompt, sampling, self._tokenizer.end_ids, self._num_ids)
         kind = LogprobKind.ALLOWED if is_lane else request.logprob_kind
         seed = 0 if is_lane else member.seed
-        placed = one_slot(sequence, sampling, seed, memory, kind, rules, self._serve.drafts)
+        adapter = self._names.adapter_index(request.adapter)
+        drafts = self._serve.drafts
+        placed = one_slot(sequence, sampling, seed, memory, kind, rules, drafts, adapter)
         self._runner.place(slot, placed)
 
     def _memory_row(self, member: Sample | Lane) -> int:

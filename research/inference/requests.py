@@ -40,6 +40,7 @@ class Request:
       priority: those of a higher one are served first.
       deadline: seconds after which it ends as it is; None for none.
       salt: only requests with the same one share pages of their prompts.
+      adapter: name of one of the engine's adapters; empty for none.
     """
 
     ids: tuple[int, ...]
@@ -56,6 +57,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     salt: str = ""
+    adapter: str = ""
 
     @property
     def num_samples(self) -> int:

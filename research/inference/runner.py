@@ -1,6 +1,5 @@
 """The device side of an engine: parameters, pages and slots, and the programs that change them."""
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from research.inference.speculation.propose import DraftRows, propose
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import PageTable
+from research.parallel.mesh import on_mesh
 from research.parallel.target import platform
 
 logger = logging.getLogger("tessera")
@@ -70,13 +70,13 @@ class Runner:
         self._config = config
         self._serve = serve
         self._num_ids = num_ids
-        self._mesh = mesh
+        self.mesh = mesh
         self._tiles = serve.row_tiles()
         self._draft_tiles = draft_tiles(self._tiles)
         self._widths = piece_widths(config.max_length, len(self._tiles))
         self._width = serve.padded_rows()
         cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self.state = empty_state(
                 params,
                 draft_params,
@@ -95,7 +95,7 @@ class Runner:
 
     def place(self, slot: int, sequence: Slots) -> None:
         """Puts a sequence into a slot."""
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self._slots = admit(self._slots, jnp.int32(slot), sequence)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -105,12 +105,12 @@ class Runner:
         # Page 0, which nobody reads, is copied to itself where there are fewer than slots.
         pairs = np.zeros((self._serve.slots, 2), np.int32)
         pairs[: len(copies)] = copies
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self.state = copy_pages(self.state, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1]))
 
     def read_source(self, row: int, ids: Sequence[int]) -> None:
         """Has the encoder read tokens into a row of the memory."""
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self.state = read_source(
                 self.params, self.state, jnp.int32(row), *self._piece(ids), config=self._config
             )
@@ -118,7 +118,7 @@ class Runner:
     def read_prefix(self, slot: int, ids: Sequence[int]) -> None:
         """Reads a prompt whose tokens attend to all of it into the pages of a slot."""
         table = self._device_table(self.table[slot : slot + 1])
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self.state = read_prefix(
                 self.params, self.state, table, *self._piece(ids), config=self._config
             )
@@ -162,7 +162,7 @@ class Runner:
         arrays[0] = self._serve.slots
         arrays[:, : len(rows)] = np.transpose(rows)
         count = jnp.int32(-(-len(rows) // tile))
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self.state, self._slots = propose(
                 self.params,
                 self._draft_params,
@@ -192,7 +192,7 @@ class Runner:
     def _read(
         self, rows: StepRows, count: int, tile: int, table: Int[np.ndarray, "slots pages"]
     ) -> None:
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self.state = read(
                 self.params,
                 self._draft_params,
@@ -214,7 +214,7 @@ class Runner:
         order[: len(needed)] = needed
         # On CPU few rows draw, and those that do not cost nothing.
         group = 1 if platform() == "cpu" else width
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             self._slots, drawn, accepted = draw_step(
                 self._slots,
                 rows,
@@ -341,12 +341,6 @@ class Runner:
         # The host changes its own while the device reads. JAX copies no NumPy array, not even with
         # `jnp.array`: it reads the memory when the program runs.
         return PageTable(jnp.asarray(np.array(ids)), self.num_pages, PAGE_SIZE)
-
-    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context that its programs run in."""
-        if self._mesh is None:
-            return contextlib.nullcontext()
-        return jax.set_mesh(self._mesh)
 
 
 def _following(row: Row) -> int:

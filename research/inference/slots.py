@@ -38,6 +38,7 @@ class Slots:
       keys: its random key, as words.
       limit: tokens that it may have, prompt included: the length that RoPE rules by length go by.
       memory: the row of what an encoder read for it.
+      adapter: which of the model's adapters reads it, from 1; 0 for none.
       sampling: how its tokens are drawn.
       edits: whether any of its rules changes a logit.
       rules: of each id; which are allowed is said of the newest token, then of each draft.
@@ -49,6 +50,7 @@ class Slots:
     keys: UInt32[Array, "slots 2"]
     limit: Int[Array, "slots"]
     memory: Int[Array, "slots"]
+    adapter: Int[Array, "slots"]
     sampling: SamplingParams
     edits: Bool[Array, "slots"]
     rules: IdRules
@@ -137,6 +139,7 @@ def empty_slots(count: int, num_ids: int, drafts: int) -> Slots:
         keys=jnp.zeros((count, 2), jnp.uint32),
         limit=jnp.ones_like(zeros),
         memory=jnp.zeros_like(zeros),
+        adapter=jnp.zeros_like(zeros),
         sampling=SamplingParams.of([SamplingConfig()] * count),
         edits=jnp.zeros(count, bool),
         rules=rules.replace(allowed=allowed),

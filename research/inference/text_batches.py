@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from research.inference.prefill import real_positions
@@ -22,6 +23,7 @@ from research.models.config import ModelConfig
 from research.models.language_model import LanguageModel
 from research.models.transformer import compute_logits
 from research.models.transformer_model import TransformerModel
+from research.parallel.mesh import on_mesh
 from research.parallel.target import platform
 
 # The smallest width; the others are its doubles.
@@ -235,16 +237,20 @@ class TextBatches:
     Args:
       config: of the model.
       params: its parameters.
+      mesh: that the parameters are sharded over; None is one device.
       tokens: of a batch, at most, but for longer texts; None suits the platform.
     """
 
-    def __init__(self, config: ModelConfig, params: Any, tokens: int | None = None):
+    def __init__(
+        self, config: ModelConfig, params: Any, mesh: Mesh | None = None, tokens: int | None = None
+    ):
         if tokens is None:
             tokens = CPU_TOKENS if platform() == "cpu" else ACCELERATOR_TOKENS
         # Experts are computed in groups of the tokens that chose them, neighbours' among them.
         self._tokens = tokens if config.experts is None else 0
         self._config = config
         self._params = params
+        self._mesh = mesh
         # Rows of a batch, by its reading and width.
         self._rows: dict[tuple[Reading, int], int] = {}
 
@@ -291,7 +297,8 @@ class TextBatches:
     def _read(self, reading: Reading, texts: Sequence[Text], rows: int, width: int) -> list[Any]:
         """Returns what is read of each row of a batch, padding among them."""
         batch = TextRows.of(texts, rows, width)
-        results = read(self._params, batch, config=self._config, reading=reading)
+        with on_mesh(self._mesh):
+            results = read(self._params, batch, config=self._config, reading=reading)
         results = jax.tree.map(np.asarray, results)
         return [jax.tree.map(lambda leaf, row=row: leaf[row], results) for row in range(rows)]
 

@@ -1,5 +1,6 @@
 """The device mesh: six named axes, over devices in slices."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,3 +59,10 @@ def _lay_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Returns the devices of one slice as an array, neighbours along an axis near each other."""
     # An axis of a TPU's torus may be cut in two: tensor 8 on a torus of 4 × 4 × 4.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which a model runs on a mesh; None is one device."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)

@@ -1,6 +1,5 @@
 """The mesh that a trained model runs on, and how its parameters are sharded there."""
 
-import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -86,10 +85,3 @@ def _num_devices(sizes: Mapping[str, int], available: int) -> int:
         sizes[largest],
         f"makes a mesh of {needed} devices, and there are {available}. {advice}",
     )
-
-
-def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Returns the context in which a model runs on a mesh; None is one device."""
-    if mesh is None:
-        return contextlib.nullcontext()
-    return jax.set_mesh(mesh)

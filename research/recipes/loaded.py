@@ -1,6 +1,7 @@
 """A trained model in one object, for verbs, notebooks and scripts."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from jax.sharding import Mesh
@@ -9,14 +10,15 @@ from numpy.typing import ArrayLike
 
 from research.data.tokenizers import Tokenizer
 from research.inference.logits import logits, model_inputs
+from research.inference.pooling import WholeTexts
+from research.inference.text_reader import TextReader
 from research.models.config import ModelConfig
-from research.recipes.generation_mesh import on_mesh
+from research.parallel.mesh import on_mesh
 from research.recipes.loaded_generation import GenerationMethods
-from research.recipes.loaded_texts import WholeTextMethods
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel(GenerationMethods, WholeTextMethods):
+class LoadedModel(GenerationMethods, WholeTexts):
     """A trained model, for notebooks and scripts.
 
     Attributes:
@@ -32,6 +34,10 @@ class LoadedModel(GenerationMethods, WholeTextMethods):
     tokenizer: Tokenizer
     step: int
     mesh: Mesh | None = None
+
+    @functools.cached_property
+    def _reader(self) -> TextReader:
+        return TextReader(self.config, self.params, self.tokenizer, self.mesh)
 
     def logits(
         self,
