@@ -7,6 +7,7 @@ import time
 import numpy as np
 from jaxtyping import UInt32
 
+from research.core.errors import UserError
 from research.core.random import SEEDS
 from research.inference.grammar import Matcher
 from research.inference.guided import allowed_drafts
@@ -155,9 +156,23 @@ class Answer:
         return all(sample.finished for sample in self.samples)
 
     def best(self) -> list[Sample]:
-        """Returns the samples that were asked for: the likeliest by token where more are drawn."""
+        """Returns the samples that were asked for: the best where more are drawn.
+
+        Raises:
+          UserError: a reward that is no number.
+        """
         count = self.request.count
         if len(self.samples) == count:
             return self.samples
-        ordered = sorted(self.samples, key=Sample.mean_logprob, reverse=True)
+        ordered = sorted(self.samples, key=self._goodness, reverse=True)
         return ordered[:count]
+
+    def _goodness(self, sample: Sample) -> float:
+        if self.request.reward is None:
+            return sample.mean_logprob()
+        if sample.error is not None:
+            return -np.inf
+        reward = float(self.request.reward(sample.completion()))
+        if math.isnan(reward):
+            raise UserError("reward", reward, "of an answer must be a number.")
+        return reward

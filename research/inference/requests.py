@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from research.inference.prompts import Prompt, check_room
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
+from research.inference.text import Completion
 from research.models.language_model import LanguageModelConfig
 
 
@@ -30,8 +31,8 @@ class Request:
         none.
       grammar: that the answers keep to; None for none.
       count: answers that are returned; answer i is drawn with the seed `sampling.seed` + i.
-      best_of: answers that are drawn, of which the `count` likeliest by token are returned; 0 is
-        `count`.
+      best_of: answers that are drawn, of which the `count` best are returned; 0 is `count`.
+      reward: what says how good an answer is; None goes by the mean log-probability of its tokens.
       logprobs: likeliest ids whose log-probabilities are returned beside those of each drawn token.
       prompt_logprobs: the same of each token of the prompt but the first; None for none.
       logprob_kind: of which distribution they are.
@@ -49,6 +50,7 @@ class Request:
     grammar: GrammarConfig | None = None
     count: int = 1
     best_of: int = 0
+    reward: Callable[[Completion], float] | None = None
     logprobs: int = 0
     prompt_logprobs: int | None = None
     logprob_kind: LogprobKind = LogprobKind.RAW
@@ -132,7 +134,8 @@ class Request:
             if not holds:
                 raise UserError(name, getattr(beams, name), f"must {constraint}.")
         plain = Request(self.ids)
-        for name in ("grammar", "count", "best_of", "logprobs", "prompt_logprobs", "kept"):
+        drawn = ("grammar", "count", "best_of", "reward", "logprobs", "prompt_logprobs", "kept")
+        for name in drawn:
             if getattr(self, name) != getattr(plain, name):
                 value = getattr(self, name)
                 raise UserError(name, value, "is of answers that are drawn, and beams searches.")

@@ -14,10 +14,12 @@ from research.data.tokenizers import ByteTokenizer
 from research.inference.answers import Sample
 from research.inference.beam_config import BeamConfig
 from research.inference.engine import Engine
+from research.inference.grammar_config import GrammarConfig
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
+from research.inference.text import Completion
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import LayerConfig
 from tests.inference.generate_test import chain
@@ -81,6 +83,21 @@ def test_the_best_of_several_is_the_likeliest_by_token(engine):
     ordered = sorted(answer.samples, key=lambda each: -each.mean_logprob())
     assert answer.best() == ordered[:2]
     assert ordered[0].mean_logprob() > ordered[3].mean_logprob()
+
+
+def test_the_best_of_several_is_that_of_the_highest_reward(engine):
+    def reward(completion: Completion) -> float:
+        return -completion.tokens[0]
+
+    [answer] = engine.run([Request(PROMPT, DRAWN, count=2, best_of=4, reward=reward)])
+    firsts = [tokens(each)[0] for each in answer.samples]
+    assert len(set(firsts)) > 2
+    assert [tokens(each)[0] for each in answer.best()] == sorted(firsts)[:2]
+    by_likelihood = sorted(answer.samples, key=Sample.mean_logprob, reverse=True)
+    assert by_likelihood[:2] != answer.best()  # the control
+    [odd] = engine.run([Request(PROMPT, DRAWN, best_of=2, reward=lambda _: float("nan"))])
+    with pytest.raises(UserError, match="reward = nan of an answer must be a number"):
+        odd.best()
 
 
 def test_logprobs_are_those_of_the_model(engine, params):
@@ -176,6 +193,33 @@ def test_an_aborted_request_leaves_no_page(engine, after: int, kind: str):
     assert tokens(other.samples[0]) == tokens(one(engine, Request(PROMPT, DRAWN)))
 
 
+@pytest.mark.thorough
+def test_a_thousand_aborts_leave_no_page(engine):
+    settle(engine)
+    before = free_pages(engine)
+    draws = np.random.default_rng(8)
+    under_way = []
+    aborted = 0
+    while aborted < 1000:
+        # Fewer prompts than requests, so that pages are shared.
+        prompt = tuple(np.random.default_rng(int(draws.integers(5))).integers(0, 200, 70).tolist())
+        kind = int(draws.integers(3))
+        sampling = dataclasses.replace(DRAWN, max_tokens=40, seed=aborted)
+        request = Request(prompt[: 20 + kind * 25], sampling, count=1 + kind)
+        if kind == 0:
+            request = Request(prompt, beams=BeamConfig(num_beams=2, max_tokens=40))
+        under_way.append(engine.submit(request))
+        for _ in range(int(draws.integers(3))):
+            engine.run_step()
+        if len(under_way) > int(draws.integers(6)):
+            engine.abort(under_way.pop(int(draws.integers(len(under_way)))))
+            aborted += 1
+    for answer in under_way:
+        engine.abort(answer)
+    settle(engine)
+    assert free_pages(engine) == before
+
+
 def test_an_answer_that_has_ended_may_be_aborted(engine):
     [answer] = engine.run([Request(PROMPT, DRAWN)])
     before = tokens(answer.samples[0])
@@ -266,13 +310,16 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_queued(engine, ch
     assert not engine.run_step()
 
 
-def test_nothing_is_compiled_after_the_start(params, caplog):
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.thorough)])
+def test_nothing_is_compiled_after_the_start(params, caplog, count: int):
     engine = Engine(CONFIG, params, BYTES, dataclasses.replace(SERVE, drafts=2, speculate="lookup"))
     one(engine, Request(PROMPT, DRAWN))
     draws = np.random.default_rng(0)
+    letters = GrammarConfig(regex="[a-z ]*")
     requests = []
-    for index in range(60):
-        prompt = tuple(draws.integers(0, 200, int(draws.integers(1, 300))).tolist())
+    for index in range(count):
+        longest = 40 if index % 20 else 300
+        prompt = tuple(draws.integers(0, 200, int(draws.integers(1, longest))).tolist())
         if index % 10 == 0:
             requests.append(
                 Request(prompt, beams=BeamConfig(num_beams=3, max_tokens=5, min_tokens=2))
@@ -290,7 +337,15 @@ def test_nothing_is_compiled_after_the_start(params, caplog):
             seed=index,
         )
         requests.append(
-            Request(prompt, sampling, count=1 + index % 2, logprobs=index % 4, kept=index % 5 == 0)
+            Request(
+                prompt,
+                sampling,
+                count=1 + index % 2,
+                logprobs=index % 4,
+                kept=index % 5 == 0,
+                grammar=letters if index % 7 == 0 else None,
+                prompt_logprobs=1 if index % 11 == 0 else None,
+            )
         )
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         engine.run(requests)
