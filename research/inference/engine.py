@@ -98,7 +98,7 @@ class Engine(WholeTexts):
         """
         self._check(request)
         answer = Answer(request)
-        replica = min(self.replicas, key=lambda each: each.load)
+        replica = min(self.replicas, key=lambda each: each.members.load)
         replica.submit(answer)
         self._replica_of[answer] = replica
         return answer
@@ -143,8 +143,9 @@ class Engine(WholeTexts):
         """
         with serving():
             under_way = [replica.run_step() for replica in self.replicas]
-        for answer in [each for each in self._replica_of if each.finished]:
-            del self._replica_of[answer]
+        for replica in self.replicas:
+            for answer in replica.members.take_ended():
+                self._replica_of.pop(answer, None)
         return any(under_way)
 
     def submit_all(self, requests: Sequence[Request]) -> list[Answer]:
@@ -168,8 +169,10 @@ class Engine(WholeTexts):
     def run(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers requests, and returns the answers in their order."""
         answers = self.submit_all(requests)
-        while not all(answer.finished for answer in answers):
-            self.run_step()
+        for answer in answers:
+            # Those before it have ended, so that each is asked about once.
+            while not answer.finished:
+                self.run_step()
         return answers
 
     def stream(self, request: Request) -> Iterator[Answer]:

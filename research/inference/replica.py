@@ -17,6 +17,7 @@ from research.inference.grammar import GrammarCompiler
 from research.inference.grammar_config import GrammarError
 from research.inference.guided import masks_after
 from research.inference.id_masks import num_words
+from research.inference.members import Members
 from research.inference.page_names import PageNames
 from research.inference.page_transfer import ExportedPages, export_pages, find_pages, import_pages
 from research.inference.pages import PagePool
@@ -61,6 +62,7 @@ class Replica:
       num_steps: taken so far.
       num_rows: tokens that steps have read so far.
       guesses: of its answers.
+      members: what it is answering.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Replica:
         self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows, window)
         self._names = PageNames(config, serve, params_digest, adapters)
         self._arrivals = itertools.count()
-        self._members: dict[Sequence, Sample | Lane] = {}
+        self.members = Members()
         has_encoder = config.structure == "encoder_decoder"
         self._searches = Searches(tokenizer, self._num_ids, has_encoder=has_encoder)
         self._grammars: GrammarCompiler | None = None
@@ -105,11 +107,6 @@ class Replica:
     def available_pages(self) -> int:
         """Pages that no request has."""
         return self._scheduler.pool.available
-
-    @property
-    def load(self) -> int:
-        """Tokens that its answers under way may yet have."""
-        return sum(sequence.limit - sequence.written for sequence in self._members)
 
     def find_pages(self, request: Request) -> int:
         """Returns how many full pages of a prompt are here."""
@@ -132,6 +129,7 @@ class Replica:
         """
         request = answer.request
         arrival = next(self._arrivals)
+        self.members.time(answer, arrival)
         if request.beams is not None:
             sequence = self._sequence(request, (-request.priority, arrival, 0))
             self._add(self._searches.begin(answer, sequence))
@@ -164,7 +162,7 @@ class Replica:
         return self._grammars
 
     def _add(self, member: Sample | Lane) -> None:
-        self._members[member.sequence] = member
+        self.members.add(member)
         self._scheduler.add(member.sequence)
 
     def _sequence(self, request: Request, order: tuple[int, ...]) -> Sequence:
@@ -195,7 +193,7 @@ class Replica:
         self._read_under_way()
         self._scheduler.restart()
         self._names.rename_params(params_digest)
-        for sequence, member in self._members.items():
+        for sequence, member in self.members.items():
             sequence.rename(self._names.start(member.answer.request, sequence.limit))
         self._runner.params = params
 
@@ -209,21 +207,21 @@ class Replica:
         started = self._start(rows) if rows else None
         self._read_under_way()
         self._under_way = started
-        return bool(self._members)
+        return bool(self.members)
 
     def _prepare(self) -> None:
         """Reads the step under way where the next one depends on it, and has guesses made."""
         running = self._scheduler.running
         most = self.guesses.most(len(running))
         for sequence in running:
-            member = self._members[sequence]
+            member = self.members[sequence]
             is_searched = isinstance(member, Lane)
             # Where the newest token is, is not known until its drafts are read.
             is_guided = is_searched or member.matcher is not None or len(sequence.drafts) > 0
             sequence.needs_host = is_guided or self.guesses.wanted(member, most)
         if any(sequence.needs_host for sequence in running):
             self._read_under_way()
-        members = [self._members[sequence] for sequence in running]
+        members = [self.members[sequence] for sequence in running]
         samples = [member for member in members if isinstance(member, Sample)]
         on_device = self.guesses.make(samples, most, self.num_steps)
         if on_device:
@@ -231,23 +229,21 @@ class Replica:
             self._runner.propose(on_device)
 
     def _end_late_ones(self) -> None:
-        now = time.monotonic()
-        for answer in {member.answer for member in self._members.values()}:
-            if answer.ends_at is not None and now > answer.ends_at:
-                self.abort(answer, "deadline")
+        for answer in self.members.late(time.monotonic()):
+            self.abort(answer, "deadline")
 
     def _start(self, rows: list[Row]) -> UnderWay:
         admitted = self._scheduler.take_admitted()
         for sequence in admitted:
             # What it had in an earlier stay may be another's now.
-            self._members[sequence].memory = None
+            self.members[sequence].memory = None
         for sequence in admitted:
             self._place(sequence)
         self._write_tables()
         targets = {}
         extras = {}
         for index, row in enumerate(rows):
-            member = self._members[row.sequence]
+            member = self.members[row.sequence]
             request = member.answer.request
             if isinstance(member, Lane):
                 extras[index] = (self._serve.top_logprobs * row.draws, False)
@@ -276,7 +272,7 @@ class Replica:
         masks = {}
         guided = {}
         for row in rows:
-            member = self._members[row.sequence]
+            member = self.members[row.sequence]
             if not row.draws or row.draft:
                 continue
             if isinstance(member, Lane):
@@ -311,7 +307,7 @@ class Replica:
         """Puts a sequence into its slot, and has read what is read in one piece."""
         slot = sequence.slot
         assert slot is not None
-        member = self._members[sequence]
+        member = self.members[sequence]
         request = member.answer.request
         is_lane = isinstance(member, Lane)
         memory = slot
@@ -337,7 +333,7 @@ class Replica:
         """
         rows = {}
         for sequence in self._scheduler.running:
-            other = self._members[sequence]
+            other = self.members[sequence]
             if other.memory is not None and other is not member:
                 rows[other.answer] = other.memory
         member.memory = rows.get(member.answer)
@@ -356,7 +352,7 @@ class Replica:
         drawn: dict[Sample, list[TokenLogprobs]] = {}
         full = []
         for index, (row, found) in enumerate(zip(step.rows, step.read(), strict=True)):
-            member = self._members.get(row.sequence)
+            member = self.members.get(row.sequence)
             # Ended since.
             if member is None or found is None:
                 continue
@@ -374,7 +370,7 @@ class Replica:
             changes = self._searches.advance(answer, self._scheduler)
             self._runner.copy_pages(changes.copies)
             for lane in changes.begun:
-                self._members[lane.sequence] = lane
+                self.members.add(lane)
             for lane in changes.ended:
                 self._end(lane)
 
@@ -395,4 +391,4 @@ class Replica:
 
     def _end(self, member: Sample | Lane) -> None:
         self._scheduler.end(member.sequence)
-        self._members.pop(member.sequence, None)
+        self.members.remove(member)

@@ -6,6 +6,7 @@ after the other. The row of its newest token draws the next one. So prompts may 
 and a sequence that lost its pages is written again like a prompt.
 """
 
+import bisect
 from collections.abc import Iterable
 
 from research.inference.pages import NO_PAGE, PagePool
@@ -39,7 +40,11 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence, which the pool must be able to hold alone."""
         assert self._pages_at_once(sequence.limit) < self.pool.num_pages
-        self.waiting.append(sequence)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        """Puts a sequence among those that wait, which are in order."""
+        bisect.insort(self.waiting, sequence, key=lambda each: each.order)
 
     def pages_of(self, tokens: int) -> int:
         """Returns how many pages so many tokens take."""
@@ -150,7 +155,7 @@ class Scheduler:
         """Gives slots to waiting sequences while there are pages for their tokens, in order: none
         overtakes another.
         """
-        for sequence in sorted(self.waiting, key=lambda each: each.order):
+        for sequence in list(self.waiting):
             if sequence.paused or self._follows(sequence):
                 continue
             if not sequence.is_known or not self._has_slot(sequence):
@@ -188,7 +193,7 @@ class Scheduler:
             is_same_request = other.order[:-1] == sequence.order[:-1]
             if other.paused and (is_same_request or other.order > sequence.order):
                 self._stop(other)
-                self.waiting.append(other)
+                self._wait(other)
                 return True
         return False
 
@@ -200,7 +205,7 @@ class Scheduler:
         if not sequence.is_urgent or last.order < sequence.order:
             return False
         self._stop(last)
-        self.waiting.append(last)
+        self._wait(last)
         return True
 
     def _follows(self, sequence: Sequence) -> bool:
@@ -257,7 +262,7 @@ class Scheduler:
         while not self.pool.available:
             last = self._in_order()[-1]
             self._stop(last)
-            self.waiting.append(last)
+            self._wait(last)
             if last is sequence:
                 return False
         return True
@@ -268,7 +273,7 @@ class Scheduler:
         """
         for sequence in list(self.running):
             self._stop(sequence)
-            self.waiting.append(sequence)
+            self._wait(sequence)
         self.pool.forget()
 
     def _stop(self, sequence: Sequence) -> None:

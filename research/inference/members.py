@@ -1,0 +1,79 @@
+"""What a replica is answering: samples and lanes under way, by their sequences."""
+
+import heapq
+from collections.abc import ItemsView, Iterator
+
+from research.inference.answers import Answer, Sample
+from research.inference.beam_lanes import Lane
+from research.inference.sequence import Sequence
+
+
+class Members:
+    """Samples and lanes under way. None of its operations takes longer where more of them wait.
+
+    Attributes:
+      load: tokens that they may have, prompts included.
+    """
+
+    def __init__(self) -> None:
+        self.load = 0
+        self._members: dict[Sequence, Sample | Lane] = {}
+        self._ended: list[Answer] = []
+        # When answers end by their deadlines, the first of them first, and these answers.
+        self._deadlines: list[tuple[float, int]] = []
+        self._timed: dict[int, Answer] = {}
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, sequence: Sequence) -> Sample | Lane:
+        return self._members[sequence]
+
+    def get(self, sequence: Sequence) -> Sample | Lane | None:
+        """Returns whose sequence it is; None where that has ended."""
+        return self._members.get(sequence)
+
+    def items(self) -> ItemsView[Sequence, Sample | Lane]:
+        """Returns all, with their sequences."""
+        return self._members.items()
+
+    def add(self, member: Sample | Lane) -> None:
+        """Takes a sample or a lane."""
+        self._members[member.sequence] = member
+        self.load += member.sequence.limit
+
+    def time(self, answer: Answer, arrival: int) -> None:
+        """Ends an answer at its deadline, if it has one: see `late`.
+
+        Args:
+          answer: which.
+          arrival: its number among all.
+        """
+        if answer.ends_at is not None:
+            heapq.heappush(self._deadlines, (answer.ends_at, arrival))
+            self._timed[arrival] = answer
+
+    def remove(self, member: Sample | Lane) -> None:
+        """Ends a sample or a lane, if it is under way."""
+        sequence = member.sequence
+        if self._members.pop(sequence, None) is None:
+            return
+        self.load -= sequence.limit
+        if member.answer.finished:
+            self._ended.append(member.answer)
+            _, arrival, _ = sequence.order
+            self._timed.pop(arrival, None)
+
+    def late(self, now: float) -> Iterator[Answer]:
+        """Yields the answers whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] < now:
+            _, arrival = heapq.heappop(self._deadlines)
+            answer = self._timed.pop(arrival, None)
+            if answer is not None:
+                yield answer
+
+    def take_ended(self) -> list[Answer]:
+        """Returns the answers that have ended since the last call."""
+        ended = self._ended
+        self._ended = []
+        return ended
