@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -28,7 +28,10 @@ from research.core.errors import UserError, nearest
 from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 
 SIDE = "research.bench.engine_sides"
-PARTS = ("arrivals", "prefix", "lookup", "start", "programs", "memory")
+ACCELERATOR_SIDE = "research.bench.engine_accelerator"
+# Of the accelerator's part.
+SHAPE = "configs/model/llama.py:3-8b"
+PARTS = ("arrivals", "prefix", "lookup", "start", "programs", "memory", "accelerator")
 COLUMNS = ["what", "measured", "beside", "ratio", "wanted", "also"]
 # The package that each peer needs.
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
@@ -111,6 +114,21 @@ def _rows(
     if "memory" in parts:
         write_model(folder / "tiny", TINY, "float32")
         yield memory_row(_measured("memory", str(folder / "tiny"))["bytes"])
+    if "accelerator" in parts:
+        yield from accelerator_rows(json.loads(run([ACCELERATOR_SIDE, SHAPE, rounds])))
+
+
+def accelerator_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """Yields what was measured on an accelerator, or why nothing was.
+
+    Args:
+      found: as `engine_accelerator` prints it.
+    """
+    if "reason" in found:
+        yield Row("a large shape on an accelerator", "", "left out", "", "", found["reason"])
+        return
+    for cells in found["rows"]:
+        yield Row(*cells)
 
 
 def _measured(*arguments: str) -> dict[str, list[float]]:
