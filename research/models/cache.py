@@ -160,8 +160,8 @@ class Cache:
     """The caches of all layers.
 
     Attributes:
-      layers: one per layer; of a scanned model, one for each of its first layers, then a single
-          one with a leading layer axis.
+      layers: one per layer; of a scanned model, one for each of its first layers, then one for
+          each place of the pattern, with a leading axis of the layers there.
       memory_segments: which of the encoder's tokens are real, not 0; None without an encoder.
       page_table: the pages of each row, in all layers; None where the cache is not paged.
     """
@@ -232,13 +232,15 @@ def empty_cache(
             memory = MemoryCache(key, value)
         return LayerCache(tokens, memory)
 
-    # Stacked, the layers of the pattern share one cache with a leading axis:
-    # 6 layers, 2 of them first -> 2 caches, and one of 4 layers.
     num_unrolled = len(config.first_layers) if stacked else config.num_layers
-    num_stacked = config.num_layers - num_unrolled
     layers = [empty_layer() for _ in range(num_unrolled)]
-    if num_stacked:
-        layers.append(empty_layer(num_stacked))
+    # Stacked, the layers at one place of the pattern share a cache with a leading axis: of 7
+    # layers, 2 of them first, and a pattern of 3 -> 2 caches, then those of layers 2 and 5, of
+    # 3 and 6, and of 4.
+    num_stacked = config.num_layers - num_unrolled
+    period = len(config.pattern)
+    for place in range(min(period, num_stacked)):
+        layers.append(empty_layer(len(range(place, num_stacked, period))))
     return Cache(tuple(layers), memory_segments, page_table).lay_out()
 
 

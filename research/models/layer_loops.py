@@ -22,10 +22,13 @@ from research.models.reports import LayerReport
 Hidden = Float[Array, "B T D"]
 # The hidden states, the layer's cache and its report.
 LayerOutput = tuple[Hidden, LayerCache | None, LayerReport]
+# One per layer; where parameters are stacked, one per place of the pattern, with a leading axis of
+# the layers there.
+Caches = tuple[LayerCache, ...] | None
 # What rounds of the pattern hand on.
-Carry = tuple[Hidden, LayerCache | None]
+Carry = tuple[Hidden, Caches]
 # The same of several layers; reports are named as their parameters are.
-LayersOutput = tuple[Hidden, tuple[LayerCache, ...] | None, dict[str, LayerReport]]
+LayersOutput = tuple[Hidden, Caches, dict[str, LayerReport]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +64,14 @@ class LayerGroup:
 class LayerLoop(Protocol):
     """A way to run layers."""
 
-    def run(
-        self, group: LayerGroup, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
-    ) -> LayersOutput:
+    def run(self, group: LayerGroup, x: Hidden, caches: Caches, context: Context) -> LayersOutput:
         """Returns the hidden states after the layers, their caches in the form given, and their
         reports.
 
         Args:
           group: at least one layer.
           x: the hidden states before them.
-          caches: one per layer, or a single one with a leading layer axis where parameters are
-              stacked; None without a cache.
+          caches: of the layers; None without a cache.
           context: of the stack.
         """
         ...
@@ -81,9 +81,7 @@ class LayerLoop(Protocol):
 class Unrolled:
     """A Python loop: every layer is traced into the program, with parameters of its own."""
 
-    def run(
-        self, group: LayerGroup, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
-    ) -> LayersOutput:
+    def run(self, group: LayerGroup, x: Hidden, caches: Caches, context: Context) -> LayersOutput:
         """Implements `LayerLoop.run`."""
         new_caches = []
         reports = {}
@@ -105,32 +103,28 @@ class Scanned:
 
     Parameters, caches and reports have a leading layer axis. The caches of all layers are carried
     from round to round, and each layer changes its own in place; scanned over, they would be
-    copied. Where the number of layers is no
-    multiple of the pattern's length, the last layers are unrolled; only their parameters are sliced
-    out of the stacked arrays, which copies them.
+    copied. Each place of the pattern has a cache of its own, with the layers of all rounds: what
+    layers keep may differ between places. Where the number of layers is no multiple of the
+    pattern's length, the last layers are unrolled; only their parameters are sliced out of the
+    stacked arrays, which copies them.
     """
 
-    def run(
-        self, group: LayerGroup, x: Hidden, caches: tuple[LayerCache, ...] | None, context: Context
-    ) -> LayersOutput:
+    def run(self, group: LayerGroup, x: Hidden, caches: Caches, context: Context) -> LayersOutput:
         """Implements `LayerLoop.run`."""
-        cache = None if caches is None else caches[0]
-
         # 7 layers of a pattern of 3: layers 0 to 5 are scanned in two rounds, layer 6 is unrolled.
         num_layers = len(group.layer_configs)
         num_scanned = num_layers - num_layers % group.period
         scanned = jax.tree.map(lambda leaf: leaf[:num_scanned], group.params)
-        x, cache, report = _scan_rounds(group, x, scanned, cache, context)
+        x, caches, report = _scan_rounds(group, x, scanned, caches, context)
 
         reports = [report]
         for index in range(num_scanned, num_layers):
             params = _slice_layer(group.params, index)
-            x, cache, report = _run_layer(group, x, params, cache, context, index)
+            x, caches, report = _run_layer(group, x, params, caches, context, index)
             # A layer axis of length 1, to join the output of the scan.
             reports.append(jax.tree.map(lambda leaf: leaf[None], report))
 
-        new_caches = None if cache is None else (cache,)
-        return x, new_caches, {"layers": _concatenate(reports)}
+        return x, caches, {"layers": _concatenate(reports)}
 
 
 def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:
@@ -141,34 +135,34 @@ def with_layer_key(context: Context, index: int | Int[Array, ""]) -> Context:
 
 
 def _scan_rounds(
-    group: LayerGroup, x: Hidden, params: Any, cache: LayerCache | None, context: Context
-) -> LayerOutput:
-    """Scans over whole rounds of the pattern; returns the hidden states, the cache, and reports
+    group: LayerGroup, x: Hidden, params: Any, caches: Caches, context: Context
+) -> tuple[Hidden, Caches, LayerReport]:
+    """Scans over whole rounds of the pattern; returns the hidden states, the caches, and reports
     with a leading layer axis.
 
     Args:
       params: with a leading layer axis, a multiple of the pattern's length.
-      cache: of all layers of the group, with a leading layer axis.
+      caches: of all layers of the group.
     """
     period = group.period
     num_layers = len(jax.tree.leaves(params)[0])
     num_rounds = num_layers // period
 
     def run_round(carry: Carry, round_input: tuple[Array, Any]) -> tuple[Carry, LayerReport]:
-        x, cache = carry
+        x, caches = carry
         round_index, round_params = round_input
         reports = []
         for i, layer_config in enumerate(group.layer_configs[:period]):
             params = _slice_layer(round_params, i)
             index = round_index * period + i
             layer_context = with_layer_key(context, group.start_index + index)
-            own = None if cache is None else cache.layer(index)
+            own = None if caches is None else caches[i].layer(round_index)
             x, own, report = group.apply(layer_config, params, x, own, layer_context)
-            cache = None if cache is None else cache.put(index, own)
+            caches = _put(caches, i, round_index, own)
             reports.append(report)
 
         # The scan's output of one round has a leading axis of `period` layers.
-        return (x, cache), jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+        return (x, caches), jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
 
     if group.remat is not None:
         # Inside a scan, common subexpressions are not merged anyway.
@@ -180,29 +174,29 @@ def _scan_rounds(
 
     by_round = jax.tree.map(split_rounds, params)
     round_indices = jnp.arange(num_rounds)
-    (x, cache), reports = jax.lax.scan(run_round, (x, cache), (round_indices, by_round))
+    (x, caches), reports = jax.lax.scan(run_round, (x, caches), (round_indices, by_round))
 
     # [num_rounds, period, ...] -> [num_layers, ...]
     def join_rounds(leaf: Array) -> Array:
         return leaf.reshape(num_layers, *leaf.shape[2:])
 
-    return x, cache, jax.tree.map(join_rounds, reports)
+    return x, caches, jax.tree.map(join_rounds, reports)
 
 
 def _run_layer(
     group: LayerGroup,
     x: Hidden,
     params: Any,
-    cache: LayerCache | None,
+    caches: Caches,
     context: Context,
     index: int,
-) -> LayerOutput:
-    """Runs one layer after the scan; returns the hidden states, the cache of all layers and its
+) -> tuple[Hidden, Caches, LayerReport]:
+    """Runs one layer after the scan; returns the hidden states, the caches of all layers and its
     report.
 
     Args:
       params: of the layer.
-      cache: of all layers of the group, with a leading layer axis.
+      caches: of all layers of the group.
       index: of the layer, in the group.
     """
 
@@ -212,10 +206,20 @@ def _run_layer(
 
     if group.remat is not None:
         run = jax.checkpoint(run, policy=group.remat)
-    if cache is None:
-        return run(x, params, None)
-    x, own, report = run(x, params, cache.layer(index))
-    return x, cache.put(index, own), report
+    # Layer 7 of a pattern of 3 is at place 1, the third one there.
+    round_index, place = divmod(index, group.period)
+    own = None if caches is None else caches[place].layer(round_index)
+    x, own, report = run(x, params, own)
+    return x, _put(caches, place, round_index, own), report
+
+
+def _put(
+    caches: Caches, place: int, round_index: int | Int[Array, ""], own: LayerCache | None
+) -> Caches:
+    """Returns the caches with that of one layer, at a place of the pattern, put into them."""
+    if caches is None:
+        return None
+    return (*caches[:place], caches[place].put(round_index, own), *caches[place + 1 :])
 
 
 def _slice_layer(stacked: Any, index: int) -> Any:

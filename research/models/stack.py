@@ -229,9 +229,11 @@ class Stack(nn.Module):
         for loop, group in self._layer_groups():
             group_caches = None
             if cache is not None:
-                # Caches of this group: one per layer, or a single stacked one.
+                # Caches of this group: one per layer, or per place of the pattern.
                 start = len(new_caches)
-                count = 1 if group.params is not None else len(group.layer_configs)
+                count = len(group.layer_configs)
+                if group.params is not None:
+                    count = min(count, group.period)
                 group_caches = cache.layers[start : start + count]
 
             x, group_caches, group_reports = loop.run(group, x, group_caches, context)

@@ -11,7 +11,7 @@ import pytest
 
 from research.kernels.attention import AttentionMask
 from research.models.cache import Cache, DenseCache, empty_cache
-from research.models.config import ModelConfig, PositionConfig
+from research.models.config import LayerConfig, ModelConfig, PositionConfig
 from research.models.transformer import Transformer
 from tests.tiny import logits, random_params, random_tokens, stack, tiny_config
 
@@ -70,6 +70,17 @@ def test_unused_slots_are_never_attended_to():
     )
     found, _ = read(config, params, tokens, np.arange(3)[None], full)
     np.testing.assert_allclose(found, logits(config, params, tokens), atol=1e-5)
+
+
+def test_the_layers_at_a_place_of_a_scanned_pattern_share_a_cache():
+    layer = LayerConfig()
+    config = tiny_config(num_layers=7, first_layers=(layer,) * 2, pattern=(layer,) * 3)
+    found = empty_cache(config, 1, SLOTS, stacked=True)
+    shapes = [each.tokens.key.shape for each in found.layers]
+    assert [shape[:-4] for shape in shapes] == [(), (), (2,), (2,), (1,)]
+    # Fewer layers than the pattern has.
+    short = empty_cache(dataclasses.replace(config, num_layers=4), 1, SLOTS, stacked=True)
+    assert [each.tokens.key.shape[:-4] for each in short.layers] == [(), (), (1,), (1,)]
 
 
 def test_cache_holds_a_token_in_the_slot_of_its_position():
