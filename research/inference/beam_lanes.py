@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from research.inference.beam_search import BeamSearch
-from research.inference.scheduler import Scheduler
+from research.inference.scheduler import PageCopy, Scheduler
 from research.inference.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Changes:
 
     begun: list[Lane]
     ended: list[Lane]
-    copies: list[tuple[int, int]]
+    copies: list[PageCopy]
 
 
 class BeamLanes:

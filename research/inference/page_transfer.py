@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from research.core.errors import UserError
-from research.inference.pages import PagePool
+from research.inference.page_kinds import PageKind, find_prefix, had
 from research.inference.runner import Runner
 from research.inference.slots import DeviceState
-from research.kernels.decode_attention import PAGE_SIZE, KVPages
+from research.kernels.decode_attention import PAGE_SIZE
 from research.models.cache import LayerCache
+from research.models.paged_cache import stack_axes
 from research.parallel.mesh import on_mesh
 from research.parallel.shard_map import whole_batch
 
@@ -35,7 +36,8 @@ class ExportedPages:
         keys.
       count: of the pages.
       page_size: tokens of a page.
-      arrays: types and shapes, of which the pages are the first axis.
+      arrays: types and shapes, of which the pages are the first axis; layers with a window have
+        the last ones alone, which the token after them attends to.
       data: the bytes of the arrays, one after the other.
       sha256: of `data`.
     """
@@ -48,41 +50,36 @@ class ExportedPages:
     sha256: bytes
 
 
-def find_pages(pool: PagePool, digests: Sequence[bytes]) -> list[int]:
-    """Returns the pages of a prompt that are here, from the first on."""
-    pages = []
-    # Pages [5, 7, None, 9] -> [5, 7]
-    for digest in digests:
-        page = pool.find(digest)
-        if page is None:
-            break
-        pages.append(page)
-    return pages
-
-
-def export_pages(runner: Runner, pool: PagePool, digests: Sequence[bytes]) -> ExportedPages:
-    """Returns those pages of a prompt that are here, from the first on.
+def export_pages(
+    runner: Runner, kinds: Sequence[PageKind], digests: Sequence[bytes]
+) -> ExportedPages:
+    """Returns those pages of a prompt that are here, from the first on; of layers with a window,
+    those that the token after them attends to.
 
     Args:
       runner: that has them.
-      pool: that knows which they are.
+      kinds: which know what they are.
       digests: of the prompt's full pages.
 
     Raises:
       UserError: none is here.
     """
-    pages = find_pages(pool, digests)
-    if not pages:
+    pages = find_prefix(kinds, digests)
+    count = len(pages[0])
+    if not count:
         raise UserError("ids", constraint=": no full page of them is here.")
-    ids = np.zeros(runner.pages_per_sequence, np.int32)
-    ids[: len(pages)] = pages
+    had_pages = [had(each) for each in pages]
     with on_mesh(runner.mesh):
-        found = _take(runner.state, jnp.asarray(ids))
-    arrays = [np.asarray(array)[: len(pages)] for array in found]
+        found = _take(runner.state, _device_ids(runner, had_pages, 0))
+    # Each array is of a layer's kind, and begins with the kind's pages.
+    counts = [len(had_pages[kind]) for kind in _kinds_of_arrays(runner.state)]
+    arrays = []
+    for array, own in zip(found, counts, strict=True):
+        arrays.append(np.asarray(array)[:own])
     data = b"".join(array.tobytes() for array in arrays)
     return ExportedPages(
-        digests[len(pages) - 1],
-        len(pages),
+        digests[count - 1],
+        count,
         PAGE_SIZE,
         tuple((array.dtype.name, array.shape) for array in arrays),
         data,
@@ -91,12 +88,12 @@ def export_pages(runner: Runner, pool: PagePool, digests: Sequence[bytes]) -> Ex
 
 
 def import_pages(
-    runner: Runner, pool: PagePool, digests: Sequence[bytes], exported: ExportedPages
+    runner: Runner, kinds: Sequence[PageKind], digests: Sequence[bytes], exported: ExportedPages
 ) -> None:
     """Puts pages where requests that begin with their tokens find them.
 
     Args:
-      runner, pool: as of `export_pages`.
+      runner, kinds: as of `export_pages`.
       digests: of the prompt's full pages, here.
       exported: from another engine.
 
@@ -114,25 +111,52 @@ def import_pages(
             exported.digest.hex(),
             "is of other tokens, parameters, another model or another salt.",
         )
-    types = _types(runner, count)
+    # Of 5 pages, a kind with a window may have the last 2 alone.
+    own_digests = []
+    for kind in kinds:
+        first = kind.first_at(count * PAGE_SIZE)
+        own_digests.append(digests[first:count])
+    counts = [len(own) for own in own_digests]
+    types = _types(runner, counts)
     if exported.arrays != types:
         raise UserError("pages.arrays", exported.arrays, f"must be {types}, as they are here.")
-    if count > pool.available:
-        raise UserError("pages.count", count, f"is above what is free, {pool.available}.")
+    for kind, needed in zip(kinds, counts, strict=True):
+        free = kind.pool.available
+        if needed > free:
+            raise UserError("pages.count", needed, f"is above what is free, {free}.")
 
     # Those that are here already are free again below: the first page of a digest keeps it.
-    pages = [pool.take() for _ in range(count)]
-    width = runner.pages_per_sequence
-    # Ids [5, 7] of 4 -> [5, 7, pages, pages], where what is past the pages is dropped.
-    ids = np.full(width, runner.num_pages, np.int32)
-    ids[:count] = pages
-    arrays = [jnp.asarray(array) for array in _padded(exported, width)]
+    pages = [kind.take(needed) for kind, needed in zip(kinds, counts, strict=True)]
+    arrays = [jnp.asarray(array) for array in _padded(exported, runner.pages_per_sequence)]
+    # What is past the pages is dropped.
+    ids = _device_ids(runner, pages, max(runner.num_pages))
     with on_mesh(runner.mesh):
-        runner.state = _put(runner.state, jnp.asarray(ids), arrays)
-    # The last one first: of idle pages, those that fewer sequences begin with go first.
-    for page, digest in reversed(list(zip(pages, digests, strict=False))):
-        pool.name(page, digest)
-        pool.release(page)
+        runner.state = _put(runner.state, ids, arrays)
+    for kind, taken, own in zip(kinds, pages, own_digests, strict=True):
+        kind.name(taken, own)
+        kind.release(taken)
+
+
+def _device_ids(
+    runner: Runner, pages: Sequence[Sequence[int]], filler: int
+) -> Int[Array, "kinds pages"]:
+    """Returns pages of each kind: [5, 7] of 4 -> [5, 7, filler, filler]."""
+    ids = np.full((len(pages), runner.pages_per_sequence), filler, np.int32)
+    for row, own in zip(ids, pages, strict=True):
+        row[: len(own)] = own
+    return jnp.asarray(ids)
+
+
+def _layers(state: DeviceState) -> tuple[LayerCache, ...]:
+    return (*state.layers, *state.draft_layers)
+
+
+def _kinds_of_arrays(state: DeviceState) -> list[int]:
+    """Returns the kind of layers that each array of pages is of."""
+    kinds = []
+    for layer in _layers(state):
+        kinds += [layer.tokens.kind] * len(layer.tokens.pages.arrays())
+    return kinds
 
 
 def _padded(exported: ExportedPages, width: int) -> Iterator[Shaped[np.ndarray, "pages *rest"]]:
@@ -148,45 +172,48 @@ def _padded(exported: ExportedPages, width: int) -> Iterator[Shaped[np.ndarray, 
         yield padded
 
 
-def _types(runner: Runner, count: int) -> tuple[ArrayType, ...]:
-    """Returns types and shapes of the arrays of so many pages."""
-    ids = jnp.zeros(count, jnp.int32)
+def _types(runner: Runner, counts: Sequence[int]) -> tuple[ArrayType, ...]:
+    """Returns types and shapes of the arrays of so many pages of each kind."""
+    ids = jnp.zeros((len(counts), 1), jnp.int32)
     with on_mesh(runner.mesh):
         arrays = jax.eval_shape(_take, runner.state, ids)
-    return tuple((array.dtype.name, array.shape) for array in arrays)
-
-
-def _stack_axes(pages: KVPages) -> int:
-    """Returns how many axes come before that of the pages: 1 where layers are stacked, else 0."""
-    return pages.key.ndim - 4
+    types = []
+    for array, kind in zip(arrays, _kinds_of_arrays(runner.state), strict=True):
+        shape = (counts[kind], *array.shape[1:])
+        types.append((array.dtype.name, shape))
+    return tuple(types)
 
 
 @jax.jit
 @whole_batch()
-def _take(state: DeviceState, ids: Int[Array, "pages"]) -> list[Shaped[Array, "pages *rest"]]:
-    """Returns some pages of all layers, the pages first."""
+def _take(state: DeviceState, ids: Int[Array, "kinds pages"]) -> list[Shaped[Array, "pages *rest"]]:
+    """Returns some pages of all layers, those of its kind of each, the pages first."""
     found = []
-    for layer in (*state.layers, *state.draft_layers):
-        axis = _stack_axes(layer.tokens.pages)
+    for layer in _layers(state):
+        axis = stack_axes(layer.tokens.pages)
+        own = ids[layer.tokens.kind]
         for leaf in layer.tokens.pages.arrays():
-            found.append(jnp.moveaxis(jnp.take(leaf, ids, axis=axis, mode="clip"), axis, 0))
+            taken = jnp.take(leaf, own, axis=axis, mode="clip")
+            found.append(jnp.moveaxis(taken, axis, 0))
     return found
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 @whole_batch()
 def _put(
-    state: DeviceState, ids: Int[Array, "pages"], arrays: list[Shaped[Array, "pages *rest"]]
+    state: DeviceState, ids: Int[Array, "kinds pages"], arrays: list[Shaped[Array, "pages *rest"]]
 ) -> DeviceState:
     """Returns the state with pages from `_take`."""
     new = iter(arrays)
 
     def put(layer: LayerCache) -> LayerCache:
-        axis = _stack_axes(layer.tokens.pages)
+        axis = stack_axes(layer.tokens.pages)
         stack = (slice(None),) * axis
+        own = ids[layer.tokens.kind]
 
         def put_leaf(leaf: Array) -> Array:
-            return leaf.at[(*stack, ids)].set(jnp.moveaxis(next(new), 0, axis), mode="drop")
+            put_pages = jnp.moveaxis(next(new), 0, axis)
+            return leaf.at[(*stack, own)].set(put_pages, mode="drop")
 
         pages = jax.tree.map(put_leaf, layer.tokens.pages)
         return layer.replace(tokens=layer.tokens.replace(pages=pages).lay_out())

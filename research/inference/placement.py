@@ -104,9 +104,20 @@ def goes_by_length(config: LanguageModelConfig) -> bool:
     return any(scaling is not None and scaling.by_length for scaling in scalings)
 
 
-def window_of(config: LanguageModelConfig) -> int:
-    """Returns how many tokens each token attends to in any layer, at most; 0 for all."""
-    if not isinstance(config, ModelConfig):
-        return 0
-    windows = [layer.window for layer in config.layers()]
-    return max(windows) if all(windows) else 0
+def windows_of(config: LanguageModelConfig, *, keeps_all: bool) -> tuple[int, ...]:
+    """Returns how many tokens each token attends to, at most, in each kind of layers that keep the
+    same tokens: 0, where some attend to all, then the largest window, where some have one.
+
+    Args:
+      config: of the model.
+      keeps_all: whether there are layers beside the model's, which keep all tokens.
+    """
+    layers = config.layers() if isinstance(config, ModelConfig) else ()
+    windows = [layer.window for layer in layers if layer.window is not None]
+    # Windows [4, None, 8] -> (0, 8), [4, 8] -> (8,), [None] -> (0,)
+    kinds = []
+    if keeps_all or not windows or len(windows) < len(layers):
+        kinds.append(0)
+    if windows:
+        kinds.append(max(windows))
+    return tuple(kinds)

@@ -66,7 +66,9 @@ def empty_state(
     if drafter is None:
         return state
     hidden = jnp.zeros((rows, config.embed_dim), config.dtype)
-    return state.replace(draft_layers=drafter.empty_layers(draft_params, table), hidden=hidden)
+    # What guesses may attend to more than the model: it keeps all tokens.
+    draft_layers = drafter.empty_layers(draft_params, table.kinds[0])
+    return state.replace(draft_layers=draft_layers, hidden=hidden)
 
 
 @functools.partial(
@@ -138,8 +140,7 @@ def _read_tile(
     found = known.at[rows.slot, rows.draft].get(mode="clip")
     tokens = jnp.where(rows.token < 0, found, rows.token)
     # Padding has no pages: it writes to page 0, which nobody reads.
-    ids = table.ids.at[rows.slot].get(mode="fill", fill_value=0)
-    cache = Cache(state.layers, page_table=PageTable(ids, table.num_pages, table.page_size))
+    cache = Cache(state.layers, page_table=table.of_rows(rows.slot))
     if state.memory_segments is not None:
         # What the encoder read for the sequence of each row.
         memory = slots.memory.at[rows.slot].get(mode="clip")
@@ -188,10 +189,14 @@ def _with_memory(layers: Layers, others: Layers) -> Layers:
 @functools.partial(jax.jit, donate_argnames=("state",))
 @whole_batch()
 def copy_pages(
-    state: DeviceState, sources: Int[Array, "pages"], targets: Int[Array, "pages"]
+    state: DeviceState, sources: Int[Array, "kinds pages"], targets: Int[Array, "kinds pages"]
 ) -> DeviceState:
-    """Returns the state with pages copied to others, in all layers."""
-    layers = [layer.replace(tokens=layer.tokens.copy(sources, targets)) for layer in state.layers]
+    """Returns the state with pages copied to others, in all layers: those of its kind in each."""
+    layers = []
+    for layer in state.layers:
+        kind = layer.tokens.kind
+        tokens = layer.tokens.copy(sources[kind], targets[kind])
+        layers.append(layer.replace(tokens=tokens))
     return state.replace(layers=tuple(layers))
 
 

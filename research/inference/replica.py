@@ -18,10 +18,11 @@ from research.inference.grammar_config import GrammarError
 from research.inference.guided import masks_after
 from research.inference.id_masks import num_words
 from research.inference.members import Members
+from research.inference.page_kinds import PageKind, find_prefix
 from research.inference.page_names import PageNames
-from research.inference.page_transfer import ExportedPages, export_pages, find_pages, import_pages
+from research.inference.page_transfer import ExportedPages, export_pages, import_pages
 from research.inference.pages import PagePool
-from research.inference.placement import id_rules, one_slot, window_of
+from research.inference.placement import id_rules, one_slot
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
@@ -84,10 +85,10 @@ class Replica:
         self.guesses = Guesses(serve, on_device=drafter is not None)
         draft_params = None if draft is None else draft[1]
         self._runner = Runner(config, params, serve, self._num_ids, mesh, drafter, draft_params)
-        pool = PagePool(self._runner.num_pages)
-        # A drafter may attend to more than the model.
-        window = window_of(config) if drafter is None else 0
-        self._scheduler = Scheduler(serve.slots, pool, PAGE_SIZE, serve.rows, window)
+        kinds = []
+        for count, window in zip(self._runner.num_pages, self._runner.windows, strict=True):
+            kinds.append(PageKind(PagePool(count), PAGE_SIZE, window))
+        self._scheduler = Scheduler(serve.slots, kinds, serve.rows)
         self._names = PageNames(config, serve, params_digest, adapters)
         self._arrivals = itertools.count()
         self.members = Members()
@@ -104,22 +105,22 @@ class Replica:
         return self._under_way is not None
 
     @property
-    def available_pages(self) -> int:
-        """Pages that no request has."""
-        return self._scheduler.pool.available
+    def available_pages(self) -> tuple[int, ...]:
+        """Pages that no request has, of each kind of layers."""
+        return tuple(kind.pool.available for kind in self._scheduler.kinds)
 
     def find_pages(self, request: Request) -> int:
         """Returns how many full pages of a prompt are here."""
-        return len(find_pages(self._scheduler.pool, self._names.of_prompt(request)))
+        return len(find_prefix(self._scheduler.kinds, self._names.of_prompt(request))[0])
 
     def export_pages(self, request: Request) -> ExportedPages:
         """As `Engine.export_pages`."""
-        return export_pages(self._runner, self._scheduler.pool, self._names.of_prompt(request))
+        return export_pages(self._runner, self._scheduler.kinds, self._names.of_prompt(request))
 
     def import_pages(self, request: Request, pages: ExportedPages) -> None:
         """As `Engine.import_pages`."""
         digests = self._names.of_prompt(request)
-        import_pages(self._runner, self._scheduler.pool, digests, pages)
+        import_pages(self._runner, self._scheduler.kinds, digests, pages)
 
     def submit(self, answer: Answer) -> None:
         """Queues a request that was checked, by its answer without samples.
@@ -261,11 +262,9 @@ class Replica:
         return UnderWay(rows, drawn, accepted, targets, extras)
 
     def _write_tables(self) -> None:
-        """Writes the pages of all running sequences into the table."""
+        """Writes the pages of all running sequences into the tables."""
         for sequence in self._scheduler.running:
-            table = self._runner.table[sequence.slot]
-            table[:] = 0
-            table[: len(sequence.pages)] = sequence.pages
+            self._runner.write_table(sequence.slot, sequence.pages)
 
     def _masks(self, rows: list[Row]) -> dict[int, np.ndarray]:
         """Returns which ids may come next, by slot, where that has changed."""
@@ -314,8 +313,7 @@ class Replica:
         if self._config.structure == "encoder_decoder":
             memory = self._memory_row(member)
         if sequence.reads_piece:
-            self._runner.table[slot] = 0
-            self._runner.table[slot, : len(sequence.pages)] = sequence.pages
+            self._runner.write_table(slot, sequence.pages)
             self._runner.read_prefix(slot, request.ids)
         sampling = SEARCHED if is_lane else request.sampling
         num_prompt = sequence.limit - request.max_tokens

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt32
 
 from research.inference.drawing import Allowed, draw_step
-from research.inference.placement import id_rules, one_slot
+from research.inference.placement import id_rules, one_slot, windows_of
+from research.inference.pool_sizes import pages_of, pool_pages
 from research.inference.program_names import draft_tiles, piece_widths
 from research.inference.programs import copy_pages, empty_state, read, read_prefix, read_source
 from research.inference.sampling_config import SamplingConfig
+from research.inference.scheduler import PageCopy
 from research.inference.sequence import Row
 from research.inference.sequence import Sequence as Answered
 from research.inference.serve_config import ServeConfig
@@ -30,15 +32,26 @@ from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.propose import DraftRows, propose
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.language_model import LanguageModelConfig
-from research.models.paged_cache import PageTable
+from research.models.paged_cache import PageTable, stack_axes
 from research.parallel.mesh import on_mesh
 from research.parallel.target import platform
 
 logger = logging.getLogger("tessera")
 
+# The pages of rows, of each kind of layers.
+Tables = Sequence[Int[np.ndarray, "rows pages"]]
+
 
 class Runner:
     """What an engine keeps on its devices.
+
+    Attributes:
+      params: of the model.
+      state: pages, and what the programs hand to each other.
+      windows: of the kinds of layers, as of `windows_of`.
+      num_pages: of each kind, page 0 included.
+      pages_per_sequence: entries of a table's row.
+      tables: the pages of each slot, of each kind.
 
     Args:
       config: of the model.
@@ -63,10 +76,12 @@ class Runner:
         self.params = params
         self._drafter = drafter
         self._draft_params = draft_params
-        # Page 0 is nobody's.
-        self.num_pages = 1 + -(-serve.tokens // PAGE_SIZE)
-        self.pages_per_sequence = -(-config.max_length // PAGE_SIZE)
-        self.table = np.zeros((serve.slots, self.pages_per_sequence), np.int32)
+        keeps_all = drafter is not None and drafter.has_layers
+        self.windows = windows_of(config, keeps_all=keeps_all)
+        self.num_pages = pool_pages(serve, self.windows, config.max_length)
+        self.pages_per_sequence = pages_of(config.max_length)
+        shape = (serve.slots, self.pages_per_sequence)
+        self.tables = tuple(np.zeros(shape, np.int32) for _ in self.windows)
         self._config = config
         self._serve = serve
         self._num_ids = num_ids
@@ -80,7 +95,7 @@ class Runner:
             self.state = empty_state(
                 params,
                 draft_params,
-                self._device_table(self.table),
+                self._device_table(self.tables),
                 config=config,
                 rows=self._width,
                 drafter=drafter,
@@ -98,15 +113,23 @@ class Runner:
         with on_mesh(self.mesh):
             self._slots = admit(self._slots, jnp.int32(slot), sequence)
 
-    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies pages: pairs of one and where to."""
+    def write_table(self, slot: int, pages: Sequence[Sequence[int]]) -> None:
+        """Says which pages the sequence in a slot has, of each kind."""
+        for table, own in zip(self.tables, pages, strict=True):
+            table[slot] = 0
+            table[slot, : len(own)] = own
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copies pages of each kind."""
         if not copies:
             return
         # Page 0, which nobody reads, is copied to itself where there are fewer than slots.
-        pairs = np.zeros((self._serve.slots, 2), np.int32)
-        pairs[: len(copies)] = copies
+        # [copies, kinds, 2] -> [2, kinds, slots]
+        pairs = np.zeros((2, len(self.windows), self._serve.slots), np.int32)
+        pairs[..., : len(copies)] = np.transpose(copies)
         with on_mesh(self.mesh):
-            self.state = copy_pages(self.state, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1]))
+            sources, targets = map(jnp.asarray, pairs)
+            self.state = copy_pages(self.state, sources, targets)
 
     def read_source(self, row: int, ids: Sequence[int]) -> None:
         """Has the encoder read tokens into a row of the memory."""
@@ -117,7 +140,8 @@ class Runner:
 
     def read_prefix(self, slot: int, ids: Sequence[int]) -> None:
         """Reads a prompt whose tokens attend to all of it into the pages of a slot."""
-        table = self._device_table(self.table[slot : slot + 1])
+        own = [table[slot : slot + 1] for table in self.tables]
+        table = self._device_table(own)
         with on_mesh(self.mesh):
             self.state = read_prefix(
                 self.params, self.state, table, *self._piece(ids), config=self._config
@@ -144,7 +168,7 @@ class Runner:
         """
         tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
         arrays = self._rows(rows, targets, wants)
-        self._read(arrays, len(rows), tile, self.table)
+        self._read(arrays, len(rows), tile, self.tables)
         drawing = {index for index, row in enumerate(rows) if row.draws}
         needed = sorted(drawing | set(targets))
         return arrays, needed
@@ -168,7 +192,7 @@ class Runner:
                 self._draft_params,
                 self.state,
                 self._slots,
-                self._device_table(self.table),
+                self._device_table(self.tables),
                 DraftRows(*map(jnp.asarray, arrays)),
                 count,
                 drafter=self._drafter,
@@ -189,16 +213,14 @@ class Runner:
         """
         return self._draw(*step, self._allowed(masks))
 
-    def _read(
-        self, rows: StepRows, count: int, tile: int, table: Int[np.ndarray, "slots pages"]
-    ) -> None:
+    def _read(self, rows: StepRows, count: int, tile: int, tables: Tables) -> None:
         with on_mesh(self.mesh):
             self.state = read(
                 self.params,
                 self._draft_params,
                 self.state,
                 self._slots,
-                self._device_table(table),
+                self._device_table(tables),
                 rows,
                 jnp.int32(-(-count // tile)),
                 config=self._config,
@@ -278,18 +300,20 @@ class Runner:
             if self._config.structure == "prefix":
                 self.read_prefix(0, [0] * width)
 
-        self.copy_pages([(0, 0)])
+        self.copy_pages([((0, 0),) * len(self.windows)])
         if self._drafter is not None:
             for tile in self._draft_tiles:
                 self.propose([(self._serve.slots, 1, 0)] * tile)
         largest = self._tiles[-1]
-        count = min(largest, self._serve.tokens, self._config.max_length)
+        room = (min(self.num_pages) - 1) * PAGE_SIZE
+        count = min(largest, room, self._config.max_length)
         ids = [(1 + 7919 * index) % self._num_ids for index in range(count)]
         sequence = Answered((0,), ids, count + 1)
         sampling = SamplingConfig(temperature=0.0, max_tokens=1)
         rules = id_rules(sequence, count, sampling, (), self._num_ids)
         drafts = self._serve.drafts
-        self.place(0, one_slot(sequence, sampling, 0, 0, LogprobKind.RAW, rules, drafts))
+        placed = one_slot(sequence, sampling, 0, 0, LogprobKind.RAW, rules, drafts)
+        self.place(0, placed)
         rows = [Row(sequence, 0, index, token, True) for index, token in enumerate(ids)]
         # Nor may it matter in which row of a tile a token is.
         found = {}
@@ -316,31 +340,35 @@ class Runner:
           tile: rows of a tile.
           skipped: rows of the first tile that are padding.
         """
-        table = np.zeros_like(self.table)
-        pages = -(-len(rows) // PAGE_SIZE)
-        table[0, :pages] = np.arange(1, 1 + pages)
+        pages = pages_of(len(rows))
+        tables = [np.zeros_like(table) for table in self.tables]
+        for table in tables:
+            table[0, :pages] = np.arange(1, 1 + pages)
         padded = [*[None] * skipped, *rows]
         logprobs = []
         for start in range(0, len(padded), tile):
             part = padded[start : start + tile]
             needed = [index for index, row in enumerate(part) if row is not None]
             arrays = self._rows(part, {}, set())
-            self._read(arrays, tile, tile, table)
+            self._read(arrays, tile, tile, tables)
             drawn, _ = self._draw(arrays, needed, self._nothing_new)
-            logprobs.append(np.asarray(drawn.logprob)[needed])
+            logprob = np.asarray(drawn.logprob)
+            logprobs.append(logprob[needed])
         written = []
         for layer in self.state.layers:
-            for leaf in jax.tree.leaves(layer.tokens):
-                # Page 0, where padding is written, is not compared: [*L, pages, …].
-                axis = leaf.shape.index(self.num_pages)
+            # Page 0, where padding is written, is not compared: [*L, pages, …].
+            axis = stack_axes(layer.tokens.pages)
+            for leaf in layer.tokens.pages.arrays():
                 own = jax.lax.slice_in_dim(leaf, 1, 1 + pages, axis=axis)
                 written.append(np.asarray(own))
-        return [array.tobytes() for array in (np.concatenate(logprobs), *written)]
+        found = [np.concatenate(logprobs), *written]
+        return [array.tobytes() for array in found]
 
-    def _device_table(self, ids: Int[np.ndarray, "rows pages"]) -> PageTable:
+    def _device_table(self, tables: Tables) -> PageTable:
         # The host changes its own while the device reads. JAX copies no NumPy array, not even with
         # `jnp.array`: it reads the memory when the program runs.
-        return PageTable(jnp.asarray(np.array(ids)), self.num_pages, PAGE_SIZE)
+        ids = [jnp.asarray(np.array(table)) for table in tables]
+        return PageTable.of_kinds(ids, self.num_pages)
 
 
 def _following(row: Row) -> int:

@@ -7,10 +7,16 @@ and a sequence that lost its pages is written again like a prompt.
 """
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Listed
 
-from research.inference.pages import NO_PAGE, PagePool
+from research.inference import page_kinds
+from research.inference.page_kinds import PageKind
+from research.inference.pages import PagePool
 from research.inference.sequence import Row, Sequence
+
+# A page to copy and where to, of each kind.
+PageCopy = tuple[tuple[int, int], ...]
 
 
 class Scheduler:
@@ -18,17 +24,15 @@ class Scheduler:
 
     Args:
       slots: sequences that run at a time, at most.
-      pool: the pages.
-      page_size: tokens of a page.
+      kinds: of layers, which say what pages there are; one that attends to all tokens comes first.
       rows: tokens that a step takes, at least `slots`.
-      window: tokens that each token attends to, where no layer attends to more; 0 for all.
     """
 
-    def __init__(self, slots: int, pool: PagePool, page_size: int, rows: int, window: int = 0):
+    def __init__(self, slots: int, kinds: Listed[PageKind], rows: int):
         assert rows >= slots
-        self._window = window
-        self.pool = pool
-        self.page_size = page_size
+        assert all(kind.window for kind in kinds[1:])
+        self.kinds = tuple(kinds)
+        self.page_size = kinds[0].page_size
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         # Those that got their slots and were not asked for yet.
@@ -38,8 +42,9 @@ class Scheduler:
         self._free_slots = list(range(slots - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence, which the pool must be able to hold alone."""
-        assert self._pages_at_once(sequence.limit) < self.pool.num_pages
+        """Queues a sequence, which the pools must be able to hold alone."""
+        for kind in self.kinds:
+            assert kind.at_once(sequence.limit, self._rows) < kind.pool.num_pages
         self._wait(sequence)
 
     def _wait(self, sequence: Sequence) -> None:
@@ -48,9 +53,13 @@ class Scheduler:
 
     def pages_of(self, tokens: int) -> int:
         """Returns how many pages so many tokens take."""
-        return -(-tokens // self.page_size)
+        return page_kinds.pages_of(tokens, self.page_size)
 
-    def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]]:
+    def _by_kind(self, pages: Listed[list[int]]) -> Iterator[tuple[PageKind, list[int]]]:
+        """Returns the kinds of layers with a sequence's pages in each."""
+        return zip(self.kinds, pages, strict=True)
+
+    def fork(self, parent: Sequence, child: Sequence) -> list[PageCopy]:
         """Gives a sequence that begins as another one a slot, the other's full pages, and a copy of
         the page that is filled in part; or queues it.
 
@@ -62,19 +71,20 @@ class Scheduler:
           the page to copy, and where to; none where there is nothing to copy.
         """
         full, rest = divmod(parent.written, self.page_size)
-        has_page = not rest or self.pool.available
-        if parent.slot is None or not self._free_slots or not has_page:
+        has_pages = not rest or all(kind.pool.available for kind in self.kinds)
+        if parent.slot is None or not self._free_slots or not has_pages:
             self.add(child)
             return []
-        child.pages = parent.pages[:full]
-        for page in child.pages:
-            if page != NO_PAGE:
-                self.pool.share(page)
+        child.pages = tuple(pages[:full] for pages in parent.pages)
+        for kind, pages in self._by_kind(child.pages):
+            kind.share(pages)
+            if rest:
+                pages += kind.take(1)
         copies = []
         if rest:
-            page = self.pool.take()
-            copies = [(parent.pages[full], page)]
-            child.pages.append(page)
+            sources = [pages[full] for pages in parent.pages]
+            targets = [pages[full] for pages in child.pages]
+            copies.append(tuple(zip(sources, targets, strict=True)))
         child.written = parent.written
         child.reads_piece = False
         self._run(child)
@@ -92,14 +102,6 @@ class Scheduler:
         self.admitted = []
         return admitted
 
-    def _pages_at_once(self, tokens: int) -> int:
-        """Returns how many pages so many tokens of a sequence take at a time, at most."""
-        pages = self.pages_of(tokens)
-        if self._window:
-            # Those of the window and of a step's tokens, and the page that each begins in.
-            pages = min(pages, self.pages_of(self._window + self._rows) + 1)
-        return pages
-
     def end(self, sequence: Sequence) -> None:
         """Frees what a sequence has, in whatever state it is."""
         sequence.ended = True
@@ -111,7 +113,8 @@ class Scheduler:
     def plan(self) -> list[Row]:
         """Returns the rows of the next step: newest tokens of answers, and parts of prompts."""
         for sequence in self.running:
-            self._release_passed(sequence)
+            for kind, pages in self._by_kind(sequence.pages):
+                kind.release_passed(pages, sequence.written)
         self._admit()
         rows: list[Row] = []
         # In order: who loses its pages to another has no rows yet.
@@ -119,17 +122,6 @@ class Scheduler:
             rows += self._take(sequence, count)
         self._name_pages(self.running)
         return rows
-
-    def _release_passed(self, sequence: Sequence) -> None:
-        """Releases the pages that lie before the window of all tokens to come."""
-        first = sequence.written - self._window + 1
-        if not self._window or first <= 0:
-            return
-        for index in range(first // self.page_size):
-            page = sequence.pages[index]
-            if page != NO_PAGE:
-                self.pool.release(page)
-                sequence.pages[index] = NO_PAGE
 
     def _counts(self) -> dict[Sequence, int]:
         """Returns how many rows each running sequence gets, in order."""
@@ -164,26 +156,32 @@ class Scheduler:
             while not self._has_room(sequence, shared):
                 if not self._stop_paused(sequence):
                     return
-            for page in shared:
-                self.pool.share(page)
-            sequence.pages = shared
-            sequence.written = len(shared) * self.page_size
+            for kind, pages in self._by_kind(shared):
+                kind.share(pages)
+            sequence.pages = tuple(shared)
+            sequence.written = len(shared[0]) * self.page_size
             sequence.reads_piece = sequence.in_one_piece > 0
             if sequence.reads_piece:
-                assert not shared
+                assert not sequence.written
                 count = self.pages_of(sequence.in_one_piece)
-                sequence.pages = [self.pool.take() for _ in range(count)]
+                for kind, pages in self._by_kind(sequence.pages):
+                    pages += kind.take(count)
                 # The next token is drawn from the row of the last one.
                 sequence.written = sequence.in_one_piece - 1
             self.waiting.remove(sequence)
             self._run(sequence)
 
-    def _has_room(self, sequence: Sequence, shared: list[int]) -> bool:
-        """Returns whether there are pages for a sequence, some of which it shares."""
-        idle = sum(1 for page in shared if not self.pool.owners(page))
-        # Room for one more token, so that it is not preempted for its first one.
-        needed = self._pages_at_once(sequence.length + 1) - len(shared)
-        return needed <= self.pool.available - idle
+    def _has_room(self, sequence: Sequence, shared: list[list[int]]) -> bool:
+        """Returns whether there are pages of each kind for a sequence, some of which it shares."""
+        for kind, pages in self._by_kind(shared):
+            had = page_kinds.had(pages)
+            idle = sum(1 for page in had if not kind.pool.owners(page))
+            # Room for one more token, so that it is not preempted for its first one.
+            tokens = sequence.length + 1
+            needed = kind.at_once(tokens, self._rows) - len(had)
+            if needed > kind.pool.available - idle:
+                return False
+        return True
 
     def _stop_paused(self, sequence: Sequence) -> bool:
         """Takes slot and pages from one that waits for others to be read, this sequence perhaps
@@ -216,20 +214,15 @@ class Scheduler:
         shared = (sequence.length - 1) // self.page_size * self.page_size
         return leader.written < shared
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Returns the pages of its first tokens that are there already. Its last token is always
-        written again: the next one is drawn from it.
+    def _find_prefix(self, sequence: Sequence) -> list[list[int]]:
+        """Returns the pages of its first tokens that are there already, by kind. Its last token is
+        always written again: the next one is drawn from it.
         """
         if sequence.chain_start is None or sequence.reads_all:
-            return []
+            return [[] for _ in self.kinds]
         full = (sequence.length - 1) // self.page_size
-        pages = []
-        for digest in sequence.digests(self.page_size)[:full]:
-            page = self.pool.find(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+        digests = sequence.digests(self.page_size)
+        return page_kinds.find_prefix(self.kinds, digests[:full])
 
     def _take(self, sequence: Sequence, count: int) -> list[Row]:
         """Returns the rows of a sequence's next tokens, with pages for them; none where it has lost
@@ -238,10 +231,11 @@ class Scheduler:
         if sequence.slot is None or not count:
             return []
         end = sequence.written + count
-        while len(sequence.pages) < self.pages_of(end):
-            if not self._make_room(sequence):
-                return []
-            sequence.pages.append(self.pool.take())
+        for kind, pages in self._by_kind(sequence.pages):
+            while len(pages) < self.pages_of(end):
+                if not self._make_room(sequence, kind.pool):
+                    return []
+                pages += kind.take(1)
 
         rows = []
         for position in range(sequence.written, end):
@@ -255,11 +249,11 @@ class Scheduler:
             sequence.length += 1
         return rows
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Makes sure of an available page, by the pages of the last sequences in order; returns
-        whether the sequence itself kept its own.
+    def _make_room(self, sequence: Sequence, pool: PagePool) -> bool:
+        """Makes sure of an available page of a pool, by the pages of the last sequences in order;
+        returns whether the sequence itself kept its own.
         """
-        while not self.pool.available:
+        while not pool.available:
             last = self._in_order()[-1]
             self._stop(last)
             self._wait(last)
@@ -274,24 +268,23 @@ class Scheduler:
         for sequence in list(self.running):
             self._stop(sequence)
             self._wait(sequence)
-        self.pool.forget()
+        for kind in self.kinds:
+            kind.pool.forget()
 
     def _stop(self, sequence: Sequence) -> None:
         """Takes slot and pages from a running sequence."""
         self.running.remove(sequence)
         assert sequence.slot is not None
         self._free_slots.append(sequence.slot)
-        # The last page first: of idle pages, those that fewer sequences begin with go first.
-        for page in reversed(sequence.pages):
-            if page != NO_PAGE:
-                self.pool.release(page)
+        for kind, pages in self._by_kind(sequence.pages):
+            kind.release(pages)
         sequence.slot = None
-        sequence.pages = []
+        sequence.pages = ()
         sequence.written = 0
         sequence.drafts = ()
 
     def _name_pages(self, sequences: Iterable[Sequence]) -> None:
-        """Tells the pool what full pages hold, for sequences that are admitted later: their rows
+        """Tells the pools what full pages hold, for sequences that are admitted later: their rows
         come after those that write these pages.
         """
         for sequence in sequences:
@@ -299,6 +292,5 @@ class Scheduler:
                 continue
             known = min(sequence.written, len(sequence.tokens)) // self.page_size
             digests = sequence.digests(self.page_size)[:known]
-            for page, digest in zip(sequence.pages, digests, strict=False):
-                if page != NO_PAGE:
-                    self.pool.name(page, digest)
+            for kind, pages in self._by_kind(sequence.pages):
+                kind.name(pages, digests)

@@ -30,7 +30,7 @@ class Sequence:
       length: tokens that exist, with those that the device draws and the host has not read.
       written: tokens whose keys and values are in the pages, or are written by steps under way.
       slot: its row of the device's state; None while it waits.
-      pages: of its tokens.
+      pages: of its tokens, of each kind of layers.
       paused: whether it takes no step until tokens are added.
       ended: whether nothing more is wanted of it.
     """
@@ -49,7 +49,7 @@ class Sequence:
     length: int = 0
     written: int = 0
     slot: int | None = None
-    pages: list[int] = dataclasses.field(default_factory=list)
+    pages: tuple[list[int], ...] = ()
     paused: bool = False
     ended: bool = False
     _digests: list[bytes] = dataclasses.field(default_factory=list)

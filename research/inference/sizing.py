@@ -13,6 +13,8 @@ import psutil
 from jax.sharding import Mesh
 
 from research.core.errors import UserError
+from research.inference.placement import windows_of
+from research.inference.pool_sizes import EngineBytes, most_windowed, pages_of
 from research.inference.programs import empty_state
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import empty_slots
@@ -36,33 +38,6 @@ _DRAW_IN_USE = 12
 # Copies of what is gathered for a call of attention: as it lies in pages, in rows, in float32.
 _GATHERED_IN_USE = 4
 _FLOAT32 = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineBytes:
-    """What an engine takes on one device.
-
-    Attributes:
-      weights: of the model.
-      page: of all layers: `PAGE_SIZE` tokens.
-      fixed: what stays there beside weights and pages: the logits of a step, what slots are told of
-        each id, what an encoder read.
-      temporaries: of a step, estimated from above.
-    """
-
-    weights: int
-    page: int
-    fixed: int
-    temporaries: int
-
-    def of_pages(self, count: int) -> int:
-        """Bytes of so many pages, and of page 0, which is nobody's."""
-        return (1 + count) * self.page
-
-
-def pages_of(tokens: int) -> int:
-    """Returns how many pages hold tokens."""
-    return -(-tokens // PAGE_SIZE)
 
 
 def engine_bytes(
@@ -157,34 +132,53 @@ def _state_bytes(
 ) -> EngineBytes:
     """Returns all but what the weights take."""
     width = serve.padded_rows()
-    page, memory, rest = _state_parts(config, serve.slots, width, forms)
-    slots = jax.eval_shape(lambda: jax.tree.leaves(empty_slots(serve.slots, num_ids, serve.drafts)))
+    windows = _windows(config, forms)
+    pages, memory, rest = _state_parts(config, serve.slots, width, forms)
+
+    def make_slots() -> list[Any]:
+        slots = empty_slots(serve.slots, num_ids, serve.drafts)
+        return jax.tree.leaves(slots)
+
+    slots = jax.eval_shape(make_slots)
     fixed = memory + rest + _bytes(slots)
 
     # Keys and values are sharded by head where `tensor` divides the heads; latents never are.
     if isinstance(config, ModelConfig):
         has_latents = config.attention.latent is not None
         if not has_latents and config.attention.num_kv_heads % tensor == 0:
-            page //= tensor
+            pages = [page // tensor for page in pages]
     draw_rows = 1 if platform_name == "cpu" else width
     temporaries = _DRAW_IN_USE * draw_rows * config.vocab_size * _FLOAT32
     if isinstance(config, ModelConfig):
         temporaries += _tile_bytes(config, serve.row_tiles()[-1], memory // serve.slots)
         temporaries += _piece_bytes(config)
-    return EngineBytes(0, page, fixed, temporaries)
+    sizes = EngineBytes(0, pages[0], fixed, temporaries)
+    if len(windows) == 1:
+        return sizes
+    most = most_windowed(serve, windows[1], config.max_length)
+    return dataclasses.replace(sizes, windowed_page=pages[1], most_windowed=most)
+
+
+def _windows(config: LanguageModelConfig, forms: Forms) -> tuple[int, ...]:
+    keeps_all = forms.drafter is not None and forms.drafter.has_layers
+    return windows_of(config, keeps_all=keeps_all)
 
 
 def _state_parts(
     config: LanguageModelConfig, slots: int, rows: int, forms: Forms
-) -> tuple[int, int, int]:
-    """Returns the bytes of a page, of what an encoder read for all slots, and of the rest."""
+) -> tuple[list[int], int, int]:
+    """Returns the bytes of a page of each kind, of what an encoder read for all slots, and of the
+    rest.
+    """
     # Of the parameters it counts only whether layers are stacked.
     params = {"layers": ()} if forms.stacked else {}
     draft_params = {"layers": ()} if forms.draft_stacked else {}
 
-    def make() -> tuple[list[Any], list[Any], list[Any]]:
+    kinds = range(len(_windows(config, forms)))
+
+    def make() -> tuple[list[list[Any]], list[Any], list[Any]]:
         ids = jnp.zeros((slots, pages_of(config.max_length)), jnp.int32)
-        table = PageTable(ids, 1, PAGE_SIZE)
+        table = PageTable.of_kinds([ids for _ in kinds], [1 for _ in kinds])
         state = empty_state(
             params,
             draft_params,
@@ -195,12 +189,16 @@ def _state_parts(
             cache_dtype=forms.cache_dtype,
         )
         layers = (*state.layers, *state.draft_layers)
-        tokens = jax.tree.leaves([layer.tokens for layer in layers])
+        pages = []
+        for kind in kinds:
+            own = [layer.tokens for layer in layers if layer.tokens.kind == kind]
+            pages.append(jax.tree.leaves(own))
         memory = jax.tree.leaves([layer.memory for layer in layers])
         rest = (state.logits, state.memory_segments, state.hidden)
-        return tokens, memory, jax.tree.leaves(rest)
+        return pages, memory, jax.tree.leaves(rest)
 
-    return tuple(_bytes(leaves) for leaves in jax.eval_shape(make))
+    pages, memory, rest = jax.eval_shape(make)
+    return [_bytes(each) for each in pages], _bytes(memory), _bytes(rest)
 
 
 def _tile_bytes(config: ModelConfig, tile: int, memory: int) -> int:
@@ -255,9 +253,7 @@ def fit_tokens(serve: ServeConfig, sizes: EngineBytes, room: int, max_length: in
       UserError: `tokens` do not fit, or where they are 0 not even a sequence of `max_length`.
     """
     share = 1.0 if serve.tokens else serve.memory
-    left = int(share * room) - sizes.fixed - sizes.temporaries
-    # Recurrent models have states of slots and no pages.
-    pages = max(left // max(sizes.page, 1) - 1, 0)
+    pages = sizes.pages_in(int(share * room) - sizes.fixed - sizes.temporaries)
     needed = pages_of(serve.tokens or max_length)
     if pages < needed:
         raise _too_small(serve, sizes, room, pages, needed, max_length)

@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from research.core.config import plain
+from research.inference.pool_sizes import EngineBytes, pages_of
 from research.inference.program_names import program_names
 from research.inference.serve_config import ServeConfig
-from research.inference.sizing import EngineBytes, fit_tokens, gigabytes, pages_of
+from research.inference.sizing import fit_tokens, gigabytes
 from research.inspection.report import aligned
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
@@ -33,6 +34,11 @@ class ServeReport:
     replicas: int
     max_length: int
     programs: list[str]
+
+    @property
+    def windowed_pages(self) -> int:
+        """Pages of layers with a window, where others attend to all tokens."""
+        return min(pages_of(self.serve.tokens), self.sizes.most_windowed)
 
     @property
     def sequences(self) -> int:
@@ -71,6 +77,8 @@ def serve_report_lines(report: ServeReport) -> list[str]:
     """Returns the report for people."""
     sizes = report.sizes
     pages = pages_of(report.serve.tokens)
+    windowed = sizes.of_windowed(pages)
+    unwindowed = sizes.of_pages(pages) - windowed
     sequences = f"{report.sequences:,} of max_length = {report.max_length:,} at a time"
     if report.sequences > report.serve.slots:
         sequences += f"; {report.serve.slots:,} slots run, the rest is for shared prompts"
@@ -81,14 +89,19 @@ def serve_report_lines(report: ServeReport) -> list[str]:
         "slots": f"{report.serve.slots:,}, {gigabytes(sizes.fixed)}",
         "temporaries": f"{gigabytes(sizes.temporaries)}, estimated from above",
         "pages": f"{pages:,} of {PAGE_SIZE} tokens and {sizes.page:,} bytes, "
-        f"{gigabytes(sizes.of_pages(pages))}",
+        f"{gigabytes(unwindowed)}",
+        "windows": f"{report.windowed_pages:,} pages of {sizes.windowed_page:,} bytes, in layers "
+        f"with a window, {gigabytes(windowed)}",
         "tokens": f"{report.serve.tokens:,}",
         "sequences": sequences,
         "programs": f"{len(report.programs)}: {'; '.join(report.programs)}",
     }
+    if not sizes.windowed_page:
+        del rows["windows"]
     return aligned(rows)
 
 
 def serve_report_json(report: ServeReport) -> dict[str, Any]:
     """Returns the same for programs."""
-    return {**plain(report), "sequences": report.sequences}
+    counted = {"sequences": report.sequences, "windowed_pages": report.windowed_pages}
+    return {**plain(report), **counted}

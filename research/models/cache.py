@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from research.core.errors import UserError
 from research.kernels.attention import AttentionMask
 from research.models.cache_rows import HEADS, lay_out_rows, put_layer, slice_layer, write_tokens
-from research.models.config import ModelConfig
+from research.models.config import LayerConfig, ModelConfig
 from research.models.dot_product import cache_mask
 from research.models.latent_cache import LatentCache, PagedLatentCache, empty_latent_pages
 from research.models.memory_cache import MemoryCache
@@ -163,7 +163,7 @@ class Cache:
       layers: one per layer; of a scanned model, one for each of its first layers, then one for
           each place of the pattern, with a leading axis of the layers there.
       memory_segments: which of the encoder's tokens are real, not 0; None without an encoder.
-      page_table: the pages of each row, in all layers; None where the cache is not paged.
+      page_table: the pages of each row; None where the cache is not paged.
     """
 
     layers: tuple[LayerCache, ...]
@@ -216,13 +216,13 @@ def empty_cache(
 
     c = config.attention
 
-    def empty_layer(*layer_axis: int) -> LayerCache:
+    def empty_layer(layer: LayerConfig, *layer_axis: int) -> LayerCache:
         if page_table is None:
             tokens = _empty_tokens(config, (*layer_axis, batch, slots))
-        elif c.latent is None:
-            tokens = empty_paged_cache(config, page_table, layer_axis, pages_dtype)
         else:
-            tokens = empty_latent_pages(config, page_table, layer_axis, pages_dtype)
+            make = empty_paged_cache if c.latent is None else empty_latent_pages
+            kind = page_table.kind_of(layer.window)
+            tokens = make(config, page_table, kind, layer_axis, pages_dtype)
         memory = None
         if memory_segments is not None:
             encoder_length = memory_segments.shape[1]
@@ -233,14 +233,14 @@ def empty_cache(
         return LayerCache(tokens, memory)
 
     num_unrolled = len(config.first_layers) if stacked else config.num_layers
-    layers = [empty_layer() for _ in range(num_unrolled)]
-    # Stacked, the layers at one place of the pattern share a cache with a leading axis: of 7
-    # layers, 2 of them first, and a pattern of 3 -> 2 caches, then those of layers 2 and 5, of
-    # 3 and 6, and of 4.
+    layers = [empty_layer(layer) for layer in config.layers()[:num_unrolled]]
+    # Stacked, the layers at a place of the pattern share a cache: of 7 layers, 2 of them first, and
+    # a pattern of 3 -> 2 caches, then those of layers 2 and 5, of 3 and 6, and of 4.
     num_stacked = config.num_layers - num_unrolled
     period = len(config.pattern)
-    for place in range(min(period, num_stacked)):
-        layers.append(empty_layer(len(range(place, num_stacked, period))))
+    for place, layer in enumerate(config.pattern[:num_stacked]):
+        at_place = range(place, num_stacked, period)
+        layers.append(empty_layer(layer, len(at_place)))
     return Cache(tuple(layers), memory_segments, page_table).lay_out()
 
 

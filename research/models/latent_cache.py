@@ -80,22 +80,26 @@ class PagedLatentCache:
     """Latents and rotary keys of one layer in pages, as keys and values of a single head.
 
     They are gathered for each call: kernels over pages take heads of one width.
+
+    Attributes:
+      pages, first_page, kind: as of `PagedCache`.
     """
 
     pages: KVPages
     first_page: Int[Array, ""] | None = None
+    kind: int = flax.struct.field(pytree_node=False, default=0)
 
     def lay_out(self) -> "PagedLatentCache":
         """As `TokenCache.lay_out`: they belong to all heads, and pages to all rows."""
-        return PagedLatentCache(jax.tree.map(_replicate, self.pages))
+        return self.replace(pages=jax.tree.map(_replicate, self.pages))
 
     def layer(self, index: int | Int[Array, ""]) -> "PagedLatentCache":
         """As `PagedCache.layer`."""
-        return PagedLatentCache(*one_pool(self.pages, index))
+        return PagedLatentCache(*one_pool(self.pages, index), self.kind)
 
     def put(self, index: int | Int[Array, ""], layer: "PagedLatentCache") -> "PagedLatentCache":
         """As `PagedCache.put`."""
-        return PagedLatentCache(by_layer(layer.pages, self.pages))
+        return self.replace(pages=by_layer(layer.pages, self.pages))
 
     def attend(
         self,
@@ -110,22 +114,25 @@ class PagedLatentCache:
     ) -> tuple[Float[Array, "B T N value"], "PagedLatentCache"]:
         """As `LatentCache.attend`."""
         assert page_table is not None, "a paged cache needs its table"
+        page_table = page_table.kinds[self.kind]
         start = positions[:, 0]
         # [B, T, latent] -> [B, T, 1, latent]: one head.
-        k, v = (_replicate(x[:, :, None]) for x in (k, v))
+        k = _replicate(k[:, :, None])
+        v = _replicate(v[:, :, None])
         ids = ids_in_pool(page_table, self.first_page)
         pages = write(self.pages, ids, start, k, v)
         gathered = gather(pages, ids)
         # [B, S, 1, latent] -> [B, S, latent], in the model's type
         latent, k_rope = (x[:, :, 0].astype(k.dtype) for x in gathered)
         slots_mask = cache_mask(mask, positions, page_table.slots)
-        return attention(q, latent, k_rope, slots_mask), PagedLatentCache(pages)
+        out = attention(q, latent, k_rope, slots_mask)
+        return out, PagedLatentCache(pages, kind=self.kind)
 
     def copy(
         self, sources: Int[Array, "pages"], targets: Int[Array, "pages"]
     ) -> "PagedLatentCache":
         """As `PagedCache.copy`; every device has pages of all rows."""
-        return PagedLatentCache(copy_pages(self.pages, sources, targets))
+        return self.replace(pages=copy_pages(self.pages, sources, targets))
 
 
 def _replicate(leaf: Array) -> Array:
@@ -133,18 +140,18 @@ def _replicate(leaf: Array) -> Array:
 
 
 def empty_latent_pages(
-    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...], dtype: str
+    config: ModelConfig, page_table: PageTable, kind: int, stack: tuple[int, ...], dtype: str
 ) -> PagedLatentCache:
     """Returns a layer's pages of zeros, or those of a stack of layers, in a type of pages."""
     latent = config.attention.latent
     assert latent is not None
     # Latents and rotary keys have a scale each.
     pages = empty_pages(
-        page_table.num_pages,
+        page_table.kinds[kind].num_pages,
         page_table.page_size,
         1,
         latent.kv_dim,
         dtype,
         value_dim=latent.rope_dim,
     )
-    return PagedLatentCache(stack_pages(stored(pages), stack))
+    return PagedLatentCache(stack_pages(stored(pages), stack), kind=kind)

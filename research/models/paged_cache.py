@@ -31,11 +31,49 @@ class PageTable:
       ids: of the pages.
       num_pages: of the pool, page 0 included.
       page_size: tokens of a page.
+      windowed: the same of layers with a window, where these have a pool of their own: they need no
+        pages before it. None where all layers have one pool.
     """
 
     ids: Int[Array, "B pages_per_row"]
     num_pages: int = flax.struct.field(pytree_node=False)
     page_size: int = flax.struct.field(pytree_node=False)
+    windowed: "PageTable | None" = None
+
+    @classmethod
+    def of_kinds(
+        cls, ids: Sequence[Int[Array, "B pages_per_row"]], num_pages: Sequence[int]
+    ) -> "PageTable":
+        """Returns a table of pages of `PAGE_SIZE` tokens.
+
+        Args:
+          ids: of all layers; or of those without a window, then of those with one.
+          num_pages: of the pools.
+        """
+        first, *others = [cls(*each, PAGE_SIZE) for each in zip(ids, num_pages, strict=True)]
+        if not others:
+            return first
+        [windowed] = others
+        return first.replace(windowed=windowed)
+
+    @property
+    def kinds(self) -> tuple["PageTable", ...]:
+        """The table of each pool. The cache of a layer says which is its own."""
+        if self.windowed is None:
+            return (self,)
+        return (self.replace(windowed=None), self.windowed)
+
+    def kind_of(self, window: int | None) -> int:
+        """Returns which of `kinds` is that of a layer with a window, or without one."""
+        return 0 if window is None else len(self.kinds) - 1
+
+    def of_rows(self, rows: Int[Array, "rows"]) -> "PageTable":
+        """Returns the table of some of its rows; a row that does not exist has no pages."""
+
+        def take(ids: Array) -> Array:
+            return ids.at[rows].get(mode="fill", fill_value=0)
+
+        return jax.tree.map(take, self)
 
     @property
     def slots(self) -> int:
@@ -65,16 +103,17 @@ def contiguous_table(tokens: Sequence[int], slots: int) -> PageTable:
 
 @flax.struct.dataclass
 class PagedCache:
-    """Keys and values of one layer in pages; the table, which all layers share, comes with each
-    call.
+    """Keys and values of one layer in pages; the table, which layers share, comes with each call.
 
     Attributes:
       pages: of the layer.
       first_page: where the pages are those of several layers, the index of this layer's page 0.
+      kind: which of `PageTable.kinds` says where its tokens are.
     """
 
     pages: KVPages
     first_page: Int[Array, ""] | None = None
+    kind: int = flax.struct.field(pytree_node=False, default=0)
 
     def lay_out(self) -> "PagedCache":
         """As `TokenCache.lay_out`: page ids mean the same on every device, so only heads are
@@ -84,19 +123,19 @@ class PagedCache:
         def by_head(leaf: Array) -> Array:
             # Pages [pages, K, slots, H] and scales [pages, K, slots], both maybe stacked.
             is_scale = leaf.ndim < self.pages.key.ndim
-            stack = [None] * (self.pages.key.ndim - 4)
+            stack = [None] * stack_axes(self.pages)
             slots = [None] if is_scale else [None, None]
             return constrain(leaf, (*stack, None, "kv_heads", *slots))
 
-        return PagedCache(jax.tree.map(by_head, self.pages))
+        return self.replace(pages=jax.tree.map(by_head, self.pages))
 
     def layer(self, index: int | Int[Array, ""]) -> "PagedCache":
         """As `TokenCache.layer`: no page is copied."""
-        return PagedCache(*one_pool(self.pages, index))
+        return PagedCache(*one_pool(self.pages, index), self.kind)
 
     def put(self, index: int | Int[Array, ""], layer: "PagedCache") -> "PagedCache":
         """As `TokenCache.put`; the other layers' pages are in the layer's pool too."""
-        return PagedCache(by_layer(layer.pages, self.pages))
+        return self.replace(pages=by_layer(layer.pages, self.pages))
 
     def attend(
         self,
@@ -117,9 +156,12 @@ class PagedCache:
         of this type.
         """
         assert page_table is not None, "a paged cache needs its table"
+        page_table = page_table.kinds[self.kind]
         start = positions[:, 0]
         # All devices write the tokens of all rows, each of its own heads.
-        k, v = (constrain(x, (None, None, "kv_heads", "head")) for x in (k, v))
+        by_head = (None, None, "kv_heads", "head")
+        k = constrain(k, by_head)
+        v = constrain(v, by_head)
         ids = ids_in_pool(page_table, self.first_page)
         pages = write(self.pages, ids, start, k, v)
         is_step = q.shape[1] == 1 and mask.prefix is None
@@ -127,18 +169,19 @@ class PagedCache:
             # The positions of a finished row may pass its last slot. What it reads is not used, but
             # must exist. A row without pages reads nothing.
             lengths = jnp.minimum(start + 1, page_table.slots)
-            lengths = jnp.where(jnp.max(page_table.ids, axis=1) == 0, 0, lengths)
+            has_pages = jnp.max(page_table.ids, axis=1) > 0
+            lengths = jnp.where(has_pages, lengths, 0)
             out = attention.over_pages(q, pages, ids, lengths, mask.window)
-            return out, PagedCache(pages)
+            return out, PagedCache(pages, kind=self.kind)
         # Pages may be wider than the heads, which then end in zeros, and of another type.
         gathered = gather(pages, ids)
         keys, values = (x[..., : k.shape[3]].astype(k.dtype) for x in gathered)
         slots_mask = cache_mask(mask, positions, page_table.slots)
-        return attention(q, keys, values, slots_mask), PagedCache(pages)
+        return attention(q, keys, values, slots_mask), PagedCache(pages, kind=self.kind)
 
     def copy(self, sources: Int[Array, "pages"], targets: Int[Array, "pages"]) -> "PagedCache":
         """Returns the cache with pages copied to others."""
-        return PagedCache(copy_pages(self.pages, sources, targets))
+        return self.replace(pages=copy_pages(self.pages, sources, targets))
 
 
 def one_pool(pages: KVPages, index: int | Int[Array, ""]) -> tuple[KVPages, Int[Array, ""]]:
@@ -170,12 +213,16 @@ def ids_in_pool(
     return page_table.ids + first_page
 
 
+def stack_axes(pages: KVPages) -> int:
+    """Returns how many axes come before that of the pages: 1 where layers are stacked, else 0."""
+    return pages.key.ndim - 4
+
+
 def copy_pages(
     pages: KVPages, sources: Int[Array, "copies"], targets: Int[Array, "copies"]
 ) -> KVPages:
     """Returns pages, some of which are copied to others."""
-    # 1 where layers are stacked, else 0.
-    axis = pages.key.ndim - 4
+    axis = stack_axes(pages)
     stack = (slice(None),) * axis
 
     def copy(leaf: Array) -> Array:
@@ -186,12 +233,13 @@ def copy_pages(
 
 
 def empty_paged_cache(
-    config: ModelConfig, page_table: PageTable, stack: tuple[int, ...], dtype: str
+    config: ModelConfig, page_table: PageTable, kind: int, stack: tuple[int, ...], dtype: str
 ) -> PagedCache:
     """Returns a layer's pages of zeros, or those of a stack of layers, in a type of pages."""
     c = config.attention
-    pages = pages_for(page_table.num_pages, c.num_kv_heads, c.head_dim, dtype)
-    return PagedCache(stack_pages(pages, stack))
+    num_pages = page_table.kinds[kind].num_pages
+    pages = pages_for(num_pages, c.num_kv_heads, c.head_dim, dtype)
+    return PagedCache(stack_pages(pages, stack), kind=kind)
 
 
 def stack_pages(pages: KVPages, stack: tuple[int, ...]) -> KVPages:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from research.inference.placement import windows_of
 from research.inference.programs import empty_state, read
 from research.inference.slots import StepRows, empty_slots
 from research.kernels.decode_attention import PAGE_SIZE
@@ -29,17 +30,20 @@ class CompiledRead:
       text: of the program.
       exchanged: between devices.
       temporaries: bytes on each device beside arguments and results.
+      num_layers: of the model.
     """
 
     pages: list[jax.ShapeDtypeStruct]
     text: str
     exchanged: list[Collective]
     temporaries: int
+    num_layers: int
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of all pages on a device."""
-        return sum(math.prod(on_device(leaf)) * leaf.dtype.itemsize for leaf in self.pages)
+    def layer_bytes(self) -> float:
+        """Bytes of a layer's pages on a device: of all as many."""
+        total = sum(math.prod(on_device(leaf)) * leaf.dtype.itemsize for leaf in self.pages)
+        return total / self.num_layers
 
     def moved(self) -> set[tuple[str, tuple[str, ...], int]]:
         """Kind, axes and elements of what goes to other devices without a sum."""
@@ -90,8 +94,10 @@ def compile_read(
       tile: rows.
     """
     rows = np.zeros(tile, np.int32)
-    ids = np.zeros((slots, -(-config.max_length // PAGE_SIZE)), np.int32)
-    table = PageTable(jnp.asarray(ids), 1 + tokens // PAGE_SIZE, PAGE_SIZE)
+    ids = jnp.asarray(np.zeros((slots, -(-config.max_length // PAGE_SIZE)), np.int32))
+    kinds = len(windows_of(config, keeps_all=False))
+    # Layers with a window have more pages than an engine gives them: a copy of them would be seen.
+    table = PageTable.of_kinds([ids] * kinds, [1 + tokens // PAGE_SIZE] * kinds)
     names = [field.name for field in dataclasses.fields(StepRows)]
     kinds = {"draws": bool, "wants": bool}
     arrays = {name: jnp.asarray(rows.astype(kinds.get(name, np.int32))) for name in names}
@@ -130,4 +136,5 @@ def compile_read(
         text,
         [each for each in collectives(text, mesh) if each.axes],
         compiled.memory_analysis().temp_size_in_bytes,
+        config.num_layers,
     )

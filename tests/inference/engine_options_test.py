@@ -21,7 +21,6 @@ from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
 from research.inference.text import Completion
 from research.kernels.decode_attention import PAGE_SIZE
-from research.models.config import LayerConfig
 from tests.inference.generate_test import chain
 from tests.tiny import logits, random_params, tiny_config
 
@@ -42,7 +41,7 @@ def engine(params) -> Engine:
     return Engine(CONFIG, params, BYTES, SERVE)
 
 
-def free_pages(engine: Engine) -> int:
+def free_pages(engine: Engine) -> tuple[int, ...]:
     [replica] = engine.replicas
     assert not replica.under_way
     return replica.available_pages
@@ -370,27 +369,3 @@ def test_a_compilation_while_serving_is_logged_as_an_error(engine, caplog, monke
     found = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(found) == 1
     assert "compiled while serving" in found[0].getMessage()
-
-
-def test_layers_with_windows_keep_no_pages_before_them():
-    window = 20
-    config = dataclasses.replace(CONFIG, pattern=(LayerConfig(window=window),))
-    params = random_params(config)
-    prompt = tuple(np.random.default_rng(4).integers(0, 200, 150).tolist())
-    requests = [Request(prompt, dataclasses.replace(DRAWN, max_tokens=200, seed=i)) for i in (1, 2)]
-    engine = Engine(config, params, BYTES, SERVE)
-    answers = [engine.submit(request) for request in requests]
-    before = free_pages(engine)
-    most = 0
-    while engine.run_step():
-        most = max(most, before - engine.replicas[0].available_pages)
-    # The window and a step's tokens for each of the two, of 350 tokens.
-    assert most <= 2 * ((window + SERVE.rows) // PAGE_SIZE + 2) < 350 // PAGE_SIZE
-    for request, answer in zip(requests, answers, strict=True):
-        sample = answer.samples[0]
-        inputs = np.array([(*prompt, *tokens(sample))], np.int32)
-        expected = jax.nn.log_softmax(logits(config, params, inputs)[0], axis=-1)
-        places = np.arange(len(prompt), inputs.shape[1])
-        wanted = np.asarray(expected)[places - 1, inputs[0, places]]
-        np.testing.assert_allclose([each.logprob for each in sample.logprobs], wanted, atol=1e-5)
-        assert one(Engine(config, params, BYTES, SERVE), request).logprobs == sample.logprobs

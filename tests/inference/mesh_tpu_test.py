@@ -13,6 +13,7 @@ from research.models.config import (
     AttentionConfig,
     ExpertsConfig,
     LatentConfig,
+    LayerConfig,
     MlpConfig,
     ModelConfig,
 )
@@ -52,11 +53,14 @@ LATENT = dataclasses.replace(
         8, 8, 128, latent=LatentConfig(kv_dim=256, q_dim=128, rope_dim=64, value_dim=128)
     ),
 )
+# Two rounds of a pattern of layers with a window and without, in pages of their own.
+WINDOWS = dataclasses.replace(DENSE, num_layers=4, pattern=(LayerConfig(window=128), LayerConfig()))
 TENSOR = {"tensor": 4}
 CASES = {
     "dense, v5e": (DENSE, "v5e:2x2", TENSOR),
     "dense, v5p": (DENSE, "v5p:2x2x1", TENSOR),
     "dense, v6e": (DENSE, "v6e:2x2", TENSOR),
+    "windows, v5e": (WINDOWS, "v5e:2x2", TENSOR),
     "latents, v5e": (LATENT, "v5e:2x2", TENSOR),
     "experts, v5e": (EXPERTS, "v5e:2x4", {"expert": 4, "tensor": 2}),
 }
@@ -91,17 +95,17 @@ def test_a_step_sends_hidden_states_and_logits_alone(
     parts = [math.prod(on_device(leaf)) for leaf in found.pages]
     assert parts == [leaf.size // shards for leaf in found.pages]
     assert found.largest_array_of_pages() == max(parts)
-    assert found.temporaries < found.page_bytes / model.num_layers
+    assert found.temporaries < found.layer_bytes
 
 
 def test_pages_that_are_scanned_over_are_found(monkeypatch):  # the control
     def copied(cache: PagedCache, index: jax.Array) -> PagedCache:
-        return PagedCache(slice_layer(cache.pages, index))
+        return cache.replace(pages=slice_layer(cache.pages, index))
 
     def put(cache: PagedCache, index: jax.Array, layer: PagedCache) -> PagedCache:
-        return PagedCache(put_layer(cache.pages, index, layer.pages))
+        return cache.replace(pages=put_layer(cache.pages, index, layer.pages))
 
     monkeypatch.setattr(PagedCache, "layer", copied)
     monkeypatch.setattr(PagedCache, "put", put)
     found = compiled(DENSE, "v5e:2x2", TENSOR, DECODE)
-    assert found.temporaries > found.page_bytes / DENSE.num_layers
+    assert found.temporaries > found.layer_bytes

@@ -17,6 +17,7 @@ from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.kernels.decode_attention import PAGE_SIZE
+from research.models.config import LayerConfig
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.recipes.generation_mesh import shardings_for_generation
@@ -59,7 +60,7 @@ def test_a_request_reads_only_the_rest_and_has_the_same_bits(params, pages):
     engine.import_pages(REQUEST, pages)
     # Those that are here already are not kept twice.
     engine.import_pages(REQUEST, pages)
-    assert engine.replicas[0].available_pages == SERVE.tokens // PAGE_SIZE
+    assert engine.replicas[0].available_pages == (SERVE.tokens // PAGE_SIZE,)
     found, rest = answer(engine)
     assert pages.count == 2
     assert rest == rows - 2 * PAGE_SIZE
@@ -88,6 +89,39 @@ def test_pages_may_go_to_another_mesh(params, pages):
     assert digest_params(engine.replicas[0]._runner.params) == digest
     # And back, by heads that two devices have.
     assert engine.export_pages(REQUEST) == pages
+
+
+def test_layers_with_a_window_give_and_take_its_pages_alone():
+    config = dataclasses.replace(
+        CONFIG, num_layers=3, pattern=(LayerConfig(window=20), LayerConfig())
+    )
+    params = random_params(config)
+    digest = digest_params(params)
+    long = Request((*IDS, *IDS), SamplingConfig(max_tokens=12, seed=3))
+
+    def begun() -> Engine:
+        return Engine(config, params, ByteTokenizer(), SERVE, params_digest=digest)
+
+    alone, rows = answer(begun(), long)
+    engine = begun()
+    answer(engine, long)
+    # Of 74 tokens 4 pages; token 64 attends to tokens 45 to 64, from page 2 on.
+    exported = engine.export_pages(long)
+    assert exported.count == 4
+    assert [shape[0] for _, shape in exported.arrays] == [2, 2, 4, 4, 2, 2]
+
+    other = begun()
+    other.import_pages(long, exported)
+    found, rest = answer(other, long)
+    assert (found, rest) == (alone, rows - 4 * PAGE_SIZE)
+    # The control: other numbers in the last layer, which has a window.
+    numbers = np.frombuffer(exported.data, np.float32).copy()
+    numbers[-100:] += 1
+    data = numbers.tobytes()
+    wrong = dataclasses.replace(exported, data=data, sha256=hashlib.sha256(data).digest())
+    other = begun()
+    other.import_pages(long, wrong)
+    assert answer(other, long)[0] != alone
 
 
 @pytest.mark.parametrize(

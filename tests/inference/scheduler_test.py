@@ -1,18 +1,22 @@
 """Every token is written after its predecessors, in pages that keep theirs; no page or slot is
-lost, whatever arrives, ends or is preempted.
+lost, whatever arrives, ends, forks or is preempted, in any kinds of layers.
 """
 
+import dataclasses
 import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research.inference.page_kinds import PageKind, had, pages_at_once
 from research.inference.pages import PagePool, chain_start
-from research.inference.scheduler import Scheduler
+from research.inference.scheduler import PageCopy, Scheduler
 from research.inference.sequence import Row, Sequence
 
 PAGE = 4
+ROWS = 12
 START = chain_start({})
+Step = tuple[list[Row], list[int | None]]
 
 
 def drawn(tokens: list[int]) -> int:
@@ -21,19 +25,25 @@ def drawn(tokens: list[int]) -> int:
 
 
 class Device:
-    """What is in the pages, and the newest token of each slot."""
+    """What is in the pages of each kind, and the newest token of each slot."""
 
-    def __init__(self, window: int):
-        self.pages: dict[tuple[int, int], list[int]] = {}
+    def __init__(self, windows: list[int]):
+        # Of each slot of a page the tokens that gave its keys, and the parameters.
+        self.pages: dict[tuple[int, int, int], tuple[int, list[int]]] = {}
         self.newest: dict[int, int] = {}
-        self._window = window
+        self.params = 0
+        self._windows = windows
 
-    def run(self, rows: list[Row], tables: list[list[int]]) -> list[int | None]:
+    def run(self, rows: list[Row], tables: list[list[list[int]]]) -> list[int | None]:
         found: list[int | None] = []
         right: dict[int, bool] = {}
         for row, pages in zip(rows, tables, strict=True):
-            history = self._read(row, pages)
-            self.pages[pages[row.position // PAGE], row.position % PAGE] = history
+            histories = [self._read(row, kind, own) for kind, own in enumerate(pages)]
+            history = max(histories, key=len)
+            for kind, own in enumerate(pages):
+                assert history[-len(histories[kind]) :] == histories[kind]
+                place = (kind, own[row.position // PAGE], row.position % PAGE)
+                self.pages[place] = (self.params, history)
             if not row.draws:
                 found.append(None)
                 continue
@@ -45,102 +55,157 @@ class Device:
                 self.newest[row.slot] = drawn(history)
         return found
 
-    def _read(self, row: Row, pages: list[int]) -> list[int]:
-        """The tokens up to a row, of the slots that it attends to."""
+    def _read(self, row: Row, kind: int, pages: list[int]) -> list[int]:
+        """The tokens up to a row, of the slots that it attends to in a kind of layers."""
         token = self.newest[row.slot] if row.token is None else row.token
-        first = max(row.position - self._window + 1, 0) if self._window else 0
+        window = self._windows[kind]
+        first = max(row.position - window + 1, 0) if window else 0
         # Each slot holds the token, and all those before it, that gave its keys.
-        kept = [
-            self.pages[pages[position // PAGE], position % PAGE]
-            for position in range(first, row.position)
-        ]
+        kept = []
+        for position in range(first, row.position):
+            params, tokens = self.pages[kind, pages[position // PAGE], position % PAGE]
+            assert params == self.params, "the keys are of other parameters"
+            kept.append(tokens)
         history = [*kept[-1], token] if kept else [token]
         for position, each in enumerate(kept, first):
             assert each == history[: position + 1], "the keys are of other tokens"
         return history
 
-
-def is_alive(scheduler: Scheduler, sequence: Sequence) -> bool:
-    return sequence in scheduler.running or sequence in scheduler.waiting
-
-
-def read(scheduler: Scheduler, step: tuple[list[Row], list[int | None]]) -> None:
-    """What the host makes of a step."""
-    found: dict[Sequence, list[int]] = {}
-    for row, token in zip(*step, strict=True):
-        if token is not None and is_alive(scheduler, row.sequence):
-            found.setdefault(row.sequence, []).append(token)
-    for sequence, tokens in found.items():
-        sequence.add(tokens)
-        if len(sequence.tokens) >= sequence.limit:
-            scheduler.end(sequence)
+    def copy(self, copies: list[PageCopy]) -> None:
+        for copy in copies:
+            for kind, (source, target) in enumerate(copy):
+                for slot in range(PAGE):
+                    if (kind, source, slot) in self.pages:
+                        self.pages[kind, target, slot] = self.pages[kind, source, slot]
 
 
-def guess(scheduler: Scheduler, draws: random.Random) -> None:
-    """Gives some answers guesses, some of which are right."""
-    for sequence in scheduler.running:
-        room = min(sequence.limit - 1 - sequence.length, 2)
-        if not sequence.is_answering or room < 1:
-            continue
-        text = list(sequence.tokens)
-        for _ in range(room):
-            text.append(drawn(text) if draws.random() < 0.6 else 9)
-        sequence.drafts = tuple(text[len(sequence.tokens) :])
+@dataclasses.dataclass
+class Serving:
+    """Sequences under way, beside a device.
 
-
-def serve(
-    scheduler: Scheduler,
-    arrivals: list[list[Sequence]],
-    aborted: set[int],
-    window: int = 0,
-    draws: random.Random | None = None,
-) -> int:
-    """Runs all sequences to their end, those of `aborted` for a few steps, with guesses where there
-    are `draws`; returns the steps.
+    With `draws` some of them get guesses, fork, and lose their pages to other parameters; a few are
+    aborted whenever a step is a multiple of 5.
     """
-    device = Device(window)
-    under_way: list[tuple[list[Row], list[int | None]]] = []
+
+    scheduler: Scheduler
+    device: Device
+    aborted: set[int]
+    draws: random.Random | None
+    under_way: list[Step] = dataclasses.field(default_factory=list)
+    forked: list[tuple[Sequence, list[int]]] = dataclasses.field(default_factory=list)
+
+    def read(self) -> None:
+        """What the host makes of a step."""
+        found: dict[Sequence, list[int]] = {}
+        for row, token in zip(*self.under_way.pop(0), strict=True):
+            if token is not None and self._is_alive(row.sequence):
+                found.setdefault(row.sequence, []).append(token)
+        for sequence, tokens in found.items():
+            is_known = sequence.needs_host and not self.under_way and not sequence.drafts
+            if is_known and self.draws.random() < 0.2:
+                self._fork(sequence, (tokens[0] + 1) % 7)
+            sequence.add(tokens)
+            if len(sequence.tokens) >= sequence.limit:
+                self.scheduler.end(sequence)
+
+    def _is_alive(self, sequence: Sequence) -> bool:
+        return sequence in self.scheduler.running or sequence in self.scheduler.waiting
+
+    def _fork(self, parent: Sequence, token: int) -> None:
+        """Begins another sequence after the same tokens."""
+        if parent.slot is not None and parent.written != len(parent.tokens):
+            return
+        order = (parent.order[0], 100 + len(self.forked))
+        tokens = [*parent.tokens, token]
+        if len(tokens) >= parent.limit:
+            return
+        child = Sequence(order, tokens, parent.limit, parent.chain_start, needs_host=True)
+        self.device.copy(self.scheduler.fork(parent, child))
+        self.forked.append((child, list(tokens)))
+
+    def prepare(self) -> None:
+        """Has guesses made, where there are `draws`."""
+        running = self.scheduler.running
+        has_drafts = any(sequence.drafts for sequence in running)
+        waits = self.draws is not None and (has_drafts or self.draws.random() < 0.7)
+        for sequence in running:
+            sequence.needs_host = waits
+        if not waits:
+            return
+        while self.under_way:
+            self.read()
+        if self.draws.random() < 0.05:
+            self.device.params += 1
+            self.scheduler.restart()
+        for sequence in running:
+            room = min(sequence.limit - 1 - sequence.length, 2)
+            if not sequence.is_answering or room < 1:
+                continue
+            text = list(sequence.tokens)
+            for _ in range(room):
+                text.append(drawn(text) if self.draws.random() < 0.6 else 9)
+            sequence.drafts = tuple(text[len(sequence.tokens) :])
+
+    def step(self) -> None:
+        self.prepare()
+        rows = self.scheduler.plan()
+        assert len(rows) <= ROWS
+        self.check_pages()
+        tables = [[list(pages) for pages in row.sequence.pages] for row in rows]
+        if rows:
+            self.under_way.append((rows, self.device.run(rows, tables)))
+        # The host reads a step when the next one has been planned.
+        if len(self.under_way) > 1 or (self.under_way and not rows):
+            self.read()
+
+    def check_pages(self) -> None:
+        """Every page has the owners that have it, and no more pages are had than a window needs."""
+        for index, kind in enumerate(self.scheduler.kinds):
+            owned = []
+            for sequence in self.scheduler.running:
+                pages = had(sequence.pages[index])
+                assert len(pages) <= kind.at_once(sequence.limit, ROWS)
+                owned += pages
+            for page in range(1, kind.pool.num_pages):
+                assert kind.pool.owners(page) == owned.count(page)
+            assert kind.pool.available == kind.pool.num_pages - 1 - len(set(owned))
+
+
+def serve(serving: Serving, arrivals: list[list[Sequence]]) -> None:
+    """Runs all sequences to their end, those that are aborted for a few steps."""
+    scheduler = serving.scheduler
     steps = 0
-    while arrivals or scheduler.waiting or scheduler.running or under_way:
+    while arrivals or scheduler.waiting or scheduler.running or serving.under_way:
         for sequence in arrivals.pop(0) if arrivals else []:
             scheduler.add(sequence)
-        has_drafts = any(sequence.drafts for sequence in scheduler.running)
-        guesses = draws is not None and (has_drafts or draws.random() < 0.7)
-        for sequence in scheduler.running:
-            sequence.needs_host = guesses
-        if guesses:
-            while under_way:
-                read(scheduler, under_way.pop(0))
-            guess(scheduler, draws)
-        rows = scheduler.plan()
-        assert len(rows) <= 12
-        tables = [list(row.sequence.pages) for row in rows]
-        owned = [page for each in scheduler.running for page in each.pages if page]
-        assert all(scheduler.pool.owners(page) == owned.count(page) for page in set(owned))
-        if rows:
-            under_way.append((rows, device.run(rows, tables)))
+        serving.step()
         steps += 1
-        assert steps < 2000
-
-        # The host reads a step when the next one has been planned.
-        if len(under_way) > 1 or (under_way and not rows):
-            read(scheduler, under_way.pop(0))
-        for sequence in list(scheduler.running):
-            if sequence.order[1] in aborted and steps % 5 == 0:
+        assert steps < 4000
+        for sequence in [*scheduler.running, *scheduler.waiting]:
+            if sequence.order[1] in serving.aborted and steps % 5 == 0:
                 scheduler.end(sequence)
-    return steps
+    serving.check_pages()
 
 
-@settings(max_examples=80, deadline=None)
+def alone(tokens: list[int], limit: int) -> list[int]:
+    """What a sequence becomes."""
+    found = list(tokens)
+    while len(found) < limit:
+        found.append(drawn(found))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     num_pages=st.integers(12, 40),
     shares=st.booleans(),
-    window=st.sampled_from([0, 0, 6]),
+    windows=st.sampled_from([(0,), (6,), (0, 6), (0, 1), (0, 6), (0, 13)]),
+    roomy=st.booleans(),
     guesses=st.booleans(),
 )
 def test_any_requests_are_answered_as_alone(
-    seed: int, num_pages: int, shares: bool, window: int, guesses: bool
+    seed: int, num_pages: int, shares: bool, windows: tuple, roomy: bool, guesses: bool
 ):
     draws = random.Random(seed)
     arrivals = []
@@ -158,14 +223,16 @@ def test_any_requests_are_answered_as_alone(
         sequences.append((sequence, list(prompt)))
     aborted = {index for index in range(len(sequences)) if draws.random() < 0.2}
 
-    pool = PagePool(num_pages)
-    scheduler = Scheduler(4, pool, PAGE, 12, window)
-    serve(scheduler, arrivals, aborted, window, draws if guesses else None)
-    assert pool.available == num_pages - 1
-    for sequence, prompt in sequences:
-        if sequence.order[1] in aborted:
-            continue
-        alone = list(prompt)
-        while len(alone) < sequence.limit:
-            alone.append(drawn(alone))
-        assert sequence.tokens[: sequence.limit] == alone
+    kinds = [PageKind(PagePool(num_pages), PAGE, windows[0])]
+    for window in windows[1:]:
+        # Else as few pages as one sequence needs.
+        least = 1 + pages_at_once(window, ROWS, PAGE)
+        kinds.append(PageKind(PagePool(num_pages if roomy else least), PAGE, window))
+    scheduler = Scheduler(4, kinds, ROWS)
+    serving = Serving(scheduler, Device(windows), aborted, draws if guesses else None)
+    serve(serving, arrivals)
+    for kind in kinds:
+        assert kind.pool.available == kind.pool.num_pages - 1
+    for sequence, tokens in [*sequences, *serving.forked]:
+        if sequence.order[1] not in aborted:
+            assert sequence.tokens[: sequence.limit] == alone(tokens, sequence.limit)

@@ -12,9 +12,10 @@ from research.data.tokenizers import ByteTokenizer
 from research.inference import programs
 from research.inference.drawing import Allowed, draw_step
 from research.inference.engine import Engine
+from research.inference.pool_sizes import EngineBytes, most_windowed, pages_of, pool_pages
 from research.inference.program_names import MOST_PROGRAMS, program_names
 from research.inference.serve_config import ServeConfig, bind_serve
-from research.inference.sizing import EngineBytes, engine_bytes, fit_tokens, free_bytes, pages_of
+from research.inference.sizing import engine_bytes, fit_tokens, free_bytes
 from research.inference.slots import StepRows, admit, empty_slots
 from research.inference.speculation.propose import propose
 from research.kernels.decode_attention import PAGE_SIZE
@@ -42,10 +43,10 @@ def total(tree) -> int:
 SMALL = tiny_config(vocab_size=300, num_layers=1)
 
 
-@pytest.mark.fast_cases("latent-mtp")
+@pytest.mark.fast_cases("windows-mtp")
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("soft caps", "draft"), ("latent", "mtp"), ("encoder-decoder", "none")],
+    [("soft caps", "draft"), ("latent", "mtp"), ("encoder-decoder", "none"), ("windows", "mtp")],
 )
 def test_counted_bytes_are_those_of_the_arrays(name: str, kind: str):
     config = dataclasses.replace(VARIANTS[name], vocab_size=300)
@@ -69,7 +70,12 @@ def test_counted_bytes_are_those_of_the_arrays(name: str, kind: str):
     assert len(layers) == config.num_layers + (kind != "none")
     pages = sum(total(layer.tokens) for layer in layers)
     assert sizes.of_pages(pages_of(serve.tokens)) == pages
-    assert sizes.page == pages // runner.num_pages
+    by_kind = [0] * len(runner.num_pages)
+    for layer in layers:
+        by_kind[layer.tokens.kind] += total(layer.tokens)
+    page, *windowed = [of // count for of, count in zip(by_kind, runner.num_pages, strict=True)]
+    assert (sizes.page, sizes.windowed_page) == (page, sum(windowed))
+    assert bool(windowed) == (name == "windows")
     assert sizes.fixed == total(runner.state) - pages + total(runner._slots)
 
 
@@ -152,7 +158,39 @@ def test_temporaries_are_estimated_from_above(changes):
 def test_every_structure_is_counted(name: str):
     config = VARIANTS[name]
     sizes = engine_bytes(config, abstract_params(config, "cpu"), SERVE, config.vocab_size)
-    assert min(dataclasses.astuple(sizes)) > 0
+    assert min(sizes.weights, sizes.page, sizes.fixed, sizes.temporaries) > 0
+
+
+# Three layers of four have a window.
+WINDOWED = EngineBytes(0, page=1_000, fixed=0, temporaries=0, windowed_page=3_000, most_windowed=40)
+
+
+def test_layers_with_a_window_have_pages_for_all_slots_at_once_and_as_many_for_prompts():
+    serve = ServeConfig(slots=4, tokens=16_000, rows=32)
+    # A window of 100 tokens and a step's 32 are 9 pages, and one that they begin in.
+    assert most_windowed(serve, 100, 4096) == 4 * 10 * 2
+    assert most_windowed(dataclasses.replace(serve, prefix_cache=False), 100, 4096) == 4 * 10
+    # No more than a text has.
+    assert most_windowed(serve, 100, 80) == 4 * 5 * 2
+    assert pool_pages(serve, (0, 100), 4096) == (1001, 81)
+    # Few pages are as many for both; layers that are all alike have one pool.
+    few = dataclasses.replace(serve, tokens=160)
+    assert pool_pages(few, (0, 100), 4096) == (11, 11)
+    assert pool_pages(serve, (100,), 4096) == (1001,)
+
+
+@pytest.mark.parametrize("room", [*range(0, 12_000, 1_000), 159_999, 160_000, 164_000, 200_000])
+def test_the_pages_that_fit_are_as_many_as_their_bytes_say(room: int):
+    count = WINDOWED.pages_in(room)
+    assert count == 0 or WINDOWED.of_pages(count) <= room
+    assert WINDOWED.of_pages(count + 1) > room
+
+
+def test_windows_leave_room_for_more_tokens():
+    serve = ServeConfig(slots=40, prefix_cache=True)
+    one_pool = dataclasses.replace(WINDOWED, page=4_000, windowed_page=0)
+    assert fit_tokens(serve, one_pool, 1_000_000, 256) == 192 * PAGE_SIZE
+    assert fit_tokens(serve, WINDOWED, 1_000_000, 256) == 672 * PAGE_SIZE
 
 
 SIZES = EngineBytes(weights=1_000_000, page=1_000, fixed=10_000, temporaries=40_000)

@@ -14,7 +14,7 @@ from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.speculation.gate import PAUSE, Gate
 from research.inference.speculation.lookup import Lookup
-from research.models.config import HeadConfig, ModelConfig
+from research.models.config import HeadConfig, LayerConfig, ModelConfig
 from tests.inference.generate_test import chain
 from tests.models.variants import VARIANTS
 from tests.tiny import random_params, tiny_config
@@ -26,6 +26,11 @@ LATENT = dataclasses.replace(
     VARIANTS["latent"], vocab_size=260, max_length=128, head=HeadConfig(mtp_depth=1)
 )
 SMALL = tiny_config(vocab_size=260, max_length=128, num_layers=1)
+# Some layers have windows; all have.
+HYBRID = dataclasses.replace(
+    DECODER, pattern=(LayerConfig(window=20), LayerConfig()), head=HeadConfig(mtp_depth=1)
+)
+LOCAL = dataclasses.replace(DECODER, pattern=(LayerConfig(window=20),))
 
 
 def guessing(kind: str, **changes: Any) -> ServeConfig:
@@ -72,6 +77,11 @@ CASES = {
     "draft": (DECODER, guessing("draft"), SMALL),
     "draft that is preempted": (DECODER, guessing("draft", slots=2, tokens=160), SMALL),
     "multi-token prediction": (LATENT, guessing("mtp"), None),
+    "windows, multi-token prediction": (HYBRID, guessing("mtp"), None),
+    "windows, first layers": (HYBRID, guessing("first_layers", draft_layers=2), None),
+    "windows, draft": (HYBRID, guessing("draft", slots=2, tokens=160), LOCAL),
+    "windows in all layers, draft": (LOCAL, guessing("draft"), SMALL),
+    "windows in all layers, first layers": (LOCAL, guessing("first_layers", draft_layers=1), None),
 }
 
 

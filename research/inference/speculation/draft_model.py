@@ -5,7 +5,7 @@ Source: Leviathan et al. 2023, arXiv:2211.17192, and Chen et al. 2023, arXiv:230
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float, Int
 
@@ -26,6 +26,7 @@ class DraftModel:
     """
 
     config: ModelConfig
+    has_layers: ClassVar[bool] = True
 
     def empty_layers(self, draft_params: Any, table: PageTable) -> Layers:
         """As of `Drafter`."""

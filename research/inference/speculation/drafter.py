@@ -42,7 +42,13 @@ class Tokens(NamedTuple):
 
 @runtime_checkable
 class Drafter(Protocol):
-    """A kind of guesses: hashable, and equal where its fields are."""
+    """A kind of guesses: hashable, and equal where its fields are.
+
+    Attributes:
+      has_layers: whether it has pages of its own.
+    """
+
+    has_layers: bool
 
     def empty_layers(self, draft_params: Any, table: PageTable) -> Layers:
         """Returns pages of its own, without tokens."""

@@ -5,7 +5,7 @@ Source: Zhang et al. 2024, "Draft & Verify", arXiv:2309.08168; Elhoushi et al. 2
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float, Int
 
@@ -27,6 +27,7 @@ class FirstLayers:
 
     config: ModelConfig
     num_layers: int
+    has_layers: ClassVar[bool] = False
 
     def _shallow(self) -> ModelConfig:
         first = self.config.first_layers[: self.num_layers]

@@ -5,7 +5,7 @@ Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv:2412.19437, sections 2.2 and 5.4.3
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -30,6 +30,7 @@ class MultiTokenPrediction:
     """
 
     config: ModelConfig
+    has_layers: ClassVar[bool] = True
 
     def empty_layers(self, draft_params: Any, table: PageTable) -> Layers:
         """As of `Drafter`."""

@@ -75,10 +75,7 @@ def _guess(
     drafter: Drafter,
 ) -> tuple[DeviceState, Slots]:
     assert state.hidden is not None
-    ids = table.ids.at[rows.slot].get(mode="fill", fill_value=0)
-    pages = Pages(
-        state.layers, state.draft_layers, PageTable(ids, table.num_pages, table.page_size)
-    )
+    pages = Pages(state.layers, state.draft_layers, table.of_rows(rows.slot))
     newest = slots.newest.at[rows.slot].get(mode="clip")
     limits = slots.limit.at[rows.slot].get(mode="clip")
     hidden = state.hidden.at[rows.hidden].get(mode="clip")
@@ -90,7 +87,8 @@ def _guess(
         draft = jnp.full_like(rows.slot, index)
         # As the row of the same token, when the model reads it.
         row = StepRows(rows.slot, tokens.positions, tokens.ids, draft, ~no, draft, draft, no)
-        guessed = draw_rows(logits, row, slots, 1).token
+        drawn = draw_rows(logits, row, slots, 1)
+        guessed = drawn.token
         drafts = slots.drafts.at[rows.slot, index].set(guessed, mode="drop")
         tokens = Tokens(guessed, tokens.positions + 1, limits, hidden)
         return slots.replace(drafts=drafts), pages, tokens
