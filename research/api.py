@@ -19,7 +19,9 @@ from research.storage.paths import Path, as_path
 __all__ = ["convert", "describe", "load", "train"]
 
 
-def load(workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> LoadedModel:
+def load(
+    workdir: str | Path, mesh: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> LoadedModel:
     """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`,
     `generate(prompts)`; `embed(texts)`, `score(texts)`, `classify(texts)`, `score_pairs(pairs)` and
     `fill_masks(texts)` of given texts.
@@ -28,11 +30,14 @@ def load(workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> LoadedMo
       workdir: of a training run or a conversion; its newest whole checkpoint is read.
       mesh: shards the model over devices: `{"tensor": 2}`, whatever mesh it was trained on. None is
         one device.
+      dtype: of parameters and activations, `float32` or `bfloat16`, in which the checkpoint is read
+        into its shards a part at a time; None is those of its config.
 
     Raises:
-      UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit.
+      UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit, or an
+        unknown type.
     """
-    return load_model(workdir, mesh)
+    return load_model(workdir, mesh, dtype)
 
 
 def train(

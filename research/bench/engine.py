@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
 from research.bench import report
+from research.bench.engine_load import load_rows
+from research.bench.engine_row import COLUMNS, Row
 from research.bench.engine_sides import MEMORY_AT, SHARED
 from research.bench.serving_models import MODELS, write_model
 from research.bench.sides import run
@@ -31,11 +33,11 @@ SIDE = "research.bench.engine_sides"
 ACCELERATOR_SIDE = "research.bench.engine_accelerator"
 # Of the accelerator's part.
 SHAPE = "configs/model/llama.py:3-8b"
-PARTS = ("arrivals", "prefix", "lookup", "start", "programs", "memory", "accelerator")
-COLUMNS = ["what", "measured", "beside", "ratio", "wanted", "also"]
+PARTS = ("arrivals", "prefix", "lookup", "start", "programs", "memory", "load", "accelerator")
 # The package that each peer needs.
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 MODEL = MODELS["GPT-2 124 M"]
+LOADED = "1 B"
 TINY = ModelConfig(
     vocab_size=1000,
     num_layers=1,
@@ -45,17 +47,6 @@ TINY = ModelConfig(
     mlp=MlpConfig(hidden_dim=64),
     tied_embeddings=True,
 )
-
-
-class Row(NamedTuple):
-    """What is printed of a measurement; `COLUMNS`."""
-
-    what: str
-    measured: str
-    beside: str
-    ratio: str
-    wanted: str
-    also: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +105,8 @@ def _rows(
     if "memory" in parts:
         write_model(folder / "tiny", TINY, "float32")
         yield memory_row(_measured("memory", str(folder / "tiny"))["bytes"])
+    if "load" in parts:
+        yield from load_rows(LOADED, folder, arguments.rounds)
     if "accelerator" in parts:
         yield from accelerator_rows(json.loads(run([ACCELERATOR_SIDE, SHAPE, rounds])))
 

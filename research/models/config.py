@@ -3,7 +3,7 @@ never a branch.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from research.core.config import renamed
 from research.core.errors import UserError
@@ -29,6 +29,9 @@ __all__ = [
     "PositionConfig",
     "RopeScalingConfig",
 ]
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES = get_args(Dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +213,8 @@ class ModelConfig:
     scale_embeddings: bool = False
     dropout: float = 0.0
     init_stddev: float = 0.02
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
     sequence_parallel: bool = False

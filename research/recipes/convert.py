@@ -9,6 +9,7 @@ from research.core.trees import count
 from research.data.tokenizers import Tokenizer, folders
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, write_hugging_face
+from research.models.config import DTYPES
 from research.recipes.convert_tokenizer import fitting_tokenizer
 from research.recipes.model_source import ModelSource, model_openers
 from research.recipes.new_folder import new_folder
@@ -25,7 +26,6 @@ EXAMPLES = """\
   tessera convert --from=runs/stdlib --to=stdlib-hf --format=hf"""
 
 FORMATS = ("tessera", "hf")
-DTYPES = ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

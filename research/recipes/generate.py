@@ -63,8 +63,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("--in", source, f"cannot be read: {reason(error)}.") from error
 
     workdir = as_path(arguments.workdir, "workdir")
-    model = load(workdir, sample_flags.mesh_sizes(arguments))
-    of_answers = {"in": digest, "step": model.step, "defaults": configs.plain(defaults)}
+    model = load(workdir, sample_flags.mesh_sizes(arguments), arguments.dtype)
+    of_answers = {
+        "in": digest,
+        "step": model.step,
+        "dtype": arguments.dtype,
+        "defaults": configs.plain(defaults),
+    }
     with LineLog(out, of_answers) as log:
         # One byte a line, from 1.
         is_done = bytearray(total + 1)

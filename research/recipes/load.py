@@ -1,6 +1,7 @@
 """Loading the model of a workdir."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,10 @@ import flax.linen as nn
 import jax
 
 from research.core import config as configs
+from research.core.errors import UserError, nearest
 from research.data import tokenizers
-from research.models.config import ModelConfig
-from research.models.language_model import abstract_boxed_params
+from research.models.config import DTYPES, ModelConfig
+from research.models.language_model import abstract_boxed_params, abstract_params
 from research.parallel.target import mesh_platform, platform
 from research.recipes.generation_mesh import mesh_for_generation, shardings_for_generation
 from research.recipes.loaded import LoadedModel
@@ -19,36 +21,58 @@ from research.storage.paths import Path, as_path
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 
 
-def load(workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> LoadedModel:
+def load(
+    workdir: str | Path, mesh: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> LoadedModel:
     """Loads the newest good checkpoint of a workdir, averaged parameters where the run kept them.
+
+    They are read a part at a time into their shards, so that of another type than `dtype` there are
+    never more than some parts in memory.
 
     Args:
       workdir: of a training run or a conversion.
       mesh: sizes of mesh axes, `{"tensor": 2}`, as of `mesh_for_generation`; None is one device.
+      dtype: of parameters and activations, `float32` or `bfloat16`; None is those of the config.
 
     Raises:
-      UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit.
+      UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit, or an
+        unknown type.
     """
     workdir = as_path(workdir, "workdir")
-    config = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
+    saved = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
+    config = saved if dtype is None else in_dtype(saved, dtype)
     devices_mesh = None
     if mesh:
         devices_mesh, zero = mesh_for_generation(config, mesh)
-        boxed = abstract_boxed_params(config, mesh_platform(devices_mesh))
+        on_platform = mesh_platform(devices_mesh)
+        boxed = abstract_boxed_params(config, on_platform)
         shardings = shardings_for_generation(boxed, devices_mesh, zero)
     else:
-        boxed = abstract_boxed_params(config, platform())
+        on_platform = platform()
+        boxed = abstract_boxed_params(config, on_platform)
         device = jax.local_devices()[0]
         sharding = jax.sharding.SingleDeviceSharding(device)
         shardings = jax.tree.map(lambda _: sharding, nn.unbox(boxed))
 
+    stored = abstract_params(saved, on_platform)
     plain = nn.unbox(boxed)
-    shapes = jax.tree.map(_place, plain, shardings)
+    served = jax.tree.map(_place, plain, shardings)
     with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
         # The first of the two fields that the checkpoint has.
-        step, params = checkpoints.restore_params(shapes, fields=("ema", "params"))
+        step, params = checkpoints.stream_params(stored, served, fields=("ema", "params"))
     tokenizer = tokenizers.load(workdir / "tokenizer")
     return LoadedModel(config, params, tokenizer, step, devices_mesh)
+
+
+def in_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    """Returns a model with parameters and activations of a type.
+
+    Raises:
+      UserError: it is not known.
+    """
+    if dtype not in DTYPES:
+        raise UserError("dtype", dtype, f"is not known. {nearest(dtype, DTYPES)}")
+    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
 def _place(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
     messages = conversations.from_flags(arguments)
 
     workdir = as_path(arguments.workdir, "workdir")
-    model = load(workdir, sample_flags.mesh_sizes(arguments))
+    model = load(workdir, sample_flags.mesh_sizes(arguments), arguments.dtype)
     if messages is not None and not model.tokenizer.chat_templates:
         flag = "--chat" if arguments.messages is None else "--messages"
         raise UserError(

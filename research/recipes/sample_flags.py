@@ -55,12 +55,16 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what decides how texts are computed, and changes none."""
+    """Adds what decides how texts are computed."""
     parser.add_argument(
         "--speculate",
         metavar="KIND",
         help="who guesses tokens ahead, which changes no text: lookup (what followed in the text "
         "before), mtp (the model's multi-token prediction)",
+    )
+    parser.add_argument(
+        "--dtype",
+        help="of parameters and activations: float32 or bfloat16 (default: those of the config)",
     )
     # `cli` takes these as overrides; the flag shows that there are such.
     parser.add_argument(

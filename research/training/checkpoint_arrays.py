@@ -8,7 +8,7 @@ traceback from a thread.
 import collections
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import tensorstore as ts
@@ -18,12 +18,29 @@ from research.storage.paths import Path, kvstore
 
 # Bytes that are read ahead while an array is put on its devices.
 PREFETCH_BYTES = 2**29
+# Largest chunk, the unit in which TensorStore reads: a device that holds a small part of an array
+# in a sharded model reads little more than its part.
+CHUNK_BYTES = 2**22
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
 
 class UnreadableArray(Exception):
     """An array that is missing, or whose files are not what was written; the message names it."""
+
+
+class _Sized(Protocol):
+    """What has been begun to be read.
+
+    Attributes:
+      size: its bytes.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+
+Reads = TypeVar("Reads", bound=_Sized)
 
 
 class _ArrayReads(NamedTuple):
@@ -61,24 +78,33 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     Raises:
       UnreadableArray: an array cannot be read, or is stored in another shape or type.
     """
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    context = uncached()
     # All are being opened before the first is waited for.
-    stores = {name: _open(folder, name, context) for name in wanted}
+    stores = {name: open_array(folder, name, context) for name in wanted}
     begun = _begin_reads(stores, wanted)
 
     arrays = {}
-    for reads in _prefetched(begun):
+    for reads in prefetched(begun, PREFETCH_BYTES):
         name = reads.name
         # A failed read raises here.
         parts = {}
-        for bounds, read in reads.by_bounds.items():
-            parts[bounds] = _result(name, read)
-        arrays[name] = _put_on_devices(parts, wanted[name])
+        for part, read in reads.by_bounds.items():
+            parts[part] = result(name, read)
+        arrays[name] = put_on_devices(parts, wanted[name])
     return arrays
 
 
-def _open(folder: Path, name: str, context: ts.Context) -> ts.Future:
-    """Begins to open an array."""
+def uncached(**resources: Any) -> ts.Context:
+    """Returns what arrays are opened in that are read once.
+
+    Args:
+      resources: further ones of TensorStore.
+    """
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **resources})
+
+
+def open_array(folder: Path, name: str, context: ts.Context) -> ts.Future:
+    """Begins to open an array, of which `result` waits for the store."""
     spec = {"driver": "zarr", "kvstore": array_kvstore(folder, name)}
     return ts.open(spec, context=context, open=True, read=True)
 
@@ -88,25 +114,25 @@ def _begin_reads(
 ) -> Iterator[_ArrayReads]:
     """Yields the reads of each array; they begin when it is asked for."""
     for name, shape in wanted.items():
-        store = _result(name, stores[name])
-        _check_type(name, store, shape)
+        store = result(name, stores[name])
+        check_type(name, store, shape)
 
         # [8, 8], rows sharded over two devices -> {((0, 4), (0, 8)), ((4, 8), (0, 8))}; replicas
         # have the same bounds and are read once.
         index_of_device = shape.sharding.addressable_devices_indices_map(shape.shape)
-        distinct_bounds = {_bounds(index, shape.shape) for index in index_of_device.values()}
+        distinct_bounds = {bounds(index, shape.shape) for index in index_of_device.values()}
 
         reads = {}
         elements = 0
-        for bounds in distinct_bounds:
-            part = store[_slices(bounds)]
-            reads[bounds] = part.read()
+        for part_bounds in distinct_bounds:
+            part = store[slices(part_bounds)]
+            reads[part_bounds] = part.read()
             elements += math.prod(part.shape)
         size = elements * shape.dtype.itemsize
         yield _ArrayReads(name, size, reads)
 
 
-def _check_type(name: str, store: ts.TensorStore, wanted: jax.ShapeDtypeStruct) -> None:
+def check_type(name: str, store: ts.TensorStore, wanted: jax.ShapeDtypeStruct) -> None:
     """Raises UnreadableArray where an array is stored in another shape or type."""
     dtype = store.dtype.numpy_dtype
     if store.shape == wanted.shape and dtype == wanted.dtype:
@@ -115,47 +141,52 @@ def _check_type(name: str, store: ts.TensorStore, wanted: jax.ShapeDtypeStruct) 
     raise UnreadableArray(f"array {name} cannot be read (it is stored as {dtype}[{sizes}])")
 
 
-def _prefetched(begun: Iterator[_ArrayReads]) -> Iterator[_ArrayReads]:
-    """Yields the reads of arrays in order, after those of the next `PREFETCH_BYTES` have begun."""
-    waiting: collections.deque[_ArrayReads] = collections.deque()
+def prefetched(begun: Iterator[Reads], most: int) -> Iterator[Reads]:
+    """Yields reads in order, after those of the next bytes have begun.
+
+    Args:
+      begun: begins each when it is asked for.
+      most: bytes that are read ahead.
+    """
+    waiting: collections.deque[Reads] = collections.deque()
     waiting_bytes = 0
     for reads in begun:
         waiting.append(reads)
         waiting_bytes += reads.size
-        while waiting_bytes > PREFETCH_BYTES:
+        while waiting_bytes > most:
             first = waiting.popleft()
             waiting_bytes -= first.size
             yield first
     yield from waiting
 
 
-def _put_on_devices(parts: Mapping[Bounds, Any], shape: jax.ShapeDtypeStruct) -> Array:
+def put_on_devices(parts: Mapping[Bounds, Any], shape: jax.ShapeDtypeStruct) -> Array:
     """Returns a sharded array of the parts that the devices of this process hold."""
 
     def part(index: tuple[slice, ...]) -> Any:
-        bounds = _bounds(index, shape.shape)
-        return parts[bounds]
+        return parts[bounds(index, shape.shape)]
 
     return jax.make_array_from_callback(shape.shape, shape.sharding, part)
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+def bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     """Returns JAX's index of a device's part as bounds.
 
     (slice(None), slice(0, 4)) of [2, 8] -> ((0, 2), (0, 4))
     """
-    bounds = []
+    found = []
     for axis_slice, size in zip(index, shape, strict=True):
         start, stop, _ = axis_slice.indices(size)
-        bounds.append((start, stop))
-    return tuple(bounds)
+        found.append((start, stop))
+    return tuple(found)
 
 
-def _slices(bounds: Bounds) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in bounds)
+def slices(box: Bounds) -> tuple[slice, ...]:
+    """Returns bounds as an index."""
+    return tuple(slice(start, stop) for start, stop in box)
 
 
-def _result(name: str, future: ts.Future) -> Any:
+def result(name: str, future: ts.Future) -> Any:
     """Returns what TensorStore has opened or read; raises UnreadableArray where it could not."""
     try:
         return future.result()

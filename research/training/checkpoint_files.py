@@ -92,13 +92,19 @@ def save_args(
     """
     own = describe_arrays(arrays, digests(arrays))
     manifest = build_manifest(step, own | dict(shared), extra)
-    items = {ARRAYS: ocp.args.PyTreeSave(nested(arrays)), MANIFEST: ocp.args.JsonSave(manifest)}
+    items = {ARRAYS: _save_in_chunks(arrays), MANIFEST: ocp.args.JsonSave(manifest)}
     return ocp.args.Composite(**items)
 
 
 def arrays_save_args(arrays: Mapping[str, Array]) -> ocp.args.Composite:
     """Returns what Orbax is to write of arrays that checkpoints share."""
-    return ocp.args.Composite(**{ARRAYS: ocp.args.PyTreeSave(nested(arrays))})
+    return ocp.args.Composite(**{ARRAYS: _save_in_chunks(arrays)})
+
+
+def _save_in_chunks(arrays: Mapping[str, Array]) -> ocp.args.PyTreeSave:
+    # What reads a part of an array then holds little more than that in memory.
+    chunks = ocp.SaveArgs(chunk_byte_size=checkpoint_arrays.CHUNK_BYTES)
+    return ocp.args.PyTreeSave(nested(arrays), save_args=nested(dict.fromkeys(arrays, chunks)))
 
 
 def describe_arrays(
@@ -251,39 +257,45 @@ def read_arrays(
       Damaged: an array cannot be read, or Orbax's description of a store is not that of the
           manifest.
     """
-    # {<step>/arrays: {params/embed, …}, base-…/arrays: {embed, …}}
-    stores: dict[Path, set[str]] = {folder / ARRAYS: set()}
+    check_trees(folder, manifest)
     # {(base-…/arrays, params): {embed: params/embed}}. Each field is read by itself: parameters and
     # their average may be one array on disk.
     groups: dict[tuple[Path, str], dict[str, str]] = {}
     for name in manifest["arrays"]:
-        store, stored_name = locate_array(folder, manifest, name)
-        stores.setdefault(store, set()).add(stored_name)
         if name in wanted:
+            store, stored_name = locate_array(folder, manifest, name)
             field, _, _ = name.partition("/")
             groups.setdefault((store, field), {})[stored_name] = name
-
-    for store, stored_names in stores.items():
-        with _as_damaged(folder, store):
-            _check_tree_metadata(store / orbax_tree.FILE, stored_names)
 
     arrays = {}
     for (store, _), names in groups.items():
         shapes = {stored_name: wanted[name] for stored_name, name in names.items()}
-        with _as_damaged(folder, store):
+        with as_damaged(folder, store):
             read = checkpoint_arrays.read_arrays(store, shapes)
         arrays |= {names[stored_name]: array for stored_name, array in read.items()}
     return {name: arrays[name] for name in wanted}
 
 
 @contextlib.contextmanager
-def _as_damaged(folder: Path, store: Path) -> Iterator[None]:
+def as_damaged(folder: Path, store: Path) -> Iterator[None]:
     """Re-raises an unreadable store as Damaged, prefixed with its folder's name if it is shared."""
     try:
         yield
     except (checkpoint_arrays.UnreadableArray, Damaged) as error:
         prefix = "" if store.parent == folder else f"{store.parent.name}: "
         raise Damaged(f"{prefix}{error}") from error
+
+
+def check_trees(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises Damaged where Orbax's description of a store is not that of the manifest."""
+    # {<step>/arrays: {params/embed, …}, base-…/arrays: {embed, …}}
+    stores: dict[Path, set[str]] = {folder / ARRAYS: set()}
+    for name in manifest["arrays"]:
+        store, stored_name = locate_array(folder, manifest, name)
+        stores.setdefault(store, set()).add(stored_name)
+    for store, stored_names in stores.items():
+        with as_damaged(folder, store):
+            _check_tree_metadata(store / orbax_tree.FILE, stored_names)
 
 
 def _check_tree_metadata(path: Path, wanted: set[str]) -> None:
@@ -309,8 +321,12 @@ def check_digests(manifest: Mapping[str, Any], arrays: Mapping[str, Array]) -> N
 
     Every process must call this.
     """
+    compare_digests(manifest, digests(arrays))
+
+
+def compare_digests(manifest: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Raises Damaged where the digest of an array is not that of what was saved."""
     entries = manifest["arrays"]
-    found = digests(arrays)
     wrong = [name for name, digest in found.items() if digest != entries[name]["digest"]]
     if not wrong:
         return

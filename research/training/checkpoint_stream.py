@@ -36,12 +36,9 @@ from research.storage.flush import BackgroundFlusher, flush, supports_direct_io
 from research.storage.paths import Path, absolute, in_bucket
 from research.training import checkpoint_files as files
 from research.training import orbax_tree
-from research.training.checkpoint_arrays import array_kvstore
+from research.training.checkpoint_arrays import CHUNK_BYTES, array_kvstore
 from research.training.checkpoint_files import Damaged
 
-# Largest chunk, the unit in which TensorStore reads: a device that holds a small part of an array
-# in a sharded model reads little more than its part.
-CHUNK_BYTES = 2**22
 # Most bytes that are being written while the next part is made.
 MAX_PENDING_BYTES = 2**27
 # Suffix of files that TensorStore is still writing.

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,16 +23,16 @@ from research.core.trees import named_leaves
 from research.models.canonical_params import stack_layers, unstack_layers
 from research.storage.paths import Path, in_bucket
 from research.training import checkpoint_files as files
-from research.training import manifest_values, quiet_orbax
+from research.training import checkpoint_shards, manifest_values, quiet_orbax
 from research.training.checkpoint_faults import disk_fault, release_frames
 from research.training.checkpoint_files import Damaged
 from research.training.checkpoint_folder import CheckpointFolder
 from research.training.checkpoint_frozen import FrozenParams, remove_unused_folders
+from research.training.checkpoint_reading import read_by_all, read_whole
 
 logger = logging.getLogger("tessera")
 
-# From a manifest to the canonical shapes of the arrays to read from its checkpoint.
-ShapesFor = Callable[[Mapping[str, Any]], dict[str, jax.ShapeDtypeStruct]]
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,9 @@ class Checkpoints:
         """
         shapes = _shapes(abstract_state)
         wanted = stack_layers(shapes)
-        step, manifest, arrays = self._read_newest(lambda manifest: wanted, step, exact=True)
+        step, (manifest, arrays) = self._newest_intact(
+            lambda folder: read_whole(folder, lambda manifest: wanted, exact=True), step
+        )
 
         state = _rebuild(abstract_state, unstack_layers(arrays, shapes))
         self._frozen_params.note_restored(manifest)
@@ -235,17 +237,47 @@ class Checkpoints:
             field = files.first_field(manifest, fields)
             return {f"{field}/{name}": shape for name, shape in canonical_shapes.items()}
 
-        step, _, arrays = self._read_newest(shapes_for, step, exact=False)
+        step, (_, arrays) = self._newest_intact(
+            lambda folder: read_whole(folder, shapes_for, exact=False), step
+        )
         # params/layers/mlp/kernel -> layers/mlp/kernel
         arrays = {name.partition("/")[2]: array for name, array in arrays.items()}
         return step, _rebuild(abstract_params, unstack_layers(arrays, shapes))
 
-    def _read_newest(
-        self, shapes_for: ShapesFor, step: int | None, exact: bool
-    ) -> tuple[int, dict[str, Any], dict[str, jax.Array]]:
-        """Returns (step, manifest, canonical arrays) of the newest intact checkpoint.
+    def stream_params(
+        self, stored: Any, wanted: Any, fields: tuple[str, ...] = ("params",)
+    ) -> tuple[int, Any]:
+        """Returns (step, params) in the types that they are served in, never all of them in the
+        types of the checkpoint: they are read a part at a time (checkpoint_shards.py).
 
-        It is the same one on all processes.
+        Args:
+          stored: shapes and types of the parameters as they were saved, in the tree of the model;
+            its layers may be scanned or unrolled.
+          wanted: shapes, types and shardings that they are served in, on devices of this process.
+          fields: as in `restore_params`.
+
+        Raises:
+          UserError: as `restore`.
+        """
+
+        def read(folder: Path) -> dict[str, jax.Array]:
+            manifest = files.read_manifest(folder)
+            field = files.first_field(manifest, fields)
+            return checkpoint_shards.read_params(
+                folder, manifest, field, named_leaves(stored), named_leaves(wanted)
+            )
+
+        step, params = self._newest_intact(lambda folder: read_by_all(read, folder), None)
+        return step, _rebuild(wanted, params)
+
+    def _newest_intact(
+        self, read: Callable[[Path], Content], step: int | None
+    ) -> tuple[int, Content]:
+        """Returns (step, content) of the newest intact checkpoint, the same on all processes.
+
+        Args:
+          read: returns the content of a checkpoint, or raises Damaged on all processes.
+          step: this checkpoint and no other.
         """
         self.wait()
         candidates = self.steps()
@@ -261,40 +293,13 @@ class Checkpoints:
             candidate = int(multihost_utils.broadcast_one_to_all(newest))
             folder = self._folder.of_step(candidate)
             try:
-                manifest, arrays = self._read(folder, shapes_for, exact)
-                return candidate, manifest, arrays
+                return candidate, read(folder)
             except Damaged as damage:
                 fault = f"{folder}: {damage}"
                 faults.append(fault)
                 then = " Trying the one before." if candidates else ""
                 logger.warning("Damaged checkpoint %s.%s", fault, then)
         raise UserError(f"no checkpoint is intact, and none was changed: {'; '.join(faults)}.")
-
-    def _read(
-        self, folder: Path, shapes_for: ShapesFor, exact: bool
-    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """Returns (manifest, canonical arrays) of a checkpoint; raises Damaged on all processes."""
-        damage = None
-        manifest = {}
-        arrays = {}
-        try:
-            manifest = files.read_manifest(folder)
-            shapes = shapes_for(manifest)
-            files.check_architecture(folder, manifest, shapes, exact)
-            arrays = files.read_arrays(folder, manifest, shapes)
-        except Damaged as error:
-            damage = error
-
-        # What one process cannot read, none may use: the digests below need all of them. So each
-        # process learns of the others' damage before it raises its own.
-        damaged = np.bool_(damage is not None)
-        damaged_processes = multihost_utils.process_allgather(damaged)
-        if damage is not None:
-            raise damage
-        if np.any(damaged_processes):
-            raise Damaged("another process cannot read its part")
-        files.check_digests(manifest, arrays)
-        return manifest, arrays
 
     def _finish(self, step: int) -> None:
         """In the background: waits for a write, and removes the checkpoints that are not kept."""
