@@ -23,6 +23,7 @@ def beam_generate(
     prompts: Sequence[Prompt],
     beams: BeamConfig,
     *,
+    debug_nans: bool = False,
     mesh: Mesh | None = None,
 ) -> list[list[Beam]]:
     """Returns the best continuations of each prompt, best first; they do not depend on the other
@@ -34,6 +35,7 @@ def beam_generate(
       tokenizer: the one it was trained with.
       prompts: texts, or ids that are used unchanged.
       beams: settings of the search.
+      debug_nans: whether the first value that is no number is named, as of `ServeConfig`.
       mesh: that the parameters are sharded over; None is one device.
 
     Raises:
@@ -42,7 +44,7 @@ def beam_generate(
     """
     rows = encode_ids(config, tokenizer, prompts)
     requests = [Request(tuple(ids), beams=beams) for ids in rows]
-    serve = serve_config(config, requests, len(tokenizer.end_ids))
+    serve = serve_config(config, requests, len(tokenizer.end_ids), debug_nans=debug_nans)
     answers = run_all(Engine(config, params, tokenizer, serve, mesh), requests, "beam search")
     found = []
     for index, answer in enumerate(answers):

@@ -28,6 +28,16 @@ def serving() -> Iterator[None]:
         _serves.reset(token)
 
 
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Logs no compilation inside: it is one that was asked for."""
+    token = _serves.set(False)
+    try:
+        yield
+    finally:
+        _serves.reset(token)
+
+
 @functools.cache
 def _listen() -> None:
     """Listens to JAX from the first call on."""

@@ -150,7 +150,8 @@ def _logprobs(
 
     def others(_: None) -> Float[Array, "B V"]:
         padding = ((0, 0), (0, missing))
-        is_allowed = jnp.pad(edited > -jnp.inf, padding)
+        # What is no number stays none.
+        is_allowed = jnp.pad(edited != -jnp.inf, padding)
         allowed = jnp.where(is_allowed, raw, -jnp.inf)
         drawn_from = jax.nn.log_softmax(processed, axis=-1)
         drawn_from = jnp.pad(drawn_from, padding, constant_values=-jnp.inf)

@@ -36,6 +36,7 @@ def generate(
     *,
     grammar: GrammarConfig | None = None,
     speculate: str = "none",
+    debug_nans: bool = False,
     mesh: Mesh | None = None,
 ) -> list[Completion]:
     """Continues each prompt; a prompt's text depends on its own seed and settings, not on the
@@ -52,6 +53,7 @@ def generate(
         where that is one for all, `sampling.seed + i` for prompt i.
       grammar: that all texts keep to; None for none.
       speculate: who guesses, as of `ServeConfig`; it changes no text.
+      debug_nans: whether the first value that is no number is named, as there.
       mesh: that the parameters are sharded over; None is one device.
 
     Raises:
@@ -65,7 +67,8 @@ def generate(
         own = dataclasses.replace(each, seed=seed)
         requests.append(Request(tuple(ids), own, grammar=grammar))
 
-    serve = serve_config(config, requests, len(tokenizer.end_ids), speculate)
+    num_ends = len(tokenizer.end_ids)
+    serve = serve_config(config, requests, num_ends, speculate, debug_nans=debug_nans)
     answers = run_all(Engine(config, params, tokenizer, serve, mesh), requests, "sample")
     samples = [answer.samples[0] for answer in answers]
     for index, sample in enumerate(samples):
@@ -92,6 +95,8 @@ def serve_config(
     requests: Sequence[Request],
     num_ends: int,
     speculate: str = "none",
+    *,
+    debug_nans: bool = False,
 ) -> ServeConfig:
     """Returns how an engine runs for a batch of requests: with room for all that run at a time.
 
@@ -100,6 +105,7 @@ def serve_config(
       requests: at least one.
       num_ends: ids that end a text.
       speculate: who guesses.
+      debug_nans: as of `ServeConfig`.
 
     Raises:
       UserError: nobody of this name guesses.
@@ -127,6 +133,7 @@ def serve_config(
             "tiles": tiles,
             "top_logprobs": _power_of_two(num_top),
             "speculate": speculate,
+            "debug_nans": debug_nans,
         }
     )
 

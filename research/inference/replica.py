@@ -2,6 +2,7 @@
 if it were alone.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import NOT_NUMBERS, Answer, Sample, TokenLogprobs
+from research.inference.bad_values import explain
 from research.inference.beam_lanes import Lane
 from research.inference.grammar import GrammarCompiler
 from research.inference.grammar_config import GrammarError
@@ -85,6 +87,7 @@ class Replica:
         self.guesses = Guesses(serve, on_device=drafter is not None)
         draft_params = None if draft is None else draft[1]
         self._runner = Runner(config, params, serve, self._num_ids, mesh, drafter, draft_params)
+        self._explain = functools.partial(explain, serve, config, self._runner)
         kinds = []
         for count, window in zip(self._runner.num_pages, self._runner.windows, strict=True):
             kinds.append(PageKind(PagePool(count), PAGE_SIZE, window))
@@ -377,13 +380,16 @@ class Replica:
         sample.sequence.add([each.token for each in found])
         for each in found:
             sample.push(each)
+        if sample.error == NOT_NUMBERS:
+            num_drawn = len(sample.logprobs)
+            sample.error = self._explain(sample.answer.request, sample.sequence, num_drawn)
         if sample.finished:
             self._end(sample)
 
     def _collect(self, lane: Lane, ids: np.ndarray, log_p: np.ndarray) -> bool:
         """Takes the likeliest continuations of a lane; returns whether its search has all."""
         if np.isnan(log_p).any():
-            self.abort(lane.answer, NOT_NUMBERS)
+            self.abort(lane.answer, self._explain(lane.answer.request, lane.sequence))
             return False
         return self._searches.collect(lane, ids, log_p)
 

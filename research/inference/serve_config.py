@@ -35,6 +35,8 @@ class ServeConfig:
         `first_layers` of the model; a `draft` model; `mtp` is its own multi-token prediction.
       draft_layers: how many first layers guess.
       top_logprobs: of a token, at most.
+      debug_nans: whether a text whose logits are no numbers is read again, to name the first such
+        value of a layer in the error of its request; the others wait for it.
     """
 
     slots: int = 16
@@ -49,6 +51,7 @@ class ServeConfig:
     speculate: Literal["none", "lookup", "first_layers", "draft", "mtp"] = "none"
     draft_layers: int = 0
     top_logprobs: int = 20
+    debug_nans: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("tokens", 0), ("rows", 1), ("drafts", 0)):

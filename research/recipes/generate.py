@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Answers each line that has no answer yet."""
     # Mistakes in flags are found before a model is loaded.
     defaults = _defaults(arguments)
-    serve = serve_from_flags(arguments.serve, arguments.speculate)
+    serve = serve_from_flags(arguments.serve, arguments.speculate, arguments.debug_nans)
     source = as_path(arguments.source, "in")
     out = local_path("out", arguments.out)
     try:
@@ -106,12 +106,13 @@ def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
     return defaults
 
 
-def serve_from_flags(path: str | None, speculate: str | None) -> ServeConfig:
+def serve_from_flags(path: str | None, speculate: str | None, debug_nans: bool) -> ServeConfig:
     """Returns how an engine runs.
 
     Args:
       path: of a config file; None is what `ServeConfig` says.
       speculate: who guesses, instead of what the file says.
+      debug_nans: whether the first value that is no number is named, also where the file does not.
 
     Raises:
       UserError: the file is none, or a field that is not known or out of range.
@@ -119,6 +120,8 @@ def serve_from_flags(path: str | None, speculate: str | None) -> ServeConfig:
     values = {} if path is None else configs.load_file(path)
     if speculate is not None:
         values["speculate"] = speculate
+    if debug_nans:
+        values["debug_nans"] = True
     return bind_serve(values)
 
 

@@ -63,6 +63,7 @@ class GenerationMethods:
         seeds: Sequence[Any] | None = None,
         grammar: GrammarConfig | Mapping[str, Any] | None = None,
         speculate: str = "none",
+        debug_nans: bool = False,
         **fields: Any,
     ) -> list[Completion]:
         """Continues prompts: by sampling, or by beam search where `num_beams` is above 1.
@@ -82,6 +83,7 @@ class GenerationMethods:
           seeds: of sampling, one per prompt.
           grammar: that all texts keep to, or its fields, `{"regex": "[0-9]+"}`; None for none.
           speculate: who guesses, `lookup` or another of `ServeConfig`; it changes no text.
+          debug_nans: whether the first value that is no number is named, as of `ServeConfig`.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
 
         Raises:
@@ -99,18 +101,14 @@ class GenerationMethods:
         if isinstance(grammar, Mapping):
             grammar = bind_grammar(grammar)
         if not isinstance(how, BeamConfig):
-            drawn = {"grammar": grammar, "speculate": speculate, "mesh": self.mesh}
-            return generate(*model, read, how, seeds, **drawn)
+            drawn = {"grammar": grammar, "speculate": speculate, "debug_nans": debug_nans}
+            return generate(*model, read, how, seeds, mesh=self.mesh, **drawn)
 
-        why = f"num_beams = {how.num_beams} searches and draws nothing"
         given = {"seeds": seeds, "grammar": grammar}
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(name, constraint=f": {why}; leave them out.")
-        if speculate != "none":
-            raise UserError("speculate", speculate, f", and {why}.")
+        _check_search(how, given, speculate)
         # The best hypothesis is the completion.
-        return [best for best, *_ in beam_generate(*model, read, how, mesh=self.mesh)]
+        searched = beam_generate(*model, read, how, debug_nans=debug_nans, mesh=self.mesh)
+        return [best for best, *_ in searched]
 
     def beams(
         self,
@@ -130,3 +128,13 @@ class GenerationMethods:
         beams = configs.bind(BeamConfig, fields)
         model = (self.config, self.params, self.tokenizer)
         return beam_generate(*model, read, beams, mesh=self.mesh)
+
+
+def _check_search(beams: BeamConfig, given: Mapping[str, Any], speculate: str) -> None:
+    """Raises UserError where a search is given what draws alone have."""
+    why = f"num_beams = {beams.num_beams} searches and draws nothing"
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(name, constraint=f": {why}; leave them out.")
+    if speculate != "none":
+        raise UserError("speculate", speculate, f", and {why}.")

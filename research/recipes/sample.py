@@ -47,7 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
     fields = sample_flags.config_fields(arguments)
     # Mistakes in flags are found before a model is loaded.
     decoding_config(fields)
-    options = {"grammar": grammar_flags.from_flags(arguments)}
+    grammar = grammar_flags.from_flags(arguments)
+    options = {"grammar": grammar, "debug_nans": arguments.debug_nans}
     if arguments.speculate is not None:
         bind_serve({"speculate": arguments.speculate})
         options["speculate"] = arguments.speculate

@@ -66,6 +66,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         help="of parameters and activations: float32 or bfloat16 (default: those of the config)",
     )
+    parser.add_argument(
+        "--debug_nans",
+        action="store_true",
+        help="where logits are no numbers, read the text again and name the first such value: its "
+        "layer, array and token",
+    )
     # `cli` takes these as overrides; the flag shows that there are such.
     parser.add_argument(
         "--config.mesh",

@@ -1,4 +1,4 @@
-"""A workdir is served in the type that was asked for."""
+"""A workdir is served in the type that was asked for; `--debug_nans` names what is bad in it."""
 
 import shutil
 
@@ -11,6 +11,7 @@ import research
 from research import cli
 from research.core.errors import UserError
 from research.core.trees import named_leaves
+from research.training.checkpoint_stream import write_params
 from tests.recipes.fixtures import Unbroken
 
 
@@ -53,3 +54,34 @@ def test_samples_are_drawn_in_the_type_of_the_flag(unbroken: Unbroken, tmp_path,
     model = research.load(workdir, dtype="bfloat16")
     [text] = model.generate(["the"], max_tokens=6, seed=3)
     assert printed == f"the{text.text}\n"
+
+
+def broken_workdir(unbroken: Unbroken, folder):
+    """A workdir whose model has a weight that is no number."""
+    workdir = folder / "run"
+    shutil.copytree(unbroken.workdir, workdir, ignore=shutil.ignore_patterns("checkpoints"))
+    params = named_leaves(research.load(unbroken.workdir).params)
+    name = "layers_1/mlp/down/kernel"
+    params[name] = params[name].at[3, 2].set(np.nan)
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
+    parts = [(name, (), np.asarray(leaf)) for name, leaf in params.items()]
+    write_params(workdir, 1, shapes, parts)
+    return workdir
+
+
+@pytest.mark.thorough
+def test_debug_nans_names_the_weight_that_is_no_number(unbroken: Unbroken, tmp_path, capsys):
+    workdir = broken_workdir(unbroken, tmp_path)
+    where = "layers_1/mlp/down, where layers_1/mlp/down/kernel is nan at [3, 2]"
+    for flags, named in (([], False), (["--debug_nans"], True), (["--num_beams=2"], False)):
+        argv = ["sample", f"--workdir={workdir}", "--prompt=the", "--max_tokens=4", *flags]
+        assert cli.main(argv) == 2
+        said = capsys.readouterr().err
+        assert "its logits are not numbers" in said
+        assert (where in said) == named
+
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "the"}\n')
+    argv = ["generate", f"--workdir={workdir}", f"--in={source}", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*argv, "--max_tokens=4", "--debug_nans"]) == 0
+    assert where in (tmp_path / "out").read_text()
