@@ -27,6 +27,7 @@ from research.models.canonical_params import canonical_names
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig, language_model
 from research.models.transformer import compute_logits
+from research.parallel.mesh import on_mesh
 from research.parallel.shard_map import whole_batch
 
 # Of an array: whether it has a value that is no number, the index of the first one, and this value.
@@ -62,7 +63,7 @@ def explain(
     if num_drawn is not None:
         num_prompt = sequence.limit - request.max_tokens
         tokens = tokens[: num_prompt + num_drawn]
-    with compiling(), runner.on_mesh():
+    with compiling(), on_mesh(runner.mesh):
         bad = first_bad_value(config, runner.params, request, tokens, sequence.limit)
     return f"{NOT_NUMBERS}: {bad}"
 
