@@ -210,13 +210,21 @@ def reading(
             return read_files(files)
         return load(workdir, MODELS[model], dtype)
 
-    before = psutil.Process().io_counters().read_bytes
+    process = psutil.Process()
+    before = process.io_counters()
     start = time.perf_counter()
     params, peak = measure_peak(work)
     seconds = time.perf_counter() - start
-    from_disk = psutil.Process().io_counters().read_bytes - before
-    stored = sum(path.stat().st_size for path in files)
-    served = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    after = process.io_counters()
+
+    # Bytes that came from the disk, and not from the page cache.
+    from_disk = after.read_bytes - before.read_bytes
+    stored = 0
+    for path in files:
+        stored += path.stat().st_size
+    served = 0
+    for leaf in jax.tree.leaves(params):
+        served += leaf.nbytes
     return Reading(seconds, stored, from_disk, served, peak)
 
 
@@ -275,10 +283,15 @@ def rows_of(model: str, dtype: str, found: dict[str, list[Reading]]) -> Iterator
       found: readings of both kinds.
     """
     loads = found["load"]
+    reads = found["read"]
     rates = [_rate(each) for each in loads]
-    disk = [_rate(each) for each in found["read"]]
-    ratios = [ours / its for ours, its in zip(rates, disk, strict=True)]
-    shares = [each.from_disk / each.stored for each in (*loads, *found["read"])]
+    disk = [_rate(each) for each in reads]
+    ratios = []
+    for ours, its in zip(rates, disk, strict=True):
+        ratios.append(ours / its)
+    shares = []
+    for each in (*loads, *reads):
+        shares.append(each.from_disk / each.stored)
     yield Row(
         f"loading {model}, {dtype}: of the disk's rate",
         f"{_gigabytes(statistics.median(rates))} a second",

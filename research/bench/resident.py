@@ -34,6 +34,8 @@ def measure_peak(work: Callable[[], Result]) -> tuple[Result, int]:
     _CLEAR.write_text(_RESET_PEAK)
     result = work()
     # VmHWM:     123456 kB
-    [line] = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-    kilobytes = int(line.split()[1])
-    return result, 1024 * kilobytes - before
+    lines = _STATUS.read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("VmHWM:")]
+    _, kilobytes, _ = line.split()
+    peak = 1024 * int(kilobytes)
+    return result, peak - before

@@ -7,6 +7,7 @@ the order in which they run.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -89,7 +90,9 @@ def first_bad_value(
         if not is_bad:
             continue
         _, _, array = name.partition(" ")
-        return f"{_place(array, index, value)}{_of_parameter(params, array)}"
+        place = _place(array, index, value)
+        parameter = _of_parameter(params, array)
+        return f"{place}{parameter}"
     return NONE
 
 
@@ -98,8 +101,13 @@ def _inputs(
 ) -> dict[str, Int[np.ndarray, "1 _"]]:
     """Returns what the model reads of one text."""
     ids = np.array([tokens], np.int32)
-    index = np.arange(ids.shape[1], dtype=np.int32)[None, :]
-    inputs = {"tokens": ids, "positions": index, "lengths": np.full_like(ids, limit)}
+    index = np.arange(len(tokens), dtype=np.int32)
+    index = index[None, :]
+    inputs = {
+        "tokens": ids,
+        "positions": index,
+        "lengths": np.full_like(ids, limit),
+    }
     if config.structure == "prefix":
         is_prompt = index < len(request.ids)
         inputs["prefix"] = is_prompt.astype(np.int32)
@@ -153,20 +161,27 @@ def _read(
 def _arrays(name: str, value: Any) -> Iterator[tuple[str, Array]]:
     """Yields the arrays of real numbers in what a module takes or gives."""
     for leaf_name, leaf in named_leaves(value).items():
-        if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not isinstance(leaf, jax.Array):
+            continue
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         # Of a tuple the first is the hidden states; of a dict each has a name.
         is_named = leaf_name and not leaf_name[0].isdecimal()
-        yield f"{name}/{leaf_name}" if is_named else name, leaf
+        array = name
+        if is_named:
+            array = f"{name}/{leaf_name}"
+        yield array, leaf
 
 
 def _first_bad(array: Float[Array, "..."]) -> Found:
-    is_bad = ~jnp.isfinite(array)
-    first = jnp.argmax(is_bad.reshape(-1))
+    flat = array.reshape(-1)
+    is_bad = ~jnp.isfinite(flat)
+    first = jnp.argmax(is_bad)
+    value = flat[first]
     # Of [B, T, D]: 130 -> (0, 8, 2) where D = 16
     index = jnp.unravel_index(first, array.shape)
-    value = array.reshape(-1)[first].astype(jnp.float32)
-    return jnp.any(is_bad), jnp.array(index, jnp.int32), value
+    index = jnp.array(index, jnp.int32)
+    return jnp.any(is_bad), index, value.astype(jnp.float32)
 
 
 def _unstacked(params: Any) -> Any:
@@ -178,8 +193,9 @@ def _unstacked(params: Any) -> Any:
         if name != "layers":
             unstacked[name] = _unstacked(subtree)
             continue
-        for index in range(jax.tree.leaves(subtree)[0].shape[0]):
-            layer = jax.tree.map(lambda leaf, index=index: leaf[index], subtree)
+        first, *_ = jax.tree.leaves(subtree)
+        for index in range(len(first)):
+            layer = jax.tree.map(operator.itemgetter(index), subtree)
             unstacked[f"layers_{index}"] = layer
     return unstacked
 
