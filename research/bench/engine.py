@@ -22,6 +22,7 @@ from tokenizers import pre_tokenizers
 
 from research.bench import report
 from research.bench.engine_load import load_rows
+from research.bench.engine_mtp import mtp_rows
 from research.bench.engine_row import COLUMNS, Row
 from research.bench.engine_sides import MEMORY_AT, SHARED
 from research.bench.serving_models import MODELS, write_model
@@ -33,7 +34,17 @@ SIDE = "research.bench.engine_sides"
 ACCELERATOR_SIDE = "research.bench.engine_accelerator"
 # Of the accelerator's part.
 SHAPE = "configs/model/llama.py:3-8b"
-PARTS = ("arrivals", "prefix", "lookup", "start", "programs", "memory", "load", "accelerator")
+PARTS = (
+    "arrivals",
+    "prefix",
+    "lookup",
+    "start",
+    "programs",
+    "memory",
+    "load",
+    "mtp",
+    "accelerator",
+)
 # The package that each peer needs.
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 MODEL = MODELS["GPT-2 124 M"]
@@ -58,6 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=64, help="that arrive (default 64)")
     parser.add_argument(
         "--rate", type=float, default=1.0, help="of them a second, in the mean (default 1)"
+    )
+    parser.add_argument(
+        "--mtp_workdir",
+        help="of a model with multi-token prediction (default: one is trained by "
+        "configs/pretrain/deepseek.py)",
+    )
+    parser.add_argument(
+        "--draft_workdir", help="of a draft model with its tokenizer (default: none is compared)"
     )
 
 
@@ -107,6 +126,9 @@ def _rows(
         yield memory_row(_measured("memory", str(folder / "tiny"))["bytes"])
     if "load" in parts:
         yield from load_rows(LOADED, folder, arguments.rounds)
+    if "mtp" in parts:
+        workdirs = (arguments.mtp_workdir, arguments.draft_workdir)
+        yield from mtp_rows(folder, *workdirs, arguments.rounds)
     if "accelerator" in parts:
         yield from accelerator_rows(json.loads(run([ACCELERATOR_SIDE, SHAPE, rounds])))
 

@@ -135,17 +135,22 @@ def write_model(workdir: pathlib.Path, config: ModelConfig) -> None:
     write_params(workdir, STEP, shapes, _random_parts(shapes))
 
 
-def load(workdir: pathlib.Path, config: ModelConfig, dtype: str) -> Any:
-    """Returns the parameters of a checkpoint as `research.load` does."""
-    served = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-    stored = abstract_params(config, platform())
+def on_first_device(shapes: Any) -> Any:
+    """Returns shapes and types of arrays with the sharding of one device."""
     device = jax.local_devices()[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    wanted = jax.tree.map(place, abstract_params(served, platform()))
+    return jax.tree.map(place, shapes)
+
+
+def load(workdir: pathlib.Path, config: ModelConfig, dtype: str) -> Any:
+    """Returns the parameters of a checkpoint as `research.load` does."""
+    served = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    stored = abstract_params(config, platform())
+    wanted = on_first_device(abstract_params(served, platform()))
     with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
         _, params = checkpoints.stream_params(stored, wanted)
     return jax.block_until_ready(params)
