@@ -65,6 +65,25 @@ def test_a_model_on_named_devices_is_sharded(tmp_path, capsys):
     assert sizes[8]["weights"] == pytest.approx(sizes[1]["weights"] / 8, rel=0.01)
 
 
+def test_layers_with_a_window_leave_room_for_more_tokens(capsys):
+    argv = [f"--serve={SERVE}/default.py", f"--config={MODELS}/gemma.py:3-27b"]
+    argv += ["--config.dtype=bfloat16", "--config.param_dtype=bfloat16", "--devices=h200:1"]
+    status, out, err = described(capsys, *argv)
+    assert status == 0, err
+    # 10 layers attend to all tokens, 52 to 1,024: with keys and values of 16 heads of 128 numbers.
+    page = 16 * 2 * 16 * 128 * 2
+    pages = f"^pages +38,912 of 16 tokens and {10 * page:,} bytes, 51.00 GB$"
+    assert re.search(pages, out, re.MULTILINE)
+    # Of 16 slots 1,024 tokens and a step's 64, and a page; as many for prompts that have ended.
+    count = 2 * 16 * (1088 // 16 + 1)
+    windows = (
+        f"^windows +{count:,} pages of {52 * page:,} bytes, in layers with a window, 15.06 GB$"
+    )
+    assert re.search(windows, out, re.MULTILINE)
+    # As docs/inference.md says.
+    assert re.search("^tokens +622,592$", out, re.MULTILINE)
+
+
 def test_what_does_not_fit_is_one_line(tmp_path, capsys):
     preset = f"--config={MODELS}/llama.py:3-70b"
     default = f"--serve={SERVE}/default.py"
