@@ -106,6 +106,8 @@ class Runner:
             # By way of NumPy, as later ones: that is a program too.
             nothing = jnp.asarray(np.full(shape[0], shape[0], np.int32))
             self._nothing_new = Allowed(nothing, jnp.asarray(np.zeros(shape, np.uint32)))
+        if mesh is None:
+            self.state, self._slots = _committed_as(params, (self.state, self._slots))
         self._tiles = self._warm_up()
 
     def place(self, slot: int, sequence: Slots) -> None:
@@ -369,6 +371,16 @@ class Runner:
         # `jnp.array`: it reads the memory when the program runs.
         ids = [jnp.asarray(np.array(table)) for table in tables]
         return PageTable.of_kinds(ids, self.num_pages)
+
+
+def _committed_as(params: Any, tree: Any) -> Any:
+    """Returns arrays on the device of the parameters where these were put on one, as those of a
+    checkpoint are: so steps return them, and arrays that were put nowhere make other programs.
+    """
+    first, *_ = jax.tree.leaves(params)
+    if not isinstance(first, jax.Array) or not first.committed:
+        return tree
+    return jax.device_put(tree, first.sharding)
 
 
 def _following(row: Row) -> int:

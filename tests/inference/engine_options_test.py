@@ -355,6 +355,18 @@ def test_nothing_is_compiled_after_the_start(params, caplog, count: int):
     assert "Compiling" in caplog.text
 
 
+def test_parameters_of_a_checkpoint_compile_nothing_after_the_start(params, caplog):
+    # They were put on a device. Nobody else has so many slots, whose programs would be there.
+    put = jax.device_put(params, jax.devices()[0])
+    serve = ServeConfig(
+        slots=5, tokens=256, rows=16, tiles=(8,), drafts=2, speculate="first_layers", draft_layers=1
+    )
+    engine = Engine(CONFIG, put, BYTES, serve)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        engine.run([Request(PROMPT, DRAWN), Request((1, 2), DRAWN)])
+    assert "Compiling" not in caplog.text
+
+
 def test_a_compilation_while_serving_is_logged_as_an_error(engine, caplog, monkeypatch):
     [replica] = engine.replicas
     run_step = replica.run_step
