@@ -5,6 +5,7 @@ lost, whatever arrives, ends, forks or is preempted, in any kinds of layers.
 import dataclasses
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,3 +237,34 @@ def test_any_requests_are_answered_as_alone(
     for sequence, tokens in [*sequences, *serving.forked]:
         if sequence.order[1] not in aborted:
             assert sequence.tokens[: sequence.limit] == alone(tokens, sequence.limit)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_sequence_waits_for_pages_of_each_kind(short: int):
+    kinds = [PageKind(PagePool(40), PAGE), PageKind(PagePool(40), PAGE, 6)]
+    scheduler = Scheduler(4, kinds, ROWS)
+    scheduler.add(Sequence((0, 0), [1] * 27, 30))
+    # With one more token 7 pages of the one kind; of the other those of 6 + 12 tokens and one more.
+    needed = kinds[short].at_once(28, ROWS)
+    assert needed == (7, 6)[short]
+    others = kinds[short].take(39 - needed + 1)
+    assert not scheduler.plan()
+    assert not scheduler.running
+    kinds[short].release(others[:1])
+    assert len(scheduler.plan()) == ROWS
+
+
+def test_idle_pages_that_a_sequence_shares_are_no_room_for_its_others():
+    kind = PageKind(PagePool(7), PAGE)
+    scheduler = Scheduler(4, [kind], ROWS)
+    scheduler.add(Sequence((0, 0), [1] * 17, 18, START))
+    scheduler.plan()
+    scheduler.plan()
+    scheduler.end(scheduler.running[0])
+    # Four of six pages are known, and one is another's: of 21 tokens two more are needed.
+    [other] = kind.take(1)
+    scheduler.add(Sequence((0, 1), [1] * 20, 21, START))
+    assert not scheduler.plan()
+    assert not scheduler.running
+    kind.release([other])
+    assert len(scheduler.plan()) == 4
