@@ -111,6 +111,8 @@ def test_layers_with_a_window_give_and_take_its_pages_alone():
     assert [shape[0] for _, shape in exported.arrays] == [2, 2, 4, 4, 2, 2]
 
     other = begun()
+    # So that the pages of both kinds have other ids here.
+    other.replicas[0]._scheduler.kinds[1].take(1)
     other.import_pages(long, exported)
     found, rest = answer(other, long)
     assert (found, rest) == (alone, rows - 4 * PAGE_SIZE)

@@ -196,7 +196,7 @@ def alone(tokens: list[int], limit: int) -> list[int]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     num_pages=st.integers(12, 40),

@@ -78,8 +78,6 @@ CASES = {
     "draft that is preempted": (DECODER, guessing("draft", slots=2, tokens=160), SMALL),
     "multi-token prediction": (LATENT, guessing("mtp"), None),
     "windows, multi-token prediction": (HYBRID, guessing("mtp"), None),
-    "windows, first layers": (HYBRID, guessing("first_layers", draft_layers=2), None),
-    "windows, draft": (HYBRID, guessing("draft", slots=2, tokens=160), LOCAL),
     "windows in all layers, draft": (LOCAL, guessing("draft"), SMALL),
     "windows in all layers, first layers": (LOCAL, guessing("first_layers", draft_layers=1), None),
 }
