@@ -14,6 +14,7 @@ from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.inference.speculation.gate import PAUSE, Gate
 from research.inference.speculation.lookup import Lookup
+from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import HeadConfig, LayerConfig, ModelConfig
 from tests.inference.generate_test import chain
 from tests.models.variants import VARIANTS
@@ -94,6 +95,20 @@ def test_answers_with_guesses_are_bit_for_bit_those_without(
     engine = Engine(config, params, BYTES, serve, draft=draft)
     assert answers(engine, requests()) == plain
     assert engine.replicas[0].guesses.made > 20
+
+
+@pytest.mark.thorough
+def test_what_guesses_keeps_all_tokens_where_the_model_keeps_a_window():
+    params = random_params(LOCAL)
+    serve = guessing("draft")
+    engine = Engine(LOCAL, params, BYTES, serve, draft=(SMALL, random_params(SMALL, seed=5)))
+    [_, windowed] = engine.replicas[0].available_pages
+    assert windowed < serve.tokens // PAGE_SIZE
+    [layer] = engine.replicas[0]._runner.state.draft_layers
+    assert len(layer.tokens.pages.key) == 1 + serve.tokens // PAGE_SIZE
+    # The model's own first layers have its pages.
+    serve = guessing("first_layers", draft_layers=1)
+    assert len(Engine(LOCAL, params, BYTES, serve).replicas[0].available_pages) == 1
 
 
 def test_a_model_that_guesses_for_itself_is_right_but_for_its_end():
