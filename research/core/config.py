@@ -352,7 +352,7 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     """Returns `value` as an int, float, bool or str, or raises UserError."""
     converted = _parse(kind, value) if isinstance(value, Text) else value
     if kind is float and type(converted) is int:
-        converted = float(converted)
+        converted = _to_float(converted)
 
     is_valid = isinstance(converted, kind)
     if isinstance(converted, bool):
@@ -364,6 +364,13 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     if not is_valid:
         raise UserError(name, value, f"must be {_KIND_NAMES[kind]}.")
     return converted
+
+
+def _to_float(number: int) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _parse(kind: type, text: Text) -> Any:

@@ -156,7 +156,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def similar(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that is most similar, or None where none is similar."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 

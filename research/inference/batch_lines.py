@@ -2,24 +2,32 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from research.core import config as configs
-from research.core.errors import UserError
+from research.core.errors import UserError, nearest, shown
 from research.core.random import SEEDS
 from research.data.tokenizers import Tokenizer
 from research.inference.beam_config import BeamConfig
 from research.inference.grammar_config import KINDS, bind_grammar
-from research.inference.openai_fields import CHAT, COMPLETIONS, from_openai
+from research.inference.openai_fields import CHAT, COMPLETIONS, from_openai, names_in
 from research.inference.prompts import encode_ids
 from research.inference.requests import Request, collect_prompts, decoding_config
+from research.inference.sampling_config import SamplingConfig
 from research.models.language_model import LanguageModelConfig
+
+logger = logging.getLogger("tessera")
 
 # The form of a line that is none of OpenAI's.
 PLAIN = "plain"
 # A line has the seeds from its number times this on, one for each of its samples.
 SEEDS_OF_A_LINE = 2**20
+# Answers of a line, at most, as of OpenAI's interface.
+MOST_ANSWERS = 128
+# Digits of an id, at most: Python reads no number of thousands.
+MOST_DIGITS = 20
 PROMPTS = ("prompt", "ids", "messages")
 
 
@@ -45,6 +53,13 @@ class LineOptions:
     priority: int = 0
     salt: str = ""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= MOST_ANSWERS:
+            raise UserError("n", self.n, f"must lie in [1, {MOST_ANSWERS}], the most of a line.")
+        if self.best_of and not self.n <= self.best_of <= MOST_ANSWERS:
+            rule = f"must lie in [n = {self.n}, {MOST_ANSWERS}], or be 0 for n."
+            raise UserError("best_of", self.best_of, rule)
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchLine:
@@ -58,6 +73,7 @@ class BatchLine:
       request: what it asks; None where it is malformed.
       wants_logprobs: whether log-probabilities are returned.
       error: why it is malformed, or None.
+      names: what the line calls fields of `Request` that it does not call as that does.
     """
 
     number: int
@@ -67,6 +83,7 @@ class BatchLine:
     request: Request | None = None
     wants_logprobs: bool = False
     error: str | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class LineReader:
@@ -91,9 +108,13 @@ class LineReader:
         try:
             values = _json_object(text)
             line = dataclasses.replace(line, **_heading(values))
+            line = dataclasses.replace(line, names=_names(line, values))
             return self._with_request(line, values)
         except UserError as error:
-            return dataclasses.replace(line, error=str(error))
+            return dataclasses.replace(line, error=error.text(line.names))
+        except Exception as error:
+            # Of this line alone: the others go on.
+            return dataclasses.replace(line, error=unexpected(number, error))
 
     def _with_request(self, line: BatchLine, values: dict[str, Any]) -> BatchLine:
         if line.form == PLAIN:
@@ -112,7 +133,7 @@ class LineReader:
         if any(name in fields for name in KINDS):
             defaults = {name: value for name, value in defaults.items() if name not in KINDS}
         if fields.get("num_beams", 1) != 1:
-            known = [field.name for field in dataclasses.fields(BeamConfig)]
+            known = _names_of(BeamConfig)
             defaults = {name: value for name, value in defaults.items() if name in known}
         # A seed for each line: where prompts are the same, their answers are not.
         first = defaults.get("seed", 0) + line.number * SEEDS_OF_A_LINE
@@ -136,6 +157,27 @@ class LineReader:
             prompt = value
         [ids] = encode_ids(self._config, self._tokenizer, [prompt])
         return tuple(ids)
+
+
+def unexpected(number: int, error: Exception) -> str:
+    """Returns what is said of a line that cannot be answered for a reason that nobody thought of;
+    where it was raised is in the log of debugging.
+    """
+    logger.debug("line %d", number, exc_info=error)
+    reason = " ".join(str(error).split())
+    return f"the line cannot be answered: {type(error).__name__}: {reason}"
+
+
+def _names(line: BatchLine, values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a line calls fields of `Request`."""
+    fields = values if line.form == PLAIN else values["body"]
+    names = {"count": "n"}
+    for kind in PROMPTS:
+        if kind in fields:
+            names["ids"] = kind
+    if line.form != PLAIN:
+        names.update(names_in(fields, line.form))
+    return names
 
 
 def _json_object(text: bytes) -> dict[str, Any]:
@@ -183,7 +225,11 @@ def _heading(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _request(ids: tuple[int, ...], fields: dict[str, Any]) -> tuple[LineOptions, Request]:
     fields = dict(fields)
-    names = [field.name for field in dataclasses.fields(LineOptions)]
+    names = _names_of(LineOptions)
+    known = (*names, *KINDS, *PROMPTS, *_names_of(SamplingConfig), *_names_of(BeamConfig))
+    for name in fields:
+        if name not in known:
+            raise UserError(name, constraint=f"is no field of a line. {nearest(name, known)}")
     own = {name: fields.pop(name) for name in names if name in fields}
     options = configs.bind(LineOptions, own)
     grammar = bind_grammar({name: fields.pop(name) for name in KINDS if name in fields})
@@ -213,7 +259,11 @@ def _pairs(biases: Mapping[str, Any]) -> list[tuple[int, Any]]:
     # {"5": -1} -> [(5, -1)]
     pairs = []
     for key, bias in biases.items():
-        if not key.isdecimal():
-            raise UserError("logit_bias", constraint=f": {key!r} must be an id.")
+        if not key.isdecimal() or len(key) > MOST_DIGITS:
+            raise UserError("logit_bias", constraint=f": {shown(key)} must be an id.")
         pairs.append((int(key), bias))
     return pairs
+
+
+def _names_of(config: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]

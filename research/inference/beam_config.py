@@ -19,7 +19,8 @@ class BeamConfig:
       num_beams: hypotheses kept of each prompt.
       max_tokens: new tokens at most.
       min_tokens: new tokens before an end of text, at least.
-      length_penalty: above 0 favours long texts, below 0 short ones.
+      length_penalty: above 0 favours long texts, below 0 short ones; max_tokens^length_penalty lies
+          in [1e-30, 1e30].
       no_repeat_ngram: n-grams of this many tokens occur at most once, those of the prompt included;
           0 switches the rule off.
       early_stopping: when the search of a prompt ends, once `num_beams` hypotheses are finished:
@@ -47,6 +48,8 @@ class BeamConfig:
     forced_eos: bool = False
 
     def __post_init__(self) -> None:
+        # Within its bounds a length penalty leaves scores finite in float32.
+        most_penalty = 30 / np.log10(max(self.max_tokens, 2))
         # Ids that are not free: of three forced ones, max_tokens is at least 3.
         forced = len(self.forced_prefix) + (self.forced_bos is not None) + self.forced_eos
         for name, holds, constraint in (
@@ -63,6 +66,12 @@ class BeamConfig:
                 f"lie in [0, max_tokens = {self.max_tokens}]",
             ),
             ("length_penalty", np.isfinite(self.length_penalty), "be finite"),
+            (
+                "length_penalty",
+                abs(self.length_penalty) <= most_penalty,
+                f"lie in [-{most_penalty:.4g}, {most_penalty:.4g}] for max_tokens = "
+                f"{self.max_tokens}",
+            ),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "not be below 0"),
             (
                 "num_return",

@@ -1,5 +1,6 @@
 """Answers to the lines of a file of any size, a window of it at a time."""
 
+import codecs
 import collections
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
 from research.inference.batch_answers import answer_value, error_value
-from research.inference.batch_lines import BatchLine
+from research.inference.batch_lines import BatchLine, unexpected
 from research.inference.engine import Engine
 from research.kernels.decode_attention import PAGE_SIZE
 from research.storage.paths import Path
@@ -43,6 +44,10 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """
     number = 0
     with path.open("rb") as file:
+        # Some editors begin a file of UTF-8 with a byte order mark.
+        start = file.read(len(codecs.BOM_UTF8))
+        if start != codecs.BOM_UTF8:
+            file.seek(0)
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             is_long = len(line) > LONGEST_LINE
@@ -87,7 +92,10 @@ def answer_lines(
             try:
                 running[engine.submit(line.request)] = line
             except UserError as error:
-                write(error_value(line, str(error)))
+                write(error_value(line, error.text(line.names)))
+            except Exception as error:
+                # Of this line alone: the others go on.
+                write(error_value(line, unexpected(line.number, error)))
         if running:
             engine.run_step()
         for answer in [each for each in running if each.finished]:

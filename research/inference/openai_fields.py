@@ -56,6 +56,19 @@ def from_openai(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     return fields
 
 
+def names_in(body: Mapping[str, Any], url: str) -> dict[str, str]:
+    """Returns what a body calls the fields that `from_openai` makes of it, where that differs."""
+    names = {}
+    for name, own in _RENAMED.items():
+        if name in body:
+            names[own] = name
+    if url == CHAT:
+        names["logprobs"] = "top_logprobs"
+    if "response_format" in body:
+        names["json_schema"] = "response_format"
+    return names
+
+
 def _grammar(response: Any) -> dict[str, Any]:
     """Returns the grammar that `response_format` asks for."""
     kind = response.get("type") if isinstance(response, Mapping) else None

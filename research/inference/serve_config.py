@@ -11,6 +11,9 @@ from research.core.errors import UserError
 MOST_TILES = 4
 # Where guesses are made and nothing is said of their number.
 USUAL_DRAFTS = 4
+# The numbers, and the least of each; what is counted in a step is an int32.
+LEAST = {"slots": 1, "tokens": 0, "rows": 1, "drafts": 0, "draft_layers": 0, "top_logprobs": 0}
+MOST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +57,9 @@ class ServeConfig:
     debug_nans: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("tokens", 0), ("rows", 1), ("drafts", 0)):
-            if getattr(self, name) < least:
-                raise UserError(name, getattr(self, name), f"must be at least {least}.")
+        for name, least in LEAST.items():
+            if not least <= getattr(self, name) <= MOST:
+                raise UserError(name, getattr(self, name), f"must lie in [{least}, {MOST}].")
         if not self.tiles or list(self.tiles) != sorted(set(self.tiles)) or self.tiles[0] < 1:
             raise UserError("tiles", self.tiles, "must be numbers from 1 in rising order.")
         if len(self.row_tiles()) > MOST_TILES:

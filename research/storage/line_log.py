@@ -34,6 +34,8 @@ class LineLog:
 
     def __init__(self, path: pathlib.Path, source: Mapping[str, Any]):
         self._path = path
+        if path.exists() and not path.is_file():
+            raise UserError("out", path, "must be a file: lines are read from it and added to it.")
         try:
             self._file = path.open("a+b")
         except OSError as error:
@@ -49,8 +51,13 @@ class LineLog:
     def __enter__(self) -> "LineLog":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            # What could not be written was said already.
+            if kind is None:
+                raise
 
     def values(self) -> Iterator[dict[str, Any]]:
         """Yields the objects that the file has.
@@ -69,11 +76,18 @@ class LineLog:
             yield value
 
     def append(self, value: Mapping[str, Any]) -> None:
-        """Adds a line."""
+        """Adds a line.
+
+        Raises:
+          UserError: the disk does not take it.
+        """
         line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
-        # One call for all of it: nothing of it stays in a buffer that dies with the process.
-        self._file.write(line.encode("utf-8"))
-        self._file.flush()
+        try:
+            # One call for all of it: nothing of it stays in a buffer that dies with the process.
+            self._file.write(line.encode("utf-8"))
+            self._file.flush()
+        except OSError as error:
+            raise UserError("out", self._path, f"cannot be written: {reason(error)}.") from error
 
     def _lock(self) -> None:
         try:

@@ -243,6 +243,8 @@ def test_answers_to_something_else_are_not_added_to(unbroken: Unbroken, tmp_path
     assert "cannot be read" in refused(capsys, *flags(unbroken, tmp_path / "none", out))
     assert "must lie in (0, 1]" in refused(capsys, *argv, "--top_p=2")
     assert "'lookup'" in refused(capsys, *argv, "--speculate=luck")
+    for special in ("/dev/full", tmp_path):
+        assert "must be a file" in refused(capsys, *flags(unbroken, source, special))
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
@@ -292,6 +294,13 @@ def test_long_lines_are_not_read_whole(tmp_path, monkeypatch):
     assert found == [(1, b"a\n"), (2, None), (4, b"c" * 9 + b"\n"), (5, None)]
     digest, count = file_digest(path)
     assert (len(digest), count) == (64, 5)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, mark: bytes):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(mark + b"a\n" + mark + b"b\n")
+    assert list(numbered_lines(path)) == [(1, b"a\n"), (2, mark + b"b\n")]
 
 
 def test_lines_that_begin_alike_are_neighbours_and_long_ones_come_first(model):
