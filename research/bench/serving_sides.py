@@ -87,7 +87,7 @@ def compiled_step(folder: pathlib.Path, dtype: str, sequences: int, tokens: int)
     answered = []
     for slot, token in enumerate(first_tokens(sequences)):
         answered.append(Answered((slot,), [token], tokens + 1))
-        runner.write_table(slot, [range(1 + slot * pages, 1 + (slot + 1) * pages)])
+        runner.tables.write(slot, [range(1 + slot * pages, 1 + (slot + 1) * pages)])
 
     def decode() -> list[list[int]]:
         for slot, sequence in enumerate(answered):

@@ -209,6 +209,20 @@ def bind(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         return cls(**bound)
 
 
+def check_types(config: Any) -> None:
+    """Raises UserError where a field of a dataclass has another type than is said of it: of one
+    that was not made by `bind`.
+    """
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        _convert(hints[field.name], getattr(config, field.name), field.name)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _with_new_names(
     fields: Mapping[str, dataclasses.Field], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
@@ -384,17 +398,3 @@ def _parse(kind: type, text: Text) -> Any:
 def to_json(config: Any) -> str:
     """Returns a bound config as indented JSON, as it is saved in a workdir."""
     return json.dumps(plain(config), indent=2) + "\n"
-
-
-def first_difference(a: Any, b: Any, where: str = "") -> str | None:
-    """Returns the dotted name of the first field in which two plain configs differ, or None."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        only_in_b = [key for key in b if key not in a]
-        for key in [*a, *only_in_b]:
-            if key not in a or key not in b:
-                return join(where, key)
-            found = first_difference(a[key], b[key], join(where, key))
-            if found is not None:
-                return found
-        return None
-    return None if a == b else where

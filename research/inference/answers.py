@@ -168,10 +168,10 @@ class Answer:
         return ordered[:count]
 
     def _goodness(self, sample: Sample) -> float:
-        if self.request.reward is None:
-            return sample.mean_logprob()
         if sample.error is not None:
             return -np.inf
+        if self.request.reward is None:
+            return sample.mean_logprob()
         reward = float(self.request.reward(sample.completion()))
         if math.isnan(reward):
             raise UserError("reward", reward, "of an answer must be a number.")

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from research.core.config import check_types
 from research.core.errors import UserError
 
 
@@ -48,6 +49,7 @@ class BeamConfig:
     forced_eos: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         # Within its bounds a length penalty leaves scores finite in float32.
         most_penalty = 30 / np.log10(max(self.max_tokens, 2))
         # Ids that are not free: of three forced ones, max_tokens is at least 3.

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.core.errors import UserError
+from research.core.trees import named_leaves
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
 from research.inference.compilations import serving
@@ -169,19 +170,33 @@ class Engine(WholeTexts):
     def run(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers requests, and returns the answers in their order."""
         answers = self.submit_all(requests)
-        for answer in answers:
-            # Those before it have ended, so that each is asked about once.
-            while not answer.finished:
-                self.run_step()
+        try:
+            for answer in answers:
+                # Those before it have ended, so that each is asked about once.
+                while not answer.finished:
+                    self.run_step()
+        except BaseException:
+            for answer in answers:
+                self.abort(answer)
+            raise
         return answers
 
     def stream(self, request: Request) -> Iterator[Answer]:
-        """Answers a request, and yields the answer after each step."""
-        answer = self.submit(request)
+        """Answers a request, and yields the answer after each step, and once when it has ended.
+
+        Raises:
+          UserError: it does not fit the model or the engine.
+        """
+        return self._steps_of(self.submit(request))
+
+    def _steps_of(self, answer: Answer) -> Iterator[Answer]:
         try:
             while not answer.finished:
                 self.run_step()
-                yield answer
+                # Steps of others end it too.
+                if not answer.finished:
+                    yield answer
+            yield answer
         finally:
             if not answer.finished:
                 self.abort(answer)
@@ -224,7 +239,19 @@ class Engine(WholeTexts):
         Args:
           params: the new ones.
           params_digest: of them, as of the engine.
+
+        Raises:
+          UserError: parameters of other names, shapes or types.
         """
+        given = _shapes(params)
+        expected = _shapes(self._params)
+        if given != expected:
+            names = {name for name, _ in set(given.items()) ^ set(expected.items())}
+            name = min(names)
+            was = expected.get(name, "missing")
+            raise UserError(
+                "params", constraint=f": {name} is {given.get(name, 'missing')} and was {was}."
+            )
         self._params = params
         self.__dict__.pop("_reader", None)
         parts = self._parts(params) if self.replicas else []
@@ -236,6 +263,12 @@ class Engine(WholeTexts):
         if len(self._meshes) == 1:
             return [params]
         return [_on_mesh(params, own) for own in self._meshes]
+
+
+def _shapes(params: Any) -> dict[str, str]:
+    """Returns type and shape of each parameter, by name."""
+    leaves = named_leaves(params).items()
+    return {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in leaves}
 
 
 def replica_meshes(mesh: Mesh) -> list[Mesh]:

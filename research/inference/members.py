@@ -1,7 +1,7 @@
 """What a replica is answering: samples and lanes under way, by their sequences."""
 
 import heapq
-from collections.abc import ItemsView, Iterator
+from collections.abc import ItemsView, Iterable, Iterator
 
 from research.inference.answers import Answer, Sample
 from research.inference.beam_lanes import Lane
@@ -63,6 +63,28 @@ class Members:
             self._ended.append(member.answer)
             _, arrival, _ = sequence.order
             self._timed.pop(arrival, None)
+
+    def memory_row(self, member: Sample | Lane, running: Iterable[Sequence]) -> tuple[int, bool]:
+        """Returns the row of the memory for what the encoder reads for a request, which all its
+        sequences share, and whether it is there already.
+
+        Args:
+          member: whose request.
+          running: sequences that have a slot, this one's among them.
+        """
+        others = [self._members[sequence] for sequence in running]
+        rows = {}
+        for other in others:
+            if other.memory is not None and other is not member:
+                rows[other.answer] = other.memory
+        is_read = member.answer in rows
+        if is_read:
+            member.memory = rows[member.answer]
+        else:
+            # There are as many rows as slots.
+            taken = set(rows.values())
+            member.memory = next(row for row in range(len(others)) if row not in taken)
+        return member.memory, is_read
 
     def late(self, now: float) -> Iterator[Answer]:
         """Yields the answers whose deadline has passed."""

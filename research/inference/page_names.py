@@ -40,6 +40,8 @@ class PageNames:
         self._is_shared = config.structure == "decoder" and serve.prefix_cache
         self._model = repr(config).encode()
         self._cache = serve.cache_dtype.encode()
+        # Tiles compute as the largest one does, and without the promise any row otherwise.
+        self._tile = f"{serve.invariant} {serve.row_tiles()[-1]}".encode()
         self._by_length = goes_by_length(config)
         self._adapters = {"": b"", **adapters}
         self.rename_params(params_digest)
@@ -67,7 +69,8 @@ class PageNames:
             "model": self._model,
             "params": self._params_name,
             "cache": self._cache,
-            "salt": request.salt.encode(),
+            "tile": self._tile,
+            "salt": request.salt.encode("utf-8", "surrogatepass"),
             "adapter": self._adapters[request.adapter],
         }
         if self._by_length:

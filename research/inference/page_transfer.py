@@ -125,9 +125,13 @@ def import_pages(
         if needed > free:
             raise UserError("pages.count", needed, f"is above what is free, {free}.")
 
+    size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for dtype, shape in exported.arrays)
+    if len(exported.data) != size:
+        raise UserError("pages.data", constraint=f"must have {size} bytes for these arrays.")
+    arrays = [jnp.asarray(array) for array in _padded(exported, runner.pages_per_sequence)]
+
     # Those that are here already are free again below: the first page of a digest keeps it.
     pages = [kind.take(needed) for kind, needed in zip(kinds, counts, strict=True)]
-    arrays = [jnp.asarray(array) for array in _padded(exported, runner.pages_per_sequence)]
     # What is past the pages is dropped.
     ids = _device_ids(runner, pages, max(runner.num_pages))
     with on_mesh(runner.mesh):

@@ -133,10 +133,10 @@ class Replica:
         """
         request = answer.request
         arrival = next(self._arrivals)
-        self.members.time(answer, arrival)
         if request.beams is not None:
             sequence = self._sequence(request, (-request.priority, arrival, 0))
             self._add(self._searches.begin(answer, sequence))
+            self.members.time(answer, arrival)
             return
         for index in range(request.num_samples):
             sequence = self._sequence(request, (-request.priority, arrival, index))
@@ -159,6 +159,7 @@ class Replica:
             answer.samples.append(sample)
         for sample in answer.samples:
             self._add(sample)
+        self.members.time(answer, arrival)
 
     def _compiler(self) -> GrammarCompiler:
         if self._grammars is None:
@@ -202,7 +203,20 @@ class Replica:
         self._runner.params = params
 
     def run_step(self) -> bool:
-        """Starts a step and reads the one before; returns whether there is more to do."""
+        """Starts a step and reads the one before; returns whether there is more to do.
+
+        A step that is broken off, as by Ctrl-C, may be run again: all running answers are then read
+        anew, and nobody finds the pages that it may have left unwritten.
+        """
+        try:
+            return self._run_step()
+        except BaseException:
+            self._under_way = None
+            self._scheduler.restart()
+            self._runner.recover()
+            raise
+
+    def _run_step(self) -> bool:
         self._end_late_ones()
         self._prepare()
         rows = self._scheduler.plan()
@@ -267,7 +281,7 @@ class Replica:
     def _write_tables(self) -> None:
         """Writes the pages of all running sequences into the tables."""
         for sequence in self._scheduler.running:
-            self._runner.write_table(sequence.slot, sequence.pages)
+            self._runner.tables.write(sequence.slot, sequence.pages)
 
     def _masks(self, rows: list[Row]) -> dict[int, np.ndarray]:
         """Returns which ids may come next, by slot, where that has changed."""
@@ -314,9 +328,11 @@ class Replica:
         is_lane = isinstance(member, Lane)
         memory = slot
         if self._config.structure == "encoder_decoder":
-            memory = self._memory_row(member)
+            memory, is_read = self.members.memory_row(member, self._scheduler.running)
+            if not is_read:
+                self._runner.read_source(memory, request.ids)
         if sequence.reads_piece:
-            self._runner.write_table(slot, sequence.pages)
+            self._runner.tables.write(slot, sequence.pages)
             self._runner.read_prefix(slot, request.ids)
         sampling = SEARCHED if is_lane else request.sampling
         num_prompt = sequence.limit - request.max_tokens
@@ -327,22 +343,6 @@ class Replica:
         drafts = self._serve.drafts
         placed = one_slot(sequence, sampling, seed, memory, kind, rules, drafts, adapter)
         self._runner.place(slot, placed)
-
-    def _memory_row(self, member: Sample | Lane) -> int:
-        """Returns the row of the memory that has what the encoder reads for a request, which all
-        its sequences share.
-        """
-        rows = {}
-        for sequence in self._scheduler.running:
-            other = self.members[sequence]
-            if other.memory is not None and other is not member:
-                rows[other.answer] = other.memory
-        member.memory = rows.get(member.answer)
-        if member.memory is None:
-            taken = set(rows.values())
-            member.memory = next(row for row in range(self._serve.slots) if row not in taken)
-            self._runner.read_source(member.memory, member.answer.request.ids)
-        return member.memory
 
     def _read_under_way(self) -> None:
         """Reads what a step drew, and ends the answers that are finished."""

@@ -19,6 +19,9 @@ from research.inference.slots import LogprobKind
 from research.inference.text import Completion
 from research.models.language_model import LanguageModelConfig
 
+# Answers to one request, at most.
+MOST_SAMPLES = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -61,6 +64,18 @@ class Request:
     salt: str = ""
     adapter: str = ""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.ids, str) or not isinstance(self.ids, Sequence | np.ndarray):
+            raise UserError("ids", constraint=f": {self.ids!r} must be a row of ids.")
+        object.__setattr__(self, "ids", tuple(whole_number(i) for i in self.ids))
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            # To Python a bool is an int.
+            is_wrong_bool = isinstance(value, bool) and kind is not bool
+            if is_wrong_bool or not isinstance(value, kind):
+                names = getattr(kind, "__name__", str(kind))
+                raise UserError(name, value, f"must be of the type {names}.")
+
     @property
     def num_samples(self) -> int:
         """Answers that are drawn."""
@@ -95,6 +110,8 @@ class Request:
         for name, holds, constraint in (
             ("count", self.count >= 1, "be at least 1"),
             ("best_of", not self.best_of or self.best_of >= self.count, "not be below count"),
+            ("count", self.count <= MOST_SAMPLES, f"be at most {MOST_SAMPLES}"),
+            ("best_of", self.best_of <= MOST_SAMPLES, f"be at most {MOST_SAMPLES}"),
             ("logprobs", 0 <= self.logprobs <= most_top, f"lie in [0, {most_top}]"),
             (
                 "prompt_logprobs",
@@ -139,6 +156,38 @@ class Request:
             if getattr(self, name) != getattr(plain, name):
                 value = getattr(self, name)
                 raise UserError(name, value, "is of answers that are drawn, and beams searches.")
+
+
+# What each field of a request is, but for its ids.
+_KINDS = {
+    "sampling": SamplingConfig,
+    "beams": BeamConfig | None,
+    "grammar": GrammarConfig | None,
+    "count": int,
+    "best_of": int,
+    "reward": Callable | None,
+    "logprobs": int,
+    "prompt_logprobs": int | None,
+    "logprob_kind": LogprobKind,
+    "kept": bool,
+    "speculate": bool,
+    "priority": int,
+    "deadline": int | float | None,
+    "salt": str,
+    "adapter": str,
+}
+
+
+def whole_number(i: Any) -> int:
+    """Returns an id as an int; NumPy's integers are whole numbers too.
+
+    Raises:
+      UserError: it is none.
+    """
+    # A bool is an int to Python.
+    if isinstance(i, bool) or not isinstance(i, numbers.Integral):
+        raise UserError("ids", constraint=f": {i!r} must be a whole number.")
+    return int(i)
 
 
 def collect_prompts(
@@ -190,11 +239,7 @@ def _id_row(row: Any) -> list[int]:
         )
     if len(row) == 0:
         raise UserError("ids", constraint=": a row of no ids cannot be continued.")
-    for i in row:
-        # NumPy's integers are whole numbers, too; a bool is an int to Python.
-        if isinstance(i, bool) or not isinstance(i, numbers.Integral):
-            raise UserError("ids", constraint=f": {i!r} must be a whole number.")
-    return [int(i) for i in row]
+    return [whole_number(i) for i in row]
 
 
 def decoding_config(fields: Mapping[str, Any]) -> SamplingConfig | BeamConfig:

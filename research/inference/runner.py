@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt32
 
 from research.inference.drawing import Allowed, draw_step
+from research.inference.page_tables import PageTables, Tables
 from research.inference.placement import id_rules, one_slot, windows_of
 from research.inference.pool_sizes import pages_of, pool_pages
 from research.inference.program_names import draft_tiles, piece_widths
@@ -32,14 +33,11 @@ from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.propose import DraftRows, propose
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.language_model import LanguageModelConfig
-from research.models.paged_cache import PageTable, stack_axes
+from research.models.paged_cache import stack_axes
 from research.parallel.mesh import on_mesh
 from research.parallel.target import platform
 
 logger = logging.getLogger("tessera")
-
-# The pages of rows, of each kind of layers.
-Tables = Sequence[Int[np.ndarray, "rows pages"]]
 
 
 class Runner:
@@ -80,8 +78,7 @@ class Runner:
         self.windows = windows_of(config, keeps_all=keeps_all)
         self.num_pages = pool_pages(serve, self.windows, config.max_length)
         self.pages_per_sequence = pages_of(config.max_length)
-        shape = (serve.slots, self.pages_per_sequence)
-        self.tables = tuple(np.zeros(shape, np.int32) for _ in self.windows)
+        self.tables = PageTables(serve.slots, self.pages_per_sequence, self.num_pages)
         self._config = config
         self._serve = serve
         self._num_ids = num_ids
@@ -90,36 +87,43 @@ class Runner:
         self._draft_tiles = draft_tiles(self._tiles)
         self._widths = piece_widths(config.max_length, len(self._tiles))
         self._width = serve.padded_rows()
-        cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
+        self._set_empty()
         with on_mesh(self.mesh):
-            self.state = empty_state(
-                params,
-                draft_params,
-                self._device_table(self.tables),
-                config=config,
-                rows=self._width,
-                drafter=drafter,
-                cache_dtype=cache_dtype,
-            )
-            self._slots = empty_slots(serve.slots, num_ids, serve.drafts)
             shape = self._slots.rules.allowed.shape
             # By way of NumPy, as later ones: that is a program too.
             nothing = jnp.asarray(np.full(shape[0], shape[0], np.int32))
             self._nothing_new = Allowed(nothing, jnp.asarray(np.zeros(shape, np.uint32)))
-        if mesh is None:
-            self.state, self._slots = _committed_as(params, (self.state, self._slots))
         self._tiles = self._warm_up()
+
+    def _set_empty(self) -> None:
+        """Makes empty pages and slots."""
+        serve = self._serve
+        cache_dtype = None if serve.cache_dtype == "auto" else serve.cache_dtype
+        with on_mesh(self.mesh):
+            self.state = empty_state(
+                self.params,
+                self._draft_params,
+                self.tables.on_device(self.tables.ids),
+                config=self._config,
+                rows=self._width,
+                drafter=self._drafter,
+                cache_dtype=cache_dtype,
+            )
+            self._slots = empty_slots(serve.slots, self._num_ids, serve.drafts)
+        if self.mesh is None:
+            arrays = (self.state, self._slots)
+            self.state, self._slots = _committed_as(self.params, arrays)
+
+    def recover(self) -> None:
+        """Makes pages and slots anew where a step that was broken off took them."""
+        leaves = jax.tree.leaves((self.state, self._slots))
+        if any(leaf.is_deleted() for leaf in leaves):
+            self._set_empty()
 
     def place(self, slot: int, sequence: Slots) -> None:
         """Puts a sequence into a slot."""
         with on_mesh(self.mesh):
             self._slots = admit(self._slots, jnp.int32(slot), sequence)
-
-    def write_table(self, slot: int, pages: Sequence[Sequence[int]]) -> None:
-        """Says which pages the sequence in a slot has, of each kind."""
-        for table, own in zip(self.tables, pages, strict=True):
-            table[slot] = 0
-            table[slot, : len(own)] = own
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copies pages of each kind."""
@@ -142,8 +146,7 @@ class Runner:
 
     def read_prefix(self, slot: int, ids: Sequence[int]) -> None:
         """Reads a prompt whose tokens attend to all of it into the pages of a slot."""
-        own = [table[slot : slot + 1] for table in self.tables]
-        table = self._device_table(own)
+        table = self.tables.of_slot(slot)
         with on_mesh(self.mesh):
             self.state = read_prefix(
                 self.params, self.state, table, *self._piece(ids), config=self._config
@@ -170,7 +173,7 @@ class Runner:
         """
         tile = next((tile for tile in self._tiles if len(rows) <= tile), self._tiles[-1])
         arrays = self._rows(rows, targets, wants)
-        self._read(arrays, len(rows), tile, self.tables)
+        self._read(arrays, len(rows), tile, self.tables.ids)
         drawing = {index for index, row in enumerate(rows) if row.draws}
         needed = sorted(drawing | set(targets))
         return arrays, needed
@@ -194,7 +197,7 @@ class Runner:
                 self._draft_params,
                 self.state,
                 self._slots,
-                self._device_table(self.tables),
+                self.tables.on_device(self.tables.ids),
                 DraftRows(*map(jnp.asarray, arrays)),
                 count,
                 drafter=self._drafter,
@@ -222,7 +225,7 @@ class Runner:
                 self._draft_params,
                 self.state,
                 self._slots,
-                self._device_table(tables),
+                self.tables.on_device(tables),
                 rows,
                 jnp.int32(-(-count // tile)),
                 config=self._config,
@@ -343,7 +346,7 @@ class Runner:
           skipped: rows of the first tile that are padding.
         """
         pages = pages_of(len(rows))
-        tables = [np.zeros_like(table) for table in self.tables]
+        tables = [np.zeros_like(table) for table in self.tables.ids]
         for table in tables:
             table[0, :pages] = np.arange(1, 1 + pages)
         padded = [*[None] * skipped, *rows]
@@ -365,12 +368,6 @@ class Runner:
                 written.append(np.asarray(own))
         found = [np.concatenate(logprobs), *written]
         return [array.tobytes() for array in found]
-
-    def _device_table(self, tables: Tables) -> PageTable:
-        # The host changes its own while the device reads. JAX copies no NumPy array, not even with
-        # `jnp.array`: it reads the memory when the program runs.
-        ids = [jnp.asarray(np.array(table)) for table in tables]
-        return PageTable.of_kinds(ids, self.num_pages)
 
 
 def _committed_as(params: Any, tree: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from research.core.config import check_types
 from research.core.errors import UserError
 from research.core.random import SEEDS
 
@@ -53,6 +54,7 @@ class SamplingConfig:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
         # Within its bounds a repetition penalty leaves logits finite in float32.
         for name, holds, constraint in (
             ("max_tokens", self.max_tokens >= 1, "be at least 1"),

@@ -105,10 +105,13 @@ class Scheduler:
     def end(self, sequence: Sequence) -> None:
         """Frees what a sequence has, in whatever state it is."""
         sequence.ended = True
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        if sequence in self.running:
+        if sequence.slot is not None:
             self._stop(sequence)
+            return
+        # No two sequences are equal in order.
+        index = bisect.bisect_left(self.waiting, sequence.order, key=lambda each: each.order)
+        if self.waiting[index : index + 1] == [sequence]:
+            del self.waiting[index]
 
     def plan(self) -> list[Row]:
         """Returns the rows of the next step: newest tokens of answers, and parts of prompts."""
@@ -263,11 +266,13 @@ class Scheduler:
 
     def restart(self) -> None:
         """Takes the pages of all running sequences, and ends the validity of those that are kept:
-        they are written anew.
+        they are written anew. Nothing of a step that the host has not read counts.
         """
         for sequence in list(self.running):
             self._stop(sequence)
             self._wait(sequence)
+        for sequence in self.waiting:
+            sequence.length = len(sequence.tokens)
         for kind in self.kinds:
             kind.pool.forget()
 
@@ -281,6 +286,7 @@ class Scheduler:
         sequence.slot = None
         sequence.pages = ()
         sequence.written = 0
+        sequence.named = 0
         sequence.drafts = ()
 
     def _name_pages(self, sequences: Iterable[Sequence]) -> None:
@@ -290,7 +296,11 @@ class Scheduler:
         for sequence in sequences:
             if sequence.chain_start is None:
                 continue
+            named = sequence.named
             known = min(sequence.written, len(sequence.tokens)) // self.page_size
-            digests = sequence.digests(self.page_size)[:known]
+            if known <= named:
+                continue
+            digests = sequence.digests(self.page_size)[named:known]
             for kind, pages in self._by_kind(sequence.pages):
-                kind.name(pages, digests)
+                kind.name(pages[named:known], digests)
+            sequence.named = known

@@ -29,6 +29,7 @@ class Sequence:
         one that only the device knows.
       length: tokens that exist, with those that the device draws and the host has not read.
       written: tokens whose keys and values are in the pages, or are written by steps under way.
+      named: full pages of which the pools know what they hold.
       slot: its row of the device's state; None while it waits.
       pages: of its tokens, of each kind of layers.
       paused: whether it takes no step until tokens are added.
@@ -48,6 +49,7 @@ class Sequence:
     reads_piece: bool = False
     length: int = 0
     written: int = 0
+    named: int = 0
     slot: int | None = None
     pages: tuple[list[int], ...] = ()
     paused: bool = False

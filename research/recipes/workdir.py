@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from research.core import config as configs
+from research.core.differences import first_difference
 from research.core.errors import UserError
 from research.recipes.experiment import ExperimentConfig, with_defaults
 from research.storage import files
@@ -65,7 +66,7 @@ def difference(workdir: Path, config: ExperimentConfig) -> str | None:
     the workdir, or None.
     """
     stored = with_defaults(read_config(workdir))
-    return configs.first_difference(_fixed(stored), _fixed(configs.plain(config)))
+    return first_difference(_fixed(stored), _fixed(configs.plain(config)))
 
 
 def _shown(values: Any, name: str) -> str:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from research.core.config import first_difference
+from research.core.differences import first_difference
 from research.core.errors import UserError
 from research.storage import files
 from research.storage.json_files import read_object

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from research.core.config import (
     _warn_renamed,
     bind,
-    first_difference,
     load_file,
     override,
     plain,
     renamed,
     to_json,
 )
+from research.core.differences import first_difference
 from research.core.errors import UserError
 
 

@@ -282,6 +282,8 @@ def test_a_shared_prompt_is_read_once(engine):
         ({"count": 3, "best_of": 2}, "best_of = 2 must not be below count."),
         ({"logprobs": 9}, "logprobs = 9 must lie in [0, 8]."),
         ({"deadline": 0.0}, "deadline = 0.0 must be above 0."),
+        ({"deadline": float("nan")}, "deadline = nan must be above 0."),
+        ({"count": 1025}, "count = 1025 must be at most 1024."),
         (
             {"sampling": SamplingConfig(max_tokens=600)},
             "max_tokens = 600 after a prompt of 20 tokens is more than the model's max_length = 512"

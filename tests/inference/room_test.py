@@ -52,6 +52,6 @@ def test_a_step_reads_the_pages_of_when_it_was_begun():
     [replica] = Engine(CONFIG, random_params(CONFIG), ByteTokenizer(), SERVE).replicas
     runner = replica._runner
     for _ in range(10):
-        assert read_after_a_change(lambda ids: runner._device_table([ids]).ids) == 1
+        assert read_after_a_change(lambda ids: runner.tables.on_device([ids]).ids) == 1
     # The control: JAX reads the memory of a NumPy array when the device comes to it.
     assert 2 in [read_after_a_change(jnp.asarray) for _ in range(50)]
