@@ -287,7 +287,7 @@ def test_ids_past_the_last_are_not_chosen_and_weigh_all_the_same():
         ({"num_beams": 0}, "num_beams = 0 must be at least 1."),
         ({"max_tokens": 0}, "max_tokens = 0 must be at least 1."),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens = 9 must lie in [0, max_tokens = 8]."),
-        ({"length_penalty": float("nan")}, "length_penalty = nan must be finite."),
+        ({"length_penalty": float("nan")}, "length_penalty = nan must be a finite number."),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram = -1 must not be below 0."),
         ({"num_return": 5}, "num_return = 5 must lie in [1, num_beams = 4]."),
         ({"max_tokens": 2, "forced_prefix": (2, 3)}, None),

@@ -359,10 +359,15 @@ def test_draw_of_a_sequence_depends_on_its_key_and_position_alone():
         ("typical_p", 0.0),
         ("presence_penalty", float("inf")),
         ("frequency_penalty", float("nan")),
-        ("logit_bias", ((3, float("nan")),)),
+        ("logit_bias", ((3, 1e31),)),
     ],
 )
 def test_impossible_value_is_refused(field: str, value):
     with pytest.raises(UserError) as caught:
         SamplingConfig(**{field: value})
     assert str(caught.value).startswith(f"{field} = {value} must ")
+
+
+def test_a_bias_that_is_no_number_is_refused_by_its_place():
+    with pytest.raises(UserError, match=r"logit_bias\.1\.1 = nan must be a finite number"):
+        SamplingConfig(logit_bias=((2, 1.0), (3, float("nan"))))
