@@ -36,6 +36,8 @@ def generate(
     *,
     grammar: GrammarConfig | None = None,
     speculate: str = "none",
+    draft_layers: int = 0,
+    draft: tuple[LanguageModelConfig, Any] | None = None,
     debug_nans: bool = False,
     mesh: Mesh | None = None,
 ) -> list[Completion]:
@@ -53,6 +55,8 @@ def generate(
         where that is one for all, `sampling.seed + i` for prompt i.
       grammar: that all texts keep to; None for none.
       speculate: who guesses, as of `ServeConfig`; it changes no text.
+      draft_layers: how many first layers guess, as there.
+      draft: config and parameters of a smaller model that guesses, or None.
       debug_nans: whether the first value that is no number is named, as there.
       mesh: that the parameters are sharded over; None is one device.
 
@@ -68,8 +72,10 @@ def generate(
         requests.append(Request(tuple(ids), own, grammar=grammar))
 
     num_ends = len(tokenizer.end_ids)
-    serve = serve_config(config, requests, num_ends, speculate, debug_nans=debug_nans)
-    answers = run_all(Engine(config, params, tokenizer, serve, mesh), requests, "sample")
+    guessing = {"speculate": speculate, "draft_layers": draft_layers}
+    serve = serve_config(config, requests, num_ends, debug_nans=debug_nans, **guessing)
+    engine = Engine(config, params, tokenizer, serve, mesh, draft)
+    answers = run_all(engine, requests, "sample")
     samples = [answer.samples[0] for answer in answers]
     for index, sample in enumerate(samples):
         if sample.error is not None:
@@ -94,9 +100,9 @@ def serve_config(
     config: LanguageModelConfig,
     requests: Sequence[Request],
     num_ends: int,
-    speculate: str = "none",
     *,
     debug_nans: bool = False,
+    **guessing: Any,
 ) -> ServeConfig:
     """Returns how an engine runs for a batch of requests: with room for all that run at a time.
 
@@ -104,8 +110,8 @@ def serve_config(
       config: of the model.
       requests: at least one.
       num_ends: ids that end a text.
-      speculate: who guesses.
       debug_nans: as of `ServeConfig`.
+      guessing: its fields that say who guesses.
 
     Raises:
       UserError: nobody of this name guesses.
@@ -132,8 +138,8 @@ def serve_config(
             "tokens": _power_of_two(pages) * PAGE_SIZE,
             "tiles": tiles,
             "top_logprobs": _power_of_two(num_top),
-            "speculate": speculate,
             "debug_nans": debug_nans,
+            **guessing,
         }
     )
 

@@ -14,6 +14,8 @@ USUAL_DRAFTS = 4
 # The numbers, and the least of each; what is counted in a step is an int32.
 LEAST = {"slots": 1, "tokens": 0, "rows": 1, "drafts": 0, "draft_layers": 0, "top_logprobs": 0}
 MOST = 2**31 - 1
+# What decides which tokens and log-probabilities an answer has; the rest decides when it comes.
+ANSWER_FIELDS = ("invariant", "cache_dtype", "top_logprobs")
 
 
 @dataclasses.dataclass(frozen=True)

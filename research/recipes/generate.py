@@ -13,9 +13,9 @@ from research.core.progress import Progress
 from research.inference.batch_lines import BatchLine, LineReader
 from research.inference.offline import LONGEST_LINE, answer_lines, file_digest, numbered_lines
 from research.inference.requests import decoding_config
-from research.inference.serve_config import ServeConfig, bind_serve
-from research.recipes import grammar_flags, sample_flags
-from research.recipes.load import load
+from research.inference.serve_config import ANSWER_FIELDS, ServeConfig
+from research.recipes import engine_flags, grammar_flags, sample_flags
+from research.recipes.loaded import LoadedModel
 from research.storage.line_log import LineLog
 from research.storage.paths import Path, as_path, local_path, reason
 
@@ -47,14 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--serve", metavar="FILE.py", help="config of the engine")
     sample_flags.add_decoding_arguments(parser)
-    sample_flags.add_engine_arguments(parser)
+    engine_flags.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Answers each line that has no answer yet."""
     # Mistakes in flags are found before a model is loaded.
     defaults = _defaults(arguments)
-    serve = serve_from_flags(arguments.serve, arguments.speculate, arguments.debug_nans)
+    guessing = engine_flags.guessing(arguments)
+    serve = engine_flags.serve_config(arguments.serve, guessing, arguments.debug_nans)
     source = as_path(arguments.source, "in")
     out = local_path("out", arguments.out)
     try:
@@ -63,14 +64,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("--in", source, f"cannot be read: {reason(error)}.") from error
 
     workdir = as_path(arguments.workdir, "workdir")
-    model = load(workdir, sample_flags.mesh_sizes(arguments), arguments.dtype)
-    of_answers = {
-        "in": digest,
-        "step": model.step,
-        "dtype": arguments.dtype,
-        "defaults": configs.plain(defaults),
-    }
-    with LineLog(out, of_answers) as log:
+    model, draft = engine_flags.load_models(arguments, workdir, serve)
+    with LineLog(out, _source(digest, model, serve, defaults)) as log:
         # One byte a line, from 1.
         is_done = bytearray(total + 1)
         for value in log.values():
@@ -91,7 +86,7 @@ def main(arguments: argparse.Namespace) -> None:
                 progress.advance()
 
             lines = _lines_to_answer(source, is_done, reader)
-            answer_lines(model.engine_for(serve), model.tokenizer, lines, write)
+            answer_lines(model.engine_for(serve, draft), model.tokenizer, lines, write)
     seconds = time.monotonic() - start
     logger.info("%s: %s answers in %.1f s, compilation included", out, f"{count:,}", seconds)
 
@@ -106,23 +101,24 @@ def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
     return defaults
 
 
-def serve_from_flags(path: str | None, speculate: str | None, debug_nans: bool) -> ServeConfig:
-    """Returns how an engine runs.
-
-    Args:
-      path: of a config file; None is what `ServeConfig` says.
-      speculate: who guesses, instead of what the file says.
-      debug_nans: whether the first value that is no number is named, also where the file does not.
-
-    Raises:
-      UserError: the file is none, or a field that is not known or out of range.
-    """
-    values = {} if path is None else configs.load_file(path)
-    if speculate is not None:
-        values["speculate"] = speculate
-    if debug_nans:
-        values["debug_nans"] = True
-    return bind_serve(values)
+def _source(
+    digest: str, model: LoadedModel, serve: ServeConfig, defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what the answers are of: all that decides them, and nothing of where it lies."""
+    config = configs.plain(model.config)
+    params = model.params_digest
+    assert params is not None, "a loaded checkpoint has a digest"
+    return {
+        "in": digest,
+        "dtype": [config.pop("dtype"), config.pop("param_dtype")],
+        "step": model.step,
+        "params": params.hex(),
+        "tokenizer": model.tokenizer.digest(),
+        # How layers are run is not what they compute.
+        "model": {name: config[name] for name in config if name not in ("layer_loop", "remat")},
+        "serve": {name: getattr(serve, name) for name in ANSWER_FIELDS},
+        "defaults": configs.plain(defaults),
+    }
 
 
 def _line_number(out: pathlib.Path, value: dict[str, Any], total: int) -> int:

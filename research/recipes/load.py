@@ -20,9 +20,16 @@ from research.recipes.workdir import read_config
 from research.storage.paths import Path, as_path
 from research.training.checkpoints import CheckpointConfig, Checkpoints
 
+# Fields of a checkpoint that may have the parameters: the first that it has.
+FIELDS = ("ema", "params")
+
 
 def load(
-    workdir: str | Path, mesh: Mapping[str, Any] | None = None, dtype: str | None = None
+    workdir: str | Path,
+    mesh: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    *,
+    unroll: bool = False,
 ) -> LoadedModel:
     """Loads the newest good checkpoint of a workdir, averaged parameters where the run kept them.
 
@@ -33,6 +40,8 @@ def load(
       workdir: of a training run or a conversion.
       mesh: sizes of mesh axes, `{"tensor": 2}`, as of `mesh_for_generation`; None is one device.
       dtype: of parameters and activations, `float32` or `bfloat16`; None is those of the config.
+      unroll: whether each layer has parameters of its own, which guesses by first layers need; else
+        they are stacked where the config says so.
 
     Raises:
       UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit, or an
@@ -40,6 +49,8 @@ def load(
     """
     workdir = as_path(workdir, "workdir")
     saved = configs.bind(ModelConfig, read_config(workdir)["model"], "model")
+    if unroll:
+        saved = dataclasses.replace(saved, layer_loop="unroll")
     config = saved if dtype is None else in_dtype(saved, dtype)
     devices_mesh = None
     if mesh:
@@ -58,10 +69,10 @@ def load(
     plain = nn.unbox(boxed)
     served = jax.tree.map(_place, plain, shardings)
     with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
-        # The first of the two fields that the checkpoint has.
-        step, params = checkpoints.stream_params(stored, served, fields=("ema", "params"))
+        step, params = checkpoints.stream_params(stored, served, FIELDS)
+        digest = checkpoints.params_digest(step, FIELDS)
     tokenizer = tokenizers.load(workdir / "tokenizer")
-    return LoadedModel(config, params, tokenizer, step, devices_mesh)
+    return LoadedModel(config, params, tokenizer, step, devices_mesh, digest)
 
 
 def in_dtype(config: ModelConfig, dtype: str) -> ModelConfig:

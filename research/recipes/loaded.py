@@ -27,6 +27,7 @@ class LoadedModel(GenerationMethods, WholeTexts):
       tokenizer: the one it was trained with.
       step: of the checkpoint.
       mesh: the devices that it is sharded over; None is one device.
+      params_digest: of the parameters, as their checkpoint has it; None where they are of none.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class LoadedModel(GenerationMethods, WholeTexts):
     tokenizer: Tokenizer
     step: int
     mesh: Mesh | None = None
+    params_digest: bytes | None = None
 
     @functools.cached_property
     def _reader(self) -> TextReader:

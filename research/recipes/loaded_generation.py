@@ -3,54 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax.sharding import Mesh
-
 from research.core import config as configs
 from research.core.errors import UserError
-from research.data.tokenizers import Tokenizer
 from research.inference.answers import Beam
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import beam_generate
-from research.inference.engine import Engine
 from research.inference.generate import generate
 from research.inference.grammar_config import GrammarConfig, bind_grammar
 from research.inference.requests import collect_prompts, decoding_config
 from research.inference.sampling_config import SamplingConfig
-from research.inference.serve_config import ServeConfig, bind_serve
 from research.inference.text import Completion
-from research.models.config import ModelConfig
+from research.recipes.loaded_engines import EngineMethods
 
 
-class GenerationMethods:
-    """The methods of `LoadedModel` that make text, and engines, which do."""
-
-    config: ModelConfig
-    params: Any
-    tokenizer: Tokenizer
-    mesh: Mesh | None
-
-    def engine(self, slots: int = 16, memory: float = 0.8, **fields: Any) -> Engine:
-        """Returns an engine, whose programs are compiled now.
-
-        Args:
-          slots: sequences that run at a time, at most.
-          memory: the share of what a device has beside the parameters that it may take; its cache
-            has as many tokens as fit, and `tokens=` says it otherwise.
-          fields: the others of `ServeConfig`.
-
-        Raises:
-          UserError: a field that is not known or out of range, a model that makes no text, or
-            memory too small.
-        """
-        return self.engine_for(bind_serve({"slots": slots, "memory": memory, **fields}))
-
-    def engine_for(self, serve: ServeConfig) -> Engine:
-        """Returns an engine that runs as `serve` says.
-
-        Raises:
-          UserError: as of `engine`.
-        """
-        return Engine(self.config, self.params, self.tokenizer, serve, self.mesh)
+class GenerationMethods(EngineMethods):
+    """The methods of `LoadedModel` that make text."""
 
     def generate(
         self,
@@ -63,6 +30,8 @@ class GenerationMethods:
         seeds: Sequence[Any] | None = None,
         grammar: GrammarConfig | Mapping[str, Any] | None = None,
         speculate: str = "none",
+        draft_layers: int = 0,
+        draft: EngineMethods | None = None,
         debug_nans: bool = False,
         **fields: Any,
     ) -> list[Completion]:
@@ -82,7 +51,7 @@ class GenerationMethods:
           sampling: settings for each prompt, instead of `fields`; all run in one batch.
           seeds: of sampling, one per prompt.
           grammar: that all texts keep to, or its fields, `{"regex": "[0-9]+"}`; None for none.
-          speculate: who guesses, `lookup` or another of `ServeConfig`; it changes no text.
+          speculate, draft_layers, draft: who guesses, as of `engine`; it changes no text.
           debug_nans: whether the first value that is no number is named, as of `ServeConfig`.
           fields: those of `SamplingConfig`, or of `BeamConfig`.
 
@@ -101,11 +70,12 @@ class GenerationMethods:
         if isinstance(grammar, Mapping):
             grammar = bind_grammar(grammar)
         if not isinstance(how, BeamConfig):
-            drawn = {"grammar": grammar, "speculate": speculate, "debug_nans": debug_nans}
-            return generate(*model, read, how, seeds, mesh=self.mesh, **drawn)
+            smaller = self._smaller(draft, speculate)
+            guessing = {"speculate": speculate, "draft_layers": draft_layers, "draft": smaller}
+            drawn = {"grammar": grammar, "debug_nans": debug_nans, "mesh": self.mesh}
+            return generate(*model, read, how, seeds, **guessing, **drawn)
 
-        given = {"seeds": seeds, "grammar": grammar}
-        _check_search(how, given, speculate)
+        _check_search(how, {"seeds": seeds, "grammar": grammar}, speculate)
         # The best hypothesis is the completion.
         searched = beam_generate(*model, read, how, debug_nans=debug_nans, mesh=self.mesh)
         return [best for best, *_ in searched]

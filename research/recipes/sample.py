@@ -11,9 +11,8 @@ from research.core.errors import UserError
 from research.inference.requests import decoding_config
 from research.inference.serve_config import bind_serve
 from research.inference.text import Completion
-from research.recipes import conversations, grammar_flags, sample_flags
+from research.recipes import conversations, engine_flags, grammar_flags, sample_flags
 from research.recipes.conversations import Conversation
-from research.recipes.load import load
 from research.recipes.loaded import LoadedModel
 from research.storage import files
 from research.storage.paths import Path, as_path, reason
@@ -28,6 +27,7 @@ EXAMPLES = """\
   tessera sample --workdir=runs/stdlib --prompt="The " --temperature=0 --stop="."
   tessera sample --workdir=runs/stdlib --prompt="def " --num_beams=4 --no_repeat_ngram=3
   tessera sample --workdir=runs/stdlib --prompt="def main(" --speculate=lookup
+  tessera sample --workdir=runs/stdlib --prompt="x" --speculate=draft --draft=runs/smaller
   tessera sample --workdir=runs/stdlib --prompt="x = " --regex="[0-9]+"
   tessera sample --workdir=runs/stdlib --prompt="def " --config.mesh.tensor=2
   tessera sample --workdir=runs/llama-instruct --chat --prompt="Why is the sky blue?"
@@ -48,14 +48,14 @@ def main(arguments: argparse.Namespace) -> None:
     # Mistakes in flags are found before a model is loaded.
     decoding_config(fields)
     grammar = grammar_flags.from_flags(arguments)
-    options = {"grammar": grammar, "debug_nans": arguments.debug_nans}
-    if arguments.speculate is not None:
-        bind_serve({"speculate": arguments.speculate})
-        options["speculate"] = arguments.speculate
+    guessing = engine_flags.guessing(arguments)
+    options = {"grammar": grammar, "debug_nans": arguments.debug_nans, **guessing}
     messages = conversations.from_flags(arguments)
 
     workdir = as_path(arguments.workdir, "workdir")
-    model = load(workdir, sample_flags.mesh_sizes(arguments), arguments.dtype)
+    model, draft = engine_flags.load_models(arguments, workdir, bind_serve(guessing))
+    if draft is not None:
+        options["draft"] = draft
     if messages is not None and not model.tokenizer.chat_templates:
         flag = "--chat" if arguments.messages is None else "--messages"
         raise UserError(

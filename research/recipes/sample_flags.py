@@ -7,10 +7,9 @@ import dataclasses
 import re
 from typing import Any
 
-from research.core import config as configs
 from research.inference.beam_config import BeamConfig
 from research.inference.sampling_config import SamplingConfig
-from research.recipes import conversations, grammar_flags
+from research.recipes import conversations, engine_flags, grammar_flags
 
 # Fields of `BeamConfig` that are flags. Texts are searched where `--num_beams` is above 1, else
 # sampled.
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--forced_prefix", help="text that every continuation found by beam search begins with"
     )
-    add_engine_arguments(parser)
+    engine_flags.add_arguments(parser)
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,33 +51,6 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
             kind = kinds.get(field.name, field.type)
             parser.add_argument(f"--{field.name}", type=kind, help=text, metavar="X")
     grammar_flags.add_arguments(parser)
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what decides how texts are computed."""
-    parser.add_argument(
-        "--speculate",
-        metavar="KIND",
-        help="who guesses tokens ahead, which changes no text: lookup (what followed in the text "
-        "before), mtp (the model's multi-token prediction)",
-    )
-    parser.add_argument(
-        "--dtype",
-        help="of parameters and activations: float32 or bfloat16 (default: those of the config)",
-    )
-    parser.add_argument(
-        "--debug_nans",
-        action="store_true",
-        help="where logits are no numbers, read the text again and name the first such value: its "
-        "layer, array and token",
-    )
-    # `cli` takes these as overrides; the flag shows that there are such.
-    parser.add_argument(
-        "--config.mesh",
-        dest="mesh",
-        metavar=".AXIS=SIZE",
-        help="shards the model over devices: --config.mesh.tensor=2",
-    )
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -123,9 +95,3 @@ def config_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             fields[name] = tuple(value) if name == "stop" else value
     return fields
-
-
-def mesh_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of `MeshConfig` that `--config.mesh.…` gives."""
-    given = configs.override({"mesh": {}}, arguments.overrides)
-    return given["mesh"]

@@ -210,6 +210,18 @@ def first_field(manifest: Mapping[str, Any], fields: tuple[str, ...]) -> str:
     return fields[-1]
 
 
+def params_digest(manifest: Mapping[str, Any], field: str) -> bytes:
+    """Returns a digest of the arrays of a field, from their names, shapes, types and digests: none
+    of them is read, and where a checkpoint lies does not matter.
+    """
+    described = []
+    for array, entry in sorted(manifest["arrays"].items()):
+        of_field, _, name = array.partition("/")
+        if of_field == field:
+            described.append([name, entry["shape"], entry["dtype"], entry["digest"]])
+    return bytes.fromhex(_sha256(described))
+
+
 def check_architecture(
     folder: Path,
     manifest: Mapping[str, Any],

@@ -270,6 +270,13 @@ class Checkpoints:
         step, params = self._newest_intact(lambda folder: read_by_all(read, folder), None)
         return step, _rebuild(wanted, params)
 
+    def params_digest(self, step: int, fields: tuple[str, ...] = ("params",)) -> bytes:
+        """Returns the digest of the parameters of an intact checkpoint, which are not read for it;
+        `fields` as in `restore_params`.
+        """
+        manifest = files.read_manifest(self._folder.of_step(step))
+        return files.params_digest(manifest, files.first_field(manifest, fields))
+
     def _newest_intact(
         self, read: Callable[[Path], Content], step: int | None
     ) -> tuple[int, Content]:

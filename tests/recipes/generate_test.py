@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import time
 
@@ -210,14 +211,12 @@ def test_a_run_resumes_after_the_lines_that_are_answered(unbroken: Unbroken, tmp
 def test_guesses_and_slots_change_no_answer(unbroken: Unbroken, tmp_path):
     lines = many(12)
     whole = answered(unbroken, tmp_path, lines)
-    config = tmp_path / "serve.py"
-    config.write_text(
-        "import ml_collections\n\ndef get_config():\n"
-        "    return ml_collections.ConfigDict({'slots': 3, 'tiles': (2, 8, 16)})\n"
-    )
-    (tmp_path / "other").mkdir()
-    more = (f"--serve={config}", "--speculate=lookup")
-    assert answered(unbroken, tmp_path / "other", lines, *more) == whole
+    serve = serve_file(tmp_path / "serve.py", slots=3, tiles=(2, 8, 16))
+    kinds = {"lookup": [], "draft": [f"--draft={unbroken.workdir}"]}
+    for kind, more in kinds.items():
+        (tmp_path / kind).mkdir()
+        flags_of_kind = (serve, f"--speculate={kind}", *more)
+        assert answered(unbroken, tmp_path / kind, lines, *flags_of_kind) == whole
 
 
 def refused(capsys, *argv: str) -> str:
@@ -245,6 +244,43 @@ def test_answers_to_something_else_are_not_added_to(unbroken: Unbroken, tmp_path
     assert "'lookup'" in refused(capsys, *argv, "--speculate=luck")
     for special in ("/dev/full", tmp_path):
         assert "must be a file" in refused(capsys, *flags(unbroken, source, special))
+
+
+def serve_file(path: pathlib.Path, **fields) -> str:
+    path.write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({fields!r})\n"
+    )
+    return f"--serve={path}"
+
+
+def test_answers_of_another_model_are_not_added_to(unbroken: Unbroken, tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "the", "max_tokens": 2}])
+    out = tmp_path / "out.jsonl"
+    argv = flags(unbroken, source, out)
+    assert cli.main(argv) == 0
+    before = out.read_bytes()
+    other = "holds answers to something else: "
+    assert f"{other}dtype differs" in refused(capsys, *argv, "--dtype=bfloat16")
+    for name, value in {"cache_dtype": "int8", "invariant": False, "top_logprobs": 3}.items():
+        serve = serve_file(tmp_path / "serve.py", **{name: value})
+        assert f"{other}serve.{name} differs" in refused(capsys, *argv, serve)
+
+    # What says nothing of the answers may change, and where the model lies.
+    shutil.copytree(unbroken.workdir, tmp_path / "moved")
+    moved = [argv[0], f"--workdir={tmp_path / 'moved'}", *argv[2:]]
+    serve = serve_file(tmp_path / "serve.py", slots=3, tiles=(2, 8))
+    assert cli.main([*moved, serve, "--speculate=lookup", "--dtype=float32"]) == 0
+    assert out.read_bytes() == before
+    path = out.with_name("out.jsonl.source.json")
+    stored = json.loads(path.read_text())
+    for name in ("params", "tokenizer", "step"):
+        path.write_text(json.dumps({**stored, name: "0"}))
+        assert f"{other}{name} differs" in refused(capsys, *argv)
+    stored["model"]["norm"] = "other"
+    path.write_text(json.dumps(stored))
+    assert f"{other}model.norm" in refused(capsys, *argv)
+    assert out.read_bytes() == before
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):

@@ -1,5 +1,6 @@
 """A workdir is a model: what it says from Python is what training said."""
 
+import dataclasses
 import re
 import shutil
 from typing import Any
@@ -230,3 +231,25 @@ def test_an_engine_has_the_tokens_that_fit_and_answers_as_generate_does(model):
     assert answer.samples[0].completion() == expected
     with pytest.raises(UserError, match="memory = 1e-09 is too little: beside the weights"):
         model.engine(memory=1e-9)
+
+
+def test_a_draft_model_has_the_tokenizer_of_the_model(model):
+    other = dataclasses.replace(model, tokenizer=ByteTokenizer(mask=True))
+    with pytest.raises(UserError, match=r"^draft: its tokenizer must be that of the model\."):
+        model.engine(slots=2, tiles=(2,), speculate="draft", draft=other)
+    with pytest.raises(UserError, match=r"^draft guesses with speculate = 'draft' alone"):
+        model.engine(slots=2, tiles=(2,), draft=model)
+
+
+def test_engines_of_one_checkpoint_may_have_each_others_pages(model, unbroken: Unbroken):
+    request = Request(tuple(range(40)), SamplingConfig(max_tokens=2))
+    first = model.engine(slots=2, tiles=(2,))
+    first.run([request])
+    loaded = research.load(str(unbroken.workdir))
+    second = loaded.engine(slots=2, tiles=(2,))
+    second.import_pages(request, first.export_pages(request))
+    # The control: parameters of no checkpoint.
+    nameless = dataclasses.replace(model, params_digest=None).engine(slots=2, tiles=(2,))
+    nameless.run([request])
+    with pytest.raises(UserError, match="params_digest"):
+        nameless.export_pages(request)

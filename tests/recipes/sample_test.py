@@ -114,9 +114,43 @@ def test_guesses_change_no_sample(unbroken: Unbroken, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken.workdir, workdir)
     prompt = "--prompt=the cat sat on the cat sat"
-    assert sampled(capsys, workdir, prompt, "--speculate=lookup") == sampled(
-        capsys, workdir, prompt
-    )
+    plain = sampled(capsys, workdir, prompt)
+    assert sampled(capsys, workdir, prompt, "--speculate=lookup") == plain
+    first = ("--speculate=first_layers", "--draft_layers=1")
+    assert sampled(capsys, workdir, prompt, *first) == plain
+    draft = ("--speculate=draft", f"--draft={unbroken.workdir}")
+    assert sampled(capsys, workdir, prompt, *draft) == plain
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--speculate=draft"], "--draft is missing: speculate = 'draft' needs a model."),
+        (["--draft=a"], "--draft = 'a' is for speculate = 'draft', not 'none'."),
+        (
+            ["--draft_layers=1", "--speculate=lookup"],
+            "--draft_layers = 1 is for speculate = 'first_layers', not 'lookup'.",
+        ),
+        (["--draft_layers=-1"], "--draft_layers = -1 must lie in [0, "),
+    ],
+)
+@pytest.mark.parametrize("verb", ["sample", "generate"])
+def test_flags_of_other_guesses_are_refused_in_a_line(
+    verb: str, flags: list[str], said: str, tmp_path, capsys
+):
+    (tmp_path / "in.jsonl").touch()
+    files = [f"--in={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"]
+    argv = [verb, "--workdir=nowhere", *flags, *(files if verb == "generate" else [])]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"tessera: error: {said}")
+    assert err.count("\n") == 1
+
+
+def test_layers_that_guess_are_named_by_their_flag(unbroken: Unbroken, capsys):
+    argv = ["sample", f"--workdir={unbroken.workdir}", "--speculate=first_layers"]
+    assert cli.main(argv) == 2
+    assert "--draft_layers = 0 must lie in [1, 1]" in capsys.readouterr().err
 
 
 def test_samples_keep_to_grammars_biases_and_stop_ids(unbroken: Unbroken, tmp_path, capsys):

@@ -76,6 +76,20 @@ def test_averages_are_served_where_there_are_some(small_chunks, tmp_path, opened
         assert_same(found, rounded(tree, "bfloat16"))
 
 
+def test_a_digest_goes_by_what_the_parameters_are_and_not_by_where_they_lie(tmp_path, opened):
+    def digest_of(folder: str, seed: int, step: int) -> bytes:
+        save(tmp_path / folder, params(seed=seed, scanned=False), "whole", step)
+        return Checkpoints(tmp_path / folder, CheckpointConfig()).params_digest(step)
+
+    first = digest_of("first", seed=3, step=1)
+    assert digest_of("second", seed=3, step=2) == first
+    assert digest_of("third", seed=4, step=1) != first
+    state = new_state(ema=True)
+    opened(asynchronous=False).save(4, state, {})
+    averages = opened().params_digest(4, ("ema", "params"))
+    assert averages != opened().params_digest(4, ("params",))
+
+
 def test_frozen_parameters_are_read_from_the_folder_that_checkpoints_share(tmp_path, opened):
     state = new_state(ema=True)
     checkpoints = opened(frozen=("embed",))

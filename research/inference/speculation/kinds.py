@@ -42,7 +42,7 @@ def drafter_of(
     if kind == "first_layers":
         return _first_layers(serve, config, params)
     if draft is None:
-        raise UserError("speculate", kind, "needs a draft model.")
+        raise UserError("draft", constraint="is missing: speculate = 'draft' needs a model.")
     draft_config, _ = draft
     if draft_config.structure != "decoder":
         raise UserError("draft", constraint=": it must be a decoder.")
