@@ -20,7 +20,11 @@ __all__ = ["convert", "describe", "load", "train"]
 
 
 def load(
-    workdir: str | Path, mesh: Mapping[str, Any] | None = None, dtype: str | None = None
+    workdir: str | Path,
+    mesh: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    *,
+    unroll: bool = False,
 ) -> LoadedModel:
     """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`,
     `generate(prompts)`; `embed(texts)`, `score(texts)`, `classify(texts)`, `score_pairs(pairs)` and
@@ -32,12 +36,14 @@ def load(
         one device.
       dtype: of parameters and activations, `float32` or `bfloat16`, in which the checkpoint is read
         into its shards a part at a time; None is those of its config.
+      unroll: whether each layer has parameters of its own, which guesses by first layers need; else
+        they are stacked where the config says so.
 
     Raises:
       UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit, or an
         unknown type.
     """
-    return load_model(workdir, mesh, dtype)
+    return load_model(workdir, mesh, dtype, unroll=unroll)
 
 
 def train(

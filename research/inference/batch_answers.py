@@ -33,7 +33,8 @@ def answer_value(line: BatchLine, answer: Answer, tokenizer: Tokenizer) -> dict[
 
 
 def _answer_value(line: BatchLine, answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
-    samples = _returned(answer)
+    # Those that have an error are the worst.
+    samples = [sample for sample in answer.best() if sample.error is None]
     errors = [sample.error for sample in answer.samples if sample.error is not None]
     if answer.error is not None:
         return error_value(line, answer.error)
@@ -48,15 +49,6 @@ def _answer_value(line: BatchLine, answer: Answer, tokenizer: Tokenizer) -> dict
         places = sorted(answer.prompt_logprobs)
         value["prompt_logprobs"] = [_plain(answer.prompt_logprobs[each]) for each in places]
     return value
-
-
-def _returned(answer: Answer) -> list[Sample]:
-    """Returns the samples that were asked for: the best of those that have no error."""
-    whole = [sample for sample in answer.samples if sample.error is None]
-    if len(whole) == len(answer.samples):
-        return answer.best()
-    whole.sort(key=Sample.mean_logprob, reverse=True)
-    return whole[: answer.request.count]
 
 
 def _plain_answers(

@@ -1,5 +1,6 @@
 """A workdir is served in the type that was asked for; `--debug_nans` names what is bad in it."""
 
+import json
 import shutil
 
 import jax
@@ -85,3 +86,19 @@ def test_debug_nans_names_the_weight_that_is_no_number(unbroken: Unbroken, tmp_p
     argv = ["generate", f"--workdir={workdir}", f"--in={source}", f"--out={tmp_path / 'out'}"]
     assert cli.main([*argv, "--max_tokens=4", "--debug_nans"]) == 0
     assert where in (tmp_path / "out").read_text()
+
+
+def test_layers_that_are_stacked_are_loaded_one_by_one_for_guesses(unbroken: Unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken.workdir, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["layer_loop"] = "scan"
+    (workdir / "config.json").write_text(json.dumps(config))
+    stacked = research.load(workdir)
+    loaded = research.load(workdir, unroll=True)
+    assert stacked.params_digest == loaded.params_digest
+    guessing = {"speculate": "first_layers", "draft_layers": 1}
+    with pytest.raises(UserError, match="load the model with unroll = True"):
+        stacked.engine(slots=2, tiles=(2,), **guessing)
+    engine = loaded.engine(slots=2, tiles=(2,), **guessing)
+    assert engine.serve.draft_layers == 1

@@ -70,6 +70,6 @@ def _first_layers(serve: ServeConfig, config: ModelConfig, params: Any) -> First
         raise UserError(
             "speculate",
             "first_layers",
-            "needs layers that are not stacked. Load the model with layer_loop = 'unroll'.",
+            "needs layers that are not stacked: load the model with unroll = True.",
         )
     return FirstLayers(config, count)
