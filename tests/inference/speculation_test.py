@@ -174,7 +174,7 @@ def test_guesses_that_are_wrong_pause():
             None,
             "speculate = 'mtp' needs a model with head.mtp_depth above 0.",
         ),
-        (guessing("draft"), DECODER, None, "speculate = 'draft' needs a draft model."),
+        (guessing("draft"), DECODER, None, "draft is missing: speculate = 'draft' needs a model."),
         (
             guessing("draft"),
             DECODER,
