@@ -93,10 +93,18 @@ class Sample:
             self.error = NOT_NUMBERS
             return
         if self.matcher is not None and not self.matcher.accept(found.token):
-            self.error = "the grammar does not allow what was drawn"
+            self.error = self._grammar_error()
             return
         self.logprobs.append(found)
         self._new_text += self._text.push(found.token)
+
+    def _grammar_error(self) -> str:
+        """Returns why no token that may be drawn is one that the grammar allows."""
+        count = len(self.logprobs)
+        least = self.answer.request.sampling.min_tokens
+        if count < least:
+            return f"min_tokens = {least}: after {count} tokens the grammar allows the end alone"
+        return "the grammar does not allow what was drawn"
 
     def guess(self, count: int) -> list[int]:
         """Returns guesses of its next tokens: those that a grammar forces, or what its text says

@@ -117,3 +117,13 @@ def test_a_grammar_that_cannot_be_met_ends_its_request_alone(params):
         engine.run([REQUESTS[0], Request((5,), grammar=lark)])
     assert not engine.run_step()
     assert answers(engine, [REQUESTS[0]])
+
+
+def test_a_grammar_that_ends_before_min_tokens_says_so(params):
+    engine = Engine(CONFIG, params, BYTES, PLAIN)
+    sampling = SamplingConfig(max_tokens=20, min_tokens=10)
+    grammars = (GrammarConfig(choices=("ab",)), GrammarConfig(regex="[ab]{12}"))
+    requests = [Request((5, 6), sampling, grammar=grammar) for grammar in grammars]
+    [short], [long] = [answer.samples for answer in engine.run(requests)]
+    assert short.error == "min_tokens = 10: after 2 tokens the grammar allows the end alone"
+    assert long.error is None
