@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from research.bench import report
+from research.bench.llama_shapes import llama
 from research.bench.sides import interleave_calls, run
 from research.core.errors import UserError
 from research.interop import mapping
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, write_hugging_face
-from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 from research.storage.paths import local_path
 
 # Parameters of one layer with the widths below, and of the embeddings.
@@ -103,14 +103,7 @@ def make_folder(folder: pathlib.Path, size: int, dtype: str) -> int:
     """Makes a Hugging Face folder of about `size` bytes of weights, and returns how many it has."""
     parameters = size / np.dtype(dtype).itemsize
     layers = max(1, round((parameters - EMBEDDINGS) / LAYER))
-    config = ModelConfig(
-        vocab_size=1024,
-        num_layers=layers,
-        embed_dim=2048,
-        max_length=2048,
-        attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=64),
-        mlp=MlpConfig(hidden_dim=8192),
-    )
+    config = llama(1024, layers, 2048, 8192, (32, 8, 64), 2048, is_tied=False)
 
     # Every parameter repeats the same noise, of which a part is made when it is read.
     noise = np.random.default_rng(0).standard_normal(2**22, dtype=np.float32)

@@ -25,10 +25,10 @@ from research.bench.engine_load import load_rows
 from research.bench.engine_mtp import mtp_rows
 from research.bench.engine_row import COLUMNS, Row
 from research.bench.engine_sides import MEMORY_AT, SHARED
+from research.bench.llama_shapes import TINY
 from research.bench.serving_models import MODELS, write_model
 from research.bench.sides import run
 from research.core.errors import UserError, nearest
-from research.models.config import AttentionConfig, MlpConfig, ModelConfig
 
 SIDE = "research.bench.engine_sides"
 ACCELERATOR_SIDE = "research.bench.engine_accelerator"
@@ -49,15 +49,6 @@ PARTS = (
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 MODEL = MODELS["GPT-2 124 M"]
 LOADED = "1 B"
-TINY = ModelConfig(
-    vocab_size=1000,
-    num_layers=1,
-    embed_dim=32,
-    max_length=64,
-    attention=AttentionConfig(2, 2, 16),
-    mlp=MlpConfig(hidden_dim=64),
-    tied_embeddings=True,
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,11 +24,12 @@ import psutil
 
 from research.bench import report
 from research.bench.engine_row import Row
+from research.bench.llama_shapes import LLAMA_1B, LLAMA_145M, TINY
 from research.bench.resident import is_measurable, measure_peak
 from research.bench.sides import run
 from research.core import backend
 from research.interop import mapping
-from research.models.config import AttentionConfig, MlpConfig, ModelConfig
+from research.models.config import ModelConfig
 from research.models.language_model import abstract_params
 from research.parallel.target import platform
 from research.training.checkpoint_stream import Part, write_params
@@ -36,35 +37,7 @@ from research.training.checkpoints import CheckpointConfig, Checkpoints
 
 SIDE = "research.bench.engine_load"
 STEP = 0
-MODELS = {
-    # The shape of Llama 3.2 1B.
-    "1 B": ModelConfig(
-        vocab_size=128_256,
-        num_layers=16,
-        embed_dim=2048,
-        max_length=2048,
-        attention=AttentionConfig(32, 8, 64),
-        mlp=MlpConfig(hidden_dim=8192),
-        tied_embeddings=True,
-    ),
-    "145 M": ModelConfig(
-        vocab_size=16_384,
-        num_layers=10,
-        embed_dim=1024,
-        max_length=64,
-        attention=AttentionConfig(16, 16, 64),
-        mlp=MlpConfig(hidden_dim=2816),
-        tied_embeddings=True,
-    ),
-    "tiny": ModelConfig(
-        vocab_size=384,
-        num_layers=1,
-        embed_dim=32,
-        max_length=64,
-        attention=AttentionConfig(2, 2, 16),
-        mlp=MlpConfig(hidden_dim=64),
-    ),
-}
+MODELS = {"1 B": LLAMA_1B, "145 M": LLAMA_145M, "tiny": TINY}
 # Of what is served: the goal, and what must be free.
 MOST_MEMORY = 1.15
 FREE_MEMORY = 1.4

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from research.bench.gguf import write_gguf
+from research.bench.llama_shapes import LLAMA_134M
 from research.interop import mapping
 from research.interop.architecture import choose
 from research.interop.huggingface import ARCHITECTURES, NO_TOKENS, write_hugging_face
@@ -31,16 +32,7 @@ MODELS = {
         position=PositionConfig(kind="learned"),
         tied_embeddings=True,
     ),
-    # The shape of SmolLM-135M.
-    "LLaMA 134 M": ModelConfig(
-        vocab_size=49_152,
-        num_layers=30,
-        embed_dim=576,
-        max_length=2048,
-        attention=AttentionConfig(9, 3, 64),
-        mlp=MlpConfig(hidden_dim=1536),
-        tied_embeddings=True,
-    ),
+    "LLaMA 134 M": LLAMA_134M,
 }
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from research.bench import engine
+from research.bench import engine, llama_shapes
 from research.bench.engine_sides import Arrival, arrivals, memory, one_by_one, times_of
 from research.bench.serving_models import write_model
 from research.core.errors import UserError
@@ -74,7 +74,7 @@ def test_the_parts_that_were_asked_for_have_rows(tmp_path, monkeypatch):
 @pytest.mark.thorough
 def test_memory_is_measured_after_some_requests_and_after_many(tmp_path, monkeypatch):
     monkeypatch.setattr("research.bench.engine_sides.MEMORY_AT", (100, 300))
-    write_model(tmp_path, engine.TINY, "float32")
+    write_model(tmp_path, llama_shapes.TINY, "float32")
     some, many = memory(tmp_path)["bytes"]
     assert 0 < some <= 1.05 * many
 
