@@ -12,38 +12,11 @@ from research.recipes import convert as converting
 from research.recipes import describe as describing
 from research.recipes import train as training
 from research.recipes.experiment import ExperimentConfig, load_experiment
-from research.recipes.load import load as load_model
+from research.recipes.load import load
 from research.recipes.loaded import LoadedModel
 from research.storage.paths import Path, as_path
 
 __all__ = ["convert", "describe", "load", "train"]
-
-
-def load(
-    workdir: str | Path,
-    mesh: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    *,
-    unroll: bool = False,
-) -> LoadedModel:
-    """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`,
-    `generate(prompts)`; `embed(texts)`, `score(texts)`, `classify(texts)`, `score_pairs(pairs)` and
-    `fill_masks(texts)` of given texts.
-
-    Args:
-      workdir: of a training run or a conversion; its newest whole checkpoint is read.
-      mesh: shards the model over devices: `{"tensor": 2}`, whatever mesh it was trained on. None is
-        one device.
-      dtype: of parameters and activations, `float32` or `bfloat16`, in which the checkpoint is read
-        into its shards a part at a time; None is those of its config.
-      unroll: whether each layer has parameters of its own, which guesses by first layers need; else
-        they are stacked where the config says so.
-
-    Raises:
-      UserError: no workdir, no checkpoint, or none that is whole; a mesh that does not fit, or an
-        unknown type.
-    """
-    return load_model(workdir, mesh, dtype, unroll=unroll)
 
 
 def train(
@@ -73,7 +46,7 @@ def train(
 
     folder = as_path(workdir, "workdir")
     training.train(experiment, folder)
-    return load_model(folder)
+    return load(folder)
 
 
 def convert(

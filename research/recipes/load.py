@@ -31,14 +31,18 @@ def load(
     *,
     unroll: bool = False,
 ) -> LoadedModel:
-    """Loads the newest good checkpoint of a workdir, averaged parameters where the run kept them.
+    """Returns the model of a workdir: `config`, `params`, `tokenizer`, `logits(tokens)`,
+    `generate(prompts)`; `embed(texts)`, `score(texts)`, `classify(texts)`, `score_pairs(pairs)` and
+    `fill_masks(texts)` of given texts.
 
-    They are read a part at a time into their shards, so that of another type than `dtype` there are
-    never more than some parts in memory.
+    Parameters are the averaged ones where the run kept them. They are read a part at a time into
+    their shards, so that of another type than `dtype` there are never more than some parts in
+    memory.
 
     Args:
-      workdir: of a training run or a conversion.
-      mesh: sizes of mesh axes, `{"tensor": 2}`, as of `mesh_for_generation`; None is one device.
+      workdir: of a training run or a conversion; its newest whole checkpoint is read.
+      mesh: shards the model over devices: `{"tensor": 2}`, whatever mesh it was trained on; see
+        `mesh_for_generation`. None is one device.
       dtype: of parameters and activations, `float32` or `bfloat16`; None is those of the config.
       unroll: whether each layer has parameters of its own, which guesses by first layers need; else
         they are stacked where the config says so.
