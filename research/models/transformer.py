@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from research.data.batch import Batch, ModelInputs
 from research.kernels.attention import AttentionMask
-from research.kernels.weights import Weight, append_row, as_product, transpose
+from research.kernels.projection import multiply_table
+from research.kernels.weights import Weight, append_row, as_product, is_weight, transpose
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 from research.models.heads import MTPModule, Pooler, Transform, shift_left
@@ -52,11 +53,13 @@ class LogitTerms(NamedTuple):
       hidden: states, in the type of activations.
       kernel: the output projection.
       softcap: bound of the logits, or None.
+      is_table: whether the kernel is a table of embeddings, transposed and not copied.
     """
 
     hidden: Float[Array, "*batch width"]
     kernel: Weight
     softcap: float | None
+    is_table: bool = False
 
 
 class Transformer(nn.Module):
@@ -293,13 +296,15 @@ class Transformer(nn.Module):
         if c.head.scale != 1:
             hidden = hidden * c.head.scale
         kernel = transpose(self.embed.embedding) if c.tied_embeddings else self.unembed
+        is_table = c.tied_embeddings and not is_weight(kernel)
 
         if c.head.bias:
+            is_table = False
             # x W + b = [x, 1] [W; b]: [.., D], [D, V] -> [.., D + 1], [D + 1, V]
             ones = jnp.ones_like(hidden[..., :1])
             hidden = jnp.concatenate([hidden, ones], axis=-1)
             kernel = append_row(kernel, self.logit_bias)
-        return LogitTerms(hidden, kernel, c.head.softcap)
+        return LogitTerms(hidden, kernel, c.head.softcap, is_table)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits."""
@@ -310,7 +315,10 @@ def compute_logits(terms: LogitTerms) -> Float[Array, "B T V"]:
     """Returns float32 logits."""
     hidden, kernel = as_product(terms.hidden, terms.kernel)
     kernel = kernel.astype(hidden.dtype)
-    logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    if terms.is_table:
+        logits = multiply_table(hidden, kernel.T)
+    else:
+        logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
     if terms.softcap is not None:
         logits = terms.softcap * jnp.tanh(logits / terms.softcap)
     return constrain(logits, ("batch", "length", "vocab"))

@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.kernels.projection import cpu, reference
@@ -11,9 +12,12 @@ from research.kernels.weights import Weight, WeightNode
 from research.parallel.shard_map import shards_tokens
 from research.parallel.target import platform
 
-__all__ = ["Implementation", "project"]
+__all__ = ["Implementation", "multiply_table", "project"]
 
 Implementation = Literal["auto", "reference", "cpu"]
+
+# Up to so many tokens a product reads its weights at the rate of memory.
+FEW_TOKENS = 16
 
 
 def project(
@@ -66,3 +70,28 @@ def project(
     flat_kernel = kernel.reshape(width, -1)
     y = cpu.affine(flat_x, flat_kernel, flat_bias, gradient_dtype)
     return y.reshape(*batch, *outputs)
+
+
+def multiply_table(
+    x: Float[Array, "*batch D"],
+    table: Float[Array, "V D"],
+    implementation: Implementation = "auto",
+) -> Float[Array, "*batch V"]:
+    """Returns x Eᵀ, the logits of tied embeddings, in float32.
+
+    Args:
+      x: hidden states.
+      table: embeddings E, in the type of `x`.
+      implementation: `reference` contracts in place; `cpu` reads the table once in the order of
+        memory, for few tokens; `auto` picks by backend and number of tokens.
+    """
+    *batch, width = x.shape
+    is_few = math.prod(batch) <= FEW_TOKENS
+    if implementation == "auto":
+        implementation = "cpu" if platform() == "cpu" and is_few else "reference"
+    if implementation == "reference":
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+
+    flat_x = x.reshape(-1, width)
+    logits = cpu.multiply_table(flat_x, table)
+    return logits.reshape(*batch, -1)

@@ -25,6 +25,17 @@ def _dot(
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
 
+def multiply_table(
+    x: Float[Array, "tokens D"], table: Float[Array, "V D"]
+) -> Float[Array, "tokens V"]:
+    """Returns x Eᵀ in float32, made as (E xᵀ)ᵀ: so the table streams through the matmul in the
+    order in which it lies in memory.
+    """
+    # [V, D] [tokens, D] -> [V, tokens]
+    product = _dot(table, x, b_axis=1)
+    return product.T
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(
     x: Float[Array, "tokens D"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from research.kernels.projection import project
+from research.kernels.projection import multiply_table, project
 from research.parallel.target import compiling_for, platform
 
 SHAPES = {1: ((4, 6, 16), (16, 2, 8), (2, 8)), 2: ((4, 6, 2, 8), (2, 8, 24), (24,))}
@@ -127,3 +127,18 @@ def test_another_platform_is_compiled_for_inside_only():
     with compiling_for("tpu"):
         assert platform() == "tpu"
     assert platform() == before
+
+
+@pytest.mark.default_passes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_logits_of_a_table_read_in_its_order_equal_the_contraction(rows, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, 1, 24)), dtype)
+    table = jnp.asarray(rng.normal(size=(50, 24)), dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+    for implementation in ("auto", "cpu", "reference"):
+        found = jax.jit(multiply_table, static_argnums=2)(x, table, implementation)
+        assert found.dtype == jnp.float32
+        assert found.shape == (rows, 1, 50)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
