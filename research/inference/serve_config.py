@@ -31,7 +31,7 @@ class ServeConfig:
       tiles: rows that a compiled step takes at a time, in rising order. With fewer rows than the
         largest tile, a step takes the smallest tile that they fit in.
       invariant: whether an answer is, bit for bit, a function of its request alone. Else a step
-        takes all its rows at once.
+        takes all its rows at once, or one alone.
       cache_dtype: of keys and values in pages: `auto` is the type of the model's activations;
         `int8` and `float8_e4m3fn` have a scale for each token and head.
       prefix_cache: whether prompts share the pages of what they begin with.
@@ -80,8 +80,9 @@ class ServeConfig:
         """Returns the tiles that steps are compiled for."""
         if self.invariant:
             return self.tiles
-        # The last one takes all rows at once.
-        smaller = [tile for tile in self.tiles if tile < self.rows]
+        # A row alone is read at the rate of memory, two of them are not; the last tile takes all
+        # rows at once: tiles (2, 8, 16), 64 rows -> (1, 8, 16, 64)
+        smaller = [tile for tile in (1, *self.tiles[1:]) if tile < self.rows]
         return (*smaller, self.rows)
 
     def padded_rows(self) -> int:

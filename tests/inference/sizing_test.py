@@ -283,6 +283,13 @@ def test_there_are_at_most_eight_programs(name: str, invariant: bool):
         ServeConfig(tiles=(1, 2, 4, 8, 16))
 
 
+def test_without_the_promise_a_row_alone_and_all_rows_have_tiles():
+    assert ServeConfig().row_tiles() == (2, 8, 16)
+    assert ServeConfig(invariant=False).row_tiles() == (1, 8, 16, 64)
+    assert ServeConfig(tiles=(8,), slots=6, rows=6, invariant=False).row_tiles() == (1, 6)
+    assert ServeConfig(slots=1, rows=1, invariant=False).row_tiles() == (1,)
+
+
 def test_an_engine_has_drafts_and_rows_for_what_is_asked():
     serve = bind_serve({"slots": 32, "speculate": "lookup"})
     assert (serve.drafts, serve.rows) == (4, 160)
