@@ -14,7 +14,7 @@ Source of the bijections: the finalizer of MurmurHash3 (Appleby 2011) and "lowbi
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,8 +23,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped, UInt32
 
-# Elements that a running digest takes at a time: few enough to stay in the cache between its steps.
-_BLOCK = 2**16
+# Elements that a running digest takes at a time.
+_BLOCK = 2**18
 
 
 class _Mix(NamedTuple):
@@ -68,12 +68,12 @@ def digests(named: Mapping[str, Array]) -> dict[str, str]:
 class RunningDigest:
     """The digest of an array that comes in parts, each element once and in any order.
 
-    It is taken with NumPy: parts have many shapes, and are on the host.
+    Parts have many shapes: they are taken in blocks of one size, for which one program is compiled.
     """
 
     def __init__(self, shape: tuple[int, ...]):
         self._shape = shape
-        self._sums = [0, 0]
+        self._sums = np.zeros(2, np.uint32)
         self._missing = math.prod(shape)
 
     def add(self, part: Shaped[np.ndarray, "..."], start: tuple[int, ...]) -> None:
@@ -91,7 +91,7 @@ class RunningDigest:
         bits = table.view(word)
         starts = self._row_starts(leading, start)
 
-        # Blocks of the rows that stay in the cache: 2 rows of 40, `_BLOCK` = 16
+        # Blocks of the rows: 2 rows of 40, `_BLOCK` = 16
         # -> blocks of 1 row and 16, 16 and 8 columns.
         width = max(1, min(columns, _BLOCK))
         height = _BLOCK // width
@@ -106,8 +106,7 @@ class RunningDigest:
     def text(self) -> str:
         """Returns what `digests` gives for the complete array."""
         assert self._missing == 0, "every element comes once"
-        sums = np.array(self._sums, np.uint32)
-        return _text(sums)
+        return _text(self._sums)
 
     def _leading_axes(self, part_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the sizes of the axes before the last one that a part has only some of."""
@@ -143,48 +142,66 @@ class RunningDigest:
         self, bits: Shaped[np.ndarray, "rows columns"], starts: UInt32[np.ndarray, "rows"]
     ) -> None:
         """Adds both sums of a block; `starts` are the indices of its first column."""
-        # Two buffers for all steps: new arrays would cost more than the arithmetic.
-        mixed = np.empty(bits.shape, np.uint32)
-        shifted = np.empty_like(mixed)
-        columns = bits.shape[1]
-        for i, mix in enumerate(_MIXES):
-            # h(start + column) = h(start) + a column: [rows, 1] + [columns] -> [rows, columns]
-            row_hashes = starts * np.uint32(mix.multiplier)
-            row_hashes += np.uint32(mix.offset)
-            column_hashes = _column_hashes(mix.multiplier, columns)
-            np.add(row_hashes[:, None], column_hashes, out=mixed)
-            mixed ^= bits
-            _apply_bijection(mixed, mix, shifted)
-
-            total = mixed.sum(dtype=np.uint32)
-            self._sums[i] += int(total)
-            self._sums[i] %= 2**32
+        words = bits.reshape(-1)
+        if words.size < _BLOCK or words.dtype != np.uint32:
+            words = np.zeros(_BLOCK, np.uint32)
+            words[: bits.size] = bits.reshape(-1)
+        first = starts[0]
+        offsets = _offsets((starts - first).tobytes(), bits.shape[1])
+        count = np.uint32(bits.size)
+        sums = _block_sums(words, offsets, first, count)
+        # Modulo 2³²
+        self._sums += np.asarray(sums)
 
 
-def _apply_bijection(
-    words: UInt32[np.ndarray, "rows columns"],
-    mix: _Mix,
-    shifted: UInt32[np.ndarray, "rows columns"],
-) -> None:
-    """Replaces each word x by m(x); the content of `shifted` is lost."""
-    for shift, multiplier in mix.rounds:
-        np.right_shift(words, np.uint32(shift), out=shifted)
-        words ^= shifted
-        words *= np.uint32(multiplier)
-    np.right_shift(words, np.uint32(mix.last_shift), out=shifted)
-    words ^= shifted
+@functools.lru_cache(8)
+def _offsets(starts: bytes, columns: int) -> UInt32[Array, "words"]:
+    """Returns the index of each word of a block relative to the first: starts [0, 48], 4 columns
+    -> [0, 1, 2, 3, 48, 49, 50, 51, 0, 0, …]; cached, as few blocks differ.
+
+    Args:
+      starts: the bytes of those of the rows.
+      columns: of the block.
+    """
+    of_rows = np.frombuffer(starts, np.uint32)
+    along_row = np.arange(columns, dtype=np.uint32)
+    offsets = np.zeros(_BLOCK, np.uint32)
+    filled = len(of_rows) * columns
+    offsets[:filled] = np.add.outer(of_rows, along_row).reshape(-1)
+    return jnp.asarray(offsets)
+
+
+@jax.jit
+def _block_sums(
+    words: UInt32[Array, "words"],
+    offsets: UInt32[Array, "words"],
+    first: UInt32[Array, ""],
+    count: UInt32[Array, ""],
+) -> UInt32[Array, "2"]:
+    """Returns both sums of the first `count` words of a block."""
+    # One shape for all blocks: it is compiled once.
+    is_word = jax.lax.iota(jnp.uint32, _BLOCK) < count
+    index = first + offsets
+    mixed = []
+    for mix in _MIXES:
+        of_words = _mixed(words, index, mix)
+        mixed.append(jnp.where(is_word, of_words, 0))
+    return _add_all(mixed)
 
 
 def digest_sums(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     """Returns both sums of one array; pure, for use under `jit`."""
     bits = _bits(x)
     index = _index(x.shape)
-    mixed = tuple(_mixed(bits, index, mix) for mix in _MIXES)
+    return _add_all([_mixed(bits, index, mix) for mix in _MIXES])
 
+
+def _add_all(mixed: Sequence[UInt32[Array, "..."]]) -> UInt32[Array, "2"]:
+    """Returns the sum of each of two arrays modulo 2³²."""
     # One reduction of both: XLA for CPU vectorizes it, and does not vectorize one of each.
     zero = jnp.uint32(0)
-    all_axes = tuple(range(x.ndim))
-    sums = jax.lax.reduce(mixed, (zero, zero), _add_pairs, all_axes)
+    all_axes = tuple(range(mixed[0].ndim))
+    sums = jax.lax.reduce(tuple(mixed), (zero, zero), _add_pairs, all_axes)
     return jnp.stack(sums)
 
 
@@ -251,13 +268,6 @@ def _mixed(
         x *= jnp.uint32(multiplier)
     x ^= x >> mix.last_shift
     return x
-
-
-@functools.lru_cache(8)
-def _column_hashes(multiplier: int, width: int) -> UInt32[np.ndarray, "columns"]:
-    """Returns h without its offset, modulo 2³², of 0 … width - 1; cached, as widths are few."""
-    columns = np.arange(width, dtype=np.uint32)
-    return columns * np.uint32(multiplier)
 
 
 def _text(sums: UInt32[np.ndarray, "2"]) -> str:
