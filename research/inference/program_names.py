@@ -1,5 +1,7 @@
 """The programs that an engine compiles at start: their names, and how many there are."""
 
+import jax.numpy as jnp
+
 from research.inference.serve_config import ServeConfig
 from research.models.language_model import LanguageModelConfig
 
@@ -11,8 +13,26 @@ COMMON = ("draw_step", "admit", "copy_pages")
 MOST_WIDTHS = 3
 NARROWEST = 64
 
+# Rows of a tile of activations in 16 bits, at least.
+LEAST_NARROW_TILE = 8
+
 # What is read in one piece, by the structure that does so.
 PIECES = {"encoder_decoder": "read_source", "prefix": "read_prefix"}
+
+
+def step_tiles(config: LanguageModelConfig, serve: ServeConfig) -> tuple[int, ...]:
+    """Returns the tiles that steps are compiled for. In 16 bits fewer than `LEAST_NARROW_TILE` rows
+    are no faster, as machines multiply whole blocks, and on some of them have other bits.
+
+    Args:
+      config: of the model.
+      serve: how the engine runs.
+    """
+    tiles = serve.row_tiles()
+    if jnp.dtype(config.dtype).itemsize == 4:
+        return tiles
+    wide = tuple(tile for tile in tiles if tile >= LEAST_NARROW_TILE)
+    return wide or tiles[-1:]
 
 
 def piece_widths(max_length: int, num_tiles: int) -> tuple[int, ...]:
@@ -46,7 +66,7 @@ def program_names(config: LanguageModelConfig, serve: ServeConfig) -> list[str]:
       config: of the model.
       serve: how the engine runs.
     """
-    tiles = serve.row_tiles()
+    tiles = step_tiles(config, serve)
     names = [f"read, {tile} rows" for tile in tiles]
     names += COMMON
     if serve.speculate not in ("none", "lookup"):

@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt32
 
+from research.core.errors import UserError
 from research.inference.drawing import Allowed, draw_step
 from research.inference.page_tables import PageTables, Tables
 from research.inference.placement import id_rules, one_slot, windows_of
 from research.inference.pool_sizes import pages_of, pool_pages
-from research.inference.program_names import draft_tiles, piece_widths
+from research.inference.program_names import draft_tiles, piece_widths, step_tiles
 from research.inference.programs import copy_pages, empty_state, read, read_prefix, read_source
 from research.inference.sampling_config import SamplingConfig
 from research.inference.scheduler import PageCopy
@@ -31,6 +32,7 @@ from research.inference.slots import (
 )
 from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.propose import DraftRows, propose
+from research.inference.tile_probe import alike_tiles
 from research.kernels.decode_attention import PAGE_SIZE
 from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import stack_axes
@@ -83,7 +85,7 @@ class Runner:
         self._serve = serve
         self._num_ids = num_ids
         self.mesh = mesh
-        self._tiles = serve.row_tiles()
+        self._tiles = step_tiles(config, serve)
         self._draft_tiles = draft_tiles(self._tiles)
         self._widths = piece_widths(config.max_length, len(self._tiles))
         self._width = serve.padded_rows()
@@ -293,11 +295,8 @@ class Runner:
         return Allowed(jnp.asarray(slots), jnp.asarray(words))
 
     def _warm_up(self) -> tuple[int, ...]:
-        """Compiles all programs, and returns the tiles that compute a row alike.
-
-        Each tile writes the same tokens, and draws after each of them. How a machine multiplies a
-        tile depends on its rows; only those tiles may take turns whose keys, values and log-
-        probabilities are, bit for bit, those of the largest one.
+        """Compiles all programs, and returns the tiles that compute a row alike: those that may
+        take turns.
         """
         for width in self._widths:
             if self._config.structure == "encoder_decoder":
@@ -309,46 +308,46 @@ class Runner:
         if self._drafter is not None:
             for tile in self._draft_tiles:
                 self.propose([(self._serve.slots, 1, 0)] * tile)
-        largest = self._tiles[-1]
+
+        is_narrow = jnp.dtype(self._config.dtype).itemsize < 4
+        alike = alike_tiles(self._tiles, self._probe, is_narrow=is_narrow)
+        if not self._serve.invariant:
+            return self._tiles
+        if not alike:
+            raise UserError(
+                "invariant",
+                True,
+                "cannot be kept on this machine: a row's bits depend on its tile.",
+            )
+        left_out = [tile for tile in self._tiles if tile not in alike]
+        if left_out:
+            largest = self._tiles[-1]
+            logger.info("tiles %s compute otherwise here than %d; left out", left_out, largest)
+        return alike
+
+    def _probe(self, draw: int, tile: int, skipped: int) -> list[bytes]:
+        """Returns all that steps of one tile compute of some tokens: log-probabilities, and pages.
+
+        Args:
+          draw: which tokens.
+          tile: rows of a tile.
+          skipped: rows of the first tile that are padding.
+        """
         room = (min(self.num_pages) - 1) * PAGE_SIZE
-        count = min(largest, room, self._config.max_length)
-        ids = [(1 + 7919 * index) % self._num_ids for index in range(count)]
+        count = min(self._tiles[-1], room, self._config.max_length)
+        first = 1 + draw * count
+        ids = [7919 * index % self._num_ids for index in range(first, first + count)]
         sequence = Answered((0,), ids, count + 1)
         sampling = SamplingConfig(temperature=0.0, max_tokens=1)
         rules = id_rules(sequence, count, sampling, (), self._num_ids)
         drafts = self._serve.drafts
-        placed = one_slot(sequence, sampling, 0, 0, LogprobKind.RAW, rules, drafts)
-        self.place(0, placed)
-        rows = [Row(sequence, 0, index, token, True) for index, token in enumerate(ids)]
-        # Nor may it matter in which row of a tile a token is.
-        found = {}
-        for tile in self._tiles:
-            found[tile] = [self._probe(rows, tile, skipped) for skipped in (0, tile // 2)]
-        if not self._serve.invariant:
-            return self._tiles
+        self.place(0, one_slot(sequence, sampling, 0, 0, LogprobKind.RAW, rules, drafts))
 
-        expected, _ = found[largest]
-        alike = []
-        for tile, both in found.items():
-            if both == [expected, expected]:
-                alike.append(tile)
-        left_out = [tile for tile in self._tiles if tile not in alike]
-        if left_out:
-            logger.info("tiles %s compute otherwise here than %d; left out", left_out, largest)
-        return tuple(alike)
-
-    def _probe(self, rows: Sequence[Row], tile: int, skipped: int) -> list[bytes]:
-        """Returns all that steps of one tile compute from rows: log-probabilities, and pages.
-
-        Args:
-          rows: of one sequence.
-          tile: rows of a tile.
-          skipped: rows of the first tile that are padding.
-        """
-        pages = pages_of(len(rows))
+        pages = pages_of(count)
         tables = [np.zeros_like(table) for table in self.tables.ids]
         for table in tables:
             table[0, :pages] = np.arange(1, 1 + pages)
+        rows = [Row(sequence, 0, index, token, True) for index, token in enumerate(ids)]
         padded = [*[None] * skipped, *rows]
         logprobs = []
         for start in range(0, len(padded), tile):

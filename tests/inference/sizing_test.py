@@ -13,7 +13,7 @@ from research.inference import programs
 from research.inference.drawing import Allowed, draw_step
 from research.inference.engine import Engine
 from research.inference.pool_sizes import EngineBytes, most_windowed, pages_of, pool_pages
-from research.inference.program_names import MOST_PROGRAMS, program_names
+from research.inference.program_names import MOST_PROGRAMS, program_names, step_tiles
 from research.inference.serve_config import ServeConfig, bind_serve
 from research.inference.sizing import engine_bytes, fit_tokens, free_bytes
 from research.inference.slots import StepRows, admit, empty_slots
@@ -288,6 +288,16 @@ def test_without_the_promise_a_row_alone_and_all_rows_have_tiles():
     assert ServeConfig(invariant=False).row_tiles() == (1, 8, 16, 64)
     assert ServeConfig(tiles=(8,), slots=6, rows=6, invariant=False).row_tiles() == (1, 6)
     assert ServeConfig(slots=1, rows=1, invariant=False).row_tiles() == (1,)
+
+
+def test_in_16_bits_a_tile_has_eight_rows_at_least():
+    wide = dataclasses.replace(VARIANTS["windows"], dtype="float32")
+    narrow = dataclasses.replace(wide, dtype="bfloat16")
+    assert step_tiles(wide, ServeConfig()) == (2, 8, 16)
+    assert step_tiles(narrow, ServeConfig()) == (8, 16)
+    assert step_tiles(narrow, ServeConfig(invariant=False)) == (8, 16, 64)
+    # Of one that is asked for, and is smaller.
+    assert step_tiles(narrow, ServeConfig(tiles=(2,))) == (2,)
 
 
 def test_an_engine_has_drafts_and_rows_for_what_is_asked():
