@@ -20,6 +20,7 @@ from research.bench.exactness_runs import (
     engines,
     few_engines,
     largest_error,
+    page_size_error,
 )
 from research.core.errors import UserError, nearest
 
@@ -37,6 +38,7 @@ COLUMNS = [
     "lost their pages",
     "guesses that counted",
     "largest difference to the whole text",
+    "with other sizes of pages",
 ]
 
 
@@ -119,11 +121,16 @@ def measure(name: str, dtype: str, requests: int, *, full: bool) -> tuple[list[s
         faults.append(f"{title}: {total.differing} of {total.answers} differ, {total.first}")
     # A sum in 16 bits depends on how many are added at once: what is exact there is the bits.
     error = "not compared"
+    of_pages = "not compared"
     if dtype == "float32":
         compared, largest = largest_error(config, params, asked, alone)
         error = f"{largest:.1e} of {compared:,}"
         if largest > TOLERANCE:
             faults.append(f"{title}: a log-probability is {largest:.1e} from the whole text's")
+        largest = page_size_error(config, params, asked, wanted, settings[0])
+        of_pages = f"{largest:.1e}"
+        if largest > TOLERANCE:
+            faults.append(f"{title}: pages of another size change a number by {largest:.1e}")
     counts = [total.answers, total.differing, total.numbers, total.bits]
     counts += [total.preempted, total.guessed_right]
-    return [title, *(f"{each:,}" for each in counts), error], faults
+    return [title, *(f"{each:,}" for each in counts), error, of_pages], faults

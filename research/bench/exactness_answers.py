@@ -1,6 +1,7 @@
 """Answers as `tessera bench exactness` compares them, and counts of what differs."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,15 @@ class Found:
             told.append((beam.tokens, beam.text, beam.finish))
             numbers.append(beam.score)
         return cls(told, np.array(numbers, np.float32))
+
+    def distance(self, other: "Found") -> float:
+        """Returns the largest difference of a number; infinite where anything else differs."""
+        if self.told != other.told or len(self.numbers) != len(other.numbers):
+            return math.inf
+        # Both may be -inf.
+        differs = self.numbers != other.numbers
+        differences = np.abs(self.numbers[differs] - other.numbers[differs])
+        return float(max(differences, default=0.0))
 
     def compare(self, other: "Found") -> Count:
         """Returns how this differs from what it should be."""

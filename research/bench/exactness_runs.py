@@ -30,6 +30,8 @@ SLOTS = 4
 # Rows of a step: one, some or all of a prompt of 128 tokens.
 CHUNKS = (16, 40, 160)
 TILES = (2, 8, 16)
+# Tokens of a page, beside the usual number.
+PAGE_SIZES = (8, 32)
 # Steps of a group of requests: far more than all its tokens.
 MOST_STEPS = 100_000
 # Steps after which others are ended, at most.
@@ -288,6 +290,31 @@ def compare_engines(
                 count.first += f", {serve}"
             total.add(count)
     return total
+
+
+def page_size_error(
+    config: ModelConfig,
+    params: Any,
+    requests: Sequence[Request],
+    wanted: Sequence[Found],
+    serve: ServeConfig,
+) -> float:
+    """Returns the largest difference of a number in answers of engines with pages of other sizes;
+    infinite where a token differs.
+
+    Args:
+      config: of the model.
+      params: its parameters.
+      requests: all, which are answered at a time.
+      wanted: their answers.
+      serve: how the engines run.
+    """
+    largest = 0.0
+    for size in PAGE_SIZES:
+        engine = start_engine(config, params, dataclasses.replace(serve, page_size=size))
+        for answer, expected in zip(engine.run(requests), wanted, strict=True):
+            largest = max(largest, Found.of(answer).distance(expected))
+    return largest
 
 
 def largest_error(

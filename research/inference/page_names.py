@@ -16,7 +16,6 @@ from research.inference.pages import chain, chain_start
 from research.inference.placement import goes_by_length
 from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
-from research.kernels.decode_attention import PAGE_SIZE
 from research.models.language_model import LanguageModelConfig
 
 
@@ -40,8 +39,10 @@ class PageNames:
         self._is_shared = config.structure == "decoder" and serve.prefix_cache
         self._model = repr(config).encode()
         self._cache = serve.cache_dtype.encode()
-        # Tiles compute as the largest one does, and without the promise any row otherwise.
-        self._tile = f"{serve.invariant} {serve.row_tiles()[-1]}".encode()
+        self._page_size = serve.page_size
+        # Tiles compute as the largest one does, and without the promise any row otherwise. What
+        # attention adds up at a time goes by pages.
+        self._tile = f"{serve.invariant} {serve.row_tiles()[-1]} {serve.page_size}".encode()
         self._by_length = goes_by_length(config)
         self._adapters = {"": b"", **adapters}
         self.rename_params(params_digest)
@@ -92,7 +93,7 @@ class PageNames:
             raise UserError(
                 "ids", constraint="of this model or engine have pages that no other request shares."
             )
-        return chain(start, request.ids, PAGE_SIZE)
+        return chain(start, request.ids, self._page_size)
 
 
 def digest_params(params: Any) -> bytes:

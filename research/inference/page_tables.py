@@ -20,14 +20,16 @@ class PageTables:
       slots: of the engine.
       pages: that a sequence may have.
       num_pages: of the pool of each kind.
+      page_size: tokens of a page.
 
     Attributes:
       ids: of the pages, by kind.
     """
 
-    def __init__(self, slots: int, pages: int, num_pages: Sequence[int]):
+    def __init__(self, slots: int, pages: int, num_pages: Sequence[int], page_size: int):
         self.ids: Tables = tuple(np.zeros((slots, pages), np.int32) for _ in num_pages)
         self._num_pages = num_pages
+        self._page_size = page_size
         # The pages that a slot's rows say, and of each kind how many were released and written.
         self._pages: list[Sequence[Sequence[int]]] = [()] * slots
         self._released = np.zeros((slots, len(num_pages)), int)
@@ -67,4 +69,4 @@ class PageTables:
         # The host changes its own while the device reads. JAX copies no NumPy array, not even with
         # `jnp.array`: it reads the memory when the program runs.
         copies = [jnp.asarray(np.array(table)) for table in ids]
-        return PageTable.of_kinds(copies, self._num_pages)
+        return PageTable.of_kinds(copies, self._num_pages, self._page_size)

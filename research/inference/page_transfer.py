@@ -17,7 +17,6 @@ from research.core.errors import UserError
 from research.inference.page_kinds import PageKind, find_prefix, had
 from research.inference.runner import Runner
 from research.inference.slots import DeviceState
-from research.kernels.decode_attention import PAGE_SIZE
 from research.models.cache import LayerCache
 from research.models.paged_cache import stack_axes
 from research.parallel.mesh import on_mesh
@@ -80,7 +79,7 @@ def export_pages(
     return ExportedPages(
         digests[count - 1],
         count,
-        PAGE_SIZE,
+        kinds[0].page_size,
         tuple((array.dtype.name, array.shape) for array in arrays),
         data,
         hashlib.sha256(data).digest(),
@@ -103,8 +102,9 @@ def import_pages(
     count = exported.count
     if hashlib.sha256(exported.data).digest() != exported.sha256:
         raise UserError("pages.sha256", exported.sha256.hex(), "is not that of the bytes.")
-    if exported.page_size != PAGE_SIZE:
-        raise UserError("pages.page_size", exported.page_size, f"must be {PAGE_SIZE}.")
+    page_size = kinds[0].page_size
+    if exported.page_size != page_size:
+        raise UserError("pages.page_size", exported.page_size, f"must be {page_size}.")
     if not 0 < count <= len(digests) or digests[count - 1] != exported.digest:
         raise UserError(
             "pages.digest",
@@ -114,7 +114,7 @@ def import_pages(
     # Of 5 pages, a kind with a window may have the last 2 alone.
     own_digests = []
     for kind in kinds:
-        first = kind.first_at(count * PAGE_SIZE)
+        first = kind.first_at(count * page_size)
         own_digests.append(digests[first:count])
     counts = [len(own) for own in own_digests]
     types = _types(runner, counts)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from research.inference import page_kinds
 from research.inference.serve_config import ServeConfig
-from research.kernels.decode_attention import PAGE_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +13,7 @@ class EngineBytes:
 
     Attributes:
       weights: of the model.
-      page: of all layers: `PAGE_SIZE` tokens; without those that have pages of their own.
+      page: of all layers, without those that have pages of their own.
       fixed: what stays there beside weights and pages: the logits of a step, what slots are told of
         each id, what an encoder read.
       temporaries: of a step, estimated from above.
@@ -53,11 +52,6 @@ class EngineBytes:
         return max(count, 0)
 
 
-def pages_of(tokens: int) -> int:
-    """Returns how many pages hold tokens."""
-    return page_kinds.pages_of(tokens, PAGE_SIZE)
-
-
 def most_windowed(serve: ServeConfig, window: int, max_length: int) -> int:
     """Returns how many pages the layers with a window have, at most, where others attend to all
     tokens: what all slots need at a time, and as much again where prompts share pages, for those
@@ -68,8 +62,8 @@ def most_windowed(serve: ServeConfig, window: int, max_length: int) -> int:
       window: the largest.
       max_length: of the model.
     """
-    at_once = page_kinds.pages_at_once(window, serve.rows, PAGE_SIZE)
-    at_once = min(at_once, pages_of(max_length))
+    at_once = page_kinds.pages_at_once(window, serve.rows, serve.page_size)
+    at_once = min(at_once, serve.pages_of(max_length))
     count = serve.slots * at_once
     if serve.prefix_cache:
         count *= 2
@@ -84,7 +78,7 @@ def pool_pages(serve: ServeConfig, windows: Sequence[int], max_length: int) -> t
       windows: of the kinds, as of `windows_of`.
       max_length: of the model.
     """
-    pages = [pages_of(serve.tokens)]
+    pages = [serve.pages_of(serve.tokens)]
     for window in windows[1:]:
         most = most_windowed(serve, window, max_length)
         # A token that is in no page of the others is not read in these.

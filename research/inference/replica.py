@@ -37,7 +37,6 @@ from research.inference.speculation.guesses import Guesses
 from research.inference.speculation.kinds import drafter_of
 from research.inference.text import Detokenizer
 from research.inference.under_way import UnderWay
-from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig
 
@@ -90,7 +89,7 @@ class Replica:
         self._explain = functools.partial(explain, serve, config, self._runner)
         kinds = []
         for count, window in zip(self._runner.num_pages, self._runner.windows, strict=True):
-            kinds.append(PageKind(PagePool(count), PAGE_SIZE, window))
+            kinds.append(PageKind(PagePool(count), serve.page_size, window))
         self._scheduler = Scheduler(serve.slots, kinds, serve.rows)
         self._names = PageNames(config, serve, params_digest, adapters)
         self._arrivals = itertools.count()

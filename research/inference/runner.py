@@ -14,7 +14,7 @@ from research.core.errors import UserError
 from research.inference.drawing import Allowed, draw_step
 from research.inference.page_tables import PageTables, Tables
 from research.inference.placement import id_rules, one_slot, windows_of
-from research.inference.pool_sizes import pages_of, pool_pages
+from research.inference.pool_sizes import pool_pages
 from research.inference.program_names import draft_tiles, piece_widths, step_tiles
 from research.inference.programs import copy_pages, empty_state, read, read_prefix, read_source
 from research.inference.sampling_config import SamplingConfig
@@ -33,7 +33,6 @@ from research.inference.slots import (
 from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.propose import DraftRows, propose
 from research.inference.tile_probe import alike_tiles
-from research.kernels.decode_attention import PAGE_SIZE
 from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import stack_axes
 from research.parallel.mesh import on_mesh
@@ -79,8 +78,10 @@ class Runner:
         keeps_all = drafter is not None and drafter.has_layers
         self.windows = windows_of(config, keeps_all=keeps_all)
         self.num_pages = pool_pages(serve, self.windows, config.max_length)
-        self.pages_per_sequence = pages_of(config.max_length)
-        self.tables = PageTables(serve.slots, self.pages_per_sequence, self.num_pages)
+        self.pages_per_sequence = serve.pages_of(config.max_length)
+        self.tables = PageTables(
+            serve.slots, self.pages_per_sequence, self.num_pages, serve.page_size
+        )
         self._config = config
         self._serve = serve
         self._num_ids = num_ids
@@ -333,7 +334,7 @@ class Runner:
           tile: rows of a tile.
           skipped: rows of the first tile that are padding.
         """
-        room = (min(self.num_pages) - 1) * PAGE_SIZE
+        room = (min(self.num_pages) - 1) * self._serve.page_size
         count = min(self._tiles[-1], room, self._config.max_length)
         first = 1 + draw * count
         ids = [7919 * index % self._num_ids for index in range(first, first + count)]
@@ -343,7 +344,7 @@ class Runner:
         drafts = self._serve.drafts
         self.place(0, one_slot(sequence, sampling, 0, 0, LogprobKind.RAW, rules, drafts))
 
-        pages = pages_of(count)
+        pages = self._serve.pages_of(count)
         tables = [np.zeros_like(table) for table in self.tables.ids]
         for table in tables:
             table[0, :pages] = np.arange(1, 1 + pages)

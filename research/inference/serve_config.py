@@ -6,16 +6,25 @@ from typing import Any, Literal
 
 from research.core import config as configs
 from research.core.errors import UserError
+from research.kernels.decode_attention import PAGE_SIZE
 
 # Tiles that steps are compiled for, at most.
 MOST_TILES = 4
 # Where guesses are made and nothing is said of their number.
 USUAL_DRAFTS = 4
 # The numbers, and the least of each; what is counted in a step is an int32.
-LEAST = {"slots": 1, "tokens": 0, "rows": 1, "drafts": 0, "draft_layers": 0, "top_logprobs": 0}
+LEAST = {
+    "slots": 1,
+    "tokens": 0,
+    "rows": 1,
+    "page_size": 1,
+    "drafts": 0,
+    "draft_layers": 0,
+    "top_logprobs": 0,
+}
 MOST = 2**31 - 1
 # What decides which tokens and log-probabilities an answer has; the rest decides when it comes.
-ANSWER_FIELDS = ("invariant", "cache_dtype", "top_logprobs")
+ANSWER_FIELDS = ("invariant", "cache_dtype", "page_size", "top_logprobs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +43,7 @@ class ServeConfig:
         takes all its rows at once, or one alone.
       cache_dtype: of keys and values in pages: `auto` is the type of the model's activations;
         `int8` and `float8_e4m3fn` have a scale for each token and head.
+      page_size: tokens of a page of the cache. Prompts share full pages.
       prefix_cache: whether prompts share the pages of what they begin with.
       drafts: guessed tokens that an answer may have in a step, at most; 0 for none.
       speculate: who guesses: `none`; `lookup` takes what followed in the text before;
@@ -51,6 +61,7 @@ class ServeConfig:
     tiles: tuple[int, ...] = (2, 8, 16)
     invariant: bool = True
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "auto"
+    page_size: int = PAGE_SIZE
     prefix_cache: bool = True
     drafts: int = 0
     speculate: Literal["none", "lookup", "first_layers", "draft", "mtp"] = "none"
@@ -75,6 +86,10 @@ class ServeConfig:
         least = self.slots * (1 + self.drafts)
         if self.rows < least:
             raise UserError("rows", self.rows, f"must be at least slots · (1 + drafts) = {least}.")
+
+    def pages_of(self, tokens: int) -> int:
+        """Returns how many pages hold tokens."""
+        return -(-tokens // self.page_size)
 
     def row_tiles(self) -> tuple[int, ...]:
         """Returns the tiles that steps are compiled for."""

@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.inference.placement import windows_of
-from research.inference.pool_sizes import EngineBytes, most_windowed, pages_of
+from research.inference.pool_sizes import EngineBytes, most_windowed
 from research.inference.programs import empty_state
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import empty_slots
 from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.kinds import drafter_of
-from research.kernels.decode_attention import PAGE_SIZE
+from research.kernels.decode_attention import PAGE_SIZE, page_size_fault
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig
 from research.models.paged_cache import PageTable
@@ -60,8 +60,10 @@ def engine_bytes(
       draft: config and parameters of a smaller model that guesses, or None.
 
     Raises:
-      UserError: guesses of a kind that the model does not have.
+      UserError: guesses of a kind that the model does not have; pages of a size that no kernel of
+        this platform takes.
     """
+    _check_page_size(config, serve)
     tensor = 1 if mesh_sizes is None else mesh_sizes[TENSOR_AXIS]
     drafter = drafter_of(serve, config, params, draft)
     # What the rest depends on: pages alone follow from `tokens`, and are counted one by one.
@@ -77,6 +79,16 @@ def engine_bytes(
         weights += of_draft[0]
         casts += of_draft[1]
     return dataclasses.replace(state, weights=weights, temporaries=state.temporaries + casts)
+
+
+def _check_page_size(config: LanguageModelConfig, serve: ServeConfig) -> None:
+    # Pages of the usual size are gathered where no kernel takes them.
+    if serve.page_size == PAGE_SIZE or not isinstance(config, ModelConfig):
+        return
+    dtype = config.dtype if serve.cache_dtype == "auto" else serve.cache_dtype
+    fault = page_size_fault(serve.page_size, dtype)
+    if fault is not None:
+        raise UserError("page_size", serve.page_size, f"is not taken {fault}.")
 
 
 def _weight_bytes(config: LanguageModelConfig, params: Any) -> tuple[int, int]:
@@ -133,7 +145,7 @@ def _state_bytes(
     """Returns all but what the weights take."""
     width = serve.padded_rows()
     windows = _windows(config, forms)
-    pages, memory, rest = _state_parts(config, serve.slots, width, forms)
+    pages, memory, rest = _state_parts(config, serve, forms)
 
     def make_slots() -> list[Any]:
         slots = empty_slots(serve.slots, num_ids, serve.drafts)
@@ -165,7 +177,7 @@ def _windows(config: LanguageModelConfig, forms: Forms) -> tuple[int, ...]:
 
 
 def _state_parts(
-    config: LanguageModelConfig, slots: int, rows: int, forms: Forms
+    config: LanguageModelConfig, serve: ServeConfig, forms: Forms
 ) -> tuple[list[int], int, int]:
     """Returns the bytes of a page of each kind, of what an encoder read for all slots, and of the
     rest.
@@ -177,14 +189,14 @@ def _state_parts(
     kinds = range(len(_windows(config, forms)))
 
     def make() -> tuple[list[list[Any]], list[Any], list[Any]]:
-        ids = jnp.zeros((slots, pages_of(config.max_length)), jnp.int32)
-        table = PageTable.of_kinds([ids for _ in kinds], [1 for _ in kinds])
+        ids = jnp.zeros((serve.slots, serve.pages_of(config.max_length)), jnp.int32)
+        table = PageTable.of_kinds([ids for _ in kinds], [1 for _ in kinds], serve.page_size)
         state = empty_state(
             params,
             draft_params,
             table,
             config=config,
-            rows=rows,
+            rows=serve.padded_rows(),
             drafter=forms.drafter,
             cache_dtype=forms.cache_dtype,
         )
@@ -254,16 +266,16 @@ def fit_tokens(serve: ServeConfig, sizes: EngineBytes, room: int, max_length: in
     """
     share = 1.0 if serve.tokens else serve.memory
     pages = sizes.pages_in(int(share * room) - sizes.fixed - sizes.temporaries)
-    needed = pages_of(serve.tokens or max_length)
+    needed = serve.pages_of(serve.tokens or max_length)
     if pages < needed:
         raise _too_small(serve, sizes, room, pages, needed, max_length)
     if serve.tokens:
         return serve.tokens
 
     # What all slots can fill, and as much again for prompts that have ended, where they are shared.
-    most = serve.slots * pages_of(max_length) * (1 + serve.prefix_cache)
+    most = serve.slots * serve.pages_of(max_length) * (1 + serve.prefix_cache)
     pages = min(_rounded(pages), most)
-    return max(pages, needed) * PAGE_SIZE
+    return max(pages, needed) * serve.page_size
 
 
 def _rounded(count: int) -> int:
@@ -292,7 +304,7 @@ def _too_small(
         wanted = f"the pages of one sequence of max_length = {max_length:,}"
     advice = "Take fewer slots or rows, weights in 16 bits, or more devices."
     if pages:
-        fits = pages * PAGE_SIZE
+        fits = pages * serve.page_size
         advice = f"What would fit: tokens = {fits:,}, prompt and answer of a request together."
     takes = (
         f"slots take {gigabytes(sizes.fixed)}, temporaries {gigabytes(sizes.temporaries)} and "

@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any
 
 from research.core.config import plain
-from research.inference.pool_sizes import EngineBytes, pages_of
+from research.inference.pool_sizes import EngineBytes
 from research.inference.program_names import program_names
 from research.inference.serve_config import ServeConfig
 from research.inference.sizing import fit_tokens, gigabytes
 from research.inspection.report import aligned
-from research.kernels.decode_attention import PAGE_SIZE
 from research.models.config import ModelConfig
 
 
@@ -38,12 +37,12 @@ class ServeReport:
     @property
     def windowed_pages(self) -> int:
         """Pages of layers with a window, where others attend to all tokens."""
-        return min(pages_of(self.serve.tokens), self.sizes.most_windowed)
+        return min(self.serve.pages_of(self.serve.tokens), self.sizes.most_windowed)
 
     @property
     def sequences(self) -> int:
         """Sequences of `max_length` that the cache holds."""
-        return pages_of(self.serve.tokens) // pages_of(self.max_length)
+        return self.serve.pages_of(self.serve.tokens) // self.serve.pages_of(self.max_length)
 
 
 def serve_report(
@@ -76,7 +75,7 @@ def serve_report(
 def serve_report_lines(report: ServeReport) -> list[str]:
     """Returns the report for people."""
     sizes = report.sizes
-    pages = pages_of(report.serve.tokens)
+    pages = report.serve.pages_of(report.serve.tokens)
     windowed = sizes.of_windowed(pages)
     unwindowed = sizes.of_pages(pages) - windowed
     sequences = f"{report.sequences:,} of max_length = {report.max_length:,} at a time"
@@ -88,7 +87,7 @@ def serve_report_lines(report: ServeReport) -> list[str]:
         "weights": gigabytes(sizes.weights),
         "slots": f"{report.serve.slots:,}, {gigabytes(sizes.fixed)}",
         "temporaries": f"{gigabytes(sizes.temporaries)}, estimated from above",
-        "pages": f"{pages:,} of {PAGE_SIZE} tokens and {sizes.page:,} bytes, "
+        "pages": f"{pages:,} of {report.serve.page_size} tokens and {sizes.page:,} bytes, "
         f"{gigabytes(unwindowed)}",
         "windows": f"{report.windowed_pages:,} pages of {sizes.windowed_page:,} bytes, in layers "
         f"with a window, {gigabytes(windowed)}",

@@ -42,15 +42,19 @@ class PageTable:
 
     @classmethod
     def of_kinds(
-        cls, ids: Sequence[Int[Array, "B pages_per_row"]], num_pages: Sequence[int]
+        cls,
+        ids: Sequence[Int[Array, "B pages_per_row"]],
+        num_pages: Sequence[int],
+        page_size: int,
     ) -> "PageTable":
-        """Returns a table of pages of `PAGE_SIZE` tokens.
+        """Returns a table.
 
         Args:
           ids: of all layers; or of those without a window, then of those with one.
           num_pages: of the pools.
+          page_size: tokens of a page.
         """
-        first, *others = [cls(*each, PAGE_SIZE) for each in zip(ids, num_pages, strict=True)]
+        first, *others = [cls(*each, page_size) for each in zip(ids, num_pages, strict=True)]
         if not others:
             return first
         [windowed] = others
@@ -238,7 +242,7 @@ def empty_paged_cache(
     """Returns a layer's pages of zeros, or those of a stack of layers, in a type of pages."""
     c = config.attention
     num_pages = page_table.kinds[kind].num_pages
-    pages = pages_for(num_pages, c.num_kv_heads, c.head_dim, dtype)
+    pages = pages_for(num_pages, c.num_kv_heads, c.head_dim, dtype, page_table.page_size)
     return PagedCache(stack_pages(pages, stack), kind=kind)
 
 

@@ -19,6 +19,7 @@ from research.bench.exactness_runs import (
     compare_engines,
     few_engines,
     largest_error,
+    page_size_error,
 )
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
@@ -81,6 +82,14 @@ def test_log_probabilities_are_those_of_the_whole_text(params, requests, alone):
     assert error < exactness.TOLERANCE
     _, other = largest_error(LLAMA, random_params(LLAMA, seed=1), requests, alone)
     assert other > 1  # the control
+
+
+def test_pages_of_other_sizes_change_no_token(params, requests, wanted):
+    error = page_size_error(LLAMA, params, requests, wanted, SERVE)
+    assert 0 < error < exactness.TOLERANCE
+    # The control.
+    other = page_size_error(LLAMA, random_params(LLAMA, seed=1), requests[:4], wanted[:4], SERVE)
+    assert other == np.inf
 
 
 @pytest.mark.thorough

@@ -97,7 +97,7 @@ def compile_read(
     ids = jnp.asarray(np.zeros((slots, -(-config.max_length // PAGE_SIZE)), np.int32))
     kinds = len(windows_of(config, keeps_all=False))
     # Layers with a window have more pages than an engine gives them: a copy of them would be seen.
-    table = PageTable.of_kinds([ids] * kinds, [1 + tokens // PAGE_SIZE] * kinds)
+    table = PageTable.of_kinds([ids] * kinds, [1 + tokens // PAGE_SIZE] * kinds, PAGE_SIZE)
     names = [field.name for field in dataclasses.fields(StepRows)]
     kinds = {"draws": bool, "wants": bool}
     arrays = {name: jnp.asarray(rows.astype(kinds.get(name, np.int32))) for name in names}

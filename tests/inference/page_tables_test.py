@@ -16,7 +16,7 @@ CHANGES = st.lists(
 @settings(deadline=None, max_examples=100)
 @given(CHANGES)
 def test_tables_are_the_pages_of_the_sequences(changes):
-    tables = PageTables(3, 40, (100, 50))
+    tables = PageTables(3, 40, (100, 50), 16)
     had = [([], []) for _ in range(3)]
     expected = np.zeros((2, 3, 40), np.int32)
     next_page = 1

@@ -12,7 +12,7 @@ from research.data.tokenizers import ByteTokenizer
 from research.inference import programs
 from research.inference.drawing import Allowed, draw_step
 from research.inference.engine import Engine
-from research.inference.pool_sizes import EngineBytes, most_windowed, pages_of, pool_pages
+from research.inference.pool_sizes import EngineBytes, most_windowed, pool_pages
 from research.inference.program_names import MOST_PROGRAMS, program_names, step_tiles
 from research.inference.serve_config import ServeConfig, bind_serve
 from research.inference.sizing import engine_bytes, fit_tokens, free_bytes
@@ -69,7 +69,7 @@ def test_counted_bytes_are_those_of_the_arrays(name: str, kind: str):
     layers = (*runner.state.layers, *runner.state.draft_layers)
     assert len(layers) == config.num_layers + (kind != "none")
     pages = sum(total(layer.tokens) for layer in layers)
-    assert sizes.of_pages(pages_of(serve.tokens)) == pages
+    assert sizes.of_pages(serve.pages_of(serve.tokens)) == pages
     by_kind = [0] * len(runner.num_pages)
     for layer in layers:
         by_kind[layer.tokens.kind] += total(layer.tokens)
@@ -96,8 +96,8 @@ def compiled_temporaries(config: ModelConfig, serve: ServeConfig) -> int:
     """Returns the temporaries of a step's two programs, as the compiler has them."""
     params = jax.tree.map(jnp.zeros_like, abstract_params(config, "cpu"))
     width = serve.padded_rows()
-    ids = jnp.zeros((serve.slots, pages_of(config.max_length)), jnp.int32)
-    table = PageTable(ids, 1 + pages_of(serve.tokens), PAGE_SIZE)
+    ids = jnp.zeros((serve.slots, serve.pages_of(config.max_length)), jnp.int32)
+    table = PageTable(ids, 1 + serve.pages_of(serve.tokens), PAGE_SIZE)
     state = programs.empty_state(
         params, None, table, config=config, rows=width, drafter=None, cache_dtype=None
     )
@@ -306,3 +306,21 @@ def test_an_engine_has_drafts_and_rows_for_what_is_asked():
     assert bind_serve({}) == ServeConfig()
     with pytest.raises(UserError, match="slot is not a config field"):
         bind_serve({"slot": 1})
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "size", "nearest"),
+    [("tpu", "auto", 12, 16), ("tpu", "int8", 32, 128), ("gpu", "int8", 24, 32)],
+)
+def test_a_page_size_that_no_kernel_takes_is_refused(chip, dtype, size, nearest, monkeypatch):
+    config = dataclasses.replace(VARIANTS["windows"], dtype="bfloat16")
+    params = abstract_params(config, "cpu")
+    serve = ServeConfig(page_size=size, cache_dtype=dtype, tokens=256)
+    # CPU takes all.
+    assert (
+        engine_bytes(config, params, serve, 64).page
+        == size * engine_bytes(config, params, dataclasses.replace(serve, page_size=1), 64).page
+    )
+    monkeypatch.setattr("research.kernels.decode_attention.platform", lambda: chip)
+    with pytest.raises(UserError, match=rf"page_size = {size} is not taken .* such as {nearest}"):
+        engine_bytes(config, params, serve, 64)

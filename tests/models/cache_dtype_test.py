@@ -154,7 +154,7 @@ def test_a_compiled_step_holds_no_copy_of_a_layer(name: str, dtype: str):
     kinds = 1 + name.startswith("windows")
     ids = jnp.zeros((2, 4), jnp.int32)
     counts = [20_000] * kinds
-    table = PageTable.of_kinds([ids] * kinds, counts)
+    table = PageTable.of_kinds([ids] * kinds, counts, PAGE_SIZE)
     cache = language_model(config).empty_cache(params, 2, 0, page_table=table, cache_dtype=dtype)
     layers = cache.layers
     # Stacked, a cache has all layers at a place of the pattern.
@@ -162,7 +162,7 @@ def test_a_compiled_step_holds_no_copy_of_a_layer(name: str, dtype: str):
     token = jnp.zeros((2, 1), jnp.int32)
 
     def step(params, layers, ids):
-        cache = Cache(layers, page_table=PageTable.of_kinds(ids, counts))
+        cache = Cache(layers, page_table=PageTable.of_kinds(ids, counts, PAGE_SIZE))
         index = jnp.zeros(2, jnp.int32)
         logits, cache = next_logits(config, params, token, token, cache, index)
         return logits, cache.layers

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from research.core.errors import UserError
 from research.kernels.attention import ScoreTerms
-from research.kernels.decode_attention import gpu, tpu_kernel
+from research.kernels.decode_attention import gpu, tpu, tpu_kernel
 from research.kernels.decode_attention.implementations import Implementation, choose, is_supported
 from research.kernels.decode_attention.pages import (
     KVPages,
@@ -27,6 +27,7 @@ __all__ = [
     "decode_attention",
     "empty_pages",
     "gather",
+    "page_size_fault",
     "pages_for",
     "quantize",
     "stored",
@@ -34,25 +35,40 @@ __all__ = [
     "write",
 ]
 
-# Tokens of a page: every implementation takes it.
+# Tokens of a page where nothing is said: every implementation takes it.
 PAGE_SIZE = 16
 
 
-def pages_for(pages: int, kv_heads: int, head_dim: int, dtype: str) -> KVPages:
-    """Returns pages of zeros of `PAGE_SIZE` tokens, as wide as this platform's implementation needs
-    them.
+def page_size_fault(page_size: int, dtype: str) -> str | None:
+    """Returns why this platform's implementation takes no pages of a size, with the nearest that it
+    takes; None where it does, or where there is none.
+
+    Args:
+      page_size: tokens of a page.
+      dtype: of the pages.
+    """
+    faults = {"tpu": tpu.page_size_fault, "gpu": gpu.page_size_fault}
+    fault = faults.get(platform())
+    return None if fault is None else fault(page_size, dtype)
+
+
+def pages_for(
+    pages: int, kv_heads: int, head_dim: int, dtype: str, page_size: int = PAGE_SIZE
+) -> KVPages:
+    """Returns pages of zeros, as wide as this platform's implementation needs them.
 
     Args:
       pages: how many.
       kv_heads: K.
       head_dim: of the model; that of the pages may be more.
       dtype: as of `empty_pages`.
+      page_size: tokens of a page.
     """
     # head_dim 80 -> 80 on CPU, 128 on TPU and on GPU
     units = {"cpu": 1, "tpu": tpu_kernel.LANES, "gpu": gpu.WIDTH}
     unit = units[platform()]
     width = round_up(head_dim, unit)
-    return stored(empty_pages(pages, PAGE_SIZE, kv_heads, width, dtype))
+    return stored(empty_pages(pages, page_size, kv_heads, width, dtype))
 
 
 def stored(pages: KVPages) -> KVPages:

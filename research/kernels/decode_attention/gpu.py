@@ -51,6 +51,18 @@ MAX_STAGES = 6
 COMBINED = 128
 
 
+def page_size_fault(page_size: int, dtype: str) -> str | None:
+    """Returns why pages of a size are not taken, with the nearest that is."""
+    least = LEAST_QUANTIZED_PAGE if dtype in QUANTIZED else LEAST_PAGE
+    fitting = [size for size in (8, 16, 32) if size >= least]
+    if page_size % STEP == 0 or page_size in fitting:
+        return None
+    sizes = f"{', '.join(map(str, fitting))} or multiples of {STEP}"
+    larger = [size for size in fitting if size > page_size]
+    nearest = larger[0] if larger else round_up(page_size, STEP)
+    return f"in {dtype}: it takes {sizes}, such as {nearest}"
+
+
 def unsupported_reason(
     q: Float[Array, "B T N H"], pages: KVPages, window: int | None, terms: ScoreTerms
 ) -> str | None:
@@ -71,14 +83,8 @@ def unsupported_reason(
             f"such as {nearest}"
         )
 
-    least = LEAST_QUANTIZED_PAGE if pages.quantized else LEAST_PAGE
-    fitting = [size for size in (8, 16, 32) if size >= least]
-    if page_size % STEP and page_size not in fitting:
-        sizes = f"{', '.join(map(str, fitting))} or multiples of {STEP}"
-        larger = [size for size in fitting if size > page_size]
-        nearest = larger[0] if larger else round_up(page_size, STEP)
-        return f"page_size = {page_size} in {dtype}: it takes {sizes}, such as {nearest}"
-    return None
+    fault = page_size_fault(page_size, dtype)
+    return None if fault is None else f"page_size = {page_size} {fault}"
 
 
 def plan_for(

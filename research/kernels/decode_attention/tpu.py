@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import ScoreTerms
-from research.kernels.decode_attention.pages import KVPages, page_range
+from research.kernels.decode_attention.pages import QUANTIZED, KVPages, page_range
 from research.kernels.decode_attention.rows import fold, per_row, unfold
 from research.kernels.decode_attention.tpu_copies import Plan
 from research.kernels.decode_attention.tpu_kernel import LANES, SUBLANES, kernel
@@ -31,6 +31,15 @@ MAX_ROWS = 256
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 # Heads that one step of the kernel's loop over heads computes.
 UNROLLED = 4
+
+
+def page_size_fault(page_size: int, dtype: str) -> str | None:
+    """Returns why pages of a size are not taken, with the nearest that is."""
+    unit = LANES if dtype in QUANTIZED else SUBLANES
+    if page_size % unit == 0 and page_size <= MAX_PAGE:
+        return None
+    nearest = min(round_up(page_size, unit), MAX_PAGE)
+    return f"in {dtype}: it takes multiples of {unit}, such as {nearest}"
 
 
 def unsupported_reason(
@@ -53,12 +62,9 @@ def unsupported_reason(
             f"pages of head_dim = {width}: it takes multiples of {LANES}, such as {nearest}, with "
             "zeros"
         )
-    unit = LANES if pages.quantized else SUBLANES
-    if page_size % unit or page_size > MAX_PAGE:
-        nearest = min(round_up(page_size, unit), MAX_PAGE)
-        return (
-            f"page_size = {page_size} in {dtype}: it takes multiples of {unit}, such as {nearest}"
-        )
+    fault = page_size_fault(page_size, dtype)
+    if fault is not None:
+        return f"page_size = {page_size} {fault}"
     # Scales, [pages, K, page_size], need whole sublanes for the same reason.
     if pages.quantized and kv_heads not in (1, 2, 4) and kv_heads % SUBLANES:
         unit = 4 if kv_heads < 4 else SUBLANES
