@@ -163,8 +163,8 @@ def _parse(text: str) -> tuple[list[list[str]], dict[str, int], list[set[str]]]:
             marks += f"@{letter}{region}@"
         return marks
 
-    # The braces of operand shapes would end a bundle, too.
-    text = re.sub(r"shape index: \{[^}]*\}", "", text)
+    # The braces of operand shapes, and of operands that are one array, would end a bundle, too.
+    text = re.sub(r"(?:shape index|may-alias): \{[^}]*\}", "", text)
     _, _, text = text.partition("control target key end")
     text = _COMMENT.sub(mark, text)
 

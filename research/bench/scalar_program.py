@@ -29,6 +29,7 @@ _BINARY = {
     "sand.u32": "{0} & {1}",
     "sor.u32": "{0} | {1}",
     "sxor.u32": "{0} ^ {1}",
+    "smin.u32": "lesser({0} & 0xffffffff, {1} & 0xffffffff)",
 }
 _PREDICATES = {
     "pnand": "negate(both({0}, {1}))",
@@ -162,6 +163,11 @@ def select(predicate: Any, value: Any, otherwise: Any) -> Any:
     return value if predicate else otherwise
 
 
+def lesser(first: Any, second: Any) -> Any:
+    """Returns the lesser of two numbers, unknown where one of them is."""
+    return select(first < second, first, second)
+
+
 def translate(
     bundles: Sequence[Sequence[str]], branches: Mapping[int, tuple[str, str | None, int]]
 ) -> Callable[[Machine], int | None]:
@@ -190,6 +196,7 @@ def translate(
         "negate": negate,
         "both": both,
         "select": select,
+        "lesser": lesser,
         "UNKNOWN": UNKNOWN,
     }
     exec("\n".join(lines), names)

@@ -20,17 +20,17 @@ PROGRAM = """\
 LB: loop body
 = control target key end
 
-     0   :  { %s1_s0 = inlined_call_operand.hbm [index: 0] ;; %s2_s1 = smov [#allocation3] }
+     0   :  { %s1_s0 = inlined_call_operand.hbm [index: 0, may-alias: {0}] ;; %s2_s1 = smov 196608 }
    0x1   :  { %3 = dma.hbm_to_smem /*hbm=*/%s1_s0, /*size*/2, /*smem=*/%s2_s1, [#allocation2] }
    0x2   :  { %s4_s2 = sld [smem:[#allocation3]]  ;;  %s5_s3 = smov 4294967295 }
    0x3   :  { %s6_s4 = sand.u32 7, %s4_s2  ;;  %s6_s5 = smov 0 } /* Start region 1 */
    0x4 LB: > { %s7_s5 = sphi %s6_s5, %s8_s5  ;;  %s9_s6 = sand.u32 1, %s7_s5 } /* Start region 2 */
    0x5   : > { %p10_p0 = scmp.ne.s32.totalorder %s9_s6, 0  ;;  %s8_s5 = ssub.s32 %s7_s5, %s5_s3 }
-   0x6   : > { %11 = sbr.rel (%p10_p0) target = $region4 }
+   0x6   : > { %11 = sbr.rel (%p10_p0) target = $region4  ;;  %s16_s7 = smin.u32 %s5_s3, %s6_s4 }
    0x7   : > { %v12_v0 = vmov 0.0 } /* End region 3 */
    0x8   : > { %13 = vmatmul.bf16.gmra.mxu0 %v12_v0 }
    0x9   : > { %14 = vmatmul.bf16.gmra.mxu0 %v12_v0 }
-   0xa PF: > { %p15_p1 = scmp.lt.s32.totalorder %s8_s5, %s6_s4 } /* Start/End empty region 4 */
+   0xa PF: > { %p15_p1 = scmp.lt.s32.totalorder %s8_s5, %s16_s7 } /* Start/End empty region 4 */
    0xb   : > { %16 = sbr.rel (%p15_p1) target = $region2 }
    0xc   : > {} /* End region 2 */
    0xd   :  { %17 = vsyncpa [#allocation6], 1 }
