@@ -25,6 +25,7 @@ from research.bench.engine_load import load_rows
 from research.bench.engine_mtp import mtp_rows
 from research.bench.engine_row import COLUMNS, Row
 from research.bench.engine_sides import MEMORY_AT, SHARED
+from research.bench.engine_steps import step_rows
 from research.bench.llama_shapes import TINY
 from research.bench.serving_models import MODELS, write_model
 from research.bench.sides import run
@@ -44,6 +45,7 @@ PARTS = (
     "load",
     "mtp",
     "accelerator",
+    "steps",
 )
 # The package that each peer needs.
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
@@ -122,6 +124,8 @@ def _rows(
         yield from mtp_rows(folder, *workdirs, arguments.rounds)
     if "accelerator" in parts:
         yield from accelerator_rows(json.loads(run([ACCELERATOR_SIDE, SHAPE, rounds])))
+    if "steps" in parts:
+        yield from step_rows()
 
 
 def accelerator_rows(found: dict[str, Any]) -> Iterator[Row]:

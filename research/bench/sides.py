@@ -4,6 +4,7 @@ with the others.
 
 import contextlib
 import functools
+import os
 import pathlib
 import signal
 import subprocess
@@ -101,10 +102,24 @@ def worker(
         process.wait()
 
 
-def run(command: Sequence[str], root: pathlib.Path | None = None) -> str:
-    """Runs a side to its end, and returns what it prints; arguments and errors as of `worker`."""
+def run(
+    command: Sequence[str],
+    root: pathlib.Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """Runs a side to its end, and returns what it prints; errors as of `worker`.
+
+    Args:
+      command, root: as of `worker`.
+      variables: of its environment, beside those of this process.
+    """
+    environment = {**os.environ, **(variables or {})}
     found = subprocess.run(
-        [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env=environment,
     )
     if found.returncode:
         raise process_error(command, found.returncode)

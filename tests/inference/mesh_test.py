@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from research.bench.engine_steps import CompiledRead, compile_read, on_device
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.answers import Answer
 from research.inference.beam_config import BeamConfig
@@ -32,7 +33,7 @@ from research.models.paged_cache import PagedCache
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.recipes.generation_mesh import shardings_for_generation
-from tests.inference.compiled_read import CompiledRead, compile_read, on_device
+from tests.inference.compiled_read import largest_array_of_pages, moved, summed
 from tests.models.variants import VARIANTS
 from tests.tiny import abstract_params, random_params, stack, tiny_config
 
@@ -245,17 +246,17 @@ def test_a_step_gathers_no_page_and_no_weight(is_scanned: bool):
     found = compiled("dense", {"tensor": 2}, is_scanned=is_scanned)
     parts = [math.prod(on_device(leaf)) for leaf in found.pages]
     assert parts == [leaf.size // 2 for leaf in found.pages]
-    assert found.largest_array_of_pages() == max(parts)
+    assert largest_array_of_pages(found) == max(parts)
     # Logits; hidden states of each sublayer and of the embedding.
-    assert found.moved() == {("all-gather", ("tensor",), TILE * VOCAB)}
-    assert found.summed() == {(("tensor",), TILE * DENSE.embed_dim)}
+    assert moved(found) == {("all-gather", ("tensor",), TILE * VOCAB)}
+    assert summed(found) == {(("tensor",), TILE * DENSE.embed_dim)}
     assert found.temporaries < found.layer_bytes
 
 
 def test_pages_that_every_device_has_are_found(monkeypatch):  # the control
     monkeypatch.setattr(PagedCache, "lay_out", lambda cache: cache)
     found = compiled("dense", {"tensor": 2}, is_scanned=True)
-    assert found.largest_array_of_pages() == max(leaf.size for leaf in found.pages)
+    assert largest_array_of_pages(found) == max(leaf.size for leaf in found.pages)
 
 
 def test_pages_that_are_scanned_over_are_found(monkeypatch):  # the control
@@ -275,21 +276,21 @@ def test_pages_that_are_scanned_over_are_found(monkeypatch):  # the control
 @pytest.mark.thorough
 def test_experts_are_sent_no_rows_and_latents_stay():
     found = compiled("experts", {"expert": 4, "tensor": 2}, is_scanned=False)
-    assert found.largest_array_of_pages() == max(leaf.size for leaf in found.pages)
-    assert found.moved() == {("all-gather", ("tensor",), TILE * VOCAB)}
+    assert largest_array_of_pages(found) == max(leaf.size for leaf in found.pages)
+    assert moved(found) == {("all-gather", ("tensor",), TILE * VOCAB)}
     # All devices have all rows: the experts' outputs are added up over both axes.
     hidden = TILE * EXPERTS.embed_dim
-    assert found.summed() == {(("tensor",), hidden), (("expert", "tensor"), hidden)}
+    assert summed(found) == {(("tensor",), hidden), (("expert", "tensor"), hidden)}
     assert found.temporaries < found.layer_bytes
 
 
 @pytest.mark.thorough
 def test_fsdp_sends_hidden_states_and_no_weight():
     found = compiled("dense", {"fsdp": 4}, is_scanned=False)
-    assert found.moved() == {("all-gather", ("fsdp",), TILE * DENSE.embed_dim)}
+    assert moved(found) == {("all-gather", ("fsdp",), TILE * DENSE.embed_dim)}
     c = DENSE.attention
     widths = {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, DENSE.mlp.hidden_dim, VOCAB}
-    assert found.summed() == {(("fsdp",), TILE * width) for width in widths}
+    assert summed(found) == {(("fsdp",), TILE * width) for width in widths}
 
 
 def test_nothing_is_compiled_after_the_start(caplog):

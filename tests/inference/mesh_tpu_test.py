@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import pytest
 
+from research.bench.engine_steps import CompiledRead, compile_read, on_device
 from research.models.cache_rows import put_layer, slice_layer
 from research.models.config import (
     AttentionConfig,
@@ -23,7 +24,7 @@ from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.recipes.generation_mesh import shardings_for_generation
 from research.scaling.topology import tpu_devices
-from tests.inference.compiled_read import CompiledRead, compile_read, on_device
+from tests.inference.compiled_read import largest_array_of_pages, moved, summed
 
 pytestmark = pytest.mark.compilers
 
@@ -84,17 +85,17 @@ def test_a_step_sends_hidden_states_and_logits_alone(
 ):
     found = compiled(model, topology, sizes, rows)
     hidden = rows * model.embed_dim
-    assert found.moved() == {("all-gather", ("tensor",), rows * model.vocab_size)}
+    assert moved(found) == {("all-gather", ("tensor",), rows * model.vocab_size)}
     sums = {(("tensor",), hidden)}
     if model.experts is not None:
         sums |= {(("expert", "tensor"), hidden)}
-    assert found.summed() == sums
+    assert summed(found) == sums
 
     # Keys and values are sharded by head; latents belong to all heads.
     shards = 1 if model.attention.latent else sizes["tensor"]
     parts = [math.prod(on_device(leaf)) for leaf in found.pages]
     assert parts == [leaf.size // shards for leaf in found.pages]
-    assert found.largest_array_of_pages() == max(parts)
+    assert largest_array_of_pages(found) == max(parts)
     assert found.temporaries < found.layer_bytes
 
 

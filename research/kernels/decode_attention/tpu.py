@@ -188,7 +188,7 @@ def paged_attention(
         columns.append(by_row[None, :, :, None])
 
     stored = pages.arrays()
-    scalars = _scalars(lengths, plan)
+    scalars = prefetched(lengths, plan)
     call = pl.pallas_call(
         functools.partial(kernel, plan),
         out_shape=jax.ShapeDtypeStruct(q_rows.shape, q.dtype),
@@ -205,7 +205,7 @@ def paged_attention(
     return unfold(out, plan.queries)
 
 
-def _scalars(lengths: Int[Array, "B"], plan: Plan) -> list[Int[Array, "B"]]:
+def prefetched(lengths: Int[Array, "B"], plan: Plan) -> list[Int[Array, "B"]]:
     """Returns what a program must know of every sequence.
 
     Its length, its first page and the one past its last, the blocks of all sequences before it, and
@@ -237,7 +237,7 @@ def _grid(
       plan: of the call.
       table: its shape.
       kv_heads: K.
-      scalars: how many arrays `_scalars` returns; the last one names the next sequence.
+      scalars: how many arrays `prefetched` returns; the last one names the next sequence.
       stored: the arrays of the pages, which stay in HBM.
     """
     batch, table_pages = table
