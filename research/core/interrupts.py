@@ -70,6 +70,34 @@ def terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def delayed_signals() -> Iterator[None]:
+    """Keeps SIGINT and SIGTERM until its end, so that what it surrounds is not broken off.
+
+    In other threads than the main one it does nothing: Python runs no handler there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+
+    def keep(number: int, frame: Any) -> None:
+        came.append(number)
+
+    handlers = {}
+    for number in _WORDS:
+        # None is a handler that Python has not set, and cannot set again.
+        if signal.getsignal(number) is not None:
+            handlers[number] = signal.signal(number, keep)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def retry_ignored_signals() -> Iterator[None]:
     """Sends a signal again where Python ignored the exception that its handler raised.
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from research.core.errors import UserError
+from research.core.interrupts import delayed_signals
 from research.core.trees import named_leaves
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
@@ -20,7 +21,7 @@ from research.inference.replica import Replica
 from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
 from research.inference.sizing import sized
-from research.inference.text_reader import TextReader
+from research.inference.text_reader import TextReader, refuse_capacity
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig
 from research.parallel.mesh_axes import DATA_AXIS
@@ -65,6 +66,7 @@ class Engine(WholeTexts):
         params_digest: bytes | None = None,
         adapters: Mapping[str, bytes] | None = None,
     ):
+        refuse_capacity(config)
         self._config = config
         self._tokenizer = tokenizer
         self._mesh = mesh
@@ -100,8 +102,9 @@ class Engine(WholeTexts):
         self._check(request)
         answer = Answer(request)
         replica = min(self.replicas, key=lambda each: each.members.load)
-        replica.submit(answer)
-        self._replica_of[answer] = replica
+        with delayed_signals():
+            replica.submit(answer)
+            self._replica_of[answer] = replica
         return answer
 
     def _check(self, request: Request) -> None:
@@ -136,7 +139,8 @@ class Engine(WholeTexts):
         """Ends a request, in whatever state it is: its pages are free for the next step."""
         replica = self._replica_of.get(answer)
         if replica is not None:
-            replica.abort(answer, "aborted")
+            with delayed_signals():
+                replica.abort(answer, "aborted")
 
     def run_step(self) -> bool:
         """Starts a step of each replica and reads the one before; returns whether there is more to
@@ -161,7 +165,7 @@ class Engine(WholeTexts):
         try:
             for request in requests:
                 answers.append(self.submit(request))
-        except UserError:
+        except BaseException:
             for answer in answers:
                 self.abort(answer)
             raise
@@ -187,9 +191,12 @@ class Engine(WholeTexts):
         Raises:
           UserError: it does not fit the model or the engine.
         """
-        return self._steps_of(self.submit(request))
+        self._check(request)
+        return self._steps_of(request)
 
-    def _steps_of(self, answer: Answer) -> Iterator[Answer]:
+    def _steps_of(self, request: Request) -> Iterator[Answer]:
+        # What nobody begins to read is not begun either.
+        answer = self.submit(request)
         try:
             while not answer.finished:
                 self.run_step()
@@ -252,17 +259,31 @@ class Engine(WholeTexts):
             raise UserError(
                 "params", constraint=f": {name} is {given.get(name, 'missing')} and was {was}."
             )
-        self._params = params
-        self.__dict__.pop("_reader", None)
         parts = self._parts(params) if self.replicas else []
-        for replica, part in zip(self.replicas, parts, strict=True):
-            replica.update_params(part, params_digest)
+        with delayed_signals():
+            for replica, part in zip(self.replicas, parts, strict=True):
+                replica.update_params(part, params_digest)
+            self._params = params
+            self.__dict__.pop("_reader", None)
 
     def _parts(self, params: Any) -> list[Any]:
         """Returns the parameters of each replica."""
+        if self._mesh is None:
+            return [_on_one_device(params)]
         if len(self._meshes) == 1:
             return [params]
         return [_on_mesh(params, own) for own in self._meshes]
+
+
+def _on_one_device(params: Any) -> Any:
+    """Returns parameters as those of a checkpoint are: arrays that were put on their device, else
+    on the first one. Programs for these are others than for arrays that were put nowhere.
+    """
+    first, *_ = jax.tree.leaves(params)
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(first, jax.Array):
+        sharding = first.sharding
+    return jax.device_put(params, sharding)
 
 
 def _shapes(params: Any) -> dict[str, str]:

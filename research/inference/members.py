@@ -7,6 +7,9 @@ from research.inference.answers import Answer, Sample
 from research.inference.beam_lanes import Lane
 from research.inference.sequence import Sequence
 
+# Deadlines of ended answers that are kept.
+FEW_DEADLINES = 64
+
 
 class Members:
     """Samples and lanes under way. None of its operations takes longer where more of them wait.
@@ -63,6 +66,14 @@ class Members:
             self._ended.append(member.answer)
             _, arrival, _ = sequence.order
             self._timed.pop(arrival, None)
+            if len(self._deadlines) > 2 * len(self._timed) + FEW_DEADLINES:
+                self._forget_deadlines()
+
+    def _forget_deadlines(self) -> None:
+        """Leaves the deadlines of answers under way alone."""
+        kept = [each for each in self._deadlines if each[1] in self._timed]
+        heapq.heapify(kept)
+        self._deadlines = kept
 
     def memory_row(self, member: Sample | Lane, running: Iterable[Sequence]) -> tuple[int, bool]:
         """Returns the row of the memory for what the encoder reads for a request, which all its

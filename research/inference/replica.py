@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from research.core.interrupts import delayed_signals
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import NOT_NUMBERS, Answer, Sample, TokenLogprobs
 from research.inference.bad_values import explain
@@ -36,7 +37,7 @@ from research.inference.slots import LogprobKind
 from research.inference.speculation.guesses import Guesses
 from research.inference.speculation.kinds import drafter_of
 from research.inference.text import Detokenizer
-from research.inference.under_way import UnderWay
+from research.inference.under_way import UnderWay, is_of_prompt
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig
 
@@ -195,11 +196,12 @@ class Replica:
         far are read again.
         """
         self._read_under_way()
-        self._scheduler.restart()
-        self._names.rename_params(params_digest)
-        for sequence, member in self.members.items():
-            sequence.rename(self._names.start(member.answer.request, sequence.limit))
-        self._runner.params = params
+        with delayed_signals():
+            self._scheduler.restart()
+            self._names.rename_params(params_digest)
+            for sequence, member in self.members.items():
+                sequence.rename(self._names.start(member.answer.request, sequence.limit))
+            self._runner.params = params
 
     def run_step(self) -> bool:
         """Starts a step and reads the one before; returns whether there is more to do.
@@ -216,9 +218,11 @@ class Replica:
             raise
 
     def _run_step(self) -> bool:
-        self._end_late_ones()
+        with delayed_signals():
+            self._end_late_ones()
         self._prepare()
-        rows = self._scheduler.plan()
+        with delayed_signals():
+            rows = self._scheduler.plan()
         self.num_rows += len(rows)
         self.num_steps += bool(rows)
         started = self._start(rows) if rows else None
@@ -266,7 +270,7 @@ class Replica:
                 extras[index] = (self._serve.top_logprobs * row.draws, False)
                 continue
             wanted = request.logprobs
-            if self._is_of_prompt(member, row):
+            if is_of_prompt(member, row):
                 targets[index] = row.sequence.tokens[row.position + 1]
                 wanted = request.prompt_logprobs
             if row.draws or index in targets:
@@ -308,16 +312,6 @@ class Replica:
                 masks[row.slot] = found[:, : num_words(self._num_ids)]
         return masks
 
-    def _is_of_prompt(self, sample: Sample, row: Row) -> bool:
-        """Returns whether a row tells the log-probability of a token of the prompt, which is not
-        known yet.
-        """
-        answer = sample.answer
-        if answer.request.prompt_logprobs is None or sample is not answer.samples[0]:
-            return False
-        is_in_prompt = row.position + 1 < len(answer.request.ids)
-        return is_in_prompt and row.position + 1 not in answer.prompt_logprobs
-
     def _place(self, sequence: Sequence) -> None:
         """Puts a sequence into its slot, and has read what is read in one piece."""
         slot = sequence.slot
@@ -348,10 +342,16 @@ class Replica:
         if self._under_way is None:
             return
         step = self._under_way
-        self._under_way = None
+        found = step.read()
+        # All of it is taken or nothing.
+        with delayed_signals():
+            self._under_way = None
+            self._take(step, found)
+
+    def _take(self, step: UnderWay, tokens: list[TokenLogprobs | None]) -> None:
         drawn: dict[Sample, list[TokenLogprobs]] = {}
         full = []
-        for index, (row, found) in enumerate(zip(step.rows, step.read(), strict=True)):
+        for index, (row, found) in enumerate(zip(step.rows, tokens, strict=True)):
             member = self.members.get(row.sequence)
             # Ended since.
             if member is None or found is None:

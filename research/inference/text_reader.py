@@ -11,6 +11,17 @@ from research.core.errors import UserError
 from research.data.tokenizers import Tokenizer
 from research.inference.text_batches import Reading, Text, TextBatches, TokenLogprobs
 from research.models.config import ModelConfig
+from research.models.language_model import LanguageModelConfig
+
+
+def refuse_capacity(config: LanguageModelConfig) -> None:
+    """Raises UserError where experts drop tokens by the room that others leave."""
+    if not isinstance(config, ModelConfig) or config.experts is None:
+        return
+    factor = config.experts.capacity_factor
+    if factor is not None:
+        reason = "drops tokens by the room that others leave. Use None."
+        raise UserError("model.experts.capacity_factor", factor, reason)
 
 
 class TextReader:
@@ -33,13 +44,7 @@ class TextReader:
     def __init__(
         self, config: ModelConfig, params: Any, tokenizer: Tokenizer, mesh: Mesh | None = None
     ):
-        experts = config.experts
-        if experts is not None and experts.capacity_factor is not None:
-            raise UserError(
-                "model.experts.capacity_factor",
-                experts.capacity_factor,
-                "drops tokens by the room that others leave. Use None.",
-            )
+        refuse_capacity(config)
         self.config = config
         self.tokenizer = tokenizer
         self._batches = TextBatches(config, params, mesh)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from research.inference.answers import TokenLogprobs
+from research.inference.answers import Sample, TokenLogprobs
 from research.inference.sequence import Row
 from research.inference.slots import Drawn
 
@@ -58,3 +58,14 @@ class UnderWay:
         if wants_kept:
             kept = np.asarray(self.drawn.kept)[index]
         return top, kept
+
+
+def is_of_prompt(sample: Sample, row: Row) -> bool:
+    """Returns whether a row tells the log-probability of a token of the prompt, which is not known
+    yet.
+    """
+    answer = sample.answer
+    if answer.request.prompt_logprobs is None or sample is not answer.samples[0]:
+        return False
+    is_in_prompt = row.position + 1 < len(answer.request.ids)
+    return is_in_prompt and row.position + 1 not in answer.prompt_logprobs

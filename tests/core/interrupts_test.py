@@ -3,6 +3,7 @@
 import gc
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -82,3 +83,39 @@ def test_other_ignored_exceptions_are_shown_as_ever(monkeypatch):
         faulty = Faulty()
         del faulty
     assert shown == [OSError]
+
+
+def test_delayed_signals_come_at_the_end_and_handlers_are_as_before():
+    done = []
+    handler = signal.getsignal(signal.SIGINT)
+
+    def once() -> None:
+        with interrupts.delayed_signals():
+            signal.raise_signal(signal.SIGINT)
+            done.append("after the signal")
+
+    def nested() -> None:
+        with interrupts.delayed_signals():
+            once()
+            done.append("after the inner end")
+
+    with pytest.raises(KeyboardInterrupt):
+        once()
+    assert done == ["after the signal"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    with pytest.raises(KeyboardInterrupt):
+        nested()
+    assert done == ["after the signal"] * 2 + ["after the inner end"]
+
+
+def test_signals_of_other_threads_are_not_delayed():
+    found = []
+
+    def run() -> None:
+        with interrupts.delayed_signals():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]

@@ -4,21 +4,31 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
+from research.inference.answers import Sample
 from research.inference.beam_config import BeamConfig
+from research.inference.beam_lanes import BeamLanes
 from research.inference.engine import Engine
+from research.inference.members import FEW_DEADLINES
 from research.inference.page_names import PageNames
+from research.inference.replica import Replica
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
+from research.inference.scheduler import Scheduler
 from research.inference.serve_config import ServeConfig
+from research.inference.text import Detokenizer
+from research.inference.under_way import UnderWay
 from tests.inference import wrong_requests
 from tests.models.variants import VARIANTS
 from tests.tiny import random_params, tiny_config
@@ -83,6 +93,136 @@ def test_a_step_that_is_broken_off_may_be_run_again(params, expected, at, step, 
     assert texts(answers) == expected
     # Nobody finds pages that were not written.
     assert texts(engine.run(REQUESTS)) == expected
+
+
+# Without the search, whose steps are read before the next begins.
+SAMPLED = REQUESTS[:2]
+
+
+@pytest.mark.parametrize("step", [4, 7])
+@pytest.mark.parametrize("at", ["read", "draw"])
+def test_what_is_under_way_is_not_taken_twice(params, expected, at, step, monkeypatch):
+    engine = engine_of(params)
+    answers = engine.submit_all(SAMPLED)
+    for _ in range(step):
+        engine.run_step()
+    assert engine.replicas[0].under_way
+
+    def broken(self, *_):
+        # As where a program has taken the arrays that it was given.
+        taken = self._slots if at == "draw" else self.state
+        for leaf in jax.tree.leaves(taken):
+            leaf.delete()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, at, broken)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run_step()
+    while not all(answer.finished for answer in answers):
+        engine.run_step()
+    assert texts(answers) == expected[:2]
+
+
+# Where the host changes what it knows: a signal comes when all of it is done.
+HALFWAY = {
+    "text": (Detokenizer, "push"),
+    "sample": (Sample, "push"),
+    "collected": (BeamLanes, "collect"),
+    "advanced": (BeamLanes, "advance"),
+    "planned": (Scheduler, "_take"),
+}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("where", HALFWAY)
+def test_a_signal_breaks_off_no_change(params, expected, where, before, monkeypatch):
+    owner, name = HALFWAY[where]
+    engine = engine_of(params)
+    answers = engine.submit_all(REQUESTS)
+    whole = getattr(owner, name)
+    signals = iter([signal.SIGINT])
+
+    def signalled(*arguments):
+        if before:
+            for number in signals:
+                signal.raise_signal(number)
+        found = whole(*arguments)
+        for number in signals:
+            signal.raise_signal(number)
+        return found
+
+    monkeypatch.setattr(owner, name, signalled)
+    interrupted = 0
+    for _ in range(200):
+        try:
+            engine.run_step()
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == 1
+    assert texts(answers) == expected
+    assert len(engine.replicas[0].members) == 0
+
+
+def test_an_update_that_is_broken_off_changes_nothing(params, expected, monkeypatch):
+    engine = engine_of(params)
+    answers = engine.submit_all(REQUESTS)
+    for _ in range(6):
+        engine.run_step()
+    read = UnderWay.read
+
+    def broken(step):
+        monkeypatch.setattr(UnderWay, "read", read)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UnderWay, "read", broken)
+    with pytest.raises(KeyboardInterrupt):
+        engine.update_params(random_params(CONFIG, seed=3))
+    while not all(answer.finished for answer in answers):
+        engine.run_step()
+    assert texts(answers) == expected
+
+
+def test_new_parameters_that_were_put_nowhere_compile_nothing(params, caplog):
+    engine = engine_of(jax.device_put(params, jax.local_devices()[0]))
+    nowhere = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) * 2), params)
+    engine.update_params(nowhere)
+    engine.run(SAMPLED)
+    assert "compiled while serving" not in caplog.text
+
+
+def test_what_nobody_reads_or_waits_for_is_not_under_way(params, monkeypatch):
+    engine = engine_of(params)
+    [replica] = engine.replicas
+    engine.stream(SAMPLED[0]).close()
+    assert len(replica.members) == 0
+
+    submit = Replica.submit
+    submitted = iter([submit])
+
+    def broken(*arguments):
+        for whole in submitted:
+            return whole(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "submit", broken)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(SAMPLED)
+    assert len(replica.members) == 0
+
+    timed = dataclasses.replace(SAMPLED[0], sampling=SamplingConfig(max_tokens=1), deadline=1e6)
+    for _ in range(10):
+        engine.run([timed] * 20)
+    assert len(replica.members._deadlines) <= FEW_DEADLINES
+
+
+def test_experts_of_limited_capacity_are_refused():
+    config = dataclasses.replace(VARIANTS["experts"], vocab_size=260)
+    experts = dataclasses.replace(config.experts, capacity_factor=1.0)
+    config = dataclasses.replace(config, experts=experts)
+    with pytest.raises(UserError, match=r"capacity_factor = 1\.0 drops tokens"):
+        Engine(config, random_params(config), BYTES, SERVE)
 
 
 def test_a_step_whose_arrays_were_taken_is_run_again(params, expected, monkeypatch):
