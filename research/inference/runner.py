@@ -157,7 +157,8 @@ class Runner:
 
     def _piece(self, ids: Sequence[int]) -> tuple[Int[jax.Array, "1 T"], Int[jax.Array, "1"]]:
         width = next(width for width in self._widths if len(ids) <= width)
-        tokens = np.zeros((1, width), np.int32)
+        # Padding is a token that is there anyway: another one's values might be no numbers.
+        tokens = np.full((1, width), ids[-1], np.int32)
         tokens[0, : len(ids)] = ids
         return jnp.asarray(tokens), jnp.array([len(ids)], jnp.int32)
 

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from research.kernels.attention import AttentionMask
-from research.kernels.decode_attention import KVPages, empty_pages, gather, stored, write
+from research.kernels.decode_attention import KVPages, empty_pages, stored, write
 from research.models.cache_rows import lay_out_rows, put_layer, slice_layer, write_tokens
 from research.models.config import ModelConfig
 from research.models.dot_product import cache_mask
@@ -15,6 +15,7 @@ from research.models.paged_cache import (
     PageTable,
     by_layer,
     copy_pages,
+    gather_visible,
     ids_in_pool,
     one_pool,
     stack_pages,
@@ -121,7 +122,7 @@ class PagedLatentCache:
         v = _replicate(v[:, :, None])
         ids = ids_in_pool(page_table, self.first_page)
         pages = write(self.pages, ids, start, k, v)
-        gathered = gather(pages, ids)
+        gathered = gather_visible(pages, ids, positions, mask.window)
         # [B, S, 1, latent] -> [B, S, latent], in the model's type
         latent, k_rope = (x[:, :, 0].astype(k.dtype) for x in gathered)
         slots_mask = cache_mask(mask, positions, page_table.slots)

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from research.kernels.attention import AttentionMask
 from research.kernels.decode_attention import PAGE_SIZE, KVPages, gather, pages_for, write
@@ -178,7 +178,7 @@ class PagedCache:
             out = attention.over_pages(q, pages, ids, lengths, mask.window)
             return out, PagedCache(pages, kind=self.kind)
         # Pages may be wider than the heads, which then end in zeros, and of another type.
-        gathered = gather(pages, ids)
+        gathered = gather_visible(pages, ids, positions, mask.window)
         keys, values = (x[..., : k.shape[3]].astype(k.dtype) for x in gathered)
         slots_mask = cache_mask(mask, positions, page_table.slots)
         return attention(q, keys, values, slots_mask), PagedCache(pages, kind=self.kind)
@@ -186,6 +186,38 @@ class PagedCache:
     def copy(self, sources: Int[Array, "pages"], targets: Int[Array, "pages"]) -> "PagedCache":
         """Returns the cache with pages copied to others."""
         return self.replace(pages=copy_pages(self.pages, sources, targets))
+
+
+def gather_visible(
+    pages: KVPages,
+    ids: Int[Array, "B pages_per_row"],
+    positions: Int[Array, "B T"],
+    window: int | None,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K value"]]:
+    """Returns what `gather` does, with zeros where no new token of the row may attend to.
+
+    What other requests left in these slots may be NaN, and a weight of zero times NaN is NaN.
+
+    Args:
+      pages: with the new tokens in them.
+      ids: of each row's pages.
+      positions: of the new tokens; padding has position 0.
+      window: of the layer, or None.
+    """
+    keys, values = gather(pages, ids)
+    slots = jnp.arange(keys.shape[1])
+    slots = slots[None]
+    # The newest token at position 5 attends to slots 0 to 5, with a window of 4 to slots 2 to 5.
+    visible = slots <= jnp.max(positions, axis=1, keepdims=True)
+    if window is not None:
+        visible &= slots > jnp.min(positions, axis=1, keepdims=True) - window
+    return zero_hidden(keys, visible), zero_hidden(values, visible)
+
+
+def zero_hidden(x: Float[Array, "B S K H"], visible: Bool[Array, "B S"]) -> Float[Array, "B S K H"]:
+    """Returns what slots hold, zeros in those that are not visible."""
+    zero = jnp.zeros((), x.dtype)
+    return jnp.where(visible[:, :, None, None], x, zero)
 
 
 def one_pool(pages: KVPages, index: int | Int[Array, ""]) -> tuple[KVPages, Int[Array, ""]]:
