@@ -10,6 +10,7 @@ from jaxtyping import UInt32
 from research.core.errors import UserError
 from research.core.random import SEEDS
 from research.inference.grammar import Matcher
+from research.inference.grammar_config import GrammarError
 from research.inference.guided import allowed_drafts
 from research.inference.requests import Request
 from research.inference.sequence import Sequence
@@ -92,11 +93,21 @@ class Sample:
             # Of this request alone: the others' rows do not see it.
             self.error = NOT_NUMBERS
             return
-        if self.matcher is not None and not self.matcher.accept(found.token):
-            self.error = self._grammar_error()
+        self.error = self._error_of(found.token)
+        if self.error is not None:
             return
         self.logprobs.append(found)
         self._new_text += self._text.push(found.token)
+
+    def _error_of(self, token: int) -> str | None:
+        """Adds a token to the text of the grammar; returns why it cannot, or None."""
+        if self.matcher is None:
+            return None
+        try:
+            accepted = self.matcher.accept(token)
+        except GrammarError as error:
+            return str(error)
+        return None if accepted else self._grammar_error()
 
     def _grammar_error(self) -> str:
         """Returns why no token that may be drawn is one that the grammar allows."""
@@ -112,6 +123,8 @@ class Sample:
         """
         if self.matcher is None:
             return self.lookup.propose(self.sequence.tokens, count)
+        if self.matcher.strained:
+            return []
         forced = self.matcher.forced(count)
         if forced:
             return forced

@@ -206,6 +206,10 @@ class Matcher:
       compiler: that made it.
       config: the grammar.
       compiled: what the compiler made of it.
+
+    Attributes:
+      native: llguidance's.
+      strained: whether a limit was reached: rejected drafts count too there, so no more are tried.
     """
 
     def __init__(self, compiler: GrammarCompiler, config: GrammarConfig, compiled: _Compiled):
@@ -216,6 +220,9 @@ class Matcher:
         # The tokens accepted, and whether an end id came after them.
         self._tokens: list[int] = []
         self._ended = False
+        self.strained = False
+        # Why no token can come next, and the tokens after which that is so.
+        self._fault: tuple[list[int], GrammarError] | None = None
 
     def known_mask(self) -> UInt32[np.ndarray, "words"] | None:
         """Returns the mask where nothing has to be computed for it: at the beginning, and at the
@@ -236,6 +243,15 @@ class Matcher:
             raise errors[0]
         return masks[0]
 
+    def retried_mask(self) -> tuple[UInt32[np.ndarray, "words"], GrammarError | None]:
+        """Returns mask and error as they are without rejected drafts, after an error with them."""
+        self.strained = True
+        self.native = self._replayed()
+        masks, errors = self._compiler.native_masks([self])
+        if errors[0] is not None:
+            self._fault = (list(self._tokens), errors[0])
+        return masks[0], errors[0]
+
     def accept(self, token: int) -> bool:
         """Adds a token, if it may come next; returns whether it may.
 
@@ -244,6 +260,8 @@ class Matcher:
         """
         if self._ended or not 0 <= token < self._compiler.num_ids:
             return False
+        if self._fault is not None and self._fault[0] == self._tokens:
+            raise self._fault[1]
         is_end = token in self._compiler.end_ids
         if is_end and self.native.is_accepting():
             self._ended = True
@@ -256,6 +274,7 @@ class Matcher:
         # tells of an end id that the grammar names.
         masks, errors = self._compiler.native_masks([self])
         if errors[0] is not None:
+            self.strained = True
             raise errors[0]
         bit = np.uint32(1) << np.uint32(token % WORD)
         self._ended = is_end and bool(masks[0, token // WORD] & bit)
@@ -274,10 +293,15 @@ class Matcher:
             self.native = self._replayed()
 
     def _replayed(self) -> Any:
-        """Returns a matcher of llguidance's that has read the tokens accepted."""
+        """Returns a matcher of llguidance's that has read the tokens accepted, with a mask before
+        each: it comes as near to its limits as one without drafts.
+        """
         native = self._compiler.native(self._compiled)
-        consumed = native.try_consume_tokens(self._tokens)
-        assert consumed == len(self._tokens)
+        for index, token in enumerate(self._tokens):
+            if index:
+                native.compute_bitmask()
+            consumed = native.try_consume_tokens([token])
+            assert consumed == 1
         return native
 
     def copy(self) -> "Matcher":

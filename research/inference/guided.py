@@ -10,14 +10,27 @@ from research.inference.grammar_config import GrammarError
 
 
 def allowed_drafts(matcher: Matcher, drafts: Sequence[int]) -> list[int]:
-    """Returns the drafts before the first that the grammar forbids; the matcher does not move."""
+    """Returns the drafts before the first that the grammar forbids, or that is beyond its limits;
+    the matcher does not move.
+    """
     taken: list[int] = []
     for draft in drafts:
-        if not matcher.accept(draft):
+        if not _accepts(matcher, draft):
             break
         taken.append(draft)
     matcher.rollback(len(taken))
     return taken
+
+
+def _accepts(matcher: Matcher, draft: int) -> bool:
+    """Adds a draft, if it may come next within the limits of the grammar; returns whether it may.
+
+    A draft may be rejected, so its error is none of the request's.
+    """
+    try:
+        return matcher.accept(draft)
+    except GrammarError:
+        return False
 
 
 def masks_after(
@@ -36,14 +49,20 @@ def masks_after(
     while here:
         # All matchers that have come to this draft.
         masks, errors = compiler.masks(here)
+        failed = set()
         for matcher, mask, error in zip(here, masks, errors, strict=True):
+            if error is not None:
+                mask, error = matcher.retried_mask()
             rows[matcher].append(mask)
-            if error is not None and not depth:
-                faults[matcher] = error
+            if error is not None:
+                # After a draft, it is the request's error only if the draft is right.
+                failed.add(matcher)
+                if not depth:
+                    faults[matcher] = error
         going_on = []
         for matcher in here:
             drafts = drafts_of[matcher]
-            if matcher not in faults and depth < len(drafts) and matcher.accept(drafts[depth]):
+            if matcher not in failed and depth < len(drafts) and _accepts(matcher, drafts[depth]):
                 going_on.append(matcher)
         here = going_on
         depth += 1

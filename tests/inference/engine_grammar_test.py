@@ -9,7 +9,8 @@ import pytest
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
 from research.inference.engine import Engine
-from research.inference.grammar_config import GrammarConfig
+from research.inference.grammar import GrammarCompiler
+from research.inference.grammar_config import GrammarConfig, GrammarLimits
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
@@ -127,3 +128,38 @@ def test_a_grammar_that_ends_before_min_tokens_says_so(params):
     [short], [long] = [answer.samples for answer in engine.run(requests)]
     assert short.error == "min_tokens = 10: after 2 tokens the grammar allows the end alone"
     assert long.error is None
+
+
+def until_limits(params, serve: ServeConfig) -> list[tuple[str | None, tuple, list[float]]]:
+    """Answers of two requests whose grammar comes to its limits, and of one without a grammar."""
+    engine = Engine(CONFIG, params, BYTES, serve)
+    [replica] = engine.replicas
+    limits = GrammarLimits(lexer_states=150)
+    replica._grammars = GrammarCompiler(BYTES, num_ids=replica._num_ids, limits=limits)
+    # Its automaton has 2^13 states, and each random text needs some of them.
+    large = GrammarConfig(regex="(a|b)*a(a|b){12}")
+    free = SamplingConfig(max_tokens=200, min_tokens=200, seed=9)
+    letters = dataclasses.replace(free, logit_bias=((ord("a"), 30.0), (ord("b"), 30.0)))
+    requests = [
+        Request((5, 6), dataclasses.replace(letters, seed=seed), grammar=large) for seed in (1, 2)
+    ]
+    found = []
+    for answer in engine.run([*requests, Request((7, 8), free)]):
+        [sample] = answer.samples
+        logprobs = [each.logprob for each in sample.logprobs]
+        found.append((sample.error, sample.completion().tokens, logprobs))
+    return found
+
+
+def test_limits_reached_among_guesses_end_their_request_alone_and_where_they_do_without(params):
+    serve = dataclasses.replace(PLAIN, tokens=1024)
+    guessing = dataclasses.replace(serve, rows=32, tiles=(32,), drafts=6, speculate="lookup")
+    found = until_limits(params, guessing)
+    assert found == until_limits(params, serve)
+    *limited, (error, tokens, _) = found
+    assert error is None
+    assert len(tokens) == 200
+    for error, tokens, _ in limited:
+        assert error is not None
+        assert "cannot be met: lexer error: too many states: 150" in error
+        assert 50 < len(tokens) < 200
