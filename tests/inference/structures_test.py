@@ -11,10 +11,14 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
+from research.inference.answers import Answer
 from research.inference.beam_config import BeamConfig
 from research.inference.beam_generate import beam_generate
+from research.inference.engine import Engine
 from research.inference.generate import generate
+from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
 from research.models.config import ModelConfig
 from research.models.transformer import Transformer
 from tests.models.variants import VARIANTS
@@ -117,3 +121,45 @@ def test_an_encoder_asked_for_text_says_what_it_is():
     ):
         with pytest.raises(UserError, match=r"model.structure = 'encoder' makes no text"):
             ask()
+
+
+def test_a_preempted_request_does_not_read_the_source_of_who_took_its_row():
+    config, params = model("encoder-decoder")
+    config = dataclasses.replace(config, max_length=96)
+    serve = ServeConfig(slots=5, tokens=96, rows=8, tiles=(8,))
+
+    def request(ids: tuple[int, ...], count: int, priority: int, samples: int = 1) -> Request:
+        sampling = SamplingConfig(max_tokens=count, min_tokens=count, seed=3)
+        return Request(ids, sampling, count=samples, priority=priority)
+
+    def tokens(answer: Answer) -> list[tuple[int, ...]]:
+        return [sample.completion().tokens for sample in answer.samples]
+
+    pair = request((5, 9, 6, 8), 40, 0, samples=2)
+    # Three that take all six pages from the pair; one ends before the others, which end together.
+    first = [request((40, 41, 42 + count), count, 1) for count in (31, 31, 20)]
+    others = [request((250, 60, 170, 80, last), 15, 1) for last in (190, 7)]
+    alone = []
+    for each in (pair, *first, *others):
+        [answer] = Engine(config, params, BYTES, serve).run([each])
+        alone.append(tokens(answer))
+
+    engine = Engine(config, params, BYTES, serve)
+    answers = [engine.submit(pair)]
+    for _ in range(4):
+        engine.run_step()
+    samples = answers[0].samples
+    rows = {sample.memory for sample in samples}
+    answers += engine.submit_all(first)
+    while any(sample.sequence.slot is not None for sample in samples):
+        assert engine.run_step()
+    answers += engine.submit_all(others)
+    [taker] = answers[-2].samples
+    while taker.memory is None:
+        assert engine.run_step()
+    # Their row of the memory is another's before both come back in one step.
+    assert {taker.memory} == rows
+    assert [sample.sequence.slot for sample in samples] == [None, None]
+    while engine.run_step():
+        pass
+    assert [tokens(answer) for answer in answers] == alone
