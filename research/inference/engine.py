@@ -279,11 +279,13 @@ def _on_one_device(params: Any) -> Any:
     """Returns parameters as those of a checkpoint are: arrays that were put on their device, else
     on the first one. Programs for these are others than for arrays that were put nowhere.
     """
-    first, *_ = jax.tree.leaves(params)
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
-    if isinstance(first, jax.Array):
-        sharding = first.sharding
-    return jax.device_put(params, sharding)
+    elsewhere = SingleDeviceSharding(jax.local_devices()[0])
+
+    def put(leaf: Any) -> jax.Array:
+        sharding = leaf.sharding if isinstance(leaf, jax.Array) else elsewhere
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, params)
 
 
 def _shapes(params: Any) -> dict[str, str]:

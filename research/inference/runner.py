@@ -311,7 +311,8 @@ class Runner:
             for tile in self._draft_tiles:
                 self.propose([(self._serve.slots, 1, 0)] * tile)
 
-        is_narrow = jnp.dtype(self._config.dtype).itemsize < 4
+        # Without the promise they are only compiled.
+        is_narrow = self._serve.invariant and jnp.dtype(self._config.dtype).itemsize < 4
         alike = alike_tiles(self._tiles, self._probe, is_narrow=is_narrow)
         if not self._serve.invariant:
             return self._tiles
