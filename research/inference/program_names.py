@@ -1,9 +1,7 @@
 """The programs that an engine compiles at start: their names, and how many there are."""
 
-import jax.numpy as jnp
-
 from research.inference.serve_config import ServeConfig
-from research.models.language_model import LanguageModelConfig
+from research.models.language_model import LanguageModelConfig, compute_dtype
 
 # Programs of an engine, at most.
 MOST_PROGRAMS = 8
@@ -29,7 +27,7 @@ def step_tiles(config: LanguageModelConfig, serve: ServeConfig) -> tuple[int, ..
       serve: how the engine runs.
     """
     tiles = serve.row_tiles()
-    if jnp.dtype(config.dtype).itemsize == 4:
+    if compute_dtype(config).itemsize == 4:
         return tiles
     wide = tuple(tile for tile in tiles if tile >= LEAST_NARROW_TILE)
     return wide or tiles[-1:]

@@ -33,7 +33,7 @@ from research.inference.slots import (
 from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.propose import DraftRows, propose
 from research.inference.tile_probe import alike_tiles
-from research.models.language_model import LanguageModelConfig
+from research.models.language_model import LanguageModelConfig, compute_dtype
 from research.models.paged_cache import stack_axes
 from research.parallel.mesh import on_mesh
 from research.parallel.target import platform
@@ -312,7 +312,7 @@ class Runner:
                 self.propose([(self._serve.slots, 1, 0)] * tile)
 
         # Without the promise they are only compiled.
-        is_narrow = self._serve.invariant and jnp.dtype(self._config.dtype).itemsize < 4
+        is_narrow = self._serve.invariant and compute_dtype(self._config).itemsize < 4
         alike = alike_tiles(self._tiles, self._probe, is_narrow=is_narrow)
         if not self._serve.invariant:
             return self._tiles

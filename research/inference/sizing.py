@@ -22,7 +22,7 @@ from research.inference.speculation.drafter import Drafter
 from research.inference.speculation.kinds import drafter_of
 from research.kernels.decode_attention import PAGE_SIZE, page_size_fault
 from research.models.config import ModelConfig
-from research.models.language_model import LanguageModelConfig
+from research.models.language_model import LanguageModelConfig, compute_dtype
 from research.models.paged_cache import PageTable
 from research.parallel.mesh_axes import TENSOR_AXIS
 from research.parallel.target import platform
@@ -93,9 +93,7 @@ def _check_page_size(config: LanguageModelConfig, serve: ServeConfig) -> None:
 
 def _weight_bytes(config: LanguageModelConfig, params: Any) -> tuple[int, int]:
     """Returns the bytes of weights on one device, and of the copies that a step makes of them."""
-    compute = jnp.dtype("float32")
-    if isinstance(config, ModelConfig):
-        compute = jnp.dtype(config.dtype)
+    compute = compute_dtype(config)
     weights = 0
     elements = 0
     casts = 0

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.data.batch import Batch, ModelInputs
@@ -27,6 +28,11 @@ class LanguageModelConfig(Protocol):
     vocab_size: int
     max_length: int
     structure: str
+
+
+def compute_dtype(config: LanguageModelConfig) -> jnp.dtype:
+    """Returns the type that a model computes in; float32 where its config names none."""
+    return jnp.dtype(getattr(config, "dtype", "float32"))
 
 
 @runtime_checkable

@@ -75,7 +75,7 @@ def read_params(
     worker = BackgroundWorker()
     try:
         for array, of_array in itertools.groupby(parts, key=_array_of):
-            digest = RunningDigest(shapes[array].shape)
+            digest = RunningDigest(shapes[array].shape, compiled=True)
             for part in of_array:
                 values = part.values(folder)
                 # While the next part is read and this one is copied.

@@ -98,27 +98,32 @@ PARTS = {
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
 @pytest.mark.parametrize("block", [7, 2**18])
-def test_digest_of_parts_in_any_order_is_that_of_the_whole(parts, dtype, block, monkeypatch):
-    # The program and the cached offsets are of one size of block.
+@pytest.mark.parametrize("compiled", [False, True])
+def test_digest_of_parts_in_any_order_is_that_of_the_whole(
+    parts, dtype, block, compiled, monkeypatch
+):
+    # The program and its cached offsets are of one size of block.
     monkeypatch.setattr("research.storage.digests._BLOCK", block)
+    monkeypatch.setattr("research.storage.digests._NUMPY_BLOCK", block)
     digests_module._block_sums.clear_cache()
-    digests_module._offsets.cache_clear()
+    digests_module._offsets_on_device.cache_clear()
     raw = np.random.default_rng(3).integers(
         0, 256, size=(6, 5, 8, jnp.dtype(dtype).itemsize), dtype=np.uint8
     )
     x = raw.view(jnp.dtype(dtype))[..., 0]
-    running = RunningDigest(x.shape)
+    running = RunningDigest(x.shape, compiled=compiled)
     for box in reversed(PARTS[parts]):
         starts = [each.indices(size)[0] for each, size in zip(box, x.shape, strict=False)]
         running.add(x[box], (*starts, *[0] * (x.ndim - len(starts))))
     assert running.text() == reference(x) == digests({"x": jnp.asarray(x)})["x"]
     digests_module._block_sums.clear_cache()
-    digests_module._offsets.cache_clear()
+    digests_module._offsets_on_device.cache_clear()
 
 
-def test_a_running_digest_starts_anywhere_beyond_32_bits_of_index():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_running_digest_starts_anywhere_beyond_32_bits_of_index(compiled):
     whole, part = (3, 2**31), np.arange(6, dtype=np.uint32).reshape(1, 6)
-    one, other = RunningDigest(whole), RunningDigest(whole)
+    one, other = RunningDigest(whole), RunningDigest(whole, compiled=compiled)
     one.add(part, (2, 5))  # the index 2³² + 5
     other.add(part, (0, 5))
     assert one._sums.tolist() == other._sums.tolist() != [0, 0]
