@@ -76,14 +76,15 @@ class Engine(WholeTexts):
         self._params = params
         self._adapters = adapters or {}
         self.replicas: list[Replica] = []
+        self._placed: list[Any] = []
         self._replica_of: dict[Answer, Replica] = {}
-        self.serve = serve
+        self.serve = serve.of_structure(config.structure)
         if config.structure == "encoder":
             return
 
-        parts = self._parts(params)
-        self.serve = sized(config, parts[0], serve, self._num_ids, self._meshes[0], draft)
-        for part, own in zip(parts, self._meshes, strict=True):
+        self._placed = self._parts(params)
+        self.serve = sized(config, self._placed[0], self.serve, self._num_ids, self._meshes[0], draft)
+        for part, own in zip(self._placed, self._meshes, strict=True):
             replica = Replica(
                 config, part, tokenizer, self.serve, own, draft, params_digest, self._adapters
             )
@@ -259,11 +260,13 @@ class Engine(WholeTexts):
             raise UserError(
                 "params", constraint=f": {name} is {given.get(name, 'missing')} and was {was}."
             )
-        parts = self._parts(params) if self.replicas else []
+        # Placed as those that they replace: others would be other programs.
+        placed = [jax.tree.map(_as_placed, params, old) for old in self._placed]
         with delayed_signals():
-            for replica, part in zip(self.replicas, parts, strict=True):
+            for replica, part in zip(self.replicas, placed, strict=True):
                 replica.update_params(part, params_digest)
             self._params = params
+            self._placed = placed
             self.__dict__.pop("_reader", None)
 
     def _parts(self, params: Any) -> list[Any]:
@@ -273,6 +276,10 @@ class Engine(WholeTexts):
         if len(self._meshes) == 1:
             return [params]
         return [_on_mesh(params, own) for own in self._meshes]
+
+
+def _as_placed(new: Any, old: jax.Array) -> jax.Array:
+    return jax.device_put(new, old.sharding)
 
 
 def _on_one_device(params: Any) -> Any:

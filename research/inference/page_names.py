@@ -36,7 +36,7 @@ class PageNames:
         params_digest: bytes | None,
         adapters: Mapping[str, bytes],
     ):
-        self._is_shared = config.structure == "decoder" and serve.prefix_cache
+        self._is_shared = bool(serve.prefix_cache)
         self._model = repr(config).encode()
         self._cache = serve.cache_dtype.encode()
         self._page_size = serve.page_size

@@ -44,7 +44,8 @@ class ServeConfig:
       cache_dtype: of keys and values in pages: `auto` is the type of the model's activations;
         `int8` and `float8_e4m3fn` have a scale for each token and head.
       page_size: tokens of a page of the cache. Prompts share full pages.
-      prefix_cache: whether prompts share the pages of what they begin with.
+      prefix_cache: whether prompts share the pages of what they begin with; None says that they
+        do in decoders, whose keys depend on nothing else.
       drafts: guessed tokens that an answer may have in a step, at most; 0 for none.
       speculate: who guesses: `none`; `lookup` takes what followed in the text before;
         `first_layers` of the model; a `draft` model; `mtp` is its own multi-token prediction.
@@ -62,7 +63,7 @@ class ServeConfig:
     invariant: bool = True
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "auto"
     page_size: int = PAGE_SIZE
-    prefix_cache: bool = True
+    prefix_cache: bool | None = None
     drafts: int = 0
     speculate: Literal["none", "lookup", "first_layers", "draft", "mtp"] = "none"
     draft_layers: int = 0
@@ -86,6 +87,22 @@ class ServeConfig:
         least = self.slots * (1 + self.drafts)
         if self.rows < least:
             raise UserError("rows", self.rows, f"must be at least slots · (1 + drafts) = {least}.")
+
+    def of_structure(self, structure: str) -> "ServeConfig":
+        """Returns how an engine of a model's structure runs.
+
+        Args:
+          structure: as of `ModelConfig`.
+
+        Raises:
+          UserError: prompts shall share pages, and do not in this structure.
+        """
+        if self.prefix_cache and structure != "decoder":
+            raise UserError(
+                "prefix_cache", True, f"is for decoders, not for a model of {structure!r}."
+            )
+        shares = structure == "decoder" and self.prefix_cache is not False
+        return dataclasses.replace(self, prefix_cache=shares)
 
     def pages_of(self, tokens: int) -> int:
         """Returns how many pages hold tokens."""

@@ -271,7 +271,7 @@ def fit_tokens(serve: ServeConfig, sizes: EngineBytes, room: int, max_length: in
         return serve.tokens
 
     # What all slots can fill, and as much again for prompts that have ended, where they are shared.
-    most = serve.slots * serve.pages_of(max_length) * (1 + serve.prefix_cache)
+    most = serve.slots * serve.pages_of(max_length) * (1 + bool(serve.prefix_cache))
     pages = min(_rounded(pages), most)
     return max(pages, needed) * serve.page_size
 

@@ -77,7 +77,7 @@ def print_serving(arguments: argparse.Namespace, model: ModelConfig, of_mesh: Ov
 
 def _report(path: str, model: ModelConfig, cluster: Cluster, of_mesh: Overrides) -> ServeReport:
     with within("", origin=path.partition(":")[0]):
-        serve = bind_serve(configs.load_file(path))
+        serve = bind_serve(configs.load_file(path)).of_structure(model.structure)
     values = configs.override({"mesh": {"data": -1}}, of_mesh)
     mesh = configs.bind(MeshConfig, values["mesh"], "mesh")
     check_generation_axes(mesh)

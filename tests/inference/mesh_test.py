@@ -300,4 +300,8 @@ def test_nothing_is_compiled_after_the_start(caplog):
         before = caplog.text.count("Compiling jit")
         assert before  # the control
         engine.run(requests(DENSE))
+        engine.update_params(jax.tree.map(np.asarray, random_params(DENSE, seed=4)))
+        found = engine.run(requests(DENSE))
     assert caplog.text.count("Compiling jit") == before
+    others = Engine(DENSE, random_params(DENSE, seed=4), BYTES, SERVE).run(requests(DENSE))
+    assert [tokens(answer) for answer in found] == [tokens(answer) for answer in others]

@@ -166,7 +166,7 @@ WINDOWED = EngineBytes(0, page=1_000, fixed=0, temporaries=0, windowed_page=3_00
 
 
 def test_layers_with_a_window_have_pages_for_all_slots_at_once_and_as_many_for_prompts():
-    serve = ServeConfig(slots=4, tokens=16_000, rows=32)
+    serve = ServeConfig(slots=4, tokens=16_000, rows=32, prefix_cache=True)
     # A window of 100 tokens and a step's 32 are 9 pages, and one that they begin in.
     assert most_windowed(serve, 100, 4096) == 4 * 10 * 2
     assert most_windowed(dataclasses.replace(serve, prefix_cache=False), 100, 4096) == 4 * 10
@@ -288,6 +288,15 @@ def test_without_the_promise_a_row_alone_and_all_rows_have_tiles():
     assert ServeConfig(invariant=False).row_tiles() == (1, 8, 16, 64)
     assert ServeConfig(tiles=(8,), slots=6, rows=6, invariant=False).row_tiles() == (1, 6)
     assert ServeConfig(slots=1, rows=1, invariant=False).row_tiles() == (1,)
+
+
+def test_prompts_share_pages_in_decoders_alone():
+    assert ServeConfig().of_structure("decoder").prefix_cache
+    assert not ServeConfig(prefix_cache=False).of_structure("decoder").prefix_cache
+    for structure in ("prefix", "encoder_decoder", "encoder"):
+        assert ServeConfig().of_structure(structure).prefix_cache is False
+        with pytest.raises(UserError, match=f"prefix_cache = True is for .* of '{structure}'"):
+            ServeConfig(prefix_cache=True).of_structure(structure)
 
 
 def test_in_16_bits_a_tile_has_eight_rows_at_least():
