@@ -83,7 +83,9 @@ class Engine(WholeTexts):
             return
 
         self._placed = self._parts(params)
-        self.serve = sized(config, self._placed[0], self.serve, self._num_ids, self._meshes[0], draft)
+        self.serve = sized(
+            config, self._placed[0], self.serve, self._num_ids, self._meshes[0], draft
+        )
         for part, own in zip(self._placed, self._meshes, strict=True):
             replica = Replica(
                 config, part, tokenizer, self.serve, own, draft, params_digest, self._adapters

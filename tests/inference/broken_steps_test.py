@@ -308,7 +308,9 @@ DYNAMIC = dataclasses.replace(CONFIG, position=VARIANTS["dynamic"].position)
 
 def name_of(config=CONFIG, digest=b"d", limit=50, adapters=None, request=None, **serve):
     fields = dataclasses.replace(SERVE, **serve)
-    names = PageNames(config, fields, digest, adapters or {"one": b"1"})
+    names = PageNames(
+        config, fields.of_structure(config.structure), digest, adapters or {"one": b"1"}
+    )
     return names.start(request or Request(PROMPT), limit)
 
 
