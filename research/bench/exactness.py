@@ -14,13 +14,19 @@ from research.bench import report
 from research.bench.drawn_requests import draw_requests
 from research.bench.exactness_answers import Found
 from research.bench.exactness_models import MODELS, random_params
+from research.bench.exactness_numbers import (
+    NUM_DEVICES,
+    largest_error,
+    mesh_error,
+    page_size_error,
+)
 from research.bench.exactness_runs import (
+    NARROW_CACHES,
     answer_alone,
     compare_engines,
     engines,
     few_engines,
-    largest_error,
-    page_size_error,
+    narrow_engines,
 )
 from research.core.errors import UserError, nearest
 
@@ -39,6 +45,7 @@ COLUMNS = [
     "guesses that counted",
     "largest difference to the whole text",
     "with other sizes of pages",
+    "over 2 × 2 devices",
 ]
 
 
@@ -49,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help=f"{FULL_REQUESTS} requests of each model, on all engines: hours",
+        help=f"{FULL_REQUESTS} requests of each model, on all engines, with narrow pages and over "
+        "devices: hours",
     )
     parser.add_argument(
         "--requests", type=int, help=f"of each model (default {REQUESTS}, or {FULL_REQUESTS})"
@@ -114,23 +122,33 @@ def measure(name: str, dtype: str, requests: int, *, full: bool) -> tuple[list[s
     alone = answer_alone(config, params, asked, settings[0])
     wanted = [Found.of(answer) for answer in alone]
     total = compare_engines(config, params, asked, wanted, settings)
+    if full:
+        # Each beside itself run plainly: its answers are others than those of wide pages.
+        for cache_dtype in NARROW_CACHES:
+            narrow = narrow_engines(config, cache_dtype)
+            plain = answer_alone(config, params, asked, narrow[0])
+            of_plain = [Found.of(answer) for answer in plain]
+            total.add(compare_engines(config, params, asked, of_plain, narrow))
 
     title = f"{name}, {dtype}"
     faults = []
     if total.differing:
         faults.append(f"{title}: {total.differing} of {total.answers} differ, {total.first}")
     # A sum in 16 bits depends on how many are added at once: what is exact there is the bits.
-    error = "not compared"
-    of_pages = "not compared"
+    cells = ["not compared"] * 3
+    errors: dict[str, float] = {}
     if dtype == "float32":
-        compared, largest = largest_error(config, params, asked, alone)
-        error = f"{largest:.1e} of {compared:,}"
-        if largest > TOLERANCE:
-            faults.append(f"{title}: a log-probability is {largest:.1e} from the whole text's")
-        largest = page_size_error(config, params, asked, wanted, settings[0])
-        of_pages = f"{largest:.1e}"
-        if largest > TOLERANCE:
-            faults.append(f"{title}: pages of another size change a number by {largest:.1e}")
+        compared, errors["from the whole text's"] = largest_error(config, params, asked, alone)
+        same = (config, params, asked, wanted, settings[0])
+        errors["with other sizes of pages"] = page_size_error(*same)
+        cells[:2] = [f"{error:.1e}" for error in errors.values()]
+        cells[0] += f" of {compared:,}"
+        if full and jax.device_count() >= NUM_DEVICES:
+            errors["over devices"] = mesh_error(*same)
+            cells[2] = f"{errors['over devices']:.1e}"
+    for what, error in errors.items():
+        if error > TOLERANCE:
+            faults.append(f"{title}: a number is {error:.1e} off {what}")
     counts = [total.answers, total.differing, total.numbers, total.bits]
     counts += [total.preempted, total.guessed_right]
-    return [title, *(f"{each:,}" for each in counts), error, of_pages], faults
+    return [title, *(f"{each:,}" for each in counts), *cells], faults

@@ -7,9 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Float
 
 from research.bench.drawn_requests import other_seed
 from research.bench.exactness_answers import Count, Found
@@ -17,11 +15,9 @@ from research.bench.exactness_models import random_params
 from research.data.tokenizers import ByteTokenizer
 from research.inference.answers import Answer, Sample
 from research.inference.engine import Engine
-from research.inference.logits import logits, model_inputs
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
-from research.inference.slots import LogprobKind
 from research.models.config import HeadConfig, ModelConfig
 
 # A draft reads as many rows as this and one more.
@@ -30,8 +26,8 @@ SLOTS = 4
 # Rows of a step: one, some or all of a prompt of 128 tokens.
 CHUNKS = (16, 40, 160)
 TILES = (2, 8, 16)
-# Tokens of a page, beside the usual number.
-PAGE_SIZES = (8, 32)
+# Types of pages in fewer bits than the models have.
+NARROW_CACHES = ("int8", "float8_e4m3fn")
 # Steps of a group of requests: far more than all its tokens.
 MOST_STEPS = 100_000
 # Steps after which others are ended, at most.
@@ -105,6 +101,12 @@ def few_engines(config: ModelConfig) -> list[ServeConfig]:
         serve = ServeConfig(slots=SLOTS, tokens=tokens, rows=rows, tiles=TILES)
         found.append(dataclasses.replace(serve, **kind))
     return found
+
+
+def narrow_engines(config: ModelConfig, cache_dtype: str) -> list[ServeConfig]:
+    """Returns the ways of `few_engines`, with pages of another type."""
+    few = few_engines(config)
+    return [dataclasses.replace(serve, cache_dtype=cache_dtype) for serve in few]
 
 
 def start_engine(config: ModelConfig, params: Any, serve: ServeConfig) -> Engine:
@@ -290,74 +292,3 @@ def compare_engines(
                 count.first += f", {serve}"
             total.add(count)
     return total
-
-
-def page_size_error(
-    config: ModelConfig,
-    params: Any,
-    requests: Sequence[Request],
-    wanted: Sequence[Found],
-    serve: ServeConfig,
-) -> float:
-    """Returns the largest difference of a number in answers of engines with pages of other sizes;
-    infinite where a token differs.
-
-    Args:
-      config: of the model.
-      params: its parameters.
-      requests: all, which are answered at a time.
-      wanted: their answers.
-      serve: how the engines run.
-    """
-    largest = 0.0
-    for size in PAGE_SIZES:
-        engine = start_engine(config, params, dataclasses.replace(serve, page_size=size))
-        for answer, expected in zip(engine.run(requests), wanted, strict=True):
-            largest = max(largest, Found.of(answer).distance(expected))
-    return largest
-
-
-def largest_error(
-    config: ModelConfig, params: Any, requests: Sequence[Request], answers: Sequence[Answer]
-) -> tuple[int, float]:
-    """Returns how many log-probabilities of answers are compared with those of the model that reads
-    prompt and answer at once, and the largest difference.
-    """
-    scalings = [config.position_of(layer).scaling for layer in config.layers()]
-    by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
-    errors = []
-    for request, answer in zip(requests, answers, strict=True):
-        for sample in answer.samples:
-            tokens = sample.completion().tokens
-            is_raw = request.logprob_kind is LogprobKind.RAW
-            # A text that ended before its limit was read as one of the limit.
-            is_whole = len(tokens) == request.max_tokens
-            if not is_raw or not tokens or sample.error or (by_length and not is_whole):
-                continue
-            logprobs = [each.logprob for each in sample.logprobs]
-            expected = _whole_logprobs(config, params, request.ids, tokens)
-            errors += np.abs(np.array(logprobs) - expected).tolist()
-    return len(errors), max(errors, default=0.0)
-
-
-def _whole_logprobs(
-    config: ModelConfig, params: Any, ids: Sequence[int], tokens: Sequence[int]
-) -> Float[np.ndarray, "tokens"]:
-    """Returns the log-probabilities of an answer after a prompt, of one run over both."""
-
-    # All texts are padded to one length: [7, 8] -> ids [7, 8, 0, …], segments [1, 1, 0, …]
-    def padded(row: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        missing = config.max_length - len(row)
-        real = np.ones(len(row), np.int32)
-        return np.pad(row, (0, missing))[None], np.pad(real, (0, missing))[None]
-
-    start = ids
-    encoder = {"encoder_tokens": None, "encoder_segments": None}
-    if config.structure == "encoder_decoder":
-        start = (config.decoder_start_id,)
-        encoder = dict(zip(encoder, padded(ids), strict=True))
-    whole, segments = padded([*start, *tokens])
-    inputs = model_inputs(config, whole, segments, **encoder, types=None, prefix=None)
-    logprobs = jax.nn.log_softmax(logits(config, params, inputs), axis=-1)[0]
-    places = np.arange(len(start), len(start) + len(tokens))
-    return np.asarray(logprobs)[places - 1, list(tokens)]

@@ -91,11 +91,10 @@ class Runner:
         self._widths = piece_widths(config.max_length, len(self._tiles))
         self._width = serve.padded_rows()
         self._set_empty()
-        with on_mesh(self.mesh):
-            shape = self._slots.rules.allowed.shape
-            # By way of NumPy, as later ones: that is a program too.
-            nothing = jnp.asarray(np.full(shape[0], shape[0], np.int32))
-            self._nothing_new = Allowed(nothing, jnp.asarray(np.zeros(shape, np.uint32)))
+        shape = self._slots.rules.allowed.shape
+        # By way of NumPy and on no device of a mesh, as later ones: that is a program too.
+        nothing = jnp.asarray(np.full(shape[0], shape[0], np.int32))
+        self._nothing_new = Allowed(nothing, jnp.asarray(np.zeros(shape, np.uint32)))
         self._tiles = self._warm_up()
 
     def _set_empty(self) -> None:

@@ -11,6 +11,7 @@ from research.bench import exactness
 from research.bench.drawn_requests import draw_requests
 from research.bench.exactness_answers import Count, Found
 from research.bench.exactness_models import LENGTH, MODELS, random_params
+from research.bench.exactness_numbers import largest_error, mesh_error, page_size_error
 from research.bench.exactness_runs import (
     CONDITIONS,
     Condition,
@@ -18,8 +19,6 @@ from research.bench.exactness_runs import (
     compare_conditions,
     compare_engines,
     few_engines,
-    largest_error,
-    page_size_error,
 )
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
@@ -90,6 +89,14 @@ def test_pages_of_other_sizes_change_no_token(params, requests, wanted):
     # The control.
     other = page_size_error(LLAMA, random_params(LLAMA, seed=1), requests[:4], wanted[:4], SERVE)
     assert other == np.inf
+
+
+def test_two_replicas_of_two_devices_change_no_token(params, requests, wanted):
+    error = mesh_error(LLAMA, params, requests[:12], wanted[:12], SERVE)
+    assert 0 < error < exactness.TOLERANCE
+    # The control.
+    others = random_params(LLAMA, seed=1)
+    assert mesh_error(LLAMA, others, requests[:4], wanted[:4], SERVE) == np.inf
 
 
 @pytest.mark.thorough

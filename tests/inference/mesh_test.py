@@ -17,11 +17,13 @@ from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.answers import Answer
 from research.inference.beam_config import BeamConfig
 from research.inference.engine import Engine
+from research.inference.grammar_config import GrammarConfig
 from research.inference.prompts import encode_ids
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
+from research.inference.slots import LogprobKind
 from research.models.cache_rows import put_layer, slice_layer
 from research.models.config import (
     ExpertsConfig,
@@ -295,13 +297,18 @@ def test_fsdp_sends_hidden_states_and_no_weight():
 
 def test_nothing_is_compiled_after_the_start(caplog):
     engine = engine_of("dense", {"data": 2, "tensor": 2})
+    asked = requests(DENSE)
+    # One for each replica, with options that the others do not have.
+    options = {"prompt_logprobs": 2, "logprob_kind": LogprobKind.PROCESSED, "kept": True}
+    chosen = GrammarConfig(choices=("yes", "no"))
+    asked += [Request(asked[0].ids, DRAWN[3], grammar=chosen, **options)] * 2
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jax.jit(lambda x: x + 1)(jnp.zeros(3))
         before = caplog.text.count("Compiling jit")
         assert before  # the control
-        engine.run(requests(DENSE))
+        engine.run(asked)
         engine.update_params(jax.tree.map(np.asarray, random_params(DENSE, seed=4)))
-        found = engine.run(requests(DENSE))
+        found = engine.run(asked)
     assert caplog.text.count("Compiling jit") == before
-    others = Engine(DENSE, random_params(DENSE, seed=4), BYTES, SERVE).run(requests(DENSE))
+    others = Engine(DENSE, random_params(DENSE, seed=4), BYTES, SERVE).run(asked)
     assert [tokens(answer) for answer in found] == [tokens(answer) for answer in others]
