@@ -238,7 +238,7 @@ def load_rows(model: str, folder: pathlib.Path, rounds: int) -> Iterator[Row]:
       rounds: of each reading.
     """
     config = MODELS[model]
-    write_model(folder / "tiny-workdir", MODELS["tiny"])
+    write_model(folder / "tiny-loaded", MODELS["tiny"])
     is_written = False
     for dtype in ("float32", "bfloat16"):
         reason = unsupported_reason(folder, config, dtype, is_written=is_written)
@@ -246,9 +246,9 @@ def load_rows(model: str, folder: pathlib.Path, rounds: int) -> Iterator[Row]:
             yield Row(f"loading {model}, {dtype}", "", "left out", "", "", reason)
             continue
         if not is_written:
-            write_model(folder / "workdir", config)
+            write_model(folder / "loaded", config)
             is_written = True
-        paths = (folder / "workdir", dtype, folder / "tiny-workdir")
+        paths = (folder / "loaded", dtype, folder / "tiny-loaded")
         yield from rows_of(model, dtype, readings(model, *paths, rounds))
 
 

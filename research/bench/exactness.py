@@ -92,9 +92,6 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"{row[0]}: {'; '.join(f'{cell} {what}' for what, cell in cells)}", flush=True)
             rows.append(row)
             faults += found
-            # Each compiled program takes some of the mappings of memory that a process may have.
-            jax.clear_caches()
-            gc.collect()
     if arguments.json is not None:
         flags = ["--full"] if arguments.full else []
         flags += [f"--dtype={arguments.dtype}", f"--requests={requests}"]
@@ -149,6 +146,9 @@ def measure(name: str, dtype: str, requests: int, *, full: bool) -> tuple[list[s
     for what, error in errors.items():
         if error > TOLERANCE:
             faults.append(f"{title}: a number is {error:.1e} off {what}")
+    # Each compiled program takes some of the mappings of memory that a process may have.
+    jax.clear_caches()
+    gc.collect()
     counts = [total.answers, total.differing, total.numbers, total.bits]
     counts += [total.preempted, total.guessed_right]
     return [title, *(f"{each:,}" for each in counts), *cells], faults

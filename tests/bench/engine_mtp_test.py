@@ -35,6 +35,11 @@ def write_workdir(folder, config):
 @pytest.mark.thorough
 def test_a_model_is_measured_with_its_own_guesses_and_without(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_mtp, "PROMPTS", ("def f", "im"))
+    monkeypatch.setattr(engine_mtp, "TOKENS", 32)
+    short = {}
+    for name, sampling in engine_mtp.SAMPLINGS.items():
+        short[name] = dataclasses.replace(sampling, max_tokens=32)
+    monkeypatch.setattr(engine_mtp, "SAMPLINGS", short)
     workdir = write_workdir(tmp_path / "model", CONFIG)
     found = engine_mtp.measure(1, workdir, workdir)
     assert found["step"] == 7
