@@ -81,6 +81,12 @@ def main(arguments: argparse.Namespace) -> None:
     for name in names:
         if name not in MODELS:
             raise UserError("--only", name, f"is no model of this bench. {nearest(name, MODELS)}")
+    if arguments.full and jax.device_count() < NUM_DEVICES:
+        raise UserError(
+            "--full",
+            constraint=f": needs {NUM_DEVICES} devices. On CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={NUM_DEVICES}.",
+        )
     dtypes = DTYPES if arguments.dtype == "both" else (arguments.dtype,)
 
     rows = []
@@ -129,6 +135,8 @@ def measure(name: str, dtype: str, requests: int, *, full: bool) -> tuple[list[s
 
     title = f"{name}, {dtype}"
     faults = []
+    if not total.numbers:
+        faults.append(f"{title}: no number was compared")
     if total.differing:
         faults.append(f"{title}: {total.differing} of {total.answers} differ, {total.first}")
     # A sum in 16 bits depends on how many are added at once: what is exact there is the bits.
@@ -140,7 +148,7 @@ def measure(name: str, dtype: str, requests: int, *, full: bool) -> tuple[list[s
         errors["with other sizes of pages"] = page_size_error(*same)
         cells[:2] = [f"{error:.1e}" for error in errors.values()]
         cells[0] += f" of {compared:,}"
-        if full and jax.device_count() >= NUM_DEVICES:
+        if full:
             errors["over devices"] = mesh_error(*same)
             cells[2] = f"{errors['over devices']:.1e}"
     for what, error in errors.items():

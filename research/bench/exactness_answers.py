@@ -2,12 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from research.inference.answers import Answer, TokenLogprobs
+
+
+def largest(differences: Sequence[float] | Float[np.ndarray, "numbers"]) -> float:
+    """Returns the largest difference, 0 of none; infinite where one is no number."""
+    found = np.nan_to_num(np.asarray(differences, np.float64), nan=math.inf, posinf=math.inf)
+    return float(np.max(found, initial=0.0))
 
 
 @dataclasses.dataclass
@@ -79,13 +86,14 @@ class Found:
         return cls(told, np.array(numbers, np.float32))
 
     def distance(self, other: "Found") -> float:
-        """Returns the largest difference of a number; infinite where anything else differs."""
+        """Returns the largest difference of a number; infinite where anything else differs, and
+        where one of them is none.
+        """
         if self.told != other.told or len(self.numbers) != len(other.numbers):
             return math.inf
         # Both may be -inf.
         differs = self.numbers != other.numbers
-        differences = np.abs(self.numbers[differs] - other.numbers[differs])
-        return float(max(differences, default=0.0))
+        return largest(np.abs(self.numbers[differs] - other.numbers[differs]))
 
     def compare(self, other: "Found") -> Count:
         """Returns how this differs from what it should be."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from research.bench.exactness_answers import Found
+from research.bench.exactness_answers import Found, largest
 from research.bench.exactness_runs import start_engine
 from research.data.tokenizers import ByteTokenizer
 from research.inference.answers import Answer
@@ -50,11 +50,11 @@ def page_size_error(
       wanted: their answers.
       serve: how the engines run.
     """
-    largest = 0.0
+    distances = []
     for size in PAGE_SIZES:
         engine = start_engine(config, params, dataclasses.replace(serve, page_size=size))
-        largest = max(largest, _distance(engine, requests, wanted))
-    return largest
+        distances.append(_distance(engine, requests, wanted))
+    return largest(distances)
 
 
 def mesh_error(
@@ -76,7 +76,7 @@ def mesh_error(
 def _distance(engine: Engine, requests: Sequence[Request], wanted: Sequence[Found]) -> float:
     answers = engine.run(requests)
     distances = [Found.of(each).distance(one) for each, one in zip(answers, wanted, strict=True)]
-    return max(distances)
+    return largest(distances)
 
 
 def largest_error(
@@ -99,7 +99,7 @@ def largest_error(
             logprobs = [each.logprob for each in sample.logprobs]
             expected = _whole_logprobs(config, params, request.ids, tokens)
             errors += np.abs(np.array(logprobs) - expected).tolist()
-    return len(errors), max(errors, default=0.0)
+    return len(errors), largest(errors)
 
 
 def _whole_logprobs(

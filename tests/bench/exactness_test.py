@@ -9,7 +9,7 @@ import pytest
 
 from research.bench import exactness
 from research.bench.drawn_requests import draw_requests
-from research.bench.exactness_answers import Count, Found
+from research.bench.exactness_answers import Count, Found, largest
 from research.bench.exactness_models import LENGTH, MODELS, random_params
 from research.bench.exactness_numbers import largest_error, mesh_error, page_size_error
 from research.bench.exactness_runs import (
@@ -19,6 +19,7 @@ from research.bench.exactness_runs import (
     compare_conditions,
     compare_engines,
     few_engines,
+    narrow_engines,
 )
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
@@ -228,6 +229,39 @@ def test_drawn_requests_fit_the_engine_and_have_every_option(name):
     assert max(lengths) >= LENGTH
 
 
+def test_a_number_that_is_none_is_infinitely_far():
+    found = Found([], np.array([1.0, -np.inf], np.float32))
+    assert found.distance(found) == 0
+    assert found.distance(Found([], np.array([1.5, -np.inf], np.float32))) == 0.5
+    assert found.distance(Found([], np.array([1.0, np.nan], np.float32))) == np.inf
+    assert largest([0.1, np.nan]) == np.inf
+    assert largest([]) == 0
+
+
+def test_narrow_engines_have_narrow_pages():
+    few = few_engines(LLAMA)
+    narrow = narrow_engines(LLAMA, "int8")
+    assert {serve.cache_dtype for serve in narrow} == {"int8"}
+    assert [dataclasses.replace(serve, cache_dtype="auto") for serve in narrow] == few
+
+
+@pytest.mark.parametrize("part", ["largest_error", "page_size_error", "mesh_error"])
+def test_numbers_that_are_too_far_are_faults(part, monkeypatch):
+    compared = {"largest_error": (3, 1e-7), "page_size_error": 1e-7, "mesh_error": 1e-7}
+    far = {**compared, part: (3, 1e-4) if part == "largest_error" else 1e-4}
+    monkeypatch.setattr(exactness, "answer_alone", lambda *_: [])
+    monkeypatch.setattr(exactness, "compare_engines", lambda *_: Count(answers=1, numbers=5))
+    monkeypatch.setattr(exactness.jax, "clear_caches", lambda: None)
+    for errors, faults in ((compared, 0), (far, 1)):
+        for name, error in errors.items():
+            monkeypatch.setattr(exactness, name, lambda *_, error=error: error)
+        row, found = exactness.measure("LLaMA", "float32", 1, full=True)
+        assert len(row) == len(exactness.COLUMNS)
+        assert len(found) == faults
+    monkeypatch.setattr(exactness, "compare_engines", lambda *_: Count())
+    assert "no number was compared" in exactness.measure("LLaMA", "bfloat16", 1, full=False)[1][0]
+
+
 def arguments(*argv):
     parser = argparse.ArgumentParser()
     exactness.add_arguments(parser)
@@ -257,8 +291,10 @@ def test_a_difference_ends_the_bench_with_an_error(tmp_path, monkeypatch, capsys
     [
         ("--only=GPT-3", "--only = 'GPT-3' is no model of this bench"),
         ("--requests=0", "--requests = 0 must be at least 1"),
+        ("--full", "--full: needs 4 devices"),
     ],
 )
-def test_mistakes_are_one_line(flag, said):
+def test_mistakes_are_one_line(flag, said, monkeypatch):
+    monkeypatch.setattr(exactness.jax, "device_count", lambda: 1)
     with pytest.raises(UserError, match=f"^{said}"):
         exactness.main(arguments(flag))
