@@ -83,18 +83,24 @@ def delayed_signals() -> Iterator[None]:
     def keep(number: int, frame: Any) -> None:
         came.append(number)
 
-    handlers = {}
-    for number in _WORDS:
-        # None is a handler that Python has not set, and cannot set again.
-        if signal.getsignal(number) is not None:
-            handlers[number] = signal.signal(number, keep)
-    try:
-        yield
-    finally:
+    # None is a handler that Python has not set, and cannot set again.
+    handlers = {number: signal.getsignal(number) for number in _WORDS}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
+    with contextlib.ExitStack() as stack:
+        # Callbacks run in the order of the last one first, each whatever another one raises: all
+        # handlers are set again, then each signal comes.
+        for number in reversed(handlers):
+            stack.callback(_raise_if, number, came)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+            stack.callback(signal.signal, number, handler)
+        for number in handlers:
+            signal.signal(number, keep)
+        yield
+
+
+def _raise_if(number: int, came: list[int]) -> None:
+    if number in came:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager

@@ -108,6 +108,31 @@ def test_delayed_signals_come_at_the_end_and_handlers_are_as_before():
     assert done == ["after the signal"] * 2 + ["after the inner end"]
 
 
+def test_of_two_delayed_signals_both_come():
+    came = []
+
+    def raising(number: int, frame: Any) -> None:
+        came.append(number)
+        raise Interrupted("stopped")
+
+    previous = {n: signal.signal(n, raising) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def both() -> None:
+        with interrupts.delayed_signals():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert not came
+
+    try:
+        with pytest.raises(Interrupted):
+            both()
+        assert came == [signal.SIGINT, signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is raising
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def test_signals_of_other_threads_are_not_delayed():
     found = []
 
