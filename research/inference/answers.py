@@ -132,12 +132,16 @@ class Sample:
 
     def take_text(self) -> str:
         """Returns the text that has become certain since the last call."""
+        if self.finished:
+            # An error ends it at any place, as within a character.
+            self._new_text += self._text.flush()
         text = self._new_text
         self._new_text = ""
         return text
 
     def completion(self) -> Completion:
-        """Returns the text so far."""
+        """Returns the text so far; ends it, where it has not ended."""
+        self._new_text += self._text.flush()
         return self._text.completion()
 
     def mean_logprob(self) -> float:

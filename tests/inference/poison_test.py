@@ -88,9 +88,24 @@ def test_what_a_bad_request_leaves_reaches_no_other(name: str):
 
 
 @pytest.mark.fast_cases("prefix")
-@pytest.mark.parametrize("name", ["prefix", "encoder-decoder", "relative", "experts"])
+@pytest.mark.parametrize(
+    "name", ["prefix", "encoder-decoder", "relative", "experts", "windows, relative"]
+)
 def test_padding_reaches_no_request(name: str):
     """Token 0 pads rows and prompts."""
-    quiet = dataclasses.replace(DRAWN, logit_bias=((0, -1e9), (LOUD, -1e9)))
+    # As many tokens that pages lie before the window.
+    quiet = dataclasses.replace(DRAWN, max_tokens=25, logit_bias=((0, -1e9), (LOUD, -1e9)))
     asked = [dataclasses.replace(each, sampling=quiet) for each in GOOD]
     assert answers(engine_of(name, loud=0), asked) == answers(engine_of(name), asked)
+
+
+def test_a_text_that_ends_within_a_character_is_the_same_streamed():
+    # The prompt ends with the first byte of "é".
+    engine = engine_of("windows")
+    answer = engine.submit(Request((LOUD, "é".encode()[0]), DRAWN))
+    text = ""
+    while not answer.finished:
+        engine.run_step()
+        text += answer.samples[0].take_text()
+    assert answer.samples[0].error == "its logits are not numbers"
+    assert text == answer.samples[0].completion().text == "\ufffd"
