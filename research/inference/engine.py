@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from research.core.errors import UserError
 from research.core.interrupts import delayed_signals
@@ -52,7 +52,8 @@ class Engine(WholeTexts):
       replicas: what takes the steps; none for an encoder, which reads whole texts alone.
 
     Raises:
-      UserError: a model whose answers depend on each other, or memory too small.
+      UserError: a model whose answers depend on each other, parameters on another device than the
+        mesh, or memory too small.
     """
 
     def __init__(
@@ -262,6 +263,8 @@ class Engine(WholeTexts):
             raise UserError(
                 "params", constraint=f": {name} is {given.get(name, 'missing')} and was {was}."
             )
+        # Of the same names, in the same order, but maybe in a `FrozenDict`
+        params = jax.tree.unflatten(jax.tree.structure(self._params), jax.tree.leaves(params))
         # Placed as those that they replace: others would be other programs.
         placed = [jax.tree.map(_as_placed, params, old) for old in self._placed]
         with delayed_signals():
@@ -275,13 +278,23 @@ class Engine(WholeTexts):
         """Returns the parameters of each replica."""
         if self._mesh is None:
             return [_on_one_device(params)]
+        for name, leaf in named_leaves(params).items():
+            if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+                raise UserError("params", constraint=f": {name} is on no mesh.")
         if len(self._meshes) == 1:
             return [params]
         return [_on_mesh(params, own) for own in self._meshes]
 
 
 def _as_placed(new: Any, old: jax.Array) -> jax.Array:
-    return jax.device_put(new, old.sharding)
+    return _put(new, old.sharding)
+
+
+def _put(leaf: Any, sharding: Sharding) -> jax.Array:
+    # NumPy's arrays are copied, as JAX may take their memory: whose they are may change them.
+    if not isinstance(leaf, jax.Array):
+        leaf = np.array(leaf)
+    return jax.device_put(leaf, sharding)
 
 
 def _on_one_device(params: Any) -> Any:
@@ -292,7 +305,7 @@ def _on_one_device(params: Any) -> Any:
 
     def put(leaf: Any) -> jax.Array:
         sharding = leaf.sharding if isinstance(leaf, jax.Array) else elsewhere
-        return jax.device_put(leaf, sharding)
+        return _put(leaf, sharding)
 
     return jax.tree.map(put, params)
 
@@ -317,6 +330,6 @@ def _on_mesh(params: Any, mesh: Mesh) -> Any:
     """Returns parameters on one replica's part of the mesh that they are on."""
 
     def place(leaf: jax.Array) -> jax.Array:
-        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, leaf.sharding.spec))
+        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
 
     return jax.tree.map(place, params)

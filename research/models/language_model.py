@@ -130,9 +130,6 @@ def language_model(config: LanguageModelConfig, platform: str | None = None) -> 
     return _MODELS[type(config)](config, platform)
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # a conversion asks several times, and tracing a deep model takes a second
 def abstract_params(config: LanguageModelConfig, platform: str) -> Any:
     """Returns the shapes and types of a model's parameters, as a tree, in the form that suits a
     platform.
@@ -140,6 +137,8 @@ def abstract_params(config: LanguageModelConfig, platform: str) -> Any:
     return nn.unbox(abstract_boxed_params(config, platform))
 
 
+# Loading and conversion ask several times, and tracing a deep model takes a while.
+@functools.lru_cache(maxsize=8)
 def abstract_boxed_params(config: LanguageModelConfig, platform: str) -> Any:
     """Returns `abstract_params`, each boxed with its logical axis names."""
     model = language_model(config, platform)

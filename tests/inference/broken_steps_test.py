@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +190,18 @@ def test_new_parameters_that_were_put_nowhere_compile_nothing(params, caplog):
     engine.update_params(nowhere)
     engine.run(SAMPLED)
     assert "compiled while serving" not in caplog.text
+
+
+def test_parameters_from_the_host_are_copied_whatever_holds_them(params):
+    doubled = jax.tree.map(lambda leaf: np.array(leaf) * 2, params)
+    engine = engine_of(jax.tree.map(np.array, params))
+    engine.update_params(flax.core.freeze(doubled))
+    found = texts(engine.run(SAMPLED))
+    expected = jax.tree.map(np.array, doubled)
+    for leaf in jax.tree.leaves(doubled):
+        leaf[...] = 0
+    again = [dataclasses.replace(request, salt="again") for request in SAMPLED]
+    assert found == texts(engine.run(again)) == texts(engine_of(expected).run(SAMPLED))
 
 
 def test_what_nobody_reads_or_waits_for_is_not_under_way(params, monkeypatch):

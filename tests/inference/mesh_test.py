@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from research.bench.engine_steps import CompiledRead, compile_read, on_device
+from research.core.errors import UserError
 from research.data.tokenizers.byte import ByteTokenizer
 from research.inference.answers import Answer
 from research.inference.beam_config import BeamConfig
@@ -293,6 +294,12 @@ def test_fsdp_sends_hidden_states_and_no_weight():
     c = DENSE.attention
     widths = {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, DENSE.mlp.hidden_dim, VOCAB}
     assert summed(found) == {(("fsdp",), TILE * width) for width in widths}
+
+
+def test_parameters_on_no_mesh_are_refused_with_one():
+    params = jax.tree.map(np.asarray, model("dense")[1])
+    with pytest.raises(UserError, match=r"^params: .* is on no mesh\."):
+        Engine(DENSE, params, BYTES, SERVE, mesh_of(tensor=2))
 
 
 def test_nothing_is_compiled_after_the_start(caplog):
