@@ -65,7 +65,7 @@ setuptools.setup(
     package_data={"research": ["py.typed"], "research.scaling": ["*.txtpb"]},
     # `tpu` and `cuda` bring the compilers, which need no chip: `cuda` is several GB.
     extras_require={
-        "test": test,
+        "test": [*test, *grammar],
         "parity": parity,
         "dev": [
             *test,
