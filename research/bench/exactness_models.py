@@ -120,5 +120,10 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
         keeps = name.endswith("selection_bias") or not bfloat16
         return values if keeps else values.astype(ml_dtypes.bfloat16)
 
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(jnp.asarray, tree_map_with_path(fill, nn.unbox(shapes)))
+    shapes = nn.unbox(boxed_shapes(config))
+    return jax.tree.map(jnp.asarray, tree_map_with_path(fill, shapes))
+
+
+def boxed_shapes(config: ModelConfig) -> Any:
+    """Returns the shapes of a model's parameters, each boxed with its logical axis names."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from research.bench.exactness_answers import Found, largest
+from research.bench.exactness_models import boxed_shapes
 from research.bench.exactness_runs import start_engine
 from research.data.tokenizers import ByteTokenizer
 from research.inference.answers import Answer
@@ -21,7 +22,6 @@ from research.inference.requests import Request
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import LogprobKind
 from research.models.config import ModelConfig
-from research.models.initialization import init_params
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.parallel.rules import param_shardings
@@ -66,8 +66,7 @@ def mesh_error(
 ) -> float:
     """As `page_size_error`, of an engine over the first `NUM_DEVICES` devices."""
     mesh = make_mesh(MESH, jax.devices()[:NUM_DEVICES])
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    shardings = param_shardings(boxed, mesh, shard_width=False)
+    shardings = param_shardings(boxed_shapes(config), mesh, shard_width=False)
     placed = jax.device_put(params, shardings)
     engine = Engine(config, placed, ByteTokenizer(), serve, mesh)
     return _distance(engine, requests, wanted)
