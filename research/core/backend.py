@@ -53,7 +53,7 @@ def configure() -> None:
     imported.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     # Warnings of the runtime that no user can act on; errors stay.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     add_threads()

@@ -1,5 +1,6 @@
 """The prefill: all prompts read at once, before the first new token."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from research.inference.prompts import Prompts
 from research.models.cache import Cache
 from research.models.config import ModelConfig
 from research.models.language_model import LanguageModelConfig, language_model
+from research.models.layer_loops import TracedOnce
 from research.models.paged_cache import PageTable
 from research.models.transformer import Output, compute_logits
 from research.models.transformer_model import TransformerModel
@@ -29,7 +31,10 @@ def read_tokens(
       inputs: consecutive `tokens` of each sequence, their `positions`, and what else it reads.
       cache: of the tokens before.
     """
-    return language_model(config).hidden(params, inputs, cache=cache)
+    model = language_model(config)
+    if isinstance(model, TransformerModel):
+        model = dataclasses.replace(model, loop=TracedOnce())
+    return model.hidden(params, inputs, cache=cache)
 
 
 def read_following(

@@ -1,6 +1,7 @@
 """The initial parameters of a transformer."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -61,6 +62,8 @@ def _init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
         memory = {"memory": hidden, "memory_mask": AttentionMask()}
     context = Context(tokens, AttentionMask(causal=True), lengths=tokens, **memory)
 
+    # Layers that are alike are traced once.
+    @functools.partial(jax.jit, static_argnums=1)
     def init_layer(index: Int[Array, ""] | int, layer_config: LayerConfig) -> Any:
         layer_key = jax.random.fold_in(key, index)
         return Block(config, layer_config).init(layer_key, hidden, None, context)["params"]

@@ -1,5 +1,5 @@
-"""How the layers of a stack are run: unrolled one after the other, or scanned over stacked
-parameters.
+"""How the layers of a stack are run: unrolled one after the other, traced once for all of them, or
+scanned over stacked parameters.
 
 A stack is given one of these strategies. It gets the hidden states of the whole batch, so it may
 also cut the batch into microbatches, as a pipeline does. The parameters on disk are the same for
@@ -7,6 +7,7 @@ all of them (`models.canonical_params`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,6 +44,7 @@ class LayerGroup:
       blocks: the layers as functions, where each has parameters of its own.
       apply: a layer with this config as a function of its parameters.
       params: of all layers, with a leading layer axis; None where each has its own.
+      own_params: of each layer, where each has its own.
       remat: the policy of `jax.checkpoint`; None: no checkpoint. `Scanned` applies it to one round
           of the pattern (`period` layers) at a time, and to each layer after the scan. `Unrolled`
           ignores it: its blocks are wrapped in `nn.remat` already.
@@ -56,6 +58,7 @@ class LayerGroup:
     blocks: Sequence[Callable[[Hidden, LayerCache | None, Context], LayerOutput]]
     apply: Callable[[LayerConfig, Any, Hidden, LayerCache | None, Context], LayerOutput]
     params: Any
+    own_params: Sequence[Any]
     remat: Callable[..., bool] | None
     hidden_axes: tuple[str, str, str] = ("batch", "length", "embed")
 
@@ -95,6 +98,38 @@ class Unrolled:
         if caches is None:
             return x, None, reports
         return x, tuple(new_caches), reports
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedOnce:
+    """Layers with parameters of their own as calls of one function: Python runs through a layer
+    once for all layers that are alike, and XLA compiles the program of `Unrolled`.
+
+    It is for programs without gradients and dropout, a step of an engine: they begin sooner. The
+    layers are no submodules here, so that nothing that looks into modules sees them. Stacked
+    parameters are scanned.
+    """
+
+    def run(self, group: LayerGroup, x: Hidden, caches: Caches, context: Context) -> LayersOutput:
+        """Implements `LayerLoop.run`."""
+        if group.params is not None:
+            return Scanned().run(group, x, caches, context)
+        assert context.key is None, "each layer would drop the same"
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def apply(
+            layer_config: LayerConfig, params: Any, x: Hidden, cache: LayerCache | None
+        ) -> LayerOutput:
+            return group.apply(layer_config, params, x, cache, context)
+
+        own_caches = [None] * len(group.names) if caches is None else caches
+        new_caches = []
+        reports = {}
+        layers = zip(group.names, group.layer_configs, group.own_params, own_caches, strict=True)
+        for name, layer_config, params, cache in layers:
+            x, new_cache, reports[name] = apply(layer_config, params, x, cache)
+            new_caches.append(new_cache)
+        return x, None if caches is None else tuple(new_caches), reports
 
 
 @dataclasses.dataclass(frozen=True)

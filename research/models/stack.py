@@ -277,14 +277,19 @@ class Stack(nn.Module):
         """
         c = self.config
         remat = None if c.remat == "none" else _REMAT_POLICIES[c.remat]
+        names = tuple(layer_name(c, index) for index in range(start, stop))
+        own_params = ()
+        if params is None and not self.is_initializing():
+            own_params = tuple(self.get_variable("params", name) for name in names)
         return LayerGroup(
             start_index=start,
-            names=tuple(layer_name(c, index) for index in range(start, stop)),
+            names=names,
             layer_configs=c.layers()[start:stop],
             period=len(c.pattern),
             blocks=blocks,
             apply=functools.partial(apply_block, c),
             params=params,
+            own_params=own_params,
             remat=remat,
             hidden_axes=c.hidden_axes,
         )
