@@ -23,6 +23,7 @@ from research.models.reports import LayerReport
 Hidden = Float[Array, "B T D"]
 # The hidden states, the layer's cache and its report.
 LayerOutput = tuple[Hidden, LayerCache | None, LayerReport]
+BlockFn = Callable[[Hidden, LayerCache | None, Context], LayerOutput]
 # One per layer; where parameters are stacked, one per place of the pattern, with a leading axis of
 # the layers there.
 Caches = tuple[LayerCache, ...] | None
@@ -55,7 +56,7 @@ class LayerGroup:
     names: tuple[str, ...]
     layer_configs: tuple[LayerConfig, ...]
     period: int
-    blocks: Sequence[Callable[[Hidden, LayerCache | None, Context], LayerOutput]]
+    blocks: Sequence[BlockFn]
     apply: Callable[[LayerConfig, Any, Hidden, LayerCache | None, Context], LayerOutput]
     params: Any
     own_params: Sequence[Any]
@@ -105,31 +106,21 @@ class TracedOnce:
     """Layers with parameters of their own as calls of one function: Python runs through a layer
     once for all layers that are alike, and XLA compiles the program of `Unrolled`.
 
-    It is for programs without gradients and dropout, a step of an engine: they begin sooner. The
-    layers are no submodules here, so that nothing that looks into modules sees them. Stacked
-    parameters are scanned.
+    Programs begin sooner: a step of an engine is one. The layers are no submodules here, so that
+    nothing that looks into modules sees them. Stacked parameters are scanned.
     """
 
     def run(self, group: LayerGroup, x: Hidden, caches: Caches, context: Context) -> LayersOutput:
         """Implements `LayerLoop.run`."""
         if group.params is not None:
             return Scanned().run(group, x, caches, context)
-        assert context.key is None, "each layer would drop the same"
+        apply = jax.jit(group.apply, static_argnums=0)
 
-        @functools.partial(jax.jit, static_argnums=0)
-        def apply(
-            layer_config: LayerConfig, params: Any, x: Hidden, cache: LayerCache | None
-        ) -> LayerOutput:
-            return group.apply(layer_config, params, x, cache, context)
+        def bind(layer_config: LayerConfig, params: Any) -> BlockFn:
+            return functools.partial(apply, layer_config, params)
 
-        own_caches = [None] * len(group.names) if caches is None else caches
-        new_caches = []
-        reports = {}
-        layers = zip(group.names, group.layer_configs, group.own_params, own_caches, strict=True)
-        for name, layer_config, params, cache in layers:
-            x, new_cache, reports[name] = apply(layer_config, params, x, cache)
-            new_caches.append(new_cache)
-        return x, None if caches is None else tuple(new_caches), reports
+        blocks = tuple(map(bind, group.layer_configs, group.own_params))
+        return Unrolled().run(dataclasses.replace(group, blocks=blocks), x, caches, context)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.config import LayerConfig
-from research.models.layer_loops import LayerGroup, LayerLoop, Scanned, Unrolled
+from research.models.block import Block
+from research.models.config import LayerConfig, ModelConfig
+from research.models.layer_loops import LayerGroup, LayerLoop, Scanned, TracedOnce, Unrolled
 from research.models.transformer import Transformer
 from research.parallel.target import compiling_for
 from tests.models.variants import VARIANTS, rows, unpacked
@@ -53,6 +54,18 @@ def hidden(name: str, params: Any, loop: LayerLoop | None) -> np.ndarray:
     )
 
 
+def dropped(config: ModelConfig, params: Any, loop: LayerLoop) -> np.ndarray:
+    """Returns hidden states with dropout."""
+    inputs = unpacked(rows(config, LENGTHS))
+
+    def call(params: Any) -> jax.Array:
+        model = Transformer(config, loop=loop)
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply({"params": params}, inputs, deterministic=False, rngs=rngs).hidden
+
+    return np.asarray(jax.jit(call)(params))
+
+
 @pytest.mark.fast_cases("windows")
 @pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
 def test_a_batch_may_be_cut_inside_the_stack(name: str):
@@ -80,19 +93,34 @@ def test_scanned_layers_drop_the_same_as_unrolled_ones(first_layers: tuple[Layer
         VARIANTS["windows"], num_layers=num_layers, first_layers=first_layers, dropout=0.5
     )
     assert len(config.pattern) == 2
-    inputs = unpacked(rows(config, LENGTHS))
-
-    def dropped(params: Any, loop: LayerLoop) -> np.ndarray:
-        def call(params: Any) -> jax.Array:
-            model = Transformer(config, loop=loop)
-            rngs = {"dropout": jax.random.key(0)}
-            return model.apply({"params": params}, inputs, deterministic=False, rngs=rngs).hidden
-
-        return np.asarray(jax.jit(call)(params))
-
     params = random_params(config)
-    unrolled = dropped(params, Unrolled())
-    np.testing.assert_allclose(dropped(stack(params, 5), Scanned()), unrolled, atol=1e-5)
+    unrolled = dropped(config, params, Unrolled())
+    np.testing.assert_allclose(dropped(config, stack(params, 5), Scanned()), unrolled, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["windows", "encoder-decoder"])
+def test_layers_that_are_traced_once_compute_what_unrolled_ones_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    config = dataclasses.replace(VARIANTS[name], dropout=0.5)
+    params = random_params(config)
+    traced = []
+    call = Block.__call__
+
+    def count(block: Block, *args: Any) -> Any:
+        traced.append((block.config, block.layer))
+        return call(block, *args)
+
+    monkeypatch.setattr(Block, "__call__", count)
+
+    def run(loop: LayerLoop) -> np.ndarray:
+        traced.clear()
+        return dropped(config, params, loop)
+
+    expected = run(Unrolled())
+    unrolled = len(traced)
+    np.testing.assert_array_equal(run(TracedOnce()), expected)
+    assert len(traced) == len(set(traced)) < unrolled
 
 
 def test_stacked_layers_are_made_for_a_gpu_that_is_not_here():
