@@ -4,6 +4,7 @@ memory.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ from research.bench import report
 from research.bench.engine_load import load_rows
 from research.bench.engine_mtp import mtp_rows
 from research.bench.engine_row import COLUMNS, Row
-from research.bench.engine_sides import MEMORY_AT, SHARED
+from research.bench.engine_sides import LOOKUP_DRAFTS, MEMORY_AT, SHARED
 from research.bench.engine_steps import step_rows
 from research.bench.llama_shapes import TINY
 from research.bench.serving_models import MODELS, write_model
@@ -217,9 +218,10 @@ def lookup_rows(found: dict[str, list[float]]) -> Iterator[Row]:
         ("one", "a text that repeats itself", "at least 1.8"),
         ("many", "32 running", "at least 0.97"),
     )
-    for case, what, wanted in cases:
-        own = found[f"{case}, guessing"]
-        yield _ratio_row(f"look-up, {what}", own, "none", found[f"{case}, plain"], wanted)
+    for drafts, (case, what, wanted) in itertools.product(LOOKUP_DRAFTS, cases):
+        own = found[f"{case}, {drafts} guesses"]
+        name = f"look-up, {drafts} guesses, {what}"
+        yield _ratio_row(name, own, "none", found[f"{case}, plain"], wanted)
 
 
 def _ratio_row(

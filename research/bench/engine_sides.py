@@ -21,6 +21,9 @@ PROMPT_IDS = (300, 1000)
 SHARED = 1000
 LONGEST_PROMPT = 96
 LONGEST_ANSWER = 48
+# Slots for the 32 answers, and guesses of each: 7 fill a tile of 8 rows with the newest token.
+LOOKUP_SETTINGS = {"slots": 32, "tokens": 8192, "rows": 128}
+LOOKUP_DRAFTS = (3, 7)
 # Requests of the tiny model after which its memory is measured.
 MEMORY_AT = (1000, 10_000)
 
@@ -244,9 +247,11 @@ def lookup(folder: pathlib.Path, rounds: str) -> dict[str, list[float]]:
     from research.inference.requests import Request
     from research.inference.sampling_config import SamplingConfig
 
-    settings = {"slots": 32, "tokens": 8192, "rows": 128}
-    plain = start_engine(folder, **settings)
-    guessing = start_engine(folder, **settings, drafts=3, speculate="lookup")
+    engines = {"plain": start_engine(folder, **LOOKUP_SETTINGS)}
+    for drafts in LOOKUP_DRAFTS:
+        settings = {**LOOKUP_SETTINGS, "rows": LOOKUP_SETTINGS["slots"] * (1 + drafts)}
+        name = f"{drafts} guesses"
+        engines[name] = start_engine(folder, **settings, drafts=drafts, speculate="lookup")
     one = [request_of(range(300, 316), 96)]
     many = []
     for seed in range(32):
@@ -254,8 +259,7 @@ def lookup(folder: pathlib.Path, rounds: str) -> dict[str, list[float]]:
         many.append(Request(tuple(range(300 + seed, 316 + seed)), drawn))
     found: dict[str, list[float]] = {}
     for index in range(int(rounds) + 1):
-        pair = [("plain", plain), ("guessing", guessing)]
-        for name, engine in pair[:: 1 - 2 * (index % 2)]:
+        for name, engine in list(engines.items())[:: 1 - 2 * (index % 2)]:
             for case, requests in (("one", one), ("many", many)):
                 found.setdefault(f"{case}, {name}", []).append(seconds_of(engine, requests))
     return {name: values[1:] for name, values in found.items()}

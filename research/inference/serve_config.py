@@ -10,8 +10,11 @@ from research.kernels.decode_attention import PAGE_SIZE
 
 # Tiles that steps are compiled for, at most.
 MOST_TILES = 4
-# Where guesses are made and nothing is said of their number.
+# Where guesses are made and nothing is said of their number: each takes a run of a model.
 USUAL_DRAFTS = 4
+# Those of look-up take none. With the newest token they fill a tile of 8 rows, which takes as long
+# with fewer.
+USUAL_LOOKUP_DRAFTS = 7
 # The numbers, and the least of each; what is counted in a step is an int32.
 LEAST = {
     "slots": 1,
@@ -135,8 +138,10 @@ def bind_serve(fields: Mapping[str, Any]) -> ServeConfig:
     """
     values = dict(fields)
     usual = ServeConfig()
-    guesses = values.get("speculate", usual.speculate) != "none"
-    if "drafts" not in values and guesses:
+    kind = values.get("speculate", usual.speculate)
+    if "drafts" not in values and kind == "lookup":
+        values["drafts"] = USUAL_LOOKUP_DRAFTS
+    elif "drafts" not in values and kind != "none":
         values["drafts"] = USUAL_DRAFTS
     slots = values.get("slots", usual.slots)
     drafts = values.get("drafts", usual.drafts)

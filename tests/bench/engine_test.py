@@ -51,9 +51,10 @@ def test_ratios_are_how_many_times_sooner_ours_are():
     shared, nothing = engine.prefix_rows(found)
     assert (shared.ratio, shared.wanted) == ("8.00 (6.00 to 10.0)", "at least 5")
     assert nothing.ratio == "0.500 (0.500 to 0.500)"
-    times = {"one, plain": [2.0], "one, guessing": [1.0], "many, plain": [1.0]}
-    one, many = engine.lookup_rows(times | {"many, guessing": [1.0]})
-    assert (one.ratio, many.ratio) == ("2.00", "1.00")
+    times = {"one, plain": [2.0], "one, 3 guesses": [1.0], "one, 7 guesses": [0.5]}
+    times |= {"many, plain": [1.0], "many, 3 guesses": [1.0], "many, 7 guesses": [2.0]}
+    ratios = [row.ratio for row in engine.lookup_rows(times)]
+    assert ratios == ["2.00", "1.00", "4.00", "0.500"]
     rows = list(engine.arrival_rows("peer", 2, 1.0, *[{"first": [1.0], "next": [0.1]}] * 2))
     assert [row.ratio for row in rows] == ["1.00 times as soon"] * 4
 

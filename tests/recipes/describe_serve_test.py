@@ -27,7 +27,8 @@ def described(capsys, *argv: str) -> tuple[int, str, str]:
 def test_configs_of_engines_bind(path: pathlib.Path):
     values = configs.load_file(str(path))
     assert bind_serve(values).tokens == 0
-    assert bind_serve({**values, "speculate": "lookup"}).drafts == 4
+    assert bind_serve({**values, "speculate": "lookup"}).drafts == 7
+    assert bind_serve({**values, "speculate": "mtp"}).drafts == 4
 
 
 def test_a_workdir_is_sized_for_this_host(tmp_path, capsys):
