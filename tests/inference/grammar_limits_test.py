@@ -9,6 +9,7 @@ import pytest
 from research.core.errors import UserError
 from research.inference.grammar import GrammarCompiler, Matcher
 from research.inference.grammar_config import GrammarConfig, GrammarError, GrammarLimits
+from research.inference.guided import masks_after
 from research.inference.id_masks import mask_of
 from tests.inference.grammar_cases import ORACLES, compiler, ids_of
 from tests.inference.text_tokenizers import tokenizer
@@ -64,6 +65,38 @@ def test_a_rejected_draft_takes_its_error_along():
     mask = mask_of([ord("a"), ord("b")], of.num_words)
     matcher.rollback(count - 5)
     np.testing.assert_array_equal(matcher.mask() & mask, mask)
+
+
+def error_after(matcher: Matcher, of: GrammarCompiler, drafts: list[int]) -> GrammarError:
+    """The error of the end id after drafts that were right."""
+    masks = masks_after(of, {matcher: drafts})[matcher]
+    # Whether the drafts are right is not known yet, so what comes after them is no error here.
+    assert not isinstance(masks, GrammarError)
+    assert len(masks) == 1 + len(drafts)
+    assert all(matcher.accept(draft) for draft in drafts)
+    with pytest.raises(GrammarError) as caught:
+        matcher.accept(of.end_ids[0])
+    return caught.value
+
+
+@pytest.mark.parametrize("num_drafts", [1, 6])
+@pytest.mark.parametrize(("seed", "may_end"), [(1, False), (2, True)])
+def test_a_limit_reached_after_right_drafts_ends_a_text_where_it_does_without(
+    seed: int, may_end: bool, num_drafts: int
+):
+    of = GrammarCompiler(tokenizer("bytes"), limits=SMALL)
+    tokens = np.random.default_rng(seed).integers(ord("a"), ord("c"), size=1000).tolist()
+    alone = of.matcher(LARGE)
+    count = until_error(alone, seed)
+    # The text may end where its 13th letter from the end is an a; but not beyond the limits.
+    assert (tokens[count - 13] == ord("a")) == may_end
+
+    drafting = of.matcher(LARGE)
+    for token in tokens[: count - num_drafts]:
+        drafting.mask()
+        assert drafting.accept(token)
+    error = error_after(drafting, of, tokens[count - num_drafts : count])
+    assert str(error) == str(alone.error())
 
 
 def test_masks_are_made_together_and_errors_are_their_own():
