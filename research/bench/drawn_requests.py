@@ -140,6 +140,7 @@ def _beams(random: np.random.Generator, max_tokens: int) -> BeamConfig:
 
 def other_seed(request: Request) -> Request:
     """Returns a request that is answered otherwise, where it draws at all."""
-    seed = (request.sampling.seed + 1) % SEEDS
-    sampling = dataclasses.replace(request.sampling, seed=seed)
+    # A search has none.
+    sampling = request.sampling.with_seed()
+    sampling = dataclasses.replace(sampling, seed=(sampling.seed + 1) % SEEDS)
     return dataclasses.replace(request, sampling=sampling)

@@ -202,7 +202,7 @@ class Trial:
         if condition.warm:
             for request in asked:
                 # Of the same limit, on which pages may depend.
-                sampling = SamplingConfig(max_tokens=request.max_tokens)
+                sampling = SamplingConfig(max_tokens=request.max_tokens, seed=0)
                 answer = self._engine.submit(Request(request.ids, sampling, salt=salt))
                 while not answer.finished and not answer.samples[0].logprobs:
                     self._engine.run_step()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import secrets
 import time
 
 import numpy as np
@@ -19,6 +20,8 @@ from research.inference.speculation.lookup import Lookup
 from research.inference.text import Completion, Detokenizer
 
 NOT_NUMBERS = "its logits are not numbers"
+# Seeds that are drawn are below it: every reader of JSON has such a number exactly.
+DRAWN_SEEDS = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Sample:
 
     def __init__(self, answer: "Answer", index: int, sequence: Sequence, text: Detokenizer):
         self.answer = answer
-        self.seed = (answer.request.sampling.seed + index) % SEEDS
+        self.seed = (answer.seed + index) % SEEDS
         self.sequence = sequence
         self.logprobs: list[TokenLogprobs] = []
         self.error: str | None = None
@@ -156,6 +159,8 @@ class Answer:
 
     Attributes:
       request: what was asked.
+      seed: of its first sample: the request's or, where that has none, one that was drawn. The same
+        request with it has the same answer. 0 where nothing is drawn.
       samples: each that is drawn.
       beams: the likeliest answers, best first, where a search was asked for and has ended.
       error: why a search ended without them, or None.
@@ -165,6 +170,7 @@ class Answer:
 
     def __init__(self, request: Request):
         self.request = request
+        self.seed = _seed_of(request)
         self.samples: list[Sample] = []
         self.beams: list[Beam] | None = None
         self.error: str | None = None
@@ -201,3 +207,14 @@ class Answer:
         if math.isnan(reward):
             raise UserError("reward", reward, "of an answer must be a number.")
         return reward
+
+
+def _seed_of(request: Request) -> int:
+    """Returns the seed of an answer's first sample."""
+    sampling = request.sampling
+    if sampling.seed is not None:
+        return sampling.seed
+    if request.beams is not None or sampling.temperature == 0:
+        return 0
+    # Those of its other samples follow, and are below the limit too.
+    return secrets.randbelow(DRAWN_SEEDS - request.num_samples + 1)

@@ -15,7 +15,7 @@ from research.inference.grammar_config import KINDS, bind_grammar
 from research.inference.openai_fields import CHAT, COMPLETIONS, from_openai, names_in
 from research.inference.prompts import encode_ids
 from research.inference.requests import Request, collect_prompts, decoding_config
-from research.inference.sampling_config import SamplingConfig
+from research.inference.sampling_config import USUAL_SEED, SamplingConfig
 from research.models.language_model import LanguageModelConfig
 
 logger = logging.getLogger("tessera")
@@ -135,8 +135,11 @@ class LineReader:
         if fields.get("num_beams", 1) != 1:
             known = _names_of(BeamConfig)
             defaults = {name: value for name, value in defaults.items() if name in known}
-        # A seed for each line: where prompts are the same, their answers are not.
-        first = defaults.get("seed", 0) + line.number * SEEDS_OF_A_LINE
+        # A seed for each line: where prompts are the same, their answers are not. None is drawn, as
+        # a line is answered alike by each call of the command.
+        if "seed" in fields and fields["seed"] is None:
+            del fields["seed"]
+        first = defaults.get("seed", USUAL_SEED) + line.number * SEEDS_OF_A_LINE
         if "seed" in defaults or fields.get("num_beams", 1) == 1:
             defaults["seed"] = first % SEEDS
         options, request = _request(prompt, {**defaults, **fields})

@@ -98,7 +98,7 @@ class Engine(WholeTexts):
         return TextReader(self._config, self._params, self._tokenizer, self._mesh)
 
     def submit(self, request: Request) -> Answer:
-        """Queues a request.
+        """Queues a request. One without a seed is given one, which the answer says.
 
         Raises:
           UserError: it does not fit the model or the engine.

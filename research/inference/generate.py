@@ -52,7 +52,8 @@ def generate(
       sampling: how tokens are drawn: for all prompts, or one per prompt. Other values need no new
           compilation.
       seeds: one per prompt, in [0, 2⁶⁴); None takes the seed of each prompt's own `sampling`, and
-        where that is one for all, `sampling.seed + i` for prompt i.
+        where that is one for all, `sampling.seed + i` for prompt i. A seed that `sampling` does not
+        say is 0: the same call has the same texts.
       grammar: that all texts keep to; None for none.
       speculate: who guesses, as of `ServeConfig`; it changes no text.
       draft_layers: how many first layers guess, as there.
@@ -152,9 +153,12 @@ def _power_of_two(count: int) -> int:
 def _per_prompt(
     sampling: SamplingConfig | Sequence[SamplingConfig], count: int
 ) -> list[SamplingConfig]:
-    """Returns the settings of each prompt; one for all gives prompt i the seed `seed + i`."""
+    """Returns the settings of each prompt, with their seeds; one for all gives prompt i the seed
+    `seed + i`.
+    """
     if isinstance(sampling, SamplingConfig):
-        seeds = [(sampling.seed + i) % SEEDS for i in range(count)]
+        first = sampling.with_seed().seed
+        seeds = [(first + i) % SEEDS for i in range(count)]
         return [dataclasses.replace(sampling, seed=seed) for seed in seeds]
     if len(sampling) != count:
         raise UserError(
@@ -162,7 +166,7 @@ def _per_prompt(
             constraint=f": {len(sampling)} settings for {count} prompts; give one per prompt, or "
             "one for all.",
         )
-    return list(sampling)
+    return [each.with_seed() for each in sampling]
 
 
 def _checked_seeds(seeds: Sequence[Any] | None, settings: Sequence[SamplingConfig]) -> list[int]:

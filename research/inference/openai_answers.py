@@ -35,21 +35,23 @@ def answer_body(
     is_chat = line.form == CHAT
     choices = []
     for beam in answer.beams or ():
-        choices.append((beam.text, beam.finish, None))
+        choices.append((beam.text, beam.finish, {"logprobs": None}))
     for sample in samples:
         completion = sample.completion()
         logprobs = None
         if line.wants_logprobs:
             of_form = _chat_logprobs if is_chat else _completion_logprobs
             logprobs = of_form(sample, tokenizer)
-        choices.append((completion.text, completion.finish, logprobs))
+        # A search has no seed. OpenAI's form has no place for that of a sample, and takes more.
+        more = {"logprobs": logprobs, "seed": sample.seed}
+        choices.append((completion.text, completion.finish, more))
 
     listed = []
-    for index, (text, finish, logprobs) in enumerate(choices):
+    for index, (text, finish, more) in enumerate(choices):
         content: dict[str, Any] = {"text": text}
         if is_chat:
             content = {"message": {"role": "assistant", "content": text}}
-        listed.append({"index": index, **content, "logprobs": logprobs, "finish_reason": finish})
+        listed.append({"index": index, **content, **more, "finish_reason": finish})
     drawn = sum(len(sample.completion().tokens) for sample in answer.samples)
     drawn += sum(len(beam.tokens) for beam in answer.beams or ())
     prompt = len(answer.request.ids)

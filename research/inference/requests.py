@@ -33,7 +33,7 @@ class Request:
       beams: makes it a search for the likeliest answers, which `sampling` says nothing of; None for
         none.
       grammar: that the answers keep to; None for none.
-      count: answers that are returned; answer i is drawn with the seed `sampling.seed` + i.
+      count: answers that are returned; answer i is drawn with the seed of the first one + i.
       best_of: answers that are drawn, of which the `count` best are returned; 0 is `count`.
       reward: what says how good an answer is; None goes by the mean log-probability of its tokens.
       logprobs: likeliest ids whose log-probabilities are returned beside those of each drawn token.

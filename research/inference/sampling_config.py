@@ -12,6 +12,10 @@ from research.core.config import check_types
 from research.core.errors import UserError
 from research.core.random import SEEDS
 
+# Of functions and commands that make a text at once, where none is given: the text can be made
+# again.
+USUAL_SEED = 0
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -33,7 +37,7 @@ class SamplingConfig:
           already has them.
       logit_bias: pairs of an id and what is added to its logit.
       seed: of the first sequence, in [0, 2⁶⁴); the next ones take the next numbers, and 0 after the
-          last.
+          last. With None an engine draws one, which its answer says.
       stop: strings that end a text; they are not part of it.
       stop_ids: ids that end a text, beside those of the tokenizer.
     """
@@ -49,7 +53,7 @@ class SamplingConfig:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
 
@@ -80,11 +84,17 @@ class SamplingConfig:
                 all(abs(bias) <= 1e30 for _, bias in self.logit_bias),
                 "have values in [-1e30, 1e30]",
             ),
-            ("seed", 0 <= self.seed < SEEDS, f"lie in [0, {SEEDS})"),
+            ("seed", 0 <= (self.seed or 0) < SEEDS, f"lie in [0, {SEEDS})"),
             ("stop", all(self.stop), "hold no empty string"),
         ):
             if not holds:
                 raise UserError(name, getattr(self, name), f"must {constraint}.")
+
+    def with_seed(self) -> "SamplingConfig":
+        """Returns the settings with a seed: `USUAL_SEED` where they have none."""
+        if self.seed is not None:
+            return self
+        return dataclasses.replace(self, seed=USUAL_SEED)
 
     def check_ids(self, num_ids: int) -> None:
         """Raises UserError where an id is not in [0, `num_ids`)."""

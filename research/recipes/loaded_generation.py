@@ -49,7 +49,7 @@ class GenerationMethods(EngineMethods):
           chat: further arguments of `Tokenizer.encode_chat`: `tools`, `template`, and the
               template's own variables.
           sampling: settings for each prompt, instead of `fields`; all run in one batch.
-          seeds: of sampling, one per prompt.
+          seeds: of sampling, one per prompt; 0, 1, … where neither they nor a `seed` are given.
           grammar: that all texts keep to, or its fields, `{"regex": "[0-9]+"}`; None for none.
           speculate, draft_layers, draft: who guesses, as of `engine`; it changes no text.
           debug_nans: whether the first value that is no number is named, as of `ServeConfig`.

@@ -9,6 +9,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.inference.requests import decoding_config
+from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import bind_serve
 from research.inference.text import Completion
 from research.recipes import conversations, engine_flags, grammar_flags, sample_flags
@@ -132,6 +133,8 @@ def _append_samples(model: LoadedModel, workdir: Path, shown: str, fields: Field
     """Appends what was printed to `samples.txt`, with the settings that it was made with."""
     path = workdir / "samples.txt"
     settings = decoding_config(fields)
+    if isinstance(settings, SamplingConfig):
+        settings = settings.with_seed()
     try:
         files.append_text(path, f"step {model.step}, {settings}\n{shown}\n\n")
     except OSError as error:

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from research.inference.beam_config import BeamConfig
-from research.inference.sampling_config import SamplingConfig
+from research.inference.sampling_config import USUAL_SEED, SamplingConfig
 from research.recipes import conversations, engine_flags, grammar_flags
 
 # Fields of `BeamConfig` that are flags. Texts are searched where `--num_beams` is above 1, else
@@ -42,11 +42,13 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     # `--seed`, `--num_beams`, …: a flag is None where it is not given.
     sampled = [field for field in dataclasses.fields(SamplingConfig) if field.name != "stop"]
     searched = [field for field in dataclasses.fields(BeamConfig) if field.name in BEAM_FLAGS]
-    kinds = {"stop_ids": _ids, "logit_bias": _biases}
+    kinds = {"stop_ids": _ids, "logit_bias": _biases, "seed": int}
+    # What holds without a flag, where that is not the field's own default.
+    defaults = {"num_beams": 1, "seed": USUAL_SEED}
     for config, fields in ((SamplingConfig, sampled), (BeamConfig, searched)):
         docs = _attribute_docs(config)
         for field in fields:
-            default = 1 if field.name == "num_beams" else field.default
+            default = defaults.get(field.name, field.default)
             text = f"{docs[field.name]} (default {default})"
             kind = kinds.get(field.name, field.type)
             parser.add_argument(f"--{field.name}", type=kind, help=text, metavar="X")

@@ -115,6 +115,23 @@ def test_both_forms_return_the_best_and_not_the_first(engine: Engine, reader: Li
     assert [each["text"] for each in other["response"]["body"]["choices"]] == texts
 
 
+def test_openai_answers_say_their_seeds_which_give_them_again(engine: Engine, reader: LineReader):
+    more = {"max_tokens": 6, "temperature": 1.5}
+    [found] = answered(engine, reader, openai(n=2, best_of=4, **more))
+    choices = found["response"]["body"]["choices"]
+    for choice in choices:
+        [again] = answered(engine, reader, openai(seed=choice["seed"], **more))
+        assert again["response"]["body"]["choices"] == [{**choice, "index": 0}]
+    assert choices[0]["text"] != choices[1]["text"]
+    # A search draws nothing, and a chat says its seed beside the message.
+    [searched] = answered(engine, reader, openai(num_beams=2, num_return=1))
+    assert "seed" not in searched["response"]["body"]["choices"][0]
+    asked, answer = drawn(engine, reader, {**GOOD, "seed": 7})
+    asked = dataclasses.replace(asked, form="/v1/chat/completions")
+    [choice] = answer_value(asked, answer, BYTES)["response"]["body"]["choices"]
+    assert (choice["seed"], choice["message"]["role"]) == (7, "assistant")
+
+
 @pytest.mark.parametrize("form", ["plain", "/v1/completions"])
 def test_failed_samples_are_left_out_while_enough_are_left(
     engine: Engine, reader: LineReader, form: str

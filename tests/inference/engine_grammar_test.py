@@ -103,7 +103,7 @@ def test_answers_under_a_grammar_are_bit_for_bit_those_of_the_request_alone(para
 def test_forced_text_takes_few_steps(params):
     engine = Engine(CONFIG, params, BYTES, GUESSING)
     grammar = GrammarConfig(choices=("a very long text that has no other",))
-    [answer] = engine.run([Request((5, 6), SamplingConfig(max_tokens=60), grammar=grammar)])
+    [answer] = engine.run([Request((5, 6), SamplingConfig(max_tokens=60, seed=0), grammar=grammar)])
     completion = answer.samples[0].completion()
     assert completion.text == "a very long text that has no other"
     [replica] = engine.replicas
@@ -122,7 +122,7 @@ def test_a_grammar_that_cannot_be_met_ends_its_request_alone(params):
 
 def test_a_grammar_that_ends_before_min_tokens_says_so(params):
     engine = Engine(CONFIG, params, BYTES, PLAIN)
-    sampling = SamplingConfig(max_tokens=20, min_tokens=10)
+    sampling = SamplingConfig(max_tokens=20, min_tokens=10, seed=0)
     grammars = (GrammarConfig(choices=("ab",)), GrammarConfig(regex="[ab]{12}"))
     requests = [Request((5, 6), sampling, grammar=grammar) for grammar in grammars]
     [short], [long] = [answer.samples for answer in engine.run(requests)]

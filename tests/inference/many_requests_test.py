@@ -18,7 +18,7 @@ from tests.tiny import random_params, tiny_config
 BYTES = ByteTokenizer()
 CONFIG = tiny_config(vocab_size=260, max_length=96)
 SERVE = ServeConfig(slots=4, tokens=512, rows=16, tiles=(8,), top_logprobs=8)
-SHORT = SamplingConfig(max_tokens=3)
+SHORT = SamplingConfig(max_tokens=3, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def test_nothing_is_kept_of_answers_that_have_ended(engine):
 
 def test_the_earliest_deadline_is_kept_first(engine):
     late, early = 60.0, 0.02
-    slow = engine.submit(Request((1, 2), SamplingConfig(max_tokens=90), deadline=late))
-    fast = engine.submit(Request((3, 4), SamplingConfig(max_tokens=90), deadline=early))
+    slow = engine.submit(Request((1, 2), SamplingConfig(max_tokens=90, seed=0), deadline=late))
+    fast = engine.submit(Request((3, 4), SamplingConfig(max_tokens=90, seed=0), deadline=early))
     engine.run_step()
     time.sleep(0.03)
     engine.run_step()

@@ -161,6 +161,16 @@ def test_defaults_hold_where_a_line_says_nothing(model):
     assert searched.error is not None
 
 
+def test_a_line_without_a_seed_has_that_of_its_number_in_each_form(model):
+    reader = LineReader(model.config, model.tokenizer, {})
+    body = {"prompt": "a", "max_tokens": 2, "seed": None}
+    openai = {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": body}
+    lines = [body, {"prompt": "a", "max_tokens": 2}, openai]
+    read = [reader.read(3, json.dumps(line).encode()) for line in lines]
+    assert [line.error for line in read] == [None] * 3
+    assert [line.request.sampling.seed for line in read] == [3 * 2**20] * 3
+
+
 def many(count: int) -> list:
     starts = ("the cat sat on the mat", "12 times", "the", "")
     lines = []

@@ -24,9 +24,13 @@ def test_samples_are_printed_and_kept(unbroken: Unbroken, tmp_path, capsys):
     assert capsys.readouterr().out == first
     assert cli.main([*argv, "--seed=7"]) == 0
     assert capsys.readouterr().out != first
+    # Without the flag the seed is 0, which is said beside the text.
+    assert cli.main([*argv, "--seed=0"]) == 0
+    assert capsys.readouterr().out == first
     kept = (workdir / "samples.txt").read_text(encoding="utf-8")
-    assert kept.count("step 12, SamplingConfig(max_tokens=8") == 3
-    assert kept.count(first) == 2
+    assert kept.count("step 12, SamplingConfig(max_tokens=8") == 4
+    assert kept.count("seed=0,") == 3
+    assert kept.count(first) == 3
 
 
 def test_empty_prompt_begins_a_document(unbroken: Unbroken, tmp_path, capsys):
