@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from research.core.trees import named_leaves
 from research.inference.answers import NOT_NUMBERS
 from research.inference.compilations import compiling
+from research.inference.page_names import PageNames
 from research.inference.requests import Request
 from research.inference.runner import Runner
 from research.inference.sequence import Sequence as Answered
@@ -44,6 +45,7 @@ def explain(
     serve: ServeConfig,
     config: LanguageModelConfig,
     runner: Runner,
+    names: PageNames,
     request: Request,
     sequence: Answered,
     num_drawn: int | None = None,
@@ -54,6 +56,7 @@ def explain(
       serve: how the engine runs.
       config: of the model.
       runner: that has its parameters.
+      names: which know its adapters.
       request: which the text answers.
       sequence: of its tokens.
       num_drawn: how many of them were drawn from logits that are numbers; None for all.
@@ -64,13 +67,19 @@ def explain(
     if num_drawn is not None:
         num_prompt = sequence.limit - request.max_tokens
         tokens = tokens[: num_prompt + num_drawn]
+    adapter = names.adapter_index(request.adapter)
     with compiling(), on_mesh(runner.mesh):
-        bad = first_bad_value(config, runner.params, request, tokens, sequence.limit)
+        bad = first_bad_value(config, runner.params, request, tokens, sequence.limit, adapter)
     return f"{NOT_NUMBERS}: {bad}"
 
 
 def first_bad_value(
-    config: LanguageModelConfig, params: Any, request: Request, tokens: Sequence[int], limit: int
+    config: LanguageModelConfig,
+    params: Any,
+    request: Request,
+    tokens: Sequence[int],
+    limit: int,
+    adapter: int = 0,
 ) -> str:
     """Returns the first value that is no number when a text is read: what it is, in which layer and
     array, at which token; and the parameter there that is none, if there is one.
@@ -81,8 +90,9 @@ def first_bad_value(
       request: which the text answers.
       tokens: of it, as the decoder has them.
       limit: tokens that it may have, by which some models' positions go.
+      adapter: which of the model's adapters reads it, from 1; 0 for none.
     """
-    inputs = _inputs(config, request, tokens, limit)
+    inputs = _inputs(config, request, tokens, limit, adapter)
     found = _read(_looked_into(config), params, inputs)
     # "000007 layers_0/mlp/up" comes before "000009 layers_0/mlp/down".
     for name in sorted(found):
@@ -97,7 +107,11 @@ def first_bad_value(
 
 
 def _inputs(
-    config: LanguageModelConfig, request: Request, tokens: Sequence[int], limit: int
+    config: LanguageModelConfig,
+    request: Request,
+    tokens: Sequence[int],
+    limit: int,
+    adapter: int,
 ) -> dict[str, Int[np.ndarray, "1 _"]]:
     """Returns what the model reads of one text."""
     ids = np.array([tokens], np.int32)
@@ -107,6 +121,7 @@ def _inputs(
         "tokens": ids,
         "positions": index,
         "lengths": np.full_like(ids, limit),
+        "adapters": np.full_like(ids, adapter),
     }
     if config.structure == "prefix":
         is_prompt = index < len(request.ids)

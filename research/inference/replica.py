@@ -87,12 +87,12 @@ class Replica:
         self.guesses = Guesses(serve, on_device=drafter is not None)
         draft_params = None if draft is None else draft[1]
         self._runner = Runner(config, params, serve, self._num_ids, mesh, drafter, draft_params)
-        self._explain = functools.partial(explain, serve, config, self._runner)
         kinds = []
         for count, window in zip(self._runner.num_pages, self._runner.windows, strict=True):
             kinds.append(PageKind(PagePool(count), serve.page_size, window))
         self._scheduler = Scheduler(serve.slots, kinds, serve.rows)
         self._names = PageNames(config, serve, params_digest, adapters)
+        self._explain = functools.partial(explain, serve, config, self._runner, self._names)
         self._arrivals = itertools.count()
         self.members = Members()
         has_encoder = config.structure == "encoder_decoder"

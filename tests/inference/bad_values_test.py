@@ -17,6 +17,7 @@ from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
 from research.models.canonical_params import stack_layers
+from research.models.transformer_model import TransformerModel
 from tests.models.variants import VARIANTS
 from tests.tiny import random_params, tiny_config
 
@@ -151,3 +152,28 @@ def test_every_structure_is_read_and_a_whole_one_has_no_such_value(name):
     bad = {**params, "embed": {"embedding": jnp.asarray(table)}}
     found = first_bad_value(config, bad, request, tokens, 11)
     assert found == "nan at [1, 0] of embed, where embed/embedding is nan at [9, 0]"
+
+
+def test_a_text_is_read_again_with_its_adapter(monkeypatch):
+    # Of no other test: what is compiled here has an adapter.
+    config = dataclasses.replace(CONFIG, max_length=116)
+    hidden = TransformerModel.hidden
+
+    def adapted(self, params, inputs, **others):
+        """Of two adapters the second has no numbers in one layer."""
+        named = named_leaves(params)
+        is_broken = jnp.any(inputs["adapters"] == 2)
+        named["layers_1/mlp/up/kernel"] += jnp.where(is_broken, jnp.nan, 0.0)
+        return hidden(self, nested(named), inputs, **others)
+
+    monkeypatch.setattr(TransformerModel, "hidden", adapted)
+    digests = {"whole": b"1", "broken": b"2"}
+    engine = Engine(config, random_params(config), BYTES, SERVE, adapters=digests)
+    found = [engine.run([Request((5, 6), DRAWN, adapter=name)])[0] for name in ("", "whole")]
+    assert all(len(drawn(answer)) > 0 for answer in found)
+    [answer] = engine.run([Request((5, 6), DRAWN, adapter="broken")])
+    # The parameter there is a number without the adapter, and so is not named.
+    assert error_of(answer) == "its logits are not numbers: nan at [0, 0] of layers_1/mlp/up"
+    search = Request((5, 6), beams=BeamConfig(num_beams=2, max_tokens=4), adapter="broken")
+    [answer] = engine.run([search])
+    assert answer.error.endswith("nan at [0, 0] of layers_1/mlp/up")
