@@ -15,7 +15,7 @@ from research.core.trees import named_leaves
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
 from research.inference.compilations import serving
-from research.inference.page_transfer import ExportedPages
+from research.inference.page_transfer import ExportedPages, PageTransfer
 from research.inference.pooling import WholeTexts
 from research.inference.replica import Replica
 from research.inference.requests import Request
@@ -221,11 +221,13 @@ class Engine(WholeTexts):
             have its salt and, where RoPE goes by length, its number of tokens.
 
         Raises:
-          UserError: no page of it is here, none is shared, or the engine has no `params_digest`.
+          UserError: no page of it is here, none is shared, or the engine has no `params_digest` or
+            is made without `transfers`.
         """
-        self._check(request)
-        found = [replica.find_pages(request) for replica in self.replicas]
-        return self.replicas[found.index(max(found))].export_pages(request)
+        with serving():
+            transfers = self._transfers(request)
+            counts = [transfer.count(request) for transfer in transfers]
+            return transfers[counts.index(max(counts))].export_pages(request)
 
     def import_pages(self, request: Request, pages: ExportedPages) -> None:
         """Takes pages of a prompt from another engine: requests that begin as this one read only
@@ -237,11 +239,25 @@ class Engine(WholeTexts):
 
         Raises:
           UserError: they are damaged, of other tokens, parameters or page types, or above what is
-            free; none is shared, or the engine has no `params_digest`.
+            free; none is shared, or the engine has no `params_digest` or is made without
+            `transfers`.
         """
+        with serving(), delayed_signals():
+            for transfer in self._transfers(request):
+                transfer.import_pages(request, pages)
+
+    def _transfers(self, request: Request) -> list[PageTransfer]:
+        """Returns what moves pages of a prompt, of each replica."""
         self._check(request)
-        for replica in self.replicas:
-            replica.import_pages(request, pages)
+        found = [replica.transfer for replica in self.replicas if replica.transfer is not None]
+        if not found:
+            raise UserError(
+                "transfers",
+                False,
+                "moves no pages: an engine that does is made with transfers = True, and compiles "
+                "the programs at start.",
+            )
+        return found
 
     def update_params(self, params: Any, params_digest: bytes | None = None) -> None:
         """Goes on with other parameters of the same shapes, in running answers too, whose tokens so

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from research.inference import page_kinds
 from research.inference.serve_config import ServeConfig
 
+# Pages that leave an engine at a time, or come to it.
+MOVED_PAGES = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineBytes:
@@ -16,7 +19,7 @@ class EngineBytes:
       page: of all layers, without those that have pages of their own.
       fixed: what stays there beside weights and pages: the logits of a step, what slots are told of
         each id, what an encoder read.
-      temporaries: of a step, estimated from above.
+      temporaries: of a step, and of pages that are moved; estimated from above.
       windowed_page: of the layers with a window, where others attend to all tokens; else 0.
       most_windowed: how many pages these have, at most.
     """

@@ -7,6 +7,8 @@ from research.models.language_model import LanguageModelConfig, compute_dtype
 MOST_PROGRAMS = 8
 # Those that every engine has, beside one to read for each tile.
 COMMON = ("draw_step", "admit", "copy_pages")
+# Those of pages that leave the engine and come to it.
+TRANSFERS = ("take_pages", "put_pages")
 # Widths of what is read in one piece, at most.
 MOST_WIDTHS = 3
 NARROWEST = 64
@@ -49,11 +51,17 @@ def piece_widths(max_length: int, num_tiles: int) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def draft_tiles(tiles: tuple[int, ...]) -> tuple[int, ...]:
+def draft_tiles(tiles: tuple[int, ...], serve: ServeConfig) -> tuple[int, ...]:
     """Returns the rows that guesses are made for at a time, where a model makes them: the smallest
     of the tiles that steps are compiled for, and the largest.
+
+    Args:
+      tiles: that steps are compiled for.
+      serve: how the engine runs.
     """
     most = MOST_PROGRAMS - len(COMMON) - len(tiles)
+    if serve.transfers:
+        most -= len(TRANSFERS)
     return tuple(sorted({tiles[0], tiles[-1]}))[-most:]
 
 
@@ -67,8 +75,10 @@ def program_names(config: LanguageModelConfig, serve: ServeConfig) -> list[str]:
     tiles = step_tiles(config, serve)
     names = [f"read, {tile} rows" for tile in tiles]
     names += COMMON
-    if serve.speculate not in ("none", "lookup"):
-        names += [f"propose, {tile} rows" for tile in draft_tiles(tiles)]
+    if serve.transfers:
+        names += TRANSFERS
+    if serve.guesses_on_device:
+        names += [f"propose, {tile} rows" for tile in draft_tiles(tiles, serve)]
     if config.structure in PIECES:
         piece = PIECES[config.structure]
         widths = piece_widths(config.max_length, len(tiles))

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from research.inference.prefill import logits_of, prefill, read_tokens, real_positions
 from research.inference.prompts import Prompts
@@ -22,7 +22,7 @@ from research.inference.slots import DeviceState, Slots, StepRows, put_rows, sli
 from research.inference.speculation.drafter import Drafter, Pages, Tokens
 from research.models.cache import Cache, LayerCache
 from research.models.language_model import LanguageModelConfig, language_model
-from research.models.paged_cache import PageTable
+from research.models.paged_cache import PageTable, stack_axes
 from research.models.transformer import Output
 from research.parallel.shard_map import whole_batch
 
@@ -198,6 +198,46 @@ def copy_pages(
         tokens = layer.tokens.copy(sources[kind], targets[kind])
         layers.append(layer.replace(tokens=tokens))
     return state.replace(layers=tuple(layers))
+
+
+@jax.jit
+@whole_batch()
+def take_pages(
+    state: DeviceState, ids: Int[Array, "kinds pages"]
+) -> list[Shaped[Array, "pages *rest"]]:
+    """Returns some pages of all layers, those of its kind of each, the pages first."""
+    found = []
+    for layer in (*state.layers, *state.draft_layers):
+        axis = stack_axes(layer.tokens.pages)
+        own = ids[layer.tokens.kind]
+        for leaf in layer.tokens.pages.arrays():
+            taken = jnp.take(leaf, own, axis=axis, mode="clip")
+            found.append(jnp.moveaxis(taken, axis, 0))
+    return found
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+@whole_batch()
+def put_pages(
+    state: DeviceState, ids: Int[Array, "kinds pages"], arrays: list[Shaped[Array, "pages *rest"]]
+) -> DeviceState:
+    """Returns the state with pages from `take_pages`; those whose ids there are not are dropped."""
+    new = iter(arrays)
+
+    def put(layer: LayerCache) -> LayerCache:
+        axis = stack_axes(layer.tokens.pages)
+        stack = (slice(None),) * axis
+        own = ids[layer.tokens.kind]
+
+        def put_leaf(leaf: Array) -> Array:
+            put_pages = jnp.moveaxis(next(new), 0, axis)
+            return leaf.at[(*stack, own)].set(put_pages, mode="drop")
+
+        pages = jax.tree.map(put_leaf, layer.tokens.pages)
+        return layer.replace(tokens=layer.tokens.replace(pages=pages).lay_out())
+
+    layers = tuple(put(layer) for layer in state.layers)
+    return state.replace(layers=layers, draft_layers=tuple(map(put, state.draft_layers)))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))

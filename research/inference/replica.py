@@ -21,9 +21,9 @@ from research.inference.grammar_config import GrammarError
 from research.inference.guided import masks_after
 from research.inference.id_masks import num_words
 from research.inference.members import Members
-from research.inference.page_kinds import PageKind, find_prefix
+from research.inference.page_kinds import PageKind
 from research.inference.page_names import PageNames
-from research.inference.page_transfer import ExportedPages, export_pages, import_pages
+from research.inference.page_transfer import PageTransfer
 from research.inference.pages import PagePool
 from research.inference.placement import id_rules, one_slot
 from research.inference.requests import Request
@@ -66,6 +66,7 @@ class Replica:
       num_rows: tokens that steps have read so far.
       guesses: of its answers.
       members: what it is answering.
+      transfer: takes pages out of it, and puts those of others into it; None without `transfers`.
     """
 
     def __init__(
@@ -93,6 +94,9 @@ class Replica:
         self._scheduler = Scheduler(serve.slots, kinds, serve.rows)
         self._names = PageNames(config, serve, params_digest, adapters)
         self._explain = functools.partial(explain, serve, config, self._runner, self._names)
+        self.transfer: PageTransfer | None = None
+        if serve.transfers:
+            self.transfer = PageTransfer(self._runner, kinds, self._names)
         self._arrivals = itertools.count()
         self.members = Members()
         has_encoder = config.structure == "encoder_decoder"
@@ -111,19 +115,6 @@ class Replica:
     def available_pages(self) -> tuple[int, ...]:
         """Pages that no request has, of each kind of layers."""
         return tuple(kind.pool.available for kind in self._scheduler.kinds)
-
-    def find_pages(self, request: Request) -> int:
-        """Returns how many full pages of a prompt are here."""
-        return len(find_prefix(self._scheduler.kinds, self._names.of_prompt(request))[0])
-
-    def export_pages(self, request: Request) -> ExportedPages:
-        """As `Engine.export_pages`."""
-        return export_pages(self._runner, self._scheduler.kinds, self._names.of_prompt(request))
-
-    def import_pages(self, request: Request, pages: ExportedPages) -> None:
-        """As `Engine.import_pages`."""
-        digests = self._names.of_prompt(request)
-        import_pages(self._runner, self._scheduler.kinds, digests, pages)
 
     def submit(self, answer: Answer) -> None:
         """Queues a request that was checked, by its answer without samples.

@@ -87,7 +87,7 @@ class Runner:
         self._num_ids = num_ids
         self.mesh = mesh
         self._tiles = step_tiles(config, serve)
-        self._draft_tiles = draft_tiles(self._tiles)
+        self._draft_tiles = draft_tiles(self._tiles, serve)
         self._widths = piece_widths(config.max_length, len(self._tiles))
         self._width = serve.padded_rows()
         self._set_empty()

@@ -10,6 +10,8 @@ from research.kernels.decode_attention import PAGE_SIZE
 
 # Tiles that steps are compiled for, at most.
 MOST_TILES = 4
+# Who guesses without a model.
+ON_HOST = ("none", "lookup")
 # Where guesses are made and nothing is said of their number: each takes a run of a model.
 USUAL_DRAFTS = 4
 # Those of look-up take none. With the newest token they fill a tile of 8 rows, which takes as long
@@ -49,6 +51,7 @@ class ServeConfig:
       page_size: tokens of a page of the cache. Prompts share full pages.
       prefix_cache: whether prompts share the pages of what they begin with; None says that they
         do in decoders, whose keys depend on nothing else.
+      transfers: whether pages may leave the engine and come to it, by two more programs.
       drafts: guessed tokens that an answer may have in a step, at most; 0 for none.
       speculate: who guesses: `none`; `lookup` takes what followed in the text before;
         `first_layers` of the model; a `draft` model; `mtp` is its own multi-token prediction.
@@ -67,6 +70,7 @@ class ServeConfig:
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "auto"
     page_size: int = PAGE_SIZE
     prefix_cache: bool | None = None
+    transfers: bool = False
     drafts: int = 0
     speculate: Literal["none", "lookup", "first_layers", "draft", "mtp"] = "none"
     draft_layers: int = 0
@@ -79,10 +83,12 @@ class ServeConfig:
                 raise UserError(name, getattr(self, name), f"must lie in [{least}, {MOST}].")
         if not self.tiles or list(self.tiles) != sorted(set(self.tiles)) or self.tiles[0] < 1:
             raise UserError("tiles", self.tiles, "must be numbers from 1 in rising order.")
-        if len(self.row_tiles()) > MOST_TILES:
-            raise UserError(
-                "tiles", self.tiles, f"are more than {MOST_TILES}: each is a program to compile."
-            )
+        count = len(self.row_tiles())
+        most = self.most_tiles()
+        if count > most:
+            beside = ", as transfers are programs too" if most < MOST_TILES else ""
+            rule = f"are {count} programs to compile, and there may be {most}{beside}."
+            raise UserError("tiles", self.tiles, rule)
         if not 0 < self.memory <= 1:
             raise UserError("memory", self.memory, "must lie in (0, 1].")
         if self.speculate != "none" and not self.drafts:
@@ -98,13 +104,16 @@ class ServeConfig:
           structure: as of `ModelConfig`.
 
         Raises:
-          UserError: prompts shall share pages, and do not in this structure.
+          UserError: prompts shall share pages, and do not in this structure; or pages that nobody
+            shares shall leave.
         """
         if self.prefix_cache and structure != "decoder":
             raise UserError(
                 "prefix_cache", True, f"is for decoders, not for a model of {structure!r}."
             )
         shares = structure == "decoder" and self.prefix_cache is not False
+        if self.transfers and not shares:
+            raise UserError("transfers", True, "is for decoders whose prompts share pages.")
         return dataclasses.replace(self, prefix_cache=shares)
 
     def pages_of(self, tokens: int) -> int:
@@ -120,6 +129,17 @@ class ServeConfig:
         smaller = [tile for tile in (1, *self.tiles[1:]) if tile < self.rows]
         return (*smaller, self.rows)
 
+    @property
+    def guesses_on_device(self) -> bool:
+        """Whether a model guesses."""
+        return self.speculate not in ON_HOST
+
+    def most_tiles(self) -> int:
+        """Returns how many tiles steps may be compiled for, beside all other programs."""
+        # Of the two that move pages one takes a tile's place, and both do where a model guesses.
+        taken = self.transfers * (1 + self.guesses_on_device)
+        return MOST_TILES - taken
+
     def padded_rows(self) -> int:
         """Returns the rows of a step's arrays: whole tiles of the largest size."""
         tile = self.row_tiles()[-1]
@@ -131,20 +151,24 @@ class ServeConfig:
 
 def bind_serve(fields: Mapping[str, Any]) -> ServeConfig:
     """Returns how an engine runs by some of its fields: where they say nothing of it, there are
-    drafts if guesses are made, and rows for all slots.
+    drafts if guesses are made, rows for all slots, and as many tiles as programs leave room for.
 
     Raises:
       UserError: a field that is not known or out of range.
     """
     values = dict(fields)
     usual = ServeConfig()
-    kind = values.get("speculate", usual.speculate)
-    if "drafts" not in values and kind == "lookup":
+    speculate = values.get("speculate", usual.speculate)
+    if "drafts" not in values and speculate == "lookup":
         values["drafts"] = USUAL_LOOKUP_DRAFTS
-    elif "drafts" not in values and kind != "none":
+    elif "drafts" not in values and speculate != "none":
         values["drafts"] = USUAL_DRAFTS
     slots = values.get("slots", usual.slots)
     drafts = values.get("drafts", usual.drafts)
+    transfers = values.get("transfers", usual.transfers)
+    if "tiles" not in values and transfers and speculate not in ON_HOST:
+        # Two, as transfers are programs too.
+        values["tiles"] = (usual.tiles[0], usual.tiles[-1])
     # What is no number is refused where it is bound.
     if "rows" not in values and isinstance(slots, int) and isinstance(drafts, int):
         values["rows"] = max(usual.rows, slots * (1 + drafts))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.inference.placement import windows_of
-from research.inference.pool_sizes import EngineBytes, most_windowed
+from research.inference.pool_sizes import MOVED_PAGES, EngineBytes, most_windowed
 from research.inference.programs import empty_state
 from research.inference.serve_config import ServeConfig
 from research.inference.slots import empty_slots
@@ -152,13 +152,16 @@ def _state_bytes(
     slots = jax.eval_shape(make_slots)
     fixed = memory + rest + _bytes(slots)
 
+    # Pages that are moved, as they come and as they lie; they may come from no shard.
+    moved = serve.transfers * 2 * MOVED_PAGES * sum(pages)
+
     # Keys and values are sharded by head where `tensor` divides the heads; latents never are.
     if isinstance(config, ModelConfig):
         has_latents = config.attention.latent is not None
         if not has_latents and config.attention.num_kv_heads % tensor == 0:
             pages = [page // tensor for page in pages]
     draw_rows = 1 if platform_name == "cpu" else width
-    temporaries = _DRAW_IN_USE * draw_rows * config.vocab_size * _FLOAT32
+    temporaries = moved + _DRAW_IN_USE * draw_rows * config.vocab_size * _FLOAT32
     if isinstance(config, ModelConfig):
         temporaries += _tile_bytes(config, serve.row_tiles()[-1], memory // serve.slots)
         temporaries += _piece_bytes(config)

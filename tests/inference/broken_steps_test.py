@@ -51,7 +51,9 @@ def params():
 
 
 def engine_of(params, **fields) -> Engine:
-    return Engine(CONFIG, params, BYTES, SERVE, **fields)
+    # Those that other engines know have their pages.
+    serve = dataclasses.replace(SERVE, transfers="params_digest" in fields)
+    return Engine(CONFIG, params, BYTES, serve, **fields)
 
 
 def texts(answers) -> list:

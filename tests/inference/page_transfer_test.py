@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import logging
+import math
 from typing import Any
 
 import jax
@@ -10,9 +12,12 @@ import pytest
 
 from research.core.errors import UserError
 from research.data.tokenizers import ByteTokenizer
+from research.inference import page_transfer
 from research.inference.engine import Engine
 from research.inference.page_names import digest_params
 from research.inference.page_transfer import ExportedPages
+from research.inference.pool_sizes import MOVED_PAGES
+from research.inference.programs import take_pages
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
 from research.inference.serve_config import ServeConfig
@@ -24,7 +29,7 @@ from research.recipes.generation_mesh import shardings_for_generation
 from tests.tiny import abstract_params, random_params, tiny_config
 
 CONFIG = tiny_config(vocab_size=260, max_length=96)
-SERVE = ServeConfig(slots=2, tokens=128, rows=16, tiles=(8,))
+SERVE = ServeConfig(slots=2, tokens=128, rows=16, tiles=(8,), transfers=True)
 # Two full pages, and a part of a third.
 IDS = tuple(np.random.default_rng(0).integers(0, 256, 2 * PAGE_SIZE + 5).tolist())
 REQUEST = Request(IDS, SamplingConfig(max_tokens=6, seed=3))
@@ -157,3 +162,80 @@ def test_pages_of_others_are_refused(params, pages):
         engine_of(params).import_pages(dataclasses.replace(REQUEST, salt="another"), pages)
     with pytest.raises(UserError, match="no full page"):
         engine_of(params).export_pages(REQUEST)
+
+
+def test_pages_that_could_not_be_put_take_no_room(params, pages, monkeypatch):
+    def broken(*_):
+        raise MemoryError
+
+    engine = engine_of(params)
+    [replica] = engine.replicas
+    before = replica.available_pages
+    with monkeypatch.context() as patch:
+        patch.setattr(page_transfer, "put_pages", broken)
+        with pytest.raises(MemoryError):
+            engine.import_pages(REQUEST, pages)
+    assert replica.available_pages == before
+    # Nobody finds what was not written.
+    assert answer(engine) == answer(engine_of(params))
+
+
+def test_an_engine_without_the_programs_moves_no_pages(params, pages):
+    engine = engine_of(params, serve=dataclasses.replace(SERVE, transfers=False))
+    answer(engine)
+    for move in (lambda: engine.export_pages(REQUEST), lambda: engine.import_pages(REQUEST, pages)):
+        with pytest.raises(UserError, match=r"transfers = False moves no pages: .* transfers = Tr"):
+            move()
+
+
+# Of no other test, so that nothing is compiled yet: more pages than are moved at a time, of two
+# kinds of layers.
+LONG = dataclasses.replace(
+    CONFIG, num_layers=3, max_length=368, pattern=(LayerConfig(window=20), LayerConfig())
+)
+LONG_IDS = (*range(1, 251), *range(90))
+LONG_REQUEST = Request(LONG_IDS, SamplingConfig(max_tokens=4, seed=3))
+
+
+def long_engine(mesh_sizes: dict[str, int], slots: int) -> Engine:
+    params = random_params(LONG)
+    digest = digest_params(params)
+    serve = dataclasses.replace(SERVE, slots=slots, tokens=640)
+    mesh = None
+    if mesh_sizes:
+        devices = jax.devices()[: math.prod(mesh_sizes.values())]
+        mesh = make_mesh(MeshConfig(**mesh_sizes), devices)
+        shardings = shardings_for_generation(abstract_params(LONG), mesh, 3)
+        params = jax.device_put(params, shardings)
+    return Engine(LONG, params, ByteTokenizer(), serve, mesh, params_digest=digest)
+
+
+@pytest.mark.fast_cases("one device", "tensor")
+@pytest.mark.parametrize(
+    ("mesh_sizes", "slots"),
+    [({}, 2), ({"data": 1, "tensor": 2}, 3), ({"data": 2, "tensor": 2}, 3)],
+    ids=["one device", "tensor", "data and tensor"],
+)
+def test_a_transfer_compiles_nothing_after_the_start(
+    mesh_sizes: dict[str, int], slots: int, caplog: pytest.LogCaptureFixture
+):
+    sender, receiver = long_engine(mesh_sizes, slots), long_engine(mesh_sizes, slots)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        [alone] = sender.run([LONG_REQUEST])
+        exported = sender.export_pages(LONG_REQUEST)
+        receiver.import_pages(LONG_REQUEST, exported)
+        [found] = receiver.run([LONG_REQUEST])
+        assert receiver.export_pages(LONG_REQUEST) == exported
+    assert exported.count > MOVED_PAGES
+    assert found.samples[0].logprobs == alone.samples[0].logprobs
+    rest = sum(replica.num_rows for replica in receiver.replicas)
+    assert rest <= 1 + len(LONG_IDS) % PAGE_SIZE + 4
+    assert not caplog.records
+
+
+def test_a_transfer_whose_programs_are_not_compiled_is_logged(caplog):  # the control
+    engine = long_engine({}, 2)
+    engine.run([LONG_REQUEST])
+    take_pages.clear_cache()
+    engine.export_pages(LONG_REQUEST)
+    assert "compiled while serving" in caplog.text

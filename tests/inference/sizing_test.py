@@ -12,7 +12,7 @@ from research.data.tokenizers import ByteTokenizer
 from research.inference import programs
 from research.inference.drawing import Allowed, draw_step
 from research.inference.engine import Engine
-from research.inference.pool_sizes import EngineBytes, most_windowed, pool_pages
+from research.inference.pool_sizes import MOVED_PAGES, EngineBytes, most_windowed, pool_pages
 from research.inference.program_names import MOST_PROGRAMS, program_names, step_tiles
 from research.inference.serve_config import ServeConfig, bind_serve
 from research.inference.sizing import engine_bytes, fit_tokens, free_bytes
@@ -249,6 +249,8 @@ def compiled_programs() -> int:
         draw_step,
         admit,
         programs.copy_pages,
+        programs.take_pages,
+        programs.put_pages,
         programs.read_source,
         programs.read_prefix,
         propose,
@@ -256,12 +258,16 @@ def compiled_programs() -> int:
     return sum(each._cache_size() for each in jitted)
 
 
-@pytest.mark.fast_cases("soft caps-3")
-@pytest.mark.parametrize(("name", "slots"), [("soft caps", 3), ("encoder-decoder", 6)])
-def test_the_list_of_programs_is_what_is_compiled(name: str, slots: int):
+@pytest.mark.fast_cases("soft caps-3-True")
+@pytest.mark.parametrize(
+    ("name", "slots", "transfers"),
+    [("soft caps", 3, True), ("soft caps", 5, False), ("encoder-decoder", 6, False)],
+)
+def test_the_list_of_programs_is_what_is_compiled(name: str, slots: int, transfers: bool):
     # Sizes that no other test has, so that nothing is compiled yet.
     config = dataclasses.replace(VARIANTS[name], max_length=272, vocab_size=300)
-    serve = dataclasses.replace(SERVE, slots=slots, tokens=288)
+    rows = max(SERVE.rows, 2 * slots)
+    serve = dataclasses.replace(SERVE, slots=slots, tokens=288, rows=rows, transfers=transfers)
     if name == "soft caps":
         guesses = {"drafts": 1, "speculate": "first_layers", "draft_layers": 1}
         serve = dataclasses.replace(serve, **guesses)
@@ -269,6 +275,7 @@ def test_the_list_of_programs_is_what_is_compiled(name: str, slots: int):
     before = compiled_programs()
     Engine(config, params, BYTES, serve)
     assert compiled_programs() - before == len(program_names(config, serve))
+    assert ("put_pages" in program_names(config, serve)) == transfers
 
 
 @pytest.mark.parametrize("invariant", [True, False])
@@ -281,6 +288,45 @@ def test_there_are_at_most_eight_programs(name: str, invariant: bool):
         assert len(program_names(config, serve)) <= MOST_PROGRAMS
     with pytest.raises(UserError, match="tiles"):
         ServeConfig(tiles=(1, 2, 4, 8, 16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("speculate", ["none", "lookup", "mtp"])
+def test_there_are_at_most_eight_programs_with_transfers(speculate: str, dtype: str):
+    config = dataclasses.replace(VARIANTS["windows"], dtype=dtype)
+    fields = {"transfers": True, "speculate": speculate}
+    most = 2 if speculate == "mtp" else 3
+    serve = bind_serve(fields)
+    assert len(serve.tiles) == most
+    for tiles in (serve.tiles, (8,), (8, 16, 32)[:most]):
+        names = program_names(config, bind_serve({**fields, "tiles": tiles}))
+        assert len(names) <= MOST_PROGRAMS
+        assert any("propose" in name for name in names) == (speculate == "mtp")
+    rule = f"are {most + 1} programs to compile, and there may be {most}, as transfers are"
+    with pytest.raises(UserError, match=rule):
+        bind_serve({**fields, "tiles": (2, 8, 16, 32)[: most + 1]})
+    # The control: without transfers these tiles are taken.
+    assert bind_serve({"speculate": speculate, "tiles": (2, 8, 16, 32)}).tiles
+
+
+def test_pages_are_moved_where_prompts_share_them():
+    assert ServeConfig(transfers=True).of_structure("decoder").transfers
+    for serve, structure in (
+        (ServeConfig(transfers=True), "encoder_decoder"),
+        (ServeConfig(transfers=True, prefix_cache=False), "decoder"),
+    ):
+        with pytest.raises(UserError, match=r"transfers = True is for decoders whose prompts"):
+            serve.of_structure(structure)
+
+
+def test_room_for_pages_that_are_moved_is_counted():
+    params = abstract_params(WIDE, "cpu")
+    plain, moving = (
+        engine_bytes(WIDE, params, dataclasses.replace(SERVE, transfers=transfers), 260)
+        for transfers in (False, True)
+    )
+    assert moving.temporaries - plain.temporaries == 2 * MOVED_PAGES * plain.page
+    assert dataclasses.replace(moving, temporaries=plain.temporaries) == plain
 
 
 def test_without_the_promise_a_row_alone_and_all_rows_have_tiles():

@@ -243,13 +243,14 @@ def test_a_draft_model_has_the_tokenizer_of_the_model(model):
 
 def test_engines_of_one_checkpoint_may_have_each_others_pages(model, unbroken: Unbroken):
     request = Request(tuple(range(40)), SamplingConfig(max_tokens=2))
-    first = model.engine(slots=2, tiles=(2,))
+    first = model.engine(slots=2, tiles=(2,), transfers=True)
     first.run([request])
     loaded = research.load(str(unbroken.workdir))
-    second = loaded.engine(slots=2, tiles=(2,))
+    second = loaded.engine(slots=2, tiles=(2,), transfers=True)
     second.import_pages(request, first.export_pages(request))
     # The control: parameters of no checkpoint.
-    nameless = dataclasses.replace(model, params_digest=None).engine(slots=2, tiles=(2,))
+    other = dataclasses.replace(model, params_digest=None)
+    nameless = other.engine(slots=2, tiles=(2,), transfers=True)
     nameless.run([request])
     with pytest.raises(UserError, match="params_digest"):
         nameless.export_pages(request)
