@@ -357,7 +357,7 @@ def test_in_16_bits_a_tile_has_eight_rows_at_least():
 
 def test_an_engine_has_drafts_and_rows_for_what_is_asked():
     serve = bind_serve({"slots": 32, "speculate": "lookup"})
-    assert (serve.drafts, serve.rows) == (4, 160)
+    assert (serve.drafts, serve.rows) == (7, 256)
     assert bind_serve({}) == ServeConfig()
     with pytest.raises(UserError, match="slot is not a config field"):
         bind_serve({"slot": 1})
