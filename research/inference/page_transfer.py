@@ -5,7 +5,7 @@ reads prompts and the one that answers may be on different machines.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,9 +58,17 @@ class PageTransfer:
       runner: that has the pages.
       kinds: which know what they are.
       names: of pages.
+      begin_again: has what the runner had written anew, where pages were being put into it.
     """
 
-    def __init__(self, runner: Runner, kinds: Sequence[PageKind], names: PageNames):
+    def __init__(
+        self,
+        runner: Runner,
+        kinds: Sequence[PageKind],
+        names: PageNames,
+        begin_again: Callable[[], None],
+    ):
+        self._begin_again = begin_again
         self._runner = runner
         self._kinds = kinds
         self._names = names
@@ -134,6 +142,10 @@ class PageTransfer:
             self._put(pages, exported.arrays, exported.data)
             for kind, taken, own in zip(self._kinds, pages, own_digests, strict=True):
                 kind.name(taken, own)
+        except BaseException:
+            # The program may have taken the pages of all others with it.
+            self._begin_again()
+            raise
         finally:
             for kind, taken in zip(self._kinds, pages, strict=True):
                 kind.release(taken)

@@ -96,7 +96,7 @@ class Replica:
         self._explain = functools.partial(explain, serve, config, self._runner, self._names)
         self.transfer: PageTransfer | None = None
         if serve.transfers:
-            self.transfer = PageTransfer(self._runner, kinds, self._names)
+            self.transfer = PageTransfer(self._runner, kinds, self._names, self._begin_again)
         self._arrivals = itertools.count()
         self.members = Members()
         has_encoder = config.structure == "encoder_decoder"
@@ -203,10 +203,14 @@ class Replica:
         try:
             return self._run_step()
         except BaseException:
-            self._under_way = None
-            self._scheduler.restart()
-            self._runner.recover()
+            self._begin_again()
             raise
+
+    def _begin_again(self) -> None:
+        """Has all running answers read anew."""
+        self._under_way = None
+        self._scheduler.restart()
+        self._runner.recover()
 
     def _run_step(self) -> bool:
         with delayed_signals():

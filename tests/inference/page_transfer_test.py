@@ -180,6 +180,27 @@ def test_pages_that_could_not_be_put_take_no_room(params, pages, monkeypatch):
     assert answer(engine) == answer(engine_of(params))
 
 
+def test_an_import_that_is_broken_off_loses_no_answer(params, pages, monkeypatch):
+    put = page_transfer.put_pages
+
+    def broken(*taken):
+        put(*taken)
+        raise KeyboardInterrupt
+
+    engine = engine_of(params)
+    running = engine.submit(REQUEST)
+    engine.run_step()
+    with monkeypatch.context() as patch:
+        patch.setattr(page_transfer, "put_pages", broken)
+        with pytest.raises(KeyboardInterrupt):
+            engine.import_pages(REQUEST, pages)
+    while not running.finished:
+        engine.run_step()
+    [sample] = running.samples
+    alone = engine_of(params).run([REQUEST])[0].samples[0]
+    assert sample.logprobs == alone.logprobs
+
+
 def test_an_engine_without_the_programs_moves_no_pages(params, pages):
     engine = engine_of(params, serve=dataclasses.replace(SERVE, transfers=False))
     answer(engine)
