@@ -44,6 +44,8 @@ def test_a_row_has_the_rates_of_all_sides_and_the_share_of_the_bandwidth(tmp_pat
     monkeypatch.setattr(decode, "interleave_workers", interleave_workers)
     monkeypatch.setattr(decode, "write_model", lambda *_: None)
     monkeypatch.setattr(decode, "same_tokens", lambda *_: "the same")
+    # Whatever is installed here.
+    monkeypatch.setitem(decode.PACKAGES, "transformers", "json")
     monkeypatch.setitem(decode.PACKAGES, "llama.cpp", "no_such_package")
     path = tmp_path / "decode.json"
     flags = ["--only=GPT-2 124 M", "--dtype=float32", "--sequences=8", f"--json={path}"]
