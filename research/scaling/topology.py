@@ -81,6 +81,8 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
         options["chip_config_name"] = "megacore"
     if slices > 1:
         options["num_slices"] = slices
+    # JAX keeps what is compiled here and cannot load it again without a TPU: it is compiled anew.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     return _devices("tpu", TPU_TOPOLOGIES.get(topology, topology), **options)
 
 
