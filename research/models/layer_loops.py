@@ -104,7 +104,7 @@ class Unrolled:
 @dataclasses.dataclass(frozen=True)
 class TracedOnce:
     """Layers with parameters of their own as calls of one function: Python runs through a layer
-    once for all layers that are alike, and XLA compiles the program of `Unrolled`.
+    once for all layers that are alike. They compute what those of `Unrolled` do.
 
     Programs begin sooner: a step of an engine is one. The layers are no submodules here, so that
     nothing that looks into modules sees them. Stacked parameters are scanned.

@@ -26,6 +26,8 @@ TPU_TOPOLOGIES = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
+# What JAX says of such a program in its cache; entries that are damaged are another matter.
+_NOT_LOADED = "Error reading persistent compilation cache entry.*PjRtCompiler must be constructed"
 # JAX runs both cores of these chips as one device; the compiler has to be told.
 _MEGACORE = ("v4",)
 # What the compiler needs to know of each kind of GPU, by its name in a cluster's.
@@ -82,7 +84,7 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     if slices > 1:
         options["num_slices"] = slices
     # JAX keeps what is compiled here and cannot load it again without a TPU: it is compiled anew.
-    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+    warnings.filterwarnings("ignore", _NOT_LOADED)
     return _devices("tpu", TPU_TOPOLOGIES.get(topology, topology), **options)
 
 

@@ -1,6 +1,7 @@
 """Programs are compiled for chips that are not here."""
 
 import importlib.util
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,17 @@ def test_a_matmul_is_compiled_for_an_h200_that_is_not_here():
         gpu_devices()[0], lambda x: x @ x, jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
     )
     assert "__cublas" in compiled.as_text() or "triton" in compiled.as_text()
+
+
+def test_a_program_that_no_cache_can_load_is_no_warning(libtpu):
+    entry = "Error reading persistent compilation cache entry for 'jit_step': "
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tpu_devices("v5e")
+        warnings.warn(f"{entry}PjRtCompiler must be constructed with a Client", stacklevel=1)
+        warnings.warn(f"{entry}the file is damaged", stacklevel=1)
+    # The control: what a user can act on is said.
+    assert [str(each.message) for each in caught] == [f"{entry}the file is damaged"]
 
 
 def test_an_unknown_topology_is_one_line(libtpu):
