@@ -27,15 +27,13 @@ from research.bench.llama_shapes import LLAMA_134M
 from research.bench.serving_models import bytes_a_step
 from research.bench.sides import run
 from research.core.errors import UserError
-from research.inference.placement import windows_of
-from research.inference.programs import empty_state, read
+from research.inference.layouts import lay_out
+from research.inference.lowered_step import StepSizes, lower_step
 from research.inference.serve_config import ServeConfig
-from research.inference.slots import StepRows, empty_slots
 from research.kernels.attention import ScoreTerms
 from research.kernels.decode_attention import PAGE_SIZE, pages_for, tpu
 from research.models.config import ModelConfig
 from research.models.language_model import abstract_params
-from research.models.paged_cache import PageTable
 from research.models.stack import resolve_layer_loop
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
@@ -87,25 +85,6 @@ def on_device(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return leaf.sharding.shard_shape(leaf.shape)
 
 
-def _table(config: ModelConfig, slots: int, tokens: int) -> PageTable:
-    pages_per_row = -(-config.max_length // PAGE_SIZE)
-    ids = jnp.asarray(np.zeros((slots, pages_per_row), np.int32))
-    num_pages = 1 + tokens // PAGE_SIZE
-    # Layers with a window have more pages than an engine gives them: a copy of them would be seen.
-    kinds = len(windows_of(config, keeps_all=False))
-    return PageTable.of_kinds([ids] * kinds, [num_pages] * kinds, PAGE_SIZE)
-
-
-def _padding(rows: int) -> StepRows:
-    arrays = {}
-    for field in dataclasses.fields(StepRows):
-        is_flag = field.name in ("draws", "wants")
-        dtype = bool if is_flag else np.int32
-        zeros = np.zeros(rows, dtype)
-        arrays[field.name] = jnp.asarray(zeros)
-    return StepRows(**arrays)
-
-
 def compile_read(
     config: ModelConfig,
     params: Any,
@@ -126,41 +105,13 @@ def compile_read(
       rows: of the step's arrays, whole tiles; None is one tile. How many tiles have rows is said
         when the program is run.
     """
-    rows = tile if rows is None else rows
-    table = _table(config, slots, tokens)
-    others = (empty_slots(slots, 256, 0), table, _padding(rows), jnp.int32(1))
-    other_leaves, other_tree = jax.tree.flatten(others)
-    state_trees = []
-
-    # As leaves, for `lower` makes trees of what is no array, which checked shapes refuse.
-    def begin(params: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        state = empty_state.__wrapped__(
-            params, None, table, config=config, rows=rows, drafter=None, cache_dtype=None
-        )
-        leaves, tree = jax.tree.flatten(state)
-        state_trees.append(tree)
-        return leaves, jax.tree.leaves([layer.tokens for layer in state.layers])
-
-    def step(params: Any, leaves: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
-        state = state_trees[-1].unflatten(leaves)
-        taken = (params, None, state, *other_tree.unflatten(others))
-        return jax.tree.leaves(read.__wrapped__(*taken, config=config, tile=tile, drafter=None))
-
-    def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    with jax.set_mesh(mesh):
-        begun = jax.jit(begin).lower(params)
-        shardings = begun.compile().output_shardings
-        leaves, pages = jax.tree.map(place, begun.out_info, shardings)
-        placed = [place(leaf, everywhere) for leaf in other_leaves]
-        lowered = jax.jit(step, donate_argnums=1).lower(params, leaves, placed)
-        compiled = lowered.compile()
-
+    if rows is None:
+        rows = tile
+    step = lower_step(config, params, mesh, StepSizes(slots, tokens, tile, rows))
+    compiled = step.lowered.compile()
     text = compiled.as_text()
     return CompiledRead(
-        pages,
+        step.pages,
         text,
         [each for each in collectives(text, mesh) if each.axes],
         compiled.memory_analysis().temp_size_in_bytes,
@@ -170,7 +121,8 @@ def compile_read(
 
 def compile_step(config: ModelConfig, device: Any) -> CompiledRead:
     """Compiles the step of an engine with one device, as `ServeConfig` has it where nothing is
-    said, and with a cache that holds `max_length` tokens in every slot.
+    said, with parameters that lie as the engine lays them, and with a cache that holds `max_length`
+    tokens in every slot.
 
     Args:
       config: of the model; layers are in the form that suits a TPU.
@@ -184,6 +136,7 @@ def compile_step(config: ModelConfig, device: Any) -> CompiledRead:
         return leaf.update(sharding=everywhere)
 
     params = jax.tree.map(place, abstract_params(config, "tpu"))
+    [params] = lay_out(config, [params], [mesh], SERVE)
     tokens = SERVE.slots * config.max_length
     rows = SERVE.padded_rows()
     return compile_read(

@@ -15,6 +15,7 @@ from research.core.trees import named_leaves
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
 from research.inference.compilations import serving
+from research.inference.layouts import lay_out, lie_as
 from research.inference.page_transfer import ExportedPages, PageTransfer
 from research.inference.pooling import WholeTexts
 from research.inference.replica import Replica
@@ -83,7 +84,7 @@ class Engine(WholeTexts):
         if config.structure == "encoder":
             return
 
-        self._placed = self._parts(params)
+        self._placed = lay_out(config, self._parts(params), self._meshes, self.serve)
         self.serve = sized(
             config, self._placed[0], self.serve, self._num_ids, self._meshes[0], draft
         )
@@ -303,7 +304,7 @@ class Engine(WholeTexts):
 
 
 def _as_placed(new: Any, old: jax.Array) -> jax.Array:
-    return _put(new, old.sharding)
+    return lie_as(_put(new, old.sharding), old)
 
 
 def _put(leaf: Any, sharding: Sharding) -> jax.Array:

@@ -107,6 +107,11 @@ class Replica:
         self.num_rows = 0
 
     @property
+    def params(self) -> Any:
+        """Parameters as its steps read them."""
+        return self._runner.params
+
+    @property
     def under_way(self) -> bool:
         """Whether a step is not read yet."""
         return self._under_way is not None

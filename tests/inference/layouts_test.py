@@ -1,0 +1,132 @@
+"""On accelerators parameters lie in the order that steps read them in."""
+
+import jax
+import pytest
+from jax.experimental.layout import Layout
+from jax.sharding import NamedSharding, PartitionSpec
+
+from research.core.trees import named_leaves
+from research.data.tokenizers import ByteTokenizer
+from research.inference import layouts
+from research.inference.engine import Engine
+from research.inference.layouts import chosen_layouts, formatted
+from research.inference.lowered_step import StepSizes, lower_step
+from research.inference.requests import Request
+from research.inference.sampling_config import SamplingConfig
+from research.inference.serve_config import ServeConfig
+from research.models.config import AttentionConfig, MlpConfig, ModelConfig
+from research.models.language_model import abstract_params
+from research.parallel.mesh import make_mesh
+from research.parallel.mesh_config import MeshConfig
+from research.scaling.topology import tpu_devices
+from tests.tiny import random_params, tiny_config
+
+CONFIG = tiny_config(vocab_size=260, max_length=32)
+SERVE = ServeConfig(slots=2, tokens=64, rows=8, tiles=(8,))
+# Columns before rows: no order that CPU devices have by themselves.
+TURNED = {
+    "layers/attention/query/kernel": Layout((2, 1, 0)),
+    "layers/mlp/down/kernel": Layout((1, 0)),
+}
+SIZES = StepSizes(slots=16, tokens=32_768, tile=16, rows=64)
+
+
+def orders(params) -> dict[str, tuple[int, ...]]:
+    """The order of axes of the parameters that lie in another than JAX's own."""
+    found = {}
+    for name, leaf in named_leaves(params).items():
+        order = leaf.format.layout.major_to_minor
+        if order != tuple(range(leaf.ndim)):
+            found[name] = order
+    return found
+
+
+def logprobs(engine: Engine) -> list[float]:
+    asked = Request((1, 2, 3), SamplingConfig(temperature=0.0, max_tokens=6))
+    [answer] = engine.run([asked])
+    return [each.logprob for each in answer.samples[0].logprobs]
+
+
+@pytest.fixture
+def turned(monkeypatch):
+    monkeypatch.setattr(layouts, "platform", lambda: "tpu")
+    monkeypatch.setattr(layouts, "chosen_layouts", lambda *_: TURNED)
+
+
+def test_an_engine_reads_parameters_as_it_laid_them_out(turned, monkeypatch, caplog):
+    params = jax.tree.map(jax.numpy.asarray, random_params(CONFIG))
+    engine = Engine(CONFIG, params, ByteTokenizer(), SERVE)
+    expected = {}
+    for kind, layout in TURNED.items():
+        for index in range(CONFIG.num_layers):
+            expected[kind.replace("layers", f"layers_{index}")] = layout.major_to_minor
+    [replica] = engine.replicas
+    assert orders(replica.params) == expected
+    assert not orders(params)
+    first = logprobs(engine)
+
+    other = random_params(CONFIG, seed=1)
+    engine.update_params(other)
+    assert orders(replica.params) == expected
+    second = logprobs(engine)
+    assert "compiled while serving" not in caplog.text
+
+    monkeypatch.undo()
+    for own, found in ((params, first), (other, second)):
+        engine = Engine(CONFIG, own, ByteTokenizer(), SERVE)
+        assert not orders(engine.replicas[0].params)
+        assert logprobs(engine) == pytest.approx(found, abs=1e-5)
+
+
+def decoder(**changes) -> ModelConfig:
+    return ModelConfig(
+        max_length=2048,
+        layer_loop="scan",
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        **changes,
+    )
+
+
+# Heads of whole tiles, as LLaMA's of 8 B parameters: their axes lie between those of a product.
+WHOLE_TILES = decoder(
+    vocab_size=128_256,
+    num_layers=4,
+    embed_dim=4096,
+    attention=AttentionConfig(32, 8, 128),
+    mlp=MlpConfig(hidden_dim=14_336),
+)
+# A width of no whole tiles: by itself JAX puts such matrices column by column.
+ODD_WIDTH = decoder(
+    vocab_size=49_152,
+    num_layers=30,
+    embed_dim=576,
+    attention=AttentionConfig(9, 3, 64),
+    mlp=MlpConfig(hidden_dim=1536),
+)
+
+
+@pytest.mark.compilers
+@pytest.mark.parametrize(
+    ("config", "chip"),
+    [(WHOLE_TILES, "v5e"), (ODD_WIDTH, "v5p")],
+    ids=["whole tiles, v5e", "odd width, v5p"],
+)
+def test_a_step_on_a_tpu_copies_no_parameter(config: ModelConfig, chip: str):
+    pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    mesh = make_mesh(MeshConfig(data=1), [tpu_devices(chip)[0]])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(sharding=everywhere)
+
+    def temporaries(params) -> int:
+        compiled = lower_step(config, params, mesh, SIZES).lowered.compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    params = jax.tree.map(place, abstract_params(config, "tpu"))
+    layouts = chosen_layouts(config, params, mesh, SIZES)
+    key = params["layers"]["attention"]["key"]["kernel"]
+    key_bytes = key.size * key.dtype.itemsize
+    assert temporaries(params) > 2 * key_bytes  # the control
+    assert temporaries(formatted(params, layouts)) < key_bytes
