@@ -34,9 +34,9 @@ import hypothesis
 import jax
 import psutil
 import pytest
-from jaxtyping import install_import_hook
 
 from research.core import backend
+from tests import type_checks
 
 backend.add_threads()
 jax.config.update(
@@ -44,8 +44,7 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-# Shapes and types of every public function are checked under pytest only.
-install_import_hook("research", "beartype.beartype")
+type_checks.install()
 
 # How long examples take to make says how busy the machine is.
 hypothesis.settings.register_profile(
