@@ -1,4 +1,4 @@
-"""Types and shapes of every public function are checked under pytest only, in a tenth of its time.
+"""Types and shapes of every public function are checked under pytest only.
 
 jaxtyping's import hook decorates every function with a check of shapes, which costs 50 µs a call.
 Here only functions that take or return arrays have it; the types of others are checked in one or
@@ -16,6 +16,8 @@ import jaxtyping
 
 T = TypeVar("T")
 _jaxtyped = jaxtyping.jaxtyped
+# What Python raises itself for a wrong type, and what code that reads foreign values expects.
+_check_types = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))
 
 
 def install() -> None:
@@ -32,12 +34,12 @@ def _jaxtyped_where_needed(**how: Any) -> Callable[[T], T]:
         if "<locals>" in getattr(target, "__qualname__", ""):
             return target
         if inspect.isfunction(target):
-            return check_shapes(target) if _needs_jaxtyping(target) else beartype.beartype(target)
+            return check_shapes(target) if _needs_jaxtyping(target) else _check_types(target)
         if not dataclasses.is_dataclass(target):
             return check_shapes(target)
         if _needs_jaxtyping(target.__init__):
             return check_shapes(target)
-        target.__init__ = beartype.beartype(target.__init__)
+        target.__init__ = _check_types(target.__init__)
         return target
 
     return decorate

@@ -1,6 +1,5 @@
 """A wrong shape or type ends a call under pytest."""
 
-import beartype.roar
 import jax.numpy as jnp
 import jaxtyping
 import pytest
@@ -16,10 +15,10 @@ def test_an_array_of_another_rank_is_refused():
 
 
 def test_a_value_of_another_type_is_refused():
-    with pytest.raises(beartype.roar.BeartypeCallHintParamViolation, match="separator"):
+    with pytest.raises(TypeError, match="separator"):
         nested({}, separator=1)
 
 
 def test_a_field_of_another_type_is_refused():
-    with pytest.raises(beartype.roar.BeartypeCallHintParamViolation, match="slots"):
+    with pytest.raises(TypeError, match="slots"):
         ServeConfig(slots="two")
