@@ -32,6 +32,11 @@ SMALL = {
     "data.sources.0.kind": "text",
     "data.sources.0.path": "corpus",
 }
+# What a page waits for, and what is enough here.
+SHORT = {
+    "--config.train.steps=200": "--config.train.steps=20",
+    "--time-budget=120": "--time-budget=30",
+}
 
 
 def commands(text: str) -> list[str]:
@@ -41,16 +46,17 @@ def commands(text: str) -> list[str]:
 
 
 def made_small(words: list[str]) -> list[str]:
-    """Returns the words of a command with a small model, but for what it chooses itself."""
+    """Returns the words of a command with a small model, but for what it chooses itself, and with
+    fewer steps.
+    """
     if not any("configs/pretrain/" in word for word in words):
         return words
     given = {word.removeprefix("--config.").partition("=")[0] for word in words}
     small = dict(SMALL)
     if "data.sources.0.path" not in given:  # a source of the page holds out enough by itself
         small["data.sources.0.heldout_fraction"] = 0.2
-    return words + [
-        f"--config.{name}={value}" for name, value in small.items() if name not in given
-    ]
+    added = [f"--config.{name}={value}" for name, value in small.items() if name not in given]
+    return [SHORT.get(word, word) for word in words] + added
 
 
 def run(command: str) -> None:
@@ -101,6 +107,8 @@ def test_what_a_command_chooses_itself_is_not_made_small():
     words = ["train", "--config=configs/pretrain/a.py", "--config.model.num_layers=7"]
     small = made_small(words)
     assert small[:3] == words
+    long = ["train", "--config=configs/pretrain/a.py", "--config.train.steps=200"]
+    assert made_small(long)[2] == "--config.train.steps=20"
     assert "--config.model.embed_dim=32" in small
     assert sum(word.startswith("--config.model.num_layers") for word in small) == 1
     assert made_small(["describe", "--config=configs/model/a.py"])[-1].endswith("a.py")
