@@ -1,20 +1,19 @@
-"""Types and shapes of every public function are checked under pytest only.
+"""Types and shapes are checked under pytest only.
 
-jaxtyping's import hook decorates every function with a check of shapes, which costs 50 µs a call.
-Here only functions that take or return arrays have it; the types of others are checked in one or
-two µs. Functions inside of functions have none: it would be made anew at each call of the outer
-one, which takes a millisecond.
+jaxtyping's import hook decorates every function with a check of shapes, which costs 50 µs a call,
+and a millisecond more for a function inside of a function, at each call of the outer one. Here
+only functions that take or return arrays have it. The types of others are checked in one or two µs;
+those of functions inside of functions are not.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import beartype
 import jaxtyping
 
-T = TypeVar("T")
 _jaxtyped = jaxtyping.jaxtyped
 # What Python raises itself for a wrong type, and what code that reads foreign values expects.
 _check_types = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))
@@ -23,21 +22,23 @@ _check_types = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeE
 def install() -> None:
     """Checks what is imported of `research` from here on."""
     # What the hook decorates with.
-    jaxtyping.jaxtyped = _jaxtyped_where_needed
+    jaxtyping.jaxtyped = jaxtyped_where_needed
     jaxtyping.install_import_hook("research", "beartype.beartype")
 
 
-def _jaxtyped_where_needed(**how: Any) -> Callable[[T], T]:
+def jaxtyped_where_needed(*args: Any, **how: Any) -> Any:
+    # Libraries may use it in other forms than the hook does.
+    if args or "typechecker" not in how:
+        return _jaxtyped(*args, **how)
     check_shapes = _jaxtyped(**how)
 
-    def decorate(target: T) -> T:
-        if "<locals>" in getattr(target, "__qualname__", ""):
-            return target
+    def decorate(target: Any) -> Any:
         if inspect.isfunction(target):
-            return check_shapes(target) if _needs_jaxtyping(target) else _check_types(target)
-        if not dataclasses.is_dataclass(target):
-            return check_shapes(target)
-        if _needs_jaxtyping(target.__init__):
+            if _needs_jaxtyping(target):
+                return check_shapes(target)
+            is_inner = "<locals>" in target.__qualname__
+            return target if is_inner else _check_types(target)
+        if not dataclasses.is_dataclass(target) or _needs_jaxtyping(target.__init__):
             return check_shapes(target)
         target.__init__ = _check_types(target.__init__)
         return target

@@ -27,7 +27,7 @@ from research.bench.llama_shapes import LLAMA_134M
 from research.bench.serving_models import bytes_a_step
 from research.bench.sides import run
 from research.core.errors import UserError
-from research.inference.layouts import lay_out
+from research.inference.layouts import formatted, step_layouts
 from research.inference.lowered_step import StepSizes, lower_step
 from research.inference.serve_config import ServeConfig
 from research.kernels.attention import ScoreTerms
@@ -136,7 +136,7 @@ def compile_step(config: ModelConfig, device: Any) -> CompiledRead:
         return leaf.update(sharding=everywhere)
 
     params = jax.tree.map(place, abstract_params(config, "tpu"))
-    [params] = lay_out(config, [params], [mesh], SERVE)
+    params = formatted(params, step_layouts(config, params, mesh, SERVE))
     tokens = SERVE.slots * config.max_length
     rows = SERVE.padded_rows()
     return compile_read(

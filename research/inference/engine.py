@@ -15,7 +15,7 @@ from research.core.trees import named_leaves
 from research.data.tokenizers import Tokenizer
 from research.inference.answers import Answer
 from research.inference.compilations import serving
-from research.inference.layouts import lay_out, lie_as
+from research.inference.layouts import Layouts, formatted, step_layouts
 from research.inference.page_transfer import ExportedPages, PageTransfer
 from research.inference.pooling import WholeTexts
 from research.inference.replica import Replica
@@ -75,19 +75,26 @@ class Engine(WholeTexts):
         self._num_ids = min(tokenizer.vocab_size, config.vocab_size)
         self._num_ends = len(tokenizer.end_ids)
         self._meshes = [None] if mesh is None else replica_meshes(mesh)
+        # Of a single replica its own: what lies otherwise is not held twice.
         self._params = params
         self._adapters = adapters or {}
         self.replicas: list[Replica] = []
         self._placed: list[Any] = []
+        self._layouts: Layouts = {}
         self._replica_of: dict[Answer, Replica] = {}
         self.serve = serve.of_structure(config.structure)
         if config.structure == "encoder":
             return
 
-        self._placed = lay_out(config, self._parts(params), self._meshes, self.serve)
-        self.serve = sized(
-            config, self._placed[0], self.serve, self._num_ids, self._meshes[0], draft
-        )
+        self._place(params)
+        shape = (self._num_ids, self._meshes[0], draft)
+        given = self.serve
+        # What the user got wrong is said before anything is compiled.
+        self.serve = sized(config, self._placed[0], given, *shape)
+        self._layouts = step_layouts(config, self._placed[0], self._meshes[0], self.serve)
+        if self._layouts:
+            self._place(params)
+            self.serve = sized(config, self._placed[0], given, *shape)
         for part, own in zip(self._placed, self._meshes, strict=True):
             replica = Replica(
                 config, part, tokenizer, self.serve, own, draft, params_digest, self._adapters
@@ -283,13 +290,24 @@ class Engine(WholeTexts):
         # Of the same names, in the same order, but maybe in a `FrozenDict`
         params = jax.tree.unflatten(jax.tree.structure(self._params), jax.tree.leaves(params))
         # Placed as those that they replace: others would be other programs.
-        placed = [jax.tree.map(_as_placed, params, old) for old in self._placed]
+        placed = []
+        for old in self._placed:
+            part = jax.tree.map(_as_placed, params, old)
+            placed.append(formatted(part, self._layouts))
         with delayed_signals():
             for replica, part in zip(self.replicas, placed, strict=True):
                 replica.update_params(part, params_digest)
-            self._params = params
-            self._placed = placed
+            self._hold(params, placed)
             self.__dict__.pop("_reader", None)
+
+    def _place(self, params: Any) -> None:
+        """Puts parameters on the devices of each replica, in the layouts of its steps."""
+        parts = self._parts(params)
+        self._hold(params, [formatted(part, self._layouts) for part in parts])
+
+    def _hold(self, params: Any, placed: list[Any]) -> None:
+        self._placed = placed
+        self._params = placed[0] if len(placed) == 1 else params
 
     def _parts(self, params: Any) -> list[Any]:
         """Returns the parameters of each replica."""
@@ -304,7 +322,7 @@ class Engine(WholeTexts):
 
 
 def _as_placed(new: Any, old: jax.Array) -> jax.Array:
-    return lie_as(_put(new, old.sharding), old)
+    return _put(new, old.sharding)
 
 
 def _put(leaf: Any, sharding: Sharding) -> jax.Array:

@@ -46,6 +46,7 @@ class StepSizes:
       rows: of the step's arrays, whole tiles. How many tiles have rows is said when the program is
         run.
       page_size: tokens of a page.
+      cache_dtype: as of `LanguageModel.empty_cache`.
     """
 
     slots: int
@@ -53,6 +54,7 @@ class StepSizes:
     tile: int
     rows: int
     page_size: int = PAGE_SIZE
+    cache_dtype: str | None = None
 
 
 def lower_step(
@@ -81,7 +83,13 @@ def lower_step(
     # As leaves, for `lower` makes trees of what is no array, which checked shapes refuse.
     def begin(params: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         state = empty_state.__wrapped__(
-            params, None, table, config=config, rows=sizes.rows, drafter=None, cache_dtype=None
+            params,
+            None,
+            table,
+            config=config,
+            rows=sizes.rows,
+            drafter=None,
+            cache_dtype=sizes.cache_dtype,
         )
         leaves, tree = jax.tree.flatten(state)
         state_trees.append(tree)
@@ -94,10 +102,12 @@ def lower_step(
         return jax.tree.leaves(new)
 
     with on_mesh(mesh):
-        begun = jax.jit(begin).lower(params)
+        everywhere = _everywhere(params, mesh)
+        # Of one device nothing says which, where nothing of the parameters is read.
+        elsewhere = everywhere if mesh is None else None
+        begun = jax.jit(begin, out_shardings=elsewhere).lower(params)
         shardings = begun.compile().output_shardings
         leaves, pages = jax.tree.map(_place, begun.out_info, shardings)
-        everywhere = _everywhere(params, mesh)
         placed = [_place(leaf, everywhere) for leaf in other_leaves]
         formats = None
         if choose_layouts:

@@ -32,6 +32,8 @@ def test_cycles_grow_with_layers_and_tiles():
     assert 0 < two.estimated < four.estimated < six.estimated
     assert (two.without[KERNEL], six.without[KERNEL]) == (2, 6)
 
+    assert compiled(6).temporaries < compiled(6).layer_bytes
+
     tiles = [estimated_cycles(compiled(2).text, count) for count in (1, 2, 4)]
     one, pair, all_four = (each.estimated for each in tiles)
     assert all_four - pair == 2 * (pair - one) > 0

@@ -1,5 +1,7 @@
 """On accelerators parameters lie in the order that steps read them in."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.experimental.layout import Layout
@@ -9,7 +11,7 @@ from research.core.trees import named_leaves
 from research.data.tokenizers import ByteTokenizer
 from research.inference import layouts
 from research.inference.engine import Engine
-from research.inference.layouts import chosen_layouts, formatted
+from research.inference.layouts import chosen_layouts, formatted, step_layouts
 from research.inference.lowered_step import StepSizes, lower_step
 from research.inference.requests import Request
 from research.inference.sampling_config import SamplingConfig
@@ -19,11 +21,12 @@ from research.models.language_model import abstract_params
 from research.parallel.mesh import make_mesh
 from research.parallel.mesh_config import MeshConfig
 from research.scaling.topology import tpu_devices
+from tests.models.variants import VARIANTS
 from tests.tiny import random_params, tiny_config
 
 CONFIG = tiny_config(vocab_size=260, max_length=32)
 SERVE = ServeConfig(slots=2, tokens=64, rows=8, tiles=(8,))
-# Columns before rows: no order that CPU devices have by themselves.
+# No order that CPU devices have by themselves.
 TURNED = {
     "layers/attention/query/kernel": Layout((2, 1, 0)),
     "layers/mlp/down/kernel": Layout((1, 0)),
@@ -78,6 +81,58 @@ def test_an_engine_reads_parameters_as_it_laid_them_out(turned, monkeypatch, cap
         assert logprobs(engine) == pytest.approx(found, abs=1e-5)
 
 
+def test_each_replica_has_them_on_its_own_devices(turned):
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(random_params(CONFIG), everywhere)
+    engine = Engine(CONFIG, params, ByteTokenizer(), SERVE, mesh)
+    found = []
+    for replica in engine.replicas:
+        assert len(orders(replica.params)) == len(TURNED) * CONFIG.num_layers
+        found.append({leaf.device for leaf in jax.tree.leaves(replica.params)})
+    assert found == [{device} for device in jax.devices()[:2]]
+    one, other = (logprobs(engine) for _ in range(2))
+    assert one == other
+
+
+def test_a_choice_is_made_once_and_for_the_device_of_the_parameters(monkeypatch):
+    monkeypatch.setattr(layouts, "platform", lambda: "tpu")
+    params = jax.device_put(random_params(CONFIG), jax.devices()[1])
+    chosen = step_layouts(CONFIG, params, None, SERVE)
+    assert step_layouts(CONFIG, params, None, SERVE) is chosen
+    engine = Engine(CONFIG, params, ByteTokenizer(), SERVE)
+    found = {leaf.device for leaf in jax.tree.leaves(engine.replicas[0].params)}
+    assert found == {jax.devices()[1]}
+
+
+def test_devices_that_tell_nothing_keep_jax_s_own(monkeypatch):
+    def tell_nothing(*_):
+        raise NotImplementedError("no layouts here")
+
+    monkeypatch.setattr(layouts, "platform", lambda: "gpu")
+    monkeypatch.setattr(layouts, "chosen_layouts", tell_nothing)
+    params = jax.device_put(random_params(CONFIG), jax.devices()[0])
+    assert step_layouts(CONFIG, params, None, SERVE) == {}
+
+
+@pytest.mark.compilers
+@pytest.mark.parametrize("name", ["encoder-decoder", "multi-token prediction"])
+def test_what_a_step_does_not_read_has_no_layout(name: str):
+    pytest.importorskip("libtpu", reason="needs the extra `tpu`")
+    config = dataclasses.replace(VARIANTS[name], layer_loop="scan")
+    mesh = make_mesh(MeshConfig(data=1), [tpu_devices("v5e")[0]])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(sharding=everywhere)
+
+    params = jax.tree.map(place, abstract_params(config, "tpu"))
+    sizes = StepSizes(slots=2, tokens=128, tile=8, rows=8)
+    unread = {"encoder", "future_0"} & set(params)
+    found = chosen_layouts(config, params, mesh, sizes)
+    assert not [kind for kind in found if kind.partition("/")[0] in unread]
+
+
 def decoder(**changes) -> ModelConfig:
     return ModelConfig(
         max_length=2048,
@@ -125,7 +180,7 @@ def test_a_step_on_a_tpu_copies_no_parameter(config: ModelConfig, chip: str):
         return compiled.memory_analysis().temp_size_in_bytes
 
     params = jax.tree.map(place, abstract_params(config, "tpu"))
-    layouts = chosen_layouts(config, params, mesh, SIZES)
+    layouts = step_layouts(config, params, mesh, ServeConfig())
     key = params["layers"]["attention"]["key"]["kernel"]
     key_bytes = key.size * key.dtype.itemsize
     assert temporaries(params) > 2 * key_bytes  # the control
