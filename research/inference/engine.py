@@ -86,14 +86,14 @@ class Engine(WholeTexts):
         if config.structure == "encoder":
             return
 
-        self._place(params)
+        self._hold(params, self._parts(params))
         shape = (self._num_ids, self._meshes[0], draft)
         given = self.serve
         # What the user got wrong is said before anything is compiled.
         self.serve = sized(config, self._placed[0], given, *shape)
         self._layouts = step_layouts(config, self._placed[0], self._meshes[0], self.serve)
         if self._layouts:
-            self._place(params)
+            self._hold(params, [formatted(part, self._layouts) for part in self._placed])
             self.serve = sized(config, self._placed[0], given, *shape)
         for part, own in zip(self._placed, self._meshes, strict=True):
             replica = Replica(
@@ -299,11 +299,6 @@ class Engine(WholeTexts):
                 replica.update_params(part, params_digest)
             self._hold(params, placed)
             self.__dict__.pop("_reader", None)
-
-    def _place(self, params: Any) -> None:
-        """Puts parameters on the devices of each replica, in the layouts of its steps."""
-        parts = self._parts(params)
-        self._hold(params, [formatted(part, self._layouts) for part in parts])
 
     def _hold(self, params: Any, placed: list[Any]) -> None:
         self._placed = placed

@@ -107,14 +107,14 @@ def _chosen(
         return memory.temp_size_in_bytes, _layouts(formats)
 
     own_bytes, own = compile_with({})
-    free_bytes, choice = compile_with({}, choose_layouts=True)
+    chosen_bytes, choice = compile_with({}, choose_layouts=True)
     best = {kind: layout for kind, layout in choice.items() if layout != own[kind]}
     if not best:
         return {}
     best_bytes, _ = compile_with(best)
     for kind, layout in choice.items():
         by_rows = Layout(tuple(sorted(layout.major_to_minor)))
-        if best_bytes <= _CLOSE * free_bytes or by_rows.major_to_minor == layout.major_to_minor:
+        if best_bytes <= _CLOSE * chosen_bytes or by_rows.major_to_minor == layout.major_to_minor:
             continue
         changed = {**best, kind: by_rows}
         found, _ = compile_with(changed)
